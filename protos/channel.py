@@ -1,0 +1,72 @@
+"""gRPC channels and the launch token: the same options on every side of every connection."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+MAX_MESSAGE = 64 * 1024 * 1024  # bytes; activations come in frames of 2 MiB, plans are smaller
+_TOKEN_KEY = "longreach-launch-token"
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """A plaintext channel to `unix:/path` or `host:port` inside the cluster."""
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def token_metadata(token: str) -> list[tuple[str, str]]:
+    """Metadata that proves membership of this launch."""
+    return [(_TOKEN_KEY, token)]
+
+
+class TokenInterceptor(grpc.ServerInterceptor):
+    """Refuses every call that does not carry the token of this launch."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+
+    def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
+    ) -> Any:
+        given = dict(details.invocation_metadata).get(_TOKEN_KEY, "")
+        handler = continuation(details)
+        if hmac.compare_digest(str(given).encode(), self._token) or handler is None:
+            return handler
+        return _refuse(handler)
+
+
+def _refuse(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    """A handler of the same kind that always answers UNAUTHENTICATED."""
+
+    def unary(_request: object, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "this stage belongs to another launch (wrong token)")
+
+    def streaming(_request: object, context: grpc.ServicerContext) -> Any:
+        unary(_request, context)
+        yield  # makes this a generator; abort has raised
+
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[(handler.request_streaming, handler.response_streaming)]
+    return make(
+        streaming if handler.response_streaming else unary,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
