@@ -1,0 +1,52 @@
+"""What PyTorch can do on this machine, printed as one JSON object; run as `python -m workers.doctor`.
+
+A process of its own, so that the head never loads torch and a broken installation is a finding, not a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def torch_facts() -> dict[str, Any]:
+    """Versions, threads, CPU features as torch sees them, CUDA devices and communication libraries."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "mkldnn_bf16": _ask(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"),
+        "amx": _ask(torch.cpu, "_is_amx_tile_supported"),
+        "avx512_bf16": _ask(torch.cpu, "_is_avx512_bf16_supported"),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda_build": torch.version.cuda,
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+        "nccl": dist.is_available() and dist.is_nccl_available(),
+        "devices": [],
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            facts["devices"].append(
+                {
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_bytes": properties.total_memory,
+                }
+            )
+    return facts
+
+
+def _ask(module: Any, name: str) -> bool | None:
+    """A private query of torch; None where this version has none."""
+    query = getattr(module, name, None)
+    return None if query is None else bool(query())
+
+
+if __name__ == "__main__":
+    json.dump(torch_facts(), sys.stdout)
+    sys.stdout.write("\n")

@@ -1,0 +1,280 @@
+"""The weights of one shard, read slice by slice from the files mapped into memory.
+
+A plan says, for every tensor of the shard, which rows and columns of which checkpoint tensors it is made of; the loader
+and the random stand-in fill the same plan. Legend: `M` hidden size, `D` head dim, `H` and `K` query and KV heads, `E`
+experts, `I` intermediate; a trailing `r` marks the part of this shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+
+from protos.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from protos.messages import ShardSpec, Span
+from protos.model_spec import ModelSpec
+
+OnProgress = Callable[[int, int], None]  # bytes loaded, bytes of this shard
+
+_CHUNK_BYTES = 16 << 20  # copied at once: bounds what a converting copy to a device stages in host memory
+_DUMMY_ROWS = 1024  # rows of a random tensor made at once
+_DUMMY_SCALE = 0.02
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer of one shard; either the dense MLP or router and experts are set. Norms are whole on every rank."""
+
+    input_norm: torch.Tensor  # [M]
+    qkv_weight: torch.Tensor  # [(Hr + 2 Kr) D, M]: q, then k, then v
+    o_weight: torch.Tensor  # [M, Hr D]
+    post_norm: torch.Tensor  # [M]
+    qkv_bias: torch.Tensor | None = None  # [(Hr + 2 Kr) D]
+    o_bias: torch.Tensor | None = None  # [M], rank 0 only: the outputs of ranks are summed
+    q_norm: torch.Tensor | None = None  # [D]
+    k_norm: torch.Tensor | None = None  # [D]
+    gate_up: torch.Tensor | None = None  # [2 Ir, M]: gate, then up
+    gate_up_bias: torch.Tensor | None = None  # [2 Ir]
+    down: torch.Tensor | None = None  # [M, Ir]
+    down_bias: torch.Tensor | None = None  # [M], rank 0 only
+    router: torch.Tensor | None = None  # [E, M], whole on every rank
+    experts_gate_up: torch.Tensor | None = None  # [Er, 2I, M]: gate, then up
+    experts_down: torch.Tensor | None = None  # [Er, M, I]
+
+
+@dataclass(slots=True)
+class ShardWeights:
+    """All weights of one shard. With tied embeddings the last stage's `lm_head` and `embed` are one tensor."""
+
+    layers: list[LayerWeights] = field(default_factory=list)
+    embed: torch.Tensor | None = None  # [rows of shard.vocab, M]: first stage, and last stage when tied
+    norm: torch.Tensor | None = None  # [M], last stage
+    lm_head: torch.Tensor | None = None  # [rows of shard.vocab, M], last stage
+
+
+class _Piece(NamedTuple):
+    """Rows and columns of a checkpoint tensor, and the row of the shard's tensor (of its `expert`) they go to."""
+
+    name: str
+    rows: Span
+    columns: Span | None = None  # None for a vector
+    row: int = 0
+    expert: int | None = None
+
+
+class _Plan(NamedTuple):
+    shape: tuple[int, ...]
+    pieces: tuple[_Piece, ...]
+
+
+class _Source(Protocol):
+    def fill(self, target: torch.Tensor, piece: _Piece) -> None:
+        """Copy the region of `piece` to `target`, which has its shape."""
+
+
+def load_shard(
+    model_dir: Path, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str,
+    on_progress: OnProgress | None = None,
+) -> ShardWeights:  # fmt: skip
+    """Read this shard's weights, converted to `dtype`, onto `device`.
+
+    Anonymous memory grows by the weights themselves (host) and a few tens of MiB; the files stay in the page cache.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, damaged or of another shape or dtype.
+    """
+    checkpoint = Checkpoint.open(model_dir, spec)
+    with ExitStack() as stack:
+        return _build(_Files(checkpoint, stack), spec, shard, dtype, torch.device(device), on_progress)
+
+
+def dummy_shard(
+    spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> ShardWeights:
+    """Random weights (normal, scale 0.02; norms 1); every layout of a `spec` and `seed` holds slices of one model."""
+    return _build(_Random(spec, seed), spec, shard, dtype, torch.device(device), None)
+
+
+def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
+    """Bytes of the weights that `load_shard` allocates for this shard."""
+    plans = [*_plan_ends(spec, shard).values()]
+    for layer in range(*shard.layers):
+        plans += _plan_layer(spec, shard, layer).values()
+    return sum(math.prod(plan.shape) for plan in plans) * dtype.itemsize
+
+
+def _build(
+    source: _Source, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device,
+    on_progress: OnProgress | None,
+) -> ShardWeights:  # fmt: skip
+    total, loaded = shard_bytes(spec, shard, dtype), 0
+
+    def make(plan: _Plan) -> torch.Tensor:
+        nonlocal loaded
+        tensor = torch.empty(plan.shape, dtype=dtype, device=device)
+        for piece in plan.pieces:
+            part = tensor if piece.expert is None else tensor[piece.expert]
+            part = part[piece.row : piece.row + piece.rows.size]
+            source.fill(part, piece)
+            loaded += part.numel() * dtype.itemsize
+            if on_progress is not None:
+                on_progress(loaded, total)
+        return tensor
+
+    ends = {name: make(plan) for name, plan in _plan_ends(spec, shard).items()}
+    if spec.tie_word_embeddings and shard.is_last:
+        ends["lm_head"] = ends["embed"]
+    layers = []
+    for layer in range(*shard.layers):
+        layers.append(LayerWeights(**{name: make(plan) for name, plan in _plan_layer(spec, shard, layer).items()}))
+    return ShardWeights(layers, **ends)
+
+
+def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:
+    hidden, tied = Span(0, spec.hidden_size), spec.tie_word_embeddings
+    plans = {}
+    if shard.is_first or (shard.is_last and tied):
+        plans["embed"] = _matrix(hidden, (EMBEDDING, shard.vocab))
+    if shard.is_last:
+        plans["norm"] = _vector(("model.norm.weight", hidden))
+        if not tied:
+            plans["lm_head"] = _matrix(hidden, (HEAD, shard.vocab))
+    return plans
+
+
+def _plan_layer(spec: ModelSpec, shard: ShardSpec, layer: int) -> dict[str, _Plan]:
+    prefix, hidden = f"model.layers.{layer}.", Span(0, spec.hidden_size)
+    attention = prefix + "self_attn."
+    queries, keys = _times(shard.heads, spec.head_dim), _times(shard.kv_heads, spec.head_dim)
+    plans = {
+        "input_norm": _vector((prefix + "input_layernorm.weight", hidden)),
+        "post_norm": _vector((prefix + "post_attention_layernorm.weight", hidden)),
+        "qkv_weight": _matrix(hidden, *((f"{attention}{x}_proj.weight", queries if x == "q" else keys) for x in "qkv")),
+        "o_weight": _matrix(queries, (attention + "o_proj.weight", hidden)),
+    }
+    if spec.qkv_bias:
+        plans["qkv_bias"] = _vector(*((f"{attention}{x}_proj.bias", queries if x == "q" else keys) for x in "qkv"))
+    if spec.o_bias and shard.rank == 0:
+        plans["o_bias"] = _vector((attention + "o_proj.bias", hidden))
+    if spec.qk_norm:
+        plans["q_norm"] = _vector((attention + "q_norm.weight", Span(0, spec.head_dim)))
+        plans["k_norm"] = _vector((attention + "k_norm.weight", Span(0, spec.head_dim)))
+    mlp = _plan_experts if spec.is_moe_layer(layer) else _plan_dense
+    return plans | mlp(spec, shard, prefix + "mlp.")
+
+
+def _plan_dense(spec: ModelSpec, shard: ShardSpec, prefix: str) -> dict[str, _Plan]:
+    hidden, own = Span(0, spec.hidden_size), shard.intermediate
+    plans = {
+        "gate_up": _matrix(hidden, (prefix + "gate_proj.weight", own), (prefix + "up_proj.weight", own)),
+        "down": _matrix(own, (prefix + "down_proj.weight", hidden)),
+    }
+    if spec.mlp_bias:
+        plans["gate_up_bias"] = _vector((prefix + "gate_proj.bias", own), (prefix + "up_proj.bias", own))
+        if shard.rank == 0:
+            plans["down_bias"] = _vector((prefix + "down_proj.bias", hidden))
+    return plans
+
+
+def _plan_experts(spec: ModelSpec, shard: ShardSpec, prefix: str) -> dict[str, _Plan]:
+    hidden, width = Span(0, spec.hidden_size), Span(0, spec.moe_intermediate_size)
+    gate_up: list[_Piece] = []
+    down: list[_Piece] = []
+    for index, expert in enumerate(range(*shard.experts)):
+        own = f"{prefix}experts.{expert}."
+        gate_up.append(_Piece(own + "gate_proj.weight", width, hidden, 0, index))
+        gate_up.append(_Piece(own + "up_proj.weight", width, hidden, width.size, index))
+        down.append(_Piece(own + "down_proj.weight", hidden, width, 0, index))
+    count = shard.experts.size
+    return {
+        "router": _matrix(hidden, (prefix + "gate.weight", Span(0, spec.num_experts))),
+        "experts_gate_up": _Plan((count, 2 * width.size, hidden.size), tuple(gate_up)),
+        "experts_down": _Plan((count, hidden.size, width.size), tuple(down)),
+    }
+
+
+def _times(span: Span, factor: int) -> Span:
+    return Span(span.start * factor, span.stop * factor)
+
+
+def _matrix(columns: Span, *parts: tuple[str, Span]) -> _Plan:
+    """Row ranges of several tensors under one another, all with the same `columns`."""
+    pieces, row = [], 0
+    for name, rows in parts:
+        pieces.append(_Piece(name, rows, columns, row))
+        row += rows.size
+    return _Plan((row, columns.size), tuple(pieces))
+
+
+def _vector(*parts: tuple[str, Span]) -> _Plan:
+    plan = _matrix(Span(0, 1), *parts)
+    return _Plan(plan.shape[:1], tuple(piece._replace(columns=None) for piece in plan.pieces))
+
+
+class _Files:
+    """Copies regions out of safetensors files. Slices are views of the mapped file: nothing is read before the copy."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._stack = stack
+        self._open: dict[str, Any] = {}
+
+    def fill(self, target: torch.Tensor, piece: _Piece) -> None:
+        stored = self._checkpoint.tensors[piece.name]
+        view = self._handle(stored.file).get_slice(stored.name)
+        first = piece.rows.start + stored.first_row
+        for rows in _chunks(target):
+            part = slice(first + rows.start, first + rows.stop)
+            if piece.columns is None:
+                source = view[part]
+            else:
+                columns = slice(*piece.columns)
+                region = (columns, part) if stored.transposed else (part, columns)
+                source = view[region] if stored.expert is None else view[(stored.expert, *region)]
+                source = source.T if stored.transposed else source
+            target[rows.start : rows.stop].copy_(source)
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            path = self._checkpoint.model_dir / file
+            self._open[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        return self._open[file]
+
+
+def _chunks(target: torch.Tensor) -> Iterator[Span]:
+    rows = target.shape[0]
+    # 4 bytes: the widest stored dtype
+    step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))
+    for start in range(0, rows, step):
+        yield Span(start, min(start + step, rows))
+
+
+class _Random:
+    """Random tensors made in blocks of rows, each from a seed of its own, so any region is made without the rest."""
+
+    def __init__(self, spec: ModelSpec, seed: int) -> None:
+        self._shapes = expected_tensors(spec)
+        self._seed = seed
+
+    def fill(self, target: torch.Tensor, piece: _Piece) -> None:
+        if piece.name.endswith("norm.weight"):
+            target.fill_(1.0)
+            return
+        full_rows, full_columns = (*self._shapes[piece.name], 1)[:2]  # a vector is one column
+        rows, columns = piece.rows, piece.columns or Span(0, 1)
+        for start in range(rows.start - rows.start % _DUMMY_ROWS, rows.stop, _DUMMY_ROWS):
+            name = f"{self._seed}:{piece.name}:{start}"
+            digest = hashlib.sha256(name.encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            block = torch.randn(min(_DUMMY_ROWS, full_rows - start), full_columns, generator=generator)
+            first, last = max(rows.start, start), min(rows.stop, start + len(block))
+            part = block[first - start : last - start, slice(*columns)].mul_(_DUMMY_SCALE)
+            target[first - rows.start : last - rows.start].copy_(part if piece.columns else part[:, 0])

@@ -1,0 +1,88 @@
+"""Executes step plans on one shard: batch, layers, and on the last stage sampling. Needs neither Ray nor sockets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from protos.messages import SampledToken, ShardSpec, StepPlan
+from protos.model_spec import ModelSpec
+from workers.batch import BlockTables
+from workers.kv_cache import PagedKV
+from workers.model.decoder import Decoder
+from workers.model.weights import ShardWeights
+from workers.sampler import Sampler
+from workers.transport.collectives import Collectives
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Activations for the next stage `[T, M]`, or from the last stage the sampled tokens (and logits on request)."""
+
+    hidden: torch.Tensor | None = None
+    samples: tuple[SampledToken, ...] = ()
+    logits: torch.Tensor | None = None
+
+
+class ModelRunner:
+    """One shard of the model with its KV pages.
+
+    A failed step leaves the block tables in an unknown state; the caller must then stop or `reset()` and replay.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, shard: ShardSpec, weights: ShardWeights, kv: PagedKV, collectives: Collectives,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.shard = shard
+        self.device = device or torch.device("cpu")
+        self.decoder = Decoder(spec, shard, weights, collectives, self.device)
+        self._kv = kv
+        self._collectives = collectives
+        self._tables = BlockTables(kv.page_size)
+        self._sampler = Sampler(spec.vocab_size)
+
+    def reset(self) -> None:
+        """Forget every sequence; the pages become free for other plans."""
+        self._tables.clear()
+        self._sampler.clear()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
+        """Compute one step.
+
+        Args:
+            plan: what to compute; its token ids are used on the first stage.
+            hidden: `[T, M]` from the previous stage (ignored on the first).
+            keep_logits: also return the float32 logits `[samples, V]` (tests and tools).
+
+        Raises:
+            PlanMismatch: the plan does not continue what this shard has seen.
+            RuntimeError: logits are not finite, or a member of the stage is gone.
+        """
+        for sequence in plan.released:
+            self._sampler.forget(sequence)
+        self._tables.apply(plan)
+        if not plan.slices:
+            return StepOutput()
+        batch = self._tables.batch(plan, self.device, with_tokens=self.shard.is_first)
+        if self.shard.is_first:
+            assert batch.token_ids is not None
+            hidden = self.decoder.embed(batch.token_ids)
+        assert hidden is not None, "a later stage needs activations"
+        hidden = self.decoder.layers(hidden, batch, self._kv)
+        if not self.shard.is_last:
+            return StepOutput(hidden=hidden)
+        if not len(batch.sample_rows):
+            return StepOutput()
+        logits = self.decoder.logits(hidden[batch.sample_rows])
+        if self._collectives.rank != 0:
+            return StepOutput()
+        wanted = [part for part in plan.slices if part.sample is not None]
+        samples = tuple(
+            self._sampler.sample(part.sequence, row, part.sample)
+            for part, row in zip(wanted, logits, strict=True)
+            if part.sample is not None
+        )
+        return StepOutput(samples=samples, logits=logits if keep_logits else None)

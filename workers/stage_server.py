@@ -1,0 +1,240 @@
+"""The process of one shard: a gRPC server around a `StageWorker`. Imports torch only when weights are loaded.
+
+Failure contract: nothing here is durable. A step that fails makes the shard answer every later plan with the same
+error; recovery is a new process with a new epoch. When no engine has been connected for `orphan_timeout_s`, the process
+ends by itself, so that no memory stays occupied behind a dead head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from protos import codec
+from protos import stage_pb2 as pb
+from protos import stage_pb2_grpc as rpc
+from protos.channel import CHANNEL_OPTIONS, TokenInterceptor
+from protos.messages import LoadProgress
+
+if TYPE_CHECKING:
+    from workers.stage_worker import StageWorker
+
+TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
+_RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
+
+
+@dataclass(frozen=True, slots=True)
+class StageProcessSpec:
+    """What a shard's process needs before it can answer: where to listen, and its share of the CPU."""
+
+    token: str
+    socket: str  # path of the Unix socket other processes of the node use
+    bind: str = ""  # ip for a TCP port as well, when stages live on several nodes
+    threads: int = 1
+    step_timeout_s: float = 300.0
+    orphan_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageAddress:
+    """Where a shard listens."""
+
+    unix: str
+    tcp: str
+    hostname: str
+    pid: int
+
+
+def limit_threads(threads: int) -> None:
+    """Set thread counts and passive waiting; must run before torch is imported in this process."""
+    assert "torch" not in sys.modules, "thread counts must be set before torch is imported"
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["KMP_BLOCKTIME"] = "0"
+
+
+class StageServer:
+    """Listens for the engine and for the previous stage."""
+
+    def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
+        self._spec = spec
+        self._servicer = _StageServicer(spec, on_orphan)
+        self._server: grpc.Server | None = None
+
+    def start(self) -> StageAddress:
+        """Open the socket (and port) and answer; raises RuntimeError when an address cannot be bound."""
+        server = grpc.server(
+            futures.ThreadPoolExecutor(_RPC_THREADS, thread_name_prefix="rpc"),
+            interceptors=[TokenInterceptor(self._spec.token)],
+            options=CHANNEL_OPTIONS,
+        )
+        rpc.add_StageServicer_to_server(self._servicer, server)
+        unix = f"unix:{self._spec.socket}"
+        server.add_insecure_port(unix)
+        tcp = ""
+        if self._spec.bind:
+            tcp = f"{self._spec.bind}:{server.add_insecure_port(f'{self._spec.bind}:0')}"
+        server.start()
+        self._server = server
+        return StageAddress(unix, tcp, os.uname().nodename, os.getpid())
+
+    def wait(self) -> None:
+        """Block until `close`."""
+        if self._server is not None:
+            self._server.wait_for_termination()
+
+    def close(self) -> None:
+        """Stop answering and free the model; may be called twice."""
+        self._servicer.close()
+        if self._server is not None:
+            self._server.stop(grace=1.0).wait()
+            self._server = None
+        Path(self._spec.socket).unlink(missing_ok=True)
+
+
+class _StageServicer(rpc.StageServicer):
+    def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
+        self._spec = spec
+        self._on_orphan = on_orphan
+        self._worker: StageWorker | None = None
+        self._state = "created"
+        self._error = ""
+        self._running = threading.Lock()  # held by the one Run stream
+        self._orphan: threading.Timer | None = None
+
+    def close(self) -> None:
+        self._disarm()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    # --- life of the shard -------------------------------------------------------------------------------------------
+
+    def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadProgress]:
+        if self._state != "created":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state} already")
+        self._state = "loading"
+        updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
+        threading.Thread(target=self._load, args=(request, updates), name="load", daemon=True).start()
+        while True:
+            update = updates.get()
+            yield codec.progress_to_pb(update)
+            if update.ready or update.error:
+                return
+
+    def _load(self, request: pb.LoadRequest, updates: queue.SimpleQueue[LoadProgress]) -> None:
+        try:
+            from workers.stage_worker import StageWorker  # imports torch, after the thread counts are set
+
+            worker = StageWorker(self._spec.token, self._spec.threads, self._spec.step_timeout_s)
+            done = worker.load(request, updates.put)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer to the caller
+            self._fail(error)
+            updates.put(LoadProgress(0, 0, error=self._error))
+            return
+        self._worker = worker
+        self._state = "loaded"
+        updates.put(done)
+
+    def Start(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartReply:
+        if self._state != "loaded" or self._worker is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
+            raise AssertionError("abort raises")
+        try:
+            self._worker.start(request.num_blocks, request.page_size, request.downstream)
+        except Exception as error:  # noqa: BLE001 - see _load
+            self._fail(error)
+            context.abort(grpc.StatusCode.INTERNAL, self._error)
+        self._state = "running"
+        self._arm()
+        return pb.StartReply()
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def Run(self, plans: Iterator[pb.StepPlan], context: grpc.ServicerContext) -> Iterator[pb.StepResult]:
+        worker = self._worker
+        if self._state not in ("running", "failed") or worker is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
+            raise AssertionError("abort raises")
+        if not self._running.acquire(blocking=False):
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, "an engine is connected already")
+        self._disarm()
+        try:
+            yield from map(codec.result_to_pb, worker.run(codec.plan_from_pb(plan) for plan in plans))
+        finally:
+            self._running.release()
+            self._arm()
+
+    def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
+        from workers.transport.frames import FrameError
+        from workers.transport.links import LinkClosed, receive_frames
+
+        worker = self._worker
+        if worker is None or worker.inbox is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
+            raise AssertionError("abort raises")
+        try:
+            receive_frames(frames, worker.inbox)
+        except FrameError as error:
+            worker.inbox.close(str(error))
+            context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+        except LinkClosed as error:
+            context.abort(grpc.StatusCode.CANCELLED, str(error))
+        except grpc.RpcError:
+            worker.inbox.close("the previous stage is gone")
+            raise
+        worker.inbox.close("the previous stage ended the stream")
+        return pb.ActivationsEnd()
+
+    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeReply:
+        worker = self._worker
+        reply = pb.ProbeReply(state=self._state, error=self._error)
+        if worker is not None:
+            reply.epoch, reply.layers_done, reply.steps_done = worker.epoch, worker.layers_done, worker.steps_done
+            reply.resident_bytes = worker.resident_bytes()
+        return reply
+
+    # --- orphans -----------------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        self._disarm()
+        self._orphan = threading.Timer(self._spec.orphan_timeout_s, self._on_orphan)
+        self._orphan.daemon = True
+        self._orphan.start()
+
+    def _disarm(self) -> None:
+        if self._orphan is not None:
+            self._orphan.cancel()
+            self._orphan = None
+
+    def _fail(self, error: Exception) -> None:
+        self._state = "failed"
+        self._error = " ".join(f"{error}".split()) or type(error).__name__
+
+
+def main() -> None:
+    """Run one shard as a plain process, without Ray: prints its address as soon as it listens."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads (default 1)")
+    options = parser.parse_args()
+    limit_threads(options.threads)
+    spec = StageProcessSpec(os.environ[TOKEN_VARIABLE], options.socket, threads=options.threads)
+    server = StageServer(spec, on_orphan=lambda: os._exit(3))
+    print(server.start().unix, flush=True)
+    server.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""What a shard's process does with torch: load, allocate, execute plans, hand activations on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from protos import codec
+from protos import stage_pb2 as pb
+from protos.messages import LoadProgress, SampleSpec, SamplingParams, SequenceSlice, ShardSpec, StepPlan, StepResult
+from protos.model_spec import ModelSpec
+from workers.kv_cache import PagedKV
+from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
+from workers.model_runner import ModelRunner
+from workers.transport.collectives import Collectives, file_store, join_group
+from workers.transport.links import GrpcSender, Inbox, Sender
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class StageWorker:
+    """One shard, from weights to results. Methods are called in the order load, start, run, close."""
+
+    def __init__(self, token: str, threads: int, step_timeout_s: float) -> None:
+        self._token = token
+        self._step_timeout_s = step_timeout_s
+        self.epoch = 0
+        self.steps_done = 0
+        self.inbox: Inbox | None = None
+        self._sender: Sender | None = None
+        self._runner: ModelRunner | None = None
+        self._weights: ShardWeights | None = None
+        self._error = ""
+        torch.set_num_threads(threads)
+
+    @property
+    def layers_done(self) -> int:
+        return self._runner.decoder.layers_done if self._runner else 0
+
+    def load(self, request: pb.LoadRequest, on_progress: Callable[[LoadProgress], None]) -> LoadProgress:
+        """Read the weights and join the stage's group; returns the closing progress message.
+
+        Raises:
+            ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
+        """
+        self.epoch = request.epoch
+        self._spec: ModelSpec = codec.model_spec_from_json(request.model_spec_json)
+        self._shard: ShardSpec = codec.shard_from_pb(request.shard)
+        self._dtype = DTYPES[request.dtype]
+        self._device = torch.device(request.device)
+        if self._device.type == "cuda":
+            self._device = torch.device("cuda", self._shard.rank % torch.cuda.device_count())
+            torch.cuda.set_device(self._device)
+        before = anonymous_bytes()
+        if request.load_format == "dummy":
+            self._weights = dummy_shard(self._spec, self._shard, self._dtype, self._device)
+        else:
+            self._weights = load_shard(
+                Path(request.model_path), self._spec, self._shard, self._dtype, self._device,
+                lambda done, total: on_progress(LoadProgress(done, total)),
+            )  # fmt: skip
+        growth = max(0, anonymous_bytes() - before)
+        store = file_store(request.store_path, self._shard.num_ranks)
+        self._collectives: Collectives = join_group(
+            store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
+        )
+        total = shard_bytes(self._spec, self._shard, self._dtype)
+        return LoadProgress(total, total, True, growth, self._available_bytes())
+
+    def start(self, num_blocks: int, page_size: int, downstream: str) -> None:
+        """Allocate KV pages and connect to the next stage."""
+        assert self._weights is not None, "load comes first"
+        layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
+        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, self._dtype, self._device)
+        self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
+        self._warm_up(page_size)
+        if not self._shard.is_first:
+            self.inbox = Inbox(self.epoch)
+        if downstream:
+            self._sender = GrpcSender(downstream, self._token)
+
+    def run(self, plans: Iterable[StepPlan]) -> Iterator[StepResult]:
+        """Execute plans in order; yields a result for each, as soon as it is there.
+
+        Plans are taken off the wire by a thread of their own, so that the next one is at hand when a step ends.
+        """
+        assert self._runner is not None, "start comes first"
+        self._runner.reset()
+        waiting: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        threading.Thread(target=_forward, args=(plans, waiting), name="plans", daemon=True).start()
+        expected: int | None = None
+        while (plan := waiting.get()) is not None:
+            if not self._error and plan.epoch != self.epoch:
+                self._error = f"plan of epoch {plan.epoch} at a shard of epoch {self.epoch}"
+            if not self._error and expected is not None and plan.step != expected:
+                self._error = f"plan {plan.step} came where {expected} was due"
+            expected = plan.step + 1
+            yield self._step(plan)
+
+    def close(self) -> None:
+        """Drop links, group, weights and KV; may be called twice."""
+        if self.inbox is not None:
+            self.inbox.close("this shard is closing")
+        if self._sender is not None:
+            self._sender.close()
+        if self._runner is not None:
+            self._collectives.close()
+        self._runner = self._weights = self._sender = None
+
+    @staticmethod
+    def resident_bytes() -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        shard = self._shard
+        if self._error:
+            return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
+        runner = self._runner
+        assert runner is not None
+        try:
+            hidden = None
+            if plan.slices and self.inbox is not None:
+                hidden = self.inbox.take(plan.step, self._step_timeout_s).to(self._device)
+            began = time.perf_counter()
+            out = runner.execute(plan, hidden)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            compute_us = round((time.perf_counter() - began) * 1e6)
+            if out.hidden is not None and self._sender is not None:
+                self._sender.send(plan.epoch, plan.step, out.hidden)
+        except Exception as error:  # noqa: BLE001 - the engine must hear of whatever stopped the step
+            self._error = f"stage {shard.stage} shard {shard.rank}, step {plan.step}: {' '.join(str(error).split())}"
+            return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
+        self.steps_done += 1
+        return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, compute_us, out.samples)
+
+    def _warm_up(self, page_size: int) -> None:
+        """One small step, so that the first real one does not pay for first-use initialisation."""
+        runner, shard = self._runner, self._shard
+        assert runner is not None
+        length = min(page_size, 16)
+        sample = SampleSpec(SamplingParams(), 0)
+        part = SequenceSlice(0, 0, length, length, [0] * length, [0], 1, sample)
+        hidden = None
+        if not shard.is_first:
+            hidden = torch.zeros(length, self._spec.hidden_size, dtype=self._dtype, device=self._device)
+        runner.execute(StepPlan(self.epoch, 0, (part,)), hidden)
+        runner.reset()
+
+    def _available_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        return int(psutil.virtual_memory().available)
+
+
+def _forward(plans: Iterable[StepPlan], waiting: queue.SimpleQueue[StepPlan | None]) -> None:
+    """Move plans from the stream to the queue until the stream ends, however it ends."""
+    try:
+        for plan in plans:
+            waiting.put(plan)
+    finally:
+        waiting.put(None)
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process (Linux `RssAnon`); elsewhere all resident memory."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return StageWorker.resident_bytes()
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return StageWorker.resident_bytes()
