@@ -1,0 +1,270 @@
+"""The configuration as frozen pydantic models: one class a section, and beside each key the rule an error shows.
+
+A field's `description` is that rule; `cluster.config` prints it whatever the way in which the value is wrong. Types are
+strict (`"64"` is not 64), except for the human integers of `cluster.units`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from cluster.units import BYTES_RULE, COUNT_RULE, parse_bytes, parse_count
+
+DEFAULT_KV_FRACTION = 0.5
+POSITIVE = "must be a whole number of at least 1"
+FLAG = "must be true or false"
+
+
+def broken_rule(key: str, rule: str) -> PydanticCustomError:
+    """An error between several keys, reported at `key` (relative to the model that raises it)."""
+    return PydanticCustomError("longreach_rule", "{rule}", {"key": key, "rule": rule})
+
+
+def _resolve(value: object, info: ValidationInfo) -> Path:
+    """An absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
+        raise ValueError("not a path")
+    expanded = os.path.expanduser(os.fspath(value))
+    if expanded.startswith("~"):
+        raise ValueError("no such user")
+    base = (info.context or {}).get("base_dir", Path.cwd())
+    return Path(os.path.abspath(os.path.join(base, expanded)))
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("not a power of two")
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value):
+            raise ValueError("not a host") from None
+    return value
+
+
+def _address(value: str) -> str:
+    if value in ("local", "auto"):
+        return value
+    host, _, port = value.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
+        raise ValueError("no port")
+    _host(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    return value
+
+
+def _has_both_fields(value: str) -> str:
+    names = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]  # name, format, conversion
+    if names != [("document", "", None), ("question", "", None)]:
+        raise ValueError("not the two fields")
+    return value
+
+
+PathValue = Annotated[Path, BeforeValidator(_resolve)]
+Count = Annotated[int, BeforeValidator(parse_count)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """An override of the `rope_scaling` of config.json, with its keys."""
+
+    rope_type: Literal["default", "yarn", "linear", "llama3"] = Field(
+        description="must be one of default, yarn, linear, llama3"
+    )
+    factor: float | None = Field(default=None, ge=1, le=1e6, description="must be a number from 1 to 1000000")
+    original_max_position_embeddings: Count | None = Field(default=None, ge=1, description=COUNT_RULE)
+    beta_fast: float | None = Field(default=None, gt=0, description="must be a number above 0")
+    beta_slow: float | None = Field(default=None, gt=0, description="must be a number above 0")
+    attention_factor: float | None = Field(default=None, gt=0, description="must be a number above 0")
+    mscale: float | None = Field(default=None, ge=0, description="must be a number of at least 0")
+    mscale_all_dim: float | None = Field(default=None, ge=0, description="must be a number of at least 0")
+    truncate: bool | None = Field(default=None, description=FLAG)
+    low_freq_factor: float | None = Field(default=None, gt=0, description="must be a number above 0")
+    high_freq_factor: float | None = Field(default=None, gt=0, description="must be a number above 0")
+
+    @model_validator(mode="after")
+    def _factor_is_given(self) -> RopeScaling:
+        if self.rope_type != "default" and self.factor is None:
+            raise broken_rule("factor", f"required with rope_type {self.rope_type}; it is never inferred")
+        return self
+
+    def as_mapping(self) -> Mapping[str, Any]:
+        """The keys that were given, as config.json would have them."""
+        return self.model_dump(exclude_none=True)
+
+
+class ModelSection(Section):
+    """Which checkpoint, and how long a context it is asked to hold."""
+
+    path: PathValue = Field(description="must be the path of a directory with config.json")
+    served_model_name: str = Field(
+        default=None,
+        validate_default=True,
+        min_length=1,
+        max_length=200,
+        description="must be text of 1 to 200 characters",
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="must be one of auto, bfloat16, float32"
+    )
+    max_model_len: Count | None = Field(default=None, ge=1, description=COUNT_RULE)
+    load_format: Literal["auto", "dummy"] = Field(default="auto", description="must be one of auto, dummy")
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="must be a mapping such as {rope_type: yarn, factor: 4.0}"
+    )
+    allow_beyond_positions: bool = Field(default=False, description=FLAG)
+    document_prompt: Annotated[str, AfterValidator(_has_both_fields)] = Field(
+        default="{document}\nQuestion: {question}",
+        description="must contain {document} once and after it {question} once; other braces are written {{ and }}",
+    )
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _default_name(cls, value: object, info: ValidationInfo) -> object:
+        path = info.data.get("path")
+        return value if value is not None else (path.name if path else "") or "model"
+
+
+class ClusterSection(Section):
+    """Where the actors run and how the model is split over them."""
+
+    address: Annotated[str, AfterValidator(_address)] = Field(
+        default="local", description="must be local, auto, or the host:port of a Ray head"
+    )
+    pipeline_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
+    expert_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="must be one of cpu, cuda")
+    threads_per_actor: int | None = Field(
+        default=None, ge=1, le=1024, description="must be a whole number from 1 to 1024"
+    )
+    cpus_per_actor: float | None = Field(
+        default=None, gt=0, le=1024, description="must be a number above 0 and at most 1024"
+    )
+    network_interface: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.:-]{1,15}$",
+        description="must be the name of a network interface such as eth0",
+    )
+    load_timeout_s: float = Field(
+        default=600.0, gt=0, le=86400, description="must be a number of seconds above 0 and at most 86400"
+    )
+    step_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="must be a number of seconds above 0 and at most 86400"
+    )
+
+    @property
+    def num_actors(self) -> int:
+        return self.pipeline_parallel_size * self.expert_parallel_size
+
+    def threads(self, cores: int) -> int:
+        """Threads of one actor when all actors share `cores` cores."""
+        return self.threads_per_actor or max(1, cores // self.num_actors)
+
+    def cpus(self, cores: int) -> float:
+        """Ray CPUs reserved for one actor when all actors share `cores` cores."""
+        return self.cpus_per_actor or min(float(self.threads(cores)), cores / self.num_actors)
+
+
+class PrefillSection(Section):
+    """The budget of one step."""
+
+    max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
+    max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
+
+
+class KvCacheSection(Section):
+    """Memory of one actor for keys and values: a size, or a fraction of what the weights leave; exactly one is set."""
+
+    bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
+    fraction: float | None = Field(
+        default=None, validate_default=True, gt=0, le=1, description="must be a number above 0 and at most 1"
+    )
+    page_size: Annotated[int, AfterValidator(_power_of_two)] = Field(
+        default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024"
+    )
+
+    @field_validator("fraction", mode="before")
+    @classmethod
+    def _default_fraction(cls, value: object, info: ValidationInfo) -> object:
+        return DEFAULT_KV_FRACTION if value is None and info.data.get("bytes") is None else value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> KvCacheSection:
+        if self.bytes is not None and self.fraction is not None:
+            raise broken_rule("fraction", "give either kv_cache.bytes or kv_cache.fraction, not both")
+        return self
+
+
+class ServerSection(Section):
+    """The door for clients; port 0 opens none."""
+
+    host: Annotated[str, AfterValidator(_host)] = Field(
+        default="127.0.0.1", description="must be a host name or an IP address"
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (no door) to 65535")
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class SecuritySection(Section):
+    """What must be said in words before it is allowed."""
+
+    allow_insecure_bind: bool = Field(default=False, description=FLAG)
+
+
+class Config(Section):
+    """Everything the YAML file says. Validate with context `{"base_dir": Path}` so that relative paths resolve."""
+
+    model: ModelSection = Field(description="must be a mapping with at least path")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="must be a mapping")
+    prefill: PrefillSection = Field(default_factory=PrefillSection, description="must be a mapping")
+    kv_cache: KvCacheSection = Field(default_factory=KvCacheSection, description="must be a mapping")
+    server: ServerSection = Field(default_factory=ServerSection, description="must be a mapping")
+    data_dir: PathValue = Field(
+        default="~/.local/share/longreach", validate_default=True, description="must be the path of a directory"
+    )
+    security: SecuritySection = Field(default_factory=SecuritySection, description="must be a mapping")
+
+    @field_validator("model", "cluster", "prefill", "kv_cache", "server", "security", mode="before")
+    @classmethod
+    def _empty_section(cls, value: object) -> object:
+        return {} if value is None else value  # `server:` with nothing under it
+
+    @model_validator(mode="after")
+    def _door_is_safe(self) -> Config:
+        if not self.server.is_loopback and not self.security.allow_insecure_bind:
+            rule = "is not a loopback address; use 127.0.0.1, or say security.allow_insecure_bind: true"
+            raise broken_rule("server.host", rule)
+        return self

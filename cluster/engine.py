@@ -1,0 +1,276 @@
+"""The main loop: schedule, send, receive, commit. One thread; everything else talks to it through one queue.
+
+Failure contract: requests live in memory. When a shard is lost or a step fails, every unfinished request ends with the
+error, and the engine answers later submissions with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.generation import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.latency_model import LatencyModel
+from cluster.request import FinishReason, Request, StopRules
+from cluster.scheduler import Scheduler
+from cluster.stage_handle import StageHandle
+from cluster.tokenizer import TextTokenizer
+from protos.messages import StepPlan, StepResult
+
+Event = Progress | TokenEvent | Generation
+
+
+class EngineError(RuntimeError):
+    """The cluster behind the engine failed."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
+
+    request: Request
+    spec: GenerationSpec
+    text: OutputText
+    on_event: Callable[[Event], None]
+    submitted: float
+    started: float | None = None
+    first_token: float | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Generation | None = None
+
+    def wait(self, timeout_s: float | None = None) -> Generation:
+        """The result; raises TimeoutError, or EngineError when the cluster failed."""
+        if not self.done.wait(timeout_s):
+            raise TimeoutError(f"no result within {timeout_s} s")
+        assert self.result is not None
+        if self.result.finish_reason is FinishReason.ERROR:
+            raise EngineError(self.result.error)
+        return self.result
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: StepPlan
+    slowest_s: float = 0.0
+
+
+class Engine:
+    """Drives the shards of one pipeline with the plans of one scheduler.
+
+    About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one; with
+    a single stage there are two, so that it does not wait for the head between chunks.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, shards: Sequence[StageHandle], tokenizer: TextTokenizer | None,
+        eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.scheduler = scheduler
+        self.latency = LatencyModel()
+        self._shards = list(shards)
+        self._tokenizer = tokenizer
+        self._eos = tuple(eos_token_ids)
+        self._clock = clock
+        num_stages = 1 + max(handle.shard.stage for handle in self._shards)
+        self._last_stage = num_stages - 1
+        self._depth = max(2, num_stages)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._in_flight: dict[int, _InFlight] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._sequences = itertools.count(1)
+        self._error = ""
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Connect to the shards and begin to work."""
+        for handle in self._shards:
+            handle.connect(self._on_result, self._on_lost)
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel what is unfinished, end the run; may be called twice."""
+        if self._thread is not None:
+            self._inbox.put(lambda: self._fail("the cluster was stopped"))
+            self._inbox.put(None)
+            self._thread.join()
+            self._thread = None
+        for handle in self._shards:
+            handle.close()
+
+    def submit(self, spec: GenerationSpec, on_event: Callable[[Event], None] = lambda event: None) -> Ticket:
+        """Queue one prompt; `on_event` is called on the engine's thread and must not block.
+
+        Raises:
+            ValueError: the prompt is empty, or can never fit into the KV cache.
+            EngineError: the cluster has failed.
+        """
+        return self.submit_all([(spec, on_event)])[0]
+
+    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[Event], None]]]) -> list[Ticket]:
+        """Queue several prompts at once; either all are accepted or none."""
+        tickets = [self._ticket(spec, on_event) for spec, on_event in items]
+        for ticket in tickets:
+            self.scheduler.check_fits(ticket.request)
+        if self._error:
+            raise EngineError(self._error)
+        self._inbox.put(lambda: self._add(tickets))
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request; its result comes with finish reason `cancelled` within one step."""
+        self._inbox.put(lambda: self._cancel(ticket))
+
+    def check_integrity(self) -> None:
+        """Verify blocks against requests, on the engine's own thread; raises AssertionError."""
+        answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def check() -> None:
+            try:
+                self.scheduler.check_integrity()
+            except AssertionError as error:
+                answer.put(error)
+            else:
+                answer.put(None)
+
+        self._inbox.put(check)
+        if (error := answer.get(timeout=30)) is not None:
+            raise error
+
+    # --- the loop (engine thread) ------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while (action := self._inbox.get()) is not None:
+            action()
+            self._fill_pipeline()
+
+    def _fill_pipeline(self) -> None:
+        while not self._error and len(self._in_flight) < self._depth:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return
+            self._in_flight[plan.step] = _InFlight(plan)
+            self._note_start(plan)
+            for handle in self._shards:
+                handle.send(plan)
+
+    def _result(self, result: StepResult) -> None:
+        if self._error:
+            return
+        if result.error:
+            self._fail(result.error)
+            return
+        step = self._in_flight.get(result.step)
+        if step is None:
+            return  # a slower shard of a step that is committed already
+        step.slowest_s = max(step.slowest_s, result.compute_us / 1e6)
+        if result.stage == self._last_stage and result.rank == 0:
+            del self._in_flight[result.step]
+            self.latency.observe(step.plan, step.slowest_s)
+            self._commit(step.plan, result)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        touched = self.scheduler.commit(plan, result.samples)
+        sampled = {sample.sequence for sample in result.samples}
+        for request in touched:
+            ticket = self._tickets[request.sequence]
+            if request.sequence in sampled and request.samples:
+                self._token(ticket)
+            elif request.finish_reason is None:
+                ticket.on_event(self._progress(request))
+            if request.finish_reason is not None:
+                self._finish(ticket)
+
+    def _token(self, ticket: Ticket) -> None:
+        request = ticket.request
+        if ticket.first_token is None:
+            ticket.first_token = self._clock()
+            ticket.on_event(self._progress(request))
+        text, stopped = ticket.text.push(request.output[-1])
+        if stopped:
+            self.scheduler.stop(request, FinishReason.STOP)
+            request.finish_reason = FinishReason.STOP
+        elif request.finish_reason is not None:
+            text += ticket.text.flush()
+        ticket.on_event(TokenEvent(request.samples[-1], text))
+
+    def _progress(self, request: Request) -> Progress:
+        processed = min(request.num_computed, request.num_prompt)
+        eta = self.latency.predict_prefill(processed, request.num_prompt, self.scheduler.max_tokens_per_step)
+        return Progress(request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000))
+
+    # --- requests (engine thread) ------------------------------------------------------------------------------------
+
+    def _ticket(self, spec: GenerationSpec, on_event: Callable[[Event], None]) -> Ticket:
+        if not len(spec.prompt):
+            raise ValueError("prompt: 0 tokens: must have at least one")
+        stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
+        now = self._clock()
+        request = Request(next(self._sequences), spec.prompt, spec.sampling, StopRules(spec.max_tokens, stops), now)
+        return Ticket(request, spec, OutputText(self._tokenizer, spec.stop), on_event, now)
+
+    def _add(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            self._tickets[ticket.request.sequence] = ticket
+            if self._error:
+                self._finish(ticket, self._error)
+            else:
+                self.scheduler.add(ticket.request)
+
+    def _note_start(self, plan: StepPlan) -> None:
+        for part in plan.slices:
+            ticket = self._tickets[part.sequence]
+            if ticket.started is None:
+                ticket.started = self._clock()
+                ticket.on_event(self._progress(ticket.request))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if not ticket.done.is_set() and self.scheduler.stop(ticket.request, FinishReason.CANCELLED):
+            self._finish(ticket)
+
+    def _fail(self, error: str) -> None:
+        self._error = self._error or error
+        self._in_flight.clear()
+        for ticket in list(self._tickets.values()):
+            self._finish(ticket, self._error)
+
+    def _finish(self, ticket: Ticket, error: str = "") -> None:
+        request = ticket.request
+        self._tickets.pop(request.sequence, None)
+        reason = FinishReason.ERROR if error else request.finish_reason
+        assert reason is not None
+        now = self._clock()
+        started = ticket.started if ticket.started is not None else now
+        first = ticket.first_token if ticket.first_token is not None else now
+        reasoning, answer = ticket.text.split(ticket.spec.reasoning_opened)
+        ticket.result = Generation(
+            token_ids=tuple(request.output),
+            text=answer,
+            reasoning=reasoning,
+            finish_reason=reason,
+            samples=tuple(request.samples),
+            prompt_tokens=request.num_prompt,
+            cached_tokens=request.num_cached,
+            timings=Timings(
+                queued_s=started - ticket.submitted,
+                prefill_s=first - started,
+                ttft_s=first - ticket.submitted,
+                decode_s=now - first,
+                total_s=now - ticket.submitted,
+            ),
+            error=error,
+        )
+        ticket.done.set()
+        ticket.on_event(ticket.result)
+
+    # --- other threads -----------------------------------------------------------------------------------------------
+
+    def _on_result(self, result: StepResult) -> None:
+        self._inbox.put(lambda: self._result(result))
+
+    def _on_lost(self, reason: str) -> None:
+        self._inbox.put(lambda: self._fail(reason))

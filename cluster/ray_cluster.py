@@ -1,0 +1,172 @@
+"""Every call to Ray, in one place: connect, place, start, stop.
+
+The local cluster is started with small settings (no dashboard, a small object store, no memory monitor: our own
+admission budgets memory, and the monitor would count mapped weight files and kill actors). Token authentication is on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MB; nothing of ours goes through it
+_LOCAL_ENVIRONMENT = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",
+}
+
+
+class PlacementError(RuntimeError):
+    """Ray cannot be reached, or has no room for the actors."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActorRequest:
+    """One stage to place: its shards on one node, `cpus` and `gpus` for each."""
+
+    shards: int
+    cpus: float
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        bundle = {"CPU": self.cpus * self.shards}
+        return bundle | ({"GPU": self.gpus * self.shards} if self.gpus else {})
+
+
+class RayCluster:
+    """A connection to Ray and the actors placed through it. `close` undoes everything, and may be called twice."""
+
+    def __init__(self, address: str, start_timeout_s: float = 60.0) -> None:
+        self._address = address
+        self._timeout_s = start_timeout_s
+        self._groups: list[Any] = []
+        self._actors: list[Any] = []
+        self._connected = False
+
+    @property
+    def is_local(self) -> bool:
+        return self._address == "local"
+
+    def connect(self) -> None:
+        """Start a local Ray, or join the existing one. Raises PlacementError."""
+        if self.is_local:
+            os.environ.update(_LOCAL_ENVIRONMENT)
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        elif ":" in self._address:
+            _check_reachable(self._address)
+        import ray  # after the environment is set: Ray reads it at import
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
+        if self.is_local:
+            options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+            options |= {"num_cpus": os.cpu_count()}
+        try:
+            ray.init(address=self._address, **options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
+        self._connected = True
+
+    def place(self, actor_class: Callable[[], Any], stages: Sequence[ActorRequest]) -> list[list[Any]]:
+        """Reserve one bundle a stage and start its actors; returns actor handles by stage and rank.
+
+        Raises:
+            PlacementError: the cluster has no room; says what is needed and what is free.
+        """
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._check_room(stages)
+        group = placement_group([stage.bundle for stage in stages], strategy="PACK")
+        if not group.wait(self._timeout_s):
+            remove_placement_group(group)
+            raise PlacementError(self._no_room(stages))
+        self._groups.append(group)
+        handles = []
+        for index, stage in enumerate(stages):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            remote = ray.remote(actor_class).options(
+                num_cpus=stage.cpus, num_gpus=stage.gpus, max_concurrency=2, scheduling_strategy=strategy
+            )
+            handles.append([remote.remote() for _ in range(stage.shards)])
+            self._actors.extend(handles[-1])
+        return handles
+
+    def call(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Wait for the answers of actor calls. Raises PlacementError when one fails or does not come in time."""
+        import ray
+
+        try:
+            answers: list[Any] = ray.get(list(calls), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise PlacementError(f"actors did not answer within {timeout_s:g} s") from error
+        except ray.exceptions.RayTaskError as error:
+            raise PlacementError(" ".join(str(error.cause).split())) from error
+        except ray.exceptions.RayError as error:
+            raise PlacementError(f"an actor died: {' '.join(str(error).split())[:300]}") from error
+        return answers
+
+    def close(self) -> None:
+        """Stop the actors, give their place back, leave (or end) Ray."""
+        if not self._connected:
+            return
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self._actors:
+            ray.kill(actor)
+        for group in self._groups:
+            remove_placement_group(group)
+        self._actors, self._groups = [], []
+        ray.shutdown()
+        self._connected = False
+
+    def _check_room(self, stages: Sequence[ActorRequest]) -> None:
+        """Refuse at once what no state of the cluster could place."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for key in ("CPU", "GPU"):
+            needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
+            widest = max(stage.bundle.get(key, 0.0) for stage in stages)
+            total, largest = sum(n.get(key, 0.0) for n in nodes), max((n.get(key, 0.0) for n in nodes), default=0.0)
+            if needed > total + 1e-6 or widest > largest + 1e-6:
+                raise PlacementError(self._no_room(stages))
+
+    @staticmethod
+    def _no_room(stages: Sequence[ActorRequest]) -> str:
+        import ray
+
+        free = ray.available_resources()
+        parts = []
+        for key in ("CPU", "GPU"):
+            needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
+            if needed:
+                total = sum(n["Resources"].get(key, 0.0) for n in ray.nodes() if n["Alive"])
+                parts.append(f"{needed:g} {key} needed, {free.get(key, 0.0):g} of {total:g} free")
+        actors = sum(stage.shards for stage in stages)
+        return (
+            f"cluster: {actors} actors in {len(stages)} stages (each on one node) do not fit: {'; '.join(parts)}: "
+            "lower cluster.cpus_per_actor, pipeline_parallel_size or expert_parallel_size, or add nodes"
+        )
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where Ray itself would retry for minutes."""
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise PlacementError(f"cluster.address: {address}: Ray cannot be reached: {error.strerror or error}") from error

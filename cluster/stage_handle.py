@@ -1,0 +1,114 @@
+"""The engine's end of a shard: a small protocol, and its implementation over gRPC."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import grpc
+
+from protos import codec
+from protos import stage_pb2 as pb
+from protos import stage_pb2_grpc as rpc
+from protos.channel import open_channel, token_metadata
+from protos.messages import LoadProgress, ShardSpec, StepPlan, StepResult
+
+
+class StageError(RuntimeError):
+    """A shard could not be loaded, started or reached."""
+
+
+class StageHandle(Protocol):
+    """One shard. Results and losses arrive on another thread than the caller's."""
+
+    shard: ShardSpec
+
+    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+        """Begin a run: plans may be sent. `on_lost` is called at most once, when the shard can no longer answer."""
+
+    def send(self, plan: StepPlan) -> None:
+        """Queue a plan; never waits for the step."""
+
+    def close(self) -> None:
+        """End the run; may be called twice."""
+
+
+class GrpcStageHandle:
+    """A shard in another process."""
+
+    def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
+        self.shard = shard
+        self.name = f"stage {shard.stage} shard {shard.rank}"
+        self._channel = open_channel(address)
+        self._stub = rpc.StageStub(self._channel)
+        self._metadata = token_metadata(token)
+        self._plans: queue.SimpleQueue[pb.StepPlan | None] = queue.SimpleQueue()
+        self._results: threading.Thread | None = None
+        self._closing = False
+
+    def load(self, request: pb.LoadRequest, timeout_s: float) -> Iterator[LoadProgress]:
+        """Load weights; yields progress and ends with a message that is `ready`.
+
+        Raises:
+            StageError: the shard refused, failed or vanished.
+        """
+        try:
+            for message in self._stub.Load(request, metadata=self._metadata, timeout=timeout_s):
+                progress = codec.progress_from_pb(message)
+                if progress.error:
+                    raise StageError(f"{self.name}: {progress.error}")
+                yield progress
+        except grpc.RpcError as error:
+            raise StageError(f"{self.name} while loading: {_details(error)}") from error
+
+    def start(self, num_blocks: int, page_size: int, downstream: str, timeout_s: float) -> None:
+        """Allocate KV and connect to the next stage. Raises StageError."""
+        request = pb.StartRequest(num_blocks=num_blocks, page_size=page_size, downstream=downstream)
+        try:
+            self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise StageError(f"{self.name} while starting: {_details(error)}") from error
+
+    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
+        """State, counters and memory of the process. Raises StageError."""
+        try:
+            reply: pb.ProbeReply = self._stub.Probe(pb.ProbeRequest(), metadata=self._metadata, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise StageError(f"{self.name}: {_details(error)}") from error
+        return reply
+
+    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+        results = self._stub.Run(iter(self._plans.get, None), metadata=self._metadata)
+
+        def read() -> None:
+            try:
+                for message in results:
+                    on_result(codec.result_from_pb(message))
+            except grpc.RpcError as error:
+                if not self._closing:
+                    on_lost(f"{self.name} is gone: {_details(error)}")
+                return
+            if not self._closing:
+                on_lost(f"{self.name} ended the run")
+
+        self._results = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
+        self._results.start()
+
+    def send(self, plan: StepPlan) -> None:
+        self._plans.put(codec.plan_to_pb(plan, with_tokens=self.shard.is_first))
+
+    def close(self) -> None:
+        self._closing = True
+        self._plans.put(None)
+        if self._results is not None:
+            self._results.join(timeout=5.0)
+            self._results = None
+        self._channel.close()
+
+
+def _details(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.Call):
+        return f"{error.details()} ({error.code().name})"
+    return str(error)

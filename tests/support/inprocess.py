@@ -1,0 +1,119 @@
+"""A whole pipeline in one process: real runners, real gloo groups, threads instead of processes, queues instead of gRPC."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cluster.block_pool import BlockPool
+from cluster.engine import Engine
+from cluster.generation import Generation, GenerationSpec
+from cluster.scheduler import Scheduler
+from cluster.topology import plan_shards
+from protos.messages import ShardSpec, StepPlan, StepResult
+from protos.model_config import load_model_spec
+from protos.model_spec import ModelSpec
+from workers.kv_cache import PagedKV
+from workers.model.weights import load_shard
+from workers.model_runner import ModelRunner
+from workers.transport.collectives import join_group
+from workers.transport.links import InProcessSender, Inbox
+
+
+class InProcessShard:
+    """A `StageHandle` whose shard is a thread of this process."""
+
+    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: InProcessSender | None) -> None:
+        self.shard: ShardSpec = runner.shard
+        self.runner = runner
+        self.logits: dict[int, torch.Tensor] = {}  # step -> logits of its samples, when kept
+        self.keep_logits = False
+        self._inbox = inbox
+        self._sender = sender
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+        self.runner.reset()
+        self._thread = threading.Thread(target=self._run, args=(on_result,), daemon=True)
+        self._thread.start()
+
+    def send(self, plan: StepPlan) -> None:
+        self._plans.put(plan)
+
+    def close(self) -> None:
+        self._plans.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+            assert not self._thread.is_alive(), "a shard did not stop"
+            self._thread = None
+
+    def _run(self, on_result: Callable[[StepResult], None]) -> None:
+        while (plan := self._plans.get()) is not None:
+            error, samples = "", ()
+            try:
+                hidden = self._inbox.take(plan.step, 60.0) if self._inbox else None
+                out = self.runner.execute(plan, hidden, keep_logits=self.keep_logits)
+                if out.hidden is not None and self._sender is not None:
+                    self._sender.send(plan.epoch, plan.step, out.hidden)
+                if out.logits is not None:
+                    self.logits[plan.step] = out.logits
+                samples = out.samples
+            except Exception as problem:  # noqa: BLE001 - reported like a stage does
+                error = str(problem) or repr(problem)
+            on_result(StepResult(plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, samples, error))
+
+
+class Pipeline:
+    """Stages, scheduler and engine over a checkpoint directory."""
+
+    def __init__(
+        self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, blocks: int = 64, page: int = 16,
+        seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self.spec = spec or load_model_spec(model_dir)
+        shards = plan_shards(self.spec, stages, ranks)
+        stores = [dist.HashStore() for _ in range(stages)]
+        inboxes = {(s.stage, s.rank): Inbox(1) for s in shards if not s.is_first}
+        built: dict[tuple[int, int], InProcessShard] = {}
+
+        def build(shard: ShardSpec) -> None:
+            weights = load_shard(model_dir, self.spec, shard, dtype, torch.device("cpu"), None)
+            kv = PagedKV(shard.layers.size, shard.kv_heads.size, self.spec.head_dim, blocks, page, dtype)
+            group = join_group(stores[shard.stage], shard.rank, ranks, torch.device("cpu"), 60.0)
+            runner = ModelRunner(self.spec, shard, weights, kv, group)
+            after = inboxes.get((shard.stage + 1, shard.rank))
+            sender = InProcessSender(after) if after else None
+            built[shard.stage, shard.rank] = InProcessShard(runner, inboxes.get((shard.stage, shard.rank)), sender)
+
+        threads = [threading.Thread(target=build, args=(shard,)) for shard in shards]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.shards = [built[s.stage, s.rank] for s in shards]
+        self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs)
+        self.engine = Engine(self.scheduler, self.shards, None, eos)
+
+    def __enter__(self) -> Pipeline:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    @property
+    def last(self) -> InProcessShard:
+        return next(s for s in self.shards if s.shard.is_last and s.shard.rank == 0)
+
+    def generate(self, *specs: GenerationSpec, timeout_s: float = 120.0) -> list[Generation]:
+        """Run prompts together; checks the block pool afterwards."""
+        tickets = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
+        results = [ticket.wait(timeout_s) for ticket in tickets]
+        self.engine.check_integrity()
+        return results
