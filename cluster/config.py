@@ -60,8 +60,7 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
         reading.fail(
             ("model", "max_model_len"),
             f"must be between 1 and {spec.max_context} ({format_count(spec.max_context)}), which the positions cover; "
-            "three ways out: YaRN (model.rope_scaling), dual chunk attention (a config.json with "
-            "dual_chunk_attention_config), or a shorter document",
+            "ways out: YaRN (model.rope_scaling with a larger factor), or a shorter document",
         )
     return Deployment(config, spec, shards, wanted or spec.max_context)
 
