@@ -184,7 +184,8 @@ def _refuse_foreign(model_dir: Path, headers: dict[str, _Header], claimed: set[s
 
 
 def _error(model_dir: Path, file: str, name: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"{model_dir / file}: {name}: {problem}")
+    shown = name if name.isprintable() else ascii(name)  # names of foreign tensors are input
+    return CheckpointError(f"{model_dir / file}: {shown}: {problem}")
 
 
 def _read_headers(model_dir: Path) -> dict[str, _Header]:
@@ -230,7 +231,7 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain:
-            raise CheckpointError(f"{path}: weight_map: {name}: {file!r}: must be a .safetensors file of this folder")
+            raise CheckpointError(f"{path}: weight_map: {name!r}: {file!r}: must be a .safetensors file of this folder")
     return weight_map
 
 

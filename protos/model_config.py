@@ -108,8 +108,9 @@ class _Fields:
         self.values = values
 
     def error(self, key: str, value: object, requirement: str) -> ModelConfigError:
-        shown = repr(value)
+        shown = ascii(value)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        key = key if key.isprintable() else ascii(key)
         return ModelConfigError(f"{self.source}: {key}: {shown}: {requirement}")
 
     def missing(self, key: str, requirement: str) -> ModelConfigError:

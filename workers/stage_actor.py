@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from protos.node_check import NodeCheck, interface_address
 from workers.stage_server import StageAddress, StageProcessSpec, StageServer, limit_threads
 
 
@@ -13,11 +14,22 @@ class StageActor:
     def __init__(self) -> None:
         self._server: StageServer | None = None
 
-    def open(self, spec: StageProcessSpec) -> StageAddress:
-        """Listen; torch is not imported yet, so thread counts can still be set."""
+    def open(self, spec: StageProcessSpec, check: NodeCheck) -> StageAddress:
+        """Check this node and listen; torch is not imported yet, so thread counts can still be set.
+
+        Raises:
+            NodeError: this node differs from the head.
+        """
+        import ray
+
+        check.run()
         limit_threads(spec.threads)
+        bind = ""
+        if spec.listen_tcp:
+            named = spec.network_interface
+            bind = interface_address(named) if named else ray.util.get_node_ip_address()
         self._server = StageServer(spec, on_orphan=lambda: os._exit(3))
-        return self._server.start()
+        return self._server.start(str(ray.get_runtime_context().get_node_id()), bind)
 
     def close(self) -> None:
         """Free the model; may be called twice."""

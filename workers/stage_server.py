@@ -39,7 +39,8 @@ class StageProcessSpec:
 
     token: str
     socket: str  # path of the Unix socket other processes of the node use
-    bind: str = ""  # ip for a TCP port as well, when stages live on several nodes
+    listen_tcp: bool = False  # also on a TCP port, when stages live on several nodes
+    network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
     threads: int = 1
     step_timeout_s: float = 300.0
     orphan_timeout_s: float = 60.0
@@ -51,7 +52,7 @@ class StageAddress:
 
     unix: str
     tcp: str
-    hostname: str
+    node: str  # Ray's id of the machine; equal ids share Unix sockets
     pid: int
 
 
@@ -72,8 +73,13 @@ class StageServer:
         self._servicer = _StageServicer(spec, on_orphan)
         self._server: grpc.Server | None = None
 
-    def start(self) -> StageAddress:
-        """Open the socket (and port) and answer; raises RuntimeError when an address cannot be bound."""
+    def start(self, node: str = "", bind: str = "") -> StageAddress:
+        """Open the socket, with `bind` (an IP address) a TCP port too, and answer.
+
+        Raises:
+            RuntimeError: an address cannot be bound.
+        """
+        Path(self._spec.socket).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         server = grpc.server(
             futures.ThreadPoolExecutor(_RPC_THREADS, thread_name_prefix="rpc"),
             interceptors=[TokenInterceptor(self._spec.token)],
@@ -83,11 +89,11 @@ class StageServer:
         unix = f"unix:{self._spec.socket}"
         server.add_insecure_port(unix)
         tcp = ""
-        if self._spec.bind:
-            tcp = f"{self._spec.bind}:{server.add_insecure_port(f'{self._spec.bind}:0')}"
+        if bind:
+            tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}"
         server.start()
         self._server = server
-        return StageAddress(unix, tcp, os.uname().nodename, os.getpid())
+        return StageAddress(unix, tcp, node, os.getpid())
 
     def wait(self) -> None:
         """Block until `close`."""
