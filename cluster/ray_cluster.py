@@ -116,6 +116,20 @@ class RayCluster:
             raise PlacementError(f"an actor died: {' '.join(str(error).split())[:300]}") from error
         return answers
 
+    @staticmethod
+    def node_id() -> str:
+        """Ray's name for the node this process runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    @staticmethod
+    def num_cores() -> int:
+        """CPUs of the smallest node, at least 1; what unset thread counts are divided from."""
+        import ray
+
+        return max(1, min(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]))
+
     def close(self) -> None:
         """Stop the actors, give their place back, leave (or end) Ray."""
         if not self._connected:

@@ -1,0 +1,87 @@
+"""Checks made before anything is started: everything that can be refused in seconds is refused here.
+
+Legend: "head" is this process, a "node" is a machine that will hold stages.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from cluster.config import Deployment
+from cluster.topology import kv_bytes_per_token
+from cluster.units import format_bytes
+from protos.checkpoint import Checkpoint
+from protos.messages import LoadProgress
+from protos.node_check import check_writable
+
+_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+class PreflightError(RuntimeError):
+    """The deployment cannot start here; one line with the way out."""
+
+
+def compute_dtype(deployment: Deployment) -> str:
+    """The type of weights and KV: as configured; `auto` keeps float32 and computes 16-bit checkpoints in bfloat16."""
+    wanted = deployment.config.model.dtype
+    if wanted != "auto":
+        return wanted
+    return "float32" if deployment.spec.dtype == "float32" else "bfloat16"
+
+
+def check_head(deployment: Deployment) -> str:
+    """Checkpoint, data directory and port, as seen from the head; returns the checkpoint's fingerprint
+    (empty with dummy weights).
+
+    Raises:
+        PreflightError, NodeError, or CheckpointError naming file and tensor.
+    """
+    config = deployment.config
+    check_port(config.server.host, config.server.port)
+    check_writable(config.data_dir)
+    if config.model.load_format == "dummy":
+        return ""
+    return Checkpoint.open(config.model.path, deployment.spec).fingerprint()
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port another process holds; port 0 opens no door."""
+    if not port:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PreflightError(
+                f"server.port: {port}: cannot be bound on {host} ({error.strerror}): choose a free port, or 0 for none"
+            ) from error
+
+
+def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_node: int) -> int:
+    """KV blocks every shard allocates: what the tightest shard affords, at most what all sequences can use.
+
+    Raises:
+        PreflightError: one context of max_model_len would not fit.
+    """
+    config, spec = deployment.config, deployment.spec
+    page, value_bytes = config.kv_cache.page_size, _DTYPE_BYTES[compute_dtype(deployment)]
+    affordable = []
+    for shard, progress in zip(deployment.shards, loaded, strict=True):
+        budget = config.kv_cache.bytes
+        if budget is None:
+            assert config.kv_cache.fraction is not None
+            sharers = 1 if config.cluster.device == "cuda" else shards_per_node
+            budget = int(progress.available_bytes * config.kv_cache.fraction) // sharers
+        affordable.append(budget // (kv_bytes_per_token(spec, shard, value_bytes) * page))
+    longest = -(-deployment.max_model_len // page)
+    blocks = min(affordable)
+    if blocks < longest:
+        widest = max(kv_bytes_per_token(spec, shard, value_bytes) for shard in deployment.shards)
+        raise PreflightError(
+            f"kv_cache: room for {blocks * page} tokens an actor, model.max_model_len is {deployment.max_model_len}: "
+            f"give kv_cache.bytes at least {format_bytes(longest * page * widest)}, or lower max_model_len"
+        )
+    return min(blocks, longest * config.prefill.max_num_seqs)
+
