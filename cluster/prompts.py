@@ -46,7 +46,7 @@ def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) ->
     """
     if not data:
         raise PromptError("document: 0 bytes: must have at least one character")
-    _check_bound(len(data), tokenizer, max_model_len)
+    check_bound(len(data), tokenizer, max_model_len)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -135,7 +135,7 @@ def build_document_prompts(
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")
     _check_template(template)
-    _check_bound(len(document), tokenizer, max_model_len)  # characters: never more than bytes
+    check_bound(len(document), tokenizer, max_model_len)  # characters: never more than bytes
     mark_document, mark_question = (f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question"))
     head: str | None = None
     prefix: list[int] = []
@@ -223,7 +223,7 @@ def _check_template(template: str) -> None:
         )
 
 
-def _check_bound(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> None:
+def check_bound(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> None:
     fewest = tokenizer.min_tokens(num_bytes)
     if fewest >= max_model_len:
         most = (max_model_len - 1) * tokenizer.longest_token_bytes

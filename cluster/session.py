@@ -91,6 +91,19 @@ class Session:
             raise RuntimeError("the cluster is not running: call start() first")
         return self._engine
 
+    def document_prompts(self, document: str, questions: Sequence[str], ask: Ask) -> list[list[int]]:
+        """Prompts that share the document as their common beginning; the cluster need not run yet.
+
+        Raises:
+            PromptError: an empty document or question, or one that does not fit.
+        """
+        prompts = build_document_prompts(
+            self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
+            enable_thinking=ask.enable_thinking, max_model_len=self.deployment.max_model_len,
+        )  # fmt: skip
+        self.check_prompts(prompts, ask)
+        return prompts
+
     def ask_document(
         self, document: str, questions: Sequence[str], ask: Ask, on_event: Callable[[int, Event], None] | None = None
     ) -> list[Generation]:
@@ -102,12 +115,17 @@ class Session:
         Raises:
             PromptError, DoesNotFit: before anything is computed. EngineError: the cluster failed.
         """
-        prompts = build_document_prompts(
-            self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
-            enable_thinking=ask.enable_thinking, max_model_len=self.deployment.max_model_len,
-        )  # fmt: skip
+        prompts = self.document_prompts(document, questions, ask)
         opened = opens_thinking(self.tokenizer, ask.enable_thinking)
         return self.generate(prompts, ask, on_event, reasoning_opened=opened)
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], ask: Ask) -> None:
+        """Refuse prompts this model cannot take (ValueError); the cluster need not run yet."""
+        for prompt in prompts:
+            if not len(prompt):
+                raise ValueError("prompt: 0 tokens: must have at least one")
+            check_length(len(prompt), ask.max_tokens, self.deployment.max_model_len)
+            check_ids(prompt, self.deployment.spec.vocab_size)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, Event], None] | None = None,
@@ -121,10 +139,9 @@ class Session:
         reasoning_opened: bool = False,
     ) -> list[Ticket]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_document`."""
+        self.check_prompts(prompts, ask)
         items = []
         for index, prompt in enumerate(prompts):
-            check_length(len(prompt), ask.max_tokens, self.deployment.max_model_len)
-            check_ids(prompt, self.deployment.spec.vocab_size)
             spec = GenerationSpec(
                 prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, reasoning_opened
             )

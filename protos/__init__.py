@@ -1,0 +1,1 @@
+"""The contract between the planes: messages, protobuf, and what both must know of a checkpoint."""

@@ -1,0 +1,1 @@
+"""The data plane: tensors. Never imports the control plane."""

@@ -1,0 +1,232 @@
+"""The command line. Commands import what they need when they run, so that `--help` is instant.
+
+Exit codes: 0 done; 1 a wrong answer or a failed check; 2 input that cannot be used (nothing was started); 3 the cluster
+could not start or failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class Count(click.ParamType):
+    """A human integer such as 32k or 1M."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from cluster.units import UnitError, parse_count
+
+        try:
+            return parse_count(value)
+        except UnitError as error:
+            self.fail(str(error), param, ctx)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what users can cause into one line on stderr and an exit code; our own bugs keep their traceback."""
+    from cluster.engine import EngineError
+    from cluster.ray_cluster import PlacementError
+    from cluster.stage_handle import StageError
+    from protos.node_check import NodeError
+
+    try:
+        yield
+    except (PlacementError, StageError, EngineError, NodeError) as error:
+        _fail(error, EXIT_CLUSTER)
+    except ValueError as error:  # every error about input is one: configuration, checkpoint, document, options
+        _fail(error, EXIT_INPUT)
+    except KeyboardInterrupt:
+        click.echo("longreach: interrupted; the cluster was stopped", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _fail(error: Exception, code: int) -> None:
+    click.echo(f"longreach: error: {' '.join(str(error).split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="longreach", prog_name="longreach")
+def main() -> None:
+    """Answers questions about very long documents with a cluster of stages and shards.
+
+    \b
+    Try it:            longreach demo
+    Check the machine: longreach doctor
+    Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
+    """
+
+
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--max-tokens", type=Count(), default="256", show_default=True, help="Most tokens of an answer."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens (0: all)."),
+        click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens up to this mass."),
+        click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same samples."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text (repeatable)."),
+        click.option("--stop-token-id", type=int, multiple=True, help="End the answer at this id (repeatable)."),
+        click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's end token."),
+        click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities of the K best tokens."),
+        click.option("--thinking/--no-thinking", default=None, help="enable_thinking for the chat template."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), help="A UTF-8 text; it comes first in the prompt.")
+@click.option("--question", multiple=True, help="A question about the document (repeatable: they share its prefill).")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A raw prompt, tokenised as it is.")
+@click.option("--token-ids", type=click.Path(path_type=Path), help="A JSON file with a list of token ids.")
+@_sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def run(
+    config: Path, document: Path | None, question: tuple[str, ...], prompt_file: Path | None, token_ids: Path | None,
+    as_json: bool, **sampling: Any,
+) -> None:  # fmt: skip
+    """Start the cluster of CONFIG, answer, stop it.
+
+    Input is one of: a document with one or more questions, a raw prompt, or token ids.
+
+    \b
+    longreach run configs/demo.yaml --document report.txt --question "What was decided?" --question "By whom?"
+    longreach run configs/single.yaml --token-ids ids.json --max-tokens 64 --logprobs 5 --json
+    """
+    from cluster.run import RunInput, run_once
+
+    with one_line_errors():
+        given = RunInput(document, question, prompt_file, token_ids)
+        report = run_once(config, given, _ask(sampling), _display(as_json))
+        if as_json:
+            click.echo(json.dumps(report, ensure_ascii=False))
+            return
+        for result in report["results"]:
+            if result["question"] is not None:
+                click.secho(result["question"], bold=True)
+            if result["reasoning"]:
+                click.secho(result["reasoning"], dim=True)
+            click.echo(result["text"].strip())
+        click.echo(_summary(report), err=True)
+
+
+def _ask(options: dict[str, Any]) -> Any:
+    from cluster.session import Ask
+    from protos.messages import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
+    return Ask(
+        max_tokens=options["max_tokens"],
+        sampling=SamplingParams(**{name: options[name] for name in names}),
+        stop=options["stop"],
+        stop_token_ids=options["stop_token_id"],
+        ignore_eos=options["ignore_eos"],
+        enable_thinking=options["thinking"],
+    )
+
+
+def _display(quiet: bool) -> Any:
+    from rich.console import Console
+
+    from cluster.display import Display
+
+    return Display(Console(stderr=True), quiet=quiet)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    first = report["results"][0]
+    rate = first["prefill"]["tokens_per_s"]
+    cached = sum(result["usage"]["cached_tokens"] for result in report["results"])
+    speed = "" if rate is None else f" at {rate:,.0f}/s"
+    return (
+        f"{first['usage']['prompt_tokens']:,} prompt tokens read{speed}, {cached:,} from cache; first token after "
+        f"{first['timings']['ttft_s']:.1f} s; cluster ready in {report['timings']['ready_s']:.1f} s"
+    )
+
+
+@main.command()
+@click.option("--tokens", type=Count(), default="32k", show_default=True, help="Length of the document, 1k to 1M.")
+@click.option("--needles", type=click.IntRange(1, 100), default=8, show_default=True, help="Facts hidden in the book.")
+@click.option(
+    "--positions", type=click.Choice(["yarn", "plain"]), default="yarn", show_default=True,
+    help="yarn stretches the trained window of 4,096 tokens; plain does not, and fails beyond it.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Which facts, and where.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def demo(tokens: int, needles: int, positions: str, seed: int, as_json: bool) -> None:
+    """Hide facts in a book, start a 2 x 2 cluster on this machine, and ask for them.
+
+    Uses the small trained checkpoint that comes with the package. Exit code 1 when an answer is wrong.
+    """
+    from cluster.demo import DemoOptions, run_demo
+
+    with one_line_errors():
+        display = _display(as_json)
+        with display:
+            result = run_demo(DemoOptions(tokens, needles, positions, seed), display)
+        report = result.to_json()
+        if as_json:
+            click.echo(json.dumps(report, ensure_ascii=False))
+        else:
+            _print_demo(report)
+        if report["right"] < report["total"]:
+            sys.exit(EXIT_WRONG)
+
+
+def _print_demo(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("depth", "question", "truth", "answer", "", box=None, pad_edge=False, header_style="bold")
+    for row in report["questions"]:
+        mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
+        truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))
+        table.add_row(f"{row['depth']:.0%}", row["question"], truth, answer, mark)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{report['right']} of {report['total']} right in a document of {report['tokens']:,} tokens "
+        f"({report['positions']} positions); first token after {report['ttft_s']:.1f} s, "
+        f"prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, decode {report['decode_tokens_per_s']:,.0f} tokens/s",
+        highlight=False,
+    )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, what will be slow, and why.
+
+    Exit code 1 when something is missing without which nothing runs.
+    """
+    from rich.console import Console
+
+    from cluster.doctor import diagnose, render
+
+    with Console(stderr=True).status("checking this machine"):
+        report = diagnose()
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        render(report, Console())
+    if not report.ok:
+        sys.exit(EXIT_WRONG)
+
+
+if __name__ == "__main__":
+    main()

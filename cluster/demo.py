@@ -1,0 +1,115 @@
+"""The demonstration: needles in a book, found by a real cluster. `longreach demo` is this module with a face."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.assets import configs_dir, needle_dir
+from cluster.config import Deployment, load_deployment
+from cluster.display import Display
+from cluster.generation import Generation
+from cluster.needles import Haystack, build_haystack, is_right
+from cluster.session import Ask, Session
+
+ANSWER_TOKENS = 20  # an answer has 15
+_ROOM = 256  # tokens kept for the question and the answer
+_TRAINED = 4096  # positions the checkpoint was trained on
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """`positions`: `yarn` stretches the trained window over the document, `plain` does not (and fails beyond 4K)."""
+
+    tokens: int = 32_000
+    needles: int = 8
+    positions: str = "yarn"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Answers beside the truth, and what the run cost. Seconds and tokens per second."""
+
+    haystack: Haystack
+    answers: tuple[Generation, ...]
+    options: DemoOptions
+    layout: tuple[int, int]
+    ready_s: float
+    total_s: float
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        return tuple(is_right(a.text, n) for a, n in zip(self.answers, self.haystack.needles, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain data; `answer` is what the model said, `truth` what is in the document."""
+        first = min(self.answers, key=lambda answer: answer.timings.ttft_s)
+        decoded = sum(len(answer.token_ids) - 1 for answer in self.answers)
+        decoding = max(a.timings.ttft_s + a.timings.decode_s for a in self.answers) - max(
+            a.timings.ttft_s for a in self.answers
+        )
+        return {
+            "questions": [
+                {
+                    "question": needle.question,
+                    "truth": needle.answer.strip(),
+                    "answer": answer.text.strip(),
+                    "right": right,
+                    "depth": round(needle.depth, 3),
+                }
+                for needle, answer, right in zip(self.haystack.needles, self.answers, self.right, strict=True)
+            ],
+            "right": sum(self.right),
+            "total": len(self.answers),
+            "tokens": self.haystack.num_tokens,
+            "positions": self.options.positions,
+            "stages": self.layout[0],
+            "shards_per_stage": self.layout[1],
+            "ready_s": round(self.ready_s, 2),
+            "ttft_s": round(first.timings.ttft_s, 3),
+            "prefill_tokens_per_s": round((first.prompt_tokens - first.cached_tokens) / first.timings.prefill_s, 1),
+            "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
+            "cached_tokens": sum(answer.cached_tokens for answer in self.answers),
+            "total_s": round(self.total_s, 2),
+        }
+
+
+def demo_deployment(options: DemoOptions) -> Deployment:
+    """`configs/demo.yaml`, stretched to the wanted length. Raises ConfigError."""
+    length = options.tokens + _ROOM
+    overrides: dict[str, object] = {"model.max_model_len": length}
+    scaling: Mapping[str, object]
+    if options.positions == "plain":
+        scaling = {"rope_type": "default"}
+        overrides["model.allow_beyond_positions"] = True
+    else:
+        factor = float(max(1, math.ceil(length / _TRAINED)))
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": _TRAINED}
+    overrides["model.rope_scaling"] = scaling
+    return load_deployment(configs_dir() / "demo.yaml", overrides)
+
+
+def run_demo(options: DemoOptions, display: Display) -> DemoResult:
+    """Start the cluster, hide needles, ask for all of them, stop the cluster.
+
+    Raises:
+        ConfigError, ValueError: options that cannot be. Whatever else starting and running a cluster raises.
+    """
+    began = time.monotonic()
+    deployment = demo_deployment(options)
+    session = Session(deployment, display.launch)
+    haystack = build_haystack(session.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
+    questions = [needle.question for needle in haystack.needles]
+    parallel = deployment.config.cluster
+    layout = (parallel.pipeline_parallel_size, parallel.expert_parallel_size)
+    with session:
+        ready = time.monotonic() - began
+        display.say(f"cluster ready in {ready:.1f} s: {layout[0]} stages x {layout[1]} shards")
+        answers = session.ask_document(
+            haystack.document, questions, Ask(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
+        )
+    return DemoResult(haystack, tuple(answers), options, layout, ready, time.monotonic() - began)
