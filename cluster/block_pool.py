@@ -7,12 +7,15 @@ are elsewhere: this is the only place that decides.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 _FREE, _OWNED, _CACHED = 0, 1, 2
+_FREE_RUN = re.compile(rb"\0+")  # blocks that are _FREE and lie together
 
 
 def page_hashes(token_ids: Sequence[int], page_size: int, root: bytes) -> list[bytes]:
@@ -64,13 +67,12 @@ class BlockPool:
             self._state[block] = _FREE
             self._num_free += 1
         taken: list[int] = []
-        size = count
+        runs = sorted((run.end() - run.start(), run.start()) for run in _FREE_RUN.finditer(self._state))
         while len(taken) < count:
-            size = min(size, count - len(taken))
-            at = self._state.find(bytes(size))
-            if at < 0:
-                size = max(1, size // 2)
-                continue
+            missing = count - len(taken)
+            best = bisect.bisect_left(runs, (missing, 0))  # the smallest run that holds the rest, or the largest
+            size, at = runs.pop(min(best, len(runs) - 1))
+            size = min(size, missing)
             self._state[at : at + size] = bytes([_OWNED]) * size
             taken.extend(range(at, at + size))
         for block in taken:

@@ -7,6 +7,7 @@ could not start or failed; 130 interrupted.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,13 +37,16 @@ class Count(click.ParamType):
 def one_line_errors() -> Iterator[None]:
     """Turn what users can cause into one line on stderr and an exit code; our own bugs keep their traceback."""
     from cluster.engine import EngineError
+    from cluster.preflight import PreflightError
     from cluster.ray_cluster import PlacementError
     from cluster.stage_handle import StageError
     from protos.node_check import NodeError
 
+    # a polite kill is an interrupt too: what was started gets stopped
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (PlacementError, StageError, EngineError, NodeError) as error:
+    except (PreflightError, PlacementError, StageError, EngineError, NodeError) as error:
         _fail(error, EXIT_CLUSTER)
     except ValueError as error:  # every error about input is one: configuration, checkpoint, document, options
         _fail(error, EXIT_INPUT)
@@ -192,17 +196,19 @@ def _print_demo(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("depth", "question", "truth", "answer", "", box=None, pad_edge=False, header_style="bold")
+    click.echo(f'Asked: "{report["questions"][0]["question"]}" and so on.\n')
+    table = Table("depth", "truth", "answer", "", box=None, pad_edge=False, header_style="bold")
     for row in report["questions"]:
         mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
         truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))
-        table.add_row(f"{row['depth']:.0%}", row["question"], truth, answer, mark)
+        table.add_row(f"{row['depth']:.0%}", truth, answer[:40], mark)
     console = Console()
     console.print(table)
     console.print(
-        f"{report['right']} of {report['total']} right in a document of {report['tokens']:,} tokens "
-        f"({report['positions']} positions); first token after {report['ttft_s']:.1f} s, "
-        f"prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, decode {report['decode_tokens_per_s']:,.0f} tokens/s",
+        f"\n{report['right']} of {report['total']} right in {report['tokens']:,} tokens, "
+        f"{report['positions']} positions; ready in {report['ready_s']:.1f} s\n"
+        f"time to first token {report['ttft_s']:.1f} s, prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, "
+        f"decode {report['decode_tokens_per_s']:,.0f} tokens/s",
         highlight=False,
     )
 

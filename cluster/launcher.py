@@ -49,6 +49,7 @@ class Launched:
     num_blocks: int
     fingerprint: str
     dtype: str
+    pids: tuple[int, ...]  # of the stage processes, each on its own node
 
 
 class Launcher:
@@ -99,7 +100,8 @@ class Launcher:
         self._on_status(LaunchStatus("connecting stages"))
         num_blocks = count_blocks(self._deployment, loaded, len(self._deployment.shards))
         self._connect(addresses, num_blocks)
-        return Launched(tuple(self._shards), num_blocks, fingerprint, compute_dtype(self._deployment))
+        pids = tuple(address.pid for address in addresses)
+        return Launched(tuple(self._shards), num_blocks, fingerprint, compute_dtype(self._deployment), pids)
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster

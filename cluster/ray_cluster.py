@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +71,15 @@ class RayCluster:
         if self.is_local:
             options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
             options |= {"num_cpus": os.cpu_count()}
+        on_terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self._address, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
     def place(self, actor_class: Callable[[], Any], stages: Sequence[ActorRequest]) -> list[list[Any]]:
         """Reserve one bundle a stage and start its actors; returns actor handles by stage and rank.

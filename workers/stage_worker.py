@@ -66,6 +66,8 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
+        if not self._shard.is_first:
+            self.inbox = Inbox(self.epoch)  # before anyone starts: the previous stage connects as soon as it has
         store = file_store(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
@@ -80,8 +82,6 @@ class StageWorker:
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, self._dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(page_size)
-        if not self._shard.is_first:
-            self.inbox = Inbox(self.epoch)
         if downstream:
             self._sender = GrpcSender(downstream, self._token)
 

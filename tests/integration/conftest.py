@@ -1,0 +1,87 @@
+"""Running the command line as a user does, and proving that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "LONGREACH_TEST_MARK"
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class CommandLine:
+    """Starts `longreach` with a mark in its environment, which every process it starts inherits."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "cluster.cli", *map(str, arguments)]
+        environment = os.environ | {MARK: self.mark}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def __call__(self, *arguments: str | Path, timeout_s: float = 240) -> Finished:
+        began = time.monotonic()
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=timeout_s)
+        return Finished(process.returncode, out, err, time.monotonic() - began)
+
+    def processes(self) -> list[psutil.Process]:
+        """Processes of this launch that still run."""
+        found = []
+        for process in psutil.process_iter(["pid"]):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def assert_nothing_left(self, within_s: float = 15.0) -> None:
+        _, alive = psutil.wait_procs(self.processes(), timeout=within_s)
+        assert not alive, [process.cmdline()[:3] for process in alive]
+
+
+@pytest.fixture
+def longreach() -> Iterator[CommandLine]:
+    line = CommandLine()
+    yield line
+    left = line.processes()
+    for process in left:
+        process.kill()
+    assert not left, "processes had to be killed after the test"
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Write a YAML over the needle checkpoint; `text` replaces the cluster part."""
+
+    def write(cluster: str = "", rest: str = "", model_path: Path | None = None) -> Path:
+        path = tmp_path / "config.yaml"
+        model = model_path or ROOT / "configs" / "needle"
+        path.write_text(
+            f"model:\n  path: {model}\ncluster:\n  address: local\n{cluster}\n"
+            f"kv_cache:\n  bytes: 64MiB\ndata_dir: {tmp_path / 'data'}\n{rest}\n"
+        )
+        return path
+
+    return write

@@ -1,0 +1,109 @@
+"""Rules of the structure: import directions, what a running head may load, file lengths, CLI verbs, generated code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from cluster.cli import main
+from cluster.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN = {
+    "cluster": {"torch", "workers", "transformers", "safetensors.torch", "tests"},
+    "workers": {"cluster", "tests", "transformers"},
+    "protos": {"torch", "cluster", "workers", "ray", "transformers", "tests"},
+}
+ALLOWED = {("cluster/launcher.py", "workers")}  # the bridge, imported inside functions
+VERBS = {"run", "doctor", "demo"}
+MAX_LINES = 350
+SOURCES = sorted(p for d in ("cluster", "workers", "protos", "tests") for p in (ROOT / d).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at module level) of every import; imports for type checkers do not count."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.append((node.module, id(node) in top))
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_one_way(package: str) -> None:
+    crossings = []
+    for path in (ROOT / package).rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        for module, at_top in imports(path):
+            hit = {module, module.split(".")[0]} & FORBIDDEN[package]
+            if hit and not ((name, module.split(".")[0]) in ALLOWED and not at_top):
+                crossings.append(f"{name} imports {module}")
+    assert not crossings
+
+
+def test_stage_actor_imports_torch_late() -> None:
+    code = "import sys; import workers.stage_actor, workers.stage_server; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
+
+
+def test_client_is_light() -> None:
+    code = "import sys; from cluster import Client; print([m for m in ('ray', 'torch', 'grpc') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+def test_every_head_module_loads_without_torch() -> None:
+    modules = [f"cluster.{p.stem}" for p in (ROOT / "cluster").glob("*.py") if p.stem != "__init__"]
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules!r}]; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+def test_every_config_loads(path: Path) -> None:
+    assert load_config(path).model.served_model_name
+
+
+def test_cli_verbs_are_frozen() -> None:
+    assert set(main.commands) == VERBS
+    for verb in main.commands.values():
+        assert verb.help, f"{verb.name} has no help"
+        for option in verb.params:
+            assert isinstance(option, click.Argument) or option.help, f"{verb.name} {option.name} has no help"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_are_short(path: Path) -> None:
+    if "_pb2" not in path.name:
+        assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_generated_code_is_current(tmp_path: Path) -> None:
+    pytest.importorskip("grpc_tools", reason="grpcio-tools comes with the test extra")
+    from protos.generate import generate
+
+    for fresh in generate(tmp_path):
+        current = (ROOT / "protos" / fresh.name).read_text()
+        assert fresh.read_text() == current, f"{fresh.name} is old: run python -m protos.generate"
+
+
+def test_no_pickle_on_our_wires() -> None:
+    for path in SOURCES:
+        if path.parent.name != "training":  # its state files stay on one machine
+            named = {module.split(".")[0] for module, _ in imports(path)}
+            assert not named & {"pickle", "cloudpickle", "dill"}, path
