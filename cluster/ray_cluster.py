@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MB; nothing of ours goes through it
+_CLOSE_TIMEOUT_S = 5.0  # an actor in the middle of a step is killed after this
 _LOCAL_ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -136,12 +137,15 @@ class RayCluster:
         return max(1, min(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]))
 
     def close(self) -> None:
-        """Stop the actors, give their place back, leave (or end) Ray."""
+        """Let the actors close, end them, give their place back, leave (or end) Ray."""
         if not self._connected:
             return
         import ray
         from ray.util.placement_group import remove_placement_group
 
+        closing = [actor.close.remote() for actor in self._actors]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
         for group in self._groups:

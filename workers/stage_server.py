@@ -8,6 +8,7 @@ ends by itself, so that no memory stays occupied behind a dead head.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import sys
@@ -106,7 +107,12 @@ class StageServer:
         if self._server is not None:
             self._server.stop(grace=1.0).wait()
             self._server = None
-        Path(self._spec.socket).unlink(missing_ok=True)
+        socket = Path(self._spec.socket)
+        socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the last shard of this node to close removes the folder
+            for store in socket.parent.glob("*.store"):
+                store.unlink(missing_ok=True)
+            socket.parent.rmdir()
 
 
 class _StageServicer(rpc.StageServicer):

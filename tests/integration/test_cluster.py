@@ -6,8 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import grpc
 import psutil
@@ -15,7 +14,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import load_deployment
-from cluster.engine import EngineError
 from cluster.needles import build_haystack, is_right
 from cluster.preflight import check_port
 from cluster.session import Ask, Session
@@ -134,16 +132,3 @@ def test_idle_cluster_is_quiet(session: Session) -> None:
         time.sleep(4.0)
         shares.append((sum(sum(p.cpu_times()[:2]) for p in ours) - before) / 4.0)
     assert min(shares) < 0.05, f"{min(shares):.1%} of a core"
-
-
-def test_killed_shard_fails_the_question_and_cleans_up(write_config: Callable[..., Path]) -> None:
-    deployment = load_deployment(write_config("  pipeline_parallel_size: 2\n  cpus_per_actor: 0.5"))
-    with Session(deployment) as running:
-        assert running.launched is not None
-        ids = [5 + i % 1000 for i in range(3500)]
-        tickets = running.submit([ids], Ask(max_tokens=500, ignore_eos=True))
-        psutil.Process(running.launched.pids[1]).kill()
-        with pytest.raises(EngineError, match="stage 1"):
-            tickets[0].wait(30)
-        with pytest.raises(EngineError):
-            running.submit([ids], Ask(max_tokens=1))
