@@ -1,12 +1,14 @@
 """The main loop: schedule, send, receive, commit. One thread; everything else talks to it through one queue.
 
 Failure contract: requests live in memory. When a shard is lost or a step fails, every unfinished request ends with the
-error, and the engine answers later submissions with it.
+error, and the engine answers later submissions with it. So does an error of the engine itself. A callback that raises
+is logged and not called again; its request goes on.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -22,6 +24,8 @@ from cluster.tokenizer import TextTokenizer
 from protos.messages import StepPlan, StepResult
 
 Event = Progress | TokenEvent | Generation
+_STOPPED = "the cluster was stopped"
+_log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
@@ -83,6 +87,8 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}
         self._sequences = itertools.count(1)
         self._error = ""
+        self._closed = False
+        self._accepting = threading.Lock()  # no submission comes after the end of the queue
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -94,11 +100,17 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is unfinished, end the run; may be called twice."""
-        if self._thread is not None:
-            self._inbox.put(lambda: self._fail("the cluster was stopped"))
+        with self._accepting:
+            first, self._closed = not self._closed, True
+        if first:
+            self._inbox.put(lambda: self._fail(_STOPPED))
             self._inbox.put(None)
+        if self._thread is not None:
             self._thread.join()
             self._thread = None
+        elif first:  # never started: what was submitted ends here
+            self._fail(_STOPPED)
+            self._loop()
         for handle in self._shards:
             handle.close()
 
@@ -116,9 +128,10 @@ class Engine:
         tickets = [self._ticket(spec, on_event) for spec, on_event in items]
         for ticket in tickets:
             self.scheduler.check_fits(ticket.request)
-        if self._error:
-            raise EngineError(self._error)
-        self._inbox.put(lambda: self._add(tickets))
+        with self._accepting:
+            if self._error or self._closed:
+                raise EngineError(self._error or _STOPPED)
+            self._inbox.put(lambda: self._add(tickets))
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
@@ -145,8 +158,12 @@ class Engine:
 
     def _loop(self) -> None:
         while (action := self._inbox.get()) is not None:
-            action()
-            self._fill_pipeline()
+            try:
+                action()
+                self._fill_pipeline()
+            except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
+                _log.exception("the engine failed")
+                self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _fill_pipeline(self) -> None:
         while not self._error and len(self._in_flight) < self._depth:
@@ -178,10 +195,10 @@ class Engine:
         sampled = {sample.sequence for sample in result.samples}
         for request in touched:
             ticket = self._tickets[request.sequence]
-            if request.sequence in sampled and request.samples:
+            if request.sequence in sampled and not request.cancelled:  # a cancelled request took no token
                 self._token(ticket)
             elif request.finish_reason is None:
-                ticket.on_event(self._progress(request))
+                _tell(ticket, self._progress(request))
             if request.finish_reason is not None:
                 self._finish(ticket)
 
@@ -189,14 +206,14 @@ class Engine:
         request = ticket.request
         if ticket.first_token is None:
             ticket.first_token = self._clock()
-            ticket.on_event(self._progress(request))
+            _tell(ticket, self._progress(request))
         text, stopped = ticket.text.push(request.output[-1])
         if stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
         elif request.finish_reason is not None:
             text += ticket.text.flush()
-        ticket.on_event(TokenEvent(request.samples[-1], text))
+        _tell(ticket, TokenEvent(request.samples[-1], text))
 
     def _progress(self, request: Request) -> Progress:
         processed = min(request.num_computed, request.num_prompt)
@@ -226,7 +243,7 @@ class Engine:
             ticket = self._tickets[part.sequence]
             if ticket.started is None:
                 ticket.started = self._clock()
-                ticket.on_event(self._progress(ticket.request))
+                _tell(ticket, self._progress(ticket.request))
 
     def _cancel(self, ticket: Ticket) -> None:
         if not ticket.done.is_set() and self.scheduler.stop(ticket.request, FinishReason.CANCELLED):
@@ -264,8 +281,8 @@ class Engine:
             ),
             error=error,
         )
+        _tell(ticket, ticket.result)
         ticket.done.set()
-        ticket.on_event(ticket.result)
 
     # --- other threads -----------------------------------------------------------------------------------------------
 
@@ -274,3 +291,16 @@ class Engine:
 
     def _on_lost(self, reason: str) -> None:
         self._inbox.put(lambda: self._fail(reason))
+
+
+def _tell(ticket: Ticket, event: Event) -> None:
+    """Call the submitter; one that raises hears nothing more."""
+    try:
+        ticket.on_event(event)
+    except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
+        _log.exception("request %d: its callback raised and is not called again", ticket.request.sequence)
+        ticket.on_event = _ignore
+
+
+def _ignore(_event: Event) -> None:
+    pass

@@ -72,13 +72,16 @@ class LatencyModel:
 def _non_negative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """Least squares with coefficients >= 0: solve, drop the most negative one, repeat (four unknowns at most)."""
     active: Sequence[int] = range(4)
-    ridge = _RIDGE * max(float(np.trace(gram)), 1e-12)
+    # Unit diagonal first: short decode steps weigh 1e6 times more than chunks, and the ridge must not hide the chunks.
+    size = np.sqrt(np.diag(gram))
+    size[size == 0] = 1.0
+    gram, moment = gram / np.outer(size, size), moment / size
     while active:
         index = np.array(active)
-        solution = np.linalg.solve(gram[np.ix_(index, index)] + ridge * np.eye(len(index)), moment[index])
+        solution = np.linalg.solve(gram[np.ix_(index, index)] + _RIDGE * np.eye(len(index)), moment[index])
         if (solution >= 0).all():
             out = np.zeros(4)
-            out[index] = solution
+            out[index] = solution / size[index]
             return out
         worst = int(index[solution.argmin()])
         active = [i for i in active if i != worst]

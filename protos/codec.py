@@ -31,9 +31,12 @@ def model_spec_to_json(spec: ModelSpec) -> str:
 def model_spec_from_json(text: str) -> ModelSpec:
     """Inverse of `model_spec_to_json`; raises ValueError or TypeError on anything else."""
     fields: dict[str, Any] = json.loads(text)
-    fields["rope"] = RopeSpec(**fields["rope"])
-    for key in ("eos_token_ids", "mlp_only_layers"):
-        fields[key] = tuple(fields[key])
+    try:
+        fields["rope"] = RopeSpec(**fields["rope"])
+        for key in ("eos_token_ids", "mlp_only_layers"):
+            fields[key] = tuple(fields[key])
+    except KeyError as error:
+        raise ValueError(f"model spec: key {error} is missing") from error
     return ModelSpec(**fields)
 
 

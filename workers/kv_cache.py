@@ -88,10 +88,17 @@ class PagedKV:
         return self._data[1, layer]
 
     def write(self, layer: int, runs: Sequence[SlotRun], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store `keys` and `values` `[T, K, D]` in the slots of `runs` (their lengths add up to `T`)."""
+        """Store `keys` and `values` `[T, K, D]` in the slots of `runs` (their lengths add up to `T`).
+
+        Raises:
+            PlanMismatch: a run lies outside the cache (slicing would cut it short without a word).
+        """
         k_cache, v_cache = self._data[0, layer], self._data[1, layer]
+        slots = k_cache.shape[1]
         row = 0
         for first, length in runs:
+            if first + length > slots:
+                raise PlanMismatch(f"slot {first + length - 1} of a plan lies outside the cache of {slots} slots")
             k_cache[:, first : first + length] = keys[row : row + length].transpose(0, 1)
             v_cache[:, first : first + length] = values[row : row + length].transpose(0, 1)
             row += length

@@ -17,7 +17,7 @@ from protos.messages import SampledToken, SampleSpec, SamplingParams, TokenLogpr
 def gumbel_noise(seed: int, token_index: int, size: int) -> torch.Tensor:
     """Standard Gumbel noise `[size]` in float64, fixed by seed and token index (Philox4x64, key = seed)."""
     bits = np.random.Philox(key=seed, counter=[0, 0, token_index, 0]).random_raw(size)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), never 0 or 1
+    uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, so in (0, 1), never 0 or 1
     return torch.from_numpy(-np.log(-np.log(uniform)))
 
 
@@ -26,7 +26,8 @@ def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
     Order as in vLLM and transformers: temperature, top-k, top-p, then min-p on what is left.
     """
-    scaled = logits.double() / params.temperature
+    wide = logits.double()
+    scaled = (wide - wide.max()) / params.temperature  # the best is 0, so no temperature makes it overflow
     if 0 < params.top_k < scaled.numel():
         threshold = scaled.topk(params.top_k).values[-1]
         scaled = scaled.masked_fill(scaled < threshold, -math.inf)

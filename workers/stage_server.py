@@ -240,9 +240,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
     parser.add_argument("--threads", type=int, default=1, help="compute threads (default 1)")
+    parser.add_argument(
+        "--orphan-timeout", type=float, default=60.0, help="seconds without an engine before it ends (default 60)"
+    )
     options = parser.parse_args()
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        parser.error(f"{TOKEN_VARIABLE}: not set: put the token of the launch into this environment variable")
     limit_threads(options.threads)
-    spec = StageProcessSpec(os.environ[TOKEN_VARIABLE], options.socket, threads=options.threads)
+    spec = StageProcessSpec(
+        token, options.socket, threads=options.threads, orphan_timeout_s=options.orphan_timeout
+    )
     server = StageServer(spec, on_orphan=lambda: os._exit(3))
     print(server.start().unix, flush=True)
     server.wait()

@@ -1,10 +1,11 @@
-"""A whole pipeline in one process: real runners, real gloo groups, threads instead of processes, queues instead of gRPC."""
+"""A whole pipeline in one process: real runners, real gloo groups, threads for processes, queues for gRPC."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,14 +16,14 @@ from cluster.engine import Engine
 from cluster.generation import Generation, GenerationSpec
 from cluster.scheduler import Scheduler
 from cluster.topology import plan_shards
-from protos.messages import ShardSpec, StepPlan, StepResult
+from protos.messages import SampledToken, ShardSpec, StepPlan, StepResult
 from protos.model_config import load_model_spec
 from protos.model_spec import ModelSpec
 from workers.kv_cache import PagedKV
 from workers.model.weights import load_shard
 from workers.model_runner import ModelRunner
-from workers.transport.collectives import join_group
-from workers.transport.links import InProcessSender, Inbox
+from workers.transport.collectives import Collectives, join_group
+from workers.transport.links import Inbox, InProcessSender
 
 
 class InProcessShard:
@@ -31,7 +32,9 @@ class InProcessShard:
     def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: InProcessSender | None) -> None:
         self.shard: ShardSpec = runner.shard
         self.runner = runner
+        self.plans: list[StepPlan] = []  # every step this shard has executed
         self.logits: dict[int, torch.Tensor] = {}  # step -> logits of its samples, when kept
+        self.rows: dict[tuple[int, int], torch.Tensor] = {}  # (sequence, token index) -> logits [V], when kept
         self.keep_logits = False
         self._inbox = inbox
         self._sender = sender
@@ -55,7 +58,8 @@ class InProcessShard:
 
     def _run(self, on_result: Callable[[StepResult], None]) -> None:
         while (plan := self._plans.get()) is not None:
-            error, samples = "", ()
+            error = ""
+            samples: tuple[SampledToken, ...] = ()
             try:
                 hidden = self._inbox.take(plan.step, 60.0) if self._inbox else None
                 out = self.runner.execute(plan, hidden, keep_logits=self.keep_logits)
@@ -63,7 +67,10 @@ class InProcessShard:
                     self._sender.send(plan.epoch, plan.step, out.hidden)
                 if out.logits is not None:
                     self.logits[plan.step] = out.logits
+                    wanted = ((part.sequence, part.sample.token_index) for part in plan.slices if part.sample)
+                    self.rows.update(zip(wanted, out.logits, strict=True))
                 samples = out.samples
+                self.plans.append(plan)
             except Exception as problem:  # noqa: BLE001 - reported like a stage does
                 error = str(problem) or repr(problem)
             on_result(StepResult(plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, samples, error))
@@ -80,23 +87,20 @@ class Pipeline:
         shards = plan_shards(self.spec, stages, ranks)
         stores = [dist.HashStore() for _ in range(stages)]
         inboxes = {(s.stage, s.rank): Inbox(1) for s in shards if not s.is_first}
-        built: dict[tuple[int, int], InProcessShard] = {}
+        self._groups: list[Collectives] = []
 
-        def build(shard: ShardSpec) -> None:
+        def build(shard: ShardSpec) -> InProcessShard:
             weights = load_shard(model_dir, self.spec, shard, dtype, torch.device("cpu"), None)
             kv = PagedKV(shard.layers.size, shard.kv_heads.size, self.spec.head_dim, blocks, page, dtype)
             group = join_group(stores[shard.stage], shard.rank, ranks, torch.device("cpu"), 60.0)
+            self._groups.append(group)
             runner = ModelRunner(self.spec, shard, weights, kv, group)
             after = inboxes.get((shard.stage + 1, shard.rank))
             sender = InProcessSender(after) if after else None
-            built[shard.stage, shard.rank] = InProcessShard(runner, inboxes.get((shard.stage, shard.rank)), sender)
+            return InProcessShard(runner, inboxes.get((shard.stage, shard.rank)), sender)
 
-        threads = [threading.Thread(target=build, args=(shard,)) for shard in shards]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.shards = [built[s.stage, s.rank] for s in shards]
+        with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
+            self.shards = list(threads.map(build, shards))
         self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs)
         self.engine = Engine(self.scheduler, self.shards, None, eos)
 
@@ -106,10 +110,26 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.engine.close()
+        for group in self._groups:
+            group.close()
 
     @property
     def last(self) -> InProcessShard:
         return next(s for s in self.shards if s.shard.is_last and s.shard.rank == 0)
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """The steps the last stage has executed, in order."""
+        return self.last.plans
+
+    def keep_logits(self) -> Pipeline:
+        """Remember the logits of every sample from now on; returns itself."""
+        self.last.keep_logits = True
+        return self
+
+    def logits(self, result: Generation) -> torch.Tensor:
+        """Float32 logits `[n, V]` that the tokens of `result` were chosen from; needs `keep_logits`."""
+        return torch.stack([self.last.rows[s.sequence, index] for index, s in enumerate(result.samples)])
 
     def generate(self, *specs: GenerationSpec, timeout_s: float = 120.0) -> list[Generation]:
         """Run prompts together; checks the block pool afterwards."""

@@ -15,6 +15,7 @@ import torch
 
 from workers.attention.plan import AttentionPlan, KeyRange
 from workers.kv_cache import BlockTable, SlotRun
+from workers.model.layers import row_blocks
 
 FRAGMENT_TOKENS = 4096  # most keys gathered at once when pages do not lie together
 MIN_VIEW_TOKENS = 1024  # runs at least this long are read in place; below, a copy costs less than a kernel call
@@ -35,15 +36,15 @@ def attend(
     Returns:
         `[T, H, D]` in the type of `q`.
     """
-    out = torch.empty_like(q)
+    tiles = []  # they cover the rows in order
     for tile in plan.tiles:
         rows = q[tile.start : tile.stop]
         partial = _Merger()
         for key_range in tile.keys:
             for k, v in _pieces(keys, values, table, key_range):
                 partial.add(*_flash(rows, k, v, key_range.causal, scale))
-        out[tile.start : tile.stop] = partial.result(q.dtype)
-    return out
+        tiles.append(partial.result(q.dtype))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
 def _pieces(
@@ -116,21 +117,29 @@ def _kernel(
 
 
 class _Merger:
-    """Joins partial attention results of the same rows over disjoint keys."""
+    """Joins partial attention results of the same rows over disjoint keys; only the last join rounds."""
 
     def __init__(self) -> None:
-        self._out: torch.Tensor | None = None
-        self._lse: torch.Tensor | None = None
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most two: output and log-sum-exp
 
     def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if self._out is None or self._lse is None:
-            self._out, self._lse = out, lse
-            return
-        total = torch.logaddexp(self._lse, lse)
-        before, now = torch.exp(self._lse - total)[..., None], torch.exp(lse - total)[..., None]
-        self._out = self._out.float() * before + out.float() * now
-        self._lse = total
+        if len(self._parts) == 2:
+            self._parts = [_join(self._parts[0], self._parts[1], torch.float32)]
+        self._parts.append((out, lse))
 
     def result(self, dtype: torch.dtype) -> torch.Tensor:
-        assert self._out is not None, "a query tile without keys"
-        return self._out.to(dtype)
+        assert self._parts, "a query tile without keys"
+        out = self._parts[0][0] if len(self._parts) == 1 else _join(self._parts[0], self._parts[1], dtype)[0]
+        return out.to(dtype)
+
+
+def _join(
+    old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weigh two results by their sums of exponentials, in float32 and in blocks of rows; may overwrite the old one."""
+    out, lse = old
+    share = torch.sigmoid(new[1] - lse)[..., None]  # of the new keys in the whole sum
+    joined = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    for rows in row_blocks(out):
+        joined[rows] = torch.lerp(out[rows].float(), new[0][rows].float(), share[rows])
+    return joined, torch.logaddexp(lse, new[1])

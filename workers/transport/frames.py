@@ -41,7 +41,7 @@ def split(tensor: torch.Tensor, epoch: int, step: int, max_payload: int = MAX_PA
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: {dtype}: links carry {', '.join(_DTYPES)}")
     shape = tuple(tensor.shape)
-    raw = memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
+    raw = memoryview(tensor.detach().cpu().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
     count = max(1, -(-len(raw) // max_payload))
     for index in range(count):
         payload = bytes(raw[index * max_payload : (index + 1) * max_payload])
@@ -90,6 +90,8 @@ class Assembler:
             raise FrameError(f"step {frame.step}: {self._filled} bytes where the shape needs {data.size}")
         self._first = self._data = None
         self._next = 0
+        if not data.size:  # torch cannot view an empty array as another type
+            return frame.step, torch.empty(frame.shape, dtype=_DTYPES[frame.dtype])
         return frame.step, torch.from_numpy(data).view(_DTYPES[frame.dtype]).view(frame.shape)
 
     def _begin(self, frame: Frame) -> None:
@@ -98,8 +100,11 @@ class Assembler:
         if frame.dtype not in _DTYPES:
             raise FrameError(f"step {frame.step}: unknown dtype {frame.dtype[:20]!r}")
         size = math.prod(frame.shape) * _DTYPES[frame.dtype].itemsize
-        if len(frame.shape) > 4 or size > MAX_TENSOR or frame.count > MAX_TENSOR // MAX_PAYLOAD + 1:
+        widest = max(frame.shape, default=0)  # beside a zero, a dimension of any size holds no bytes
+        if len(frame.shape) > 4 or max(size, widest) > MAX_TENSOR or frame.count > MAX_TENSOR // MAX_PAYLOAD + 1:
             raise FrameError(f"step {frame.step}: shape {list(frame.shape)[:8]} in {frame.count} frames is too large")
+        if not frame.count:
+            raise FrameError(f"step {frame.step}: a tensor in 0 frames: must be at least 1")
         self._first = frame
         self._data = np.empty(size, np.uint8)
         self._filled = 0

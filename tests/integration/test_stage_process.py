@@ -1,0 +1,269 @@
+"""Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from cluster.block_pool import BlockPool
+from cluster.engine import Engine, EngineError, Ticket
+from cluster.generation import GenerationSpec
+from cluster.scheduler import Scheduler
+from cluster.stage_handle import GrpcStageHandle, StageError
+from cluster.topology import plan_shards
+from protos import codec
+from protos import stage_pb2 as pb
+from protos import stage_pb2_grpc as rpc
+from protos.channel import open_channel, token_metadata
+from protos.messages import SamplingParams
+from protos.model_config import load_model_spec
+from tests.support.inprocess import Pipeline
+from workers.stage_server import TOKEN_VARIABLE
+from workers.transport.frames import split
+from workers.transport.links import frame_to_pb
+
+ROOT = Path(__file__).parents[2]
+NEEDLE = ROOT / "configs" / "needle"
+TOKEN = "0123456789abcdef"
+BLOCKS, PAGE, CHUNK = 64, 16, 128
+SPECS = [
+    GenerationSpec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
+    GenerationSpec([11, 12, 13], 5, SamplingParams(temperature=1.0, top_p=0.9, seed=5), ignore_eos=True),
+    GenerationSpec([(3 * i) % 4000 + 5 for i in range(PAGE)], 4, SamplingParams(repetition_penalty=1.3, logprobs=2)),
+]
+
+
+class Stages:
+    """The processes of a pipeline, their handles, and whatever else must be closed at the end of a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
+        self.handles: list[GrpcStageHandle] = []
+        self.engine: Engine | None = None
+
+    def spawn(self, *options: str, count: int = 2) -> None:
+        shards = plan_shards(load_model_spec(NEEDLE), count, 1)
+        environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
+        for shard in shards:
+            command = [sys.executable, "-m", "workers.stage_server", "--socket", str(self.socket(shard.stage))]
+            self.processes.append(
+                subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+            )
+        for shard, process in zip(shards, self.processes, strict=True):
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address == f"unix:{self.socket(shard.stage)}"
+            self.handles.append(GrpcStageHandle(shard, address, TOKEN))
+
+    def socket(self, stage: int) -> Path:
+        return self.folder / f"s{stage}.sock"
+
+    def load(self) -> None:
+        spec = codec.model_spec_to_json(load_model_spec(NEEDLE))
+        for handle in self.handles:
+            request = pb.LoadRequest(
+                epoch=1, model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
+                dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
+                store_path=str(self.folder / f"{handle.shard.stage}.store"),
+            )  # fmt: skip
+            updates = list(handle.load(request, 60))
+            assert updates[-1].ready
+            assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
+
+    def start(self, *, first_to_last: bool = False) -> None:
+        order = self.handles if first_to_last else reversed(self.handles)
+        for handle in order:
+            last = handle.shard.is_last
+            handle.start(BLOCKS, PAGE, "" if last else f"unix:{self.socket(handle.shard.stage + 1)}", 60)
+
+    def run_engine(self) -> Engine:
+        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8)
+        self.engine = Engine(scheduler, self.handles, None, (0,))
+        self.engine.start()
+        return self.engine
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        for handle in self.handles:
+            handle.close()
+        for process in self.processes:
+            process.kill()
+            process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def stages() -> Iterator[Stages]:
+    with tempfile.TemporaryDirectory(prefix="lr") as folder:  # short: a Unix socket's path has at most 107 bytes
+        made = Stages(Path(folder))
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture
+def running(stages: Stages) -> Stages:
+    stages.spawn()
+    stages.load()
+    stages.start()
+    return stages
+
+
+def eventually(condition: Callable[[], bool], limit_s: float) -> None:
+    limit = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < limit, f"it did not happen within {limit_s} s"
+        time.sleep(0.02)
+
+
+def long_request(engine: Engine) -> Ticket:
+    """A request that goes on for many steps; returns when it has begun to answer."""
+    ticket = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
+    eventually(lambda: len(ticket.request.output) > 2, 30)
+    return ticket
+
+
+@pytest.mark.parametrize("first_to_last", [False, True])
+def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool):
+    stages.spawn()
+    stages.load()
+    if first_to_last:  # the first stage opens its link before the next stage has started
+        stages.start(first_to_last=True)
+    else:
+        stages.start()
+    engine = stages.run_engine()
+    tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
+    results = [ticket.wait(60) for ticket in tickets]
+    engine.check_integrity()
+    with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, blocks=BLOCKS, page=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
+        expected = pipeline.generate(*SPECS)
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert [result.finish_reason for result in results] == [result.finish_reason for result in expected]
+    for handle in stages.handles:
+        reply = handle.probe()
+        assert (reply.state, reply.error, reply.epoch) == ("running", "", 1)
+        assert reply.layers_done > reply.steps_done > 0
+        assert reply.resident_bytes > 1 << 20
+
+
+@pytest.mark.parametrize("method", ["Load", "Start", "Run", "Activations", "Probe"])
+@pytest.mark.parametrize(
+    "metadata", [[], token_metadata("wrong"), token_metadata(TOKEN[:-1])], ids=["no", "wrong", "cut"]
+)
+def test_every_method_needs_the_token(bare: Stages, method: str, metadata: list[tuple[str, str]]):
+    assert set(rpc.StageServicer.__dict__) >= {"Load", "Start", "Run", "Activations", "Probe"}
+    messages = {"Load": pb.LoadRequest(), "Start": pb.StartRequest(), "Probe": pb.ProbeRequest()}
+    message = messages.get(method, iter(()))
+    with open_channel(f"unix:{bare.socket(0)}") as channel:
+        call = getattr(rpc.StageStub(channel), method)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(message, metadata=metadata, timeout=10))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Stages]:
+    """One process that listens and has nothing loaded."""
+    with tempfile.TemporaryDirectory(prefix="lr") as folder:
+        made = Stages(Path(folder))
+        try:
+            made.spawn(count=1)
+            yield made
+        finally:
+            made.close()
+
+
+def test_every_method_of_the_service_is_tested_for_the_token():
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["Stage"].methods}
+    assert methods == {"Load", "Start", "Run", "Activations", "Probe"}
+
+
+def test_steps_out_of_order_of_life_are_refused(bare: Stages):
+    handle = bare.handles[0]
+    assert handle.probe().state == "created"
+    with pytest.raises(StageError, match=r"this shard is created, not loaded \(FAILED_PRECONDITION\)"):
+        handle.start(BLOCKS, PAGE, "", 10)
+    stub = rpc.StageStub(handle._channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_process_ends_the_running_request(running: Stages, stage: int):
+    engine = running.run_engine()
+    ticket = long_request(engine)
+    running.processes[stage].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"stage \d shard 0"):
+        ticket.wait(5)
+    assert time.monotonic() - began < 5
+    with pytest.raises(EngineError):
+        engine.submit(GenerationSpec([1], 1))
+
+
+@pytest.mark.parametrize("damage", ["payload", "shape"])
+def test_a_damaged_frame_is_data_loss_and_ends_the_request(running: Stages, damage: str):
+    engine = running.run_engine()
+    ticket = long_request(engine)
+    frame = frame_to_pb(next(split(torch.zeros(1, 256), 1, 1)))
+    if damage == "payload":
+        frame.payload = b"?" + frame.payload[1:]
+    else:
+        frame.shape[:] = [2**63, 0]
+    stub = rpc.StageStub(running.handles[1]._channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Activations(iter([frame]), metadata=token_metadata(TOKEN), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+    with pytest.raises(EngineError, match="stage"):
+        ticket.wait(10)
+
+
+def test_one_engine_at_a_time(running: Stages):
+    running.run_engine()
+    eventually(lambda: running.handles[0].probe().state == "running", 10)
+    stub = rpc.StageStub(running.handles[0]._channel)
+
+    def refused() -> bool:
+        try:
+            list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.ALREADY_EXISTS
+        return False
+
+    eventually(refused, 10)
+
+
+def test_an_orphan_ends_by_itself(stages: Stages):
+    stages.spawn("--orphan-timeout", "1", count=1)
+    stages.load()
+    stages.start()
+    engine = stages.run_engine()
+    ticket = long_request(engine)
+    time.sleep(1.5)
+    assert stages.processes[0].poll() is None, "it lives while an engine is connected"
+    engine.cancel(ticket)
+    ticket.wait(10)
+    engine.close()
+    assert stages.processes[0].wait(10) == 3
+
+
+def test_a_process_without_a_token_says_what_is_missing(tmp_path: Path):
+    environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "workers.stage_server", "--socket", str(tmp_path / "s")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert TOKEN_VARIABLE in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,123 @@
+"""An engine over fake shards and a clock that passes only when a shard computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster.block_pool import BlockPool
+from cluster.engine import Engine, Event, Ticket
+from cluster.generation import Generation, GenerationSpec
+from cluster.scheduler import Scheduler
+from cluster.tokenizer import TextTokenizer
+from protos.messages import SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+
+NEEDLE = Path(__file__).parents[2] / "configs" / "needle"
+EMPTY = Span(0, 0)
+WAIT = 20.0
+Script = Callable[[int, int], int]
+
+
+class Clock:
+    """Seconds that pass only when a test or a shard says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeShard:
+    """Answers plans as soon as the gate allows; `script(sequence, index)` gives the tokens."""
+
+    def __init__(self, stage: int, stages: int, script: Script, clock: Clock, rank: int = 0) -> None:
+        self.shard = ShardSpec(stage, stages, rank, 1, Span(0, 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+        self.script = script
+        self.plans: list[StepPlan] = []
+        self.fail_at: int | None = None
+        self.closed = 0
+        self._clock = clock
+        self._gate = threading.Semaphore(1 << 30)
+        self._queue: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+
+    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+        self.lose = on_lost
+        threading.Thread(target=self._run, args=(on_result,), daemon=True).start()
+
+    def send(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        self._queue.put(plan)
+
+    def close(self) -> None:
+        self.closed += 1
+        self._gate.release(1000)
+        self._queue.put(None)
+
+    def hold(self) -> None:
+        self._gate = threading.Semaphore(0)
+
+    def let(self, steps: int) -> None:
+        self._gate.release(steps)
+
+    def _run(self, on_result: Callable[[StepResult], None]) -> None:
+        while (plan := self._queue.get()) is not None:
+            self._gate.acquire()
+            self._clock.now += 0.5
+            error = "stage 0 shard 0, step 1: broken" if plan.step == self.fail_at else ""
+            samples = tuple(
+                SampledToken(part.sequence, self.script(part.sequence, part.sample.token_index), *self._logprobs(part))
+                for part in plan.slices
+                if part.sample and self.shard.is_last
+            )
+            on_result(StepResult(plan.epoch, plan.step, self.shard.stage, self.shard.rank, 500_000, samples, error))
+
+    @staticmethod
+    def _logprobs(part) -> tuple:
+        return () if part.sample.params.logprobs is None else (-0.5, (TokenLogprob(1, -0.5),))
+
+
+class Rig:
+    """An engine over fake stages."""
+
+    def __init__(
+        self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
+        blocks: int = 64, eos: Sequence[int] = (), text: bool = False,
+    ) -> None:  # fmt: skip
+        self.clock = Clock()
+        self.shards = [FakeShard(stage, stages, script, self.clock) for stage in range(stages)]
+        self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
+        self.engine = Engine(
+            Scheduler(BlockPool(blocks), 16, budget, 8), self.shards, self.tokenizer, eos, clock=self.clock
+        )
+
+    def __enter__(self) -> Rig:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    @property
+    def last(self) -> FakeShard:
+        return self.shards[-1]
+
+    def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Ticket, list[Event]]:
+        events: list[Event] = []
+        return self.engine.submit(GenerationSpec(prompt, max_tokens, **spec), events.append), events
+
+    def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[Event]]:
+        ticket, events = self.submit(prompt, max_tokens, **spec)
+        result = ticket.wait(WAIT)
+        self.engine.check_integrity()
+        return result, events
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.002)

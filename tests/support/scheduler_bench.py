@@ -1,0 +1,104 @@
+"""A scheduler between fake stages that remember which tokens every KV slot stands for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from cluster.block_pool import BlockPool
+from cluster.request import Request, StopRules
+from cluster.scheduler import Scheduler
+from protos.messages import SampledToken, SamplingParams, StepPlan
+from workers.batch import BlockTables
+
+PAGE = 16
+
+
+def request(sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), **sampling: float):
+    return Request(sequence, prompt, SamplingParams(**sampling), StopRules(max_tokens, frozenset(stops)))
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """A model of one line: the next token depends on all before it."""
+    return hash((17, *tokens)) % 1000
+
+
+def expected_output(prompt: Sequence[int], max_tokens: int, stops: Sequence[int] = ()) -> list[int]:
+    output: list[int] = []
+    while len(output) < max_tokens and not (output and output[-1] in stops):
+        output.append(next_token([*prompt, *output]))
+    return output
+
+
+class FakeStage:
+    """Keeps in every slot the tokens up to that position, and checks before computing that the context is right."""
+
+    def __init__(self, page: int, truth: dict[int, Request]) -> None:
+        self.tables = BlockTables(page)
+        self.truth = truth
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.last_step = 0
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        assert plan.step == self.last_step + 1, "steps come without gaps"
+        self.last_step = plan.step
+        self.tables.apply(plan)
+        samples, written = [], set()
+        for part in plan.slices:
+            tokens = self.truth[part.sequence].tokens(0, part.start + part.length)
+            assert list(part.token_ids) == tokens[part.start :]
+            table = self.tables._tables[part.sequence]
+            where = [run.first + i for run in table.runs(0, len(tokens)) for i in range(run.length)]
+            for position in range(part.start):
+                found = self.slots.get(where[position])
+                assert found == tuple(tokens[: position + 1]), f"sequence {part.sequence} reads foreign KV"
+            for position in range(part.start, len(tokens)):
+                assert where[position] not in written
+                written.add(where[position])
+                self.slots[where[position]] = tuple(tokens[: position + 1])
+            if part.sample is not None:
+                assert part.start + part.length == len(tokens)
+                samples.append(SampledToken(part.sequence, next_token(tokens)))
+        return samples
+
+
+class Bench:
+    """A scheduler between an early stage, which runs a plan at once, and a late one, which runs it before commit."""
+
+    def __init__(self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8) -> None:
+        self.pool = BlockPool(blocks)
+        self.scheduler = Scheduler(self.pool, page, budget, seqs, b"root", epoch=3)
+        self.requests: dict[int, Request] = {}
+        self.early, self.late = (FakeStage(page, self.requests) for _ in range(2))
+        self.in_flight: deque[StepPlan] = deque()
+        self.plans: list[StepPlan] = []
+
+    def add(self, *requests: Request) -> None:
+        for item in requests:
+            self.requests[item.sequence] = item
+            self.scheduler.check_fits(item)
+            self.scheduler.add(item)
+
+    def schedule(self) -> StepPlan | None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.early.execute(plan)
+            self.in_flight.append(plan)
+            self.plans.append(plan)
+        return plan
+
+    def commit(self) -> list[Request]:
+        plan = self.in_flight.popleft()
+        touched = self.scheduler.commit(plan, self.late.execute(plan))
+        self.scheduler.check_integrity()
+        return touched
+
+    def step(self) -> StepPlan | None:
+        plan = self.schedule()
+        if plan is not None:
+            self.commit()
+        return plan
+
+    def run(self) -> None:
+        while self.step():
+            pass

@@ -1,0 +1,105 @@
+"""Reductions among the shards of a stage: gloo groups of threads in one process."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from workers.transport.collectives import Collectives, SingleShard, file_store, join_group
+
+CPU = torch.device("cpu")
+
+
+def in_group(size: int, work: Callable[[Collectives], object], timeout_s: float = 20.0) -> list[object]:
+    """Run `work` on every member; a member's exception takes the place of its result."""
+    store = dist.HashStore()
+    results: list[object] = [None] * size
+
+    def member(rank: int) -> None:
+        try:
+            group = join_group(store, rank, size, CPU, timeout_s)
+            results[rank] = work(group)
+            group.close()
+            group.close()
+        except Exception as error:  # noqa: BLE001 - judged by the test
+            results[rank] = error
+
+    threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a member hangs"
+    return results
+
+
+def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_sum_is_the_same_bits_on_every_shard(size: int, dtype: torch.dtype):
+    for shape in ((1,), (1, 7), (67, 13)):
+        parts = [value(rank, shape, dtype) for rank in range(size)]
+        sums = in_group(size, lambda group, parts=parts: group.all_reduce(parts[group.rank].clone()))
+        assert all(torch.equal(total, sums[0]) for total in sums)
+        assert sums[0].dtype == dtype
+        wanted = torch.stack(parts).double().sum(0)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.06
+        torch.testing.assert_close(sums[0].double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gathered_parts_stand_by_rank(size: int):
+    gathered = in_group(size, lambda group: group.all_gather(torch.full((2, 3), float(group.rank))))
+    for parts in gathered:
+        assert [float(part[0, 0]) for part in parts] == list(range(size))
+        assert all(part.shape == (2, 3) for part in parts)
+
+
+def test_views_are_reduced_and_gathered_in_their_own_order():
+    base = torch.arange(6.0).view(2, 3)
+    for total in in_group(2, lambda group: group.all_reduce(base.T)):
+        assert torch.equal(total, base.T * 2)
+    for parts in in_group(2, lambda group: group.all_gather(base.T)):
+        assert len(parts) == 2
+        assert all(torch.equal(part, base.T) for part in parts)
+    assert torch.equal(base, torch.arange(6.0).view(2, 3)), "a view's owner is left alone"
+
+
+def test_a_member_that_never_comes_is_an_error():
+    with pytest.raises(RuntimeError):
+        join_group(dist.HashStore(), 0, 2, CPU, 0.3)
+
+
+def test_a_member_that_leaves_is_an_error_for_the_others():
+    def work(group: Collectives) -> str:
+        group.all_reduce(torch.ones(1))
+        if group.rank == 1:
+            return "left"
+        group.all_reduce(torch.ones(1))
+        return "went on"
+
+    first, second = in_group(2, work, timeout_s=1.0)
+    assert second == "left"
+    assert isinstance(first, RuntimeError)
+
+
+def test_one_shard_needs_no_group():
+    group = join_group(dist.HashStore(), 0, 1, CPU, 0.1)
+    assert isinstance(group, SingleShard)
+    tensor = torch.ones(3)
+    assert group.all_reduce(tensor) is tensor
+    assert group.all_gather(tensor) == [tensor]
+    group.close()
+
+
+def test_a_file_is_a_meeting_place(tmp_path: Path):
+    path = str(tmp_path / "store")
+    stores = [file_store(path, 2), file_store(path, 2)]
+    stores[0].set("key", "value")
+    assert stores[1].get("key") == b"value"

@@ -1,0 +1,94 @@
+"""The step time model finds the coefficients that made the measurements, and predicts with them."""
+
+import random
+
+import pytest
+
+from cluster.latency_model import LatencyModel, features
+from protos.messages import SequenceSlice, StepPlan
+
+
+def plan(*parts: tuple[int, int]) -> StepPlan:
+    """A step of (start, length) slices."""
+    slices = [SequenceSlice(i, start, length, 1 << 20, (), (), 1) for i, (start, length) in enumerate(parts)]
+    return StepPlan(1, 1, tuple(slices))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((), [1, 0, 0, 0]),
+        (((0, 1),), [1, 1, 1, 1]),
+        (((0, 67),), [1, 67, 67, 67 * 68 // 2]),
+        (((100, 1),), [1, 101, 1, 101]),
+        (((100, 10), (0, 4)), [1, 110, 14, 10 * 100 + 55 + 10]),
+    ],
+)
+def test_features(parts: tuple[tuple[int, int], ...], expected: list[int]):
+    assert features(plan(*parts)).tolist() == expected
+
+
+def seconds(step: StepPlan, truth: tuple[float, ...]) -> float:
+    return sum(a * b for a, b in zip(truth, features(step), strict=True))
+
+
+def training(rng: random.Random, truth: tuple[float, ...], steps: int = 200, noise: float = 0.0) -> LatencyModel:
+    model = LatencyModel()
+    for _ in range(steps):
+        chunk = (rng.randrange(0, 500_000, 1000), rng.choice((256, 512, 2048)))
+        decodes = [(rng.randrange(1, 300_000), 1) for _ in range(rng.randrange(4))]
+        step = plan(*decodes) if decodes and rng.random() < 0.3 else plan(chunk, *decodes)
+        model.observe(step, seconds(step, truth) * (1 + rng.gauss(0, noise)))
+    return model
+
+
+@pytest.mark.parametrize("truth", [(0.01, 1e-8, 2e-4, 3e-10), (0.02, 0.0, 1e-4, 0.0), (1e-3, 0.0, 5e-3, 3e-8)])
+def test_exact_measurements_give_the_coefficients(truth: tuple[float, ...]):
+    model = training(random.Random(1), truth)
+    for step in (plan((0, 1)), plan((400_000, 2048)), plan((100_000, 1), (5, 1))):
+        assert model.predict(step) == pytest.approx(seconds(step, truth), rel=0.02, abs=1e-5)
+    assert all(coefficient >= 0 for coefficient in model.coefficients)
+
+
+def test_noise_does_not_lead_far_astray():
+    truth = (0.01, 1e-8, 2e-4, 3e-10)
+    model = training(random.Random(2), truth, noise=0.1)
+    for step in (plan((0, 2048)), plan((400_000, 2048))):
+        assert model.predict(step) == pytest.approx(seconds(step, truth), rel=0.15)
+
+
+def test_the_past_is_forgotten():
+    slow, fast = (0.1, 0.0, 1e-3, 0.0), (0.01, 0.0, 1e-4, 0.0)
+    model = training(random.Random(3), slow)
+    rng = random.Random(4)
+    for _ in range(300):
+        step = plan((rng.randrange(1000), rng.choice((64, 512))))
+        model.observe(step, seconds(step, fast))
+    assert model.predict(plan((0, 512))) == pytest.approx(seconds(plan((0, 512)), fast), rel=0.05)
+
+
+@pytest.mark.parametrize("measured", [0.0, 1e-9, 1e6])
+def test_a_single_extreme_step_gives_finite_answers(measured: float):
+    model = LatencyModel()
+    model.observe(plan((0, 64)), measured)
+    assert model.predict(plan((0, 64))) == pytest.approx(measured, rel=0.01, abs=1e-6)
+    assert model.predict(plan((0, 4096))) >= 0
+
+
+def test_before_any_step():
+    model = LatencyModel()
+    assert model.coefficients == (0, 0, 0, 0)
+    assert model.predict(plan((0, 9))) == 0
+    assert model.predict_prefill(0, 100, 10) is None
+
+
+@pytest.mark.parametrize(("start", "stop", "chunk"), [(0, 1, 512), (0, 512, 512), (0, 513, 512), (777, 9973, 512)])
+def test_a_prefill_is_the_sum_of_its_chunks(start: int, stop: int, chunk: int):
+    model = training(random.Random(5), (0.01, 1e-8, 2e-4, 3e-10))
+    chunks = [plan((at, min(chunk, stop - at))) for at in range(start, stop, chunk)]
+    assert model.predict_prefill(start, stop, chunk) == pytest.approx(sum(map(model.predict, chunks)))
+
+
+def test_a_finished_prefill_takes_no_time():
+    model = training(random.Random(6), (0.01, 0.0, 1e-4, 0.0), steps=5)
+    assert model.predict_prefill(100, 100, 10) == 0
