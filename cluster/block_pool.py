@@ -46,6 +46,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._num_free = num_blocks
+        self.num_releases = 0  # rises when blocks may have become available
 
     @property
     def num_available(self) -> int:
@@ -93,6 +94,10 @@ class BlockPool:
     def knows(self, page: bytes) -> bool:
         return page in self._block_of
 
+    def num_unread(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks nobody reads: adopting them makes as many fewer available."""
+        return sum(self._readers[block] == 0 for block in blocks)
+
     def adopt(self, blocks: Iterable[int]) -> None:
         """Add a reader to blocks found by `match`."""
         for block in blocks:
@@ -110,6 +115,7 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take one reader from each block; unread blocks become cached or free. Later pages are evicted first."""
+        self.num_releases += 1
         for block in reversed(blocks):
             self._readers[block] -= 1
             assert self._readers[block] >= 0, f"block {block} released too often"

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 def share_budget(budget: int, remaining: Sequence[int]) -> list[int]:
     """Tokens each request computes in the next step; requests stand in order of arrival.
 
-    Single tokens (decoding) come first, each costs one. Of the rest the oldest prefill gets at least half, so that a
-    long job always progresses; what it leaves goes to the others, shortest first, so that short jobs do not wait for
-    long ones; what they leave goes back to the oldest.
+    Single tokens (decoding) come first, each costs one; beside a prefill they leave at least one token. Of the rest the
+    oldest prefill gets at least half, so that a long job always progresses; what it leaves goes to the others, shortest
+    first, so that short jobs do not wait for long ones. Only what nobody else can use goes back to the oldest.
 
     Args:
         budget: most tokens in the step, at least 1.
         remaining: tokens each request still has to compute (0: nothing to do).
     """
     shares = [0] * len(remaining)
-    left = budget
-    for index, count in enumerate(remaining):
-        if count == 1 and left:
-            shares[index] = 1
-            left -= 1
     prefills = [index for index, count in enumerate(remaining) if count > 1]
+    decodes = [index for index, count in enumerate(remaining) if count == 1]
+    left = budget
+    for index in decodes[: max(1, budget - 1) if prefills else budget]:
+        shares[index] = 1
+        left -= 1
     if not prefills or not left:
         return shares
     oldest = prefills[0]

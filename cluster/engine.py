@@ -127,7 +127,7 @@ class Engine:
         """Queue several prompts at once; either all are accepted or none."""
         tickets = [self._ticket(spec, on_event) for spec, on_event in items]
         for ticket in tickets:
-            self.scheduler.check_fits(ticket.request)
+            self.scheduler.prepare(ticket.request)
         with self._accepting:
             if self._error or self._closed:
                 raise EngineError(self._error or _STOPPED)

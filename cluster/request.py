@@ -54,6 +54,7 @@ class Request:
     blocks: tuple[int, ...] = ()
     blocks_sent: int = 0  # how many of `blocks` the stages know
     hashes: Sequence[bytes] = ()
+    awaits: bytes | None = None  # the last page another request is about to compute for this one
     published: int = 0  # how many pages are findable by hash
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None

@@ -8,7 +8,7 @@ max_tokens), so nothing that runs can run out of memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cluster.block_pool import BlockPool, page_hashes
 from cluster.chunking import share_budget
@@ -38,6 +38,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._pending: dict[bytes, int] = {}  # pages some running request is about to compute -> its sequence
         self._released: list[int] = []
+        self._no_room_for: tuple[int, int] | None = None  # the request at the head of the queue, and when
 
     @property
     def num_waiting(self) -> int:
@@ -56,8 +57,12 @@ class Scheduler:
         tokens = request.num_prompt + request.stop.max_tokens - 1
         return -(-tokens // self._page_size)
 
-    def check_fits(self, request: Request) -> None:
-        """Refuse a request that needs more blocks than the whole pool has (raises DoesNotFit)."""
+    def prepare(self, request: Request) -> None:
+        """Check and hash a request. Reads nothing that changes, so it may run on the submitter's thread.
+
+        Raises:
+            DoesNotFit: it needs more blocks than the whole pool has.
+        """
         needed = self.blocks_needed(request)
         if needed > self.pool.num_blocks:
             held = self.pool.num_blocks * self._page_size
@@ -66,10 +71,10 @@ class Scheduler:
                 f"prompt of {request.num_prompt} tokens with max_tokens {request.stop.max_tokens}: the KV cache holds "
                 f"{held} tokens; at most {fits} prompt tokens would fit (or raise kv_cache.bytes)"
             )
+        request.hashes = page_hashes(request.prompt, self._page_size, self._root)
 
     def add(self, request: Request) -> None:
-        """Queue a request that fits (see `check_fits`)."""
-        request.hashes = page_hashes(request.prompt, self._page_size, self._root)
+        """Queue a request after `prepare`."""
         self._waiting.append(request)
 
     def schedule(self) -> StepPlan | None:
@@ -131,29 +136,39 @@ class Scheduler:
         held_back: list[Request] = []
         while self._waiting and len(self._running) < self._max_seqs:
             request = self._waiting.popleft()
-            if self._shares_pending_prefix(request):
+            if self._awaits_prefix(request):
                 held_back.append(request)
-            elif not self._reserve(request):
+            elif self._no_room_for == (request.sequence, self.pool.num_releases) or not self._reserve(request):
+                self._no_room_for = (request.sequence, self.pool.num_releases)  # until a block comes back
                 self._waiting.appendleft(request)
                 break
         self._waiting.extendleft(reversed(held_back))
 
-    def _shares_pending_prefix(self, request: Request) -> bool:
-        """Whether another request is computing the next page this one needs: waiting for it saves the work."""
-        limit = (request.num_tokens - 1) // self._page_size
-        hashes = request.hashes[:limit]
-        known = len(self.pool.match(hashes))
-        return known < len(hashes) and hashes[known] in self._pending
+    def _shareable(self, request: Request) -> Sequence[bytes]:
+        """The pages it could adopt: at least one token is computed, to sample from."""
+        return request.hashes[: (request.num_tokens - 1) // self._page_size]
+
+    def _awaits_prefix(self, request: Request) -> bool:
+        """Whether another request is computing pages this one needs: waiting for them saves the work."""
+        if request.awaits is not None and request.awaits in self._pending:
+            return True
+        request.awaits = None
+        hashes = self._shareable(request)
+        for page in hashes[len(self.pool.match(hashes)) :]:
+            if page not in self._pending:
+                break
+            request.awaits = page
+        return request.awaits is not None
 
     def _reserve(self, request: Request) -> bool:
         """Adopt the cached prefix, allocate the rest; False (nothing changed) without room."""
-        limit = (request.num_tokens - 1) // self._page_size  # at least one token is computed, to sample from
-        shared = self.pool.match(request.hashes[:limit])
-        self.pool.adopt(shared)
-        own = self.pool.allocate(self.blocks_needed(request) - len(shared))
-        if own is None:
-            self.pool.release(shared)
+        shared = self.pool.match(self._shareable(request))
+        missing = self.blocks_needed(request) - len(shared)
+        if missing > self.pool.num_available - self.pool.num_unread(shared):
             return False
+        self.pool.adopt(shared)
+        own = self.pool.allocate(missing)
+        assert own is not None, "room was counted"
         request.blocks = shared + own
         request.num_cached = request.num_computed = request.num_scheduled = len(shared) * self._page_size
         request.published = len(shared)

@@ -13,6 +13,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from workers.stage_worker import StageWorker
 
 TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
+_PROGRESS_EVERY_S = 0.1  # between messages while weights load
 _RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
 
 
@@ -44,7 +46,7 @@ class StageProcessSpec:
     network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
     threads: int = 1
     step_timeout_s: float = 300.0
-    orphan_timeout_s: float = 60.0
+    orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class StageServer:
             tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}"
         server.start()
         self._server = server
+        self._servicer.begin()
         return StageAddress(unix, tcp, node, os.getpid())
 
     def wait(self) -> None:
@@ -122,10 +125,16 @@ class _StageServicer(rpc.StageServicer):
         self._worker: StageWorker | None = None
         self._state = "created"
         self._error = ""
+        self._closed = False
         self._running = threading.Lock()  # held by the one Run stream
         self._orphan: threading.Timer | None = None
 
+    def begin(self) -> None:
+        """From now on a head must show up in time."""
+        self._arm()
+
     def close(self) -> None:
+        self._closed = True
         self._disarm()
         if self._worker is not None:
             self._worker.close()
@@ -136,13 +145,19 @@ class _StageServicer(rpc.StageServicer):
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadProgress]:
         if self._state != "created":
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state} already")
+        self._disarm()
         self._state = "loading"
         updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
         threading.Thread(target=self._load, args=(request, updates), name="load", daemon=True).start()
+        last = -_PROGRESS_EVERY_S
         while True:
             update = updates.get()
-            yield codec.progress_to_pb(update)
-            if update.ready or update.error:
+            over, now = update.ready or bool(update.error), time.monotonic()
+            if over or now - last >= _PROGRESS_EVERY_S:
+                yield codec.progress_to_pb(update)
+                last = now
+            if over:
+                self._arm()
                 return
 
     def _load(self, request: pb.LoadRequest, updates: queue.SimpleQueue[LoadProgress]) -> None:
@@ -169,7 +184,7 @@ class _StageServicer(rpc.StageServicer):
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
         self._state = "running"
-        self._arm()
+        self._arm()  # anew: the engine has this long to connect
         return pb.StartReply()
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -182,11 +197,11 @@ class _StageServicer(rpc.StageServicer):
         if not self._running.acquire(blocking=False):
             context.abort(grpc.StatusCode.ALREADY_EXISTS, "an engine is connected already")
         self._disarm()
+        context.add_callback(self._arm)  # when the call ends, even while a step still waits for activations
         try:
             yield from map(codec.result_to_pb, worker.run(codec.plan_from_pb(plan) for plan in plans))
         finally:
             self._running.release()
-            self._arm()
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError
@@ -196,17 +211,18 @@ class _StageServicer(rpc.StageServicer):
         if worker is None or worker.inbox is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
             raise AssertionError("abort raises")
+        reason = "the previous stage is gone"
         try:
             receive_frames(frames, worker.inbox)
+            reason = "the previous stage ended the stream"
         except FrameError as error:
-            worker.inbox.close(str(error))
-            context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            reason = str(error)
+            context.abort(grpc.StatusCode.DATA_LOSS, reason)
         except LinkClosed as error:
-            context.abort(grpc.StatusCode.CANCELLED, str(error))
-        except grpc.RpcError:
-            worker.inbox.close("the previous stage is gone")
-            raise
-        worker.inbox.close("the previous stage ended the stream")
+            reason = str(error)
+            context.abort(grpc.StatusCode.CANCELLED, reason)
+        finally:
+            worker.inbox.close(reason)
         return pb.ActivationsEnd()
 
     def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeReply:
@@ -221,6 +237,8 @@ class _StageServicer(rpc.StageServicer):
 
     def _arm(self) -> None:
         self._disarm()
+        if self._closed:
+            return
         self._orphan = threading.Timer(self._spec.orphan_timeout_s, self._on_orphan)
         self._orphan.daemon = True
         self._orphan.start()
@@ -241,7 +259,7 @@ def main() -> None:
     parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
     parser.add_argument("--threads", type=int, default=1, help="compute threads (default 1)")
     parser.add_argument(
-        "--orphan-timeout", type=float, default=60.0, help="seconds without an engine before it ends (default 60)"
+        "--orphan-timeout", type=float, default=180.0, help="seconds without an engine before it ends (default 180)"
     )
     options = parser.parse_args()
     token = os.environ.get(TOKEN_VARIABLE)

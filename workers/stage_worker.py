@@ -92,10 +92,14 @@ class StageWorker:
         """
         assert self._runner is not None, "start comes first"
         self._runner.reset()
-        waiting: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[StepPlan | Exception | None] = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(plans, waiting), name="plans", daemon=True).start()
         expected: int | None = None
         while (plan := waiting.get()) is not None:
+            if isinstance(plan, Exception):
+                self._error = f"a plan cannot be read: {' '.join(str(plan).split())}"
+                yield self._step(StepPlan(self.epoch, 0, ()))
+                return
             if not self._error and plan.epoch != self.epoch:
                 self._error = f"plan of epoch {plan.epoch} at a shard of epoch {self.epoch}"
             if not self._error and expected is not None and plan.step != expected:
@@ -159,11 +163,13 @@ class StageWorker:
         return int(psutil.virtual_memory().available)
 
 
-def _forward(plans: Iterable[StepPlan], waiting: queue.SimpleQueue[StepPlan | None]) -> None:
-    """Move plans from the stream to the queue until the stream ends, however it ends."""
+def _forward(plans: Iterable[StepPlan], waiting: queue.SimpleQueue[StepPlan | Exception | None]) -> None:
+    """Move plans from the stream to the queue until the stream ends; what cannot be read is passed on as its error."""
     try:
         for plan in plans:
             waiting.put(plan)
+    except (ValueError, TypeError, KeyError) as error:
+        waiting.put(error)
     finally:
         waiting.put(None)
 

@@ -26,7 +26,8 @@ PAGE = 16
 def whole_model(spec: ModelSpec) -> ShardSpec:
     return ShardSpec(
         0, 1, 0, 1, Span(0, spec.num_hidden_layers), Span(0, spec.num_attention_heads),
-        Span(0, spec.num_key_value_heads), Span(0, spec.num_experts), Span(0, spec.intermediate_size), Span(0, spec.vocab_size),
+        Span(0, spec.num_key_value_heads), Span(0, spec.num_experts), Span(0, spec.intermediate_size),
+        Span(0, spec.vocab_size),
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class Bench:
     def add(self, *requests: Request) -> None:
         for item in requests:
             self.requests[item.sequence] = item
-            self.scheduler.check_fits(item)
+            self.scheduler.prepare(item)
             self.scheduler.add(item)
 
     def schedule(self) -> StepPlan | None:

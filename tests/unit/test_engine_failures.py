@@ -91,14 +91,18 @@ def test_submissions_race_with_close_and_none_hangs():
         assert all(ticket.done.wait(WAIT) for ticket in tickets)
 
 
-def test_an_error_of_the_engine_itself_ends_every_request():
+def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.MonkeyPatch):
+    def broken_add(request: object) -> None:
+        raise KeyError("a bug of ours")
+
     def script(sequence: int, index: int) -> int:
         return 1000 + index
 
     with Rig(script) as rig:
         rig.last.hold()
         ticket, _ = rig.submit([1])
-        broken, _ = rig.submit([-1] * 20)  # no such token id: page hashes cannot be made of it
+        monkeypatch.setattr(rig.engine.scheduler, "add", broken_add)
+        broken, _ = rig.submit([1] * 20)
         for waiting in (ticket, broken):
             with pytest.raises(EngineError, match="engine"):
                 waiting.wait(WAIT)

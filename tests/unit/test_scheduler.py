@@ -47,11 +47,11 @@ def test_blocks_for_the_prompt_and_every_token_fed_back(prompt: int, max_tokens:
 
 def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers():
     scheduler = Bench(blocks=2).scheduler
-    scheduler.check_fits(request(1, range(30), 3))
+    scheduler.prepare(request(1, range(30), 3))
     with pytest.raises(DoesNotFit, match=r"prompt of 31 tokens with max_tokens 3: .* holds 32 tokens; at most 30 "):
-        scheduler.check_fits(request(1, range(31), 3))
+        scheduler.prepare(request(1, range(31), 3))
     with pytest.raises(DoesNotFit, match="at most 0 prompt tokens"):
-        scheduler.check_fits(request(1, [1], 34))
+        scheduler.prepare(request(1, [1], 34))
 
 
 def test_stop_ids_end_a_request():

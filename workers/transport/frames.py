@@ -45,7 +45,12 @@ def split(tensor: torch.Tensor, epoch: int, step: int, max_payload: int = MAX_PA
     count = max(1, -(-len(raw) // max_payload))
     for index in range(count):
         payload = bytes(raw[index * max_payload : (index + 1) * max_payload])
-        yield Frame(epoch, step, index, count, dtype, shape, zlib.crc32(payload), payload)
+        yield Frame(epoch, step, index, count, dtype, shape, checksum(step, index, dtype, shape, payload), payload)
+
+
+def checksum(step: int, index: int, dtype: str, shape: tuple[int, ...], payload: bytes) -> int:
+    """CRC-32 over what the bytes are and the bytes: a payload taken for another type or place does not pass."""
+    return zlib.crc32(payload, zlib.crc32(f"{step} {index} {dtype} {shape}".encode()))
 
 
 class Assembler:
@@ -70,7 +75,7 @@ class Assembler:
             return None
         if frame.epoch > self.epoch:
             raise FrameError(f"epoch {frame.epoch} on a link of epoch {self.epoch}")
-        if zlib.crc32(frame.payload) != frame.crc32:
+        if checksum(frame.step, frame.index, frame.dtype, frame.shape, frame.payload) != frame.crc32:
             raise FrameError(f"step {frame.step}: frame {frame.index} of {frame.count} is damaged (checksum differs)")
         if frame.index == 0:
             self._begin(frame)
