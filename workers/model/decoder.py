@@ -6,6 +6,8 @@ Legend: `T` tokens of the step, `M` hidden size, `H` and `K` query and KV heads 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -14,9 +16,9 @@ from protos.model_spec import ModelSpec
 from workers.attention.flash import attend
 from workers.batch import Batch
 from workers.kv_cache import PagedKV
-from workers.model.layers import gated_mlp, rms_norm
-from workers.model.moe import route, run_experts
-from workers.model.rope import Rotary, rotate
+from workers.model.layers import gated_mlp, linear, rms_norm
+from workers.model.moe import ExpertScratch, route, run_experts
+from workers.model.rope import Rotary, norm_and_rotate_
 from workers.model.weights import LayerWeights, ShardWeights
 from workers.transport.collectives import Collectives
 
@@ -33,6 +35,7 @@ class Decoder:
         self._collectives = collectives
         self._rotary = Rotary(spec.rope, spec.head_dim, device)
         self._scale = spec.head_dim**-0.5
+        self._scratch = ExpertScratch()
         self.layers_done = 0  # rises while a step runs; tells slow from hung
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -51,9 +54,9 @@ class Decoder:
         cos, sin = self._rotary.cos_sin(batch.positions)
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
             normed = rms_norm(x, weights.input_norm, self.spec.rms_norm_eps)
-            x = x + self._attention(normed, index, weights, batch, kv, cos, sin)
+            x = self._attention(normed, index, weights, batch, kv, cos, sin).add_(x)
             normed = rms_norm(x, weights.post_norm, self.spec.rms_norm_eps)
-            x = x + self._mlp(normed, layer, weights)
+            x = self._mlp(normed, layer, weights).add_(x)
             self.layers_done += 1
         return x
 
@@ -62,15 +65,18 @@ class Decoder:
         norm, head = self._weights.norm, self._weights.lm_head
         assert norm is not None, "only the last stage has the output head"
         assert head is not None, "only the last stage has the output head"
-        local = F.linear(rms_norm(x, norm, self.spec.rms_norm_eps), head).float()
+        local = linear(rms_norm(x, norm, self.spec.rms_norm_eps), head).float()
         size = self._collectives.size
         if size == 1:
             return local
         widest = -(-self.spec.vocab_size // size)
         padded = F.pad(local, (0, widest - local.shape[1])) if local.shape[1] < widest else local
         parts = self._collectives.all_gather(padded)
-        base, extra = divmod(self.spec.vocab_size, size)
-        return torch.cat([part[:, : base + (rank < extra)] for rank, part in enumerate(parts)], dim=1)
+        bounds = [self.spec.vocab_size * rank // size for rank in range(size + 1)]  # as `cluster.topology` cuts
+        rank = self.shard.rank
+        assert self.shard.vocab == (bounds[rank], bounds[rank + 1]), "the vocabulary is cut in another way"
+        widths = (stop - start for start, stop in pairwise(bounds))
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     def _attention(
         self, x: torch.Tensor, index: int, weights: LayerWeights, batch: Batch, kv: PagedKV,
@@ -78,18 +84,17 @@ class Decoder:
     ) -> torch.Tensor:  # fmt: skip
         spec, dim = self.spec, self.spec.head_dim
         heads, kv_heads = self.shard.heads.size, self.shard.kv_heads.size
-        qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
+        norm = None
         if weights.q_norm is not None and weights.k_norm is not None:
-            q = rms_norm(q, weights.q_norm, spec.rms_norm_eps)
-            k = rms_norm(k, weights.k_norm, spec.rms_norm_eps)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            norm = torch.cat([weights.q_norm.expand(heads, dim), weights.k_norm.expand(kv_heads, dim)]).float()
+        norm_and_rotate_(qkv[:, : heads + kv_heads], cos, sin, norm, spec.rms_norm_eps)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         kv.write(index, batch.slots, k, v)
         keys, values = kv.keys(index), kv.values(index)
-        out = torch.empty_like(q)
-        for part in batch.slices:
-            out[part.rows] = attend(q[part.rows], keys, values, part.table, part.plan, self._scale)
-        return self._collectives.all_reduce(F.linear(out.flatten(1), weights.o_weight, weights.o_bias))
+        parts = [attend(q[part.rows], keys, values, part.table, part.plan, self._scale) for part in batch.slices]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # slices cover the rows in order
+        return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
 
     def _mlp(self, x: torch.Tensor, layer: int, weights: LayerWeights) -> torch.Tensor:
         spec = self.spec
@@ -98,7 +103,9 @@ class Decoder:
             assert weights.experts_gate_up is not None
             assert weights.experts_down is not None
             experts, scores = route(x, weights.router, spec.num_experts_per_tok, spec.norm_topk_prob)
-            out = run_experts(x, experts, scores, weights.experts_gate_up, weights.experts_down, self.shard.experts)
+            out = run_experts(
+                x, experts, scores, weights.experts_gate_up, weights.experts_down, self.shard.experts, self._scratch
+            )
         else:
             assert weights.gate_up is not None
             assert weights.down is not None

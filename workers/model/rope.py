@@ -11,6 +11,7 @@ import math
 import torch
 
 from protos.model_spec import RopeSpec
+from workers.model.layers import inverse_rms, row_blocks
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:
@@ -92,9 +93,26 @@ class Rotary:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `[T, H, D]` by cos and sin `[T, 1, D / 2]`; computed in float32, returned in the type of `x`."""
+    return norm_and_rotate_(x.clone(), cos, sin)
+
+
+def norm_and_rotate_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0
+) -> torch.Tensor:
+    """Root mean square norm of every head (when `weight` is given), then rotation, in place and rounded once.
+
+    Args:
+        x: `[T, H, D]`, a view will do; overwritten and returned.
+        cos, sin: `[T, 1, D / 2]` float32.
+        weight: `[H, D]` float32, or None for models without query and key norms.
+    """
     half = x.shape[-1] // 2
-    first, second = x[..., :half].float(), x[..., half:].float()
-    out = torch.empty_like(x)
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
+    for rows in row_blocks(x):
+        wide = x[rows].float()
+        if weight is not None:
+            wide = (wide * inverse_rms(wide, eps)).mul_(weight)
+        turned = wide * torch.cat([cos[rows], cos[rows]], dim=-1)
+        turned[..., :half].addcmul_(wide[..., half:], sin[rows], value=-1)
+        turned[..., half:].addcmul_(wide[..., :half], sin[rows])
+        x[rows] = turned
+    return x

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
 
-from protos.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
 from protos.messages import ShardSpec, Span
 from protos.model_spec import ModelSpec
+
+if TYPE_CHECKING:  # random weights are made on machines without safetensors
+    from protos.checkpoint import Checkpoint
 
 OnProgress = Callable[[int, int], None]  # bytes loaded, bytes of this shard
 
@@ -80,6 +81,15 @@ class _Source(Protocol):
         """Copy the region of `piece` to `target`, which has its shape."""
 
 
+def whole_model(spec: ModelSpec) -> ShardSpec:
+    """The shard of a model that is not split."""
+    sizes = (
+        spec.num_hidden_layers, spec.num_attention_heads, spec.num_key_value_heads, spec.num_experts,
+        spec.intermediate_size, spec.vocab_size,
+    )  # fmt: skip
+    return ShardSpec(0, 1, 0, 1, *(Span(0, size) for size in sizes))
+
+
 def load_shard(
     model_dir: Path, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str,
     on_progress: OnProgress | None = None,
@@ -91,6 +101,8 @@ def load_shard(
     Raises:
         CheckpointError: a file or tensor is missing, damaged or of another shape or dtype.
     """
+    from protos.checkpoint import Checkpoint
+
     checkpoint = Checkpoint.open(model_dir, spec)
     with ExitStack() as stack:
         return _build(_Files(checkpoint, stack), spec, shard, dtype, torch.device(device), on_progress)
@@ -142,11 +154,11 @@ def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:
     hidden, tied = Span(0, spec.hidden_size), spec.tie_word_embeddings
     plans = {}
     if shard.is_first or (shard.is_last and tied):
-        plans["embed"] = _matrix(hidden, (EMBEDDING, shard.vocab))
+        plans["embed"] = _matrix(hidden, ("model.embed_tokens.weight", shard.vocab))
     if shard.is_last:
         plans["norm"] = _vector(("model.norm.weight", hidden))
         if not tied:
-            plans["lm_head"] = _matrix(hidden, (HEAD, shard.vocab))
+            plans["lm_head"] = _matrix(hidden, ("lm_head.weight", shard.vocab))
     return plans
 
 
@@ -244,6 +256,8 @@ class _Files:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            from safetensors import safe_open
+
             path = self._checkpoint.model_dir / file
             self._open[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         return self._open[file]
@@ -261,14 +275,18 @@ class _Random:
     """Random tensors made in blocks of rows, each from a seed of its own, so any region is made without the rest."""
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
-        self._shapes = expected_tensors(spec)
+        whole = whole_model(spec)
+        plans = [*_plan_ends(spec, whole).values()]
+        for layer in range(spec.num_hidden_layers):
+            plans += _plan_layer(spec, whole, layer).values()
+        self._shapes = {p.name: (p.rows.size, (p.columns or Span(0, 1)).size) for plan in plans for p in plan.pieces}
         self._seed = seed
 
     def fill(self, target: torch.Tensor, piece: _Piece) -> None:
         if piece.name.endswith("norm.weight"):
             target.fill_(1.0)
             return
-        full_rows, full_columns = (*self._shapes[piece.name], 1)[:2]  # a vector is one column
+        full_rows, full_columns = self._shapes[piece.name]  # a vector is one column
         rows, columns = piece.rows, piece.columns or Span(0, 1)
         for start in range(rows.start - rows.start % _DUMMY_ROWS, rows.stop, _DUMMY_ROWS):
             name = f"{self._seed}:{piece.name}:{start}"

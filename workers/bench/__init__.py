@@ -1,0 +1,1 @@
+"""Benchmarks of the data plane, runnable on a machine that has only torch: `python -m workers.bench --help`."""

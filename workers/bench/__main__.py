@@ -1,0 +1,148 @@
+"""Command line of the benchmarks: kernels, prefill, decode, all, peers and make-checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from workers.bench import kernels, machine
+from workers.bench.checkpoint import write_checkpoint
+from workers.bench.model import DTYPES, benchmark_spec, run_model
+from workers.bench.peers import run_peers
+from workers.bench.timing import Figure
+
+_UNITS = {"k": 1024, "m": 1024 * 1024}
+_DECODE_TOKENS = 16
+
+
+def length(text: str) -> int:
+    """A token count such as `4096` or `4k` (1k is 1,024 tokens)."""
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    digits = text if unit == 1 else text[:-1]
+    if not (digits.isascii() and digits.isdigit()) or not 1 <= int(digits) * unit <= 1 << 21:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a token count from 1 to 2m, such as 4096 or 4k")
+    return int(digits) * unit
+
+
+def lengths(text: str) -> list[int]:
+    return [length(part) for part in text.split(",")]
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to 4096")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="python -m workers.bench",
+        description="Measure the data plane on this machine. Needs only torch (numpy for frames and sampler; "
+        "safetensors for --model).",
+    )
+    root.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    root.add_argument("--threads", type=count, help="CPU threads (default: what torch chooses)")
+    root.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="type of weights and activations")
+    root.add_argument("--repeats", type=count, help="runs behind every median (default: 10 for kernels, 3 for models)")
+    root.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    root.add_argument("--date", help="date to put into the file (default: now, UTC)")
+    root.add_argument("--quick", action="store_true", help="small sizes and few repeats: checks that everything runs")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT")
+    verbs.add_parser("kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler")
+    for verb, text in (
+        ("prefill", "time to the first token, as tokens a second"),
+        ("decode", "prefill, then time of every further token"),
+        ("all", "kernels, prefill and decode"),
+    ):
+        _model_options(verbs.add_parser(verb, help=text), needed=False)
+    peers = verbs.add_parser("peers", help="this runner and transformers in alternation on one checkpoint (CPU)")
+    _model_options(peers, needed=True)
+    make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
+    make.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
+    return root
+
+
+def _model_options(verb: argparse.ArgumentParser, needed: bool) -> None:
+    verb.add_argument(
+        "--model", type=Path, metavar="DIR", required=needed,
+        help="checkpoint folder" + ("" if needed else " (default: the built-in shape with random weights)"),
+    )  # fmt: skip
+    verb.add_argument("--lengths", type=lengths, default=[4096, 16384], help="prompt lengths (default: 4k,16k)")
+    verb.add_argument("--chunk", type=length, default=4096, help="most tokens of a prefill step (default: 4k)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a benchmark; returns the exit status (2: the request cannot be carried out)."""
+    options = parser().parse_args(argv)
+    try:
+        if options.verb == "make-checkpoint":
+            size = write_checkpoint(options.out, layers=options.layers)
+            print(f"{options.out}: {size / 1e9:.2f} GB of weights")
+            return 0
+        _run(options)
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda: torch finds no GPU here; use --device cpu")
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    where = machine.describe(device, options.date)
+    figures: list[Figure] = []
+
+    def show(found: Iterable[Figure]) -> None:
+        for figure in found:
+            print(figure.line(), flush=True)
+            figures.append(figure)
+
+    verbs: dict[str, Callable[[], Iterable[Figure]]] = {
+        "kernels": lambda: kernels.run_kernels(_kernel_setup(options, device)),
+        "prefill": lambda: _model(options, device, 0),
+        "decode": lambda: _model(options, device, _DECODE_TOKENS),
+        "peers": lambda: run_peers(
+            options.model, options.lengths, options.chunk, torch.get_num_threads(), options.repeats or 3
+        ),
+    }
+    skipped = []
+    if options.verb in ("kernels", "all") and not kernels.has_numpy():
+        skipped.append("frames and sampler: numpy is not installed")
+        print(f"skipped: {skipped[0]}", flush=True)
+    for verb in ("kernels", "decode") if options.verb == "all" else (options.verb,):
+        show(verbs[verb]())
+    if options.json:
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        result = {**where, "config": config, "skipped": skipped, "figures": [asdict(figure) for figure in figures]}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _kernel_setup(options: argparse.Namespace, device: torch.device) -> kernels.KernelSetup:
+    keys = (256,) if options.quick else (4096, 16384, 65536)
+    repeats = options.repeats or (2 if options.quick else 10)
+    return kernels.KernelSetup(device, DTYPES[options.dtype], 64 if options.quick else 2048, keys, repeats)
+
+
+def _model(options: argparse.Namespace, device: torch.device, decode: int) -> list[Figure]:
+    sizes = [min(size, 300) for size in options.lengths[:1]] if options.quick else options.lengths
+    repeats = options.repeats or (1 if options.quick else 3)
+    dtype = DTYPES[options.dtype]
+    tokens = min(decode, 2) if options.quick else decode
+    model = options.model or benchmark_spec(1 if options.quick else 8)
+    return run_model(model, dtype, device, sizes, options.chunk, tokens, repeats)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

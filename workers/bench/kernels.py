@@ -1,0 +1,184 @@
+"""The kernels of the data plane, one by one, at the sizes of the built-in benchmark model.
+
+Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head dim, `M` hidden size, `E` experts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from protos.messages import SampleSpec, SamplingParams, Span
+from workers.attention.flash import attend
+from workers.attention.plan import dense_plan
+from workers.bench.model import PAGE, benchmark_spec
+from workers.bench.timing import Figure, measure, median_figure
+from workers.kv_cache import BlockTable
+from workers.model.layers import rms_norm
+from workers.model.moe import ExpertScratch, route, run_experts
+from workers.model.rope import Rotary, rotate
+from workers.transport.collectives import join_group
+
+_VOCAB = 151936  # of the published Qwen3 models
+_RANKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSetup:
+    """Sizes and place of a run: `keys` are the context lengths of attention, `tokens` the rows of a step."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    keys: tuple[int, ...]
+    repeats: int
+
+    def random(self, *shape: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    def time(self, name: str, call: Callable[[], object], flop: float = 0.0) -> Figure:
+        seconds = measure(call, self.device, self.repeats)
+        figure = median_figure(name, [s * 1e3 for s in seconds], "ms")
+        rate = f"{flop / figure.value / 1e9:.3g} TFLOP/s" if flop else ""
+        return median_figure(name, [s * 1e3 for s in seconds], "ms", rate)
+
+
+def run_kernels(setup: KernelSetup) -> Iterator[Figure]:
+    """Every kernel in turn; what needs numpy is left out, and said so by the caller, on a machine without it."""
+    with torch.inference_mode():
+        for keys in setup.keys:
+            yield from _attention(setup, keys)
+        yield from _experts(setup)
+        yield from _row_operations(setup)
+        yield _all_reduce(setup)
+        if has_numpy():
+            yield from _frames(setup)
+            yield from _sampler(setup)
+
+
+def has_numpy() -> bool:
+    """Whether frames and sampler, which need numpy, can run."""
+    try:
+        return importlib.util.find_spec("numpy") is not None
+    except ValueError:  # a process that blocks the module
+        return False
+
+
+def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
+    spec = benchmark_spec()
+    rows, heads, dim = min(setup.tokens, keys), spec.num_attention_heads, spec.head_dim
+    q = setup.random(rows, heads, dim)
+    cache = setup.random(2, spec.num_key_value_heads, -(-keys // PAGE) * PAGE, dim)
+    table = BlockTable(PAGE)
+    table.append(range(-(-keys // PAGE)))
+    plan, scale = dense_plan(keys - rows, rows), dim**-0.5
+    flop = 4.0 * plan.visited_pairs * heads * dim
+    name = f"{rows} queries at the end of {keys} keys"
+    yield setup.time(f"attention, {name}", lambda: attend(q, cache[0], cache[1], table, plan, scale), flop)
+    query, k, v = q.transpose(0, 1)[None], cache[0, None, :, :keys], cache[1, None, :, :keys]
+    yield setup.time(
+        f"torch SDPA without mask, {name}",
+        lambda: F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True),
+        4.0 * rows * keys * heads * dim,
+    )
+    one, last = q[-1:], dense_plan(keys - 1, 1)
+    yield setup.time(f"attention, 1 query, {keys} keys", lambda: attend(one, cache[0], cache[1], table, last, scale))
+
+
+def _experts(setup: KernelSetup) -> Iterator[Figure]:
+    spec = benchmark_spec()
+    hidden, width, count = spec.hidden_size, spec.moe_intermediate_size, spec.num_experts
+    router = setup.random(count, hidden)
+    gate_up, down = setup.random(count, 2 * width, hidden) * 0.02, setup.random(count, hidden, width) * 0.02
+    scratch = ExpertScratch()
+    for tokens in (setup.tokens, 1):
+        x = setup.random(tokens, hidden)
+        experts, weights = route(x, router, spec.num_experts_per_tok, True)
+        flop = 6.0 * tokens * spec.num_experts_per_tok * hidden * width
+        yield setup.time(f"route, {tokens} tokens", lambda x=x: route(x, router, spec.num_experts_per_tok, True))  # type: ignore[misc]
+        yield setup.time(
+            f"experts, {tokens} tokens",
+            lambda x=x, e=experts, w=weights: run_experts(x, e, w, gate_up, down, Span(0, count), scratch),  # type: ignore[misc]
+            flop,
+        )
+
+
+def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
+    spec = benchmark_spec()
+    hidden, heads, dim = spec.hidden_size, spec.num_attention_heads, spec.head_dim
+    x, weight = setup.random(setup.tokens, hidden), setup.random(hidden)
+    yield setup.time(f"rms_norm [{setup.tokens}, {hidden}]", lambda: rms_norm(x, weight, 1e-6))
+    q = setup.random(setup.tokens, heads, dim)
+    cos, sin = Rotary(spec.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
+    yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: rotate(q, cos, sin))
+    out = (heads + 2 * spec.num_key_value_heads) * dim
+    matrix = setup.random(out, hidden)
+    flop = 2.0 * setup.tokens * hidden * out
+    yield setup.time(f"linear [{setup.tokens}, {hidden}] -> {out}", lambda: F.linear(x, matrix), flop)
+
+
+def _all_reduce(setup: KernelSetup) -> Figure:
+    """Two members in this process, gloo over the loopback interface, in host memory on every machine."""
+    store, device = dist.HashStore(), torch.device("cpu")
+    tensors = [torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype) for _ in range(_RANKS)]
+    go, done = threading.Barrier(_RANKS, timeout=120), threading.Event()
+
+    def member() -> None:
+        group = join_group(store, 1, _RANKS, device, 60.0)
+        while True:
+            go.wait()
+            if done.is_set():
+                return group.close()
+            group.all_reduce(tensors[1])
+
+    other = threading.Thread(target=member, name="all-reduce", daemon=True)
+    other.start()
+    group = join_group(store, 0, _RANKS, device, 60.0)
+
+    def call() -> None:
+        go.wait()
+        group.all_reduce(tensors[0])
+
+    seconds = measure(call, device, setup.repeats)
+    done.set()
+    go.wait()
+    other.join(timeout=60)
+    group.close()
+    shape = list(tensors[0].shape)
+    return median_figure(f"all-reduce {shape}, gloo, {_RANKS} members", [s * 1e3 for s in seconds], "ms")
+
+
+def _frames(setup: KernelSetup) -> Iterator[Figure]:
+    from workers.transport.frames import Assembler, split
+
+    tensor = torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype)
+    frames = list(split(tensor, 0, 0))
+
+    def assemble() -> None:
+        assembler = Assembler(0)
+        for frame in frames:
+            assembler.add(frame)
+
+    host = KernelSetup(torch.device("cpu"), setup.dtype, setup.tokens, setup.keys, setup.repeats)
+    yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0, 0)))
+    yield host.time(f"frames, assemble {list(tensor.shape)}", assemble)
+
+
+def _sampler(setup: KernelSetup) -> Iterator[Figure]:
+    from workers.sampler import Sampler
+
+    logits = setup.random(_VOCAB).float()
+    sampler = Sampler(_VOCAB)
+    for name, params in (
+        ("greedy", SamplingParams()),
+        ("temperature 0.7, top-k 20, top-p 0.8", SamplingParams(temperature=0.7, top_k=20, top_p=0.8)),
+    ):
+        sample = SampleSpec(params, 0)
+        yield setup.time(f"sampler, {name}, {_VOCAB} ids", lambda s=sample: sampler.sample(0, logits, s))  # type: ignore[misc]

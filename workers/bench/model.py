@@ -1,0 +1,120 @@
+"""One process that prefills and decodes: the decoder alone, without Ray, sockets or the sampler.
+
+Legend: `M` hidden size, `H` and `K` query and KV heads, `D` head dim, `E` experts, `I` expert width.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from protos.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
+from protos.model_config import load_model_spec
+from protos.model_spec import ModelSpec, RopeSpec
+from workers.batch import BlockTables
+from workers.bench.timing import Figure, median_figure, synchronize
+from workers.kv_cache import PagedKV
+from workers.model.decoder import Decoder
+from workers.model.weights import dummy_shard, load_shard, whole_model
+from workers.transport.collectives import SingleShard
+
+PAGE = 64  # tokens
+_WARM_UP = 256  # tokens
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def benchmark_spec(layers: int = 8) -> ModelSpec:
+    """The built-in shape, "qwen3moe-0.7b": small enough that two cores prefill it, with the widths of a real model."""
+    return ModelSpec(
+        model_type="qwen3_moe", vocab_size=49152, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=2, head_dim=128, intermediate_size=3072, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=True, rope=RopeSpec(1e7), max_position_embeddings=262144,
+        dtype="bfloat16", eos_token_ids=(2,), num_experts=64, num_experts_per_tok=8, moe_intermediate_size=384,
+    )  # fmt: skip
+
+
+class Timings(NamedTuple):
+    prefill_s: float
+    decode_s: list[float]  # one entry a token
+
+
+class OneProcess:
+    """A whole model and the KV of one sequence."""
+
+    def __init__(
+        self, model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, tokens: int, chunk: int
+    ) -> None:
+        """`model` is a checkpoint folder, or a shape that gets random weights; `tokens` is the room in the KV cache."""
+        self.spec = load_model_spec(model) if isinstance(model, Path) else model
+        shard = whole_model(self.spec)
+        if isinstance(model, Path):
+            weights = load_shard(model, self.spec, shard, dtype, device)
+        else:
+            weights = dummy_shard(self.spec, shard, dtype, device)
+        blocks = -(-tokens // PAGE)
+        kv_heads, layers = self.spec.num_key_value_heads, self.spec.num_hidden_layers
+        self._kv = PagedKV(layers, kv_heads, self.spec.head_dim, blocks, PAGE, dtype, device)
+        self._decoder = Decoder(self.spec, shard, weights, SingleShard(), device)
+        self._device = device
+        self._chunk = chunk
+
+    def prompt(self, length: int) -> list[int]:
+        """Uniform random ids in 5..31999 (or below the vocabulary), seed 1."""
+        high = min(32000, self.spec.vocab_size)
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(min(5, high - 1), high, (length,), generator=generator).tolist()
+
+    @torch.inference_mode()
+    def run(self, ids: list[int], decode: int) -> Timings:
+        """Prefill `ids` in chunks up to the first token, then decode greedily."""
+        tables = BlockTables(PAGE)
+        began = time.perf_counter()
+        token = 0
+        for start in range(0, len(ids), self._chunk):
+            token = self._step(tables, start, ids[start : start + self._chunk])
+        prefill = time.perf_counter() - began
+        seconds = []
+        for index in range(decode):
+            began = time.perf_counter()
+            token = self._step(tables, len(ids) + index, [token])
+            seconds.append(time.perf_counter() - began)
+        return Timings(prefill, seconds)
+
+    def _step(self, tables: BlockTables, start: int, ids: list[int]) -> int:
+        have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
+        sample = SampleSpec(SamplingParams(), 0)
+        part = SequenceSlice(0, start, len(ids), len(ids), ids, range(have, need), need, sample)
+        plan = StepPlan(0, 0, (part,))
+        tables.apply(plan)
+        batch = tables.batch(plan, self._device, with_tokens=True)
+        assert batch.token_ids is not None
+        hidden = self._decoder.layers(self._decoder.embed(batch.token_ids), batch, self._kv)
+        token = int(self._decoder.logits(hidden[batch.sample_rows])[0].argmax())
+        synchronize(self._device)
+        return token
+
+
+def run_model(
+    model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, lengths: list[int], chunk: int, decode: int,
+    repeats: int,
+) -> list[Figure]:  # fmt: skip
+    """Prefill and, when `decode` is above 0, decode at each length.
+
+    A prompt of 256 tokens warms up; the first run at a length still meets new shapes, and counts as one of `repeats`.
+    """
+    process = OneProcess(model, dtype, device, max(*lengths, _WARM_UP) + decode + 1, chunk)
+    process.run(process.prompt(_WARM_UP), 2)
+    figures = []
+    for length in lengths:
+        ids = process.prompt(length)
+        runs = [process.run(ids, decode) for _ in range(repeats)]
+        rates = [length / run.prefill_s for run in runs]
+        figures.append(median_figure(f"prefill {length}", rates, "tokens/s"))
+        figures.append(Figure(f"prefill {length}, first run", runs[0].prefill_s, "s"))
+        if decode:
+            times = [second * 1e3 for run in runs for second in run.decode_s]
+            figures.append(median_figure(f"decode at {length}", times, "ms a token"))
+    return figures
