@@ -11,6 +11,7 @@ from typing import Any
 from cluster.assets import configs_dir, needle_dir
 from cluster.config import Deployment, load_deployment
 from cluster.display import Display
+from cluster.environment import environment
 from cluster.generation import Generation
 from cluster.needles import Haystack, build_haystack, is_right
 from cluster.session import Ask, Session
@@ -75,6 +76,8 @@ class DemoResult:
             "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
             "cached_tokens": sum(answer.cached_tokens for answer in self.answers),
             "total_s": round(self.total_s, 2),
+            "seed": self.options.seed,
+            "environment": environment(),
         }
 
 

@@ -17,16 +17,16 @@ from workers.bench.model import DTYPES, benchmark_spec, run_model
 from workers.bench.peers import run_peers
 from workers.bench.timing import Figure
 
-_UNITS = {"k": 1024, "m": 1024 * 1024}
+_UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
 _DECODE_TOKENS = 16
 
 
 def length(text: str) -> int:
-    """A token count such as `4096` or `4k` (1k is 1,024 tokens)."""
-    unit = _UNITS.get(text[-1:].lower(), 1)
+    """A token count such as `4096`, `4k` (4,000) or `4K` (4,096)."""
+    unit = _UNITS.get(text[-1:], 1)
     digits = text if unit == 1 else text[:-1]
     if not (digits.isascii() and digits.isdigit()) or not 1 <= int(digits) * unit <= 1 << 21:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a token count from 1 to 2m, such as 4096 or 4k")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a token count from 1 to 2M, such as 4096, 4k or 4K")
     return int(digits) * unit
 
 
@@ -74,8 +74,8 @@ def _model_options(verb: argparse.ArgumentParser, needed: bool) -> None:
         "--model", type=Path, metavar="DIR", required=needed,
         help="checkpoint folder" + ("" if needed else " (default: the built-in shape with random weights)"),
     )  # fmt: skip
-    verb.add_argument("--lengths", type=lengths, default=[4096, 16384], help="prompt lengths (default: 4k,16k)")
-    verb.add_argument("--chunk", type=length, default=4096, help="most tokens of a prefill step (default: 4k)")
+    verb.add_argument("--lengths", type=lengths, default=[4096, 16384], help="prompt lengths (default: 4K,16K)")
+    verb.add_argument("--chunk", type=length, default=4096, help="most tokens of a prefill step (default: 4K)")
 
 
 def main(argv: list[str] | None = None) -> int:
