@@ -1,14 +1,14 @@
 """Every call to Ray, in one place: connect, place, start, stop.
 
 The local cluster is started with small settings (no dashboard, a small object store, no memory monitor: our own
-admission budgets memory, and the monitor would count mapped weight files and kill actors). Token authentication is on.
+admission budgets memory, and the monitor would count mapped weight files and kill actors). Token authentication is
+Ray's default for a local cluster.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -23,7 +23,6 @@ _LOCAL_ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",
 }
 
 
@@ -63,7 +62,7 @@ class RayCluster:
         """Start a local Ray, or join the existing one. Raises PlacementError."""
         if self.is_local:
             os.environ.update(_LOCAL_ENVIRONMENT)
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
         elif ":" in self._address:
             _check_reachable(self._address)
         import ray  # after the environment is set: Ray reads it at import

@@ -74,9 +74,9 @@ def test_lengths(text: str, tokens: int) -> None:
     assert length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "0", "k", "-1", "1.5k", "3m", "4kk", "٤"])
+@pytest.mark.parametrize("text", ["", "0", "k", "-1", "1.5k", "3M", "4kk", "٤"])
 def test_bad_lengths_name_the_range(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a token count from 1 to 2m"):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a token count from 1 to 2M"):
         length(text)
 
 
