@@ -1,4 +1,4 @@
-"""What the gateway may ask of the job service. The service implements it; the gateway and its tests depend only on this."""
+"""What the gateway may ask of the job service; the gateway and its tests depend only on this."""
 
 from __future__ import annotations
 
