@@ -10,7 +10,8 @@ def share_budget(budget: int, remaining: Sequence[int]) -> list[int]:
 
     Single tokens (decoding) come first, each costs one; beside a prefill they leave at least one token. Of the rest the
     oldest prefill gets at least half, so that a long job always progresses; what it leaves goes to the others, shortest
-    first, so that short jobs do not wait for long ones. Only what nobody else can use goes back to the oldest.
+    first, so that short jobs do not wait for long ones. A step that others share stays short when they leave some: only
+    alone does the oldest take it all.
 
     Args:
         budget: most tokens in the step, at least 1.
@@ -31,7 +32,8 @@ def share_budget(budget: int, remaining: Sequence[int]) -> list[int]:
     for index in sorted(prefills[1:], key=lambda i: (remaining[i], i)):
         shares[index] = min(remaining[index], left)
         left -= shares[index]
-    shares[oldest] += min(left, remaining[oldest] - shares[oldest])
+    if len(prefills) == 1:
+        shares[oldest] += min(left, remaining[oldest] - shares[oldest])
     return shares
 
 

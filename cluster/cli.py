@@ -1,63 +1,21 @@
 """The command line. Commands import what they need when they run, so that `--help` is instant.
 
-Exit codes: 0 done; 1 a wrong answer or a failed check; 2 input that cannot be used (nothing was started); 3 the cluster
-could not start or failed; 130 interrupted.
+Exit codes: 0 done; 1 a wrong answer, a failed check, or a job that did not succeed; 2 input that cannot be used
+(nothing was started); 3 the cluster could not start, cannot be reached, or failed; 4 no such job or document;
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-
-class Count(click.ParamType):
-    """A human integer such as 32k or 1M."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from cluster.units import UnitError, parse_count
-
-        try:
-            return parse_count(value)
-        except UnitError as error:
-            self.fail(str(error), param, ctx)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what users can cause into one line on stderr and an exit code; our own bugs keep their traceback."""
-    from cluster.engine import EngineError
-    from cluster.preflight import PreflightError
-    from cluster.ray_cluster import PlacementError
-    from cluster.stage_handle import StageError
-    from protos.node_check import NodeError
-
-    # a polite kill is an interrupt too: what was started gets stopped
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except (PreflightError, PlacementError, StageError, EngineError, NodeError) as error:
-        _fail(error, EXIT_CLUSTER)
-    except ValueError as error:  # every error about input is one: configuration, checkpoint, document, options
-        _fail(error, EXIT_INPUT)
-    except KeyboardInterrupt:
-        click.echo("longreach: interrupted; the cluster was stopped", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-
-
-def _fail(error: Exception, code: int) -> None:
-    click.echo(f"longreach: error: {' '.join(str(error).split())}", err=True)
-    sys.exit(code)
+from cluster import cli_head, cli_jobs
+from cluster.cli_common import EXIT_WRONG, Count, one_line_errors, open_display, sampling_options
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -69,27 +27,12 @@ def main() -> None:
     Try it:            longreach demo
     Check the machine: longreach doctor
     Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
+    Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
     """
 
 
-def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    options = [
-        click.option("--max-tokens", type=Count(), default="256", show_default=True, help="Most tokens of an answer."),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens (0: all)."),
-        click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens up to this mass."),
-        click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest."),
-        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same samples."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text (repeatable)."),
-        click.option("--stop-token-id", type=int, multiple=True, help="End the answer at this id (repeatable)."),
-        click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's end token."),
-        click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities of the K best tokens."),
-        click.option("--thinking/--no-thinking", default=None, help="enable_thinking for the chat template."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+for verb in (*cli_head.VERBS, *cli_jobs.VERBS):
+    main.add_command(verb)
 
 
 @main.command()
@@ -98,7 +41,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--question", multiple=True, help="A question about the document (repeatable: they share its prefill).")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A raw prompt, tokenised as it is.")
 @click.option("--token-ids", type=click.Path(path_type=Path), help="A JSON file with a list of token ids.")
-@_sampling_options
+@sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
     config: Path, document: Path | None, question: tuple[str, ...], prompt_file: Path | None, token_ids: Path | None,
@@ -116,7 +59,7 @@ def run(
 
     with one_line_errors():
         given = RunInput(document, question, prompt_file, token_ids)
-        report = run_once(config, given, _ask(sampling), _display(as_json))
+        report = run_once(config, given, _ask(sampling), open_display(as_json))
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))
             return
@@ -142,14 +85,6 @@ def _ask(options: dict[str, Any]) -> Any:
         ignore_eos=options["ignore_eos"],
         enable_thinking=options["thinking"],
     )
-
-
-def _display(quiet: bool) -> Any:
-    from rich.console import Console
-
-    from cluster.display import Display
-
-    return Display(Console(stderr=True), quiet=quiet)
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -180,7 +115,7 @@ def demo(tokens: int, needles: int, positions: str, seed: int, as_json: bool) ->
     from cluster.demo import DemoOptions, run_demo
 
     with one_line_errors():
-        display = _display(as_json)
+        display = open_display(as_json)
         with display:
             result = run_demo(DemoOptions(tokens, needles, positions, seed), display)
         report = result.to_json()

@@ -31,6 +31,9 @@ from cluster.units import BYTES_RULE, COUNT_RULE, parse_bytes, parse_count
 DEFAULT_KV_FRACTION = 0.5
 POSITIVE = "must be a whole number of at least 1"
 FLAG = "must be true or false"
+FILE_RULE = "must be the path of a file"
+MAX_TTL_S = 10 * 366 * 86400.0
+TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (ten years)"
 
 
 def broken_rule(key: str, rule: str) -> PydanticCustomError:
@@ -221,12 +224,23 @@ class KvCacheSection(Section):
 
 
 class ServerSection(Section):
-    """The door for clients; port 0 opens none."""
+    """The door for clients, port 0 opens none, and the limits of what they may ask."""
 
     host: Annotated[str, AfterValidator(_host)] = Field(
         default="127.0.0.1", description="must be a host name or an IP address"
     )
     port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (no door) to 65535")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
+    max_queued_jobs: int = Field(default=256, ge=1, le=1 << 20, description=f"{POSITIVE} and at most {1 << 20}")
+    max_document_bytes: Bytes = Field(
+        default=64 << 20, ge=1, le=16 << 30, description=f"{BYTES_RULE}, from 1 byte to 16GiB"
+    )
+    result_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
+    document_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, le=86400, description="must be a number of seconds from 0 to 86400"
+    )
+    max_streams: int = Field(default=128, ge=1, le=4096, description="must be a whole number from 1 to 4096")
 
     @property
     def is_loopback(self) -> bool:
@@ -237,11 +251,32 @@ class ServerSection(Section):
         except ValueError:
             return False
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> ServerSection:
+        if self.metrics_port and self.metrics_port == self.port:
+            raise broken_rule("metrics_port", "is server.port too; give each its own port")
+        return self
+
 
 class SecuritySection(Section):
-    """What must be said in words before it is allowed."""
+    """Who may come in, and what must be said in words before it is allowed."""
 
+    api_keys_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    tls_cert_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    tls_key_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    tls_client_ca_file: PathValue | None = Field(default=None, description=FILE_RULE)
     allow_insecure_bind: bool = Field(default=False, description=FLAG)
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> SecuritySection:
+        both = "security.tls_cert_file and security.tls_key_file go together; give both or neither"
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise broken_rule("tls_cert_file" if self.tls_cert_file is None else "tls_key_file", both)
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            raise broken_rule(
+                "tls_client_ca_file", "needs TLS; give security.tls_cert_file and security.tls_key_file too"
+            )
+        return self
 
 
 class Config(Section):
@@ -264,7 +299,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _door_is_safe(self) -> Config:
-        if not self.server.is_loopback and not self.security.allow_insecure_bind:
-            rule = "is not a loopback address; use 127.0.0.1, or say security.allow_insecure_bind: true"
+        security = self.security
+        guarded = security.api_keys_file is not None and security.tls_cert_file is not None
+        if not (self.server.is_loopback or guarded or security.allow_insecure_bind):
+            rule = (
+                "is not a loopback address; use 127.0.0.1, or give security.api_keys_file with tls_cert_file and "
+                "tls_key_file, or say security.allow_insecure_bind: true"
+            )
             raise broken_rule("server.host", rule)
         return self

@@ -52,6 +52,10 @@ class Display:
     ) -> None:
         self._progress.stop()
 
+    def clear(self) -> None:
+        """Take the bar away before the end; may be called twice."""
+        self._progress.stop()
+
     def say(self, text: str) -> None:
         """One line that stays."""
         if not self._quiet:
@@ -70,8 +74,7 @@ class Display:
 
         def on_event(index: int, event: Event) -> None:
             if isinstance(event, Prefill) and index == 0 and not self._answered:
-                figures = f"{event.processed:,} of {event.total:,} tokens"
-                self._show("reading", event.processed, event.total, figures, event.eta_ms)
+                self.prefill(event.processed, event.total, event.eta_ms)
             elif isinstance(event, TokenEvent):
                 self._answered[index] = self._answered.get(index, 0) + 1
                 written = sum(self._answered.values())
@@ -81,6 +84,10 @@ class Display:
                 self._progress.refresh()
 
         return on_event
+
+    def prefill(self, processed: int, total: int, eta_ms: int | None) -> None:
+        """Show how much of a prompt (tokens) is read."""
+        self._show("reading", processed, total, f"{processed:,} of {total:,} tokens", eta_ms)
 
     def _show(self, phase: str, done: int, total: int | None, figures: str, eta_ms: int | None) -> None:
         if self._quiet:

@@ -227,8 +227,16 @@ class Engine:
             raise ValueError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
-        request = Request(next(self._sequences), spec.prompt, spec.sampling, StopRules(spec.max_tokens, stops), now)
-        return Ticket(request, spec, OutputText(self._tokenizer, spec.stop), on_event, now)
+        rules = StopRules(spec.max_tokens, stops)
+        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, now, spec.priority)
+        text = OutputText(self._tokenizer, spec.stop)
+        for sample in spec.resume:
+            request.accept(sample)
+            if text.push(sample.token_id)[1]:
+                request.finish_reason = FinishReason.STOP
+        if request.finish_reason is not None:
+            raise ValueError(f"resume: {len(spec.resume)} tokens: generation had ended with them")
+        return Ticket(request, spec, text, on_event, now)
 
     def _add(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:

@@ -23,6 +23,8 @@ class GenerationSpec:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     reasoning_opened: bool = False  # the prompt ends inside <think>
+    priority: int = 0  # higher is admitted earlier
+    resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
 
 
 @dataclass(frozen=True, slots=True)

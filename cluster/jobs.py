@@ -1,7 +1,7 @@
 """A job as the control plane keeps it: what was asked, how far it has come, what came out. Plain values, no I/O.
 
-A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in order of
-commitment: the number is where a stream can begin again.
+A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in order
+of commitment: the number is where a stream can begin again.
 """
 
 from __future__ import annotations

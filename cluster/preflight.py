@@ -37,7 +37,6 @@ def check_head(deployment: Deployment) -> str:
         PreflightError, NodeError, or CheckpointError naming file and tensor.
     """
     config = deployment.config
-    check_port(config.server.host, config.server.port)
     check_writable(config.data_dir)
     if config.model.load_format == "dummy":
         return ""

@@ -46,6 +46,7 @@ class Request:
     sampling: SamplingParams
     stop: StopRules
     arrived: float = 0.0
+    priority: int = 0  # higher is admitted earlier
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
     num_computed: int = 0

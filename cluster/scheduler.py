@@ -74,8 +74,11 @@ class Scheduler:
         request.hashes = page_hashes(request.prompt, self._page_size, self._root)
 
     def add(self, request: Request) -> None:
-        """Queue a request after `prepare`."""
-        self._waiting.append(request)
+        """Queue a request after `prepare`: behind those of its priority and above."""
+        at = len(self._waiting)
+        while at and self._waiting[at - 1].priority < request.priority:
+            at -= 1
+        self._waiting.insert(at, request)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute now."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.block_pool import BlockPool
 from cluster.config import Deployment
-from cluster.door import HealthDoor
 from cluster.engine import Engine, Event, Ticket
+from cluster.environment import environment
 from cluster.generation import Generation, GenerationSpec
 from cluster.launcher import Launched, Launcher, LaunchStatus
 from cluster.preflight import compute_dtype
-from cluster.prompts import build_document_prompts, check_length, opens_thinking
+from cluster.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.scheduler import Scheduler
+from cluster.stage_handle import StageError
 from cluster.tokenizer import TextTokenizer
 from protos.messages import SamplingParams
 
@@ -44,9 +48,9 @@ class Session:
     def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
         self.deployment = deployment
         self.tokenizer = TextTokenizer.open(deployment.config.model.path)
+        self._on_status = on_status
         self._launcher = Launcher(deployment, on_status)
         self._engine: Engine | None = None
-        self._door: HealthDoor | None = None
         self.launched: Launched | None = None
 
     def __enter__(self) -> Session:
@@ -67,23 +71,23 @@ class Session:
             scheduler = Scheduler(pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root)
             self._engine = Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids)
             self._engine.start()
-            if config.server.port:
-                self._door = HealthDoor(config.server.host, config.server.port)
-                self._door.start()
         except BaseException:
             self.close()
             raise
         self.launched = launched
 
     def close(self) -> None:
-        """Stop in order: door, engine, actors, Ray; may be called twice."""
-        if self._door is not None:
-            self._door.close()
-            self._door = None
+        """Stop in order: engine, actors, Ray; may be called twice."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
         self._launcher.close()
+
+    def restart(self) -> None:
+        """Stop what is left of a broken cluster and start a new one; requests of the old one are lost."""
+        self.close()
+        self._launcher = Launcher(self.deployment, self._on_status)
+        self.start()
 
     @property
     def engine(self) -> Engine:
@@ -118,6 +122,67 @@ class Session:
         prompts = self.document_prompts(document, questions, ask)
         opened = opens_thinking(self.tokenizer, ask.enable_thinking)
         return self.generate(prompts, ask, on_event, reasoning_opened=opened)
+
+    def check_document(self, data: bytes) -> str:
+        """The text of a document; raises PromptError when it is empty, not UTF-8 or too long whatever its tokens."""
+        return check_document(data, self.tokenizer, self.deployment.max_model_len)
+
+    def chat_prompt(self, messages: Sequence[tuple[str, str]], ask: Ask) -> list[int]:
+        """Token ids of (role, content) messages through the chat template; raises PromptError."""
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        text = render_chat(self.tokenizer, conversation, enable_thinking=ask.enable_thinking)
+        return self.tokenizer.encode(text)
+
+    def reproducibility(self, seed: int) -> dict[str, Any]:
+        """What is needed to get the same tokens again."""
+        assert self.launched is not None
+        config, spec, facts = self.deployment.config, self.deployment.spec, environment()
+        return {
+            "model": config.model.served_model_name,
+            "fingerprint": self.launched.fingerprint,
+            "positions": f"{spec.rope.kind}, theta {spec.rope.theta:g}, factor {spec.rope.factor:g}",
+            "sparse_mode": "dense",
+            "dtype": self.launched.dtype,
+            "layout": f"{config.cluster.pipeline_parallel_size} x {config.cluster.expert_parallel_size}",
+            "versions": {name: str(facts[name]) for name in ("version", "build", "torch", "ray", "python")},
+            "seed": seed,
+        }
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version("longreach")
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks some request owns, 0..1."""
+        return self.engine.scheduler.pool.usage if self._engine is not None else 0.0
+
+    @property
+    def latency_coefficients(self) -> tuple[float, float, float, float]:
+        """The fitted cost of a step; see `LatencyModel`."""
+        return self.engine.latency.coefficients if self._engine is not None else (0.0, 0.0, 0.0, 0.0)
+
+    def status(self) -> dict[str, Any]:
+        """The cluster as it is now: sizes, use of KV, and every shard's state."""
+        launched, config = self.launched, self.deployment.config
+        pool = self.engine.scheduler.pool
+        stages = []
+        for handle in launched.shards if launched else ():
+            entry: dict[str, Any] = {"stage": handle.shard.stage, "rank": handle.shard.rank, "state": "unreachable"}
+            with contextlib.suppress(StageError):
+                reply = handle.probe()
+                entry |= {
+                    "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
+                }  # fmt: skip
+            stages.append(entry)
+        return {
+            "model": config.model.served_model_name,
+            "max_model_len": self.deployment.max_model_len,
+            "kv_usage": self.kv_usage,
+            "kv_tokens": pool.num_blocks * config.kv_cache.page_size,
+            "stages": stages,
+            "version": self.version,
+        }
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], ask: Ask) -> None:
         """Refuse prompts this model cannot take (ValueError); the cluster need not run yet."""

@@ -89,11 +89,28 @@ BAD = [
     (BASE + "server: {port: 65536}\n",
      "demo.yaml:8: server.port: 65536: must be a whole number from 0 (no door) to 65535"),
     (BASE + "server:\n  host: 0.0.0.0\n",
-     "demo.yaml:9: server.host: 0.0.0.0: is not a loopback address; use 127.0.0.1, or say "
-     "security.allow_insecure_bind: true"),
+     "demo.yaml:9: server.host: 0.0.0.0: is not a loopback address; use 127.0.0.1, or give security.api_keys_file with "
+     "tls_cert_file and tls_key_file, or say security.allow_insecure_bind: true"),
     (BASE + "server: {host: 'a b'}\n", "demo.yaml:8: server.host: a b: must be a host name or an IP address"),
     (BASE + "security:\n  allow_insecure_bind: 1\n",
      "demo.yaml:9: security.allow_insecure_bind: 1: must be true or false"),
+    (BASE + "security: {tls_cert_file: a.pem}\n",
+     "demo.yaml:8: security.tls_key_file: (missing): security.tls_cert_file and security.tls_key_file go together; "
+     "give both or neither"),
+    (BASE + "security: {tls_key_file: a.key}\n",
+     "demo.yaml:8: security.tls_cert_file: (missing): security.tls_cert_file and security.tls_key_file go together; "
+     "give both or neither"),
+    (BASE + "security: {tls_client_ca_file: ca.pem}\n", "^demo.yaml:8: security.tls_client_ca_file: ca.pem: needs TLS"),
+    (BASE + "security: {api_keys_file: 7}\n", "demo.yaml:8: security.api_keys_file: 7: must be the path of a file"),
+    (BASE + "server: {max_queued_jobs: 0}\n", "^demo.yaml:8: server.max_queued_jobs: 0: must be a whole number of at"),
+    (BASE + "server: {max_streams: 4097}\n",
+     "demo.yaml:8: server.max_streams: 4097: must be a whole number from 1 to 4096"),
+    (BASE + "server: {max_document_bytes: 0}\n", "^demo.yaml:8: server.max_document_bytes: 0: must be a size in bytes"),
+    (BASE + "server: {result_ttl_s: 7d}\n", "^demo.yaml:8: server.result_ttl_s: 7d: must be a number of seconds above"),
+    (BASE + "server: {document_ttl_s: 0}\n", "^demo.yaml:8: server.document_ttl_s: 0: must be a number of seconds"),
+    (BASE + "server: {drain_timeout_s: .inf}\n", "^demo.yaml:8: server.drain_timeout_s: inf: must be a number of sec"),
+    (BASE + "server: {port: 9000, metrics_port: 9000}\n",
+     "demo.yaml:8: server.metrics_port: 9000: is server.port too; give each its own port"),
     (BASE.replace("  pipe", "  address: 1.2.3.4\n  pipe"),
      "demo.yaml:5: cluster.address: 1.2.3.4: must be local, auto, or the host:port of a Ray head"),
     (BASE.replace("  pipe", "  address: a:99999\n  pipe"), "^demo.yaml:5: cluster.address: a:99999: must be local"),
@@ -167,6 +184,12 @@ def test_minimal_file_has_the_documented_defaults(tmp_path: Path, monkeypatch: p
     assert (config.server.host, config.server.port) == ("127.0.0.1", 0)
     assert config.data_dir == Path("/home/someone/.local/share/longreach")
     assert config.security.allow_insecure_bind is False
+    server, security = config.server, config.security
+    assert (server.max_queued_jobs, server.max_document_bytes, server.max_streams) == (256, 64 << 20, 128)
+    assert (server.result_ttl_s, server.document_ttl_s, server.drain_timeout_s) == (604_800, 604_800, 30)
+    assert server.metrics_port == 0
+    assert (security.api_keys_file, security.tls_cert_file) == (None, None)
+    assert (security.tls_key_file, security.tls_client_ca_file) == (None, None)
 
 
 def test_values_are_read_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +222,25 @@ def test_only_loopback_needs_no_permission(tmp_path: Path, host: str, loopback: 
         assert load_config(path).server.host == host
     else:
         assert "allow_insecure_bind" in message_of(path)
+
+
+@pytest.mark.parametrize(
+    ("security", "allowed"),
+    [
+        ("{}", False),
+        ("{api_keys_file: k}", False),
+        ("{tls_cert_file: c, tls_key_file: k}", False),
+        ("{tls_cert_file: c, tls_key_file: k, tls_client_ca_file: a}", False),
+        ("{api_keys_file: k, tls_cert_file: c, tls_key_file: k}", True),
+        ("{allow_insecure_bind: true}", True),
+    ],
+)
+def test_an_open_host_needs_keys_and_tls(tmp_path: Path, security: str, allowed: bool) -> None:
+    path = write(tmp_path, f"{BASE}server: {{host: 0.0.0.0}}\nsecurity: {security}\n")
+    if allowed:
+        assert load_config(path).server.host == "0.0.0.0"
+    else:
+        assert "server.host: 0.0.0.0: is not a loopback address" in message_of(path)
 
 
 def test_config_is_frozen(tmp_path: Path) -> None:

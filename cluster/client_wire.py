@@ -1,0 +1,192 @@
+"""gRPC under the clients: channels, metadata, errors by type, retries. The only client module that imports grpc.
+
+Every call may be repeated safely: Submit carries an idempotency key, uploads are content-addressed, the rest reads or
+is idempotent. So UNAVAILABLE is tried again with backoff everywhere; a Delete that then finds nothing was the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cluster.client_common import (
+    CALL_RETRIES,
+    WAY_OUT,
+    Busy,
+    Conflict,
+    Connection,
+    InvalidRequest,
+    LongreachError,
+    NotFound,
+    RetryPolicy,
+    Unauthenticated,
+    Unavailable,
+)
+from protos import jobs_pb2 as pb
+from protos.channel import CHANNEL_OPTIONS
+from protos.jobs_pb2_grpc import JobsStub
+
+# grpc's own pauses between connection attempts start at 1 s and reach 2 min: longer than ours, they would decide
+_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000)]
+_UPLOAD_FACTOR = 20  # an upload may take this many times the usual timeout
+_DELETES = {"Delete", "DeleteDocument"}
+_Code = grpc.StatusCode
+_SIMPLE: dict[grpc.StatusCode, type[LongreachError]] = {
+    _Code.INVALID_ARGUMENT: InvalidRequest,
+    _Code.OUT_OF_RANGE: InvalidRequest,
+    _Code.NOT_FOUND: NotFound,
+    _Code.ALREADY_EXISTS: Conflict,
+    _Code.FAILED_PRECONDITION: Conflict,
+    _Code.UNAUTHENTICATED: Unauthenticated,
+    _Code.PERMISSION_DENIED: Unauthenticated,
+}
+
+
+def typed_error(error: grpc.RpcError, address: str) -> LongreachError:
+    """The error of a failed call as one of the client's types."""
+    code, details = error.code(), " ".join((error.details() or "").split())
+    if code in _SIMPLE:
+        way_out = ": set LONGREACH_API_KEY or api_key" if _SIMPLE[code] is Unauthenticated else ""
+        return _SIMPLE[code](f"{details or code.name.lower()}{way_out}")
+    if code == _Code.RESOURCE_EXHAUSTED:
+        if "larger than max" in details:  # by grpc itself, about the size of a message
+            return InvalidRequest(f"request: {details}")
+        trailing = dict(error.trailing_metadata() or ())
+        return Busy(details or "the queue is full", int(trailing.get("retry-after-ms", 1000)) / 1000)
+    if code == _Code.UNAVAILABLE:
+        return Unavailable(f"{address}: cannot be reached ({details[:200]}): {WAY_OUT}")
+    if code == _Code.DEADLINE_EXCEEDED:
+        return Unavailable(f"{address}: did not answer in time; a larger timeout_s waits longer")
+    return LongreachError(f"{address}: {code.name}: {details}")
+
+
+def _is_worth_retrying(error: grpc.RpcError) -> bool:
+    return bool(error.code() == _Code.UNAVAILABLE)
+
+
+class _Wire:
+    """What both wires have in common: credentials and metadata."""
+
+    def __init__(self, connection: Connection, retries: RetryPolicy = CALL_RETRIES) -> None:
+        self.connection = connection
+        self._retries = retries
+        secret = connection.secret
+        self._metadata = [("authorization", f"Bearer {secret}")] if secret else []
+
+    def _open(self, api: Any) -> Any:
+        """A channel of `api`, which is grpc or grpc.aio."""
+        if not self.connection.uses_tls:
+            return api.insecure_channel(self.connection.address, options=_OPTIONS)
+        paths = (self.connection.ca_file, self.connection.key_file, self.connection.cert_file)
+        try:
+            pem = [None if path is None else Path(path).read_bytes() for path in paths]
+        except OSError as error:
+            raise InvalidRequest(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return api.secure_channel(self.connection.address, grpc.ssl_channel_credentials(*pem), options=_OPTIONS)
+
+    def _options(self, timeout_s: float | None) -> dict[str, Any]:
+        return {"timeout": timeout_s, "metadata": self._metadata}
+
+    def _failed(self, method: str, tries: int, error: grpc.RpcError) -> pb.Empty:
+        """Raise the typed error, unless it says that an earlier try had deleted already."""
+        problem = typed_error(error, self.connection.address)
+        if tries and method in _DELETES and isinstance(problem, NotFound):
+            return pb.Empty()
+        raise problem from error
+
+
+class SyncWire(_Wire):
+    """Calls that block. May be used from several threads."""
+
+    def __init__(self, connection: Connection, retries: RetryPolicy = CALL_RETRIES) -> None:
+        super().__init__(connection, retries)
+        self._channel = self._open(grpc)
+        self._stub = JobsStub(self._channel)
+
+    def call(self, method: str, request: Any, extra_s: float = 0.0) -> Any:
+        """A unary call; `extra_s` is the time the head is asked to take. Raises LongreachError."""
+        timeout_s = self.connection.timeout_s + extra_s
+        return self._retry(method, lambda: getattr(self._stub, method)(request, **self._options(timeout_s)))
+
+    def upload(self, pieces: Callable[[], Iterator[pb.DocumentPiece]]) -> pb.Document:
+        """Send a document; `pieces` is called again for each try."""
+        options = self._options(self.connection.timeout_s * _UPLOAD_FACTOR)
+        return self._retry("UploadDocument", lambda: self._stub.UploadDocument(pieces(), **options))
+
+    def stream(self, request: pb.StreamRequest) -> Iterator[pb.JobEvent]:
+        """Events until the connection drops (Unavailable) or the head ends the stream."""
+        call = self._stub.Stream(request, **self._options(None))
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise typed_error(error, self.connection.address) from error
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _retry(self, method: str, once: Callable[[], Any]) -> Any:
+        for tries, delay in enumerate((*self._retries.delays(), None)):
+            try:
+                return once()
+            except grpc.RpcError as error:
+                if delay is None or not _is_worth_retrying(error):
+                    return self._failed(method, tries, error)
+            time.sleep(delay)
+        raise AssertionError("the last try returns or raises")
+
+
+class AsyncWire(_Wire):
+    """The same for asyncio; used on one event loop."""
+
+    def __init__(self, connection: Connection, retries: RetryPolicy = CALL_RETRIES) -> None:
+        super().__init__(connection, retries)
+        self._channel: Any = None
+
+    @property
+    def _stub(self) -> Any:
+        if self._channel is None:  # belongs to the loop of the first call
+            self._channel = self._open(grpc.aio)
+        return JobsStub(self._channel)
+
+    async def call(self, method: str, request: Any, extra_s: float = 0.0) -> Any:
+        """As `SyncWire.call`."""
+        options = self._options(self.connection.timeout_s + extra_s)
+        return await self._retry(method, lambda: getattr(self._stub, method)(request, **options))
+
+    async def upload(self, pieces: Callable[[], Iterator[pb.DocumentPiece]]) -> pb.Document:
+        """As `SyncWire.upload`; files are read on the event loop, a piece at a time."""
+        options = self._options(self.connection.timeout_s * _UPLOAD_FACTOR)
+        return await self._retry("UploadDocument", lambda: self._stub.UploadDocument(pieces(), **options))
+
+    async def stream(self, request: pb.StreamRequest) -> AsyncIterator[pb.JobEvent]:
+        """As `SyncWire.stream`."""
+        call = self._stub.Stream(request, **self._options(None))
+        try:
+            async for message in call:
+                yield message
+        except grpc.RpcError as error:
+            raise typed_error(error, self.connection.address) from error
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def _retry(self, method: str, once: Callable[[], Any]) -> Any:
+        for tries, delay in enumerate((*self._retries.delays(), None)):
+            try:
+                return await once()
+            except grpc.RpcError as error:
+                if delay is None or not _is_worth_retrying(error):
+                    return self._failed(method, tries, error)
+            await asyncio.sleep(delay)
+        raise AssertionError("the last try returns or raises")

@@ -1,0 +1,176 @@
+"""Writes what the engine produces into the job store, then wakes those who follow.
+
+The engine's callbacks only put events into a queue. One thread takes all that wait, commits them in one transaction, and
+then tells the followers: a token is on disk before anybody sees it, and a busy disk makes transactions larger, not more.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from cluster.engine import Event
+from cluster.generation import Generation, Progress, TokenEvent
+from cluster.job_store import JobStore
+from cluster.jobs import ACTIVE, JobAnswer, JobState, JobToken
+from cluster.request import FinishReason
+
+
+@dataclass(slots=True)
+class LiveJob:
+    """A job of this head that has not ended: counters, newest progress, and how its answers ended so far."""
+
+    job_id: str
+    num_answers: int
+    last_event: int
+    on_end: Callable[[JobState], None]
+    generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
+    progress: dict[int, Progress] = field(default_factory=dict)
+    ended: dict[int, FinishReason] = field(default_factory=dict)
+    generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
+    deciding: str = ""  # an error that turns the coming cancellation into a failure (deadline)
+
+    def restore(self, finished: Mapping[int, str]) -> None:
+        """Begin again with the answers that had ended before."""
+        self.ended = {question: FinishReason(reason) for question, reason in finished.items()}
+        self.progress = {}
+
+
+class Watch:
+    """Followers of jobs wait here; every job has a version that rises when something about it was committed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._versions: dict[str, int] = {}
+        self._followers: dict[str, int] = {}
+        self._closed = False
+
+    def version(self, job_id: str) -> int:
+        with self._changed:
+            return self._versions.get(job_id, 0)
+
+    def wait(self, job_id: str, seen: int, timeout_s: float) -> bool:
+        """Wait until the version differs from `seen`; False after the timeout or when closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._versions.get(job_id, 0) != seen, timeout_s)
+            return not self._closed and self._versions.get(job_id, 0) != seen
+
+    def touch(self, job_ids: Sequence[str]) -> None:
+        with self._changed:
+            for job_id in job_ids:
+                self._versions[job_id] = self._versions.get(job_id, 0) + 1
+            self._changed.notify_all()
+
+    def forget(self, job_id: str) -> None:
+        with self._changed:
+            self._versions.pop(job_id, None)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+
+_Item = tuple[LiveJob, int, int, Event]  # job, its generation, question, event
+
+
+class Recorder:
+    """The committing thread. `close` commits what is queued and ends it; may be called twice."""
+
+    def __init__(self, store: JobStore, watch: Watch, on_broken: Callable[[str], None]) -> None:
+        self._store = store
+        self._watch = watch
+        self._on_broken = on_broken
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self.commit_seconds = 0.0
+        self.num_commits = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def callback(self, job: LiveJob, question: int) -> Callable[[Event], None]:
+        """What the engine calls for one question of a job."""
+        generation = job.generation
+        return lambda event: self._queue.put((job, generation, question, event))
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            items = [item]
+            while not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    self._commit(items)
+                    return
+                items.append(following)
+            self._commit(items)
+
+    def _commit(self, items: Sequence[_Item]) -> None:
+        tokens: list[tuple[str, JobToken]] = []
+        states: list[tuple[str, frozenset[JobState], JobState]] = []
+        answers: list[tuple[str, JobAnswer]] = []
+        ended: list[tuple[LiveJob, JobState]] = []
+        broken = ""
+        for job, generation, question, event in items:
+            if generation != job.generation:
+                continue  # of a pipeline that is gone
+            if isinstance(event, Progress):
+                job.progress[question] = event
+                states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
+            elif isinstance(event, TokenEvent):
+                job.last_event += 1
+                job.generated[question] = job.generated.get(question, 0) + 1
+                sample = event.token
+                token = JobToken(job.last_event, question, sample.token_id, event.text, sample.logprob, sample.top)
+                tokens.append((job.job_id, token))
+                states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
+            elif event.finish_reason is FinishReason.ERROR:
+                broken = broken or event.error
+            else:
+                answers.append((job.job_id, _answer(question, event)))
+                job.ended[question] = event.finish_reason
+                if len(job.ended) == job.num_answers:
+                    final = _final_state(job)
+                    states.append((job.job_id, ACTIVE, final))
+                    ended.append((job, final))
+        began = time.perf_counter()
+        self._store.commit_step(tokens, states, answers)
+        self.commit_seconds += time.perf_counter() - began
+        self.num_commits += 1
+        for job, final in ended:
+            job.on_end(final)
+        self._watch.touch(list({job.job_id for job, *_ in items}))
+        if broken:
+            self._on_broken(broken)
+
+
+def _answer(question: int, result: Generation) -> JobAnswer:
+    return JobAnswer(
+        question=question,
+        prompt_tokens=result.prompt_tokens,
+        cached_tokens=result.cached_tokens,
+        finish_reason=result.finish_reason.value,
+        text=result.text,
+        reasoning=result.reasoning,
+        timings=asdict(result.timings),
+    )
+
+
+def _final_state(job: LiveJob) -> JobState:
+    if job.deciding:
+        return JobState.FAILED
+    if FinishReason.CANCELLED in job.ended.values():
+        return JobState.CANCELLED
+    return JobState.SUCCEEDED

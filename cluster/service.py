@@ -1,0 +1,409 @@
+"""The job service: validates, stores, queues, recovers. It owns the running cluster and the live jobs.
+
+Failure contract: a job is durable once `submit` returned. Tokens are committed before anyone sees them. When the pipeline
+breaks, it is started again and unfinished jobs go on after their last committed token; when the head dies, the next head
+does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.documents import Documents
+from cluster.engine import EngineError, Ticket
+from cluster.generation import GenerationSpec, Progress
+from cluster.job_store import JobStore
+from cluster.jobs import (
+    ACTIVE,
+    Busy,
+    DocumentRecord,
+    InvalidJob,
+    JobRecord,
+    JobSpec,
+    JobState,
+    JobToken,
+    NotAllowedNow,
+    NotFound,
+    check_id,
+    new_id,
+)
+from cluster.prompts import opens_thinking
+from cluster.recorder import LiveJob, Recorder, Watch
+from cluster.service_api import JobEvent, ProgressUpdate
+from cluster.session import Session
+from protos.messages import SampledToken
+
+_log = logging.getLogger(__name__)
+_HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
+_ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
+_MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
+_PAGE = 500  # tokens a stream reads at once
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Bounds of the queue and of what is kept. Seconds."""
+
+    max_queued_jobs: int = 256
+    max_document_bytes: int = 64 << 20
+    result_ttl_s: float = 7 * 86400.0
+    document_ttl_s: float = 7 * 86400.0
+
+
+class JobService:
+    """Implements `JobServiceApi` over a running session, a store and a folder of documents."""
+
+    def __init__(
+        self, session: Session, store: JobStore, documents: Documents, limits: ServiceLimits,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._session = session
+        self._store = store
+        self._documents = documents
+        self._limits = limits
+        self._clock = clock
+        self._watch = Watch()
+        self._recorder = Recorder(store, self._watch, self._on_broken)
+        self._lock = threading.RLock()  # live jobs and tickets
+        self._live: dict[str, LiveJob] = {}
+        self._tickets: dict[str, list[Ticket]] = {}
+        self._queued_tokens: dict[str, int] = {}
+        self._followers: dict[str, int] = {}
+        self._deadlines: list[tuple[float, str, str]] = []
+        self._wake = threading.Condition()
+        self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
+        self._closing = False
+        self._accepting = True
+        self._keeper = threading.Thread(target=self._keep_time, name="keeper", daemon=True)
+        self._started = clock()
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take up what an earlier head left unfinished, and begin to work. The session must be running."""
+        self._recorder.start()
+        for record in self._store.unfinished():
+            self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
+            self._requeue(record)
+        self._keeper.start()
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuse new jobs and wait for the running ones; what is left continues under the next head."""
+        self._accepting = False
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            with self._lock:
+                if not self._live:
+                    return
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """Stop without touching the state of unfinished jobs; may be called twice."""
+        self._accepting = False
+        self._closing = True
+        with self._wake:
+            self._wake.notify_all()
+        with self._lock:
+            for job in self._live.values():
+                job.generation += 1  # what the closing engine says about them is not their end
+        self._recorder.close()
+        self._watch.close()
+
+    # --- documents ---------------------------------------------------------------------------------------------------
+
+    def upload(self, name: str, pieces: Iterable[bytes]) -> DocumentRecord:
+        return self._documents.put(name, pieces, self._limits.max_document_bytes)
+
+    def document(self, document_id: str) -> DocumentRecord:
+        record = self._store.get_document(check_id(document_id, "doc"))
+        if record is None:
+            raise NotFound(f"document {document_id}: not found (it may have expired)")
+        return record
+
+    def documents(self) -> Sequence[DocumentRecord]:
+        return self._documents.list()
+
+    def delete_document(self, document_id: str) -> None:
+        self.document(document_id)
+        self._documents.delete(document_id)
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    def submit(self, spec: JobSpec) -> JobRecord:
+        if not self._accepting:
+            raise Busy("the head is shutting down: submit again in a moment", 5.0)
+        if spec.deadline is not None and spec.deadline <= self._clock():
+            raise InvalidJob("deadline_s: already over: must be in the future")
+        with self._lock:
+            waiting = self._store.count([JobState.QUEUED, JobState.RECOVERING])
+            if waiting >= self._limits.max_queued_jobs:
+                raise Busy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
+        prompts = self._prompts(spec)
+        size = sum(len(prompt) for prompt in prompts)
+        with self._lock:
+            if self._queued_tokens and sum(self._queued_tokens.values()) + size > _MAX_QUEUED_TOKENS:
+                raise Busy(f"queue: unfinished jobs hold {sum(self._queued_tokens.values())} prompt tokens", 30.0)
+            record, is_new = self._store.create(
+                spec, new_id("job"), spec.input.num_answers, self._session.reproducibility(spec.ask.sampling.seed)
+            )
+            if is_new:
+                self._enqueue(record, prompts, {})
+        return record
+
+    def get(self, job_id: str) -> JobRecord:
+        record = self._store.get(check_id(job_id, "job"))
+        if record is None:
+            raise NotFound(f"job {job_id}: not found (it may have expired)")
+        return record
+
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+        return self._store.tokens(job_id, after, limit)
+
+    def progress(self, job_id: str) -> Mapping[int, Progress]:
+        job = self._live.get(job_id)
+        return dict(job.progress) if job else {}
+
+    def jobs(
+        self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
+    ) -> tuple[Sequence[JobRecord], str]:
+        return self._store.list(states, labels, limit, cursor)
+
+    def wait(self, job_id: str, timeout_s: float) -> JobRecord:
+        until = time.monotonic() + timeout_s
+        while True:
+            seen = self._watch.version(job_id)
+            record = self.get(job_id)
+            left = until - time.monotonic()
+            if record.state.is_final or left <= 0 or self._watch.closed:
+                return record
+            self._watch.wait(job_id, seen, min(left, _HEARTBEAT_S))
+
+    def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+        record = self.get(job_id)
+        if after > record.last_event:
+            raise InvalidJob(f"after: {after}: must be between 0 and {record.last_event}, the newest token")
+        return self._events(job_id, after, record.spec.attached)
+
+    def cancel(self, job_id: str) -> JobRecord:
+        record = self.get(job_id)
+        if record.state.is_final:
+            return record
+        self._cancel(job_id, "")
+        return self.wait(job_id, 30.0)
+
+    def delete(self, job_id: str) -> None:
+        if not self.get(job_id).state.is_final or not self._store.delete(job_id):
+            raise NotAllowedNow(f"job {job_id}: still runs: cancel it first")
+        self._watch.forget(job_id)
+
+    def counts(self) -> tuple[int, int]:
+        """Jobs that wait and jobs that run."""
+        waiting = self._store.count([JobState.QUEUED, JobState.RECOVERING])
+        return waiting, self._store.count([JobState.PREFILLING, JobState.DECODING])
+
+    def on_ended(self, callback: Callable[[JobRecord, dict[int, int]], None]) -> None:
+        """Call with every job that ends, and its number of tokens by question (metrics)."""
+        self._on_ended.append(callback)
+
+    def status(self) -> Mapping[str, Any]:
+        waiting, running = self.counts()
+        uptime = self._clock() - self._started
+        return dict(self._session.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
+
+    def check_integrity(self) -> None:
+        """Verify the engine's blocks (tests, debugging)."""
+        self._session.engine.check_integrity()
+
+    # --- internals ---------------------------------------------------------------------------------------------------
+
+    def _prompts(self, spec: JobSpec) -> list[array[int]]:
+        """Token ids of every question. Raises InvalidJob or NotFound."""
+        given, session = spec.input, self._session
+        try:
+            if given.document_id:
+                text = session.check_document(self._documents.read(given.document_id))
+                prompts = session.document_prompts(text, given.questions, spec.ask)
+            elif given.messages is not None:
+                prompts = [session.chat_prompt(given.messages, spec.ask)]
+            elif given.prompt is not None:
+                prompts = [session.tokenizer.encode(given.prompt, add_special=True)]
+            else:
+                prompts = [list(given.token_ids or ())]
+            session.check_prompts(prompts, spec.ask)
+        except ValueError as error:
+            raise InvalidJob(" ".join(str(error).split())) from error
+        return [array("I", prompt) for prompt in prompts]
+
+    def _requeue(self, record: JobRecord) -> None:
+        """Queue a job again after its last committed token; one that cannot be built any more fails."""
+        done: dict[int, list[SampledToken]] = {}
+        after = 0
+        while page := self._store.tokens(record.id, after, _PAGE):
+            for token in page:
+                sample = SampledToken(0, token.token_id, token.logprob, token.top)
+                done.setdefault(token.question, []).append(sample)
+            after = page[-1].number
+        try:
+            prompts = self._prompts(record.spec)
+            with self._lock:
+                self._enqueue(record, prompts, done)
+        except (InvalidJob, NotFound) as error:
+            self._store.transition(record.id, ACTIVE, JobState.FAILED, error=str(error), now=self._clock())
+            self._watch.touch([record.id])
+
+    def _enqueue(
+        self, record: JobRecord, prompts: Sequence[array[int]], done: Mapping[int, Sequence[SampledToken]]
+    ) -> None:
+        """Hand a job's unfinished questions to the engine (lock held)."""
+        finished = {answer.question: answer.finish_reason for answer in record.answers if answer.finish_reason}
+        job = self._live.get(record.id)
+        if job is None:
+            job = LiveJob(record.id, record.spec.input.num_answers, record.last_event, lambda s: self._ended(record.id))
+            self._live[record.id] = job
+        job.last_event = record.last_event
+        job.restore(finished)
+        self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
+        ask = record.spec.ask
+        opened = bool(record.spec.input.document_id) and opens_thinking(self._session.tokenizer, ask.enable_thinking)
+        items = []
+        for question, prompt in enumerate(prompts):
+            if question not in finished:
+                spec = GenerationSpec(
+                    prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, opened,
+                    record.spec.priority, tuple(done.get(question, ())),
+                )  # fmt: skip
+                items.append((spec, self._recorder.callback(job, question)))
+        self._arm(record)
+        with contextlib.suppress(EngineError):  # a broken pipeline: recovery queues the job again
+            self._tickets[record.id] = self._session.engine.submit_all(items)
+
+    def _events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
+        with self._lock:
+            self._followers[job_id] = self._followers.get(job_id, 0) + 1
+        state: JobState | None = None
+        shown: dict[int, Progress] = {}
+        try:
+            while True:
+                seen = self._watch.version(job_id)
+                record = self.get(job_id)
+                for question, progress in sorted(self.progress(job_id).items()):
+                    if shown.get(question) != progress:
+                        shown[question] = progress
+                        yield ProgressUpdate(question, progress)
+                page = self._store.tokens(job_id, after, _PAGE)
+                for token in page:
+                    yield token
+                    after = token.number
+                if len(page) == _PAGE:
+                    continue
+                if record.state is not state:
+                    state = record.state
+                    yield record
+                if record.state.is_final or self._watch.closed:
+                    return
+                if not self._watch.wait(job_id, seen, _HEARTBEAT_S):
+                    shown.clear()
+        finally:
+            self._unfollow(job_id, attached)
+
+    def _unfollow(self, job_id: str, attached: bool) -> None:
+        with self._lock:
+            self._followers[job_id] -= 1
+            alone = not self._followers[job_id]
+            if alone:
+                del self._followers[job_id]
+            cancel = attached and alone and job_id in self._live and not self._closing
+        if cancel:
+            self._cancel(job_id, "")
+
+    def _cancel(self, job_id: str, deciding: str) -> None:
+        """Cancel a live job; `deciding` is an error that makes it fail instead."""
+        with self._lock:
+            job, tickets = self._live.get(job_id), self._tickets.get(job_id, [])
+            if job is not None:
+                job.deciding = job.deciding or deciding
+                for ticket in tickets:
+                    self._session.engine.cancel(ticket)
+
+    def _ended(self, job_id: str) -> None:
+        with self._lock:
+            job = self._live.pop(job_id, None)
+            self._tickets.pop(job_id, None)
+            self._queued_tokens.pop(job_id, None)
+        if job is None:
+            return
+        if job.deciding:
+            self._store.transition(
+                job_id, [JobState.FAILED], JobState.FAILED, error=job.deciding, now=self._clock()
+            )
+        record = self._store.get(job_id)
+        for callback in self._on_ended if record is not None else ():
+            callback(record, job.generated)
+
+    # --- time and recovery -------------------------------------------------------------------------------------------
+
+    def _arm(self, record: JobRecord) -> None:
+        with self._wake:
+            if record.spec.deadline is not None:
+                heapq.heappush(self._deadlines, (record.spec.deadline, record.id, "deadline exceeded"))
+            if record.spec.attached:
+                heapq.heappush(self._deadlines, (self._clock() + _ATTACH_WITHIN_S, record.id, ""))
+            self._wake.notify_all()
+
+    def _keep_time(self) -> None:
+        """Deadlines when they are due, expired jobs and documents every minute."""
+        sweep = self._clock()
+        while not self._closing:
+            now = self._clock()
+            while self._deadlines and self._deadlines[0][0] <= now:
+                _, job_id, reason = heapq.heappop(self._deadlines)
+                if reason or not self._followers.get(job_id):
+                    self._cancel(job_id, reason)
+            if now >= sweep:
+                self._store.expire(now, self._limits.result_ttl_s)
+                self._documents.sweep(now)
+                sweep = now + 60.0
+            with self._wake:
+                following = min([sweep, *(entry[0] for entry in self._deadlines[:1])])
+                if not self._closing:
+                    self._wake.wait(max(0.0, following - self._clock()))
+
+    def _on_broken(self, error: str) -> None:
+        """The pipeline failed: start another one and go on (called by the recorder)."""
+        if self._closing:
+            return
+        _log.error("the pipeline failed: %s", error)
+        with self._lock:
+            unfinished = list(self._live)
+            for job in self._live.values():
+                job.generation += 1
+        for job_id in unfinished:
+            self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
+        self._watch.touch(unfinished)
+        threading.Thread(target=self._recover, args=(unfinished, error), name="recover", daemon=True).start()
+
+    def _recover(self, unfinished: Sequence[str], error: str) -> None:
+        try:
+            self._session.restart()
+        except Exception as problem:
+            _log.exception("the pipeline could not be started again")
+            reason = f"{error}; starting again failed: {' '.join(str(problem).split())}"
+            for job_id in unfinished:
+                self._store.transition(job_id, ACTIVE, JobState.FAILED, error=reason, now=self._clock())
+                self._ended(job_id)
+            self._watch.touch(unfinished)
+            return
+        with self._lock:
+            pending = list(self._live)
+        for job_id in pending:
+            record = self._store.get(job_id)
+            if record is not None and not record.state.is_final:
+                self._requeue(record)
