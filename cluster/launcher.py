@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Deployment
-from cluster.preflight import check_head, compute_dtype, count_blocks
+from cluster.preflight import DTYPE_BYTES, check_head, compute_dtype, count_blocks
 from cluster.ray_cluster import ActorRequest, RayCluster
 from cluster.stage_handle import GrpcStageHandle, StageError
+from cluster.topology import shard_weight_bytes
 from protos import codec
 from protos import stage_pb2 as pb
 from protos.build_id import build_id
@@ -150,13 +151,14 @@ class Launcher:
             limit = config.cluster.load_timeout_s
             threading.Thread(target=_follow, args=(index, handle, request, limit, updates), daemon=True).start()
         latest = [LoadProgress(0, 0)] * len(self._shards)
+        width = DTYPE_BYTES[compute_dtype(self._deployment)]
+        total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in self._deployment.shards)
         while not all(progress.ready for progress in latest):
             index, update = updates.get()
             if isinstance(update, Exception):
                 raise update
             latest[index] = update
-            loaded, total = sum(p.loaded_bytes for p in latest), sum(p.total_bytes for p in latest)
-            self._on_status(LaunchStatus("loading weights", loaded, total))
+            self._on_status(LaunchStatus("loading weights", sum(p.loaded_bytes for p in latest), total))
         return latest
 
     def _load_request(self, handle: GrpcStageHandle) -> pb.LoadRequest:

@@ -14,7 +14,7 @@ from protos.checkpoint import Checkpoint
 from protos.messages import LoadProgress
 from protos.node_check import check_writable
 
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 class PreflightError(RuntimeError):
@@ -66,7 +66,7 @@ def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_
         PreflightError: one context of max_model_len would not fit.
     """
     config, spec = deployment.config, deployment.spec
-    page, value_bytes = config.kv_cache.page_size, _DTYPE_BYTES[compute_dtype(deployment)]
+    page, value_bytes = config.kv_cache.page_size, DTYPE_BYTES[compute_dtype(deployment)]
     affordable = []
     for shard, progress in zip(deployment.shards, loaded, strict=True):
         budget = config.kv_cache.bytes
