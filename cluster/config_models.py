@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -75,8 +74,8 @@ def _address(value: str) -> str:
 
 
 def _has_both_fields(value: str) -> str:
-    names = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]  # name, format, conversion
-    if names != [("document", "", None), ("question", "", None)]:
+    at, after = value.find("{document}"), value.find("{question}")
+    if value.count("{document}") != 1 or value.count("{question}") != 1 or after < at:
         raise ValueError("not the two fields")
     return value
 
@@ -140,7 +139,7 @@ class ModelSection(Section):
     allow_beyond_positions: bool = Field(default=False, description=FLAG)
     document_prompt: Annotated[str, AfterValidator(_has_both_fields)] = Field(
         default="{document}\nQuestion: {question}",
-        description="must contain {document} once and after it {question} once; other braces are written {{ and }}",
+        description="must contain {document} once and after it {question} once",
     )
 
     @field_validator("served_model_name", mode="before")
@@ -221,7 +220,7 @@ class KvCacheSection(Section):
 
 
 class ServerSection(Section):
-    """The door for clients; port 0 opens none."""
+    """The door, which answers health checks; port 0 opens none."""
 
     host: Annotated[str, AfterValidator(_host)] = Field(
         default="127.0.0.1", description="must be a host name or an IP address"
