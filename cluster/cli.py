@@ -99,13 +99,16 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 @main.command()
-@click.option("--tokens", type=Count(), default="32k", show_default=True, help="Length of the document, 1k to 1M.")
+@click.option(
+    "--tokens", type=Count(), default="32k", show_default=True,
+    help="Length of the document, 1k to 1M. Attention is dense: time grows with the square.",
+)  # fmt: skip
 @click.option("--needles", type=click.IntRange(1, 100), default=8, show_default=True, help="Facts hidden in the book.")
 @click.option(
     "--positions", type=click.Choice(["yarn", "plain"]), default="yarn", show_default=True,
     help="yarn stretches the trained window of 4,096 tokens; plain does not, and fails beyond it.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Which facts, and where.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which facts, and where.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def demo(tokens: int, needles: int, positions: str, seed: int, as_json: bool) -> None:
     """Hide facts in a book, start a 2 x 2 cluster on this machine, and ask for them.
@@ -159,7 +162,7 @@ def doctor(as_json: bool) -> None:
 
     from cluster.doctor import diagnose, render
 
-    with Console(stderr=True).status("checking this machine"):
+    with one_line_errors(), Console(stderr=True).status("checking this machine"):
         report = diagnose()
     if as_json:
         click.echo(json.dumps(report.to_json()))

@@ -34,6 +34,7 @@ def one_line_errors() -> Iterator[None]:
     from cluster.preflight import PreflightError
     from cluster.ray_cluster import PlacementError
     from cluster.stage_handle import StageError
+    from protos.errors import UserError
     from protos.node_check import NodeError
 
     # a polite kill is an interrupt too: what was started gets stopped
@@ -42,10 +43,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (PreflightError, PlacementError, StageError, EngineError, NodeError) as error:
         fail(error, EXIT_CLUSTER)
-    except ValueError as error:  # every error about input is one: configuration, checkpoint, document, options
+    except UserError as error:
         fail(error, EXIT_INPUT)
     except KeyboardInterrupt:
-        click.echo("longreach: interrupted; the cluster was stopped", err=True)
+        click.echo("longreach: interrupted; nothing is left running", err=True)
         sys.exit(EXIT_INTERRUPTED)
 
 

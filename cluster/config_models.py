@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,8 +77,8 @@ def _address(value: str) -> str:
 
 
 def _has_both_fields(value: str) -> str:
-    names = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]  # name, format, conversion
-    if names != [("document", "", None), ("question", "", None)]:
+    at, after = value.find("{document}"), value.find("{question}")
+    if value.count("{document}") != 1 or value.count("{question}") != 1 or after < at:
         raise ValueError("not the two fields")
     return value
 
@@ -143,7 +142,7 @@ class ModelSection(Section):
     allow_beyond_positions: bool = Field(default=False, description=FLAG)
     document_prompt: Annotated[str, AfterValidator(_has_both_fields)] = Field(
         default="{document}\nQuestion: {question}",
-        description="must contain {document} once and after it {question} once; other braces are written {{ and }}",
+        description="must contain {document} once and after it {question} once",
     )
 
     @field_validator("served_model_name", mode="before")

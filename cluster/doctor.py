@@ -276,7 +276,10 @@ def check_ray(address: str) -> Check:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
-        return Check("ray", "error", f"{version}, no cluster at {address}: {error}", "start it, or unset RAY_ADDRESS")
+        return Check(
+            "ray", "missing", f"{version}, no cluster at {address} (RAY_ADDRESS): {error}",
+            "matters only for cluster.address: auto; start it, or unset RAY_ADDRESS",
+        )  # fmt: skip
     return Check("ray", "ok", f"{version}, cluster reachable at {address}")
 
 

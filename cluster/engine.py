@@ -21,6 +21,7 @@ from cluster.request import FinishReason, Request, StopRules
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageHandle
 from cluster.tokenizer import TextTokenizer
+from protos.errors import UserError
 from protos.messages import StepPlan, StepResult
 
 Event = Progress | TokenEvent | Generation
@@ -224,7 +225,7 @@ class Engine:
 
     def _ticket(self, spec: GenerationSpec, on_event: Callable[[Event], None]) -> Ticket:
         if not len(spec.prompt):
-            raise ValueError("prompt: 0 tokens: must have at least one")
+            raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)

@@ -33,7 +33,8 @@ def run_head(
         on_ready: called once with the address clients connect to.
 
     Raises:
-        ValueError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left running.
+        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
+            running.
     """
     deployment = load_deployment(config_path)
     config = deployment.config

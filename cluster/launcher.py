@@ -8,20 +8,23 @@ does so lazily: the actor class is imported in `start`, and imports torch only i
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import secrets
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Deployment
-from cluster.preflight import check_head, compute_dtype, count_blocks
+from cluster.preflight import DTYPE_BYTES, PreflightError, check_head, compute_dtype, count_blocks
 from cluster.ray_cluster import ActorRequest, RayCluster
-from cluster.stage_handle import GrpcStageHandle, StageError
+from cluster.stage_handle import GrpcStageHandle
+from cluster.topology import shard_weight_bytes
 from protos import codec
 from protos import stage_pb2 as pb
 from protos.build_id import build_id
@@ -29,7 +32,8 @@ from protos.messages import LoadProgress
 from protos.node_check import NodeCheck
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 180.0
+_LONGEST_RUN_DIR = 80  # the kernel allows 107 characters for the path of a socket in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +81,14 @@ class Launcher:
 
     def close(self) -> None:
         """Stop in order; what is already gone is skipped."""
-        for handle in self._shards:
-            handle.close()
-        self._shards = []
-        if self._ray is not None:
-            self._ray.close()
-            self._ray = None
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
-            self._run_dir = None
+        with contextlib.ExitStack() as steps:  # each runs whatever happens in the others; last added, first run
+            if self._run_dir is not None:
+                steps.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
+            if self._ray is not None:
+                steps.callback(self._ray.close)
+            for handle in self._shards:
+                steps.callback(handle.close)
+            self._shards, self._ray, self._run_dir = [], None, None
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -98,7 +101,8 @@ class Launcher:
         addresses = self._open(fingerprint)
         loaded = self._load()
         self._on_status(LaunchStatus("connecting stages"))
-        num_blocks = count_blocks(self._deployment, loaded, len(self._deployment.shards))
+        sharing = max(Counter(address.node for address in addresses).values())
+        num_blocks = count_blocks(self._deployment, loaded, sharing)
         self._connect(addresses, num_blocks)
         pids = tuple(address.pid for address in addresses)
         return Launched(tuple(self._shards), num_blocks, fingerprint, compute_dtype(self._deployment), pids)
@@ -109,7 +113,7 @@ class Launcher:
         self._ray.connect()
         from workers.stage_actor import StageActor  # the bridge to the data plane; no torch behind it yet
 
-        cores = self._ray.num_cores()
+        cores = self._ray.cores_of_a_pipeline(cluster.pipeline_parallel_size)
         gpus = 1.0 if cluster.device == "cuda" else 0.0
         stage = ActorRequest(cluster.expert_parallel_size, cluster.cpus(cores), gpus)
         self._actors = self._ray.place(StageActor, [stage] * cluster.pipeline_parallel_size)
@@ -121,8 +125,13 @@ class Launcher:
         assert self._ray is not None
         config = self._deployment.config
         self._run_dir = Path(tempfile.mkdtemp(prefix="longreach-"))
+        if len(str(self._run_dir)) > _LONGEST_RUN_DIR:
+            raise PreflightError(
+                f"TMPDIR: {tempfile.gettempdir()}: too long for Unix sockets: must be at most "
+                f"{_LONGEST_RUN_DIR - 19} characters"
+            )
         token = secrets.token_hex(32)
-        threads = config.cluster.threads(self._ray.num_cores())
+        threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
         check = NodeCheck(build_id(), str(config.model.path), fingerprint, str(config.data_dir))
         calls = []
         for shard in self._deployment.shards:
@@ -133,6 +142,7 @@ class Launcher:
                 network_interface=config.cluster.network_interface,
                 threads=threads,
                 step_timeout_s=config.cluster.step_timeout_s,
+                orphan_timeout_s=config.cluster.load_timeout_s + _START_TIMEOUT_S,  # others may still load
             )
             calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
         addresses = self._ray.call(calls, _OPEN_TIMEOUT_S)
@@ -150,13 +160,14 @@ class Launcher:
             limit = config.cluster.load_timeout_s
             threading.Thread(target=_follow, args=(index, handle, request, limit, updates), daemon=True).start()
         latest = [LoadProgress(0, 0)] * len(self._shards)
+        width = DTYPE_BYTES[compute_dtype(self._deployment)]
+        total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in self._deployment.shards)
         while not all(progress.ready for progress in latest):
             index, update = updates.get()
             if isinstance(update, Exception):
                 raise update
             latest[index] = update
-            loaded, total = sum(p.loaded_bytes for p in latest), sum(p.total_bytes for p in latest)
-            self._on_status(LaunchStatus("loading weights", loaded, total))
+            self._on_status(LaunchStatus("loading weights", sum(p.loaded_bytes for p in latest), total))
         return latest
 
     def _load_request(self, handle: GrpcStageHandle) -> pb.LoadRequest:
@@ -172,7 +183,8 @@ class Launcher:
             load_format=config.model.load_format,
             store_path=str(self._run_dir / f"stage{shard.stage}.store"),
             group_address="127.0.0.1",  # the shards of a stage share a node
-            group_timeout_s=config.cluster.step_timeout_s,
+            # ranks may finish loading that far apart
+            group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )
 
     def _connect(self, addresses: list[Any], num_blocks: int) -> None:
@@ -186,7 +198,7 @@ class Launcher:
             after = where.get((handle.shard.stage + 1, handle.shard.rank))
             try:
                 handle.start(num_blocks, page, _reach(own.node, after) if after else "", _START_TIMEOUT_S)
-            except StageError as error:
+            except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
                 errors.put(error)
             else:
                 errors.put(None)
@@ -210,5 +222,5 @@ def _follow(
     try:
         for progress in handle.load(request, limit_s):
             updates.put((index, progress))
-    except StageError as error:
+    except Exception as error:  # noqa: BLE001 - the launcher waits for this thread's word
         updates.put((index, error))

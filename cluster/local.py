@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cluster.engine import Event
     from cluster.generation import Generation
     from cluster.session import Ask, Session
 
@@ -57,14 +58,22 @@ class LocalCluster:
             raise RuntimeError("the cluster is not running: use `with LocalCluster(...)` or call start()")
         return self._session
 
-    def ask(self, document: str | os.PathLike[str], question: str, ask: Ask | None = None) -> Generation:
+    def ask(
+        self, document: str | os.PathLike[str], question: str, ask: Ask | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> Generation:  # fmt: skip
         """Answer one question about a document: a text, or the path object of a UTF-8 file."""
-        return self.ask_all(document, [question], ask)[0]
+        return self.ask_all(document, [question], ask, on_event)[0]
 
     def ask_all(
-        self, document: str | os.PathLike[str], questions: Sequence[str], ask: Ask | None = None
-    ) -> list[Generation]:
+        self, document: str | os.PathLike[str], questions: Sequence[str], ask: Ask | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[Generation]:  # fmt: skip
         """Answer several questions about one document, which is read once; results in their order.
+
+        Args:
+            on_event: called with the index of a question and its `Progress`, `TokenEvent` or `Generation`, on another
+                thread; must not block.
 
         Raises:
             PromptError: the document or a question cannot be used. EngineError: the cluster failed.
@@ -78,4 +87,4 @@ class LocalCluster:
         if not isinstance(document, str):
             data = Path(document).read_bytes()
             document = check_document(data, session.tokenizer, session.deployment.max_model_len)
-        return session.ask_document(document, questions, ask or Ask())
+        return session.ask_document(document, questions, ask or Ask(), on_event)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.prompts import build_document_prompts
 from cluster.tokenizer import TextTokenizer
+from protos.errors import UserError
 
 _MIN_TOKENS_PER_NEEDLE = 64  # below this the document is hardly more than its needles
 
@@ -52,7 +53,7 @@ def build_haystack(
     book, words = _read_assets(assets)
     pairs = _choose_words(words, num_needles, seed, share_words)
     if total_tokens < _MIN_TOKENS_PER_NEEDLE * (num_needles + 1):
-        raise ValueError(
+        raise UserError(
             f"total_tokens: {total_tokens}: must be at least {_MIN_TOKENS_PER_NEEDLE * (num_needles + 1)} "
             f"for {num_needles} needles"
         )
@@ -77,7 +78,7 @@ def build_haystack(
             )
             return Haystack(document, needles, len(prompt))
         budget -= len(prompt) - total_tokens  # seams between book and needles cost a token here and there
-    raise ValueError(f"total_tokens: {total_tokens}: the needles and the question alone have {overhead}: raise it")
+    raise UserError(f"total_tokens: {total_tokens}: the needles and the question alone have {overhead}: raise it")
 
 
 def is_right(answer_text: str, needle: Needle) -> bool:
@@ -98,7 +99,7 @@ def _read_assets(assets: Path) -> tuple[str, dict[str, list[str]]]:
         book = gzip.decompress((assets / "book.txt.gz").read_bytes()).decode("utf-8")
         words = json.loads((assets / "words.json").read_bytes())
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{assets}: book.txt.gz or words.json unusable ({error}): reinstall longreach") from error
+        raise UserError(f"{assets}: book.txt.gz or words.json unusable ({error}): reinstall longreach") from error
     return book.strip("\n") + "\n", words
 
 
@@ -110,7 +111,7 @@ def _choose_words(
     most = len(adjectives) * len(nouns) if share_words else min(len(adjectives), len(nouns))
     if not 1 <= num_needles <= most:
         hint = "" if share_words else ", or more if needles may share words"
-        raise ValueError(f"num_needles: {num_needles}: must be between 1 and {most}{hint}")
+        raise UserError(f"num_needles: {num_needles}: must be between 1 and {most}{hint}")
     draw = random.Random(f"{seed} words")
     if share_words:
         chosen = draw.sample(range(most), num_needles)

@@ -14,7 +14,7 @@ from protos.checkpoint import Checkpoint
 from protos.messages import LoadProgress
 from protos.node_check import check_writable
 
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 class PreflightError(RuntimeError):
@@ -38,6 +38,8 @@ def check_head(deployment: Deployment) -> str:
     """
     config = deployment.config
     check_writable(config.data_dir)
+    if config.kv_cache.bytes is not None:
+        check_room(deployment, config.kv_cache.bytes)
     if config.model.load_format == "dummy":
         return ""
     return Checkpoint.open(config.model.path, deployment.spec).fingerprint()
@@ -58,29 +60,34 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
+def check_room(deployment: Deployment, budget: int) -> int:
+    """Blocks that `budget` bytes hold on the shard whose tokens are largest.
+
+    Raises:
+        PreflightError: one context of max_model_len would not fit.
+    """
+    page, width = deployment.config.kv_cache.page_size, DTYPE_BYTES[compute_dtype(deployment)]
+    widest = max(kv_bytes_per_token(deployment.spec, shard, width) for shard in deployment.shards)
+    blocks, longest = budget // (widest * page), -(-deployment.max_model_len // page)
+    if blocks < longest:
+        raise PreflightError(
+            f"kv_cache: room for {blocks * page} tokens an actor, model.max_model_len is {deployment.max_model_len}: "
+            f"give kv_cache.bytes at least {format_bytes(longest * page * widest)}, or lower max_model_len"
+        )
+    return blocks
+
+
 def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_node: int) -> int:
     """KV blocks every shard allocates: what the tightest shard affords, at most what all sequences can use.
 
     Raises:
         PreflightError: one context of max_model_len would not fit.
     """
-    config, spec = deployment.config, deployment.spec
-    page, value_bytes = config.kv_cache.page_size, _DTYPE_BYTES[compute_dtype(deployment)]
-    affordable = []
-    for shard, progress in zip(deployment.shards, loaded, strict=True):
-        budget = config.kv_cache.bytes
-        if budget is None:
-            assert config.kv_cache.fraction is not None
-            sharers = 1 if config.cluster.device == "cuda" else shards_per_node
-            budget = int(progress.available_bytes * config.kv_cache.fraction) // sharers
-        affordable.append(budget // (kv_bytes_per_token(spec, shard, value_bytes) * page))
-    longest = -(-deployment.max_model_len // page)
-    blocks = min(affordable)
-    if blocks < longest:
-        widest = max(kv_bytes_per_token(spec, shard, value_bytes) for shard in deployment.shards)
-        raise PreflightError(
-            f"kv_cache: room for {blocks * page} tokens an actor, model.max_model_len is {deployment.max_model_len}: "
-            f"give kv_cache.bytes at least {format_bytes(longest * page * widest)}, or lower max_model_len"
-        )
-    return min(blocks, longest * config.prefill.max_num_seqs)
-
+    config = deployment.config
+    budget = config.kv_cache.bytes
+    if budget is None:
+        assert config.kv_cache.fraction is not None
+        sharers = 1 if config.cluster.device == "cuda" else shards_per_node
+        budget = int(min(p.available_bytes for p in loaded) * config.kv_cache.fraction) // sharers
+    longest = -(-deployment.max_model_len // config.kv_cache.page_size)
+    return min(check_room(deployment, budget), longest * config.prefill.max_num_seqs)

@@ -20,6 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.tokenizer import TextTokenizer
+from protos.errors import UserError
 
 DEFAULT_TEMPLATE = "{document}\nQuestion: {question}"
 _RENDER_SECONDS = 10.0
@@ -35,7 +36,7 @@ _TEMPLATE_FAILURES = (
 )
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A document, question or template that cannot become a prompt; one line for the user."""
 
 
@@ -125,12 +126,13 @@ def build_document_prompts(
     *,
     enable_thinking: bool | None,
     max_model_len: int,
+    max_tokens: int = 1,
 ) -> list[list[int]]:
     """One prompt a question, all with the identical token prefix [chat head + document], tokenised once.
 
     Special tokens spelt in the document or in a question are ordinary text. A model without chat template gets
     the message alone. Raises PromptError for empty questions, unusable templates, and documents whose prompt
-    leaves no room for one token of answer.
+    leaves no room for `max_tokens` of answer.
     """
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")
@@ -154,7 +156,7 @@ def build_document_prompts(
         elif head != this_head:
             raise PromptError("chat_template: the text before the document depends on the question: cannot be shared")
         prompt = prefix + _encode_tail(tokenizer, tail, mark_question, question)
-        check_length(len(prompt), 1, max_model_len, document_tokens=document_tokens)
+        check_length(len(prompt), max_tokens, max_model_len, document_tokens=document_tokens)
         prompts.append(prompt)
     return prompts
 

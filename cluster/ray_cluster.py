@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from protos.node_check import NodeError
+
+_log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MB; nothing of ours goes through it
 _CLOSE_TIMEOUT_S = 5.0  # an actor in the middle of a step is killed after this
 _LOCAL_ENVIRONMENT = {
@@ -67,18 +70,26 @@ class RayCluster:
             _check_reachable(self._address)
         import ray  # after the environment is set: Ray reads it at import
 
+        if ray.is_initialized():
+            raise PlacementError("this process is connected to a Ray cluster already: close that connection first")
+
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
         if self.is_local:
             options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-            options |= {"num_cpus": os.cpu_count()}
+            affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; absent on macOS
+            options |= {"num_cpus": len(affinity(0)) if affinity else os.cpu_count()}
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self._address, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except BaseException as error:
+            if ray.is_initialized():
+                ray.shutdown()
+            if not isinstance(error, (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError)):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
-        if threading.current_thread() is threading.main_thread():
+        if on_terminate is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
     def place(self, actor_class: Callable[[], Any], stages: Sequence[ActorRequest]) -> list[list[Any]]:
@@ -116,7 +127,10 @@ class RayCluster:
         except ray.exceptions.GetTimeoutError as error:
             raise PlacementError(f"actors did not answer within {timeout_s:g} s") from error
         except ray.exceptions.RayTaskError as error:
-            raise PlacementError(" ".join(str(error.cause).split())) from error
+            cause = error.cause
+            known = isinstance(cause, (NodeError, RuntimeError))
+            text = " ".join(str(cause).split())
+            raise PlacementError(text if known else f"an actor failed: {type(cause).__name__}: {text}") from error
         except ray.exceptions.RayError as error:
             raise PlacementError(f"an actor died: {' '.join(str(error).split())[:300]}") from error
         return answers
@@ -129,11 +143,16 @@ class RayCluster:
         return str(ray.get_runtime_context().get_node_id())
 
     @staticmethod
-    def num_cores() -> int:
-        """CPUs of the smallest node, at least 1; what unset thread counts are divided from."""
+    def cores_of_a_pipeline(num_stages: int) -> int:
+        """CPUs that the stages of a pipeline share when they are spread evenly, at least 1.
+
+        What unset thread counts are divided from: the cores of the smallest node with CPUs, times the nodes in use.
+        """
         import ray
 
-        return max(1, min(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]))
+        cores = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]
+        usable = [count for count in cores if count > 0]
+        return max(1, min(usable, default=1) * min(len(usable), num_stages))
 
     def close(self) -> None:
         """Let the actors close, end them, give their place back, leave (or end) Ray."""
@@ -142,16 +161,20 @@ class RayCluster:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        closing = [actor.close.remote() for actor in self._actors]
-        if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
-        for actor in self._actors:
-            ray.kill(actor)
-        for group in self._groups:
-            remove_placement_group(group)
-        self._actors, self._groups = [], []
-        ray.shutdown()
-        self._connected = False
+        try:
+            closing = [actor.close.remote() for actor in self._actors]
+            if closing:
+                ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
+            for actor in self._actors:
+                ray.kill(actor)
+            for group in self._groups:
+                remove_placement_group(group)
+        except (ray.exceptions.RayError, RuntimeError, ValueError):
+            _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
+        finally:
+            self._actors, self._groups = [], []
+            ray.shutdown()
+            self._connected = False
 
     def _check_room(self, stages: Sequence[ActorRequest]) -> None:
         """Refuse at once what no state of the cluster could place."""

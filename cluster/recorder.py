@@ -1,7 +1,8 @@
 """Writes what the engine produces into the job store, then wakes those who follow.
 
-The engine's callbacks only put events into a queue. One thread takes all that wait, commits them in one transaction, and
-then tells the followers: a token is on disk before anybody sees it, and a busy disk makes transactions larger, not more.
+The engine's callbacks only put events into a queue. One thread takes all that wait, commits them in one transaction and
+then tells the followers: a token is on disk before anybody sees it, and a busy disk makes transactions larger, not
+more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class LiveJob:
     progress: dict[int, Progress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
-    deciding: str = ""  # an error that turns the coming cancellation into a failure (deadline)
 
     def restore(self, finished: Mapping[int, str]) -> None:
         """Begin again with the answers that had ended before."""
@@ -169,8 +169,6 @@ def _answer(question: int, result: Generation) -> JobAnswer:
 
 
 def _final_state(job: LiveJob) -> JobState:
-    if job.deciding:
-        return JobState.FAILED
     if FinishReason.CANCELLED in job.ended.values():
         return JobState.CANCELLED
     return JobState.SUCCEEDED

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from protos.errors import UserError
 from protos.messages import SampledToken, SamplingParams
 
 
@@ -31,7 +32,7 @@ class StopRules:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens: {self.max_tokens}: must be at least 1")
+            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
 
 
 @dataclass(slots=True, eq=False)

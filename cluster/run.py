@@ -38,14 +38,13 @@ def run_once(config: Path, given: RunInput, ask: Ask, display: Display) -> dict[
     """Start the cluster of a YAML file, answer, stop it; returns the report that `--json` prints.
 
     Raises:
-        ValueError: bad configuration, checkpoint or input; nothing was started. Otherwise as `Session`.
+        UserError: bad configuration, checkpoint or input; nothing was started. Otherwise as `Session`.
     """
     began = time.monotonic()
     deployment = load_deployment(config)
     with display:
         session = Session(deployment, display.launch)
         prompts = _prompts(session, given, ask)
-        session.check_prompts(prompts, ask)
         opened = given.document is not None and opens_thinking(session.tokenizer, ask.enable_thinking)
         with session:
             ready = time.monotonic() - began
@@ -66,9 +65,12 @@ def _prompts(session: Session, given: RunInput, ask: Ask) -> list[list[int]]:
         text = _read_text(given.document, session)
         return session.document_prompts(text, given.questions, ask)
     if given.prompt_file is not None:
-        return [session.tokenizer.encode(_read_text(given.prompt_file, session), add_special=True)]
-    assert given.token_ids is not None
-    return [_read_ids(given.token_ids)]
+        prompts = [session.tokenizer.encode(_read_text(given.prompt_file, session), add_special=True)]
+    else:
+        assert given.token_ids is not None
+        prompts = [_read_ids(given.token_ids)]
+    session.check_prompts(prompts, ask)
+    return prompts
 
 
 def _read_text(path: Path, session: Session) -> str:
@@ -76,11 +78,9 @@ def _read_text(path: Path, session: Session) -> str:
     limit = session.deployment.max_model_len
     try:
         check_bound(path.stat().st_size, session.tokenizer, limit)
-        data = path.read_bytes()
+        return check_document(path.read_bytes(), session.tokenizer, limit)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        return check_document(data, session.tokenizer, limit)
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from error
 

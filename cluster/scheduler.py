@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from cluster.block_pool import BlockPool, page_hashes
 from cluster.chunking import share_budget
 from cluster.request import FinishReason, Request, Status
+from protos.errors import UserError
 from protos.messages import SampledToken, SampleSpec, SequenceSlice, StepPlan
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(UserError):
     """A request that could never run, with the numbers."""
 
 

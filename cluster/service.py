@@ -1,8 +1,8 @@
 """The job service: validates, stores, queues, recovers. It owns the running cluster and the live jobs.
 
-Failure contract: a job is durable once `submit` returned. Tokens are committed before anyone sees them. When the pipeline
-breaks, it is started again and unfinished jobs go on after their last committed token; when the head dies, the next head
-does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
+Failure contract: a job is durable once `submit` returned. Tokens are committed before anyone sees them. When the
+pipeline breaks, it is started again and unfinished jobs go on after their last committed token; when the head dies, the
+next head does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from cluster.prompts import opens_thinking
 from cluster.recorder import LiveJob, Recorder, Watch
 from cluster.service_api import JobEvent, ProgressUpdate
 from cluster.session import Session
+from protos.errors import UserError
 from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)
@@ -238,8 +239,10 @@ class JobService:
             else:
                 prompts = [list(given.token_ids or ())]
             session.check_prompts(prompts, spec.ask)
-        except ValueError as error:
+        except UserError as error:
             raise InvalidJob(" ".join(str(error).split())) from error
+        if given.document_id:
+            self._store.touch_document(given.document_id, self._clock() + self._limits.document_ttl_s)
         return [array("I", prompt) for prompt in prompts]
 
     def _requeue(self, record: JobRecord) -> None:
@@ -324,14 +327,15 @@ class JobService:
         if cancel:
             self._cancel(job_id, "")
 
-    def _cancel(self, job_id: str, deciding: str) -> None:
-        """Cancel a live job; `deciding` is an error that makes it fail instead."""
+    def _cancel(self, job_id: str, failure: str) -> None:
+        """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
+        if failure:
+            self._store.transition(job_id, ACTIVE, JobState.FAILED, error=failure, now=self._clock())
         with self._lock:
-            job, tickets = self._live.get(job_id), self._tickets.get(job_id, [])
-            if job is not None:
-                job.deciding = job.deciding or deciding
-                for ticket in tickets:
-                    self._session.engine.cancel(ticket)
+            for ticket in self._tickets.get(job_id, []):
+                self._session.engine.cancel(ticket)
+        if failure:
+            self._watch.touch([job_id])
 
     def _ended(self, job_id: str) -> None:
         with self._lock:
@@ -340,13 +344,10 @@ class JobService:
             self._queued_tokens.pop(job_id, None)
         if job is None:
             return
-        if job.deciding:
-            self._store.transition(
-                job_id, [JobState.FAILED], JobState.FAILED, error=job.deciding, now=self._clock()
-            )
         record = self._store.get(job_id)
-        for callback in self._on_ended if record is not None else ():
-            callback(record, job.generated)
+        if record is not None:
+            for callback in self._on_ended:
+                callback(record, job.generated)
 
     # --- time and recovery -------------------------------------------------------------------------------------------
 
@@ -393,7 +394,7 @@ class JobService:
     def _recover(self, unfinished: Sequence[str], error: str) -> None:
         try:
             self._session.restart()
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever it was, the jobs must end with it
             _log.exception("the pipeline could not be started again")
             reason = f"{error}; starting again failed: {' '.join(str(problem).split())}"
             for job_id in unfinished:

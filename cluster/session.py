@@ -20,6 +20,7 @@ from cluster.prompts import build_document_prompts, check_document, check_length
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageError
 from cluster.tokenizer import TextTokenizer
+from protos.errors import UserError
 from protos.messages import SamplingParams
 
 
@@ -36,7 +37,9 @@ class Ask:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens: {self.max_tokens}: must be at least 1")
+            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
+        if not all(self.stop):
+            raise UserError('stop: "": a stop string must have at least one character')
 
 
 class Session:
@@ -78,10 +81,12 @@ class Session:
 
     def close(self) -> None:
         """Stop in order: engine, actors, Ray; may be called twice."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-        self._launcher.close()
+        try:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+        finally:
+            self._launcher.close()
 
     def restart(self) -> None:
         """Stop what is left of a broken cluster and start a new one; requests of the old one are lost."""
@@ -104,8 +109,9 @@ class Session:
         prompts = build_document_prompts(
             self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
             enable_thinking=ask.enable_thinking, max_model_len=self.deployment.max_model_len,
+            max_tokens=ask.max_tokens,
         )  # fmt: skip
-        self.check_prompts(prompts, ask)
+        check_ids(ask.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         return prompts
 
     def ask_document(
@@ -185,10 +191,11 @@ class Session:
         }
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], ask: Ask) -> None:
-        """Refuse prompts this model cannot take (ValueError); the cluster need not run yet."""
+        """Refuse prompts and stops this model cannot take (UserError); the cluster need not run yet."""
+        check_ids(ask.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         for prompt in prompts:
             if not len(prompt):
-                raise ValueError("prompt: 0 tokens: must have at least one")
+                raise UserError("prompt: 0 tokens: must have at least one")
             check_length(len(prompt), ask.max_tokens, self.deployment.max_model_len)
             check_ids(prompt, self.deployment.spec.vocab_size)
 
@@ -197,7 +204,13 @@ class Session:
         reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Raises as `ask_document`."""
-        return [ticket.wait() for ticket in self.submit(prompts, ask, on_event, reasoning_opened)]
+        tickets = self.submit(prompts, ask, on_event, reasoning_opened)
+        try:
+            return [ticket.wait() for ticket in tickets]
+        except BaseException:
+            for ticket in tickets:
+                self.engine.cancel(ticket)
+            raise
 
     def submit(
         self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, Event], None] | None = None,
@@ -214,12 +227,12 @@ class Session:
         return self.engine.submit_all(items)
 
 
-def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary (raises ValueError naming the first and its position)."""
+def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") -> None:
+    """Refuse ids outside the vocabulary (raises UserError naming the first and its position)."""
     if min(prompt, default=0) >= 0 and max(prompt, default=0) < vocab_size:
         return
     at = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
-    raise ValueError(f"token_ids: {prompt[at]} at index {at}: must be between 0 and {vocab_size - 1}")
+    raise UserError(f"{key}: {prompt[at]} at index {at}: must be between 0 and {vocab_size - 1}")
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:

@@ -46,6 +46,7 @@ class GrpcStageHandle:
         self._metadata = token_metadata(token)
         self._plans: queue.SimpleQueue[pb.StepPlan | None] = queue.SimpleQueue()
         self._results: threading.Thread | None = None
+        self._call: grpc.Call | None = None
         self._closing = False
 
     def load(self, request: pb.LoadRequest, timeout_s: float) -> Iterator[LoadProgress]:
@@ -60,8 +61,11 @@ class GrpcStageHandle:
                 if progress.error:
                     raise StageError(f"{self.name}: {progress.error}")
                 yield progress
+                if progress.ready:
+                    return
         except grpc.RpcError as error:
             raise StageError(f"{self.name} while loading: {_details(error)}") from error
+        raise StageError(f"{self.name} stopped loading without a word")
 
     def start(self, num_blocks: int, page_size: int, downstream: str, timeout_s: float) -> None:
         """Allocate KV and connect to the next stage. Raises StageError."""
@@ -86,13 +90,14 @@ class GrpcStageHandle:
             try:
                 for message in results:
                     on_result(codec.result_from_pb(message))
-            except grpc.RpcError as error:
+            except Exception as error:  # noqa: BLE001 - without this thread nobody would notice the shard's silence
                 if not self._closing:
                     on_lost(f"{self.name} is gone: {_details(error)}")
                 return
             if not self._closing:
                 on_lost(f"{self.name} ended the run")
 
+        self._call = results
         self._results = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
         self._results.start()
 
@@ -102,13 +107,14 @@ class GrpcStageHandle:
     def close(self) -> None:
         self._closing = True
         self._plans.put(None)
-        if self._results is not None:
+        if self._results is not None and self._call is not None:
+            self._call.cancel()  # a long step is not waited for
             self._results.join(timeout=5.0)
-            self._results = None
+            self._results = self._call = None
         self._channel.close()
 
 
-def _details(error: grpc.RpcError) -> str:
+def _details(error: Exception) -> str:
     if isinstance(error, grpc.Call):
         return f"{error.details()} ({error.code().name})"
-    return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

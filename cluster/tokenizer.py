@@ -17,13 +17,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.token_bytes import UNBOUNDED, drops_text, flat_steps, normalizes, source_bytes, token_bytes
+from protos.errors import UserError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer file is missing or unusable, or a text cannot be tokenised; one line for the user."""
-
 
 
 class TextTokenizer:
@@ -213,7 +213,7 @@ class StopMatcher:
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         if not all(stop_strings):
-            raise ValueError('stop: "": a stop string must have at least one character')
+            raise UserError('stop: "": a stop string must have at least one character')
         self._stops = tuple(stop_strings)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
@@ -238,11 +238,6 @@ class StopMatcher:
         """The withheld text of an output that ended without a stop string."""
         rest, self._held = self._held, ""
         return rest
-
-
-
-
-
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

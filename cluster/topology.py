@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
+from protos.errors import UserError
 from protos.messages import ShardSpec, Span
 from protos.model_spec import ModelSpec
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A split the model does not allow; `key` and `value` say which, `allowed` lists every size that would do."""
 
     def __init__(self, key: str, value: int, allowed: Sequence[int], rule: str) -> None:

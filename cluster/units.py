@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from protos.errors import UserError
+
 COUNT_RULE = "must be a whole number such as 4096, 1_000, 256k (256000) or 256K (262144)"
 BYTES_RULE = "must be a size in bytes such as 1073741824, 512MiB, 1GiB or 1.5GB"
 LARGEST = (1 << 63) - 1
@@ -25,7 +27,7 @@ _BYTE_UNITS = _LETTERS | {"t": 10**12, "T": 1 << 40, "B": 1, "kB": 10**3, "KB": 
 _NUMBER = re.compile(r"(?=[0-9_.]{1,30}(?![0-9_.]))([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
 
 
-class UnitError(ValueError):
+class UnitError(UserError):
     """A number that cannot be read; the message is one line, `VALUE: what is allowed`."""
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from protos.errors import UserError
+
 KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 20
@@ -35,7 +37,7 @@ class Problem:
     rule: str
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used. The message is always one line, `FILE:LINE: KEY: VALUE: what is allowed`."""
 
     def __init__(self, message: str) -> None:

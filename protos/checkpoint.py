@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from protos.errors import UserError
 from protos.model_spec import ModelSpec
 
 DTYPES = ("F32", "BF16", "F16")
@@ -27,7 +28,7 @@ _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _AGAIN = "download it again"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """Weights that are missing, damaged, or not those of the model in `config.json`."""
 
 

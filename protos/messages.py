@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from protos.errors import UserError
+
 
 class Span(NamedTuple):
     """A half-open range `[start, stop)` of layers, heads, experts or rows."""
@@ -63,7 +65,7 @@ class SamplingParams:
         _in_range("top_k", self.top_k, 0, 1 << 30)
         _in_range("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
-            raise ValueError("top_p: 0: must be above 0 and at most 1")
+            raise UserError("top_p: 0: must be above 0 and at most 1")
         _in_range("min_p", self.min_p, 0.0, 1.0)
         _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _in_range("seed", self.seed, 0, (1 << 63) - 1)
@@ -76,7 +78,7 @@ MAX_LOGPROBS = 100
 
 def _in_range(key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # NaN fails too
-        raise ValueError(f"{key}: {value}: must be between {low:g} and {high:g}")
+        raise UserError(f"{key}: {value}: must be between {low:g} and {high:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +159,3 @@ class LoadProgress:
     anonymous_growth_bytes: int = 0  # growth of anonymous memory since before loading
     available_bytes: int = 0  # what the device or host can still give
     error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerLimits:
-    """Sizes a runner allocates for; the head decides them once for every shard."""
-
-    page_size: int
-    num_blocks: int
-    max_num_batched_tokens: int
-    max_model_len: int

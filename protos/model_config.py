@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from protos.errors import UserError
 from protos.model_spec import ModelSpec, RopeSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -19,7 +20,7 @@ _MAX_SIZE = 1 << 24  # no published width, vocabulary or expert count comes near
 _MAX_POSITIONS = 1 << 30
 
 
-class ModelConfigError(ValueError):
+class ModelConfigError(UserError):
     """A `config.json` that is malformed or describes a model this decoder does not compute."""
 
 

@@ -41,7 +41,10 @@ class NodeCheck:
                     f"node {node}: model.path: {self.model_path}: its checkpoint is {found[:12]}, the head's "
                     f"{self.fingerprint[:12]}: copy the same files to every node"
                 )
-        check_writable(Path(self.data_dir))
+        try:
+            check_writable(Path(self.data_dir))
+        except NodeError as error:
+            raise NodeError(f"node {node}: {error}") from error
 
 
 def check_writable(data_dir: Path) -> None:

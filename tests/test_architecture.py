@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 import pytest
+from pydantic import BaseModel
 
 from cluster.cli import main
-from cluster.config import load_config
+from cluster.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
@@ -80,6 +82,22 @@ def test_every_head_module_loads_without_torch() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads(path: Path) -> None:
     assert load_config(path).model.served_model_name
+
+
+def test_demo_config_explains_every_key() -> None:
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+
+    def names(model: type[BaseModel]) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            found.append(name)
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    found += names(kind)
+        return found
+
+    assert [name for name in names(Config) if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_cli_verbs_are_frozen() -> None:

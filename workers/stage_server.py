@@ -127,6 +127,8 @@ class _StageServicer(rpc.StageServicer):
         self._error = ""
         self._closed = False
         self._running = threading.Lock()  # held by the one Run stream
+        self._connected = False  # while that stream's call lives
+        self._timer = threading.Lock()  # guards the orphan timer
         self._orphan: threading.Timer | None = None
 
     def begin(self) -> None:
@@ -147,6 +149,7 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state} already")
         self._disarm()
         self._state = "loading"
+        context.add_callback(self._arm)  # when the call ends, however it ends
         updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
         threading.Thread(target=self._load, args=(request, updates), name="load", daemon=True).start()
         last = -_PROGRESS_EVERY_S
@@ -157,7 +160,6 @@ class _StageServicer(rpc.StageServicer):
                 yield codec.progress_to_pb(update)
                 last = now
             if over:
-                self._arm()
                 return
 
     def _load(self, request: pb.LoadRequest, updates: queue.SimpleQueue[LoadProgress]) -> None:
@@ -196,8 +198,9 @@ class _StageServicer(rpc.StageServicer):
             raise AssertionError("abort raises")
         if not self._running.acquire(blocking=False):
             context.abort(grpc.StatusCode.ALREADY_EXISTS, "an engine is connected already")
+        self._connected = True
         self._disarm()
-        context.add_callback(self._arm)  # when the call ends, even while a step still waits for activations
+        context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
         try:
             yield from map(codec.result_to_pb, worker.run(codec.plan_from_pb(plan) for plan in plans))
         finally:
@@ -236,17 +239,27 @@ class _StageServicer(rpc.StageServicer):
     # --- orphans -----------------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        self._disarm()
-        if self._closed:
-            return
-        self._orphan = threading.Timer(self._spec.orphan_timeout_s, self._on_orphan)
-        self._orphan.daemon = True
-        self._orphan.start()
+        with self._timer:
+            if self._orphan is not None:
+                self._orphan.cancel()
+            if not self._closed:
+                self._orphan = threading.Timer(self._spec.orphan_timeout_s, self._check_orphan)
+                self._orphan.daemon = True
+                self._orphan.start()
 
     def _disarm(self) -> None:
-        if self._orphan is not None:
-            self._orphan.cancel()
-            self._orphan = None
+        with self._timer:
+            if self._orphan is not None:
+                self._orphan.cancel()
+                self._orphan = None
+
+    def _check_orphan(self) -> None:
+        if not self._connected:  # a timer of Load may end beside a Run that began meanwhile
+            self._on_orphan()
+
+    def _engine_left(self) -> None:
+        self._connected = False
+        self._arm()
 
     def _fail(self, error: Exception) -> None:
         self._state = "failed"

@@ -105,8 +105,8 @@ def test_answers_equal_one_process(session: Session) -> None:
 def test_head_has_no_torch(longreach: CommandLine) -> None:
     """A fresh head process, running a cluster, has never imported torch (this test process has)."""
     code = (
-        "import sys; from cluster import Client\n"
-        "with Client('configs/single.yaml') as client:\n"
+        "import sys; from cluster import LocalCluster\n"
+        "with LocalCluster('configs/single.yaml') as client:\n"
         "    answer = client.ask('The code of dark river is 12345. ' * 3, 'What is the code of dark river?')\n"
         "print(len(answer.token_ids) > 0, 'torch' in sys.modules)"
     )

@@ -135,7 +135,11 @@ def test_a_document_of_the_largest_size(stub: rpc.JobsStub):
     ],
 )
 def test_errors_have_codes(
-    service: FakeJobService, stub: rpc.JobsStub, error: Exception, code: grpc.StatusCode, caplog: pytest.LogCaptureFixture
+    service: FakeJobService,
+    stub: rpc.JobsStub,
+    error: Exception,
+    code: grpc.StatusCode,
+    caplog: pytest.LogCaptureFixture,
 ):
     service.error = error
     with pytest.raises(grpc.RpcError) as caught:
@@ -274,7 +278,9 @@ def test_ports(service: FakeJobService, door: tuple[Gateway, str]):
     assert Gateway(service, ServerSection(), SecuritySection()).start() == ""
 
 
-def test_close_ends_waiting_and_streaming_clients(service: FakeJobService, door: tuple[Gateway, str], stub: rpc.JobsStub):
+def test_close_ends_waiting_and_streaming_clients(
+    service: FakeJobService, door: tuple[Gateway, str], stub: rpc.JobsStub
+):
     service.endless = True
     job = stub.Submit(PROMPT)
     call = stub.Stream(pb.StreamRequest(id=job.id))

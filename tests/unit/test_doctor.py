@@ -136,7 +136,7 @@ def test_ray_reachability(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
         return io.BytesIO()
 
     monkeypatch.setattr(doctor.socket, "create_connection", connect)
-    assert doctor.check_ray("ray://[::1]:6379").status == ("error" if fails else "ok")
+    assert doctor.check_ray("ray://[::1]:6379").status == ("missing" if fails else "ok")
     assert seen == [("::1", 6379)]
 
 

@@ -124,7 +124,8 @@ def _run(options: argparse.Namespace) -> None:
     for verb in ("kernels", "decode") if options.verb == "all" else (options.verb,):
         show(verbs[verb]())
     if options.json:
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        # folders of this machine say nothing elsewhere: only their names are kept
+        config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
         result = {**where, "config": config, "skipped": skipped, "figures": [asdict(figure) for figure in figures]}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
