@@ -112,6 +112,7 @@ def up(config: Path, as_json: bool) -> None:
             except Unavailable:
                 fail(f"a head is starting already (pid {other.pid}), see {files.log}", EXIT_CLUSTER)
             return
+        before = files.log.stat().st_size if files.log.exists() else 0
         child, progress = _spawn(files, config)
         try:
             with open_display(as_json) as display, progress:
@@ -121,7 +122,7 @@ def up(config: Path, as_json: bool) -> None:
             _stop_child(child)
             sys.exit(EXIT_INTERRUPTED)
         if not ready:
-            _give_up(child, files)
+            _give_up(child, files, before)
         _report(files, read_state(files.data_dir), "ready", as_json)
 
 
@@ -159,10 +160,10 @@ def _stop_child(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _give_up(child: subprocess.Popen[bytes], files: HeadFiles) -> None:
-    """Pass on why the head ended, with its exit code."""
+def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -> None:
+    """Pass on why the head ended, with its exit code; its log begins at byte `log_start`."""
     code = child.wait()
-    lines = files.log.read_text(errors="replace").splitlines()
+    lines = files.log.read_bytes()[log_start:].decode(errors="replace").splitlines()
     reasons = [line for line in lines if line.startswith("longreach: error: ")]
     reason = reasons[-1].removeprefix("longreach: error: ") if reasons else f"the head ended with code {code}"
     fail(f"{reason} (log: {files.log})", code if code in (EXIT_INPUT, EXIT_INTERRUPTED) else EXIT_CLUSTER)

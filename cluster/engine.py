@@ -235,8 +235,6 @@ class Engine:
             request.accept(sample)
             if text.push(sample.token_id)[1]:
                 request.finish_reason = FinishReason.STOP
-        if request.finish_reason is not None:
-            raise ValueError(f"resume: {len(spec.resume)} tokens: generation had ended with them")
         return Ticket(request, spec, text, on_event, now)
 
     def _add(self, tickets: Sequence[Ticket]) -> None:
@@ -244,6 +242,9 @@ class Engine:
             self._tickets[ticket.request.sequence] = ticket
             if self._error:
                 self._finish(ticket, self._error)
+            elif ticket.request.finish_reason is not None:  # it had ended with the tokens it resumes after
+                ticket.text.flush()
+                self._finish(ticket)
             else:
                 self.scheduler.add(ticket.request)
 

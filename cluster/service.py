@@ -8,7 +8,6 @@ next head does the same. Cancelling, waiting and reading are idempotent; submitt
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from cluster.documents import Documents
 from cluster.engine import EngineError, Ticket
+from cluster.following import Following
 from cluster.generation import GenerationSpec, Progress
 from cluster.job_store import JobStore
 from cluster.jobs import (
@@ -35,18 +35,18 @@ from cluster.jobs import (
     check_id,
     new_id,
 )
+from cluster.keeper import Keeper
 from cluster.prompts import opens_thinking
 from cluster.recorder import LiveJob, Recorder, Watch
-from cluster.service_api import JobEvent, ProgressUpdate
+from cluster.service_api import JobEvent
 from cluster.session import Session
 from protos.errors import UserError
 from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)
-_HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
 _ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
-_PAGE = 500  # tokens a stream reads at once
+_PAGE = 1000  # tokens read at once when a job is taken up again
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,11 @@ class JobService:
         self._live: dict[str, LiveJob] = {}
         self._tickets: dict[str, list[Ticket]] = {}
         self._queued_tokens: dict[str, int] = {}
-        self._followers: dict[str, int] = {}
-        self._deadlines: list[tuple[float, str, str]] = []
-        self._wake = threading.Condition()
+        self._following = Following(store, self._watch, self.get, self.progress, self._cancel)
+        self._keeper = Keeper(clock, self._sweep)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
         self._accepting = True
-        self._keeper = threading.Thread(target=self._keep_time, name="keeper", daemon=True)
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -110,8 +108,7 @@ class JobService:
         """Stop without touching the state of unfinished jobs; may be called twice."""
         self._accepting = False
         self._closing = True
-        with self._wake:
-            self._wake.notify_all()
+        self._keeper.close()
         with self._lock:
             for job in self._live.values():
                 job.generation += 1  # what the closing engine says about them is not their end
@@ -178,26 +175,19 @@ class JobService:
         return self._store.list(states, labels, limit, cursor)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        until = time.monotonic() + timeout_s
-        while True:
-            seen = self._watch.version(job_id)
-            record = self.get(job_id)
-            left = until - time.monotonic()
-            if record.state.is_final or left <= 0 or self._watch.closed:
-                return record
-            self._watch.wait(job_id, seen, min(left, _HEARTBEAT_S))
+        return self._following.wait(job_id, timeout_s)
 
     def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
         record = self.get(job_id)
         if after > record.last_event:
             raise InvalidJob(f"after: {after}: must be between 0 and {record.last_event}, the newest token")
-        return self._events(job_id, after, record.spec.attached)
+        return self._following.events(job_id, after, record.spec.attached)
 
     def cancel(self, job_id: str) -> JobRecord:
         record = self.get(job_id)
         if record.state.is_final:
             return record
-        self._cancel(job_id, "")
+        self._cancel(job_id)
         return self.wait(job_id, 30.0)
 
     def delete(self, job_id: str) -> None:
@@ -288,46 +278,7 @@ class JobService:
         with contextlib.suppress(EngineError):  # a broken pipeline: recovery queues the job again
             self._tickets[record.id] = self._session.engine.submit_all(items)
 
-    def _events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
-        with self._lock:
-            self._followers[job_id] = self._followers.get(job_id, 0) + 1
-        state: JobState | None = None
-        shown: dict[int, Progress] = {}
-        try:
-            while True:
-                seen = self._watch.version(job_id)
-                record = self.get(job_id)
-                for question, progress in sorted(self.progress(job_id).items()):
-                    if shown.get(question) != progress:
-                        shown[question] = progress
-                        yield ProgressUpdate(question, progress)
-                page = self._store.tokens(job_id, after, _PAGE)
-                for token in page:
-                    yield token
-                    after = token.number
-                if len(page) == _PAGE:
-                    continue
-                if record.state is not state:
-                    state = record.state
-                    yield record
-                if record.state.is_final or self._watch.closed:
-                    return
-                if not self._watch.wait(job_id, seen, _HEARTBEAT_S):
-                    shown.clear()
-        finally:
-            self._unfollow(job_id, attached)
-
-    def _unfollow(self, job_id: str, attached: bool) -> None:
-        with self._lock:
-            self._followers[job_id] -= 1
-            alone = not self._followers[job_id]
-            if alone:
-                del self._followers[job_id]
-            cancel = attached and alone and job_id in self._live and not self._closing
-        if cancel:
-            self._cancel(job_id, "")
-
-    def _cancel(self, job_id: str, failure: str) -> None:
+    def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
         if failure:
             self._store.transition(job_id, ACTIVE, JobState.FAILED, error=failure, now=self._clock())
@@ -352,30 +303,18 @@ class JobService:
     # --- time and recovery -------------------------------------------------------------------------------------------
 
     def _arm(self, record: JobRecord) -> None:
-        with self._wake:
-            if record.spec.deadline is not None:
-                heapq.heappush(self._deadlines, (record.spec.deadline, record.id, "deadline exceeded"))
-            if record.spec.attached:
-                heapq.heappush(self._deadlines, (self._clock() + _ATTACH_WITHIN_S, record.id, ""))
-            self._wake.notify_all()
+        if record.spec.deadline is not None:
+            self._keeper.at(record.spec.deadline, lambda: self._cancel(record.id, "deadline exceeded"))
+        if record.spec.attached:
+            self._keeper.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(record.id))
 
-    def _keep_time(self) -> None:
-        """Deadlines when they are due, expired jobs and documents every minute."""
-        sweep = self._clock()
-        while not self._closing:
-            now = self._clock()
-            while self._deadlines and self._deadlines[0][0] <= now:
-                _, job_id, reason = heapq.heappop(self._deadlines)
-                if reason or not self._followers.get(job_id):
-                    self._cancel(job_id, reason)
-            if now >= sweep:
-                self._store.expire(now, self._limits.result_ttl_s)
-                self._documents.sweep(now)
-                sweep = now + 60.0
-            with self._wake:
-                following = min([sweep, *(entry[0] for entry in self._deadlines[:1])])
-                if not self._closing:
-                    self._wake.wait(max(0.0, following - self._clock()))
+    def _cancel_unfollowed(self, job_id: str) -> None:
+        if not self._following.is_followed(job_id):
+            self._cancel(job_id)
+
+    def _sweep(self, now: float) -> None:
+        self._store.expire(now, self._limits.result_ttl_s)
+        self._documents.sweep(now)
 
     def _on_broken(self, error: str) -> None:
         """The pipeline failed: start another one and go on (called by the recorder)."""
