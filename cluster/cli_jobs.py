@@ -90,8 +90,6 @@ def open_client(options: dict[str, Any]) -> Iterator[Client]:
         refused = isinstance(error, (InvalidRequest, Conflict, Unauthenticated))
         later = f" (try again in {error.retry_after_s:.0f} s)" if isinstance(error, Busy) else ""
         fail(f"{error}{later}", EXIT_INPUT if refused else EXIT_CLUSTER)
-    except ValueError as error:
-        fail(error, EXIT_INPUT)
     except BrokenPipeError:  # `longreach stream ID | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_WRONG)

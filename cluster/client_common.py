@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from protos import jobs_pb2 as pb
+from protos.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.client_results import DocumentInfo, JobView
@@ -31,7 +32,7 @@ class LongreachError(Exception):
     """Base of every error of the clients; one line for the user."""
 
 
-class InvalidRequest(LongreachError, ValueError):
+class InvalidRequest(LongreachError, UserError):
     """The request itself is wrong; sending it again will not help."""
 
 

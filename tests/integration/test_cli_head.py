@@ -25,7 +25,8 @@ def run_head(config_path, on_status, on_ready):
     assert config_path.is_absolute() or os.environ["FAKE_HEAD"] == "foreground"
     on_status(LaunchStatus("loading weights", 1, 2))
     if os.environ["FAKE_HEAD"] == "broken":
-        raise ValueError("model.path: not today")
+        from protos.errors import UserError
+        raise UserError("model.path: not today")
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if os.environ["FAKE_HEAD"] == "slow":

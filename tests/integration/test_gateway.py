@@ -264,6 +264,15 @@ def test_health_follows_set_serving(
     assert code_of(lambda: health.Check(unknown))[0] is Code.NOT_FOUND
 
 
+def test_watchers_have_a_limit_and_do_not_stop_checks(channel: grpc.Channel):
+    health = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest()
+    watches = [health.Watch(request) for _ in range(16)]
+    assert all(next(watch).status == health_pb2.HealthCheckResponse.SERVING for watch in watches)
+    assert code_of(lambda: next(health.Watch(request)))[0] is Code.RESOURCE_EXHAUSTED
+    assert health.Check(request, timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+
+
 def test_cluster_status(stub: rpc.JobsStub):
     reply = stub.ClusterStatus(pb.ClusterStatusRequest())
     assert (reply.model, reply.stages[0].resident_bytes) == ("fake", 1 << 40)

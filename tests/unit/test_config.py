@@ -224,25 +224,6 @@ def test_only_loopback_needs_no_permission(tmp_path: Path, host: str, loopback: 
         assert "allow_insecure_bind" in message_of(path)
 
 
-@pytest.mark.parametrize(
-    ("security", "allowed"),
-    [
-        ("{}", False),
-        ("{api_keys_file: k}", False),
-        ("{tls_cert_file: c, tls_key_file: k}", False),
-        ("{tls_cert_file: c, tls_key_file: k, tls_client_ca_file: a}", False),
-        ("{api_keys_file: k, tls_cert_file: c, tls_key_file: k}", True),
-        ("{allow_insecure_bind: true}", True),
-    ],
-)
-def test_an_open_host_needs_keys_and_tls(tmp_path: Path, security: str, allowed: bool) -> None:
-    path = write(tmp_path, f"{BASE}server: {{host: 0.0.0.0}}\nsecurity: {security}\n")
-    if allowed:
-        assert load_config(path).server.host == "0.0.0.0"
-    else:
-        assert "server.host: 0.0.0.0: is not a loopback address" in message_of(path)
-
-
 def test_config_is_frozen(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, BASE))
     with pytest.raises(ValidationError):

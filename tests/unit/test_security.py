@@ -1,9 +1,10 @@
-"""The keys file and the comparison of keys; the interceptor in full is in tests/integration."""
+"""The keys file, the comparison of keys, the rule of open hosts; the interceptor in full is in tests/integration."""
 
 from pathlib import Path
 
 import pytest
 
+from cluster.config import ConfigError, load_config
 from cluster.config_models import SecuritySection
 from cluster.preflight import PreflightError
 from cluster.security import MIN_KEY_CHARS, ApiKeys, load_api_keys, server_credentials
@@ -86,3 +87,25 @@ def test_keys_are_not_kept_as_text() -> None:
 
 def test_without_tls_there_are_no_credentials() -> None:
     assert server_credentials(SecuritySection()) is None
+
+
+@pytest.mark.parametrize(
+    ("security", "allowed"),
+    [
+        ("{}", False),
+        ("{api_keys_file: k}", False),
+        ("{tls_cert_file: c, tls_key_file: k}", False),
+        ("{tls_cert_file: c, tls_key_file: k, tls_client_ca_file: a}", False),
+        ("{api_keys_file: k, tls_cert_file: c, tls_key_file: k}", True),
+        ("{allow_insecure_bind: true}", True),
+    ],
+)
+def test_an_open_host_needs_keys_and_tls(tmp_path: Path, security: str, allowed: bool) -> None:
+    path = tmp_path / "open.yaml"
+    path.write_text(f"model: {{path: m}}\nserver: {{host: 0.0.0.0}}\nsecurity: {security}\n")
+    if allowed:
+        assert load_config(path).server.host == "0.0.0.0"
+    else:
+        with pytest.raises(ConfigError, match=r"server\.host: 0\.0\.0\.0: is not a loopback address") as caught:
+            load_config(path)
+        assert len(str(caught.value).splitlines()) == 1
