@@ -57,7 +57,10 @@ def _as_text(data: bytes) -> str:
 
 
 def _as_ids(data: bytes) -> list[int]:
-    ids = json.loads(data)
+    try:
+        ids = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error}): must be a list of token ids such as [1, 2, 3]") from error
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError("must be a JSON list of whole numbers such as [1, 2, 3]")
     return ids
@@ -173,7 +176,9 @@ def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
     rows = []
     for job in jobs:
         at = job.progress
-        read = f"{at.processed:,} of {at.total:,}" if at.total else ""
+        read = f"{at.processed:,} of {at.total:,}" if at.total and not job.done else ""
+        if job.done and job.answers:
+            read = f"{max(answer.prompt_tokens for answer in job.answers):,}"
         labels = " ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))
         rows.append((job.id, job.state, _when(job.data.created), str(len(job.answers)), read, labels))
     _print_table(("id", "state", "created", "answers", "tokens read", "labels"), rows)
