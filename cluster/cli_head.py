@@ -32,7 +32,7 @@ def serve(config: Path, notify_fd: int | None) -> None:
     with one_line_errors():
         from cluster.head import run_head
 
-        files = _files_of(config)
+        files = _files_of(config, needs_door=True)
         if other := files.running():
             fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
         files.claim()
@@ -56,11 +56,15 @@ def serve(config: Path, notify_fd: int | None) -> None:
     sys.exit(code)
 
 
-def _files_of(config: Path) -> HeadFiles:
+def _files_of(config: Path, needs_door: bool = False) -> HeadFiles:
     from cluster.config import load_config
     from cluster.head_state import HeadFiles
+    from protos.errors import UserError
 
-    return HeadFiles(load_config(config).data_dir)
+    loaded = load_config(config)
+    if needs_door and not loaded.server.port:
+        raise UserError(f"{config}: server.port: 0: a head without a port hears no one; must be such as 7777")
+    return HeadFiles(loaded.data_dir)
 
 
 class _Tell:
@@ -105,7 +109,7 @@ def up(config: Path, as_json: bool) -> None:
     from cluster.client_common import Unavailable, read_state
 
     with one_line_errors():
-        files = _files_of(config)
+        files = _files_of(config, needs_door=True)
         if other := files.running():
             try:
                 _report(files, read_state(files.data_dir), "already running", as_json)

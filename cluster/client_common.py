@@ -80,6 +80,9 @@ class Connection:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if not self.address.startswith("unix:") and not (host and port.isdecimal()):
+            raise InvalidRequest(f"address: {self.address!r}: must be HOST:PORT such as {DEFAULT_ADDRESS}")
         if not self.timeout_s > 0:
             raise InvalidRequest(f"timeout_s: {self.timeout_s}: must be above 0")
         if (self.cert_file is None) != (self.key_file is None):

@@ -76,6 +76,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.latency = LatencyModel()
+        self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
@@ -189,6 +190,8 @@ class Engine:
         if result.stage == self._last_stage and result.rank == 0:
             del self._in_flight[result.step]
             self.latency.observe(step.plan, step.slowest_s)
+            if self.on_step is not None:
+                self.on_step(step.plan, step.slowest_s)
             self._commit(step.plan, result)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:

@@ -5,8 +5,11 @@ Requests are decoded strictly: whatever is out of range raises InvalidJob of one
 
 from __future__ import annotations
 
+import hashlib
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf import json_format
@@ -59,8 +62,16 @@ def decode_submit(request: pb.SubmitRequest, now: float, store_text: Callable[[s
         deadline = now + _seconds("deadline_s", request.deadline_s, MAX_DEADLINE_S, above_zero=True)
     key = _text("idempotency_key", request.idempotency_key)
     labels = decode_labels(request.labels)
+    if not request.sampling.HasField("seed"):
+        ask = replace(ask, sampling=replace(ask.sampling, seed=_fresh_seed(key)))
     given = _decode_input(request, store_text)
     return JobSpec(given, ask, request.priority, deadline, request.attached, key, labels)
+
+
+def _fresh_seed(idempotency_key: str) -> int:
+    """A seed nobody asked for: another one for every job, the same one when a submission is repeated."""
+    digest = hashlib.sha256(idempotency_key.encode()).digest() if idempotency_key else secrets.token_bytes(8)
+    return int.from_bytes(digest[:8]) & _LARGEST
 
 
 def decode_ask(sampling: pb.Sampling) -> Ask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,9 @@ sys.modules["cluster.head"] = head
 """
 
 
+DOOR = "server:\n  port: 4242"
+
+
 @pytest.fixture
 def fake_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     (tmp_path / "site").mkdir()
@@ -56,7 +60,7 @@ def fake_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 def test_up_and_down_each_twice(
     longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
 ) -> None:
-    config, data = write_config(), tmp_path / "data"
+    config, data = write_config(rest=DOOR), tmp_path / "data"
     done = longreach("up", config, "--json")
     assert done.code == 0, done.err
     state = json.loads((data / "head.json").read_text())
@@ -89,7 +93,7 @@ def test_up_passes_on_why_a_head_cannot_start(
     longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
 ) -> None:
     fake_head("broken")
-    done = longreach("up", write_config())
+    done = longreach("up", write_config(rest=DOOR))
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("longreach: error: model.path: not today (log: ")
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["log"]
@@ -101,7 +105,7 @@ def test_interrupted_up_stops_the_head(
     longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
 ) -> None:
     fake_head("slow")
-    process = longreach.start("up", write_config())
+    process = longreach.start("up", write_config(rest=DOOR))
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("loading weights"):
@@ -117,7 +121,7 @@ def test_down_kills_a_head_that_does_not_stop(
     longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None]
 ) -> None:
     fake_head("deaf")
-    config = write_config()
+    config = write_config(rest=DOOR)
     assert longreach("up", config).code == 0
     done = longreach("down", config, "--timeout", "0.5")
     assert done.code == 0
@@ -129,7 +133,7 @@ def test_serve_in_the_foreground(
     longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
 ) -> None:
     fake_head("foreground")
-    process = longreach.start("serve", write_config())
+    process = longreach.start("serve", write_config(rest=DOOR))
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("head ready"):
@@ -138,6 +142,48 @@ def test_serve_in_the_foreground(
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert not (tmp_path / "data" / "head.pid").exists()
+
+
+def test_stream_survives_a_killed_head(
+    longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The real head: killed while it answers, started again, and the stream that ran meanwhile misses nothing."""
+    data = tmp_path / "data"
+    config = write_config(rest=f"server:\n  port: {free_port()}")
+    document = tmp_path / "document.txt"
+    document.write_text("The secret code of dark river is 12345. The grass is green. " * 9)
+    assert longreach("up", config).code == 0
+    address = json.loads((data / "head.json").read_text())["address"]
+    done = longreach(
+        "submit", "--document", document, "--question", "What?", "--max-tokens", "1000", "--ignore-eos",
+        "--data-dir", data,
+    )  # fmt: skip
+    job_id = done.out.strip()
+    stream = longreach.start("stream", job_id, "--address", address)
+    assert stream.stdout is not None
+    shown = stream.stdout.read(100)
+    psutil.Process(int((data / "head.pid").read_text())).kill()
+    assert longreach("up", config).code == 0
+    rest, err = stream.communicate(timeout=120)
+    assert stream.returncode == 0, err
+    job = json.loads(longreach("wait", job_id, "--data-dir", data, "--json").out)
+    assert (job["state"], job["restarts"], job["last_event"]) == ("succeeded", 1, 1000)
+    assert (shown + rest).strip() == job["answers"][0]["text"].strip()
+    assert longreach("down", config).code == 0
+    longreach.assert_nothing_left(30)
+
+
+def test_a_head_needs_a_port(longreach: CommandLine, write_config: Callable[..., Path]) -> None:
+    for verb in ("up", "serve"):
+        done = longreach(verb, write_config())
+        assert done.code == 2
+        assert "server.port" in done.err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_stale_pid_files(longreach: CommandLine, tmp_path: Path) -> None:

@@ -95,7 +95,9 @@ def test_connection_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert common.Connection().secret == "outer"
     assert common.Connection(api_key="inner").secret == "inner"
     assert common.Connection(api_key="").secret == ""
-    for wrong in ({"timeout_s": 0}, {"timeout_s": float("nan")}, {"cert_file": "c"}, {"key_file": "k"}):
+    files = [{"cert_file": "c"}, {"key_file": "k"}]
+    addresses = [{"address": address} for address in ("", "host", ":7", "h:x", "h:")]
+    for wrong in (*files, *addresses, {"timeout_s": 0}, {"timeout_s": float("nan")}):
         values: Any = wrong
         with pytest.raises(cluster.InvalidRequest):
             common.Connection(**values)

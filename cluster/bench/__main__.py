@@ -1,0 +1,145 @@
+"""`python -m cluster.bench`: overhead over the bare runner, and the first token of a short job beside a long one."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.bench.rig import head
+from cluster.client import Client
+from cluster.environment import environment
+from cluster.units import parse_count
+
+
+def _ids(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randint(5, 31999) for _ in range(length)]
+
+
+def _bare(model: Path, length: int, chunk: int, threads: int) -> tuple[float, float]:
+    """(prefill seconds, seconds a decode step) of the one-process runner, measured in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "--repeats", "1"]
+        command += ["--json", out.name, "decode", "--model", str(model)]
+        command += ["--lengths", str(length), "--chunk", str(chunk)]
+        subprocess.run(command, check=True, capture_output=True)
+        figures = {figure["name"].split()[0]: figure["value"] for figure in json.load(out)["figures"]}
+    return length / figures["prefill"], figures["decode"] / 1000
+
+
+def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
+    """(seconds to the first token as the client sees it, seconds a decode step)."""
+    began = time.perf_counter()
+    job = client.submit(token_ids=_ids(length, seed), max_tokens=tokens, ignore_eos=True)
+    seen = []
+    for event in job.stream():
+        if type(event).__name__ == "TokenEvent":
+            seen.append(time.perf_counter() - began)
+    return seen[0], (seen[-1] - seen[0]) / (len(seen) - 1)
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    text = json.dumps({"environment": environment(), **result}, indent=1)
+    click.echo(text)
+    if path is not None:
+        path.write_text(text + "\n")
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file."),
+        click.option("--chunk", default="2048", callback=lambda c, p, v: parse_count(v), help="Tokens of a step."),
+        click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def main() -> None:
+    """Measure the service on this machine."""
+
+
+@main.command()
+@_options
+@click.option("--length", default="32K", callback=lambda c, p, v: parse_count(v), help="Prompt tokens.")
+@click.option("--threads", default=2, help="Threads of the runner and of the one actor.")
+@click.option("--repeats", default=3, help="Alternating runs behind the medians.")
+def overhead(model: Path, chunk: int, out: Path | None, length: int, threads: int, repeats: int) -> None:
+    """What client, gateway, store, engine and one stage process (1 x 1) add to the bare runner."""
+    bare, served = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        cluster: dict[str, object] = {"threads_per_actor": threads, "cpus_per_actor": 1.0}
+        with head(
+            model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
+        ) as (client, _):
+            _served(client, 2 * chunk, 4, 0)
+            for seed in range(1, repeats + 1):
+                bare.append(_bare(model, length, chunk, threads))
+                served.append(_served(client, length, 17, seed))
+    prefill = [statistics.median(run[0] for run in runs) for runs in (bare, served)]
+    decode = [statistics.median(run[1] for run in runs) for runs in (bare, served)]
+    _write(out, {
+        "what": "overhead of the service at 1 x 1", "length": length, "chunk": chunk, "threads": threads,
+        "bare_prefill_s": [round(a, 3) for a, _ in bare], "served_first_token_s": [round(a, 3) for a, _ in served],
+        "prefill_overhead": round(prefill[1] / prefill[0] - 1, 4),
+        "bare_decode_ms": [round(b * 1e3, 2) for _, b in bare],
+        "served_decode_ms": [round(b * 1e3, 2) for _, b in served],
+        "decode_overhead_ms": round((decode[1] - decode[0]) * 1e3, 2),
+    })  # fmt: skip
+
+
+@main.command()
+@_options
+@click.option("--length", default="32K", callback=lambda c, p, v: parse_count(v), help="Tokens of the long prompts.")
+@click.option("--short", default=200, help="Tokens of the short prompts.")
+@click.option("--count", default=12, help="Short jobs measured.")
+def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int, count: int) -> None:
+    """First token of short jobs beside long prefills that follow each other without a pause."""
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        cluster: dict[str, object] = {"threads_per_actor": 2, "cpus_per_actor": 1.0}
+        with head(
+            model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
+        ) as (client, session):
+            chunks: list[float] = []
+            session.engine.on_step = lambda plan, seconds: chunks.append(seconds) if plan.num_tokens == chunk else None
+
+            def long_jobs() -> None:
+                seed = 1000
+                while not stop.is_set():
+                    seed += 1
+                    client.submit(token_ids=_ids(length, seed), max_tokens=1, ignore_eos=True).wait()
+
+            background = threading.Thread(target=long_jobs)
+            background.start()
+            time.sleep(5)
+            waits = []
+            rng = random.Random(0)
+            for index in range(count):
+                time.sleep(rng.uniform(0.1, 2.0))
+                waits.append(_served(client, short, 2, index)[0])
+            stop.set()
+            background.join()
+    step = statistics.median(chunks)
+    in_chunks = [wait / step for wait in waits]
+    _write(out, {
+        "what": "first token of short jobs beside long prefills", "length": length, "short": short, "chunk": chunk,
+        "chunk_s": round(step, 3), "first_token_s": [round(w, 3) for w in waits],
+        "first_token_in_chunks": {"median": round(statistics.median(in_chunks), 2), "max": round(max(in_chunks), 2)},
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

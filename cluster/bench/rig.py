@@ -1,0 +1,48 @@
+"""A head in this process, for measuring: session, store, service and door over a bare checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import yaml
+
+from cluster.assets import needle_dir
+from cluster.client import Client
+from cluster.config import load_deployment
+from cluster.documents import Documents
+from cluster.gateway_grpc import Gateway
+from cluster.job_store import JobStore
+from cluster.service import JobService, ServiceLimits
+from cluster.session import Session
+
+
+@contextmanager
+def head(model: Path, folder: Path, **settings: dict[str, object]) -> Iterator[tuple[Client, Session]]:
+    """Start a head for token-id prompts; yields a client of it. `settings` are sections of the YAML."""
+    linked = folder / "model"
+    linked.mkdir()
+    for path in model.iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            (linked / path.name).symlink_to(path.resolve())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (linked / name).exists():
+            shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
+    config = {"model": {"path": str(linked)}, "data_dir": str(folder / "data"), **settings}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    deployment = load_deployment(path)
+    with ExitStack() as steps:
+        session = steps.enter_context(Session(deployment))
+        data = deployment.config.data_dir
+        store = JobStore(data / "jobs.sqlite")
+        steps.callback(store.close)
+        documents = Documents(data / "documents", store, 86400.0)
+        service = JobService(session, store, documents, ServiceLimits())
+        gateway = Gateway(service, deployment.config.server, deployment.config.security, port_override=0)
+        steps.callback(gateway.close)
+        steps.callback(service.close)
+        service.start()
+        yield steps.enter_context(Client(gateway.start())), session
