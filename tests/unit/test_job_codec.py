@@ -53,7 +53,15 @@ def test_everything_that_was_asked_arrives() -> None:
 
 
 def test_what_is_absent_keeps_its_default() -> None:
-    assert decode(prompt="a") == JobSpec(JobInput(prompt="a"), Ask())
+    sampling = pb.Sampling(seed=0)
+    assert decode(prompt="a", sampling=sampling) == JobSpec(JobInput(prompt="a"), Ask())
+
+
+def test_a_seed_nobody_asked_for_is_another_one_for_every_job() -> None:
+    seeds = {decode(prompt="a").ask.sampling.seed for _ in range(5)}
+    assert len(seeds) == 5
+    repeated = {decode(prompt="a", idempotency_key="k").ask.sampling.seed for _ in range(5)}
+    assert len(repeated) == 1, "a repeated submission is the same job"
 
 
 @pytest.mark.parametrize(
