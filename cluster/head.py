@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from cluster.job_store import JobStore
 from cluster.launcher import LaunchStatus
 from cluster.metrics import MetricsDoor
 from cluster.preflight import check_port
-from cluster.service import JobService, ServiceLimits
+from cluster.service import JobService
+from cluster.service_api import ServiceLimits
 from cluster.session import Session
 
+SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +39,7 @@ def run_head(
         UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
             running.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     deployment = load_deployment(config_path)
     config = deployment.config
     check_port(config.server.host, config.server.port)

@@ -18,6 +18,9 @@ from cluster.generation import Generation, Progress, TokenEvent
 from cluster.job_store import JobStore
 from cluster.jobs import ACTIVE, JobAnswer, JobState, JobToken
 from cluster.request import FinishReason
+from protos.messages import SampledToken
+
+_PAGE = 1000  # tokens read at once when a job is taken up again
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class LiveJob:
     num_answers: int
     last_event: int
     on_end: Callable[[JobState], None]
+    cancelled: bool = False  # somebody wants it to end
     generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
     progress: dict[int, Progress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
@@ -172,3 +176,14 @@ def _final_state(job: LiveJob) -> JobState:
     if FinishReason.CANCELLED in job.ended.values():
         return JobState.CANCELLED
     return JobState.SUCCEEDED
+
+
+def committed_tokens(store: JobStore, job_id: str) -> dict[int, list[SampledToken]]:
+    """What a job has already, by question: it is queued again after them."""
+    done: dict[int, list[SampledToken]] = {}
+    after = 0
+    while page := store.tokens(job_id, after, _PAGE):
+        for token in page:
+            done.setdefault(token.question, []).append(SampledToken(0, token.token_id, token.logprob, token.top))
+        after = page[-1].number
+    return done

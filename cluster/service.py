@@ -13,7 +13,6 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cluster.documents import Documents
@@ -37,26 +36,17 @@ from cluster.jobs import (
 )
 from cluster.keeper import Keeper
 from cluster.prompts import opens_thinking
-from cluster.recorder import LiveJob, Recorder, Watch
-from cluster.service_api import JobEvent
+from cluster.recorder import LiveJob, Recorder, Watch, committed_tokens
+from cluster.service_api import JobEvent, ServiceLimits
 from cluster.session import Session
 from protos.errors import UserError
 from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)
 _ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
+_RECOVERY_ENDS_S = 60.0
+_SHUTTING_DOWN = "the head is shutting down: submit again in a moment"
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
-_PAGE = 1000  # tokens read at once when a job is taken up again
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    """Bounds of the queue and of what is kept. Seconds."""
-
-    max_queued_jobs: int = 256
-    max_document_bytes: int = 64 << 20
-    result_ttl_s: float = 7 * 86400.0
-    document_ttl_s: float = 7 * 86400.0
 
 
 class JobService:
@@ -81,7 +71,8 @@ class JobService:
         self._keeper = Keeper(clock, self._sweep)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
-        self._accepting = True
+        self._refusal = ""  # why no job is taken any more
+        self._recovery: threading.Thread | None = None
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -96,7 +87,7 @@ class JobService:
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new jobs and wait for the running ones; what is left continues under the next head."""
-        self._accepting = False
+        self._refusal = _SHUTTING_DOWN
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             with self._lock:
@@ -106,12 +97,15 @@ class JobService:
 
     def close(self) -> None:
         """Stop without touching the state of unfinished jobs; may be called twice."""
-        self._accepting = False
+        self._refusal = _SHUTTING_DOWN
         self._closing = True
         self._keeper.close()
         with self._lock:
             for job in self._live.values():
                 job.generation += 1  # what the closing engine says about them is not their end
+            recovery = self._recovery
+        if recovery is not None:
+            recovery.join(_RECOVERY_ENDS_S)  # the session must not be started again while its owner closes it
         self._recorder.close()
         self._watch.close()
 
@@ -136,8 +130,8 @@ class JobService:
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def submit(self, spec: JobSpec) -> JobRecord:
-        if not self._accepting:
-            raise Busy("the head is shutting down: submit again in a moment", 5.0)
+        if self._refusal:
+            raise Busy(self._refusal, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         with self._lock:
@@ -237,20 +231,21 @@ class JobService:
 
     def _requeue(self, record: JobRecord) -> None:
         """Queue a job again after its last committed token; one that cannot be built any more fails."""
-        done: dict[int, list[SampledToken]] = {}
-        after = 0
-        while page := self._store.tokens(record.id, after, _PAGE):
-            for token in page:
-                sample = SampledToken(0, token.token_id, token.logprob, token.top)
-                done.setdefault(token.question, []).append(sample)
-            after = page[-1].number
         try:
             prompts = self._prompts(record.spec)
-            with self._lock:
-                self._enqueue(record, prompts, done)
         except (InvalidJob, NotFound) as error:
-            self._store.transition(record.id, ACTIVE, JobState.FAILED, error=str(error), now=self._clock())
-            self._watch.touch([record.id])
+            self._cancel(record.id, str(error))
+            return
+        with self._lock:
+            job, current = self._live.get(record.id), self._store.get(record.id)
+            if record.id in self._tickets:
+                return  # a submission or another recovery was faster
+            if job is not None and job.cancelled:
+                self._store.transition(record.id, ACTIVE, JobState.CANCELLED, now=self._clock())
+            if current is None or current.state.is_final or (job is not None and job.cancelled):
+                self._ended(record.id)
+            else:
+                self._enqueue(current, prompts, committed_tokens(self._store, record.id))
 
     def _enqueue(
         self, record: JobRecord, prompts: Sequence[array[int]], done: Mapping[int, Sequence[SampledToken]]
@@ -280,13 +275,19 @@ class JobService:
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
-        if failure:
-            self._store.transition(job_id, ACTIVE, JobState.FAILED, error=failure, now=self._clock())
         with self._lock:
-            for ticket in self._tickets.get(job_id, []):
-                self._session.engine.cancel(ticket)
-        if failure:
-            self._watch.touch([job_id])
+            if job := self._live.get(job_id):
+                job.cancelled = True  # for a recovery that has not queued it again yet
+            tickets = self._tickets.get(job_id, [])
+            if failure or not tickets:
+                end = JobState.FAILED if failure else JobState.CANCELLED
+                self._store.transition(job_id, ACTIVE, end, error=failure, now=self._clock())
+            with contextlib.suppress(EngineError):
+                for ticket in tickets:
+                    self._session.engine.cancel(ticket)
+            if not tickets:  # no engine will say that it has ended
+                self._ended(job_id)
+        self._watch.touch([job_id])
 
     def _ended(self, job_id: str) -> None:
         with self._lock:
@@ -303,10 +304,11 @@ class JobService:
     # --- time and recovery -------------------------------------------------------------------------------------------
 
     def _arm(self, record: JobRecord) -> None:
-        if record.spec.deadline is not None:
-            self._keeper.at(record.spec.deadline, lambda: self._cancel(record.id, "deadline exceeded"))
+        job_id, deadline = record.id, record.spec.deadline  # not the record: it may be large, and the deadline far
+        if deadline is not None:
+            self._keeper.at(deadline, lambda: self._cancel(job_id, "deadline exceeded"))
         if record.spec.attached:
-            self._keeper.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(record.id))
+            self._keeper.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(job_id))
 
     def _cancel_unfollowed(self, job_id: str) -> None:
         if not self._following.is_followed(job_id):
@@ -325,25 +327,24 @@ class JobService:
             unfinished = list(self._live)
             for job in self._live.values():
                 job.generation += 1
+            self._tickets.clear()
+            self._recovery = threading.Thread(target=self._recover, args=(error,), name="recover", daemon=True)
         for job_id in unfinished:
             self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
         self._watch.touch(unfinished)
-        threading.Thread(target=self._recover, args=(unfinished, error), name="recover", daemon=True).start()
+        self._recovery.start()
 
-    def _recover(self, unfinished: Sequence[str], error: str) -> None:
+    def _recover(self, error: str) -> None:
         try:
             self._session.restart()
         except Exception as problem:  # noqa: BLE001 - whatever it was, the jobs must end with it
             _log.exception("the pipeline could not be started again")
             reason = f"{error}; starting again failed: {' '.join(str(problem).split())}"
-            for job_id in unfinished:
-                self._store.transition(job_id, ACTIVE, JobState.FAILED, error=reason, now=self._clock())
-                self._ended(job_id)
-            self._watch.touch(unfinished)
+            self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
+            with self._lock:
+                for job_id in list(self._live):
+                    self._cancel(job_id, reason)
             return
-        with self._lock:
-            pending = list(self._live)
-        for job_id in pending:
-            record = self._store.get(job_id)
-            if record is not None and not record.state.is_final:
+        for record in self._store.unfinished():
+            if not self._closing:
                 self._requeue(record)

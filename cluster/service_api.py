@@ -21,6 +21,16 @@ class ProgressUpdate:
 JobEvent = ProgressUpdate | JobToken | JobRecord
 
 
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Bounds of the queue and of what is kept. Seconds."""
+
+    max_queued_jobs: int = 256
+    max_document_bytes: int = 64 << 20
+    result_ttl_s: float = 7 * 86400.0
+    document_ttl_s: float = 7 * 86400.0
+
+
 class JobServiceApi(Protocol):
     """Methods raise the errors of `cluster.jobs`; all may be called from any thread."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.block_pool import BlockPool
 from cluster.config import Deployment
-from cluster.engine import Engine, Event, Ticket
+from cluster.engine import Engine, EngineError, Event, Ticket
 from cluster.environment import environment
 from cluster.generation import Generation, GenerationSpec
 from cluster.launcher import Launched, Launcher, LaunchStatus
@@ -97,7 +97,7 @@ class Session:
     @property
     def engine(self) -> Engine:
         if self._engine is None:
-            raise RuntimeError("the cluster is not running: call start() first")
+            raise EngineError("the cluster is not running: call start() first")
         return self._engine
 
     def document_prompts(self, document: str, questions: Sequence[str], ask: Ask) -> list[list[int]]:
@@ -171,7 +171,7 @@ class Session:
     def status(self) -> dict[str, Any]:
         """The cluster as it is now: sizes, use of KV, and every shard's state."""
         launched, config = self.launched, self.deployment.config
-        pool = self.engine.scheduler.pool
+        blocks = self._engine.scheduler.pool.num_blocks if self._engine is not None else 0  # none while it restarts
         stages = []
         for handle in launched.shards if launched else ():
             entry: dict[str, Any] = {"stage": handle.shard.stage, "rank": handle.shard.rank, "state": "unreachable"}
@@ -185,7 +185,7 @@ class Session:
             "model": config.model.served_model_name,
             "max_model_len": self.deployment.max_model_len,
             "kv_usage": self.kv_usage,
-            "kv_tokens": pool.num_blocks * config.kv_cache.page_size,
+            "kv_tokens": blocks * config.kv_cache.page_size,
             "stages": stages,
             "version": self.version,
         }

@@ -79,7 +79,7 @@ class GrpcStageHandle:
         """State, counters and memory of the process. Raises StageError."""
         try:
             reply: pb.ProbeReply = self._stub.Probe(pb.ProbeRequest(), metadata=self._metadata, timeout=timeout_s)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
             raise StageError(f"{self.name}: {_details(error)}") from error
         return reply
 

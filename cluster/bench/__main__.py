@@ -34,7 +34,7 @@ def _bare(model: Path, length: int, chunk: int, threads: int) -> tuple[float, fl
         command += ["--json", out.name, "decode", "--model", str(model)]
         command += ["--lengths", str(length), "--chunk", str(chunk)]
         subprocess.run(command, check=True, capture_output=True)
-        figures = {figure["name"].split()[0]: figure["value"] for figure in json.load(out)["figures"]}
+        figures = {f["name"].split()[0]: f["value"] for f in json.load(out)["figures"] if "first run" not in f["name"]}
     return length / figures["prefill"], figures["decode"] / 1000
 
 

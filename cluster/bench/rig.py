@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from cluster.client import Client
 from cluster.config import load_deployment
 from cluster.documents import Documents
 from cluster.gateway_grpc import Gateway
+from cluster.head import SWITCH_INTERVAL_S
 from cluster.job_store import JobStore
 from cluster.service import JobService, ServiceLimits
 from cluster.session import Session
@@ -33,6 +35,7 @@ def head(model: Path, folder: Path, **settings: dict[str, object]) -> Iterator[t
     config = {"model": {"path": str(linked)}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     deployment = load_deployment(path)
     with ExitStack() as steps:
         session = steps.enter_context(Session(deployment))
