@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from cluster.config import load_deployment
 from cluster.documents import Documents
@@ -44,8 +45,13 @@ def run_head(
     config = deployment.config
     check_port(config.server.host, config.server.port)
     check_port(config.server.host, config.server.metrics_port)
-    stop = threading.Event()
-    session = Session(deployment, on_status)
+    signals = _Signals()
+
+    def on_launch(status: LaunchStatus) -> None:
+        on_status(status)
+        signals.renew()
+
+    session = Session(deployment, on_launch)
     with session:
         store = JobStore(config.data_dir / "jobs.sqlite")
         documents = Documents(config.data_dir / "documents", store, config.server.document_ttl_s)
@@ -60,10 +66,9 @@ def run_head(
             service.start()
             metrics.start()
             address = gateway.start()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda _number, _frame: stop.set())
+            signals.install()
             on_ready(address)
-            stop.wait()
+            signals.wait()
             _log.info("draining")
             gateway.set_serving(False)
             service.drain(config.server.drain_timeout_s)
@@ -73,3 +78,30 @@ def run_head(
             metrics.close()
             store.close()
     return 0
+
+
+class _Signals:
+    """SIGTERM and SIGINT as a wish to stop. Ray replaces their handlers, so each start of the pipeline renews ours."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Event()
+        self._stopping = False
+
+    def renew(self) -> None:
+        """Have the main thread install the handlers again; only it may. Any thread may call this."""
+        self._changed.set()
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def wait(self) -> None:
+        """Return after a signal (main thread)."""
+        while not self._stopping:
+            self._changed.wait()
+            self._changed.clear()
+            self.install()
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        self._changed.set()

@@ -72,12 +72,8 @@ class JobStore:
         document, key = spec.input.document_id or None, spec.idempotency_key or None
         with self._db.writing() as db:
             body_hash, text = spec.body_hash(), spec.to_json()
-            if key is not None:
-                row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
-                if row is not None and row[1] != body_hash:
-                    raise Conflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
-                if row is not None:
-                    return _one(db, row[0]), False
+            if (known := _by_key(db, spec)) is not None:
+                return known, False
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
                 raise Conflict(f"job id: {job_id}: is in use: take a new one")
             if document and not db.execute("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
@@ -91,6 +87,11 @@ class JobStore:
             db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
             db.executemany("INSERT INTO answers (job, question) VALUES (?, ?)", [(seq, q) for q in range(num_answers)])
             return _one(db, job_id), True
+
+    def find(self, spec: JobSpec) -> JobRecord | None:
+        """The job an earlier submission with this idempotency key made. Raises Conflict as `create`."""
+        with self._db.reading() as db:
+            return _by_key(db, spec)
 
     def transition(
         self,
@@ -299,6 +300,14 @@ def _transition(db: sqlite3.Connection, change: StateChange, error: str, now: fl
         },
     )
     return cursor.rowcount > 0
+
+
+def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
+    key = spec.idempotency_key
+    row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
+    if row is not None and row[1] != spec.body_hash():
+        raise Conflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
+    return None if row is None else _one(db, row[0])
 
 
 def _one(db: sqlite3.Connection, job_id: str) -> JobRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class RayCluster:
         self._groups: list[Any] = []
         self._actors: list[Any] = []
         self._connected = False
+        self._left = threading.Event()
 
     @property
     def is_local(self) -> bool:
@@ -80,7 +82,7 @@ class RayCluster:
             options |= {"num_cpus": len(affinity(0)) if affinity else os.cpu_count()}
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=self._address, **options)
+            self._in_lasting_thread(lambda: ray.init(address=self._address, **options))
         except BaseException as error:
             if ray.is_initialized():
                 ray.shutdown()
@@ -175,6 +177,27 @@ class RayCluster:
             self._actors, self._groups = [], []
             ray.shutdown()
             self._connected = False
+            self._left.set()
+
+    def _in_lasting_thread(self, start: Callable[[], object]) -> None:
+        """Call `start` on a thread that lives until `close`: the kernel ends Ray's processes with their thread."""
+        if threading.current_thread() is threading.main_thread():
+            start()
+            return
+        result: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                start()
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                result.put(error)
+            else:
+                result.put(None)
+                self._left.wait()
+
+        threading.Thread(target=run, name="ray", daemon=True).start()
+        if (error := result.get()) is not None:
+            raise error
 
     def _check_room(self, stages: Sequence[ActorRequest]) -> None:
         """Refuse at once what no state of the cluster could place."""

@@ -7,7 +7,9 @@ more.
 
 from __future__ import annotations
 
+import logging
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +17,14 @@ from dataclasses import asdict, dataclass, field
 
 from cluster.engine import Event
 from cluster.generation import Generation, Progress, TokenEvent
-from cluster.job_store import JobStore
+from cluster.job_schema import JobStoreError
+from cluster.job_store import JobStore, StateChange
 from cluster.jobs import ACTIVE, JobAnswer, JobState, JobToken
 from cluster.request import FinishReason
 from protos.messages import SampledToken
 
+_log = logging.getLogger(__name__)
+_RETRY_S = 1.0  # between attempts to write to a disk that refuses
 _PAGE = 1000  # tokens read at once when a job is taken up again
 
 
@@ -82,7 +87,7 @@ class Watch:
         return self._closed
 
 
-_Item = tuple[LiveJob, int, int, Event]  # job, its generation, question, event
+_Item = tuple[LiveJob, int, int, Event | str]  # job, its generation, question, event or why the pipeline failed
 
 
 class Recorder:
@@ -92,6 +97,7 @@ class Recorder:
         self._store = store
         self._watch = watch
         self._on_broken = on_broken
+        self._closing = threading.Event()
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.commit_seconds = 0.0
@@ -101,12 +107,13 @@ class Recorder:
         self._thread.start()
 
     def close(self) -> None:
+        self._closing.set()
         self._queue.put(None)
         if self._thread.is_alive():
             self._thread.join()
 
-    def callback(self, job: LiveJob, question: int) -> Callable[[Event], None]:
-        """What the engine calls for one question of a job."""
+    def callback(self, job: LiveJob, question: int) -> Callable[[Event | str], None]:
+        """What the engine calls for one question of a job; a text says why the pipeline failed."""
         generation = job.generation
         return lambda event: self._queue.put((job, generation, question, event))
 
@@ -123,14 +130,16 @@ class Recorder:
 
     def _commit(self, items: Sequence[_Item]) -> None:
         tokens: list[tuple[str, JobToken]] = []
-        states: list[tuple[str, frozenset[JobState], JobState]] = []
+        states: list[StateChange] = []
         answers: list[tuple[str, JobAnswer]] = []
         ended: list[tuple[LiveJob, JobState]] = []
         broken = ""
         for job, generation, question, event in items:
             if generation != job.generation:
                 continue  # of a pipeline that is gone
-            if isinstance(event, Progress):
+            if isinstance(event, str):
+                broken = broken or event
+            elif isinstance(event, Progress):
                 job.progress[question] = event
                 states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
             elif isinstance(event, TokenEvent):
@@ -150,7 +159,7 @@ class Recorder:
                     states.append((job.job_id, ACTIVE, final))
                     ended.append((job, final))
         began = time.perf_counter()
-        self._store.commit_step(tokens, states, answers)
+        self._write(tokens, states, answers)
         self.commit_seconds += time.perf_counter() - began
         self.num_commits += 1
         for job, final in ended:
@@ -158,6 +167,22 @@ class Recorder:
         self._watch.touch(list({job.job_id for job, *_ in items}))
         if broken:
             self._on_broken(broken)
+
+    def _write(
+        self, tokens: Sequence[tuple[str, JobToken]], states: Sequence[StateChange],
+        answers: Sequence[tuple[str, JobAnswer]],
+    ) -> None:  # fmt: skip
+        """Commit, however long the disk refuses: jobs wait for it and lose nothing. Raises only when closing."""
+        while True:
+            try:
+                self._store.commit_step(tokens, states, answers)
+                return
+            except JobStoreError as error:
+                if not isinstance(error.__cause__, (sqlite3.Error, OSError)):
+                    raise  # a step that does not follow the last one: our own bug
+                _log.error("%s; trying again", error)
+                if self._closing.wait(_RETRY_S):
+                    raise
 
 
 def _answer(question: int, result: Generation) -> JobAnswer:

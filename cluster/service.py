@@ -19,6 +19,7 @@ from cluster.documents import Documents
 from cluster.engine import EngineError, Ticket
 from cluster.following import Following
 from cluster.generation import GenerationSpec, Progress
+from cluster.job_prompts import job_prompts
 from cluster.job_store import JobStore
 from cluster.jobs import (
     ACTIVE,
@@ -39,10 +40,10 @@ from cluster.prompts import opens_thinking
 from cluster.recorder import LiveJob, Recorder, Watch, committed_tokens
 from cluster.service_api import JobEvent, ServiceLimits
 from cluster.session import Session
-from protos.errors import UserError
 from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)
+_MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
 _ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
 _RECOVERY_ENDS_S = 60.0
 _SHUTTING_DOWN = "the head is shutting down: submit again in a moment"
@@ -73,6 +74,7 @@ class JobService:
         self._closing = False
         self._refusal = ""  # why no job is taken any more
         self._recovery: threading.Thread | None = None
+        self._recovering = False
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -130,6 +132,8 @@ class JobService:
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def submit(self, spec: JobSpec) -> JobRecord:
+        if (known := self._store.find(spec)) is not None:  # a repeated submission is answered whatever goes on
+            return known
         if self._refusal:
             raise Busy(self._refusal, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
@@ -211,27 +215,16 @@ class JobService:
 
     def _prompts(self, spec: JobSpec) -> list[array[int]]:
         """Token ids of every question. Raises InvalidJob or NotFound."""
-        given, session = spec.input, self._session
-        try:
-            if given.document_id:
-                text = session.check_document(self._documents.read(given.document_id))
-                prompts = session.document_prompts(text, given.questions, spec.ask)
-            elif given.messages is not None:
-                prompts = [session.chat_prompt(given.messages, spec.ask)]
-            elif given.prompt is not None:
-                prompts = [session.tokenizer.encode(given.prompt, add_special=True)]
-            else:
-                prompts = [list(given.token_ids or ())]
-            session.check_prompts(prompts, spec.ask)
-        except UserError as error:
-            raise InvalidJob(" ".join(str(error).split())) from error
-        if given.document_id:
-            self._store.touch_document(given.document_id, self._clock() + self._limits.document_ttl_s)
-        return [array("I", prompt) for prompt in prompts]
+        prompts = job_prompts(self._session, self._documents, spec)
+        if document_id := spec.input.document_id:
+            self._store.touch_document(document_id, self._clock() + self._limits.document_ttl_s)
+        return prompts
 
     def _requeue(self, record: JobRecord) -> None:
         """Queue a job again after its last committed token; one that cannot be built any more fails."""
         try:
+            if record.restarts >= _MAX_RESTARTS:
+                raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
             prompts = self._prompts(record.spec)
         except (InvalidJob, NotFound) as error:
             self._cancel(record.id, str(error))
@@ -270,8 +263,11 @@ class JobService:
                 )  # fmt: skip
                 items.append((spec, self._recorder.callback(job, question)))
         self._arm(record)
-        with contextlib.suppress(EngineError):  # a broken pipeline: recovery queues the job again
+        try:
             self._tickets[record.id] = self._session.engine.submit_all(items)
+        except EngineError as error:  # recovery queues the job again; a pipeline may have broken while nothing ran
+            if not self._recovering:
+                self._recorder.callback(job, 0)(str(error))
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
@@ -320,15 +316,16 @@ class JobService:
 
     def _on_broken(self, error: str) -> None:
         """The pipeline failed: start another one and go on (called by the recorder)."""
-        if self._closing:
-            return
-        _log.error("the pipeline failed: %s", error)
         with self._lock:
+            if self._closing or self._recovering:
+                return
+            self._recovering = True
             unfinished = list(self._live)
             for job in self._live.values():
                 job.generation += 1
             self._tickets.clear()
             self._recovery = threading.Thread(target=self._recover, args=(error,), name="recover", daemon=True)
+        _log.error("the pipeline failed: %s", error)
         for job_id in unfinished:
             self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
         self._watch.touch(unfinished)
@@ -345,6 +342,11 @@ class JobService:
                 for job_id in list(self._live):
                     self._cancel(job_id, reason)
             return
+        with self._lock:
+            self._recovering = False
+            for job_id, job in self._live.items():
+                if job_id not in self._tickets:  # with one it runs on the new pipeline already
+                    job.generation += 1  # what was said about the time without a pipeline is over
         for record in self._store.unfinished():
             if not self._closing:
                 self._requeue(record)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -50,11 +49,11 @@ def free_port() -> int:
 class HeadProcess:
     """`longreach serve` over configs/needle; every process it starts inherits a mark, so that none is overlooked."""
 
-    def __init__(self, folder: Path, stages: int = 1, server: str = "", prefill: str = "", log: str = "head") -> None:
+    def __init__(self, folder: Path, stages: int = 1, server: str = "") -> None:
         self.data = folder / "data"
         self.port = free_port()
         self.mark = ""
-        self._log = folder / f"{log}.log"
+        self._log = folder / "head.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._marks: list[str] = []
         self._config = folder / "head.yaml"
@@ -201,11 +200,3 @@ def tokens_of(job: Job) -> list[tuple[int, ...]]:
     job.wait(LONG).refresh()
     assert job.state == "succeeded", (job.state, job.error)
     return [answer.token_ids for answer in job.answers]
-
-
-def options_of(job_options: Mapping[str, object], **more: object) -> dict[str, object]:
-    return dict(job_options) | more
-
-
-def wipe(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
