@@ -117,10 +117,7 @@ class JobService:
         return self._documents.put(name, pieces, self._limits.max_document_bytes)
 
     def document(self, document_id: str) -> DocumentRecord:
-        record = self._store.get_document(check_id(document_id, "doc"))
-        if record is None:
-            raise NotFound(f"document {document_id}: not found (it may have expired)")
-        return record
+        return self._documents.get(document_id)
 
     def documents(self) -> Sequence[DocumentRecord]:
         return self._documents.list()
@@ -138,15 +135,15 @@ class JobService:
             raise Busy(self._refusal, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
-        with self._lock:
-            waiting = self._store.count([JobState.QUEUED, JobState.RECOVERING])
-            if waiting >= self._limits.max_queued_jobs:
-                raise Busy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
+        waiting, _ = self.counts()
+        if waiting >= self._limits.max_queued_jobs:
+            raise Busy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
         prompts = self._prompts(spec)
-        size = sum(len(prompt) for prompt in prompts)
         with self._lock:
-            if self._queued_tokens and sum(self._queued_tokens.values()) + size > _MAX_QUEUED_TOKENS:
-                raise Busy(f"queue: unfinished jobs hold {sum(self._queued_tokens.values())} prompt tokens", 30.0)
+            size = sum(len(prompt) for prompt in prompts)
+            held = sum(self._queued_tokens.values())
+            if held and held + size > _MAX_QUEUED_TOKENS:
+                raise Busy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
                 spec, new_id("job"), spec.input.num_answers, self._session.reproducibility(spec.ask.sampling.seed)
             )
