@@ -133,11 +133,14 @@ def test_impossible_layout(longreach: CommandLine, write_config: Callable[..., P
     refused(longreach, 2, "config.yaml:5: cluster.expert_parallel_size: 3", config, "--document", document, *ASK)
 
 
-def test_port_in_use(
-    longreach: CommandLine, write_config: Callable[..., Path], document: Path, taken_port: int
-) -> None:
+def test_port_in_use(longreach: CommandLine, write_config: Callable[..., Path], taken_port: int) -> None:
     config = write_config(rest=f"server:\n  port: {taken_port}")
-    refused(longreach, 3, f"server.port: {taken_port}", config, "--document", document, *ASK)
+    done = longreach("serve", config)
+    assert done.code == 3, done.err
+    refusal = next(line for line in done.err.splitlines() if "error" in line)
+    assert refusal.startswith(f"longreach: error: server.port: {taken_port}")
+    assert "Traceback" not in done.err
+    longreach.assert_nothing_left()
 
 
 def test_unwritable_data_dir(longreach: CommandLine, tmp_path: Path, document: Path) -> None:

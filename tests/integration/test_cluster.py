@@ -8,14 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-import grpc
 import psutil
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import load_deployment
 from cluster.needles import build_haystack, is_right
-from cluster.preflight import check_port
 from cluster.session import Ask, Session
 from tests.integration.conftest import ROOT, CommandLine
 from tests.support.inprocess import Pipeline
@@ -60,11 +57,9 @@ def test_interrupt_while_running_stops_everything(longreach: CommandLine, number
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    port = _free_port()
     overrides = {
         "model.dtype": "float32",
         "data_dir": str(tmp_path_factory.mktemp("data")),
-        "server.port": port,
     }
     running = Session(load_deployment(ROOT / "configs" / "demo.yaml", overrides))
     began = time.monotonic()
@@ -76,16 +71,6 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         running.close()
         running.close()  # twice is fine
     assert not [c for c in psutil.Process().children(recursive=True) if "raylet" in " ".join(c.cmdline())]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    check_port("127.0.0.1", port)
-    return port
 
 
 def test_answers_equal_one_process(session: Session) -> None:
@@ -114,12 +99,6 @@ def test_head_has_no_torch(longreach: CommandLine) -> None:
 
     out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=120)
     assert out.split() == ["True", "False"]
-
-
-def test_health_door(session: Session) -> None:
-    with grpc.insecure_channel(f"127.0.0.1:{session.deployment.config.server.port}") as channel:
-        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-    assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_idle_cluster_is_quiet(session: Session) -> None:
