@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from cluster.attention_summary import AttentionLog
 from cluster.generation import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.in_flight import InFlight, Step
 from cluster.latency_model import LatencyModel
 from cluster.request import FinishReason, Request, StopRules
 from cluster.scheduler import Scheduler
@@ -42,6 +44,7 @@ class Ticket:
     text: OutputText
     on_event: Callable[[Event], None]
     submitted: float
+    attention: AttentionLog = field(default_factory=AttentionLog)
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -57,12 +60,6 @@ class Ticket:
         return self.result
 
 
-@dataclass(slots=True)
-class _InFlight:
-    plan: StepPlan
-    slowest_s: float = 0.0
-
-
 class Engine:
     """Drives the shards of one pipeline with the plans of one scheduler.
 
@@ -75,17 +72,15 @@ class Engine:
         eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
-        self.latency = LatencyModel()
+        self.latency = LatencyModel(scheduler.spec)
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        num_stages = 1 + max(handle.shard.stage for handle in self._shards)
-        self._last_stage = num_stages - 1
-        self._depth = max(2, num_stages)
+        self._depth = max(2, 1 + max(handle.shard.stage for handle in self._shards))
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight = InFlight([handle.shard for handle in self._shards], scheduler.is_sparse)
         self._tickets: dict[int, Ticket] = {}
         self._sequences = itertools.count(1)
         self._error = ""
@@ -172,7 +167,7 @@ class Engine:
             plan = self.scheduler.schedule()
             if plan is None:
                 return
-            self._in_flight[plan.step] = _InFlight(plan)
+            self._in_flight.add(plan)
             self._note_start(plan)
             for handle in self._shards:
                 handle.send(plan)
@@ -183,22 +178,18 @@ class Engine:
         if result.error:
             self._fail(result.error)
             return
-        step = self._in_flight.get(result.step)
-        if step is None:
-            return  # a slower shard of a step that is committed already
-        step.slowest_s = max(step.slowest_s, result.compute_us / 1e6)
-        if result.stage == self._last_stage and result.rank == 0:
-            del self._in_flight[result.step]
-            self.latency.observe(step.plan, step.slowest_s)
-            if self.on_step is not None:
-                self.on_step(step.plan, step.slowest_s)
-            self._commit(step.plan, result)
+        for step in self._in_flight.take(result):
+            self._commit(step)
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> None:
-        touched = self.scheduler.commit(plan, result.samples)
-        sampled = {sample.sequence for sample in result.samples}
+    def _commit(self, step: Step) -> None:
+        self.latency.observe(step.plan, step.slowest_s, step.cells)
+        if self.on_step is not None:
+            self.on_step(step.plan, step.slowest_s)
+        touched = self.scheduler.commit(step.plan, step.samples)
+        sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             ticket = self._tickets[request.sequence]
+            ticket.attention.add(request.sequence, step)
             if request.sequence in sampled and not request.cancelled:  # a cancelled request took no token
                 self._token(ticket)
             elif request.finish_reason is None:
@@ -221,7 +212,7 @@ class Engine:
 
     def _progress(self, request: Request) -> Progress:
         processed = min(request.num_computed, request.num_prompt)
-        eta = self.latency.predict_prefill(processed, request.num_prompt, self.scheduler.max_tokens_per_step)
+        eta = self.latency.predict_chunks(self.scheduler.chunks_left(request))
         return Progress(request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000))
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
@@ -293,6 +284,7 @@ class Engine:
                 total_s=now - ticket.submitted,
             ),
             error=error,
+            attention=ticket.attention.summary(self.scheduler.spec, request.num_prompt, request.scale_len),
         )
         _tell(ticket, ticket.result)
         ticket.done.set()

@@ -50,12 +50,24 @@ def whole_cells(spec: ModelSpec, start: int, budget: int, prompt_len: int) -> in
     return total
 
 
+def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
+    """The last position up to `position` at which a step of the prompt may start: any when its rows are dense."""
+    if not is_sparse(spec, 0, prompt_len):
+        return position
+    assert spec.sparse is not None
+    grid = position // spec.sparse.cell * spec.sparse.cell
+    if spec.chunk_distance:
+        grid = max(grid, position // spec.chunk_distance * spec.chunk_distance)
+    return grid
+
+
 def stable_prefix(spec: ModelSpec, prompt_len: int) -> int:
     """Positions of a prompt whose KV does not depend on where the prompt ends (but for the length scale)."""
-    if not is_sparse(spec, 0, prompt_len):
-        return prompt_len
-    assert spec.sparse is not None
-    grid = prompt_len // spec.sparse.cell * spec.sparse.cell
-    if spec.chunk_distance:
-        grid = max(grid, prompt_len // spec.chunk_distance * spec.chunk_distance)
-    return grid
+    return last_cut(spec, prompt_len, prompt_len)
+
+
+def largest_cell(spec: ModelSpec) -> int:
+    """Tokens of the largest cell of any prompt; 0 when every row is dense."""
+    if spec.sparse is None:
+        return 0
+    return min(spec.sparse.cell, spec.chunk_distance or spec.sparse.cell)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+UNBOUNDED_CONTEXT = 1 << 30  # positions and token counts stay below it everywhere
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
@@ -124,10 +126,20 @@ class ModelSpec:
 
     @property
     def max_context(self) -> int:
-        """The context length, in tokens, that the positions cover."""
+        """The context length, in tokens, that the positions cover; dual chunk attention sets no bound."""
+        if self.dual_chunk is not None:
+            return UNBOUNDED_CONTEXT
         if self.rope.kind == "yarn":
             stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
             return max(self.max_position_embeddings, stretched)
         if self.rope.kind == "linear":
             return int(self.max_position_embeddings * self.rope.factor)
         return self.max_position_embeddings
+
+    @property
+    def default_context(self) -> int:
+        """The context length, in tokens, of a deployment that names none."""
+        if self.dual_chunk is None:
+            return self.max_context
+        chunk = self.dual_chunk.chunk_size
+        return self.max_position_embeddings if self.max_position_embeddings > chunk else 4 * chunk

@@ -186,7 +186,7 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
             raise AssertionError("abort raises")
         try:
-            self._worker.start(request.num_blocks, request.page_size, request.downstream)
+            self._worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype)
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)

@@ -21,7 +21,9 @@ from protos.errors import UserError
 
 _TIMEOUT_S = 3600
 _WARM_UP = 4096
-SPARSE: dict[str, object] = {"enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "synthetic": True, "recall_floor": 0.0}
+SPARSE: dict[str, object] = {
+    "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "synthetic": True, "recall_floor": 0.0,
+}  # fmt: skip
 
 
 def compare(

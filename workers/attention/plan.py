@@ -87,8 +87,8 @@ class AttentionPlan:
     def __post_init__(self) -> None:
         if self.length < 1 or self.start < 0 or self.tile < 1 or self.distance < 0:
             raise ValueError(
-                f"attention plan: start {self.start}, length {self.length}, tile {self.tile}, distance {self.distance}: "
-                "need start, distance >= 0 and length, tile >= 1"
+                f"attention plan: start {self.start}, length {self.length}, tile {self.tile}, distance {self.distance}"
+                ": need start, distance >= 0 and length, tile >= 1"
             )
         last = self.start + self.length - 1
         if self.distance and self.start // self.distance != last // self.distance:
