@@ -37,6 +37,11 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def plans(self) -> list[StepPlan]:
+        """What the stages owe, the oldest first."""
+        return [step.plan for step in self._steps.values()]
+
     def add(self, plan: StepPlan) -> None:
         awaited = self._all if any(map(self._is_sparse, plan.slices)) else self._last
         self._steps[plan.step] = Step(plan, set(awaited))
