@@ -171,7 +171,7 @@ def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
         "kl_mean": float(divergence.mean()),
         "kl_max": float(divergence.max()),
         "positions": {
-            "same": same.tolist(), "logit_error": _rounded(errors.tolist()), "kl": _rounded(divergence.tolist()),
+            "other_top1": (~same).nonzero().flatten().tolist(), "logit_error": _rounded(errors.tolist()), "kl": _rounded(divergence.tolist()),
         },
     }  # fmt: skip
 

@@ -147,12 +147,17 @@ def test_cursor_gives_up_unless_the_stream_moves() -> None:
 def test_job_data_and_progress() -> None:
     unfinished = pb.Answer(question="b", progress=pb.Progress(total=7, processed=3, eta_ms=5))
     answers = [pb.Answer(question="a", finish_reason="stop", text="t"), unfinished]
+    layer = pb.LayerAttention(layer=3, density=[0.1], fallbacks=[2])
+    answers[0].attention.CopyFrom(pb.AttentionSummary(mode="sparse", scale_len=9, layers=[layer]))
     message = pb.Job(id="job_1", state=pb.PREFILLING, answers=answers, labels={"k": "v"})
     message.reproducibility.versions["torch"] = "2"
     job = JobView(JobData.read(message))
     assert (job.state, job.done) == ("prefilling", False)
     assert (job.progress.processed, job.progress.eta_ms) == (3, 5)
     assert json.loads(json.dumps(job.data.to_json()))["reproducibility"]["versions"] == {"torch": "2"}
+    attention = json.loads(json.dumps(job.data.to_json()))["answers"][0]["attention"]
+    assert (attention["mode"], attention["scale_len"], job.answers[1].attention) == ("sparse", 9, {})
+    assert (attention["layers"][0]["density"], attention["layers"][0]["fallbacks"]) == ([0.1], [2])
     assert JobView(JobData.read(pb.Job())).progress.total == 0
 
 

@@ -8,7 +8,8 @@ namespace longreach {
 namespace attention {
 namespace {
 
-constexpr int kPlaces = kGroups + 1;
+constexpr int kPlaces = 2 * kGroups + 1;
+constexpr int kAhead = 12;             // columns whose keys are on their way from memory
 
 // Pairs of rows `first .. last` with keys `low .. high - 1`, causal.
 std::int64_t pairs(std::int64_t first, std::int64_t last, std::int64_t low, std::int64_t high) {
@@ -60,12 +61,12 @@ void KeyStream::run(const Item& item, Engine& engine) {
             }
         }
         for (; columns < columns_end && *columns < high; ++columns) {
+            if (columns + kAhead < columns_end) fetch(columns[kAhead]);
             while (next != ranges_.cend() && next->high <= *columns) ++next;
             if (next != ranges_.cend() && next->low <= *columns) continue;
             gather(args_.pages[*columns / page] + *columns % page, *columns, 1);
         }
-        close();
-        flush();
+        drain();
     }
 }
 
@@ -105,6 +106,14 @@ void KeyStream::count(const Item& item) {
     for (int i = 0; i < item.heads; ++i) __atomic_fetch_add(args_.visited + item.head + i, total, __ATOMIC_RELAXED);
 }
 
+void KeyStream::fetch(std::int32_t position) const {
+    const std::size_t at = (args_.pages[position / args_.page_size] + position % args_.page_size) * row_;
+    for (std::size_t i = 0; i < row_; i += 64) {
+        __builtin_prefetch(keys_ + at + i);
+        __builtin_prefetch(values_ + at + i);
+    }
+}
+
 void KeyStream::range(std::int32_t low, std::int32_t high) {
     const std::int64_t page = args_.page_size;
     while (low < high) {
@@ -129,7 +138,7 @@ void KeyStream::range(std::int32_t low, std::int32_t high) {
 
 void KeyStream::gather(std::int32_t slot, std::int32_t position, int n) {
     while (n > 0) {
-        if (filled_ == 0) place_ = __builtin_ctz(~taken_);
+        if (filled_ == 0) place_ = __builtin_ctz(~(taken_ | waiting_taken_));
         const int part = std::min(n, kGroup - filled_);
         char* k = gathered_ + (std::size_t(place_) * 2 * kGroup + filled_) * row_;
         std::memcpy(k, keys_ + slot * row_, part * row_);
@@ -171,22 +180,35 @@ void KeyStream::close() {
     }
     const bool small = args_.kv_type == kInt8;
     filled_ = 0;
-    if (block_.count == kGroups) flush();
+    if (block_->count == kGroups) flush();
     taken_ |= 1u << place_;
     add({k, v, small ? scales : nullptr, small ? scales + kGroup : nullptr, first, last}, filled_positions_);
 }
 
 void KeyStream::add(const Group& group, const std::int32_t* positions) {
-    if (block_.count == kGroups) flush();
-    std::int32_t* to = block_.positions + block_.count * kGroup;
+    if (block_->count == kGroups) flush();
+    std::int32_t* to = block_->positions + block_->count * kGroup;
     for (int i = 0; i < kGroup; ++i) to[i] = positions ? positions[i] : group.first + i;
-    block_.groups[block_.count++] = group;
+    block_->groups[block_->count++] = group;
 }
 
 void KeyStream::flush() {
-    if (block_.count > 0) engine_->block(block_);
-    block_.count = 0;
+    if (block_->count == 0) return;
+    Block* other = block_ == blocks_ ? blocks_ + 1 : blocks_;
+    if (waiting_) engine_->block(*other, block_);
+    waiting_ = true;
+    waiting_taken_ = taken_;
     taken_ = 0;
+    block_ = other;
+    block_->count = 0;
+}
+
+void KeyStream::drain() {
+    close();
+    flush();
+    if (waiting_) engine_->block(block_ == blocks_ ? blocks_[1] : blocks_[0], nullptr);
+    waiting_ = false;
+    waiting_taken_ = 0;
 }
 
 }  // namespace attention
