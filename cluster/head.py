@@ -17,6 +17,7 @@ from cluster.job_store import JobStore
 from cluster.launcher import LaunchStatus
 from cluster.metrics import MetricsDoor
 from cluster.preflight import check_port
+from cluster.reasoning import reasoning_opened
 from cluster.service import JobService
 from cluster.service_api import ServiceLimits
 from cluster.session import Session
@@ -60,7 +61,10 @@ def run_head(
             config.server.document_ttl_s,
         )  # fmt: skip
         service = JobService(session, store, documents, limits)
-        gateway = Gateway(service, config.server, config.security)
+        gateway = Gateway(
+            service, config.server, config.security,
+            reasoning_opened=lambda spec: reasoning_opened(session.tokenizer, spec),
+        )  # fmt: skip
         metrics = MetricsDoor(service, session, config.server.host, config.server.metrics_port)
         try:
             service.start()

@@ -105,37 +105,57 @@ def _check(job: Job) -> None:
 
 
 class TokenPrinter:
-    """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number."""
+    """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number.
+
+    Reasoning stands before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
+    """
 
     def __init__(self, questions: int) -> None:
         self._many = questions > 1
-        self._lines: dict[int, str] = {}
+        self._lines: dict[tuple[int, str], str] = {}  # unfinished, by question and part
         self._ends_line = True
+        self._part = "answer"
 
     def push(self, event: TokenEvent) -> None:
         """Write what has become a whole line, or anything when there is one question."""
-        if not self._many:
-            self._write(event.token.text)
-            return
-        *whole, rest = (self._lines.get(event.question, "") + event.token.text).split("\n")
+        token = event.token
+        parts = {"reasoning": token.reasoning, "answer": token.answer} if token.part else {"answer": token.text}
+        for part, text in parts.items():
+            if text and self._many:
+                self._push_lines(event.question, part, text)
+            elif text:
+                if part != self._part and not self._ends_line:
+                    self._write("\n")
+                self._part = part
+                self._write(text, dim=part == "reasoning")
+
+    def _push_lines(self, question: int, part: str, text: str) -> None:
+        if part == "answer":
+            self._end_line(question, "reasoning")
+        *whole, rest = (self._lines.get((question, part), "") + text).split("\n")
         for line in whole:
-            self._write(f"[{event.question + 1}] {line}\n")
-        self._lines[event.question] = rest
+            self._write_line(question, part, line)
+        self._lines[question, part] = rest
+
+    def _end_line(self, question: int, part: str) -> None:
+        if line := self._lines.pop((question, part), ""):
+            self._write_line(question, part, line)
+
+    def _write_line(self, question: int, part: str, line: str) -> None:
+        is_reasoning = part == "reasoning"
+        self._write(f"[{question + 1}{' reasoning' if is_reasoning else ''}] {line}\n", dim=is_reasoning)
 
     def finish(self) -> None:
         """Write unfinished lines; stdout then ends with a newline."""
-        for question, line in sorted(self._lines.items()):
-            if line:
-                self._write(f"[{question + 1}] {line}\n")
-        self._lines.clear()
+        for question, part in sorted(self._lines):
+            self._end_line(question, part)
         if not self._ends_line:
             self._write("\n")
 
-    def _write(self, text: str) -> None:
-        if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            self._ends_line = text.endswith("\n")
+    def _write(self, text: str, dim: bool = False) -> None:
+        click.secho(text, nl=False, dim=True if dim else None)  # styles only a terminal
+        sys.stdout.flush()
+        self._ends_line = text.endswith("\n")
 
 
 def stream_job(job: Job, after: int, as_json: bool) -> None:

@@ -15,7 +15,7 @@ import cluster
 from cluster import client_common as common
 from cluster.aio import AsyncClient, AsyncDocuments, AsyncJob
 from cluster.client import Client, Documents, Job
-from cluster.client_results import JobData, JobEnded, JobView, ProgressEvent, StreamCursor, TokenEvent
+from cluster.client_results import JobData, JobEnded, JobView, ProgressEvent, StreamCursor, Token, TokenEvent
 from cluster.config_models import Config
 from cluster.head_state import HeadFiles, _is_head, reachable
 from cluster.job_output import TokenPrinter
@@ -231,7 +231,22 @@ def test_token_printer(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "a\n"
 
 
-def common_token(text: str) -> Any:
-    from cluster.client_results import Token
+def test_printer_shows_reasoning_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    def event(question: int, part: str, reasoning: str, answer: str) -> TokenEvent:
+        token = Token(1, "<not shown>", part=part, reasoning=reasoning, answer=answer)
+        return TokenEvent(question, token, 1)
 
+    printer = TokenPrinter(1)
+    for values in (("answer", "", ""), ("reasoning", "why", ""), ("reasoning", " not", ""), ("answer", "?", "so")):
+        printer.push(event(0, *values))
+    printer.finish()
+    assert capsys.readouterr().out == "why not?\nso\n"
+    printer = TokenPrinter(2)
+    for question, *values in ((0, "reasoning", "a\nb", ""), (1, "answer", "", "x"), (0, "answer", "c", "d\ne")):
+        printer.push(event(int(question), *map(str, values)))
+    printer.finish()
+    assert capsys.readouterr().out.splitlines() == ["[1 reasoning] a", "[1 reasoning] bc", "[1] d", "[1] e", "[2] x"]
+
+
+def common_token(text: str) -> Any:
     return Token(1, text)
