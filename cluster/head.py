@@ -45,7 +45,7 @@ def run_head(
     deployment = load_deployment(config_path)
     config = deployment.config
     check_port(config.server.host, config.server.port)
-    check_port(config.server.host, config.server.metrics_port)
+    check_port(config.server.metrics_host, config.server.metrics_port)
     signals = _Signals()
 
     def on_launch(status: LaunchStatus) -> None:
@@ -65,7 +65,7 @@ def run_head(
             service, config.server, config.security,
             reasoning_opened=lambda spec: reasoning_opened(session.tokenizer, spec),
         )  # fmt: skip
-        metrics = MetricsDoor(service, session, config.server.host, config.server.metrics_port)
+        metrics = MetricsDoor(service, session, config.server.metrics_host, config.server.metrics_port)
         try:
             service.start()
             metrics.start()

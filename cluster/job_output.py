@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -151,11 +153,36 @@ class TokenPrinter:
             self._end_line(question, part)
         if not self._ends_line:
             self._write("\n")
+        sys.stdout.flush()
 
     def _write(self, text: str, dim: bool = False) -> None:
-        click.secho(text, nl=False, dim=True if dim else None)  # styles only a terminal
-        sys.stdout.flush()
+        sys.stdout.write(click.style(text, dim=True) if dim and sys.stdout.isatty() else text)
         self._ends_line = text.endswith("\n")
+
+
+class HeldInterrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not inside `held`: what is shown and what is counted agree."""
+
+    def __init__(self) -> None:
+        self._is_held = self._is_pending = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Put an interrupt off until the end of the block."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._is_pending:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        again, self._is_pending = self._is_pending, True
+        if again or not self._is_held:  # a second one also ends a write that nobody reads
+            raise KeyboardInterrupt
 
 
 def stream_job(job: Job, after: int, as_json: bool) -> None:
@@ -163,21 +190,24 @@ def stream_job(job: Job, after: int, as_json: bool) -> None:
     printer = TokenPrinter(len(job.answers))
     display = open_display(as_json)
     last = after
+    interrupts = HeldInterrupts()
 
     with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
         try:
             with display:
                 for event in job.stream(after):
-                    if as_json:
-                        print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
-                    elif isinstance(event, ProgressEvent) and last == after:
-                        at = event.progress
-                        display.prefill(at.processed, at.total, at.eta_ms)
-                    elif isinstance(event, TokenEvent):
-                        display.clear()  # from here on the terminal belongs to the answer
-                        printer.push(event)
-                    if isinstance(event, TokenEvent):
-                        last = event.number
+                    with interrupts.held():
+                        if as_json:
+                            print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
+                        elif isinstance(event, ProgressEvent) and last == after:
+                            at = event.progress
+                            display.prefill(at.processed, at.total, at.eta_ms)
+                        elif isinstance(event, TokenEvent):
+                            display.clear()  # from here on the terminal belongs to the answer
+                            printer.push(event)
+                        if isinstance(event, TokenEvent):
+                            last = event.number
+                            sys.stdout.flush()
         finally:
             printer.finish()
     _check(job)
