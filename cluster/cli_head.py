@@ -32,7 +32,9 @@ def serve(config: Path, notify_fd: int | None) -> None:
     """Run the head of CONFIG in the foreground until SIGTERM or Ctrl-C, then let running jobs finish."""
     with one_line_errors():
         from cluster.head import run_head
+        from cluster.run_dirs import clean_run_dirs
 
+        clean_run_dirs()
         loaded = _load(config, needs_door=True)
         files = _files(loaded)
         if other := files.running():
@@ -199,6 +201,7 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
     from cluster.client_common import DEFAULT_DATA_DIR
     from cluster.head_state import HeadFiles
+    from cluster.run_dirs import clean_run_dirs
 
     with one_line_errors():
         if config is not None and data_dir is not None:
@@ -211,6 +214,7 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
         else:
             outcome = _stop(process, timeout)
         files.remove()
+        clean_run_dirs()
         if as_json:
             click.echo(json.dumps({"pid": process.pid if process else None, "outcome": outcome}))
         else:

@@ -18,7 +18,9 @@ import click
 from cluster.cli_common import EXIT_INTERRUPTED, EXIT_WRONG, fail, open_display
 from cluster.client import Client, Job
 from cluster.client_common import InvalidRequest
+from cluster.client_requests import too_large
 from cluster.client_results import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
+from cluster.client_values import MAX_REQUEST_BYTES
 
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "stop",
@@ -44,7 +46,13 @@ def submit_given(client: Client, options: dict[str, Any]) -> Job:
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
-        return parse(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_REQUEST_BYTES + 1)  # no more of a file without end either
+        if len(data) > MAX_REQUEST_BYTES:
+            raise too_large(str(path), max(len(data), path.stat().st_size))
+        return parse(data)
+    except InvalidRequest:
+        raise
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -111,7 +111,8 @@ KEYED = "k" * 16
 @pytest.mark.parametrize(
     ("address", "is_local"),
     [
-        ("127.0.0.1:7777", True), ("127.1.2.3:1", True), ("localhost:1", True), ("[::1]:1", True), ("unix:/tmp/s", True),
+        ("127.0.0.1:7777", True), ("127.1.2.3:1", True), ("localhost:1", True), ("[::1]:1", True),
+        ("unix:/tmp/s", True),
         ("10.0.0.1:7777", False), ("head.example.org:1", False), ("[::]:1", False), ("0.0.0.0:1", False),
         ("localhost.example.org:1", False), ("dns:///127.0.0.1:1", False),
     ],
@@ -127,7 +128,7 @@ def test_a_key_travels_in_plain_text_only_on_this_machine_or_when_told(
         if is_local:
             Connection(address, KEYED)
             continue
-        with pytest.raises(cluster.InvalidRequest, match="plain text.*ca_file.*allow_plaintext_key=True") as caught:
+        with pytest.raises(cluster.InvalidRequest, match=r"plain text.*ca_file.*allow_plaintext_key=True") as caught:
             Connection(address, None if outer else KEYED)
         assert KEYED not in str(caught.value)
         with pytest.raises(cluster.InvalidRequest):
