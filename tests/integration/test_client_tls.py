@@ -18,6 +18,7 @@ from cluster.head_state import HeadFiles
 from tests.integration.conftest import CommandLine
 from tests.support.certificates import Authority
 from tests.support.fake_job_service import FakeJobService, serving, write_secret
+from tests.support.head import HeadProcess
 
 KEY, WRONG_KEY = "k" * 32, "w" * 32
 
@@ -225,6 +226,35 @@ def test_flags_and_exit_codes(
     assert done.err.count("\n") == (code != 0), done.err
     assert said in done.err
     assert not code or done.err.startswith("longreach: error: ")
+
+
+def test_a_real_head_behind_tls_and_keys(
+    tmp_path: Path, longreach: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started from YAML; the verbs of this machine need the key and no flag."""
+    certificate, key = Authority(tmp_path, "authority").issue("head", hosts=["head.example.org"])
+    keys = write_secret(tmp_path / "keys", KEY)
+    security = f"security: {{api_keys_file: {keys}, tls_cert_file: {certificate}, tls_key_file: {key}}}"
+    with HeadProcess(tmp_path, server=security) as head:
+        data = ["--data-dir", str(head.data)]
+        done = longreach("status", *data)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert "LONGREACH_API_KEY" in done.err
+        done = longreach("status", "--address", f"127.0.0.1:{head.port}")
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert "head speaks TLS" in done.err
+        monkeypatch.setenv("LONGREACH_API_KEY", KEY)
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text("The secret code of dark river is")
+        submit = ["submit", "--prompt-file", str(prompt), "--max-tokens", "4", "--ignore-eos"]
+        done = longreach(*submit, "--stream", *data)
+        assert done.code == 0, done.err
+        assert done.out.strip()
+        flags = ["--ca-file", str(certificate), "--server-name", "head.example.org"]
+        done = longreach(*submit, "--wait", "--address", f"127.0.0.1:{head.port}", *flags)
+        assert done.code == 0, done.err
+        with Client.from_state(head.data) as client:
+            assert len(list(client.jobs(["succeeded"]))) == 2
 
 
 def test_a_key_does_not_travel_in_plain_text(longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
