@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from cluster import cli_eval, cli_head, cli_jobs
-from cluster.cli_common import EXIT_WRONG, Count, one_line_errors, open_display, sampling_options
+from cluster.cli_common import EXIT_WRONG, Count, Verbs, one_line_errors, open_display, sampling_options
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="longreach", prog_name="longreach")
 def main() -> None:
     """Answers questions about very long documents with a cluster of stages and shards.
@@ -57,8 +57,10 @@ def run(
     longreach run configs/single.yaml --token-ids ids.json --max-tokens 64 --logprobs 5 --json
     """
     from cluster.run import RunInput, run_once
+    from cluster.run_dirs import clean_run_dirs
 
     with one_line_errors():
+        clean_run_dirs()
         given = RunInput(document, question, prompt_file, token_ids)
         report = run_once(config, given, _ask(sampling), open_display(as_json))
         if as_json:

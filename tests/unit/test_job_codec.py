@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster import job_codec as codec
 from cluster.generation import Progress
 from cluster.jobs import DocumentRecord, InvalidJob, JobAnswer, JobInput, JobRecord, JobSpec, JobState, JobToken, new_id
+from cluster.reasoning import ReasoningStream
 from cluster.service_api import ProgressUpdate
 from cluster.session import Ask
 from protos import jobs_pb2 as pb
@@ -230,7 +231,7 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
 
 
 def test_events_and_documents() -> None:
-    event = codec.encode_token_event(JobToken(4, 1, 9, "t"))
+    event = codec.encode_token_event(JobToken(4, 1, 9, "t"), ReasoningStream(False))
     assert (event.number, event.token.question, event.token.token.HasField("logprob")) == (4, 1, False)
     event = codec.encode_progress_event(ProgressUpdate(2, Progress(10, 1, 5, 70)), 4)
     assert (event.number, event.progress.question, event.progress.progress.eta_ms) == (4, 2, 70)

@@ -140,7 +140,7 @@ class _Call:
         assert kv.keys.stride(2) == 1
         assert kv.keys.stride(1) == dim
         self.group = heads // kv.keys.shape[0]
-        self._kept: list[object] = []
+        self._alive: list[object] = []
         dtype = sample.queries.intra.dtype
         args = self._args = _Args()
         ends = dict.fromkeys(Rotation, 0)
@@ -181,12 +181,12 @@ class _Call:
 
     def _tensor(self, x: torch.Tensor) -> int:
         x = x.contiguous()
-        self._kept.append(x)
+        self._alive.append(x)
         return x.data_ptr()
 
     def _array(self, x: IntArray) -> int:
         x = np.ascontiguousarray(x, np.int32)
-        self._kept.append(x)
+        self._alive.append(x)
         return int(x.ctypes.data)
 
 

@@ -186,7 +186,7 @@ class _Group:
         whole = [_covers(one, self.keys.stop) for one in selections]
         partial = [None if all_of_it else one for one, all_of_it in zip(selections, whole, strict=True)]
         mass = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, partial)
-        share = mass / sums.lse.shape[1]
+        share = np.minimum(mass / sums.lse.shape[1], 1.0)  # sums are rounded
         share[whole] = 1.0
         return share
 
