@@ -275,3 +275,19 @@ def test_synthetic_ignores_budgets_and_floor() -> None:
         assert one.columns.tolist() == selection.synthetic(2115, (2048, 3, head)).columns.tolist()
     assert all(0.5 < kept < 1 for kept in choice.held_out_recall)
     assert not any(choice.dense)
+
+
+def test_adaptive_candidates_are_what_the_forced_selection_leaves() -> None:
+    shape = Shape(192, 113, last_q=17, heads=2, kv_heads=1)
+    cell = random_cell(shape)
+    sampled = attention(cell, cell.queries.estimate)
+    found, start = estimate.sums(cell.queries.estimate, cell.keys, 0), selection.forced(305)
+    assert start.offsets.tolist() == [[0, 127]]
+    group = vertical_slash._Group(cell.queries, cell.keys, SparseSpec(), estimate, selection.top, range(2))
+    columns, offsets = group._beside_forced(found, 0, start)
+    rest = sampled.copy()
+    positions = 192 + np.array(cell.queries.estimate.rows)
+    rest[:, positions[:, None] - np.arange(305) <= 127] = 0
+    rest[:, :, :30] = 0
+    for mine, theirs in zip((columns, offsets), column_and_offset_sums(cell, rest), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)

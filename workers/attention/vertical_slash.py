@@ -218,6 +218,7 @@ class _Group:
         for row, position in enumerate(positions.tolist()):
             seen = start.columns[start.columns <= position]
             offsets[:, position - seen] -= mass[:, row, : len(seen)]
+        columns[:, start.columns] = offsets[:, : near + 1] = 0
         return columns, offsets
 
     def _fallback(self, held_out: npt.NDArray[np.float64]) -> tuple[list[bool], int]:

@@ -81,7 +81,7 @@ public:
     virtual ~Engine() = default;
     virtual void begin(const Item& item) = 0;
     virtual void rotate(int rotation) = 0;         // the next blocks meet the queries under this rotation
-    virtual void block(const Block& block, const Block* next) = 0;  // `next`, if known, may be fetched from memory
+    virtual void block(const Block& block) = 0;
     virtual void finish() = 0;                     // writes rows of the output
     virtual void finish_part(float* part) = 0;     // writes [columns][D + 2]: weighted values, maximum, sum
 };

@@ -56,7 +56,7 @@ public:
 
     void rotate(int rotation) override { rotation_ = rotation; packed_ = false; }
 
-    AMX void block(const Block& block, const Block* next) override;
+    AMX void block(const Block& block) override;
     AMX void finish() override;
     AMX void finish_part(float* part) override;
 
@@ -89,7 +89,6 @@ private:
     unsigned count_ = 0, blocks_ = 0;
     bool full_[3] = {};
     Softmax softmax_;
-    Ahead ahead_;
     float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
     std::int32_t* positions_;
 };
@@ -144,9 +143,8 @@ template <int Dim> AMX const char* Amx<Dim>::prepare(const Group& group, int pla
     return k;
 }
 
-template <int Dim> AMX void Amx<Dim>::block(const Block& block, const Block* next) {
+template <int Dim> AMX void Amx<Dim>::block(const Block& block) {
     if (!packed_) pack_queries();
-    ahead_.start(next, kGroup * dim() * int(type_bytes(args_.kv_type)), (tiles_ + 1) / 2 * block.count * (dim() / 32));
     ++blocks_;
     const char* k[kGroups];
     for (int g = 0; g < block.count; ++g) k[g] = prepare(block.groups[g], g);
@@ -194,7 +192,6 @@ template <int Dim> template <int N> AMX void Amx<Dim>::scores(Pass& pass, const 
     float* s = pass.s;
     for (int g = 0; g < pass.groups; ++g, s += 2 * kScores) {
         const char* keys = k[active[g]];
-        const char* next = k[active[g + 1 < pass.groups ? g + 1 : 0]];
         _tile_zero(0);
         _tile_zero(2);
         if (N == 2) _tile_zero(1);
@@ -210,10 +207,6 @@ template <int Dim> template <int N> AMX void Amx<Dim>::scores(Pass& pass, const 
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            prefetch_rows(next + i * 2 * kTileBytes, 2 * kTileBytes);
-            prefetch_rows(s + 2 * kScores + i * 2 * kScores / steps, 2 * kTileBytes / steps);
-            if (N == 2) prefetch_rows(s + kBlock * kTile + 2 * kScores + i * 2 * kScores / steps, 2 * kTileBytes / steps);
-            ahead_.step();
             for (int t = 0; t < ticks; ++t) softmax_.step();
         }
         if (g > 0) {
@@ -281,8 +274,6 @@ template <int Dim> template <int N> AMX void Amx<Dim>::weigh(const Pass& pass) {
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            prefetch_rows(pass.v[g + 1 < pass.groups ? g + 1 : 0] + (d + (g + 1 < pass.groups ? 0 : 2)) * kTileBytes, 2 * kTileBytes);
-            if (g < 2) prefetch_rows((g ? second : o) + 2 * kScores, 2 * kTileBytes);
             for (int t = 0; t < ticks; ++t) softmax_.step();
         }
         _tile_stored(0, o, 64);

@@ -8,7 +8,7 @@ namespace longreach {
 namespace attention {
 namespace {
 
-constexpr int kPlaces = 2 * kGroups + 1;
+constexpr int kPlaces = kGroups + 1;
 constexpr int kAhead = 12;             // columns whose keys are on their way from memory
 
 // Pairs of rows `first .. last` with keys `low .. high - 1`, causal.
@@ -66,7 +66,8 @@ void KeyStream::run(const Item& item, Engine& engine) {
             if (next != ranges_.cend() && next->low <= *columns) continue;
             gather(args_.pages[*columns / page] + *columns % page, *columns, 1);
         }
-        drain();
+        close();
+        flush();
     }
 }
 
@@ -138,7 +139,7 @@ void KeyStream::range(std::int32_t low, std::int32_t high) {
 
 void KeyStream::gather(std::int32_t slot, std::int32_t position, int n) {
     while (n > 0) {
-        if (filled_ == 0) place_ = __builtin_ctz(~(taken_ | waiting_taken_));
+        if (filled_ == 0) place_ = __builtin_ctz(~taken_);
         const int part = std::min(n, kGroup - filled_);
         char* k = gathered_ + (std::size_t(place_) * 2 * kGroup + filled_) * row_;
         std::memcpy(k, keys_ + slot * row_, part * row_);
@@ -180,35 +181,22 @@ void KeyStream::close() {
     }
     const bool small = args_.kv_type == kInt8;
     filled_ = 0;
-    if (block_->count == kGroups) flush();
+    if (block_.count == kGroups) flush();
     taken_ |= 1u << place_;
     add({k, v, small ? scales : nullptr, small ? scales + kGroup : nullptr, first, last}, filled_positions_);
 }
 
 void KeyStream::add(const Group& group, const std::int32_t* positions) {
-    if (block_->count == kGroups) flush();
-    std::int32_t* to = block_->positions + block_->count * kGroup;
+    if (block_.count == kGroups) flush();
+    std::int32_t* to = block_.positions + block_.count * kGroup;
     for (int i = 0; i < kGroup; ++i) to[i] = positions ? positions[i] : group.first + i;
-    block_->groups[block_->count++] = group;
+    block_.groups[block_.count++] = group;
 }
 
 void KeyStream::flush() {
-    if (block_->count == 0) return;
-    Block* other = block_ == blocks_ ? blocks_ + 1 : blocks_;
-    if (waiting_) engine_->block(*other, block_);
-    waiting_ = true;
-    waiting_taken_ = taken_;
+    if (block_.count > 0) engine_->block(block_);
+    block_.count = 0;
     taken_ = 0;
-    block_ = other;
-    block_->count = 0;
-}
-
-void KeyStream::drain() {
-    close();
-    flush();
-    if (waiting_) engine_->block(block_ == blocks_ ? blocks_[1] : blocks_[0], nullptr);
-    waiting_ = false;
-    waiting_taken_ = 0;
 }
 
 }  // namespace attention

@@ -28,25 +28,22 @@ private:
     void gather(std::int32_t slot, std::int32_t position, int n);
     void close();                                    // pads the group being gathered
     void add(const Group& group, const std::int32_t* positions);
-    void flush();                                    // ends a block; the one before it goes to the engine
-    void drain();
+    void flush();
 
     const Args& args_;
     const std::size_t row_;                          // bytes of a key
     Engine* engine_ = nullptr;
     std::vector<Range> ranges_;
-    Block blocks_[2] = {};                           // one waits, so that the engine knows what comes next
-    Block* block_ = blocks_;
-    bool waiting_ = false;
+    Block block_{};
     const char* keys_ = nullptr;                     // of the item's KV head
     const char* values_ = nullptr;
     const float* key_scales_ = nullptr;
     const float* value_scales_ = nullptr;
-    // gathered groups: those of the blocks, and one being filled
+    // gathered groups: those of the block, and one being filled
     char* gathered_ = nullptr;
     float* gathered_scales_ = nullptr;
     std::int32_t filled_positions_[kGroup];
-    unsigned taken_ = 0, waiting_taken_ = 0;         // bit i: place i is part of the block, of the waiting one
+    unsigned taken_ = 0;                             // bit i: place i is part of the block
     int place_ = 0, filled_ = 0;
 };
 

@@ -79,38 +79,6 @@ AMX_INLINE void widen(void* to, const signed char* from, float scale) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor)));
 }
 
-AMX_INLINE void prefetch_rows(const void* from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
-}
-
-// Brings the next block from memory to L2, a few lines at a time.
-class Ahead {
-public:
-    void start(const Block* next, int bytes, int steps) {
-        count_ = 0;
-        for (int g = 0; next != nullptr && g < next->count; ++g) {
-            from_[count_++] = next->groups[g].k;
-            from_[count_++] = next->groups[g].v;
-        }
-        bytes_ = bytes;
-        at_ = 0;
-        lines_ = (count_ * (bytes / 64) + steps * 4 - 1) / (steps * 4);
-    }
-
-    AMX_INLINE void step() {
-        for (int i = 0; i < lines_ && count_ > 0; ++i) {
-            const char* from = from_[count_ - 1] + at_;
-            for (int j = 0; j < 4; ++j) _mm_prefetch(from + 64 * j, _MM_HINT_T1);
-            at_ += 256;
-            if (at_ >= bytes_) --count_, at_ = 0;
-        }
-    }
-
-private:
-    const char* from_[2 * kGroups];
-    int count_ = 0, bytes_ = 0, at_ = 0, lines_ = 0;
-};
-
 struct TileConfig {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

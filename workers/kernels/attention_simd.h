@@ -121,7 +121,7 @@ public:
 
     void rotate(int rotation) override { rotation_ = rotation; packed_ = false; }
 
-    LR_TARGET void block(const Block& block, const Block*) override {
+    LR_TARGET void block(const Block& block) override {
         if (!packed_) pack();
         const float *k[kGroups], *v[kGroups];
         for (int g = 0; g < block.count; ++g) {

@@ -148,7 +148,8 @@ void run(const ExpertsCall& call) {
             const Pieces memory(call, sorted.most_rows);
             bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
             pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);
-            gate_and_up(use, call, task, memory.c, memory.a, hidden, panels * part / parts, panels * (part + 1) / parts);
+            gate_and_up(use, call, task, memory.c, memory.a, hidden, panels * part / parts,
+                        panels * (part + 1) / parts);
             if (parts == 1) weighted_down(use, call, sorted, task, memory.c, hidden, 0, down_panels);
         }
         if (parts > 1) {

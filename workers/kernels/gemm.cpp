@@ -80,7 +80,9 @@ void portable_store(const float* c, long rows, long columns, const Target& t) { 
 void portable_swiglu(const float* c, long rows, bf16* out, long stride) { any_swiglu(c, rows, out, stride); }
 void portable_sum(bf16* out, const bf16* const* rows, long count, long n) { any_sum(out, rows, count, n); }
 LONGREACH_AVX2 void avx2_block(float* c, const Operands& o, Ahead) { any_block(c, o); }
-LONGREACH_AVX2 void avx2_store(const float* c, long rows, long columns, const Target& t) { any_store(c, rows, columns, t); }
+LONGREACH_AVX2 void avx2_store(const float* c, long rows, long columns, const Target& t) {
+    any_store(c, rows, columns, t);
+}
 LONGREACH_AVX2 void avx2_swiglu(const float* c, long rows, bf16* out, long stride) { any_swiglu(c, rows, out, stride); }
 LONGREACH_AVX2 void avx2_sum(bf16* out, const bf16* const* rows, long count, long n) { any_sum(out, rows, count, n); }
 
@@ -194,7 +196,8 @@ EXPORT int longreach_linear(const LinearCall* call) {
                 } else if (rows > 0) {
                     pack_rows(a, call->x + first * call->stride, call->stride, nullptr, rows, k);
                     auto* c = reinterpret_cast<float*>(a + round_up(group, kStrip) * k);
-                    linear_panels(use, *call, c, a, first, rows, panels * piece / pieces, panels * (piece + 1) / pieces);
+                    linear_panels(use, *call, c, a, first, rows, panels * piece / pieces,
+                                  panels * (piece + 1) / pieces);
                     std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
                 }
             }

@@ -87,6 +87,17 @@ def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool)
     library.longreach_pack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(rows.data_ptr()), *sizes)
 
 
+def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
+    """A packed copy of `[N, K]` or `[Er, N, K]`; the weight itself where it is not packed."""
+    shape = packed_shape(tuple(weight.shape), weight.dtype, weight.device, pairs)
+    if shape == weight.shape:
+        return weight
+    out = weight.new_empty(shape)
+    for target, source in zip(out, weight, strict=True) if weight.dim() == 3 else [(out, weight)]:
+        pack_rows(target, 0, source, pairs)
+    return out
+
+
 def unpacked(weight: torch.Tensor) -> torch.Tensor:
     """A packed weight in its plain order, `[N, K]` or `[Er, N, K]`: a copy; any other tensor is returned as it is."""
     if weight.dim() == 7:  # [Er, strip, which, tile, pair, row, of pair]
