@@ -1,7 +1,7 @@
 // The engine for bfloat16 queries on AMX.
 //
 // Both products run in tiles of 16 lines of 64 bytes:
-//   S^T[key, column] = K Q^T   K is the left operand, row by row; Q^T is packed once a tile of rows
+//   S^T[key, column] = K Q^T   K is the left operand as it lies in memory; Q^T is packed once a tile of rows
 //   O[column, dim] = P V       P comes from S^T by a transposition in registers; V is packed in pairs of keys
 // Statistics of the softmax belong to columns, so they are vectors of 16 columns and never reduced across lanes.
 #if defined(__x86_64__)
@@ -22,7 +22,7 @@ public:
         const std::size_t padded = (max_columns + kTile - 1) / kTile * kTile;
         q_ = arena.take<char>(padded * dim_ * sizeof(bf16));
         o_ = arena.take<float>(padded * dim_);
-        keys_ = arena.take<char>(std::size_t(kBlock) * dim_ * sizeof(bf16));
+        keys_ = arena.take<bf16>(std::size_t(kBlock) * dim_);
         for (auto& each : values_) each = arena.take<char>(std::size_t(kBlock) * dim_ * sizeof(bf16));
         for (auto& each : s_) each = arena.take<float>(2 * kBlock * kTile);
         for (auto& each : p_) each = arena.take<char>(2 * kBlock * kTile * sizeof(bf16));
@@ -39,9 +39,7 @@ public:
         attached_ = true;
     }
 
-    AMX ~Amx() override {
-        if (attached_) _tile_loadconfig(previous_);
-    }
+    AMX ~Amx() override { if (attached_) _tile_loadconfig(previous_); }
 
     void begin(const Item& item) override {
         at_.item = item;
@@ -63,10 +61,10 @@ public:
 private:
     int dim() const { return Dim ? Dim : any_dim_; }
     AMX void pack_queries();
-    AMX const char* prepare(const Group& group, int place);
-    AMX void add(const Block& block, const char* const* k, int tile, int tiles);
+    AMX const bf16* prepare(const Group& group, int place);
+    AMX void add(const Block& block, const bf16* const* k, int tile, int tiles);
     AMX void advance();
-    template <int N> AMX void scores(Pass& pass, const Block& block, const char* const* k, const int* active);
+    template <int N> AMX void scores(Pass& pass, const Block& block, const bf16* const* k, const int* active);
     AMX void mask(float* s, const std::int32_t* keys, const std::int32_t* columns);
     AMX void raise(Pass& pass, int j, __m512 top);
     template <int N> AMX void weigh(const Pass& pass);
@@ -80,11 +78,11 @@ private:
     alignas(64) char previous_[64];
     char* q_;       // [tile of columns][D / 32] tiles: line i holds dims 2i and 2i + 1 of 16 columns
     float* o_;      // [tile of columns][D / 16] tiles: a line a column, dims in the order of `pair_rows`
-    char* keys_;    // [group][2][D / 32] tiles: a line a key
+    bf16* keys_;    // [block][D], only for int8
     char* values_[3];  // of the last three blocks: [group][D / 16] tiles: line i holds keys 2i and 2i + 1
     float* s_[2];
     char* p_[2];
-    // Three passes are under way: one is scored, the one before becomes weights, the oldest is added to the result.
+    // Three passes are under way: one is scored, one becomes weights, the oldest is added to the result.
     Pass passes_[3];
     unsigned count_ = 0, blocks_ = 0;
     bool full_[3] = {};
@@ -110,50 +108,54 @@ template <int Dim> AMX void Amx<Dim>::pack_queries() {
     }
 }
 
-// Tiles of a group's keys (returned) and values. Copied, keys come line after line, which caches serve much faster.
-template <int Dim> AMX const char* Amx<Dim>::prepare(const Group& group, int place) {
-    const std::size_t at = std::size_t(place) * kGroup * dim() * sizeof(bf16);
-    char *k = keys_ + at, *v = values_[blocks_ % 3] + at;
-    alignas(64) bf16 rows[64];
-    for (int i = 0; i < kGroup; ++i) {
-        for (int d = 0; d < dim(); d += 32) {
-            char* to = k + (i / kTile * dim() / 32 + d / 32) * kTileBytes + i % kTile * 64;
-            if (args_.kv_type == kInt8) {
-                widen(to, reinterpret_cast<const signed char*>(group.k) + i * dim() + d, group.k_scales[i]);
-            } else {
-                _mm512_store_si512(to, _mm512_loadu_si512(reinterpret_cast<const bf16*>(group.k) + i * dim() + d));
+// Packs the values of a group; returns its keys in bfloat16.
+template <int Dim> AMX const bf16* Amx<Dim>::prepare(const Group& group, int place) {
+    char* packed = values_[blocks_ % 3] + std::size_t(place) * kGroup * dim() * sizeof(bf16);
+    if (args_.kv_type == kBfloat16) {
+        auto* v = reinterpret_cast<const bf16*>(group.v);
+        for (int i = 0; i < kGroup; i += 2, v += 2 * dim()) {
+            for (int d = 0; d < dim(); d += 32) {
+                char* to = packed + d / 16 * kTileBytes + i * 32;
+                pair_rows(to, to + kTileBytes, _mm512_loadu_si512(v + d), _mm512_loadu_si512(v + dim() + d));
             }
         }
+        return reinterpret_cast<const bf16*>(group.k);
     }
-    for (int i = 0; i < kGroup; i += 2) {
+    bf16* wide = keys_ + std::size_t(place) * kGroup * dim();
+    const char *k = group.k, *v = group.v;
+    for (int i = 0; i < kGroup; ++i, k += dim()) {
+        const __m512 scale = _mm512_set1_ps(group.k_scales[i]);
+        for (int d = 0; d < dim(); d += 32) _mm512_store_si512(wide + i * dim() + d, widen(k + d, scale));
+    }
+    for (int i = 0; i < kGroup; i += 2, v += 2 * dim()) {
+        const __m512 scale = _mm512_set1_ps(group.v_scales[i]), next = _mm512_set1_ps(group.v_scales[i + 1]);
         for (int d = 0; d < dim(); d += 32) {
-            char* to = v + d / 16 * kTileBytes + i * 32;
-            auto* row = reinterpret_cast<const bf16*>(group.v) + i * dim() + d;
-            const bf16* next = row + dim();
-            if (args_.kv_type == kInt8) {
-                auto* bytes = reinterpret_cast<const signed char*>(group.v) + i * dim() + d;
-                widen(rows, bytes, group.v_scales[i]);
-                widen(rows + 32, bytes + dim(), group.v_scales[i + 1]);
-                row = rows;
-                next = rows + 32;
-            }
-            pair_rows(to, to + kTileBytes, row, next);
+            char* to = packed + d / 16 * kTileBytes + i * 32;
+            pair_rows(to, to + kTileBytes, widen(v + d, scale), widen(v + dim() + d, next));
         }
     }
-    return k;
+    return wide;
 }
 
 template <int Dim> AMX void Amx<Dim>::block(const Block& block) {
     if (!packed_) pack_queries();
     ++blocks_;
-    const char* k[kGroups];
-    for (int g = 0; g < block.count; ++g) k[g] = prepare(block.groups[g], g);
+    const bf16* k[kGroups];
+    const int bytes = kGroup * dim() * int(type_bytes(args_.kv_type));
+    for (int g = 0; g < block.count; ++g) {
+        for (int i = 0; i < bytes; i += 64) {  // keys are read tile by tile, an order the hardware does not foresee
+            _mm_prefetch(block.groups[g].k + i, _MM_HINT_T0);
+            if (g + 1 < block.count) _mm_prefetch(block.groups[g + 1].v + i, _MM_HINT_T0);
+        }
+        k[g] = prepare(block.groups[g], g);
+    }
     for (int tile = 0; tile < tiles_; tile += 2) add(block, k, tile, std::min(2, tiles_ - tile));
 }
 
-template <int Dim> AMX void Amx<Dim>::add(const Block& block, const char* const* k, int tile, int tiles) {
+template <int Dim> AMX void Amx<Dim>::add(const Block& block, const bf16* const* k, int tile, int tiles) {
     const std::int32_t* positions = positions_ + tile * kTile;
-    const std::int32_t latest = *std::max_element(positions, positions + std::min(tiles * kTile, columns_ - tile * kTile));
+    const int real = std::min(tiles * kTile, columns_ - tile * kTile);
+    const std::int32_t latest = *std::max_element(positions, positions + real);
     Pass& pass = passes_[count_ % 3];
     int active[kGroups];
     pass.groups = 0;
@@ -183,24 +185,26 @@ template <int Dim> AMX void Amx<Dim>::advance() {
     AMX_FENCE();
 }
 
-template <int Dim> template <int N> AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const char* const* k, const int* active) {
+template <int Dim> template <int N>
+AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const bf16* const* k, const int* active) {
     const int steps = dim() / 32, ticks = (127 + dim()) / dim();
+    const std::size_t stride = dim() * sizeof(bf16);
     const char* q = q_ + std::size_t(pass.tile) * kTile * dim() * sizeof(bf16);
     const std::int32_t* positions = positions_ + pass.tile * kTile;
     const std::int32_t earliest = *std::min_element(positions, positions + N * kTile);
     __m512 tops[2] = {_mm512_set1_ps(kMasked), _mm512_set1_ps(kMasked)};
     float* s = pass.s;
     for (int g = 0; g < pass.groups; ++g, s += 2 * kScores) {
-        const char* keys = k[active[g]];
+        const bf16* keys = k[active[g]];
         _tile_zero(0);
+        _tile_zero(1);
         _tile_zero(2);
-        if (N == 2) _tile_zero(1);
-        if (N == 2) _tile_zero(3);
+        _tile_zero(3);
         for (int i = 0; i < steps; ++i) {
             _tile_loadd(6, q + i * kTileBytes, 64);
-            _tile_loadd(4, keys + i * kTileBytes, 64);
+            _tile_loadd(4, keys + i * 32, stride);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, keys + (steps + i) * kTileBytes, 64);
+            _tile_loadd(5, keys + kTile * dim() + i * 32, stride);
             _tile_dpbf16ps(2, 5, 6);
             if (N == 2) {
                 _tile_loadd(7, q + (steps + i) * kTileBytes, 64);
@@ -250,19 +254,19 @@ template <int Dim> AMX void Amx<Dim>::raise(Pass& pass, int j, __m512 top) {
 template <int Dim> template <int N> AMX void Amx<Dim>::weigh(const Pass& pass) {
     const int ticks = (127 + dim()) / dim();
     float* o = o_ + std::size_t(pass.tile) * kTile * dim();
-    for (int j = 0; j < N; ++j) {
-        for (int c = 0; pass.raised[j] && c < dim(); ++c) {  // lines of the tiles
-            float* line = o + j * kTile * dim() + c * kTile;
-            _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), _mm512_set1_ps(pass.factors[j][c % kTile])));
-        }
+    for (int i = 0; i < N * dim(); ++i) {  // lines of the tiles
+        if (!pass.raised[i / dim()]) continue;
+        float* line = o + i * kTile;
+        const __m512 factor = _mm512_set1_ps(pass.factors[i / dim()][i % kTile]);
+        _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), factor));
     }
     AMX_FENCE();
     for (int d = 0; d < dim() / 16; d += 2, o += 2 * kScores) {
         float* second = o + kTile * dim();
         _tile_loadd(0, o, 64);
         _tile_loadd(1, o + kScores, 64);
-        if (N == 2) _tile_loadd(2, second, 64);
-        if (N == 2) _tile_loadd(3, second + kScores, 64);
+        _tile_loadd(2, N == 2 ? second : o, 64);
+        _tile_loadd(3, N == 2 ? second + kScores : o, 64);
         for (int g = 0; g < pass.groups; ++g) {
             _tile_loadd(4, pass.p + g * kTileBytes, 64);
             _tile_loadd(6, pass.v[g] + d * kTileBytes, 64);

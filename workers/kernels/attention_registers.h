@@ -65,18 +65,17 @@ AMX_INLINE __m512 highest_of(__m512 top, const float* s) {
 }
 
 // Words of two keys' rows, side by side: dims 0-3, 8-11, 16-19, 24-27 of 32 in `low`, the others in `high`.
-AMX_INLINE void pair_rows(char* low, char* high, const bf16* a, const bf16* b) {
-    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
-    _mm512_store_si512(low, _mm512_unpacklo_epi16(x, y));
-    _mm512_store_si512(high, _mm512_unpackhi_epi16(x, y));
+AMX_INLINE void pair_rows(char* low, char* high, __m512i a, __m512i b) {
+    _mm512_store_si512(low, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(high, _mm512_unpackhi_epi16(a, b));
 }
 
-AMX_INLINE void widen(void* to, const signed char* from, float scale) {
-    const __m512 factor = _mm512_set1_ps(scale);
-    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(bytes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 1)));
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor)));
+// 32 values as bfloat16.
+AMX_INLINE __m512i widen(const char* from, __m512 scale) {
+    auto* bytes = reinterpret_cast<const __m128i*>(from);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
 
 struct TileConfig {

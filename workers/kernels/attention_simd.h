@@ -195,7 +195,9 @@ private:
         }
         if (groups == 0) return;
         float* o = o_ + std::size_t(strip) * dim_ * kStrip;
-        for (int j = 0; j < N; ++j) softmax(s_ + j * kWidth, groups * kGroup, strip * kStrip + j * kWidth, o + j * kWidth);
+        for (int j = 0; j < N; ++j) {
+            softmax(s_ + j * kWidth, groups * kGroup, strip * kStrip + j * kWidth, o + j * kWidth);
+        }
         int d = 0;
         for (; d + kRows <= dim_; d += kRows) weigh<N, kRows>(o, visited, s_, groups, dim_, d);
         for (; d < dim_; ++d) weigh<N, 1>(o, visited, s_, groups, dim_, d);

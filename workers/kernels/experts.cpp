@@ -28,7 +28,7 @@ struct ExpertsCall {
 
 // Rows of one expert: slots [start, start + rows) of the sorted order.
 struct Task {
-    long expert, start, rows, place;  // `place`: its first row in `hidden`
+    long expert, start, rows, place;  // `place`: its first row among the packed rows of all tasks
 };
 
 struct Sorted {
@@ -94,8 +94,8 @@ void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sor
     for (long panel = start; panel < stop; ++panel, b += 2 * strip) {
         const auto finish = [&](const float* sums, long row, long count) {
             const long at = task.start + row;
-            use.store(sums, count, kBlock, {call.rows + panel * kBlock, m, &sorted.slot[at],
-                                                           &sorted.weight[at], nullptr, stream});
+            bf16* out = call.rows + panel * kBlock;
+            use.store(sums, count, kBlock, {out, m, &sorted.slot[at], &sorted.weight[at], nullptr, stream});
         };
         run_panel(use, c, hidden, task.rows, b, b + strip, call.width / kDepth,
                   panel + 1 < stop ? b + 2 * strip : nullptr, finish);
@@ -114,13 +114,13 @@ void combine(const Engine& use, const ExpertsCall& call, long token) {
     use.sum(call.out + token * call.hidden_size, rows, count, call.hidden_size);
 }
 
-// Memory of a task: packed rows of x, the sums of a panel, and the packed hidden rows.
-struct Pieces {
+// Memory of a task: packed rows of x, the sums of a panel, and the packed hidden rows. `a` is null when there is none.
+struct TaskMemory {
     bf16* a;
     float* c;
     bf16* hidden;
 
-    Pieces(const ExpertsCall& call, long rows) {
+    TaskMemory(const ExpertsCall& call, long rows) {
         const std::size_t x = packed_bytes(rows, call.hidden_size), sums = sums_bytes(rows);
         auto* at = static_cast<char*>(thread_memory(x + sums + packed_bytes(rows, call.width)));
         a = reinterpret_cast<bf16*>(at);
@@ -138,6 +138,7 @@ void run(const ExpertsCall& call) {
     const long parts = tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, down_panels);
     std::vector<bf16> exchange(parts == 1 ? 0 : sorted.places * call.width + kTile);
     bf16* shared = exchange.data() + (-reinterpret_cast<std::uintptr_t>(exchange.data()) % kLine) / sizeof(bf16);
+    std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
     {
         use.enter();
@@ -145,7 +146,11 @@ void run(const ExpertsCall& call) {
         for (long i = 0; i < tasks * parts; ++i) {
             const Task& task = sorted.tasks[i / parts];
             const long part = i % parts;
-            const Pieces memory(call, sorted.most_rows);
+            const TaskMemory memory(call, sorted.most_rows);
+            if (memory.a == nullptr) {
+                failed = true;
+                continue;
+            }
             bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
             pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);
             gate_and_up(use, call, task, memory.c, memory.a, hidden, panels * part / parts,
@@ -157,7 +162,11 @@ void run(const ExpertsCall& call) {
             for (long i = 0; i < tasks * parts; ++i) {
                 const Task& task = sorted.tasks[i / parts];
                 const long part = i % parts;
-                const Pieces memory(call, sorted.most_rows);
+                const TaskMemory memory(call, sorted.most_rows);
+                if (memory.a == nullptr) {
+                    failed = true;
+                    continue;
+                }
                 weighted_down(use, call, sorted, task, memory.c, shared + task.place * call.width,
                               down_panels * part / parts, down_panels * (part + 1) / parts);
             }
@@ -166,6 +175,7 @@ void run(const ExpertsCall& call) {
         for (long token = 0; token < call.tokens; ++token) combine(use, call, token);
         use.leave();
     }
+    if (failed) throw std::bad_alloc();
 }
 
 }  // namespace

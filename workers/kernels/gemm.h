@@ -23,14 +23,14 @@ namespace gemm {
 
 using bf16 = std::uint16_t;
 
-constexpr long kStrip = 16;          // rows or outputs of a tile
-constexpr long kDepth = 32;          // values of K in a tile
+constexpr long kStrip = 16;            // rows or outputs of a tile
+constexpr long kDepth = 32;            // values of K in a tile
 constexpr long kTile = kStrip * kDepth;
-constexpr long kBlock = 2 * kStrip;  // rows and outputs of a block, at most
-constexpr long kSlice = 8;           // tiles of K: two strips of them are 16 KiB
+constexpr long kBlock = 2 * kStrip;    // rows and outputs of a block, at most
+constexpr long kSlice = 8;             // tiles of K: two strips of them are 16 KiB
 constexpr long kTaskBytes = 1L << 20;  // of packed rows: they stay in L2 while the weights pass
 constexpr long kTasksPerThread = 4;    // more are dealt out more evenly
-constexpr std::size_t kLine = 64;    // bytes
+constexpr std::size_t kLine = 64;      // bytes
 
 enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
