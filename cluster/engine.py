@@ -26,6 +26,7 @@ from protos.messages import StepPlan, StepResult
 
 Event = Progress | TokenEvent | Generation
 _STOPPED = "the cluster was stopped"
+_LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +67,10 @@ class _InFlight:
 class Engine:
     """Drives the shards of one pipeline with the plans of one scheduler.
 
-    About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one; with
-    a single stage there are two, so that it does not wait for the head between chunks.
+    About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
+    a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
+    chunk that takes long, since a new request would wait for that too. The next plan leaves before anybody hears of
+    the last result: text, progress and callbacks are dealt with while the stages compute.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class Engine:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop a request; its result comes with finish reason `cancelled` within one step."""
+        """Stop a request; its result comes with finish reason `cancelled`, its step in flight is dropped."""
         self._inbox.put(lambda: self._cancel(ticket))
 
     def check_integrity(self) -> None:
@@ -168,7 +171,7 @@ class Engine:
                 self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _fill_pipeline(self) -> None:
-        while not self._error and len(self._in_flight) < self._depth:
+        while not self._error and self._may_send():
             plan = self.scheduler.schedule()
             if plan is None:
                 return
@@ -176,6 +179,17 @@ class Engine:
             self._note_start(plan)
             for handle in self._shards:
                 handle.send(plan)
+
+    def _may_send(self) -> bool:
+        if self._last_stage or not self._in_flight:
+            return len(self._in_flight) < self._depth
+        return len(self._in_flight) < self._depth and not any(self._is_long(s.plan) for s in self._in_flight.values())
+
+    def _is_long(self, plan: StepPlan) -> bool:
+        """Whether a step takes so long that the pause until its successor arrives does not count."""
+        if plan.num_tokens == len(plan.slices):
+            return False  # decoding
+        return not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S
 
     def _result(self, result: StepResult) -> None:
         if self._error:
@@ -196,10 +210,11 @@ class Engine:
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         touched = self.scheduler.commit(plan, result.samples)
+        self._fill_pipeline()
         sampled = {sample.sequence for sample in result.samples}
         for request in touched:
             ticket = self._tickets[request.sequence]
-            if request.sequence in sampled and not request.cancelled:  # a cancelled request took no token
+            if request.sequence in sampled:
                 self._token(ticket)
             elif request.finish_reason is None:
                 _tell(ticket, self._progress(request))
@@ -259,7 +274,8 @@ class Engine:
                 _tell(ticket, self._progress(ticket.request))
 
     def _cancel(self, ticket: Ticket) -> None:
-        if not ticket.done.is_set() and self.scheduler.stop(ticket.request, FinishReason.CANCELLED):
+        if not ticket.done.is_set():
+            self.scheduler.stop(ticket.request, FinishReason.CANCELLED)
             self._finish(ticket)
 
     def _fail(self, error: str) -> None:

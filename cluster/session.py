@@ -71,7 +71,10 @@ class Session:
             root = cache_root(self.deployment, launched.fingerprint)
             prefill, page = config.prefill, config.kv_cache.page_size
             pool = BlockPool(launched.num_blocks)
-            scheduler = Scheduler(pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root)
+            scheduler = Scheduler(
+                pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root,
+                runs_ahead=config.cluster.pipeline_parallel_size == 1,
+            )  # fmt: skip
             self._engine = Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids)
             self._engine.start()
         except BaseException:

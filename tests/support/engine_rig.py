@@ -91,7 +91,7 @@ class Rig:
         self.shards = [FakeShard(stage, stages, script, self.clock) for stage in range(stages)]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
         self.engine = Engine(
-            Scheduler(BlockPool(blocks), 16, budget, 8), self.shards, self.tokenizer, eos, clock=self.clock
+            Scheduler(BlockPool(blocks), 16, budget, 8, runs_ahead=stages == 1), self.shards, self.tokenizer, eos, clock=self.clock
         )
 
     def __enter__(self) -> Rig:
