@@ -80,6 +80,7 @@ class Engine:
         self.scheduler = scheduler
         self.latency = LatencyModel()
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
+        self.on_broken: Callable[[str], None] | None = None  # called once, after every request has heard of it
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
@@ -89,6 +90,7 @@ class Engine:
         self._depth = max(2, num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._in_flight: dict[int, _InFlight] = {}
+        self._oldest: StepPlan | None = None
         self._tickets: dict[int, Ticket] = {}
         self._sequences = itertools.count(1)
         self._error = ""
@@ -143,6 +145,20 @@ class Engine:
         """Stop a request; its result comes with finish reason `cancelled`, its step in flight is dropped."""
         self._inbox.put(lambda: self._cancel(ticket))
 
+    @property
+    def error(self) -> str:
+        """Why the cluster failed; empty while it works."""
+        return self._error
+
+    @property
+    def oldest_plan(self) -> StepPlan | None:
+        """The step the pipeline owes longest; any thread may ask."""
+        return self._oldest
+
+    def break_down(self, reason: str) -> None:
+        """Give the pipeline up, as if a shard were lost; any thread may call this."""
+        self._on_lost(reason)
+
     def check_integrity(self) -> None:
         """Verify blocks against requests, on the engine's own thread; raises AssertionError."""
         answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -166,6 +182,7 @@ class Engine:
             try:
                 action()
                 self._fill_pipeline()
+                self._oldest = next((step.plan for step in self._in_flight.values()), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
                 self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
@@ -279,10 +296,12 @@ class Engine:
             self._finish(ticket)
 
     def _fail(self, error: str) -> None:
-        self._error = self._error or error
+        first, self._error = not self._error, self._error or error
         self._in_flight.clear()
         for ticket in list(self._tickets.values()):
             self._finish(ticket, self._error)
+        if first and self.on_broken is not None and not self._closed:
+            self.on_broken(error)
 
     def _finish(self, ticket: Ticket, error: str = "") -> None:
         request = ticket.request

@@ -47,9 +47,10 @@ class LatencyModel:
         """(c, g, b, a) in seconds, seconds per context token, per token, per visited pair; zeros before any step."""
         if not self.num_steps:
             return 0.0, 0.0, 0.0, 0.0
-        if self._coefficients is None:
-            self._coefficients = _non_negative(self._gram, self._moment) / _SCALE
-        c, g, b, a = self._coefficients.tolist()
+        fitted = self._coefficients  # once: other threads ask while the engine's observes
+        if fitted is None:
+            fitted = self._coefficients = _non_negative(self._gram, self._moment) / _SCALE
+        c, g, b, a = fitted.tolist()
         return c, g, b, a
 
     def predict(self, plan: StepPlan) -> float:

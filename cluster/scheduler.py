@@ -118,7 +118,7 @@ class Scheduler:
         return touched
 
     def stop(self, request: Request, reason: FinishReason) -> None:
-        """End a request for a reason of the engine's (stop string, cancel); what its steps in flight bring is dropped."""
+        """End a request for a reason of the engine's (stop string, cancel); steps in flight are for nothing."""
         if request.status is Status.FINISHED:
             return
         if request.status is Status.WAITING:

@@ -20,6 +20,7 @@ from cluster.prompts import build_document_prompts, check_document, check_length
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageError
 from cluster.tokenizer import TextTokenizer
+from cluster.watchdog import FLOOR_S, Watchdog
 from protos.errors import UserError
 from protos.messages import SamplingParams
 
@@ -55,6 +56,9 @@ class Session:
         self._launcher = Launcher(deployment, on_status)
         self._engine: Engine | None = None
         self.launched: Launched | None = None
+        self.hung_after_s = FLOOR_S
+        self._watchdog: Watchdog | None = None
+        self.on_broken: Callable[[Callable[[], str]], None] = lambda report: None  # from the engine's thread
 
     def __enter__(self) -> Session:
         self.start()
@@ -66,7 +70,7 @@ class Session:
     def start(self) -> None:
         """Start the cluster and wait until it answers; whatever fails, nothing is left running."""
         config = self.deployment.config
-        launched = self._launcher.start()
+        self.launched = launched = self._launcher.start()
         try:
             root = cache_root(self.deployment, launched.fingerprint)
             prefill, page = config.prefill, config.kv_cache.page_size
@@ -75,16 +79,26 @@ class Session:
                 pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root,
                 runs_ahead=config.cluster.pipeline_parallel_size == 1,
             )  # fmt: skip
-            self._engine = Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids)
-            self._engine.start()
+            self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
         except BaseException:
             self.close()
             raise
-        self.launched = launched
+
+    def _begin(self, engine: Engine) -> None:
+        """Work with this engine from now on; a report about an earlier one is void."""
+        self._engine = engine
+        engine.on_broken = lambda error: self.on_broken(lambda: error if self._engine is engine else "")
+        engine.start()
+        if self.launched is not None:
+            self._watchdog = Watchdog(engine, self.launched.shards, self.hung_after_s)
+            self._watchdog.start()
 
     def close(self) -> None:
         """Stop in order: engine, actors, Ray; may be called twice."""
         try:
+            if self._watchdog is not None:
+                self._watchdog.close()
+                self._watchdog = None
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
