@@ -13,49 +13,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from cluster.generation import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.generation import GenerationSpec, OutputText, Progress, TokenEvent
 from cluster.latency_model import LatencyModel
 from cluster.request import FinishReason, Request, StopRules
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageHandle
+from cluster.ticket import EngineError, Event, Ticket
 from cluster.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.messages import StepPlan, StepResult
 
-Event = Progress | TokenEvent | Generation
 _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
 _log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """The cluster behind the engine failed."""
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
-
-    request: Request
-    spec: GenerationSpec
-    text: OutputText
-    on_event: Callable[[Event], None]
-    submitted: float
-    started: float | None = None
-    first_token: float | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-    result: Generation | None = None
-
-    def wait(self, timeout_s: float | None = None) -> Generation:
-        """The result; raises TimeoutError, or EngineError when the cluster failed."""
-        if not self.done.wait(timeout_s):
-            raise TimeoutError(f"no result within {timeout_s} s")
-        assert self.result is not None
-        if self.result.finish_reason is FinishReason.ERROR:
-            raise EngineError(self.result.error)
-        return self.result
 
 
 @dataclass(slots=True)
@@ -234,7 +206,7 @@ class Engine:
             if request.sequence in sampled:
                 self._token(ticket)
             elif request.finish_reason is None:
-                _tell(ticket, self._progress(request))
+                ticket.tell(self._progress(request))
             if request.finish_reason is not None:
                 self._finish(ticket)
 
@@ -242,14 +214,14 @@ class Engine:
         request = ticket.request
         if ticket.first_token is None:
             ticket.first_token = self._clock()
-            _tell(ticket, self._progress(request))
+            ticket.tell(self._progress(request))
         text, stopped = ticket.text.push(request.output[-1])
         if stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
         elif request.finish_reason is not None:
             text += ticket.text.flush()
-        _tell(ticket, TokenEvent(request.samples[-1], text))
+        ticket.tell(TokenEvent(request.samples[-1], text))
 
     def _progress(self, request: Request) -> Progress:
         processed = min(request.num_computed, request.num_prompt)
@@ -288,7 +260,7 @@ class Engine:
             ticket = self._tickets[part.sequence]
             if ticket.started is None:
                 ticket.started = self._clock()
-                _tell(ticket, self._progress(ticket.request))
+                ticket.tell(self._progress(ticket.request))
 
     def _cancel(self, ticket: Ticket) -> None:
         if not ticket.done.is_set():
@@ -308,29 +280,7 @@ class Engine:
         self._tickets.pop(request.sequence, None)
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
-        now = self._clock()
-        started = ticket.started if ticket.started is not None else now
-        first = ticket.first_token if ticket.first_token is not None else now
-        reasoning, answer = ticket.text.split(ticket.spec.reasoning_opened)
-        ticket.result = Generation(
-            token_ids=tuple(request.output),
-            text=answer,
-            reasoning=reasoning,
-            finish_reason=reason,
-            samples=tuple(request.samples),
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.num_cached,
-            timings=Timings(
-                queued_s=started - ticket.submitted,
-                prefill_s=first - started,
-                ttft_s=first - ticket.submitted,
-                decode_s=now - first,
-                total_s=now - ticket.submitted,
-            ),
-            error=error,
-        )
-        _tell(ticket, ticket.result)
-        ticket.done.set()
+        ticket.end(reason, self._clock(), error)
 
     # --- other threads -----------------------------------------------------------------------------------------------
 
@@ -339,16 +289,3 @@ class Engine:
 
     def _on_lost(self, reason: str) -> None:
         self._inbox.put(lambda: self._fail(reason))
-
-
-def _tell(ticket: Ticket, event: Event) -> None:
-    """Call the submitter; one that raises hears nothing more."""
-    try:
-        ticket.on_event(event)
-    except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
-        _log.exception("request %d: its callback raised and is not called again", ticket.request.sequence)
-        ticket.on_event = _ignore
-
-
-def _ignore(_event: Event) -> None:
-    pass

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from cluster.engine import Event
 from cluster.generation import Generation, Progress, TokenEvent
 from cluster.job_schema import JobStoreError
 from cluster.job_store import JobStore, StateChange
 from cluster.jobs import ACTIVE, JobAnswer, JobState, JobToken
 from cluster.request import FinishReason
+from cluster.ticket import Event
 from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)

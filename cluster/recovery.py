@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 PAUSES_S = (0.0, 1.0, 5.0, 20.0, 60.0)  # before each attempt to start

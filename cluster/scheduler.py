@@ -4,8 +4,8 @@ Order of a step: admit waiting requests while blocks are left, share the token b
 `commit` takes its result back. Requests reserve all blocks they can ever need when they are admitted (prompt and
 max_tokens), so nothing that runs can run out of memory.
 
-Blocks of a request that ends go back at once, even with steps of it in flight: stages execute plans in order, so whoever
-gets the blocks next writes them later, and pages that others can find are never among what such a step still writes.
+Blocks of a request that ends go back at once, even with steps of it in flight: stages execute plans in order, so
+whoever gets the blocks next writes them later, and pages that others can find are never among what such a step writes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Scheduler:
         self, pool: BlockPool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
         epoch: int = 1, runs_ahead: bool = False,
     ) -> None:  # fmt: skip
-        """Args: `runs_ahead` plans the step after a sample before the token is known: its slice has a length of 1 and no
-        ids, and the stage, which must be the only one, takes the token it has sampled itself."""
+        """Args: with `runs_ahead` the step after a sample is planned before the token is known: its slice has a length
+        of 1 and no ids, and the stage, which must be the only one, takes the token it has sampled itself."""
         self._runs_ahead = runs_ahead
         self.pool = pool
         self._page_size = page_size

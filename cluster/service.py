@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.documents import Documents
-from cluster.engine import EngineError, Ticket
 from cluster.following import Following
 from cluster.generation import GenerationSpec, Progress
 from cluster.job_prompts import job_prompts
@@ -40,6 +39,7 @@ from cluster.recorder import LiveJob, Recorder, Watch, committed_tokens
 from cluster.recovery import Recovery
 from cluster.service_api import JobEvent, ServiceLimits
 from cluster.session import Session
+from cluster.ticket import EngineError, Ticket
 from protos.messages import SampledToken
 
 _MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
@@ -337,6 +337,8 @@ class JobService:
                 self._cancel(job_id, reason)
 
     def pipeline_is_back(self) -> None:
+        if error := self._session.engine.error:  # broken again: until now its report was taken for an old one
+            self._recorder.report(lambda: error)
         with self._lock:
             for job_id, job in self._live.items():
                 if job_id not in self._tickets:  # with one it runs on the new pipeline already

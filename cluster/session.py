@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.block_pool import BlockPool
 from cluster.config import Deployment
-from cluster.engine import Engine, EngineError, Event, Ticket
+from cluster.engine import Engine
 from cluster.environment import environment
 from cluster.generation import Generation, GenerationSpec
 from cluster.launcher import Launched, Launcher, LaunchStatus
@@ -19,6 +19,7 @@ from cluster.preflight import compute_dtype
 from cluster.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageError
+from cluster.ticket import EngineError, Event, Ticket
 from cluster.tokenizer import TextTokenizer
 from cluster.watchdog import FLOOR_S, Watchdog
 from protos.errors import UserError

@@ -67,16 +67,18 @@ class Watchdog:
             return ""
         if now - self._since < self._floor_s / _LOOKS:
             return ""
-        counters = self._read()
+        read = self._read()
         now = self._clock()  # shards that do not answer take time
-        if counters != self._counters:
-            first, self._counters = not self._counters, counters
-            self._moved = self._since if first else now
+        before = self._counters or read
+        counters = tuple(old if new is None else new for new, old in zip(read, before, strict=True))
+        if counters != before:
+            self._moved = now
+        self._counters = counters
         predicted = self._engine.latency.predict(plan)
         waited, still = now - self._since, now - self._moved
         if waited <= max(self._floor_s, FACTOR * predicted) or still <= self._floor_s:
             return ""
-        silent = [shard.name for shard, count in zip(self._shards, counters, strict=True) if count is None]
+        silent = [shard.name for shard, count in zip(self._shards, read, strict=True) if count is None]
         who = f"{', '.join(silent)} does not answer" if silent else "no shard has finished a layer"
         return f"hung: {who}: step {plan.step} takes {waited:.0f} s where {predicted:.1f} s were predicted"
 
