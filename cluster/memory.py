@@ -33,7 +33,8 @@ def scratch_bytes(spec: ModelSpec, shard: ShardSpec, tokens: int, sequences: int
     hidden, dim = spec.hidden_size, spec.head_dim
     heads, kv_heads = shard.heads.size, shard.kv_heads.size
     row = 6 * hidden * width  # the stream, its norm, outputs of attention and MLP, their sums
-    row += 2 * (heads + 2 * kv_heads) * dim * width + heads * dim * (width + 2 * 4)  # with two partial results in float32
+    row += 2 * (heads + 2 * kv_heads) * dim * width
+    row += heads * dim * (width + 2 * 4)  # attention's output and two partial ones in float32
     links = (not shard.is_first) + (not shard.is_last)
     row += links * _LINK_STEPS * hidden * width
     widest = 0
