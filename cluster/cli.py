@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from cluster import cli_head, cli_jobs
+from cluster import cli_eval, cli_head, cli_jobs
 from cluster.cli_common import EXIT_WRONG, Count, one_line_errors, open_display, sampling_options
 
 
@@ -27,11 +27,12 @@ def main() -> None:
     Try it:            longreach demo
     Check the machine: longreach doctor
     Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
+    Measure accuracy:  longreach eval needle --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
     """
 
 
-for verb in (*cli_head.VERBS, *cli_jobs.VERBS):
+for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_eval.VERBS):
     main.add_command(verb)
 
 

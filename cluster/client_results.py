@@ -70,6 +70,7 @@ class Answer:
     cached_tokens: int
     progress: Progress
     tokens: tuple[Token, ...] = ()
+    attention: Mapping[str, Any] = field(default_factory=dict)  # how the prompt attended, once it has ended
 
     @classmethod
     def read(cls, message: pb.Answer) -> Answer:
@@ -77,6 +78,7 @@ class Answer:
             message.question, message.text, message.reasoning if message.HasField("reasoning") else None,
             message.finish_reason, tuple(message.token_ids), message.prompt_tokens, message.cached_tokens,
             Progress.read(message.progress), tuple(map(Token.read, message.tokens)),
+            _attention(message.attention) if message.HasField("attention") else {},
         )  # fmt: skip
 
 
@@ -114,6 +116,21 @@ class JobData:
     def to_json(self) -> dict[str, Any]:
         """The job as plain data, for `--json`."""
         return asdict(self)
+
+
+def _attention(message: pb.AttentionSummary) -> dict[str, Any]:
+    """As `longreach run --json` shows it; the figures of the layers in the precision they were sent in."""
+    values = {item.name: getattr(message, item.name) for item in message.DESCRIPTOR.fields}
+    layers = [
+        {"layer": layer.layer}
+        | {
+            item.name: [round(value, 4) for value in getattr(layer, item.name)]
+            for item in layer.DESCRIPTOR.fields
+            if item.name != "layer"
+        }
+        for layer in message.layers
+    ]
+    return values | {"layers": layers}
 
 
 def _plain(message: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +21,7 @@ from cluster.config_models import Config
 from cluster.topology import LayoutError, plan_shards
 from cluster.units import format_count
 from cluster.yaml_source import ConfigError, KeyPath, Problem, YamlSource, dotted, read_yaml, show_value
+from protos.cells import largest_cell
 from protos.messages import ShardSpec
 from protos.model_config import ModelConfigError, load_model_spec
 from protos.model_spec import ModelSpec
@@ -47,7 +49,7 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | 
 
 
 def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Deployment:
-    """Read one YAML file and its model's config.json, and check layout and context length. Raises ConfigError."""
+    """Read one YAML file and its model's config.json; check layout, context length and grid. Raises ConfigError."""
     reading = _Reading(path, overrides or {})
     config = reading.config()
     spec = _load_spec(reading, config)
@@ -60,27 +62,70 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
         reading.fail(
             ("model", "max_model_len"),
             f"must be between 1 and {spec.max_context} ({format_count(spec.max_context)}), which the positions cover; "
-            "ways out: YaRN (model.rope_scaling with a larger factor), or a shorter document",
+            "three ways out: YaRN (model.rope_scaling with a larger factor), dual chunk attention "
+            "(model.dual_chunk_attention), or a shorter document",
         )
-    return Deployment(config, spec, shards, wanted or spec.max_context)
+    _check_grid(reading, config, spec)
+    return Deployment(config, spec, shards, wanted or spec.default_context)
+
+
+def _check_grid(reading: _Reading, config: Config, spec: ModelSpec) -> None:
+    """Pages, cells and steps must fit into each other: KV is shared by the page, sparse rows computed by the cell."""
+    page, cell = config.kv_cache.page_size, largest_cell(spec)
+    if spec.dual_chunk is not None and spec.chunk_distance % page:
+        dual = spec.dual_chunk
+        reading.fail(
+            ("kv_cache", "page_size"),
+            f"must divide {spec.chunk_distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
+            f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
+        )
+    if spec.sparse is not None and spec.sparse.cell % page:
+        reading.fail(
+            ("sparse", "cell"),
+            f"must be a multiple of kv_cache.page_size ({page}), here {spec.sparse.cell}; use another cell, or a "
+            "smaller page",
+        )
+    if config.prefill.max_num_batched_tokens < cell:
+        reading.fail(
+            ("prefill", "max_num_batched_tokens"),
+            f"must be at least {cell}, the largest cell of sparse prefill; raise it, lower sparse.cell, or say "
+            "sparse.enabled: false",
+        )
 
 
 def _load_spec(reading: _Reading, config: Config) -> ModelSpec:
     model = config.model
     if not os.path.isdir(model.path):
-        reading.fail(("model", "path"), f"there is no directory {model.path}; it must hold config.json")
-    scaling = model.rope_scaling.as_mapping() if model.rope_scaling else None
+        reading.fail(("model", "path"), f"there is no directory {model.path}; it must hold {model.config_file}")
+    overrides: dict[str, Mapping[str, Any] | None] = {
+        "rope_scaling": model.rope_scaling.as_mapping() if model.rope_scaling else None,
+        "dual_chunk": model.dual_chunk_attention.as_mapping() if model.dual_chunk_attention else None,
+        "sparse": config.sparse.as_mapping(),
+    }
     try:
-        return load_model_spec(model.path, scaling)
+        return load_model_spec(model.path, config_file=model.config_file, **overrides)
     except ModelConfigError as error:
-        key = "rope_scaling" if scaling is not None and _loads(model.path) else "path"
-        reading.fail(("model", key), str(error).removeprefix("model.rope_scaling: "))
+        key, prefix = _origin_of_fault(model.path, model.config_file, overrides)
+        reading.fail(key, str(error).removeprefix(prefix))
 
 
-def _loads(model_dir: Path) -> bool:
-    """Whether config.json is fine by itself, so that the fault must be in the override."""
+def _origin_of_fault(
+    model_dir: Path, config_file: str, overrides: Mapping[str, Mapping[str, Any] | None]
+) -> tuple[KeyPath, str]:
+    """The key that makes loading fail, and how the message names it: the model's file, or one of the overrides."""
+    if not _loads(model_dir, config_file):
+        return ("model", "path" if config_file == "config.json" else "config_file"), ""
+    keys: dict[str, KeyPath] = {"rope_scaling": ("model", "rope_scaling"), "sparse": ("sparse",)}
+    guilty = [name for name, value in overrides.items() if value and not _loads(model_dir, config_file, {name: value})]
+    name = guilty[0] if guilty else "dual_chunk"  # the only one that is checked against another
+    return keys.get(name, ("model", "dual_chunk_attention")), f"model.{name}: "
+
+
+def _loads(
+    model_dir: Path, config_file: str, overrides: Mapping[str, Mapping[str, Any] | None] = MappingProxyType({})
+) -> bool:
     try:
-        load_model_spec(model_dir, None)
+        load_model_spec(model_dir, config_file=config_file, **overrides)
     except ModelConfigError:
         return False
     return True

@@ -7,48 +7,19 @@ strict (`"64"` is not 64), except for the human integers of `cluster.units`.
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from cluster.units import BYTES_RULE, COUNT_RULE, parse_bytes, parse_count
+from cluster.config_attention import DualChunk, RopeScaling, SparseSection
+from cluster.config_base import FLAG, POSITIVE, Bytes, Count, PathValue, Section, broken_rule
+from cluster.units import BYTES_RULE, COUNT_RULE
 
 DEFAULT_KV_FRACTION = 0.5
-POSITIVE = "must be a whole number of at least 1"
-FLAG = "must be true or false"
 FILE_RULE = "must be the path of a file"
 MAX_TTL_S = 10 * 366 * 86400.0
 TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (ten years)"
-
-
-def broken_rule(key: str, rule: str) -> PydanticCustomError:
-    """An error between several keys, reported at `key` (relative to the model that raises it)."""
-    return PydanticCustomError("longreach_rule", "{rule}", {"key": key, "rule": rule})
-
-
-def _resolve(value: object, info: ValidationInfo) -> Path:
-    """An absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)."""
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
-        raise ValueError("not a path")
-    expanded = os.path.expanduser(os.fspath(value))
-    if expanded.startswith("~"):
-        raise ValueError("no such user")
-    base = (info.context or {}).get("base_dir", Path.cwd())
-    return Path(os.path.abspath(os.path.join(base, expanded)))
 
 
 def _power_of_two(value: int) -> int:
@@ -76,48 +47,17 @@ def _address(value: str) -> str:
     return value
 
 
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or value in (".", ".."):
+        raise ValueError("not a file name")
+    return value
+
+
 def _has_both_fields(value: str) -> str:
     at, after = value.find("{document}"), value.find("{question}")
     if value.count("{document}") != 1 or value.count("{question}") != 1 or after < at:
         raise ValueError("not the two fields")
     return value
-
-
-PathValue = Annotated[Path, BeforeValidator(_resolve)]
-Count = Annotated[int, BeforeValidator(parse_count)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class RopeScaling(Section):
-    """An override of the `rope_scaling` of config.json, with its keys."""
-
-    rope_type: Literal["default", "yarn", "linear", "llama3"] = Field(
-        description="must be one of default, yarn, linear, llama3"
-    )
-    factor: float | None = Field(default=None, ge=1, le=1e6, description="must be a number from 1 to 1000000")
-    original_max_position_embeddings: Count | None = Field(default=None, ge=1, description=COUNT_RULE)
-    beta_fast: float | None = Field(default=None, gt=0, description="must be a number above 0")
-    beta_slow: float | None = Field(default=None, gt=0, description="must be a number above 0")
-    attention_factor: float | None = Field(default=None, gt=0, description="must be a number above 0")
-    mscale: float | None = Field(default=None, ge=0, description="must be a number of at least 0")
-    mscale_all_dim: float | None = Field(default=None, ge=0, description="must be a number of at least 0")
-    truncate: bool | None = Field(default=None, description=FLAG)
-    low_freq_factor: float | None = Field(default=None, gt=0, description="must be a number above 0")
-    high_freq_factor: float | None = Field(default=None, gt=0, description="must be a number above 0")
-
-    @model_validator(mode="after")
-    def _factor_is_given(self) -> RopeScaling:
-        if self.rope_type != "default" and self.factor is None:
-            raise broken_rule("factor", f"required with rope_type {self.rope_type}; it is never inferred")
-        return self
-
-    def as_mapping(self) -> Mapping[str, Any]:
-        """The keys that were given, as config.json would have them."""
-        return self.model_dump(exclude_none=True)
 
 
 class ModelSection(Section):
@@ -139,6 +79,12 @@ class ModelSection(Section):
     rope_scaling: RopeScaling | None = Field(
         default=None, description="must be a mapping such as {rope_type: yarn, factor: 4.0}"
     )
+    config_file: Annotated[str, AfterValidator(_file_name)] = Field(
+        default="config.json", description="must be the name of a file in model.path, such as config_1m.json"
+    )
+    dual_chunk_attention: DualChunk | None = Field(
+        default=None, description="must be false, or a mapping such as {chunk_size: 256K, local_size: 8K}"
+    )
     allow_beyond_positions: bool = Field(default=False, description=FLAG)
     document_prompt: Annotated[str, AfterValidator(_has_both_fields)] = Field(
         default="{document}\nQuestion: {question}",
@@ -150,6 +96,11 @@ class ModelSection(Section):
     def _default_name(cls, value: object, info: ValidationInfo) -> object:
         path = info.data.get("path")
         return value if value is not None else (path.name if path else "") or "model"
+
+    @field_validator("dual_chunk_attention", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return {"enabled": False} if value is False else value
 
 
 class ClusterSection(Section):
@@ -209,6 +160,7 @@ class KvCacheSection(Section):
     page_size: Annotated[int, AfterValidator(_power_of_two)] = Field(
         default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024"
     )
+    dtype: Literal["auto", "int8"] = Field(default="auto", description="must be one of auto, int8")
 
     @field_validator("fraction", mode="before")
     @classmethod
@@ -284,6 +236,7 @@ class Config(Section):
     model: ModelSection = Field(description="must be a mapping with at least path")
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="must be a mapping")
     prefill: PrefillSection = Field(default_factory=PrefillSection, description="must be a mapping")
+    sparse: SparseSection = Field(default_factory=SparseSection, description="must be a mapping")
     kv_cache: KvCacheSection = Field(default_factory=KvCacheSection, description="must be a mapping")
     server: ServerSection = Field(default_factory=ServerSection, description="must be a mapping")
     data_dir: PathValue = Field(
@@ -291,7 +244,7 @@ class Config(Section):
     )
     security: SecuritySection = Field(default_factory=SecuritySection, description="must be a mapping")
 
-    @field_validator("model", "cluster", "prefill", "kv_cache", "server", "security", mode="before")
+    @field_validator("model", "cluster", "prefill", "sparse", "kv_cache", "server", "security", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
         return {} if value is None else value  # `server:` with nothing under it

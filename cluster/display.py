@@ -39,6 +39,7 @@ class Display:
             TextColumn("{task.fields[figures]}"), _Eta(), console=console, transient=True, disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
+        self._label = ""
         self._phase = ""
         self._last_line = 0.0
         self._answered: dict[int, int] = {}
@@ -60,6 +61,14 @@ class Display:
         """One line that stays."""
         if not self._quiet:
             self._console.print(text, highlight=False, soft_wrap=True)
+
+    def label(self, text: str) -> None:
+        """What the following phases belong to, shown before their names; empty for none."""
+        self._label = text
+
+    def status(self, phase: str) -> None:
+        """Show a phase without figures."""
+        self._show(phase, 0, None, "", None)
 
     def launch(self, status: LaunchStatus) -> None:
         """Show a step of starting."""
@@ -89,9 +98,14 @@ class Display:
         """Show how much of a prompt (tokens) is read."""
         self._show("reading", processed, total, f"{processed:,} of {total:,} tokens", eta_ms)
 
+    def tokens(self, phase: str, done: int, total: int) -> None:
+        """Show how many tokens of a phase are done."""
+        self._show(phase, done, total, f"{done:,} of {total:,} tokens", None)
+
     def _show(self, phase: str, done: int, total: int | None, figures: str, eta_ms: int | None) -> None:
         if self._quiet:
             return
+        phase = f"{self._label}: {phase}" if self._label else phase
         if not self._live:
             now = time.monotonic()
             if phase != self._phase or now - self._last_line >= _LINE_EVERY_S:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.generation import GenerationSpec, OutputText, Progress, TokenEvent
+from cluster.in_flight import InFlight, Step
 from cluster.latency_model import LatencyModel
 from cluster.request import FinishReason, Request, StopRules
 from cluster.scheduler import Scheduler
@@ -30,10 +31,6 @@ _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _InFlight:
-    plan: StepPlan
-    slowest_s: float = 0.0
 
 
 class Engine:
@@ -50,18 +47,17 @@ class Engine:
         eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
-        self.latency = LatencyModel()
+        self.latency = LatencyModel(scheduler.spec)
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
         self.on_broken: Callable[[str], None] | None = None  # called once, after every request has heard of it
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        num_stages = 1 + max(handle.shard.stage for handle in self._shards)
-        self._last_stage = num_stages - 1
-        self._depth = max(2, num_stages)
+        self._num_stages = 1 + max(handle.shard.stage for handle in self._shards)
+        self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight = InFlight([handle.shard for handle in self._shards], scheduler.is_sparse)
         self._oldest: StepPlan | None = None
         self._tickets: dict[int, Ticket] = {}
         self._sequences = itertools.count(1)
@@ -154,7 +150,7 @@ class Engine:
             try:
                 action()
                 self._fill_pipeline()
-                self._oldest = next((step.plan for step in self._in_flight.values()), None)
+                self._oldest = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
                 self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
@@ -164,15 +160,15 @@ class Engine:
             plan = self.scheduler.schedule()
             if plan is None:
                 return
-            self._in_flight[plan.step] = _InFlight(plan)
+            self._in_flight.add(plan)
             self._note_start(plan)
             for handle in self._shards:
                 handle.send(plan)
 
     def _may_send(self) -> bool:
-        if self._last_stage or not self._in_flight:
-            return len(self._in_flight) < self._depth
-        return len(self._in_flight) < self._depth and not any(self._is_long(s.plan) for s in self._in_flight.values())
+        if len(self._in_flight) >= self._depth:
+            return False
+        return self._num_stages > 1 or not any(map(self._is_long, self._in_flight.plans))
 
     def _is_long(self, plan: StepPlan) -> bool:
         """Whether a step takes so long that the pause until its successor arrives does not count."""
@@ -186,23 +182,19 @@ class Engine:
         if result.error:
             self._fail(result.error)
             return
-        step = self._in_flight.get(result.step)
-        if step is None:
-            return  # a slower shard of a step that is committed already
-        step.slowest_s = max(step.slowest_s, result.compute_us / 1e6)
-        if result.stage == self._last_stage and result.rank == 0:
-            del self._in_flight[result.step]
-            self.latency.observe(step.plan, step.slowest_s)
-            if self.on_step is not None:
-                self.on_step(step.plan, step.slowest_s)
-            self._commit(step.plan, result)
+        for step in self._in_flight.take(result):
+            self._commit(step)
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> None:
-        touched = self.scheduler.commit(plan, result.samples)
+    def _commit(self, step: Step) -> None:
+        self.latency.observe(step.plan, step.slowest_s, step.cells)
+        if self.on_step is not None:
+            self.on_step(step.plan, step.slowest_s)
+        touched = self.scheduler.commit(step.plan, step.samples)
         self._fill_pipeline()
-        sampled = {sample.sequence for sample in result.samples}
+        sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             ticket = self._tickets[request.sequence]
+            ticket.attention.add(request.sequence, step)
             if request.sequence in sampled:
                 self._token(ticket)
             elif request.finish_reason is None:
@@ -225,7 +217,7 @@ class Engine:
 
     def _progress(self, request: Request) -> Progress:
         processed = min(request.num_computed, request.num_prompt)
-        eta = self.latency.predict_prefill(processed, request.num_prompt, self.scheduler.max_tokens_per_step)
+        eta = self.latency.predict_chunks(self.scheduler.chunks_left(request))
         return Progress(request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000))
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
@@ -280,7 +272,7 @@ class Engine:
         self._tickets.pop(request.sequence, None)
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
-        ticket.end(reason, self._clock(), error)
+        ticket.end(reason, self._clock(), self.scheduler.spec, error)
 
     # --- other threads -----------------------------------------------------------------------------------------------
 

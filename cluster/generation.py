@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.attention_summary import AttentionSummary
 from cluster.prompts import split_reasoning
 from cluster.request import FinishReason
 from cluster.tokenizer import IncrementalDecoder, StopMatcher, TextTokenizer
@@ -69,6 +70,7 @@ class Generation:
     cached_tokens: int
     timings: Timings
     error: str = ""
+    attention: AttentionSummary | None = None
 
     def to_json(self, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
         """The result as plain data, for `--json`."""
@@ -93,6 +95,7 @@ class Generation:
                 "tokens_per_s": round(computed / prefill_s, 1) if prefill_s > 0 else None,
             },
             "timings": {key: round(getattr(self.timings, key), 4) for key in Timings.__slots__},
+            "attention": self.attention.to_json() if self.attention else None,
             **({"error": self.error} if self.error else {}),
         }
 

@@ -210,7 +210,8 @@ def encode_document(record: DocumentRecord) -> pb.Document:
 def encode_job(
     record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, Progress] | None = None
 ) -> pb.Job:
-    """A job with one answer a question; token lists and the text so far only when `tokens` (all of them) are given."""
+    """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
+    them) are given."""
     spec = record.spec
     job = pb.Job(
         id=record.id, state=_STATES[record.state], created=record.created, started=record.started,
@@ -224,6 +225,8 @@ def encode_job(
     with_logprobs = spec.ask.sampling.logprobs is not None
     for index in range(spec.input.num_answers):
         answer = _encode_answer(ended.get(index), by_question.get(index, []), with_logprobs)
+        if tokens is None and answer.HasField("attention"):
+            answer.attention.ClearField("layers")
         if spec.input.questions:
             answer.question = spec.input.questions[index]
         if progress and index in progress:
@@ -247,6 +250,8 @@ def _encode_answer(ended: JobAnswer | None, tokens: Sequence[JobToken], with_log
     answer.text = ended.text if ended.finish_reason else "".join(token.text for token in tokens)
     if ended.reasoning is not None:
         answer.reasoning = ended.reasoning
+    if ended.attention:
+        json_format.ParseDict(dict(ended.attention), answer.attention, ignore_unknown_fields=True)
     return answer
 
 

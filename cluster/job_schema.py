@@ -93,7 +93,12 @@ def _name_documents(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX jobs_document ON jobs (document_id, state) WHERE document_id IS NOT NULL")
 
 
-MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _create, 2: _name_documents}  # by version reached
+def _keep_attention(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE answers ADD COLUMN attention TEXT NOT NULL DEFAULT '{}'")
+
+
+# by version reached
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _create, 2: _name_documents, 3: _keep_attention}
 VERSION = max(MIGRATIONS)
 
 

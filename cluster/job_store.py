@@ -12,7 +12,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +275,8 @@ def _set_answer(db: sqlite3.Connection, job_id: str, answer: JobAnswer) -> None:
         raise JobStoreError(f"{job_id}: question {answer.question}: must be between 0 and {row[1] - 1}")
     db.execute(
         "INSERT OR REPLACE INTO answers (job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning,"
-        " timings) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (row[0], *astuple(answer)[:6], json.dumps(dict(answer.timings))),
+        " timings, attention) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (row[0], *astuple(answer)[:6], json.dumps(dict(answer.timings)), json.dumps(dict(answer.attention))),
     )
 
 
@@ -318,11 +318,11 @@ def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:
     """Rows of _RECORD as records, with the answers of all of them from one query."""
     answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
     query = (
-        "SELECT job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings FROM answers"
-        " WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
+        "SELECT job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention"
+        " FROM answers WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
     )
     for row in db.execute(query, (json.dumps(list(answers)),)):
-        answers[row[0]].append(replace(JobAnswer(*row[1:-1]), timings=json.loads(row[-1])))
+        answers[row[0]].append(JobAnswer(*row[1:-2], *map(json.loads, row[-2:])))
     return [
         JobRecord(
             id=job_id,

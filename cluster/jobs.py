@@ -165,6 +165,7 @@ class JobAnswer:
     text: str = ""
     reasoning: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)  # fields of cluster.generation.Timings
+    attention: Mapping[str, Any] = field(default_factory=dict)  # of cluster.attention_summary.AttentionSummary
 
 
 @dataclass(frozen=True, slots=True)

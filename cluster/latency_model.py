@@ -1,46 +1,73 @@
 """How long a step takes: `t = c + g * S + b * T + a * visited`, fitted online from measured steps.
 
-Per stage: `T` tokens of the step, `S` longest context it touches, `visited` query-key pairs. The model sizes nothing by
-itself; it answers "how long will the rest of this prefill take".
+Per stage: `T` tokens of the step, `S` longest context it touches, `visited` query-key pairs. Dense rows visit all
+pairs; for sparse cells the shards report the share they visited, and a second small fit says how it goes on as the
+context grows. The model sizes nothing by itself; it answers "how long will the rest of this prefill take".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from protos.messages import StepPlan
+from cluster.chunking import Chunk
+from protos import cells
+from protos.messages import CellReport, SequenceSlice, StepPlan
+from protos.model_spec import ModelSpec
 
 _FORGET = 0.98  # weight of the past at each new step: about 50 steps are remembered
 _SCALE = np.array([1.0, 1e5, 1e3, 1e8])  # typical sizes of (1, S, T, visited): keeps the equations well scaled
 _RIDGE = 1e-6
+_SLOPE = 0.5  # assumed growth of visited keys, as a power of the context, until cells have shown it
+_SLOPE_WEIGHT = 0.5  # of that assumption, in cells at twice the context
 
 
-def features(plan: StepPlan) -> np.ndarray:
-    """(1, S, T, visited pairs) of a plan."""
-    context = max((part.start + part.length for part in plan.slices), default=0)
-    visited = sum(part.length * part.start + part.length * (part.length + 1) // 2 for part in plan.slices)
-    return np.array([1.0, context, plan.num_tokens, visited])
+def causal_pairs(start: int, length: int) -> int:
+    """Pairs of query and key that plain causal attention of these rows visits."""
+    return length * start + length * (length + 1) // 2
+
+
+def visited_share(part: SequenceSlice, reports: Sequence[CellReport]) -> float | None:
+    """Share of the causal pairs of a slice that were visited, over layers and heads; None without reports."""
+    visited = pairs = 0.0
+    for report in reports:
+        if report.sequence == part.sequence and len(report.density):
+            weight = causal_pairs(report.start, report.length)
+            pairs += weight * len(report.density)
+            visited += weight * sum(report.density)
+    return visited / pairs if pairs else None
 
 
 class LatencyModel:
     """Four non-negative coefficients by recursive least squares with forgetting."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ModelSpec | None = None) -> None:
+        self._spec = spec
+        self._sparsity = _Sparsity()
         self._gram = np.zeros((4, 4))
         self._moment = np.zeros(4)
         self._coefficients: np.ndarray | None = None
         self.num_steps = 0
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """Take the measured time of a step (of the slowest stage)."""
-        x = features(plan) / _SCALE
+    def observe(self, plan: StepPlan, seconds: float, reports: Sequence[CellReport] = ()) -> None:
+        """Take the measured time of a step (of the slowest stage), and what the shards report of its sparse cells."""
+        for part in plan.slices:
+            if reports and (share := visited_share(part, reports)):
+                self._sparsity.observe(causal_pairs(part.start, part.length) / part.length, share)
+        x = self.features(plan, reports) / _SCALE
         weight = 1.0 / max(seconds, 1e-6)  # errors count relative to the step: decode steps matter as much as chunks
         self._gram = _FORGET * self._gram + weight**2 * np.outer(x, x)
         self._moment = _FORGET * self._moment + weight**2 * x * seconds
         self._coefficients = None
         self.num_steps += 1
+
+    def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> np.ndarray:
+        """(1, S, T, visited pairs) of a plan; sparse slices without reports are estimated."""
+        context = max((part.start + part.length for part in plan.slices), default=0)
+        visited = sum(self._visited(part, reports) for part in plan.slices)
+        return np.array([1.0, context, plan.num_tokens, visited])
 
     @property
     def coefficients(self) -> tuple[float, float, float, float]:
@@ -55,19 +82,56 @@ class LatencyModel:
 
     def predict(self, plan: StepPlan) -> float:
         """Seconds a step would take."""
-        return float(features(plan) @ np.array(self.coefficients))
+        return float(self.features(plan) @ np.array(self.coefficients))
 
-    def predict_prefill(self, start: int, stop: int, chunk: int) -> float | None:
-        """Seconds for a prefill of positions `start .. stop - 1` in chunks; None before any step was measured."""
+    def predict_chunks(self, chunks: Sequence[Chunk]) -> float | None:
+        """Seconds for steps of one chunk each; None before any step was measured."""
         if not self.num_steps:
             return None
-        starts = np.arange(start, stop, chunk, dtype=np.float64)
-        if not len(starts):
+        if not chunks:
             return 0.0
-        lengths = np.minimum(chunk, stop - starts)
-        visited = lengths * starts + lengths * (lengths + 1) / 2
+        starts, stops, sparse = (np.array(column, np.float64) for column in zip(*chunks, strict=True))
+        lengths = stops - starts
+        contexts = starts + (lengths + 1) / 2
+        visited = lengths * np.where(sparse > 0, self._sparsity.keys(contexts), contexts)
         c, g, b, a = self.coefficients
-        return float(len(starts) * c + g * (starts + lengths).sum() + b * lengths.sum() + a * visited.sum())
+        return float(len(chunks) * c + g * stops.sum() + b * lengths.sum() + a * visited.sum())
+
+    def _visited(self, part: SequenceSlice, reports: Sequence[CellReport]) -> float:
+        pairs = causal_pairs(part.start, part.length)
+        if self._spec is None or not cells.is_sparse(self._spec, part.start, part.prompt_len):
+            return pairs
+        share = visited_share(part, reports)
+        if share is not None:
+            return share * pairs
+        return part.length * float(self._sparsity.keys(np.array(pairs / part.length)))
+
+
+class _Sparsity:
+    """Keys a sparse row visits as a power of its context, `k = A * S ** slope` with a slope from 0 to 1.
+
+    Published budgets are the same at every length (slope 0 once they bind), adaptive ones grow; nothing is known before
+    the first cell, and dense is assumed.
+    """
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(5)  # weight, x, y, x * x, x * y in logarithms, forgetting
+
+    def observe(self, context: float, share: float) -> None:
+        """Take the mean context of the rows of a slice, and the share of it they visited."""
+        x, y = math.log(context), math.log(context * share)
+        self._sums = _FORGET * self._sums + np.array([1.0, x, y, x * x, x * y])
+
+    def keys(self, contexts: np.ndarray) -> np.ndarray:
+        """Keys visited by rows with these mean contexts."""
+        count, x, y, xx, xy = self._sums.tolist()
+        if not count:
+            return contexts
+        prior = _SLOPE_WEIGHT * math.log(2) ** 2
+        slope = (xy - x * y / count + prior * _SLOPE) / (xx - x * x / count + prior)
+        slope = min(max(slope, 0.0), 1.0)
+        logs = np.log(np.maximum(contexts, 1.0))
+        return np.minimum(contexts, np.exp(y / count + slope * (logs - x / count)))
 
 
 def _non_negative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Deployment
-from cluster.preflight import DTYPE_BYTES, PreflightError, check_head, compute_dtype, count_blocks
+from cluster.preflight import DTYPE_BYTES, PreflightError, check_head, compute_dtype, count_blocks, kv_dtype
 from cluster.ray_cluster import ActorRequest, RayCluster
 from cluster.stage_handle import GrpcStageHandle
 from cluster.topology import shard_weight_bytes
@@ -189,7 +189,7 @@ class Launcher:
 
     def _connect(self, addresses: list[Any], num_blocks: int) -> None:
         """Start every shard; all at once, since the shards of a stage warm up together."""
-        page = self._deployment.config.kv_cache.page_size
+        page, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
@@ -197,7 +197,7 @@ class Launcher:
             own = where[handle.shard.stage, handle.shard.rank]
             after = where.get((handle.shard.stage + 1, handle.shard.rank))
             try:
-                handle.start(num_blocks, page, _reach(own.node, after) if after else "", _START_TIMEOUT_S)
+                handle.start(num_blocks, page, _reach(own.node, after) if after else "", _START_TIMEOUT_S, dtype)
             except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
                 errors.put(error)
             else:

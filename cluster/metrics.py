@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (128, 1024, 8192, 32768, 65536, 131072, 262144, 524288, 1048576)
+DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+RECALLS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1)
 
 
 class JobMetrics:
@@ -40,6 +42,17 @@ class JobMetrics:
         self._e2e = histogram("e2e_request_latency_seconds", "From submission to the end.", SECONDS)
         self._per_token = histogram("time_per_output_token_seconds", "Mean of an answer.", TOKEN_SECONDS)
         self._length = histogram("request_prompt_tokens", "Length of prompts.", TOKENS)
+        self._density = Histogram(
+            "longreach_sparse_density", "Visited share of the causal pairs of a head, mean of a prompt's cells.",
+            ["layer"], buckets=DENSITIES, registry=registry,
+        )  # fmt: skip
+        self._recall = Histogram(
+            "longreach_sparse_recall", "Attention mass of held-out rows that a head keeps, mean of a prompt's cells.",
+            ["layer"], buckets=RECALLS, registry=registry,
+        )  # fmt: skip
+        self._fallbacks = Counter(
+            "longreach_sparse_dense_fallbacks", "Heads of cells that turned dense.", ["layer"], registry=registry
+        )
 
     def observe(self, record: JobRecord, generated: dict[int, int]) -> None:
         """Count an ended job; `generated` is the number of tokens by question."""
@@ -50,6 +63,8 @@ class JobMetrics:
             self._cached.inc(answer.cached_tokens)
             self._generated.inc(tokens)
             self._length.observe(answer.prompt_tokens)
+            for layer in answer.attention.get("layers", ()):
+                self._observe_layer(layer)
             if not timings:
                 continue
             self._queue.observe(timings["queued_s"])
@@ -60,6 +75,14 @@ class JobMetrics:
                 self._decode.observe(timings["decode_s"])
             if tokens > 1:
                 self._per_token.observe(timings["decode_s"] / (tokens - 1))
+
+    def _observe_layer(self, layer: Mapping[str, Any]) -> None:
+        """Fields of `LayerAttention`; every head counts once a prompt."""
+        label = str(layer["layer"])
+        for density, recall in zip(layer["density"], layer["held_out_recall"], strict=True):
+            self._density.labels(label).observe(density)
+            self._recall.labels(label).observe(recall)
+        self._fallbacks.labels(label).inc(sum(layer["fallbacks"]))
 
 
 class _Live(Collector):

@@ -16,6 +16,7 @@ from protos.messages import LoadProgress
 from protos.node_check import check_writable
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_INT8_BYTES, _INT8_SCALE_BYTES = 1, 4  # of a number, and of the scale of a key or value of one head
 
 
 class PreflightError(RuntimeError):
@@ -23,11 +24,24 @@ class PreflightError(RuntimeError):
 
 
 def compute_dtype(deployment: Deployment) -> str:
-    """The type of weights and KV: as configured; `auto` keeps float32 and computes 16-bit checkpoints in bfloat16."""
+    """The type of weights and hidden states: as configured; `auto` keeps float32 and computes 16-bit checkpoints in
+    bfloat16."""
     wanted = deployment.config.model.dtype
     if wanted != "auto":
         return wanted
     return "float32" if deployment.spec.dtype == "float32" else "bfloat16"
+
+
+def kv_dtype(deployment: Deployment) -> str:
+    """The type of keys and values: int8 where it is configured, else that of the weights."""
+    return "int8" if deployment.config.kv_cache.dtype == "int8" else compute_dtype(deployment)
+
+
+def kv_token_bytes(deployment: Deployment) -> int:
+    """Bytes one token takes on the shard whose tokens are largest."""
+    width = DTYPE_BYTES.get(kv_dtype(deployment), _INT8_BYTES)
+    scale = _INT8_SCALE_BYTES if kv_dtype(deployment) == "int8" else 0
+    return max(kv_bytes_per_token(deployment.spec, shard, width, scale) for shard in deployment.shards)
 
 
 def check_head(deployment: Deployment) -> str:
@@ -67,13 +81,13 @@ def check_room(deployment: Deployment, budget: int) -> int:
     Raises:
         PreflightError: one context of max_model_len would not fit.
     """
-    page, width = deployment.config.kv_cache.page_size, DTYPE_BYTES[compute_dtype(deployment)]
-    widest = max(kv_bytes_per_token(deployment.spec, shard, width) for shard in deployment.shards)
+    page, widest = deployment.config.kv_cache.page_size, kv_token_bytes(deployment)
     blocks, longest = budget // (widest * page), -(-deployment.max_model_len // page)
     if blocks < longest:
         raise PreflightError(
             f"kv_cache: room for {blocks * page} tokens an actor, model.max_model_len is {deployment.max_model_len}: "
             f"give kv_cache.bytes at least {format_bytes(longest * page * widest)}, or lower max_model_len"
+            + ("" if kv_dtype(deployment) == "int8" else ", or say kv_cache.dtype: int8")
         )
     return blocks
 

@@ -25,6 +25,7 @@ from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0  # between attempts to write to a disk that refuses
+_DETAILED = 16  # answers of a job that keep figures of every layer and head: tens of kilobytes each
 _PAGE = 1000  # tokens read at once when a job is taken up again
 
 
@@ -159,7 +160,7 @@ class Recorder:
                 tokens.append((job.job_id, token))
                 states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
             elif event.finish_reason is not FinishReason.ERROR:  # of a failure there is a report
-                answers.append((job.job_id, _answer(question, event)))
+                answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
                 job.ended[question] = event.finish_reason
                 if len(job.ended) == job.num_answers:
                     final = _final_state(job)
@@ -190,7 +191,10 @@ class Recorder:
                     raise
 
 
-def _answer(question: int, result: Generation) -> JobAnswer:
+def _answer(question: int, result: Generation, detailed: bool) -> JobAnswer:
+    attention = result.attention.to_json() if result.attention else {}
+    if not detailed:
+        attention.pop("layers", None)
     return JobAnswer(
         question=question,
         prompt_tokens=result.prompt_tokens,
@@ -199,6 +203,7 @@ def _answer(question: int, result: Generation) -> JobAnswer:
         text=result.text,
         reasoning=result.reasoning,
         timings=asdict(result.timings),
+        attention=attention,
     )
 
 

@@ -55,7 +55,10 @@ class Request:
     num_cached: int = 0
     blocks: tuple[int, ...] = ()
     blocks_sent: int = 0  # how many of `blocks` the stages know
-    hashes: Sequence[bytes] = ()
+    hashes: Sequence[bytes] = ()  # of the prompt's pages, as far as they can be shared
+    length_key: int = 0  # length the hashes are for, see `cluster.prefix_keys`
+    scale_len: int = 0  # length whose temperature its prefill uses; 0: its own
+    credit: int = 0  # tokens saved up for the next sparse cell
     awaits: bytes | None = None  # the last page another request is about to compute for this one
     published: int = 0  # how many pages are findable by hash
     status: Status = Status.WAITING

@@ -2,7 +2,8 @@
 
 Order of a step: admit waiting requests while blocks are left, share the token budget, make the plan. A plan is a value;
 `commit` takes its result back. Requests reserve all blocks they can ever need when they are admitted (prompt and
-max_tokens), so nothing that runs can run out of memory.
+max_tokens), so nothing that runs can run out of memory. Steps are cut where the attention of the model allows it
+(`cluster.chunking`), and prefixes are shared where KV does not depend on who computed it (`cluster.prefix_keys`).
 
 Blocks of a request that ends go back at once, even with steps of it in flight: stages execute plans in order, so
 whoever gets the blocks next writes them later, and pages that others can find are never among what such a step writes.
@@ -13,11 +14,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from cluster.block_pool import BlockPool, page_hashes
-from cluster.chunking import share_budget
+from cluster.block_pool import BlockPool
+from cluster.chunking import Chunk, Stand, chunks, cut, share_budget
+from cluster.prefix_keys import PrefixKeys
 from cluster.request import FinishReason, Request, Status
+from protos import cells
 from protos.errors import UserError
 from protos.messages import SampledToken, SampleSpec, SequenceSlice, StepPlan
+from protos.model_spec import ModelSpec
+
+# Pages of another length scale are adopted only when they are this share of the prompt: for a document, not for the
+# few words every prompt begins with.
+_FOREIGN_SHARE = 0.25
 
 
 class DoesNotFit(UserError):
@@ -29,16 +37,22 @@ class Scheduler:
 
     def __init__(
         self, pool: BlockPool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        epoch: int = 1, runs_ahead: bool = False,
+        epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False,
     ) -> None:  # fmt: skip
-        """Args: with `runs_ahead` the step after a sample is planned before the token is known: its slice has a length
-        of 1 and no ids, and the stage, which must be the only one, takes the token it has sampled itself."""
+        """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention). With `runs_ahead`
+        the step after a sample is planned before the token is known: its slice has a length of 1 and no ids, and the
+        stage, which must be the only one, takes the token it has sampled itself."""
         self._runs_ahead = runs_ahead
+        if spec is not None and spec.sparse is not None:
+            grid = spec.sparse.cell, spec.chunk_distance
+            if any(size % page_size for size in grid):
+                raise ValueError(f"cells of {grid[0]} tokens and chunks of {grid[1]}: must be multiples of {page_size}")
         self.pool = pool
+        self.spec = spec
         self._page_size = page_size
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
-        self._root = cache_root
+        self._keys = PrefixKeys(cache_root, page_size, spec)
         self._epoch = epoch
         self._step = 0
         self._waiting: deque[Request] = deque()
@@ -59,6 +73,15 @@ class Scheduler:
     def max_tokens_per_step(self) -> int:
         return self._budget
 
+    def is_sparse(self, part: SequenceSlice) -> bool:
+        """Whether the rows of a slice select their keys; all of them do or none."""
+        return self.spec is not None and cells.is_sparse(self.spec, part.start, part.prompt_len)
+
+    def chunks_left(self, request: Request) -> list[Chunk]:
+        """The steps the rest of a prompt takes when it has the whole budget of each."""
+        size = request.num_prompt
+        return list(chunks(self.spec, min(request.num_computed, size), size, size, self._budget))
+
     def blocks_needed(self, request: Request) -> int:
         """Blocks for the prompt and every token it may generate (the last one is never fed back)."""
         tokens = request.num_prompt + request.stop.max_tokens - 1
@@ -78,7 +101,8 @@ class Scheduler:
                 f"prompt of {request.num_prompt} tokens with max_tokens {request.stop.max_tokens}: the KV cache holds "
                 f"{held} tokens; at most {fits} prompt tokens would fit (or raise kv_cache.bytes)"
             )
-        request.hashes = page_hashes(request.prompt, self._page_size, self._root)
+        request.length_key = self._keys.length_key(request.num_prompt)
+        request.hashes = self._keys.hashes(request.prompt, request.length_key)
 
     def add(self, request: Request) -> None:
         """Queue a request after `prepare`: behind those of its priority and above."""
@@ -91,7 +115,13 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now."""
         self._admit()
         shares = share_budget(self._budget, [self._remaining(r) for r in self._running])
-        slices = tuple(self._slice(r, n) for r, n in zip(self._running, shares, strict=True) if n)
+        stands = [
+            Stand(r.num_scheduled, r.num_prompt, n, r.credit) for r, n in zip(self._running, shares, strict=True)
+        ]
+        lengths, credits = cut(self.spec, stands)
+        for request, credit in zip(self._running, credits, strict=True):
+            request.credit = credit
+        slices = tuple(self._slice(r, n) for r, n in zip(self._running, lengths, strict=True) if n)
         if not slices:
             return None
         released, self._released = tuple(self._released), []
@@ -148,23 +178,56 @@ class Scheduler:
 
     def _shareable(self, request: Request) -> Sequence[bytes]:
         """The pages it could adopt: at least one token is computed, to sample from."""
-        return request.hashes[: (request.num_tokens - 1) // self._page_size]
+        pages = min((request.num_tokens - 1) // self._page_size, len(request.hashes))
+        return request.hashes[: self._keys.whole_pages(pages, request.num_prompt)]
+
+    def _match(self, request: Request) -> tuple[int, ...]:
+        """The blocks of the longest known prefix it can go on after."""
+        found = self.pool.match(self._shareable(request))
+        return found[: self._keys.whole_pages(len(found), request.num_prompt)]
+
+    def _choose_length(self, request: Request) -> None:
+        """Look for its prefix under nearby lengths too, and take the one that has most of it; its own in doubt.
+
+        A resumed request keeps its own: what it said before was computed with it.
+        """
+        own = self._keys.length_key(request.num_prompt)
+        nearby = [] if request.output else self._keys.nearby(request.num_prompt)
+        if not nearby and request.length_key == own:
+            return
+        limit = len(self._shareable(request))
+        least = max(1, int(_FOREIGN_SHARE * request.num_prompt) // self._page_size)
+        best, chosen = 0, own
+        for key in (own, *nearby):
+            known = self._keys.count_known(request.prompt, key, limit, self._is_known)
+            known = self._keys.whole_pages(known, request.num_prompt)
+            if known > best and (key == own or known >= least):
+                best, chosen = known, key
+        if chosen != request.length_key:
+            request.length_key = chosen
+            request.hashes = self._keys.hashes(request.prompt, chosen)
+
+    def _is_known(self, page: bytes) -> bool:
+        return page in self._pending or self.pool.knows(page)
 
     def _awaits_prefix(self, request: Request) -> bool:
         """Whether another request is computing pages this one needs: waiting for them saves the work."""
         if request.awaits is not None and request.awaits in self._pending:
             return True
         request.awaits = None
+        self._choose_length(request)
         hashes = self._shareable(request)
-        for page in hashes[len(self.pool.match(hashes)) :]:
-            if page not in self._pending:
-                break
-            request.awaits = page
+        known = stop = len(self.pool.match(hashes))
+        while stop < len(hashes) and hashes[stop] in self._pending:
+            stop += 1
+        stop = self._keys.whole_pages(stop, request.num_prompt)
+        if stop > known:
+            request.awaits = hashes[stop - 1]
         return request.awaits is not None
 
     def _reserve(self, request: Request) -> bool:
         """Adopt the cached prefix, allocate the rest; False (nothing changed) without room."""
-        shared = self.pool.match(self._shareable(request))
+        shared = self._match(request)
         missing = self.blocks_needed(request) - len(shared)
         if missing > self.pool.num_available - self.pool.num_unread(shared):
             return False
@@ -174,6 +237,8 @@ class Scheduler:
         request.blocks = shared + own
         request.num_cached = request.num_computed = request.num_scheduled = len(shared) * self._page_size
         request.published = len(shared)
+        request.scale_len = self._keys.scale_len(request.num_prompt, request.length_key)
+        self._keys.note(request.num_prompt, request.length_key)
         request.status = Status.RUNNING
         for page in request.hashes[len(shared) :]:
             if not self.pool.knows(page):
@@ -204,7 +269,9 @@ class Scheduler:
         request.blocks_sent = used
         request.num_scheduled = stop
         tokens = request.tokens(start, stop)
-        return SequenceSlice(request.sequence, start, length, request.num_prompt, tokens, fresh, used, sample)
+        return SequenceSlice(
+            request.sequence, start, length, request.num_prompt, tokens, fresh, used, sample, request.scale_len
+        )
 
     def _publish(self, request: Request) -> None:
         """Make prompt pages findable that are computed now."""

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.attention_summary import describe_positions, describe_sparsity
 from cluster.block_pool import BlockPool
 from cluster.config import Deployment
 from cluster.engine import Engine
 from cluster.environment import environment
 from cluster.generation import Generation, GenerationSpec
 from cluster.launcher import Launched, Launcher, LaunchStatus
-from cluster.preflight import compute_dtype
+from cluster.preflight import compute_dtype, kv_dtype
 from cluster.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageError
@@ -77,7 +78,7 @@ class Session:
             prefill, page = config.prefill, config.kv_cache.page_size
             pool = BlockPool(launched.num_blocks)
             scheduler = Scheduler(
-                pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root,
+                pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
                 runs_ahead=config.cluster.pipeline_parallel_size == 1,
             )  # fmt: skip
             self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
@@ -164,9 +165,10 @@ class Session:
         return {
             "model": config.model.served_model_name,
             "fingerprint": self.launched.fingerprint,
-            "positions": f"{spec.rope.kind}, theta {spec.rope.theta:g}, factor {spec.rope.factor:g}",
-            "sparse_mode": "dense",
+            "positions": describe_positions(spec),
+            "sparse_mode": describe_sparsity(spec),
             "dtype": self.launched.dtype,
+            "kv_dtype": kv_dtype(self.deployment),
             "layout": f"{config.cluster.pipeline_parallel_size} x {config.cluster.expert_parallel_size}",
             "versions": {name: str(facts[name]) for name in ("version", "build", "torch", "ray", "python")},
             "seed": seed,
@@ -255,7 +257,9 @@ def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") ->
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
     """What the content of a KV page depends on besides its tokens."""
-    parts = (fingerprint, compute_dtype(deployment), repr(deployment.spec.rope))
+    spec = deployment.spec
+    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
+    parts = (fingerprint, *kv, *map(repr, positions))
     return hashlib.sha256("\0".join(parts).encode()).digest()
 
 

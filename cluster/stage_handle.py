@@ -67,9 +67,13 @@ class GrpcStageHandle:
             raise StageError(f"{self.name} while loading: {_details(error)}") from error
         raise StageError(f"{self.name} stopped loading without a word")
 
-    def start(self, num_blocks: int, page_size: int, downstream: str, timeout_s: float) -> None:
-        """Allocate KV and connect to the next stage. Raises StageError."""
-        request = pb.StartRequest(num_blocks=num_blocks, page_size=page_size, downstream=downstream)
+    def start(
+        self, num_blocks: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = ""
+    ) -> None:  # fmt: skip
+        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError."""
+        request = pb.StartRequest(
+            num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype
+        )
         try:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.attention_summary import AttentionLog
 from cluster.generation import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
 from cluster.request import FinishReason, Request
+from protos.model_spec import ModelSpec
 
 Event = Progress | TokenEvent | Generation
 _log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class Ticket:
     text: OutputText
     on_event: Callable[[Event], None]
     submitted: float
+    attention: AttentionLog = field(default_factory=AttentionLog)
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -49,7 +52,7 @@ class Ticket:
             _log.exception("request %d: its callback raised and is not called again", self.request.sequence)
             self.on_event = _ignore
 
-    def end(self, reason: FinishReason, now: float, error: str = "") -> None:
+    def end(self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "") -> None:
         """Make the result, tell the submitter, let `wait` return."""
         request = self.request
         started = self.started if self.started is not None else now
@@ -71,6 +74,7 @@ class Ticket:
                 total_s=now - self.submitted,
             ),
             error=error,
+            attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
         )
         self.tell(self.result)
         self.done.set()

@@ -101,9 +101,10 @@ def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) 
     return total * bytes_per_param
 
 
-def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int) -> int:
-    """Bytes of keys and values that one token occupies on one shard."""
-    return 2 * shard.layers.size * shard.kv_heads.size * spec.head_dim * bytes_per_value
+def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, scale_bytes: int = 0) -> int:
+    """Bytes of keys and values that one token occupies on one shard; `scale_bytes` are those a key or value of a head
+    has beside its numbers (4 for int8)."""
+    return 2 * shard.layers.size * shard.kv_heads.size * (spec.head_dim * bytes_per_value + scale_bytes)
 
 
 def _divides(spec: ModelSpec, ranks: int) -> bool:

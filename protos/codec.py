@@ -8,6 +8,7 @@ from typing import Any
 
 from protos import stage_pb2 as pb
 from protos.messages import (
+    CellReport,
     LoadProgress,
     SampledToken,
     SampleSpec,
@@ -19,8 +20,9 @@ from protos.messages import (
     StepResult,
     TokenLogprob,
 )
-from protos.model_spec import ModelSpec, RopeSpec
+from protos.model_spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, SparseSpec
 
+_CELL_FIELDS = tuple(field.name for field in dataclasses.fields(CellReport))
 _SPANS = ("layers", "heads", "kv_heads", "experts", "intermediate", "vocab")
 
 
@@ -35,9 +37,23 @@ def model_spec_from_json(text: str) -> ModelSpec:
         fields["rope"] = RopeSpec(**fields["rope"])
         for key in ("eos_token_ids", "mlp_only_layers"):
             fields[key] = tuple(fields[key])
+        if fields.get("dual_chunk") is not None:
+            fields["dual_chunk"] = DualChunkSpec(**fields["dual_chunk"])
+        if fields.get("sparse") is not None:
+            fields["sparse"] = _sparse_from_json(fields["sparse"])
     except KeyError as error:
         raise ValueError(f"model spec: key {error} is missing") from error
     return ModelSpec(**fields)
+
+
+def _sparse_from_json(fields: dict[str, Any]) -> SparseSpec:
+    def budget(value: dict[str, int] | None) -> HeadBudget | None:
+        return None if value is None else HeadBudget(**value)
+
+    patterns = fields["patterns"]
+    if patterns is not None:
+        patterns = tuple(tuple(budget(head) for head in layer) for layer in patterns)
+    return SparseSpec(**(fields | {"patterns": patterns, "uniform": budget(fields["uniform"])}))
 
 
 def shard_to_pb(shard: ShardSpec) -> pb.ShardSpec:
@@ -83,6 +99,7 @@ def _slice_to_pb(part: SequenceSlice, with_tokens: bool) -> pb.SequenceSlice:
         new_blocks=part.new_blocks,
         num_blocks=part.num_blocks,
         sample=None if part.sample is None else _sample_to_pb(part.sample),
+        scale_len=part.scale_len,
     )
 
 
@@ -96,6 +113,7 @@ def _slice_from_pb(message: pb.SequenceSlice) -> SequenceSlice:
         new_blocks=tuple(message.new_blocks),
         num_blocks=message.num_blocks,
         sample=_sample_from_pb(message.sample) if message.HasField("sample") else None,
+        scale_len=message.scale_len,
     )
 
 
@@ -139,6 +157,8 @@ def result_to_pb(result: StepResult) -> pb.StepResult:
             for token in result.samples
         ],
         error=result.error,
+        cells=[pb.CellReport(**{key: getattr(cell, key) for key in _CELL_FIELDS}) for cell in result.cells],
+        estimate_us=result.estimate_us,
     )
 
 
@@ -159,6 +179,22 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
             for token in message.samples
         ),
         error=message.error,
+        cells=tuple(_cell_from_pb(cell) for cell in message.cells),
+        estimate_us=message.estimate_us,
+    )
+
+
+def _cell_from_pb(message: pb.CellReport) -> CellReport:
+    return CellReport(
+        sequence=message.sequence,
+        layer=message.layer,
+        first_head=message.first_head,
+        start=message.start,
+        length=message.length,
+        density=tuple(message.density),
+        estimated_recall=tuple(message.estimated_recall),
+        held_out_recall=tuple(message.held_out_recall),
+        dense=tuple(message.dense),
     )
 
 

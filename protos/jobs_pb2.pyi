@@ -196,7 +196,7 @@ class Token(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("question", "token_ids", "text", "reasoning", "finish_reason", "progress", "prompt_tokens", "cached_tokens", "tokens")
+    __slots__ = ("question", "token_ids", "text", "reasoning", "finish_reason", "progress", "prompt_tokens", "cached_tokens", "tokens", "attention")
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class Answer(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     question: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
@@ -215,7 +216,54 @@ class Answer(_message.Message):
     prompt_tokens: int
     cached_tokens: int
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
-    def __init__(self, question: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    attention: AttentionSummary
+    def __init__(self, question: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., attention: _Optional[_Union[AttentionSummary, _Mapping]] = ...) -> None: ...
+
+class AttentionSummary(_message.Message):
+    __slots__ = ("mode", "positions", "scale_len", "cells", "density", "estimated_recall", "estimated_recall_min", "held_out_recall", "held_out_recall_min", "fallbacks", "estimate_share", "layers")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
+    CELLS_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_RECALL_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_RECALL_MIN_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_RECALL_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_RECALL_MIN_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_SHARE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    positions: str
+    scale_len: int
+    cells: int
+    density: float
+    estimated_recall: float
+    estimated_recall_min: float
+    held_out_recall: float
+    held_out_recall_min: float
+    fallbacks: int
+    estimate_share: float
+    layers: _containers.RepeatedCompositeFieldContainer[LayerAttention]
+    def __init__(self, mode: _Optional[str] = ..., positions: _Optional[str] = ..., scale_len: _Optional[int] = ..., cells: _Optional[int] = ..., density: _Optional[float] = ..., estimated_recall: _Optional[float] = ..., estimated_recall_min: _Optional[float] = ..., held_out_recall: _Optional[float] = ..., held_out_recall_min: _Optional[float] = ..., fallbacks: _Optional[int] = ..., estimate_share: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ...) -> None: ...
+
+class LayerAttention(_message.Message):
+    __slots__ = ("layer", "density", "estimated_recall", "estimated_recall_min", "held_out_recall", "held_out_recall_min", "fallbacks")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_RECALL_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_RECALL_MIN_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_RECALL_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_RECALL_MIN_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    density: _containers.RepeatedScalarFieldContainer[float]
+    estimated_recall: _containers.RepeatedScalarFieldContainer[float]
+    estimated_recall_min: _containers.RepeatedScalarFieldContainer[float]
+    held_out_recall: _containers.RepeatedScalarFieldContainer[float]
+    held_out_recall_min: _containers.RepeatedScalarFieldContainer[float]
+    fallbacks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ..., estimated_recall: _Optional[_Iterable[float]] = ..., estimated_recall_min: _Optional[_Iterable[float]] = ..., held_out_recall: _Optional[_Iterable[float]] = ..., held_out_recall_min: _Optional[_Iterable[float]] = ..., fallbacks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queued_s", "prefill_s", "ttft_s", "decode_s", "total_s")
@@ -232,7 +280,7 @@ class Timings(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class Reproducibility(_message.Message):
-    __slots__ = ("model", "fingerprint", "positions", "sparse_mode", "dtype", "layout", "versions", "seed")
+    __slots__ = ("model", "fingerprint", "positions", "sparse_mode", "dtype", "layout", "versions", "seed", "kv_dtype")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +296,7 @@ class Reproducibility(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model: str
     fingerprint: str
     positions: str
@@ -256,7 +305,8 @@ class Reproducibility(_message.Message):
     layout: str
     versions: _containers.ScalarMap[str, str]
     seed: int
-    def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., positions: _Optional[str] = ..., sparse_mode: _Optional[str] = ..., dtype: _Optional[str] = ..., layout: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., seed: _Optional[int] = ...) -> None: ...
+    kv_dtype: str
+    def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., positions: _Optional[str] = ..., sparse_mode: _Optional[str] = ..., dtype: _Optional[str] = ..., layout: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., seed: _Optional[int] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "state", "created", "started", "finished", "priority", "document_id", "answers", "error", "timings", "reproducibility", "labels", "last_event", "restarts")

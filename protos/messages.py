@@ -108,6 +108,7 @@ class SequenceSlice:
     new_blocks: Sequence[int]
     num_blocks: int
     sample: SampleSpec | None = None
+    scale_len: int = 0  # length the DCA temperature is taken at; 0: prompt_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,21 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class CellReport:
+    """How one layer of a shard attended in one sparse cell; the sequences have an entry a query head of the shard."""
+
+    sequence: int
+    layer: int
+    first_head: int
+    start: int  # first position of the cell
+    length: int
+    density: Sequence[float]  # visited pairs over causal pairs
+    estimated_recall: Sequence[float]  # mass kept of the sampled rows
+    held_out_recall: Sequence[float]  # mass kept of other rows of the cell
+    dense: Sequence[bool]  # turned dense because of its recall
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What a shard reports of a step. Samples come from rank 0 of the last stage only."""
 
@@ -148,6 +164,8 @@ class StepResult:
     compute_us: int
     samples: tuple[SampledToken, ...] = ()
     error: str = ""
+    cells: tuple[CellReport, ...] = ()
+    estimate_us: int = 0  # of compute_us: estimating and selecting of sparse cells
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,22 +6,16 @@ Both spellings are read: the old one (`rope_theta`, `rope_scaling`, `num_experts
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from protos.errors import UserError
+from protos.json_fields import Fields, ModelConfigError, read_json
+from protos.long_context import dual_chunk_spec, sparse_spec
 from protos.model_spec import ModelSpec, RopeSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
-_MAX_SIZE = 1 << 24  # no published width, vocabulary or expert count comes near
 _MAX_POSITIONS = 1 << 30
-
-
-class ModelConfigError(UserError):
-    """A `config.json` that is malformed or describes a model this decoder does not compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +50,25 @@ _ROPE_KEYS = {
 _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
-def load_model_spec(model_dir: Path, rope_scaling: Mapping[str, object] | None = None) -> ModelSpec:
+def load_model_spec(
+    model_dir: Path, rope_scaling: Mapping[str, object] | None = None, *, config_file: str = "config.json",
+    dual_chunk: Mapping[str, object] | None = None, sparse: Mapping[str, object] | None = None,
+) -> ModelSpec:  # fmt: skip
     """The architecture of the checkpoint in `model_dir`.
 
     Args:
-        rope_scaling: replaces the rope settings of `config.json` (`rope_theta` stays unless given here).
+        rope_scaling: replaces the rope settings of the file (`rope_theta` stays unless given here).
+        config_file: name of the file to read instead of `config.json`, such as the `config_1m.json` of long models.
+        dual_chunk: settings of dual chunk attention that go before those of the file (see `protos.long_context`).
+        sparse: settings of sparse prefill that go before those of the file (see `protos.long_context`).
 
     Raises:
         ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
     """
-    path = Path(model_dir) / "config.json"
-    config = _Fields(str(path), _read_json(path))
+    if Path(config_file).name != config_file:
+        raise ModelConfigError(f"config_file: {config_file!r}: must be the name of a file inside {model_dir}")
+    path = Path(model_dir) / config_file
+    config = Fields(str(path), read_json(path))
     model_type, family = _family(config)
     _refuse_unsupported(config)
     layers = config.integer("num_hidden_layers", high=10_000)
@@ -78,7 +80,7 @@ def load_model_spec(model_dir: Path, rope_scaling: Mapping[str, object] | None =
     attention_bias = config.boolean("attention_bias", default=False)
     vocab = config.integer("vocab_size")
     positions = config.integer("max_position_embeddings", high=_MAX_POSITIONS)
-    return ModelSpec(
+    plain = ModelSpec(
         model_type=model_type,
         vocab_size=vocab,
         hidden_size=hidden,
@@ -99,80 +101,12 @@ def load_model_spec(model_dir: Path, rope_scaling: Mapping[str, object] | None =
         eos_token_ids=_eos(Path(model_dir), config, vocab),
         **(_experts(config, layers) if family.moe else {}),  # type: ignore[arg-type]
     )
+    return replace(
+        plain, dual_chunk=dual_chunk_spec(config, dual_chunk, plain), sparse=sparse_spec(config, sparse, plain)
+    )
 
 
-class _Fields:
-    """A JSON object whose fields are read by type; every error names the file, the key, the value and the way out."""
-
-    def __init__(self, source: str, values: Mapping[str, object]) -> None:
-        self.source = source
-        self.values = values
-
-    def error(self, key: str, value: object, requirement: str) -> ModelConfigError:
-        shown = ascii(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        key = key if key.isprintable() else ascii(key)
-        return ModelConfigError(f"{self.source}: {key}: {shown}: {requirement}")
-
-    def missing(self, key: str, requirement: str) -> ModelConfigError:
-        return ModelConfigError(f"{self.source}: {key}: missing: {requirement}")
-
-    def get(self, key: str) -> object:
-        return self.values.get(key)
-
-    def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int = _MAX_SIZE) -> int:
-        """A whole number in `low..high`; `default` stands for a missing or null field."""
-        value, requirement = self.get(key), f"must be a whole number from {low} to {high}"
-        if value is None:
-            if default is None:
-                raise self.missing(key, requirement)
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, value, requirement)
-        return value
-
-    def number(
-        self, key: str, *, default: float | None = None, above: float = -math.inf, at_least: float = -math.inf,
-        at_most: float = 1e12,
-    ) -> float:  # fmt: skip
-        """A finite number with `above < x`, `at_least <= x` and `x <= at_most`."""
-        bound = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
-        value, requirement = self.get(key), f"must be a number {bound} and at most {at_most:g}"
-        if value is None:
-            if default is None:
-                raise self.missing(key, requirement)
-            return default
-        inside = isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= at_most
-        if not inside or value < at_least:  # type: ignore[operator]
-            raise self.error(key, value, requirement)
-        return float(value)  # type: ignore[arg-type]
-
-    def optional_number(self, key: str, **bounds: float) -> float | None:
-        return None if self.get(key) is None else self.number(key, **bounds)
-
-    def boolean(self, key: str, *, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "must be true or false")
-        return value
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    def reject(constant: str) -> None:
-        raise ValueError(f"{constant} is not a JSON number")
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=reject)
-    except OSError as error:
-        raise ModelConfigError(f"{path}: cannot be read ({error.strerror}): name a model folder") from error
-    except (ValueError, RecursionError) as error:  # malformed JSON, not UTF-8, NaN
-        raise ModelConfigError(f"{path}: not valid JSON ({error}): download the file again") from error
-    if not isinstance(value, dict):
-        raise ModelConfigError(f"{path}: a JSON {type(value).__name__}: must be an object")
-    return value
-
-
-def _family(config: _Fields) -> tuple[str, _Family]:
+def _family(config: Fields) -> tuple[str, _Family]:
     supported = f"supported are {', '.join(_FAMILIES)}"
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -193,7 +127,7 @@ def _family(config: _Fields) -> tuple[str, _Family]:
     return str(model_type), family
 
 
-def _refuse_unsupported(config: _Fields) -> None:
+def _refuse_unsupported(config: Fields) -> None:
     if config.get("hidden_act") not in (None, "silu"):
         raise config.error("hidden_act", config.get("hidden_act"), "only silu is computed")
     if config.boolean("use_sliding_window", default=False):
@@ -204,20 +138,15 @@ def _refuse_unsupported(config: _Fields) -> None:
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise config.error(key, config.get(key), "quantized weights are not read; use the bfloat16 checkpoint")
-    if config.get("dual_chunk_attention_config") is not None:
-        raise ModelConfigError(
-            f"{config.source}: dual_chunk_attention_config: dual chunk attention is not available in this version; "
-            "use YaRN through model.rope_scaling, or the checkpoint's plain config.json"
-        )
     _refuse_partial_rotary(config)
 
 
-def _refuse_partial_rotary(fields: _Fields) -> None:
+def _refuse_partial_rotary(fields: Fields) -> None:
     if fields.get("partial_rotary_factor") not in (None, 1):
         raise fields.error("partial_rotary_factor", fields.get("partial_rotary_factor"), "only 1 is computed")
 
 
-def _head_dim(config: _Fields, family: _Family, hidden: int, heads: int) -> int:
+def _head_dim(config: Fields, family: _Family, hidden: int, heads: int) -> int:
     if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise config.error("num_attention_heads", heads, f"must divide hidden_size ({hidden}) as head_dim is not given")
     head_dim = config.integer("head_dim", default=family.head_dim or hidden // heads)
@@ -226,7 +155,7 @@ def _head_dim(config: _Fields, family: _Family, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _experts(config: _Fields, layers: int) -> dict[str, object]:
+def _experts(config: Fields, layers: int) -> dict[str, object]:
     spellings = [key for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
     experts = config.integer(spellings[0] if spellings else "num_experts")
     if len(spellings) == 2 and config.get("num_local_experts") != experts:
@@ -244,7 +173,7 @@ def _experts(config: _Fields, layers: int) -> dict[str, object]:
     }
 
 
-def _dtype(config: _Fields) -> str:
+def _dtype(config: Fields) -> str:
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     value = config.get(key)
     name = "float32" if value is None else str(value).removeprefix("torch.")
@@ -253,12 +182,12 @@ def _dtype(config: _Fields) -> str:
     return name
 
 
-def _eos(model_dir: Path, config: _Fields, vocab: int) -> tuple[int, ...]:
+def _eos(model_dir: Path, config: Fields, vocab: int) -> tuple[int, ...]:
     """Ids that end a generation: `generation_config.json` first, then `config.json`; empty when neither names one."""
     fields = config
     generation = model_dir / "generation_config.json"
     if generation.exists():
-        read = _Fields(str(generation), _read_json(generation))
+        read = Fields(str(generation), read_json(generation))
         fields = read if read.get("eos_token_id") is not None else config
     value = fields.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -267,9 +196,9 @@ def _eos(model_dir: Path, config: _Fields, vocab: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _rope(config: _Fields, family: _Family, positions: int, override: Mapping[str, object] | None) -> RopeSpec:
+def _rope(config: Fields, family: _Family, positions: int, override: Mapping[str, object] | None) -> RopeSpec:
     stored = _stored_rope(config)
-    fields = _Fields("model.rope_scaling", override) if override else stored
+    fields = Fields("model.rope_scaling", override) if override else stored
     kind = _rope_kind(fields)
     theta_from = next((f for f in (fields, stored, config) if f.get("rope_theta") is not None), config)
     theta = theta_from.number("rope_theta", default=family.rope_theta, above=1.0)
@@ -296,7 +225,7 @@ def _rope(config: _Fields, family: _Family, positions: int, override: Mapping[st
     )  # fmt: skip
 
 
-def _original_positions(config: _Fields, fields: _Fields, stored: _Fields, positions: int) -> int:
+def _original_positions(config: Fields, fields: Fields, stored: Fields, positions: int) -> int:
     """Positions of pretraining, as in transformers: the top-level key, the rope settings', max_position_embeddings.
 
     An override that leaves out what the replaced settings knew is refused: transformers would take the stretched value.
@@ -309,7 +238,7 @@ def _original_positions(config: _Fields, fields: _Fields, stored: _Fields, posit
     return source.integer(key, default=positions, high=_MAX_POSITIONS)
 
 
-def _stored_rope(config: _Fields) -> _Fields:
+def _stored_rope(config: Fields) -> Fields:
     """The rope settings of `config.json` under either name; empty when there are none."""
     found: dict[str, Mapping[str, object]] = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -321,10 +250,10 @@ def _stored_rope(config: _Fields) -> _Fields:
     if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
         raise config.error("rope_scaling", found["rope_scaling"], "differs from rope_parameters; keep one of them")
     key, value = next(iter(found.items()), ("rope_scaling", {}))
-    return _Fields(f"{config.source}: {key}", value)
+    return Fields(f"{config.source}: {key}", value)
 
 
-def _rope_kind(fields: _Fields) -> str:
+def _rope_kind(fields: Fields) -> str:
     old, new = fields.get("type"), fields.get("rope_type")
     kind = new if new is not None else old if old is not None else "default"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0bstage.proto\x12\x12longreach.stage.v1\"#\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"\xd2\x02\n\tShardSpec\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x12\n\nnum_stages\x18\x02 \x01(\r\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\x12(\n\x06layers\x18\x05 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12\'\n\x05heads\x18\x06 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12*\n\x08kv_heads\x18\x07 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12)\n\x07\x65xperts\x18\x08 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12.\n\x0cintermediate\x18\t \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12\'\n\x05vocab\x18\n \x01(\x0b\x32\x18.longreach.stage.v1.Span\"\xef\x01\n\x0bLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x17\n\x0fmodel_spec_json\x18\x03 \x01(\t\x12,\n\x05shard\x18\x04 \x01(\x0b\x32\x1d.longreach.stage.v1.ShardSpec\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bload_format\x18\x07 \x01(\t\x12\x12\n\nstore_path\x18\x08 \x01(\t\x12\x15\n\rgroup_address\x18\t \x01(\t\x12\x17\n\x0fgroup_timeout_s\x18\n \x01(\x01\"\x90\x01\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x1e\n\x16\x61nonymous_growth_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"I\n\x0cStartRequest\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\ndownstream\x18\x03 \x01(\t\"\x0c\n\nStartReply\"\xa0\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"\x1c\n\x07History\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x94\x01\n\nSampleSpec\x12\x32\n\x06params\x18\x01 \x01(\x0b\x32\".longreach.stage.v1.SamplingParams\x12\x13\n\x0btoken_index\x18\x02 \x01(\r\x12\x31\n\x07history\x18\x03 \x01(\x0b\x32\x1b.longreach.stage.v1.HistoryH\x00\x88\x01\x01\x42\n\n\x08_history\"\xbf\x01\n\rSequenceSlice\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x12\n\nprompt_len\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x12\n\nnew_blocks\x18\x06 \x03(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12.\n\x06sample\x18\x08 \x01(\x0b\x32\x1e.longreach.stage.v1.SampleSpec\"l\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x31\n\x06slices\x18\x03 \x03(\x0b\x32!.longreach.stage.v1.SequenceSlice\x12\x10\n\x08released\x18\x04 \x03(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x83\x01\n\x0cSampledToken\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12-\n\x03top\x18\x04 \x03(\x0b\x32 .longreach.stage.v1.TokenLogprobB\n\n\x08_logprob\"\x9c\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x12\x31\n\x07samples\x18\x06 \x03(\x0b\x32 .longreach.stage.v1.SampledToken\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\x80\x01\n\x05\x46rame\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05shape\x18\x06 \x03(\x04\x12\r\n\x05\x63rc32\x18\x07 \x01(\x07\x12\x0f\n\x07payload\x18\x08 \x01(\x0c\"\x10\n\x0e\x41\x63tivationsEnd\"\x0e\n\x0cProbeRequest\"z\n\nProbeReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05state\x18\x02 \x01(\t\x12\x13\n\x0blayers_done\x18\x03 \x01(\x04\x12\x12\n\nsteps_done\x18\x04 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t2\x83\x03\n\x05Stage\x12K\n\x04Load\x12\x1f.longreach.stage.v1.LoadRequest\x1a .longreach.stage.v1.LoadProgress0\x01\x12I\n\x05Start\x12 .longreach.stage.v1.StartRequest\x1a\x1e.longreach.stage.v1.StartReply\x12G\n\x03Run\x12\x1c.longreach.stage.v1.StepPlan\x1a\x1e.longreach.stage.v1.StepResult(\x01\x30\x01\x12N\n\x0b\x41\x63tivations\x12\x19.longreach.stage.v1.Frame\x1a\".longreach.stage.v1.ActivationsEnd(\x01\x12I\n\x05Probe\x12 .longreach.stage.v1.ProbeRequest\x1a\x1e.longreach.stage.v1.ProbeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0bstage.proto\x12\x12longreach.stage.v1\"#\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"\xd2\x02\n\tShardSpec\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x12\n\nnum_stages\x18\x02 \x01(\r\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\x12(\n\x06layers\x18\x05 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12\'\n\x05heads\x18\x06 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12*\n\x08kv_heads\x18\x07 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12)\n\x07\x65xperts\x18\x08 \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12.\n\x0cintermediate\x18\t \x01(\x0b\x32\x18.longreach.stage.v1.Span\x12\'\n\x05vocab\x18\n \x01(\x0b\x32\x18.longreach.stage.v1.Span\"\xef\x01\n\x0bLoadRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x17\n\x0fmodel_spec_json\x18\x03 \x01(\t\x12,\n\x05shard\x18\x04 \x01(\x0b\x32\x1d.longreach.stage.v1.ShardSpec\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bload_format\x18\x07 \x01(\t\x12\x12\n\nstore_path\x18\x08 \x01(\t\x12\x15\n\rgroup_address\x18\t \x01(\t\x12\x17\n\x0fgroup_timeout_s\x18\n \x01(\x01\"\x90\x01\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x1e\n\x16\x61nonymous_growth_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"[\n\x0cStartRequest\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\ndownstream\x18\x03 \x01(\t\x12\x10\n\x08kv_dtype\x18\x04 \x01(\t\"\x0c\n\nStartReply\"\xa0\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"\x1c\n\x07History\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x94\x01\n\nSampleSpec\x12\x32\n\x06params\x18\x01 \x01(\x0b\x32\".longreach.stage.v1.SamplingParams\x12\x13\n\x0btoken_index\x18\x02 \x01(\r\x12\x31\n\x07history\x18\x03 \x01(\x0b\x32\x1b.longreach.stage.v1.HistoryH\x00\x88\x01\x01\x42\n\n\x08_history\"\xd2\x01\n\rSequenceSlice\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x12\n\nprompt_len\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x12\n\nnew_blocks\x18\x06 \x03(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12.\n\x06sample\x18\x08 \x01(\x0b\x32\x1e.longreach.stage.v1.SampleSpec\x12\x11\n\tscale_len\x18\t \x01(\r\"l\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x31\n\x06slices\x18\x03 \x03(\x0b\x32!.longreach.stage.v1.SequenceSlice\x12\x10\n\x08released\x18\x04 \x03(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x83\x01\n\x0cSampledToken\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12-\n\x03top\x18\x04 \x03(\x0b\x32 .longreach.stage.v1.TokenLogprobB\n\n\x08_logprob\"\xb3\x01\n\nCellReport\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nfirst_head\x18\x03 \x01(\r\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0e\n\x06length\x18\x05 \x01(\r\x12\x0f\n\x07\x64\x65nsity\x18\x06 \x03(\x02\x12\x18\n\x10\x65stimated_recall\x18\x07 \x03(\x02\x12\x17\n\x0fheld_out_recall\x18\x08 \x03(\x02\x12\r\n\x05\x64\x65nse\x18\t \x03(\x08\"\xe0\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x12\x31\n\x07samples\x18\x06 \x03(\x0b\x32 .longreach.stage.v1.SampledToken\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12-\n\x05\x63\x65lls\x18\x08 \x03(\x0b\x32\x1e.longreach.stage.v1.CellReport\x12\x13\n\x0b\x65stimate_us\x18\t \x01(\x04\"\x80\x01\n\x05\x46rame\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05shape\x18\x06 \x03(\x04\x12\r\n\x05\x63rc32\x18\x07 \x01(\x07\x12\x0f\n\x07payload\x18\x08 \x01(\x0c\"\x10\n\x0e\x41\x63tivationsEnd\"\x0e\n\x0cProbeRequest\"z\n\nProbeReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05state\x18\x02 \x01(\t\x12\x13\n\x0blayers_done\x18\x03 \x01(\x04\x12\x12\n\nsteps_done\x18\x04 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t2\x83\x03\n\x05Stage\x12K\n\x04Load\x12\x1f.longreach.stage.v1.LoadRequest\x1a .longreach.stage.v1.LoadProgress0\x01\x12I\n\x05Start\x12 .longreach.stage.v1.StartRequest\x1a\x1e.longreach.stage.v1.StartReply\x12G\n\x03Run\x12\x1c.longreach.stage.v1.StepPlan\x1a\x1e.longreach.stage.v1.StepResult(\x01\x30\x01\x12N\n\x0b\x41\x63tivations\x12\x19.longreach.stage.v1.Frame\x1a\".longreach.stage.v1.ActivationsEnd(\x01\x12I\n\x05Probe\x12 .longreach.stage.v1.ProbeRequest\x1a\x1e.longreach.stage.v1.ProbeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,33 +40,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADPROGRESS']._serialized_start=656
   _globals['_LOADPROGRESS']._serialized_end=800
   _globals['_STARTREQUEST']._serialized_start=802
-  _globals['_STARTREQUEST']._serialized_end=875
-  _globals['_STARTREPLY']._serialized_start=877
-  _globals['_STARTREPLY']._serialized_end=889
-  _globals['_SAMPLINGPARAMS']._serialized_start=892
-  _globals['_SAMPLINGPARAMS']._serialized_end=1052
-  _globals['_HISTORY']._serialized_start=1054
-  _globals['_HISTORY']._serialized_end=1082
-  _globals['_SAMPLESPEC']._serialized_start=1085
-  _globals['_SAMPLESPEC']._serialized_end=1233
-  _globals['_SEQUENCESLICE']._serialized_start=1236
-  _globals['_SEQUENCESLICE']._serialized_end=1427
-  _globals['_STEPPLAN']._serialized_start=1429
-  _globals['_STEPPLAN']._serialized_end=1537
-  _globals['_TOKENLOGPROB']._serialized_start=1539
-  _globals['_TOKENLOGPROB']._serialized_end=1588
-  _globals['_SAMPLEDTOKEN']._serialized_start=1591
-  _globals['_SAMPLEDTOKEN']._serialized_end=1722
-  _globals['_STEPRESULT']._serialized_start=1725
-  _globals['_STEPRESULT']._serialized_end=1881
-  _globals['_FRAME']._serialized_start=1884
-  _globals['_FRAME']._serialized_end=2012
-  _globals['_ACTIVATIONSEND']._serialized_start=2014
-  _globals['_ACTIVATIONSEND']._serialized_end=2030
-  _globals['_PROBEREQUEST']._serialized_start=2032
-  _globals['_PROBEREQUEST']._serialized_end=2046
-  _globals['_PROBEREPLY']._serialized_start=2048
-  _globals['_PROBEREPLY']._serialized_end=2170
-  _globals['_STAGE']._serialized_start=2173
-  _globals['_STAGE']._serialized_end=2560
+  _globals['_STARTREQUEST']._serialized_end=893
+  _globals['_STARTREPLY']._serialized_start=895
+  _globals['_STARTREPLY']._serialized_end=907
+  _globals['_SAMPLINGPARAMS']._serialized_start=910
+  _globals['_SAMPLINGPARAMS']._serialized_end=1070
+  _globals['_HISTORY']._serialized_start=1072
+  _globals['_HISTORY']._serialized_end=1100
+  _globals['_SAMPLESPEC']._serialized_start=1103
+  _globals['_SAMPLESPEC']._serialized_end=1251
+  _globals['_SEQUENCESLICE']._serialized_start=1254
+  _globals['_SEQUENCESLICE']._serialized_end=1464
+  _globals['_STEPPLAN']._serialized_start=1466
+  _globals['_STEPPLAN']._serialized_end=1574
+  _globals['_TOKENLOGPROB']._serialized_start=1576
+  _globals['_TOKENLOGPROB']._serialized_end=1625
+  _globals['_SAMPLEDTOKEN']._serialized_start=1628
+  _globals['_SAMPLEDTOKEN']._serialized_end=1759
+  _globals['_CELLREPORT']._serialized_start=1762
+  _globals['_CELLREPORT']._serialized_end=1941
+  _globals['_STEPRESULT']._serialized_start=1944
+  _globals['_STEPRESULT']._serialized_end=2168
+  _globals['_FRAME']._serialized_start=2171
+  _globals['_FRAME']._serialized_end=2299
+  _globals['_ACTIVATIONSEND']._serialized_start=2301
+  _globals['_ACTIVATIONSEND']._serialized_end=2317
+  _globals['_PROBEREQUEST']._serialized_start=2319
+  _globals['_PROBEREQUEST']._serialized_end=2333
+  _globals['_PROBEREPLY']._serialized_start=2335
+  _globals['_PROBEREPLY']._serialized_end=2457
+  _globals['_STAGE']._serialized_start=2460
+  _globals['_STAGE']._serialized_end=2847
 # @@protoc_insertion_point(module_scope)

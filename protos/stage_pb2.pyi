@@ -79,14 +79,16 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_blocks", "page_size", "downstream")
+    __slots__ = ("num_blocks", "page_size", "downstream", "kv_dtype")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     page_size: int
     downstream: str
-    def __init__(self, num_blocks: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ...) -> None: ...
+    kv_dtype: str
+    def __init__(self, num_blocks: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -127,7 +129,7 @@ class SampleSpec(_message.Message):
     def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
-    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_blocks", "num_blocks", "sample")
+    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_blocks", "num_blocks", "sample", "scale_len")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +138,7 @@ class SequenceSlice(_message.Message):
     NEW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     start: int
     length: int
@@ -144,7 +147,8 @@ class SequenceSlice(_message.Message):
     new_blocks: _containers.RepeatedScalarFieldContainer[int]
     num_blocks: int
     sample: SampleSpec
-    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_blocks: _Optional[_Iterable[int]] = ..., num_blocks: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ...) -> None: ...
+    scale_len: int
+    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_blocks: _Optional[_Iterable[int]] = ..., num_blocks: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("epoch", "step", "slices", "released")
@@ -178,8 +182,30 @@ class SampledToken(_message.Message):
     top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     def __init__(self, sequence: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
+class CellReport(_message.Message):
+    __slots__ = ("sequence", "layer", "first_head", "start", "length", "density", "estimated_recall", "held_out_recall", "dense")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_RECALL_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_RECALL_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    layer: int
+    first_head: int
+    start: int
+    length: int
+    density: _containers.RepeatedScalarFieldContainer[float]
+    estimated_recall: _containers.RepeatedScalarFieldContainer[float]
+    held_out_recall: _containers.RepeatedScalarFieldContainer[float]
+    dense: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, sequence: _Optional[int] = ..., layer: _Optional[int] = ..., first_head: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ..., estimated_recall: _Optional[_Iterable[float]] = ..., held_out_recall: _Optional[_Iterable[float]] = ..., dense: _Optional[_Iterable[bool]] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step", "stage", "rank", "compute_us", "samples", "error")
+    __slots__ = ("epoch", "step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +213,8 @@ class StepResult(_message.Message):
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CELLS_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_US_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     stage: int
@@ -194,7 +222,9 @@ class StepResult(_message.Message):
     compute_us: int
     samples: _containers.RepeatedCompositeFieldContainer[SampledToken]
     error: str
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
+    cells: _containers.RepeatedCompositeFieldContainer[CellReport]
+    estimate_us: int
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("epoch", "step", "index", "count", "dtype", "shape", "crc32", "payload")

@@ -24,7 +24,7 @@ FORBIDDEN = {
 ALLOWED = {("cluster/launcher.py", "workers")}  # the bridge, imported inside functions
 VERBS = {
     "run", "doctor", "demo", "serve", "up", "down",
-    "submit", "wait", "stream", "jobs", "cancel", "docs", "status",
+    "submit", "wait", "stream", "jobs", "cancel", "docs", "status", "eval",
 }  # fmt: skip
 MAX_LINES = 350
 SOURCES = sorted(p for d in ("cluster", "workers", "protos", "tests") for p in (ROOT / d).rglob("*.py"))

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from protos.messages import StepPlan
-from workers.attention.plan import AttentionPlan, dense_plan
+from protos.cells import is_sparse, next_cut, split
+from protos.messages import SequenceSlice, StepPlan
+from protos.model_spec import ModelSpec
+from workers.attention.plan import AttentionPlan, Rotation
 from workers.kv_cache import BlockTable, PlanMismatch, SlotRun
+from workers.model.rope import row_scales
 
 
 @dataclass(frozen=True, slots=True)
-class BatchSlice:
-    """Rows `rows.start .. rows.stop - 1` of the step belong to one sequence."""
+class Piece:
+    """Rows `rows.start .. rows.stop - 1` of the step: one attention plan over the context of one sequence."""
 
+    sequence: int
+    prompt_len: int
     rows: slice
     table: BlockTable
     plan: AttentionPlan
+    scales: torch.Tensor  # [rows] float32 in host memory, the factor on their logits
+    sparse: bool = False  # a cell of the absolute grid: the decoder selects the keys of every head
+
+    def needs(self, rotation: Rotation) -> bool:
+        """Whether the context has keys that meet another rotation of the query."""
+        return any(tag == rotation for _, _, tag in self.plan.regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +38,13 @@ class Batch:
 
     positions: torch.Tensor  # [T] int64
     token_ids: torch.Tensor | None  # [T] int64, first stage only
-    slices: tuple[BatchSlice, ...]
+    pieces: tuple[Piece, ...]  # they cover the rows in order
     slots: tuple[SlotRun, ...]  # where the step's keys and values go, in row order
     sample_rows: torch.Tensor  # [samples] int64
+
+    def needs(self, rotation: Rotation) -> bool:
+        """Whether any piece does."""
+        return any(piece.needs(rotation) for piece in self.pieces)
 
 
 class BlockTables:
@@ -64,10 +79,15 @@ class BlockTables:
                 )
 
     def batch(
-        self, plan: StepPlan, device: torch.device, with_tokens: bool, sampled: Mapping[int, int] | None = None
-    ) -> Batch:
-        """Turn a plan (already applied) into a batch; `sampled` has the newest token of sequences that run ahead."""
-        parts: list[BatchSlice] = []
+        self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool,
+        sampled: Mapping[int, int] | None = None,
+    ) -> Batch:  # fmt: skip
+        """Turn a plan (already applied) into a batch; `sampled` has the newest token of sequences that run ahead.
+
+        Raises:
+            PlanMismatch: ids are missing, rows lie beyond the table, or sparse rows are not whole cells.
+        """
+        pieces: list[Piece] = []
         slots: list[SlotRun] = []
         sample_rows: list[int] = []
         positions: list[torch.Tensor] = []
@@ -77,8 +97,7 @@ class BlockTables:
             table = self._tables[part.sequence]
             stop = part.start + part.length
             slots.extend(table.runs(part.start, stop))
-            attention = dense_plan(part.start, part.length)
-            parts.append(BatchSlice(slice(row, row + part.length), table, attention))
+            pieces.extend(_pieces(part, spec, table, row))
             positions.append(torch.arange(part.start, stop))
             if with_tokens:
                 given = part.token_ids
@@ -93,7 +112,34 @@ class BlockTables:
         return Batch(
             positions=torch.cat(positions).to(device),
             token_ids=torch.tensor(ids, dtype=torch.int64, device=device) if with_tokens else None,
-            slices=tuple(parts),
+            pieces=tuple(pieces),
             slots=tuple(slots),
             sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
         )
+
+
+def _pieces(part: SequenceSlice, spec: ModelSpec, table: BlockTable, row: int) -> Iterator[Piece]:
+    """Cut a slice, whose first row is `row` of the step, where an attention plan must end."""
+    scale_len = part.scale_len or part.prompt_len
+    for start, stop in split(spec, part.start, part.start + part.length, part.prompt_len):
+        sparse = is_sparse(spec, start, part.prompt_len)
+        if sparse and not _is_cell(spec, start, stop, part.prompt_len):
+            raise PlanMismatch(
+                f"sequence {part.sequence}: rows {start} to {stop - 1} are not a whole cell of {part.prompt_len} tokens"
+            )
+        first = row + start - part.start
+        yield Piece(
+            sequence=part.sequence,
+            prompt_len=part.prompt_len,
+            rows=slice(first, first + stop - start),
+            table=table,
+            plan=AttentionPlan(start, stop - start, spec.chunk_distance),
+            scales=row_scales(torch.arange(start, stop), scale_len, spec.head_dim, spec.dual_chunk),
+            sparse=sparse,
+        )
+
+
+def _is_cell(spec: ModelSpec, start: int, stop: int, prompt_len: int) -> bool:
+    """Whether rows `start .. stop - 1`, which no cut crosses, reach from one cut to the next."""
+    begins = start == 0 or next_cut(spec, start - 1, prompt_len) == start
+    return begins and next_cut(spec, start, prompt_len) == stop

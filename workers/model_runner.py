@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from protos.messages import SampledToken, ShardSpec, StepPlan
+from protos.messages import CellReport, SampledToken, ShardSpec, StepPlan
 from protos.model_spec import ModelSpec
 from workers.batch import BlockTables
 from workers.kv_cache import PagedKV
 from workers.model.decoder import Decoder
+from workers.model.sparse import CellLog
 from workers.model.weights import ShardWeights
 from workers.sampler import Sampler
 from workers.transport.collectives import Collectives
@@ -23,6 +24,8 @@ class StepOutput:
     hidden: torch.Tensor | None = None
     samples: tuple[SampledToken, ...] = ()
     logits: torch.Tensor | None = None
+    cells: tuple[CellReport, ...] = ()  # how the sparse cells of the step were attended, layer by layer
+    estimate_us: int = 0  # spent on estimating and selecting their keys
 
 
 class ModelRunner:
@@ -35,6 +38,7 @@ class ModelRunner:
         self, spec: ModelSpec, shard: ShardSpec, weights: ShardWeights, kv: PagedKV, collectives: Collectives,
         device: torch.device | None = None,
     ) -> None:  # fmt: skip
+        self._spec = spec
         self.shard = shard
         self.device = device or torch.device("cpu")
         self.decoder = Decoder(spec, shard, weights, collectives, self.device)
@@ -69,19 +73,21 @@ class ModelRunner:
         self._tables.apply(plan)
         if not plan.slices:
             return StepOutput()
-        batch = self._tables.batch(plan, self.device, self.shard.is_first, self._sampled)
+        batch = self._tables.batch(plan, self._spec, self.device, self.shard.is_first, self._sampled)
         if self.shard.is_first:
             assert batch.token_ids is not None
             hidden = self.decoder.embed(batch.token_ids)
         assert hidden is not None, "a later stage needs activations"
-        hidden = self.decoder.layers(hidden, batch, self._kv)
+        log = CellLog()
+        hidden = self.decoder.layers(hidden, batch, self._kv, log)
+        reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
         if not self.shard.is_last:
-            return StepOutput(hidden=hidden)
+            return replace(reports, hidden=hidden)
         if not len(batch.sample_rows):
-            return StepOutput()
+            return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
         if self._collectives.rank != 0 and not self.shard.is_first:
-            return StepOutput()
+            return reports
         wanted = [part for part in plan.slices if part.sample is not None]
         samples = tuple(
             self._sampler.sample(part.sequence, row, part.sample)
@@ -91,5 +97,5 @@ class ModelRunner:
         if self.shard.is_first:  # every rank samples, from the same logits: all need the next input
             self._sampled.update((sample.sequence, sample.token_id) for sample in samples)
             if self._collectives.rank != 0:
-                return StepOutput()
-        return StepOutput(samples=samples, logits=logits if keep_logits else None)
+                return reports
+        return replace(reports, samples=samples, logits=logits if keep_logits else None)

@@ -190,7 +190,7 @@ class _StageServicer(rpc.StageServicer):
         try:
             worker = self._worker
             self._compute.submit(
-                lambda: worker.start(request.num_blocks, request.page_size, request.downstream)
+                lambda: worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype)
             ).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)

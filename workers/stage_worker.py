@@ -22,6 +22,7 @@ from workers.transport.collectives import Collectives, file_store, join_group
 from workers.transport.links import GrpcSender, Inbox, Sender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 
 
 class StageWorker:
@@ -75,11 +76,14 @@ class StageWorker:
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
-    def start(self, num_blocks: int, page_size: int, downstream: str) -> None:
-        """Allocate KV pages and connect to the next stage."""
+    def start(self, num_blocks: int, page_size: int, downstream: str, kv_dtype: str = "") -> None:
+        """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage."""
         assert self._weights is not None, "load comes first"
+        if kv_dtype and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
+        dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
-        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, self._dtype, self._device)
+        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(page_size)
         if downstream:
@@ -142,7 +146,10 @@ class StageWorker:
             self._error = f"stage {shard.stage} shard {shard.rank}, step {plan.step}: {' '.join(str(error).split())}"
             return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
         self.steps_done += 1
-        return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, compute_us, out.samples)
+        return StepResult(
+            plan.epoch, plan.step, shard.stage, shard.rank, compute_us, out.samples,
+            cells=out.cells, estimate_us=out.estimate_us,
+        )  # fmt: skip
 
     def _warm_up(self, page_size: int) -> None:
         """One small step, so that the first real one does not pay for first-use initialisation."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from cluster.assets import needle_dir
-from cluster.client import Client
+from cluster.client import Client, Job
+from cluster.client_results import TokenEvent
 from cluster.config import load_deployment
 from cluster.documents import Documents
 from cluster.gateway_grpc import Gateway
@@ -51,3 +54,14 @@ def head(
         steps.callback(service.close)
         service.start()
         yield steps.enter_context(Client(gateway.start())), session
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    """Uniform ids in 5..31999, as every peer gets them."""
+    rng = random.Random(seed)
+    return [rng.randint(5, 31999) for _ in range(length)]
+
+
+def token_times(job: Job, began: float) -> list[float]:
+    """Seconds from `began` to every token of a job, as the client sees them."""
+    return [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]

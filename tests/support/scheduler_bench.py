@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from cluster.block_pool import BlockPool
 from cluster.request import Request, StopRules
 from cluster.scheduler import Scheduler
-from protos.messages import SampledToken, SamplingParams, StepPlan
+from protos import cells
+from protos.messages import SampledToken, SamplingParams, SequenceSlice, StepPlan
+from protos.model_config import load_model_spec
+from protos.model_spec import DualChunkSpec, ModelSpec, SparseSpec
 from workers.batch import BlockTables
 
 PAGE = 16
+PLAIN = load_model_spec(Path(__file__).parents[2] / "configs" / "needle")
+
+
+def long_spec(
+    threshold: int | None = None, cell: int = 64, distance: int = 0, original: int = 0, local: int = 8
+) -> ModelSpec:  # fmt: skip
+    """A small model of long contexts: sparse above `threshold` tokens (None: dense), DCA chunks of `distance`."""
+    dual = DualChunkSpec(distance + local, local, original) if distance else None
+    return replace(PLAIN, dual_chunk=dual, sparse=None if threshold is None else SparseSpec(threshold, cell=cell))
 
 
 def request(sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), **sampling: float):
@@ -31,15 +45,16 @@ def expected_output(prompt: Sequence[int], max_tokens: int, stops: Sequence[int]
 
 
 class FakeStage:
-    """Keeps in every slot the tokens up to that position, and checks before computing that the context is right.
+    """Keeps in every slot what KV there depends on, and checks before computing that the context is right.
 
     A slice that brings no ids continues with what this stage has sampled itself.
     """
 
-    def __init__(self, page: int, truth: dict[int, Request]) -> None:
+    def __init__(self, page: int, truth: dict[int, Request], spec: ModelSpec = PLAIN) -> None:
         self.tables = BlockTables(page)
         self.truth = truth
-        self.slots: dict[int, tuple[int, ...]] = {}
+        self.spec = spec
+        self.slots: dict[int, tuple[float, ...]] = {}
         self.last_step = 0
         self.sampled: dict[int, list[int]] = {}
 
@@ -62,11 +77,11 @@ class FakeStage:
             where = [run.first + i for run in table.runs(0, len(tokens)) for i in range(run.length)]
             for position in range(part.start):
                 found = self.slots.get(where[position])
-                assert found == tuple(tokens[: position + 1]), f"sequence {part.sequence} reads foreign KV"
+                assert found == self.content(part, position, tokens), f"sequence {part.sequence} reads foreign KV"
             for position in range(part.start, len(tokens)):
                 assert where[position] not in written
                 written.add(where[position])
-                self.slots[where[position]] = tuple(tokens[: position + 1])
+                self.slots[where[position]] = self.content(part, position, tokens)
             if part.sample is not None:
                 assert part.start + part.length == len(tokens)
                 assert part.sample.token_index == len(tokens) - known.num_prompt
@@ -74,17 +89,31 @@ class FakeStage:
                 own.append(samples[-1].token_id)
         return samples
 
+    def content(self, part: SequenceSlice, position: int, tokens: Sequence[int]) -> tuple[float, ...]:
+        """What the KV of a position depends on: the tokens up to it, or to the end of its cell when it is sparse (the
+        last rows decide what is selected), and the length scale."""
+        stop, scale = position + 1, 1.0
+        if self.spec.sparse and cells.is_sparse(self.spec, position, part.prompt_len):
+            stop = cells.next_cut(self.spec, position, part.prompt_len)
+            tokens = self.truth[part.sequence].tokens(0, stop)
+        if self.spec.dual_chunk:
+            scale = self.spec.dual_chunk.temperature(max(part.scale_len or part.prompt_len, position + 1))
+        return (scale, *tokens[:stop])
+
 
 class Bench:
     """A scheduler between an early stage, which runs a plan at once, and a late one, which runs it before commit."""
 
     def __init__(
-        self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8, runs_ahead: bool = False
-    ) -> None:
+        self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
+        runs_ahead: bool = False,
+    ) -> None:  # fmt: skip
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, page, budget, seqs, b"root", epoch=3, runs_ahead=runs_ahead)
+        self.scheduler = Scheduler(
+            self.pool, page, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead
+        )
         self.requests: dict[int, Request] = {}
-        self.early, self.late = (FakeStage(page, self.requests) for _ in range(2))
+        self.early, self.late = (FakeStage(page, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
 

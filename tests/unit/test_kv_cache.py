@@ -2,12 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.kv_cache import BlockTable, PagedKV, PlanMismatch, SlotRun
+from workers.kv_cache import BlockTable, PagedKV, PlanMismatch, SlotRun, quantise
 
 
 def slots(table: BlockTable, start: int, stop: int) -> list[int]:
@@ -32,6 +33,7 @@ def test_runs_are_the_slots_of_every_position(page: int, blocks: list[int], cuts
     stop = data.draw(st.integers(start, total))
     expected = [blocks[p // page] * page + p % page for p in range(start, stop)]
     assert slots(table, start, stop) == expected
+    assert table.slots(np.arange(start, stop)[::-1]).tolist() == expected[::-1]
     runs = table.runs(start, stop)
     assert all(run.length > 0 for run in runs)
     assert all(a.first + a.length != b.first for a, b in itertools.pairwise(runs)), "neighbours are one run"
@@ -55,24 +57,26 @@ def test_positions_beyond_the_table_are_refused(stop: int, ok: bool):
     else:
         with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 blocks"):
             table.runs(0, stop)
+        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 blocks"):
+            table.slots(np.array([0, 32]))
 
 
 @pytest.mark.parametrize("page", [1, 16])
 def test_write_puts_rows_where_the_table_says(page: int):
     kv = PagedKV(layers=2, kv_heads=3, head_dim=4, num_blocks=9, page_size=page, dtype=torch.float32)
-    kv.keys(1).fill_(torch.nan)
-    kv.values(1).fill_(torch.nan)
+    kv.layer(1).keys.fill_(torch.nan)
+    kv.layer(1).values.fill_(torch.nan)
     table = BlockTable(page)
     table.append([7, 2, 3])
     length = 3 * page
     keys, values = torch.randn(2, length, 3, 4)
     kv.write(1, table.runs(0, length), keys, values)
     where = slots(table, 0, length)
-    assert torch.equal(kv.keys(1)[:, where].transpose(0, 1), keys)
-    assert torch.equal(kv.values(1)[:, where].transpose(0, 1), values)
+    assert torch.equal(kv.layer(1).keys[:, where].transpose(0, 1), keys)
+    assert torch.equal(kv.layer(1).values[:, where].transpose(0, 1), values)
     untouched = sorted(set(range(9 * page)) - set(where))
-    assert kv.keys(1)[:, untouched].isnan().all()
-    assert kv.values(1)[:, untouched].isnan().all()
+    assert kv.layer(1).keys[:, untouched].isnan().all()
+    assert kv.layer(1).values[:, untouched].isnan().all()
 
 
 @pytest.mark.parametrize("length", [1, 16])
@@ -86,9 +90,38 @@ def test_a_block_outside_the_cache_is_refused(length: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_keeps_a_scale_a_token_and_head(dtype: torch.dtype):
+    kv = PagedKV(2, 3, 8, num_blocks=4, page_size=16, dtype=torch.int8)
+    table = BlockTable(16)
+    table.append([2, 0])
+    keys, values = torch.randn(2, 32, 3, 8).to(dtype)
+    keys[5] *= 1e4
+    values[7, 1] = 0
+    kv.write(1, table.runs(0, 32), keys, values)
+    layer, where = kv.layer(1), slots(table, 0, 32)
+    for small, scales, wanted in (
+        (layer.keys, layer.key_scales, keys), (layer.values, layer.value_scales, values)
+    ):  # fmt: skip
+        assert scales is not None
+        step = scales[:, where, None]
+        torch.testing.assert_close(step[..., 0], wanted.float().abs().amax(-1).T / 127)
+        assert bool(((small[:, where] * step - wanted.float().transpose(0, 1)).abs() <= step * 0.501).all())
+        assert int(small[:, where].abs().amax(-1).min()) in (0, 127)
+
+
+def test_int8_does_not_hide_what_is_not_finite():
+    small, scales = quantise(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0], [1e-42, 0.0]]))
+    assert not bool((small * scales[:, None]).isfinite()[:2].all(dim=1).any())
+    assert bool((small * scales[:, None]).isfinite()[2:].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_block_bytes_is_what_the_cache_allocates(dtype: torch.dtype):
     kv = PagedKV(3, 2, 8, num_blocks=5, page_size=16, dtype=dtype)
-    allocated = kv.keys(0).untyped_storage().nbytes()
+    layer = kv.layer(0)
+    allocated = layer.keys.untyped_storage().nbytes()
+    if layer.key_scales is not None:
+        allocated += layer.key_scales.untyped_storage().nbytes()
     assert allocated == 5 * PagedKV.block_bytes(3, 2, 8, 16, dtype)
 
 

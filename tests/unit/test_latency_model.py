@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from cluster.latency_model import LatencyModel, features
+from cluster.chunking import Chunk, chunks
+from cluster.latency_model import LatencyModel, visited_share
 from protos.messages import SequenceSlice, StepPlan
 
 
@@ -25,11 +26,11 @@ def plan(*parts: tuple[int, int]) -> StepPlan:
     ],
 )
 def test_features(parts: tuple[tuple[int, int], ...], expected: list[int]):
-    assert features(plan(*parts)).tolist() == expected
+    assert LatencyModel().features(plan(*parts)).tolist() == expected
 
 
 def seconds(step: StepPlan, truth: tuple[float, ...]) -> float:
-    return sum(a * b for a, b in zip(truth, features(step), strict=True))
+    return sum(a * b for a, b in zip(truth, LatencyModel().features(step), strict=True))
 
 
 def training(rng: random.Random, truth: tuple[float, ...], steps: int = 200, noise: float = 0.0) -> LatencyModel:
@@ -79,16 +80,17 @@ def test_before_any_step():
     model = LatencyModel()
     assert model.coefficients == (0, 0, 0, 0)
     assert model.predict(plan((0, 9))) == 0
-    assert model.predict_prefill(0, 100, 10) is None
+    assert model.predict_chunks([Chunk(0, 10)]) is None
 
 
 @pytest.mark.parametrize(("start", "stop", "chunk"), [(0, 1, 512), (0, 512, 512), (0, 513, 512), (777, 9973, 512)])
 def test_a_prefill_is_the_sum_of_its_chunks(start: int, stop: int, chunk: int):
     model = training(random.Random(5), (0.01, 1e-8, 2e-4, 3e-10))
-    chunks = [plan((at, min(chunk, stop - at))) for at in range(start, stop, chunk)]
-    assert model.predict_prefill(start, stop, chunk) == pytest.approx(sum(map(model.predict, chunks)))
+    steps = [plan((at, min(chunk, stop - at))) for at in range(start, stop, chunk)]
+    predicted = model.predict_chunks(list(chunks(None, start, stop, stop, chunk)))
+    assert predicted == pytest.approx(sum(map(model.predict, steps)))
 
 
 def test_a_finished_prefill_takes_no_time():
     model = training(random.Random(6), (0.01, 0.0, 1e-4, 0.0), steps=5)
-    assert model.predict_prefill(100, 100, 10) == 0
+    assert model.predict_chunks([]) == 0

@@ -195,8 +195,6 @@ def test_eos_falls_back_to_config(tmp_path: Path) -> None:
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: {'quant_method': 'fp8'}: quantized"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5: only 1"),
-        ({"dual_chunk_attention_config": {"chunk_size": 8192}}, "dual_chunk_attention_config: dual chunk attention is "
-         "not available in this version; use YaRN through model.rope_scaling, or the checkpoint's plain config.json"),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype: 'float8_e4m3fn': must be one of bfloat16, float16, float32"),
         ({"eos_token_id": 151936}, "eos_token_id: 151936: must be a token id"),
         ({"eos_token_id": "</s>"}, "eos_token_id: '</s>': must be a token id"),

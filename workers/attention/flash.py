@@ -1,8 +1,9 @@
-"""Executes attention plans over paged KV with PyTorch's fused flash kernels (CPU and CUDA).
+"""Executes attention plans over paged KV with PyTorch's kernels: the CUDA path, and the twin of the compiled kernel.
 
-Each key range is read where it lies: a run of neighbouring pages is a view, and only shorter fragments are gathered
-into a scratch buffer of at most `FRAGMENT_TOKENS` keys. Scores never leave the kernel; partial results of a row over
-several runs are joined by their log-sum-exp in float32.
+Dense plans run through the fused flash kernels. Each key range is read where it lies: a run of neighbouring pages is a
+view, and only shorter fragments are gathered into a scratch buffer of at most `FRAGMENT_TOKENS` keys; a cache of
+another type than the queries is converted in such buffers too. Scores never leave the kernel; partial results of a row
+over several runs are joined by their log-sum-exp in float32. Heads that select their keys gather them, tile by tile.
 
 Legend: `T` rows, `H` query heads, `K` KV heads, `G = H // K`, `D` head dim.
 """
@@ -11,50 +12,108 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
-from workers.attention.plan import AttentionPlan, KeyRange
-from workers.kv_cache import BlockTable, SlotRun
+from workers.attention.plan import AttentionPlan, IntArray, Rotation, TileKeys
+from workers.attention.queries import Queries
+from workers.kv_cache import BlockTable, LayerKV, SlotRun
 from workers.model.layers import row_blocks
 
-FRAGMENT_TOKENS = 4096  # most keys gathered at once when pages do not lie together
+FRAGMENT_TOKENS = 4096  # most keys gathered or converted at once
 MIN_VIEW_TOKENS = 1024  # runs at least this long are read in place; below, a copy costs less than a kernel call
+DENSE_ROWS = 4096  # most rows of one kernel call; bounds its scratch memory
 
 
-def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: BlockTable, plan: AttentionPlan, scale: float
-) -> torch.Tensor:
-    """Attention of one slice over its paged context.
+def attend(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor) -> torch.Tensor:
+    """Attention of the rows of one plan over their paged context; the contract is that of `attend.attend`."""
+    q, scale = _one_scale(q, scales)
+    return _dense(q, kv, table, plan, scale) if plan.heads is None else _sparse(q, kv, table, plan, scale)
 
-    Args:
-        q: `[T, H, D]`, rotated.
-        keys, values: `[K, slots, D]`, one layer of the cache; the slice's own rows are already written.
-        table: where the sequence's positions lie.
-        plan: which keys each tile of rows visits.
-        scale: factor on the logits.
 
-    Returns:
-        `[T, H, D]` in the type of `q`.
-    """
+def _one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
+    """Queries that share one factor: rows of another one (generated tokens computed in bulk) are stretched."""
+    first = float(scales[0])
+    if bool((scales == first).all()):
+        return q, first
+    ratio = (scales / first).to(q.intra.device)[:, None, None]
+
+    def stretch(rows: torch.Tensor | None) -> torch.Tensor | None:
+        return None if rows is None else (rows.float() * ratio).to(rows.dtype)
+
+    return Queries((q.intra.float() * ratio).to(q.intra.dtype), stretch(q.succ), stretch(q.inter)), first
+
+
+def _dense(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
+    dtype = q.intra.dtype
     tiles = []  # they cover the rows in order
-    for tile in plan.tiles:
-        rows = q[tile.start : tile.stop]
+    for row in range(0, plan.length, DENSE_ROWS):
+        stop = min(row + DENSE_ROWS, plan.length)
+        first = plan.start + row
+        plain = first if stop - row > 1 else first + 1  # keys that every row of the tile may see
         partial = _Merger()
-        for key_range in tile.keys:
-            for k, v in _pieces(keys, values, table, key_range):
-                partial.add(*_flash(rows, k, v, key_range.causal, scale))
-        tiles.append(partial.result(q.dtype))
+        for low, high, rotation in plan.regions:
+            rows = q.of(rotation)[row:stop]
+            for k, v in _pieces(kv, table.runs(low, min(high, plain)), dtype):
+                partial.add(*_flash(rows, k, v, False, scale))
+        if stop - row > 1:
+            k, v = _whole(kv, table.runs(first, plan.start + stop), dtype)
+            partial.add(*_flash(q.intra[row:stop], k, v, True, scale))
+        tiles.append(partial.result(dtype))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
-def _pieces(
-    keys: torch.Tensor, values: torch.Tensor, table: BlockTable, key_range: KeyRange
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut a key range into `[K, n, D]` pieces: views of long runs, gathered fragments. A causal range is one piece."""
-    runs = table.runs(key_range.start, key_range.stop)
-    if key_range.causal and len(runs) > 1:  # at most a query tile of keys
-        yield _gather(keys, runs), _gather(values, runs)
-        return
+def _sparse(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
+    """Head by head and tile by tile: gather the keys of a tile, then one masked softmax in float32."""
+    out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=q.intra.device)
+    heads, kv_heads = out.shape[1], kv.keys.shape[0]
+    for head in range(heads):
+        for tile in plan.tile_keys(head):
+            out[tile.start : tile.stop, head] = _tile(q, kv, table, plan, scale, tile, (head, head * kv_heads // heads))
+    return out
+
+
+def _tile(
+    q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scale: float, tile: TileKeys,
+    heads: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    head, kv_head = heads
+    device = q.intra.device
+    logits, visited = [], []
+    for low, high, rotation in plan.regions:
+        positions = _positions(tile, rotation, low, high)
+        if not len(positions):
+            continue
+        slots = torch.from_numpy(table.slots(positions)).to(device)
+        k = _float(kv.keys[kv_head, slots], None if kv.key_scales is None else kv.key_scales[kv_head, slots])
+        logits.append(q.of(rotation)[tile.start : tile.stop, head].float() @ k.T)
+        visited.append((torch.from_numpy(positions).to(device), slots))
+    keys, slots = (torch.cat(parts) for parts in zip(*visited, strict=True))
+    own = torch.arange(plan.start + tile.start, plan.start + tile.stop, device=device)
+    scores = torch.cat(logits, dim=1).mul_(scale).masked_fill_(keys > own[:, None], -torch.inf)
+    v = _float(kv.values[kv_head, slots], None if kv.value_scales is None else kv.value_scales[kv_head, slots])
+    return torch.softmax(scores, dim=1) @ v
+
+
+def _positions(tile: TileKeys, rotation: Rotation, low: int, high: int) -> IntArray:
+    """Keys of a tile in one region `low .. high - 1`: ranges first, then columns."""
+    spans = [np.arange(keys.start, keys.stop, dtype=np.int32) for keys in tile.ranges if keys.rotation == rotation]
+    columns = tile.columns[(tile.columns >= low) & (tile.columns < high)]
+    return np.concatenate([*spans, columns])
+
+
+def _float(cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    return cache.float() if scales is None else cache.float() * scales[..., None]
+
+
+def _pieces(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut runs of slots into `[K, n, D]` pieces of keys and values: views of long runs, gathered fragments."""
+    if kv.keys.dtype != dtype:
+        runs = [
+            SlotRun(first + at, min(FRAGMENT_TOKENS - MIN_VIEW_TOKENS, length - at))
+            for first, length in runs
+            for at in range(0, length, FRAGMENT_TOKENS - MIN_VIEW_TOKENS)
+        ]
     fragments: list[SlotRun] = []
     pending = 0
     for run in runs:
@@ -62,15 +121,28 @@ def _pieces(
             fragments.append(run)
             pending += run.length
         else:
-            yield keys[:, run.first : run.first + run.length], values[:, run.first : run.first + run.length]
+            yield _whole(kv, [run], dtype)
         if pending >= FRAGMENT_TOKENS - MIN_VIEW_TOKENS:
-            yield _gather(keys, fragments), _gather(values, fragments)
+            yield _whole(kv, fragments, dtype)
             fragments, pending = [], 0
     if fragments:
-        yield _gather(keys, fragments), _gather(values, fragments)
+        yield _whole(kv, fragments, dtype)
+
+
+def _whole(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[K, n, D]` of all runs in `dtype`: a view when there is one run of that type, else a copy."""
+    return _rows(kv.keys, kv.key_scales, runs, dtype), _rows(kv.values, kv.value_scales, runs, dtype)
+
+
+def _rows(cache: torch.Tensor, scales: torch.Tensor | None, runs: list[SlotRun], dtype: torch.dtype) -> torch.Tensor:
+    rows = _gather(cache, runs)
+    return rows.to(dtype) if scales is None else (rows.float() * _gather(scales, runs)[..., None]).to(dtype)
 
 
 def _gather(cache: torch.Tensor, runs: list[SlotRun]) -> torch.Tensor:
+    if len(runs) == 1:
+        first, length = runs[0]
+        return cache[:, first : first + length]
     return torch.cat([cache[:, first : first + length] for first, length in runs], dim=1)
 
 

@@ -1,27 +1,41 @@
 """The attention plan: for every tile of queries, which keys it visits and how.
 
-One data structure serves every kind of attention: dense prefill visits all tiles, dual chunk attention tags them
-with another rotation, sparse prefill lists fewer of them and adds gathered columns. Kernels only execute plans.
+One data structure serves every kind of attention. Dense prefill visits every key up to the row's own; dual chunk
+attention (DCA) tags key ranges with another rotation of the query; sparse prefill visits fewer ranges and adds gathered
+columns. Kernels execute plans, they decide nothing.
 
-Legend: `T` rows of the slice, `S` context length including the slice. Rows are counted within the slice, keys are
-absolute positions in the sequence.
+A plan is kept compact: offsets (distance from query to key) and columns of a head say for any tile which keys it
+visits. `AttentionPlan.tile_keys` spells that out; the compiled kernel computes the same lists while it runs.
+
+Legend: `T` rows of the plan, `H` query heads of the shard, `L` tokens between the starts of two DCA chunks. Rows are
+counted within the plan, keys are absolute positions in the sequence.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 
-class Rotation(enum.Enum):
-    """Which rotation of the query meets a range of keys (dual chunk attention has three, plain attention one)."""
+QUERY_TILE = 64  # rows that share a list of keys
 
-    INTRA = "intra"
+IntArray = npt.NDArray[np.int32]
+
+
+class Rotation(enum.IntEnum):
+    """Which rotation of the query meets a range of keys: own DCA chunk, the chunk before, all earlier ones."""
+
+    INTRA = 0
+    SUCC = 1
+    INTER = 2
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRange:
-    """Keys `start .. stop - 1`; `causal` means row `i` of the tile sees only keys up to its own position."""
+    """Keys `start .. stop - 1`; `causal`: some of them come after some row of the tile and are masked there."""
 
     start: int
     stop: int
@@ -29,46 +43,109 @@ class KeyRange:
     causal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class QueryTile:
-    """Rows `start .. stop - 1` of the slice and the key ranges they visit, in ascending order, without overlap."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TileKeys:
+    """Rows `start .. stop - 1` and the keys they visit: ascending ranges, and columns outside of them (ascending)."""
 
     start: int
     stop: int
-    keys: tuple[KeyRange, ...]
+    ranges: tuple[KeyRange, ...]
+    columns: IntArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """What one query head keeps in one cell.
+
+    `offsets` `[n, 2]` are closed intervals of distances from query to key, ascending and neither overlapping nor
+    adjacent; `columns` `[m]` are key positions, ascending, each once. A pair is kept when its offset or its column is.
+    """
+
+    offsets: IntArray
+    columns: IntArray
+
+    @staticmethod
+    def everything(stop: int) -> Selection:
+        """All keys of rows before position `stop`."""
+        return Selection(np.array([[0, stop - 1]], np.int32), np.empty(0, np.int32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """Every row of a slice belongs to exactly one tile."""
+    """Rows at positions `start .. start + length - 1`, all in one DCA chunk.
 
-    tiles: tuple[QueryTile, ...]
+    `distance` is `L`, 0 for plain attention (one infinite chunk). `heads` has a selection a query head; None means that
+    every head visits everything up to its own position. `tile` rows share a list of keys.
+    """
+
+    start: int
+    length: int
+    distance: int = 0
+    heads: tuple[Selection, ...] | None = None
+    tile: int = QUERY_TILE
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.start < 0 or self.tile < 1 or self.distance < 0:
+            raise ValueError(
+                f"attention plan: start {self.start}, length {self.length}, tile {self.tile}, distance {self.distance}"
+                ": need start, distance >= 0 and length, tile >= 1"
+            )
+        last = self.start + self.length - 1
+        if self.distance and self.start // self.distance != last // self.distance:
+            raise ValueError(f"attention plan: rows {self.start} to {last} cross a DCA chunk of {self.distance} tokens")
 
     @property
-    def visited_pairs(self) -> int:
-        """Query-key pairs the plan visits, for one head (a causal range of n keys counts n * (n + 1) / 2)."""
+    def regions(self) -> tuple[tuple[int, int, Rotation], ...]:
+        """The key regions `(start, stop, rotation)` in ascending order; empty ones are left out."""
+        stop = self.start + self.length
+        if not self.distance:
+            return ((0, stop, Rotation.INTRA),)
+        intra = self.start // self.distance * self.distance
+        succ = max(0, intra - self.distance)
+        found = ((0, succ, Rotation.INTER), (succ, intra, Rotation.SUCC), (intra, stop, Rotation.INTRA))
+        return tuple(region for region in found if region[0] < region[1])
+
+    def tile_keys(self, head: int) -> Iterator[TileKeys]:
+        """The key lists of one head, tile by tile."""
+        selection = None if self.heads is None else self.heads[head]
+        for row in range(0, self.length, self.tile):
+            stop = min(row + self.tile, self.length)
+            first, last = self.start + row, self.start + stop - 1
+            if selection is None:
+                visited, columns = [(0, last + 1)], np.empty(0, np.int32)
+            else:
+                visited = _visited(selection.offsets, first, last)
+                columns = selection.columns[selection.columns <= last]
+                for low, high in visited:
+                    columns = columns[(columns < low) | (columns >= high)]
+            ranges = tuple(
+                KeyRange(max(low, start), min(high, end), rotation, min(high, end) - 1 > first)
+                for low, high in visited
+                for start, end, rotation in self.regions
+                if max(low, start) < min(high, end)
+            )
+            yield TileKeys(row, stop, ranges, columns)
+
+    def visited_pairs(self, head: int) -> int:
+        """Query-key pairs one head visits, without those the causal mask removes."""
         total = 0
-        for tile in self.tiles:
-            for keys in tile.keys:
-                width = keys.stop - keys.start
-                total += width * (width + 1) // 2 if keys.causal else width * (tile.stop - tile.start)
+        for tile in self.tile_keys(head):
+            rows = np.arange(self.start + tile.start, self.start + tile.stop)
+            for keys in tile.ranges:
+                total += int(np.clip(rows + 1 - keys.start, 0, keys.stop - keys.start).sum())
+            total += int(np.searchsorted(tile.columns, rows, side="right").sum())
         return total
 
 
-def dense_plan(start: int, length: int, tile: int = 4096) -> AttentionPlan:
-    """Causal attention of `length` rows that begin at position `start`: everything before the tile, then its diagonal.
-
-    Args:
-        start: position of the first row, which is also the number of keys before the slice.
-        length: rows in the slice, at least 1.
-        tile: most rows in a query tile; bounds the kernel's scratch memory.
-    """
-    if length < 1 or start < 0 or tile < 1:
-        raise ValueError(f"dense_plan: start {start}, length {length}, tile {tile}: need start >= 0, length, tile >= 1")
-    tiles = []
-    for row in range(0, length, tile):
-        stop = min(row + tile, length)
-        first = start + row
-        diagonal = KeyRange(first, first + stop - row, causal=True)
-        tiles.append(QueryTile(row, stop, (KeyRange(0, first), diagonal) if first else (diagonal,)))
-    return AttentionPlan(tuple(tiles))
+def _visited(offsets: IntArray, first: int, last: int) -> list[tuple[int, int]]:
+    """Key ranges that rows at `first .. last` reach through closed intervals of offsets: ascending, disjoint."""
+    ranges: list[tuple[int, int]] = []
+    for low, high in offsets[::-1].tolist():  # far offsets are early keys
+        start, stop = max(0, first - high), last - low + 1
+        if start >= stop:
+            continue
+        if ranges and start <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(ranges[-1][1], stop))
+        else:
+            ranges.append((start, stop))
+    return ranges

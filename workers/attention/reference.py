@@ -1,4 +1,4 @@
-"""The slow twin: attention written as its definition, in float32 (or float64 when the inputs are).
+"""The definition of a plan's attention: the whole score matrix, in float32 (or float64 when the inputs are).
 
 Legend: `T` rows, `S` keys, `H` query heads, `K` KV heads, `D` head dim.
 """
@@ -8,43 +8,49 @@ from __future__ import annotations
 import torch
 
 from workers.attention.plan import AttentionPlan
+from workers.attention.queries import Queries
+
+UNVISITED = -1
 
 
 def attend_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, plan: AttentionPlan, scale: float
+    q: Queries, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scales: torch.Tensor
 ) -> torch.Tensor:
-    """Attention over a contiguous context, with the whole score matrix in memory.
+    """Attention over a contiguous context.
 
     Args:
-        q: `[T, H, D]`, rotated; row `i` stands at position `start + i`.
+        q: `[T, H, D]` under every rotation the plan needs; row `i` stands at position `plan.start + i`.
         k, v: `[S, K, D]`, rotated keys and values of positions `0 .. S - 1`.
         plan: which pairs take part; pairs it does not name are masked.
-        scale: factor on the logits.
+        scales: `[T]`, the factor on a row's logits.
 
     Returns:
         `[T, H, D]` in float32 or float64.
     """
-    rows, heads, _ = q.shape
-    context, kv_heads, _ = k.shape
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = heads // kv_heads
-    k_heads = k.to(work).repeat_interleave(group, dim=1)
-    v_heads = v.to(work).repeat_interleave(group, dim=1)
-    scores = torch.einsum("thd,shd->hts", q.to(work), k_heads) * scale
-    scores = scores.masked_fill(~plan_mask(plan, rows, context, start), float("-inf"))
-    return torch.einsum("hts,shd->thd", torch.softmax(scores, dim=-1), v_heads)
+    heads, kv_heads = q.intra.shape[1], k.shape[1]
+    work = torch.float64 if q.intra.dtype == torch.float64 else torch.float32
+    outputs = []
+    for head in range(heads):
+        k_head, v_head = (side[:, head * kv_heads // heads].to(work) for side in (k, v))
+        tags = plan_tags(plan, head, k.shape[0]).to(k.device)
+        scores = torch.full(tags.shape, -torch.inf, dtype=work, device=k.device)
+        for rotation in {rotation for _, _, rotation in plan.regions}:
+            scores = torch.where(tags == rotation, q.of(rotation)[:, head].to(work) @ k_head.T, scores)
+        scores = scores * scales.to(k.device, work)[:, None]
+        outputs.append(torch.softmax(scores, dim=-1) @ v_head)
+    return torch.stack(outputs, dim=1)
 
 
-def plan_mask(plan: AttentionPlan, rows: int, context: int, start: int) -> torch.Tensor:
-    """The pairs a plan visits as a boolean `[T, S]`."""
-    mask = torch.zeros(rows, context, dtype=torch.bool)
+def plan_tags(plan: AttentionPlan, head: int, context: int) -> torch.Tensor:
+    """The rotation of every pair `[T, S]` that one head visits, `UNVISITED` for the others."""
+    tags = torch.full((plan.length, context), UNVISITED)
     positions = torch.arange(context)
-    for tile in plan.tiles:
-        for keys in tile.keys:
-            visible = (positions >= keys.start) & (positions < keys.stop)
-            block = visible.expand(tile.stop - tile.start, context)
-            if keys.causal:
-                own = torch.arange(start + tile.start, start + tile.stop)
-                block = block & (positions[None, :] <= own[:, None])
-            mask[tile.start : tile.stop] |= block
-    return mask
+    for tile in plan.tile_keys(head):
+        block = tags[tile.start : tile.stop]
+        for keys in tile.ranges:
+            block[:, keys.start : keys.stop] = keys.rotation
+        for column in tile.columns.tolist():
+            (rotation,) = (tag for start, stop, tag in plan.regions if start <= column < stop)
+            block[:, column] = rotation
+    own = torch.arange(plan.start, plan.start + plan.length)
+    return tags.masked_fill_(positions > own[:, None], UNVISITED)

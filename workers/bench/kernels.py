@@ -5,7 +5,6 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from protos.messages import SampleSpec, SamplingParams, Span
-from workers.attention.flash import attend
-from workers.attention.plan import dense_plan
+from workers.attention.attend import attend
+from workers.attention.plan import AttentionPlan
+from workers.attention.queries import Queries
 from workers.bench.model import PAGE, benchmark_spec
 from workers.bench.timing import Figure, measure, median_figure
-from workers.kv_cache import BlockTable
+from workers.kv_cache import BlockTable, LayerKV
 from workers.model.layers import rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
-from workers.model.rope import Rotary, rotate
+from workers.model.rope import Rotary, rotate, row_scales
 from workers.transport.collectives import join_group
 
 _VOCAB = 151936  # of the published Qwen3 models
@@ -51,45 +51,37 @@ class KernelSetup:
 
 
 def run_kernels(setup: KernelSetup) -> Iterator[Figure]:
-    """Every kernel in turn; what needs numpy is left out, and said so by the caller, on a machine without it."""
+    """Every kernel in turn."""
     with torch.inference_mode():
         for keys in setup.keys:
             yield from _attention(setup, keys)
         yield from _experts(setup)
         yield from _row_operations(setup)
         yield _all_reduce(setup)
-        if has_numpy():
-            yield from _frames(setup)
-            yield from _sampler(setup)
-
-
-def has_numpy() -> bool:
-    """Whether frames and sampler, which need numpy, can run."""
-    try:
-        return importlib.util.find_spec("numpy") is not None
-    except ValueError:  # a process that blocks the module
-        return False
+        yield from _frames(setup)
+        yield from _sampler(setup)
 
 
 def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
     spec = benchmark_spec()
     rows, heads, dim = min(setup.tokens, keys), spec.num_attention_heads, spec.head_dim
     q = setup.random(rows, heads, dim)
-    cache = setup.random(2, spec.num_key_value_heads, -(-keys // PAGE) * PAGE, dim)
+    kv = LayerKV(*setup.random(2, spec.num_key_value_heads, -(-keys // PAGE) * PAGE, dim))
     table = BlockTable(PAGE)
     table.append(range(-(-keys // PAGE)))
-    plan, scale = dense_plan(keys - rows, rows), dim**-0.5
-    flop = 4.0 * plan.visited_pairs * heads * dim
+    plan, last = AttentionPlan(keys - rows, rows), AttentionPlan(keys - 1, 1)
+    scales = row_scales(torch.arange(rows), keys, dim, None)
+    flop = 4.0 * plan.visited_pairs(0) * heads * dim
     name = f"{rows} queries at the end of {keys} keys"
-    yield setup.time(f"attention, {name}", lambda: attend(q, cache[0], cache[1], table, plan, scale), flop)
-    query, k, v = q.transpose(0, 1)[None], cache[0, None, :, :keys], cache[1, None, :, :keys]
+    yield setup.time(f"attention, {name}", lambda: attend(Queries(q), kv, table, plan, scales), flop)
+    query, k, v = q.transpose(0, 1)[None], kv.keys[None, :, :keys], kv.values[None, :, :keys]
     yield setup.time(
         f"torch SDPA without mask, {name}",
-        lambda: F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True),
+        lambda: F.scaled_dot_product_attention(query, k, v, scale=dim**-0.5, enable_gqa=True),
         4.0 * rows * keys * heads * dim,
     )
-    one, last = q[-1:], dense_plan(keys - 1, 1)
-    yield setup.time(f"attention, 1 query, {keys} keys", lambda: attend(one, cache[0], cache[1], table, last, scale))
+    one = Queries(q[-1:])
+    yield setup.time(f"attention, 1 query, {keys} keys", lambda: attend(one, kv, table, last, scales[-1:]))
 
 
 def _experts(setup: KernelSetup) -> Iterator[Figure]:

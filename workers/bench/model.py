@@ -74,22 +74,22 @@ class OneProcess:
         began = time.perf_counter()
         token = 0
         for start in range(0, len(ids), self._chunk):
-            token = self._step(tables, start, ids[start : start + self._chunk])
+            token = self._step(tables, start, ids[start : start + self._chunk], len(ids))
         prefill = time.perf_counter() - began
         seconds = []
         for index in range(decode):
             began = time.perf_counter()
-            token = self._step(tables, len(ids) + index, [token])
+            token = self._step(tables, len(ids) + index, [token], len(ids))
             seconds.append(time.perf_counter() - began)
         return Timings(prefill, seconds)
 
-    def _step(self, tables: BlockTables, start: int, ids: list[int]) -> int:
+    def _step(self, tables: BlockTables, start: int, ids: list[int], prompt_len: int) -> int:
         have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
         sample = SampleSpec(SamplingParams(), 0)
-        part = SequenceSlice(0, start, len(ids), len(ids), ids, range(have, need), need, sample)
+        part = SequenceSlice(0, start, len(ids), prompt_len, ids, range(have, need), need, sample)
         plan = StepPlan(0, 0, (part,))
         tables.apply(plan)
-        batch = tables.batch(plan, self._device, with_tokens=True)
+        batch = tables.batch(plan, self.spec, self._device, with_tokens=True)
         assert batch.token_ids is not None
         hidden = self._decoder.layers(self._decoder.embed(batch.token_ids), batch, self._kv)
         token = int(self._decoder.logits(hidden[batch.sample_rows])[0].argmax())

@@ -6,6 +6,7 @@ Legend: `T` tokens of the step, `M` hidden size, `H` and `K` query and KV heads 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,14 +14,27 @@ import torch.nn.functional as F
 
 from protos.messages import ShardSpec
 from protos.model_spec import ModelSpec
-from workers.attention.flash import attend
+from workers.attention.attend import attend
+from workers.attention.plan import Rotation
+from workers.attention.queries import Queries
 from workers.batch import Batch
 from workers.kv_cache import PagedKV
 from workers.model.layers import gated_mlp, linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
-from workers.model.rope import Rotary, norm_and_rotate_
+from workers.model.rope import Rotary, Turns, norm_and_rotate_
+from workers.model.sparse import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
 from workers.transport.collectives import Collectives
+
+
+@dataclass(slots=True)
+class _Step:
+    """What every layer of a step needs."""
+
+    batch: Batch
+    kv: PagedKV
+    turns: Turns
+    sparse: SparsePrefill | None = None  # None: the step has no sparse cell
 
 
 class Decoder:
@@ -33,8 +47,7 @@ class Decoder:
         self.shard = shard
         self._weights = weights
         self._collectives = collectives
-        self._rotary = Rotary(spec.rope, spec.head_dim, device)
-        self._scale = spec.head_dim**-0.5
+        self._rotary = Rotary(spec.rope, spec.head_dim, device, spec.dual_chunk)
         self._scratch = ExpertScratch()
         self.layers_done = 0  # rises while a step runs; tells slow from hung
 
@@ -49,12 +62,16 @@ class Decoder:
         found = F.embedding(torch.where(own, local, 0), table) * own[:, None].to(table.dtype)
         return self._collectives.all_reduce(found)
 
-    def layers(self, x: torch.Tensor, batch: Batch, kv: PagedKV) -> torch.Tensor:
-        """Run this shard's layers on `[T, M]`; keys and values are written to `kv`."""
-        cos, sin = self._rotary.cos_sin(batch.positions)
+    def layers(self, x: torch.Tensor, batch: Batch, kv: PagedKV, log: CellLog | None = None) -> torch.Tensor:
+        """Run this shard's layers on `[T, M]`; keys and values go to `kv`, reports of sparse cells to `log`."""
+        far = {"succ": batch.needs(Rotation.SUCC), "inter": batch.needs(Rotation.INTER)}
+        turns = self._rotary.turns(batch.positions, **far)
+        step = _Step(batch, kv, turns)
+        if any(piece.sparse for piece in batch.pieces):
+            step.sparse = SparsePrefill(self.spec, self.shard, self._rotary, batch, log or CellLog())
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
             normed = rms_norm(x, weights.input_norm, self.spec.rms_norm_eps)
-            x = self._attention(normed, index, weights, batch, kv, cos, sin).add_(x)
+            x = self._attention(normed, index, weights, step).add_(x)
             normed = rms_norm(x, weights.post_norm, self.spec.rms_norm_eps)
             x = self._mlp(normed, layer, weights).add_(x)
             self.layers_done += 1
@@ -78,23 +95,35 @@ class Decoder:
         widths = (stop - start for start, stop in pairwise(bounds))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
-    def _attention(
-        self, x: torch.Tensor, index: int, weights: LayerWeights, batch: Batch, kv: PagedKV,
-        cos: torch.Tensor, sin: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        spec, dim = self.spec, self.spec.head_dim
-        heads, kv_heads = self.shard.heads.size, self.shard.kv_heads.size
+    def _attention(self, x: torch.Tensor, index: int, weights: LayerWeights, step: _Step) -> torch.Tensor:
+        dim, heads, kv_heads = self.spec.head_dim, self.shard.heads.size, self.shard.kv_heads.size
         qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
         norm = None
         if weights.q_norm is not None and weights.k_norm is not None:
             norm = torch.cat([weights.q_norm.expand(heads, dim), weights.k_norm.expand(kv_heads, dim)]).float()
-        norm_and_rotate_(qkv[:, : heads + kv_heads], cos, sin, norm, spec.rms_norm_eps)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        kv.write(index, batch.slots, k, v)
-        keys, values = kv.keys(index), kv.values(index)
-        parts = [attend(q[part.rows], keys, values, part.table, part.plan, self._scale) for part in batch.slices]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # slices cover the rows in order
+        if step.sparse is not None:
+            layer = self.shard.layers.start + index
+            step.sparse.begin_layer(layer, qkv[:, :heads], None if norm is None else norm[:heads])
+        q = self._rotate_(qkv[:, : heads + kv_heads], step.turns, norm)
+        step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
+        kv, parts = step.kv.layer(index), []
+        for piece in step.batch.pieces:
+            rows = q[piece.rows]
+            if piece.sparse and step.sparse is not None:
+                parts.append(step.sparse.attend(piece, rows, kv))
+            else:
+                parts.append(attend(rows, kv, piece.table, piece.plan, piece.scales))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order
         return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
+
+    def _rotate_(self, qk: torch.Tensor, turns: Turns, norm: torch.Tensor | None) -> Queries:
+        """Norm and rotate queries and keys `[T, H + K, D]` in place, and queries of far regions into new tensors."""
+        wanted = [turn for turn in (turns.succ, turns.inter) if turn is not None]
+        q = qk[:, : self.shard.heads.size]
+        copies = [(torch.empty_like(q, memory_format=torch.contiguous_format), turn) for turn in wanted]
+        norm_and_rotate_(qk, turns.intra, norm, self.spec.rms_norm_eps, copies)
+        far = iter([copy for copy, _ in copies])
+        return Queries(q, next(far) if turns.succ else None, next(far) if turns.inter else None)
 
     def _mlp(self, x: torch.Tensor, layer: int, weights: LayerWeights) -> torch.Tensor:
         spec = self.spec

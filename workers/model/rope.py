@@ -1,4 +1,4 @@
-"""Rotary position embedding: plain, YaRN, linear and llama3 frequencies; angles in float64.
+"""Rotary position embedding: plain, YaRN, linear and llama3 frequencies, dual chunk attention; angles in float64.
 
 Frequencies and attention factor are computed in the same float32 steps as transformers' `modeling_rope_utils`, so they
 are equal bit for bit. Source of YaRN: arXiv 2309.00071. Legend: `T` tokens, `H` heads, `D` head dim.
@@ -7,10 +7,13 @@ are equal bit for bit. Source of YaRN: arXiv 2309.00071. Legend: `T` tokens, `H`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from protos.model_spec import RopeSpec
+from protos.model_spec import DualChunkSpec, RopeSpec
 from workers.model.layers import inverse_rms, row_blocks
 
 
@@ -75,44 +78,114 @@ def _llama3(rope: RopeSpec, inv_freq: torch.Tensor) -> torch.Tensor:
     return torch.where(medium, smoothed, scaled)
 
 
-class Rotary:
-    """Turns positions into cos and sin, and applies them in the half-split ("neox") layout."""
+class Turn(NamedTuple):
+    """cos and sin `[T, 1, D / 2]` in float32: one rotation of every row."""
 
-    def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device | str = "cpu") -> None:
-        inv_freq, self.attention_factor = rope_frequencies(rope, head_dim)
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """The rotations of a step's rows; keys take that of `intra`. None: no row meets keys of that region."""
+
+    intra: Turn
+    succ: Turn | None = None
+    inter: Turn | None = None
+
+
+class Rotary:
+    """Turns positions into rotations: one for plain attention, up to three for dual chunk attention.
+
+    Under DCA (arXiv 2402.17463) keys and `intra` queries turn by the position within their chunk, `succ` queries (keys
+    of the chunk before) by that plus `L` but at most `chunk_size`, `inter` queries (all earlier keys) by a constant.
+    YaRN's factor on cos and sin is left out where DCA's own length scale takes its place.
+    """
+
+    def __init__(
+        self, rope: RopeSpec, head_dim: int, device: torch.device | str = "cpu", dual_chunk: DualChunkSpec | None = None
+    ) -> None:
+        inv_freq, factor = rope_frequencies(rope, head_dim)
+        scaled = dual_chunk is not None and dual_chunk.original_max_position_embeddings > 0
+        self.attention_factor = 1.0 if scaled else factor
+        self._dual = dual_chunk
         self._inv_freq = inv_freq.to(torch.float64).to(device)
 
-    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `[T, 1, D / 2]` in float32 for positions `[T]`; angles are float64, rounded once at the end."""
+    def cos_sin(self, positions: torch.Tensor) -> Turn:
+        """The rotation by `positions` `[T]`; angles are float64, rounded once at the end."""
         angles = positions.to(torch.float64)[:, None] * self._inv_freq
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
-        return cos.float()[:, None], sin.float()[:, None]
+        return Turn(cos.float()[:, None], sin.float()[:, None])
+
+    def turns(self, positions: torch.Tensor, *, succ: bool = False, inter: bool = False) -> Turns:
+        """The rotations at `positions` `[T]`; `succ` and `inter` ask for those of the far regions too."""
+        if self._dual is None:
+            return Turns(self.cos_sin(positions))
+        dual, within = self._dual, positions % self._dual.distance
+        far = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size)) if succ else None
+        last = positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)])
+        return Turns(self.cos_sin(within), far, _repeat(self.cos_sin(last), len(positions)) if inter else None)
+
+    def continuous(self, positions: torch.Tensor) -> Turns:
+        """The rotations that estimate which keys matter: without the limits, so that distances stay in order."""
+        assert self._dual is not None, "plain attention has one rotation"
+        within, distance = positions % self._dual.distance, self._dual.distance
+        far = self.cos_sin(within + self._dual.chunk_size)
+        return Turns(self.cos_sin(within), self.cos_sin(within + distance), far)
+
+
+def _repeat(turn: Turn, rows: int) -> Turn:
+    return Turn(*(table.expand(rows, -1, -1) for table in turn))
+
+
+def row_scales(positions: torch.Tensor, length: int, head_dim: int, dual_chunk: DualChunkSpec | None) -> torch.Tensor:
+    """The factor on the logits of rows at `positions` `[T]`, float32: `D ** -0.5`, times DCA's length scale squared.
+
+    `length` is that of the prompt; rows after it are scaled by their own position. So the factor depends on the two
+    only, and a token that is computed again gets the same one.
+    """
+    original = dual_chunk.original_max_position_embeddings if dual_chunk else 0
+    base = head_dim**-0.5
+    if original <= 0:
+        return torch.full((len(positions),), base, dtype=torch.float32)
+    seen = (positions + 1).clamp(min=length).to(torch.float64)
+    stretch = (0.1 * torch.log(seen / original) + 1.0).clamp(min=1.0)
+    return (base * stretch.square()).float()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `[T, H, D]` by cos and sin `[T, 1, D / 2]`; computed in float32, returned in the type of `x`."""
-    return norm_and_rotate_(x.clone(), cos, sin)
+    return norm_and_rotate_(x.clone(), Turn(cos, sin))
 
 
 def norm_and_rotate_(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0
-) -> torch.Tensor:
+    x: torch.Tensor, turn: Turn, weight: torch.Tensor | None = None, eps: float = 0.0,
+    copies: Sequence[tuple[torch.Tensor, Turn]] = (),
+) -> torch.Tensor:  # fmt: skip
     """Root mean square norm of every head (when `weight` is given), then rotation, in place and rounded once.
 
     Args:
         x: `[T, H, D]`, a view will do; overwritten and returned.
-        cos, sin: `[T, 1, D / 2]` float32.
+        turn: the rotation of `x`.
         weight: `[H, D]` float32, or None for models without query and key norms.
+        copies: other tensors `[T, n, D]` that receive the first `n` heads under another rotation.
     """
-    half = x.shape[-1] // 2
     for rows in row_blocks(x):
         wide = x[rows].float()
         if weight is not None:
             wide = (wide * inverse_rms(wide, eps)).mul_(weight)
-        turned = wide * torch.cat([cos[rows], cos[rows]], dim=-1)
-        turned[..., :half].addcmul_(wide[..., half:], sin[rows], value=-1)
-        turned[..., half:].addcmul_(wide[..., :half], sin[rows])
-        x[rows] = turned
+        for copy, other in copies:
+            copy[rows] = _turned(wide[:, : copy.shape[1]], other, rows)
+        x[rows] = _turned(wide, turn, rows)
     return x
+
+
+def _turned(wide: torch.Tensor, turn: Turn, rows: slice) -> torch.Tensor:
+    cos, sin = turn.cos[rows], turn.sin[rows]
+    half = wide.shape[-1] // 2
+    turned = wide * torch.cat([cos, cos], dim=-1)
+    turned[..., :half].addcmul_(wide[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(wide[..., :half], sin)
+    return turned

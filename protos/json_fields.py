@@ -1,0 +1,89 @@
+"""JSON objects read by type, with errors that name the file, the key, the value and the way out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from protos.errors import UserError
+
+MAX_SIZE = 1 << 24  # no published width, vocabulary or expert count comes near
+
+
+class ModelConfigError(UserError):
+    """A `config.json` that is malformed or describes a model this decoder does not compute."""
+
+
+class Fields:
+    """A JSON object whose fields are read by type; every error names the file, the key, the value and the way out."""
+
+    def __init__(self, source: str, values: Mapping[str, object]) -> None:
+        self.source = source
+        self.values = values
+
+    def error(self, key: str, value: object, requirement: str) -> ModelConfigError:
+        shown = ascii(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        key = key if key.isprintable() else ascii(key)
+        return ModelConfigError(f"{self.source}: {key}: {shown}: {requirement}")
+
+    def missing(self, key: str, requirement: str) -> ModelConfigError:
+        return ModelConfigError(f"{self.source}: {key}: missing: {requirement}")
+
+    def get(self, key: str) -> object:
+        return self.values.get(key)
+
+    def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
+        """A whole number in `low..high`; `default` stands for a missing or null field."""
+        value, requirement = self.get(key), f"must be a whole number from {low} to {high}"
+        if value is None:
+            if default is None:
+                raise self.missing(key, requirement)
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(key, value, requirement)
+        return value
+
+    def number(
+        self, key: str, *, default: float | None = None, above: float = -math.inf, at_least: float = -math.inf,
+        at_most: float = 1e12,
+    ) -> float:  # fmt: skip
+        """A finite number with `above < x`, `at_least <= x` and `x <= at_most`."""
+        bound = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
+        value, requirement = self.get(key), f"must be a number {bound} and at most {at_most:g}"
+        if value is None:
+            if default is None:
+                raise self.missing(key, requirement)
+            return default
+        inside = isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= at_most
+        if not inside or value < at_least:  # type: ignore[operator]
+            raise self.error(key, value, requirement)
+        return float(value)  # type: ignore[arg-type]
+
+    def optional_number(self, key: str, **bounds: float) -> float | None:
+        return None if self.get(key) is None else self.number(key, **bounds)
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "must be true or false")
+        return value
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; raises ModelConfigError for anything else."""
+
+    def reject(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=reject)
+    except OSError as error:
+        raise ModelConfigError(f"{path}: cannot be read ({error.strerror}): name a model folder") from error
+    except (ValueError, RecursionError) as error:  # malformed JSON, not UTF-8, NaN
+        raise ModelConfigError(f"{path}: not valid JSON ({error}): download the file again") from error
+    if not isinstance(value, dict):
+        raise ModelConfigError(f"{path}: a JSON {type(value).__name__}: must be an object")
+    return value

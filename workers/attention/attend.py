@@ -1,0 +1,35 @@
+"""Attention of one piece of a step, by the compiled kernel where it serves, else by its PyTorch twin."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.attention import flash, native
+from workers.attention.plan import AttentionPlan
+from workers.attention.queries import Queries
+from workers.attention.visited import visited_pairs
+from workers.kv_cache import BlockTable, LayerKV
+
+
+def attend(
+    q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor,
+    visited: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of the rows of one plan over their paged context.
+
+    Args:
+        q: `[T, H, D]` under every rotation that `plan.regions` names.
+        kv: one layer of the cache; the rows' own keys and values are already written.
+        table: where the sequence's positions lie.
+        plan: which keys every tile of rows visits.
+        scales: `[T]` float32 in host memory, the factor on a row's logits.
+        visited: `[H]` int64 in host memory, filled with the query-key pairs every head visits.
+
+    Returns:
+        `[T, H, D]` in the type of `q`.
+    """
+    if native.available(q.intra, kv):
+        return native.attend(q, kv, table, plan, scales, visited=visited)
+    if visited is not None:
+        visited.copy_(torch.tensor([visited_pairs(plan, head) for head in range(len(visited))]))
+    return flash.attend(q, kv, table, plan, scales)
