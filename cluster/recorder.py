@@ -39,6 +39,7 @@ class LiveJob:
     on_end: Callable[[JobState], None]
     cancelled: bool = False  # somebody wants it to end
     generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
+    decodes: bool = False  # the store has heard of its first token
     progress: dict[int, Progress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
@@ -47,6 +48,7 @@ class LiveJob:
         """Begin again with the answers that had ended before."""
         self.ended = {question: FinishReason(reason) for question, reason in finished.items()}
         self.progress = {}
+        self.decodes = False
 
 
 class Watch:
@@ -158,7 +160,9 @@ class Recorder:
                 sample = event.token
                 token = JobToken(job.last_event, question, sample.token_id, event.text, sample.logprob, sample.top)
                 tokens.append((job.job_id, token))
-                states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
+                if not job.decodes:
+                    job.decodes = True
+                    states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
             elif event.finish_reason is not FinishReason.ERROR:  # of a failure there is a report
                 answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
                 job.ended[question] = event.finish_reason
