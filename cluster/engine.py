@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from cluster.generation import GenerationSpec, OutputText, Progress, TokenEvent
 from cluster.in_flight import InFlight, Step

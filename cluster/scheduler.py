@@ -39,9 +39,11 @@ class Scheduler:
         self, pool: BlockPool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
         epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False,
     ) -> None:  # fmt: skip
-        """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention). With `runs_ahead`
-        the step after a sample is planned before the token is known: its slice has a length of 1 and no ids, and the
-        stage, which must be the only one, takes the token it has sampled itself."""
+        """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention).
+
+        With `runs_ahead` the step after a sample is planned before the token is known: its slice has a length of 1 and
+        no ids, and the stage, which must be the only one, takes the token it has sampled itself.
+        """
         self._runs_ahead = runs_ahead
         if spec is not None and spec.sparse is not None:
             grid = spec.sparse.cell, spec.chunk_distance
