@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         JobFailed,
         LongreachError,
         NotFound,
+        TlsError,
         Unauthenticated,
         Unavailable,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "LongreachError",
     "NotFound",
     "ProgressEvent",
+    "TlsError",
     "TokenEvent",
     "Unauthenticated",
     "Unavailable",

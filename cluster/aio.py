@@ -22,16 +22,21 @@ from cluster.client_common import (
     DEFAULT_ADDRESS,
     DEFAULT_DATA_DIR,
     REATTACH_RETRIES,
-    Connection,
     RetryPolicy,
-    SubmitOptions,
     Unavailable,
+)
+from cluster.client_connection import Connection, ConnectionOptions, state_connection
+from cluster.client_requests import (
+    SubmitOptions,
     build_submit,
+    check_after,
     check_source,
+    check_wait,
     document_pieces,
+    document_request,
+    job_request,
     list_request,
     needs_upload,
-    read_state,
 )
 from cluster.client_results import (
     ClusterStatus,
@@ -74,6 +79,7 @@ class AsyncJob(JobView):
         >>> if not (await job.wait(60)).done:
         ...     print(job.progress)
         """
+        timeout_s = check_wait(timeout_s)
         end = None if timeout_s is None else time.monotonic() + timeout_s
         cursor = StreamCursor()  # only for its patience while a head restarts
         left = _WAIT_PIECE_S
@@ -116,7 +122,7 @@ class AsyncJob(JobView):
         ...     if isinstance(event, TokenEvent):
         ...         print(event.token.text, end="")
         """
-        cursor = StreamCursor(after, retries)
+        cursor = StreamCursor(check_after(after), retries)
         while True:
             messages = self._wire().stream(pb.StreamRequest(id=self.id, after=cursor.after))
             try:
@@ -159,7 +165,7 @@ class AsyncDocuments:
 
         >>> document = await client.documents.upload(Path("report.txt"))
         """
-        check_source(source)
+        check_source(source, name)
         return DocumentInfo.read(await self._wire().upload(lambda: document_pieces(source, name)))
 
     async def list(self) -> list[DocumentInfo]:
@@ -169,11 +175,11 @@ class AsyncDocuments:
 
     async def get(self, document_id: str) -> DocumentInfo:
         """One document; NotFound when there is none. `await client.documents.get("doc_...")`"""
-        return DocumentInfo.read(await self._wire().call("GetDocument", pb.DocumentRequest(id=document_id)))
+        return DocumentInfo.read(await self._wire().call("GetDocument", document_request(document_id)))
 
     async def delete(self, document_id: str) -> None:
         """Forget a document; Conflict while a job needs it. `await client.documents.delete("doc_...")`"""
-        await self._wire().call("DeleteDocument", pb.DocumentRequest(id=document_id))
+        await self._wire().call("DeleteDocument", document_request(document_id))
 
 
 class AsyncClient:
@@ -186,27 +192,31 @@ class AsyncClient:
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, api_key: str | None = None, *,
-        ca_file: str | os.PathLike[str] | None = None, cert_file: str | os.PathLike[str] | None = None,
-        key_file: str | os.PathLike[str] | None = None, timeout_s: float = 30.0, retries: RetryPolicy = CALL_RETRIES,
+        retries: RetryPolicy = CALL_RETRIES, **options: Unpack[ConnectionOptions],
     ) -> None:  # fmt: skip
         """Args:
         api_key: default: the environment variable LONGREACH_API_KEY.
-        ca_file: PEM; turns TLS on. With `cert_file` and `key_file` this side proves who it is, too.
-        timeout_s: seconds one call may take, without the time a job takes.
+        options: TLS files and more, see `ConnectionOptions`. Raises InvalidRequest.
         """
-        self._connection = Connection(address, api_key, ca_file, cert_file, key_file, timeout_s)
+        self._connection = Connection(address, api_key, **options)
         self._retries = retries
         self._wire: AsyncWire | None = None
         self.documents = AsyncDocuments(self._open)
 
     @classmethod
-    def from_state(cls, data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR, api_key: str | None = None) -> AsyncClient:
+    def from_state(
+        cls, data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR, api_key: str | None = None, *,
+        retries: RetryPolicy = CALL_RETRIES, **options: Unpack[ConnectionOptions],
+    ) -> AsyncClient:  # fmt: skip
         """The client of the head that `longreach up` started on this machine; Unavailable when there is none.
+
+        With TLS it trusts the certificate that the head's state names.
 
         >>> async with AsyncClient.from_state() as client:
         ...     print((await client.status()).model)
         """
-        return cls(read_state(data_dir)["address"], api_key)
+        address, merged = state_connection(data_dir, options)
+        return cls(address, api_key, retries=retries, **merged)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -250,7 +260,7 @@ class AsyncClient:
 
     async def job(self, job_id: str) -> AsyncJob:
         """Find a job again; NotFound when there is none. `await client.job("job_...")`"""
-        return AsyncJob(self._open, JobData.read(await self._open().call("Get", pb.JobRequest(id=job_id))))
+        return AsyncJob(self._open, JobData.read(await self._open().call("Get", job_request(job_id))))
 
     async def jobs(
         self, states: Collection[str] = (), labels: Mapping[str, str] | None = None, limit: int | None = None

@@ -12,7 +12,7 @@ import hashlib
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _FREE, _OWNED, _CACHED = 0, 1, 2
 _FREE_RUN = re.compile(rb"\0+")  # blocks that are _FREE and lie together
@@ -24,13 +24,16 @@ def page_hashes(token_ids: Sequence[int], page_size: int, root: bytes) -> list[b
     Args:
         root: what else the content of KV depends on (model fingerprint, positions, dtype).
     """
-    ids = array("I", token_ids)
-    hashes: list[bytes] = []
+    return list(iter_page_hashes(array("I", token_ids), page_size, root))
+
+
+def iter_page_hashes(token_ids: Sequence[int], page_size: int, root: bytes) -> Iterator[bytes]:
+    """As `page_hashes`, one after the other: nothing is computed for pages nobody asks for."""
     previous = root
-    for start in range(0, len(ids) - page_size + 1, page_size):
-        previous = hashlib.sha256(previous + ids[start : start + page_size].tobytes()).digest()
-        hashes.append(previous)
-    return hashes
+    for start in range(0, len(token_ids) - page_size + 1, page_size):
+        page = array("I", token_ids[start : start + page_size])
+        previous = hashlib.sha256(previous + page.tobytes()).digest()
+        yield previous
 
 
 class BlockPool:

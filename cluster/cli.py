@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from cluster import cli_eval, cli_head, cli_jobs
-from cluster.cli_common import EXIT_WRONG, Count, one_line_errors, open_display, sampling_options
+from cluster.cli_common import EXIT_WRONG, Count, Verbs, one_line_errors, open_display, sampling_options
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="longreach", prog_name="longreach")
 def main() -> None:
     """Answers questions about very long documents with a cluster of stages and shards.
@@ -57,8 +57,10 @@ def run(
     longreach run configs/single.yaml --token-ids ids.json --max-tokens 64 --logprobs 5 --json
     """
     from cluster.run import RunInput, run_once
+    from cluster.run_dirs import clean_run_dirs
 
     with one_line_errors():
+        clean_run_dirs()
         given = RunInput(document, question, prompt_file, token_ids)
         report = run_once(config, given, _ask(sampling), open_display(as_json))
         if as_json:
@@ -99,19 +101,27 @@ def _summary(report: dict[str, Any]) -> str:
     )
 
 
+def _sparsity(attention: dict[str, Any] | None) -> str:
+    if attention is None or attention["mode"] == "dense":
+        return "every key was read\n"
+    density, recall = attention["density"], attention["held_out_recall"]
+    return f"sparse prefill visited {density:.1%} of the pairs; rows held out kept {recall:.1%} of their attention\n"
+
+
 @main.command()
 @click.option(
-    "--tokens", type=Count(), default="32k", show_default=True,
-    help="Length of the document, 1k to 1M. Attention is dense: time grows with the square.",
+    "--tokens", type=Count(), default="128k", show_default=True,
+    help="Length of the document, 1k to 1M (1m: almost the whole book).",
 )  # fmt: skip
 @click.option("--needles", type=click.IntRange(1, 100), default=8, show_default=True, help="Facts hidden in the book.")
 @click.option(
-    "--positions", type=click.Choice(["yarn", "plain"]), default="yarn", show_default=True,
-    help="yarn stretches the trained window of 4,096 tokens; plain does not, and fails beyond it.",
+    "--positions", type=click.Choice(["dca", "yarn", "plain"]), default="dca", show_default=True,
+    help="dca (dual chunk attention) and yarn stretch the trained window of 4,096 tokens; plain does not, and fails.",
 )  # fmt: skip
+@click.option("--sparse/--dense", default=True, show_default=True, help="Read chosen keys only, or all of them.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which facts, and where.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def demo(tokens: int, needles: int, positions: str, seed: int, as_json: bool) -> None:
+def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_json: bool) -> None:
     """Hide facts in a book, start a 2 x 2 cluster on this machine, and ask for them.
 
     Uses the small trained checkpoint that comes with the package. Exit code 1 when an answer is wrong.
@@ -121,7 +131,7 @@ def demo(tokens: int, needles: int, positions: str, seed: int, as_json: bool) ->
     with one_line_errors():
         display = open_display(as_json)
         with display:
-            result = run_demo(DemoOptions(tokens, needles, positions, seed), display)
+            result = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
         report = result.to_json()
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))
@@ -146,6 +156,7 @@ def _print_demo(report: dict[str, Any]) -> None:
     console.print(
         f"\n{report['right']} of {report['total']} right in {report['tokens']:,} tokens, "
         f"{report['positions']} positions; ready in {report['ready_s']:.1f} s\n"
+        f"{_sparsity(report['sparse'])}"
         f"time to first token {report['ttft_s']:.1f} s, prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, "
         f"decode {report['decode_tokens_per_s']:,.0f} tokens/s",
         highlight=False,

@@ -59,7 +59,7 @@ def evaluate() -> None:
     recall: how much do sparse prefill and int8 KV change the next tokens?
     show:   the table and the picture of a result file
 
-    Results go to EVAL-...-DATE.json and .png in --out. Without --model or --config the small trained checkpoint of
+    Results go to eval-NAME-DATE.json and .png in --out. Without --model or --config the small trained checkpoint of
     the demo is measured.
     """
 

@@ -18,6 +18,7 @@ from cluster.cli_common import EXIT_CLUSTER, EXIT_INPUT, EXIT_INTERRUPTED, fail,
 if TYPE_CHECKING:
     import psutil
 
+    from cluster.config import Config
     from cluster.head_state import HeadFiles
     from cluster.launcher import LaunchStatus
 
@@ -31,8 +32,11 @@ def serve(config: Path, notify_fd: int | None) -> None:
     """Run the head of CONFIG in the foreground until SIGTERM or Ctrl-C, then let running jobs finish."""
     with one_line_errors():
         from cluster.head import run_head
+        from cluster.run_dirs import clean_run_dirs
 
-        files = _files_of(config, needs_door=True)
+        clean_run_dirs()
+        loaded = _load(config, needs_door=True)
+        files = _files(loaded)
         if other := files.running():
             fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
         files.claim()
@@ -45,7 +49,7 @@ def serve(config: Path, notify_fd: int | None) -> None:
                     tell(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
 
                 def on_ready(address: str) -> None:
-                    files.announce(address)
+                    files.announce(address, loaded.security)
                     display.clear()
                     display.say(f"head ready at {address}")
                     tell(address=address)
@@ -56,14 +60,19 @@ def serve(config: Path, notify_fd: int | None) -> None:
     sys.exit(code)
 
 
-def _files_of(config: Path, needs_door: bool = False) -> HeadFiles:
+def _load(config: Path, needs_door: bool = False) -> Config:
     from cluster.config import load_config
-    from cluster.head_state import HeadFiles
     from protos.errors import UserError
 
     loaded = load_config(config)
     if needs_door and not loaded.server.port:
         raise UserError(f"{config}: server.port: 0: a head without a port hears no one; must be such as 7777")
+    return loaded
+
+
+def _files(loaded: Config) -> HeadFiles:
+    from cluster.head_state import HeadFiles
+
     return HeadFiles(loaded.data_dir)
 
 
@@ -109,7 +118,7 @@ def up(config: Path, as_json: bool) -> None:
     from cluster.client_common import Unavailable, read_state
 
     with one_line_errors():
-        files = _files_of(config, needs_door=True)
+        files = _files(_load(config, needs_door=True))
         if other := files.running():
             try:
                 _report(files, read_state(files.data_dir), "already running", as_json)
@@ -192,18 +201,20 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
     from cluster.client_common import DEFAULT_DATA_DIR
     from cluster.head_state import HeadFiles
+    from cluster.run_dirs import clean_run_dirs
 
     with one_line_errors():
         if config is not None and data_dir is not None:
             fail("CONFIG, --data-dir: give one of them", EXIT_INPUT)
         given = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
-        files = HeadFiles(given) if config is None else _files_of(config)
+        files = HeadFiles(given) if config is None else _files(_load(config))
         process = files.running()
         if process is None:
             outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"
         else:
             outcome = _stop(process, timeout)
         files.remove()
+        clean_run_dirs()
         if as_json:
             click.echo(json.dumps({"pid": process.pid if process else None, "outcome": outcome}))
         else:

@@ -30,6 +30,7 @@ from cluster.cli_common import (
 
 if TYPE_CHECKING:
     from cluster.client import Client, Job
+    from cluster.client_connection import ConnectionOptions
 
 _STATES = ("queued", "prefilling", "decoding", "recovering", "succeeded", "failed", "cancelled")
 
@@ -42,9 +43,18 @@ def head_options(command: Callable[..., None]) -> Callable[..., None]:
             help="The head. Default: LONGREACH_ADDRESS, else the one `longreach up` started, else 127.0.0.1:7777.",
         ),
         click.option("--data-dir", type=click.Path(path_type=Path), help="Data directory of the head on this machine."),
-        click.option("--ca-file", type=click.Path(path_type=Path), help="PEM; turns TLS on."),
-        click.option("--cert-file", type=click.Path(path_type=Path), help="PEM of this client, for mutual TLS."),
-        click.option("--key-file", type=click.Path(path_type=Path), help="PEM of its key."),
+        click.option(
+            "--ca-file", metavar="PEM",
+            help="Authority or certificate of the head; turns TLS on. Default: LONGREACH_CA_FILE, or what "
+            "`longreach up` wrote.",
+        ),
+        click.option("--cert-file", metavar="PEM", help="Of this client, for mutual TLS; LONGREACH_CERT_FILE."),
+        click.option("--key-file", metavar="PEM", help="Of its key; LONGREACH_KEY_FILE."),
+        click.option("--server-name", metavar="NAME", help="In the head's certificate, when the address is none."),
+        click.option(
+            "--allow-plaintext-key", is_flag=True, default=None,
+            help="Send the API key (LONGREACH_API_KEY) to another machine without TLS.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -52,20 +62,23 @@ def head_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def find_address(address: str | None, data_dir: Path | None) -> str:
-    """The head to talk to. Raises Unavailable when `--data-dir` was given and no head is ready there."""
-    from cluster.client_common import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Unavailable, read_state
+def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
+    """Address and TLS of the head. Raises Unavailable when `--data-dir` was given and no head is ready there."""
+    from cluster.client_common import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Unavailable
+    from cluster.client_connection import state_connection
 
-    if address:
-        return address
-    if data_dir is not None:
-        return str(read_state(data_dir)["address"])
+    names = ("ca_file", "cert_file", "key_file", "server_name", "allow_plaintext_key")
+    given: Any = {name: options[name] for name in names if options[name] is not None}
+    if address := options["address"]:
+        return address, given
+    if options["data_dir"] is not None:
+        return state_connection(options["data_dir"], given)
     if from_environment := os.environ.get("LONGREACH_ADDRESS"):
-        return from_environment
+        return from_environment, given
     try:
-        return str(read_state(DEFAULT_DATA_DIR)["address"])
+        return state_connection(DEFAULT_DATA_DIR, given)
     except Unavailable:
-        return DEFAULT_ADDRESS
+        return DEFAULT_ADDRESS, given
 
 
 @contextmanager
@@ -74,20 +87,20 @@ def open_client(options: dict[str, Any]) -> Iterator[Client]:
     from cluster.client import Client
     from cluster.client_common import InvalidRequest, JobFailed, LongreachError, NotFound
 
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a failed handshake is our line to write, not gRPC's
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        address = find_address(options["address"], options["data_dir"])
-        files = {name: options[name] for name in ("ca_file", "cert_file", "key_file")}
-        with Client(address, **files) as client:
+        address, connection = find_head(options)
+        with Client(address, **connection) as client:
             yield client
     except NotFound as error:
         fail(error, EXIT_NOT_FOUND)
     except JobFailed as error:
         fail(error, EXIT_WRONG)
     except LongreachError as error:
-        from cluster.client_common import Busy, Conflict, Unauthenticated
+        from cluster.client_common import Busy, Conflict, TlsError, Unauthenticated
 
-        refused = isinstance(error, (InvalidRequest, Conflict, Unauthenticated))
+        refused = isinstance(error, (InvalidRequest, Conflict, TlsError, Unauthenticated))
         later = f" (try again in {error.retry_after_s:.0f} s)" if isinstance(error, Busy) else ""
         fail(f"{error}{later}", EXIT_INPUT if refused else EXIT_CLUSTER)
     except BrokenPipeError:  # `longreach stream ID | head`

@@ -21,16 +21,21 @@ from cluster.client_common import (
     DEFAULT_ADDRESS,
     DEFAULT_DATA_DIR,
     REATTACH_RETRIES,
-    Connection,
     RetryPolicy,
-    SubmitOptions,
     Unavailable,
+)
+from cluster.client_connection import Connection, ConnectionOptions, state_connection
+from cluster.client_requests import (
+    SubmitOptions,
     build_submit,
+    check_after,
     check_source,
+    check_wait,
     document_pieces,
+    document_request,
+    job_request,
     list_request,
     needs_upload,
-    read_state,
 )
 from cluster.client_results import (
     ClusterStatus,
@@ -73,6 +78,7 @@ class Job(JobView):
         >>> if not job.wait(60).done:
         ...     print(job.progress)
         """
+        timeout_s = check_wait(timeout_s)
         end = None if timeout_s is None else time.monotonic() + timeout_s
         cursor = StreamCursor()  # only for its patience while a head restarts
         left = _WAIT_PIECE_S
@@ -115,7 +121,7 @@ class Job(JobView):
         ...     if isinstance(event, TokenEvent):
         ...         print(event.token.text, end="")
         """
-        cursor = StreamCursor(after, retries)
+        cursor = StreamCursor(check_after(after), retries)
         while True:
             messages = self._wire().stream(pb.StreamRequest(id=self.id, after=cursor.after))
             try:
@@ -158,7 +164,7 @@ class Documents:
 
         >>> client.submit(client.documents.upload(Path("report.txt")), "What was decided?")
         """
-        check_source(source)
+        check_source(source, name)
         return DocumentInfo.read(self._wire().upload(lambda: document_pieces(source, name)))
 
     def list(self) -> list[DocumentInfo]:
@@ -167,11 +173,11 @@ class Documents:
 
     def get(self, document_id: str) -> DocumentInfo:
         """One document; NotFound when there is none. `client.documents.get("doc_...").size_bytes`"""
-        return DocumentInfo.read(self._wire().call("GetDocument", pb.DocumentRequest(id=document_id)))
+        return DocumentInfo.read(self._wire().call("GetDocument", document_request(document_id)))
 
     def delete(self, document_id: str) -> None:
         """Forget a document; Conflict while a job needs it. `client.documents.delete("doc_...")`"""
-        self._wire().call("DeleteDocument", pb.DocumentRequest(id=document_id))
+        self._wire().call("DeleteDocument", document_request(document_id))
 
 
 class Client:
@@ -183,27 +189,31 @@ class Client:
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, api_key: str | None = None, *,
-        ca_file: str | os.PathLike[str] | None = None, cert_file: str | os.PathLike[str] | None = None,
-        key_file: str | os.PathLike[str] | None = None, timeout_s: float = 30.0, retries: RetryPolicy = CALL_RETRIES,
+        retries: RetryPolicy = CALL_RETRIES, **options: Unpack[ConnectionOptions],
     ) -> None:  # fmt: skip
         """Args:
         api_key: default: the environment variable LONGREACH_API_KEY.
-        ca_file: PEM; turns TLS on. With `cert_file` and `key_file` this side proves who it is, too.
-        timeout_s: seconds one call may take, without the time a job takes.
+        options: TLS files and more, see `ConnectionOptions`. Raises InvalidRequest.
         """
-        self._connection = Connection(address, api_key, ca_file, cert_file, key_file, timeout_s)
+        self._connection = Connection(address, api_key, **options)
         self._retries = retries
         self._wire: SyncWire | None = None
         self.documents = Documents(self._open)
 
     @classmethod
-    def from_state(cls, data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR, api_key: str | None = None) -> Client:
+    def from_state(
+        cls, data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR, api_key: str | None = None, *,
+        retries: RetryPolicy = CALL_RETRIES, **options: Unpack[ConnectionOptions],
+    ) -> Client:  # fmt: skip
         """The client of the head that `longreach up` started on this machine; Unavailable when there is none.
+
+        With TLS it trusts the certificate that the head's state names.
 
         >>> with Client.from_state() as client:
         ...     print(client.status().model)
         """
-        return cls(read_state(data_dir)["address"], api_key)
+        address, merged = state_connection(data_dir, options)
+        return cls(address, api_key, retries=retries, **merged)
 
     def __enter__(self) -> Client:
         return self
@@ -247,7 +257,7 @@ class Client:
 
     def job(self, job_id: str) -> Job:
         """Find a job again; NotFound when there is none. `client.job("job_...").result`"""
-        return Job(self._open, JobData.read(self._open().call("Get", pb.JobRequest(id=job_id))))
+        return Job(self._open, JobData.read(self._open().call("Get", job_request(job_id))))
 
     def jobs(
         self, states: Collection[str] = (), labels: Mapping[str, str] | None = None, limit: int | None = None

@@ -10,6 +10,7 @@ from cluster.client_common import REATTACH_RETRIES, JobFailed, LongreachError, R
 from protos import jobs_pb2 as pb
 
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
+_PARTS = {pb.REASONING: "reasoning", pb.ANSWER: "answer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +45,26 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token and the text that became certain with it (often empty); `top` has (token id, log-probability)."""
+    """A token and the text that became certain with it (often empty); `top` has (token id, log-probability).
+
+    In streams `part` says whether the output is "reasoning" or "answer" now, and `reasoning` and `answer` are `text`
+    apart, without tags. Elsewhere, and from a head that does not know parts, `part` is empty.
+    """
 
     token_id: int
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    part: str = ""
+    reasoning: str = ""
+    answer: str = ""
 
     @classmethod
     def read(cls, message: pb.Token) -> Token:
         logprob = message.logprob if message.HasField("logprob") else None
-        return cls(message.token_id, message.text, logprob, tuple((t.token_id, t.logprob) for t in message.top))
+        top = tuple((t.token_id, t.logprob) for t in message.top)
+        part = _PARTS.get(message.part, "")
+        return cls(message.token_id, message.text, logprob, top, part, message.reasoning, message.answer)
 
 
 @dataclass(frozen=True, slots=True)

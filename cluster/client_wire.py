@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,14 +18,16 @@ from cluster.client_common import (
     WAY_OUT,
     Busy,
     Conflict,
-    Connection,
     InvalidRequest,
     LongreachError,
     NotFound,
     RetryPolicy,
+    TlsError,
     Unauthenticated,
     Unavailable,
 )
+from cluster.client_connection import Connection
+from cluster.client_tls import check_files, find_mismatch
 from protos import jobs_pb2 as pb
 from protos.channel import CHANNEL_OPTIONS
 from protos.jobs_pb2_grpc import JobsStub
@@ -47,12 +48,14 @@ _SIMPLE: dict[grpc.StatusCode, type[LongreachError]] = {
 }
 
 
-def typed_error(error: grpc.RpcError, address: str) -> LongreachError:
+def typed_error(error: grpc.RpcError, connection: Connection) -> LongreachError:
     """The error of a failed call as one of the client's types."""
+    address = connection.address
     code, details = error.code(), " ".join((error.details() or "").split())
     if code in _SIMPLE:
-        way_out = ": set LONGREACH_API_KEY or api_key" if _SIMPLE[code] is Unauthenticated else ""
-        return _SIMPLE[code](f"{details or code.name.lower()}{way_out}")
+        if _SIMPLE[code] is Unauthenticated:
+            return _wrong_key(connection)
+        return _SIMPLE[code](details or code.name.lower())
     if code == _Code.RESOURCE_EXHAUSTED:
         if "larger than max" in details:  # by grpc itself, about the size of a message
             return InvalidRequest(f"request: {details}")
@@ -63,6 +66,13 @@ def typed_error(error: grpc.RpcError, address: str) -> LongreachError:
     if code == _Code.DEADLINE_EXCEEDED:
         return Unavailable(f"{address}: did not answer in time; a larger timeout_s waits longer")
     return LongreachError(f"{address}: {code.name}: {details}")
+
+
+def _wrong_key(connection: Connection) -> Unauthenticated:
+    given = "the API key that was given is not one of the head's" if connection.secret else "an API key is needed"
+    return Unauthenticated(
+        f"{connection.address}: {given}: set LONGREACH_API_KEY or api_key to a key of the head's security.api_keys_file"
+    )
 
 
 def _is_worth_retrying(error: grpc.RpcError) -> bool:
@@ -80,21 +90,28 @@ class _Wire:
 
     def _open(self, api: Any) -> Any:
         """A channel of `api`, which is grpc or grpc.aio."""
-        if not self.connection.uses_tls:
+        files = self.connection.tls
+        if files is None:
             return api.insecure_channel(self.connection.address, options=_OPTIONS)
-        paths = (self.connection.ca_file, self.connection.key_file, self.connection.cert_file)
-        try:
-            pem = [None if path is None else Path(path).read_bytes() for path in paths]
-        except OSError as error:
-            raise InvalidRequest(f"{error.filename}: cannot be read ({error.strerror})") from error
-        return api.secure_channel(self.connection.address, grpc.ssl_channel_credentials(*pem), options=_OPTIONS)
+        check_files(files)
+        pem = [None if path is None else path.read_bytes() for path in (files.ca, files.key, files.cert)]
+        options: list[tuple[str, Any]] = [*_OPTIONS]
+        if self.connection.server_name:
+            options.append(("grpc.ssl_target_name_override", self.connection.server_name))
+        return api.secure_channel(self.connection.address, grpc.ssl_channel_credentials(*pem), options=options)
 
     def _options(self, timeout_s: float | None) -> dict[str, Any]:
         return {"timeout": timeout_s, "metadata": self._metadata}
 
+    @staticmethod
+    def _check_tls(mismatch: TlsError | None, error: grpc.RpcError) -> None:
+        """Raise at once what no other try would change."""
+        if mismatch is not None:
+            raise mismatch from error
+
     def _failed(self, method: str, tries: int, error: grpc.RpcError) -> pb.Empty:
         """Raise the typed error, unless it says that an earlier try had deleted already."""
-        problem = typed_error(error, self.connection.address)
+        problem = typed_error(error, self.connection)
         if tries and method in _DELETES and isinstance(problem, NotFound):
             return pb.Empty()
         raise problem from error
@@ -124,7 +141,7 @@ class SyncWire(_Wire):
         try:
             yield from call
         except grpc.RpcError as error:
-            raise typed_error(error, self.connection.address) from error
+            raise typed_error(error, self.connection) from error
         finally:
             call.cancel()
 
@@ -136,6 +153,8 @@ class SyncWire(_Wire):
             try:
                 return once()
             except grpc.RpcError as error:
+                if not tries and _is_worth_retrying(error):
+                    self._check_tls(find_mismatch(self.connection), error)
                 if delay is None or not _is_worth_retrying(error):
                     return self._failed(method, tries, error)
             time.sleep(delay)
@@ -172,7 +191,7 @@ class AsyncWire(_Wire):
             async for message in call:
                 yield message
         except grpc.RpcError as error:
-            raise typed_error(error, self.connection.address) from error
+            raise typed_error(error, self.connection) from error
         finally:
             call.cancel()
 
@@ -186,6 +205,8 @@ class AsyncWire(_Wire):
             try:
                 return await once()
             except grpc.RpcError as error:
+                if not tries and _is_worth_retrying(error):
+                    self._check_tls(await asyncio.to_thread(find_mismatch, self.connection), error)
                 if delay is None or not _is_worth_retrying(error):
                     return self._failed(method, tries, error)
             await asyncio.sleep(delay)

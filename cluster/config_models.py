@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from cluster.addresses import is_loopback
 from cluster.config_attention import DualChunk, RopeScaling, SparseSection
 from cluster.config_base import FLAG, POSITIVE, Bytes, Count, PathValue, Section, broken_rule
 from cluster.units import BYTES_RULE, COUNT_RULE
@@ -182,6 +183,9 @@ class ServerSection(Section):
     )
     port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (no door) to 65535")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
+    metrics_host: Annotated[str, AfterValidator(_host)] = Field(
+        default="127.0.0.1", description="must be a host name or an IP address"
+    )
     max_queued_jobs: int = Field(default=256, ge=1, le=1 << 20, description=f"{POSITIVE} and at most {1 << 20}")
     max_document_bytes: Bytes = Field(
         default=64 << 20, ge=1, le=16 << 30, description=f"{BYTES_RULE}, from 1 byte to 16GiB"
@@ -195,12 +199,7 @@ class ServerSection(Section):
 
     @property
     def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @model_validator(mode="after")
     def _ports_differ(self) -> ServerSection:
@@ -259,4 +258,10 @@ class Config(Section):
                 "tls_key_file, or say security.allow_insecure_bind: true"
             )
             raise broken_rule("server.host", rule)
+        if not (is_loopback(self.server.metrics_host) or security.allow_insecure_bind):
+            rule = (
+                "is not a loopback address, and metrics have neither keys nor TLS; use 127.0.0.1, or say "
+                "security.allow_insecure_bind: true"
+            )
+            raise broken_rule("server.metrics_host", rule)
         return self

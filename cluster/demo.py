@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +20,21 @@ ANSWER_TOKENS = 20  # an answer has 15
 _ROOM = 256  # tokens kept for the question and the answer
 _SHORTEST, _LONGEST = 1000, 1 << 20
 _TRAINED = 4096  # positions the checkpoint was trained on
+_KV_TOKEN_BYTES = 512  # of one token in one actor
 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """`positions`: `yarn` stretches the trained window over the document, `plain` does not (and fails beyond 4K)."""
+    """How to run it.
 
-    tokens: int = 32_000
+    `positions`: `dca` (dual chunk attention) and `yarn` stretch the trained window over the document, `plain` does not
+    and fails beyond it. `sparse`: prompts beyond the threshold of the checkpoint select the keys they read.
+    """
+
+    tokens: int = 128_000
     needles: int = 8
-    positions: str = "yarn"
+    positions: str = "dca"
+    sparse: bool = True
     seed: int = 0
 
 
@@ -69,6 +74,7 @@ class DemoResult:
             "total": len(self.answers),
             "tokens": self.haystack.num_tokens,
             "positions": self.options.positions,
+            "sparse": first.attention.to_json() if first.attention is not None else None,
             "stages": self.layout[0],
             "shards_per_stage": self.layout[1],
             "ready_s": round(self.ready_s, 2),
@@ -87,16 +93,20 @@ def demo_deployment(options: DemoOptions) -> Deployment:
     length = options.tokens + _ROOM
     if not _SHORTEST <= options.tokens <= _LONGEST:
         raise UserError(f"tokens: {options.tokens}: must be between {_SHORTEST} and {_LONGEST}")
-    kv_bytes = max(256 << 20, 1024 * length)  # an actor keeps 512 bytes a token
-    overrides: dict[str, object] = {"model.max_model_len": length, "kv_cache.bytes": kv_bytes}
-    scaling: Mapping[str, object]
+    room = length + options.needles * _TRAINED  # every question computes its last cell itself
+    kv_bytes = max(256 << 20, _KV_TOKEN_BYTES * room)
+    overrides: dict[str, object] = {
+        "model.max_model_len": length, "kv_cache.bytes": kv_bytes, "sparse.enabled": options.sparse,
+    }  # fmt: skip
+    if options.positions != "dca":
+        overrides["model.config_file"] = "config.json"
     if options.positions == "plain":
-        scaling = {"rope_type": "default"}
         overrides["model.allow_beyond_positions"] = True
-    else:
+    elif options.positions == "yarn":
         factor = float(max(1, math.ceil(length / _TRAINED)))
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": _TRAINED}
-    overrides["model.rope_scaling"] = scaling
+        overrides["model.rope_scaling"] = {
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": _TRAINED,
+        }  # fmt: skip
     return load_deployment(configs_dir() / "demo.yaml", overrides)
 
 

@@ -88,6 +88,8 @@ def load_mode(target: Target, mode: str, conditions: Conditions) -> Deployment:
 def mode_overrides(target: Target, mode: str, conditions: Conditions) -> dict[str, object]:
     """Dotted keys that turn one checkpoint to `mode`; a context of `conditions.max_len` must be covered."""
     dense: dict[str, object] = {"sparse.enabled": False}
+    if mode in ("plain", "yarn") and load_config(target.config).model.config_file == LONG_CONFIG:
+        dense["model.config_file"] = "config.json"
     if mode == "plain":
         return dense | {
             "model.rope_scaling": {"rope_type": "default"}, "model.dual_chunk_attention": False,

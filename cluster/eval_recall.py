@@ -149,7 +149,7 @@ def _compute(request: dict[str, Any], display: Display) -> dict[str, Any]:
                 result: dict[str, Any] = json.loads(answered.read_bytes())
                 return result
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines() or [f"ended with status {code}"]
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
     if code == 2 and said[-1].startswith("error: "):
         raise UserError(said[-1].removeprefix("error: "))
     if code == 130:

@@ -78,26 +78,22 @@ def strip(scores: Sequence[float | None]) -> str:
 
 
 def recall_table(report: dict[str, Any]) -> Table:
-    """A line a variant: how far its next tokens and logits are from the reference's, and what it visited."""
-    table = Table(
-        "", "same token", "logit error", "KL", "prefill", "density", "recall", "lowest", "made dense",
-        box=None, pad_edge=False, header_style="bold",
-    )  # fmt: skip
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "left" if column is table.columns[0] else "right"
-    reference = report["reference"]
-    table.add_row("dense", "", "", "", f"{reference['prefill_s']:.1f} s", "100%", "", "", "")
-    for variant in report["variants"]:
-        heads = variant.get("heads")
-        table.add_row(
-            variant["name"],
-            f"{variant['same_top1']}/{report['next']}",
-            f"{variant['logit_error_max']:.2g}",
-            f"{variant['kl_mean']:.2g}",
-            f"{variant['prefill_s']:.1f} s",
-            *(_head_figures(heads) if heads else ("100%", "", "", "")),
-        )
+    """A column a variant: how far its next tokens and logits are from the dense reading's, and what it visited."""
+    variants = report["variants"]
+    names = [variant["name"] for variant in variants]
+    table = Table("", "dense", *names, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    seconds = [entry["prefill_s"] for entry in (report["reference"], *variants)]
+    table.add_row("same next token", "", *(f"{variant['same_top1']}/{report['next']}" for variant in variants))
+    table.add_row("largest logit error", "", *(f"{variant['logit_error_max']:.2g}" for variant in variants))
+    table.add_row("mean KL, nats", "", *(f"{variant['kl_mean']:.2g}" for variant in variants))
+    table.add_row("prefill", *(f"{value:.1f} s" for value in seconds))
+    everything = ("100%", "", "", "")
+    figures = [_head_figures(variant["heads"]) if variant.get("heads") else everything for variant in variants]
+    rows = zip(everything, *figures, strict=True)
+    for name, row in zip(("pairs visited", "recall", "lowest recall", "head-cells made dense"), rows, strict=True):
+        table.add_row(name, *row)
     return table
 
 
@@ -107,7 +103,7 @@ def _head_figures(heads: dict[str, Any]) -> tuple[str, str, str, str]:
     return (
         f"{np.mean(heads['density']):.0%}",
         f"{recall.mean():.1%}",
-        f"{recall.min():.1%} L{layer} H{head}",
+        f"L{layer} H{head} {recall.min():.1%}",
         f"{np.mean(heads['dense_share']):.0%}",
     )
 
@@ -129,6 +125,6 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     )
     console.print(recall_table(report))
     console.print(
-        "recall: attention mass kept in rows that were not looked at when keys were chosen; lowest: the layer and head "
-        "where it is lowest; made dense: head-cells that fell below the floor", style="dim",
-    )  # fmt: skip
+        "recall: attention mass kept in rows that were not looked at when keys were chosen; lowest: its layer and head",
+        style="dim",
+    )

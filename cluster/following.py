@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from cluster.generation import Progress
 from cluster.job_store import JobStore
 from cluster.jobs import JobRecord, JobState
-from cluster.recorder import Watch
+from cluster.recorder import Follower, Watch
 from cluster.service_api import JobEvent, ProgressUpdate
 
 HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
@@ -38,43 +38,46 @@ class Following:
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
         """The job once it has ended, or as it is after `timeout_s`."""
         until = time.monotonic() + timeout_s
-        while True:
-            seen = self._watch.version(job_id)
-            record = self._get(job_id)
-            left = until - time.monotonic()
-            if record.state.is_final or left <= 0 or self._watch.closed:
-                return record
-            self._watch.wait(job_id, seen, min(left, HEARTBEAT_S))
+        with self._watch.follow(job_id) as follower:
+            while True:
+                record = self._get(job_id)
+                left = until - time.monotonic()
+                if record.state.is_final or left <= 0 or self._watch.closed:
+                    return record
+                follower.wait(min(left, HEARTBEAT_S))
 
     def events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
         """Tokens after `after`, progress and changes of state in between; ends with the record of the ended job."""
         with self._lock:
             self._followers[job_id] = self._followers.get(job_id, 0) + 1
-        state: JobState | None = None
-        shown: dict[int, Progress] = {}
         try:
-            while True:
-                seen = self._watch.version(job_id)
-                record = self._get(job_id)  # before the tokens: when it has ended, they are all there
-                for question, progress in sorted(self._progress(job_id).items()):
-                    if shown.get(question) != progress:
-                        shown[question] = progress
-                        yield ProgressUpdate(question, progress)
-                page = self._store.tokens(job_id, after, _PAGE)
-                for token in page:
-                    yield token
-                    after = token.number
-                if len(page) == _PAGE:
-                    continue
-                if record.state is not state:
-                    state = record.state
-                    yield record
-                if record.state.is_final or self._watch.closed:
-                    return
-                if not self._watch.wait(job_id, seen, HEARTBEAT_S):
-                    shown.clear()
+            with self._watch.follow(job_id) as follower:
+                yield from self._news(job_id, after, follower)
         finally:
             self._leave(job_id, attached)
+
+    def _news(self, job_id: str, after: int, follower: Follower) -> Iterator[JobEvent]:
+        state: JobState | None = None
+        shown: dict[int, Progress] = {}
+        while True:
+            record = self._get(job_id)  # before the tokens: when it has ended, they are all there
+            for question, progress in sorted(self._progress(job_id).items()):
+                if shown.get(question) != progress:
+                    shown[question] = progress
+                    yield ProgressUpdate(question, progress)
+            page = self._store.tokens(job_id, after, _PAGE)
+            for token in page:
+                yield token
+                after = token.number
+            if len(page) == _PAGE:
+                continue
+            if record.state is not state:
+                state = record.state
+                yield record
+            if record.state.is_final or self._watch.closed:
+                return
+            if not follower.wait(HEARTBEAT_S):
+                shown.clear()
 
     def _leave(self, job_id: str, attached: bool) -> None:
         with self._lock:

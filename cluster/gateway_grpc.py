@@ -7,7 +7,7 @@ strict parsing, one table from errors to status codes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -17,8 +17,9 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from cluster import job_codec as codec
 from cluster.call_boundary import Boundary, Places
 from cluster.config_models import SecuritySection, ServerSection
-from cluster.jobs import InvalidJob, JobRecord, JobToken, check_id
+from cluster.jobs import InvalidJob, JobRecord, JobSpec, JobToken, check_id
 from cluster.preflight import PreflightError
+from cluster.reasoning import ReasoningStream
 from cluster.security import KeyInterceptor, load_api_keys, server_credentials
 from cluster.service_api import JobServiceApi, ProgressUpdate
 from protos import jobs_pb2 as pb
@@ -43,10 +44,16 @@ class Gateway:
     """
 
     def __init__(
-        self, service: JobServiceApi, server: ServerSection, security: SecuritySection, port_override: int | None = None
-    ) -> None:
-        """`port_override` replaces `server.port`; there, 0 binds any free port."""
+        self, service: JobServiceApi, server: ServerSection, security: SecuritySection,
+        port_override: int | None = None, reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            port_override: replaces `server.port`; there, 0 binds any free port.
+            reasoning_opened: whether the answers of a job start as reasoning, without an opening tag.
+        """
         self._service = service
+        self._reasoning_opened = reasoning_opened
         self._config = server
         self._security = security
         self._port = server.port if port_override is None else port_override
@@ -80,7 +87,8 @@ class Gateway:
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
             maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _WAITING_CALLS,
         )
-        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes), server)
+        jobs = _Jobs(self._service, self._config.max_document_bytes, self._reasoning_opened)
+        rpc.add_JobsServicer_to_server(jobs, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -112,9 +120,12 @@ class Gateway:
 class _Jobs(rpc.JobsServicer):
     """The methods of jobs.proto; they raise the errors of `cluster.jobs`, the boundary turns them into status codes."""
 
-    def __init__(self, service: JobServiceApi, max_document_bytes: int) -> None:
+    def __init__(
+        self, service: JobServiceApi, max_document_bytes: int, reasoning_opened: Callable[[JobSpec], bool]
+    ) -> None:
         self._service = service
         self._max_document = max_document_bytes
+        self._reasoning_opened = reasoning_opened
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
@@ -172,12 +183,15 @@ class _Jobs(rpc.JobsServicer):
         number = codec.decode_after(request)
         events = self._service.stream(check_id(request.id, "job"), number)
         try:
+            splits: dict[int, ReasoningStream] | None = None
             for event in events:
                 if not context.is_active():
                     return
                 if isinstance(event, JobToken):
+                    if splits is None:
+                        splits = self._splits(request.id, number)
                     number = event.number
-                    yield codec.encode_token_event(event)
+                    yield codec.encode_token_event(event, splits[event.question])
                 elif isinstance(event, ProgressUpdate):
                     yield codec.encode_progress_event(event, number)
                 else:
@@ -187,6 +201,15 @@ class _Jobs(rpc.JobsServicer):
             close = getattr(events, "close", None)
             if close is not None:
                 close()
+
+    def _splits(self, job_id: str, after: int) -> dict[int, ReasoningStream]:
+        """Where the text of every question stands after a token: reasoning or answer."""
+        record = self._service.get(job_id)
+        opened = self._reasoning_opened(record.spec)
+        splits = {question: ReasoningStream(opened) for question in range(record.spec.input.num_answers)}
+        for token in self._tokens(job_id, after):
+            splits[token.question].push(token.text)
+        return splits
 
     def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.Job:
         job_id = check_id(request.id, "job")
@@ -213,11 +236,16 @@ class _Jobs(rpc.JobsServicer):
 
     def _whole(self, record: JobRecord) -> pb.Job:
         """The job with its tokens and, while it runs, its progress."""
-        tokens: list[JobToken] = []
-        while tokens[-1].number < record.last_event if tokens else record.last_event:
-            page = self._service.tokens(record.id, tokens[-1].number if tokens else 0, _TOKENS_PAGE)
-            if not page:
-                break
-            tokens += page
+        tokens = list(self._tokens(record.id, record.last_event))
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
+
+    def _tokens(self, job_id: str, last: int) -> Iterator[JobToken]:
+        """The tokens of a job up to number `last`."""
+        number = 0
+        while number < last:
+            page = self._service.tokens(job_id, number, min(_TOKENS_PAGE, last - number))
+            if not page:
+                return
+            yield from page
+            number = page[-1].number

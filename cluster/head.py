@@ -17,6 +17,7 @@ from cluster.job_store import JobStore
 from cluster.launcher import LaunchStatus
 from cluster.metrics import MetricsDoor
 from cluster.preflight import check_port
+from cluster.reasoning import reasoning_opened
 from cluster.service import JobService
 from cluster.service_api import ServiceLimits
 from cluster.session import Session
@@ -44,7 +45,7 @@ def run_head(
     deployment = load_deployment(config_path)
     config = deployment.config
     check_port(config.server.host, config.server.port)
-    check_port(config.server.host, config.server.metrics_port)
+    check_port(config.server.metrics_host, config.server.metrics_port)
     signals = _Signals()
 
     def on_launch(status: LaunchStatus) -> None:
@@ -60,8 +61,11 @@ def run_head(
             config.server.document_ttl_s,
         )  # fmt: skip
         service = JobService(session, store, documents, limits)
-        gateway = Gateway(service, config.server, config.security)
-        metrics = MetricsDoor(service, session, config.server.host, config.server.metrics_port)
+        gateway = Gateway(
+            service, config.server, config.security,
+            reasoning_opened=lambda spec: reasoning_opened(session.tokenizer, spec),
+        )  # fmt: skip
+        metrics = MetricsDoor(service, session, config.server.metrics_host, config.server.metrics_port)
         try:
             service.start()
             metrics.start()

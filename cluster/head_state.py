@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from cluster.client_common import STATE_FILE
+from cluster.config_models import SecuritySection
 
 PID_FILE = "head.pid"
 _CLOCK_SLACK_S = 5.0  # file times and process times come from different clocks
@@ -35,10 +36,15 @@ class HeadFiles:
         (self.data_dir / STATE_FILE).unlink(missing_ok=True)  # of a head that was killed
         _write(self.data_dir / PID_FILE, f"{os.getpid()}\n")
 
-    def announce(self, address: str) -> None:
-        """Say that this process is ready at an address."""
-        started = psutil.Process().create_time()
-        state = {"address": reachable(address), "pid": os.getpid(), "started": started}
+    def announce(self, address: str, security: SecuritySection | None = None) -> None:
+        """Say that this process is ready at an address, and by which certificate to know it."""
+        here = reachable(address)
+        state = {
+            "address": here, "pid": os.getpid(), "started": psutil.Process().create_time(),
+            "ca_file": "", "server_name": "",
+        }  # fmt: skip
+        if security is not None and security.tls_cert_file is not None:
+            state |= {"ca_file": str(security.tls_cert_file), "server_name": name_for(security, here)}
         _write(self.data_dir / STATE_FILE, json.dumps(state) + "\n")
 
     def release(self) -> None:
@@ -84,6 +90,15 @@ def _is_head(command: list[str]) -> bool:
         return False
     before = command[: command.index("serve")]
     return "cluster.cli" in before or any(Path(word).name == "longreach" for word in before)
+
+
+def name_for(security: SecuritySection, address: str) -> str:
+    """The name by which to check the certificate at an address of this machine; empty when it is the address's own."""
+    from cluster.security import certificate_names  # grpc comes with it
+
+    host, _, _ = address.rpartition(":")
+    names = certificate_names(security)
+    return "" if not names or host.strip("[]") in names else names[0].replace("*", "head", 1)
 
 
 def reachable(address: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protos.messages import CellReport, SampledToken, SequenceSlice, ShardSpec, StepPlan, StepResult
@@ -38,9 +38,9 @@ class InFlight:
         return len(self._steps)
 
     @property
-    def plans(self) -> Iterator[StepPlan]:
-        """Oldest first."""
-        return (step.plan for step in self._steps.values())
+    def plans(self) -> list[StepPlan]:
+        """What the stages owe, the oldest first."""
+        return [step.plan for step in self._steps.values()]
 
     def add(self, plan: StepPlan) -> None:
         awaited = self._all if any(map(self._is_sparse, plan.slices)) else self._last

@@ -26,6 +26,7 @@ from cluster.jobs import (
     JobToken,
     check_id,
 )
+from cluster.reasoning import ReasoningStream
 from cluster.service_api import ProgressUpdate
 from cluster.session import Ask
 from cluster.yaml_source import show_value
@@ -281,10 +282,12 @@ def encode_progress_event(update: ProgressUpdate, number: int) -> pb.JobEvent:
     return pb.JobEvent(number=number, progress=event)
 
 
-def encode_token_event(token: JobToken) -> pb.JobEvent:
-    return pb.JobEvent(
-        number=token.number, token=pb.TokenEvent(question=token.question, token=encode_token(token))
-    )
+def encode_token_event(token: JobToken, split: ReasoningStream) -> pb.JobEvent:
+    """A token of a stream; `split` has had the texts of the question's tokens before it."""
+    message = encode_token(token)
+    message.reasoning, message.answer = split.push(token.text)
+    message.part = pb.REASONING if split.part == "reasoning" else pb.ANSWER
+    return pb.JobEvent(number=token.number, token=pb.TokenEvent(question=token.question, token=message))
 
 
 def encode_status(status: Mapping[str, Any]) -> pb.ClusterStatusReply:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -16,7 +18,9 @@ import click
 from cluster.cli_common import EXIT_INTERRUPTED, EXIT_WRONG, fail, open_display
 from cluster.client import Client, Job
 from cluster.client_common import InvalidRequest
+from cluster.client_requests import too_large
 from cluster.client_results import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
+from cluster.client_values import MAX_REQUEST_BYTES
 
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "stop",
@@ -42,7 +46,13 @@ def submit_given(client: Client, options: dict[str, Any]) -> Job:
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
-        return parse(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_REQUEST_BYTES + 1)  # no more of a file without end either
+        if len(data) > MAX_REQUEST_BYTES:
+            raise too_large(str(path), max(len(data), path.stat().st_size))
+        return parse(data)
+    except InvalidRequest:
+        raise
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -105,37 +115,82 @@ def _check(job: Job) -> None:
 
 
 class TokenPrinter:
-    """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number."""
+    """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number.
+
+    Reasoning stands before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
+    """
 
     def __init__(self, questions: int) -> None:
         self._many = questions > 1
-        self._lines: dict[int, str] = {}
+        self._lines: dict[tuple[int, str], str] = {}  # unfinished, by question and part
         self._ends_line = True
+        self._part = "answer"
 
     def push(self, event: TokenEvent) -> None:
         """Write what has become a whole line, or anything when there is one question."""
-        if not self._many:
-            self._write(event.token.text)
-            return
-        *whole, rest = (self._lines.get(event.question, "") + event.token.text).split("\n")
+        token = event.token
+        parts = {"reasoning": token.reasoning, "answer": token.answer} if token.part else {"answer": token.text}
+        for part, text in parts.items():
+            if text and self._many:
+                self._push_lines(event.question, part, text)
+            elif text:
+                if part != self._part and not self._ends_line:
+                    self._write("\n")
+                self._part = part
+                self._write(text, dim=part == "reasoning")
+
+    def _push_lines(self, question: int, part: str, text: str) -> None:
+        if part == "answer":
+            self._end_line(question, "reasoning")
+        *whole, rest = (self._lines.get((question, part), "") + text).split("\n")
         for line in whole:
-            self._write(f"[{event.question + 1}] {line}\n")
-        self._lines[event.question] = rest
+            self._write_line(question, part, line)
+        self._lines[question, part] = rest
+
+    def _end_line(self, question: int, part: str) -> None:
+        if line := self._lines.pop((question, part), ""):
+            self._write_line(question, part, line)
+
+    def _write_line(self, question: int, part: str, line: str) -> None:
+        is_reasoning = part == "reasoning"
+        self._write(f"[{question + 1}{' reasoning' if is_reasoning else ''}] {line}\n", dim=is_reasoning)
 
     def finish(self) -> None:
         """Write unfinished lines; stdout then ends with a newline."""
-        for question, line in sorted(self._lines.items()):
-            if line:
-                self._write(f"[{question + 1}] {line}\n")
-        self._lines.clear()
+        for question, part in sorted(self._lines):
+            self._end_line(question, part)
         if not self._ends_line:
             self._write("\n")
+        sys.stdout.flush()
 
-    def _write(self, text: str) -> None:
-        if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            self._ends_line = text.endswith("\n")
+    def _write(self, text: str, dim: bool = False) -> None:
+        sys.stdout.write(click.style(text, dim=True) if dim and sys.stdout.isatty() else text)
+        self._ends_line = text.endswith("\n")
+
+
+class HeldInterrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not inside `held`: what is shown and what is counted agree."""
+
+    def __init__(self) -> None:
+        self._is_held = self._is_pending = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Put an interrupt off until the end of the block."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._is_pending:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        again, self._is_pending = self._is_pending, True
+        if again or not self._is_held:  # a second one also ends a write that nobody reads
+            raise KeyboardInterrupt
 
 
 def stream_job(job: Job, after: int, as_json: bool) -> None:
@@ -143,21 +198,24 @@ def stream_job(job: Job, after: int, as_json: bool) -> None:
     printer = TokenPrinter(len(job.answers))
     display = open_display(as_json)
     last = after
+    interrupts = HeldInterrupts()
 
     with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
         try:
             with display:
                 for event in job.stream(after):
-                    if as_json:
-                        print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
-                    elif isinstance(event, ProgressEvent) and last == after:
-                        at = event.progress
-                        display.prefill(at.processed, at.total, at.eta_ms)
-                    elif isinstance(event, TokenEvent):
-                        display.clear()  # from here on the terminal belongs to the answer
-                        printer.push(event)
-                    if isinstance(event, TokenEvent):
-                        last = event.number
+                    with interrupts.held():
+                        if as_json:
+                            print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
+                        elif isinstance(event, ProgressEvent) and last == after:
+                            at = event.progress
+                            display.prefill(at.processed, at.total, at.eta_ms)
+                        elif isinstance(event, TokenEvent):
+                            display.clear()  # from here on the terminal belongs to the answer
+                            printer.push(event)
+                        if isinstance(event, TokenEvent):
+                            last = event.number
+                            sys.stdout.flush()
         finally:
             printer.finish()
     _check(job)

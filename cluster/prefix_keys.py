@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from cluster.block_pool import page_hashes
+from cluster.block_pool import iter_page_hashes, page_hashes
 from protos import cells
 from protos.model_spec import ModelSpec
 
@@ -43,12 +43,14 @@ class PrefixKeys:
         assert self._spec.dual_chunk is not None, "without dual chunk attention there is one length key"
         return key or self._spec.dual_chunk.original_max_position_embeddings
 
-    def hashes(self, prompt: Sequence[int], key: int, pages: int | None = None) -> list[bytes]:
-        """Hashes of the pages whose KV does not depend on where the prompt ends (at most the first `pages`)."""
+    def hashes(self, prompt: Sequence[int], key: int) -> list[bytes]:
+        """Hashes of the pages whose KV does not depend on where the prompt ends."""
         stop = len(prompt) if self._spec is None else cells.stable_prefix(self._spec, len(prompt))
-        if pages is not None:
-            stop = min(stop, pages * self._page_size)
         return page_hashes(prompt[:stop], self._page_size, self._variant(len(prompt), key))
+
+    def iter_hashes(self, prompt: Sequence[int], key: int) -> Iterator[bytes]:
+        """Hashes of its pages one after the other, the unstable ones too; costs as much as is taken."""
+        return iter_page_hashes(prompt, self._page_size, self._variant(len(prompt), key))
 
     def whole_pages(self, pages: int, prompt_len: int) -> int:
         """How many of the first `pages` a prompt can go on after: sparse ones start at a cell."""
@@ -73,17 +75,6 @@ class PrefixKeys:
             if is_sparse == sparse and key != self.length_key(prompt_len) and off < TOLERANCE:
                 found.append((off, key))
         return [key for _, key in sorted(found)]
-
-    def count_known(self, prompt: Sequence[int], key: int, limit: int, knows: Callable[[bytes], bool]) -> int:
-        """How many of the first `limit` pages of a prompt are known under a length; costs as much as it finds."""
-        count, batch = 0, 1
-        while count < limit:  # twice as many at a time: an unknown document costs one page
-            hashes = self.hashes(prompt, key, min(limit, count + batch))
-            known = next((i for i, page in enumerate(hashes[count:]) if not knows(page)), len(hashes) - count)
-            if count + known < min(limit, count + batch):
-                return count + known
-            count, batch = count + known, 2 * (count + known)
-        return count
 
     def _temperature(self, length: int) -> float:
         if self._spec is None or self._spec.dual_chunk is None or not length:

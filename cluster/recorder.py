@@ -7,12 +7,13 @@ more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from cluster.generation import Generation, Progress, TokenEvent
@@ -51,43 +52,76 @@ class LiveJob:
         self.decodes = False
 
 
+class Follower:
+    """One who follows a job: `wait` returns at the next commit about this job, and at no other."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._changed = threading.Condition(lock)
+        self._news = False
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for news since the last `wait`; False after the timeout."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._news, timeout_s)
+            news, self._news = self._news, False
+            return news
+
+    def wake(self) -> None:
+        """Say that there is news (lock held)."""
+        self._news = True
+        self._changed.notify_all()
+
+
 class Watch:
-    """Followers of jobs wait here; every job has a version that rises when something about it was committed."""
+    """Who waits for news about which job. Keeps nothing about jobs that nobody follows."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._versions: dict[str, int] = {}
-        self._followers: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._followers: dict[str, set[Follower]] = {}
         self._closed = False
 
-    def version(self, job_id: str) -> int:
-        with self._changed:
-            return self._versions.get(job_id, 0)
-
-    def wait(self, job_id: str, seen: int, timeout_s: float) -> bool:
-        """Wait until the version differs from `seen`; False after the timeout or when closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._versions.get(job_id, 0) != seen, timeout_s)
-            return not self._closed and self._versions.get(job_id, 0) != seen
+    @contextlib.contextmanager
+    def follow(self, job_id: str) -> Iterator[Follower]:
+        """A follower inside the block: no commit that comes after its beginning is missed."""
+        follower = Follower(self._lock)
+        with self._lock:
+            self._followers.setdefault(job_id, set()).add(follower)
+        try:
+            yield follower
+        finally:
+            with self._lock:
+                others = self._followers[job_id]
+                others.discard(follower)
+                if not others:
+                    del self._followers[job_id]
 
     def touch(self, job_ids: Sequence[str]) -> None:
-        with self._changed:
+        """Something about these jobs was committed."""
+        with self._lock:
             for job_id in job_ids:
-                self._versions[job_id] = self._versions.get(job_id, 0) + 1
-            self._changed.notify_all()
+                for follower in self._followers.get(job_id, ()):
+                    follower.wake()
 
     def forget(self, job_id: str) -> None:
-        with self._changed:
-            self._versions.pop(job_id, None)
+        """The job was deleted: its followers find that out now."""
+        self.touch([job_id])
 
     def close(self) -> None:
-        with self._changed:
+        """Wake everybody for the last time."""
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            for followers in self._followers.values():
+                for follower in followers:
+                    follower.wake()
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def num_jobs(self) -> int:
+        """How many jobs are followed."""
+        return len(self._followers)
 
 
 _Item = tuple[LiveJob, int, int, Event]  # job, its generation, question, event

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 
 from cluster.block_pool import BlockPool
 from cluster.chunking import Chunk, Stand, chunks, cut, share_budget
@@ -170,10 +171,11 @@ class Scheduler:
         held_back: list[Request] = []
         while self._waiting and len(self._running) < self._max_seqs:
             request = self._waiting.popleft()
-            if self._awaits_prefix(request):
+            full = self._no_room_for == (request.sequence, self.pool.num_releases)  # until a block comes back
+            if not full and self._awaits_prefix(request):
                 held_back.append(request)
-            elif self._no_room_for == (request.sequence, self.pool.num_releases) or not self._reserve(request):
-                self._no_room_for = (request.sequence, self.pool.num_releases)  # until a block comes back
+            elif full or not self._reserve(request):
+                self._no_room_for = (request.sequence, self.pool.num_releases)
                 self._waiting.appendleft(request)
                 break
         self._waiting.extendleft(reversed(held_back))
@@ -201,7 +203,9 @@ class Scheduler:
         least = max(1, int(_FOREIGN_SHARE * request.num_prompt) // self._page_size)
         best, chosen = 0, own
         for key in (own, *nearby):
-            known = self._keys.count_known(request.prompt, key, limit, self._is_known)
+            same = key == request.length_key
+            hashes = request.hashes if same else self._keys.iter_hashes(request.prompt, key)
+            known = sum(1 for _ in takewhile(self._is_known, islice(hashes, limit)))
             known = self._keys.whole_pages(known, request.num_prompt)
             if known > best and (key == own or known >= least):
                 best, chosen = known, key

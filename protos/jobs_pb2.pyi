@@ -17,6 +17,12 @@ class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SUCCEEDED: _ClassVar[State]
     FAILED: _ClassVar[State]
     CANCELLED: _ClassVar[State]
+
+class Part(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PART_UNSPECIFIED: _ClassVar[Part]
+    REASONING: _ClassVar[Part]
+    ANSWER: _ClassVar[Part]
 STATE_UNSPECIFIED: State
 QUEUED: State
 PREFILLING: State
@@ -25,6 +31,9 @@ RECOVERING: State
 SUCCEEDED: State
 FAILED: State
 CANCELLED: State
+PART_UNSPECIFIED: Part
+REASONING: Part
+ANSWER: Part
 
 class Empty(_message.Message):
     __slots__ = ()
@@ -184,16 +193,22 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("token_id", "text", "logprob", "top")
+    __slots__ = ("token_id", "text", "logprob", "top", "part", "reasoning", "answer")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     TOP_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
     logprob: float
     top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
+    part: Part
+    reasoning: str
+    answer: str
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., part: _Optional[_Union[Part, str]] = ..., reasoning: _Optional[str] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("question", "token_ids", "text", "reasoning", "finish_reason", "progress", "prompt_tokens", "cached_tokens", "tokens", "attention")

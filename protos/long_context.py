@@ -94,23 +94,6 @@ def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: Mo
     )
 
 
-def page_size_error(spec: ModelSpec, page_size: int) -> str | None:
-    """Why the KV pages do not fit the grid of this model, with the way out; None when they do."""
-    for key, tokens in (
-        ("chunk_size - local_size of dual chunk attention", spec.chunk_distance),
-        ("the cell of sparse prefill", spec.sparse.cell if spec.sparse else 0),
-    ):
-        if tokens % page_size:
-            return f"{page_size}: must divide {key} ({tokens} tokens)"
-    return None
-
-
-def heads_without_pattern(spec: ModelSpec) -> int:
-    """Heads of all layers that stay dense because the published patterns leave them out."""
-    patterns = spec.sparse.patterns if spec.sparse else None
-    return sum(head is None for layer in patterns or () for head in layer)
-
-
 def _section(config: Fields) -> Fields:
     value = config.get(SECTION)
     if value is not None and not isinstance(value, dict):

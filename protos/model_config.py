@@ -65,7 +65,7 @@ def load_model_spec(
     Raises:
         ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
     """
-    if Path(config_file).name != config_file:
+    if Path(config_file).name != config_file or config_file in ("", ".."):
         raise ModelConfigError(f"config_file: {config_file!r}: must be the name of a file inside {model_dir}")
     path = Path(model_dir) / config_file
     config = Fields(str(path), read_json(path))

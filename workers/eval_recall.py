@@ -171,9 +171,11 @@ def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
         "kl_mean": float(divergence.mean()),
         "kl_max": float(divergence.max()),
         "positions": {
-            "same": same.tolist(), "logit_error": _rounded(errors.tolist()), "kl": _rounded(divergence.tolist()),
+            "other_top1": (~same).nonzero().flatten().tolist(),
+            "logit_error": _rounded(errors.tolist()),
+            "kl": _rounded(divergence.tolist()),
         },
-    }  # fmt: skip
+    }
 
 
 def head_figures(reports: Sequence[CellReport], spec: ModelSpec) -> dict[str, list[list[float]]]:

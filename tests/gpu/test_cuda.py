@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +12,10 @@ from protos.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec
 from protos.model_config import load_model_spec
 from protos.model_spec import ModelSpec
 from workers.attention.flash import attend
-from workers.attention.plan import dense_plan
+from workers.attention.plan import AttentionPlan, Selection
+from workers.attention.queries import Queries
 from workers.attention.reference import attend_reference
-from workers.kv_cache import BlockTable, PagedKV
+from workers.kv_cache import BlockTable, PagedKV, quantise
 from workers.model.moe import run_experts, run_experts_reference
 from workers.model.weights import load_shard
 from workers.model_runner import ModelRunner
@@ -31,23 +33,33 @@ def whole_model(spec: ModelSpec) -> ShardSpec:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("cache", ["the same", "int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 17), (64, 67), (1000, 193), (4095, 1)])
+@pytest.mark.parametrize(("start", "rows", "distance"), [
+    (0, 1, 0), (0, 17, 0), (64, 67, 0), (1000, 193, 0), (4095, 1, 0), (1536, 193, 512), (1535, 1, 512), (600, 17, 512),
+])  # fmt: skip
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_attention(dtype: torch.dtype, start: int, rows: int, shuffled: bool) -> None:
+def test_attention(
+    dtype: torch.dtype, start: int, rows: int, distance: int, shuffled: bool, sparse: bool, cache: str
+) -> None:
     torch.manual_seed(start + rows)
     context = start + rows
     blocks = -(-context // PAGE)
     order = torch.randperm(blocks).tolist() if shuffled else list(range(blocks))
     table = BlockTable(PAGE)
     table.append(order)
-    k, v = torch.randn(context, 2, 64), torch.randn(context, 2, 64)
-    q = torch.randn(rows, 8, 64)
-    kv = PagedKV(1, 2, 64, blocks, PAGE, dtype, "cuda")
-    kv.write(0, table.runs(0, context), k.to("cuda", dtype), v.to("cuda", dtype))
-    plan = dense_plan(start, rows, tile=64)
-    got = attend(q.to("cuda", dtype), kv.keys(0), kv.values(0), table, plan, 0.125).float().cpu()
-    expected = attend_reference(q.to(dtype).float(), k.to(dtype).float(), v.to(dtype).float(), start, plan, 0.125)
+    k, v = torch.randn(2, context, 2, 64).to(dtype)
+    q = torch.randn(3, rows, 8, 64).to(dtype)
+    kv = PagedKV(1, 2, 64, blocks, PAGE, torch.int8 if cache == "int8" else dtype, "cuda")
+    kv.write(0, table.runs(0, context), k.cuda(), v.cuda())
+    if cache == "int8":
+        k, v = ((small * scales[..., None]).to(dtype) for small, scales in (quantise(k), quantise(v)))
+    near = Selection(np.array([[0, 70], [200, 263]], np.int32), np.arange(0, context, 7, dtype=np.int32))
+    plan = AttentionPlan(start, rows, distance, (near,) * 8 if sparse else None)
+    scales = torch.linspace(0.1, 0.15, rows) if dtype == torch.float32 else torch.full((rows,), 0.125)
+    got = attend(Queries(*q.cuda()), kv.layer(0), table, plan, scales).float().cpu()
+    expected = attend_reference(Queries(*q.float()), k.float(), v.float(), plan, scales)
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     assert (got - expected).abs().max() <= bound * expected.abs().max()
 

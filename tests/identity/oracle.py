@@ -71,10 +71,14 @@ class Oracle:
                 rows.append(out.logits[0, -1].float())
                 tokens.append(int(rows[-1].argmax()))
         reference = Reference(tuple(tokens[len(prompt) :]), torch.stack(rows))
-        best = reference.logits.topk(2, dim=-1).values
-        gap = float(((best[:, 0] - best[:, 1]) / reference.logits.abs().amax(dim=-1)).min())
-        assert gap > _CLEAR, f"the two best tokens are {gap:.1e} apart: choose another prompt, this one proves nothing"
+        assert is_clear(reference), "two best tokens lie too close: choose another prompt, this one proves nothing"
         return reference
+
+
+def is_clear(reference: Reference) -> bool:
+    """Whether no token of it could have come out otherwise by rounding alone."""
+    best = reference.logits.topk(2, dim=-1).values
+    return float(((best[:, 0] - best[:, 1]) / reference.logits.abs().amax(dim=-1)).min()) > _CLEAR
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

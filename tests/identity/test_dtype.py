@@ -70,3 +70,18 @@ def test_tokens_differ_only_near_ties(stages: int, ranks: int) -> None:
         flips += int((gaps > 0).sum())
         assert float(gaps.max()) <= ALLOWED * error
     assert flips <= count * len(chosen) // 50
+
+
+@pytest.mark.parametrize(("stages", "ranks", "chunk"), [(1, 1, 4096), (2, 2, 64)])
+def test_an_int8_cache_costs_little(stages: int, ranks: int, chunk: int) -> None:
+    """The error of 8 bits a value is that of bfloat16 weights and activations, and the chosen tokens are the same."""
+    with Pipeline(
+        NEEDLE, stages, ranks, chunk=chunk, blocks=1024, seqs=64, kv_dtype=torch.int8
+    ).keep_logits() as pipeline:
+        results = run(pipeline, prompts(), 1)
+        found = torch.cat([pipeline.logits(result) for result in results])
+    exact = torch.stack([oracle(torch.float32).logits(prompt, 1)[0] for prompt in prompts()])
+    error = relative_error(found, exact)
+    assert 0 < float(error.mean()) <= float(errors_of_transformers()[0].mean())
+    gaps = exact.amax(dim=1) - exact.gather(1, found.argmax(dim=1, keepdim=True))[:, 0]
+    assert float(gaps.max()) <= ALLOWED * errors_of_transformers()[1]

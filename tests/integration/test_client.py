@@ -13,7 +13,8 @@ import pytest
 
 import cluster
 from cluster import AsyncClient, Client, JobEnded, ProgressEvent, TokenEvent
-from cluster.client_common import PIECE_BYTES, RetryPolicy
+from cluster.client_common import RetryPolicy
+from cluster.client_requests import PIECE_BYTES
 from protos import jobs_pb2 as pb
 from tests.support.fake_jobs import WORDS, FakeHead
 

@@ -10,6 +10,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.client import Client
+from cluster.client_results import TokenEvent
 from cluster.config_models import SecuritySection, ServerSection
 from cluster.gateway_grpc import JOBS_SERVICE, MAX_PIECE, Gateway
 from cluster.jobs import Busy, Conflict, InvalidJob, JobToken, NotAllowedNow, new_id
@@ -193,6 +195,28 @@ def test_a_stream_from_progress_to_the_ended_job(service: FakeJobService, stub: 
     assert events[3].job.answers[0].text == "ab"
     assert service.closed.wait(5)
     assert code_of(lambda: list(stub.Stream(pb.StreamRequest(id=ID))))[0] is Code.NOT_FOUND
+
+
+THOUGHT = ("<thi", "nk>", "wh", "y ", "</think>\n", "\nso", " it is")
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 4, 5, 6])
+@pytest.mark.parametrize("opened", [False, True])
+def test_streamed_tokens_say_reasoning_or_answer(service: FakeJobService, after: int, opened: bool):
+    texts = THOUGHT[2:] if opened else THOUGHT
+    tokens = [JobToken(number, 0, 65, text) for number, text in enumerate(texts, 1)]
+    with serving(service, reasoning_opened=lambda spec: opened) as (_, address), Client(address) as client:
+        job = client.submit(prompt="why?")
+        service.committed[job.id] = tokens
+        service.events = list(tokens[after:])
+        events = [event for event in job.stream(after) if isinstance(event, TokenEvent)]
+    assert [event.token.text for event in events] == list(texts[after:])
+    reasoning = ["", "", "wh", "y", "", "", ""][2 * opened :]
+    answer = ["", "", "", "", "", "so", " it is"][2 * opened :]
+    parts = ["answer", *["reasoning"] * 3, *["answer"] * 3][2 * opened :]
+    assert [event.token.reasoning for event in events] == reasoning[after:]
+    assert [event.token.answer for event in events] == answer[after:]
+    assert [event.token.part for event in events] == parts[after:]
 
 
 def test_a_client_that_leaves_closes_the_events(service: FakeJobService, stub: rpc.JobsStub):

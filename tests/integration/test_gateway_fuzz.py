@@ -1,6 +1,7 @@
 """Broken bytes for every method of the gRPC door: it lives on, and each failure is a status that says what is wrong.
 
-`LONGREACH_FUZZ=10000` sends that many requests instead of 2,000.
+2,000 requests each to a door over a service in memory and to a whole head over a fake pipeline;
+`LONGREACH_FUZZ=10000` sends as many, `LONGREACH_FUZZ_SEED` others.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -17,19 +19,31 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.gateway_grpc import JOBS_SERVICE
 from cluster.jobs import new_id
+from cluster.service_api import ServiceLimits
 from protos import jobs_pb2 as pb
 from protos import jobs_pb2_grpc as rpc
 from tests.support.fake_job_service import FakeJobService, channel_to, serving
+from tests.support.fake_session import FakeSession
+from tests.support.head import Served
 
 Code = grpc.StatusCode
 ID = new_id("job")
 PROMPT = pb.SubmitRequest(prompt="hello")
 
 
-@pytest.fixture
-def address() -> Iterator[str]:
-    with serving(FakeJobService(), max_streams=4) as (_, made):
-        yield made
+@pytest.fixture(params=["door", "head"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "door":
+        with serving(FakeJobService(), max_streams=4) as (_, made):
+            yield made
+        return
+    session = FakeSession(tmp_path / "session")
+    session.start()
+    with Served(session, tmp_path / "data", ServiceLimits(max_queued_jobs=100_000)) as head:
+        yield head.address
+        assert head.client.submit(token_ids=[1, 2], max_tokens=2).wait(60).state == "succeeded"
+        head.service.check_integrity()
+    session.close()
 
 
 REQUESTS = {
@@ -78,7 +92,7 @@ def mutate(noise: random.Random, raw: bytes) -> bytes:
 
 def test_mutated_requests_never_break_the_door(address: str):
     assert set(REQUESTS) == {method.name for method in pb.DESCRIPTOR.services_by_name["Jobs"].methods}
-    noise = random.Random(20)
+    noise = random.Random(os.environ.get("LONGREACH_FUZZ_SEED", "20"))
     seen: dict[grpc.StatusCode, int] = {}
     with channel_to(address) as channel:
         for number in range(int(os.environ.get("LONGREACH_FUZZ", "2000"))):

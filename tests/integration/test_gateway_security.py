@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -23,6 +17,7 @@ from cluster.preflight import PreflightError
 from cluster.security import OPEN_METHODS, key_metadata
 from protos import jobs_pb2 as pb
 from protos import jobs_pb2_grpc as rpc
+from tests.support.certificates import Authority
 from tests.support.fake_job_service import FakeJobService, channel_to, serving, write_secret
 
 Code = grpc.StatusCode
@@ -102,43 +97,6 @@ def test_every_key_of_the_file_opens(locked: tuple[FakeJobService, grpc.Channel]
     assert KEY not in caplog.text
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
-
-
-class Authority:
-    """A certificate authority of one test."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.certificate = self._sign(self._name, self._key, is_authority=True)
-        self.file = write_secret(folder / f"{name}.pem", self.certificate, 0o644)
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """(certificate, key) for localhost, as files."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        certificate = write_secret(self._folder / f"{name}.crt", self._sign(subject, key), 0o644)
-        return certificate, write_secret(self._folder / f"{name}.key", pem)
-
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, is_authority: bool = False) -> bytes:
-        now = datetime.datetime.now(datetime.UTC)
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        )
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 @pytest.fixture

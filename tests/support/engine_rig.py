@@ -14,7 +14,8 @@ from cluster.generation import Generation, GenerationSpec
 from cluster.scheduler import Scheduler
 from cluster.ticket import Event, Ticket
 from cluster.tokenizer import TextTokenizer
-from protos.messages import SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+from protos.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+from protos.model_spec import ModelSpec
 
 NEEDLE = Path(__file__).parents[2] / "configs" / "needle"
 EMPTY = Span(0, 0)
@@ -41,6 +42,7 @@ class FakeShard:
         self.plans: list[StepPlan] = []
         self.fail_at: int | None = None
         self.closed = 0
+        self.report: Callable[[StepPlan], tuple[CellReport, ...]] = lambda plan: ()  # of sparse cells
         self._clock = clock
         self._gate = threading.Semaphore(1 << 30)
         self._queue: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
@@ -74,7 +76,10 @@ class FakeShard:
                 for part in plan.slices
                 if part.sample and self.shard.is_last
             )
-            on_result(StepResult(plan.epoch, plan.step, self.shard.stage, self.shard.rank, 500_000, samples, error))
+            where = self.shard.stage, self.shard.rank
+            cells = self.report(plan)
+            estimate_us = 100_000 if cells else 0
+            on_result(StepResult(plan.epoch, plan.step, *where, 500_000, samples, error, cells, estimate_us))
 
     @staticmethod
     def _logprobs(part) -> tuple:
@@ -86,12 +91,16 @@ class Rig:
 
     def __init__(
         self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
-        blocks: int = 64, eos: Sequence[int] = (), text: bool = False,
+        blocks: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
     ) -> None:  # fmt: skip
         self.clock = Clock()
-        self.shards = [FakeShard(stage, stages, script, self.clock) for stage in range(stages)]
+        self.shards = [
+            FakeShard(stage, stages, script, self.clock, rank)
+            for stage in range(stages)
+            for rank in reversed(range(ranks))
+        ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, runs_ahead=stages == 1)
+        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec, runs_ahead=stages == 1)
         self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
 
     def __enter__(self) -> Rig:

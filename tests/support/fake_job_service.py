@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class FakeJobService:
         self.contents: dict[str, bytes] = {}
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
+        self.committed: dict[str, list[JobToken]] = {}  # what `tokens` gives, instead of made-up ones
         self.endless = False
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
@@ -82,6 +83,8 @@ class FakeJobService:
         return self.records[job_id]
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+        if job_id in self.committed:
+            return self.committed[job_id][after : after + limit]
         last = self.get(job_id).last_event
         return [JobToken(n, 0, 64 + n, chr(96 + n)) for n in range(after + 1, min(last, after + limit) + 1)]
 
@@ -138,10 +141,12 @@ class FakeJobService:
 
 @contextlib.contextmanager
 def serving(
-    service: FakeJobService, security: SecuritySection | None = None, **limits: object
-) -> Iterator[tuple[Gateway, str]]:
+    service: FakeJobService, security: SecuritySection | None = None,
+    reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False, **limits: object,
+) -> Iterator[tuple[Gateway, str]]:  # fmt: skip
     """A gateway on a free port and its address."""
-    gateway = Gateway(service, ServerSection(**limits), security or SecuritySection(), port_override=0)  # type: ignore[arg-type]
+    server = ServerSection(**limits)  # type: ignore[arg-type]
+    gateway = Gateway(service, server, security or SecuritySection(), 0, reasoning_opened)
     address = gateway.start()
     try:
         yield gateway, address

@@ -16,12 +16,12 @@ from cluster.engine import Engine
 from cluster.generation import Generation, GenerationSpec
 from cluster.scheduler import Scheduler
 from cluster.topology import plan_shards
-from protos.messages import SampledToken, ShardSpec, StepPlan, StepResult
+from protos.messages import CellReport, ShardSpec, StepPlan, StepResult
 from protos.model_config import load_model_spec
 from protos.model_spec import ModelSpec
 from workers.kv_cache import PagedKV
 from workers.model.weights import load_shard
-from workers.model_runner import ModelRunner
+from workers.model_runner import ModelRunner, StepOutput
 from workers.transport.collectives import Collectives, join_group
 from workers.transport.links import Inbox, InProcessSender
 
@@ -33,6 +33,7 @@ class InProcessShard:
         self.shard: ShardSpec = runner.shard
         self.runner = runner
         self.plans: list[StepPlan] = []  # every step this shard has executed
+        self.cells: list[CellReport] = []  # of every sparse cell it has attended, layer by layer
         self.logits: dict[int, torch.Tensor] = {}  # step -> logits of its samples, when kept
         self.rows: dict[tuple[int, int], torch.Tensor] = {}  # (sequence, token index) -> logits [V], when kept
         self.keep_logits = False
@@ -59,7 +60,7 @@ class InProcessShard:
     def _run(self, on_result: Callable[[StepResult], None]) -> None:
         while (plan := self._plans.get()) is not None:
             error = ""
-            samples: tuple[SampledToken, ...] = ()
+            out = StepOutput()
             try:
                 hidden = self._inbox.take(plan.step, 60.0) if self._inbox else None
                 out = self.runner.execute(plan, hidden, keep_logits=self.keep_logits)
@@ -69,11 +70,16 @@ class InProcessShard:
                     self.logits[plan.step] = out.logits
                     wanted = ((part.sequence, part.sample.token_index) for part in plan.slices if part.sample)
                     self.rows.update(zip(wanted, out.logits, strict=True))
-                samples = out.samples
+                self.cells.extend(out.cells)
                 self.plans.append(plan)
             except Exception as problem:  # noqa: BLE001 - reported like a stage does
                 error = str(problem) or repr(problem)
-            on_result(StepResult(plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, samples, error))
+            on_result(
+                StepResult(
+                    plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, out.samples, error, out.cells,
+                    out.estimate_us,
+                )
+            )  # fmt: skip
 
 
 class Pipeline:
@@ -82,6 +88,7 @@ class Pipeline:
     def __init__(
         self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, blocks: int = 64, page: int = 16,
         seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
+        kv_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.spec = spec or load_model_spec(model_dir)
         shards = plan_shards(self.spec, stages, ranks)
@@ -91,7 +98,7 @@ class Pipeline:
 
         def build(shard: ShardSpec) -> InProcessShard:
             weights = load_shard(model_dir, self.spec, shard, dtype, torch.device("cpu"), None)
-            kv = PagedKV(shard.layers.size, shard.kv_heads.size, self.spec.head_dim, blocks, page, dtype)
+            kv = PagedKV(shard.layers.size, shard.kv_heads.size, self.spec.head_dim, blocks, page, kv_dtype or dtype)
             group = join_group(stores[shard.stage], shard.rank, ranks, torch.device("cpu"), 60.0)
             self._groups.append(group)
             runner = ModelRunner(self.spec, shard, weights, kv, group)
@@ -101,7 +108,7 @@ class Pipeline:
 
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
             self.shards = list(threads.map(build, shards))
-        self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs, runs_ahead=stages == 1)
+        self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs, spec=self.spec, runs_ahead=stages == 1)
         self.engine = Engine(self.scheduler, self.shards, None, eos)
 
     def __enter__(self) -> Pipeline:

@@ -94,7 +94,7 @@ class FakeStage:
         last rows decide what is selected), and the length scale."""
         stop, scale = position + 1, 1.0
         if self.spec.sparse and cells.is_sparse(self.spec, position, part.prompt_len):
-            stop = cells.next_cut(self.spec, position, part.prompt_len)
+            stop = cells.next_cut(self.spec, position, part.prompt_len) or stop
             tokens = self.truth[part.sequence].tokens(0, stop)
         if self.spec.dual_chunk:
             scale = self.spec.dual_chunk.temperature(max(part.scale_len or part.prompt_len, position + 1))

@@ -100,19 +100,21 @@ def attention(cell: Cell, sample: SampledRows) -> np.ndarray:
     page = cell.table.page_size
     blocks = [run.first // page + at for run in cell.table.runs(0, cell.table.num_blocks * page)
               for at in range(run.length // page)]  # fmt: skip
-    own = plan.start // plan.distance if plan.distance else 0
+    position = np.arange(stop)
+    slots = np.array(blocks)[position // page] * page + position % page
+    region = np.zeros(stop, int)  # DCA chunks between the rows and a key, at most 2
+    if plan.distance:
+        region = np.minimum(plan.start // plan.distance - position // plan.distance, 2)
+    late = position > plan.start + np.array(sample.rows)[:, None]
     found = np.zeros((heads, len(sample.rows), stop))
     for head in range(heads):
-        for at, row in enumerate(sample.rows):
-            logits = np.full(stop, -np.inf)
-            for key in range(plan.start + row + 1):
-                chunk = key // plan.distance if plan.distance else 0
-                q = (sample.queries.intra, sample.queries.succ, sample.queries.inter)[min(own - chunk, 2)]
-                assert q is not None
-                k = keys[head * kv_heads // heads, blocks[key // page] * page + key % page]
-                logits[key] = float(q[at, head].double() @ k) * float(sample.scales[at])
-            mass = np.exp(logits - logits.max())
-            found[head, at] = mass / mass.sum()
+        k = keys[head * kv_heads // heads, torch.from_numpy(slots)].numpy()
+        queries = [q[:, head].double().numpy() for q in (sample.queries.intra, sample.queries.succ,
+                                                         sample.queries.inter) if q is not None]  # fmt: skip
+        logits = np.choose(region, [q @ k.T for q in queries]) * sample.scales.double().numpy()[:, None]
+        logits[late] = -np.inf
+        mass = np.exp(logits - logits.max(axis=1, keepdims=True))
+        found[head] = mass / mass.sum(axis=1, keepdims=True)
     return found
 
 
@@ -122,8 +124,7 @@ def column_and_offset_sums(cell: Cell, probabilities: np.ndarray) -> tuple[np.nd
     offsets = np.zeros((probabilities.shape[0], stop))
     for at, row in enumerate(cell.queries.estimate.rows):
         position = cell.plan.start + row
-        for key in range(position + 1):
-            offsets[:, position - key] += probabilities[:, at, key]
+        offsets[:, position - np.arange(position + 1)] += probabilities[:, at, : position + 1]
     return probabilities.sum(axis=1), offsets
 
 
@@ -137,11 +138,9 @@ def kept_mass(
     probabilities: np.ndarray, start: int, rows: tuple[int, ...], selection: Selection
 ) -> float:
     """Mean over the rows `[R, S]` of the mass on kept pairs, as a set."""
-    total = 0.0
-    columns = set(selection.columns.tolist())
-    for at, row in enumerate(rows):
-        for key in range(start + row + 1):
-            offset = start + row - key
-            near = any(low <= offset <= high for low, high in selection.offsets.tolist())
-            total += float(probabilities[at, key]) if near or key in columns else 0.0
-    return total / len(rows)
+    keys = np.arange(probabilities.shape[-1])
+    offsets = start + np.array(rows)[:, None] - keys
+    keep = np.isin(keys, selection.columns)[None] | np.zeros_like(offsets, bool)
+    for low, high in selection.offsets.tolist():
+        keep |= (offsets >= low) & (offsets <= high)
+    return float(probabilities[keep].sum()) / len(rows)

@@ -49,7 +49,9 @@ def test_kernels_run_on_a_machine_with_only_torch_and_numpy(tmp_path: Path) -> N
     assert result["cpu"]["count"] >= 1
     assert result["config"]["quick"] is True
     names = [figure["name"] for figure in result["figures"]]
-    for kernel in ("attention", "torch SDPA", "experts", "rms_norm", "rotate", "linear", "all-reduce", "sampler", "frames"):
+    for kernel in (
+        "attention", "torch SDPA", "experts", "rms_norm", "rotate", "linear", "all-reduce", "sampler", "frames",
+    ):  # fmt: skip
         assert any(name.startswith(kernel) for name in names), kernel
     for figure in result["figures"]:
         assert figure["unit"] == "ms"

@@ -13,9 +13,11 @@ import pytest
 
 import cluster
 from cluster import client_common as common
+from cluster import client_requests as requests
 from cluster.aio import AsyncClient, AsyncDocuments, AsyncJob
 from cluster.client import Client, Documents, Job
-from cluster.client_results import JobData, JobEnded, JobView, ProgressEvent, StreamCursor, TokenEvent
+from cluster.client_connection import Connection
+from cluster.client_results import JobData, JobEnded, JobView, ProgressEvent, StreamCursor, Token, TokenEvent
 from cluster.config_models import Config
 from cluster.head_state import HeadFiles, _is_head, reachable
 from cluster.job_output import TokenPrinter
@@ -50,23 +52,23 @@ BAD: list[tuple[str | None, Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(("document", "question", "options"), BAD)
 def test_bad_requests_are_refused_before_they_are_sent(document: Any, question: Any, options: Any) -> None:
     with pytest.raises(cluster.InvalidRequest) as caught:
-        common.build_submit(document, question, options)
+        requests.build_submit(document, question, options)
     assert isinstance(caught.value, ValueError)
 
 
 def test_unknown_option_is_a_type_error() -> None:
     options: Any = {"prompt": "p", "max_token": 3}
     with pytest.raises(TypeError, match="max_token"):
-        common.build_submit(None, None, options)
+        requests.build_submit(None, None, options)
 
 
 def test_left_out_options_stay_unset() -> None:
-    request = common.build_submit(None, None, {"prompt": "", "temperature": None})
+    request = requests.build_submit(None, None, {"prompt": "", "temperature": None})
     assert request.WhichOneof("input") == "prompt"
     assert not request.sampling.ListFields()
     assert not request.HasField("deadline_s")
     assert len(request.idempotency_key) == 32
-    assert common.build_submit(None, None, {"token_ids": []}).WhichOneof("input") == "token_ids"
+    assert requests.build_submit(None, None, {"token_ids": []}).WhichOneof("input") == "token_ids"
 
 
 def test_backoff_grows_and_is_bounded() -> None:
@@ -92,15 +94,45 @@ def test_default_data_dir_is_that_of_the_configuration() -> None:
 
 def test_connection_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGREACH_API_KEY", "outer")
-    assert common.Connection().secret == "outer"
-    assert common.Connection(api_key="inner").secret == "inner"
-    assert common.Connection(api_key="").secret == ""
+    assert Connection().secret == "outer"
+    assert Connection(api_key="inner").secret == "inner"
+    assert Connection(api_key="").secret == ""
     files = [{"cert_file": "c"}, {"key_file": "k"}]
     addresses = [{"address": address} for address in ("", "host", ":7", "h:x", "h:")]
     for wrong in (*files, *addresses, {"timeout_s": 0}, {"timeout_s": float("nan")}):
         values: Any = wrong
         with pytest.raises(cluster.InvalidRequest):
-            common.Connection(**values)
+            Connection(**values)
+
+
+KEYED = "k" * 16
+
+
+@pytest.mark.parametrize(
+    ("address", "is_local"),
+    [
+        ("127.0.0.1:7777", True), ("127.1.2.3:1", True), ("localhost:1", True), ("[::1]:1", True),
+        ("unix:/tmp/s", True),
+        ("10.0.0.1:7777", False), ("head.example.org:1", False), ("[::]:1", False), ("0.0.0.0:1", False),
+        ("localhost.example.org:1", False), ("dns:///127.0.0.1:1", False),
+    ],
+)  # fmt: skip
+def test_a_key_travels_in_plain_text_only_on_this_machine_or_when_told(
+    address: str, is_local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Connection(address)
+    Connection(address, KEYED, ca_file="ca.pem")
+    Connection(address, KEYED, allow_plaintext_key=True)
+    for outer in ("", KEYED):
+        monkeypatch.setenv("LONGREACH_API_KEY", outer)
+        if is_local:
+            Connection(address, KEYED)
+            continue
+        with pytest.raises(cluster.InvalidRequest, match=r"plain text.*ca_file.*allow_plaintext_key=True") as caught:
+            Connection(address, None if outer else KEYED)
+        assert KEYED not in str(caught.value)
+        with pytest.raises(cluster.InvalidRequest):
+            Client(address, None if outer else KEYED)
 
 
 def token(number: int) -> pb.JobEvent:
@@ -147,23 +179,28 @@ def test_cursor_gives_up_unless_the_stream_moves() -> None:
 def test_job_data_and_progress() -> None:
     unfinished = pb.Answer(question="b", progress=pb.Progress(total=7, processed=3, eta_ms=5))
     answers = [pb.Answer(question="a", finish_reason="stop", text="t"), unfinished]
+    layer = pb.LayerAttention(layer=3, density=[0.1], fallbacks=[2])
+    answers[0].attention.CopyFrom(pb.AttentionSummary(mode="sparse", scale_len=9, layers=[layer]))
     message = pb.Job(id="job_1", state=pb.PREFILLING, answers=answers, labels={"k": "v"})
     message.reproducibility.versions["torch"] = "2"
     job = JobView(JobData.read(message))
     assert (job.state, job.done) == ("prefilling", False)
     assert (job.progress.processed, job.progress.eta_ms) == (3, 5)
     assert json.loads(json.dumps(job.data.to_json()))["reproducibility"]["versions"] == {"torch": "2"}
+    attention = json.loads(json.dumps(job.data.to_json()))["answers"][0]["attention"]
+    assert (attention["mode"], attention["scale_len"], job.answers[1].attention) == ("sparse", 9, {})
+    assert (attention["layers"][0]["density"], attention["layers"][0]["fallbacks"]) == ([0.1], [2])
     assert JobView(JobData.read(pb.Job())).progress.total == 0
 
 
 def test_listing_requests() -> None:
-    assert common.list_request([], None, None).page_size == common.PAGE_SIZE
-    assert common.list_request(["queued"], {"a": "b"}, 7) == pb.ListRequest(
+    assert requests.list_request([], None, None).page_size == requests.PAGE_SIZE
+    assert requests.list_request(["queued"], {"a": "b"}, 7) == pb.ListRequest(
         states=[pb.QUEUED], labels={"a": "b"}, page_size=7
     )
     for states, limit in ((["done"], None), ("queued", None), (["state_unspecified"], None), ([], 0)):
         with pytest.raises(cluster.InvalidRequest):
-            common.list_request(states, None, limit)
+            requests.list_request(states, None, limit)
 
 
 @pytest.mark.parametrize(("one", "twin"), [(Client, AsyncClient), (Job, AsyncJob), (Documents, AsyncDocuments)])
@@ -231,7 +268,22 @@ def test_token_printer(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "a\n"
 
 
-def common_token(text: str) -> Any:
-    from cluster.client_results import Token
+def test_printer_shows_reasoning_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    def event(question: int, part: str, reasoning: str, answer: str) -> TokenEvent:
+        token = Token(1, "<not shown>", part=part, reasoning=reasoning, answer=answer)
+        return TokenEvent(question, token, 1)
 
+    printer = TokenPrinter(1)
+    for values in (("answer", "", ""), ("reasoning", "why", ""), ("reasoning", " not", ""), ("answer", "?", "so")):
+        printer.push(event(0, *values))
+    printer.finish()
+    assert capsys.readouterr().out == "why not?\nso\n"
+    printer = TokenPrinter(2)
+    for question, *values in ((0, "reasoning", "a\nb", ""), (1, "answer", "", "x"), (0, "answer", "c", "d\ne")):
+        printer.push(event(int(question), *map(str, values)))
+    printer.finish()
+    assert capsys.readouterr().out.splitlines() == ["[1 reasoning] a", "[1 reasoning] bc", "[1] d", "[1] e", "[2] x"]
+
+
+def common_token(text: str) -> Any:
     return Token(1, text)

@@ -111,6 +111,11 @@ BAD = [
     (BASE + "server: {drain_timeout_s: .inf}\n", "^demo.yaml:8: server.drain_timeout_s: inf: must be a number of sec"),
     (BASE + "server: {port: 9000, metrics_port: 9000}\n",
      "demo.yaml:8: server.metrics_port: 9000: is server.port too; give each its own port"),
+    (BASE + "server: {metrics_host: 0.0.0.0}\n",
+     "demo.yaml:8: server.metrics_host: 0.0.0.0: is not a loopback address, and metrics have neither keys nor TLS; "
+     "use 127.0.0.1, or say security.allow_insecure_bind: true"),
+    (BASE + "server: {metrics_host: 'a b'}\n", "demo.yaml:8: server.metrics_host: a b: must be a host name or an IP "
+     "address"),
     (BASE.replace("  pipe", "  address: 1.2.3.4\n  pipe"),
      "demo.yaml:5: cluster.address: 1.2.3.4: must be local, auto, or the host:port of a Ray head"),
     (BASE.replace("  pipe", "  address: a:99999\n  pipe"), "^demo.yaml:5: cluster.address: a:99999: must be local"),

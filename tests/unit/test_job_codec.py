@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster import job_codec as codec
 from cluster.generation import Progress
 from cluster.jobs import DocumentRecord, InvalidJob, JobAnswer, JobInput, JobRecord, JobSpec, JobState, JobToken, new_id
+from cluster.reasoning import ReasoningStream
 from cluster.service_api import ProgressUpdate
 from cluster.session import Ask
 from protos import jobs_pb2 as pb
@@ -204,7 +205,9 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
     ask = Ask(sampling=SamplingParams(logprobs=1))
     spec = JobSpec(JobInput(document_id=DOC, questions=("a", "b")), ask, 2, labels={"k": "v"})
     timings = [{"queued_s": 2.0, "total_s": 3.0}, {"queued_s": 1.0, "total_s": 9.0}]
-    answers = (JobAnswer(0, 9, 4, "stop", "out", "why", timings[0]), JobAnswer(1, 8, 0, timings=timings[1]))
+    layer = {"layer": 7, "density": [0.25, 0.5], "fallbacks": [0, 2]}
+    attention = {"mode": "sparse", "scale_len": 9, "held_out_recall": 0.97, "added_later": 1, "layers": [layer]}
+    answers = (JobAnswer(0, 9, 4, "stop", "out", "why", timings[0], attention), JobAnswer(1, 8, 0, timings=timings[1]))
     facts = {"model": "m", "seed": 1 << 62, "versions": {"ray": "2"}, "added_later": 1}
     record = JobRecord(new_id("job"), JobState.DECODING, spec, 1.0, 2.0, None, "", 3, 1, answers, facts)
     tokens = [JobToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), JobToken(2, 1, 6, "x"), JobToken(3, 1, 7, "y")]
@@ -218,12 +221,17 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
     assert (running.progress.processed, running.progress.HasField("eta_ms")) == (8, False)
     assert (job.timings.queued_s, job.timings.total_s) == (1.0, 9.0)
     assert (job.reproducibility.seed, dict(job.reproducibility.versions)) == (1 << 62, {"ray": "2"})
+    assert (ended.attention.mode, ended.attention.scale_len, ended.attention.held_out_recall) == ("sparse", 9, 0.97)
+    assert [list(layer.density) for layer in ended.attention.layers] == [[0.25, 0.5]]
+    assert not running.HasField("attention")
     short = codec.encode_job(record)
+    assert (short.answers[0].attention.mode, list(short.answers[0].attention.layers)) == ("sparse", [])
+    assert not short.answers[1].HasField("attention")
     assert (len(short.answers), list(short.answers[1].token_ids), short.last_event) == (2, [], 3)
 
 
 def test_events_and_documents() -> None:
-    event = codec.encode_token_event(JobToken(4, 1, 9, "t"))
+    event = codec.encode_token_event(JobToken(4, 1, 9, "t"), ReasoningStream(False))
     assert (event.number, event.token.question, event.token.token.HasField("logprob")) == (4, 1, False)
     event = codec.encode_progress_event(ProgressUpdate(2, Progress(10, 1, 5, 70)), 4)
     assert (event.number, event.progress.question, event.progress.progress.eta_ms) == (4, 2, 70)

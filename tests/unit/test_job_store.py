@@ -86,7 +86,8 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     assert record.answers == (JobAnswer(0), JobAnswer(1))
     top = (TokenLogprob(5, -0.25), TokenLogprob(6, -math.inf))
     token = JobToken(1, 1, 5, "a\0\U0001f600", -0.25, top)
-    answer = JobAnswer(1, 10, 4, "stop", "text", "why", {"queued_s": 0.5})
+    attention = {"mode": "sparse", "layers": [{"layer": 0, "density": [0.5]}]}
+    answer = JobAnswer(1, 10, 4, "stop", "text", "why", {"queued_s": 0.5}, attention)
     assert store.commit_step([(record.id, token)], [], [(record.id, answer)]) == []
     store.close()
     again = JobStore(path)

@@ -1,12 +1,14 @@
 """The step time model finds the coefficients that made the measurements, and predicts with them."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
 from cluster.chunking import Chunk, chunks
 from cluster.latency_model import LatencyModel, visited_share
-from protos.messages import SequenceSlice, StepPlan
+from protos.messages import CellReport, SequenceSlice, StepPlan
+from tests.support.scheduler_bench import long_spec
 
 
 def plan(*parts: tuple[int, int]) -> StepPlan:
@@ -94,3 +96,58 @@ def test_a_prefill_is_the_sum_of_its_chunks(start: int, stop: int, chunk: int):
 def test_a_finished_prefill_takes_no_time():
     model = training(random.Random(6), (0.01, 0.0, 1e-4, 0.0), steps=5)
     assert model.predict_chunks([]) == 0
+
+
+# --- sparse cells -----------------------------------------------------------------------------------------------------
+
+SPEC = long_spec(100, 8192)
+
+
+def cell(start: int, density: float, sequence: int = 0, length: int = 8192) -> CellReport:
+    return CellReport(sequence, 0, 0, start, length, (density,), (1.0,), (1.0,), (False,))
+
+
+def test_the_share_a_slice_visited():
+    part = SequenceSlice(3, 0, 4, 1000, (), (), 1)
+    assert visited_share(part, ()) is None
+    assert visited_share(part, [cell(0, 0.5, sequence=4)]) is None
+    reports = [cell(0, 1.0, 3, 2), cell(2, 0.5, 3, 2), cell(0, 0.0, 4, 2)]
+    assert visited_share(part, reports) == pytest.approx((3 * 1.0 + 7 * 0.5) / 10)
+    two_heads = CellReport(3, 0, 0, 0, 4, (0.2, 0.4), (1, 1), (1, 1), (False, False))
+    assert visited_share(part, [two_heads]) == pytest.approx(0.3)
+
+
+def test_reported_shares_are_features_and_others_are_estimated():
+    model, step = LatencyModel(SPEC), plan((8192, 8192))
+    pairs = 8192 * 8192 + 8192 * 8193 / 2
+    assert model.features(step)[3] == pairs, "dense until a cell was seen"
+    assert model.features(step, [cell(8192, 0.25)])[3] == pytest.approx(pairs / 4)
+    model.observe(step, 1.0, [cell(8192, 0.25)])
+    assert model.features(step)[3] == pytest.approx(pairs / 4)
+    assert LatencyModel().features(step, [cell(8192, 0.25)])[3] == pairs, "without a spec every row is dense"
+
+
+def density_of(context: float, keys: float, power: float) -> float:
+    return min(1.0, keys * (context / 1e5) ** power / context)
+
+
+@pytest.mark.parametrize(("keys", "power"), [(6000, 0.0), (3000, 0.4), (30_000, 0.9)])
+def test_the_rest_of_a_sparse_prefill_is_predicted(keys: float, power: float):
+    """After a tenth of a prompt the prediction is right within a fifth, and it falls with every cell."""
+    truth, size, model = (0.05, 1e-7, 1e-5, 2e-9), 1_000_000, LatencyModel(SPEC)
+    todo = list(chunks(SPEC, 0, size, size, 8192))
+    steps = []
+    for chunk in todo:
+        step = plan((chunk.start, chunk.stop - chunk.start))
+        length = chunk.stop - chunk.start
+        mean = chunk.start + (length + 1) / 2
+        reports = [cell(chunk.start, density_of(mean, keys, power), length=length)]
+        steps.append((step, reports, float(model.features(step, reports) @ truth)))
+    predictions = []
+    for number, (step, reports, duration) in enumerate(steps, start=1):
+        model.observe(step, duration, reports)
+        predictions.append(model.predict_chunks(todo[number:]))
+    assert predictions[-1] == 0
+    tenth = len(steps) // 10
+    assert predictions[tenth] == pytest.approx(sum(duration for *_, duration in steps[tenth + 1 :]), rel=0.2)
+    assert all(after <= before * 1.02 for before, after in pairwise(predictions[tenth:]))

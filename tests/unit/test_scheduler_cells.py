@@ -130,6 +130,16 @@ def test_what_a_second_prompt_adopts(spec: ModelSpec, first: int, second: int, c
     check_cells(bench, spec)
 
 
+@pytest.mark.parametrize("spec", [SPARSE, long_spec(100, 64, 160)])
+def test_pages_of_a_last_cell_do_not_stand_for_those_of_a_longer_prompt(spec: ModelSpec):
+    bench = Bench(blocks=80, spec=spec)
+    finish(bench, request(1, range(176)))
+    finish(bench, request(2, range(300)))
+    third = request(3, range(300))
+    finish(bench, third)
+    assert third.num_cached == 256
+
+
 @pytest.mark.parametrize("spec", [SPARSE, GRID, SCALED])
 def test_questions_on_one_document_wait_and_share(spec: ModelSpec):
     document = list(range(1000, 1640))

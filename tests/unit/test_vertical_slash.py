@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -80,9 +81,9 @@ def test_a_pair_kept_twice_counts_once() -> None:
     sampled = attention(cell, cell.queries.estimate)[0]
     found = estimate.sums(cell.queries.estimate, cell.keys, 0)
     both = Selection(np.array([[0, 120], [130, 200]], np.int32), np.arange(0, 259, 3, dtype=np.int32))
-    twice = estimate.overlap(cell.queries.estimate, cell.keys, 0, found.lse, [both])[0]
-    mass = found.columns[0, both.columns].sum() + found.offsets[0, selection.offset_map(both, 259)].sum() - twice
-    assert twice > 1
+    mass = estimate.mass(cell.queries.estimate, cell.keys, 0, found, [both])[0]
+    counted_twice = found.columns[0, both.columns].sum() + found.offsets[0, selection.offset_map(both, 259)].sum()
+    assert counted_twice > mass + 1
     assert mass / 17 == pytest.approx(kept_mass(sampled, 192, cell.queries.estimate.rows, both), abs=1e-5)
 
 
@@ -113,7 +114,7 @@ def test_sampled_rows(length: int, last_q: int) -> None:
     ],
 )
 def test_top(scores: list[float], count: int, always: int, expected: list[int]) -> None:
-    assert selection.top(np.array(scores, np.float32), count, always).tolist() == expected
+    assert selection.top(np.array([scores], np.float32), [count], always)[0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -139,24 +140,29 @@ def test_adaptive_budgets_reach_their_target_and_no_more(target: float) -> None:
             assert recall < target + 0.1
 
 
-def test_adaptive_list_is_the_shortest() -> None:
+def search(mass: selection.NewMass, goal: float, kept: Callable[[Selection], float]) -> Selection:
+    found = selection.AdaptiveSearch(mass, goal)
+    while not found.done:
+        found.measured(kept(found.selection))
+    return found.selection
+
+
+@pytest.mark.parametrize(("share", "beyond"), [(1.0, 0.01), (0.9, 0.07), (0.3, 0.35)])
+def test_adaptive_lists_are_not_much_longer_than_they_must_be(share: float, beyond: float) -> None:
     random = np.random.default_rng(0)
     columns, offsets = (random.exponential(size=700).astype(np.float32) for _ in range(2))
-    seen: list[float] = []
 
-    def kept(one: Selection) -> float:  # of 100 units, a tenth of every column is kept by offsets too
-        mass = 10 + 0.9 * columns[one.columns[30:]].sum() + offsets[selection.offset_map(one, 700)][128:].sum()
-        seen.append(float(mass))
-        return seen[-1]
+    def kept(one: Selection) -> float:  # the rest of every column is kept by offsets too
+        near = selection.offset_map(one, 700)[128:]
+        return float(10 + share * columns[one.columns[30:]].sum() + offsets[128:][near].sum())
 
     columns[:30] = offsets[:128] = 0
-    for goal in (5.0, 30.0, 300.0, 600.0):
-        found = selection.adaptive(selection.NewMass(10, columns, offsets), goal, kept)
-        mass = kept(found)
-        assert mass >= goal
-        if len(found.columns) > 30:
-            fewer = Selection(found.offsets, np.delete(found.columns, 30 + np.argmin(columns[found.columns[30:]])))
-            assert kept(fewer) < goal
+    most = kept(Selection.everything(700)) + share * float(columns.sum())
+    for part in (0.01, 0.1, 0.5, 0.9, 1.0):
+        goal = part * most
+        found = search(selection.NewMass(10, columns, offsets), goal, kept)
+        assert kept(found) >= min(goal, most) - 1e-3
+        assert kept(found) <= goal + beyond * most + 10
 
 
 def test_adaptive_prefers_diagonals_where_the_mass_is_there() -> None:
@@ -164,7 +170,7 @@ def test_adaptive_prefers_diagonals_where_the_mass_is_there() -> None:
     offsets[640:704] = 1.0
     columns[500] = 2.0
     new = selection.NewMass(5, columns, offsets)
-    found = selection.adaptive(new, 60, lambda one: 60 if len(one.offsets) > 1 else 5)
+    found = search(new, 60, lambda one: 60 if len(one.offsets) > 1 else 5)
     assert found.offsets.tolist() == [[0, 127], [640, 703]]
     assert found.columns.tolist() == [*range(30), 500]
 
@@ -269,3 +275,19 @@ def test_synthetic_ignores_budgets_and_floor() -> None:
         assert one.columns.tolist() == selection.synthetic(2115, (2048, 3, head)).columns.tolist()
     assert all(0.5 < kept < 1 for kept in choice.held_out_recall)
     assert not any(choice.dense)
+
+
+def test_adaptive_candidates_are_what_the_forced_selection_leaves() -> None:
+    shape = Shape(192, 113, last_q=17, heads=2, kv_heads=1)
+    cell = random_cell(shape)
+    sampled = attention(cell, cell.queries.estimate)
+    found, start = estimate.sums(cell.queries.estimate, cell.keys, 0), selection.forced(305)
+    assert start.offsets.tolist() == [[0, 127]]
+    group = vertical_slash._Group(cell.queries, cell.keys, SparseSpec(), estimate, selection.top, range(2))
+    columns, offsets = group._beside_forced(found, 0, start)
+    rest = sampled.copy()
+    positions = 192 + np.array(cell.queries.estimate.rows)
+    rest[:, positions[:, None] - np.arange(305) <= 127] = 0
+    rest[:, :, :30] = 0
+    for mine, theirs in zip((columns, offsets), column_and_offset_sums(cell, rest), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from protos.checkpoint import CheckpointError, expected_tensors
 from protos.messages import ShardSpec, Span
 from protos.model_spec import ModelSpec, RopeSpec
+from workers.model import native
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
 
 Tensors = dict[str, torch.Tensor]
@@ -181,6 +182,28 @@ def every_tensor(weights: ShardWeights) -> list[torch.Tensor]:
     for layer in weights.layers:
         values += [getattr(layer, field.name) for field in fields(layer)]
     return [value for value in values if value is not None]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_weights_hold_the_same_values(
+    tmp_path: Path, ranks: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.path() is None:
+        pytest.skip("no compiled kernels here")
+    spec = replace(MOE, vocab_size=4096, hidden_size=64, head_dim=32, intermediate_size=192, moe_intermediate_size=96)
+    tensors = random_tensors(spec, torch.bfloat16)
+    write(tmp_path, fuse(spec, tensors, True) if transposed else tensors)
+    for shard in shards(spec, 1, ranks)[0]:
+        packed = load_shard(tmp_path, spec, shard, torch.bfloat16, "cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "path", lambda: None)
+            plain = load_shard(tmp_path, spec, shard, torch.bfloat16, "cpu")
+        pairs = list(zip(every_tensor(packed), every_tensor(plain), strict=True))
+        assert sum(one.shape != other.shape for one, other in pairs) >= 4 * spec.num_hidden_layers
+        for one, other in pairs:
+            assert one.numel() == other.numel()
+            assert torch.equal(native.unpacked(one), other)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (2, 2)])

@@ -104,22 +104,28 @@ def kept(
     return np.asarray(share, np.float64)
 
 
-def overlap(
-    sample: SampledRows, keys: CellKeys, kv_head: int, lse: FloatArray, selections: Sequence[Selection | None]
+def mass(
+    sample: SampledRows, keys: CellKeys, kv_head: int, found: Sums, selections: Sequence[Selection | None]
 ) -> npt.NDArray[np.float64]:
-    """Mass `[G]` of the pairs that a head keeps twice, by column and by offset; 0 for heads without a selection."""
-    found = np.zeros(len(selections))
+    """Sum `[G]` of the estimate's probabilities over pairs a head keeps, as a set; 0 for heads without a selection.
+
+    `found` are the `sums` of the same rows: kept columns and offsets, less the pairs that are kept by both.
+    """
+    total = np.zeros(len(selections))
     positions = _positions(sample, keys)
     for head, selection in enumerate(selections):
         if selection is None:
             continue
-        by_offset = torch.from_numpy(offset_map(selection, keys.stop)).to(positions.device)
+        near = offset_map(selection, keys.stop)
+        total[head] = found.columns[head, selection.columns].sum(dtype=np.float64)
+        total[head] += found.offsets[head, near].sum(dtype=np.float64)
+        by_offset = torch.from_numpy(near).to(positions.device)
         for at in range(0, len(selection.columns), _BLOCK):
             columns = selection.columns[at : at + _BLOCK]
-            mass = probabilities(sample, keys, kv_head, lse, columns)[head]
+            twice = probabilities(sample, keys, kv_head, found.lse, columns)[head]
             distance = positions[:, None] - torch.from_numpy(columns).to(positions.device)
-            found[head] += float(mass.masked_fill_(~by_offset[distance.clamp_min(0)], 0).sum(dtype=torch.float64))
-    return found
+            total[head] -= float(twice.masked_fill_(~by_offset[distance.clamp_min(0)], 0).sum(dtype=torch.float64))
+    return total
 
 
 def probabilities(

@@ -83,6 +83,7 @@ def available(sample: SampledRows, kv: LayerKV) -> bool:
 
 def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: int | None = None) -> Sums:
     """See `estimate.sums`. `path`: index in `PATHS`, None: the best one."""
+    assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
     call = _Call(sample, keys, kv_head, path)
     columns, offsets = (np.empty((call.group, keys.stop), np.float32) for _ in range(2))
     lse = np.empty((call.group, len(sample.rows)), np.float32)
@@ -100,28 +101,34 @@ def kept(
     return share
 
 
-def overlap(
-    sample: SampledRows, keys: CellKeys, kv_head: int, lse: FloatArray, selections: Sequence[Selection | None],
+def mass(
+    sample: SampledRows, keys: CellKeys, kv_head: int, found: Sums, selections: Sequence[Selection | None],
     path: int | None = None,
 ) -> npt.NDArray[np.float64]:  # fmt: skip
-    """See `estimate.overlap`."""
+    """See `estimate.mass`."""
+    assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
     call = _Call(sample, keys, kv_head, path)
-    mass = np.empty(call.group)
-    call.run("longreach_estimate_overlap", np.ascontiguousarray(lse).ctypes, call.chosen(selections), mass.ctypes)
-    return mass
+    total = np.empty(call.group)
+    arrays = [np.ascontiguousarray(one).ctypes for one in (found.columns, found.offsets, found.lse)]
+    call.run("longreach_estimate_mass", *arrays, call.chosen(selections), total.ctypes)
+    return total
 
 
-def top(scores: FloatArray, count: int, forced: int) -> IntArray:
+def top(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
     """See `selection.top`."""
     library = _library()
     assert library is not None
     scores = np.ascontiguousarray(scores, np.float32)
-    count = min(max(count, forced), len(scores))
-    forced = min(forced, count)
-    picked = np.empty(count, np.int32)
-    sizes = (ctypes.c_int64(len(scores)), ctypes.c_int64(count - forced), ctypes.c_int64(forced))
-    _check(library.longreach_estimate_top(scores.ctypes, *sizes, picked.ctypes))
-    return picked
+    rows, size = scores.shape
+    sizes = np.clip(np.array(counts, np.int64), min(forced, size), size)
+    picked = np.empty((rows, max(1, sizes.max(initial=1))), np.int32)
+    shape = [ctypes.c_int64(value) for value in (rows, size, picked.shape[1], min(forced, size))]
+    _check(
+        library.longreach_estimate_top(
+            scores.ctypes, *shape, sizes.ctypes, picked.ctypes, ctypes.c_int(torch.get_num_threads())
+        )
+    )
+    return [row[:count].copy() for row, count in zip(picked, sizes, strict=True)]
 
 
 class _Call:
@@ -133,7 +140,7 @@ class _Call:
         assert kv.keys.stride(2) == 1
         assert kv.keys.stride(1) == dim
         self.group = heads // kv.keys.shape[0]
-        self._kept: list[object] = []
+        self._alive: list[object] = []
         dtype = sample.queries.intra.dtype
         args = self._args = _Args()
         ends = dict.fromkeys(Rotation, 0)
@@ -174,12 +181,12 @@ class _Call:
 
     def _tensor(self, x: torch.Tensor) -> int:
         x = x.contiguous()
-        self._kept.append(x)
+        self._alive.append(x)
         return x.data_ptr()
 
     def _array(self, x: IntArray) -> int:
         x = np.ascontiguousarray(x, np.int32)
-        self._kept.append(x)
+        self._alive.append(x)
         return int(x.ctypes.data)
 
 

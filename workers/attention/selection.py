@@ -6,7 +6,7 @@ go to the lower index, so every machine picks the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,17 +24,22 @@ SYNTHETIC_RUNS = 8
 SYNTHETIC_RUN = 64
 SYNTHETIC_COLUMNS = 1024
 
-_MAX_EXACT_STEPS = 12  # of an adaptive search; later steps take at least an eighth more
+_PATIENCE = 4  # proposals of an adaptive search that may grow by little
 
 FloatArray = npt.NDArray[np.float32]
-Top = Callable[[FloatArray, int, int], IntArray]  # scores [S], how many, how many of the first ones in any case
+Top = Callable[[FloatArray, Sequence[int], int], list[IntArray]]
 
 
-def top(scores: FloatArray, count: int, forced: int) -> IntArray:
-    """Indices, ascending, of the first `forced` scores and of the largest others, `count` together (`forced` at least).
+def top(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
+    """For each row of `scores` `[G, S]`, the indices of its first `forced` and of its largest other scores, ascending.
 
-    `scores` `[S]` are not negative; NaN counts as the largest. All `S` when `count` is more.
+    Together they are as many as `counts` `[G]` says, but at least `forced` and at most `S`. Scores are not negative;
+    NaN counts as infinity.
     """
+    return [_top(row, count, forced) for row, count in zip(scores, counts, strict=True)]
+
+
+def _top(scores: FloatArray, count: int, forced: int) -> IntArray:
     count = min(max(count, forced), len(scores))
     forced = min(forced, count)
     rest = scores[forced:]
@@ -60,17 +65,22 @@ def intervals(indices: IntArray) -> IntArray:
 
 def offset_map(selection: Selection, stop: int) -> npt.NDArray[np.bool_]:
     """Which offsets below `stop` are kept, `[stop]`."""
-    kept = np.zeros(stop, np.bool_)
-    for low, high in selection.offsets.tolist():
-        kept[low : high + 1] = True
-    return kept
+    steps = np.zeros(stop + 1, np.int8)
+    steps[selection.offsets[:, 0]] = 1
+    steps[np.minimum(selection.offsets[:, 1] + 1, stop)] = -1
+    return np.cumsum(steps[:stop], dtype=np.int8).view(np.bool_)
 
 
-def fixed(columns: FloatArray, offsets: FloatArray, budget: HeadBudget, top: Top = top) -> Selection:
-    """The largest sums within a published budget; forced columns and offsets count inside its two numbers."""
-    return Selection(
-        intervals(top(offsets, budget.n_slash, FORCED_OFFSETS)), top(columns, budget.n_vertical, FORCED_COLUMNS)
-    )
+def fixed(
+    columns: FloatArray, offsets: FloatArray, budgets: Sequence[HeadBudget | None], top: Top = top
+) -> list[Selection | None]:
+    """The largest sums `[G, S]` within published budgets; forced columns and offsets count inside the two numbers."""
+    verticals = top(columns, [0 if one is None else one.n_vertical for one in budgets], FORCED_COLUMNS)
+    slashes = top(offsets, [0 if one is None else one.n_slash for one in budgets], FORCED_OFFSETS)
+    return [
+        None if budget is None else Selection(intervals(slash), vertical)
+        for budget, slash, vertical in zip(budgets, slashes, verticals, strict=True)
+    ]
 
 
 def synthetic(stop: int, seed: tuple[int, int, int]) -> Selection:
@@ -107,49 +117,66 @@ def forced(stop: int) -> Selection:
     return Selection(np.array([[0, near - 1]], np.int32), np.arange(min(FORCED_COLUMNS, stop), dtype=np.int32))
 
 
-def adaptive(mass: NewMass, goal: float, kept: Callable[[Selection], float]) -> Selection:
-    """The shortest list of candidates that keeps the mass `goal`, in the order of new mass per visited key.
+class AdaptiveSearch:
+    """Finds a short list of candidates that keeps the mass `goal`, in the order of new mass per visited key.
 
     Candidates are columns, which cost each tile of 64 rows one key, and groups of 64 neighbouring offsets, which cost
     it 64 keys beside a group that is kept (127 alone, but gathering a column costs more than the key). Each is ranked
-    by its own new mass over its cost; equal ones columns first, then by position. `kept` says what a selection really
-    keeps, as a set. What a list adds is at most the sum of its candidates, so a shortfall tells how much longer it must
-    be at least: the search never passes the shortest list.
+    by its own new mass over its cost; equal ones columns first, then by position.
+
+    Candidates overlap, so the sum of their masses is more than a list really keeps. `selection` is a proposal; whoever
+    searches tells `measured` what it keeps as a set, until `done`. A shortfall is made up at the rate that the list had
+    on average (a half at least); late proposals grow by an eighth at least.
     """
-    stop = len(mass.columns)
-    start = forced(stop)
-    groups = np.add.reduceat(mass.offsets.astype(np.float64), np.arange(0, stop, GROUP))
-    density = np.concatenate([mass.columns, (groups / GROUP).astype(np.float32)])
-    density = np.nan_to_num(np.maximum(density, 0), nan=np.inf)
-    density[: len(start.columns)] = -1  # they are kept already, and so are the first groups
-    density[stop : stop + int(start.offsets[0, 1]) // GROUP + 1] = -1
-    order = _descending(density)
-    order = order[: len(density) - int((density < 0).sum())]
-    added = mass.base + np.cumsum(np.where(order < stop, 1, GROUP) * density[order].astype(np.float64))
-    length, aim = 0, goal
-    for step in range(len(order) + 1):
-        least = length if step == 0 else length + max(1, length // 8 if step > _MAX_EXACT_STEPS else 0)
-        enough = 0 if aim <= mass.base else int(np.searchsorted(added, aim)) + 1
-        length = min(max(least, enough), len(order))
-        found = _with(start, order[:length], stop)
-        shortfall = goal - kept(found)
-        if shortfall <= 0 or length == len(order):
-            break
-        aim = (added[length - 1] if length else mass.base) + shortfall
-    return found
 
+    def __init__(self, mass: NewMass, goal: float) -> None:
+        self._mass, self._goal = mass, goal
+        self._stop = len(mass.columns)
+        start = forced(self._stop)
+        self._columns, self._groups = len(start.columns), int(start.offsets[0, 1]) // GROUP + 1
+        groups = np.add.reduceat(mass.offsets.astype(np.float64), np.arange(0, self._stop, GROUP))
+        density = np.concatenate([mass.columns, (groups / GROUP).astype(np.float32)])
+        density = np.nan_to_num(np.maximum(density, 0), nan=np.inf)
+        self._order = _descending(density)
+        cost = np.where(self._order < self._stop, 1.0, GROUP)
+        self._added = mass.base + np.cumsum(cost * density[self._order])
+        self._steps = self._length = 0
+        self.done = False
+        self._propose(goal)
 
-def _with(start: Selection, picked: npt.NDArray[np.int64], stop: int) -> Selection:
-    kept = offset_map(start, stop)
-    for group in (picked[picked >= stop] - stop).tolist():
-        kept[group * GROUP : (group + 1) * GROUP] = True
-    columns = np.sort(np.concatenate([start.columns, picked[picked < stop]])).astype(np.int32)
-    return Selection(intervals(np.flatnonzero(kept).astype(np.int32)), columns)
+    def measured(self, kept: float) -> None:
+        """Take the mass that `selection` keeps; afterwards it is another one, or the search is `done`."""
+        shortfall = self._goal - kept
+        if shortfall <= 0 or self._length == len(self._order):
+            self.done = True
+            return
+        summed = float(self._added[self._length - 1]) if self._length else self._mass.base
+        gained = kept - self._mass.base
+        rate = gained / (summed - self._mass.base) if gained > 0 else 1.0
+        self._propose(summed + shortfall / min(1.0, max(0.5, rate)))
+
+    def _propose(self, aim: float) -> None:
+        """The shortest list that sums up to `aim`, longer than the one before."""
+        grow = self._length // 8 if self._steps >= _PATIENCE else 0
+        least = self._length + max(1, grow) if self._steps else 0
+        enough = 0 if aim <= self._mass.base else int(np.searchsorted(self._added, aim)) + 1
+        self._length = min(max(least, enough), len(self._order))
+        self._steps += 1
+        picked = self._order[: self._length]
+        columns = np.zeros(self._stop, np.bool_)
+        columns[: self._columns] = True
+        columns[picked[picked < self._stop]] = True
+        groups = np.zeros(-(-self._stop // GROUP), np.bool_)
+        groups[: self._groups] = True
+        groups[picked[picked >= self._stop] - self._stop] = True
+        offsets = intervals(np.flatnonzero(groups).astype(np.int32)) * np.int32(GROUP)
+        offsets[:, 1] = np.minimum(offsets[:, 1] + GROUP - 1, self._stop - 1)
+        self.selection = Selection(offsets, np.flatnonzero(columns).astype(np.int32))
 
 
 def _descending(density: FloatArray) -> npt.NDArray[np.int64]:
     """Order of falling density, lower index first among equals (a sort of plain numbers is several times faster)."""
-    bits = np.maximum(density, 0).astype(np.float32).view(np.uint32).astype(np.int64) + (density >= 0)
+    bits = density.view(np.uint32).astype(np.int64)
     keys = (np.int64(0xFFFFFFFF) - bits) << 31 | np.arange(len(density), dtype=np.int64)
     keys.sort()
     return keys & 0x7FFFFFFF

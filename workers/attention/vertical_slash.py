@@ -24,7 +24,7 @@ from protos.model_spec import HeadBudget, SparseSpec
 from workers.attention import estimate, native_estimate, selection
 from workers.attention.estimate import CellKeys, SampledRows, Sums
 from workers.attention.plan import AttentionPlan, Selection
-from workers.attention.selection import FloatArray, NewMass, Top
+from workers.attention.selection import AdaptiveSearch, FloatArray, NewMass, Top
 from workers.kv_cache import BlockTable, LayerKV
 
 HELD_OUT_ROWS = 32
@@ -84,8 +84,8 @@ class Backend(Protocol):
         self, sample: SampledRows, keys: CellKeys, kv_head: int, selections: Sequence[Selection]
     ) -> npt.NDArray[np.float64]: ...
 
-    def overlap(
-        self, sample: SampledRows, keys: CellKeys, kv_head: int, lse: FloatArray, selections: Sequence[Selection | None]
+    def mass(
+        self, sample: SampledRows, keys: CellKeys, kv_head: int, found: Sums, selections: Sequence[Selection | None]
     ) -> npt.NDArray[np.float64]: ...
 
 
@@ -158,10 +158,8 @@ class _Group:
         elif self.spec.adaptive:
             selections = self._adaptive(sums, kv_head)
         else:
-            selections = [
-                everything if budget is None else selection.fixed(sums.columns[at], sums.offsets[at], budget, self.top)
-                for at, budget in enumerate(budgets)
-            ]
+            picked = selection.fixed(sums.columns, sums.offsets, budgets, self.top)
+            selections = [everything if one is None else one for one in picked]
         selections = [everything if _covers(one, self.keys.stop) else one for one in selections]
         whole = [one is everything for one in selections]
         estimated = self._estimated(sums, kv_head, selections)
@@ -184,41 +182,28 @@ class _Group:
             _warn_dense(layer, head)
         return budget
 
-    def _mass(
-        self, sums: Sums, kv_head: int, selections: Sequence[Selection | None]
-    ) -> npt.NDArray[np.float64]:
-        """Mass `[G]` of the pairs that a head keeps, as a set; 0 for heads without a selection."""
-        mass = -self.backend.overlap(self.cell.estimate, self.keys, kv_head, sums.lse, selections)
-        for at, one in enumerate(selections):
-            if one is not None:
-                mass[at] += sums.columns[at, one.columns].sum(dtype=np.float64)
-                for low, high in one.offsets.tolist():
-                    mass[at] += sums.offsets[at, low : high + 1].sum(dtype=np.float64)
-        return mass
-
     def _estimated(self, sums: Sums, kv_head: int, selections: Sequence[Selection]) -> npt.NDArray[np.float64]:
         whole = [_covers(one, self.keys.stop) for one in selections]
         partial = [None if all_of_it else one for one, all_of_it in zip(selections, whole, strict=True)]
-        share = self._mass(sums, kv_head, partial) / sums.lse.shape[1]
+        mass = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, partial)
+        share = np.minimum(mass / sums.lse.shape[1], 1.0)  # sums are rounded
         share[whole] = 1.0
         return share
 
     def _adaptive(self, sums: Sums, kv_head: int) -> list[Selection]:
         stop, rows = self.keys.stop, sums.lse.shape[1]
         start = selection.forced(stop)
-        base = self._mass(sums, kv_head, [start] * len(self.heads))
+        base = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, [start] * len(self.heads))
         columns, offsets = self._beside_forced(sums, kv_head, start)
-        found = []
-        for at in range(len(self.heads)):
-
-            def kept(one: Selection, at: int = at) -> float:
-                lone: list[Selection | None] = [None] * len(self.heads)
-                lone[at] = one
-                return float(self._mass(sums, kv_head, lone)[at])
-
-            new = NewMass(float(base[at]), columns[at], offsets[at])
-            found.append(selection.adaptive(new, self.spec.target_recall * rows, kept))
-        return found
+        goal = self.spec.target_recall * rows
+        searches = [AdaptiveSearch(NewMass(*new), goal) for new in zip(base.tolist(), columns, offsets, strict=True)]
+        while not all(search.done for search in searches):
+            proposed = [None if search.done else search.selection for search in searches]
+            kept = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, proposed)
+            for search, mass in zip(searches, kept.tolist(), strict=True):
+                if not search.done:
+                    search.measured(mass)
+        return [search.selection for search in searches]
 
     def _beside_forced(self, sums: Sums, kv_head: int, start: Selection) -> tuple[FloatArray, FloatArray]:
         """Sums of columns and offsets without the pairs that the forced selection keeps."""
@@ -233,6 +218,7 @@ class _Group:
         for row, position in enumerate(positions.tolist()):
             seen = start.columns[start.columns <= position]
             offsets[:, position - seen] -= mass[:, row, : len(seen)]
+        columns[:, start.columns] = offsets[:, : near + 1] = 0
         return columns, offsets
 
     def _fallback(self, held_out: npt.NDArray[np.float64]) -> tuple[list[bool], int]:

@@ -1,6 +1,8 @@
 // Entry of the attention kernel; see attention.h.
 #include "attention.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -20,6 +22,7 @@ constexpr int kFewItems = 64;          // below, keys are split into parts so th
 constexpr int kPartKeys = 2048;        // least keys of a part
 constexpr std::int64_t kMaxDim = 1024;
 constexpr std::size_t kKeptBytes = 4 << 20;
+constexpr std::size_t kHugePage = 2 << 20;
 
 // Memory of a thread, kept between calls unless it is large.
 class Scratch {
@@ -28,9 +31,12 @@ public:
     char* get(std::size_t bytes) {
         if (bytes > size_) {
             std::free(base_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            base_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+            size_ = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+            base_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
             if (base_ == nullptr) size_ = 0;
+#if defined(MADV_HUGEPAGE)
+            if (base_ != nullptr) madvise(base_, size_, MADV_HUGEPAGE);  // advice: it may fail
+#endif
         }
         return base_;
     }
@@ -117,8 +123,9 @@ Work plan_work(const Args& a) {
     const std::int64_t tiles = (a.length + rows - 1) / rows, heads = a.heads / group;
     work.max_columns = int(rows * group);
     std::int64_t step = a.start + a.length;
-    if (dense && tiles * heads < kFewItems) {
-        const std::int64_t wanted = std::min((step + kPartKeys - 1) / kPartKeys, kFewItems / (tiles * heads));
+    const std::int64_t few = work.max_columns > 64 ? kFewItems / 4 : kFewItems;
+    if (dense && tiles * heads < few) {
+        const std::int64_t wanted = std::min((step + kPartKeys - 1) / kPartKeys, few / (tiles * heads));
         step = (step + wanted * kBlock - 1) / (wanted * kBlock) * kBlock;
         work.parts = int((a.start + a.length + step - 1) / step);
     }

@@ -1,7 +1,7 @@
 // The engine for bfloat16 queries on AMX.
 //
 // Both products run in tiles of 16 lines of 64 bytes:
-//   S^T[key, column] = K Q^T   K is the left operand as it lies in memory; Q^T is packed once a tile of rows
+//   S^T[key, column] = K Q^T   K is the left operand, row by row; Q^T is packed once a tile of rows
 //   O[column, dim] = P V       P comes from S^T by a transposition in registers; V is packed in pairs of keys
 // Statistics of the softmax belong to columns, so they are vectors of 16 columns and never reduced across lanes.
 #if defined(__x86_64__)
@@ -15,16 +15,17 @@ namespace longreach {
 namespace attention {
 namespace {
 
-class Amx final : public Engine {
+template <int Dim> class Amx final : public Engine {
 public:
-    Amx(const Args& args, int max_columns, Arena& arena) : args_(args), at_{args}, dim_(int(args.dim)) {
+    Amx(const Args& args, int max_columns, Arena& arena) : args_(args), at_{args}, any_dim_(int(args.dim)) {
+        const int dim_ = int(args.dim);
         const std::size_t padded = (max_columns + kTile - 1) / kTile * kTile;
         q_ = arena.take<char>(padded * dim_ * sizeof(bf16));
         o_ = arena.take<float>(padded * dim_);
-        keys_ = arena.take<bf16>(args.kv_type == kInt8 ? std::size_t(kBlock) * dim_ : 0);
-        values_ = arena.take<char>(std::size_t(kBlock) * dim_ * sizeof(bf16));
-        s_ = arena.take<float>(2 * kBlock * kTile);
-        p_ = arena.take<char>(2 * kBlock * kTile * sizeof(bf16));
+        keys_ = arena.take<char>(std::size_t(kBlock) * dim_ * sizeof(bf16));
+        for (auto& each : values_) each = arena.take<char>(std::size_t(kBlock) * dim_ * sizeof(bf16));
+        for (auto& each : s_) each = arena.take<float>(2 * kBlock * kTile);
+        for (auto& each : p_) each = arena.take<char>(2 * kBlock * kTile * sizeof(bf16));
         highest_ = arena.take<float>(padded);
         sums_ = arena.take<float>(padded);
         scales_ = arena.take<float>(padded);
@@ -50,45 +51,52 @@ public:
         at_.describe(padded, scales_, positions_);
         std::fill(highest_, highest_ + padded, kUnseen);
         std::fill(sums_, sums_ + padded, 0.0f);
-        std::fill(o_, o_ + std::size_t(padded) * dim_, 0.0f);
+        std::fill(o_, o_ + std::size_t(padded) * dim(), 0.0f);
     }
 
     void rotate(int rotation) override { rotation_ = rotation; packed_ = false; }
 
-    void block(const Block& block) override;
-    void finish() override;
-    void finish_part(float* part) override;
+    AMX void block(const Block& block) override;
+    AMX void finish() override;
+    AMX void finish_part(float* part) override;
 
 private:
-    void pack_queries();
-    const bf16* prepare(const Group& group, int place);
-    template <int N> void pass(const Block& block, const bf16* const* k, int tile);
-    template <int N> void scores(float* s, const bf16* k, const char* q);
-    void mask(float* s, const std::int32_t* keys, const std::int32_t* columns);
-    void softmax(const float* s, char* p, int groups, int tile);
-    template <int N> void weigh(const char* const* v, int groups, int tile);
-    void row(int c, float factor, float* to);
+    int dim() const { return Dim ? Dim : any_dim_; }
+    AMX void pack_queries();
+    AMX const char* prepare(const Group& group, int place);
+    AMX void add(const Block& block, const char* const* k, int tile, int tiles);
+    AMX void advance();
+    template <int N> AMX void scores(Pass& pass, const Block& block, const char* const* k, const int* active);
+    AMX void mask(float* s, const std::int32_t* keys, const std::int32_t* columns);
+    AMX void raise(Pass& pass, int j, __m512 top);
+    template <int N> AMX void weigh(const Pass& pass);
+    AMX void row(int c, float factor, float* to);
 
     const Args& args_;
     Columns at_;
-    const int dim_;
+    const int any_dim_;
     int columns_ = 0, tiles_ = 0, rotation_ = 0;
     bool packed_ = false, attached_ = false;
     alignas(64) char previous_[64];
     char* q_;       // [tile of columns][D / 32] tiles: line i holds dims 2i and 2i + 1 of 16 columns
     float* o_;      // [tile of columns][D / 16] tiles: a line a column, dims in the order of `pair_rows`
-    bf16* keys_;    // [block][D], only for int8
-    char* values_;  // [group][D / 16] tiles: line i holds keys 2i and 2i + 1
-    float* s_;      // [2][block][16 columns]
-    char* p_;       // [2][group] tiles: a line a column
+    char* keys_;    // [group][2][D / 32] tiles: a line a key
+    char* values_[3];  // of the last three blocks: [group][D / 16] tiles: line i holds keys 2i and 2i + 1
+    float* s_[2];
+    char* p_[2];
+    // Three passes are under way: one is scored, the one before becomes weights, the oldest is added to the result.
+    Pass passes_[3];
+    unsigned count_ = 0, blocks_ = 0;
+    bool full_[3] = {};
+    Softmax softmax_;
     float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
     std::int32_t* positions_;
 };
 
-AMX void Amx::pack_queries() {
+template <int Dim> AMX void Amx<Dim>::pack_queries() {
     packed_ = true;
     for (int tile = 0; tile < tiles_; ++tile) {
-        for (int d = 0; d < dim_; d += 32) {
+        for (int d = 0; d < dim(); d += 32) {
             __m512i lines[16];
             for (int i = 0; i < 16; ++i) {
                 const int c = tile * kTile + i;
@@ -96,106 +104,130 @@ AMX void Amx::pack_queries() {
                 if (c < columns_) lines[i] = _mm512_loadu_si512(at_.query(c, rotation_) + d * sizeof(bf16));
             }
             transpose(lines);
-            char* to = q_ + (std::size_t(tile) * dim_ / 32 + d / 32) * kTileBytes;
+            char* to = q_ + (std::size_t(tile) * dim() / 32 + d / 32) * kTileBytes;
             for (int i = 0; i < 16; ++i) _mm512_store_si512(to + 64 * i, lines[i]);
         }
     }
 }
 
-AMX const bf16* Amx::prepare(const Group& group, int place) {
-    auto* k = reinterpret_cast<const bf16*>(group.k);
-    char* packed = values_ + std::size_t(place) * kGroup * dim_ * sizeof(bf16);
-    if (args_.kv_type == kInt8) {
-        bf16* wide = keys_ + std::size_t(place) * kGroup * dim_;
-        auto* bytes = reinterpret_cast<const signed char*>(group.k);
-        for (int i = 0; i < kGroup; ++i) {
-            for (int d = 0; d < dim_; d += 32) widen(wide + i * dim_ + d, bytes + i * dim_ + d, group.k_scales[i]);
-        }
-        k = wide;
-        bytes = reinterpret_cast<const signed char*>(group.v);
-        alignas(64) bf16 rows[64];
-        for (int i = 0; i < kGroup; i += 2) {
-            for (int d = 0; d < dim_; d += 32) {
-                widen(rows, bytes + i * dim_ + d, group.v_scales[i]);
-                widen(rows + 32, bytes + (i + 1) * dim_ + d, group.v_scales[i + 1]);
-                char* to = packed + d / 16 * kTileBytes + i * 32;
-                pair_rows(to, to + kTileBytes, rows, rows + 32);
+// Tiles of a group's keys (returned) and values. Copied, keys come line after line, which caches serve much faster.
+template <int Dim> AMX const char* Amx<Dim>::prepare(const Group& group, int place) {
+    const std::size_t at = std::size_t(place) * kGroup * dim() * sizeof(bf16);
+    char *k = keys_ + at, *v = values_[blocks_ % 3] + at;
+    alignas(64) bf16 rows[64];
+    for (int i = 0; i < kGroup; ++i) {
+        for (int d = 0; d < dim(); d += 32) {
+            char* to = k + (i / kTile * dim() / 32 + d / 32) * kTileBytes + i % kTile * 64;
+            if (args_.kv_type == kInt8) {
+                widen(to, reinterpret_cast<const signed char*>(group.k) + i * dim() + d, group.k_scales[i]);
+            } else {
+                _mm512_store_si512(to, _mm512_loadu_si512(reinterpret_cast<const bf16*>(group.k) + i * dim() + d));
             }
         }
-        return k;
     }
-    auto* v = reinterpret_cast<const bf16*>(group.v);
     for (int i = 0; i < kGroup; i += 2) {
-        for (int d = 0; d < dim_; d += 32) {
-            char* to = packed + d / 16 * kTileBytes + i * 32;
-            pair_rows(to, to + kTileBytes, v + i * dim_ + d, v + (i + 1) * dim_ + d);
+        for (int d = 0; d < dim(); d += 32) {
+            char* to = v + d / 16 * kTileBytes + i * 32;
+            auto* row = reinterpret_cast<const bf16*>(group.v) + i * dim() + d;
+            const bf16* next = row + dim();
+            if (args_.kv_type == kInt8) {
+                auto* bytes = reinterpret_cast<const signed char*>(group.v) + i * dim() + d;
+                widen(rows, bytes, group.v_scales[i]);
+                widen(rows + 32, bytes + dim(), group.v_scales[i + 1]);
+                row = rows;
+                next = rows + 32;
+            }
+            pair_rows(to, to + kTileBytes, row, next);
         }
     }
     return k;
 }
 
-void Amx::block(const Block& block) {
+template <int Dim> AMX void Amx<Dim>::block(const Block& block) {
     if (!packed_) pack_queries();
-    const bf16* k[kGroups];
+    ++blocks_;
+    const char* k[kGroups];
     for (int g = 0; g < block.count; ++g) k[g] = prepare(block.groups[g], g);
-    for (int tile = 0; tile < tiles_; tile += 2) tile + 1 < tiles_ ? pass<2>(block, k, tile) : pass<1>(block, k, tile);
+    for (int tile = 0; tile < tiles_; tile += 2) add(block, k, tile, std::min(2, tiles_ - tile));
 }
 
-// One block against one or two tiles of columns.
-template <int N> AMX void Amx::pass(const Block& block, const bf16* const* k, int tile) {
+template <int Dim> AMX void Amx<Dim>::add(const Block& block, const char* const* k, int tile, int tiles) {
     const std::int32_t* positions = positions_ + tile * kTile;
-    const int real = std::min(N * kTile, columns_ - tile * kTile);
-    const std::int32_t earliest = *std::min_element(positions, positions + real);
-    const std::int32_t latest = *std::max_element(positions, positions + real);
-    const char* v[kGroups];
-    int groups = 0;
+    const std::int32_t latest = *std::max_element(positions, positions + std::min(tiles * kTile, columns_ - tile * kTile));
+    Pass& pass = passes_[count_ % 3];
+    int active[kGroups];
+    pass.groups = 0;
     for (int g = 0; g < block.count; ++g) {
         if (block.groups[g].first > latest) continue;
-        float* s = s_ + groups * kGroup * kTile;
-        scores<N>(s, k[g], q_ + std::size_t(tile) * kTile * dim_ * sizeof(bf16));
-        if (block.groups[g].last > earliest) {
-            for (int j = 0; j < N; ++j) {
-                mask(s + j * kBlock * kTile, block.positions + g * kGroup, positions + j * kTile);
+        active[pass.groups] = g;
+        pass.v[pass.groups++] = values_[blocks_ % 3] + std::size_t(g) * kGroup * dim() * sizeof(bf16);
+    }
+    if (pass.groups == 0) return;
+    pass.tile = tile;
+    pass.tiles = tiles;
+    pass.s = s_[count_ % 2];
+    pass.p = p_[count_ % 2];
+    full_[count_ % 3] = true;
+    tiles == 2 ? scores<2>(pass, block, k, active) : scores<1>(pass, block, k, active);
+    advance();
+}
+
+// Ends the work on the oldest pass, and on the weights of the one before the newest.
+template <int Dim> AMX void Amx<Dim>::advance() {
+    const int newest = count_ % 3, oldest = (count_ + 1) % 3;
+    if (full_[oldest]) passes_[oldest].tiles == 2 ? weigh<2>(passes_[oldest]) : weigh<1>(passes_[oldest]);
+    full_[oldest] = false;
+    while (softmax_.busy()) softmax_.step();
+    if (full_[newest]) softmax_.start(passes_[newest], scales_, sums_);
+    ++count_;
+    AMX_FENCE();
+}
+
+template <int Dim> template <int N> AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const char* const* k, const int* active) {
+    const int steps = dim() / 32, ticks = (127 + dim()) / dim();
+    const char* q = q_ + std::size_t(pass.tile) * kTile * dim() * sizeof(bf16);
+    const std::int32_t* positions = positions_ + pass.tile * kTile;
+    const std::int32_t earliest = *std::min_element(positions, positions + N * kTile);
+    __m512 tops[2] = {_mm512_set1_ps(kMasked), _mm512_set1_ps(kMasked)};
+    float* s = pass.s;
+    for (int g = 0; g < pass.groups; ++g, s += 2 * kScores) {
+        const char* keys = k[active[g]];
+        _tile_zero(0);
+        _tile_zero(2);
+        if (N == 2) _tile_zero(1);
+        if (N == 2) _tile_zero(3);
+        for (int i = 0; i < steps; ++i) {
+            _tile_loadd(6, q + i * kTileBytes, 64);
+            _tile_loadd(4, keys + i * kTileBytes, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, keys + (steps + i) * kTileBytes, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N == 2) {
+                _tile_loadd(7, q + (steps + i) * kTileBytes, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
             }
+            for (int t = 0; t < ticks; ++t) softmax_.step();
         }
-        v[groups++] = values_ + std::size_t(g) * kGroup * dim_ * sizeof(bf16);
-    }
-    if (groups == 0) return;
-    for (int j = 0; j < N; ++j) {
-        softmax(s_ + j * kBlock * kTile, p_ + j * kGroups * kTileBytes, groups, tile + j);
-    }
-    weigh<N>(v, groups, tile);
-}
-
-// 32 keys against N tiles of columns.
-template <int N> AMX void Amx::scores(float* s, const bf16* k, const char* q) {
-    const int steps = dim_ / 32;
-    const std::size_t stride = dim_ * sizeof(bf16);
-    _tile_zero(0);
-    _tile_zero(2);
-    if (N == 2) _tile_zero(1);
-    if (N == 2) _tile_zero(3);
-    for (int i = 0; i < steps; ++i) {
-        _tile_loadd(6, q + i * kTileBytes, 64);
-        _tile_loadd(4, k + i * 32, stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, k + kTile * dim_ + i * 32, stride);
-        _tile_dpbf16ps(2, 5, 6);
+        if (g > 0) {
+            for (int j = 0; j < N; ++j) tops[j] = highest_of(tops[j], s + j * kBlock * kTile - 2 * kScores);
+        }
+        _tile_stored(0, s, 64);
+        _tile_stored(2, s + kScores, 64);
         if (N == 2) {
-            _tile_loadd(7, q + (steps + i) * kTileBytes, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+            _tile_stored(1, s + kBlock * kTile, 64);
+            _tile_stored(3, s + kBlock * kTile + kScores, 64);
+        }
+        AMX_FENCE();
+        if (block.groups[active[g]].last <= earliest) continue;
+        for (int j = 0; j < N; ++j) {
+            mask(s + j * kBlock * kTile, block.positions + active[g] * kGroup, positions + j * kTile);
         }
     }
-    _tile_stored(0, s, 64);
-    _tile_stored(2, s + kScores, 64);
-    if (N == 2) {
-        _tile_stored(1, s + kBlock * kTile, 64);
-        _tile_stored(3, s + kBlock * kTile + kScores, 64);
-    }
+    for (int j = 0; j < N; ++j) raise(pass, j, highest_of(tops[j], s + j * kBlock * kTile - 2 * kScores));
 }
 
-AMX void Amx::mask(float* s, const std::int32_t* keys, const std::int32_t* columns) {
+template <int Dim> AMX void Amx<Dim>::mask(float* s, const std::int32_t* keys, const std::int32_t* columns) {
     const __m512i rows = _mm512_load_si512(columns);
     for (int i = 0; i < kGroup; ++i) {
         const __mmask16 later = _mm512_cmplt_epi32_mask(rows, _mm512_set1_epi32(keys[i]));
@@ -203,70 +235,46 @@ AMX void Amx::mask(float* s, const std::int32_t* keys, const std::int32_t* colum
     }
 }
 
-// Scores of a tile of columns to weights.
-AMX void Amx::softmax(const float* s, char* p, int groups, int tile) {
-    const __m512 scale = _mm512_load_ps(scales_ + tile * kTile);
-    __m512 tops[4];
-    for (int i = 0; i < 4; ++i) tops[i] = _mm512_load_ps(s + i * kTile);
-    for (int i = 4; i < groups * kGroup; i += 4) {
-        for (int j = 0; j < 4; ++j) tops[j] = _mm512_max_ps(tops[j], _mm512_load_ps(s + (i + j) * kTile));
-    }
-    __m512 top = _mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3]));
-    top = _mm512_mul_ps(top, scale);
-    __m512 highest = _mm512_load_ps(highest_ + tile * kTile);
-    __m512 sum = _mm512_load_ps(sums_ + tile * kTile);
-    if (_mm512_cmp_ps_mask(top, _mm512_add_ps(highest, _mm512_set1_ps(kLazy)), _CMP_GT_OQ)) {
-        const __m512 higher = _mm512_max_ps(top, highest);
-        alignas(64) float factors[16];
-        const __m512 factor = exp2(_mm512_sub_ps(highest, higher));
-        _mm512_store_ps(factors, factor);
-        highest = higher;
-        _mm512_store_ps(highest_ + tile * kTile, highest);
-        sum = _mm512_mul_ps(sum, factor);
-        float* o = o_ + std::size_t(tile) * kTile * dim_;
-        for (int d = 0; d < dim_; d += 16) {
-            for (int c = 0; c < 16; ++c, o += 16) {
-                _mm512_store_ps(o, _mm512_mul_ps(_mm512_load_ps(o), _mm512_set1_ps(factors[c])));
-            }
-        }
-    }
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512 odd = _mm512_setzero_ps();
-    for (int g = 0; g < groups; ++g, s += 2 * kScores, p += kTileBytes) {
-        __m512i lines[16];
-        for (int i = 0; i < 16; ++i) {
-            const __m512 a = exp2(_mm512_fmsub_ps(_mm512_load_ps(s + 2 * i * kTile), scale, highest));
-            const __m512 b = exp2(_mm512_fmsub_ps(_mm512_load_ps(s + (2 * i + 1) * kTile), scale, highest));
-            sum = _mm512_add_ps(sum, a);
-            odd = _mm512_add_ps(odd, b);
-            lines[i] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        }
-        transpose(lines);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(p + 64 * i, lines[i]);
-    }
-    _mm512_store_ps(sums_ + tile * kTile, _mm512_add_ps(sum, odd));
+// Takes note of the highest scores of a tile of columns.
+template <int Dim> AMX void Amx<Dim>::raise(Pass& pass, int j, __m512 top) {
+    float* kept = highest_ + (pass.tile + j) * kTile;
+    const __m512 highest = _mm512_load_ps(kept);
+    top = _mm512_mul_ps(top, _mm512_load_ps(scales_ + (pass.tile + j) * kTile));
+    pass.raised[j] = _mm512_cmp_ps_mask(top, _mm512_add_ps(highest, _mm512_set1_ps(kLazy)), _CMP_GT_OQ) != 0;
+    const __m512 higher = pass.raised[j] ? _mm512_max_ps(top, highest) : highest;
+    if (pass.raised[j]) _mm512_store_ps(pass.factors[j], exp2(_mm512_sub_ps(highest, higher)));
+    _mm512_store_ps(pass.highest[j], higher);
+    _mm512_store_ps(kept, higher);
 }
 
-template <int N> AMX void Amx::weigh(const char* const* v, int groups, int tile) {
-    float* o = o_ + std::size_t(tile) * kTile * dim_;
-    for (int d = 0; d < dim_ / 16; d += 2, o += 2 * kScores) {
-        float* second = o + kTile * dim_;
+template <int Dim> template <int N> AMX void Amx<Dim>::weigh(const Pass& pass) {
+    const int ticks = (127 + dim()) / dim();
+    float* o = o_ + std::size_t(pass.tile) * kTile * dim();
+    for (int j = 0; j < N; ++j) {
+        for (int c = 0; pass.raised[j] && c < dim(); ++c) {  // lines of the tiles
+            float* line = o + j * kTile * dim() + c * kTile;
+            _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), _mm512_set1_ps(pass.factors[j][c % kTile])));
+        }
+    }
+    AMX_FENCE();
+    for (int d = 0; d < dim() / 16; d += 2, o += 2 * kScores) {
+        float* second = o + kTile * dim();
         _tile_loadd(0, o, 64);
         _tile_loadd(1, o + kScores, 64);
         if (N == 2) _tile_loadd(2, second, 64);
         if (N == 2) _tile_loadd(3, second + kScores, 64);
-        for (int g = 0; g < groups; ++g) {
-            _tile_loadd(4, p_ + g * kTileBytes, 64);
-            _tile_loadd(6, v[g] + d * kTileBytes, 64);
+        for (int g = 0; g < pass.groups; ++g) {
+            _tile_loadd(4, pass.p + g * kTileBytes, 64);
+            _tile_loadd(6, pass.v[g] + d * kTileBytes, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, v[g] + (d + 1) * kTileBytes, 64);
+            _tile_loadd(7, pass.v[g] + (d + 1) * kTileBytes, 64);
             _tile_dpbf16ps(1, 4, 7);
             if (N == 2) {
-                _tile_loadd(5, p_ + (kGroups + g) * kTileBytes, 64);
+                _tile_loadd(5, pass.p + (kGroups + g) * kTileBytes, 64);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
+            for (int t = 0; t < ticks; ++t) softmax_.step();
         }
         _tile_stored(0, o, 64);
         _tile_stored(1, o + kScores, 64);
@@ -276,11 +284,11 @@ template <int N> AMX void Amx::weigh(const char* const* v, int groups, int tile)
 }
 
 // Weighted values of a column, dims in their order.
-AMX void Amx::row(int c, float factor, float* to) {
+template <int Dim> AMX void Amx<Dim>::row(int c, float factor, float* to) {
     const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const float* o = o_ + std::size_t(c / kTile) * kTile * dim_ + c % kTile * kTile;
-    for (int d = 0; d < dim_; d += 32, o += 2 * kScores) {
+    const float* o = o_ + std::size_t(c / kTile) * kTile * dim() + c % kTile * kTile;
+    for (int d = 0; d < dim(); d += 32, o += 2 * kScores) {
         const __m512 scale = _mm512_set1_ps(factor);
         const __m512 a = _mm512_mul_ps(_mm512_load_ps(o), scale), b = _mm512_mul_ps(_mm512_load_ps(o + kScores), scale);
         _mm512_storeu_ps(to + d, _mm512_permutex2var_ps(a, low, b));
@@ -288,39 +296,48 @@ AMX void Amx::row(int c, float factor, float* to) {
     }
 }
 
-AMX void Amx::finish() {
+template <int Dim> AMX void Amx<Dim>::finish() {
+    advance();
+    advance();
     float values[4096];
     for (int c = 0; c < columns_; ++c) {
         row(c, sums_[c] == 0.0f ? 0.0f : 1.0f / sums_[c], values);
         char* out = at_.out(c);
-        for (int d = 0; d < dim_; d += 32) {
+        for (int d = 0; d < dim(); d += 32) {
             const __m512 a = _mm512_loadu_ps(values + d), b = _mm512_loadu_ps(values + d + 16);
             _mm512_storeu_si512(out + d * sizeof(bf16), (__m512i)_mm512_cvtne2ps_pbh(b, a));
         }
     }
 }
 
-void Amx::finish_part(float* part) {
-    for (int c = 0; c < columns_; ++c, part += dim_ + 2) {
+template <int Dim> AMX void Amx<Dim>::finish_part(float* part) {
+    advance();
+    advance();
+    for (int c = 0; c < columns_; ++c, part += dim() + 2) {
         row(c, 1.0f, part);
-        part[dim_] = highest_[c];
-        part[dim_ + 1] = sums_[c];
+        part[dim()] = highest_[c];
+        part[dim() + 1] = sums_[c];
     }
+}
+
+template <int Dim> Engine* make_dim(const Args& args, int max_columns, char* memory, std::size_t* bytes) {
+    Arena arena{memory};
+    void* place = arena.take<Amx<Dim>>(1);
+    if (memory == nullptr) {
+        const Amx<Dim> counted(args, max_columns, arena);
+        *bytes = arena.used;
+        return nullptr;
+    }
+    auto* engine = new (place) Amx<Dim>(args, max_columns, arena);
+    engine->attach();
+    return engine;
 }
 
 }  // namespace
 
 Engine* make_amx(const Args& args, int max_columns, char* memory, std::size_t* bytes) {
-    Arena arena{memory};
-    void* place = arena.take<Amx>(1);
-    if (memory == nullptr) {
-        const Amx counted(args, max_columns, arena);
-        *bytes = arena.used;
-        return nullptr;
-    }
-    Amx* engine = new (place) Amx(args, max_columns, arena);
-    engine->attach();
-    return engine;
+    const auto make = args.dim == 128 ? make_dim<128> : args.dim == 64 ? make_dim<64> : make_dim<0>;
+    return make(args, max_columns, memory, bytes);
 }
 
 }  // namespace attention

@@ -9,6 +9,7 @@ namespace attention {
 namespace {
 
 constexpr int kPlaces = kGroups + 1;
+constexpr int kAhead = 12;             // columns whose keys are on their way from memory
 
 // Pairs of rows `first .. last` with keys `low .. high - 1`, causal.
 std::int64_t pairs(std::int64_t first, std::int64_t last, std::int64_t low, std::int64_t high) {
@@ -60,6 +61,7 @@ void KeyStream::run(const Item& item, Engine& engine) {
             }
         }
         for (; columns < columns_end && *columns < high; ++columns) {
+            if (columns + kAhead < columns_end) fetch(columns[kAhead]);
             while (next != ranges_.cend() && next->high <= *columns) ++next;
             if (next != ranges_.cend() && next->low <= *columns) continue;
             gather(args_.pages[*columns / page] + *columns % page, *columns, 1);
@@ -103,6 +105,14 @@ void KeyStream::count(const Item& item) {
         }
     }
     for (int i = 0; i < item.heads; ++i) __atomic_fetch_add(args_.visited + item.head + i, total, __ATOMIC_RELAXED);
+}
+
+void KeyStream::fetch(std::int32_t position) const {
+    const std::size_t at = (args_.pages[position / args_.page_size] + position % args_.page_size) * row_;
+    for (std::size_t i = 0; i < row_; i += 64) {
+        __builtin_prefetch(keys_ + at + i);
+        __builtin_prefetch(values_ + at + i);
+    }
 }
 
 void KeyStream::range(std::int32_t low, std::int32_t high) {

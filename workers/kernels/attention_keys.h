@@ -24,6 +24,7 @@ private:
     void list(const Item& item);                     // the visited ranges of the item
     void count(const Item& item);
     void range(std::int32_t low, std::int32_t high);
+    void fetch(std::int32_t position) const;
     void gather(std::int32_t slot, std::int32_t position, int n);
     void close();                                    // pads the group being gathered
     void add(const Group& group, const std::int32_t* positions);

@@ -31,6 +31,14 @@ std::uint64_t bits_from(const std::vector<std::uint64_t>& map, std::int64_t i) {
     return i % 64 == 0 ? low : low | map[i / 64 + 1] << (64 - i % 64);
 }
 
+void set_bits(std::vector<std::uint64_t>& map, std::int64_t low, std::int64_t high) {  // high is included
+    while (low <= high) {
+        const std::int64_t n = std::min<std::int64_t>(64 - low % 64, high + 1 - low);
+        map[low / 64] |= (n == 64 ? ~0ull : (1ull << n) - 1) << low % 64;
+        low += n;
+    }
+}
+
 // What a head keeps as bits. Offsets run backwards, bit S - 1 - offset, so that neighbouring keys of a row are
 // neighbouring bits; after them come zeros for keys after the row.
 struct Maps {
@@ -39,12 +47,8 @@ struct Maps {
 
     Maps(const Chosen& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
         for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
-            const std::int64_t high = std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1);
-            for (std::int64_t at = s - 1 - high; at <= s - 1 - chosen.offsets[2 * i];) {
-                const std::int64_t n = std::min<std::int64_t>(64 - at % 64, s - chosen.offsets[2 * i] - at);
-                offsets[at / 64] |= (n == 64 ? ~0ull : (1ull << n) - 1) << at % 64;
-                at += n;
-            }
+            set_bits(offsets, s - 1 - std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1),
+                     s - 1 - chosen.offsets[2 * i]);
         }
         for (std::int64_t i = 0; i < chosen.num_columns; ++i) {
             columns[chosen.columns[i] / 64] |= 1ull << chosen.columns[i] % 64;
@@ -57,10 +61,13 @@ struct Maps {
     }
 };
 
-std::vector<Maps> maps_of(const Work& work, const Chosen* chosen) {
-    std::vector<Maps> all;
-    for (int head = 0; head < work.group; ++head) all.emplace_back(chosen[head], work.args.borders[3]);
-    return all;
+// Offsets as bits in their own order, kRows further on: neighbouring rows of a key are neighbouring bits.
+std::vector<std::uint64_t> forward(const Chosen& chosen, std::int64_t s) {
+    std::vector<std::uint64_t> map((s + 2 * kRows) / 64 + 3);
+    for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
+        set_bits(map, chosen.offsets[2 * i] + kRows, std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1) + kRows);
+    }
+    return map;
 }
 
 bool valid(const Args& a) {
@@ -153,7 +160,8 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
     });
 }
 
-double twice(const Work& work, Reader& reader, int head, const Chosen& chosen, const Maps& map,
+// Mass of the pairs that `chosen` has as a column and, by `map`, as an offset too; needs neighbouring rows.
+double twice(const Work& work, Reader& reader, int head, const Chosen& chosen, const std::vector<std::uint64_t>& map,
              const std::vector<Lse>& lse) {
     double total = 0;
     std::int64_t at = 0;
@@ -167,14 +175,14 @@ double twice(const Work& work, Reader& reader, int head, const Chosen& chosen, c
             const Block& block = reader.gather(chosen.columns + at, int(end - at));
             for (int index = 0; index < work.strips; ++index) {
                 const Strip& strip = work.strip(region, head, index);
-                std::uint64_t words[kRows] = {};
-                for (int r = 0; r < kRows && strip.positions[r] >= 0; ++r) {
-                    const std::int64_t base = map.stop - 1 - strip.positions[r];
-                    for (int i = 0; i < block.count; ++i) {
-                        const std::int64_t bit = base + block.positions[i];
-                        words[r] |= (map.offsets[bit / 64] >> bit % 64 & 1) << i;
-                    }
+                std::uint64_t words[kKeys] = {};
+                bool some = false;
+                for (int i = 0; i < block.count; ++i) {
+                    const std::int64_t offset = std::int64_t(strip.first) - block.positions[i];  // of the first row
+                    words[i] = offset <= -kRows ? 0 : bits_from(map, offset + kRows);
+                    some |= words[i] != 0;
                 }
+                if (!some) continue;
                 const float* of_rows = lse[head * work.strips + index].rows;
                 total += work.engine.mass(reader.scores(strip), strip, of_rows, words);
             }
@@ -227,20 +235,31 @@ LR_EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* o
 // chosen, share: [G].
 LR_EXPORT int longreach_estimate_kept(const Args* args, const Chosen* chosen, double* share) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
-        const std::vector<Maps> maps = maps_of(work, chosen);
+        std::vector<Maps> maps;
+        for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], args->borders[3]);
         std::vector<double> shares(work.group, 0.0);
         stream(work, &maps, lse, &shares);
         std::memcpy(share, shares.data(), shares.size() * sizeof(double));
     });
 }
 
-// chosen, mass: [G]; natural: [G, R].
-LR_EXPORT int longreach_estimate_overlap(const Args* args, const float* natural, const Chosen* chosen, double* mass) {
+// columns, offsets: [G, S] and natural: [G, R] of the same rows; chosen, mass: [G].
+LR_EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
+                                      const float* natural, const Chosen* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
-        const std::vector<Maps> maps = maps_of(work, chosen);
+        std::vector<std::vector<std::uint64_t>> maps;
+        for (int head = 0; head < work.group; ++head) maps.push_back(forward(chosen[head], args->borders[3]));
         parallel(work, work.group, 1, [&](Reader& reader, int head) {
-            mass[head] = twice(work, reader, head, chosen[head], maps[head], lse);
+            const Chosen& one = chosen[head];
+            const float* by_key = columns + head * args->borders[3];
+            const float* by_offset = offsets + head * args->borders[3];
+            double total = 0;
+            for (std::int64_t i = 0; i < one.num_columns; ++i) total += by_key[one.columns[i]];
+            for (std::int64_t i = 0; i < one.num_offsets; ++i) {
+                for (std::int64_t at = one.offsets[2 * i]; at <= one.offsets[2 * i + 1]; ++at) total += by_offset[at];
+            }
+            mass[head] = total - twice(work, reader, head, one, maps[head], lse);
         });
     });
 }

@@ -11,19 +11,19 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace longreach {
 namespace estimate {
 
-enum Type : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
-enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-enum Status : int { kOk = 0, kInvalid = 1, kNoMemory = 2, kNoPath = 3 };
+using attention::kAmx, attention::kAvx2, attention::kAvx512, attention::kPortable;
+using attention::kBfloat16, attention::kFloat32, attention::kInt8;
+using attention::kInvalid, attention::kNoMemory, attention::kOk;
+using attention::kMasked, attention::kNever, attention::kUnseen;
 
 constexpr int kKeys = 64;              // of a block
 constexpr int kRows = 64;              // of a strip; fewer rows are filled up
 constexpr int kLanes = 16;             // rows of a vector
-constexpr int kNever = INT32_MAX;      // position of padding: after every row
-constexpr float kMasked = -1e37f;      // score of a masked pair; its weight is exactly 0
-constexpr float kUnseen = -1e30f;      // running maximum of a row without keys so far
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Mirrored by `_Args` in workers/attention/native_estimate.py. Strides count elements.
@@ -86,15 +86,14 @@ struct Engine {
     void (*kept)(Running& state, const float* s, const Strip& strip, const std::uint64_t* words, std::uint64_t columns);
     // weights 2^(factor * s - lse): added to columns [kKeys], written to offsets [kSpan]
     void (*sums)(const float* s, const Strip& strip, const float* lse, float* columns, float* offsets);
-    // sum of the weights of pairs whose bit is set
+    // sum of the weights of pairs whose bit is set: bit r of words[key] for row r
     double (*mass)(const float* s, const Strip& strip, const float* lse, const std::uint64_t* words);
     void (*enter)();                   // on every thread, before the first block of a parallel region
     void (*leave)();                   // and after the last
 };
 
-// The engine of `path`, which must be one this CPU has.
-const Engine& engine(int path);
-int best_path();                       // the greatest path of this CPU
+const Engine& engine(int path);        // one this CPU has
+int best_path();                       // the greatest of this CPU
 
 }  // namespace estimate
 }  // namespace longreach

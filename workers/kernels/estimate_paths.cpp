@@ -1,12 +1,11 @@
 // The engines of the estimate: vector code for three instruction sets, and products on AMX.
 #include <cstring>
 
+#include "attention_cpu.h"
 #include "estimate.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace longreach {
@@ -26,17 +25,20 @@ inline float widen(std::uint16_t x) {
 
 #define LR_SPACE portable
 #define LR_TARGET
-#define LR_BATCH 1
+#define LR_WIDTH 4
+#define LR_BATCH 2
 #include "estimate_simd.h"
 
 #if defined(__x86_64__)
 #define LR_SPACE avx2
 #define LR_TARGET __attribute__((target("avx2,fma")))
-#define LR_BATCH 1
+#define LR_WIDTH 8
+#define LR_BATCH 2
 #include "estimate_simd.h"
 
 #define LR_SPACE avx512
 #define LR_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define LR_WIDTH 16
 #define LR_BATCH 4
 #include "estimate_simd.h"
 #endif
@@ -104,9 +106,14 @@ alignas(64) const std::uint8_t kTileConfig[64] = {
     16, 16, 16, 16, 16, 16, 16, 16, 0,  0,  0,  0,  0,  0,  0,  0,   // rows
 };
 
-LR_AMX void enter_amx() { _tile_loadconfig(kTileConfig); }
+alignas(64) thread_local char previous_config[64];  // of oneDNN, which may rely on it
 
-LR_AMX void leave_amx() { _tile_release(); }
+LR_AMX void enter_amx() {
+    _tile_storeconfig(previous_config);
+    _tile_loadconfig(kTileConfig);
+}
+
+LR_AMX void leave_amx() { _tile_loadconfig(previous_config); }
 
 Engine make_amx() {
     Engine one = avx512::make();
@@ -118,30 +125,11 @@ Engine make_amx() {
     one.leave = leave_amx;
     return one;
 }
-
-int find_best() {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
-        return kAvx2;
-    }
-    unsigned a = 7, b = 0, c = 0, d = 0;               // leaf 7: bit 22 of edx is amx-bf16, bit 24 amx-tile
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    const bool tiles = (d >> 22 & 1) != 0 && (d >> 24 & 1) != 0;
-    return tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? kAmx : kAvx512;
-}
-#else
-int find_best() { return kPortable; }
 #endif
 
 }  // namespace
 
-int best_path() {
-    static const int best = find_best();
-    return best;
-}
+int best_path() { return attention::best_path(); }
 
 const Engine& engine(int path) {
     static const Engine of_portable = portable::make();

@@ -1,6 +1,7 @@
 // The vector code of the estimate, in float32. Included once for every instruction set by a source that defines
 //   LR_SPACE    namespace of this copy
 //   LR_TARGET   attribute that allows the instructions
+//   LR_WIDTH    floats of a vector, at most kLanes
 //   LR_BATCH    keys whose products are computed together
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
@@ -8,9 +9,10 @@ namespace longreach {
 namespace estimate {
 namespace LR_SPACE {
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
+constexpr int kWidth = LR_WIDTH;
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef float Loose __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
 
 LR_INLINE const Vec& at(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 LR_INLINE Vec& at(float* x) { return *reinterpret_cast<Vec*>(x); }
@@ -18,8 +20,7 @@ LR_INLINE const Ints& at(const std::int32_t* x) { return *reinterpret_cast<const
 
 // 2^x for x < 128; exactly 0 below -126; relative error 2e-7.
 LR_INLINE void exp2(Vec& x) {
-    const Ints whole = x > -126.0f;
-    x = (Vec)((whole & (Ints)x) | (~whole & (Ints)(Vec{} - 126.0f)));
+    const Ints whole = x > -126.0f;                    // what the rest makes of other values is dropped
     const Vec shifted = x + 12582912.0f;               // 1.5 * 2^23: the low bits are the nearest integer
     const Vec f = x - (shifted - 12582912.0f);
     Vec p = f * 1.3276460e-3f + 9.6755413e-3f;
@@ -73,21 +74,22 @@ LR_TARGET void convert_bfloat16(void* to, const void* from, int kv_type, std::in
 
 LR_TARGET void scale(float* s, const Strip& strip, const Block& block) {
     for (int i = 0; i < kKeys; ++i) {
-        for (int g = 0; g < strip.groups; ++g) at(s + i * kRows + g * kLanes) *= block.scales[i];
+        for (int r = 0; r < strip.groups * kLanes; r += kWidth) at(s + i * kRows + r) *= block.scales[i];
     }
 }
 
-template <int N> LR_INLINE void products(float* s, const float* q, const float* keys, int dim) {
+// N vectors of rows, from row `r` on.
+template <int N> LR_INLINE void products(float* s, const float* q, const float* keys, int dim, int r) {
     for (int i = 0; i < kKeys; i += LR_BATCH) {
         Vec sum[LR_BATCH][N] = {};
         for (int d = 0; d < dim; ++d) {
             for (int k = 0; k < LR_BATCH; ++k) {
                 const float key = keys[(i + k) * dim + d];
-                for (int g = 0; g < N; ++g) sum[k][g] += at(q + d * kRows + g * kLanes) * key;
+                for (int v = 0; v < N; ++v) sum[k][v] += at(q + d * kRows + r + v * kWidth) * key;
             }
         }
         for (int k = 0; k < LR_BATCH; ++k) {
-            for (int g = 0; g < N; ++g) at(s + (i + k) * kRows + g * kLanes) = sum[k][g];
+            for (int v = 0; v < N; ++v) at(s + (i + k) * kRows + r + v * kWidth) = sum[k][v];
         }
     }
 }
@@ -95,135 +97,149 @@ template <int N> LR_INLINE void products(float* s, const float* q, const float* 
 LR_TARGET void scores(float* s, const Strip& strip, const Block& block, int dim) {
     const auto* q = static_cast<const float*>(strip.q);
     const auto* keys = static_cast<const float*>(block.keys);
-    if (strip.groups == 1) products<1>(s, q, keys, dim);
-    if (strip.groups == 2) products<2>(s, q, keys, dim);
-    if (strip.groups == 3) products<3>(s, q, keys, dim);
-    if (strip.groups == 4) products<4>(s, q, keys, dim);
+    for (int r = 0; r < strip.groups * kLanes; r += 4 * kWidth) {
+        const int vectors = strip.groups * kLanes / kWidth - r / kWidth;
+        if (vectors == 1) products<1>(s, q, keys, dim, r);
+        if (vectors == 2) products<2>(s, q, keys, dim, r);
+        if (vectors == 3) products<3>(s, q, keys, dim, r);
+        if (vectors >= 4) products<4>(s, q, keys, dim, r);
+    }
     if (block.scales != nullptr) scale(s, strip, block);
 }
 
 LR_TARGET void mask(float* s, const Strip& strip, const Block& block) {
-    for (int g = 0; g < strip.groups; ++g) {
-        const Ints rows = at(strip.positions + g * kLanes);
+    for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
+        const Ints rows = at(strip.positions + r);
         for (int i = 0; i < kKeys; ++i) {
-            Vec& x = at(s + i * kRows + g * kLanes);
+            Vec& x = at(s + i * kRows + r);
             const Ints seen = rows >= block.positions[i];
             x = (Vec)((seen & (Ints)x) | (~seen & (Ints)(Vec{} + kMasked)));
         }
     }
 }
 
-// Takes the block's maxima over; returns the factor `-maximum * factor` of the new scores.
-LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& strip, int at_row) {
-    Vec most = at(state.maximum + at_row);
-    const Vec old = most, factor = at(strip.factor + at_row);
-    for (int i = 0; i < kKeys; ++i) {
-        const Vec x = at(s + i * kRows + at_row);
-        const Ints more = x > most;
-        most = (Vec)((more & (Ints)x) | (~more & (Ints)most));
+LR_INLINE void most_of(Vec& most, const Vec& x) {
+    const Ints more = x > most;
+    most = (Vec)((more & (Ints)x) | (~more & (Ints)most));
+}
+
+// Takes the block's maxima over; returns the `-maximum * factor` to add to the new scores.
+LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& strip, int r) {
+    const Vec old = at(state.maximum + r), factor = at(strip.factor + r);
+    Vec a = old, b = old, c = old, d = old;            // four, so that they need not wait for each other
+    for (int i = 0; i < kKeys; i += 4) {
+        most_of(a, at(s + i * kRows + r));
+        most_of(b, at(s + (i + 1) * kRows + r));
+        most_of(c, at(s + (i + 2) * kRows + r));
+        most_of(d, at(s + (i + 3) * kRows + r));
     }
-    Vec less = (old - most) * factor;
+    most_of(a, b);
+    most_of(c, d);
+    most_of(a, c);
+    Vec less = (old - a) * factor;
     exp2(less);
-    at(state.sum + at_row) *= less;
-    at(state.kept + at_row) *= less;
-    at(state.maximum + at_row) = most;
-    shift = -most * factor;
+    at(state.sum + r) *= less;
+    at(state.kept + r) *= less;
+    at(state.maximum + r) = a;
+    shift = -a * factor;
 }
 
 LR_TARGET void running(Running& state, const float* s, const Strip& strip) {
-    for (int r = 0; r < strip.groups * kLanes; r += kLanes) {
-        Vec shift, sum[2] = {};
+    for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
+        Vec shift, even{}, odd{};
         raise(shift, state, s, strip, r);
         const Vec factor = at(strip.factor + r);
-        for (int i = 0; i < kKeys; ++i) {
+        for (int i = 0; i < kKeys; i += 2) {
             Vec p = at(s + i * kRows + r) * factor + shift;
+            Vec q = at(s + (i + 1) * kRows + r) * factor + shift;
             exp2(p);
-            sum[i & 1] += p;
+            exp2(q);
+            even += p;
+            odd += q;
         }
-        at(state.sum + r) += sum[0] + sum[1];
+        at(state.sum + r) += even + odd;
     }
 }
 
 LR_TARGET void kept(Running& state, const float* s, const Strip& strip, const std::uint64_t* words,
                     std::uint64_t columns) {
-    for (int r = 0; r < strip.groups * kLanes; r += kLanes) {
-        Vec shift, sum[2] = {}, kept[2] = {};
+    for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
+        Vec shift, sum{}, kept{};
         raise(shift, state, s, strip, r);
         const Vec factor = at(strip.factor + r);
         for (int half = 0; half < 2; ++half) {
-            alignas(64) std::int32_t lanes[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = std::int32_t((words[r + lane] | columns) >> 32 * half);
+            alignas(64) std::int32_t lanes[kWidth];
+            for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = std::int32_t((words[r + lane] | columns) >> 32 * half);
             const Ints word = at(lanes);
             for (int i = 0; i < kKeys / 2; ++i) {
                 Vec p = at(s + (32 * half + i) * kRows + r) * factor + shift;
                 exp2(p);
-                sum[i & 1] += p;
-                kept[i & 1] += (Vec)((Ints)p & (word << (31 - i) >> 31));
+                sum += p;
+                kept += (Vec)((Ints)p & (word << (31 - i) >> 31));
             }
         }
-        at(state.sum + r) += sum[0] + sum[1];
-        at(state.kept + r) += kept[0] + kept[1];
+        at(state.sum + r) += sum;
+        at(state.kept + r) += kept;
     }
 }
 
 LR_TARGET double mass(const float* s, const Strip& strip, const float* lse, const std::uint64_t* words) {
+    Ints bits;
+    for (int lane = 0; lane < kWidth; ++lane) bits[lane] = 1 << lane;
     Vec sum{};
-    for (int r = 0; r < strip.groups * kLanes; r += kLanes) {
+    for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
         const Vec factor = at(strip.factor + r), shift = -at(lse + r);
-        for (int half = 0; half < 2; ++half) {
-            alignas(64) std::int32_t lanes[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = std::int32_t(words[r + lane] >> 32 * half);
-            const Ints word = at(lanes);
-            for (int i = 0; i < kKeys / 2; ++i) {
-                Vec p = at(s + (32 * half + i) * kRows + r) * factor + shift;
-                exp2(p);
-                sum += (Vec)((Ints)p & (word << (31 - i) >> 31));
-            }
+        for (int i = 0; i < kKeys; ++i) {
+            Vec p = at(s + i * kRows + r) * factor + shift;
+            exp2(p);
+            const Ints hit = (bits & std::int32_t(words[i] >> r & ((1 << kWidth) - 1))) != 0;
+            sum += (Vec)((Ints)p & hit);
         }
     }
     double total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    for (int lane = 0; lane < kWidth; ++lane) total += sum[lane];
     return total;
 }
 
-// Key 16 a + b and vector g of the rows have the offsets (g - a) * 16 - b + lane from the first row's. For one b, pairs
-// (a, g) of the same g - a add up in registers; only then the 16 values of b are shifted against each other.
-template <int N> LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse, float* columns,
-                                       float* offsets) {
-    constexpr int kTiles = kKeys / kLanes, kDiagonals = N + kTiles - 1, kPitch = (kDiagonals + 2) * kLanes;
-    alignas(64) float by_key[kKeys][kLanes];
-    alignas(64) float shifted[kLanes * kPitch];
-    for (int b = 0; b < kLanes; ++b) {
+// With vectors of w rows, key w a + b and vector g have the offsets (g - a) * w - b + lane from the first row's. For one
+// b, pairs (a, g) of the same g - a add up; only then the w values of b are shifted against each other.
+template <int Groups> LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse, float* columns,
+                                            float* offsets) {
+    constexpr int kVectors = Groups * kLanes / kWidth, kTiles = kKeys / kWidth, kDiagonals = kVectors + kTiles - 1;
+    constexpr int kPitch = (kDiagonals + 2) * kWidth;
+    alignas(64) float by_key[kKeys][kWidth];
+    alignas(64) float shifted[kWidth * kPitch];
+    for (int b = 0; b < kWidth; ++b) {
         Vec diagonal[kDiagonals] = {};
 #pragma GCC unroll 4
         for (int a = 0; a < kTiles; ++a) {
             Vec column{};
 #pragma GCC unroll 4
-            for (int g = 0; g < N; ++g) {
-                Vec p = at(s + (a * kLanes + b) * kRows + g * kLanes) * at(strip.factor + g * kLanes) - at(lse + g * kLanes);
+            for (int g = 0; g < kVectors; ++g) {
+                const int r = g * kWidth;
+                Vec p = at(s + (a * kWidth + b) * kRows + r) * at(strip.factor + r) - at(lse + r);
                 exp2(p);
                 column += p;
                 diagonal[g - a + kTiles - 1] += p;
             }
-            at(by_key[a * kLanes + b]) = column;
+            at(by_key[a * kWidth + b]) = column;
         }
-        float* line = shifted + b * kPitch;            // 16 zeros on either side
-        at(line) = at(line + kPitch - kLanes) = Vec{};
+        float* line = shifted + b * kPitch;            // a vector of zeros on either side
+        at(line) = at(line + kPitch - kWidth) = Vec{};
 #pragma GCC unroll 8
-        for (int w = 0; w < kDiagonals; ++w) at(line + (w + 1) * kLanes) = diagonal[w];
+        for (int w = 0; w < kDiagonals; ++w) at(line + (w + 1) * kWidth) = diagonal[w];
     }
     for (int i = 0; i < kKeys; ++i) {
         float* x = by_key[i];
-        for (int l = 0; l < 8; ++l) x[l] += x[l + 8];
-        for (int l = 0; l < 4; ++l) x[l] += x[l + 4];
+        for (int l = 0; kWidth > 8 && l < 8; ++l) x[l] += x[l + 8];
+        for (int l = 0; kWidth > 4 && l < 4; ++l) x[l] += x[l + 4];
     }
     for (int i = 0; i < kKeys; ++i) columns[i] += (by_key[i][0] + by_key[i][1]) + (by_key[i][2] + by_key[i][3]);
-    for (int u = 0; u < kSpan; u += kLanes) {
+    // Value 0 of b = 0 has the offset -(kTiles - 1) * w, index kWidth - 1 of the result.
+    for (int u = 0; u < kSpan; u += kWidth) {
         Vec sum{};
-        if (u < (kDiagonals + 1) * kLanes) {
-            for (int b = 0; b < kLanes; ++b) {
-                sum += *reinterpret_cast<const Loose*>(shifted + b * kPitch + kLanes + u - (kLanes - 1) + b);
-            }
+        if (u < (kDiagonals + 1) * kWidth) {
+            for (int b = 0; b < kWidth; ++b) sum += *reinterpret_cast<const Loose*>(shifted + b * kPitch + u + b + 1);
         }
         at(offsets + u) = sum;
     }
@@ -249,4 +265,5 @@ inline Engine make() {
 #undef LR_INLINE
 #undef LR_SPACE
 #undef LR_TARGET
+#undef LR_WIDTH
 #undef LR_BATCH

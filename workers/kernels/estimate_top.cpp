@@ -22,8 +22,12 @@ inline std::uint32_t order_of(float score) {
 void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int64_t always, std::int32_t* picked) {
     for (std::int64_t i = 0; i < always; ++i) *picked++ = std::int32_t(i);
     if (wanted <= 0) return;
-    std::vector<std::int32_t> sizes((kInfinity >> kShift) + 1);
-    for (std::int64_t i = always; i < count; ++i) ++sizes[order_of(scores[i]) >> kShift];
+    constexpr std::uint32_t kBuckets = (kInfinity >> kShift) + 1;
+    std::vector<std::int32_t> sizes(4 * kBuckets);     // four in turn: neighbours tend to share a bucket
+    for (std::int64_t i = always; i < count; ++i) ++sizes[i % 4 * kBuckets + (order_of(scores[i]) >> kShift)];
+    for (std::uint32_t i = 0; i < kBuckets; ++i) {
+        sizes[i] += sizes[kBuckets + i] + sizes[2 * kBuckets + i] + sizes[3 * kBuckets + i];
+    }
     std::uint32_t bucket = kInfinity >> kShift;        // the one in which the least picked score lies
     std::int64_t left = wanted;                        // to be picked from it
     while (sizes[bucket] < left) left -= sizes[bucket--];
@@ -39,20 +43,28 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
     std::int64_t equal = left - std::count_if(within.begin(), within.end(), [=](auto x) { return x > least; });
     for (std::int64_t i = always; i < count; ++i) {
         const std::uint32_t order = order_of(scores[i]);
-        if (order > least || (order == least && equal-- > 0)) *picked++ = std::int32_t(i);
+        if (order < least) continue;
+        if (order > least || equal-- > 0) *picked++ = std::int32_t(i);
     }
 }
 
 }  // namespace
 
-// Writes to `picked` the first `always` indices and those of the `wanted` largest other scores, together ascending;
-// needs always + wanted <= count. Returns 0, or 2 when there is no memory.
+// For each of `rows` rows of `scores` [rows, size]: writes to its row of `picked` [rows, width] the first `always` indices
+// and those of its largest other scores, `counts` [rows] together, ascending; always <= counts <= size, width.
+// Returns 0, or 2 when there is no memory.
 extern "C" __attribute__((visibility("default"))) int longreach_estimate_top(
-    const float* scores, std::int64_t count, std::int64_t wanted, std::int64_t always, std::int32_t* picked) {
-    try {
-        pick(scores, count, wanted, always, picked);
-    } catch (const std::bad_alloc&) {
-        return 2;
+    const float* scores, std::int64_t rows, std::int64_t size, std::int64_t width, std::int64_t always,
+    const std::int64_t* counts, std::int32_t* picked, int threads) {
+    int status = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (std::int64_t row = 0; row < rows; ++row) {
+        try {
+            pick(scores + row * size, size, counts[row] - always, always, picked + row * width);
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            status = 2;
+        }
     }
-    return 0;
+    return status;
 }

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from workers.model import native
+
 _BLOCK_VALUES = 1 << 18  # float32 values of a block: 1 MiB, so that every pass after the first finds it in L2
 
 
@@ -29,6 +31,8 @@ def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root mean square norm over the last dimension: computed and weighted in float32, rounded once."""
+    if native.norms(x):
+        return native.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
     wide_weight = weight.float()
     for rows in row_blocks(x):
@@ -38,10 +42,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for `[T, in]` and `[out, in]`; a single row on a CPU takes the matrix-vector product.
+    """`x @ weight.T + bias` for `[T, in]` and `[out, in]`, which may be packed (`native`).
 
-    That product streams the weights once; the matrix product repacks them first, at about half the speed.
+    A single row on a CPU takes the matrix-vector product: it streams the weights once, where the matrix product of
+    plain weights repacks them first, at about half the speed.
     """
+    if weight.dim() > 2:
+        return native.linear(x, weight, bias)
     if x.shape[0] == 1 and x.device.type == "cpu":
         row = torch.mv(weight, x[0])
         return (row if bias is None else row.add_(bias))[None]

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from protos.messages import Span
+from workers.model import native
 from workers.model.layers import linear, swiglu
+
+_STEP_TOKENS = 4096  # of the compiled kernel: more would not lower the share of reading the weights by much
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,13 +21,16 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) ->
 
     Args:
         x: `[T, M]`.
-        router: `[E, M]`.
+        router: `[E, M]`, or packed.
         normalise: divide the kept probabilities by their sum (config key `norm_topk_prob`).
 
     Returns:
         Expert ids `[T, k]` and weights `[T, k]` in float32.
     """
-    probabilities = torch.softmax(linear(x, router), dim=-1, dtype=torch.float32)
+    logits = linear(x, router)
+    if native.routes(logits):
+        return native.route(logits, top_k, normalise)
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     weights, experts = probabilities.topk(top_k, dim=-1)
     if normalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -55,7 +61,7 @@ def run_experts(
     Args:
         x: `[T, M]`.
         experts, weights: `[T, k]` from `route`.
-        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`.
+        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`; both plain or both packed (`native`).
         local: global ids of the shard's experts.
         scratch: memory kept between calls.
 
@@ -63,6 +69,8 @@ def run_experts(
         `[T, M]`, this shard's partial sum, in memory of its own.
     """
     tokens, top_k = experts.shape
+    if down.dim() > 3:
+        return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
     flat = experts.flatten() - local.start
@@ -80,6 +88,19 @@ def run_experts(
         order = order[: sum(sizes)]
         out = _expert_loop(x, order // top_k, sizes, gate_up, down, scratch or ExpertScratch())
     return _combine(out, order, weights)
+
+
+def _packed_experts(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    local: Span, scratch: ExpertScratch,
+) -> torch.Tensor:  # fmt: skip
+    """The compiled kernel, over some tokens at a time: what their experts write is as large as all their choices."""
+    rows = scratch.rows(min(x.shape[0], _STEP_TOKENS) * experts.shape[1], x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start in range(0, x.shape[0], _STEP_TOKENS):
+        part = slice(start, start + _STEP_TOKENS)
+        native.run_experts(x[part], experts[part], weights[part], gate_up, down, local, rows, out[part])
+    return out
 
 
 def _one_token(

@@ -8,24 +8,22 @@ vector and matrix units read as it is (`workers/kernels/gemm.h`). A packed weigh
     gate and up `[Er, 2 I, M]` -> `[Er, I / 16, 2, M / 32, 16, 16, 2]`, strips of gate and up in turn
 
 The PyTorch twins of the functions here are in `layers`, `moe` and `rope`; they serve other types and devices, other
-sizes, and machines without a compiler. Environment: `LONGREACH_KERNEL_PATH` (portable, avx2, avx512, avx512bf16, amx)
-holds the kernels to an older machine's instructions.
+sizes, and machines without a compiler.
 
-Legend: `T` tokens, `M` hidden size, `I` intermediate, `Er` experts of the shard, `k` experts a token uses, `D` head dim.
+Legend: `T` tokens, `M` hidden size, `D` head dim, `I` intermediate, `Er` experts of the shard, `k` experts of a token.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 
 import torch
 
 from protos.messages import Span
 from workers.kernels.build import load
 
-PATHS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # as `Path` in gemm.h
+PATHS = ("portable", "avx2", "avx512", "amx")  # as `Path` in gemm.h
 _STRIP, _DEPTH = 16, 32
 _MOST_SLOTS, _MOST_DIM, _MOST_EXPERTS = 128, 512, 4096
 
@@ -45,28 +43,17 @@ _Experts = _call(
 _Norm = _call("_Norm", "x weight out", "tokens stride size", (("eps", ctypes.c_float),))
 _Rotate = _call(
     "_Rotate", "x out cos sin weight",
-    "tokens heads dim row_stride head_stride out_row_stride out_head_stride", (("eps", ctypes.c_float),),
+    "tokens heads dim row_stride head_stride out_row_stride out_head_stride turn_stride", (("eps", ctypes.c_float),),
 )  # fmt: skip
 _Route = _call("_Route", "logits chosen weights", "tokens experts top_k", (("normalise", ctypes.c_int32),))
 
 
 @functools.cache
 def path() -> int | None:
-    """The instructions to use, an index of `PATHS`; None where PyTorch serves: no library, or only plain loops.
-
-    Raises:
-        ValueError: `LONGREACH_KERNEL_PATH` names no path, or one that this CPU does not have.
-    """
+    """The instructions to use, an index of `PATHS`; None where PyTorch serves: no library, or only plain loops."""
     library = load().library
-    if library is None:
-        return None
-    best = int(library.longreach_best_path())
-    wanted = os.environ.get("LONGREACH_KERNEL_PATH", "").lower()
-    if not wanted:
-        return best if best > 0 else None
-    if wanted not in PATHS[: best + 1]:
-        raise ValueError(f"LONGREACH_KERNEL_PATH: {wanted!r}: must be one of {', '.join(PATHS[: best + 1])} here")
-    return PATHS.index(wanted)
+    best = int(library.longreach_best_path()) if library is not None else 0
+    return best if best > 0 else None
 
 
 def serves(x: torch.Tensor) -> bool:
@@ -100,6 +87,17 @@ def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool)
     library.longreach_pack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(rows.data_ptr()), *sizes)
 
 
+def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
+    """A packed copy of `[N, K]` or `[Er, N, K]`; the weight itself where it is not packed."""
+    shape = packed_shape(tuple(weight.shape), weight.dtype, weight.device, pairs)
+    if shape == weight.shape:
+        return weight
+    out = weight.new_empty(shape)
+    for target, source in zip(out, weight, strict=True) if weight.dim() == 3 else [(out, weight)]:
+        pack_rows(target, 0, source, pairs)
+    return out
+
+
 def unpacked(weight: torch.Tensor) -> torch.Tensor:
     """A packed weight in its plain order, `[N, K]` or `[Er, N, K]`: a copy; any other tensor is returned as it is."""
     if weight.dim() == 7:  # [Er, strip, which, tile, pair, row, of pair]
@@ -123,9 +121,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def run_experts(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
-    local: Span, rows: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """`moe.run_experts` over packed weights; `rows` `[T k, M]` is room for what the experts write.
+    local: Span, rows: torch.Tensor, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """`moe.run_experts` over packed weights into `out` `[T, M]`, contiguous.
+
+    Args:
+        rows: `[T k, M]`, room for what the experts write.
 
     Raises:
         ValueError: a token uses more than 128 experts.
@@ -134,12 +135,11 @@ def run_experts(
     tokens, top_k = experts.shape
     if top_k > _MOST_SLOTS:
         raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {_MOST_SLOTS}; set LONGREACH_KERNELS=off")
-    experts, weights, out = experts.contiguous(), weights.contiguous(), torch.empty_like(x)
+    experts, weights = experts.contiguous(), weights.contiguous()
     pointers = map(_at, (x, experts, weights, gate_up, down, rows, out))
     width = gate_up.shape[1] * _STRIP
     sizes = (tokens, x.stride(0), top_k, local.start, local.size, x.shape[1], width)
     _run("longreach_experts", _Experts(*pointers, *sizes, path(), _threads()))
-    return out
 
 
 def norms(x: torch.Tensor) -> bool:
@@ -167,17 +167,17 @@ def norm_rotate(
 
     Args:
         x, out: `[T, H, D]` bfloat16, any row and head strides, unit stride in `D`; `out` may be `x`.
-        cos, sin: `T` rows of `D / 2` float32 values, contiguous.
+        cos, sin: `[T, 1, D / 2]` float32, of the same strides, unit stride in `D`.
         weight: `[H, D]` float32, contiguous.
 
     Returns:
         `out`.
     """
-    assert cos.is_contiguous()
-    assert sin.is_contiguous()
+    assert cos.stride() == sin.stride()
+    assert cos.stride(2) == 1
     assert weight is None or weight.is_contiguous()
     assert out.stride(2) == 1
-    sizes = (*x.shape, x.stride(0), x.stride(1), out.stride(0), out.stride(1))
+    sizes = (*x.shape, x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0))
     pointers = map(_at, (x, out, cos, sin, weight))
     _run("longreach_norm_rotate", _Rotate(*pointers, *sizes, eps, path(), _threads()))
     return out

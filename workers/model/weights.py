@@ -1,8 +1,9 @@
 """The weights of one shard, read slice by slice from the files mapped into memory.
 
 A plan says, for every tensor of the shard, which rows and columns of which checkpoint tensors it is made of; the loader
-and the random stand-in fill the same plan. Legend: `M` hidden size, `D` head dim, `H` and `K` query and KV heads, `E`
-experts, `I` intermediate; a trailing `r` marks the part of this shard.
+and the random stand-in fill the same plan. Where compiled kernels serve, matrices are packed while read (`native`).
+Legend: `M` hidden size, `D` head dim, `H` and `K` query and KV heads, `E` experts, `I` intermediate; a trailing `r`
+marks the part of this shard.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from protos.messages import ShardSpec, Span
 from protos.model_spec import ModelSpec
+from workers.model import native
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
     from protos.checkpoint import Checkpoint
@@ -28,11 +30,16 @@ OnProgress = Callable[[int, int], None]  # bytes loaded, bytes of this shard
 _CHUNK_BYTES = 16 << 20  # copied at once: bounds what a converting copy to a device stages in host memory
 _DUMMY_ROWS = 1024  # rows of a random tensor made at once
 _DUMMY_SCALE = 0.02
+_PACKED = {"qkv_weight", "o_weight", "gate_up", "down", "router", "experts_gate_up", "experts_down", "lm_head"}
+_PAIRS = {"experts_gate_up"}
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer of one shard; either the dense MLP or router and experts are set. Norms are whole on every rank."""
+    """One layer of one shard; either the dense MLP or router and experts are set. Norms are whole on every rank.
+
+    Matrices are in plain order, as below, or packed: `native.unpacked` gives the plain one.
+    """
 
     input_norm: torch.Tensor  # [M]
     qkv_weight: torch.Tensor  # [(Hr + 2 Kr) D, M]: q, then k, then v
@@ -129,25 +136,43 @@ def _build(
 ) -> ShardWeights:  # fmt: skip
     total, loaded = shard_bytes(spec, shard, dtype), 0
 
-    def make(plan: _Plan) -> torch.Tensor:
+    def make(name: str, plan: _Plan) -> torch.Tensor:
         nonlocal loaded
-        tensor = torch.empty(plan.shape, dtype=dtype, device=device)
+        shape, pairs = plan.shape, name in _PAIRS
+        if name in _PACKED:
+            shape = native.packed_shape(shape, dtype, device, pairs)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
-            part = part[piece.row : piece.row + piece.rows.size]
-            source.fill(part, piece)
-            loaded += part.numel() * dtype.itemsize
+            if shape == plan.shape:
+                source.fill(part[piece.row : piece.row + piece.rows.size], piece)
+            else:
+                _fill_packed(source, part, piece, pairs)
+            loaded += piece.rows.size * (piece.columns or Span(0, 1)).size * dtype.itemsize
             if on_progress is not None:
                 on_progress(loaded, total)
         return tensor
 
-    ends = {name: make(plan) for name, plan in _plan_ends(spec, shard).items()}
+    ends = {name: make(name, plan) for name, plan in _plan_ends(spec, shard).items()}
     if spec.tie_word_embeddings and shard.is_last:
         ends["lm_head"] = ends["embed"]
     layers = []
     for layer in range(*shard.layers):
-        layers.append(LayerWeights(**{name: make(plan) for name, plan in _plan_layer(spec, shard, layer).items()}))
+        plans = _plan_layer(spec, shard, layer)
+        layers.append(LayerWeights(**{name: make(name, plan) for name, plan in plans.items()}))
     return ShardWeights(layers, **ends)
+
+
+def _fill_packed(source: _Source, target: torch.Tensor, piece: _Piece, pairs: bool) -> None:
+    """Fill a part of one packed matrix by way of a few rows in plain order."""
+    assert piece.columns is not None
+    width = piece.columns.size
+    step = max(1, _CHUNK_BYTES // (target.itemsize * width * _DUMMY_ROWS)) * _DUMMY_ROWS
+    for start in range(piece.rows.start, piece.rows.stop, step):
+        rows = Span(start, min(start + step, piece.rows.stop))
+        plain = torch.empty(rows.size, width, dtype=target.dtype)
+        source.fill(plain, piece._replace(rows=rows))
+        native.pack_rows(target, piece.row + start - piece.rows.start, plain, pairs)
 
 
 def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:

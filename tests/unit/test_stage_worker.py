@@ -1,0 +1,96 @@
+"""A shard's process without its process: load, start with a type of KV cache, run plans, report sparse cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from protos import codec
+from protos import stage_pb2 as pb
+from protos.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan, StepResult
+from protos.model_spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, SparseSpec
+from workers.stage_worker import StageWorker
+
+LAYERS, HEADS, PAGE = 2, 4, 16
+SPEC = ModelSpec(
+    "qwen3", 100, 64, LAYERS, HEADS, 2, 16, 96, 1e-6, False, False, False, False, True, RopeSpec(1e4), 1024, "float32",
+    (), dual_chunk=DualChunkSpec(128, 48, 64),
+    sparse=SparseSpec(threshold=100, last_q=16, cell=64, uniform=HeadBudget(31, 101)),
+)  # fmt: skip
+SHARD = ShardSpec(
+    0, 1, 0, 1, Span(0, LAYERS), Span(0, HEADS), Span(0, 2), Span(0, 0), Span(0, 96), Span(0, 100)
+)  # fmt: skip
+
+
+def loaded(folder: Path, spec: ModelSpec = SPEC) -> StageWorker:
+    worker = StageWorker("", 1, 10.0)
+    request = pb.LoadRequest(
+        epoch=1, model_spec_json=codec.model_spec_to_json(spec), shard=codec.shard_to_pb(SHARD), dtype="float32",
+        device="cpu", load_format="dummy", store_path=str(folder / "store"), group_timeout_s=10,
+    )  # fmt: skip
+    assert worker.load(request, lambda progress: None).ready
+    return worker
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def prefill(length: int, sequence: int = 1) -> StepPlan:
+    blocks = -(-length // PAGE)
+    ids = [7 * at % 100 for at in range(length)]
+    sample = SampleSpec(SamplingParams(logprobs=0), 0)
+    return StepPlan(1, 1, (SequenceSlice(sequence, 0, length, length, ids, range(blocks), blocks, sample),))
+
+
+def result(worker: StageWorker, plan: StepPlan) -> StepResult:
+    (found,) = worker.run([plan])
+    worker.close()
+    assert not found.error
+    return found
+
+
+def test_sparse_cells_are_reported(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    worker.start(20, PAGE, "")
+    found = result(worker, prefill(150))
+    assert [(cell.layer, cell.start, cell.length) for cell in found.cells] == [
+        (layer, start, length) for layer in range(LAYERS) for start, length in ((0, 64), (64, 16), (80, 48), (128, 22))
+    ]
+    assert all(cell.sequence == 1 and cell.first_head == 0 and len(cell.density) == HEADS for cell in found.cells)
+    assert 0 < found.estimate_us <= found.compute_us
+    assert codec.result_from_pb(codec.result_to_pb(found)).samples == found.samples
+
+
+def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    worker.start(20, PAGE, "")
+    found = result(worker, prefill(100))
+    assert (found.cells, found.estimate_us) == ((), 0)
+
+
+@pytest.mark.parametrize(("kv_dtype", "close"), [("", 0.0), ("float32", 0.0), ("bfloat16", 2e-2), ("int8", 2e-2)])
+def test_types_of_the_kv_cache(kv_dtype: str, close: float, tmp_path: Path) -> None:
+    logprobs = []
+    for folder, kind in (("plain", ""), ("other", kv_dtype)):
+        (tmp_path / folder).mkdir()
+        worker = loaded(tmp_path / folder, replace(SPEC, sparse=None))
+        worker.start(20, PAGE, "", kind)
+        logprobs.append(result(worker, prefill(150)).samples[0].logprob)
+    assert logprobs[0] is not None
+    assert logprobs[1] == pytest.approx(logprobs[0], abs=close)
+    assert close == 0 or logprobs[0] != logprobs[1]
+
+
+def test_an_unknown_type_of_the_kv_cache_is_refused(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8"):
+        worker.start(20, PAGE, "", "int4")
+    worker.close()

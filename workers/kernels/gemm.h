@@ -1,0 +1,135 @@
+// Matrix products in bfloat16 over weights packed once at load: shared by the dense layers and the experts.
+//
+// A weight [N, K] is stored as strips of 16 outputs, a strip as tiles of 32 inputs, a tile as 16 lines of 64 bytes:
+// line i holds inputs 2i and 2i + 1 of each of the 16 outputs. AMX takes a tile as it is, AVX-512 a line. Rows of
+// activations are packed likewise: strips of 16 rows, tiles of 32 columns, a line per row. Every path sums a product
+// in one fixed order over K, so a row's result does not depend on the rows beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#define LONGREACH_AVX2 __attribute__((target("avx2,fma")))
+#define LONGREACH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#else
+#define LONGREACH_AVX2
+#define LONGREACH_AVX512
+#endif
+
+namespace longreach {
+namespace gemm {
+
+using bf16 = std::uint16_t;
+
+constexpr long kStrip = 16;          // rows or outputs of a tile
+constexpr long kDepth = 32;          // values of K in a tile
+constexpr long kTile = kStrip * kDepth;
+constexpr long kBlock = 2 * kStrip;  // rows and outputs of a block, at most
+constexpr long kSlice = 8;           // tiles of K: two strips of them are 16 KiB
+constexpr long kTaskBytes = 1L << 20;  // of packed rows: they stay in L2 while the weights pass
+constexpr long kTasksPerThread = 4;    // more are dealt out more evenly
+constexpr std::size_t kLine = 64;    // bytes
+
+enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+// Weights to bring into L2 while a block is computed: so many lines after each tile of K.
+struct Ahead {
+    const char* at;
+    long lines;
+};
+
+// Packed operands of one block: up to 32 rows, one or two strips of outputs (`b1` null: one), some of K.
+struct Operands {
+    const bf16* a;
+    long rows;
+    const bf16* b0;
+    const bf16* b1;
+    long k_tiles;
+    long a_stride;  // values from the first strip of rows to the second
+    bool add;       // to what c holds
+};
+
+// Where a block's results go: row r to `out + place[r] * stride`, as bf16(scale[r] * c + bias).
+struct Target {
+    bf16* out;
+    long stride;
+    const std::int32_t* place;  // null: r
+    const float* scale;         // null: 1
+    const bf16* bias;           // null: 0
+    bool stream;                // past the caches, where whole lines are written
+};
+
+// One way to compute. `block` fills c, 32 x 32 floats, or adds to it; the two after it take c on.
+struct Engine {
+    void (*block)(float* c, const Operands& operands, Ahead ahead);
+    void (*store)(const float* c, long rows, long columns, const Target& target);
+    // silu(first 16 columns) * last 16 columns, to 16 columns of packed rows; their strips are `stride` values apart
+    void (*swiglu)(const float* c, long rows, bf16* out, long stride);
+    // out = the sum of `count` rows of n values, n a multiple of 16
+    void (*sum)(bf16* out, const bf16* const* rows, long count, long n);
+    void (*enter)();  // on every thread, before the first block of a parallel region
+    void (*leave)();  // and after the last
+};
+
+// The engine of a path that the CPU has.
+const Engine& engine(int path);
+const Engine& x86_engine(Path path);
+
+// Rows of x, `rows` or (null) consecutive ones, packed; the last strip is filled up with zeros.
+void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k);
+
+// Memory of the calling thread, kept between calls: at least `bytes`, on a cache line, of unspecified content.
+void* thread_memory(std::size_t bytes);
+
+__attribute__((always_inline)) inline float as_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+__attribute__((always_inline)) inline float widen(bf16 value) { return as_float(std::uint32_t(value) << 16); }
+
+__attribute__((always_inline)) inline bf16 narrow(float value) {  // to the nearest, ties to even; a NaN stays one
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return value != value ? bf16(0x7fc0) : bf16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// Results larger than a core's caches are written past them: nobody reads a line before it has left them.
+inline bool streams(const bf16* out, long rows, long stride) {
+    constexpr long cached = 2L << 20;  // bytes
+    const auto odd = reinterpret_cast<std::uintptr_t>(out) | std::uintptr_t(stride) * sizeof(bf16);
+    return odd % kLine == 0 && rows * stride * long(sizeof(bf16)) > cached;
+}
+
+inline long round_up(long value, long step) { return (value + step - 1) / step * step; }
+inline std::size_t sums_bytes(long rows) { return std::size_t(round_up(rows, kBlock)) * kBlock * sizeof(float); }
+inline std::size_t packed_bytes(long rows, long k) { return std::size_t(round_up(rows, kStrip)) * k * sizeof(bf16); }
+
+// The product of packed rows and one panel, one or two strips of a weight. K is cut into slices, so that a slice of the
+// panel stays in L1 while all rows pass by; c, 32 floats a row, holds the sums. Brings `next`, the panel to come, into
+// L2 meanwhile. Calls finish(c of the block, its first row, its rows) for every block of 32 rows.
+template <typename Finish>
+inline void run_panel(const Engine& engine, float* c, const bf16* a, long rows, const bf16* b0, const bf16* b1,
+                      long k_tiles, const bf16* next, const Finish& finish) {
+    const long blocks = (rows + kBlock - 1) / kBlock, depth = blocks == 1 ? k_tiles : kSlice;
+    const long lines = k_tiles * 2 * kStrip, steps = blocks * k_tiles;  // of two strips
+    const long share = next == nullptr ? 0 : (lines + steps - 1) / steps;
+    const char* ahead = reinterpret_cast<const char*>(next);
+    for (long k = 0; k < k_tiles; k += depth) {
+        const long slice = k_tiles - k < depth ? k_tiles - k : depth;
+        for (long block = 0; block < blocks; ++block, ahead += slice * share * long(kLine)) {
+            const long first = block * kBlock, count = rows - first < kBlock ? rows - first : kBlock;
+            const bf16* from = a + first * k_tiles * kDepth + k * kTile;
+            const bf16* second = b1 == nullptr ? nullptr : b1 + k * kTile;
+            float* sums = c + first * kBlock;
+            engine.block(sums, {from, count, b0 + k * kTile, second, slice, k_tiles * kTile, k > 0}, {ahead, share});
+            if (k + slice == k_tiles) finish(sums, first, count);
+        }
+    }
+}
+
+}  // namespace gemm
+}  // namespace longreach
