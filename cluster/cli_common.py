@@ -57,10 +57,10 @@ class Count(click.ParamType):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what users can cause into one line on stderr and an exit code; our own bugs keep their traceback."""
-    from cluster.engine import EngineError
     from cluster.preflight import PreflightError
     from cluster.ray_cluster import PlacementError
     from cluster.stage_handle import StageError
+    from cluster.ticket import EngineError
     from protos.errors import UserError
     from protos.node_check import NodeError
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from cluster.engine import Event
 from cluster.generation import Generation, TokenEvent
 from cluster.generation import Progress as Prefill
 from cluster.launcher import LaunchStatus
+from cluster.ticket import Event
 from cluster.units import format_bytes
 
 _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal

@@ -13,58 +13,32 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from cluster.attention_summary import AttentionLog
-from cluster.generation import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.generation import GenerationSpec, OutputText, Progress, TokenEvent
 from cluster.in_flight import InFlight, Step
 from cluster.latency_model import LatencyModel
 from cluster.request import FinishReason, Request, StopRules
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageHandle
+from cluster.ticket import EngineError, Event, Ticket
 from cluster.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.messages import StepPlan, StepResult
 
-Event = Progress | TokenEvent | Generation
 _STOPPED = "the cluster was stopped"
+_LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
 _log = logging.getLogger(__name__)
 
 
-class EngineError(RuntimeError):
-    """The cluster behind the engine failed."""
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
-
-    request: Request
-    spec: GenerationSpec
-    text: OutputText
-    on_event: Callable[[Event], None]
-    submitted: float
-    attention: AttentionLog = field(default_factory=AttentionLog)
-    started: float | None = None
-    first_token: float | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-    result: Generation | None = None
-
-    def wait(self, timeout_s: float | None = None) -> Generation:
-        """The result; raises TimeoutError, or EngineError when the cluster failed."""
-        if not self.done.wait(timeout_s):
-            raise TimeoutError(f"no result within {timeout_s} s")
-        assert self.result is not None
-        if self.result.finish_reason is FinishReason.ERROR:
-            raise EngineError(self.result.error)
-        return self.result
 
 
 class Engine:
     """Drives the shards of one pipeline with the plans of one scheduler.
 
-    About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one; with
-    a single stage there are two, so that it does not wait for the head between chunks.
+    About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
+    a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
+    chunk that takes long, since a new request would wait for that too. The next plan leaves before anybody hears of
+    the last result: text, progress and callbacks are dealt with while the stages compute.
     """
 
     def __init__(
@@ -74,13 +48,16 @@ class Engine:
         self.scheduler = scheduler
         self.latency = LatencyModel(scheduler.spec)
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
+        self.on_broken: Callable[[str], None] | None = None  # called once, after every request has heard of it
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        self._depth = max(2, 1 + max(handle.shard.stage for handle in self._shards))
+        self._num_stages = 1 + max(handle.shard.stage for handle in self._shards)
+        self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._in_flight = InFlight([handle.shard for handle in self._shards], scheduler.is_sparse)
+        self._oldest: StepPlan | None = None
         self._tickets: dict[int, Ticket] = {}
         self._sequences = itertools.count(1)
         self._error = ""
@@ -132,8 +109,22 @@ class Engine:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop a request; its result comes with finish reason `cancelled` within one step."""
+        """Stop a request; its result comes with finish reason `cancelled`, its step in flight is dropped."""
         self._inbox.put(lambda: self._cancel(ticket))
+
+    @property
+    def error(self) -> str:
+        """Why the cluster failed; empty while it works."""
+        return self._error
+
+    @property
+    def oldest_plan(self) -> StepPlan | None:
+        """The step the pipeline owes longest; any thread may ask."""
+        return self._oldest
+
+    def break_down(self, reason: str) -> None:
+        """Give the pipeline up, as if a shard were lost; any thread may call this."""
+        self._on_lost(reason)
 
     def check_integrity(self) -> None:
         """Verify blocks against requests, on the engine's own thread; raises AssertionError."""
@@ -158,12 +149,13 @@ class Engine:
             try:
                 action()
                 self._fill_pipeline()
+                self._oldest = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
                 self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _fill_pipeline(self) -> None:
-        while not self._error and len(self._in_flight) < self._depth:
+        while not self._error and self._may_send():
             plan = self.scheduler.schedule()
             if plan is None:
                 return
@@ -171,6 +163,17 @@ class Engine:
             self._note_start(plan)
             for handle in self._shards:
                 handle.send(plan)
+
+    def _may_send(self) -> bool:
+        if len(self._in_flight) >= self._depth:
+            return False
+        return self._num_stages > 1 or not any(map(self._is_long, self._in_flight.plans))
+
+    def _is_long(self, plan: StepPlan) -> bool:
+        """Whether a step takes so long that the pause until its successor arrives does not count."""
+        if plan.num_tokens == len(plan.slices):
+            return False  # decoding
+        return not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S
 
     def _result(self, result: StepResult) -> None:
         if self._error:
@@ -186,14 +189,15 @@ class Engine:
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)
+        self._fill_pipeline()
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             ticket = self._tickets[request.sequence]
             ticket.attention.add(request.sequence, step)
-            if request.sequence in sampled and not request.cancelled:  # a cancelled request took no token
+            if request.sequence in sampled:
                 self._token(ticket)
             elif request.finish_reason is None:
-                _tell(ticket, self._progress(request))
+                ticket.tell(self._progress(request))
             if request.finish_reason is not None:
                 self._finish(ticket)
 
@@ -201,14 +205,14 @@ class Engine:
         request = ticket.request
         if ticket.first_token is None:
             ticket.first_token = self._clock()
-            _tell(ticket, self._progress(request))
+            ticket.tell(self._progress(request))
         text, stopped = ticket.text.push(request.output[-1])
         if stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
         elif request.finish_reason is not None:
             text += ticket.text.flush()
-        _tell(ticket, TokenEvent(request.samples[-1], text))
+        ticket.tell(TokenEvent(request.samples[-1], text))
 
     def _progress(self, request: Request) -> Progress:
         processed = min(request.num_computed, request.num_prompt)
@@ -247,47 +251,27 @@ class Engine:
             ticket = self._tickets[part.sequence]
             if ticket.started is None:
                 ticket.started = self._clock()
-                _tell(ticket, self._progress(ticket.request))
+                ticket.tell(self._progress(ticket.request))
 
     def _cancel(self, ticket: Ticket) -> None:
-        if not ticket.done.is_set() and self.scheduler.stop(ticket.request, FinishReason.CANCELLED):
+        if not ticket.done.is_set():
+            self.scheduler.stop(ticket.request, FinishReason.CANCELLED)
             self._finish(ticket)
 
     def _fail(self, error: str) -> None:
-        self._error = self._error or error
+        first, self._error = not self._error, self._error or error
         self._in_flight.clear()
         for ticket in list(self._tickets.values()):
             self._finish(ticket, self._error)
+        if first and self.on_broken is not None and not self._closed:
+            self.on_broken(error)
 
     def _finish(self, ticket: Ticket, error: str = "") -> None:
         request = ticket.request
         self._tickets.pop(request.sequence, None)
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
-        now = self._clock()
-        started = ticket.started if ticket.started is not None else now
-        first = ticket.first_token if ticket.first_token is not None else now
-        reasoning, answer = ticket.text.split(ticket.spec.reasoning_opened)
-        ticket.result = Generation(
-            token_ids=tuple(request.output),
-            text=answer,
-            reasoning=reasoning,
-            finish_reason=reason,
-            samples=tuple(request.samples),
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.num_cached,
-            timings=Timings(
-                queued_s=started - ticket.submitted,
-                prefill_s=first - started,
-                ttft_s=first - ticket.submitted,
-                decode_s=now - first,
-                total_s=now - ticket.submitted,
-            ),
-            error=error,
-            attention=ticket.attention.summary(self.scheduler.spec, request.num_prompt, request.scale_len),
-        )
-        _tell(ticket, ticket.result)
-        ticket.done.set()
+        ticket.end(reason, self._clock(), self.scheduler.spec, error)
 
     # --- other threads -----------------------------------------------------------------------------------------------
 
@@ -296,16 +280,3 @@ class Engine:
 
     def _on_lost(self, reason: str) -> None:
         self._inbox.put(lambda: self._fail(reason))
-
-
-def _tell(ticket: Ticket, event: Event) -> None:
-    """Call the submitter; one that raises hears nothing more."""
-    try:
-        ticket.on_event(event)
-    except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
-        _log.exception("request %d: its callback raised and is not called again", ticket.request.sequence)
-        ticket.on_event = _ignore
-
-
-def _ignore(_event: Event) -> None:
-    pass

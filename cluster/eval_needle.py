@@ -16,7 +16,6 @@ from cluster.assets import needle_dir
 from cluster.attention_summary import describe_sparsity
 from cluster.config import Deployment
 from cluster.display import Display, format_duration
-from cluster.engine import EngineError
 from cluster.eval_modes import MODES, Conditions, Target, load_mode
 from cluster.generation import Generation
 from cluster.needles import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
@@ -25,6 +24,7 @@ from cluster.prompts import opens_thinking
 from cluster.ray_cluster import PlacementError
 from cluster.session import Ask, Session
 from cluster.stage_handle import StageError
+from cluster.ticket import EngineError
 from cluster.tokenizer import TextTokenizer
 from cluster.units import format_count
 from protos.errors import UserError

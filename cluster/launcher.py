@@ -23,6 +23,7 @@ from typing import Any
 from cluster.config import Deployment
 from cluster.preflight import DTYPE_BYTES, PreflightError, check_head, compute_dtype, count_blocks, kv_dtype
 from cluster.ray_cluster import ActorRequest, RayCluster
+from cluster.run_dirs import make_run_dir
 from cluster.stage_handle import GrpcStageHandle
 from cluster.topology import shard_weight_bytes
 from protos import codec
@@ -124,7 +125,7 @@ class Launcher:
 
         assert self._ray is not None
         config = self._deployment.config
-        self._run_dir = Path(tempfile.mkdtemp(prefix="longreach-"))
+        self._run_dir = make_run_dir()
         if len(str(self._run_dir)) > _LONGEST_RUN_DIR:
             raise PreflightError(
                 f"TMPDIR: {tempfile.gettempdir()}: too long for Unix sockets: must be at most "

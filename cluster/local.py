@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.engine import Event
     from cluster.generation import Generation
     from cluster.session import Ask, Session
+    from cluster.ticket import Event
 
 
 class LocalCluster:

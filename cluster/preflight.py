@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 
 from cluster.config import Deployment
+from cluster.memory import NoRoom, kv_budget
 from cluster.topology import kv_bytes_per_token
 from cluster.units import format_bytes
 from protos.checkpoint import Checkpoint
@@ -95,13 +96,13 @@ def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_
     """KV blocks every shard allocates: what the tightest shard affords, at most what all sequences can use.
 
     Raises:
-        PreflightError: one context of max_model_len would not fit.
+        PreflightError: one context of max_model_len would not fit beside what a step needs while it runs.
     """
     config = deployment.config
-    budget = config.kv_cache.bytes
-    if budget is None:
-        assert config.kv_cache.fraction is not None
-        sharers = 1 if config.cluster.device == "cuda" else shards_per_node
-        budget = int(min(p.available_bytes for p in loaded) * config.kv_cache.fraction) // sharers
+    sharers = 1 if config.cluster.device == "cuda" else shards_per_node
+    try:
+        budget = kv_budget(deployment, loaded, sharers, DTYPE_BYTES[compute_dtype(deployment)])
+    except NoRoom as error:
+        raise PreflightError(str(error)) from error
     longest = -(-deployment.max_model_len // config.kv_cache.page_size)
     return min(check_room(deployment, budget), longest * config.prefill.max_num_seqs)

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from cluster.engine import Event
 from cluster.generation import Generation, Progress, TokenEvent
 from cluster.job_schema import JobStoreError
 from cluster.job_store import JobStore, StateChange
 from cluster.jobs import ACTIVE, JobAnswer, JobState, JobToken
 from cluster.request import FinishReason
+from cluster.ticket import Event
 from protos.messages import SampledToken
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class LiveJob:
     on_end: Callable[[JobState], None]
     cancelled: bool = False  # somebody wants it to end
     generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
+    decodes: bool = False  # the store has heard of its first token
     progress: dict[int, Progress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
@@ -48,6 +49,7 @@ class LiveJob:
         """Begin again with the answers that had ended before."""
         self.ended = {question: FinishReason(reason) for question, reason in finished.items()}
         self.progress = {}
+        self.decodes = False
 
 
 class Follower:
@@ -122,7 +124,8 @@ class Watch:
         return len(self._followers)
 
 
-_Item = tuple[LiveJob, int, int, Event | str]  # job, its generation, question, event or why the pipeline failed
+_Item = tuple[LiveJob, int, int, Event]  # job, its generation, question, event
+_Report = Callable[[], str]  # why the pipeline failed, or nothing when another one runs by now
 
 
 class Recorder:
@@ -133,7 +136,7 @@ class Recorder:
         self._watch = watch
         self._on_broken = on_broken
         self._closing = threading.Event()
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | _Report | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.commit_seconds = 0.0
         self.num_commits = 0
@@ -147,14 +150,18 @@ class Recorder:
         if self._thread.is_alive():
             self._thread.join()
 
-    def callback(self, job: LiveJob, question: int) -> Callable[[Event | str], None]:
-        """What the engine calls for one question of a job; a text says why the pipeline failed."""
+    def callback(self, job: LiveJob, question: int) -> Callable[[Event], None]:
+        """What the engine calls for one question of a job."""
         generation = job.generation
         return lambda event: self._queue.put((job, generation, question, event))
 
+    def report(self, failure: _Report) -> None:
+        """The pipeline failed, maybe while no job ran; asked for the error when its last tokens are committed."""
+        self._queue.put(failure)
+
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            items = [item]
+            items: list[_Item | _Report] = [item]
             while not self._queue.empty():
                 following = self._queue.get()
                 if following is None:
@@ -163,18 +170,22 @@ class Recorder:
                 items.append(following)
             self._commit(items)
 
-    def _commit(self, items: Sequence[_Item]) -> None:
+    def _commit(self, queued: Sequence[_Item | _Report]) -> None:
+        if events := [item for item in queued if isinstance(item, tuple)]:
+            self._commit_events(events)
+        for report in queued:
+            if not isinstance(report, tuple) and (error := report()):
+                self._on_broken(error)
+
+    def _commit_events(self, items: Sequence[_Item]) -> None:
         tokens: list[tuple[str, JobToken]] = []
         states: list[StateChange] = []
         answers: list[tuple[str, JobAnswer]] = []
         ended: list[tuple[LiveJob, JobState]] = []
-        broken = ""
         for job, generation, question, event in items:
             if generation != job.generation:
                 continue  # of a pipeline that is gone
-            if isinstance(event, str):
-                broken = broken or event
-            elif isinstance(event, Progress):
+            if isinstance(event, Progress):
                 job.progress[question] = event
                 states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
             elif isinstance(event, TokenEvent):
@@ -183,10 +194,10 @@ class Recorder:
                 sample = event.token
                 token = JobToken(job.last_event, question, sample.token_id, event.text, sample.logprob, sample.top)
                 tokens.append((job.job_id, token))
-                states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
-            elif event.finish_reason is FinishReason.ERROR:
-                broken = broken or event.error
-            else:
+                if not job.decodes:
+                    job.decodes = True
+                    states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
+            elif event.finish_reason is not FinishReason.ERROR:  # of a failure there is a report
                 answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
                 job.ended[question] = event.finish_reason
                 if len(job.ended) == job.num_answers:
@@ -200,8 +211,6 @@ class Recorder:
         for job, final in ended:
             job.on_end(final)
         self._watch.touch(list({job.job_id for job, *_ in items}))
-        if broken:
-            self._on_broken(broken)
 
     def _write(
         self, tokens: Sequence[tuple[str, JobToken]], states: Sequence[StateChange],

@@ -63,8 +63,7 @@ class Request:
     published: int = 0  # how many pages are findable by hash
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
-    cancelled: bool = False
-    steps_in_flight: int = 0
+    samples_in_flight: int = 0  # tokens that steps in flight will sample
     history_sent: bool = False
 
     @property

@@ -4,6 +4,9 @@ Order of a step: admit waiting requests while blocks are left, share the token b
 `commit` takes its result back. Requests reserve all blocks they can ever need when they are admitted (prompt and
 max_tokens), so nothing that runs can run out of memory. Steps are cut where the attention of the model allows it
 (`cluster.chunking`), and prefixes are shared where KV does not depend on who computed it (`cluster.prefix_keys`).
+
+Blocks of a request that ends go back at once, even with steps of it in flight: stages execute plans in order, so
+whoever gets the blocks next writes them later, and pages that others can find are never among what such a step writes.
 """
 
 from __future__ import annotations
@@ -35,9 +38,14 @@ class Scheduler:
 
     def __init__(
         self, pool: BlockPool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        epoch: int = 1, spec: ModelSpec | None = None,
+        epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False,
     ) -> None:  # fmt: skip
-        """`spec` says where attention lets a step be cut; None: anywhere (plain dense attention)."""
+        """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention).
+
+        With `runs_ahead` the step after a sample is planned before the token is known: its slice has a length of 1 and
+        no ids, and the stage, which must be the only one, takes the token it has sampled itself.
+        """
+        self._runs_ahead = runs_ahead
         if spec is not None and spec.sparse is not None:
             grid = spec.sparse.cell, spec.chunk_distance
             if any(size % page_size for size in grid):
@@ -109,7 +117,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute now."""
         self._admit()
-        shares = share_budget(self._budget, [0 if r.cancelled else r.remaining for r in self._running])
+        shares = share_budget(self._budget, [self._remaining(r) for r in self._running])
         stands = [
             Stand(r.num_scheduled, r.num_prompt, n, r.credit) for r, n in zip(self._running, shares, strict=True)
         ]
@@ -129,35 +137,27 @@ class Scheduler:
         running = {request.sequence: request for request in self._running}
         touched = []
         for part in plan.slices:
-            request = running[part.sequence]
+            request = running.get(part.sequence)
+            if request is None:
+                continue  # it ended while this step was in flight
             request.num_computed = part.start + part.length
-            request.steps_in_flight -= 1
             self._publish(request)
-            if part.sample is not None and not request.cancelled:
+            if part.sample is not None:
+                request.samples_in_flight -= 1
                 request.accept(sampled[part.sequence])
-            if request.cancelled and not request.steps_in_flight:
-                request.finish_reason = FinishReason.CANCELLED
             if request.finish_reason is not None:
                 self._finish(request)
             touched.append(request)
         return touched
 
-    def stop(self, request: Request, reason: FinishReason) -> bool:
-        """End a request for a reason of the engine's (stop string, cancel).
-
-        Returns:
-            Whether it is finished now; otherwise it ends with the last of its steps in flight.
-        """
+    def stop(self, request: Request, reason: FinishReason) -> None:
+        """End a request for a reason of the engine's (stop string, cancel); steps in flight are for nothing."""
         if request.status is Status.FINISHED:
-            return True
+            return
         if request.status is Status.WAITING:
             self._waiting.remove(request)
-        elif request.steps_in_flight:
-            request.cancelled = True
-            return False
         request.finish_reason = reason
         self._finish(request)
-        return True
 
     def check_integrity(self) -> None:
         """Verify the block pool against the requests that run; raises AssertionError."""
@@ -252,21 +252,28 @@ class Scheduler:
         self._running.append(request)
         return True
 
+    def _remaining(self, request: Request) -> int:
+        """Tokens to schedule; when the next one is still being sampled, it counts if the stage can go on by itself."""
+        ahead = request.samples_in_flight
+        if self._runs_ahead and ahead and len(request.output) + ahead < request.stop.max_tokens:
+            return request.remaining + ahead
+        return request.remaining
+
     def _slice(self, request: Request, length: int) -> SequenceSlice:
         start = request.num_scheduled
         stop = start + length
         sample = None
-        if stop == request.num_tokens:
+        if stop >= request.num_tokens:  # beyond: the token in between is in flight
             history = None
             if request.sampling.repetition_penalty != 1.0 and not request.history_sent:
                 history = sorted(set(request.tokens(0, stop)))
                 request.history_sent = True
-            sample = SampleSpec(request.sampling, len(request.output), history)
+            sample = SampleSpec(request.sampling, len(request.output) + request.samples_in_flight, history)
+            request.samples_in_flight += 1
         used = -(-stop // self._page_size)
         fresh = request.blocks[request.blocks_sent : used]
         request.blocks_sent = used
         request.num_scheduled = stop
-        request.steps_in_flight += 1
         tokens = request.tokens(start, stop)
         return SequenceSlice(
             request.sequence, start, length, request.num_prompt, tokens, fresh, used, sample, request.scale_len

@@ -8,7 +8,6 @@ next head does the same. Cancelling, waiting and reading are idempotent; submitt
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from array import array
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.documents import Documents
-from cluster.engine import EngineError, Ticket
 from cluster.following import Following
 from cluster.generation import GenerationSpec, Progress
 from cluster.job_prompts import job_prompts
@@ -36,13 +34,14 @@ from cluster.jobs import (
     new_id,
 )
 from cluster.keeper import Keeper
-from cluster.prompts import opens_thinking
+from cluster.reasoning import reasoning_opened
 from cluster.recorder import LiveJob, Recorder, Watch, committed_tokens
+from cluster.recovery import Recovery
 from cluster.service_api import JobEvent, ServiceLimits
 from cluster.session import Session
+from cluster.ticket import EngineError, Ticket
 from protos.messages import SampledToken
 
-_log = logging.getLogger(__name__)
 _MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
 _ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
 _RECOVERY_ENDS_S = 60.0
@@ -73,8 +72,8 @@ class JobService:
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
         self._refusal = ""  # why no job is taken any more
-        self._recovery: threading.Thread | None = None
-        self._recovering = False
+        self._recovery = Recovery(self)
+        session.on_broken = self._recorder.report
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -82,6 +81,8 @@ class JobService:
     def start(self) -> None:
         """Take up what an earlier head left unfinished, and begin to work. The session must be running."""
         self._recorder.start()
+        if error := self._session.engine.error:  # it broke before anybody listened
+            self._recorder.report(lambda: error)
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
             self._requeue(record)
@@ -105,9 +106,7 @@ class JobService:
         with self._lock:
             for job in self._live.values():
                 job.generation += 1  # what the closing engine says about them is not their end
-            recovery = self._recovery
-        if recovery is not None:
-            recovery.join(_RECOVERY_ENDS_S)  # the session must not be started again while its owner closes it
+        self._recovery.close(_RECOVERY_ENDS_S)  # the session must not be started again while its owner closes it
         self._recorder.close()
         self._watch.close()
 
@@ -202,7 +201,10 @@ class JobService:
     def status(self) -> Mapping[str, Any]:
         waiting, running = self.counts()
         uptime = self._clock() - self._started
-        return dict(self._session.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
+        status = dict(self._session.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
+        if self._recovery.state != "running":
+            status["stages"] = [stage | {"state": self._recovery.state} for stage in status["stages"]]
+        return status
 
     def check_integrity(self) -> None:
         """Verify the engine's blocks (tests, debugging)."""
@@ -250,7 +252,7 @@ class JobService:
         job.restore(finished)
         self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
         ask = record.spec.ask
-        opened = bool(record.spec.input.document_id) and opens_thinking(self._session.tokenizer, ask.enable_thinking)
+        opened = reasoning_opened(self._session.tokenizer, record.spec)
         items = []
         for question, prompt in enumerate(prompts):
             if question not in finished:
@@ -262,9 +264,9 @@ class JobService:
         self._arm(record)
         try:
             self._tickets[record.id] = self._session.engine.submit_all(items)
-        except EngineError as error:  # recovery queues the job again; a pipeline may have broken while nothing ran
-            if not self._recovering:
-                self._recorder.callback(job, 0)(str(error))
+        except EngineError as error:  # recovery queues the job again
+            if self._recovery.state == "down":
+                self._cancel(record.id, str(error))
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
@@ -312,35 +314,32 @@ class JobService:
         self._documents.sweep(now)
 
     def _on_broken(self, error: str) -> None:
-        """The pipeline failed: start another one and go on (called by the recorder)."""
+        """The pipeline failed, with jobs or idle: start another one and go on (called by the recorder)."""
         with self._lock:
-            if self._closing or self._recovering:
+            if self._closing or not self._recovery.begin():
                 return
-            self._recovering = True
             unfinished = list(self._live)
             for job in self._live.values():
                 job.generation += 1
             self._tickets.clear()
-            self._recovery = threading.Thread(target=self._recover, args=(error,), name="recover", daemon=True)
-        _log.error("the pipeline failed: %s", error)
         for job_id in unfinished:
             self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
         self._watch.touch(unfinished)
-        self._recovery.start()
+        self._recovery.go(error)
 
-    def _recover(self, error: str) -> None:
-        try:
-            self._session.restart()
-        except Exception as problem:  # noqa: BLE001 - whatever it was, the jobs must end with it
-            _log.exception("the pipeline could not be started again")
-            reason = f"{error}; starting again failed: {' '.join(str(problem).split())}"
-            self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
-            with self._lock:
-                for job_id in list(self._live):
-                    self._cancel(job_id, reason)
-            return
+    def restart_pipeline(self) -> None:
+        self._session.restart()
+
+    def pipeline_is_down(self, reason: str) -> None:
+        self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
         with self._lock:
-            self._recovering = False
+            for job_id in list(self._live):
+                self._cancel(job_id, reason)
+
+    def pipeline_is_back(self) -> None:
+        if error := self._session.engine.error:  # broken again: until now its report was taken for an old one
+            self._recorder.report(lambda: error)
+        with self._lock:
             for job_id, job in self._live.items():
                 if job_id not in self._tickets:  # with one it runs on the new pipeline already
                     job.generation += 1  # what was said about the time without a pipeline is over

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.attention_summary import describe_positions, describe_sparsity
 from cluster.block_pool import BlockPool
 from cluster.config import Deployment
-from cluster.engine import Engine, EngineError, Event, Ticket
+from cluster.engine import Engine
 from cluster.environment import environment
 from cluster.generation import Generation, GenerationSpec
 from cluster.launcher import Launched, Launcher, LaunchStatus
@@ -20,7 +20,9 @@ from cluster.preflight import compute_dtype, kv_dtype
 from cluster.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageError
+from cluster.ticket import EngineError, Event, Ticket
 from cluster.tokenizer import TextTokenizer
+from cluster.watchdog import FLOOR_S, Watchdog
 from protos.errors import UserError
 from protos.messages import SamplingParams
 
@@ -56,6 +58,9 @@ class Session:
         self._launcher = Launcher(deployment, on_status)
         self._engine: Engine | None = None
         self.launched: Launched | None = None
+        self.hung_after_s = FLOOR_S
+        self._watchdog: Watchdog | None = None
+        self.on_broken: Callable[[Callable[[], str]], None] = lambda report: None  # from the engine's thread
 
     def __enter__(self) -> Session:
         self.start()
@@ -67,24 +72,35 @@ class Session:
     def start(self) -> None:
         """Start the cluster and wait until it answers; whatever fails, nothing is left running."""
         config = self.deployment.config
-        launched = self._launcher.start()
+        self.launched = launched = self._launcher.start()
         try:
             root = cache_root(self.deployment, launched.fingerprint)
             prefill, page = config.prefill, config.kv_cache.page_size
             pool = BlockPool(launched.num_blocks)
             scheduler = Scheduler(
-                pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec
-            )
-            self._engine = Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids)
-            self._engine.start()
+                pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
+                runs_ahead=config.cluster.pipeline_parallel_size == 1,
+            )  # fmt: skip
+            self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
         except BaseException:
             self.close()
             raise
-        self.launched = launched
+
+    def _begin(self, engine: Engine) -> None:
+        """Work with this engine from now on; a report about an earlier one is void."""
+        self._engine = engine
+        engine.on_broken = lambda error: self.on_broken(lambda: error if self._engine is engine else "")
+        engine.start()
+        if self.launched is not None:
+            self._watchdog = Watchdog(engine, self.launched.shards, self.hung_after_s)
+            self._watchdog.start()
 
     def close(self) -> None:
         """Stop in order: engine, actors, Ray; may be called twice."""
         try:
+            if self._watchdog is not None:
+                self._watchdog.close()
+                self._watchdog = None
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +78,11 @@ class BlockTables:
                     f"sequence {part.sequence}: the plan counts {part.num_blocks} blocks, this shard {table.num_blocks}"
                 )
 
-    def batch(self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool) -> Batch:
-        """Turn a plan (already applied) into a batch.
+    def batch(
+        self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool,
+        sampled: Mapping[int, int] | None = None,
+    ) -> Batch:  # fmt: skip
+        """Turn a plan (already applied) into a batch; `sampled` has the newest token of sequences that run ahead.
 
         Raises:
             PlanMismatch: ids are missing, rows lie beyond the table, or sparse rows are not whole cells.
@@ -97,9 +100,12 @@ class BlockTables:
             pieces.extend(_pieces(part, spec, table, row))
             positions.append(torch.arange(part.start, stop))
             if with_tokens:
-                if len(part.token_ids) != part.length:
-                    raise PlanMismatch(f"sequence {part.sequence}: {len(part.token_ids)} ids for {part.length} rows")
-                ids.extend(part.token_ids)
+                given = part.token_ids
+                if not len(given) and part.length == 1 and sampled is not None and part.sequence in sampled:
+                    given = (sampled[part.sequence],)
+                if len(given) != part.length:
+                    raise PlanMismatch(f"sequence {part.sequence}: {len(given)} ids for {part.length} rows")
+                ids.extend(given)
             row += part.length
             if part.sample is not None:
                 sample_rows.append(row - 1)

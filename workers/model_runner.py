@@ -46,11 +46,13 @@ class ModelRunner:
         self._collectives = collectives
         self._tables = BlockTables(kv.page_size)
         self._sampler = Sampler(spec.vocab_size)
+        self._sampled: dict[int, int] = {}  # newest token of each sequence: the input of plans that bring none
 
     def reset(self) -> None:
         """Forget every sequence; the pages become free for other plans."""
         self._tables.clear()
         self._sampler.clear()
+        self._sampled.clear()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
@@ -67,10 +69,11 @@ class ModelRunner:
         """
         for sequence in plan.released:
             self._sampler.forget(sequence)
+            self._sampled.pop(sequence, None)
         self._tables.apply(plan)
         if not plan.slices:
             return StepOutput()
-        batch = self._tables.batch(plan, self._spec, self.device, with_tokens=self.shard.is_first)
+        batch = self._tables.batch(plan, self._spec, self.device, self.shard.is_first, self._sampled)
         if self.shard.is_first:
             assert batch.token_ids is not None
             hidden = self.decoder.embed(batch.token_ids)
@@ -83,7 +86,7 @@ class ModelRunner:
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
-        if self._collectives.rank != 0:
+        if self._collectives.rank != 0 and not self.shard.is_first:
             return reports
         wanted = [part for part in plan.slices if part.sample is not None]
         samples = tuple(
@@ -91,4 +94,8 @@ class ModelRunner:
             for part, row in zip(wanted, logits, strict=True)
             if part.sample is not None
         )
+        if self.shard.is_first:  # every rank samples, from the same logits: all need the next input
+            self._sampled.update((sample.sequence, sample.token_id) for sample in samples)
+            if self._collectives.rank != 0:
+                return reports
         return replace(reports, samples=samples, logits=logits if keep_logits else None)

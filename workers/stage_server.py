@@ -26,7 +26,8 @@ from protos import codec
 from protos import stage_pb2 as pb
 from protos import stage_pb2_grpc as rpc
 from protos.channel import CHANNEL_OPTIONS, TokenInterceptor
-from protos.messages import LoadProgress
+from protos.messages import LoadProgress, StepResult
+from workers.compute_thread import ComputeThread
 
 if TYPE_CHECKING:
     from workers.stage_worker import StageWorker
@@ -128,6 +129,7 @@ class _StageServicer(rpc.StageServicer):
         self._spec = spec
         self._on_orphan = on_orphan
         self._worker: StageWorker | None = None
+        self._compute = ComputeThread()
         self._state = "created"
         self._error = ""
         self._closed = False
@@ -156,7 +158,7 @@ class _StageServicer(rpc.StageServicer):
         self._state = "loading"
         context.add_callback(self._arm)  # when the call ends, however it ends
         updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
-        threading.Thread(target=self._load, args=(request, updates), name="load", daemon=True).start()
+        self._compute.submit(lambda: self._load(request, updates))
         last = -_PROGRESS_EVERY_S
         while True:
             update = updates.get()
@@ -186,7 +188,10 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
             raise AssertionError("abort raises")
         try:
-            self._worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype)
+            worker = self._worker
+            self._compute.submit(
+                lambda: worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype)
+            ).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
@@ -206,10 +211,18 @@ class _StageServicer(rpc.StageServicer):
         self._connected = True
         self._disarm()
         context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
-        try:
-            yield from map(codec.result_to_pb, worker.run(codec.plan_from_pb(plan) for plan in plans))
-        finally:
-            self._running.release()
+        results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
+
+        def compute() -> None:  # not on gRPC's thread, which waits until each result has left
+            try:
+                for result in worker.run(codec.plan_from_pb(plan) for plan in plans):
+                    results.put(result)
+            finally:
+                self._running.release()
+                results.put(None)
+
+        self._compute.submit(compute)
+        yield from map(codec.result_to_pb, iter(results.get, None))
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError

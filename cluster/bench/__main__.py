@@ -16,6 +16,8 @@ from typing import Any
 
 import click
 
+from cluster.bench.chunks import Chunks
+from cluster.bench.load import measure_load
 from cluster.bench.peers import SPARSE, compare
 from cluster.bench.rig import head
 from cluster.client import Client
@@ -114,8 +116,8 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
         with head(
             model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
         ) as (client, session):
-            chunks: list[float] = []
-            session.engine.on_step = lambda plan, seconds: chunks.append(seconds) if plan.num_tokens == chunk else None
+            chunks = Chunks(short)
+            session.engine.on_step = chunks.note
 
             def long_jobs() -> None:
                 seed = 1000
@@ -126,20 +128,45 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
             background = threading.Thread(target=long_jobs)
             background.start()
             time.sleep(5)
-            waits = []
+            waits, around = [], []
             rng = random.Random(0)
             for index in range(count):
                 time.sleep(rng.uniform(0.1, 2.0))
+                asked = time.perf_counter()
                 waits.append(_served(client, short, 2, index)[0])
+                around.append((asked, asked + waits[-1]))
             stop.set()
             background.join()
-    step = statistics.median(chunks)
+    step = statistics.median(chunks.seconds)
     in_chunks = [wait / step for wait in waits]
+    local = [chunks.around(*window) for window in around]
+    in_local = [wait / seconds for wait, seconds in zip(waits, local, strict=True)]
     _write(out, {
         "what": "first token of short jobs beside long prefills", "length": length, "short": short, "chunk": chunk,
         "chunk_s": round(step, 3), "first_token_s": [round(w, 3) for w in waits],
+        "chunk_s_around": [round(seconds, 3) for seconds in local],
         "first_token_in_chunks": {"median": round(statistics.median(in_chunks), 2), "max": round(max(in_chunks), 2)},
+        "first_token_in_chunks_around": {
+            "median": round(statistics.median(in_local), 2), "max": round(max(in_local), 2),
+        },
     })  # fmt: skip
+
+
+@main.command()
+@_options
+@click.option("--clients", default=20, help="Clients at a time.")
+@click.option("--jobs", default=200, help="Jobs of a round, shared by the clients.")
+@click.option("--rounds", default=3, help="Rounds; the first also fills caches.")
+def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rounds: int) -> None:
+    """Memory and descriptors of head and stage before and after rounds of many small jobs."""
+    with tempfile.TemporaryDirectory() as folder:
+        cluster: dict[str, object] = {"threads_per_actor": 1, "cpus_per_actor": 0.5}
+        with head(
+            model, Path(folder), cluster=cluster, kv_cache={"bytes": "256MiB"},
+            prefill={"max_num_batched_tokens": chunk}, model_settings={"max_model_len": "4k"},
+        ) as (client, session):  # fmt: skip
+            result = measure_load(client, session, clients, jobs, rounds)
+    _write(out, {"what": "memory and descriptors under load", "chunk": chunk, **result})
 
 
 @main.command()

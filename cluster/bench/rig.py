@@ -25,7 +25,9 @@ from cluster.session import Session
 
 
 @contextmanager
-def head(model: Path, folder: Path, **settings: dict[str, object]) -> Iterator[tuple[Client, Session]]:
+def head(
+    model: Path, folder: Path, model_settings: dict[str, object] | None = None, **settings: dict[str, object]
+) -> Iterator[tuple[Client, Session]]:
     """Start a head for token-id prompts; yields a client of it. `settings` are sections of the YAML."""
     linked = folder / "model"
     linked.mkdir()
@@ -35,7 +37,7 @@ def head(model: Path, folder: Path, **settings: dict[str, object]) -> Iterator[t
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (linked / name).exists():
             shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
-    config = {"model": {"path": str(linked)}, "data_dir": str(folder / "data"), **settings}
+    config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     sys.setswitchinterval(SWITCH_INTERVAL_S)

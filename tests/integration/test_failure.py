@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from cluster.config import load_deployment
-from cluster.engine import EngineError
 from cluster.session import Ask, Session
+from cluster.ticket import EngineError
 
 
 def test_killed_shard_fails_the_question_and_cleans_up(write_config: Callable[..., Path]) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 import cluster
-from cluster.client import Client, Job
-from cluster.needles import build_haystack, is_right
-from cluster.tokenizer import TextTokenizer
+from cluster.client import Client
+from cluster.needles import Haystack, is_right
 from protos import jobs_pb2 as pb
 from protos.jobs_pb2_grpc import JobsStub
-from tests.support.head import LONG, NEEDLE, HeadProcess, tokens_of, until
-
-DECODES = 400
+from tests.support.head import LONG, HeadProcess, tokens_of, until
+from tests.support.head_jobs import DECODES, long_document, submit
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +25,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadProcess]:
 
 
 @pytest.fixture(scope="module")
-def haystack() -> Any:
-    """About 20,000 tokens, five times what the checkpoint was trained for: YaRN is at work."""
-    return build_haystack(TextTokenizer.open(NEEDLE), 20_000, 2, 11, NEEDLE)
-
-
-def submit(client: Client, number: int, haystack: Any) -> Job:
-    """The five jobs of this test by number: a long document, two long answers, two that only wait."""
-    if number == 0:
-        return client.submit(haystack.document, [n.question for n in haystack.needles], max_tokens=24)
-    if number in (1, 2):
-        return client.submit(prompt=f"The code of dark river is {number}", max_tokens=DECODES, ignore_eos=True)
-    if number == 3:
-        return client.submit(prompt="Once", max_tokens=40, ignore_eos=True, temperature=0.8, seed=5, logprobs=2)
-    return client.submit("The code of old stone is 12345. " * 40, ["What is the code?", "Of what?"], max_tokens=20)
+def haystack() -> Haystack:
+    return long_document()
 
 
 class HangingUpload:
@@ -64,7 +50,7 @@ class HangingUpload:
         self._channel.close()
 
 
-def test_five_jobs_survive_two_kills(head: HeadProcess, haystack: Any) -> None:
+def test_five_jobs_survive_two_kills(head: HeadProcess, haystack: Haystack) -> None:
     with head.client() as client:
         jobs = [submit(client, number, haystack) for number in range(2)]
         until(lambda: jobs[1].refresh().data.last_event >= 5, "a decoding job")
@@ -103,7 +89,7 @@ def test_five_jobs_survive_two_kills(head: HeadProcess, haystack: Any) -> None:
         assert [job.data.restarts for job in undisturbed] == [0] * 5
 
 
-def test_killed_stage_is_replaced(head: HeadProcess, haystack: Any) -> None:
+def test_killed_stage_is_replaced(head: HeadProcess, haystack: Haystack) -> None:
     with head.client() as client:
         expected = [tokens_of(submit(client, number, haystack)) for number in (1, 3)]
         jobs = [submit(client, number, haystack) for number in (1, 3)]
@@ -123,9 +109,24 @@ def test_killed_stage_is_replaced(head: HeadProcess, haystack: Any) -> None:
         (replacement,) = head.actors()
         assert replacement.pid != actor.pid
 
-        replacement.kill()  # while nothing runs: noticed by the next job
-        until(lambda: client.status().stages[0].state == "unreachable", "a stage that is gone")
+        replacement.kill()  # while nothing runs: noticed all the same
+        until(lambda: client.status().stages[0].state == "restarting", "a pipeline that starts again")
+        until(lambda: client.status().stages[0].state == "running", "a pipeline that is back")
+        assert [p.pid for p in head.actors()] != [replacement.pid]
         assert tokens_of(submit(client, 1, haystack)) == expected[0]
+
+
+def test_hung_stage_is_replaced(head: HeadProcess, haystack: Haystack) -> None:
+    """A stage that stops answering, though its process lives: late after 20 s, then replaced like a dead one."""
+    with head.client() as client:
+        expected = tokens_of(submit(client, 1, haystack))
+        job = submit(client, 1, haystack)
+        until(lambda: job.refresh().data.last_event >= 5, "a decoding job")
+        (actor,) = head.actors()
+        actor.suspend()
+        assert tokens_of(job) == expected
+        assert job.data.restarts == 1
+        until(lambda: not actor.is_running() or actor.status() == psutil.STATUS_ZOMBIE, "the hung stage has ended")
 
 
 def is_refused(address: str) -> bool:
@@ -137,7 +138,7 @@ def is_refused(address: str) -> bool:
     return False
 
 
-def test_drain_and_the_next_head(head: HeadProcess, haystack: Any) -> None:
+def test_drain_and_the_next_head(head: HeadProcess, haystack: Haystack) -> None:
     """SIGTERM: what runs may finish, nothing new is taken, and the head leaves nothing behind."""
     with head.client() as client:
         expected = tokens_of(submit(client, 1, haystack))

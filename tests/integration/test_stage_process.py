@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from cluster.block_pool import BlockPool
-from cluster.engine import Engine, EngineError, Ticket
+from cluster.engine import Engine
 from cluster.generation import GenerationSpec
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import GrpcStageHandle, StageError
+from cluster.ticket import EngineError, Ticket
 from cluster.topology import plan_shards
+from cluster.watchdog import Watchdog
 from protos import codec
 from protos import stage_pb2 as pb
 from protos import stage_pb2_grpc as rpc
@@ -126,6 +128,51 @@ def eventually(condition: Callable[[], bool], limit_s: float) -> None:
     while not condition():
         assert time.monotonic() < limit, f"it did not happen within {limit_s} s"
         time.sleep(0.02)
+
+
+class Watch:
+    """A watchdog of one second over the stages."""
+
+    def __init__(self, stages: Stages) -> None:
+        assert stages.engine is not None
+        self.dog = Watchdog(stages.engine, stages.handles, floor_s=1.0)
+        self.dog.start()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.dog.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_stops_is_hung(running: Stages, stage: int):
+    engine = running.run_engine()
+    with Watch(running):
+        ticket = long_request(engine)
+        running.processes[stage].send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineError, match=f"hung: stage {stage} shard 0 does not answer: step"):
+            ticket.wait(30)
+        running.processes[stage].send_signal(signal.SIGCONT)
+
+
+def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
+    """A stage that sleeps 97 % of the time: a step takes several times as long as would be late."""
+    engine = running.run_engine()
+    spec = GenerationSpec([(5 * i) % 4000 + 5 for i in range(CHUNK * 7)], 2, ignore_eos=True)
+    expected = engine.submit(spec).wait(60).token_ids
+    again = GenerationSpec([7, *spec.prompt], 2, ignore_eos=True)
+    with Watch(running):
+        ticket = engine.submit(again)
+        began = time.monotonic()
+        while not ticket.done.is_set():
+            running.processes[0].send_signal(signal.SIGSTOP)
+            time.sleep(0.3)
+            running.processes[0].send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+            assert time.monotonic() - began < 120
+        assert len(ticket.wait(0).token_ids) == len(expected) == 2
+    assert time.monotonic() - began > 2.0
 
 
 def long_request(engine: Engine) -> Ticket:

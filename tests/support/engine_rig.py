@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.block_pool import BlockPool
-from cluster.engine import Engine, Event, Ticket
+from cluster.engine import Engine
 from cluster.generation import Generation, GenerationSpec
 from cluster.scheduler import Scheduler
+from cluster.ticket import Event, Ticket
 from cluster.tokenizer import TextTokenizer
 from protos.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
 from protos.model_spec import ModelSpec
@@ -99,9 +100,8 @@ class Rig:
             for rank in reversed(range(ranks))
         ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        self.engine = Engine(
-            Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec), self.shards, self.tokenizer, eos, clock=self.clock
-        )
+        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec, runs_ahead=stages == 1)
+        self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
 
     def __enter__(self) -> Rig:
         self.engine.start()

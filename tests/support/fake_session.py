@@ -31,9 +31,8 @@ class FakeSession(Session):
         self.before_start()
         self.starts += 1
         self.shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
-        scheduler = Scheduler(BlockPool(512), 16, CHUNK, self._seqs)
-        self._engine = Engine(scheduler, [self.shard], self.tokenizer)
-        self._engine.start()
+        scheduler = Scheduler(BlockPool(512), 16, CHUNK, self._seqs, runs_ahead=True)
+        self._begin(Engine(scheduler, [self.shard], self.tokenizer))
         self.launched: Any = SimpleNamespace(shards=(), fingerprint="f", dtype="float32")
 
     def break_down(self) -> None:

@@ -108,7 +108,7 @@ class Pipeline:
 
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
             self.shards = list(threads.map(build, shards))
-        self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs, spec=self.spec)
+        self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs, spec=self.spec, runs_ahead=stages == 1)
         self.engine = Engine(self.scheduler, self.shards, None, eos)
 
     def __enter__(self) -> Pipeline:

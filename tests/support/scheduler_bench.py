@@ -45,7 +45,10 @@ def expected_output(prompt: Sequence[int], max_tokens: int, stops: Sequence[int]
 
 
 class FakeStage:
-    """Keeps in every slot what KV there depends on, and checks before computing that the context is right."""
+    """Keeps in every slot what KV there depends on, and checks before computing that the context is right.
+
+    A slice that brings no ids continues with what this stage has sampled itself.
+    """
 
     def __init__(self, page: int, truth: dict[int, Request], spec: ModelSpec = PLAIN) -> None:
         self.tables = BlockTables(page)
@@ -53,6 +56,7 @@ class FakeStage:
         self.spec = spec
         self.slots: dict[int, tuple[float, ...]] = {}
         self.last_step = 0
+        self.sampled: dict[int, list[int]] = {}
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         assert plan.step == self.last_step + 1, "steps come without gaps"
@@ -60,8 +64,15 @@ class FakeStage:
         self.tables.apply(plan)
         samples, written = [], set()
         for part in plan.slices:
-            tokens = self.truth[part.sequence].tokens(0, part.start + part.length)
-            assert list(part.token_ids) == tokens[part.start :]
+            known = self.truth[part.sequence]
+            own = self.sampled.setdefault(part.sequence, [])
+            tokens = [*known.prompt, *(known.output if len(known.output) > len(own) else own)]
+            tokens = tokens[: part.start + part.length]
+            if not part.token_ids:
+                assert part.length == 1
+                assert part.start == known.num_prompt + len(own) - 1, "it continues its own newest token"
+            else:
+                assert list(part.token_ids) == tokens[part.start :]
             table = self.tables._tables[part.sequence]
             where = [run.first + i for run in table.runs(0, len(tokens)) for i in range(run.length)]
             for position in range(part.start):
@@ -73,7 +84,9 @@ class FakeStage:
                 self.slots[where[position]] = self.content(part, position, tokens)
             if part.sample is not None:
                 assert part.start + part.length == len(tokens)
+                assert part.sample.token_index == len(tokens) - known.num_prompt
                 samples.append(SampledToken(part.sequence, next_token(tokens)))
+                own.append(samples[-1].token_id)
         return samples
 
     def content(self, part: SequenceSlice, position: int, tokens: Sequence[int]) -> tuple[float, ...]:
@@ -92,10 +105,13 @@ class Bench:
     """A scheduler between an early stage, which runs a plan at once, and a late one, which runs it before commit."""
 
     def __init__(
-        self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN
+        self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
+        runs_ahead: bool = False,
     ) -> None:  # fmt: skip
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, page, budget, seqs, b"root", epoch=3, spec=spec)
+        self.scheduler = Scheduler(
+            self.pool, page, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead
+        )
         self.requests: dict[int, Request] = {}
         self.early, self.late = (FakeStage(page, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()

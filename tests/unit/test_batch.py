@@ -53,6 +53,17 @@ def test_later_stages_need_no_ids():
         tables.batch(step, SPEC, CPU, with_tokens=True)
 
 
+def test_a_row_without_an_id_takes_the_newest_sample():
+    tables = BlockTables(4)
+    step = plan(part(1, 0, 2, [0], 1), SequenceSlice(2, 3, 1, 3, (), [1], 1))
+    tables.apply(step)
+    batch = tables.batch(step, SPEC, CPU, with_tokens=True, sampled={2: 77})
+    assert batch.token_ids is not None
+    assert batch.token_ids.tolist() == [100, 101, 77]
+    with pytest.raises(PlanMismatch, match="sequence 2: 0 ids for 1 rows"):
+        tables.batch(step, SPEC, CPU, with_tokens=True, sampled={1: 5})
+
+
 @pytest.mark.parametrize(("new", "total"), [([], 1), ([1], 2), ([1, 2], 1), ([1], 0)])
 def test_a_table_of_another_length_is_refused(new: list[int], total: int):
     with pytest.raises(PlanMismatch, match=f"sequence 5: the plan counts {total} blocks, this shard {len(new)}"):

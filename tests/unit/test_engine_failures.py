@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.engine import EngineError, Event, Ticket
 from cluster.generation import Generation, GenerationSpec, Progress, TokenEvent
 from cluster.request import FinishReason
+from cluster.ticket import EngineError, Event, Ticket
 from tests.support.engine_rig import WAIT, Rig, eventually
 
 

@@ -13,7 +13,6 @@ from cluster.assets import configs_dir, needle_dir
 from cluster.attention_summary import AttentionSummary
 from cluster.config import Deployment, load_config
 from cluster.display import Display
-from cluster.engine import EngineError
 from cluster.eval_modes import Conditions, Target, find_target, load_mode, trained_window
 from cluster.eval_needle import NeedleOptions, NeedleRun, measurements
 from cluster.eval_results import ResultFile, read_result
@@ -21,6 +20,7 @@ from cluster.eval_tables import depth_scores
 from cluster.generation import Generation, Timings
 from cluster.prompts import PromptError
 from cluster.request import FinishReason
+from cluster.ticket import EngineError
 from cluster.tokenizer import TextTokenizer
 from protos.errors import UserError
 from tests.support.checkpoints import make_checkpoint

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import recorder as recorder_module
+from cluster import recovery as recovery_module
 from cluster.job_store import JobStoreError
 from cluster.jobs import (
     Busy,
@@ -114,14 +115,43 @@ def test_pipeline_that_breaks_while_nothing_runs(bench: Bench) -> None:
     assert bench.service.wait(first, 20).state is S.SUCCEEDED
     bench.check_idle()
     bench.session.break_down()
+    eventually(lambda: bench.session.starts == 2)  # without any job
     jobs = [bench.submit(max_tokens=2 + n) for n in range(3)]
     assert [bench.service.wait(job_id, 20).state for job_id in jobs] == [S.SUCCEEDED] * 3
     assert [len(bench.ids(job_id)) for job_id in jobs] == [2, 3, 4]
-    eventually(lambda: bench.session.starts == 2)
+    assert bench.session.starts == 2
     bench.check_idle()
 
 
-def test_pipeline_that_cannot_be_started_again(bench: Bench) -> None:
+def test_status_says_that_the_pipeline_starts_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.session, "status", lambda: {"stages": [{"stage": 0, "state": "unreachable"}]})
+    seen: list[str] = []
+    bench.session.before_start = lambda: seen.append(bench.service.status()["stages"][0]["state"])
+    bench.session.break_down()
+    eventually(lambda: bench.service.status()["stages"][0]["state"] == "unreachable" and bool(seen))
+    assert seen == ["restarting"]
+
+
+def test_a_start_that_fails_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery_module, "PAUSES_S", (0.0, 0.01, 0.01))
+    tries: list[int] = []
+
+    def fail_twice() -> None:
+        tries.append(1)
+        if len(tries) <= 2:
+            raise RuntimeError("a port is still taken")
+
+    bench.session.before_start = fail_twice
+    bench.session.shard.hold()
+    job_id = bench.submit(max_tokens=4)
+    bench.session.break_down()
+    assert bench.service.wait(job_id, 20).state is S.SUCCEEDED
+    assert len(tries) == 3
+    bench.check_idle()
+
+
+def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery_module, "PAUSES_S", (0.0, 0.01))
     bench.session.shard.hold()
     jobs = [bench.submit(), bench.submit()]
 
@@ -131,7 +161,7 @@ def test_pipeline_that_cannot_be_started_again(bench: Bench) -> None:
 
     bench.session.before_start = fail
     bench.session.break_down()
-    eventually(lambda: len(jobs) == 3)
+    eventually(lambda: len(jobs) == 4)
     for job_id in jobs:
         record = bench.service.wait(job_id, 20)
         assert record.state is S.FAILED
