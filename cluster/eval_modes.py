@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.assets import configs_dir
 from cluster.config import Deployment, load_config, load_deployment
-from cluster.preflight import DTYPE_BYTES, compute_dtype
+from cluster.memory import DTYPE_BYTES, compute_dtype
 from cluster.topology import kv_bytes_per_token
 from protos.cells import largest_cell
 from protos.errors import UserError

@@ -16,8 +16,9 @@ from cluster.assets import needle_dir
 from cluster.config import Deployment
 from cluster.display import Display
 from cluster.eval_modes import Conditions, Target, dual_chunk_overrides, load_mode, trained_window
+from cluster.memory import compute_dtype
 from cluster.needles import read_source
-from cluster.preflight import check_head, compute_dtype
+from cluster.preflight import check_head
 from cluster.tokenizer import TextTokenizer
 from protos import codec
 from protos.errors import UserError

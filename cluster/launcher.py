@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Deployment
-from cluster.preflight import DTYPE_BYTES, PreflightError, check_head, compute_dtype, count_blocks, kv_dtype
+from cluster.memory import DTYPE_BYTES, compute_dtype, kv_dtype
+from cluster.preflight import PreflightError, check_head, count_blocks
 from cluster.ray_cluster import ActorRequest, RayCluster
 from cluster.run_dirs import make_run_dir
 from cluster.stage_handle import GrpcStageHandle

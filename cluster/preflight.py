@@ -8,40 +8,15 @@ from __future__ import annotations
 import socket
 
 from cluster.config import Deployment
-from cluster.memory import NoRoom, kv_budget
-from cluster.topology import kv_bytes_per_token
+from cluster.memory import NoRoom, kv_budget, kv_dtype, kv_token_bytes
 from cluster.units import format_bytes
 from protos.checkpoint import Checkpoint
 from protos.messages import LoadProgress
 from protos.node_check import check_writable
 
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-_INT8_BYTES, _INT8_SCALE_BYTES = 1, 4  # of a number, and of the scale of a key or value of one head
-
 
 class PreflightError(RuntimeError):
     """The deployment cannot start here; one line with the way out."""
-
-
-def compute_dtype(deployment: Deployment) -> str:
-    """The type of weights and hidden states: as configured; `auto` keeps float32 and computes 16-bit checkpoints in
-    bfloat16."""
-    wanted = deployment.config.model.dtype
-    if wanted != "auto":
-        return wanted
-    return "float32" if deployment.spec.dtype == "float32" else "bfloat16"
-
-
-def kv_dtype(deployment: Deployment) -> str:
-    """The type of keys and values: int8 where it is configured, else that of the weights."""
-    return "int8" if deployment.config.kv_cache.dtype == "int8" else compute_dtype(deployment)
-
-
-def kv_token_bytes(deployment: Deployment) -> int:
-    """Bytes one token takes on the shard whose tokens are largest."""
-    width = DTYPE_BYTES.get(kv_dtype(deployment), _INT8_BYTES)
-    scale = _INT8_SCALE_BYTES if kv_dtype(deployment) == "int8" else 0
-    return max(kv_bytes_per_token(deployment.spec, shard, width, scale) for shard in deployment.shards)
 
 
 def check_head(deployment: Deployment) -> str:
@@ -101,7 +76,7 @@ def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_
     config = deployment.config
     sharers = 1 if config.cluster.device == "cuda" else shards_per_node
     try:
-        budget = kv_budget(deployment, loaded, sharers, DTYPE_BYTES[compute_dtype(deployment)])
+        budget = kv_budget(deployment, loaded, sharers)
     except NoRoom as error:
         raise PreflightError(str(error)) from error
     longest = -(-deployment.max_model_len // config.kv_cache.page_size)

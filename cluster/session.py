@@ -16,7 +16,7 @@ from cluster.engine import Engine
 from cluster.environment import environment
 from cluster.generation import Generation, GenerationSpec
 from cluster.launcher import Launched, Launcher, LaunchStatus
-from cluster.preflight import compute_dtype, kv_dtype
+from cluster.memory import compute_dtype, kv_dtype
 from cluster.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.scheduler import Scheduler
 from cluster.stage_handle import StageError

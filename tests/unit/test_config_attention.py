@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.config import ConfigError, Deployment, load_config, load_deployment
-from cluster.preflight import PreflightError, check_room, kv_dtype, kv_token_bytes
+from cluster.memory import kv_dtype, kv_token_bytes
+from cluster.preflight import PreflightError, check_room
 from cluster.session import Session, cache_root
 from cluster.topology import kv_bytes_per_token, plan_shards
 from protos.model_spec import DualChunkSpec, HeadBudget

@@ -11,6 +11,7 @@ from cluster.config import Deployment, load_deployment
 from cluster.memory import NoRoom, kv_budget, scratch_bytes
 from cluster.preflight import PreflightError, count_blocks
 from cluster.topology import kv_bytes_per_token
+from protos.cells import largest_cell
 from protos.messages import LoadProgress
 
 CONFIG = Path(__file__).parents[2] / "configs" / "single.yaml"
@@ -28,7 +29,8 @@ def loaded(available: int, total: int = 0, anonymous: int = 0) -> list[LoadProgr
 
 def scratch(given: Deployment) -> int:
     prefill = given.config.prefill
-    return scratch_bytes(given.spec, given.shards[0], prefill.max_num_batched_tokens, prefill.max_num_seqs, 4)
+    tokens = prefill.max_num_batched_tokens + largest_cell(given.spec)
+    return scratch_bytes(given.spec, given.shards[0], tokens, prefill.max_num_seqs, 4, given.max_model_len)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 1023, 1024, 1025, 2039])
@@ -45,11 +47,11 @@ def test_a_fraction_is_of_what_a_step_leaves():
     given = deployment(kv_cache__bytes=None, kv_cache__fraction=0.5)
     free = 64 * MIB
     room = scratch(given) + free
-    assert kv_budget(given, loaded(room), 1, 4) == free // 2
-    assert kv_budget(given, loaded(room + 10 * MIB, total=12 * MIB, anonymous=2 * MIB), 1, 4) == free // 2
-    assert kv_budget(given, loaded(2 * room), 2, 4) == free // 2
+    assert kv_budget(given, loaded(room), 1) == free // 2
+    assert kv_budget(given, loaded(room + 10 * MIB, total=12 * MIB, anonymous=2 * MIB), 1) == free // 2
+    assert kv_budget(given, loaded(2 * room), 2) == free // 2
     with pytest.raises(NoRoom, match=r"kv_cache.fraction: no room: .* 0B an actor are left: 0 tokens would fit"):
-        kv_budget(given, loaded(scratch(given)), 1, 4)
+        kv_budget(given, loaded(scratch(given)), 1)
 
 
 @pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False), (5 * MIB, False)])
@@ -57,12 +59,12 @@ def test_a_size_that_does_not_fit_beside_a_step_is_refused_with_the_length(missi
     given = deployment(kv_cache__bytes="32MiB")
     available = scratch(given) + 32 * MIB - missing
     if fits:
-        assert kv_budget(given, loaded(available), 1, 4) == 32 * MIB
+        assert kv_budget(given, loaded(available), 1) == 32 * MIB
         return
     per_token = kv_bytes_per_token(given.spec, given.shards[0], 4)
     page = given.config.kv_cache.page_size
     tokens = (32 * MIB - missing) // (per_token * page) * page
     with pytest.raises(NoRoom, match=f"bytes: 32MiB: after the weights and .* {tokens} tokens would fit: lower"):
-        kv_budget(given, loaded(available), 1, 4)
+        kv_budget(given, loaded(available), 1)
     with pytest.raises(PreflightError, match=f"{tokens} tokens would fit"):
         count_blocks(given, loaded(available), 1)
