@@ -28,7 +28,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_demo_deployment() -> None:
     deployment = load_deployment(CONFIGS / "demo.yaml", {"model.max_model_len": None})
-    assert deployment.max_model_len == deployment.spec.max_context == 40_960
+    assert deployment.max_model_len == deployment.spec.default_context == 1 << 20
     assert [shard.layers for shard in deployment.shards] == [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4)]
     assert [shard.experts for shard in deployment.shards[:2]] == [Span(0, 8), Span(8, 16)]
 
