@@ -236,11 +236,13 @@ template <int Dim> AMX void Amx<Dim>::mask(float* s, const std::int32_t* keys, c
 template <int Dim> template <int N> AMX void Amx<Dim>::weigh(const Pass& pass) {
     const int ticks = (127 + dim()) / dim();
     float* o = o_ + std::size_t(pass.tile) * kTile * dim();
-    for (int i = 0; i < N * dim(); ++i) {  // lines of the tiles
-        if (!pass.raised[i / dim()]) continue;
-        float* line = o + i * kTile;
-        const __m512 factor = _mm512_set1_ps(pass.factors[i / dim()][i % kTile]);
-        _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), factor));
+    for (int j = 0; j < N; ++j) {
+        if (!pass.raised[j]) continue;
+        for (int i = 0; i < dim(); ++i) {  // lines of the tiles
+            float* line = o + (j * dim() + i) * kTile;
+            const __m512 factor = _mm512_set1_ps(pass.factors[j][i % kTile]);
+            _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), factor));
+        }
     }
     AMX_FENCE();
     for (int d = 0; d < dim() / 16; d += 2, o += 2 * kScores) {
