@@ -66,7 +66,6 @@ private:
     AMX void advance();
     template <int N> AMX void scores(Pass& pass, const Block& block, const bf16* const* k, const int* active);
     AMX void mask(float* s, const std::int32_t* keys, const std::int32_t* columns);
-    AMX void raise(Pass& pass, int j, __m512 top);
     template <int N> AMX void weigh(const Pass& pass);
     AMX void row(int c, float factor, float* to);
 
@@ -180,7 +179,7 @@ template <int Dim> AMX void Amx<Dim>::advance() {
     if (full_[oldest]) passes_[oldest].tiles == 2 ? weigh<2>(passes_[oldest]) : weigh<1>(passes_[oldest]);
     full_[oldest] = false;
     while (softmax_.busy()) softmax_.step();
-    if (full_[newest]) softmax_.start(passes_[newest], scales_, sums_);
+    if (full_[newest]) softmax_.start(passes_[newest], scales_, highest_, sums_);
     ++count_;
     AMX_FENCE();
 }
@@ -192,7 +191,6 @@ AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const bf16* const* k, 
     const char* q = q_ + std::size_t(pass.tile) * kTile * dim() * sizeof(bf16);
     const std::int32_t* positions = positions_ + pass.tile * kTile;
     const std::int32_t earliest = *std::min_element(positions, positions + N * kTile);
-    __m512 tops[2] = {_mm512_set1_ps(kMasked), _mm512_set1_ps(kMasked)};
     float* s = pass.s;
     for (int g = 0; g < pass.groups; ++g, s += 2 * kScores) {
         const bf16* keys = k[active[g]];
@@ -213,9 +211,6 @@ AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const bf16* const* k, 
             }
             for (int t = 0; t < ticks; ++t) softmax_.step();
         }
-        if (g > 0) {
-            for (int j = 0; j < N; ++j) tops[j] = highest_of(tops[j], s + j * kBlock * kTile - 2 * kScores);
-        }
         _tile_stored(0, s, 64);
         _tile_stored(2, s + kScores, 64);
         if (N == 2) {
@@ -228,7 +223,6 @@ AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const bf16* const* k, 
             mask(s + j * kBlock * kTile, block.positions + active[g] * kGroup, positions + j * kTile);
         }
     }
-    for (int j = 0; j < N; ++j) raise(pass, j, highest_of(tops[j], s + j * kBlock * kTile - 2 * kScores));
 }
 
 template <int Dim> AMX void Amx<Dim>::mask(float* s, const std::int32_t* keys, const std::int32_t* columns) {
@@ -239,26 +233,16 @@ template <int Dim> AMX void Amx<Dim>::mask(float* s, const std::int32_t* keys, c
     }
 }
 
-// Takes note of the highest scores of a tile of columns.
-template <int Dim> AMX void Amx<Dim>::raise(Pass& pass, int j, __m512 top) {
-    float* kept = highest_ + (pass.tile + j) * kTile;
-    const __m512 highest = _mm512_load_ps(kept);
-    top = _mm512_mul_ps(top, _mm512_load_ps(scales_ + (pass.tile + j) * kTile));
-    pass.raised[j] = _mm512_cmp_ps_mask(top, _mm512_add_ps(highest, _mm512_set1_ps(kLazy)), _CMP_GT_OQ) != 0;
-    const __m512 higher = pass.raised[j] ? _mm512_max_ps(top, highest) : highest;
-    if (pass.raised[j]) _mm512_store_ps(pass.factors[j], exp2(_mm512_sub_ps(highest, higher)));
-    _mm512_store_ps(pass.highest[j], higher);
-    _mm512_store_ps(kept, higher);
-}
-
 template <int Dim> template <int N> AMX void Amx<Dim>::weigh(const Pass& pass) {
     const int ticks = (127 + dim()) / dim();
     float* o = o_ + std::size_t(pass.tile) * kTile * dim();
-    for (int i = 0; i < N * dim(); ++i) {  // lines of the tiles
-        if (!pass.raised[i / dim()]) continue;
-        float* line = o + i * kTile;
-        const __m512 factor = _mm512_set1_ps(pass.factors[i / dim()][i % kTile]);
-        _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), factor));
+    for (int j = 0; j < N; ++j) {
+        if (!pass.raised[j]) continue;
+        for (int i = 0; i < dim(); ++i) {  // lines of the tiles
+            float* line = o + (j * dim() + i) * kTile;
+            const __m512 factor = _mm512_set1_ps(pass.factors[j][i % kTile]);
+            _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), factor));
+        }
     }
     AMX_FENCE();
     for (int d = 0; d < dim() / 16; d += 2, o += 2 * kScores) {

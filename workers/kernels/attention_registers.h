@@ -19,14 +19,21 @@ using bf16 = std::uint16_t;
 constexpr int kTile = 16;              // columns, keys or dims of a tile
 constexpr int kTileBytes = 1024;
 constexpr int kScores = kTile * kTile; // floats of a tile
+constexpr float kHighest = 4096.0f;    // sum of a pass's weights above which the maximum is raised
 
-// 2^x for x <= 2^20, relative error 8e-5 (the result becomes a bfloat16).
+// 2^x, relative error 3e-4 (the result becomes a bfloat16); 0 below -2^18, above 2^18 of any sign and size. Beside tile
+// products only one port serves multiplications, conversions and maxima: the sixteenths come from a table.
 AMX_INLINE __m512 exp2(__m512 x) {
-    const __m512 f = _mm512_reduce_ps(x, 1);  // x - floor(x)
-    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.07802452147006989f), _mm512_set1_ps(0.2260671705007553f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6958335041999817f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999251961708069f));
-    return _mm512_scalef_ps(p, x);
+    const __m512 powers = _mm512_set_ps(1.9152066f, 1.8340080f, 1.7562522f, 1.6817928f, 1.6104903f, 1.5422108f,
+                                        1.4768262f, 1.4142136f, 1.3542555f, 1.2968396f, 1.2418578f, 1.1892071f,
+                                        1.1387886f, 1.0905077f, 1.0442738f, 1.0f);
+    const __m512 slopes = _mm512_mul_ps(powers, _mm512_set1_ps(0.69314718f));
+    const __m512 shift = _mm512_set1_ps(786432.0f);  // its last bit is 2^-4
+    const __m512 shifted = _mm512_add_ps(x, shift), near = _mm512_sub_ps(shifted, shift);
+    const __m512i index = _mm512_castps_si512(shifted);
+    const __m512 p = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, slopes), _mm512_sub_ps(x, near),
+                                     _mm512_permutexvar_ps(index, powers));
+    return _mm512_scalef_ps(p, near);
 }
 
 // 16 x 16 values of 32 bits, in place.
@@ -56,12 +63,8 @@ AMX_INLINE void transpose(__m512i* r) {
 
 // The highest of a column's scores, and `top`, over a group.
 AMX_INLINE __m512 highest_of(__m512 top, const float* s) {
-    __m512 other = _mm512_load_ps(s);
-    for (int i = 1; i + 1 < kGroup; i += 2) {
-        top = _mm512_max_ps(top, _mm512_load_ps(s + i * kTile));
-        other = _mm512_max_ps(other, _mm512_load_ps(s + (i + 1) * kTile));
-    }
-    return _mm512_max_ps(_mm512_max_ps(top, other), _mm512_load_ps(s + (kGroup - 1) * kTile));
+    for (int i = 0; i < kGroup; ++i) top = _mm512_max_ps(top, _mm512_load_ps(s + i * kTile));
+    return top;
 }
 
 // Words of two keys' rows, side by side: dims 0-3, 8-11, 16-19, 24-27 of 32 in `low`, the others in `high`.
@@ -90,17 +93,17 @@ struct Pass {
     const char* v[kGroups];            // packed values of the groups
     float* s = nullptr;                // [2][block][16 columns]
     char* p = nullptr;                 // [2][group] tiles: a line a column
-    alignas(64) float highest[2][16];  // what the weights are relative to
     alignas(64) float factors[2][16];  // of earlier sums, where `raised`
-    bool raised[2];
+    bool raised[2] = {};
 };
 
 // Turns the scores of a pass into weights, in steps small enough to run between the tile products of other passes.
 class Softmax {
 public:
-    AMX_INLINE void start(const Pass& pass, const float* scales, float* sums) {
+    AMX_INLINE void start(Pass& pass, const float* scales, float* highest, float* sums) {
         pass_ = &pass;
         scales_ = scales;
+        tops_ = highest;
         sums_ = sums;
         tile_ = 0;
         open();
@@ -139,6 +142,13 @@ private:
         for (int i = 0; i < 16; ++i) _mm512_store_si512(p_ + 64 * i, lines[i]);
         p_ += kTileBytes;
         if (left_ > 0) return;
+        const __mmask16 fits = _mm512_cmp_ps_mask(sum_, _mm512_set1_ps(kHighest), _CMP_LE_OQ) &
+                               _mm512_cmp_ps_mask(sum_, _mm512_setzero_ps(), _CMP_GE_OQ);
+        if (fits != 0xffff && !pass_->raised[tile_]) {  // a score lies far above the maximum so far
+            raise();
+            again();
+            return;
+        }
         float* sums = sums_ + (pass_->tile + tile_) * kTile;
         __m512 sum = _mm512_load_ps(sums);
         if (pass_->raised[tile_]) sum = _mm512_mul_ps(sum, _mm512_load_ps(pass_->factors[tile_]));
@@ -149,21 +159,39 @@ private:
 
     AMX_INLINE void open() {
         if (tile_ == pass_->tiles) return;
+        const int column = (pass_->tile + tile_) * kTile;
+        scale_ = _mm512_load_ps(scales_ + column);
+        highest_ = _mm512_load_ps(tops_ + column);
+        pass_->raised[tile_] = false;
+        if (_mm512_cmp_ps_mask(highest_, _mm512_set1_ps(kUnseen), _CMP_EQ_OQ)) raise();
+        again();
+    }
+
+    AMX_INLINE void again() {
         s_ = pass_->s + tile_ * kBlock * kTile;
         p_ = pass_->p + tile_ * kGroups * kTileBytes;
         left_ = 4 * pass_->groups;
-        scale_ = _mm512_load_ps(scales_ + (pass_->tile + tile_) * kTile);
-        highest_ = _mm512_load_ps(pass_->highest[tile_]);
         sum_ = _mm512_setzero_ps();
+    }
+
+    AMX __attribute__((noinline)) void raise() {  // to the highest scores of the pass
+        const float* s = pass_->s + tile_ * kBlock * kTile;
+        __m512 top = _mm512_set1_ps(kMasked);
+        for (int g = 0; g < pass_->groups; ++g) top = highest_of(top, s + g * kGroup * kTile);
+        const __m512 higher = _mm512_max_ps(_mm512_mul_ps(top, scale_), highest_);
+        _mm512_store_ps(pass_->factors[tile_], exp2(_mm512_sub_ps(highest_, higher)));
+        _mm512_store_ps(tops_ + (pass_->tile + tile_) * kTile, higher);
+        pass_->raised[tile_] = true;
+        highest_ = higher;
     }
 
     __m512 scale_, highest_, sum_;
     alignas(64) char lines_[kTileBytes];
     const float* s_ = nullptr;
     char* p_ = nullptr;
-    const Pass* pass_ = nullptr;
+    Pass* pass_ = nullptr;
     const float* scales_ = nullptr;
-    float* sums_ = nullptr;
+    float *tops_ = nullptr, *sums_ = nullptr;  // of all columns
     int tile_ = 0, left_ = 0;
 };
 
