@@ -51,7 +51,7 @@ def prefill(length: int, sequence: int = 1) -> StepPlan:
 
 
 def result(worker: StageWorker, plan: StepPlan) -> StepResult:
-    (found,) = worker.run([plan])
+    ((found,),) = worker.run([[plan]])
     worker.close()
     assert not found.error
     return found
