@@ -94,13 +94,7 @@ class JobStore:
             return _by_key(db, spec)
 
     def transition(
-        self,
-        job_id: str,
-        expected: Collection[JobState],
-        new: JobState,
-        *,
-        error: str = "",
-        now: float | None = None,
+        self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
     ) -> bool:
         """Change the state if it is one of `expected`; False, and nothing changed, if it is not or the job is gone."""
         with self._db.writing() as db:
@@ -137,6 +131,12 @@ class JobStore:
         """The job with its answers, without tokens."""
         with self._db.reading() as db:
             return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
+
+    def state(self, job_id: str) -> JobState | None:
+        """The state of a job, cheaper than all of it; None for an unknown one."""
+        with self._db.reading() as db:
+            row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else JobState(row[0])
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Tokens:
         """At most `limit` tokens with numbers above `after`, in order; none for an unknown job."""

@@ -26,7 +26,10 @@ class StageHandle(Protocol):
     shard: ShardSpec
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        """Begin a run: plans may be sent. Results come in order, several at once when decoding. `on_lost` is called at most once, when the shard can no longer answer."""
+        """Begin a run: plans may be sent. Results come in order, several at once while it decodes.
+
+        `on_lost` is called at most once, when the shard can no longer answer.
+        """
 
     def send(self, plans: Sequence[StepPlan]) -> None:
         """Queue plans; never waits for the steps."""
