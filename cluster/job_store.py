@@ -250,6 +250,10 @@ def _token(row: Sequence[Any]) -> JobToken:
     return JobToken(number, question, token_id, text, logprob, top)
 
 
+def _top(token: JobToken) -> str:
+    return json.dumps(token.top) if token.top else "[]"  # almost always
+
+
 def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
     row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or row[1] in FINAL:
@@ -262,7 +266,7 @@ def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
             raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
     db.executemany(
         "INSERT INTO tokens (job, number, question, token_id, text, logprob, top) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, json.dumps(t.top)) for t in tokens],
+        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, _top(t)) for t in tokens],
     )
     db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
 
