@@ -187,8 +187,10 @@ class Engine:
                 handle.send(plans)
 
     def _depth_now(self) -> int:
-        """Steps to have in flight: with a single stage that decodes, as many as `_BURST_S` holds."""
+        """Steps to have in flight: with a single stage that only decodes, as many as `_BURST_S` holds."""
         if self._num_stages > 1 or not self._decode_s or not self.scheduler.decodes:
+            return self._depth
+        if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
         return max(self._depth, min(_BURST, int(_BURST_S / self._decode_s)))
 

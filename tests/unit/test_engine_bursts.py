@@ -129,7 +129,9 @@ def test_a_new_request_waits_for_no_more_than_the_burst():
         assert len(rig.last.plans) == 10
         rig.last.let(1)
         eventually(lambda: len(rig.last.plans) == 11)
-        assert [part.sequence for part in rig.last.plans[-1].slices] == [1, 2]
+        assert [part.length for part in rig.last.plans[10].slices] == [1, 30]
+        time.sleep(0.02)
+        assert len(rig.last.plans) == 11, "no burst behind a prompt"
         rig.last.let(1000)
         assert first.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert second.wait(WAIT).token_ids == tuple(range(1000, 1004))
