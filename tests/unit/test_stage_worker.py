@@ -157,7 +157,7 @@ def test_an_error_inside_a_burst_comes_after_what_was_held(ready: StageWorker) -
     groups = list(ready.run([[prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]]))
     error = "plan 9 came where 4 was due"
     errors = [[result.error for result in group] for group in groups]
-    assert errors == [[""], ["", ""], [error], [error]]
+    assert errors == [[""], ["", "", error], [error]]
 
 
 def test_a_message_that_is_no_plan(ready: StageWorker) -> None:
