@@ -123,16 +123,16 @@ class Job(JobView):
         """
         cursor = StreamCursor(check_after(after), retries)
         while True:
-            messages = self._wire().stream(pb.StreamRequest(id=self.id, after=cursor.after))
+            messages = self._wire().stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
             try:
                 for message in messages:
-                    event = cursor.accept(message)
-                    if isinstance(event, (JobData, JobEnded)):
-                        self.data = event.job if isinstance(event, JobEnded) else event
-                    if event is not None and not isinstance(event, JobData):
-                        yield event
-                    if isinstance(event, JobEnded):
-                        return
+                    for event in cursor.events(message):
+                        if isinstance(event, (JobData, JobEnded)):
+                            self.data = event.job if isinstance(event, JobEnded) else event
+                        if not isinstance(event, JobData):
+                            yield event
+                        if isinstance(event, JobEnded):
+                            return
                 raise Unavailable(f"{self.id}: the head ended the stream before the job")
             except Unavailable as error:
                 delay = cursor.pause(error)

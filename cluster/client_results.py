@@ -269,6 +269,15 @@ class StreamCursor:
         self._delays: Iterator[float] = retries.delays()
         self._processed: dict[int, int] = {}
 
+    def events(self, message: pb.JobEvent) -> Iterator[Event | JobData]:
+        """What a message says that is new, as `accept` says it; a group of tokens one by one."""
+        if message.WhichOneof("event") != "tokens":
+            messages = [message]
+        else:
+            first = message.number - len(message.tokens.tokens) + 1
+            messages = [pb.JobEvent(number=n, token=token) for n, token in enumerate(message.tokens.tokens, first)]
+        return (event for event in map(self.accept, messages) if event is not None)
+
     def accept(self, message: pb.JobEvent) -> Event | JobData | None:
         """The event of a message; JobData for a change of state, None for a token that was seen before.
 

@@ -12,7 +12,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from cluster.generation import GenerationSpec, OutputText, Progress, TokenEvent
 from cluster.in_flight import InFlight, Step
@@ -27,9 +28,21 @@ from protos.messages import StepPlan, StepResult
 
 _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
+_BURST = 6  # decode steps in flight at most,
+_BURST_S = 0.11  # and how long they may take together: a new request and a cancel wait for them
 _log = logging.getLogger(__name__)
 
 
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What one step meant for one request; told when the next steps are on their way."""
+
+    ticket: Ticket
+    step: Step
+    token: TokenEvent | None
+    progress: bool
+    ended: bool
 
 
 class Engine:
@@ -37,8 +50,10 @@ class Engine:
 
     About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
     a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
-    chunk that takes long, since a new request would wait for that too. The next plan leaves before anybody hears of
-    the last result: text, progress and callbacks are dealt with while the stages compute.
+    chunk that takes long, since a new request would wait for that too. While it only decodes there are more, a burst
+    of about a tenth of a second: plans and results travel together, so that head and client, who share the cores with
+    the stage, wake once for several tokens. The next plans leave before anybody hears of the last results: progress
+    and callbacks are dealt with while the stages compute.
     """
 
     def __init__(
@@ -58,6 +73,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._in_flight = InFlight([handle.shard for handle in self._shards], scheduler.is_sparse)
         self._oldest: StepPlan | None = None
+        self._decode_s = 0.0  # of a decode step, smoothed; 0 before the first
         self._tickets: dict[int, Ticket] = {}
         self._sequences = itertools.count(1)
         self._error = ""
@@ -68,7 +84,7 @@ class Engine:
     def start(self) -> None:
         """Connect to the shards and begin to work."""
         for handle in self._shards:
-            handle.connect(self._on_result, self._on_lost)
+            handle.connect(self._on_results, self._on_lost)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -155,64 +171,92 @@ class Engine:
                 self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _fill_pipeline(self) -> None:
-        while not self._error and self._may_send():
+        if self._error:
+            return
+        plans = []
+        depth = self._depth_now()
+        while len(self._in_flight) < depth and (self._num_stages > 1 or not self._is_long_underway()):
             plan = self.scheduler.schedule()
             if plan is None:
-                return
+                break
             self._in_flight.add(plan)
             self._note_start(plan)
+            plans.append(plan)
+        if plans:
             for handle in self._shards:
-                handle.send(plan)
+                handle.send(plans)
 
-    def _may_send(self) -> bool:
-        if len(self._in_flight) >= self._depth:
-            return False
-        return self._num_stages > 1 or not any(map(self._is_long, self._in_flight.plans))
+    def _depth_now(self) -> int:
+        """Steps to have in flight: with a single stage that only decodes, as many as `_BURST_S` holds."""
+        if self._num_stages > 1 or not self._decode_s or not self.scheduler.decodes:
+            return self._depth
+        if not all(plan.decodes for plan in self._in_flight.plans):
+            return self._depth
+        return max(self._depth, min(_BURST, int(_BURST_S / self._decode_s)))
+
+    def _is_long_underway(self) -> bool:
+        return any(map(self._is_long, self._in_flight.plans))
 
     def _is_long(self, plan: StepPlan) -> bool:
         """Whether a step takes so long that the pause until its successor arrives does not count."""
-        if plan.num_tokens == len(plan.slices):
-            return False  # decoding
+        if plan.decodes:
+            return False
         return not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S
 
-    def _result(self, result: StepResult) -> None:
+    def _results(self, results: Sequence[StepResult]) -> None:
         if self._error:
             return
-        if result.error:
-            self._fail(result.error)
-            return
-        for step in self._in_flight.take(result):
-            self._commit(step)
+        news: list[_News] = []
+        error = ""
+        for result in results:
+            if error := result.error:
+                break
+            for step in self._in_flight.take(result):
+                news += self._commit(step)
+        if not error:
+            self._fill_pipeline()
+        for item in news:
+            self._tell(item)
+        if error:
+            self._fail(error)
 
-    def _commit(self, step: Step) -> None:
+    def _commit(self, step: Step) -> Iterator[_News]:
         self.latency.observe(step.plan, step.slowest_s, step.cells)
+        if step.plan.decodes:
+            self._decode_s += (step.slowest_s - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)
-        self._fill_pipeline()
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             ticket = self._tickets[request.sequence]
-            ticket.attention.add(request.sequence, step)
-            if request.sequence in sampled:
-                self._token(ticket)
-            elif request.finish_reason is None:
-                ticket.tell(self._progress(request))
-            if request.finish_reason is not None:
-                self._finish(ticket)
+            token = self._token(ticket) if request.sequence in sampled else None
+            is_first = token is not None and ticket.first_token is None
+            if is_first:
+                ticket.first_token = self._clock()
+            ended = request.finish_reason is not None
+            yield _News(ticket, step, token, is_first or (token is None and not ended), ended)
 
-    def _token(self, ticket: Ticket) -> None:
+    def _token(self, ticket: Ticket) -> TokenEvent:
+        """The newest token with its text; a stop string in it ends the request."""
         request = ticket.request
-        if ticket.first_token is None:
-            ticket.first_token = self._clock()
-            ticket.tell(self._progress(request))
         text, stopped = ticket.text.push(request.output[-1])
         if stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
         elif request.finish_reason is not None:
             text += ticket.text.flush()
-        ticket.tell(TokenEvent(request.samples[-1], text))
+        return TokenEvent(request.samples[-1], text)
+
+    def _tell(self, news: _News) -> None:
+        ticket = news.ticket
+        ticket.attention.add(ticket.request.sequence, news.step)
+        if news.progress:
+            ticket.tell(self._progress(ticket.request))
+        if news.token is not None:
+            ticket.tell(news.token)
+        if news.ended:
+            self._finish(ticket)
 
     def _progress(self, request: Request) -> Progress:
         processed = min(request.num_computed, request.num_prompt)
@@ -275,8 +319,8 @@ class Engine:
 
     # --- other threads -----------------------------------------------------------------------------------------------
 
-    def _on_result(self, result: StepResult) -> None:
-        self._inbox.put(lambda: self._result(result))
+    def _on_results(self, results: Sequence[StepResult]) -> None:
+        self._inbox.put(lambda: self._results(results))
 
     def _on_lost(self, reason: str) -> None:
         self._inbox.put(lambda: self._fail(reason))

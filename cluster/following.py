@@ -47,7 +47,7 @@ class Following:
                 follower.wait(min(left, HEARTBEAT_S))
 
     def events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
-        """Tokens after `after`, progress and changes of state in between; ends with the record of the ended job."""
+        """Tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
         with self._lock:
             self._followers[job_id] = self._followers.get(job_id, 0) + 1
         try:
@@ -60,21 +60,25 @@ class Following:
         state: JobState | None = None
         shown: dict[int, Progress] = {}
         while True:
-            record = self._get(job_id)  # before the tokens: when it has ended, they are all there
+            record = None
+            if self._store.state(job_id) is not state:  # the whole record has the prompt in it
+                record = self._get(job_id)  # before the tokens: when it has ended, they are all there
             for question, progress in sorted(self._progress(job_id).items()):
                 if shown.get(question) != progress:
                     shown[question] = progress
                     yield ProgressUpdate(question, progress)
             page = self._store.tokens(job_id, after, _PAGE)
-            for token in page:
-                yield token
-                after = token.number
+            if page:
+                after = page[-1].number
+                yield page
             if len(page) == _PAGE:
                 continue
-            if record.state is not state:
+            if record is not None:
                 state = record.state
                 yield record
-            if record.state.is_final or self._watch.closed:
+                if state.is_final:
+                    return
+            if self._watch.closed:
                 return
             if not follower.wait(HEARTBEAT_S):
                 shown.clear()

@@ -7,7 +7,7 @@ strict parsing, one table from errors to status codes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -187,11 +187,14 @@ class _Jobs(rpc.JobsServicer):
             for event in events:
                 if not context.is_active():
                     return
-                if isinstance(event, JobToken):
+                if isinstance(event, Sequence):
                     if splits is None:
                         splits = self._splits(request.id, number)
-                    number = event.number
-                    yield codec.encode_token_event(event, splits[event.question])
+                    number = event[-1].number
+                    if request.grouped and len(event) > 1:
+                        yield codec.encode_token_group(event, splits)
+                    else:
+                        yield from (codec.encode_token_event(token, splits[token.question]) for token in event)
                 elif isinstance(event, ProgressUpdate):
                     yield codec.encode_progress_event(event, number)
                 else:

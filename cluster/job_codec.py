@@ -290,6 +290,12 @@ def encode_token_event(token: JobToken, split: ReasoningStream) -> pb.JobEvent:
     return pb.JobEvent(number=token.number, token=pb.TokenEvent(question=token.question, token=message))
 
 
+def encode_token_group(tokens: Sequence[JobToken], splits: Mapping[int, ReasoningStream]) -> pb.JobEvent:
+    """Tokens of a stream (at least one) as one event; `splits` by question."""
+    events = [encode_token_event(token, splits[token.question]).token for token in tokens]
+    return pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=events))
+
+
 def encode_status(status: Mapping[str, Any]) -> pb.ClusterStatusReply:
     """The fields of ClusterStatusReply by name; an unknown one is our bug (ParseError)."""
     return json_format.ParseDict(dict(status), pb.ClusterStatusReply())

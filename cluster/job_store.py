@@ -94,13 +94,7 @@ class JobStore:
             return _by_key(db, spec)
 
     def transition(
-        self,
-        job_id: str,
-        expected: Collection[JobState],
-        new: JobState,
-        *,
-        error: str = "",
-        now: float | None = None,
+        self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
     ) -> bool:
         """Change the state if it is one of `expected`; False, and nothing changed, if it is not or the job is gone."""
         with self._db.writing() as db:
@@ -137,6 +131,12 @@ class JobStore:
         """The job with its answers, without tokens."""
         with self._db.reading() as db:
             return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
+
+    def state(self, job_id: str) -> JobState | None:
+        """The state of a job, cheaper than all of it; None for an unknown one."""
+        with self._db.reading() as db:
+            row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else JobState(row[0])
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Tokens:
         """At most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
@@ -250,6 +250,10 @@ def _token(row: Sequence[Any]) -> JobToken:
     return JobToken(number, question, token_id, text, logprob, top)
 
 
+def _top(token: JobToken) -> str:
+    return json.dumps(token.top) if token.top else "[]"  # almost always
+
+
 def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
     row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or row[1] in FINAL:
@@ -262,7 +266,7 @@ def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
             raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
     db.executemany(
         "INSERT INTO tokens (job, number, question, token_id, text, logprob, top) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, json.dumps(t.top)) for t in tokens],
+        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, _top(t)) for t in tokens],
     )
     db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
 

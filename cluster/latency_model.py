@@ -18,10 +18,12 @@ from protos.messages import CellReport, SequenceSlice, StepPlan
 from protos.model_spec import ModelSpec
 
 _FORGET = 0.98  # weight of the past at each new step: about 50 steps are remembered
-_SCALE = np.array([1.0, 1e5, 1e3, 1e8])  # typical sizes of (1, S, T, visited): keeps the equations well scaled
+_SCALE = (1.0, 1e5, 1e3, 1e8)  # typical sizes of (1, S, T, visited): keeps the equations well scaled
 _RIDGE = 1e-6
 _SLOPE = 0.5  # assumed growth of visited keys, as a power of the context, until cells have shown it
 _SLOPE_WEIGHT = 0.5  # of that assumption, in cells at twice the context
+
+Features = tuple[float, float, float, float]
 
 
 def causal_pairs(start: int, length: int) -> int:
@@ -46,8 +48,8 @@ class LatencyModel:
     def __init__(self, spec: ModelSpec | None = None) -> None:
         self._spec = spec
         self._sparsity = _Sparsity()
-        self._gram = np.zeros((4, 4))
-        self._moment = np.zeros(4)
+        self._gram = [[0.0] * 4] * 4  # plain numbers: arrays this small cost more than the sums
+        self._moment = [0.0] * 4
         self._coefficients: np.ndarray | None = None
         self.num_steps = 0
 
@@ -56,18 +58,21 @@ class LatencyModel:
         for part in plan.slices:
             if reports and (share := visited_share(part, reports)):
                 self._sparsity.observe(causal_pairs(part.start, part.length) / part.length, share)
-        x = self.features(plan, reports) / _SCALE
-        weight = 1.0 / max(seconds, 1e-6)  # errors count relative to the step: decode steps matter as much as chunks
-        self._gram = _FORGET * self._gram + weight**2 * np.outer(x, x)
-        self._moment = _FORGET * self._moment + weight**2 * x * seconds
+        x = [value / scale for value, scale in zip(self.features(plan, reports), _SCALE, strict=True)]
+        weight = max(seconds, 1e-6) ** -2  # errors count relative to the step: decode steps matter as much as chunks
+        self._gram = [
+            [_FORGET * old + weight * a * b for old, b in zip(row, x, strict=True)]
+            for row, a in zip(self._gram, x, strict=True)
+        ]
+        self._moment = [_FORGET * old + weight * a * seconds for old, a in zip(self._moment, x, strict=True)]
         self._coefficients = None
         self.num_steps += 1
 
-    def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> np.ndarray:
+    def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> Features:
         """(1, S, T, visited pairs) of a plan; sparse slices without reports are estimated."""
         context = max((part.start + part.length for part in plan.slices), default=0)
         visited = sum(self._visited(part, reports) for part in plan.slices)
-        return np.array([1.0, context, plan.num_tokens, visited])
+        return 1.0, context, plan.num_tokens, visited
 
     @property
     def coefficients(self) -> tuple[float, float, float, float]:
@@ -76,13 +81,13 @@ class LatencyModel:
             return 0.0, 0.0, 0.0, 0.0
         fitted = self._coefficients  # once: other threads ask while the engine's observes
         if fitted is None:
-            fitted = self._coefficients = _non_negative(self._gram, self._moment) / _SCALE
+            fitted = self._coefficients = _non_negative(np.array(self._gram), np.array(self._moment)) / _SCALE
         c, g, b, a = fitted.tolist()
         return c, g, b, a
 
     def predict(self, plan: StepPlan) -> float:
         """Seconds a step would take."""
-        return float(self.features(plan) @ np.array(self.coefficients))
+        return sum(x * c for x, c in zip(self.features(plan), self.coefficients, strict=True))
 
     def predict_chunks(self, chunks: Sequence[Chunk]) -> float | None:
         """Seconds for steps of one chunk each; None before any step was measured."""

@@ -76,6 +76,11 @@ class Scheduler:
     def max_tokens_per_step(self) -> int:
         return self._budget
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the next step gives every running request one token, and nothing waits to be admitted."""
+        return not self._waiting and all(request.remaining <= 1 for request in self._running)
+
     def is_sparse(self, part: SequenceSlice) -> bool:
         """Whether the rows of a slice select their keys; all of them do or none."""
         return self.spec is not None and cells.is_sparse(self.spec, part.start, part.prompt_len)

@@ -18,7 +18,7 @@ class ProgressUpdate:
     progress: Progress
 
 
-JobEvent = ProgressUpdate | JobToken | JobRecord
+JobEvent = ProgressUpdate | Sequence[JobToken] | JobRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,9 @@ class JobServiceApi(Protocol):
         """Newest first, and the cursor of the next page (empty at the end)."""
 
     def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
-        """Tokens after `after` in order, progress in between (at least every 10 s), a record at every change of state;
-        ends with the record of the ended job. Closing the iterator of an attached job cancels the job."""
+        """Tokens after `after` in order, those together that are there together, progress in between (at least every
+        10 s), a record at every change of state; ends with the record of the ended job. Closing the iterator of an
+        attached job cancels the job."""
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord: ...
 

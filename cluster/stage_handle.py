@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grpc
@@ -25,11 +25,14 @@ class StageHandle(Protocol):
 
     shard: ShardSpec
 
-    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
-        """Begin a run: plans may be sent. `on_lost` is called at most once, when the shard can no longer answer."""
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
+        """Begin a run: plans may be sent. Results come in order, several at once while it decodes.
 
-    def send(self, plan: StepPlan) -> None:
-        """Queue a plan; never waits for the step."""
+        `on_lost` is called at most once, when the shard can no longer answer.
+        """
+
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        """Queue plans; never waits for the steps."""
 
     def close(self) -> None:
         """End the run; may be called twice."""
@@ -44,7 +47,7 @@ class GrpcStageHandle:
         self._channel = open_channel(address)
         self._stub = rpc.StageStub(self._channel)
         self._metadata = token_metadata(token)
-        self._plans: queue.SimpleQueue[pb.StepPlan | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[pb.StepPlans | None] = queue.SimpleQueue()
         self._results: threading.Thread | None = None
         self._call: grpc.Call | None = None
         self._closing = False
@@ -87,13 +90,13 @@ class GrpcStageHandle:
             raise StageError(f"{self.name}: {_details(error)}") from error
         return reply
 
-    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
         results = self._stub.Run(iter(self._plans.get, None), metadata=self._metadata)
 
         def read() -> None:
             try:
                 for message in results:
-                    on_result(codec.result_from_pb(message))
+                    on_results(codec.results_from_pb(message))
             except Exception as error:  # noqa: BLE001 - without this thread nobody would notice the shard's silence
                 if not self._closing:
                     on_lost(f"{self.name} is gone: {_details(error)}")
@@ -105,8 +108,8 @@ class GrpcStageHandle:
         self._results = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
         self._results.start()
 
-    def send(self, plan: StepPlan) -> None:
-        self._plans.put(codec.plan_to_pb(plan, with_tokens=self.shard.is_first))
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        self._plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
 
     def close(self) -> None:
         self._closing = True

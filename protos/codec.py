@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from protos import stage_pb2 as pb
@@ -87,6 +88,14 @@ def plan_from_pb(message: pb.StepPlan) -> StepPlan:
         slices=tuple(_slice_from_pb(part) for part in message.slices),
         released=tuple(message.released),
     )
+
+
+def plans_to_pb(plans: Iterable[StepPlan], with_tokens: bool = True) -> pb.StepPlans:
+    return pb.StepPlans(plans=[plan_to_pb(plan, with_tokens) for plan in plans])
+
+
+def plans_from_pb(message: pb.StepPlans) -> list[StepPlan]:
+    return [plan_from_pb(plan) for plan in message.plans]
 
 
 def _slice_to_pb(part: SequenceSlice, with_tokens: bool) -> pb.SequenceSlice:
@@ -191,6 +200,14 @@ def result_from_pb(message: pb.StepResult) -> StepResult:
         cells=tuple(_cell_from_pb(cell) for cell in message.cells),
         estimate_us=message.estimate_us,
     )
+
+
+def results_to_pb(results: Iterable[StepResult]) -> pb.StepResults:
+    return pb.StepResults(results=[result_to_pb(result) for result in results])
+
+
+def results_from_pb(message: pb.StepResults) -> list[StepResult]:
+    return [result_from_pb(result) for result in message.results]
 
 
 def _cell_from_pb(message: pb.CellReport) -> CellReport:

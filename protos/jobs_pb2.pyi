@@ -404,12 +404,14 @@ class JobList(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class StreamRequest(_message.Message):
-    __slots__ = ("id", "after")
+    __slots__ = ("id", "after", "grouped")
     ID_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
+    GROUPED_FIELD_NUMBER: _ClassVar[int]
     id: str
     after: int
-    def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+    grouped: bool
+    def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ..., grouped: _Optional[bool] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
     __slots__ = ("question", "token")
@@ -418,6 +420,12 @@ class TokenEvent(_message.Message):
     question: int
     token: Token
     def __init__(self, question: _Optional[int] = ..., token: _Optional[_Union[Token, _Mapping]] = ...) -> None: ...
+
+class TokenGroup(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenEvent]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
 
 class ProgressEvent(_message.Message):
     __slots__ = ("question", "progress")
@@ -428,16 +436,18 @@ class ProgressEvent(_message.Message):
     def __init__(self, question: _Optional[int] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class JobEvent(_message.Message):
-    __slots__ = ("number", "progress", "token", "job")
+    __slots__ = ("number", "progress", "token", "job", "tokens")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     number: int
     progress: ProgressEvent
     token: TokenEvent
     job: Job
-    def __init__(self, number: _Optional[int] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+    tokens: TokenGroup
+    def __init__(self, number: _Optional[int] = ..., progress: _Optional[_Union[ProgressEvent, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., job: _Optional[_Union[Job, _Mapping]] = ..., tokens: _Optional[_Union[TokenGroup, _Mapping]] = ...) -> None: ...
 
 class ClusterStatusRequest(_message.Message):
     __slots__ = ()

@@ -124,6 +124,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(s.length for s in self.slices)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every slice is a single token."""
+        return all(part.length == 1 for part in self.slices)
+
 
 class TokenLogprob(NamedTuple):
     token_id: int

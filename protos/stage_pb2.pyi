@@ -162,6 +162,12 @@ class StepPlan(_message.Message):
     released: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class StepPlans(_message.Message):
+    __slots__ = ("plans",)
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[StepPlan]
+    def __init__(self, plans: _Optional[_Iterable[_Union[StepPlan, _Mapping]]] = ...) -> None: ...
+
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +231,12 @@ class StepResult(_message.Message):
     cells: _containers.RepeatedCompositeFieldContainer[CellReport]
     estimate_us: int
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
+
+class StepResults(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[StepResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("epoch", "step", "index", "count", "dtype", "shape", "crc32", "payload")

@@ -46,8 +46,8 @@ class StageStub:
                 _registered_method=True)
         self.Run = channel.stream_stream(
                 '/longreach.stage.v1.Stage/Run',
-                request_serializer=stage__pb2.StepPlan.SerializeToString,
-                response_deserializer=stage__pb2.StepResult.FromString,
+                request_serializer=stage__pb2.StepPlans.SerializeToString,
+                response_deserializer=stage__pb2.StepResults.FromString,
                 _registered_method=True)
         self.Activations = channel.stream_unary(
                 '/longreach.stage.v1.Stage/Activations',
@@ -79,7 +79,8 @@ class StageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """Plans in order of `step`; a result for each. Ending the stream makes the shard forget every sequence.
+        """Plans in order of `step`; a result for each, in the same order. Several travel in one message, so that decoding
+        does not wake threads at every token. Ending the stream makes the shard forget every sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,8 +115,8 @@ def add_StageServicer_to_server(servicer, server):
             ),
             'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
-                    request_deserializer=stage__pb2.StepPlan.FromString,
-                    response_serializer=stage__pb2.StepResult.SerializeToString,
+                    request_deserializer=stage__pb2.StepPlans.FromString,
+                    response_serializer=stage__pb2.StepResults.SerializeToString,
             ),
             'Activations': grpc.stream_unary_rpc_method_handler(
                     servicer.Activations,
@@ -207,8 +208,8 @@ class Stage:
             request_iterator,
             target,
             '/longreach.stage.v1.Stage/Run',
-            stage__pb2.StepPlan.SerializeToString,
-            stage__pb2.StepResult.FromString,
+            stage__pb2.StepPlans.SerializeToString,
+            stage__pb2.StepResults.FromString,
             options,
             channel_credentials,
             insecure,

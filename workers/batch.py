@@ -90,15 +90,14 @@ class BlockTables:
         pieces: list[Piece] = []
         slots: list[SlotRun] = []
         sample_rows: list[int] = []
-        positions: list[torch.Tensor] = []
+        positions = _positions(plan)
         ids: list[int] = []
         row = 0
         for part in plan.slices:
             table = self._tables[part.sequence]
             stop = part.start + part.length
             slots.extend(table.runs(part.start, stop))
-            pieces.extend(_pieces(part, spec, table, row))
-            positions.append(torch.arange(part.start, stop))
+            pieces.extend(_pieces(part, spec, table, row, positions))
             if with_tokens:
                 given = part.token_ids
                 if not len(given) and part.length == 1 and sampled is not None and part.sequence in sampled:
@@ -110,7 +109,7 @@ class BlockTables:
             if part.sample is not None:
                 sample_rows.append(row - 1)
         return Batch(
-            positions=torch.cat(positions).to(device),
+            positions=positions.to(device),
             token_ids=torch.tensor(ids, dtype=torch.int64, device=device) if with_tokens else None,
             pieces=tuple(pieces),
             slots=tuple(slots),
@@ -118,7 +117,16 @@ class BlockTables:
         )
 
 
-def _pieces(part: SequenceSlice, spec: ModelSpec, table: BlockTable, row: int) -> Iterator[Piece]:
+def _positions(plan: StepPlan) -> torch.Tensor:
+    """`[T]` int64 in host memory; a decode step takes one tensor, whatever the number of sequences."""
+    if plan.decodes:
+        return torch.tensor([part.start for part in plan.slices])
+    return torch.cat([torch.arange(part.start, part.start + part.length) for part in plan.slices])
+
+
+def _pieces(
+    part: SequenceSlice, spec: ModelSpec, table: BlockTable, row: int, positions: torch.Tensor
+) -> Iterator[Piece]:
     """Cut a slice, whose first row is `row` of the step, where an attention plan must end."""
     scale_len = part.scale_len or part.prompt_len
     for start, stop in split(spec, part.start, part.start + part.length, part.prompt_len):
@@ -128,13 +136,14 @@ def _pieces(part: SequenceSlice, spec: ModelSpec, table: BlockTable, row: int) -
                 f"sequence {part.sequence}: rows {start} to {stop - 1} are not a whole cell of {part.prompt_len} tokens"
             )
         first = row + start - part.start
+        rows = slice(first, first + stop - start)
         yield Piece(
             sequence=part.sequence,
             prompt_len=part.prompt_len,
-            rows=slice(first, first + stop - start),
+            rows=rows,
             table=table,
             plan=AttentionPlan(start, stop - start, spec.chunk_distance),
-            scales=row_scales(torch.arange(start, stop), scale_len, spec.head_dim, spec.dual_chunk),
+            scales=row_scales(positions[rows], scale_len, spec.head_dim, spec.dual_chunk),
             sparse=sparse,
         )
 

@@ -201,7 +201,7 @@ class _StageServicer(rpc.StageServicer):
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def Run(self, plans: Iterator[pb.StepPlan], context: grpc.ServicerContext) -> Iterator[pb.StepResult]:
+    def Run(self, bursts: Iterator[pb.StepPlans], context: grpc.ServicerContext) -> Iterator[pb.StepResults]:
         worker = self._worker
         if self._state not in ("running", "failed") or worker is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
@@ -211,18 +211,18 @@ class _StageServicer(rpc.StageServicer):
         self._connected = True
         self._disarm()
         context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
-        results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
+        results: queue.SimpleQueue[list[StepResult] | None] = queue.SimpleQueue()
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
-                for result in worker.run(codec.plan_from_pb(plan) for plan in plans):
-                    results.put(result)
+                for group in worker.run(map(codec.plans_from_pb, bursts)):
+                    results.put(group)
             finally:
                 self._running.release()
                 results.put(None)
 
         self._compute.submit(compute)
-        yield from map(codec.result_to_pb, iter(results.get, None))
+        yield from map(codec.results_to_pb, iter(results.get, None))
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError

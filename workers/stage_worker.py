@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,11 +16,16 @@ from protos.model_spec import ModelSpec
 from workers.kv_cache import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
 from workers.model_runner import ModelRunner
+from workers.plan_queue import PlanQueue, UnreadablePlan
 from workers.transport.collectives import Collectives, file_store, join_group
 from workers.transport.links import GrpcSender, Inbox, Sender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
+# Results of decode steps are held back while more of them are planned: every message wakes threads here and at the
+# head, and what they take from a core delays the step that runs.
+_HELD = 4
+_HELD_S = 0.08
 
 
 class StageWorker:
@@ -89,27 +92,38 @@ class StageWorker:
         if downstream:
             self._sender = GrpcSender(downstream, self._token)
 
-    def run(self, plans: Iterable[StepPlan]) -> Iterator[StepResult]:
-        """Execute plans in order; yields a result for each, as soon as it is there.
-
-        Plans are taken off the wire by a thread of their own, so that the next one is at hand when a step ends.
-        """
+    def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
+        """Execute plans in order; yields a result for each, several at once while decode steps follow each other."""
         assert self._runner is not None, "start comes first"
         self._runner.reset()
-        waiting: queue.SimpleQueue[StepPlan | Exception | None] = queue.SimpleQueue()
-        threading.Thread(target=_forward, args=(plans, waiting), name="plans", daemon=True).start()
+        plans = PlanQueue(bursts)
+        held: list[StepResult] = []
         expected: int | None = None
-        while (plan := waiting.get()) is not None:
-            if isinstance(plan, Exception):
-                self._error = f"a plan cannot be read: {' '.join(str(plan).split())}"
-                yield self._step(StepPlan(self.epoch, 0, ()))
-                return
-            if not self._error and plan.epoch != self.epoch:
-                self._error = f"plan of epoch {plan.epoch} at a shard of epoch {self.epoch}"
-            if not self._error and expected is not None and plan.step != expected:
-                self._error = f"plan {plan.step} came where {expected} was due"
-            expected = plan.step + 1
-            yield self._step(plan)
+        began = 0.0
+        try:
+            for plan in plans:
+                if not self._error and plan.epoch != self.epoch:
+                    self._error = f"plan of epoch {plan.epoch} at a shard of epoch {self.epoch}"
+                if not self._error and expected is not None and plan.step != expected:
+                    self._error = f"plan {plan.step} came where {expected} was due"
+                expected = plan.step + 1
+                if not held:
+                    began = time.monotonic()
+                held.append(self._step(plan))
+                full = len(held) == _HELD or time.monotonic() - began >= _HELD_S
+                if full or not self._may_wait(plan, plans):
+                    yield held
+                    held = []
+        except UnreadablePlan as error:
+            self._error = str(error)
+            yield [*held, self._step(StepPlan(self.epoch, 0, ()))]
+
+    def _may_wait(self, plan: StepPlan, plans: PlanQueue) -> bool:
+        """Whether the result of a plan may be held back: the engine has decided about the next two steps already."""
+        if self._error or self._shard.num_stages > 1 or not plan.decodes:
+            return False
+        is_first = any(part.sample is not None and part.sample.token_index == 0 for part in plan.slices)
+        return not is_first and plans.decodes_ahead(2)
 
     def close(self) -> None:
         """Drop links, group, weights and KV; may be called twice."""
@@ -168,17 +182,6 @@ class StageWorker:
         if self._device.type == "cuda":
             return int(torch.cuda.mem_get_info(self._device)[0])
         return int(psutil.virtual_memory().available)
-
-
-def _forward(plans: Iterable[StepPlan], waiting: queue.SimpleQueue[StepPlan | Exception | None]) -> None:
-    """Move plans from the stream to the queue until the stream ends; what cannot be read is passed on as its error."""
-    try:
-        for plan in plans:
-            waiting.put(plan)
-    except (ValueError, TypeError, KeyError) as error:
-        waiting.put(error)
-    finally:
-        waiting.put(None)
 
 
 def anonymous_bytes() -> int:

@@ -187,7 +187,7 @@ def test_bad_requests(stub: rpc.JobsStub, method: str, request_: object):
 
 def test_a_stream_from_progress_to_the_ended_job(service: FakeJobService, stub: rpc.JobsStub):
     job = stub.Submit(PROMPT)
-    service.events = [JobToken(6, 0, 65, "a"), JobToken(7, 0, 66, "b", -0.5, ((66, -0.5),))]
+    service.events = [[JobToken(6, 0, 65, "a"), JobToken(7, 0, 66, "b", -0.5, ((66, -0.5),))]]
     events = list(stub.Stream(pb.StreamRequest(id=job.id, after=5)))
     assert [event.WhichOneof("event") for event in events] == ["progress", "token", "token", "job"]
     assert [event.number for event in events] == [5, 6, 7, 7]
@@ -195,6 +195,10 @@ def test_a_stream_from_progress_to_the_ended_job(service: FakeJobService, stub: 
     assert events[3].job.answers[0].text == "ab"
     assert service.closed.wait(5)
     assert code_of(lambda: list(stub.Stream(pb.StreamRequest(id=ID))))[0] is Code.NOT_FOUND
+    grouped = list(stub.Stream(pb.StreamRequest(id=stub.Submit(PROMPT).id, after=5, grouped=True)))
+    assert [event.WhichOneof("event") for event in grouped] == ["progress", "tokens", "job"]
+    assert [event.number for event in grouped] == [5, 7, 7]
+    assert list(grouped[1].tokens.tokens) == [event.token for event in events[1:3]]
 
 
 THOUGHT = ("<thi", "nk>", "wh", "y ", "</think>\n", "\nso", " it is")
@@ -208,7 +212,7 @@ def test_streamed_tokens_say_reasoning_or_answer(service: FakeJobService, after:
     with serving(service, reasoning_opened=lambda spec: opened) as (_, address), Client(address) as client:
         job = client.submit(prompt="why?")
         service.committed[job.id] = tokens
-        service.events = list(tokens[after:])
+        service.events = [group for group in (tokens[after : after + 3], tokens[after + 3 :]) if group]
         events = [event for event in job.stream(after) if isinstance(event, TokenEvent)]
     assert [event.token.text for event in events] == list(texts[after:])
     reasoning = ["", "", "wh", "y", "", "", ""][2 * opened :]

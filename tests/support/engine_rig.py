@@ -40,6 +40,9 @@ class FakeShard:
         self.shard = ShardSpec(stage, stages, rank, 1, Span(0, 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
         self.script = script
         self.plans: list[StepPlan] = []
+        self.bursts: list[int] = []  # how many of them came together
+        self.step_s = 0.5  # as it says
+        self.group = 1  # results that are given back together
         self.fail_at: int | None = None
         self.closed = 0
         self.report: Callable[[StepPlan], tuple[CellReport, ...]] = lambda plan: ()  # of sparse cells
@@ -47,13 +50,15 @@ class FakeShard:
         self._gate = threading.Semaphore(1 << 30)
         self._queue: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
 
-    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
         self.lose = on_lost
-        threading.Thread(target=self._run, args=(on_result,), daemon=True).start()
+        threading.Thread(target=self._run, args=(on_results,), daemon=True).start()
 
-    def send(self, plan: StepPlan) -> None:
-        self.plans.append(plan)
-        self._queue.put(plan)
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        self.plans.extend(plans)
+        self.bursts.append(len(plans))
+        for plan in plans:
+            self._queue.put(plan)
 
     def close(self) -> None:
         self.closed += 1
@@ -66,10 +71,11 @@ class FakeShard:
     def let(self, steps: int) -> None:
         self._gate.release(steps)
 
-    def _run(self, on_result: Callable[[StepResult], None]) -> None:
+    def _run(self, on_results: Callable[[Sequence[StepResult]], None]) -> None:
+        results: list[StepResult] = []
         while (plan := self._queue.get()) is not None:
             self._gate.acquire()
-            self._clock.now += 0.5
+            self._clock.now += self.step_s
             error = "stage 0 shard 0, step 1: broken" if plan.step == self.fail_at else ""
             samples = tuple(
                 SampledToken(part.sequence, self.script(part.sequence, part.sample.token_index), *self._logprobs(part))
@@ -79,7 +85,11 @@ class FakeShard:
             where = self.shard.stage, self.shard.rank
             cells = self.report(plan)
             estimate_us = 100_000 if cells else 0
-            on_result(StepResult(plan.epoch, plan.step, *where, 500_000, samples, error, cells, estimate_us))
+            took_us = round(self.step_s * 1e6)
+            results.append(StepResult(plan.epoch, plan.step, *where, took_us, samples, error, cells, estimate_us))
+            if len(results) >= self.group or self._queue.empty():
+                on_results(results)
+                results = []
 
     @staticmethod
     def _logprobs(part) -> tuple:

@@ -109,7 +109,7 @@ class FakeJobService:
             while self.endless:
                 number += 1
                 self.pulled += 1
-                yield JobToken(number, 0, 1, "x" * 100)
+                yield [JobToken(number, 0, 1, "x" * 100)]
             yield ProgressUpdate(0, Progress(100, 0, 50, None))
             for event in self.events:
                 self.pulled += 1

@@ -42,13 +42,14 @@ class InProcessShard:
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def connect(self, on_result: Callable[[StepResult], None], on_lost: Callable[[str], None]) -> None:
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
         self.runner.reset()
-        self._thread = threading.Thread(target=self._run, args=(on_result,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(on_results,), daemon=True)
         self._thread.start()
 
-    def send(self, plan: StepPlan) -> None:
-        self._plans.put(plan)
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        for plan in plans:
+            self._plans.put(plan)
 
     def close(self) -> None:
         self._plans.put(None)
@@ -57,7 +58,7 @@ class InProcessShard:
             assert not self._thread.is_alive(), "a shard did not stop"
             self._thread = None
 
-    def _run(self, on_result: Callable[[StepResult], None]) -> None:
+    def _run(self, on_results: Callable[[Sequence[StepResult]], None]) -> None:
         while (plan := self._plans.get()) is not None:
             error = ""
             out = StepOutput()
@@ -74,12 +75,11 @@ class InProcessShard:
                 self.plans.append(plan)
             except Exception as problem:  # noqa: BLE001 - reported like a stage does
                 error = str(problem) or repr(problem)
-            on_result(
-                StepResult(
-                    plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, out.samples, error, out.cells,
-                    out.estimate_us,
-                )
+            result = StepResult(
+                plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, out.samples, error, out.cells,
+                out.estimate_us,
             )  # fmt: skip
+            on_results([result])
 
 
 class Pipeline:

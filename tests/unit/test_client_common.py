@@ -159,6 +159,19 @@ def test_cursor_hands_out_each_token_once() -> None:
     assert cursor.accept(pb.JobEvent()) is None
 
 
+@pytest.mark.parametrize("after", range(6))
+def test_a_group_of_tokens_is_its_tokens(after: int):
+    cursor = StreamCursor(after)
+    group = pb.JobEvent(number=5, tokens=pb.TokenGroup(tokens=[token(number).token for number in range(1, 6)]))
+    events = list(cursor.events(group))
+    assert [(event.number, event.token.token_id) for event in events] == [(n, n) for n in range(after + 1, 6)]
+    assert list(cursor.events(group)) == []
+    assert [type(event) for event in cursor.events(progress(3))] == [ProgressEvent]
+    gap = pb.JobEvent(number=8, tokens=pb.TokenGroup(tokens=[token(7).token, token(8).token]))
+    with pytest.raises(cluster.Unavailable, match="token 7 came after 5"):
+        list(cursor.events(gap))
+
+
 def test_cursor_gives_up_unless_the_stream_moves() -> None:
     gone = cluster.Unavailable("gone")
     policy = common.RetryPolicy(attempts=3, first_s=0.01)

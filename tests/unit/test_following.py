@@ -78,7 +78,7 @@ def test_jobs_followed_to_their_end_leave_no_memory(tmp_path: Path):
         ids.append(record.id)
     for job_id in ids:
         kinds = [type(event).__name__ for event in following.events(job_id, 0, False)]
-        assert kinds == ["JobToken", "JobRecord"]
+        assert kinds == ["list", "JobRecord"]
         assert following.wait(job_id, 5).state is JobState.CANCELLED
     store.expire(time.time() + 10, 1)
     assert watch.num_jobs == 0

@@ -28,7 +28,7 @@ def plan(*parts: tuple[int, int]) -> StepPlan:
     ],
 )
 def test_features(parts: tuple[tuple[int, int], ...], expected: list[int]):
-    assert LatencyModel().features(plan(*parts)).tolist() == expected
+    assert LatencyModel().features(plan(*parts)) == tuple(expected)
 
 
 def seconds(step: StepPlan, truth: tuple[float, ...]) -> float:
@@ -142,7 +142,7 @@ def test_the_rest_of_a_sparse_prefill_is_predicted(keys: float, power: float):
         length = chunk.stop - chunk.start
         mean = chunk.start + (length + 1) / 2
         reports = [cell(chunk.start, density_of(mean, keys, power), length=length)]
-        steps.append((step, reports, float(model.features(step, reports) @ truth)))
+        steps.append((step, reports, sum(a * b for a, b in zip(truth, model.features(step, reports), strict=True))))
     predictions = []
     for number, (step, reports, duration) in enumerate(steps, start=1):
         model.observe(step, duration, reports)

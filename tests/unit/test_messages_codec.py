@@ -105,6 +105,15 @@ def test_results(result: StepResult):
     assert codec.result_from_pb(wire(codec.result_to_pb(result))) == result
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(PLANS, max_size=7), st.lists(RESULTS, max_size=7))
+def test_bursts_keep_their_order(plans: list[StepPlan], results: list[StepResult]):
+    assert codec.plans_from_pb(wire(codec.plans_to_pb(plans))) == plans
+    assert codec.results_from_pb(wire(codec.results_to_pb(results))) == results
+    bare = codec.plans_from_pb(wire(codec.plans_to_pb(plans, with_tokens=False)))
+    assert not any(len(part.token_ids) for plan in bare for part in plan.slices)
+
+
 @settings(max_examples=50, deadline=None)
 @given(PROGRESS)
 def test_progress(progress: LoadProgress):
@@ -172,4 +181,5 @@ def test_counts():
     parts = tuple(SequenceSlice(i, 0, length, 9, (), (), 1) for i, length in enumerate((1, 5, 7)))
     assert StepPlan(1, 1, parts).num_tokens == 13
     assert StepPlan(1, 1, ()).num_tokens == 0
+    assert [StepPlan(1, 1, parts[:n]).decodes for n in range(4)] == [True, True, False, False]
     assert Span(3, 7).size == 4

@@ -13,6 +13,7 @@ from protos import codec
 from protos import stage_pb2 as pb
 from protos.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan, StepResult
 from protos.model_spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, SparseSpec
+from workers import stage_worker
 from workers.stage_worker import StageWorker
 
 LAYERS, HEADS, PAGE = 2, 4, 16
@@ -51,7 +52,7 @@ def prefill(length: int, sequence: int = 1) -> StepPlan:
 
 
 def result(worker: StageWorker, plan: StepPlan) -> StepResult:
-    (found,) = worker.run([plan])
+    ((found,),) = worker.run([[plan]])
     worker.close()
     assert not found.error
     return found
@@ -94,3 +95,76 @@ def test_an_unknown_type_of_the_kv_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8"):
         worker.start(20, PAGE, "", "int4")
     worker.close()
+
+
+# --- bursts ----------------------------------------------------------------------------------------------------------
+
+
+def decode(index: int, step: int | None = None, sequence: int = 1, prompt: int = 20) -> StepPlan:
+    """The step that samples token `index` of a sequence that runs ahead."""
+    at = prompt + index - 1
+    blocks = at // PAGE + 1
+    new = [blocks - 1] if at % PAGE == 0 else []
+    sample = SampleSpec(SamplingParams(), index)
+    part = SequenceSlice(sequence, at, 1, prompt, (), new, blocks, sample)
+    return StepPlan(1, index + 1 if step is None else step, (part,))
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageWorker]:
+    monkeypatch.setattr(stage_worker, "_HELD_S", 60.0)
+    worker = loaded(tmp_path)
+    worker.start(20, PAGE, "")
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("decodes", "sizes"), [(0, [1]), (1, [1, 1]), (2, [1, 1, 1]), (3, [1, 2, 1]), (5, [1, 4, 1]), (7, [1, 4, 2, 1])]
+)
+def test_results_of_decode_steps_come_in_groups(ready: StageWorker, decodes: int, sizes: list[int]) -> None:
+    plans = [prefill(20), *map(decode, range(1, decodes + 1))]
+    groups = list(ready.run([plans]))
+    assert [len(group) for group in groups] == sizes
+    together = [result for group in groups for result in group]
+    assert [result.step for result in together] == [plan.step for plan in plans]
+    singly = [result for group in ready.run([plan] for plan in plans) for result in group]
+    assert [r.samples for r in singly] == [r.samples for r in together]
+    assert all(len(r.samples) == 1 and not r.error for r in together)
+
+
+def test_nothing_is_held_for_long(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_worker, "_HELD_S", 0.0)
+    groups = list(ready.run([[prefill(20), *map(decode, range(1, 8))]]))
+    assert [len(group) for group in groups] == [1] * 8
+
+
+def test_a_prompt_behind_a_burst_holds_nothing_back(ready: StageWorker) -> None:
+    late = replace(prefill(3, sequence=2), step=5)
+    late = replace(late, slices=(replace(late.slices[0], new_blocks=[9]),))
+    plans = [prefill(20), *map(decode, (1, 2, 3)), late, *(decode(n, n + 2) for n in (4, 5, 6))]
+    assert [len(group) for group in ready.run([plans])] == [1, 2, 1, 1, 2, 1]
+
+
+def test_first_tokens_are_not_held(ready: StageWorker) -> None:
+    one = SequenceSlice(2, 0, 1, 1, [5], [9], 1, SampleSpec(SamplingParams(), 0))
+    step = replace(decode(1), slices=(*decode(1).slices, one))
+    plans = [prefill(20), step, *map(decode, range(2, 6))]
+    assert [len(group) for group in ready.run([plans])] == [1, 1, 3, 1]
+
+
+def test_an_error_inside_a_burst_comes_after_what_was_held(ready: StageWorker) -> None:
+    groups = list(ready.run([[prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]]))
+    error = "plan 9 came where 4 was due"
+    errors = [[result.error for result in group] for group in groups]
+    assert errors == [[""], ["", "", error], [error]]
+
+
+def test_a_message_that_is_no_plan(ready: StageWorker) -> None:
+    def bursts() -> Iterator[list[StepPlan]]:
+        yield [prefill(20), decode(1), decode(2)]
+        raise ValueError("temperature: -1: must be\nbetween 0 and 100")
+
+    results = [result for group in ready.run(bursts()) for result in group]
+    assert [bool(result.error) for result in results] == [False, False, False, True]
+    assert results[-1].error == "a plan cannot be read: temperature: -1: must be between 0 and 100"
