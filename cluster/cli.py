@@ -158,7 +158,8 @@ def _print_demo(report: dict[str, Any]) -> None:
         f"{report['positions']} positions; ready in {report['ready_s']:.1f} s\n"
         f"{_sparsity(report['sparse'])}"
         f"time to first token {report['ttft_s']:.1f} s, prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, "
-        f"decode {report['decode_tokens_per_s']:,.0f} tokens/s",
+        f"decode {report['decode_tokens_per_s']:,.0f} tokens/s\n"
+        f"{report['total_s']:.0f} s in all; {report['peak_memory_bytes'] / 2**30:.1f} GiB at most, all processes together",
         highlight=False,
     )
 

@@ -12,6 +12,7 @@ from cluster.config import Deployment, load_deployment
 from cluster.display import Display
 from cluster.environment import environment
 from cluster.generation import Generation
+from cluster.memory_watch import MemoryWatch
 from cluster.needles import Haystack, build_haystack, is_right
 from cluster.session import Ask, Session
 from protos.errors import UserError
@@ -48,6 +49,7 @@ class DemoResult:
     layout: tuple[int, int]
     ready_s: float
     total_s: float
+    peak_memory_bytes: int  # of all processes together
 
     @property
     def right(self) -> tuple[bool, ...]:
@@ -83,6 +85,7 @@ class DemoResult:
             "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
             "cached_tokens": sum(answer.cached_tokens for answer in self.answers),
             "total_s": round(self.total_s, 2),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "seed": self.options.seed,
             "environment": environment(),
         }
@@ -123,10 +126,11 @@ def run_demo(options: DemoOptions, display: Display) -> DemoResult:
     questions = [needle.question for needle in haystack.needles]
     parallel = deployment.config.cluster
     layout = (parallel.pipeline_parallel_size, parallel.expert_parallel_size)
-    with session:
+    with MemoryWatch() as memory, session:
         ready = time.monotonic() - began
         display.say(f"cluster ready in {ready:.1f} s: {layout[0]} stages x {layout[1]} shards")
         answers = session.ask_document(
             haystack.document, questions, Ask(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
         )
-    return DemoResult(haystack, tuple(answers), options, layout, ready, time.monotonic() - began)
+    took = time.monotonic() - began
+    return DemoResult(haystack, tuple(answers), options, layout, ready, took, memory.peak_bytes)

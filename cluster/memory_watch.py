@@ -1,0 +1,47 @@
+"""The memory of this process and everything it started, as proportional set size (shared pages are counted once)."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import psutil
+
+
+def tree_pss_bytes() -> int:
+    """Bytes of this process and all its descendants (Linux: PSS; elsewhere resident memory)."""
+    total = 0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            memory = process.memory_full_info()
+        except psutil.Error:  # it ended meanwhile, or is not ours to look at
+            continue
+        total += getattr(memory, "pss", memory.rss)
+    return total
+
+
+class MemoryWatch:
+    """Remembers the largest size seen while it is entered; looks every `every_s` seconds."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        self.peak_bytes = 0
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, tree_pss_bytes())
+            if self._stop.wait(self._every_s):
+                return
