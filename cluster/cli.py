@@ -105,7 +105,7 @@ def _sparsity(attention: dict[str, Any] | None) -> str:
     if attention is None or attention["mode"] == "dense":
         return "every key was read\n"
     density, recall = attention["density"], attention["held_out_recall"]
-    return f"sparse prefill visited {density:.1%} of the pairs; rows held out kept {recall:.1%} of their attention\n"
+    return f"sparse prefill visited {density:.1%} of the pairs; held-out rows kept {recall:.1%} of their attention\n"
 
 
 @main.command()
@@ -159,7 +159,7 @@ def _print_demo(report: dict[str, Any]) -> None:
         f"{_sparsity(report['sparse'])}"
         f"time to first token {report['ttft_s']:.1f} s, prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, "
         f"decode {report['decode_tokens_per_s']:,.0f} tokens/s\n"
-        f"{report['total_s']:.0f} s in all; {report['peak_memory_bytes'] / 2**30:.1f} GiB at most, all processes together",
+        f"{report['total_s']:.0f} s in all; {report['peak_memory_bytes'] / 2**30:.1f} GiB, all processes together",
         highlight=False,
     )
 
