@@ -103,6 +103,7 @@ def demo_deployment(options: DemoOptions) -> Deployment:
     }  # fmt: skip
     if options.positions != "dca":
         overrides["model.config_file"] = "config.json"
+        overrides["sparse.cell"] = _TRAINED  # a step holds it; dual chunk attention would have cut cells itself
     if options.positions == "plain":
         overrides["model.allow_beyond_positions"] = True
     elif options.positions == "yarn":

@@ -203,9 +203,11 @@ def test_cancel_twice_and_delete_while_it_runs(head: Served) -> None:
     try:
         job = head.client.submit(token_ids=[1] * 8, max_tokens=50)
         assert "still runs: cancel it first" in refusal(job.delete, cluster.Conflict)
-        threading.Timer(0.2, shard.let, (10_000,)).start()  # a step that is under way is not interrupted
+        later = threading.Timer(0.2, shard.let, (10_000,))  # a step that is under way is not interrupted
+        later.start()
         assert job.cancel().state == "cancelled"
         assert job.cancel().state == "cancelled"
+        later.join()
     finally:
         shard.let(10_000)
     job.delete()

@@ -17,7 +17,7 @@ CALLS = {  # one method of each kind
     "Probe": pb.ProbeRequest(),
     "Load": pb.LoadRequest(),
     "Activations": [pb.Frame(step=1), pb.Frame(step=2)],
-    "Run": [pb.StepPlan(step=1), pb.StepPlan(step=2)],
+    "Run": [pb.StepPlans(plans=[pb.StepPlan(step=step)]) for step in (1, 2)],
 }
 
 
@@ -43,8 +43,8 @@ class Echo(rpc.StageServicer):
 
     def Run(self, plans, context):
         self.calls += 1
-        for plan in plans:
-            yield pb.StepResult(step=plan.step)
+        for burst in plans:
+            yield pb.StepResults(results=[pb.StepResult(step=plan.step) for plan in burst.plans])
 
 
 @pytest.fixture
