@@ -30,6 +30,7 @@ HISTOGRAMS = {
     "request_decode_time_seconds", "e2e_request_latency_seconds", "time_per_output_token_seconds",
     "request_prompt_tokens",
 }  # fmt: skip
+BY_LAYER = {"sparse_density": "histogram", "sparse_recall": "histogram", "sparse_dense_fallbacks": "counter"}
 HOUR = 3600.0
 
 
@@ -70,7 +71,9 @@ def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
 
 def test_names_types_and_help(endpoint: Endpoint) -> None:
     families = endpoint.families()
-    assert {name for name in families if not name.endswith("_created")} == COUNTERS | GAUGES | HISTOGRAMS
+    named = COUNTERS | GAUGES | HISTOGRAMS | set(BY_LAYER)
+    assert {name for name in families if not name.endswith("_created")} == named
+    assert {name: families[name].type for name in BY_LAYER} == BY_LAYER
     for names, kind in ((COUNTERS, "counter"), (GAUGES, "gauge"), (HISTOGRAMS, "histogram")):
         for name in names:
             assert families[name].type == kind, name
