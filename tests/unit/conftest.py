@@ -4,12 +4,15 @@ gloo groups of threads (see `test_collectives`) open loopback sockets below Pyth
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import ray
+
+from tests.support.service_bench import Bench
 
 
 def _forbidden(what: str) -> Callable[..., Any]:
@@ -25,3 +28,23 @@ def _no_outside_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc, "server", _forbidden("grpc.server"))
     for name in ("connect", "connect_ex", "bind"):
         monkeypatch.setattr(socket.socket, name, _forbidden(f"socket.{name}"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def build(**options: object) -> Bench:
+        made.append(Bench(tmp_path, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()

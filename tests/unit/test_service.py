@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -30,26 +29,6 @@ from tests.support.fake_session import CHUNK
 from tests.support.service_bench import Bench
 
 S = JobState
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def build(**options: object) -> Bench:
-        made.append(Bench(tmp_path, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield build
-    for one in made:
-        one.close()
 
 
 def test_states_in_order(bench: Bench) -> None:

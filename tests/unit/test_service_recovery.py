@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,26 +21,6 @@ from tests.support.engine_rig import eventually
 from tests.support.service_bench import Bench
 
 S = JobState
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def build(**options: object) -> Bench:
-        made.append(Bench(tmp_path, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield build
-    for one in made:
-        one.close()
 
 
 def test_next_head_goes_on(bench: Bench) -> None:
