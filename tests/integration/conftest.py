@@ -61,6 +61,20 @@ class CommandLine:
         assert not alive, [process.cmdline()[:3] for process in alive]
 
 
+def read_at_least(process: subprocess.Popen[str], count: int) -> str:
+    """What a process has printed once that is `count` characters (ASCII); leaves nothing in a buffer of ours.
+
+    `process.stdout.read(count)` would: `communicate` afterwards reads past what the buffer took ahead.
+    """
+    assert process.stdout is not None
+    shown = b""
+    while len(shown) < count:
+        more = os.read(process.stdout.fileno(), 1 << 16)
+        assert more, f"ended after {shown!r}"
+        shown += more
+    return shown.decode()
+
+
 @pytest.fixture
 def longreach() -> Iterator[CommandLine]:
     line = CommandLine()

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import CommandLine
+from tests.integration.conftest import CommandLine, read_at_least
 
 # imported by every Python below this test before anything else
 SITE = """
@@ -160,8 +160,7 @@ def test_stream_survives_a_killed_head(
     )  # fmt: skip
     job_id = done.out.strip()
     stream = longreach.start("stream", job_id, "--address", address)
-    assert stream.stdout is not None
-    shown = stream.stdout.read(100)
+    shown = read_at_least(stream, 100)
     psutil.Process(int((data / "head.pid").read_text())).kill()
     assert longreach("up", config).code == 0
     rest, err = stream.communicate(timeout=120)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from protos import jobs_pb2 as pb
-from tests.integration.conftest import CommandLine, Finished
+from tests.integration.conftest import CommandLine, Finished, read_at_least
 from tests.support.fake_jobs import WORDS, FakeHead
 
 ANSWER = "".join(WORDS).strip()
@@ -105,8 +105,7 @@ def test_interrupt_detaches(longreach: CommandLine, verb: Verb, head: FakeHead, 
     job_id = "job_" + "0" * 32
     head.jobs.jobs[job_id] = pb.Job(id=job_id, state=pb.QUEUED, answers=[pb.Answer()])
     process = longreach.start("stream", job_id)
-    assert process.stdout is not None
-    shown = process.stdout.read(len("".join(WORDS[:5])))
+    shown = read_at_least(process, len("".join(WORDS[:5])))
     process.send_signal(number)
     rest, err = process.communicate(timeout=20)
     assert process.returncode == 130
