@@ -28,8 +28,8 @@ from protos.messages import StepPlan, StepResult
 
 _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
-_BURST = 6  # decode steps in flight at most,
-_BURST_S = 0.11  # and how long they may take together: a new request and a cancel wait for them
+_BURST = 12  # decode steps in flight at most,
+_BURST_S = 0.25  # and how long they may take together: a new request and a cancel wait for them
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +51,7 @@ class Engine:
     About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
     a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
     chunk that takes long, since a new request would wait for that too. While it only decodes there are more, a burst
-    of about a tenth of a second: plans and results travel together, so that head and client, who share the cores with
+    of a quarter of a second: plans and results travel together, so that head and client, who share the cores with
     the stage, wake once for several tokens. The next plans leave before anybody hears of the last results: progress
     and callbacks are dealt with while the stages compute.
     """

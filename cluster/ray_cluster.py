@@ -27,6 +27,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_num_workers_soft_limit": "0",  # an idle worker wakes a hundred times a second, on a core that computes
 }
 
 

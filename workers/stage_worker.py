@@ -24,8 +24,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
 # Results of decode steps are held back while more of them are planned: every message wakes threads here and at the
 # head, and what they take from a core delays the step that runs.
-_HELD = 4
-_HELD_S = 0.08
+_HELD = 8
+_HELD_S = 0.16
 
 
 class StageWorker:

@@ -107,13 +107,16 @@ template <int Dim> AMX void Amx<Dim>::pack_queries() {
     }
 }
 
-// Packs the values of a group; returns its keys in bfloat16.
+// Packs the values of a group; returns its keys in bfloat16. Keys are read here once, line after line: the order in
+// which tiles load them is none the hardware foresees, and fetches beyond its buffers are dropped.
 template <int Dim> AMX const bf16* Amx<Dim>::prepare(const Group& group, int place) {
     char* packed = values_[blocks_ % 3] + std::size_t(place) * kGroup * dim() * sizeof(bf16);
     if (args_.kv_type == kBfloat16) {
-        auto* v = reinterpret_cast<const bf16*>(group.v);
-        for (int i = 0; i < kGroup; i += 2, v += 2 * dim()) {
+        auto *k = reinterpret_cast<const bf16*>(group.k), *v = reinterpret_cast<const bf16*>(group.v);
+        for (int i = 0; i < kGroup; i += 2, k += 2 * dim(), v += 2 * dim()) {
             for (int d = 0; d < dim(); d += 32) {
+                touch(k + d);
+                touch(k + dim() + d);
                 char* to = packed + d / 16 * kTileBytes + i * 32;
                 pair_rows(to, to + kTileBytes, _mm512_loadu_si512(v + d), _mm512_loadu_si512(v + dim() + d));
             }
@@ -140,14 +143,7 @@ template <int Dim> AMX void Amx<Dim>::block(const Block& block) {
     if (!packed_) pack_queries();
     ++blocks_;
     const bf16* k[kGroups];
-    const int bytes = kGroup * dim() * int(type_bytes(args_.kv_type));
-    for (int g = 0; g < block.count; ++g) {
-        for (int i = 0; i < bytes; i += 64) {  // keys are read tile by tile, an order the hardware does not foresee
-            _mm_prefetch(block.groups[g].k + i, _MM_HINT_T0);
-            if (g + 1 < block.count) _mm_prefetch(block.groups[g + 1].v + i, _MM_HINT_T0);
-        }
-        k[g] = prepare(block.groups[g], g);
-    }
+    for (int g = 0; g < block.count; ++g) k[g] = prepare(block.groups[g], g);
     for (int tile = 0; tile < tiles_; tile += 2) add(block, k, tile, std::min(2, tiles_ - tile));
 }
 

@@ -67,6 +67,12 @@ AMX_INLINE __m512 highest_of(__m512 top, const float* s) {
     return top;
 }
 
+// Reads a line, so that it is near when it is needed.
+AMX_INLINE void touch(const void* line) {
+    const __m512i read = _mm512_loadu_si512(line);
+    asm volatile("" ::"v"(read));
+}
+
 // Words of two keys' rows, side by side: dims 0-3, 8-11, 16-19, 24-27 of 32 in `low`, the others in `high`.
 AMX_INLINE void pair_rows(char* low, char* high, __m512i a, __m512i b) {
     _mm512_store_si512(low, _mm512_unpacklo_epi16(a, b));
