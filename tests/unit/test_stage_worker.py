@@ -120,7 +120,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageWork
 
 
 @pytest.mark.parametrize(
-    ("decodes", "sizes"), [(0, [1]), (1, [1, 1]), (2, [1, 1, 1]), (3, [1, 2, 1]), (5, [1, 4, 1]), (7, [1, 4, 2, 1])]
+    ("decodes", "sizes"),
+    [(0, [1]), (1, [1, 1]), (2, [1, 1, 1]), (3, [1, 2, 1]), (5, [1, 4, 1]), (7, [1, 6, 1]), (11, [1, 8, 2, 1])],
 )
 def test_results_of_decode_steps_come_in_groups(ready: StageWorker, decodes: int, sizes: list[int]) -> None:
     plans = [prefill(20), *map(decode, range(1, decodes + 1))]

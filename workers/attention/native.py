@@ -35,7 +35,7 @@ class Path(enum.IntEnum):
     AMX = 3
 
 
-class _Args(ctypes.Structure):
+class Args(ctypes.Structure):
     """`Args` of workers/kernels/attention.h, field by field."""
 
     _fields_ = (
@@ -130,15 +130,9 @@ def attend(
     _check(q, kv, plan, scales)
     rows, heads, dim = q.intra.shape
     out = torch.empty(rows, heads, dim, dtype=q.intra.dtype)
-    pages, num_pages = table.page_slots.buffer_info()
-    args = _Args(
-        out=out.data_ptr(), keys=kv.keys.data_ptr(), values=kv.values.data_ptr(),
-        key_head=kv.keys.stride(0), value_head=kv.values.stride(0),
-        pages=pages, num_pages=num_pages, page_size=table.page_size, slots=kv.keys.shape[1],
-        scales=scales.data_ptr(), heads=heads, kv_heads=kv.keys.shape[0], dim=dim,
-        start=plan.start, length=rows, distance=plan.distance, tile=plan.tile,
-        q_type=_TYPES[out.dtype], kv_type=_TYPES[kv.keys.dtype], threads=torch.get_num_threads(), path=path,
-    )  # fmt: skip
+    args = Args(out=out.data_ptr(), keys=kv.keys.data_ptr(), values=kv.values.data_ptr())
+    fill(args, kv, table, plan, scales, heads, kv.keys.shape[0], dim, out.dtype, path)
+    args.key_head, args.value_head = kv.keys.stride(0), kv.values.stride(0)
     for i, tensor in enumerate((q.intra, q.succ, q.inter)):
         if tensor is not None:
             args.q[i], args.q_row[i], args.q_head[i] = tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
@@ -156,13 +150,26 @@ def attend(
         raise MemoryError(f"attention kernel: no memory for {torch.get_num_threads()} threads' scratch")
     if status:
         raise ValueError(
-            f"attention kernel: rows {plan.start} to {plan.start + rows - 1} with {num_pages} pages of "
+            f"attention kernel: rows {plan.start} to {plan.start + rows - 1} with {args.num_pages} pages of "
             f"{table.page_size} in {kv.keys.shape[1]} slots: out of range, or offsets or columns not ascending"
         )
     return out
 
 
-def _select(args: _Args, plan: AttentionPlan) -> list[object]:
+def fill(
+    args: Args, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor, heads: int, kv_heads: int,
+    dim: int, dtype: torch.dtype, path: Path = Path.AMX,
+) -> None:  # fmt: skip
+    """Set what does not depend on the layer: the plan, its pages and scales, sizes and types."""
+    args.pages, args.num_pages = table.page_slots.buffer_info()
+    args.page_size, args.slots, args.scales = table.page_size, kv.keys.shape[1], scales.data_ptr()
+    args.heads, args.kv_heads, args.dim = heads, kv_heads, dim
+    args.start, args.length, args.distance, args.tile = plan.start, plan.length, plan.distance, plan.tile
+    args.q_type, args.kv_type = _TYPES[dtype], _TYPES[kv.keys.dtype]
+    args.threads, args.path = torch.get_num_threads(), path
+
+
+def _select(args: Args, plan: AttentionPlan) -> list[object]:
     """Hand the selections over; returns what must outlive the call."""
     if plan.heads is None:
         return []

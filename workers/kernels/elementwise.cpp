@@ -1,10 +1,9 @@
 // Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source, compiled for
 // each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
-#include "gemm.h"
+#include "calls.h"
 
 #include <cmath>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE __attribute__((always_inline)) inline
 
 namespace longreach {
@@ -20,14 +19,6 @@ INLINE float inverse_rms(const float* lanes, long n, float eps) {
     return 1.0f / std::sqrt(sum / float(n) + eps);
 }
 
-struct NormCall {
-    const bf16 *x, *weight;  // [T, M], rows `stride` apart; [M]
-    bf16* out;               // [T, M]
-    std::int64_t tokens, stride, size;  // size: a multiple of 16
-    float eps;
-    std::int32_t path, threads;
-};
-
 INLINE void norm_row(const NormCall& call, long token) {
     const bf16* x = call.x + token * call.stride;
     bf16* out = call.out + token * call.size;
@@ -38,17 +29,6 @@ INLINE void norm_row(const NormCall& call, long token) {
     const float factor = inverse_rms(lanes, call.size, call.eps);
     for (long i = 0; i < call.size; ++i) out[i] = narrow(widen(x[i]) * factor * widen(call.weight[i]));
 }
-
-struct RotateCall {
-    const bf16* x;              // [T, H, D], unit stride in D
-    bf16* out;                  // the same; may be x
-    const float *cos, *sin;     // [T, D / 2], rows `turn_stride` apart
-    const float* weight;        // [H, D], or null: no norm
-    std::int64_t tokens, heads, dim, row_stride, head_stride, out_row_stride, out_head_stride,
-        turn_stride;  // D: a multiple of 32
-    float eps;
-    std::int32_t path, threads;
-};
 
 INLINE void rotate_row(const RotateCall& call, long token) {
     const long dim = call.dim, half = dim / 2;
@@ -72,14 +52,6 @@ INLINE void rotate_row(const RotateCall& call, long token) {
         }
     }
 }
-
-struct RouteCall {
-    const bf16* logits;    // [T, E]
-    std::int64_t* chosen;  // [T, k]
-    float* weights;        // [T, k]
-    std::int64_t tokens, experts, top_k;
-    std::int32_t normalise, path, threads;
-};
 
 // The k largest, the first of equals first. A key holds a logit in order-preserving form above its index, negated.
 INLINE void route_row(const RouteCall& call, long token) {

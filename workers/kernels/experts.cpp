@@ -1,30 +1,18 @@
 // Mixture of experts over packed weights: tokens sorted by expert, gated MLP of each expert on its rows, weighted sum.
 //
 // Legend: T tokens, M hidden size, I intermediate, k experts a token uses, "slot" one of the T * k choices.
-#include "gemm.h"
+#include "calls.h"
 
 #include <algorithm>
 #include <atomic>
 #include <new>
 #include <vector>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace longreach {
 namespace gemm {
 namespace {
 
 constexpr long kMostSlots = 128;  // of a token
-
-struct ExpertsCall {
-    const bf16* x;               // [T, M], rows `stride` apart
-    const std::int64_t* chosen;  // [T, k] global ids
-    const float* weights;        // [T, k]
-    const bf16 *gate_up, *down;  // packed [Er, 2 I, M] and [Er, M, I]
-    bf16 *rows, *out;            // [T k, M] of unspecified content, [T, M]
-    std::int64_t tokens, stride, top_k, first, experts, hidden_size, width;  // Er experts from global id `first`
-    std::int32_t path, threads;
-};
 
 // Rows of one expert: slots [start, start + rows) of the sorted order.
 struct Task {

@@ -1,5 +1,5 @@
 // Packing, the portable engine and the dense product; see gemm.h.
-#include "gemm.h"
+#include "calls.h"
 
 #include "attention_cpu.h"
 
@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE __attribute__((always_inline)) inline
 
 namespace longreach {
@@ -149,13 +148,6 @@ EXPORT void longreach_pack(bf16* packed, const bf16* source, long first, long ro
         }
     }
 }
-
-struct LinearCall {
-    const bf16 *x, *weight, *bias;  // [rows, k], packed [n, k], [n] or null
-    bf16* out;                      // [rows, n], contiguous
-    std::int64_t rows, stride, n, k;  // stride of x
-    std::int32_t path, threads;
-};
 
 static void linear_panels(const Engine& use, const LinearCall& call, float* c, const bf16* a, long first, long rows,
                           long start, long stop) {

@@ -19,6 +19,7 @@ from workers.attention.plan import Rotation
 from workers.attention.queries import Queries
 from workers.batch import Batch
 from workers.kv_cache import PagedKV
+from workers.model.fused import FusedLayers
 from workers.model.layers import gated_mlp, linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, Turns, norm_and_rotate_
@@ -49,7 +50,15 @@ class Decoder:
         self._collectives = collectives
         self._rotary = Rotary(spec.rope, spec.head_dim, device, spec.dual_chunk)
         self._scratch = ExpertScratch()
-        self.layers_done = 0  # rises while a step runs; tells slow from hung
+        self._head_norms = [self._head_norm(layer) for layer in weights.layers]
+        on_cpu = device.type == "cpu" and FusedLayers.serves(spec, weights.layers)
+        self._fused = FusedLayers(spec, shard, weights.layers, self._head_norms) if on_cpu else None
+        self._layers_done = 0
+
+    @property
+    def layers_done(self) -> int:
+        """Layers computed so far; rises while a step runs, which tells slow from hung."""
+        return self._layers_done + (self._fused.layers_done if self._fused else 0)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[T]` -> `[T, M]`; each shard looks up its rows of the vocabulary, the sum is exact."""
@@ -66,6 +75,8 @@ class Decoder:
         """Run this shard's layers on `[T, M]`; keys and values go to `kv`, reports of sparse cells to `log`."""
         far = {"succ": batch.needs(Rotation.SUCC), "inter": batch.needs(Rotation.INTER)}
         turns = self._rotary.turns(batch.positions, **far)
+        if self._fused is not None and self._fused.takes(x, batch, kv):
+            return self._fused.run(x, batch, kv, turns, self._collectives)
         step = _Step(batch, kv, turns)
         if any(piece.sparse for piece in batch.pieces):
             step.sparse = SparsePrefill(self.spec, self.shard, self._rotary, batch, log or CellLog())
@@ -74,7 +85,7 @@ class Decoder:
             x = self._attention(normed, index, weights, step).add_(x)
             normed = rms_norm(x, weights.post_norm, self.spec.rms_norm_eps)
             x = self._mlp(normed, layer, weights).add_(x)
-            self.layers_done += 1
+            self._layers_done += 1
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,9 +109,7 @@ class Decoder:
     def _attention(self, x: torch.Tensor, index: int, weights: LayerWeights, step: _Step) -> torch.Tensor:
         dim, heads, kv_heads = self.spec.head_dim, self.shard.heads.size, self.shard.kv_heads.size
         qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
-        norm = None
-        if weights.q_norm is not None and weights.k_norm is not None:
-            norm = torch.cat([weights.q_norm.expand(heads, dim), weights.k_norm.expand(kv_heads, dim)]).float()
+        norm = self._head_norms[index]
         if step.sparse is not None:
             layer = self.shard.layers.start + index
             step.sparse.begin_layer(layer, qkv[:, :heads], None if norm is None else norm[:heads])
@@ -115,6 +124,13 @@ class Decoder:
                 parts.append(attend(rows, kv, piece.table, piece.plan, piece.scales))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order
         return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
+
+    def _head_norm(self, weights: LayerWeights) -> torch.Tensor | None:
+        """The norm of every query and key head, `[H + K, D]` float32."""
+        if weights.q_norm is None or weights.k_norm is None:
+            return None
+        sides = ((weights.q_norm, self.shard.heads.size), (weights.k_norm, self.shard.kv_heads.size))
+        return torch.cat([norm.expand(heads, self.spec.head_dim) for norm, heads in sides]).float()
 
     def _rotate_(self, qk: torch.Tensor, turns: Turns, norm: torch.Tensor | None) -> Queries:
         """Norm and rotate queries and keys `[T, H + K, D]` in place, and queries of far regions into new tensors."""

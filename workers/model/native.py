@@ -25,7 +25,7 @@ from workers.kernels.build import load
 
 PATHS = ("portable", "avx2", "avx512", "amx")  # as `Path` in gemm.h
 _STRIP, _DEPTH = 16, 32
-_MOST_SLOTS, _MOST_DIM, _MOST_EXPERTS = 128, 512, 4096
+MOST_SLOTS, MOST_DIM, MOST_EXPERTS = 128, 512, 4096
 
 
 def _call(name: str, pointers: str, sizes: str, tail: tuple[tuple[str, type], ...] = ()) -> type[ctypes.Structure]:
@@ -133,13 +133,18 @@ def run_experts(
     """
     x = _rows(x)
     tokens, top_k = experts.shape
-    if top_k > _MOST_SLOTS:
-        raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {_MOST_SLOTS}; set LONGREACH_KERNELS=off")
+    if top_k > MOST_SLOTS:
+        raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {MOST_SLOTS}; set LONGREACH_KERNELS=off")
     experts, weights = experts.contiguous(), weights.contiguous()
     pointers = map(_at, (x, experts, weights, gate_up, down, rows, out))
-    width = gate_up.shape[1] * _STRIP
+    width = expert_width(gate_up)
     sizes = (tokens, x.stride(0), top_k, local.start, local.size, x.shape[1], width)
     _run("longreach_experts", _Experts(*pointers, *sizes, path(), _threads()))
+
+
+def expert_width(gate_up: torch.Tensor) -> int:
+    """`I` of packed gate and up weights."""
+    return gate_up.shape[1] * _STRIP
 
 
 def norms(x: torch.Tensor) -> bool:
@@ -157,7 +162,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rotates(x: torch.Tensor) -> bool:
     """Whether `norm_rotate` takes `[T, H, D]`."""
-    return serves(x) and x.shape[2] % _DEPTH == 0 and x.shape[2] <= _MOST_DIM and x.stride(2) == 1
+    return serves(x) and x.shape[2] % _DEPTH == 0 and x.shape[2] <= MOST_DIM and x.stride(2) == 1
 
 
 def norm_rotate(
@@ -185,7 +190,7 @@ def norm_rotate(
 
 def routes(logits: torch.Tensor) -> bool:
     """Whether `route` takes `[T, E]`."""
-    return serves(logits) and logits.shape[1] <= _MOST_EXPERTS
+    return serves(logits) and logits.shape[1] <= MOST_EXPERTS
 
 
 def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
