@@ -28,7 +28,8 @@ from protos.messages import StepPlan, StepResult
 
 _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
-_BURST = 12  # decode steps in flight at most,
+_BURST = 12  # decode steps in flight at most: no more than half of what a request has answered, which may end soon,
+_BURST_AT_FIRST = 6  # but this many from the start,
 _BURST_S = 0.25  # and how long they may take together: a new request and a cancel wait for them
 _log = logging.getLogger(__name__)
 
@@ -192,7 +193,9 @@ class Engine:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
-        return max(self._depth, min(_BURST, int(_BURST_S / self._decode_s)))
+        answered = min((len(ticket.request.output) for ticket in self._tickets.values()), default=0)
+        most = min(_BURST, max(_BURST_AT_FIRST, answered // 2))
+        return max(self._depth, min(most, int(_BURST_S / self._decode_s)))
 
     def _is_long_underway(self) -> bool:
         return any(map(self._is_long, self._in_flight.plans))

@@ -26,9 +26,9 @@ def burst_rig(step_s: float = 0.02, group: int = 4, **options) -> Rig:
 
 
 @pytest.mark.parametrize(
-    ("step_s", "depth"), [(0.5, 2), (0.056, 2), (0.05, 2), (0.036, 3), (0.02, 5), (0.018, 6), (0.001, 6)]
+    ("step_s", "depth"), [(0.5, 2), (0.126, 2), (0.124, 2), (0.083, 3), (0.06, 4), (0.049, 5), (0.04, 6), (0.001, 6)]
 )
-def test_as_many_steps_are_in_flight_as_a_tenth_of_a_second_holds(step_s: float, depth: int):
+def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: float, depth: int):
     with burst_rig(step_s, group=1) as rig:
         rig.last.hold()
         ticket, _ = rig.submit([1, 2, 3], 60)
@@ -45,6 +45,22 @@ def test_as_many_steps_are_in_flight_as_a_tenth_of_a_second_holds(step_s: float,
         rig.last.let(1000)
         assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert len(rig.last.plans) == 60, "no step for nothing"
+
+
+@pytest.mark.parametrize(("step_s", "depth"), [(0.06, 4), (0.03, 8), (0.001, 12)])
+def test_long_answers_have_longer_bursts(step_s: float, depth: int):
+    with burst_rig(step_s, group=1) as rig:
+        rig.last.hold()
+        ticket, _ = rig.submit([1, 2, 3], 60)
+        for done in range(40):
+            rig.last.let(1)
+            ahead = min(depth, max(6, (done - 1) // 2))
+            eventually(lambda done=done, ahead=ahead: len(rig.last.plans) >= done + (ahead if done > 1 else 1))
+        time.sleep(0.02)
+        assert len(rig.last.plans) == 40 + depth
+        rig.last.let(1000)
+        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1060))
+        assert len(rig.last.plans) == 60
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
@@ -107,7 +123,7 @@ def decoding(rig: Rig, max_tokens: int = 60) -> tuple:
 
 
 def test_cancel_inside_a_burst():
-    with burst_rig(group=1) as rig:
+    with burst_rig(0.049, group=1) as rig:
         ticket, events = decoding(rig)
         rig.engine.cancel(ticket)
         assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1005))
@@ -119,7 +135,7 @@ def test_cancel_inside_a_burst():
 
 
 def test_a_new_request_waits_for_no_more_than_the_burst():
-    with burst_rig(group=1) as rig:
+    with burst_rig(0.049, group=1) as rig:
         first, _ = decoding(rig)
         second, _ = rig.submit(range(50, 80), 4)
         rig.engine.check_integrity()
