@@ -9,6 +9,7 @@ plans said, and refuses a plan that does not continue it.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from array import array
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+
+_HUGE_PAGE = 2 << 20
+_HUGE_FROM = 8 << 20  # bytes of a head's range from which on a page more or less does not count
 
 
 class SlotRun(NamedTuple):
@@ -104,8 +108,7 @@ class PagedKV:
         self.page_size = page_size
         self.num_blocks = num_blocks
         shape = (2, layers, kv_heads, num_blocks * page_size)
-        self._data = torch.empty(*shape, head_dim, dtype=dtype, device=device)
-        _advise_huge_pages(self._data)
+        self._data = _room(shape, head_dim, dtype, torch.device(device))
         self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
 
     def layer(self, index: int) -> LayerKV:
@@ -137,15 +140,23 @@ class PagedKV:
         return 2 * layers * kv_heads * page_size * (head_dim * dtype.itemsize + scale)
 
 
-def _advise_huge_pages(data: torch.Tensor) -> None:
-    """Ask Linux for 2 MiB pages: a decode step that reads 268 MB of KV takes 8 % less time. Advice, which may fail."""
-    libc = ctypes.CDLL(None)
-    if data.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or not hasattr(libc, "madvise"):
-        return
+def _room(shape: tuple[int, int, int, int], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[2, L, K, slots, D]`; in host memory on huge pages where they pay: 32K tokens are read 8 % faster.
+
+    The ranges of heads begin at different places of a huge page. Else all of them, as long as each other, would come to
+    a fresh page with the same token, which then waits for the kernel to clear dozens (0.2 s measured).
+    """
+    *heads, slots = shape
+    row = dim * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or slots * row < _HUGE_FROM:
+        return torch.empty(*shape, dim, dtype=dtype, device=device)
+    ranges = math.prod(heads)
+    whole = -(-slots * row // _HUGE_PAGE) * _HUGE_PAGE + max(1, _HUGE_PAGE // ranges // row) * row
+    data = torch.empty(*heads, -(-whole // row), dim, dtype=dtype, device=device)
     first = -(-data.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = data.data_ptr() + data.nbytes - first
-    if size > 0:
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)  # advice: it may fail
+    return data[..., :slots, :]
 
 
 def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -128,3 +128,20 @@ def test_block_bytes_is_what_the_cache_allocates(dtype: torch.dtype):
 def test_an_empty_cache_is_refused():
     with pytest.raises(ValueError, match="num_blocks: 0"):
         PagedKV(1, 1, 1, 0, 16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_long_ranges_begin_at_different_places_of_a_huge_page(dtype: torch.dtype) -> None:
+    kv = PagedKV(3, 2, 64, 131072 // 16, 16, dtype)
+    assert kv._data.shape == (2, 3, 2, 131072, 64)
+    starts = {kv._data[side, layer, head].data_ptr() for side in range(2) for layer in range(3) for head in range(2)}
+    assert len({start % (2 << 20) for start in starts}) == len(starts) == 12
+    assert len({start // (2 << 20) for start in starts}) == 12
+    keys, values = torch.randn(2, 5, 2, 64).to(torch.bfloat16)
+    kv.write(2, [SlotRun(131069, 3), SlotRun(0, 2)], keys, values)
+    stored = kv.layer(2)
+    for rows, cache, scales in ((keys, stored.keys, stored.key_scales), (values, stored.values, stored.value_scales)):
+        at = torch.tensor([131069, 131070, 131071, 0, 1])
+        got = cache[:, at].float() * (1.0 if scales is None else scales[:, at, None])
+        assert cache.stride()[1:] == (64, 1)
+        assert torch.allclose(got.transpose(0, 1), rows.float(), atol=0.02 if dtype == torch.int8 else 0.0)
