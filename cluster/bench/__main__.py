@@ -30,6 +30,9 @@ def _ids(length: int, seed: int) -> list[int]:
     return [rng.randint(5, 31999) for _ in range(length)]
 
 
+_TOKENS = 97  # enough that the length of bursts, which grow with an answer, hardly matters
+
+
 def _bare(model: Path, length: int, chunk: int, threads: int) -> tuple[float, float]:
     """(prefill seconds, seconds a decode step) of the one-process runner, measured in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
@@ -90,7 +93,7 @@ def overhead(model: Path, chunk: int, out: Path | None, length: int, threads: in
             _served(client, 2 * chunk, 4, 0)
             for seed in range(1, repeats + 1):
                 bare.append(_bare(model, length, chunk, threads))
-                served.append(_served(client, length, 17, seed))
+                served.append(_served(client, length, _TOKENS, seed))
     prefill = [statistics.median(run[0] for run in runs) for runs in (bare, served)]
     decode = [statistics.median(run[1] for run in runs) for runs in (bare, served)]
     _write(out, {
@@ -100,6 +103,35 @@ def overhead(model: Path, chunk: int, out: Path | None, length: int, threads: in
         "bare_decode_ms": [round(b * 1e3, 2) for _, b in bare],
         "served_decode_ms": [round(b * 1e3, 2) for _, b in served],
         "decode_overhead_ms": round((decode[1] - decode[0]) * 1e3, 2),
+    })  # fmt: skip
+
+
+@main.command()
+@_options
+@click.option("--length", default="4K", callback=lambda c, p, v: parse_count(v), help="Prompt tokens.")
+@click.option("--stages", default=2, help="Stages of the longer pipeline.")
+@click.option("--repeats", default=3, help="Alternating runs behind the medians.")
+def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, repeats: int) -> None:
+    """What each further stage adds to a decode step: pipelines of one and of more stages, one thread an actor."""
+    seconds: dict[int, list[float]] = {1: [], stages: []}
+    for seed in range(repeats):
+        for number, found in seconds.items():
+            cluster: dict[str, object] = {
+                "pipeline_parallel_size": number, "threads_per_actor": 1, "cpus_per_actor": 0.5
+            }  # fmt: skip
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                head(model, Path(folder), cluster=cluster, kv_cache={"bytes": "1GiB"},
+                     prefill={"max_num_batched_tokens": chunk}) as (client, _),
+            ):  # fmt: skip
+                _served(client, 2 * chunk, 4, 1000 + seed)
+                found.append(_served(client, length, _TOKENS, seed)[1])
+    one, more = (statistics.median(found) for found in seconds.values())
+    _write(out, {
+        "what": "a decode step of pipelines of one and of more stages, one thread an actor", "length": length,
+        "chunk": chunk, "stages": stages,
+        "decode_ms": {str(number): [round(s * 1e3, 2) for s in found] for number, found in seconds.items()},
+        "further_stage_ms": round((more - one) * 1e3 / (stages - 1), 2),
     })  # fmt: skip
 
 

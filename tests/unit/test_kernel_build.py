@@ -1,10 +1,12 @@
 """Where there is a compiler the kernels build: otherwise their tests would be skipped without anyone noticing."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from workers.kernels.build import compiler, load
+from workers.kernels.build import compiler, library_path, load
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler: the PyTorch twins serve")
@@ -13,3 +15,35 @@ def test_kernels_build_where_there_is_a_compiler():
     found = load()
     assert found.library is not None, found.reason
     assert found.reason == ""
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is a script that takes its time, and writes down that it was called."""
+    script = tmp_path / "compiler"
+    script.write_text(
+        f"#!/bin/sh\necho called >> {tmp_path}/calls\nsleep 0.3\n"
+        'while [ "$1" != "-o" ]; do shift; done\necho library > "$2"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(4) as pool:  # a lock belongs to an open file, so that threads stand for processes
+        paths = {future.result() for future in [pool.submit(library_path, build=True) for _ in range(4)]}
+    (path,) = paths
+    assert path.read_text() == "library\n"
+    assert (tmp_path / "calls").read_text() == "called\n"
+    assert {each.suffix for each in path.parent.iterdir()} == {".so", ".lock"}
+
+
+def test_a_failed_build_names_the_reason_and_leaves_the_way_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "compiler"
+    script.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"exit code 1: x\.cpp:1: error: no such thing"):
+            library_path(build=True)
+    assert not list((tmp_path / "cache").rglob("*.so"))

@@ -18,7 +18,7 @@ from workers.bench.peers import run_peers
 from workers.bench.timing import Figure
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
-_DECODE_TOKENS = 16
+_DECODE_TOKENS = 96
 
 
 def length(text: str) -> int:

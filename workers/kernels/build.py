@@ -9,7 +9,9 @@ Environment: `LONGREACH_KERNELS=off` uses the twins; `CXX` names the compiler; `
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -17,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +80,9 @@ def _compile(sources: list[Path], path: Path) -> None:
     if found is None:
         raise OSError("no C++ compiler found (c++, g++ or clang++, or CXX); install one for fast attention")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # several actors may build at the same time
+    with _alone(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        if path.exists():  # by another process, while this one waited
+            return
         built = Path(scratch) / path.name
         command = [found, *_FLAGS, *map(str, sources), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -85,3 +90,11 @@ def _compile(sources: list[Path], path: Path) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
             raise OSError(f"{found} failed with exit code {done.returncode}: {lines[0]}")
         os.replace(built, path)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time build `path`: all actors of a cluster come to it together, and one is fastest alone."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        yield
