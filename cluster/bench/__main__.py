@@ -121,7 +121,7 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
             }  # fmt: skip
             with (
                 tempfile.TemporaryDirectory() as folder,
-                head(model, Path(folder), cluster=cluster, kv_cache={"bytes": "1GiB"},
+                head(model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"},
                      prefill={"max_num_batched_tokens": chunk}) as (client, _),
             ):  # fmt: skip
                 _served(client, 2 * chunk, 4, 1000 + seed)
