@@ -40,6 +40,8 @@ def compare(
                 theirs.append(_vllm(peer_python, model, length, threads, decode, seed))
                 print(f"{length}: vllm: {length / theirs[-1]['first_token_s']:.0f} tokens/s", file=sys.stderr)
         entry: dict[str, Any] = {"length": length, "mode": mode, "longreach": _summary(length, ours)}
+        if mode == "sparse":
+            entry["longreach"]["attention"] = ours[-1]["attention"]
         if theirs:
             entry["vllm"] = _summary(length, theirs) | {"version": theirs[0]["version"]}
             for key in ("prefill_tokens_per_s", "decode_ms"):
@@ -73,7 +75,11 @@ def _ours(
         began = time.perf_counter()
         job = client.submit(token_ids=random_ids(length, seed), max_tokens=1 + decode, ignore_eos=True)
         times = token_times(job, began)
-    return {"first_token_s": times[0], "decode_s": (times[-1] - times[0]) / decode}  # tokens arrive in groups
+        attention = job.result.attention if mode == "sparse" else None
+    found = {"first_token_s": times[0], "decode_s": (times[-1] - times[0]) / decode}  # tokens arrive in groups
+    if attention is not None:
+        found["attention"] = {name: attention[name] for name in ("density", "estimate_share")}
+    return found
 
 
 def _vllm(python: Path, model: Path, length: int, threads: int, decode: int, seed: int) -> dict[str, Any]:
