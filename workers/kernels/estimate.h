@@ -19,6 +19,7 @@ namespace estimate {
 using attention::kAmx, attention::kAvx2, attention::kAvx512, attention::kPortable;
 using attention::kBfloat16, attention::kFloat32, attention::kInt8;
 using attention::kInvalid, attention::kNoMemory, attention::kOk;
+constexpr float kHighest = 65536.0f;   // sum of a block's weights above which the maximum is looked for anew
 using attention::kMasked, attention::kNever, attention::kUnseen;
 
 constexpr int kKeys = 64;              // of a block

@@ -40,6 +40,7 @@ inline float widen(std::uint16_t x) {
 #define LR_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define LR_WIDTH 16
 #define LR_BATCH 4
+#define LR_SCALEF(x, n) _mm512_scalef_ps((__m512)(x), (__m512)(n))
 #include "estimate_simd.h"
 #endif
 

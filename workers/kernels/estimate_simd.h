@@ -3,6 +3,7 @@
 //   LR_TARGET   attribute that allows the instructions
 //   LR_WIDTH    floats of a vector, at most kLanes
 //   LR_BATCH    keys whose products are computed together
+//   LR_SCALEF   optional: (x, n) -> x * 2^n for whole n, 0 where that is too small
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
 namespace longreach {
@@ -18,17 +19,31 @@ LR_INLINE const Vec& at(const float* x) { return *reinterpret_cast<const Vec*>(x
 LR_INLINE Vec& at(float* x) { return *reinterpret_cast<Vec*>(x); }
 LR_INLINE const Ints& at(const std::int32_t* x) { return *reinterpret_cast<const Ints*>(x); }
 
-// 2^x for x < 128; exactly 0 below -126; relative error 2e-7.
+// 2^x; exactly 0 below -150, above 2^16 wherever x is above 17.
 LR_INLINE void exp2(Vec& x) {
-    const Ints whole = x > -126.0f;                    // what the rest makes of other values is dropped
+#ifdef LR_SCALEF
+    __asm__("" : "+v"(x));  // else f may be taken of a product before it is rounded, which is far off where x is large
+#else
+    const Ints huge = x > 127.0f;
+    x = (Vec)((~huge & (Ints)x) | (huge & (Ints)(Vec{} + 127.0f)));
+#endif
     const Vec shifted = x + 12582912.0f;               // 1.5 * 2^23: the low bits are the nearest integer
-    const Vec f = x - (shifted - 12582912.0f);
+    const Vec near = shifted - 12582912.0f, f = x - near;
+#ifdef LR_SCALEF                                       // relative error 3e-6
+    Vec p = f * 9.5701e-3f + 5.591786e-2f;
+    p = p * f + 2.4024744e-1f;
+    p = p * f + 6.931218e-1f;
+    p = p * f + 9.999993e-1f;
+    x = (Vec)LR_SCALEF(p, near);
+#else                                                  // 2e-7, and 0 below -126
+    const Ints whole = x > -126.0f;                    // what the rest makes of other values is dropped
     Vec p = f * 1.3276460e-3f + 9.6755413e-3f;
     p = p * f + 5.5507133e-2f;
     p = p * f + 2.4022120e-1f;
     p = p * f + 6.9314697e-1f;
     p = p * f + 1.0f;
     x = (Vec)(((Ints)p + ((Ints)shifted << 23)) & whole);
+#endif
 }
 
 LR_TARGET void pack(void* to, const void* q, int q_type, std::int64_t stride, int rows, int dim) {
@@ -144,42 +159,65 @@ LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& st
     shift = -a * factor;
 }
 
+LR_INLINE bool any(const Ints& lanes) {
+    std::int32_t all = 0;
+    for (int lane = 0; lane < kWidth; ++lane) all |= lanes[lane];
+    return all != 0;
+}
+
+// Calls add(shift) for a vector of rows and adds what it returns. The maximum is looked for only where there is none yet
+// or where the sum says that scores lie far above it: most blocks are read once.
+template <class Add> LR_INLINE void under_maximum(Running& state, const float* s, const Strip& strip, int r,
+                                                  const Add& add) {
+    Vec sum{}, kept{}, shift = -at(state.maximum + r) * at(strip.factor + r);
+    const bool fresh = any(at(state.maximum + r) <= kUnseen);
+    if (!fresh) add(shift, sum, kept);
+    if (fresh || any(~(sum <= kHighest))) {
+        sum = kept = Vec{};
+        raise(shift, state, s, strip, r);
+        add(shift, sum, kept);
+    }
+    at(state.sum + r) += sum;
+    at(state.kept + r) += kept;
+}
+
 LR_TARGET void running(Running& state, const float* s, const Strip& strip) {
     for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
-        Vec shift, even{}, odd{};
-        raise(shift, state, s, strip, r);
         const Vec factor = at(strip.factor + r);
-        for (int i = 0; i < kKeys; i += 2) {
-            Vec p = at(s + i * kRows + r) * factor + shift;
-            Vec q = at(s + (i + 1) * kRows + r) * factor + shift;
-            exp2(p);
-            exp2(q);
-            even += p;
-            odd += q;
-        }
-        at(state.sum + r) += even + odd;
+        under_maximum(state, s, strip, r, [&](const Vec& shift, Vec& sum, Vec&) LR_TARGET {
+            Vec even{}, odd{};
+            for (int i = 0; i < kKeys; i += 2) {
+                Vec p = at(s + i * kRows + r) * factor + shift;
+                Vec q = at(s + (i + 1) * kRows + r) * factor + shift;
+                exp2(p);
+                exp2(q);
+                even += p;
+                odd += q;
+            }
+            sum = even + odd;
+        });
     }
 }
 
 LR_TARGET void kept(Running& state, const float* s, const Strip& strip, const std::uint64_t* words,
                     std::uint64_t columns) {
     for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
-        Vec shift, sum{}, kept{};
-        raise(shift, state, s, strip, r);
         const Vec factor = at(strip.factor + r);
-        for (int half = 0; half < 2; ++half) {
-            alignas(64) std::int32_t lanes[kWidth];
-            for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = std::int32_t((words[r + lane] | columns) >> 32 * half);
-            const Ints word = at(lanes);
-            for (int i = 0; i < kKeys / 2; ++i) {
-                Vec p = at(s + (32 * half + i) * kRows + r) * factor + shift;
-                exp2(p);
-                sum += p;
-                kept += (Vec)((Ints)p & (word << (31 - i) >> 31));
+        under_maximum(state, s, strip, r, [&](const Vec& shift, Vec& sum, Vec& kept) LR_TARGET {
+            for (int half = 0; half < 2; ++half) {
+                alignas(64) std::int32_t lanes[kWidth];
+                for (int lane = 0; lane < kWidth; ++lane) {
+                    lanes[lane] = std::int32_t((words[r + lane] | columns) >> 32 * half);
+                }
+                const Ints word = at(lanes);
+                for (int i = 0; i < kKeys / 2; ++i) {
+                    Vec p = at(s + (32 * half + i) * kRows + r) * factor + shift;
+                    exp2(p);
+                    sum += p;
+                    kept += (Vec)((Ints)p & (word << (31 - i) >> 31));
+                }
             }
-        }
-        at(state.sum + r) += sum;
-        at(state.kept + r) += kept;
+        });
     }
 }
 
@@ -267,3 +305,4 @@ inline Engine make() {
 #undef LR_TARGET
 #undef LR_WIDTH
 #undef LR_BATCH
+#undef LR_SCALEF
