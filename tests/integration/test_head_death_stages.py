@@ -1,4 +1,4 @@
-"""The head of a pipeline of two stages is killed while jobs prefill, decode and wait."""
+"""The head of two stages of two shards is killed while jobs prefill, decode and wait."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from tests.support.head import HeadProcess, tokens_of, until
 from tests.support.head_jobs import DECODES, long_document, submit
 
 
-def test_five_jobs_survive_the_head_of_two_stages(tmp_path: Path) -> None:
+def test_five_jobs_survive_the_head_of_two_stages_of_two_shards(tmp_path: Path) -> None:
     haystack = long_document()
-    with HeadProcess(tmp_path, stages=2) as head, head.client() as client:
+    with HeadProcess(tmp_path, stages=2, shards=2) as head, head.client() as client:
         jobs = [submit(client, number, haystack) for number in range(2)]
         until(lambda: jobs[1].refresh().data.last_event >= 5, "a decoding job")
         jobs += [submit(client, number, haystack) for number in range(2, 5)]
         assert [job.refresh().state for job in jobs] == ["prefilling", "decoding", *["queued"] * 3]
-        assert len(head.actors()) == 2
+        assert len(head.actors()) == 4
         head.kill()
         head.start()
-        assert len(head.actors()) == 2
+        assert len(head.actors()) == 4
         found = [tokens_of(job) for job in jobs]
         assert all(is_right(a.text, n) for a, n in zip(jobs[0].answers, haystack.needles, strict=True))
         assert [len(answer) for answer in found[1]] == [DECODES]

@@ -49,7 +49,7 @@ def free_port() -> int:
 class HeadProcess:
     """`longreach serve` over configs/needle; every process it starts inherits a mark, so that none is overlooked."""
 
-    def __init__(self, folder: Path, stages: int = 1, server: str = "") -> None:
+    def __init__(self, folder: Path, stages: int = 1, server: str = "", shards: int = 1) -> None:
         self.data = folder / "data"
         self.port = free_port()
         self.mark = ""
@@ -60,7 +60,8 @@ class HeadProcess:
         self._config.write_text(
             f"model:\n  path: {NEEDLE}\n  dtype: float32\n  max_model_len: 40k\n"
             "  rope_scaling: {rope_type: yarn, factor: 10.0, original_max_position_embeddings: 4096}\n"
-            f"cluster:\n  pipeline_parallel_size: {stages}\n  threads_per_actor: 1\n  cpus_per_actor: 0.5\n"
+            f"cluster:\n  pipeline_parallel_size: {stages}\n  expert_parallel_size: {shards}\n"
+            "  threads_per_actor: 1\n  cpus_per_actor: 0.5\n"
             "prefill: {max_num_batched_tokens: 256, max_num_seqs: 2}\n"
             f"kv_cache:\n  bytes: 256MiB\nserver:\n  port: {self.port}\n{server}\ndata_dir: {self.data}\n"
         )
