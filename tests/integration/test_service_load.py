@@ -22,8 +22,8 @@ JOBS_EACH = 5  # in each of the two halves
 MIB = 1 << 20
 # Tolerances between the ends of the halves. Memory: allocator and SQLite caches that still fill; the tokens of a
 # half are below 1 MiB. Descriptors: connections that gRPC is about to close.
-MORE_RSS = 48 * MIB
-MORE_FDS = 8
+MORE_RSS = 16 * MIB
+MORE_FDS = 4
 SIZES = (20, 21, 63, 64, 65, 300, 1009, 3000)
 
 
