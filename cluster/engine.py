@@ -188,8 +188,8 @@ class Engine:
                 handle.send(plans)
 
     def _depth_now(self) -> int:
-        """Steps to have in flight: with a single stage that only decodes, as many as `_BURST_S` holds."""
-        if self._num_stages > 1 or not self._decode_s or not self.scheduler.decodes:
+        """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
+        if not self._decode_s or not self.scheduler.decodes:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
@@ -226,7 +226,8 @@ class Engine:
     def _commit(self, step: Step) -> Iterator[_News]:
         self.latency.observe(step.plan, step.slowest_s, step.cells)
         if step.plan.decodes:
-            self._decode_s += (step.slowest_s - self._decode_s) * (0.2 if self._decode_s else 1.0)
+            took = step.through_s(self._num_stages)
+            self._decode_s += (took - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)

@@ -197,7 +197,8 @@ class Launcher:
 
         def begin(handle: GrpcStageHandle) -> None:
             own = where[handle.shard.stage, handle.shard.rank]
-            after = where.get((handle.shard.stage + 1, handle.shard.rank))
+            stages = handle.shard.num_stages  # a ring: the last one hands its tokens to the first
+            after = where[(handle.shard.stage + 1) % stages, handle.shard.rank] if stages > 1 else None
             try:
                 handle.start(num_blocks, page, _reach(own.node, after) if after else "", _START_TIMEOUT_S, dtype)
             except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread

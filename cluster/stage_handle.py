@@ -73,7 +73,10 @@ class GrpcStageHandle:
     def start(
         self, num_blocks: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = ""
     ) -> None:  # fmt: skip
-        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError."""
+        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
+
+        Of several stages the last one is connected to the first: `downstream` is the address of the same rank there.
+        """
         request = pb.StartRequest(
             num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype
         )

@@ -232,10 +232,10 @@ class _StageServicer(rpc.StageServicer):
         if worker is None or worker.inbox is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
             raise AssertionError("abort raises")
-        reason = "the previous stage is gone"
+        reason = f"{worker.inbox.source} is gone"
         try:
             receive_frames(frames, worker.inbox)
-            reason = "the previous stage ended the stream"
+            reason = f"{worker.inbox.source} ended the stream"
         except FrameError as error:
             reason = str(error)
             context.abort(grpc.StatusCode.DATA_LOSS, reason)

@@ -84,11 +84,11 @@ class Stages:
     def start(self, *, first_to_last: bool = False) -> None:
         order = self.handles if first_to_last else reversed(self.handles)
         for handle in order:
-            last = handle.shard.is_last
-            handle.start(BLOCKS, PAGE, "" if last else f"unix:{self.socket(handle.shard.stage + 1)}", 60)
+            after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
+            handle.start(BLOCKS, PAGE, after if len(self.handles) > 1 else "", 60)
 
     def run_engine(self) -> Engine:
-        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8)
+        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
         self.engine = Engine(scheduler, self.handles, None, (0,))
         self.engine.start()
         return self.engine
