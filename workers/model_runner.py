@@ -53,6 +53,8 @@ class ModelRunner:
         self._spec = spec
         self.shard = shard
         self.device = device or torch.device("cpu")
+        self.hidden_size = spec.hidden_size
+        self.dtype = weights.layers[0].input_norm.dtype  # of the activations too
         self.decoder = Decoder(spec, shard, weights, collectives, self.device)
         self._kv = kv
         self._collectives = collectives

@@ -17,9 +17,10 @@ from workers.kv_cache import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
 from workers.model_runner import ModelRunner
 from workers.plan_queue import PlanQueue, UnreadablePlan
-from workers.stepper import Stepper
+from workers.stepper import Stepper, most_owed
 from workers.transport.collectives import Collectives, file_store, join_group
-from workers.transport.links import GrpcSender, Inbox, Sender
+from workers.transport.links import DEPTH, GrpcSender, Inbox, Sender, Source
+from workers.transport.near import NearInbox, NearSender, meet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
@@ -78,16 +79,20 @@ class StageWorker:
             if self._shard.is_first:  # nobody may wait here, or the ring stands still
                 self.inbox = Inbox(self.epoch, "tokens", "the last stage", depth=_TOKENS)
         store = file_store(request.store_path, self._shard.num_ranks)
+        self._address = request.group_address
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
         )
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
-    def start(self, num_blocks: int, page_size: int, downstream: str, kv_dtype: str = "") -> None:
+    def start(
+        self, num_blocks: int, page_size: int, downstream: str, kv_dtype: str = "", near: tuple[str, str] = ("", "")
+    ) -> None:
         """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage.
 
-        After the last of several stages comes the first, which takes the sampled tokens.
+        After the last of several stages comes the first, which takes the sampled tokens. `near` has the rendezvous
+        files of the links with the stage before and with the one after, each empty when that link goes over gRPC.
 
         Raises:
             ValueError: the type is unknown, or there is no next stage.
@@ -102,14 +107,17 @@ class StageWorker:
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(page_size)
-        if downstream:
+        self._near = near
+        if downstream and not near[1]:
             self._sender = GrpcSender(downstream, self._token)
-        self._stepper = Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
         """Execute plans in order; yields a result for each, several at once while decode steps follow each other."""
-        assert self._stepper is not None, "start comes first"
-        self._stepper.reset()
+        try:
+            stepper = self._stepper = self._stepper or self._connect()
+            stepper.reset()
+        except RuntimeError as error:
+            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
         expected: int | None = None
@@ -169,6 +177,24 @@ class StageWorker:
             plan.epoch, plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
             cells=out.cells, estimate_us=out.estimate_us,
         )  # fmt: skip
+
+    def _connect(self) -> Stepper:
+        """Meet the neighbours on this node, now that every stage runs: both ends of a link must come."""
+        assert self._runner is not None, "start comes first"
+        stage, stages = self._shard.stage, self._shard.num_stages
+        meetings = [((stage - 1) % stages, self._near[0], 1), (stage, self._near[1], 0)]
+        groups = {}
+        for _, path, end in sorted(meetings):  # in the order of the links around the ring, or all wait for all
+            if path:
+                groups[end] = meet(path, end, self._step_timeout_s, self._address)
+        source: Source | None = self.inbox
+        if 1 in groups:
+            of = ("tokens", "the last stage") if stage == 0 else ()
+            source = NearInbox(groups[1], self.epoch, *of)
+        if 0 in groups:
+            depth = most_owed(stages) + 2 if self._shard.is_last else DEPTH  # the oldest has been taken by then
+            self._sender = NearSender(groups[0], depth)
+        return Stepper(self._runner, source, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:
         """One small step, so that the first real one does not pay for first-use initialisation."""

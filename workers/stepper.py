@@ -9,9 +9,14 @@ import torch
 
 from protos.messages import StepPlan
 from workers.model_runner import ModelRunner, StepOutput
-from workers.transport.links import Inbox, LinkClosed, Sender
+from workers.transport.links import Sender, Source
 
 _NOBODY = -1  # a sequence no plan names
+
+
+def most_owed(num_stages: int) -> int:
+    """Steps whose tokens the first stage leaves untaken: no more than are in flight while prompts are read."""
+    return max(2, num_stages)
 
 
 class Stepper:
@@ -22,7 +27,7 @@ class Stepper:
     which steps have samples, so nothing else needs to be said; tokens nobody waits for are taken later, in order.
     """
 
-    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: Sender | None, timeout_s: float) -> None:
+    def __init__(self, runner: ModelRunner, inbox: Source | None, sender: Sender | None, timeout_s: float) -> None:
         """Args: `inbox` and `sender` are None where there is one stage; `timeout_s` limits each wait."""
         self._runner = runner
         self._inbox = inbox
@@ -52,7 +57,8 @@ class Stepper:
         if self._inbox is not None and shard.is_first:
             self._learn(plan, self._inbox)
         elif self._inbox is not None:
-            hidden = self._inbox.take(plan.step, self._timeout_s).to(runner.device)
+            shape = plan.num_tokens, runner.hidden_size
+            hidden = self._inbox.take(plan.step, self._timeout_s, shape, runner.dtype).to(runner.device)
         waited_s = time.perf_counter() - waits
         out = runner.compute(ready, hidden, keep_logits)
         if runner.device.type == "cuda":
@@ -65,16 +71,14 @@ class Stepper:
                 self._sender.send(plan.epoch, plan.step, torch.tensor(out.tokens, dtype=torch.int64))
         return out, seconds
 
-    def _learn(self, plan: StepPlan, inbox: Inbox) -> None:
+    def _learn(self, plan: StepPlan, inbox: Source) -> None:
         """Take the tokens the plan continues, and those of steps so old that they must have come."""
         blind = {part.sequence for part in plan.slices if not len(part.token_ids)}
         needed = max((at for at, (_, owed) in enumerate(self._owed, 1) if not blind.isdisjoint(owed)), default=0)
-        old = len(self._owed) - max(2, self._runner.shard.num_stages)  # beyond what is in flight while prompts are read
+        old = len(self._owed) - most_owed(self._runner.shard.num_stages)
         for _ in range(max(needed, old)):
             step, sequences = self._owed.popleft()
-            tokens = inbox.take(step, self._timeout_s).tolist()
-            if len(tokens) != len(sequences):
-                raise LinkClosed(f"{len(tokens)} tokens of step {step} came where {len(sequences)} were due")
-            self._runner.learn(sequences, tokens)
+            tokens = inbox.take(step, self._timeout_s, (len(sequences),), torch.int64)
+            self._runner.learn(sequences, tokens.tolist())
         if sampling := [part.sequence for part in plan.slices if part.sample is not None]:
             self._owed.append((plan.step, sampling))

@@ -19,7 +19,7 @@ NONE = Span(0, 0)
 class FakeRunner:
     """Notes what it is told; computes nothing."""
 
-    device = torch.device("cpu")
+    device, hidden_size, dtype = torch.device("cpu"), 4, torch.float32
 
     def __init__(self, stage: int = 0, stages: int = 2) -> None:
         self.shard = ShardSpec(stage, stages, 0, 1, NONE, NONE, NONE, NONE, NONE, NONE)
@@ -118,7 +118,7 @@ def test_a_link_that_closes_ends_the_wait_at_once():
 @pytest.mark.parametrize(
     ("step", "tokens", "error"),
     [
-        (1, (11, 12), "2 tokens of step 1 came where 1 were due"),
+        (1, (11, 12), r"tokens of step 1 are torch.int64 \[2\] where torch.int64 \[1\] were due"),
         (2, (11,), "tokens of step 2 came where step 1 was due"),
     ],
 )

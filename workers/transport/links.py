@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import grpc
@@ -35,6 +35,11 @@ class Sender(Protocol):
 
     def close(self) -> None:
         """Stop; may be called twice."""
+
+
+class Source(Protocol):
+    def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """What the stage before made of a step, of the shape and type the plan tells. Raises LinkClosed."""
 
 
 class Mailbox(Generic[T]):
@@ -90,11 +95,13 @@ class Inbox:
         """Deliver a step; waits while the stage is behind. Raises LinkClosed."""
         self._steps.put((step, tensor))
 
-    def take(self, step: int, timeout_s: float) -> torch.Tensor:
-        """What came of `step`.
+    def take(
+        self, step: int, timeout_s: float, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """What came of `step`; a shape and a type are checked when given.
 
         Raises:
-            LinkClosed: the link broke, the step did not come in time, or another step came.
+            LinkClosed: the link broke, the step did not come in time, or something else came.
         """
         try:
             came, tensor = self._steps.get(timeout_s)
@@ -102,6 +109,11 @@ class Inbox:
             raise LinkClosed(f"{self._what} of step {step} did not come within {timeout_s:g} s") from None
         if came != step:
             raise LinkClosed(f"{self._what} of step {came} came where step {step} was due")
+        if (shape and tuple(shape) != tuple(tensor.shape)) or (dtype and dtype != tensor.dtype):
+            raise LinkClosed(
+                f"{self._what} of step {step} are {tensor.dtype} {list(tensor.shape)} where "
+                f"{dtype} {list(shape or ())} were due"
+            )
         return tensor
 
     def close(self, reason: str = "closed") -> None:
