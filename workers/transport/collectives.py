@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-
 GLOO: Any = dist.ProcessGroupGloo
 
 

@@ -1,7 +1,7 @@
 """Links between neighbours on one node: gloo point to point, received by the thread that computes.
 
-A message is a header of three int64 (epoch, step, CRC-32) and the bytes of one tensor. The receiver knows type and shape
-from its plan, so a step takes one message and wakes no other thread of ours; a peer that dies is an error at once.
+A message is a header of three int64 (epoch, step, CRC-32) and the bytes of one tensor. The receiver knows type and
+shape from its plan: a step takes one message and wakes no other thread of ours. A peer that dies is an error at once.
 """
 
 from __future__ import annotations
