@@ -51,10 +51,11 @@ class Engine:
 
     About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
     a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
-    chunk that takes long, since a new request would wait for that too. While it only decodes there are more, a burst
-    of a quarter of a second: plans and results travel together, so that head and client, who share the cores with
-    the stage, wake once for several tokens. The next plans leave before anybody hears of the last results: progress
-    and callbacks are dealt with while the stages compute.
+    chunk that takes long, since a new request would wait for that too. While the stages only decode there are more, a
+    burst of a quarter of a second: tokens go from the last stage to the first without the head, plans and results
+    travel together, so that head and client, who share the cores with the stages, wake once for several tokens. The
+    next plans leave before anybody hears of the last results: progress and callbacks are dealt with while the stages
+    compute.
     """
 
     def __init__(
