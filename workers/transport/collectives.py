@@ -7,6 +7,7 @@ so that a dead member becomes an error instead of a hang.
 from __future__ import annotations
 
 import datetime
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -98,8 +99,14 @@ def gloo_options(timeout_s: float, address: str) -> Any:
     """How a gloo group is formed: the limit for every operation, and the IP address it binds to."""
     options = GLOO._Options()
     options._timeout = datetime.timedelta(seconds=timeout_s)
-    options._devices = [GLOO.create_device(hostname=address)]
+    options._devices = [_device(address)]
     return options
+
+
+@functools.cache
+def _device(address: str) -> Any:
+    """One for all groups of the process: each has a thread that looks for news every 10 ms, also when idle."""
+    return GLOO.create_device(hostname=address)
 
 
 def file_store(path: str, size: int) -> dist.Store:
