@@ -40,7 +40,8 @@ class NearSender:
         body = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
         message = np.empty(_HEADER + body.size, np.uint8)  # numpy: a decode step waits for every call in here
         message[_HEADER:] = body
-        _FIELDS.pack_into(message, 0, epoch, step, _checksum(body, step, tensor.dtype, tensor.shape))  # type: ignore[arg-type]
+        crc = _checksum(body, step, tensor.dtype, tensor.shape)
+        _FIELDS.pack_into(message, 0, epoch, step, crc)  # type: ignore[arg-type]
         if self._group is None:
             raise LinkClosed("closed")
         try:
