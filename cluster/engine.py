@@ -51,10 +51,11 @@ class Engine:
 
     About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
     a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
-    chunk that takes long, since a new request would wait for that too. While it only decodes there are more, a burst
-    of a quarter of a second: plans and results travel together, so that head and client, who share the cores with
-    the stage, wake once for several tokens. The next plans leave before anybody hears of the last results: progress
-    and callbacks are dealt with while the stages compute.
+    chunk that takes long, since a new request would wait for that too. While the stages only decode there are more, a
+    burst of a quarter of a second: tokens go from the last stage to the first without the head, plans and results
+    travel together, so that head and client, who share the cores with the stages, wake once for several tokens. The
+    next plans leave before anybody hears of the last results: progress and callbacks are dealt with while the stages
+    compute.
     """
 
     def __init__(
@@ -188,8 +189,8 @@ class Engine:
                 handle.send(plans)
 
     def _depth_now(self) -> int:
-        """Steps to have in flight: with a single stage that only decodes, as many as `_BURST_S` holds."""
-        if self._num_stages > 1 or not self._decode_s or not self.scheduler.decodes:
+        """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
+        if not self._decode_s or not self.scheduler.decodes:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
@@ -226,7 +227,8 @@ class Engine:
     def _commit(self, step: Step) -> Iterator[_News]:
         self.latency.observe(step.plan, step.slowest_s, step.cells)
         if step.plan.decodes:
-            self._decode_s += (step.slowest_s - self._decode_s) * (0.2 if self._decode_s else 1.0)
+            took = step.through_s(self._num_stages)
+            self._decode_s += (took - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)

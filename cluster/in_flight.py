@@ -14,11 +14,20 @@ class Step:
 
     plan: StepPlan
     awaited: set[tuple[int, int]]
-    slowest_s: float = 0.0
+    stage_s: dict[int, float] = field(default_factory=dict)  # of the slowest shard of every stage that has answered
     compute_us: int = 0  # of all shards
     estimate_us: int = 0
     samples: tuple[SampledToken, ...] = ()
     cells: list[CellReport] = field(default_factory=list)
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of the slowest shard, of those that have answered."""
+        return max(self.stage_s.values(), default=0.0)
+
+    def through_s(self, num_stages: int) -> float:
+        """Seconds through all stages one after the other; those that have not answered count like the others."""
+        return num_stages * sum(self.stage_s.values()) / max(1, len(self.stage_s))
 
 
 class InFlight:
@@ -51,7 +60,7 @@ class InFlight:
         step = self._steps.get(result.step)
         if step is None:
             return []
-        step.slowest_s = max(step.slowest_s, result.compute_us / 1e6)
+        step.stage_s[result.stage] = max(step.stage_s.get(result.stage, 0.0), result.compute_us / 1e6)
         step.compute_us += result.compute_us
         step.estimate_us += result.estimate_us
         step.samples += result.samples

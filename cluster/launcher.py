@@ -195,11 +195,20 @@ class Launcher:
         where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
+        def link(stage: int, rank: int) -> str:
+            """The rendezvous of a shard with the same rank of the next stage, when they can do without gRPC."""
+            after = (stage + 1) % self._deployment.config.cluster.pipeline_parallel_size
+            near = after != stage and where[stage, rank].node == where[after, rank].node
+            on_cpu = self._deployment.config.cluster.device == "cpu"
+            return str(self._run_dir / f"link{stage}r{rank}.store") if near and on_cpu and self._run_dir else ""
+
         def begin(handle: GrpcStageHandle) -> None:
-            own = where[handle.shard.stage, handle.shard.rank]
-            after = where.get((handle.shard.stage + 1, handle.shard.rank))
+            stage, stages, rank = handle.shard.stage, handle.shard.num_stages, handle.shard.rank
+            after = where[(stage + 1) % stages, rank]  # a ring: the last one hands its tokens to the first
+            downstream = _reach(where[stage, rank].node, after) if stages > 1 else ""
+            near = link((stage - 1) % stages, rank), link(stage, rank)
             try:
-                handle.start(num_blocks, page, _reach(own.node, after) if after else "", _START_TIMEOUT_S, dtype)
+                handle.start(num_blocks, page, downstream, _START_TIMEOUT_S, dtype, near)
             except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
                 errors.put(error)
             else:

@@ -64,6 +64,7 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     samples_in_flight: int = 0  # tokens that steps in flight will sample
+    sampled_at: int = 0  # the newest step that samples one
     history_sent: bool = False
 
     @property

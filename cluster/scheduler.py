@@ -38,14 +38,16 @@ class Scheduler:
 
     def __init__(
         self, pool: BlockPool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False,
+        epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False, num_stages: int = 1,
     ) -> None:  # fmt: skip
         """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention).
 
         With `runs_ahead` the step after a sample is planned before the token is known: its slice has a length of 1 and
-        no ids, and the stage, which must be the only one, takes the token it has sampled itself.
+        no ids, and the first stage takes the token that the last one of `num_stages` has sampled. Several stages run
+        ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
         """
         self._runs_ahead = runs_ahead
+        self._num_stages = num_stages
         if spec is not None and spec.sparse is not None:
             grid = spec.sparse.cell, spec.chunk_distance
             if any(size % page_size for size in grid):
@@ -122,7 +124,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute now."""
         self._admit()
-        shares = share_budget(self._budget, [self._remaining(r) for r in self._running])
+        shares = share_budget(self._budget, self._wanted())
         stands = [
             Stand(r.num_scheduled, r.num_prompt, n, r.credit) for r, n in zip(self._running, shares, strict=True)
         ]
@@ -257,8 +259,27 @@ class Scheduler:
         self._running.append(request)
         return True
 
+    def _wanted(self) -> list[int]:
+        """Tokens to schedule of every running request.
+
+        Decoding ahead through several stages, the sequences take turns in as many groups as there are stages: while
+        one stage computes the next tokens of one group, another stage has another group, and none waits.
+        """
+        wanted = [self._remaining(request) for request in self._running]
+        if not self._runs_ahead or self._num_stages == 1:
+            return wanted
+        known = [request.remaining for request in self._running]
+        if max(known, default=0) > 1:
+            return known
+        unfinished = [request for request, tokens in zip(self._running, wanted, strict=True) if tokens]
+        size = max(1, -(-len(unfinished) // self._num_stages))
+        groups = -(-len(unfinished) // size)
+        ready = [r for r in unfinished if not r.samples_in_flight or self._step + 1 - r.sampled_at >= groups]
+        turn = {request.sequence for request in sorted(ready, key=lambda r: r.sampled_at)[:size]}
+        return [n if r.sequence in turn else 0 for r, n in zip(self._running, wanted, strict=True)]
+
     def _remaining(self, request: Request) -> int:
-        """Tokens to schedule; when the next one is still being sampled, it counts if the stage can go on by itself."""
+        """Tokens to schedule; while the next one is being sampled, it counts if the stages can go on by themselves."""
         ahead = request.samples_in_flight
         if self._runs_ahead and ahead and len(request.output) + ahead < request.stop.max_tokens:
             return request.remaining + ahead
@@ -275,6 +296,7 @@ class Scheduler:
                 request.history_sent = True
             sample = SampleSpec(request.sampling, len(request.output) + request.samples_in_flight, history)
             request.samples_in_flight += 1
+            request.sampled_at = self._step + 1
         used = -(-stop // self._page_size)
         fresh = request.blocks[request.blocks_sent : used]
         request.blocks_sent = used

@@ -71,12 +71,18 @@ class GrpcStageHandle:
         raise StageError(f"{self.name} stopped loading without a word")
 
     def start(
-        self, num_blocks: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = ""
+        self, num_blocks: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = "",
+        near: tuple[str, str] = ("", ""),
     ) -> None:  # fmt: skip
-        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError."""
+        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
+
+        Of several stages the last one is connected to the first: `downstream` is the address of the same rank there.
+        `near` has rendezvous files for links with the stage before and the one after that need not go over gRPC.
+        """
         request = pb.StartRequest(
-            num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype
-        )
+            num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
+            near_before=near[0], near_after=near[1],
+        )  # fmt: skip
         try:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:

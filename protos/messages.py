@@ -94,8 +94,8 @@ class SampleSpec:
 class SequenceSlice:
     """The tokens of one sequence computed in one step: positions `start .. start + length - 1`.
 
-    `token_ids` is read by the first stage only; there, none for a length of 1 stands for the token this process has
-    sampled last for the sequence (only when it is the last stage too).
+    `token_ids` is read by the first stage only; there, none for a length of 1 stands for the token the last stage has
+    sampled last for the sequence, which it hands to the first one directly.
     `new_blocks` extends the block table the stages keep; `num_blocks` is its length afterwards, so that a stage
     whose table differs refuses the step instead of reading foreign KV.
     """

@@ -79,16 +79,20 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_blocks", "page_size", "downstream", "kv_dtype")
+    __slots__ = ("num_blocks", "page_size", "downstream", "kv_dtype", "near_before", "near_after")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NEAR_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    NEAR_AFTER_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     page_size: int
     downstream: str
     kv_dtype: str
-    def __init__(self, num_blocks: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    near_before: str
+    near_after: str
+    def __init__(self, num_blocks: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., near_before: _Optional[str] = ..., near_after: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()

@@ -37,7 +37,7 @@ class Batch:
     """Everything the decoder needs to know about a step besides the activations."""
 
     positions: torch.Tensor  # [T] int64
-    token_ids: torch.Tensor | None  # [T] int64, first stage only
+    token_ids: torch.Tensor | None  # [T] int64, when asked for
     pieces: tuple[Piece, ...]  # they cover the rows in order
     slots: tuple[SlotRun, ...]  # where the step's keys and values go, in row order
     sample_rows: torch.Tensor  # [samples] int64
@@ -56,6 +56,9 @@ class BlockTables:
 
     def __len__(self) -> int:
         return len(self._tables)
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._tables
 
     def clear(self) -> None:
         self._tables.clear()
@@ -79,10 +82,9 @@ class BlockTables:
                 )
 
     def batch(
-        self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool,
-        sampled: Mapping[int, int] | None = None,
-    ) -> Batch:  # fmt: skip
-        """Turn a plan (already applied) into a batch; `sampled` has the newest token of sequences that run ahead.
+        self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool
+    ) -> Batch:
+        """Turn a plan (already applied) into a batch.
 
         Raises:
             PlanMismatch: ids are missing, rows lie beyond the table, or sparse rows are not whole cells.
@@ -91,30 +93,39 @@ class BlockTables:
         slots: list[SlotRun] = []
         sample_rows: list[int] = []
         positions = _positions(plan)
-        ids: list[int] = []
         row = 0
         for part in plan.slices:
             table = self._tables[part.sequence]
             stop = part.start + part.length
             slots.extend(table.runs(part.start, stop))
             pieces.extend(_pieces(part, spec, table, row, positions))
-            if with_tokens:
-                given = part.token_ids
-                if not len(given) and part.length == 1 and sampled is not None and part.sequence in sampled:
-                    given = (sampled[part.sequence],)
-                if len(given) != part.length:
-                    raise PlanMismatch(f"sequence {part.sequence}: {len(given)} ids for {part.length} rows")
-                ids.extend(given)
             row += part.length
             if part.sample is not None:
                 sample_rows.append(row - 1)
         return Batch(
             positions=positions.to(device),
-            token_ids=torch.tensor(ids, dtype=torch.int64, device=device) if with_tokens else None,
+            token_ids=token_ids(plan, {}, device) if with_tokens else None,
             pieces=tuple(pieces),
             slots=tuple(slots),
             sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
         )
+
+
+def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) -> torch.Tensor:
+    """The input of the first stage, `[T]` int64; `sampled` has the newest token of sequences that run ahead.
+
+    Raises:
+        PlanMismatch: ids are missing.
+    """
+    ids: list[int] = []
+    for part in plan.slices:
+        given = part.token_ids
+        if not len(given) and part.length == 1 and part.sequence in sampled:
+            given = (sampled[part.sequence],)
+        if len(given) != part.length:
+            raise PlanMismatch(f"sequence {part.sequence}: {len(given)} ids for {part.length} rows")
+        ids.extend(given)
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def _positions(plan: StepPlan) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from protos.messages import CellReport, SampledToken, ShardSpec, StepPlan
 from protos.model_spec import ModelSpec
-from workers.batch import BlockTables
+from workers.batch import Batch, BlockTables, token_ids
 from workers.kv_cache import PagedKV
 from workers.model.decoder import Decoder
+from workers.model.rope import Turns
 from workers.model.sparse import CellLog
 from workers.model.weights import ShardWeights
 from workers.sampler import Sampler
@@ -23,9 +25,19 @@ class StepOutput:
 
     hidden: torch.Tensor | None = None
     samples: tuple[SampledToken, ...] = ()
+    tokens: tuple[int, ...] = ()  # the sampled ids once more, at every rank of the last stage
     logits: torch.Tensor | None = None
     cells: tuple[CellReport, ...] = ()  # how the sparse cells of the step were attended, layer by layer
     estimate_us: int = 0  # spent on estimating and selecting their keys
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What of a step is known without its tokens or activations."""
+
+    plan: StepPlan
+    batch: Batch
+    turns: Turns
 
 
 class ModelRunner:
@@ -41,6 +53,8 @@ class ModelRunner:
         self._spec = spec
         self.shard = shard
         self.device = device or torch.device("cpu")
+        self.hidden_size = spec.hidden_size
+        self.dtype = weights.layers[0].input_norm.dtype  # of the activations too
         self.decoder = Decoder(spec, shard, weights, collectives, self.device)
         self._kv = kv
         self._collectives = collectives
@@ -54,48 +68,66 @@ class ModelRunner:
         self._sampler.clear()
         self._sampled.clear()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
-        """Compute one step.
+        """Compute one step: `prepare` and `compute`."""
+        ready = self.prepare(plan)
+        return StepOutput() if ready is None else self.compute(ready, hidden, keep_logits)
 
-        Args:
-            plan: what to compute; its token ids are used on the first stage.
-            hidden: `[T, M]` from the previous stage (ignored on the first).
-            keep_logits: also return the float32 logits `[samples, V]` (tests and tools).
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> Prepared | None:
+        """Do what needs neither tokens nor activations; None when the plan has nothing to compute.
 
         Raises:
             PlanMismatch: the plan does not continue what this shard has seen.
-            RuntimeError: logits are not finite, or a member of the stage is gone.
         """
         for sequence in plan.released:
             self._sampler.forget(sequence)
             self._sampled.pop(sequence, None)
         self._tables.apply(plan)
         if not plan.slices:
-            return StepOutput()
-        batch = self._tables.batch(plan, self._spec, self.device, self.shard.is_first, self._sampled)
+            return None
+        batch = self._tables.batch(plan, self._spec, self.device, with_tokens=False)
+        return Prepared(plan, batch, self.decoder.turns(batch))
+
+    def learn(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
+        """Take the newest tokens of sequences, the input of plans that bring none; of unknown ones they are dropped."""
+        newest = zip(sequences, tokens, strict=True)
+        self._sampled.update((sequence, token) for sequence, token in newest if sequence in self._tables)
+
+    @torch.inference_mode()
+    def compute(self, ready: Prepared, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
+        """Compute a step, the one prepared last.
+
+        Args:
+            ready: the step; the token ids of its plan are used on the first stage.
+            hidden: `[T, M]` from the previous stage (ignored on the first).
+            keep_logits: also return the float32 logits `[samples, V]` (tests and tools).
+
+        Raises:
+            PlanMismatch: token ids are missing.
+            RuntimeError: logits are not finite, or a member of the stage is gone.
+        """
+        plan, batch = ready.plan, ready.batch
         if self.shard.is_first:
-            assert batch.token_ids is not None
-            hidden = self.decoder.embed(batch.token_ids)
+            hidden = self.decoder.embed(token_ids(plan, self._sampled, self.device))
         assert hidden is not None, "a later stage needs activations"
         log = CellLog()
-        hidden = self.decoder.layers(hidden, batch, self._kv, log)
+        hidden = self.decoder.layers(hidden, batch, self._kv, log, ready.turns)
         reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
         if not self.shard.is_last:
             return replace(reports, hidden=hidden)
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
-        if self._collectives.rank != 0 and not self.shard.is_first:
-            return reports
         wanted = [part for part in plan.slices if part.sample is not None]
-        samples = tuple(
+        samples = tuple(  # at every rank, from the same logits: each tells its own part of the first stage
             self._sampler.sample(part.sequence, row, part.sample)
             for part, row in zip(wanted, logits, strict=True)
             if part.sample is not None
         )
-        if self.shard.is_first:  # every rank samples, from the same logits: all need the next input
-            self._sampled.update((sample.sequence, sample.token_id) for sample in samples)
-            if self._collectives.rank != 0:
-                return reports
-        return replace(reports, samples=samples, logits=logits if keep_logits else None)
+        tokens = tuple(sample.token_id for sample in samples)
+        if self.shard.is_first:
+            self.learn((sample.sequence for sample in samples), tokens)
+        if self._collectives.rank != 0:
+            return replace(reports, tokens=tokens)
+        return replace(reports, samples=samples, tokens=tokens, logits=logits if keep_logits else None)

@@ -188,9 +188,9 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
             raise AssertionError("abort raises")
         try:
-            worker = self._worker
+            worker, near = self._worker, (request.near_before, request.near_after)
             self._compute.submit(
-                lambda: worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype)
+                lambda: worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype, near)
             ).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
@@ -232,10 +232,10 @@ class _StageServicer(rpc.StageServicer):
         if worker is None or worker.inbox is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
             raise AssertionError("abort raises")
-        reason = "the previous stage is gone"
+        reason = f"{worker.inbox.source} is gone"
         try:
             receive_frames(frames, worker.inbox)
-            reason = "the previous stage ended the stream"
+            reason = f"{worker.inbox.source} ended the stream"
         except FrameError as error:
             reason = str(error)
             context.abort(grpc.StatusCode.DATA_LOSS, reason)

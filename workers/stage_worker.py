@@ -17,8 +17,10 @@ from workers.kv_cache import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
 from workers.model_runner import ModelRunner
 from workers.plan_queue import PlanQueue, UnreadablePlan
+from workers.stepper import Stepper, most_owed
 from workers.transport.collectives import Collectives, file_store, join_group
-from workers.transport.links import GrpcSender, Inbox, Sender
+from workers.transport.links import DEPTH, GrpcSender, Inbox, Sender, Source
+from workers.transport.near import NearInbox, NearSender, meet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
@@ -26,6 +28,7 @@ KV_DTYPES = DTYPES | {"int8": torch.int8}
 # head, and what they take from a core delays the step that runs.
 _HELD = 8
 _HELD_S = 0.16
+_TOKENS = 1 << 16  # steps; far fewer are ever in flight
 
 
 class StageWorker:
@@ -39,6 +42,7 @@ class StageWorker:
         self.inbox: Inbox | None = None
         self._sender: Sender | None = None
         self._runner: ModelRunner | None = None
+        self._stepper: Stepper | None = None
         self._weights: ShardWeights | None = None
         self._error = ""
         torch.set_num_threads(threads)
@@ -70,32 +74,50 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
-        if not self._shard.is_first:
-            self.inbox = Inbox(self.epoch)  # before anyone starts: the previous stage connects as soon as it has
+        if self._shard.num_stages > 1:  # before anyone starts: the previous stage connects as soon as it has
+            self.inbox = Inbox(self.epoch)
+            if self._shard.is_first:  # nobody may wait here, or the ring stands still
+                self.inbox = Inbox(self.epoch, "tokens", "the last stage", depth=_TOKENS)
         store = file_store(request.store_path, self._shard.num_ranks)
+        self._address = request.group_address
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
         )
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
-    def start(self, num_blocks: int, page_size: int, downstream: str, kv_dtype: str = "") -> None:
-        """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage."""
+    def start(
+        self, num_blocks: int, page_size: int, downstream: str, kv_dtype: str = "", near: tuple[str, str] = ("", "")
+    ) -> None:
+        """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage.
+
+        After the last of several stages comes the first, which takes the sampled tokens. `near` has the rendezvous
+        files of the links with the stage before and with the one after, each empty when that link goes over gRPC.
+
+        Raises:
+            ValueError: the type is unknown, or there is no next stage.
+        """
         assert self._weights is not None, "load comes first"
         if kv_dtype and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
+        if bool(downstream) != (self._shard.num_stages > 1):
+            raise ValueError(f"downstream: {downstream!r}: must be set with several stages, and only then")
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(page_size)
-        if downstream:
+        self._near = near
+        if downstream and not near[1]:
             self._sender = GrpcSender(downstream, self._token)
 
     def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
         """Execute plans in order; yields a result for each, several at once while decode steps follow each other."""
-        assert self._runner is not None, "start comes first"
-        self._runner.reset()
+        try:
+            stepper = self._stepper = self._stepper or self._connect()
+            stepper.reset()
+        except RuntimeError as error:
+            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
         expected: int | None = None
@@ -119,11 +141,11 @@ class StageWorker:
             yield [*held, self._step(StepPlan(self.epoch, 0, ()))]
 
     def _may_wait(self, plan: StepPlan, plans: PlanQueue) -> bool:
-        """Whether the result of a plan may be held back: the engine has decided about the next two steps already."""
-        if self._error or self._shard.num_stages > 1 or not plan.decodes:
+        """Whether the result of a plan may be held back: all stages have something to do until the engine hears it."""
+        if self._error or not plan.decodes:
             return False
         is_first = any(part.sample is not None and part.sample.token_index == 0 for part in plan.slices)
-        return not is_first and plans.decodes_ahead(2)
+        return not is_first and plans.decodes_ahead(1 + self._shard.num_stages)
 
     def close(self) -> None:
         """Drop links, group, weights and KV; may be called twice."""
@@ -133,7 +155,7 @@ class StageWorker:
             self._sender.close()
         if self._runner is not None:
             self._collectives.close()
-        self._runner = self._weights = self._sender = None
+        self._runner = self._stepper = self._weights = self._sender = None
 
     @staticmethod
     def resident_bytes() -> int:
@@ -143,27 +165,36 @@ class StageWorker:
         shard = self._shard
         if self._error:
             return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
-        runner = self._runner
-        assert runner is not None
+        stepper = self._stepper
+        assert stepper is not None
         try:
-            hidden = None
-            if plan.slices and self.inbox is not None:
-                hidden = self.inbox.take(plan.step, self._step_timeout_s).to(self._device)
-            began = time.perf_counter()
-            out = runner.execute(plan, hidden)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            compute_us = round((time.perf_counter() - began) * 1e6)
-            if out.hidden is not None and self._sender is not None:
-                self._sender.send(plan.epoch, plan.step, out.hidden)
+            out, seconds = stepper.step(plan)
         except Exception as error:  # noqa: BLE001 - the engine must hear of whatever stopped the step
             self._error = f"stage {shard.stage} shard {shard.rank}, step {plan.step}: {' '.join(str(error).split())}"
             return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
         self.steps_done += 1
         return StepResult(
-            plan.epoch, plan.step, shard.stage, shard.rank, compute_us, out.samples,
+            plan.epoch, plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
             cells=out.cells, estimate_us=out.estimate_us,
         )  # fmt: skip
+
+    def _connect(self) -> Stepper:
+        """Meet the neighbours on this node, now that every stage runs: both ends of a link must come."""
+        assert self._runner is not None, "start comes first"
+        stage, stages = self._shard.stage, self._shard.num_stages
+        meetings = [((stage - 1) % stages, self._near[0], 1), (stage, self._near[1], 0)]
+        groups = {}
+        for _, path, end in sorted(meetings):  # in the order of the links around the ring, or all wait for all
+            if path:
+                groups[end] = meet(path, end, self._step_timeout_s, self._address)
+        source: Source | None = self.inbox
+        if 1 in groups:
+            of = ("tokens", "the last stage") if stage == 0 else ()
+            source = NearInbox(groups[1], self.epoch, *of)
+        if 0 in groups:
+            depth = most_owed(stages) + 2 if self._shard.is_last else DEPTH  # the oldest has been taken by then
+            self._sender = NearSender(groups[0], depth)
+        return Stepper(self._runner, source, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:
         """One small step, so that the first real one does not pay for first-use initialisation."""

@@ -81,14 +81,17 @@ class Stages:
             assert updates[-1].ready
             assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
 
-    def start(self, *, first_to_last: bool = False) -> None:
+    def start(self, *, first_to_last: bool = False, near: bool = True) -> None:
+        count = len(self.handles)
+        links = [str(self.folder / f"link{stage}.store") if near and count > 1 else "" for stage in range(count)]
         order = self.handles if first_to_last else reversed(self.handles)
         for handle in order:
-            last = handle.shard.is_last
-            handle.start(BLOCKS, PAGE, "" if last else f"unix:{self.socket(handle.shard.stage + 1)}", 60)
+            after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
+            ends = links[handle.shard.stage - 1], links[handle.shard.stage]
+            handle.start(BLOCKS, PAGE, after if count > 1 else "", 60, near=ends)
 
     def run_engine(self) -> Engine:
-        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8)
+        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
         self.engine = Engine(scheduler, self.handles, None, (0,))
         self.engine.start()
         return self.engine
@@ -182,14 +185,11 @@ def long_request(engine: Engine) -> Ticket:
     return ticket
 
 
-@pytest.mark.parametrize("first_to_last", [False, True])
-def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool):
-    stages.spawn()
+@pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
+def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, near: bool, count: int):
+    stages.spawn(count=count)
     stages.load()
-    if first_to_last:  # the first stage opens its link before the next stage has started
-        stages.start(first_to_last=True)
-    else:
-        stages.start()
+    stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
     engine = stages.run_engine()
     tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
     results = [ticket.wait(60) for ticket in tickets]
@@ -248,8 +248,19 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+@pytest.fixture
+def far(stages: Stages) -> Stages:
+    """Two stages whose links go over gRPC, as between nodes."""
+    stages.spawn()
+    stages.load()
+    stages.start(near=False)
+    return stages
+
+
+@pytest.mark.parametrize("links", ["running", "far"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_killed_process_ends_the_running_request(running: Stages, stage: int):
+def test_a_killed_process_ends_the_running_request(links: str, stage: int, request: pytest.FixtureRequest):
+    running: Stages = request.getfixturevalue(links)
     engine = running.run_engine()
     ticket = long_request(engine)
     running.processes[stage].send_signal(signal.SIGKILL)
@@ -259,11 +270,24 @@ def test_a_killed_process_ends_the_running_request(running: Stages, stage: int):
     assert time.monotonic() - began < 5
     with pytest.raises(EngineError):
         engine.submit(GenerationSpec([1], 1))
+    other = running.handles[1 - stage]
+    eventually(lambda: bool(other.probe().steps_done), 5)  # it answers, and does not wait for what will never come
+    engine.close()
+    stub = rpc.StageStub(open_channel(f"unix:{running.socket(1 - stage)}"))
+
+    def free() -> bool:
+        try:
+            list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+        except grpc.RpcError:
+            return False
+        return True
+
+    eventually(free, 5)
 
 
 @pytest.mark.parametrize("damage", ["payload", "shape"])
-def test_a_damaged_frame_is_data_loss_and_ends_the_request(running: Stages, damage: str):
-    engine = running.run_engine()
+def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: str):
+    running, engine = far, far.run_engine()
     ticket = long_request(engine)
     frame = frame_to_pb(next(split(torch.zeros(1, 256), 1, 1)))
     if damage == "payload":

@@ -102,6 +102,7 @@ class Rig:
     def __init__(
         self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
         blocks: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
+        ahead: bool = True,
     ) -> None:  # fmt: skip
         self.clock = Clock()
         self.shards = [
@@ -110,7 +111,7 @@ class Rig:
             for rank in reversed(range(ranks))
         ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec, runs_ahead=stages == 1)
+        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec, runs_ahead=ahead, num_stages=stages)
         self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
 
     def __enter__(self) -> Rig:

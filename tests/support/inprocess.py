@@ -22,14 +22,16 @@ from protos.model_spec import ModelSpec
 from workers.kv_cache import PagedKV
 from workers.model.weights import load_shard
 from workers.model_runner import ModelRunner, StepOutput
+from workers.stepper import Stepper
 from workers.transport.collectives import Collectives, join_group
-from workers.transport.links import Inbox, InProcessSender
+from workers.transport.links import DEPTH, Inbox, InProcessSender
 
 
 class InProcessShard:
     """A `StageHandle` whose shard is a thread of this process."""
 
     def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: InProcessSender | None) -> None:
+        self._stepper = Stepper(runner, inbox, sender, 60.0)
         self.shard: ShardSpec = runner.shard
         self.runner = runner
         self.plans: list[StepPlan] = []  # every step this shard has executed
@@ -37,13 +39,11 @@ class InProcessShard:
         self.logits: dict[int, torch.Tensor] = {}  # step -> logits of its samples, when kept
         self.rows: dict[tuple[int, int], torch.Tensor] = {}  # (sequence, token index) -> logits [V], when kept
         self.keep_logits = False
-        self._inbox = inbox
-        self._sender = sender
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        self.runner.reset()
+        self._stepper.reset()
         self._thread = threading.Thread(target=self._run, args=(on_results,), daemon=True)
         self._thread.start()
 
@@ -63,10 +63,7 @@ class InProcessShard:
             error = ""
             out = StepOutput()
             try:
-                hidden = self._inbox.take(plan.step, 60.0) if self._inbox else None
-                out = self.runner.execute(plan, hidden, keep_logits=self.keep_logits)
-                if out.hidden is not None and self._sender is not None:
-                    self._sender.send(plan.epoch, plan.step, out.hidden)
+                out, _ = self._stepper.step(plan, self.keep_logits)
                 if out.logits is not None:
                     self.logits[plan.step] = out.logits
                     wanted = ((part.sequence, part.sample.token_index) for part in plan.slices if part.sample)
@@ -88,12 +85,12 @@ class Pipeline:
     def __init__(
         self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, blocks: int = 64, page: int = 16,
         seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None, runs_ahead: bool = True,
     ) -> None:  # fmt: skip
         self.spec = spec or load_model_spec(model_dir)
         shards = plan_shards(self.spec, stages, ranks)
         stores = [dist.HashStore() for _ in range(stages)]
-        inboxes = {(s.stage, s.rank): Inbox(1) for s in shards if not s.is_first}
+        inboxes = {(s.stage, s.rank): Inbox(1, depth=DEPTH if s.stage else 1000) for s in shards if stages > 1}
         self._groups: list[Collectives] = []
 
         def build(shard: ShardSpec) -> InProcessShard:
@@ -102,13 +99,15 @@ class Pipeline:
             group = join_group(stores[shard.stage], shard.rank, ranks, torch.device("cpu"), 60.0)
             self._groups.append(group)
             runner = ModelRunner(self.spec, shard, weights, kv, group)
-            after = inboxes.get((shard.stage + 1, shard.rank))
+            after = inboxes.get(((shard.stage + 1) % stages, shard.rank))
             sender = InProcessSender(after) if after else None
             return InProcessShard(runner, inboxes.get((shard.stage, shard.rank)), sender)
 
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
             self.shards = list(threads.map(build, shards))
-        self.scheduler = Scheduler(BlockPool(blocks), page, chunk, seqs, spec=self.spec, runs_ahead=stages == 1)
+        self.scheduler = Scheduler(
+            BlockPool(blocks), page, chunk, seqs, spec=self.spec, runs_ahead=runs_ahead, num_stages=stages
+        )
         self.engine = Engine(self.scheduler, self.shards, None, eos)
 
     def __enter__(self) -> Pipeline:

@@ -106,11 +106,11 @@ class Bench:
 
     def __init__(
         self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
-        runs_ahead: bool = False,
+        runs_ahead: bool = False, num_stages: int = 1,
     ) -> None:  # fmt: skip
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(
-            self.pool, page, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead
+            self.pool, page, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead, num_stages=num_stages
         )
         self.requests: dict[int, Request] = {}
         self.early, self.late = (FakeStage(page, self.requests, spec) for _ in range(2))

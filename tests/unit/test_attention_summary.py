@@ -72,6 +72,20 @@ def test_a_sparse_step_waits_for_every_shard(order: tuple[tuple[int, int], ...])
     assert (step.compute_us, step.estimate_us, len(flight)) == (4_000_002, 20, 0)
 
 
+def test_the_time_through_all_stages():
+    flight = InFlight(shards(2, 2), lambda part: True)
+    flight.add(step_plan(1))
+    steps = [flight.take(StepResult(1, 1, *place, us)) for place, us in WHEN.items()]
+    assert steps[-1][0].through_s(2) == 0.05
+    flight = InFlight(shards(2, 2), lambda part: False)
+    flight.add(step_plan(1))
+    (step,) = flight.take(StepResult(1, 1, 1, 0, 30_000))
+    assert step.through_s(2) == 0.06, "the stage that has not answered takes as long"
+
+
+WHEN = {(0, 0): 20_000, (0, 1): 10_000, (1, 1): 15_000, (1, 0): 30_000}  # microseconds of every shard
+
+
 def test_a_dense_step_waits_for_the_sampling_shard_only():
     flight = InFlight(shards(2, 2), lambda part: False)
     flight.add(step_plan(1))

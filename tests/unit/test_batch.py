@@ -8,7 +8,7 @@ import torch
 
 from protos.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from protos.model_spec import DualChunkSpec, ModelSpec, RopeSpec, SparseSpec
-from workers.batch import BlockTables, Piece
+from workers.batch import BlockTables, Piece, token_ids
 from workers.kv_cache import PlanMismatch, SlotRun
 
 CPU = torch.device("cpu")
@@ -57,11 +57,9 @@ def test_a_row_without_an_id_takes_the_newest_sample():
     tables = BlockTables(4)
     step = plan(part(1, 0, 2, [0], 1), SequenceSlice(2, 3, 1, 3, (), [1], 1))
     tables.apply(step)
-    batch = tables.batch(step, SPEC, CPU, with_tokens=True, sampled={2: 77})
-    assert batch.token_ids is not None
-    assert batch.token_ids.tolist() == [100, 101, 77]
+    assert token_ids(step, {2: 77}, CPU).tolist() == [100, 101, 77]
     with pytest.raises(PlanMismatch, match="sequence 2: 0 ids for 1 rows"):
-        tables.batch(step, SPEC, CPU, with_tokens=True, sampled={1: 5})
+        token_ids(step, {1: 5}, CPU)
 
 
 @pytest.mark.parametrize(("new", "total"), [([], 1), ([1], 2), ([1, 2], 1), ([1], 0)])

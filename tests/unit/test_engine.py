@@ -191,7 +191,7 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
         rig.last.hold()
         rig.last.let(3)
         ticket, events = rig.submit(range(10), 50)
-        eventually(lambda: len(rig.last.plans) == 4)
+        eventually(lambda: len(rig.last.plans) == 5)
         rig.engine.cancel(ticket)
         rig.engine.check_integrity()  # the cancel has been seen
         rig.last.let(1000)

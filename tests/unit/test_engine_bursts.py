@@ -1,4 +1,4 @@
-"""Several decode steps in flight at one stage, and results that come in groups."""
+"""Several decode steps in flight at one stage or more, and results that come in groups."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from tests.support.service_bench import Bench
 TEXT = "the river ran by the old mill and the old mill stood by the river"
 
 
-def burst_rig(step_s: float = 0.02, group: int = 4, **options) -> Rig:
-    rig = Rig(stages=1, **options)
-    rig.last.step_s, rig.last.group = step_s, group
+def burst_rig(step_s: float = 0.02, group: int = 4, stages: int = 1, **options) -> Rig:
+    """An engine whose steps take `step_s` through all stages together."""
+    rig = Rig(stages=stages, **options)
+    for shard in rig.shards:
+        shard.step_s, shard.group = step_s / stages, group
     return rig
 
 
@@ -76,8 +78,9 @@ def test_groups_of_any_size_give_the_same_events(group: int, max_tokens: int):
     assert len(rig.last.plans) == max_tokens
 
 
-def test_plans_of_a_burst_travel_together():
-    with burst_rig() as rig:
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_plans_of_a_burst_travel_together(stages: int):
+    with burst_rig(stages=stages) as rig:
         rig.run([1, 2, 3], 80)
     assert sum(rig.last.bursts) == 80
     assert max(rig.last.bursts) >= 3
@@ -85,9 +88,9 @@ def test_plans_of_a_burst_travel_together():
 
 
 @pytest.mark.parametrize("at", range(2, 12))
-@pytest.mark.parametrize("group", [1, 4])
-def test_an_end_inside_a_burst(at: int, group: int):
-    with burst_rig(group=group, eos=(1000 + at,)) as rig:
+@pytest.mark.parametrize(("group", "stages"), [(1, 1), (4, 1), (4, 2)])
+def test_an_end_inside_a_burst(at: int, group: int, stages: int):
+    with burst_rig(group=group, stages=stages, eos=(1000 + at,)) as rig:
         result, events = rig.run([1], 40)
         again, _ = rig.run([2], 3)
         assert (result.finish_reason, len(result.token_ids)) == (FinishReason.STOP, at + 1)
@@ -154,9 +157,10 @@ def test_a_new_request_waits_for_no_more_than_the_burst():
         rig.engine.check_integrity()
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("group", [1, 3, 4, 5])
-def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int):
-    with burst_rig(group=group) as rig:
+def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, stages: int):
+    with burst_rig(group=group, stages=stages) as rig:
         rig.last.fail_at = 8
         ticket, events = rig.submit([1], 40)
         with pytest.raises(EngineError, match="broken"):
@@ -167,8 +171,9 @@ def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int):
         assert sum(isinstance(event, Generation) for event in events) == 1
 
 
-def test_many_requests_of_different_lengths():
-    with burst_rig(blocks=400, group=3) as rig:
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_many_requests_of_different_lengths(stages: int):
+    with burst_rig(blocks=400, group=3, stages=stages) as rig:
         specs = [(GenerationSpec([i] * (1 + 5 * i), 1 + 3 * i), lambda event: None) for i in range(12)]
         tickets = rig.engine.submit_all(specs)
         for ticket, (spec, _) in zip(tickets, specs, strict=True):

@@ -57,8 +57,8 @@ def test_tensors_follow_each_other():
 
 
 def test_other_types_are_refused():
-    with pytest.raises(ValueError, match="dtype: int64: links carry bfloat16, float16, float32"):
-        list(split(torch.arange(3), 1, 1))
+    with pytest.raises(ValueError, match="dtype: int32: links carry bfloat16, float16, float32, int64"):
+        list(split(torch.arange(3).int(), 1, 1))
 
 
 def test_frames_of_an_older_epoch_are_dropped_even_when_damaged():
@@ -110,7 +110,7 @@ def sealed(frame: Frame) -> Frame:
         ("overflowing shape", [dataclasses.replace(FIVE[0], shape=(2**62, 2**62, 16))]),
         ("many dimensions", [dataclasses.replace(FIVE[0], shape=(1,) * 1000)]),
         ("huge count", [dataclasses.replace(FIVE[0], count=2**32 - 1)]),
-        ("unknown type", [dataclasses.replace(FIVE[0], dtype="int64")]),
+        ("unknown type", [dataclasses.replace(FIVE[0], dtype="int32")]),
         ("pickled type", [dataclasses.replace(FIVE[0], dtype="x" * 10_000)]),
         ("empty payload", [dataclasses.replace(FIVE[0], payload=b"", crc32=0), FIVE[2]]),
     ],

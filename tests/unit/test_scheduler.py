@@ -272,15 +272,15 @@ def random_prompt(rng: random.Random) -> list[int]:
     return [document * 1000 + i for i in range(shared)] + [rng.randrange(50) for _ in range(own)]
 
 
-@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize(("runs_ahead", "num_stages"), [(False, 1), (True, 1), (True, 2), (True, 3)])
 @pytest.mark.parametrize("seed", range(40))
-def test_random_lives(seed: int, runs_ahead: bool):
+def test_random_lives(seed: int, runs_ahead: bool, num_stages: int):
     rng = random.Random(seed)
     page = rng.choice((1, 4, PAGE))
     bench = Bench(
         blocks=rng.choice((180, 400)) * PAGE // page // 8, page=page, budget=rng.choice((1, 7, 16, 64, 500)),
         seqs=rng.choice((1, 2, 5, 16)),
-        runs_ahead=runs_ahead,
+        runs_ahead=runs_ahead, num_stages=num_stages,
     )  # fmt: skip
     waiting = [request(i, random_prompt(rng), rng.choice((1, 2, 7, 17))) for i in range(30)]
     depth = rng.choice((1, 2, 4))

@@ -71,10 +71,16 @@ class Decoder:
         found = F.embedding(torch.where(own, local, 0), table) * own[:, None].to(table.dtype)
         return self._collectives.all_reduce(found)
 
-    def layers(self, x: torch.Tensor, batch: Batch, kv: PagedKV, log: CellLog | None = None) -> torch.Tensor:
-        """Run this shard's layers on `[T, M]`; keys and values go to `kv`, reports of sparse cells to `log`."""
+    def turns(self, batch: Batch) -> Turns:
+        """The rotations of a step; they need no activations."""
         far = {"succ": batch.needs(Rotation.SUCC), "inter": batch.needs(Rotation.INTER)}
-        turns = self._rotary.turns(batch.positions, **far)
+        return self._rotary.turns(batch.positions, **far)
+
+    def layers(
+        self, x: torch.Tensor, batch: Batch, kv: PagedKV, log: CellLog | None = None, turns: Turns | None = None
+    ) -> torch.Tensor:
+        """Run this shard's layers on `[T, M]`; keys and values go to `kv`, reports of sparse cells to `log`."""
+        turns = turns or self.turns(batch)
         if self._fused is not None and self._fused.takes(x, batch, kv):
             return self._fused.run(x, batch, kv, turns, self._collectives)
         step = _Step(batch, kv, turns)

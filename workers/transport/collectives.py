@@ -7,10 +7,13 @@ so that a dead member becomes an error instead of a hang.
 from __future__ import annotations
 
 import datetime
+import functools
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+GLOO: Any = dist.ProcessGroupGloo
 
 
 class Collectives(Protocol):
@@ -89,11 +92,21 @@ def join_group(
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
         return GroupCollectives(dist.ProcessGroupNCCL(store, rank, size, nccl), rank, size)
-    gloo: Any = dist.ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout = timeout
-    options._devices = [gloo.create_device(hostname=address)]
-    return GroupCollectives(gloo(store, rank, size, options), rank, size)
+    return GroupCollectives(GLOO(store, rank, size, gloo_options(timeout_s, address)), rank, size)
+
+
+def gloo_options(timeout_s: float, address: str) -> Any:
+    """How a gloo group is formed: the limit for every operation, and the IP address it binds to."""
+    options = GLOO._Options()
+    options._timeout = datetime.timedelta(seconds=timeout_s)
+    options._devices = [_device(address)]
+    return options
+
+
+@functools.cache
+def _device(address: str) -> Any:
+    """One for all groups of the process: each has a thread that looks for news every 10 ms, also when idle."""
+    return GLOO.create_device(hostname=address)
 
 
 def file_store(path: str, size: int) -> dist.Store:

@@ -16,7 +16,10 @@ import torch
 
 MAX_PAYLOAD = 2 * 1024 * 1024
 MAX_TENSOR = 4 * 1024**3  # bytes; more in one step is a broken message
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+    "int64": torch.int64,  # sampled tokens
+}  # fmt: skip
 
 
 class FrameError(RuntimeError):

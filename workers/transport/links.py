@@ -1,4 +1,6 @@
-"""Links carry hidden states from one stage to the next: in one process, or over gRPC.
+"""Links carry hidden states from one stage to the next, and sampled tokens from the last one to the first.
+
+They work in one process or over gRPC.
 
 A link is a bounded queue: when the next stage is behind by `DEPTH` steps, `send` waits. gRPC's own flow control extends
 this across processes, since the receiver stops reading while its inbox is full.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import grpc
@@ -33,6 +35,11 @@ class Sender(Protocol):
 
     def close(self) -> None:
         """Stop; may be called twice."""
+
+
+class Source(Protocol):
+    def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """What the stage before made of a step, of the shape and type the plan tells. Raises LinkClosed."""
 
 
 class Mailbox(Generic[T]):
@@ -73,28 +80,40 @@ class Mailbox(Generic[T]):
 
 
 class Inbox:
-    """Where a stage takes the activations of its steps, in order."""
+    """Where a stage takes what the stage before it made of its steps, in order."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(
+        self, epoch: int, what: str = "activations", source: str = "the previous stage", depth: int = DEPTH
+    ) -> None:
+        """Args: `what` it takes and from whom, for messages; `depth` steps are held before the sender waits."""
         self.epoch = epoch
-        self._steps: Mailbox[tuple[int, torch.Tensor]] = Mailbox()
+        self.source = source
+        self._what = what
+        self._steps: Mailbox[tuple[int, torch.Tensor]] = Mailbox(depth)
 
     def put(self, step: int, tensor: torch.Tensor) -> None:
         """Deliver a step; waits while the stage is behind. Raises LinkClosed."""
         self._steps.put((step, tensor))
 
-    def take(self, step: int, timeout_s: float) -> torch.Tensor:
-        """The activations of `step`.
+    def take(
+        self, step: int, timeout_s: float, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """What came of `step`; a shape and a type are checked when given.
 
         Raises:
-            LinkClosed: the link broke, the step did not come in time, or another step came.
+            LinkClosed: the link broke, the step did not come in time, or something else came.
         """
         try:
             came, tensor = self._steps.get(timeout_s)
         except TimeoutError:
-            raise LinkClosed(f"activations of step {step} did not come within {timeout_s:g} s") from None
+            raise LinkClosed(f"{self._what} of step {step} did not come within {timeout_s:g} s") from None
         if came != step:
-            raise LinkClosed(f"activations of step {came} came where step {step} was due")
+            raise LinkClosed(f"{self._what} of step {came} came where step {step} was due")
+        if (shape and tuple(shape) != tuple(tensor.shape)) or (dtype and dtype != tensor.dtype):
+            raise LinkClosed(
+                f"{self._what} of step {step} are {tensor.dtype} {list(tensor.shape)} where "
+                f"{dtype} {list(shape or ())} were due"
+            )
         return tensor
 
     def close(self, reason: str = "closed") -> None:
@@ -116,7 +135,7 @@ class InProcessSender:
 
 
 class GrpcSender:
-    """Streams activations to the same rank of the next stage; compute goes on while bytes travel."""
+    """Streams to the same rank of the next stage (after the last: the first); compute goes on while bytes travel."""
 
     def __init__(self, address: str, token: str) -> None:
         self._channel = open_channel(address)
