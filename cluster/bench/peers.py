@@ -27,14 +27,14 @@ SPARSE: dict[str, object] = {
 
 def compare(
     model: Path, lengths: list[int], mode: str, chunk: int, threads: int, repeats: int, decode: int,
-    peer_python: Path | None,
+    peer_python: Path | None, cell: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """An entry a length: seconds of every run, medians as tokens/s and ms, and the ratio to vLLM if it ran too."""
     found = []
     for length in lengths:
         ours, theirs = [], []
         for seed in range(1, repeats + 1):
-            ours.append(_ours(model, length, mode, chunk, threads, decode, seed))
+            ours.append(_ours(model, length, mode, chunk, threads, decode, seed, cell))
             print(f"{length}: longreach {mode}: {length / ours[-1]['first_token_s']:.0f} tokens/s", file=sys.stderr)
             if peer_python is not None:
                 theirs.append(_vllm(peer_python, model, length, threads, decode, seed))
@@ -62,13 +62,13 @@ def _summary(length: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _ours(
-    model: Path, length: int, mode: str, chunk: int, threads: int, decode: int, seed: int
+    model: Path, length: int, mode: str, chunk: int, threads: int, decode: int, seed: int, cell: int
 ) -> dict[str, Any]:
     sections: dict[str, dict[str, object]] = {
         "cluster": {"threads_per_actor": threads, "cpus_per_actor": 1.0},
         "kv_cache": {"bytes": "4GiB"},
-        "prefill": {"max_num_batched_tokens": max(chunk, 8192) if mode == "sparse" else chunk},
-        "sparse": SPARSE if mode == "sparse" else {"enabled": False},
+        "prefill": {"max_num_batched_tokens": max(chunk, cell) if mode == "sparse" else chunk},
+        "sparse": SPARSE | {"cell": cell} if mode == "sparse" else {"enabled": False},
     }
     with tempfile.TemporaryDirectory() as folder, head(model, Path(folder), **sections) as (client, _):
         client.submit(token_ids=random_ids(_WARM_UP, 0), max_tokens=4, ignore_eos=True).wait()
