@@ -19,16 +19,10 @@ import click
 from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
 from cluster.bench.peers import SPARSE, compare
-from cluster.bench.rig import head
+from cluster.bench.rig import head, random_ids
 from cluster.client import Client
 from cluster.environment import environment
 from cluster.units import parse_count
-
-
-def _ids(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randint(5, 31999) for _ in range(length)]
-
 
 _TOKENS = 97  # enough that the length of bursts, which grow with an answer, hardly matters
 
@@ -47,7 +41,7 @@ def _bare(model: Path, length: int, chunk: int, threads: int) -> tuple[float, fl
 def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
     """(seconds to the first token as the client sees it, seconds a decode step)."""
     began = time.perf_counter()
-    job = client.submit(token_ids=_ids(length, seed), max_tokens=tokens, ignore_eos=True)
+    job = client.submit(token_ids=random_ids(length, seed), max_tokens=tokens, ignore_eos=True)
     seen = []
     for event in job.stream():
         if type(event).__name__ == "TokenEvent":
@@ -155,7 +149,7 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
                 seed = 1000
                 while not stop.is_set():
                     seed += 1
-                    client.submit(token_ids=_ids(length, seed), max_tokens=1, ignore_eos=True).wait()
+                    client.submit(token_ids=random_ids(length, seed), max_tokens=1, ignore_eos=True).wait()
 
             background = threading.Thread(target=long_jobs)
             background.start()

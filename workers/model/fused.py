@@ -117,7 +117,8 @@ class FusedLayers:
         kept_alive = self._prepare(x, batch, kv, turns)
         step = ctypes.byref(self._step)
         if collectives.size == 1:
-            _check(library.longreach_layers(self._layers, ctypes.c_int64(len(self._layers)), step, _ref(self._done)))
+            count, done = ctypes.c_int64(len(self._layers)), ctypes.byref(self._done)
+            _check(library.longreach_layers(self._layers, count, step, done))
         else:
             out = self._out[: x.shape[0]]
             for layer in self._layers:
@@ -203,10 +204,6 @@ class FusedLayers:
 def _is_packed(weights: LayerWeights) -> bool:
     matrices = (weights.qkv_weight, weights.o_weight, weights.router, weights.experts_gate_up, weights.experts_down)
     return all(matrix is not None and matrix.dim() > 3 for matrix in matrices)
-
-
-def _ref(value: ctypes.c_int64) -> object:
-    return ctypes.byref(value)
 
 
 def _check(status: int) -> None:
