@@ -26,9 +26,8 @@ struct Lse {
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Bits `i .. i + 63` of a map.
-std::uint64_t bits_from(const std::vector<std::uint64_t>& map, std::int64_t i) {
-    const std::uint64_t low = map[i / 64] >> i % 64;
-    return i % 64 == 0 ? low : low | map[i / 64 + 1] << (64 - i % 64);
+std::uint64_t bits_from(const std::vector<std::uint64_t>& map, std::uint64_t i) {
+    return map[i / 64] >> i % 64 | map[i / 64 + 1] << 1 << (63 - i % 64);
 }
 
 void set_bits(std::vector<std::uint64_t>& map, std::int64_t low, std::int64_t high) {  // high is included
@@ -95,24 +94,23 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
     std::vector<Running> parts(std::size_t(strips) * chunks, fresh());
     parallel(work, chunks, 1, [&](Reader& reader, int i) {
         const Chunk& chunk = work.chunks[i];
-        for (std::int32_t low = chunk.low; low < chunk.high; low += kKeys) {
-            reader.range(low, std::min(chunk.high, low + kKeys));
-            for (int at = 0; at < strips; ++at) {
-                const Strip& strip = work.strip(chunk.region, at / work.strips, at % work.strips);
-                Running& state = parts[std::size_t(i) * strips + at];
-                const float* s = reader.scores(strip);
-                if (maps == nullptr) {
-                    work.engine.running(state, s, strip);
-                    continue;
-                }
-                const Maps& map = (*maps)[at / work.strips];
-                std::uint64_t words[kRows];
-                for (int r = 0; r < kRows; ++r) {
-                    words[r] = strip.positions[r] < 0 ? 0 : map.row(strip.positions[r], low);
-                }
-                work.engine.kept(state, s, strip, words, bits_from(map.columns, low));
+        reader.walk(chunk, [&](std::int32_t low, const Block&, int at, const float* s, const Next& next) {
+            const Strip& strip = work.strip(chunk.region, at / work.strips, at % work.strips);
+            Running& state = parts[std::size_t(i) * strips + at];
+            if (maps == nullptr) {
+                work.engine.running(state, s, strip, next);
+                return;
             }
-        }
+            const Maps& map = (*maps)[at / work.strips];
+            alignas(64) std::int32_t words[2][kRows] = {};
+            const std::uint64_t columns = bits_from(map.columns, low);
+            for (int r = 0; r < kRows && strip.positions[r] >= 0; ++r) {
+                const std::uint64_t word = columns | map.row(strip.positions[r], low);
+                words[0][r] = std::int32_t(word);
+                words[1][r] = std::int32_t(word >> 32);
+            }
+            work.engine.kept(state, s, strip, words[0], next);
+        });
     });
     for (int at = 0; at < strips; ++at) {
         const Strip& strip = work.strip(2, at / work.strips, at % work.strips);
@@ -144,19 +142,17 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
     // Chunks side by side meet in some offsets: first the even ones, then the odd ones.
     parallel(work, int(work.chunks.size()), 2, [&](Reader& reader, int i) {
         const Chunk& chunk = work.chunks[i];
-        for (std::int32_t low = chunk.low; low < chunk.high; low += kKeys) {
-            const Block& block = reader.range(low, std::min(chunk.high, low + kKeys));
-            for (int head = 0; head < work.group; ++head) {
-                alignas(64) float by_key[kKeys] = {}, by_offset[kSpan];
-                for (int index = 0; index < work.strips; ++index) {
-                    const Strip& strip = work.strip(chunk.region, head, index);
-                    const float* of_rows = lse[head * work.strips + index].rows;
-                    work.engine.sums(reader.scores(strip), strip, of_rows, by_key, by_offset);
-                    add_offsets(offsets + head * stop, stop, std::int64_t(strip.first) - low - (kKeys - 1), by_offset);
-                }
-                std::memcpy(columns + head * stop + low, by_key, block.count * sizeof(float));
-            }
-        }
+        alignas(64) float lanes[kKeys * kLanes], by_key[kKeys], by_offset[kSpan];
+        reader.walk(chunk, [&](std::int32_t low, const Block& block, int at, const float* s, const Next& next) {
+            const int head = at / work.strips, index = at % work.strips;
+            const Strip& strip = work.strip(chunk.region, head, index);
+            if (index == 0) std::memset(lanes, 0, sizeof lanes);
+            work.engine.sums(s, strip, lse[at].rows, lanes, by_offset, next);
+            add_offsets(offsets + head * stop, stop, std::int64_t(strip.first) - low - (kKeys - 1), by_offset);
+            if (index + 1 < work.strips) return;
+            work.engine.fold(by_key, lanes);
+            std::memcpy(columns + head * stop + low, by_key, block.count * sizeof(float));
+        });
     });
 }
 

@@ -23,7 +23,7 @@ constexpr float kHighest = 65536.0f;   // sum of a block's weights above which t
 using attention::kMasked, attention::kNever, attention::kUnseen;
 
 constexpr int kKeys = 64;              // of a block
-constexpr int kRows = 64;              // of a strip; fewer rows are filled up
+constexpr int kRows = 32;              // of a strip; fewer rows are filled up
 constexpr int kLanes = 16;             // rows of a vector
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -74,7 +74,17 @@ struct Running {
 };
 
 // Offsets of a strip with a block: offset (position of row 0) - (position of key 0) - (kKeys - 1) + i at index i.
-constexpr int kSpan = 2 * kKeys;
+constexpr int kSpan = kKeys + kRows;
+
+// Scores to compute while those of the strip before are used; `strip` is null where none follow.
+struct Next {
+    float* s;                          // [kKeys, kRows]
+    const Strip* strip;
+    const Block* block;
+    int dim;
+    const char* ahead;                 // memory that is needed soon, `bytes` of it
+    int bytes;
+};
 
 struct Engine {
     bool bfloat16;                     // type of keys and queries, else float32
@@ -82,11 +92,14 @@ struct Engine {
     void (*convert)(void* to, const void* from, int kv_type, std::int64_t count);
     void (*scores)(float* s, const Strip& strip, const Block& block, int dim);
     void (*mask)(float* s, const Strip& strip, const Block& block);
-    void (*running)(Running& state, const float* s, const Strip& strip);
-    // the same, and the sum over pairs whose bit is set: bit i of words[row] and of `columns` for key i
-    void (*kept)(Running& state, const float* s, const Strip& strip, const std::uint64_t* words, std::uint64_t columns);
-    // weights 2^(factor * s - lse): added to columns [kKeys], written to offsets [kSpan]
-    void (*sums)(const float* s, const Strip& strip, const float* lse, float* columns, float* offsets);
+    // these three compute the next scores too
+    void (*running)(Running& state, const float* s, const Strip& strip, const Next& next);
+    // the same, and the sum over pairs whose bit is set: bit i % 32 of words[i / 32][row] for key i
+    void (*kept)(Running& state, const float* s, const Strip& strip, const std::int32_t* words, const Next& next);
+    // weights 2^(factor * s - lse): added to lanes [kKeys, at most kLanes], written to offsets [kSpan]
+    void (*sums)(const float* s, const Strip& strip, const float* lse, float* lanes, float* offsets, const Next& next);
+    // columns [kKeys]: sums of the lanes of each key
+    void (*fold)(float* columns, const float* lanes);
     // sum of the weights of pairs whose bit is set: bit r of words[key] for row r
     double (*mass)(const float* s, const Strip& strip, const float* lse, const std::uint64_t* words);
     void (*enter)();                   // on every thread, before the first block of a parallel region

@@ -4,6 +4,8 @@
 //   LR_WIDTH    floats of a vector, at most kLanes
 //   LR_BATCH    keys whose products are computed together
 //   LR_SCALEF   optional: (x, n) -> x * 2^n for whole n, 0 where that is too small
+//   LR_ANY      optional: whether a lane of a comparison is set
+//   LR_FOLD     optional: (16 vectors) -> vector of the sums of each
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
 namespace longreach {
@@ -160,13 +162,17 @@ LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& st
 }
 
 LR_INLINE bool any(const Ints& lanes) {
+#ifdef LR_ANY
+    return LR_ANY(lanes);
+#else
     std::int32_t all = 0;
     for (int lane = 0; lane < kWidth; ++lane) all |= lanes[lane];
     return all != 0;
+#endif
 }
 
-// Calls add(shift) for a vector of rows and adds what it returns. The maximum is looked for only where there is none yet
-// or where the sum says that scores lie far above it: most blocks are read once.
+// Calls add(shift) for a vector of rows and adds what it returns. The maximum is looked for only where there is none
+// yet or where the sum says that scores lie far above it: most blocks are read once.
 template <class Add> LR_INLINE void under_maximum(Running& state, const float* s, const Strip& strip, int r,
                                                   const Add& add) {
     Vec sum{}, kept{}, shift = -at(state.maximum + r) * at(strip.factor + r);
@@ -181,12 +187,26 @@ template <class Add> LR_INLINE void under_maximum(Running& state, const float* s
     at(state.kept + r) += kept;
 }
 
-LR_TARGET void running(Running& state, const float* s, const Strip& strip) {
+// Computes the next scores at the end. Others do so step by step: step() is called kSteps times or more.
+constexpr int kSteps = 8;
+struct Apart {
+    const Next& next;
+    explicit Apart(const Next& n) : next(n) {}
+    LR_INLINE void step() {}
+    LR_INLINE void finish() {
+        if (next.strip != nullptr) scores(next.s, *next.strip, *next.block, next.dim);
+    }
+};
+
+template <class Weave> LR_TARGET void running(Running& state, const float* s, const Strip& strip, const Next& next) {
+    constexpr int kEvery = kKeys * kRows / kWidth / kSteps;
+    Weave weave(next);
     for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
         const Vec factor = at(strip.factor + r);
         under_maximum(state, s, strip, r, [&](const Vec& shift, Vec& sum, Vec&) LR_TARGET {
             Vec even{}, odd{};
             for (int i = 0; i < kKeys; i += 2) {
+                if (i % kEvery == 0) weave.step();
                 Vec p = at(s + i * kRows + r) * factor + shift;
                 Vec q = at(s + (i + 1) * kRows + r) * factor + shift;
                 exp2(p);
@@ -197,28 +217,31 @@ LR_TARGET void running(Running& state, const float* s, const Strip& strip) {
             sum = even + odd;
         });
     }
+    weave.finish();
 }
 
-LR_TARGET void kept(Running& state, const float* s, const Strip& strip, const std::uint64_t* words,
-                    std::uint64_t columns) {
+template <class Weave> LR_TARGET void kept(Running& state, const float* s, const Strip& strip,
+                                           const std::int32_t* words, const Next& next) {
+    constexpr int kEvery = kKeys * kRows / kWidth / kSteps;
+    Weave weave(next);
     for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
         const Vec factor = at(strip.factor + r);
         under_maximum(state, s, strip, r, [&](const Vec& shift, Vec& sum, Vec& kept) LR_TARGET {
             for (int half = 0; half < 2; ++half) {
-                alignas(64) std::int32_t lanes[kWidth];
-                for (int lane = 0; lane < kWidth; ++lane) {
-                    lanes[lane] = std::int32_t((words[r + lane] | columns) >> 32 * half);
-                }
-                const Ints word = at(lanes);
+                const Ints word = at(words + half * kRows + r);
+                Ints bit = Ints{} + 1;
                 for (int i = 0; i < kKeys / 2; ++i) {
+                    if (i % kEvery == 0) weave.step();
                     Vec p = at(s + (32 * half + i) * kRows + r) * factor + shift;
                     exp2(p);
                     sum += p;
-                    kept += (Vec)((Ints)p & (word << (31 - i) >> 31));
+                    kept += (Vec)((Ints)p & ((word & bit) != 0));
+                    bit += bit;
                 }
             }
         });
     }
+    weave.finish();
 }
 
 LR_TARGET double mass(const float* s, const Strip& strip, const float* lse, const std::uint64_t* words) {
@@ -241,13 +264,13 @@ LR_TARGET double mass(const float* s, const Strip& strip, const float* lse, cons
 
 // With vectors of w rows, key w a + b and vector g have the offsets (g - a) * w - b + lane from the first row's. For one
 // b, pairs (a, g) of the same g - a add up; only then the w values of b are shifted against each other.
-template <int Groups> LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse, float* columns,
-                                            float* offsets) {
+template <int Groups, class Weave> LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse,
+                                                         float* lanes, float* offsets, Weave& weave) {
     constexpr int kVectors = Groups * kLanes / kWidth, kTiles = kKeys / kWidth, kDiagonals = kVectors + kTiles - 1;
     constexpr int kPitch = (kDiagonals + 2) * kWidth;
-    alignas(64) float by_key[kKeys][kWidth];
     alignas(64) float shifted[kWidth * kPitch];
     for (int b = 0; b < kWidth; ++b) {
+        if (b * kSteps % kWidth < kSteps) weave.step();
         Vec diagonal[kDiagonals] = {};
 #pragma GCC unroll 4
         for (int a = 0; a < kTiles; ++a) {
@@ -260,19 +283,13 @@ template <int Groups> LR_INLINE void add_up(const float* s, const Strip& strip, 
                 column += p;
                 diagonal[g - a + kTiles - 1] += p;
             }
-            at(by_key[a * kWidth + b]) = column;
+            at(lanes + (a * kWidth + b) * kWidth) += column;
         }
         float* line = shifted + b * kPitch;            // a vector of zeros on either side
         at(line) = at(line + kPitch - kWidth) = Vec{};
 #pragma GCC unroll 8
         for (int w = 0; w < kDiagonals; ++w) at(line + (w + 1) * kWidth) = diagonal[w];
     }
-    for (int i = 0; i < kKeys; ++i) {
-        float* x = by_key[i];
-        for (int l = 0; kWidth > 8 && l < 8; ++l) x[l] += x[l + 8];
-        for (int l = 0; kWidth > 4 && l < 4; ++l) x[l] += x[l + 4];
-    }
-    for (int i = 0; i < kKeys; ++i) columns[i] += (by_key[i][0] + by_key[i][1]) + (by_key[i][2] + by_key[i][3]);
     // Value 0 of b = 0 has the offset -(kTiles - 1) * w, index kWidth - 1 of the result.
     for (int u = 0; u < kSpan; u += kWidth) {
         Vec sum{};
@@ -283,17 +300,30 @@ template <int Groups> LR_INLINE void add_up(const float* s, const Strip& strip, 
     }
 }
 
-LR_TARGET void sums(const float* s, const Strip& strip, const float* lse, float* columns, float* offsets) {
-    if (strip.groups == 1) add_up<1>(s, strip, lse, columns, offsets);
-    if (strip.groups == 2) add_up<2>(s, strip, lse, columns, offsets);
-    if (strip.groups == 3) add_up<3>(s, strip, lse, columns, offsets);
-    if (strip.groups == 4) add_up<4>(s, strip, lse, columns, offsets);
+template <class Weave> LR_TARGET void sums(const float* s, const Strip& strip, const float* lse, float* lanes,
+                                           float* offsets, const Next& next) {
+    Weave weave(next);
+    if (strip.groups == 1) add_up<1>(s, strip, lse, lanes, offsets, weave);
+    if (strip.groups == 2) add_up<2>(s, strip, lse, lanes, offsets, weave);
+    weave.finish();
+}
+
+LR_TARGET void fold(float* columns, const float* lanes) {
+#ifdef LR_FOLD
+    for (int i = 0; i < kKeys; i += 16) at(columns + i) = (Vec)LR_FOLD(&at(lanes + i * kWidth));
+#else
+    for (int i = 0; i < kKeys; ++i) {
+        float sum = 0.0f;
+        for (int l = 0; l < kWidth; ++l) sum += lanes[i * kWidth + l];
+        columns[i] = sum;
+    }
+#endif
 }
 
 inline void nothing() {}
 
-inline Engine make() {
-    return {false, pack, convert, scores, mask, running, kept, sums, mass, nothing, nothing};
+template <class Weave> Engine make() {
+    return {false, pack, convert, scores, mask, running<Weave>, kept<Weave>, sums<Weave>, fold, mass, nothing, nothing};
 }
 
 }  // namespace LR_SPACE
@@ -306,3 +336,5 @@ inline Engine make() {
 #undef LR_WIDTH
 #undef LR_BATCH
 #undef LR_SCALEF
+#undef LR_ANY
+#undef LR_FOLD

@@ -95,8 +95,8 @@ struct Work {
 class Reader {
 public:
     explicit Reader(const Work& work)
-        : work_(work), args_(work.args), copied_(allocate<char>(kKeys * work.args.dim * work.value_bytes())),
-          scores_(allocate<float>(kKeys * kRows)) {
+        : work_(work), args_(work.args), copied_(allocate<char>(2 * kKeys * work.args.dim * work.value_bytes())),
+          scores_(allocate<float>(2 * kKeys * kRows)) {
         const std::size_t width = args_.kv_type == kFloat32 ? 4 : args_.kv_type == kBfloat16 ? 2 : 1;
         row_ = args_.dim * width;
         keys_ = static_cast<const char*>(args_.keys) + args_.kv_head * args_.key_head * std::int64_t(width);
@@ -104,8 +104,76 @@ public:
         if (args_.kv_type == kInt8) given_scales_ = args_.key_scales + args_.kv_head * args_.key_scale_head;
     }
 
+    // Calls use(low, block, number of the strip, masked scores, next) for all blocks and strips of a chunk; `use` has
+    // the engine compute the scores that come next.
+    template <class Use> void walk(const Chunk& chunk, const Use& use) {
+        const int strips = work_.group * work_.strips, dim = int(args_.dim);
+        const Strip* all = &work_.strip(chunk.region, 0, 0);
+        float *now = scores_.get(), *later = now + kKeys * kRows;
+        const Block* block = &range(chunk.low, std::min(chunk.high, chunk.low + kKeys));
+        work_.engine.scores(now, all[0], *block, dim);
+        for (std::int32_t low = chunk.low; low < chunk.high; low += kKeys) {
+            const std::int32_t high = std::min(chunk.high, low + 2 * kKeys);
+            const Block* following = nullptr;
+            for (int at = 0; at < strips; ++at) {
+                Next next{later, at + 1 < strips ? all + at + 1 : nullptr, block, dim, nullptr, 0};
+                touch(next, low + kKeys + at * kKeys / strips,
+                      std::min(high, low + kKeys + (at + 1) * kKeys / strips));
+                if (at + 1 == strips && low + kKeys < high) {
+                    next.strip = all;
+                    next.block = following = &range(low + kKeys, high);
+                }
+                use(low, *block, at, masked(now, all[at], *block), next);
+                std::swap(now, later);
+            }
+            block = following;
+        }
+    }
+
+    // Single keys, ascending, at most kKeys.
+    const Block& gather(const std::int32_t* columns, int count) {
+        turn();
+        for (int i = 0; i < count; ++i) {
+            block_->positions[i] = columns[i];
+            copy(i, slot(columns[i]), 1);
+        }
+        close(count, columns[count - 1], false);
+        return *block_;
+    }
+
+    // Masked scores of a strip with the block last read, [kKeys, kRows].
+    const float* scores(const Strip& strip) {
+        work_.engine.scores(scores_.get(), strip, *block_, int(args_.dim));
+        return masked(scores_.get(), strip, *block_);
+    }
+
+private:
+    std::int64_t slot(std::int32_t position) const {
+        return args_.pages[position / args_.page_size] + position % args_.page_size;
+    }
+
+    const float* masked(float* s, const Strip& strip, const Block& block) const {
+        if (block.count < kKeys || block.last > strip.first) work_.engine.mask(s, strip, block);
+        return s;
+    }
+
+    // Has the engine touch keys low .. high - 1 as far as they lie together.
+    void touch(Next& next, std::int32_t low, std::int32_t high) const {
+        if (low >= high) return;
+        const std::int64_t page = args_.page_size;
+        next.ahead = keys_ + slot(low) * row_;
+        next.bytes = int(std::min<std::int64_t>(high - low, page - low % page) * row_);
+    }
+
+    // The block before stays as it is.
+    void turn() { block_ = block_ == blocks_ ? blocks_ + 1 : blocks_; }
+
+    char* copied() const { return copied_.get() + (block_ - blocks_) * kKeys * args_.dim * work_.value_bytes(); }
+    float* scales() { return scales_[block_ - blocks_]; }
+
     // Keys `low .. high - 1`, at most kKeys.
     const Block& range(std::int32_t low, std::int32_t high) {
+        turn();
         const int count = high - low;
         std::int64_t slot = this->slot(low);
         const std::int64_t page = args_.page_size;
@@ -113,8 +181,8 @@ public:
         for (std::int64_t p = (low / page + 1) * page; together && p < high; p += page) {
             together = this->slot(std::int32_t(p)) == slot + (p - low);
         }
-        for (int i = 0; i < count; ++i) block_.positions[i] = low + i;
-        block_.keys = keys_ + slot * row_;
+        for (int i = 0; i < count; ++i) block_->positions[i] = low + i;
+        block_->keys = keys_ + slot * row_;
         if (!together) {
             for (int i = 0; i < count;) {
                 const int n = int(std::min<std::int64_t>(count - i, page - (low + i) % page));
@@ -123,48 +191,26 @@ public:
             }
         }
         close(count, high - 1, together);
-        return block_;
-    }
-
-    // Single keys, ascending, at most kKeys.
-    const Block& gather(const std::int32_t* columns, int count) {
-        for (int i = 0; i < count; ++i) {
-            block_.positions[i] = columns[i];
-            copy(i, slot(columns[i]), 1);
-        }
-        close(count, columns[count - 1], false);
-        return block_;
-    }
-
-    // Masked scores of a strip with the block last read, [kKeys, kRows].
-    const float* scores(const Strip& strip) {
-        work_.engine.scores(scores_.get(), strip, block_, int(args_.dim));
-        if (block_.count < kKeys || block_.last > strip.first) work_.engine.mask(scores_.get(), strip, block_);
-        return scores_.get();
-    }
-
-private:
-    std::int64_t slot(std::int32_t position) const {
-        return args_.pages[position / args_.page_size] + position % args_.page_size;
+        return *block_;
     }
 
     void copy(int to, std::int64_t slot, int count) {
-        work_.engine.convert(copied_.get() + to * args_.dim * work_.value_bytes(), keys_ + slot * row_, args_.kv_type,
+        work_.engine.convert(copied() + to * args_.dim * work_.value_bytes(), keys_ + slot * row_, args_.kv_type,
                              count * args_.dim);
-        if (given_scales_ != nullptr) std::memcpy(scales_ + to, given_scales_ + slot, count * sizeof(float));
+        if (given_scales_ != nullptr) std::memcpy(scales() + to, given_scales_ + slot, count * sizeof(float));
     }
 
     void close(int count, std::int32_t last, bool together) {
-        block_.count = count;
-        block_.last = last;
-        block_.scales = given_scales_ != nullptr ? scales_ : nullptr;
+        block_->count = count;
+        block_->last = last;
+        block_->scales = given_scales_ != nullptr ? scales() : nullptr;
         if (together) return;
-        block_.keys = copied_.get();
+        block_->keys = copied();
         const std::size_t key = args_.dim * work_.value_bytes();
-        std::memset(copied_.get() + count * key, 0, (kKeys - count) * key);
+        std::memset(copied() + count * key, 0, (kKeys - count) * key);
         for (int i = count; i < kKeys; ++i) {
-            block_.positions[i] = kNever;
-            scales_[i] = 0.0f;
+            block_->positions[i] = kNever;
+            scales()[i] = 0.0f;
         }
     }
 
@@ -175,9 +221,9 @@ private:
     std::int64_t row_ = 0;             // bytes of a key in the cache
     const char* keys_ = nullptr;
     const float* given_scales_ = nullptr;
-    float scales_[kKeys] = {};
+    float scales_[2][kKeys] = {};
     bool in_place_ = false;
-    Block block_{};
+    Block blocks_[2] = {}, *block_ = blocks_;
 };
 
 // Calls `task(reader, i)` for every i below `count` with i % parts == part, part after part.
