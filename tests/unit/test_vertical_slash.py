@@ -21,8 +21,9 @@ from tests.support.sparse_cells import (
     random_cell,
     with_heads,
 )  # fmt: skip
-from workers.attention import estimate, selection, vertical_slash
+from workers.attention import adaptive, estimate, selection, vertical_slash
 from workers.attention.plan import Selection
+from workers.attention.selection import FloatArray
 from workers.attention.vertical_slash import cell_number, choose, estimate_rows, held_out_rows
 
 
@@ -140,8 +141,13 @@ def test_adaptive_budgets_reach_their_target_and_no_more(target: float) -> None:
             assert recall < target + 0.1
 
 
-def search(mass: selection.NewMass, goal: float, kept: Callable[[Selection], float]) -> Selection:
-    found = selection.AdaptiveSearch(mass, goal)
+def new_mass(base: float, columns: FloatArray, offsets: FloatArray) -> adaptive.NewMass:
+    nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return adaptive.NewMass(base, adaptive.Changed(columns, *nothing), adaptive.Changed(offsets, *nothing))
+
+
+def search(mass: adaptive.NewMass, goal: float, kept: Callable[[Selection], float]) -> Selection:
+    found = adaptive.AdaptiveSearch(mass, goal)
     while not found.done:
         found.measured(kept(found.selection))
     return found.selection
@@ -160,16 +166,38 @@ def test_adaptive_lists_are_not_much_longer_than_they_must_be(share: float, beyo
     most = kept(Selection.everything(700)) + share * float(columns.sum())
     for part in (0.01, 0.1, 0.5, 0.9, 1.0):
         goal = part * most
-        found = search(selection.NewMass(10, columns, offsets), goal, kept)
+        found = search(new_mass(10, columns, offsets), goal, kept)
         assert kept(found) >= min(goal, most) - 1e-3
         assert kept(found) <= goal + beyond * most + 10
+
+
+@pytest.mark.parametrize("stop", [193, 640, 2017])
+def test_adaptive_lists_follow_new_mass_over_cost(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "_CHUNK", 128)
+    random = np.random.default_rng(stop)
+    columns, offsets = (random.integers(0, 6, stop).astype(np.float32) / 4 for _ in range(2))
+    columns[:30] = offsets[:128] = 0
+    groups = [offsets[low : low + 64].sum() / 64 for low in range(0, stop, 64)]
+    candidates = [(-density, 0, at, density) for at, density in enumerate(columns.tolist())]
+    candidates += [(-density, 1, at, 64 * density) for at, density in enumerate(groups)]
+    candidates.sort()
+    total = sum(one[3] for one in candidates)
+    for part in (0.02, 0.3, 0.71, 1.0):
+        found = adaptive.AdaptiveSearch(new_mass(3.0, columns, offsets), 3 + part * total).selection
+        taken, kept = [], 3.0
+        while kept < 3 + part * total - 1e-6:
+            kept += candidates[len(taken)][3]
+            taken.append(candidates[len(taken)][1:3])
+        assert set(found.columns.tolist()) == {at for kind, at in taken if kind == 0} | set(range(30))
+        near = {at // 64 for at in np.flatnonzero(selection.offset_map(found, stop)).tolist()}
+        assert near == {at for kind, at in taken if kind == 1} | {0, 1}
 
 
 def test_adaptive_prefers_diagonals_where_the_mass_is_there() -> None:
     columns, offsets = np.full(1024, 0.001, np.float32), np.full(1024, 0.001, np.float32)
     offsets[640:704] = 1.0
     columns[500] = 2.0
-    new = selection.NewMass(5, columns, offsets)
+    new = new_mass(5, columns, offsets)
     found = search(new, 60, lambda one: 60 if len(one.offsets) > 1 else 5)
     assert found.offsets.tolist() == [[0, 127], [640, 703]]
     assert found.columns.tolist() == [*range(30), 500]
@@ -290,4 +318,6 @@ def test_adaptive_candidates_are_what_the_forced_selection_leaves() -> None:
     rest[:, positions[:, None] - np.arange(305) <= 127] = 0
     rest[:, :, :30] = 0
     for mine, theirs in zip((columns, offsets), column_and_offset_sums(cell, rest), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+        for head, changed in enumerate(mine):
+            np.testing.assert_allclose(changed.part(0, 305), theirs[head], atol=1e-5)
+            np.testing.assert_array_equal(changed.part(7, 230), changed.part(0, 305)[7:230])

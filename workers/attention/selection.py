@@ -7,7 +7,6 @@ go to the lower index, so every machine picks the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,6 @@ SYNTHETIC_OFFSETS = 1536
 SYNTHETIC_RUNS = 8
 SYNTHETIC_RUN = 64
 SYNTHETIC_COLUMNS = 1024
-
-_PATIENCE = 4  # proposals of an adaptive search that may grow by little
 
 FloatArray = npt.NDArray[np.float32]
 Top = Callable[[FloatArray, Sequence[int], int], list[IntArray]]
@@ -98,85 +95,7 @@ def synthetic(stop: int, seed: tuple[int, int, int]) -> Selection:
     return Selection(intervals(np.flatnonzero(kept).astype(np.int32)), np.sort(columns).astype(np.int32))
 
 
-@dataclass(frozen=True, slots=True)
-class NewMass:
-    """What each candidate would add to the forced selection, before candidates overlap with each other.
-
-    `base` is the mass of the forced selection; `columns` and `offsets` are `[S]`, without the pairs that the forced
-    selection keeps already.
-    """
-
-    base: float
-    columns: FloatArray
-    offsets: FloatArray
-
-
 def forced(stop: int) -> Selection:
     """What adaptive budgets start from: the forced columns, and the forced offsets filled up to whole groups."""
     near = min(stop, -(-FORCED_OFFSETS // GROUP) * GROUP)
     return Selection(np.array([[0, near - 1]], np.int32), np.arange(min(FORCED_COLUMNS, stop), dtype=np.int32))
-
-
-class AdaptiveSearch:
-    """Finds a short list of candidates that keeps the mass `goal`, in the order of new mass per visited key.
-
-    Candidates are columns, which cost each tile of 64 rows one key, and groups of 64 neighbouring offsets, which cost
-    it 64 keys beside a group that is kept (127 alone, but gathering a column costs more than the key). Each is ranked
-    by its own new mass over its cost; equal ones columns first, then by position.
-
-    Candidates overlap, so the sum of their masses is more than a list really keeps. `selection` is a proposal; whoever
-    searches tells `measured` what it keeps as a set, until `done`. A shortfall is made up at the rate that the list had
-    on average (a half at least); late proposals grow by an eighth at least.
-    """
-
-    def __init__(self, mass: NewMass, goal: float) -> None:
-        self._mass, self._goal = mass, goal
-        self._stop = len(mass.columns)
-        start = forced(self._stop)
-        self._columns, self._groups = len(start.columns), int(start.offsets[0, 1]) // GROUP + 1
-        groups = np.add.reduceat(mass.offsets.astype(np.float64), np.arange(0, self._stop, GROUP))
-        density = np.concatenate([mass.columns, (groups / GROUP).astype(np.float32)])
-        density = np.nan_to_num(np.maximum(density, 0), nan=np.inf)
-        self._order = _descending(density)
-        cost = np.where(self._order < self._stop, 1.0, GROUP)
-        self._added = mass.base + np.cumsum(cost * density[self._order])
-        self._steps = self._length = 0
-        self.done = False
-        self._propose(goal)
-
-    def measured(self, kept: float) -> None:
-        """Take the mass that `selection` keeps; afterwards it is another one, or the search is `done`."""
-        shortfall = self._goal - kept
-        if shortfall <= 0 or self._length == len(self._order):
-            self.done = True
-            return
-        summed = float(self._added[self._length - 1]) if self._length else self._mass.base
-        gained = kept - self._mass.base
-        rate = gained / (summed - self._mass.base) if gained > 0 else 1.0
-        self._propose(summed + shortfall / min(1.0, max(0.5, rate)))
-
-    def _propose(self, aim: float) -> None:
-        """The shortest list that sums up to `aim`, longer than the one before."""
-        grow = self._length // 8 if self._steps >= _PATIENCE else 0
-        least = self._length + max(1, grow) if self._steps else 0
-        enough = 0 if aim <= self._mass.base else int(np.searchsorted(self._added, aim)) + 1
-        self._length = min(max(least, enough), len(self._order))
-        self._steps += 1
-        picked = self._order[: self._length]
-        columns = np.zeros(self._stop, np.bool_)
-        columns[: self._columns] = True
-        columns[picked[picked < self._stop]] = True
-        groups = np.zeros(-(-self._stop // GROUP), np.bool_)
-        groups[: self._groups] = True
-        groups[picked[picked >= self._stop] - self._stop] = True
-        offsets = intervals(np.flatnonzero(groups).astype(np.int32)) * np.int32(GROUP)
-        offsets[:, 1] = np.minimum(offsets[:, 1] + GROUP - 1, self._stop - 1)
-        self.selection = Selection(offsets, np.flatnonzero(columns).astype(np.int32))
-
-
-def _descending(density: FloatArray) -> npt.NDArray[np.int64]:
-    """Order of falling density, lower index first among equals (a sort of plain numbers is several times faster)."""
-    bits = density.view(np.uint32).astype(np.int64)
-    keys = (np.int64(0xFFFFFFFF) - bits) << 31 | np.arange(len(density), dtype=np.int64)
-    keys.sort()
-    return keys & 0x7FFFFFFF

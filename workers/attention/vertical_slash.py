@@ -22,12 +22,14 @@ import numpy.typing as npt
 
 from protos.model_spec import HeadBudget, SparseSpec
 from workers.attention import estimate, native_estimate, selection
+from workers.attention.adaptive import AdaptiveSearch, Changed, NewMass
 from workers.attention.estimate import CellKeys, SampledRows, Sums
 from workers.attention.plan import AttentionPlan, Selection
-from workers.attention.selection import AdaptiveSearch, FloatArray, NewMass, Top
+from workers.attention.selection import Top
 from workers.kv_cache import BlockTable, LayerKV
 
 HELD_OUT_ROWS = 32
+_SEARCHES = 4  # adaptive searches side by side
 
 _log = logging.getLogger(__name__)
 
@@ -195,31 +197,45 @@ class _Group:
         start = selection.forced(stop)
         base = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, [start] * len(self.heads))
         columns, offsets = self._beside_forced(sums, kv_head, start)
-        goal = self.spec.target_recall * rows
-        searches = [AdaptiveSearch(NewMass(*new), goal) for new in zip(base.tolist(), columns, offsets, strict=True)]
-        while not all(search.done for search in searches):
-            proposed = [None if search.done else search.selection for search in searches]
-            kept = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, proposed)
-            for search, mass in zip(searches, kept.tolist(), strict=True):
-                if not search.done:
-                    search.measured(mass)
-        return [search.selection for search in searches]
+        new = [NewMass(*one) for one in zip(base.tolist(), columns, offsets, strict=True)]
+        found: list[Selection] = []
+        while len(found) < len(new):  # some heads at a time: each search keeps an order of all its candidates
+            searches = [AdaptiveSearch(one, self.spec.target_recall * rows) for one in new[len(found) :][:_SEARCHES]]
+            others: list[Selection | None] = [None] * len(new)
+            while not all(search.done for search in searches):
+                proposed = others.copy()
+                for head, search in enumerate(searches, len(found)):
+                    proposed[head] = None if search.done else search.selection
+                kept = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, proposed)[len(found) :]
+                for search, mass in zip(searches, kept.tolist(), strict=False):
+                    if not search.done:
+                        search.measured(mass)
+            found += [search.selection for search in searches]
+        return found
 
-    def _beside_forced(self, sums: Sums, kv_head: int, start: Selection) -> tuple[FloatArray, FloatArray]:
-        """Sums of columns and offsets without the pairs that the forced selection keeps."""
+    def _beside_forced(self, sums: Sums, kv_head: int, start: Selection) -> tuple[list[Changed], list[Changed]]:
+        """Sums of columns and offsets of each head without the pairs that the forced selection keeps."""
         stop, near = self.keys.stop, int(start.offsets[0, 1])
         positions = self.keys.plan.start + np.array(self.cell.estimate.rows)
         recent = np.arange(max(0, int(positions[0]) - near), stop, dtype=np.int32)
         sample = (self.cell.estimate, self.keys, kv_head, sums.lse)
-        columns, offsets = sums.columns.copy(), sums.offsets.copy()
+        at = np.union1d(start.columns, recent).astype(np.int32)
+        columns = sums.columns[:, at]
         mass = estimate.probabilities(*sample, recent).cpu().numpy()
-        columns[:, recent] -= (mass * (positions[:, None] - recent <= near)).sum(axis=1)
+        columns[:, np.searchsorted(at, recent)] -= (mass * (positions[:, None] - recent <= near)).sum(axis=1)
+        columns[:, np.searchsorted(at, start.columns)] = 0
+        seen = [start.columns[start.columns <= position] for position in positions.tolist()]
+        distances = [position - each for position, each in zip(positions, seen, strict=True)]
+        far = np.unique(np.concatenate([np.arange(near + 1), *distances])).astype(np.int32)
+        offsets = sums.offsets[:, far]
         mass = estimate.probabilities(*sample, start.columns).cpu().numpy()
-        for row, position in enumerate(positions.tolist()):
-            seen = start.columns[start.columns <= position]
-            offsets[:, position - seen] -= mass[:, row, : len(seen)]
-        columns[:, start.columns] = offsets[:, : near + 1] = 0
-        return columns, offsets
+        for row, each in enumerate(distances):
+            offsets[:, np.searchsorted(far, each)] -= mass[:, row, : len(each)]
+        offsets[:, : near + 1] = 0
+        return (
+            [Changed(*head) for head in zip(sums.columns, [at] * len(columns), columns, strict=True)],
+            [Changed(*head) for head in zip(sums.offsets, [far] * len(offsets), offsets, strict=True)],
+        )
 
     def _fallback(self, held_out: npt.NDArray[np.float64]) -> tuple[list[bool], int]:
         """Which heads turn dense, and how many more would."""
