@@ -161,4 +161,6 @@ def _of_groups(offsets: Changed, low: int, high: int) -> Keys:
 def _above(keys: Keys, last: np.uint32, equal: int) -> tuple[npt.NDArray[np.int64], int]:
     """Where keys are above `last`, and the first `equal` that are `last`; also how many of these there were."""
     same = np.flatnonzero(keys == last)[:equal]
-    return np.sort(np.concatenate([np.flatnonzero(keys > last), same])), len(same)
+    picked = keys > last
+    picked[same] = True
+    return np.flatnonzero(picked), len(same)
