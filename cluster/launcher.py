@@ -148,6 +148,7 @@ class Launcher:
             )
             calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
         addresses = self._ray.call(calls, _OPEN_TIMEOUT_S)
+        self._ray.serve()
         here = self._ray.node_id()
         for shard, address in zip(self._deployment.shards, addresses, strict=True):
             self._shards.append(GrpcStageHandle(shard, _reach(here, address), token))
@@ -196,11 +197,11 @@ class Launcher:
         errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
         def link(stage: int, rank: int) -> str:
-            """The rendezvous of a shard with the same rank of the next stage, when they can do without gRPC."""
+            """The socket between a shard and the same rank of the next stage, when they can do without gRPC."""
             after = (stage + 1) % self._deployment.config.cluster.pipeline_parallel_size
             near = after != stage and where[stage, rank].node == where[after, rank].node
             on_cpu = self._deployment.config.cluster.device == "cpu"
-            return str(self._run_dir / f"link{stage}r{rank}.store") if near and on_cpu and self._run_dir else ""
+            return str(self._run_dir / f"link{stage}r{rank}.sock") if near and on_cpu and self._run_dir else ""
 
         def begin(handle: GrpcStageHandle) -> None:
             stage, stages, rank = handle.shard.stage, handle.shard.num_stages, handle.shard.rank

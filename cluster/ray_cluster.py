@@ -27,7 +27,15 @@ _LOCAL_ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_num_workers_soft_limit": "0",  # an idle worker wakes a hundred times a second, on a core that computes
+    # What Ray does while nothing is asked of it takes a core's time from steps that run: no idle workers (each wakes a
+    # hundred times a second), and timers that matter only to other loads run rarely.
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_object_manager_timer_freq_ms": "10000",
+    "RAY_raylet_check_gc_period_milliseconds": "10000",
+    "RAY_kill_idle_workers_interval_ms": "5000",
+    "RAY_io_context_monitor_probe_interval_ms": "600000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
 }
 
 
@@ -57,6 +65,7 @@ class RayCluster:
         self._timeout_s = start_timeout_s
         self._groups: list[Any] = []
         self._actors: list[Any] = []
+        self._serving: list[Any] = []
         self._connected = False
         self._left = threading.Event()
 
@@ -92,6 +101,8 @@ class RayCluster:
             reason = " ".join(str(error).split())[:300]
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
+        if self.is_local:
+            _end_log_monitor()
         if on_terminate is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
@@ -115,7 +126,7 @@ class RayCluster:
         for index, stage in enumerate(stages):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             remote = ray.remote(actor_class).options(
-                num_cpus=stage.cpus, num_gpus=stage.gpus, max_concurrency=2, scheduling_strategy=strategy
+                num_cpus=stage.cpus, num_gpus=stage.gpus, scheduling_strategy=strategy
             )
             handles.append([remote.remote() for _ in range(stage.shards)])
             self._actors.extend(handles[-1])
@@ -138,6 +149,10 @@ class RayCluster:
             raise PlacementError(f"an actor died: {' '.join(str(error).split())[:300]}") from error
         return answers
 
+    def serve(self) -> None:
+        """Have every actor that was placed serve, which ends when it is told to close."""
+        self._serving = [actor.serve.remote() for actor in self._actors]
+
     @staticmethod
     def node_id() -> str:
         """Ray's name for the node this process runs on."""
@@ -158,16 +173,15 @@ class RayCluster:
         return max(1, min(usable, default=1) * min(len(usable), num_stages))
 
     def close(self) -> None:
-        """Let the actors close, end them, give their place back, leave (or end) Ray."""
+        """Wait for actors that were told to close, end all, give their place back, leave (or end) Ray."""
         if not self._connected:
             return
         import ray
         from ray.util.placement_group import remove_placement_group
 
         try:
-            closing = [actor.close.remote() for actor in self._actors]
-            if closing:
-                ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
+            if self._serving:
+                ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
             for actor in self._actors:
                 ray.kill(actor)
             for group in self._groups:
@@ -175,7 +189,7 @@ class RayCluster:
         except (ray.exceptions.RayError, RuntimeError, ValueError):
             _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
         finally:
-            self._actors, self._groups = [], []
+            self._actors, self._serving, self._groups = [], [], []
             ray.shutdown()
             self._connected = False
             self._left.set()
@@ -228,6 +242,20 @@ class RayCluster:
             f"cluster: {actors} actors in {len(stages)} stages (each on one node) do not fit: {'; '.join(parts)}: "
             "lower cluster.cpus_per_actor, pipeline_parallel_size or expert_parallel_size, or add nodes"
         )
+
+
+def _end_log_monitor() -> None:
+    """End the process that looks for new lines in workers' logs ten times a second: nobody has asked for them.
+
+    Ray has no setting for it; should its internals change, the process stays.
+    """
+    try:
+        from ray._private import worker
+
+        if worker.global_worker.node is not None:
+            worker.global_worker.node.kill_log_monitor(check_alive=False)
+    except Exception:  # noqa: BLE001 - it only costs time
+        _log.debug("Ray's log monitor keeps running", exc_info=True)
 
 
 def _check_reachable(address: str) -> None:

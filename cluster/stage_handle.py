@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from protos import stage_pb2 as pb
 from protos import stage_pb2_grpc as rpc
 from protos.channel import open_channel, token_metadata
 from protos.messages import LoadProgress, ShardSpec, StepPlan, StepResult
+
+_CLOSE_TIMEOUT_S = 2.0
 
 
 class StageError(RuntimeError):
@@ -35,7 +38,7 @@ class StageHandle(Protocol):
         """Queue plans; never waits for the steps."""
 
     def close(self) -> None:
-        """End the run; may be called twice."""
+        """End the run and the shard; may be called twice."""
 
 
 class GrpcStageHandle:
@@ -77,7 +80,7 @@ class GrpcStageHandle:
         """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
 
         Of several stages the last one is connected to the first: `downstream` is the address of the same rank there.
-        `near` has rendezvous files for links with the stage before and the one after that need not go over gRPC.
+        `near` has Unix sockets for links with the stage before and the one after that need not go over gRPC.
         """
         request = pb.StartRequest(
             num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
@@ -124,6 +127,8 @@ class GrpcStageHandle:
             self._call.cancel()  # a long step is not waited for
             self._results.join(timeout=5.0)
             self._results = self._call = None
+        with contextlib.suppress(grpc.RpcError, ValueError):  # it is gone, or was closed before
+            self._stub.Close(pb.CloseRequest(), metadata=self._metadata, timeout=_CLOSE_TIMEOUT_S)
         self._channel.close()
 
 

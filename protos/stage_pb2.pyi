@@ -266,6 +266,14 @@ class ActivationsEnd(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class CloseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CloseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ProbeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

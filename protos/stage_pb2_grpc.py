@@ -59,6 +59,11 @@ class StageStub:
                 request_serializer=stage__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=stage__pb2.ProbeReply.FromString,
                 _registered_method=True)
+        self.Close = channel.unary_unary(
+                '/longreach.stage.v1.Stage/Close',
+                request_serializer=stage__pb2.CloseRequest.SerializeToString,
+                response_deserializer=stage__pb2.CloseReply.FromString,
+                _registered_method=True)
 
 
 class StageServicer:
@@ -101,6 +106,13 @@ class StageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Close(self, request, context):
+        """Free the model and stop answering, soon after this call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_StageServicer_to_server(servicer, server):
                     servicer.Probe,
                     request_deserializer=stage__pb2.ProbeRequest.FromString,
                     response_serializer=stage__pb2.ProbeReply.SerializeToString,
+            ),
+            'Close': grpc.unary_unary_rpc_method_handler(
+                    servicer.Close,
+                    request_deserializer=stage__pb2.CloseRequest.FromString,
+                    response_serializer=stage__pb2.CloseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +282,33 @@ class Stage:
             '/longreach.stage.v1.Stage/Probe',
             stage__pb2.ProbeRequest.SerializeToString,
             stage__pb2.ProbeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Close(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/Close',
+            stage__pb2.CloseRequest.SerializeToString,
+            stage__pb2.CloseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,7 +9,7 @@ from workers.stage_server import StageAddress, StageProcessSpec, StageServer, li
 
 
 class StageActor:
-    """One shard of one stage. `open` is called once; a restarted actor is a new one with a new epoch."""
+    """One shard of one stage. `open` is called once, then `serve`; a restarted actor is a new one with a new epoch."""
 
     def __init__(self) -> None:
         self._server: StageServer | None = None
@@ -31,8 +31,7 @@ class StageActor:
         self._server = StageServer(spec, on_orphan=lambda: os._exit(3))
         return self._server.start(str(ray.get_runtime_context().get_node_id()), bind)
 
-    def close(self) -> None:
-        """Free the model; may be called twice."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+    def serve(self) -> None:
+        """Block until the shard is told to close. Ray's loop looks for signals a hundred times a second otherwise."""
+        assert self._server is not None, "open comes first"
+        self._server.wait()

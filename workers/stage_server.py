@@ -79,8 +79,10 @@ class StageServer:
 
     def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
         self._spec = spec
-        self._servicer = _StageServicer(spec, on_orphan)
+        self._servicer = _StageServicer(spec, on_orphan, lambda: threading.Thread(target=self.close).start())
         self._server: grpc.Server | None = None
+        self._closing = threading.Lock()
+        self._closed = threading.Event()
 
     def start(self, node: str = "", bind: str = "") -> StageAddress:
         """Open the socket, with `bind` (an IP address) a TCP port too, and answer.
@@ -106,12 +108,16 @@ class StageServer:
         return StageAddress(unix, tcp, node, os.getpid())
 
     def wait(self) -> None:
-        """Block until `close`."""
-        if self._server is not None:
-            self._server.wait_for_termination()
+        """Block until `close`, without waking up in between."""
+        self._closed.wait()
 
     def close(self) -> None:
         """Stop answering and free the model; may be called twice."""
+        with self._closing:
+            self._close()
+        self._closed.set()
+
+    def _close(self) -> None:
         self._servicer.close()
         if self._server is not None:
             self._server.stop(grace=1.0).wait()
@@ -125,9 +131,10 @@ class StageServer:
 
 
 class _StageServicer(rpc.StageServicer):
-    def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
+    def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None], on_close: Callable[[], None]) -> None:
         self._spec = spec
         self._on_orphan = on_orphan
+        self._on_close = on_close
         self._worker: StageWorker | None = None
         self._compute = ComputeThread()
         self._state = "created"
@@ -253,6 +260,10 @@ class _StageServicer(rpc.StageServicer):
             reply.epoch, reply.layers_done, reply.steps_done = worker.epoch, worker.layers_done, worker.steps_done
             reply.resident_bytes = worker.resident_bytes()
         return reply
+
+    def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
+        self._on_close()
+        return pb.CloseReply()
 
     # --- orphans -----------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from workers.model_runner import ModelRunner
 from workers.plan_queue import PlanQueue, UnreadablePlan
 from workers.stepper import Stepper, most_owed
 from workers.transport.collectives import Collectives, file_store, join_group
-from workers.transport.links import DEPTH, GrpcSender, Inbox, Sender, Source
-from workers.transport.near import NearInbox, NearSender, meet
+from workers.transport.links import DEPTH, GrpcSender, Inbox, Sender
+from workers.transport.near import NearInbox, NearSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
@@ -40,6 +40,8 @@ class StageWorker:
         self.epoch = 0
         self.steps_done = 0
         self.inbox: Inbox | None = None
+        self._near: NearInbox | None = None
+        self._near_after = ""
         self._sender: Sender | None = None
         self._runner: ModelRunner | None = None
         self._stepper: Stepper | None = None
@@ -79,7 +81,6 @@ class StageWorker:
             if self._shard.is_first:  # nobody may wait here, or the ring stands still
                 self.inbox = Inbox(self.epoch, "tokens", "the last stage", depth=_TOKENS)
         store = file_store(request.store_path, self._shard.num_ranks)
-        self._address = request.group_address
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
         )
@@ -91,8 +92,8 @@ class StageWorker:
     ) -> None:
         """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage.
 
-        After the last of several stages comes the first, which takes the sampled tokens. `near` has the rendezvous
-        files of the links with the stage before and with the one after, each empty when that link goes over gRPC.
+        After the last of several stages comes the first, which takes the sampled tokens. `near` has the sockets of
+        the links with the stage before and with the one after, each empty when that link goes over gRPC.
 
         Raises:
             ValueError: the type is unknown, or there is no next stage.
@@ -107,7 +108,10 @@ class StageWorker:
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(page_size)
-        self._near = near
+        self._near_after = near[1]
+        if near[0]:
+            of = ("tokens", "the last stage") if self._shard.is_first else ()
+            self._near = NearInbox(near[0], self.epoch, *of)
         if downstream and not near[1]:
             self._sender = GrpcSender(downstream, self._token)
 
@@ -151,11 +155,13 @@ class StageWorker:
         """Drop links, group, weights and KV; may be called twice."""
         if self.inbox is not None:
             self.inbox.close("this shard is closing")
+        if self._near is not None:
+            self._near.close()
         if self._sender is not None:
             self._sender.close()
         if self._runner is not None:
             self._collectives.close()
-        self._runner = self._stepper = self._weights = self._sender = None
+        self._runner = self._stepper = self._weights = self._sender = self._near = None
 
     @staticmethod
     def resident_bytes() -> int:
@@ -179,22 +185,13 @@ class StageWorker:
         )  # fmt: skip
 
     def _connect(self) -> Stepper:
-        """Meet the neighbours on this node, now that every stage runs: both ends of a link must come."""
+        """Reach the stage after, now that every stage listens."""
         assert self._runner is not None, "start comes first"
-        stage, stages = self._shard.stage, self._shard.num_stages
-        meetings = [((stage - 1) % stages, self._near[0], 1), (stage, self._near[1], 0)]
-        groups = {}
-        for _, path, end in sorted(meetings):  # in the order of the links around the ring, or all wait for all
-            if path:
-                groups[end] = meet(path, end, self._step_timeout_s, self._address)
-        source: Source | None = self.inbox
-        if 1 in groups:
-            of = ("tokens", "the last stage") if stage == 0 else ()
-            source = NearInbox(groups[1], self.epoch, *of)
-        if 0 in groups:
-            depth = most_owed(stages) + 2 if self._shard.is_last else DEPTH  # the oldest has been taken by then
-            self._sender = NearSender(groups[0], depth)
-        return Stepper(self._runner, source, self._sender, self._step_timeout_s)
+        if self._near_after:
+            # the oldest message to the first stage has been taken by then
+            depth = most_owed(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
+            self._sender = NearSender(self._near_after, depth)
+        return Stepper(self._runner, self._near or self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:
         """One small step, so that the first real one does not pay for first-use initialisation."""

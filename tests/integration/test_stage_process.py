@@ -83,7 +83,7 @@ class Stages:
 
     def start(self, *, first_to_last: bool = False, near: bool = True) -> None:
         count = len(self.handles)
-        links = [str(self.folder / f"link{stage}.store") if near and count > 1 else "" for stage in range(count)]
+        links = [str(self.folder / f"link{stage}.sock") if near and count > 1 else "" for stage in range(count)]
         order = self.handles if first_to_last else reversed(self.handles)
         for handle in order:
             after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
@@ -205,13 +205,15 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
         assert reply.resident_bytes > 1 << 20
 
 
-@pytest.mark.parametrize("method", ["Load", "Start", "Run", "Activations", "Probe"])
+@pytest.mark.parametrize("method", ["Load", "Start", "Run", "Activations", "Probe", "Close"])
 @pytest.mark.parametrize(
     "metadata", [[], token_metadata("wrong"), token_metadata(TOKEN[:-1])], ids=["no", "wrong", "cut"]
 )
 def test_every_method_needs_the_token(bare: Stages, method: str, metadata: list[tuple[str, str]]):
-    assert set(rpc.StageServicer.__dict__) >= {"Load", "Start", "Run", "Activations", "Probe"}
-    messages = {"Load": pb.LoadRequest(), "Start": pb.StartRequest(), "Probe": pb.ProbeRequest()}
+    assert set(rpc.StageServicer.__dict__) >= {"Load", "Start", "Run", "Activations", "Probe", "Close"}
+    messages = {
+        "Load": pb.LoadRequest(), "Start": pb.StartRequest(), "Probe": pb.ProbeRequest(), "Close": pb.CloseRequest()
+    }  # fmt: skip
     message = messages.get(method, iter(()))
     with open_channel(f"unix:{bare.socket(0)}") as channel:
         call = getattr(rpc.StageStub(channel), method)
@@ -234,7 +236,16 @@ def bare() -> Iterator[Stages]:
 
 def test_every_method_of_the_service_is_tested_for_the_token():
     methods = {method.name for method in pb.DESCRIPTOR.services_by_name["Stage"].methods}
-    assert methods == {"Load", "Start", "Run", "Activations", "Probe"}
+    assert methods == {"Load", "Start", "Run", "Activations", "Probe", "Close"}
+
+
+def test_a_closed_handle_ends_the_process(running: Stages):
+    running.run_engine().close()
+    for handle, process in zip(running.handles, running.processes, strict=True):
+        handle.close()
+        handle.close()
+        assert process.wait(20) == 0
+        assert not running.socket(handle.shard.stage).exists()
 
 
 def test_steps_out_of_order_of_life_are_refused(bare: Stages):
@@ -273,16 +284,7 @@ def test_a_killed_process_ends_the_running_request(links: str, stage: int, reque
     other = running.handles[1 - stage]
     eventually(lambda: bool(other.probe().steps_done), 5)  # it answers, and does not wait for what will never come
     engine.close()
-    stub = rpc.StageStub(open_channel(f"unix:{running.socket(1 - stage)}"))
-
-    def free() -> bool:
-        try:
-            list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
-        except grpc.RpcError:
-            return False
-        return True
-
-    eventually(free, 5)
+    assert running.processes[1 - stage].wait(10) == 0
 
 
 @pytest.mark.parametrize("damage", ["payload", "shape"])
@@ -327,7 +329,7 @@ def test_an_orphan_ends_by_itself(stages: Stages):
     assert stages.processes[0].poll() is None, "it lives while an engine is connected"
     engine.cancel(ticket)
     ticket.wait(10)
-    engine.close()
+    stages.handles[0]._channel.close()  # as when the head is killed
     assert stages.processes[0].wait(10) == 3
 
 

@@ -1,86 +1,143 @@
-"""Links between neighbours on one node: gloo point to point, received by the thread that computes.
+"""Links between neighbours on one node: Unix sockets in the launch's private folder, read by the thread that computes.
 
 A message is a header (epoch, step and CRC-32 as int64) and the bytes of one tensor. The receiver knows type and
-shape from its plan: a step takes one message and wakes no other thread of ours. A peer that dies is an error at once.
+shape from its plan: a step takes one message and wakes no other thread of ours. A peer that dies is an error at once,
+and closing an end wakes whoever waits at it.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import math
+import socket
 import struct
+import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from workers.transport.collectives import GLOO, gloo_options
 from workers.transport.links import DEPTH, LinkClosed
 
 _HEADER = 64  # bytes, of which 24 are used: what follows stays aligned
 _FIELDS = struct.Struct("<3q")
-_TAG = 0
 
 
 class NearSender:
-    """The sending end; what travels is kept until the other end has it, compute goes on meanwhile."""
+    """The sending end; what the socket does not take at once follows by itself, compute goes on meanwhile."""
 
-    def __init__(self, group: Any, depth: int = DEPTH) -> None:
-        """Args: `depth` messages may be under way before `send` waits."""
-        self._group = group
+    def __init__(self, path: str, depth: int = DEPTH) -> None:
+        """Connect to the `NearInbox` that listens at `path`; `depth` messages may be under way before `send` waits.
+
+        Raises:
+            LinkClosed: nobody listens there.
+        """
         self._depth = depth
-        self._sent: deque[tuple[Any, torch.Tensor]] = deque()  # gloo reads the message until its work is done
+        self._changed = threading.Condition()
+        self._left: deque[memoryview] = deque()  # what is still to be written, the oldest of it perhaps in part
+        self._error = ""
+        self._writer: threading.Thread | None = None
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            raise LinkClosed(f"the next stage does not listen: {error}") from error
 
     def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        """Send the tensor of a step. Raises LinkClosed when the other end is gone or does not take it."""
+        """Send the tensor of a step. Raises LinkClosed when the other end is gone."""
         body = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
         message = np.empty(_HEADER + body.size, np.uint8)  # numpy: a decode step waits for every call in here
         message[_HEADER:] = body
         crc = _checksum(body, step, tensor.dtype, tensor.shape)
         _FIELDS.pack_into(message, 0, epoch, step, crc)  # type: ignore[arg-type]
-        if self._group is None:
-            raise LinkClosed("closed")
-        try:
-            if len(self._sent) == self._depth:
-                self._sent.popleft()[0].wait()
-            sent = torch.from_numpy(message)
-            self._sent.append((self._group.send([sent], 1, _TAG), sent))
-        except RuntimeError as error:
-            raise LinkClosed(f"link to the next stage broke: {_line(error)}") from error
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or len(self._left) < self._depth)
+            if self._error:
+                raise LinkClosed(self._error)
+            rest = message.data
+            if not self._left:
+                rest = rest[self._write(rest, socket.MSG_DONTWAIT) :]
+            if not rest:
+                return
+            self._left.append(rest)
+            self._changed.notify_all()
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_rest, name="near link", daemon=True)
+                self._writer.start()
 
     def close(self) -> None:
-        self._group = None
-        self._sent.clear()
+        with self._changed:
+            self._error = self._error or "closed"
+            self._left.clear()
+            self._changed.notify_all()
+        _end(self._socket)
+
+    def _write(self, data: memoryview, flags: int = 0) -> int:
+        try:
+            return self._socket.send(data, flags | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._error = self._error or f"link to the next stage broke: {error}"
+            raise LinkClosed(self._error) from error
+
+    def _write_rest(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error or self._left)
+                if self._error:
+                    return
+                data = self._left[0]
+            try:
+                written = self._write(data)
+            except LinkClosed:
+                written = 0
+            with self._changed:
+                if self._left and written < len(data):
+                    self._left[0] = data[written:]
+                elif self._left:
+                    self._left.popleft()
+                self._changed.notify_all()
 
 
 class NearInbox:
-    """The receiving end."""
+    """The receiving end, which listens from the start."""
 
-    def __init__(self, group: Any, epoch: int, what: str = "activations", source: str = "the previous stage") -> None:
-        """Args: `what` it takes and from whom, for messages."""
+    def __init__(self, path: str, epoch: int, what: str = "activations", source: str = "the previous stage") -> None:
+        """Args: `path` of the socket, which must be new; `what` it takes and from whom, for messages.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
         self.epoch = epoch
-        self._group = group
         self._what = what
         self._source = source
+        self._path = path
+        self._link: socket.socket | None = None
+        self._closed = False
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(1)
 
     def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """What came of `step`, which has this shape and type.
 
         Raises:
-            LinkClosed: the other end is gone, nothing came in time, or something else came.
+            LinkClosed: the other end is gone, nothing came in time, something else came, or this end was closed.
         """
         message = torch.empty(_HEADER + math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        try:
-            self._group.recv([message], 0, _TAG).wait(datetime.timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            if "Timed out" in str(error):
-                raise LinkClosed(f"{self._what} of step {step} did not come within {timeout_s:g} s") from error
-            raise LinkClosed(f"{self._source} is gone: {_line(error)}") from error
         raw = message.numpy()
+        try:
+            self._fill(raw.data, timeout_s)
+        except TimeoutError as error:
+            raise LinkClosed(f"{self._what} of step {step} did not come within {timeout_s:g} s") from error
+        except OSError as error:
+            raise LinkClosed("closed" if self._closed else f"{self._source} is gone: {error}") from error
         epoch, came, crc = _FIELDS.unpack_from(raw)  # type: ignore[arg-type]
         if (epoch, came) != (self.epoch, step):
             raise LinkClosed(
@@ -90,27 +147,33 @@ class NearInbox:
             raise LinkClosed(f"{self._what} of step {step} are damaged (checksum differs)")
         return message[_HEADER:].view(dtype).view(tuple(shape))
 
+    def close(self, reason: str = "") -> None:
+        """End the link and wake who waits at it; may be called twice."""
+        self._closed = True
+        _end(self._listener)
+        if self._link is not None:
+            _end(self._link)
+        Path(self._path).unlink(missing_ok=True)
 
-def meet(path: str, rank: int, timeout_s: float, address: str) -> Any:
-    """The group of two neighbours: rank 0 sends, rank 1 receives; blocks until both have come.
+    def _fill(self, rest: memoryview, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        if self._link is None:
+            self._listener.settimeout(timeout_s)
+            self._link, _ = self._listener.accept()
+        while rest:
+            self._link.settimeout(max(1e-3, until - time.monotonic()))
+            count = self._link.recv_into(rest)
+            if not count:
+                raise ConnectionResetError("it ended the link")
+            rest = rest[count:]
 
-    Args:
-        path: rendezvous file of the node, fresh for every epoch.
-        timeout_s: limit for the meeting and for every message.
-        address: IP address gloo binds to.
 
-    Raises:
-        RuntimeError: the other one did not come in time.
-    """
-    store = dist.FileStore(path, 2)
-    store.set_timeout(datetime.timedelta(seconds=timeout_s))
-    return GLOO(store, rank, 2, gloo_options(timeout_s, address))
+def _end(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # not connected, or closed before
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
 
 
 def _checksum(body: np.ndarray, step: int, dtype: torch.dtype, shape: Sequence[int]) -> int:
     """CRC-32 over what the bytes are and the bytes, as in `frames`."""
     return zlib.crc32(body, zlib.crc32(f"{step} {dtype} {tuple(shape)}".encode()))  # type: ignore[arg-type]
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
