@@ -30,6 +30,7 @@ _LOCAL_ENVIRONMENT = {
     # What Ray does while nothing is asked of it takes a core's time from steps that run: no idle workers (each wakes a
     # hundred times a second), and timers that matter only to other loads run rarely.
     "RAY_num_workers_soft_limit": "0",
+    "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs on the machine would go before the stages
     "RAY_object_manager_timer_freq_ms": "10000",
     "RAY_raylet_check_gc_period_milliseconds": "10000",
     "RAY_kill_idle_workers_interval_ms": "5000",
