@@ -28,18 +28,18 @@ _TOKENS = 97  # enough that the length of bursts, which grow with an answer, har
 
 
 def _bare(model: Path, length: int, chunk: int, threads: int) -> tuple[float, float]:
-    """(prefill seconds, seconds a decode step) of the one-process runner, measured in a process of its own."""
+    """(prefill seconds, mean seconds a decode step) of the one-process runner, measured in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "--repeats", "1"]
         command += ["--json", out.name, "decode", "--model", str(model)]
-        command += ["--lengths", str(length), "--chunk", str(chunk)]
+        command += ["--lengths", str(length), "--chunk", str(chunk), "--tokens", str(_TOKENS - 1)]
         subprocess.run(command, check=True, capture_output=True)
-        figures = {f["name"].split()[0]: f["value"] for f in json.load(out)["figures"] if "first run" not in f["name"]}
-    return length / figures["prefill"], figures["decode"] / 1000
+        figures = {figure["name"]: figure["value"] for figure in json.load(out)["figures"]}
+    return length / figures[f"prefill {length}"], figures[f"decode at {length}, mean"] / 1000
 
 
 def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
-    """(seconds to the first token as the client sees it, seconds a decode step)."""
+    """(seconds to the first token as the client sees it, mean seconds a decode step)."""
     began = time.perf_counter()
     job = client.submit(token_ids=random_ids(length, seed), max_tokens=tokens, ignore_eos=True)
     seen = []

@@ -55,12 +55,17 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--quick", action="store_true", help="small sizes and few repeats: checks that everything runs")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT")
     verbs.add_parser("kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler")
-    for verb, text in (
+    for name, text in (
         ("prefill", "time to the first token, as tokens a second"),
         ("decode", "prefill, then time of every further token"),
         ("all", "kernels, prefill and decode"),
     ):
-        _model_options(verbs.add_parser(verb, help=text), needed=False)
+        verb = verbs.add_parser(name, help=text)
+        _model_options(verb, needed=False)
+        if name != "prefill":
+            verb.add_argument(
+                "--tokens", type=count, default=_DECODE_TOKENS, help=f"decode steps (default: {_DECODE_TOKENS})"
+            )
     peers = verbs.add_parser("peers", help="this runner and transformers in alternation on one checkpoint (CPU)")
     _model_options(peers, needed=True)
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
@@ -112,7 +117,7 @@ def _run(options: argparse.Namespace) -> None:
     verbs: dict[str, Callable[[], Iterable[Figure]]] = {
         "kernels": lambda: kernels.run_kernels(_kernel_setup(options, device)),
         "prefill": lambda: _model(options, device, 0),
-        "decode": lambda: _model(options, device, _DECODE_TOKENS),
+        "decode": lambda: _model(options, device, options.tokens),
         "peers": lambda: run_peers(
             options.model, options.lengths, options.chunk, torch.get_num_threads(), options.repeats or 3
         ),

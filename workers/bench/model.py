@@ -5,6 +5,7 @@ Legend: `M` hidden size, `H` and `K` query and KV heads, `D` head dim, `E` exper
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -117,4 +118,5 @@ def run_model(
         if decode:
             times = [second * 1e3 for run in runs for second in run.decode_s]
             figures.append(median_figure(f"decode at {length}", times, "ms a token"))
+            figures.append(Figure(f"decode at {length}, mean", statistics.fmean(times), "ms a token", len(times)))
     return figures
