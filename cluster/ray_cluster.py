@@ -103,7 +103,7 @@ class RayCluster:
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
         if self.is_local:
-            _end_log_monitor()
+            _end_idle_processes()
         if on_terminate is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
@@ -245,18 +245,22 @@ class RayCluster:
         )
 
 
-def _end_log_monitor() -> None:
-    """End the process that looks for new lines in workers' logs ten times a second: nobody has asked for them.
+def _end_idle_processes() -> None:
+    """End what Ray starts beside a local cluster and nobody here asks: log monitor, autoscaler and dashboard.
 
-    Ray has no setting for it; should its internals change, the process stays.
+    Ray has no setting for it, and together they wake some hundred times a second, on cores that compute. Should
+    its internals change, they stay.
     """
     try:
         from ray._private import worker
 
-        if worker.global_worker.node is not None:
-            worker.global_worker.node.kill_log_monitor(check_alive=False)
+        node = worker.global_worker.node
+        if node is not None:
+            node.kill_log_monitor(check_alive=False)
+            node.kill_monitor(check_alive=False)
+            node.kill_dashboard(check_alive=False)
     except Exception:  # noqa: BLE001 - it only costs time
-        _log.debug("Ray's log monitor keeps running", exc_info=True)
+        _log.debug("some of Ray's idle processes keep running", exc_info=True)
 
 
 def _check_reachable(address: str) -> None:
