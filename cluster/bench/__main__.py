@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
@@ -27,15 +28,24 @@ from cluster.units import parse_count
 _TOKENS = 97  # enough that the length of bursts, which grow with an answer, hardly matters
 
 
-def _bare(model: Path, length: int, chunk: int, threads: int) -> tuple[float, float]:
-    """(prefill seconds, mean seconds a decode step) of the one-process runner, measured in a process of its own."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "--repeats", "1"]
-        command += ["--json", out.name, "decode", "--model", str(model)]
+class _Bare:
+    """The one-process runner in a process of its own; answers in turns with the service."""
+
+    def __init__(self, model: Path, length: int, chunk: int, threads: int) -> None:
+        command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "rounds", "--model", str(model)]
         command += ["--lengths", str(length), "--chunk", str(chunk), "--tokens", str(_TOKENS - 1)]
-        subprocess.run(command, check=True, capture_output=True)
-        figures = {figure["name"]: figure["value"] for figure in json.load(out)["figures"]}
-    return length / figures[f"prefill {length}"], figures[f"decode at {length}, mean"] / 1000
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self, what: str) -> float:
+        """Seconds of a "prefill" or of a step of "decode" (the mean of as many steps as the service makes)."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(what, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
@@ -75,28 +85,35 @@ def main() -> None:
 @_options
 @click.option("--length", default="32K", callback=lambda c, p, v: parse_count(v), help="Prompt tokens.")
 @click.option("--threads", default=2, help="Threads of the runner and of the one actor.")
-@click.option("--repeats", default=3, help="Alternating runs behind the medians.")
-def overhead(model: Path, chunk: int, out: Path | None, length: int, threads: int, repeats: int) -> None:
+@click.option("--repeats", default=3, help="Prefills in turns behind the medians.")
+@click.option("--rounds", default=4, help="Decode rounds in turns after each.")
+def overhead(
+    model: Path, chunk: int, out: Path | None, length: int, threads: int, repeats: int, rounds: int
+) -> None:  # fmt: skip
     """What client, gateway, store, engine and one stage process (1 x 1) add to the bare runner."""
-    bare, served = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    prefill: list[tuple[float, float]] = []  # bare, served: one after the other, as this machine's speed drifts
+    decode: list[tuple[float, float]] = []
+    with contextlib.ExitStack() as steps:
+        folder = Path(steps.enter_context(tempfile.TemporaryDirectory()))
         cluster: dict[str, object] = {"threads_per_actor": threads, "cpus_per_actor": 1.0}
-        with head(
-            model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
-        ) as (client, _):
-            _served(client, 2 * chunk, 4, 0)
-            for seed in range(1, repeats + 1):
-                bare.append(_bare(model, length, chunk, threads))
-                served.append(_served(client, length, _TOKENS, seed))
-    prefill = [statistics.median(run[0] for run in runs) for runs in (bare, served)]
-    decode = [statistics.median(run[1] for run in runs) for runs in (bare, served)]
+        prefilling: dict[str, object] = {"max_num_batched_tokens": chunk}
+        client, _ = steps.enter_context(
+            head(model, folder, cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill=prefilling)
+        )
+        bare = steps.enter_context(contextlib.closing(_Bare(model, length, chunk, threads)))
+        bare.measure("decode")
+        _served(client, 2 * chunk, 4, 0)
+        for seed in range(1, repeats + 1):
+            prefill.append((bare.measure("prefill"), _served(client, length, 2, seed)[0]))
+            for _ in range(rounds):  # the pages of the document are still there
+                decode.append((bare.measure("decode"), _served(client, length, _TOKENS, seed)[1]))
     _write(out, {
         "what": "overhead of the service at 1 x 1", "length": length, "chunk": chunk, "threads": threads,
-        "bare_prefill_s": [round(a, 3) for a, _ in bare], "served_first_token_s": [round(a, 3) for a, _ in served],
-        "prefill_overhead": round(prefill[1] / prefill[0] - 1, 4),
-        "bare_decode_ms": [round(b * 1e3, 2) for _, b in bare],
-        "served_decode_ms": [round(b * 1e3, 2) for _, b in served],
-        "decode_overhead_ms": round((decode[1] - decode[0]) * 1e3, 2),
+        "bare_prefill_s": [round(a, 3) for a, _ in prefill], "served_first_token_s": [round(b, 3) for _, b in prefill],
+        "prefill_overhead": round(statistics.median(b / a for a, b in prefill) - 1, 4),
+        "bare_decode_ms": [round(a * 1e3, 2) for a, _ in decode],
+        "served_decode_ms": [round(b * 1e3, 2) for _, b in decode],
+        "decode_overhead_ms": round(statistics.median(b - a for a, b in decode) * 1e3, 2),
     })  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 
 from workers.bench import kernels, machine
 from workers.bench.checkpoint import write_checkpoint
-from workers.bench.model import DTYPES, benchmark_spec, run_model
+from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model
 from workers.bench.peers import run_peers
 from workers.bench.timing import Figure
 
@@ -55,17 +55,19 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--quick", action="store_true", help="small sizes and few repeats: checks that everything runs")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT")
     verbs.add_parser("kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler")
-    for name, text in (
+    for verb, text in (
         ("prefill", "time to the first token, as tokens a second"),
         ("decode", "prefill, then time of every further token"),
         ("all", "kernels, prefill and decode"),
     ):
-        verb = verbs.add_parser(name, help=text)
-        _model_options(verb, needed=False)
-        if name != "prefill":
-            verb.add_argument(
-                "--tokens", type=count, default=_DECODE_TOKENS, help=f"decode steps (default: {_DECODE_TOKENS})"
-            )
+        _model_options(verbs.add_parser(verb, help=text), needed=False)
+    rounds = verbs.add_parser(
+        "rounds", help="for every line prefill or decode on standard input: seconds to the first token, or of a step"
+    )
+    _model_options(rounds, needed=True)
+    rounds.add_argument(
+        "--tokens", type=count, default=_DECODE_TOKENS, help=f"decode steps of a round (default: {_DECODE_TOKENS})"
+    )
     peers = verbs.add_parser("peers", help="this runner and transformers in alternation on one checkpoint (CPU)")
     _model_options(peers, needed=True)
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
@@ -91,21 +93,33 @@ def main(argv: list[str] | None = None) -> int:
             size = write_checkpoint(options.out, layers=options.layers)
             print(f"{options.out}: {size / 1e9:.2f} GB of weights")
             return 0
-        _run(options)
+        _rounds(options) if options.verb == "rounds" else _run(options)
     except (ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _device(options: argparse.Namespace) -> torch.device:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda: torch finds no GPU here; use --device cpu")
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
     if options.threads:
         torch.set_num_threads(options.threads)
+    return device
+
+
+def _rounds(options: argparse.Namespace) -> None:
+    device, (size, *_), dtype = _device(options), options.lengths, DTYPES[options.dtype]
+    process = OneProcess(options.model, dtype, device, size + options.tokens + PAGE, options.chunk)
+    for seconds in process.rounds(sys.stdin, process.prompt(size), options.tokens):
+        print(seconds, flush=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    device = _device(options)
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
     where = machine.describe(device, options.date)
     figures: list[Figure] = []
 
@@ -117,7 +131,7 @@ def _run(options: argparse.Namespace) -> None:
     verbs: dict[str, Callable[[], Iterable[Figure]]] = {
         "kernels": lambda: kernels.run_kernels(_kernel_setup(options, device)),
         "prefill": lambda: _model(options, device, 0),
-        "decode": lambda: _model(options, device, options.tokens),
+        "decode": lambda: _model(options, device, _DECODE_TOKENS),
         "peers": lambda: run_peers(
             options.model, options.lengths, options.chunk, torch.get_num_threads(), options.repeats or 3
         ),

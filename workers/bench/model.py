@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,12 +78,32 @@ class OneProcess:
         for start in range(0, len(ids), self._chunk):
             token = self._step(tables, start, ids[start : start + self._chunk], len(ids))
         prefill = time.perf_counter() - began
+        return Timings(prefill, self._decode(tables, ids, token, decode))
+
+    def _decode(self, tables: BlockTables, ids: list[int], token: int, count: int) -> list[float]:
         seconds = []
-        for index in range(decode):
+        for index in range(count):
             began = time.perf_counter()
             token = self._step(tables, len(ids) + index, [token], len(ids))
             seconds.append(time.perf_counter() - began)
-        return Timings(prefill, seconds)
+        return seconds
+
+    @torch.inference_mode()
+    def rounds(self, requests: Iterable[str], ids: list[int], decode: int) -> Iterator[float]:
+        """For every "prefill" the seconds to the first token, for every "decode" the mean seconds of a step after it.
+
+        So another program can measure in turns with this one, on memory that stays where it is.
+        """
+        self.run(ids[: 2 * self._chunk], 2)
+        whole = -(-len(ids) // PAGE)
+        for request in requests:
+            if request.strip() == "prefill":
+                yield self.run(ids, 0).prefill_s
+                continue
+            tables = BlockTables(PAGE)
+            part = SequenceSlice(0, 0, 1, len(ids), ids[:1], range(whole), whole, None)
+            tables.apply(StepPlan(0, 0, (part,)))
+            yield statistics.fmean(self._decode(tables, ids, ids[-1], decode))
 
     def _step(self, tables: BlockTables, start: int, ids: list[int], prompt_len: int) -> int:
         have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
@@ -118,5 +139,4 @@ def run_model(
         if decode:
             times = [second * 1e3 for run in runs for second in run.decode_s]
             figures.append(median_figure(f"decode at {length}", times, "ms a token"))
-            figures.append(Figure(f"decode at {length}, mean", statistics.fmean(times), "ms a token", len(times)))
     return figures
