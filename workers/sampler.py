@@ -49,6 +49,17 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def _all_finite(x: torch.Tensor) -> bool:
+    """Whether no value is infinite or not a number; every step waits for it, so first by one sum."""
+    total = float(x.numpy().sum()) if x.device.type == "cpu" else float(x.sum())
+    return math.isfinite(total) or bool(torch.isfinite(x).all())  # finite values may add up to infinity
+
+
+def _highest(x: torch.Tensor) -> int:
+    """Index of the greatest value, the first of equal ones on a CPU; numpy does it without waking other threads."""
+    return int(x.numpy().argmax()) if x.device.type == "cpu" else int(x.argmax())
+
+
 class Sampler:
     """Samples the rows of a step; remembers only which ids a penalised sequence has seen."""
 
@@ -69,17 +80,17 @@ class Sampler:
             RuntimeError: the logits are not finite, or a penalised sequence arrives without its history.
         """
         params = spec.params
-        if not bool(torch.isfinite(logits).all()):
+        if not _all_finite(logits):
             raise RuntimeError(f"sequence {sequence}: logits of token {spec.token_index} are not finite")
         scores = logits
         if params.repetition_penalty != 1.0:
             scores = penalise(logits, self._seen_mask(sequence, spec, logits.device), params.repetition_penalty)
         if params.temperature == 0.0:
-            token = int(scores.argmax())
+            token = _highest(scores)
         else:
             filtered = filter_logits(scores, params)
             noise = gumbel_noise(params.seed, spec.token_index, filtered.numel()).to(filtered.device)
-            token = int((filtered + noise).argmax())
+            token = _highest(filtered + noise)
         if params.repetition_penalty != 1.0:
             self._seen[sequence][token] = True
         return self._with_logprobs(sequence, token, logits, params.logprobs)

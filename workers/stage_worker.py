@@ -27,7 +27,7 @@ KV_DTYPES = DTYPES | {"int8": torch.int8}
 # Results of decode steps are held back while more of them are planned: every message wakes threads here and at the
 # head, and what they take from a core delays the step that runs.
 _HELD = 8
-_HELD_S = 0.16
+_HELD_S = 0.2
 _TOKENS = 1 << 16  # steps; far fewer are ever in flight
 
 
