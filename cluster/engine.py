@@ -30,7 +30,7 @@ _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
 _BURST = 12  # decode steps in flight at most: no more than half of what a request has answered, which may end soon,
 _BURST_AT_FIRST = 6  # but this many from the start,
-_BURST_S = 0.4  # and how long they may take together: a new request and a cancel wait for them
+_BURST_S = 0.25  # and how long they may take together: a new request and a cancel wait for them
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +52,7 @@ class Engine:
     About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
     a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
     chunk that takes long, since a new request would wait for that too. While the stages only decode there are more, a
-    burst of 0.4 s: tokens go from the last stage to the first without the head, plans and results
+    burst of a quarter of a second: tokens go from the last stage to the first without the head, plans and results
     travel together, so that head and client, who share the cores with the stages, wake once for several tokens. The
     next plans leave before anybody hears of the last results: progress and callbacks are dealt with while the stages
     compute.

@@ -8,7 +8,6 @@ plans said, and refuses a plan that does not continue it.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 from array import array
@@ -19,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from workers import huge_pages
 
 _HUGE_PAGE = 2 << 20
 _HUGE_FROM = 8 << 20  # bytes of a head's range from which on a page more or less does not count
@@ -152,10 +153,7 @@ def _room(shape: tuple[int, int, int, int], dim: int, dtype: torch.dtype, device
         return torch.empty(*shape, dim, dtype=dtype, device=device)
     ranges = math.prod(heads)
     whole = -(-slots * row // _HUGE_PAGE) * _HUGE_PAGE + max(1, _HUGE_PAGE // ranges // row) * row
-    data = torch.empty(*heads, -(-whole // row), dim, dtype=dtype, device=device)
-    first = -(-data.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = data.data_ptr() + data.nbytes - first
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)  # advice: it may fail
+    data = huge_pages.advise(torch.empty(*heads, -(-whole // row), dim, dtype=dtype, device=device))
     return data[..., :slots, :]
 
 

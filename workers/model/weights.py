@@ -20,6 +20,7 @@ import torch
 
 from protos.messages import ShardSpec, Span
 from protos.model_spec import ModelSpec
+from workers import huge_pages
 from workers.model import native
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
@@ -141,7 +142,7 @@ def _build(
         shape, pairs = plan.shape, name in _PAIRS
         if name in _PACKED:
             shape = native.packed_shape(shape, dtype, device, pairs)
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+        tensor = huge_pages.advise(torch.empty(shape, dtype=dtype, device=device))
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
             if shape == plan.shape:
