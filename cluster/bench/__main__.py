@@ -25,7 +25,7 @@ from cluster.client import Client
 from cluster.environment import environment
 from cluster.units import parse_count
 
-_TOKENS = 97  # enough that the length of bursts, which grow with an answer, hardly matters
+_TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
 
 
 class _Bare:
