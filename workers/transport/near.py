@@ -147,7 +147,7 @@ class NearInbox:
             raise LinkClosed(f"{self._what} of step {step} are damaged (checksum differs)")
         return message[_HEADER:].view(dtype).view(tuple(shape))
 
-    def close(self, reason: str = "") -> None:
+    def close(self) -> None:
         """End the link and wake who waits at it; may be called twice."""
         self._closed = True
         _end(self._listener)
