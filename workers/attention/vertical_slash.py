@@ -201,11 +201,9 @@ class _Group:
         found: list[Selection] = []
         while len(found) < len(new):  # some heads at a time: each search keeps an order of all its candidates
             searches = [AdaptiveSearch(one, self.spec.target_recall * rows) for one in new[len(found) :][:_SEARCHES]]
-            others: list[Selection | None] = [None] * len(new)
+            first, rest = [None] * len(found), [None] * (len(new) - len(found) - len(searches))
             while not all(search.done for search in searches):
-                proposed = others.copy()
-                for head, search in enumerate(searches, len(found)):
-                    proposed[head] = None if search.done else search.selection
+                proposed = [*first, *(None if search.done else search.selection for search in searches), *rest]
                 kept = self.backend.mass(self.cell.estimate, self.keys, kv_head, sums, proposed)[len(found) :]
                 for search, mass in zip(searches, kept.tolist(), strict=False):
                     if not search.done:

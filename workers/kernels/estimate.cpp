@@ -75,7 +75,7 @@ bool valid(const Args& a) {
     if (tiles && (a.dim % 32 != 0 || a.q_type != kBfloat16 || a.kv_type == kFloat32)) return false;
     return a.num_rows >= 1 && a.dim >= 1 && a.heads >= 1 && a.kv_heads >= 1 && a.heads % a.kv_heads == 0 &&
            a.page_size >= 1 && a.kv_head >= 0 && a.kv_head < a.kv_heads && a.borders[3] >= 1 &&
-           a.borders[3] <= INT32_MAX - kKeys && a.q_type >= 0 && a.q_type <= kBfloat16 && a.kv_type >= 0 &&
+           a.borders[3] <= INT32_MAX - 2 * kKeys && a.q_type >= 0 && a.q_type <= kBfloat16 && a.kv_type >= 0 &&
            a.kv_type <= kInt8 && (a.kv_type == kInt8) == (a.key_scales != nullptr);
 }
 
