@@ -11,8 +11,7 @@ from protos.messages import CellReport, SampledToken, ShardSpec, StepPlan
 from protos.model_spec import ModelSpec
 from workers.batch import Batch, BlockTables, token_ids
 from workers.kv_cache import PagedKV
-from workers.model.decoder import Decoder
-from workers.model.rope import Turns
+from workers.model.decoder import Decoder, Ready
 from workers.model.sparse import CellLog
 from workers.model.weights import ShardWeights
 from workers.sampler import Sampler
@@ -37,7 +36,7 @@ class Prepared:
 
     plan: StepPlan
     batch: Batch
-    turns: Turns
+    layers: Ready
 
 
 class ModelRunner:
@@ -87,7 +86,7 @@ class ModelRunner:
         if not plan.slices:
             return None
         batch = self._tables.batch(plan, self._spec, self.device, with_tokens=False)
-        return Prepared(plan, batch, self.decoder.turns(batch))
+        return Prepared(plan, batch, self.decoder.prepare(batch, self._kv))
 
     def learn(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
         """Take the newest tokens of sequences, the input of plans that bring none; of unknown ones they are dropped."""
@@ -112,7 +111,7 @@ class ModelRunner:
             hidden = self.decoder.embed(token_ids(plan, self._sampled, self.device))
         assert hidden is not None, "a later stage needs activations"
         log = CellLog()
-        hidden = self.decoder.layers(hidden, batch, self._kv, log, ready.turns)
+        hidden = self.decoder.layers(hidden, ready.layers, log)
         reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
         if not self.shard.is_last:
             return replace(reports, hidden=hidden)

@@ -1,7 +1,8 @@
-"""Links of one node: two ends in one process."""
+"""Links of one node: two ends in one process, compiled and in Python."""
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from workers.kernels.build import load
+from workers.transport import native, near
 from workers.transport.links import LinkClosed
 from workers.transport.near import NearInbox, NearSender
 
 LARGE = 1 << 20  # beyond what sockets hold
+
+only_compiled = pytest.mark.parametrize("ends", ["compiled"], indirect=True)
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(native, "serves", lambda size: False)
+    elif load().library is None:
+        pytest.skip(load().reason)
 
 
 @pytest.fixture
@@ -138,3 +151,71 @@ def test_a_receiver_that_ends_is_an_error_for_the_sender(inbox: NearInbox, sende
 def test_a_neighbour_that_does_not_listen_is_an_error(tmp_path: Path):
     with pytest.raises(LinkClosed, match="the next stage does not listen"):
         NearSender(str(tmp_path / "link"))
+
+
+@only_compiled
+@pytest.mark.parametrize("compiled", ["sender", "inbox"])
+def test_compiled_ends_and_ends_in_python_understand_each_other(
+    inbox: NearInbox, sender: NearSender, compiled: str, monkeypatch: pytest.MonkeyPatch
+):
+    def use(end: str) -> None:
+        monkeypatch.setattr(native, "serves", lambda size: end == compiled)
+
+    for step, shape in enumerate([(1,), (7,), (17, 67), (0, 3), (193, 128)]):
+        tensor = torch.randn(shape).bfloat16()
+        use("sender")
+        sender.send(1, step, tensor)
+        use("inbox")
+        assert torch.equal(inbox.take(step, 5.0, shape, torch.bfloat16), tensor)
+    use("sender")
+    sender.send(1, 9, torch.arange(3))
+    use("inbox")
+    with pytest.raises(LinkClosed, match="are damaged"):
+        inbox.take(9, 5.0, (3,), torch.float64)
+
+
+@only_compiled
+def test_one_changed_bit_is_found(inbox: NearInbox, sender: NearSender, tmp_path: Path):
+    """Every byte that counts, by the compiled end; what is left of the header is room."""
+    message = bytearray(near._message(torch.arange(2, dtype=torch.int32), 1, 0, near._seed(torch.int32, (2,))))
+    sender._socket.send(message)
+    assert inbox.take(0, 5.0, (2,), torch.int32).tolist() == [0, 1]
+    for at in (*range(24), *range(64, 72)):
+        changed = message.copy()
+        changed[at] ^= 1 << at % 8
+        sender._socket.send(changed)
+        with pytest.raises(LinkClosed, match=r"are damaged|where step 0, epoch 1 was due"):
+            inbox.take(0, 5.0, (2,), torch.int32)
+
+
+@only_compiled
+def test_a_message_in_pieces_is_put_together(inbox: NearInbox, sender: NearSender):
+    """While it is waited for with eyes open and asleep."""
+    whole = near._message(torch.arange(100), 1, 0, near._seed(torch.int64, (100,)))
+    for awake in ((0, 0), (0, 10**6), (20_000, 40_000)):
+        inbox._rhythm.awake = lambda awake=awake: awake  # type: ignore[method-assign]
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(inbox.take, 0, 5.0, (100,), torch.int64)
+            for first in range(0, len(whole), 200):
+                time.sleep(0.012)
+                sender._socket.send(whole[first : first + 200])
+            assert torch.equal(waiting.result(5), torch.arange(100))
+        assert 10_000 < inbox._rhythm.last_us.value < 5_000_000
+
+
+@only_compiled
+def test_whoever_is_awake_still_gives_up_in_time(inbox: NearInbox, sender: NearSender):
+    inbox._rhythm.awake = lambda: (0, 10**9)  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises(LinkClosed, match=r"did not come within 0\.2 s"):
+        inbox.take(5, 0.2, (3,), torch.int64)
+    assert 0.15 < time.monotonic() - began < 5
+
+
+@only_compiled
+def test_structures_have_the_layout_of_the_compiled_ends():
+    library = load().library
+    assert library is not None
+    sizes = (ctypes.c_int64 * 2)()
+    library.longreach_link_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(native.Take), ctypes.sizeof(native.Send)]

@@ -10,6 +10,7 @@ import torch
 from protos.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from protos.model_spec import DualChunkSpec, ModelSpec, RopeSpec
 from workers.attention import native as attention
+from workers.batch import Batch
 from workers.bench.model import benchmark_spec
 from workers.kernels.build import load
 from workers.kv_cache import PagedKV, PlanMismatch, SlotRun
@@ -99,6 +100,10 @@ class Sequences:
         return StepPlan(1, next(self.steps), tuple(slices))
 
 
+def layers(runner: ModelRunner, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return runner.decoder.layers(x, runner.decoder.prepare(batch, runner._kv))
+
+
 def equal(got: StepOutput, wanted: StepOutput) -> None:
     assert got.logits is not None
     assert wanted.logits is not None
@@ -132,7 +137,7 @@ def test_shards_reduce_between_the_halves() -> None:
         batch = ours._tables.batch(plan, ours._spec, CPU, with_tokens=True)
         x = torch.randn(len(batch.positions), SPEC.hidden_size, dtype=BF16)
         kept = x.clone()
-        got, wanted = (runner.decoder.layers(x, batch, runner._kv) for runner in (ours, twin))
+        got, wanted = (layers(runner, x, batch) for runner in (ours, twin))
         assert torch.equal(got, wanted)
         assert torch.equal(x, kept)
     assert ours.decoder.layers_done == 2 * 21
@@ -158,14 +163,11 @@ def test_other_types_and_long_steps_are_not_taken() -> None:
     layers = ours.decoder._fused
     assert layers is not None
     plans = Sequences(1)
-    ours._tables.apply(plan := plans.step(64))
-    batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
-    x = torch.zeros(64, SPEC.hidden_size, dtype=BF16)
-    small = PagedKV(2, 2, SPEC.head_dim, BLOCKS, PAGE, torch.int8)
-    assert layers.takes(x, batch, ours._kv)
-    assert not layers.takes(x.float(), batch, ours._kv)
-    assert not layers.takes(x, batch, small)
-    assert not layers.takes(x.new_zeros(65, SPEC.hidden_size), batch, ours._kv)
+    for rows, taken in ((64, True), (65, False)):
+        ours._tables.apply(plan := plans.step(rows))
+        batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
+        assert layers.takes(batch, ours._kv) is taken
+        assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, BLOCKS, PAGE, torch.int8))
 
 
 def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> None:
@@ -177,7 +179,7 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
     x = torch.randn(3, SPEC.hidden_size, dtype=BF16)
     for run in (SlotRun(BLOCKS * PAGE - 2, 3), SlotRun(-1, 3), SlotRun(0, 2)):
         with pytest.raises(PlanMismatch, match="outside the cache"):
-            ours.decoder.layers(x, replace(batch, slots=(run,)), ours._kv)
+            layers(ours, x, replace(batch, slots=(run,)))
     assert torch.equal(ours._kv._data.view(torch.int16), before)
 
 

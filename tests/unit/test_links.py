@@ -19,6 +19,7 @@ from workers.transport.links import (
     frame_to_pb,
     receive_frames,
 )
+from workers.transport.native import Rhythm
 
 
 class Background(threading.Thread):
@@ -183,3 +184,25 @@ def test_frames_survive_the_wire():
 def test_unit_tests_cannot_open_sockets():
     with socket.socket() as probe, pytest.raises(AssertionError, match="forbidden in unit tests"):
         probe.connect(("127.0.0.1", 9))
+
+
+@pytest.mark.parametrize(
+    ("waits", "awake"),
+    [
+        ([], (0, 0)),
+        ([9000, 9100], (0, 0)),  # too few to tell
+        ([9000, 9100, 9050], (8500, 9600)),
+        ([50_000, 9000, 9100, 12_000], (8500, 12_500)),  # what is long ago does not count
+        ([9000, 9100, 13_001], (0, 0)),  # no rhythm
+        ([400, 800, 600], (300, 900)),  # never more than a quarter of the wait too early
+        ([0, 0, 0], (0, 0)),
+        ([0, 3000, 0], (0, 3000)),
+    ],
+)
+def test_a_wait_is_told_from_the_last_ones(waits: list[int], awake: tuple[int, int]):
+    rhythm = Rhythm()
+    for wait in waits:
+        rhythm.awake()
+        rhythm.last_us.value = wait
+    assert rhythm.awake() == awake
+    assert rhythm.awake() == awake  # nothing came in between

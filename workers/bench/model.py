@@ -113,7 +113,7 @@ class OneProcess:
         tables.apply(plan)
         batch = tables.batch(plan, self.spec, self._device, with_tokens=True)
         assert batch.token_ids is not None
-        hidden = self._decoder.layers(self._decoder.embed(batch.token_ids), batch, self._kv)
+        hidden = self._decoder.layers(self._decoder.embed(batch.token_ids), self._decoder.prepare(batch, self._kv))
         token = int(self._decoder.logits(hidden[batch.sample_rows])[0].argmax())
         synchronize(self._device)
         return token

@@ -19,13 +19,23 @@ from workers.attention.plan import Rotation
 from workers.attention.queries import Queries
 from workers.batch import Batch
 from workers.kv_cache import PagedKV
-from workers.model.fused import FusedLayers
+from workers.model.fused import FusedCall, FusedLayers
 from workers.model.layers import gated_mlp, linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, Turns, norm_and_rotate_
 from workers.model.sparse import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
 from workers.transport.collectives import Collectives
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What of a step is known without its activations."""
+
+    batch: Batch
+    kv: PagedKV
+    turns: Turns
+    fused: FusedCall | None  # where all layers are one call
 
 
 @dataclass(slots=True)
@@ -71,19 +81,23 @@ class Decoder:
         found = F.embedding(torch.where(own, local, 0), table) * own[:, None].to(table.dtype)
         return self._collectives.all_reduce(found)
 
-    def turns(self, batch: Batch) -> Turns:
-        """The rotations of a step; they need no activations."""
-        far = {"succ": batch.needs(Rotation.SUCC), "inter": batch.needs(Rotation.INTER)}
-        return self._rotary.turns(batch.positions, **far)
+    def prepare(self, batch: Batch, kv: PagedKV) -> Ready:
+        """Do what `layers` needs no activations for; keys and values will go to `kv`.
 
-    def layers(
-        self, x: torch.Tensor, batch: Batch, kv: PagedKV, log: CellLog | None = None, turns: Turns | None = None
-    ) -> torch.Tensor:
-        """Run this shard's layers on `[T, M]`; keys and values go to `kv`, reports of sparse cells to `log`."""
-        turns = turns or self.turns(batch)
-        if self._fused is not None and self._fused.takes(x, batch, kv):
-            return self._fused.run(x, batch, kv, turns, self._collectives)
-        step = _Step(batch, kv, turns)
+        Raises:
+            PlanMismatch: a slot of the batch lies outside the cache.
+        """
+        far = {"succ": batch.needs(Rotation.SUCC), "inter": batch.needs(Rotation.INTER)}
+        turns = self._rotary.turns(batch.positions, **far)
+        fused = self._fused if self._fused is not None and self._fused.takes(batch, kv) else None
+        return Ready(batch, kv, turns, fused.prepare(batch, kv, turns) if fused else None)
+
+    def layers(self, x: torch.Tensor, ready: Ready, log: CellLog | None = None) -> torch.Tensor:
+        """Run this shard's layers on `[T, M]`, the step prepared last; reports of sparse cells go to `log`."""
+        if self._fused is not None and ready.fused is not None:
+            return self._fused.run(x, ready.fused, self._collectives)
+        batch = ready.batch
+        step = _Step(batch, ready.kv, ready.turns)
         if any(piece.sparse for piece in batch.pieces):
             step.sparse = SparsePrefill(self.spec, self.shard, self._rotary, batch, log or CellLog())
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -61,6 +62,14 @@ class _Step(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class FusedCall:
+    """Room for the activations of a step `[T, M]`, which become the result, and what else must outlive the call."""
+
+    x: torch.Tensor
+    kept_alive: list[object]
+
+
 class FusedLayers:
     """The layers of one shard. Not for several threads at once: the buffers of a step are kept."""
 
@@ -96,37 +105,42 @@ class FusedLayers:
         """Layers computed so far, all steps together; any thread may ask."""
         return int(self._done.value)
 
-    def takes(self, x: torch.Tensor, batch: Batch, kv: PagedKV) -> bool:
-        """Whether rows `[T, M]` with their batch can be computed here."""
-        few = x.shape[0] <= MAX_ROWS and x.dtype == torch.bfloat16 and kv.layer(0).keys.dtype == torch.bfloat16
+    @staticmethod
+    def takes(batch: Batch, kv: PagedKV) -> bool:
+        """Whether the rows of a batch can be computed here."""
+        few = len(batch.positions) <= MAX_ROWS and kv.layer(0).keys.dtype == torch.bfloat16
         return few and not any(piece.sparse for piece in batch.pieces)
 
-    def run(
-        self, x: torch.Tensor, batch: Batch, kv: PagedKV, turns: Turns, collectives: Collectives
-    ) -> torch.Tensor:  # fmt: skip
-        """`[T, M]` through all layers; keys and values go to `kv`.
+    def prepare(self, batch: Batch, kv: PagedKV, turns: Turns) -> FusedCall:
+        """Make everything of a call ready but the activations; keys and values will go to `kv`.
 
         Raises:
             PlanMismatch: a slot of the batch lies outside the cache.
+        """
+        self._bind(kv)
+        x = torch.empty(len(batch.positions), self._spec.hidden_size, dtype=torch.bfloat16)
+        return FusedCall(x, self._fill(x, batch, kv, turns))
+
+    def run(self, x: torch.Tensor, call: FusedCall, collectives: Collectives) -> torch.Tensor:
+        """`[T, M]` through all layers; `call` is what was prepared last.
+
+        Raises:
             MemoryError: there is no room for the scratch memory of a call.
         """
         library = load().library
         assert library is not None
-        self._bind(kv)
-        x = x.clone(memory_format=torch.contiguous_format)
-        kept_alive = self._prepare(x, batch, kv, turns)
+        x = call.x.copy_(x)
         step = ctypes.byref(self._step)
         if collectives.size == 1:
             count, done = ctypes.c_int64(len(self._layers)), ctypes.byref(self._done)
             _check(library.longreach_layers(self._layers, count, step, done))
-        else:
-            out = self._out[: x.shape[0]]
-            for layer in self._layers:
-                for half in range(2):
-                    _check(library.longreach_half_layer(ctypes.byref(layer), step, half))
-                    x.copy_(collectives.all_reduce(out).add_(x))
-                self._done.value += 1
-        del kept_alive
+            return x
+        out = self._out[: x.shape[0]]
+        for layer in self._layers:
+            for half in range(2):
+                _check(library.longreach_half_layer(ctypes.byref(layer), step, half))
+                x.copy_(collectives.all_reduce(out).add_(x))
+            self._done.value += 1
         return x
 
     def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> _Layer:
@@ -177,7 +191,7 @@ class FusedLayers:
             )  # fmt: skip
         self._kv = kv
 
-    def _prepare(self, x: torch.Tensor, batch: Batch, kv: PagedKV, turns: Turns) -> list[object]:
+    def _fill(self, x: torch.Tensor, batch: Batch, kv: PagedKV, turns: Turns) -> list[object]:
         """Complete the structure of a step; returns what must outlive the call."""
         step, cache = self._step, kv.layer(0)
         rows = [slot for first, length in batch.slots for slot in range(first, first + length)]
