@@ -1,4 +1,8 @@
-"""The engine's end of a shard: a small protocol, and its implementation over gRPC."""
+"""The engine's end of a shard: a small protocol, and its implementation over gRPC.
+
+Plans and results of a shard on the engine's node go through a Unix socket beside the call that runs it; the call says
+who may, and how the run ends.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -15,8 +20,10 @@ from protos import stage_pb2 as pb
 from protos import stage_pb2_grpc as rpc
 from protos.channel import open_channel, token_metadata
 from protos.messages import LoadProgress, ShardSpec, StepPlan, StepResult
+from protos.pipe import STEPS_KEY, Pipe, PipeDoor
 
 _CLOSE_TIMEOUT_S = 2.0
+_ACCEPT_S = 0.1  # how often it is asked whether the shard has refused
 
 
 class StageError(RuntimeError):
@@ -44,8 +51,12 @@ class StageHandle(Protocol):
 class GrpcStageHandle:
     """A shard in another process."""
 
-    def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
+    def __init__(self, shard: ShardSpec, address: str, token: str, near: bool | None = None) -> None:
+        """Args: `near` says whether plans and results go through a Unix socket; None: where `address` is one."""
         self.shard = shard
+        self._door = ""
+        if near or (near is None and address.startswith("unix:")):
+            self._door = str(Path(address.removeprefix("unix:")).with_suffix(".steps"))
         self.name = f"stage {shard.stage} shard {shard.rank}"
         self._channel = open_channel(address)
         self._stub = rpc.StageStub(self._channel)
@@ -53,6 +64,7 @@ class GrpcStageHandle:
         self._plans: queue.SimpleQueue[pb.StepPlans | None] = queue.SimpleQueue()
         self._results: threading.Thread | None = None
         self._call: grpc.Call | None = None
+        self._pipe: Pipe | None = None
         self._closing = False
 
     def load(self, request: pb.LoadRequest, timeout_s: float) -> Iterator[LoadProgress]:
@@ -100,11 +112,20 @@ class GrpcStageHandle:
         return reply
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        results = self._stub.Run(iter(self._plans.get, None), metadata=self._metadata)
+        metadata = self._metadata
+        door = PipeDoor(self._door) if self._door else None
+        if door is not None:
+            metadata = [*metadata, (STEPS_KEY, door.path)]
+        results = self._call = self._stub.Run(iter(self._plans.get, None), metadata=metadata)
+        if door is not None:
+            self._pipe = _accept(door, results)
 
         def read() -> None:
             try:
-                for message in results:
+                if self._pipe is not None:
+                    for data in self._pipe.messages():
+                        on_results(codec.results_from_pb(pb.StepResults.FromString(data)))
+                for message in results:  # through a pipe: only how the call ends
                     on_results(codec.results_from_pb(message))
             except Exception as error:  # noqa: BLE001 - without this thread nobody would notice the shard's silence
                 if not self._closing:
@@ -113,23 +134,40 @@ class GrpcStageHandle:
             if not self._closing:
                 on_lost(f"{self.name} ended the run")
 
-        self._call = results
         self._results = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
         self._results.start()
 
     def send(self, plans: Sequence[StepPlan]) -> None:
-        self._plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
+        message = codec.plans_to_pb(plans, with_tokens=self.shard.is_first)
+        if self._pipe is None:
+            self._plans.put(message)
+            return
+        with contextlib.suppress(OSError):  # the thread that reads tells
+            self._pipe.send(message.SerializeToString())
 
     def close(self) -> None:
         self._closing = True
         self._plans.put(None)
         if self._results is not None and self._call is not None:
             self._call.cancel()  # a long step is not waited for
+            if self._pipe is not None:
+                self._pipe.close()
             self._results.join(timeout=5.0)
             self._results = self._call = None
         with contextlib.suppress(grpc.RpcError, ValueError):  # it is gone, or was closed before
             self._stub.Close(pb.CloseRequest(), metadata=self._metadata, timeout=_CLOSE_TIMEOUT_S)
         self._channel.close()
+
+
+def _accept(door: PipeDoor, call: grpc.Call) -> Pipe | None:
+    """The pipe of a call that has begun; None when it is refused, for reasons it will tell."""
+    try:
+        while call.is_active():
+            with contextlib.suppress(TimeoutError):
+                return door.accept(_ACCEPT_S)
+    finally:
+        door.close()
+    return None
 
 
 def _details(error: Exception) -> str:

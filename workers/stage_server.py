@@ -26,8 +26,9 @@ from protos import codec
 from protos import stage_pb2 as pb
 from protos import stage_pb2_grpc as rpc
 from protos.channel import CHANNEL_OPTIONS, TokenInterceptor
-from protos.messages import LoadProgress, StepResult
+from protos.messages import LoadProgress
 from workers.compute_thread import ComputeThread
+from workers.transport.steps import RunStream
 
 if TYPE_CHECKING:
     from workers.stage_worker import StageWorker
@@ -218,18 +219,23 @@ class _StageServicer(rpc.StageServicer):
         self._connected = True
         self._disarm()
         context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
-        results: queue.SimpleQueue[list[StepResult] | None] = queue.SimpleQueue()
+        try:
+            stream = RunStream(bursts, context)
+        except OSError as error:
+            self._running.release()
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the engine's socket cannot be reached: {error}")
+            raise AssertionError("abort raises") from error
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
-                for group in worker.run(map(codec.plans_from_pb, bursts)):
-                    results.put(group)
+                for group in worker.run(map(codec.plans_from_pb, stream.bursts)):
+                    stream.answer(codec.results_to_pb(group))
             finally:
                 self._running.release()
-                results.put(None)
+                stream.end()
 
         self._compute.submit(compute)
-        yield from map(codec.results_to_pb, iter(results.get, None))
+        yield from stream.through_call()
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError

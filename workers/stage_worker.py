@@ -141,7 +141,7 @@ class StageWorker:
                     yield held
                     held = []
         except UnreadablePlan as error:
-            self._error = str(error)
+            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: {error}"
             yield [*held, self._step(StepPlan(self.epoch, 0, ()))]
 
     def _may_wait(self, plan: StepPlan, plans: PlanQueue) -> bool:

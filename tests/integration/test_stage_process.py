@@ -1,6 +1,7 @@
 """Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from protos import stage_pb2_grpc as rpc
 from protos.channel import open_channel, token_metadata
 from protos.messages import SamplingParams
 from protos.model_config import load_model_spec
+from protos.pipe import STEPS_KEY
 from tests.support.inprocess import Pipeline
 from workers.stage_server import TOKEN_VARIABLE
 from workers.transport.frames import split
@@ -52,7 +54,7 @@ class Stages:
         self.handles: list[GrpcStageHandle] = []
         self.engine: Engine | None = None
 
-    def spawn(self, *options: str, count: int = 2) -> None:
+    def spawn(self, *options: str, count: int = 2, near: bool | None = None) -> None:
         shards = plan_shards(load_model_spec(NEEDLE), count, 1)
         environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
         for shard in shards:
@@ -64,7 +66,7 @@ class Stages:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
             assert address == f"unix:{self.socket(shard.stage)}"
-            self.handles.append(GrpcStageHandle(shard, address, TOKEN))
+            self.handles.append(GrpcStageHandle(shard, address, TOKEN, near))
 
     def socket(self, stage: int) -> Path:
         return self.folder / f"s{stage}.sock"
@@ -187,7 +189,7 @@ def long_request(engine: Engine) -> Ticket:
 
 @pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
 def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, near: bool, count: int):
-    stages.spawn(count=count)
+    stages.spawn(count=count, near=near)
     stages.load()
     stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
     engine = stages.run_engine()
@@ -261,8 +263,8 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
 
 @pytest.fixture
 def far(stages: Stages) -> Stages:
-    """Two stages whose links go over gRPC, as between nodes."""
-    stages.spawn()
+    """Two stages whose links, plans and results go over gRPC, as between nodes."""
+    stages.spawn(near=False)
     stages.load()
     stages.start(near=False)
     return stages
@@ -302,6 +304,40 @@ def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: 
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     with pytest.raises(EngineError, match="stage"):
         ticket.wait(10)
+
+
+@pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x02\x08"], ids=["no message", "cut short"])
+def test_a_plan_that_cannot_be_read_ends_the_request(running: Stages, message: bytes):
+    engine = running.run_engine()
+    ticket = long_request(engine)
+    pipe = running.handles[0]._pipe
+    assert pipe is not None
+    pipe.send(message)
+    with pytest.raises(EngineError, match=r"stage 0 shard 0.*: a plan cannot be read"):
+        ticket.wait(10)
+
+
+def test_a_socket_nobody_listens_at_is_refused(running: Stages):
+    stub = rpc.StageStub(running.handles[0]._channel)
+    metadata = [*token_metadata(TOKEN), (STEPS_KEY, str(running.folder / "absent"))]
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Run(iter(()), metadata=metadata, timeout=10))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "the engine's socket cannot be reached" in str(caught.value.details())
+    engine = running.run_engine()  # the shard is free for another one
+    assert len(long_request(engine).request.output) > 2
+
+
+def test_a_second_engine_is_lost_at_once(running: Stages):
+    """It hears why, and leaves no socket behind; the first goes on."""
+    first = running.run_engine()
+    other = GrpcStageHandle(running.handles[0].shard, f"unix:{running.socket(0)}", TOKEN)
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    other.connect(lambda results: None, lost.put)
+    assert "an engine is connected already (ALREADY_EXISTS)" in lost.get(timeout=10)
+    assert not running.socket(0).with_suffix(".steps").exists()
+    other._channel.close()
+    assert len(long_request(first).request.output) > 2
 
 
 def test_one_engine_at_a_time(running: Stages):

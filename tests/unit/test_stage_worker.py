@@ -168,4 +168,4 @@ def test_a_message_that_is_no_plan(ready: StageWorker) -> None:
 
     results = [result for group in ready.run(bursts()) for result in group]
     assert [bool(result.error) for result in results] == [False, False, False, True]
-    assert results[-1].error == "a plan cannot be read: temperature: -1: must be between 0 and 100"
+    assert results[-1].error == "stage 0 shard 0: a plan cannot be read: temperature: -1: must be between 0 and 100"
