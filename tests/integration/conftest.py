@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.support.stage_processes import Stages
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LONGREACH_TEST_MARK"
@@ -104,3 +107,22 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def stages() -> Iterator[Stages]:
+    with tempfile.TemporaryDirectory(prefix="lr") as folder:  # short: a Unix socket's path has at most 107 bytes
+        made = Stages(Path(folder))
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture
+def running(stages: Stages) -> Stages:
+    """Two stages of one shard each, ready for an engine."""
+    stages.spawn()
+    stages.load()
+    stages.start()
+    return stages

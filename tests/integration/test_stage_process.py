@@ -1,138 +1,37 @@
 """Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
 
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
 
-from cluster.block_pool import BlockPool
-from cluster.engine import Engine
 from cluster.generation import GenerationSpec
-from cluster.scheduler import Scheduler
-from cluster.stage_handle import GrpcStageHandle, StageError
-from cluster.ticket import EngineError, Ticket
-from cluster.topology import plan_shards
+from cluster.stage_handle import StageError
+from cluster.ticket import EngineError
 from cluster.watchdog import Watchdog
-from protos import codec
 from protos import stage_pb2 as pb
 from protos import stage_pb2_grpc as rpc
 from protos.channel import open_channel, token_metadata
 from protos.messages import SamplingParams
-from protos.model_config import load_model_spec
-from protos.pipe import STEPS_KEY
 from tests.support.inprocess import Pipeline
+from tests.support.stage_processes import BLOCKS, CHUNK, NEEDLE, PAGE, ROOT, TOKEN, Stages, eventually, long_request
 from workers.stage_server import TOKEN_VARIABLE
 from workers.transport.frames import split
 from workers.transport.links import frame_to_pb
 
-ROOT = Path(__file__).parents[2]
-NEEDLE = ROOT / "configs" / "needle"
-TOKEN = "0123456789abcdef"
-BLOCKS, PAGE, CHUNK = 64, 16, 128
 SPECS = [
     GenerationSpec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
     GenerationSpec([11, 12, 13], 5, SamplingParams(temperature=1.0, top_p=0.9, seed=5), ignore_eos=True),
     GenerationSpec([(3 * i) % 4000 + 5 for i in range(PAGE)], 4, SamplingParams(repetition_penalty=1.3, logprobs=2)),
 ]
-
-
-class Stages:
-    """The processes of a pipeline, their handles, and whatever else must be closed at the end of a test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.processes: list[subprocess.Popen[str]] = []
-        self.handles: list[GrpcStageHandle] = []
-        self.engine: Engine | None = None
-
-    def spawn(self, *options: str, count: int = 2, near: bool | None = None) -> None:
-        shards = plan_shards(load_model_spec(NEEDLE), count, 1)
-        environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
-        for shard in shards:
-            command = [sys.executable, "-m", "workers.stage_server", "--socket", str(self.socket(shard.stage))]
-            self.processes.append(
-                subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-            )
-        for shard, process in zip(shards, self.processes, strict=True):
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            assert address == f"unix:{self.socket(shard.stage)}"
-            self.handles.append(GrpcStageHandle(shard, address, TOKEN, near))
-
-    def socket(self, stage: int) -> Path:
-        return self.folder / f"s{stage}.sock"
-
-    def load(self) -> None:
-        spec = codec.model_spec_to_json(load_model_spec(NEEDLE))
-        for handle in self.handles:
-            request = pb.LoadRequest(
-                epoch=1, model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
-                dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
-                store_path=str(self.folder / f"{handle.shard.stage}.store"),
-            )  # fmt: skip
-            updates = list(handle.load(request, 60))
-            assert updates[-1].ready
-            assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
-
-    def start(self, *, first_to_last: bool = False, near: bool = True) -> None:
-        count = len(self.handles)
-        links = [str(self.folder / f"link{stage}.sock") if near and count > 1 else "" for stage in range(count)]
-        order = self.handles if first_to_last else reversed(self.handles)
-        for handle in order:
-            after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
-            ends = links[handle.shard.stage - 1], links[handle.shard.stage]
-            handle.start(BLOCKS, PAGE, after if count > 1 else "", 60, near=ends)
-
-    def run_engine(self) -> Engine:
-        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
-        self.engine = Engine(scheduler, self.handles, None, (0,))
-        self.engine.start()
-        return self.engine
-
-    def close(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
-        for handle in self.handles:
-            handle.close()
-        for process in self.processes:
-            process.kill()
-            process.wait(10)
-            if process.stdout is not None:
-                process.stdout.close()
-
-
-@pytest.fixture
-def stages() -> Iterator[Stages]:
-    with tempfile.TemporaryDirectory(prefix="lr") as folder:  # short: a Unix socket's path has at most 107 bytes
-        made = Stages(Path(folder))
-        try:
-            yield made
-        finally:
-            made.close()
-
-
-@pytest.fixture
-def running(stages: Stages) -> Stages:
-    stages.spawn()
-    stages.load()
-    stages.start()
-    return stages
-
-
-def eventually(condition: Callable[[], bool], limit_s: float) -> None:
-    limit = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < limit, f"it did not happen within {limit_s} s"
-        time.sleep(0.02)
 
 
 class Watch:
@@ -178,13 +77,6 @@ def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
             assert time.monotonic() - began < 120
         assert len(ticket.wait(0).token_ids) == len(expected) == 2
     assert time.monotonic() - began > 2.0
-
-
-def long_request(engine: Engine) -> Ticket:
-    """A request that goes on for many steps; returns when it has begun to answer."""
-    ticket = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
-    eventually(lambda: len(ticket.request.output) > 2, 30)
-    return ticket
 
 
 @pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
@@ -304,40 +196,6 @@ def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: 
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     with pytest.raises(EngineError, match="stage"):
         ticket.wait(10)
-
-
-@pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x02\x08"], ids=["no message", "cut short"])
-def test_a_plan_that_cannot_be_read_ends_the_request(running: Stages, message: bytes):
-    engine = running.run_engine()
-    ticket = long_request(engine)
-    pipe = running.handles[0]._pipe
-    assert pipe is not None
-    pipe.send(message)
-    with pytest.raises(EngineError, match=r"stage 0 shard 0.*: a plan cannot be read"):
-        ticket.wait(10)
-
-
-def test_a_socket_nobody_listens_at_is_refused(running: Stages):
-    stub = rpc.StageStub(running.handles[0]._channel)
-    metadata = [*token_metadata(TOKEN), (STEPS_KEY, str(running.folder / "absent"))]
-    with pytest.raises(grpc.RpcError) as caught:
-        list(stub.Run(iter(()), metadata=metadata, timeout=10))
-    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "the engine's socket cannot be reached" in str(caught.value.details())
-    engine = running.run_engine()  # the shard is free for another one
-    assert len(long_request(engine).request.output) > 2
-
-
-def test_a_second_engine_is_lost_at_once(running: Stages):
-    """It hears why, and leaves no socket behind; the first goes on."""
-    first = running.run_engine()
-    other = GrpcStageHandle(running.handles[0].shard, f"unix:{running.socket(0)}", TOKEN)
-    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-    other.connect(lambda results: None, lost.put)
-    assert "an engine is connected already (ALREADY_EXISTS)" in lost.get(timeout=10)
-    assert not running.socket(0).with_suffix(".steps").exists()
-    other._channel.close()
-    assert len(long_request(first).request.output) > 2
 
 
 def test_one_engine_at_a_time(running: Stages):

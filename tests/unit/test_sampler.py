@@ -15,6 +15,8 @@ from transformers.generation.logits_process import (
 
 from protos.messages import SampleSpec, SamplingParams
 from workers import sampler as sampler_module
+from workers.kernels.build import load
+from workers.model import native
 from workers.sampler import Sampler, filter_logits, gumbel_noise, penalise
 
 VOCAB = 257
@@ -236,6 +238,33 @@ def test_no_logprobs_unless_asked():
     sample = Sampler(VOCAB).sample(1, logits(), spec())
     assert sample.logprob is None
     assert sample.top == ()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # NumPy's sum
+@pytest.mark.skipif(native.path() is None, reason=load().reason)
+@pytest.mark.parametrize("size", [1, 3, 17, 67, 193, 4096, 49_153])
+def test_the_compiled_search_finds_what_the_twin_finds(size: int):
+    """Many equal values, zeros of both signs, the largest numbers, and every kind of value that is none."""
+    generator = np.random.default_rng(size)
+    for scale in (0.0, 1.0, 1e-40, 3e38):
+        values = (generator.integers(-3, 3, size) / 3 * scale).astype(np.float32)
+        values[generator.random(size) < 0.2] *= -1.0
+        for row in (values, -abs(values)):
+            x = torch.from_numpy(row.copy())
+            assert native.ranks(x)
+            assert native.highest(x) == sampler_module._highest(x) == int(np.argmax(row))
+        for bad in (math.nan, -math.nan, math.inf, -math.inf):
+            spoiled = torch.from_numpy(values.copy())
+            spoiled[int(generator.integers(size))] = bad
+            assert native.highest(spoiled) is None
+            assert not sampler_module._all_finite(spoiled)
+    assert native.highest(torch.zeros(0)) is None
+
+
+def test_other_values_go_to_the_twin():
+    for x in (logits().double(), logits().bfloat16(), logits(size=2 * VOCAB)[::2]):
+        assert not native.ranks(x)
+        assert sampler_module.highest_if_finite(x.float()) == int(x.argmax())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -204,6 +204,20 @@ def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tens
     return chosen, weights
 
 
+def ranks(x: torch.Tensor) -> bool:
+    """Whether `highest` takes these values."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and path() is not None
+
+
+def highest(x: torch.Tensor) -> int | None:
+    """Index of the greatest value, the first of equal ones; None when one is infinite or not a number."""
+    library = load().library
+    assert library is not None
+    library.longreach_highest.restype = ctypes.c_int64
+    found = library.longreach_highest(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), path())
+    return int(found) if found >= 0 else None
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
