@@ -227,7 +227,7 @@ class Engine:
     def _commit(self, step: Step) -> Iterator[_News]:
         self.latency.observe(step.plan, step.slowest_s, step.cells)
         if step.plan.decodes:
-            took = step.through_s(self._num_stages)
+            took = self._in_flight.decode_s(self._num_stages)
             self._decode_s += (took - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)

@@ -28,6 +28,8 @@ KV_DTYPES = DTYPES | {"int8": torch.int8}
 # head, and what they take from a core delays the step that runs.
 _HELD = 8
 _HELD_S = 0.2
+_UNHEARD, _UNHEARD_S = 64, 2.0  # of the shards whose results no step waits for
+_SLOW_S = 0.02  # a step that lasts while results reach the engine and plans come back
 _TOKENS = 1 << 16  # steps; far fewer are ever in flight
 
 
@@ -124,6 +126,7 @@ class StageWorker:
             self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
+        most, longest = (_HELD, _HELD_S) if self._shard.is_last and self._shard.rank == 0 else (_UNHEARD, _UNHEARD_S)
         expected: int | None = None
         began = 0.0
         try:
@@ -136,20 +139,24 @@ class StageWorker:
                 if not held:
                     began = time.monotonic()
                 held.append(self._step(plan))
-                full = len(held) == _HELD or time.monotonic() - began >= _HELD_S
-                if full or not self._may_wait(plan, plans):
+                full = len(held) == most or time.monotonic() - began >= longest
+                if full or not self._may_wait(plan, held[-1], plans):
                     yield held
                     held = []
         except UnreadablePlan as error:
             self._error = f"stage {self._shard.stage} shard {self._shard.rank}: {error}"
             yield [*held, self._step(StepPlan(self.epoch, 0, ()))]
 
-    def _may_wait(self, plan: StepPlan, plans: PlanQueue) -> bool:
+    def _may_wait(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
         """Whether the result of a plan may be held back: all stages have something to do until the engine hears it."""
         if self._error or not plan.decodes:
             return False
+        if not (self._shard.is_last and self._shard.rank == 0):
+            return plans.decodes_ahead(1)
         is_first = any(part.sample is not None and part.sample.token_index == 0 for part in plan.slices)
-        return not is_first and plans.decodes_ahead(1 + self._shard.num_stages)
+        stages = self._shard.num_stages
+        is_slow = stages * result.compute_us >= 1e6 * _SLOW_S
+        return not is_first and plans.decodes_ahead(stages if is_slow else stages + 1)
 
     def close(self) -> None:
         """Drop links, group, weights and KV; may be called twice."""

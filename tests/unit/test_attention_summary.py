@@ -72,15 +72,44 @@ def test_a_sparse_step_waits_for_every_shard(order: tuple[tuple[int, int], ...])
     assert (step.compute_us, step.estimate_us, len(flight)) == (4_000_002, 20, 0)
 
 
-def test_the_time_through_all_stages():
-    flight = InFlight(shards(2, 2), lambda part: True)
-    flight.add(step_plan(1))
-    steps = [flight.take(StepResult(1, 1, *place, us)) for place, us in WHEN.items()]
-    assert steps[-1][0].through_s(2) == 0.05
+def decode_plan(step: int) -> StepPlan:
+    part = SequenceSlice(1, 99 + step, 1, 100, (), (), 10, SampleSpec(SamplingParams(), step))
+    return StepPlan(1, step, (part,))
+
+
+def test_the_time_of_a_decode_step_through_all_stages():
     flight = InFlight(shards(2, 2), lambda part: False)
-    flight.add(step_plan(1))
-    (step,) = flight.take(StepResult(1, 1, 1, 0, 30_000))
-    assert step.through_s(2) == 0.06, "the stage that has not answered takes as long"
+    assert flight.decode_s(2) == 0
+    prompt = SequenceSlice(1, 0, 100, 100, range(100), (), 10, None)
+    flight.add(StepPlan(1, 1, (prompt,)))
+    for step in (2, 3, 4):
+        flight.add(decode_plan(step))
+    flight.take(StepResult(1, 1, 0, 0, 2_000_000))
+    flight.take(StepResult(1, 1, 1, 0, 2_000_000))
+    assert flight.decode_s(2) == 0, "a prompt tells nothing"
+    flight.take(StepResult(1, 2, 1, 0, 30_000))
+    assert flight.decode_s(2) == 0.06, "the stage that has not answered takes as long"
+    flight.take(StepResult(1, 2, 0, 1, 10_000))  # late, as of everyone whose results no step waits for
+    assert flight.decode_s(2) == 0.04
+    flight.take(StepResult(1, 2, 0, 0, 20_000))
+    assert flight.decode_s(2) == 0.05, "of the shards of a stage the slowest counts"
+    flight.take(StepResult(1, 3, 1, 0, 40_000))
+    assert flight.decode_s(2) == 0.06
+    flight.clear()
+    assert flight.decode_s(2) == 0
+
+
+def test_compute_time_that_is_told_late_counts_for_the_next_step():
+    flight = InFlight(shards(2, 1), lambda part: False)
+    for step in (1, 2, 3):
+        flight.add(decode_plan(step))
+    (first,) = flight.take(StepResult(1, 1, 1, 0, 30_000))
+    assert first.compute_us == 30_000
+    assert flight.take(StepResult(1, 1, 0, 0, 20_000)) == []
+    flight.take(StepResult(1, 2, 0, 0, 21_000))
+    (second,) = flight.take(StepResult(1, 2, 1, 0, 30_000))
+    (third,) = flight.take(StepResult(1, 3, 1, 0, 30_000))
+    assert (second.compute_us, third.compute_us) == (71_000, 30_000)
 
 
 WHEN = {(0, 0): 20_000, (0, 1): 10_000, (1, 1): 15_000, (1, 0): 30_000}  # microseconds of every shard

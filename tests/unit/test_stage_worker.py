@@ -134,6 +134,30 @@ def test_results_of_decode_steps_come_in_groups(ready: StageWorker, decodes: int
     assert all(len(r.samples) == 1 and not r.error for r in together)
 
 
+@pytest.mark.parametrize(("decodes", "sizes"), [(1, [1, 1]), (2, [1, 2]), (8, [1, 8]), (11, [1, 8, 3])])
+def test_slow_steps_leave_time_for_new_plans(
+    ready: StageWorker, decodes: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One plan at hand is enough while it runs."""
+    monkeypatch.setattr(stage_worker, "_SLOW_S", 0.0)
+    groups = list(ready.run([[prefill(20), *map(decode, range(1, decodes + 1))]]))
+    assert [len(group) for group in groups] == sizes
+
+
+def test_results_no_step_waits_for_are_held_longer(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [prefill(20), *map(decode, range(1, 12))]
+    monkeypatch.setattr(ready, "_shard", replace(SHARD, num_stages=2))
+    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 60.0)
+    assert [len(group) for group in ready.run([plans])] == [1, 11]
+    monkeypatch.setattr(stage_worker, "_UNHEARD", 5)
+    assert [len(group) for group in ready.run([plans])] == [1, 5, 5, 1]
+    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 0.0)
+    assert [len(group) for group in ready.run([plans])] == [1] * 12
+    broken = [prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]
+    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 60.0)
+    assert [len(group) for group in ready.run([broken])] == [1, 3, 1], "an error is told at once"
+
+
 def test_nothing_is_held_for_long(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_worker, "_HELD_S", 0.0)
     groups = list(ready.run([[prefill(20), *map(decode, range(1, 8))]]))
