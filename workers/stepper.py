@@ -8,8 +8,10 @@ from collections import deque
 import torch
 
 from protos.messages import StepPlan
-from workers.model_runner import ModelRunner, StepOutput
+from workers.model_runner import ModelRunner, Prepared, StepOutput
 from workers.transport.links import Sender, Source
+from workers.transport.native import Early
+from workers.transport.near import NearSender
 
 _NOBODY = -1  # a sequence no plan names
 
@@ -32,6 +34,7 @@ class Stepper:
         self._runner = runner
         self._inbox = inbox
         self._sender = sender
+        self._near = sender if isinstance(sender, NearSender) and runner.shard.num_ranks == 1 else None
         self._timeout_s = timeout_s
         self._owed: deque[tuple[int, list[int]]] = deque()  # steps whose tokens are to come, with their sequences
 
@@ -52,6 +55,7 @@ class Stepper:
         ready = runner.prepare(plan)
         if ready is None:
             return StepOutput(), 0.0
+        early = self._early(plan, ready)
         waits = time.perf_counter()
         hidden = None
         if self._inbox is not None and shard.is_first:
@@ -65,11 +69,20 @@ class Stepper:
             torch.cuda.synchronize(runner.device)
         seconds = time.perf_counter() - began - waited_s
         if self._sender is not None:
-            if out.hidden is not None:
+            if early is not None and self._near is not None:
+                self._near.finish(early)
+            elif out.hidden is not None:
                 self._sender.send(plan.epoch, plan.step, out.hidden)
             elif out.tokens:
                 self._sender.send(plan.epoch, plan.step, torch.tensor(out.tokens, dtype=torch.int64))
         return out, seconds
+
+    def _early(self, plan: StepPlan, ready: Prepared) -> Early | None:
+        """The message with the hidden states of a step, where these leave as soon as the last layer is done."""
+        if self._near is None or self._runner.shard.is_last or ready.layers.fused is None:
+            return None
+        ready.layers.fused.then = early = self._near.early(plan.epoch, plan.step, ready.layers.fused.x)
+        return early
 
     def _learn(self, plan: StepPlan, inbox: Source) -> None:
         """Take the tokens the plan continues, and those of steps so old that they must have come."""

@@ -30,12 +30,6 @@ struct TakeCall {
     std::int32_t socket;
 };
 
-struct SendCall {
-    const std::uint8_t* body;
-    std::int64_t bytes, epoch, step, seed;  // bytes of the body
-    std::int32_t socket;
-};
-
 enum Status { kFits = 0, kLate = 1, kEnded = 2, kDiffers = 3 };  // or an errno, negative
 
 // CRC-32 as zlib has it.

@@ -24,6 +24,7 @@ from workers.model import native
 from workers.model.rope import Turns
 from workers.model.weights import LayerWeights
 from workers.transport.collectives import Collectives
+from workers.transport.native import Early
 
 MAX_ROWS = 64  # with more, what Python takes between two operations no longer matters
 
@@ -62,12 +63,13 @@ class _Step(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FusedCall:
     """Room for the activations of a step `[T, M]`, which become the result, and what else must outlive the call."""
 
     x: torch.Tensor
     kept_alive: list[object]
+    then: Early | None = None  # the message that carries the result to the next stage
 
 
 class FusedLayers:
@@ -133,7 +135,8 @@ class FusedLayers:
         step = ctypes.byref(self._step)
         if collectives.size == 1:
             count, done = ctypes.c_int64(len(self._layers)), ctypes.byref(self._done)
-            _check(library.longreach_layers(self._layers, count, step, done))
+            then = (ctypes.byref(call.then.call), ctypes.byref(call.then.sent)) if call.then else (None, None)
+            _check(library.longreach_layers(self._layers, count, step, done, *then))
             return x
         out = self._out[: x.shape[0]]
         for layer in self._layers:

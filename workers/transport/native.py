@@ -29,6 +29,17 @@ Take = _call("message", "bytes epoch step seed timeout_us awake_from_us awake_un
 Send = _call("body", "bytes epoch step seed")
 
 
+class Early:
+    """A message whose body is still being computed: it is sent where that ends."""
+
+    def __init__(self, socket: int, body: torch.Tensor, epoch: int, step: int, seed: int) -> None:
+        """Args: `body` is contiguous and stays where it is."""
+        self.body = body
+        self.call = Send(body.data_ptr(), body.numel() * body.element_size(), epoch, step, seed, socket)
+        self.epoch, self.step, self.seed = epoch, step, seed
+        self.sent = ctypes.c_int64(0)  # as `longreach_send` tells it; 0: nothing is on its way
+
+
 class Rhythm:
     """Tells from the last waits for messages when the next one will come.
 
@@ -89,17 +100,16 @@ def take(
     return status == 0
 
 
-def send(socket: int, body: torch.Tensor, epoch: int, step: int, seed: int) -> int:
-    """Write header and body (contiguous) to a descriptor without waiting; the number of bytes it took.
-
-    Raises:
-        OSError: the other end is gone.
-    """
+def send(message: Early) -> None:
+    """Write a message without waiting, as far as the socket takes it."""
     library = load().library
     assert library is not None
-    call = Send(body.data_ptr(), body.numel() * body.element_size(), epoch, step, seed, socket)
     library.longreach_send.restype = ctypes.c_int64
-    written = int(library.longreach_send(ctypes.byref(call)))
-    if written < 0:
-        raise OSError(-written, os.strerror(-written))
-    return written
+    message.sent.value = int(library.longreach_send(ctypes.byref(message.call)))
+
+
+def sent(message: Early) -> int:
+    """How many bytes of header and body are on their way. Raises OSError: the other end is gone."""
+    if message.sent.value < 0:
+        raise OSError(-message.sent.value, os.strerror(-message.sent.value))
+    return int(message.sent.value)

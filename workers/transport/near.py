@@ -52,31 +52,48 @@ class NearSender:
             self._socket.close()
             raise LinkClosed(f"the next stage does not listen: {error}") from error
 
+    def early(self, epoch: int, step: int, tensor: torch.Tensor) -> native.Early | None:
+        """The message of a step, for whoever fills `tensor` to send; None where it must take the usual way."""
+        size = _HEADER + tensor.numel() * tensor.element_size()
+        if self._left or self._error or not native.serves(size):
+            return None
+        return native.Early(self._socket.fileno(), tensor, epoch, step, _seed(tensor.dtype, tensor.shape))
+
     def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
         """Send the tensor of a step. Raises LinkClosed when the other end is gone."""
         tensor = tensor.detach().contiguous()
-        seed = _seed(tensor.dtype, tensor.shape)
         with self._changed:
             if len(self._left) >= self._depth:
                 self._changed.wait_for(lambda: self._error or len(self._left) < self._depth)
             if self._error:
                 raise LinkClosed(self._error)
-            written, size = 0, _HEADER + tensor.numel() * tensor.element_size()
-            if not self._left and native.serves(size):
-                with self._breaking():
-                    written = native.send(self._socket.fileno(), tensor, epoch, step, seed)
-                if written == size:
-                    return
-            message = _message(tensor, epoch, step, seed)
-            if not self._left and not written:
-                written = self._write(message, socket.MSG_DONTWAIT)
-            if written == size:
+            if (message := self.early(epoch, step, tensor)) is not None:
+                native.send(message)
+                self._finish(message)
                 return
-            self._left.append(message[written:])
-            self._changed.notify_all()
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._write_rest, name="near link", daemon=True)
-                self._writer.start()
+            data = _message(tensor, epoch, step, _seed(tensor.dtype, tensor.shape))
+            self._queue(data if self._left else data[self._write(data, socket.MSG_DONTWAIT) :])
+
+    def finish(self, message: native.Early) -> None:
+        """See to what of an early message is not on its way yet. Raises LinkClosed when the other end is gone."""
+        with self._changed:
+            self._finish(message)
+
+    def _finish(self, message: native.Early) -> None:
+        with self._breaking():
+            written = native.sent(message)
+        if written < _HEADER + message.call.bytes:
+            self._queue(_message(message.body, message.epoch, message.step, message.seed)[written:])
+
+    def _queue(self, rest: memoryview) -> None:
+        """Have the rest of a message written by a thread; the condition is held."""
+        if not rest:
+            return
+        self._left.append(rest)
+        self._changed.notify_all()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_rest, name="near link", daemon=True)
+            self._writer.start()
 
     def close(self) -> None:
         with self._changed:
@@ -84,7 +101,9 @@ class NearSender:
             self._left.clear()
             self._changed.notify_all()
         _wake(self._socket)
-        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()  # not earlier: the number could be another file's while a step still sends
 
     def _write(self, data: memoryview, flags: int = 0) -> int:
         with self._breaking():
