@@ -13,9 +13,14 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0
+#endif
+
 namespace longreach {
 namespace {
 
+constexpr std::int64_t kAlone = 30;   // microseconds; nothing else ran on the core while one yielded it
 constexpr std::int64_t kHeader = 64;  // bytes, of which 24 are used: what follows stays aligned
 
 struct Header {
@@ -62,6 +67,16 @@ std::int64_t now_us() {
     return now.tv_sec * 1'000'000LL + now.tv_nsec / 1000;
 }
 
+int wait_for(std::int32_t socket, std::int64_t us) {
+    pollfd wait{socket, POLLIN, 0};
+#ifdef __linux__
+    const timespec sleep{us / 1'000'000, us % 1'000'000 * 1000};
+    return ppoll(&wait, 1, &sleep, nullptr);
+#else
+    return poll(&wait, 1, static_cast<int>(us / 1000 < 1'000'000 ? us / 1000 + 1 : 1'000'000));
+#endif
+}
+
 }  // namespace
 }  // namespace longreach
 
@@ -70,6 +85,7 @@ using namespace longreach;
 // Wait for a message and read it whole. A status; with kDiffers it is in place for whoever wants to know why.
 EXPORT int longreach_take(const TakeCall* call) {
     const std::int64_t began = now_us();
+    std::int64_t awake_until = call->awake_until_us;
     for (std::int64_t have = 0; have < call->bytes;) {
         const ssize_t count = recv(call->socket, call->message + have, call->bytes - have, MSG_DONTWAIT);
         const std::int64_t now = now_us() - began;
@@ -81,15 +97,14 @@ EXPORT int longreach_take(const TakeCall* call) {
         if (count == 0) return kEnded;
         if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) return -errno;
         if (now >= call->timeout_us) return kLate;
-        if (now >= call->awake_from_us && now < call->awake_until_us) {
-            sched_yield();  // whoever else wants this core has it
+        if (now >= call->awake_from_us && now < awake_until) {
+            sched_yield();  // whoever else wants this core has it, and then we sleep
+            if (now_us() - began - now > kAlone) awake_until = 0;
             continue;
         }
         const std::int64_t wake = now < call->awake_from_us ? call->awake_from_us : call->timeout_us;
         const std::int64_t left = (wake < call->timeout_us ? wake : call->timeout_us) - now;
-        const timespec sleep{left / 1'000'000, left % 1'000'000 * 1000};
-        pollfd wait{call->socket, POLLIN, 0};
-        if (ppoll(&wait, 1, &sleep, nullptr) < 0 && errno != EINTR) return -errno;
+        if (wait_for(call->socket, left) < 0 && errno != EINTR) return -errno;
     }
     Header header;
     std::memcpy(&header, call->message, sizeof header);
