@@ -24,6 +24,8 @@ MIB = 1 << 20
 # half are below 1 MiB. Descriptors: connections that gRPC is about to close.
 MORE_RSS = 16 * MIB
 MORE_FDS = 4
+# The store keeps a reading connection of two files for as many calls as ever read at one moment, besides its writer.
+STORE_FDS = 2 * (CLIENTS + 4) + 3
 SIZES = (20, 21, 63, 64, 65, 300, 1009, 3000)
 
 
@@ -85,23 +87,25 @@ def run_half(served: Served, half: int) -> Counter[str]:
     return ends
 
 
-def footprint() -> tuple[int, int]:
-    """(bytes, open files) of this process: it is head and clients."""
+def footprint(store: Path) -> tuple[int, int, int]:
+    """(bytes, open files, those of the store in `store`) of this process: it is head and clients."""
     gc.collect()
     process = psutil.Process()
-    return process.memory_info().rss, process.num_fds()
+    of_store = sum(Path(file.path).is_relative_to(store) for file in process.open_files())
+    return process.memory_info().rss, process.num_fds() - of_store, of_store
 
 
-def test_two_hundred_jobs(served: Served) -> None:
+def test_two_hundred_jobs(served: Served, tmp_path: Path) -> None:
     ends = run_half(served, 0)
-    rss, files = footprint()
+    rss, files, _ = footprint(tmp_path)
     ends += run_half(served, 1)
-    rss_after, files_after = footprint()
+    rss_after, files_after, of_store = footprint(tmp_path)
     assert ends.total() == 2 * CLIENTS * JOBS_EACH == 200
     assert ends["cancelled"] > 0
     assert ends["succeeded"] >= 160
     assert rss_after - rss < MORE_RSS, (rss, rss_after)
     assert files_after - files <= MORE_FDS, (files, files_after)
+    assert of_store <= STORE_FDS
     assert served.service.counts() == (0, 0)
     stored = Counter(job.state for job in served.client.jobs())
     assert stored == ends
