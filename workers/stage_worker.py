@@ -126,7 +126,7 @@ class StageWorker:
             self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
-        most, longest = (_HELD, _HELD_S) if self._shard.is_last and self._shard.rank == 0 else (_UNHEARD, _UNHEARD_S)
+        most, longest = (_HELD, _HELD_S) if self._samples() else (_UNHEARD, _UNHEARD_S)
         expected: int | None = None
         began = 0.0
         try:
@@ -151,12 +151,16 @@ class StageWorker:
         """Whether the result of a plan may be held back: all stages have something to do until the engine hears it."""
         if self._error or not plan.decodes:
             return False
-        if not (self._shard.is_last and self._shard.rank == 0):
+        if not self._samples():
             return plans.decodes_ahead(1)
         is_first = any(part.sample is not None and part.sample.token_index == 0 for part in plan.slices)
         stages = self._shard.num_stages
         is_slow = stages * result.compute_us >= 1e6 * _SLOW_S
         return not is_first and plans.decodes_ahead(stages if is_slow else stages + 1)
+
+    def _samples(self) -> bool:
+        """Whether this shard reports the sampled tokens, without which no step is done."""
+        return self._shard.is_last and self._shard.rank == 0
 
     def close(self) -> None:
         """Drop links, group, weights and KV; may be called twice."""
