@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.aio import AsyncClient, AsyncJob
-    from cluster.client import Client, Job
-    from cluster.client_common import (
+    from cluster.client.async_client import AsyncClient, AsyncJob
+    from cluster.client.client import Client, Job
+    from cluster.client.errors import (
         Busy,
         Conflict,
         InvalidRequest,
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         Unauthenticated,
         Unavailable,
     )
-    from cluster.client_results import JobEnded, ProgressEvent, TokenEvent
-    from cluster.local import LocalCluster
+    from cluster.client.models import JobEnded, ProgressEvent, TokenEvent
+    from cluster.engine.local_cluster import LocalCluster
 
 __all__ = [
     "AsyncClient",
@@ -46,18 +46,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncClient": "cluster.aio",
-    "AsyncJob": "cluster.aio",
-    "Client": "cluster.client",
-    "Job": "cluster.client",
-    "JobEnded": "cluster.client_results",
-    "LocalCluster": "cluster.local",
-    "ProgressEvent": "cluster.client_results",
-    "TokenEvent": "cluster.client_results",
+    "AsyncClient": "cluster.client.async_client",
+    "AsyncJob": "cluster.client.async_client",
+    "Client": "cluster.client.client",
+    "Job": "cluster.client.client",
+    "JobEnded": "cluster.client.models",
+    "LocalCluster": "cluster.engine.local_cluster",
+    "ProgressEvent": "cluster.client.models",
+    "TokenEvent": "cluster.client.models",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "cluster.client_common")), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "cluster.client.errors")), name)

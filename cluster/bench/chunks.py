@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from protos.messages import StepPlan
+from protos.stage.messages import StepPlan
 
 
 class Chunks:

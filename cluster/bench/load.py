@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from cluster.client import Client
-from cluster.session import Session
+from cluster.client.client import Client
+from cluster.engine.runtime import Session
 
 _SIZES = (20, 21, 63, 64, 65, 300, 1009, 3000)  # prompt tokens
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import yaml
 
-from cluster.assets import needle_dir
-from cluster.client import Client, Job
-from cluster.client_results import TokenEvent
-from cluster.config import load_deployment
-from cluster.documents import Documents
-from cluster.gateway_grpc import Gateway
-from cluster.head import SWITCH_INTERVAL_S
-from cluster.job_store import JobStore
-from cluster.service import JobService, ServiceLimits
-from cluster.session import Session
+from cluster.client.client import Client, Job
+from cluster.client.models import TokenEvent
+from cluster.config.deployment import load_deployment
+from cluster.engine.runtime import Session
+from cluster.jobs.documents import Documents
+from cluster.jobs.service import JobService, ServiceLimits
+from cluster.jobs.store import JobStore
+from cluster.server.grpc_server import Gateway
+from cluster.server.head import SWITCH_INTERVAL_S
+from cluster.tools.assets import needle_dir
 
 
 @contextmanager

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from protos.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
-from protos.model_config import load_model_spec
-from protos.model_spec import ModelSpec
-from workers.attention.flash import attend
+from protos.model.config_json import load_model_spec
+from protos.model.spec import ModelSpec
+from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
+from tests.support.paths import NEEDLE
 from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
 from workers.attention.reference import attend_reference
-from workers.kv_cache import BlockTable, PagedKV, quantise
+from workers.attention.torch_backend import attend
+from workers.kv.paged import BlockTable, PagedKV, quantise
 from workers.model.moe import run_experts, run_experts_reference
 from workers.model.weights import load_shard
-from workers.model_runner import ModelRunner
+from workers.runner.model_runner import ModelRunner
 from workers.transport.collectives import SingleShard
 
-NEEDLE = Path(__file__).resolve().parents[2] / "configs" / "needle"
 PAGE = 16
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.identity.oracle import Oracle
-from tests.support.checkpoints import make_checkpoint
+from tests.support.data.checkpoints import make_checkpoint
+from tests.support.oracles.transformers import Oracle
 
 Checkpoints = Callable[[str], Path]
 Oracles = Callable[[Path], Oracle]

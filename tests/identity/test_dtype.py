@@ -8,11 +8,11 @@ from functools import cache
 import pytest
 import torch
 
-from cluster.tokenizer import TextTokenizer
-from tests.identity.checks import run
-from tests.identity.oracle import Oracle, random_prompt, relative_error
-from tests.support.checkpoints import NEEDLE
-from tests.support.inprocess import Pipeline
+from cluster.text.tokenizer import TextTokenizer
+from tests.support.data.checkpoints import NEEDLE
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import run
+from tests.support.oracles.transformers import Oracle, random_prompt, relative_error
 
 ALLOWED = 1.5  # times transformers' own error
 PROMPTS = 32

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from protos.model_config import load_model_spec
-from protos.model_spec import DualChunkSpec
-from tests.identity.checks import check_same, run
+from protos.model.config_json import load_model_spec
+from protos.model.spec import DualChunkSpec
 from tests.identity.conftest import Checkpoints
-from tests.identity.dual_chunk import DualChunkOracle
-from tests.identity.oracle import TOLERANCE, random_prompt, relative_error
-from tests.support.inprocess import Pipeline
-from workers.attention import native
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import check_same, run
+from tests.support.oracles.dual_chunk import DualChunkOracle
+from tests.support.oracles.transformers import TOLERANCE, random_prompt, relative_error
+from workers.attention import compiled
 
 PAGE = 16
 SMALL = DualChunkSpec(96, 32, original_max_position_embeddings=48)  # chunks begin every 64 tokens
@@ -59,7 +59,7 @@ def check(made: Pipeline, oracle: DualChunkOracle) -> None:
 def test_the_twin_of_the_compiled_kernel(
     chunk: int, pipeline: Make, oracles: Callable[..., DualChunkOracle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "available", lambda q, kv: False)
+    monkeypatch.setattr(compiled, "available", lambda q, kv: False)
     check(pipeline("qwen3_moe", SMALL, chunk=chunk), oracles("qwen3_moe", SMALL))
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from protos.checkpoint import Checkpoint
-from protos.model_config import load_model_spec
-from protos.model_spec import ModelSpec, RopeSpec
-from tests.identity.checks import NEW_TOKENS, check_against, run, three_prompts
+from protos.model.checkpoint import Checkpoint
+from protos.model.config_json import load_model_spec
+from protos.model.spec import ModelSpec, RopeSpec
 from tests.identity.conftest import Checkpoints, Oracles
-from tests.identity.oracle import TOLERANCE, relative_error
-from tests.support.checkpoints import FAMILIES, respell
-from tests.support.inprocess import Pipeline
+from tests.support.data.checkpoints import FAMILIES, respell
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import NEW_TOKENS, check_against, run, three_prompts
+from tests.support.oracles.transformers import TOLERANCE, relative_error
 
 
 @pytest.mark.parametrize(("stages", "ranks", "chunk"), [(1, 1, 17), (1, 2, 64)])

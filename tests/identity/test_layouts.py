@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.identity.checks import LENGTHS, check_against, mixes_prefill_and_decode, three_prompts
 from tests.identity.conftest import Checkpoints, Oracles
-from tests.support.inprocess import Pipeline
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import LENGTHS, check_against, mixes_prefill_and_decode, three_prompts
 
 WHOLE = sum(LENGTHS)
 
@@ -44,7 +44,9 @@ def test_other_families_in_other_layouts(
 @pytest.mark.parametrize(
     ("family", "stages", "chunk", "count"),
     [
-        ("qwen3_moe", 1, 64, 16), ("qwen3_moe", 2, 17, 64), ("qwen3_moe_raw", 2, 256, 16),
+        ("qwen3_moe", 1, 64, 16),
+        ("qwen3_moe", 2, 17, 64),
+        ("qwen3_moe_raw", 2, 256, 16),
         ("llama_bias_llama3", 1, 64, 16),
     ],
 )

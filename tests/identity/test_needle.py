@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.needles import Haystack, build_haystack, is_right
-from cluster.prompts import build_document_prompts
-from cluster.tokenizer import TextTokenizer
-from protos.model_config import load_model_spec
-from tests.identity.checks import check_same, run
+from cluster.text.prompts import build_document_prompts
+from cluster.text.tokenizer import TextTokenizer
+from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
+from protos.model.config_json import load_model_spec
 from tests.identity.conftest import Oracles
-from tests.identity.oracle import Oracle
-from tests.support.checkpoints import NEEDLE, saved_by_transformers
-from tests.support.inprocess import Pipeline
+from tests.support.data.checkpoints import NEEDLE, saved_by_transformers
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import check_same, run
+from tests.support.oracles.transformers import Oracle
 
 NEW_TOKENS = 64
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}

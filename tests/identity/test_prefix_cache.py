@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from tests.identity.checks import NEW_TOKENS, check_against, check_same, run, three_prompts
 from tests.identity.conftest import Checkpoints, Oracles
-from tests.identity.oracle import random_prompt
-from tests.support.inprocess import Pipeline
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import NEW_TOKENS, check_against, check_same, run, three_prompts
+from tests.support.oracles.transformers import random_prompt
 
 PAGE = 16
 PAGES = 8

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from cluster.topology import plan_shards
-from protos.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
-from protos.model_config import load_model_spec
-from tests.unit.test_model_config import QWEN3_30B
-from workers.kv_cache import PagedKV
+from cluster.config.topology import plan_shards
+from protos.model.config_json import load_model_spec
+from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
+from tests.unit.protos.model.test_config_json import QWEN3_30B
+from workers.kv.paged import PagedKV
 from workers.model.weights import dummy_shard
-from workers.model_runner import ModelRunner
+from workers.runner.model_runner import ModelRunner
 from workers.transport.collectives import SingleShard
 
 

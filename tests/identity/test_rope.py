@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding, apply_rotary_pos_emb
 
-from protos.model_spec import RopeSpec
+from protos.model.spec import RopeSpec
 from workers.model.rope import Rotary, rope_frequencies, rotate
 
 POSITIONS = (0, 1, 4095, 262_143, 262_144, 1_009_999)

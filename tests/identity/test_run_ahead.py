@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.generation import Generation, GenerationSpec
-from protos.messages import SamplingParams
+from cluster.engine.outputs import Generation, GenerationSpec
+from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints
-from tests.support.inprocess import Pipeline
+from tests.support.fakes.pipeline import Pipeline
 
 GREEDY = SamplingParams()
 KINDS = [

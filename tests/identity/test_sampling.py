@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from protos.messages import SamplingParams
-from tests.identity.checks import run, three_prompts
+from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints, Oracles
-from tests.support.inprocess import Pipeline
-from workers.sampler import gumbel_noise
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import run, three_prompts
+from workers.runner.sampler import gumbel_noise
 
 COUNT = 32
 SAMPLED = SamplingParams(temperature=0.8, seed=1234)

@@ -10,17 +10,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cluster.generation import Generation
-from protos.messages import CellReport
-from protos.model_config import load_model_spec
-from protos.model_spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
-from tests.identity.checks import check_same, run
+from cluster.engine.outputs import Generation
+from protos.model.config_json import load_model_spec
+from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
+from protos.stage.messages import CellReport
 from tests.identity.conftest import Checkpoints
-from tests.identity.dual_chunk import DualChunkOracle
-from tests.identity.oracle import TOLERANCE, relative_error
-from tests.identity.sparse_prefill import SparseOracle
-from tests.support.inprocess import Pipeline
-from workers.attention import native
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.checks import check_same, run
+from tests.support.oracles.dual_chunk import DualChunkOracle
+from tests.support.oracles.sparse_prefill import SparseOracle
+from tests.support.oracles.transformers import TOLERANCE, relative_error
+from workers.attention import compiled as native
 
 FAMILY = "qwen3_moe"
 DUAL = DualChunkSpec(208, 64, original_max_position_embeddings=128)  # chunks begin every 144 tokens
@@ -80,10 +80,7 @@ def test_reports_cover_every_cell_layer_and_head(checkpoint: Checkpoints, spec: 
     _, _, cells = generate(checkpoint, spec, prompt, 2, 2, 300)
     cuts = sorted({*range(0, LENGTH, 64), 144, 288, 432, LENGTH})
     expected = {
-        (layer, head, start, stop - start)
-        for layer in range(4)
-        for head in range(4)
-        for start, stop in pairwise(cuts)
+        (layer, head, start, stop - start) for layer in range(4) for head in range(4) for start, stop in pairwise(cuts)
     }
     found = [(c.layer, c.first_head + head, c.start, c.length) for c in cells for head in range(len(c.density))]
     assert len(found) == len(expected)
@@ -101,9 +98,7 @@ def test_reports_cover_every_cell_layer_and_head(checkpoint: Checkpoints, spec: 
     {"uniform": None, "patterns": ((None,) * 4,) * 4},
     {"threshold": LENGTH},
 ], ids=["large budgets", "every head turns dense", "no patterns", "a short prompt"])  # fmt: skip
-def test_all_keys_are_dense_attention(
-    change: dict[str, object], checkpoint: Checkpoints, spec: ModelSpec
-) -> None:
+def test_all_keys_are_dense_attention(change: dict[str, object], checkpoint: Checkpoints, spec: ModelSpec) -> None:
     oracle = DualChunkOracle(checkpoint(FAMILY), DUAL)
     prompt = oracle.prompt(LENGTH, NEW_TOKENS)
     wide = replace(spec, sparse=replace(UNIFORM, **change))  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.stage_processes import Stages
+from tests.support.paths import ROOT
+from tests.support.rigs.stage_processes import Stages
 
-ROOT = Path(__file__).resolve().parents[2]
 MARK = "LONGREACH_TEST_MARK"
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.

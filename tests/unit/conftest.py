@@ -12,7 +12,7 @@ import grpc
 import pytest
 import ray
 
-from tests.support.service_bench import Bench
+from tests.support.rigs.service import Bench
 
 
 def _forbidden(what: str) -> Callable[..., Any]:

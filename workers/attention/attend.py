@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from workers.attention import flash, native
+from workers.attention import compiled, torch_backend
+from workers.attention.pair_counts import visited_pairs
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
-from workers.attention.visited import visited_pairs
-from workers.kv_cache import BlockTable, LayerKV
+from workers.kv.paged import BlockTable, LayerKV
 
 
 def attend(
@@ -28,8 +28,8 @@ def attend(
     Returns:
         `[T, H, D]` in the type of `q`.
     """
-    if native.available(q.intra, kv):
-        return native.attend(q, kv, table, plan, scales, visited=visited)
+    if compiled.available(q.intra, kv):
+        return compiled.attend(q, kv, table, plan, scales, visited=visited)
     if visited is not None:
         visited.copy_(torch.tensor([visited_pairs(plan, head) for head in range(len(visited))]))
-    return flash.attend(q, kv, table, plan, scales)
+    return torch_backend.attend(q, kv, table, plan, scales)

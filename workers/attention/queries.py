@@ -28,6 +28,4 @@ class Queries:
 
     def __getitem__(self, rows: slice) -> Queries:
         succ, inter = self.succ, self.inter
-        return Queries(
-            self.intra[rows], None if succ is None else succ[rows], None if inter is None else inter[rows]
-        )
+        return Queries(self.intra[rows], None if succ is None else succ[rows], None if inter is None else inter[rows])

@@ -20,7 +20,7 @@ def write_checkpoint(folder: Path, seed: int = 0, layers: int = 8) -> int:
     """
     from safetensors.torch import save_file
 
-    from protos.checkpoint import expected_tensors
+    from protos.model.checkpoint import expected_tensors
 
     if (folder / "config.json").exists():
         raise ValueError(f"OUT: {folder}: already holds a config.json; name a new folder")

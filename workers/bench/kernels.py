@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from protos.messages import SampleSpec, SamplingParams, Span
+from protos.stage.messages import SampleSpec, SamplingParams, Span
 from workers.attention.attend import attend
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
 from workers.bench.model import PAGE, benchmark_spec
 from workers.bench.timing import Figure, measure, median_figure
-from workers.kv_cache import BlockTable, LayerKV
+from workers.kv.paged import BlockTable, LayerKV
 from workers.model.layers import rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, rotate, row_scales
@@ -164,7 +164,7 @@ def _frames(setup: KernelSetup) -> Iterator[Figure]:
 
 
 def _sampler(setup: KernelSetup) -> Iterator[Figure]:
-    from workers.sampler import Sampler
+    from workers.runner.sampler import Sampler
 
     logits = setup.random(_VOCAB).float()
     sampler = Sampler(_VOCAB)

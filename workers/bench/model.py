@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from protos.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
-from protos.model_config import load_model_spec
-from protos.model_spec import ModelSpec, RopeSpec
-from workers.batch import BlockTables
+from protos.model.config_json import load_model_spec
+from protos.model.spec import ModelSpec, RopeSpec
+from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from workers.bench.timing import Figure, median_figure, synchronize
-from workers.kv_cache import PagedKV
+from workers.kv.paged import PagedKV
+from workers.model.batch import BlockTables
 from workers.model.decoder import Decoder
 from workers.model.weights import dummy_shard, load_shard, whole_model
 from workers.transport.collectives import SingleShard

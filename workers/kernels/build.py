@@ -63,10 +63,10 @@ def library_path(build: bool = False) -> Path:
     Raises:
         OSError: there is no compiler, or it failed (with its first error line).
     """
-    sources = sorted(_FOLDER.glob("*.cpp"))
+    sources = sorted(_FOLDER.rglob("*.cpp"))
     digest = hashlib.sha256()
-    for path in (*sources, *sorted(_FOLDER.glob("*.h"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in (*sources, *sorted(_FOLDER.rglob("*.h"))):
+        digest.update(path.relative_to(_FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
     digest.update("\0".join((*_FLAGS, platform.machine())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach"
     path = cache / f"kernels-{digest.hexdigest()[:16]}.so"
@@ -84,7 +84,7 @@ def _compile(sources: list[Path], path: Path) -> None:
         if path.exists():  # by another process, while this one waited
             return
         built = Path(scratch) / path.name
-        command = [found, *_FLAGS, *map(str, sources), "-o", str(built)]
+        command = [found, *_FLAGS, f"-I{_FOLDER}", *map(str, sources), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]

@@ -2,7 +2,7 @@
 //
 // A decode step waits for both ends. In Python they take 0.2 ms each, since the weights of the step have driven the
 // interpreter out of the caches; here they are one call. workers/transport/near.py has the twin, message for message.
-#include "calls.h"
+#include "gemm/calls.h"
 
 #include <cerrno>
 #include <cstring>

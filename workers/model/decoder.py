@@ -12,18 +12,18 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from protos.messages import ShardSpec
-from protos.model_spec import ModelSpec
+from protos.model.spec import ModelSpec
+from protos.stage.messages import ShardSpec
 from workers.attention.attend import attend
 from workers.attention.plan import Rotation
 from workers.attention.queries import Queries
-from workers.batch import Batch
-from workers.kv_cache import PagedKV
+from workers.kv.paged import PagedKV
+from workers.model.batch import Batch
 from workers.model.fused import FusedCall, FusedLayers
 from workers.model.layers import gated_mlp, linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, Turns, norm_and_rotate_
-from workers.model.sparse import CellLog, SparsePrefill
+from workers.model.sparse_prefill import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
 from workers.transport.collectives import Collectives
 
@@ -120,7 +120,7 @@ class Decoder:
         widest = -(-self.spec.vocab_size // size)
         padded = F.pad(local, (0, widest - local.shape[1])) if local.shape[1] < widest else local
         parts = self._collectives.all_gather(padded)
-        bounds = [self.spec.vocab_size * rank // size for rank in range(size + 1)]  # as `cluster.topology` cuts
+        bounds = [self.spec.vocab_size * rank // size for rank in range(size + 1)]  # as `cluster.config.topology` cuts
         rank = self.shard.rank
         assert self.shard.vocab == (bounds[rank], bounds[rank + 1]), "the vocabulary is cut in another way"
         widths = (stop - start for start, stop in pairwise(bounds))

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from protos.messages import ShardSpec
-from protos.model_spec import ModelSpec
-from workers.attention import native as attention
-from workers.batch import Batch
+from protos.model.spec import ModelSpec
+from protos.stage.messages import ShardSpec
+from workers.attention import compiled as attention
 from workers.kernels.build import load
-from workers.kv_cache import PagedKV, PlanMismatch
-from workers.model import native
+from workers.kv.paged import PagedKV, PlanMismatch
+from workers.model import compiled as native
+from workers.model.batch import Batch
 from workers.model.rope import Turns
 from workers.model.weights import LayerWeights
 from workers.transport.collectives import Collectives
-from workers.transport.native import Early
+from workers.transport.unix_link_compiled import Early
 
 MAX_ROWS = 64  # with more, what Python takes between two operations no longer matters
 

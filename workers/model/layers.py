@@ -5,22 +5,11 @@ Legend: `T` tokens, `M` hidden size, `I` intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
-from workers.model import native
-
-_BLOCK_VALUES = 1 << 18  # float32 values of a block: 1 MiB, so that every pass after the first finds it in L2
-
-
-def row_blocks(x: torch.Tensor) -> Iterator[slice]:
-    """Cut the rows of `x` so that a float32 copy of a block stays in a core's cache; one block on other devices."""
-    rows = x.shape[0]
-    step = max(1, _BLOCK_VALUES * rows // max(1, x.numel())) if x.device.type == "cpu" else max(1, rows)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+from workers.kernels.blocking import row_blocks
+from workers.model import compiled
 
 
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,8 +20,8 @@ def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root mean square norm over the last dimension: computed and weighted in float32, rounded once."""
-    if native.norms(x):
-        return native.rms_norm(x, weight, eps)
+    if compiled.norms(x):
+        return compiled.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
     wide_weight = weight.float()
     for rows in row_blocks(x):
@@ -48,7 +37,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     plain weights repacks them first, at about half the speed.
     """
     if weight.dim() > 2:
-        return native.linear(x, weight, bias)
+        return compiled.linear(x, weight, bias)
     if x.shape[0] == 1 and x.device.type == "cpu":
         row = torch.mv(weight, x[0])
         return (row if bias is None else row.add_(bias))[None]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from protos.messages import Span
-from workers.model import native
+from protos.stage.messages import Span
+from workers.model import compiled
 from workers.model.layers import linear, swiglu
 
 _STEP_TOKENS = 4096  # of the compiled kernel: more would not lower the share of reading the weights by much
@@ -28,8 +28,8 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) ->
         Expert ids `[T, k]` and weights `[T, k]` in float32.
     """
     logits = linear(x, router)
-    if native.routes(logits):
-        return native.route(logits, top_k, normalise)
+    if compiled.routes(logits):
+        return compiled.route(logits, top_k, normalise)
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     weights, experts = probabilities.topk(top_k, dim=-1)
     if normalise:
@@ -61,7 +61,7 @@ def run_experts(
     Args:
         x: `[T, M]`.
         experts, weights: `[T, k]` from `route`.
-        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`; both plain or both packed (`native`).
+        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`; both plain or both packed (`compiled`).
         local: global ids of the shard's experts.
         scratch: memory kept between calls.
 
@@ -99,7 +99,7 @@ def _packed_experts(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start in range(0, x.shape[0], _STEP_TOKENS):
         part = slice(start, start + _STEP_TOKENS)
-        native.run_experts(x[part], experts[part], weights[part], gate_up, down, local, rows, out[part])
+        compiled.run_experts(x[part], experts[part], weights[part], gate_up, down, local, rows, out[part])
     return out
 
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from protos.model_spec import DualChunkSpec, RopeSpec
-from workers.model import native
-from workers.model.layers import inverse_rms, row_blocks
+from protos.model.spec import DualChunkSpec, RopeSpec
+from workers.kernels.blocking import row_blocks
+from workers.model import compiled
+from workers.model.layers import inverse_rms
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:
@@ -173,11 +174,11 @@ def norm_and_rotate_(
         weight: `[H, D]` float32, or None for models without query and key norms.
         copies: other tensors `[T, n, D]` that receive the first `n` heads under another rotation.
     """
-    if native.rotates(x):
+    if compiled.rotates(x):
         for copy, other in copies:
             heads = copy.shape[1]
-            native.norm_rotate(x[:, :heads], *other, None if weight is None else weight[:heads], eps, copy)
-        return native.norm_rotate(x, *turn, weight, eps, x)
+            compiled.norm_rotate(x[:, :heads], *other, None if weight is None else weight[:heads], eps, copy)
+        return compiled.norm_rotate(x, *turn, weight, eps, x)
     for rows in row_blocks(x):
         wide = x[rows].float()
         if weight is not None:

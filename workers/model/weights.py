@@ -1,7 +1,7 @@
 """The weights of one shard, read slice by slice from the files mapped into memory.
 
 A plan says, for every tensor of the shard, which rows and columns of which checkpoint tensors it is made of; the loader
-and the random stand-in fill the same plan. Where compiled kernels serve, matrices are packed while read (`native`).
+and the random stand-in fill the same plan. Where compiled kernels serve, matrices are packed while read (`compiled`).
 Legend: `M` hidden size, `D` head dim, `H` and `K` query and KV heads, `E` experts, `I` intermediate; a trailing `r`
 marks the part of this shard.
 """
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from protos.messages import ShardSpec, Span
-from protos.model_spec import ModelSpec
-from workers import huge_pages
-from workers.model import native
+from protos.model.spec import ModelSpec
+from protos.stage.messages import ShardSpec, Span
+from workers.kv import huge_pages
+from workers.model import compiled
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
-    from protos.checkpoint import Checkpoint
+    from protos.model.checkpoint import Checkpoint
 
 OnProgress = Callable[[int, int], None]  # bytes loaded, bytes of this shard
 
@@ -39,7 +39,7 @@ _PAIRS = {"experts_gate_up"}
 class LayerWeights:
     """One layer of one shard; either the dense MLP or router and experts are set. Norms are whole on every rank.
 
-    Matrices are in plain order, as below, or packed: `native.unpacked` gives the plain one.
+    Matrices are in plain order, as below, or packed: `compiled.unpacked` gives the plain one.
     """
 
     input_norm: torch.Tensor  # [M]
@@ -109,7 +109,7 @@ def load_shard(
     Raises:
         CheckpointError: a file or tensor is missing, damaged or of another shape or dtype.
     """
-    from protos.checkpoint import Checkpoint
+    from protos.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model_dir, spec)
     with ExitStack() as stack:
@@ -141,7 +141,7 @@ def _build(
         nonlocal loaded
         shape, pairs = plan.shape, name in _PAIRS
         if name in _PACKED:
-            shape = native.packed_shape(shape, dtype, device, pairs)
+            shape = compiled.packed_shape(shape, dtype, device, pairs)
         tensor = huge_pages.advise(torch.empty(shape, dtype=dtype, device=device))
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
@@ -173,7 +173,7 @@ def _fill_packed(source: _Source, target: torch.Tensor, piece: _Piece, pairs: bo
         rows = Span(start, min(start + step, piece.rows.stop))
         plain = torch.empty(rows.size, width, dtype=target.dtype)
         source.fill(plain, piece._replace(rows=rows))
-        native.pack_rows(target, piece.row + start - piece.rows.start, plain, pairs)
+        compiled.pack_rows(target, piece.row + start - piece.rows.start, plain, pairs)
 
 
 def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:

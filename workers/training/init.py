@@ -102,9 +102,7 @@ def _look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None
         attention.o_proj.weight[channels, torch.arange(rank) + row] = 0.12
 
 
-def _match(
-    attention: Attention, shape: Shape, slow: Tensor, token_reader: Tensor, generator: torch.Generator
-) -> None:
+def _match(attention: Attention, shape: Shape, slow: Tensor, token_reader: Tensor, generator: torch.Generator) -> None:
     """KV head 0 matches noun and adjective of question and needle; KV head 1 matches the last two tokens."""
     dim, half, rank = shape.head_dim, shape.hidden // 2, token_reader.shape[0]
     first, second = slow, slow + dim // 2

@@ -1,0 +1,240 @@
+"""`longreach eval`: accuracy of a checkpoint over long documents, as tables, pictures and dated result files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.common import EXIT_CLUSTER, Count, fail, one_line_errors, open_display
+
+if TYPE_CHECKING:
+    from cluster.tools.eval.results import ResultFile
+
+_PATH = click.Path(path_type=Path)
+
+
+class Counts(click.ParamType):
+    """Token counts such as 4K,16K,64K."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(Count().convert(part.strip(), param, ctx) for part in str(value).split(","))
+
+
+class Setting(click.ParamType):
+    """KEY=VALUE over a key of the YAML file."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, object]:
+        import yaml
+
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not equals or not key.strip():
+            self.fail(f"{value!r}: must be KEY=VALUE such as sparse.target_recall=0.99", param, ctx)
+        try:
+            return key.strip(), yaml.safe_load(text)
+        except yaml.YAMLError:
+            self.fail(f"{value!r}: its value is not YAML", param, ctx)
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure how well a checkpoint reads long documents.
+
+    \b
+    needle: are facts found, at every depth and length, under every way to attend?
+    recall: how much do sparse prefill and int8 KV change the next tokens?
+    show:   the table and the picture of a result file
+
+    Results go to eval-NAME-DATE.json and .png in --out. Without --model or --config the small trained checkpoint of
+    the demo is measured.
+    """
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--config", type=_PATH, help="A YAML file: its model, layout, and all else not asked for here."),
+        click.option("--model", type=_PATH, help="A checkpoint folder, in place of the YAML's (default: one process)."),
+        click.option("--document", type=_PATH, help="A UTF-8 text (default: the King James Bible)."),
+        click.option(
+            "--sparse-threshold", type=Count(), default="0", show_default=True,
+            help="Prompts longer than this are read sparsely.",
+        ),
+        click.option(
+            "--kv", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
+            help="Type of the KV cache; auto is the computing type.",
+        ),
+        click.option(
+            "--set", "settings", type=Setting(), multiple=True, metavar="KEY=VALUE",
+            help="Another key of the YAML (repeatable), such as sparse.target_recall=0.99.",
+        ),
+        click.option(
+            "--out", type=_PATH, default=Path(), show_default="current folder",
+            help="Folder for results; made if absent.",
+        ),
+        click.option("--picture/--no-picture", default=True, help="Draw a PNG too (needs longreach[eval])."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, not as a table."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@evaluate.command()
+@click.option(
+    "--lengths", type=Counts(), default="4K,16K,64K", show_default=True,
+    help="Lengths in tokens, answer included; 4K is 4,096, 4k is 4,000.",
+)  # fmt: skip
+@click.option(
+    "--depths", type=click.IntRange(1, 100), default=8, show_default=True,
+    help="Needles a document, spread evenly over its depth.",
+)  # fmt: skip
+@click.option(
+    "--modes", default="plain,yarn,dca,sparse", show_default=True,
+    help="plain: positions as trained; yarn: stretched to the longest length; dca: dual chunk attention, dense; "
+    "sparse: dca with vertical-slash prefill.",
+)  # fmt: skip
+@click.option(
+    "--form", type=click.Choice(["answer", "prompt"]), default="answer", show_default=True,
+    help="answer: the model writes the whole answer, and looks codes up while it decodes. prompt: the prompt ends just "
+    "before the code, so the lookup is in a prefilled row: the harder test of sparse prefill.",
+)  # fmt: skip
+@click.option("--shared-words", is_flag=True, help="Half of the needles share a word with another: near misses count.")
+@click.option("--trials", type=click.IntRange(1, 1000), default=1, show_default=True, help="Documents a length.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first document.")
+@click.option("--max-tokens", type=Count(), default="24", show_default=True, help="Most tokens of an answer.")
+@click.option("--thinking/--no-thinking", default=False, help="enable_thinking for the chat template.")
+@_common
+def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
+    """Hide facts in documents of several lengths and ask for all of them.
+
+    Every mode is one cluster, every document is read once for all its questions. The result file is written after every
+    document, so an interrupted evaluation keeps what it has. Exit code 3 when a document could not be read.
+
+    \b
+    longreach eval needle --lengths 4K,16K,64K
+    longreach eval needle --model Qwen3-30B-A3B --config cluster.yaml --lengths 128K,256K --modes yarn,dca,sparse
+    """
+    from cluster.tools.eval.modes import find_target
+    from cluster.tools.eval.needle import NeedleOptions, NeedleRun
+    from cluster.tools.eval.results import ResultFile
+
+    with one_line_errors():
+        modes = tuple(mode.strip() for mode in given["modes"].split(","))
+        names = ("lengths", "form", "shared_words", "trials", "seed", "max_tokens", "thinking", "kv", "document")
+        options = NeedleOptions(
+            needles=given["depths"], modes=modes, sparse_threshold=given["sparse_threshold"],
+            more=dict(given["settings"]), **{name: given[name] for name in names},
+        )  # fmt: skip
+        target = find_target(given["config"], given["model"])
+        display = open_display(as_json)
+        kinds = [options.form, "shared" if options.shared_words else "", options.kv if options.kv != "auto" else ""]
+        with display:
+            run = NeedleRun(target, options, display)
+            result = ResultFile(out, "-".join(filter(None, ["eval-needle", run.report["model"], *kinds])))
+            try:
+                run.run(result.write)
+            finally:
+                display.clear()
+                if run.report["cells"]:
+                    _finish(run.report, result, picture, as_json)
+        if any("error" in cell for cell in run.report["cells"]):
+            sys.exit(EXIT_CLUSTER)
+
+
+@evaluate.command()
+@click.option("--tokens", type=Count(), default="64K", show_default=True, help="Of the document, from its beginning.")
+@click.option(
+    "--next", "num_next", type=click.IntRange(1, 4096), default=64, show_default=True,
+    help="Next tokens compared; each step follows the dense continuation.",
+)  # fmt: skip
+@click.option(
+    "--positions", type=click.Choice(["auto", "plain", "yarn", "dca"]), default="auto", show_default=True,
+    help="auto: dca if the checkpoint has its settings, else plain as far as it was trained, else yarn.",
+)  # fmt: skip
+@click.option("--sparse/--no-sparse", default=True, show_default=True, help="Whether sparse prefill is compared.")
+@_common
+def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
+    """Read one document dense and sparsely (with --kv int8 also in int8), and compare what comes next.
+
+    Gives for every layer and head the share of pairs visited and of attention mass kept, and for the next tokens how
+    often the most likely one is the same and how far the logits are. Runs in one process on this machine, without Ray.
+
+    \b
+    longreach eval recall --tokens 32K
+    longreach eval recall --model Qwen3-30B-A3B --document report.txt --tokens 64K --kv int8
+    """
+    from cluster.tools.eval.modes import find_target
+    from cluster.tools.eval.recall import EvaluationFailed, RecallOptions, run_recall
+    from cluster.tools.eval.results import ResultFile
+
+    with one_line_errors():
+        names = ("tokens", "num_next", "positions", "sparse", "kv", "sparse_threshold", "document")
+        options = RecallOptions(more=dict(given["settings"]), **{name: given[name] for name in names})
+        target = find_target(given["config"], given["model"])
+        display = open_display(as_json)
+        with display:
+            try:
+                report = run_recall(target, options, display)
+            except EvaluationFailed as error:
+                fail(error, EXIT_CLUSTER)
+        kinds = ["int8" if options.kv == "int8" else ""]
+        result = ResultFile(out, "-".join(filter(None, ["eval-recall", report["model"], *kinds])))
+        result.write(report)
+        _finish(report, result, picture and options.sparse, as_json)
+
+
+@evaluate.command()
+@click.argument("result", type=_PATH)
+@click.option("--picture", type=_PATH, help="The PNG to write (default: beside RESULT).")
+def show(result: Path, picture: Path | None) -> None:
+    """Print the table of a RESULT file (.json) and draw its picture again."""
+    from cluster.tools.eval.plots import draw
+    from cluster.tools.eval.results import read_result
+
+    with one_line_errors():
+        report = read_result(result)
+        _print(report)
+        path = picture or result.with_suffix(".png")
+        draw(report, path)
+        click.echo(f"picture: {path}", err=True)
+
+
+def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: bool) -> None:
+    """Table or JSON on standard output; the picture; where the files are."""
+    from cluster.tools.eval.plots import draw, has_matplotlib
+
+    if as_json:
+        click.echo(json.dumps(report | {"environment": result.environment}, ensure_ascii=False))
+    else:
+        _print(report)
+    click.echo(f"result: {result.path}", err=True)
+    if not picture:
+        return
+    if not has_matplotlib():
+        click.echo("picture: not drawn, matplotlib is missing: pip install 'longreach[eval]'", err=True)
+        return
+    draw(report, result.picture)
+    click.echo(f"picture: {result.picture}", err=True)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from cluster.tools.eval.tables import print_report
+
+    print_report(report, Console())
+
+
+VERBS = (evaluate,)

@@ -1,0 +1,247 @@
+"""The verbs that start and stop a head: serve, up, down."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from cluster.cli.common import EXIT_CLUSTER, EXIT_INPUT, EXIT_INTERRUPTED, fail, one_line_errors, open_display
+
+if TYPE_CHECKING:
+    import psutil
+
+    from cluster.config.deployment import Config
+    from cluster.server.state_files import HeadFiles
+    from cluster.stages.launcher import LaunchStatus
+
+_INTERRUPT_GRACE_S = 60.0  # for a starting head to take its processes down
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--notify-fd", type=int, hidden=True, help="Where to report progress, one JSON object a line.")
+def serve(config: Path, notify_fd: int | None) -> None:
+    """Run the head of CONFIG in the foreground until SIGTERM or Ctrl-C, then let running jobs finish."""
+    with one_line_errors():
+        from cluster.server.head import run_head
+        from cluster.stages.socket_dirs import clean_run_dirs
+
+        clean_run_dirs()
+        loaded = _load(config, needs_door=True)
+        files = _files(loaded)
+        if other := files.running():
+            fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
+        files.claim()
+        display = open_display(False)
+        try:
+            with _notifier(notify_fd) as tell, display:
+
+                def on_status(status: LaunchStatus) -> None:
+                    display.launch(status)
+                    tell(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
+
+                def on_ready(address: str) -> None:
+                    files.announce(address, loaded.security)
+                    display.clear()
+                    display.say(f"head ready at {address}")
+                    tell(address=address)
+
+                code = run_head(config, on_status, on_ready)
+        finally:
+            files.release()
+    sys.exit(code)
+
+
+def _load(config: Path, needs_door: bool = False) -> Config:
+    from cluster.config.deployment import load_config
+    from protos.errors import UserError
+
+    loaded = load_config(config)
+    if needs_door and not loaded.server.port:
+        raise UserError(f"{config}: server.port: 0: a head without a port hears no one; must be such as 7777")
+    return loaded
+
+
+def _files(loaded: Config) -> HeadFiles:
+    from cluster.server.state_files import HeadFiles
+
+    return HeadFiles(loaded.data_dir)
+
+
+class _Tell:
+    """Reports to `up` as long as it listens."""
+
+    def __init__(self, pipe: TextIO | None) -> None:
+        self._pipe = pipe
+
+    def __call__(self, **values: Any) -> None:
+        if self._pipe is None:
+            return
+        try:
+            print(json.dumps(values), file=self._pipe, flush=True)
+        except BrokenPipeError:  # `up` was killed; the head goes on
+            self._pipe = None
+
+
+@contextmanager
+def _notifier(descriptor: int | None) -> Iterator[_Tell]:
+    if descriptor is None:
+        yield _Tell(None)
+        return
+    os.set_inheritable(descriptor, False)  # `up` must see the end when this process ends, not its children
+    pipe = os.fdopen(descriptor, "w")
+    try:
+        yield _Tell(pipe)
+    finally:
+        try:
+            pipe.close()
+        except BrokenPipeError:
+            pass
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def up(config: Path, as_json: bool) -> None:
+    """Start the head of CONFIG in the background and wait until it is ready.
+
+    Its log is log/head.log under the data directory. A head that already runs is left alone.
+    """
+    from cluster.client.errors import Unavailable, read_state
+
+    with one_line_errors():
+        files = _files(_load(config, needs_door=True))
+        if other := files.running():
+            try:
+                _report(files, read_state(files.data_dir), "already running", as_json)
+            except Unavailable:
+                fail(f"a head is starting already (pid {other.pid}), see {files.log}", EXIT_CLUSTER)
+            return
+        before = files.log.stat().st_size if files.log.exists() else 0
+        child, progress = _spawn(files, config)
+        try:
+            with open_display(as_json) as display, progress:
+                ready = _follow(progress, display)
+        except KeyboardInterrupt:
+            click.echo("longreach: interrupted; stopping the head", err=True)
+            _stop_child(child)
+            sys.exit(EXIT_INTERRUPTED)
+        if not ready:
+            _give_up(child, files, before)
+        _report(files, read_state(files.data_dir), "ready", as_json)
+
+
+def _spawn(files: HeadFiles, config: Path) -> tuple[subprocess.Popen[bytes], TextIO]:
+    """`serve` in its own session, and the reading end of its reports."""
+    files.log.parent.mkdir(parents=True, exist_ok=True)
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "cluster.cli", "serve", str(config.absolute()), "--notify-fd", str(writing)]
+    with files.log.open("ab") as log:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[writing]
+        )
+    os.close(writing)
+    return child, os.fdopen(reading)
+
+
+def _follow(progress: TextIO, display: Any) -> bool:
+    """Show what the head reports until it is ready; false when it ended before."""
+    from cluster.stages.launcher import LaunchStatus
+
+    for line in progress:
+        report = json.loads(line)
+        if "address" in report:
+            return True
+        display.launch(LaunchStatus(**report))
+    return False
+
+
+def _stop_child(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(_INTERRUPT_GRACE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -> None:
+    """Pass on why the head ended, with its exit code; its log begins at byte `log_start`."""
+    code = child.wait()
+    lines = files.log.read_bytes()[log_start:].decode(errors="replace").splitlines()
+    reasons = [line for line in lines if line.startswith("longreach: error: ")]
+    reason = reasons[-1].removeprefix("longreach: error: ") if reasons else f"the head ended with code {code}"
+    fail(f"{reason} (log: {files.log})", code if code in (EXIT_INPUT, EXIT_INTERRUPTED) else EXIT_CLUSTER)
+
+
+def _report(files: HeadFiles, state: dict[str, Any], what: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(state | {"log": str(files.log)}))
+    else:
+        click.echo(f"{what} at {state['address']} (pid {state['pid']}), log {files.log}")
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Data directory of the head, instead of CONFIG.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="SECONDS",
+    help="How long running jobs may take before the head is killed; they go on with the next head.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bool) -> None:
+    """Stop the head of CONFIG or of a data directory; fine when none runs."""
+    from cluster.client.errors import DEFAULT_DATA_DIR
+    from cluster.server.state_files import HeadFiles
+    from cluster.stages.socket_dirs import clean_run_dirs
+
+    with one_line_errors():
+        if config is not None and data_dir is not None:
+            fail("CONFIG, --data-dir: give one of them", EXIT_INPUT)
+        given = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
+        files = HeadFiles(given) if config is None else _files(_load(config))
+        process = files.running()
+        if process is None:
+            outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"
+        else:
+            outcome = _stop(process, timeout)
+        files.remove()
+        clean_run_dirs()
+        if as_json:
+            click.echo(json.dumps({"pid": process.pid if process else None, "outcome": outcome}))
+        else:
+            click.echo(outcome)
+
+
+def _stop(process: psutil.Process, timeout_s: float) -> str:
+    """SIGTERM, time to drain, SIGKILL; with a killed head go the processes it had started."""
+    import psutil
+
+    try:
+        children = process.children(recursive=True)
+        process.terminate()
+        process.wait(timeout_s)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        for one in (process, *children):
+            try:
+                one.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs([process, *children], timeout=10)
+        return f"killed (pid {process.pid}): it had not stopped after {timeout_s:g} s"
+    except psutil.AccessDenied:
+        fail(f"pid {process.pid}: belongs to another user; stop it as that user", EXIT_CLUSTER)
+    return f"stopped (pid {process.pid})"
+
+
+VERBS: tuple[click.Command, ...] = (serve, up, down)

@@ -1,0 +1,191 @@
+"""The command line. Commands import what they need when they run, so that `--help` is instant.
+
+Exit codes: 0 done; 1 a wrong answer, a failed check, or a job that did not succeed; 2 input that cannot be used
+(nothing was started); 3 the cluster could not start, cannot be reached, or failed; 4 no such job or document;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.cli import eval as cli_eval
+from cluster.cli import head as cli_head
+from cluster.cli import jobs as cli_jobs
+from cluster.cli.common import EXIT_WRONG, Count, Verbs, one_line_errors, open_display, sampling_options
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="longreach", prog_name="longreach")
+def main() -> None:
+    """Answers questions about very long documents with a cluster of stages and shards.
+
+    \b
+    Try it:            longreach demo
+    Check the machine: longreach doctor
+    Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
+    Measure accuracy:  longreach eval needle --lengths 4K,16K
+    Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
+    """
+
+
+for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_eval.VERBS):
+    main.add_command(verb)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), help="A UTF-8 text; it comes first in the prompt.")
+@click.option("--question", multiple=True, help="A question about the document (repeatable: they share its prefill).")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A raw prompt, tokenised as it is.")
+@click.option("--token-ids", type=click.Path(path_type=Path), help="A JSON file with a list of token ids.")
+@sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def run(
+    config: Path, document: Path | None, question: tuple[str, ...], prompt_file: Path | None, token_ids: Path | None,
+    as_json: bool, **sampling: Any,
+) -> None:  # fmt: skip
+    """Start the cluster of CONFIG, answer, stop it.
+
+    Input is one of: a document with one or more questions, a raw prompt, or token ids.
+
+    \b
+    longreach run configs/demo.yaml --document report.txt --question "What was decided?" --question "By whom?"
+    longreach run configs/single.yaml --token-ids ids.json --max-tokens 64 --logprobs 5 --json
+    """
+    from cluster.stages.socket_dirs import clean_run_dirs
+    from cluster.tools.run import RunInput, run_once
+
+    with one_line_errors():
+        clean_run_dirs()
+        given = RunInput(document, question, prompt_file, token_ids)
+        report = run_once(config, given, _ask(sampling), open_display(as_json))
+        if as_json:
+            click.echo(json.dumps(report, ensure_ascii=False))
+            return
+        for result in report["results"]:
+            if result["question"] is not None:
+                click.secho(result["question"], bold=True)
+            if result["reasoning"]:
+                click.secho(result["reasoning"], dim=True)
+            click.echo(result["text"].strip())
+        click.echo(_summary(report), err=True)
+
+
+def _ask(options: dict[str, Any]) -> Any:
+    from cluster.engine.runtime import Ask
+    from protos.stage.messages import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
+    return Ask(
+        max_tokens=options["max_tokens"],
+        sampling=SamplingParams(**{name: options[name] for name in names}),
+        stop=options["stop"],
+        stop_token_ids=options["stop_token_id"],
+        ignore_eos=options["ignore_eos"],
+        enable_thinking=options["thinking"],
+    )
+
+
+def _summary(report: dict[str, Any]) -> str:
+    first = report["results"][0]
+    rate = first["prefill"]["tokens_per_s"]
+    cached = sum(result["usage"]["cached_tokens"] for result in report["results"])
+    speed = "" if rate is None else f" at {rate:,.0f}/s"
+    return (
+        f"{first['usage']['prompt_tokens']:,} prompt tokens read{speed}, {cached:,} from cache; first token after "
+        f"{first['timings']['ttft_s']:.1f} s; cluster ready in {report['timings']['ready_s']:.1f} s"
+    )
+
+
+def _sparsity(attention: dict[str, Any] | None) -> str:
+    if attention is None or attention["mode"] == "dense":
+        return "every key was read\n"
+    density, recall = attention["density"], attention["held_out_recall"]
+    return f"sparse prefill visited {density:.1%} of the pairs; held-out rows kept {recall:.1%} of their attention\n"
+
+
+@main.command()
+@click.option(
+    "--tokens", type=Count(), default="128k", show_default=True,
+    help="Length of the document, 1k to 1M (1m: almost the whole book).",
+)  # fmt: skip
+@click.option("--needles", type=click.IntRange(1, 100), default=8, show_default=True, help="Facts hidden in the book.")
+@click.option(
+    "--positions", type=click.Choice(["dca", "yarn", "plain"]), default="dca", show_default=True,
+    help="dca (dual chunk attention) and yarn stretch the trained window of 4,096 tokens; plain does not, and fails.",
+)  # fmt: skip
+@click.option("--sparse/--dense", default=True, show_default=True, help="Read chosen keys only, or all of them.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which facts, and where.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_json: bool) -> None:
+    """Hide facts in a book, start a 2 x 2 cluster on this machine, and ask for them.
+
+    Uses the small trained checkpoint that comes with the package. Exit code 1 when an answer is wrong.
+    """
+    from cluster.tools.demo import DemoOptions, run_demo
+
+    with one_line_errors():
+        display = open_display(as_json)
+        with display:
+            result = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
+        report = result.to_json()
+        if as_json:
+            click.echo(json.dumps(report, ensure_ascii=False))
+        else:
+            _print_demo(report)
+        if report["right"] < report["total"]:
+            sys.exit(EXIT_WRONG)
+
+
+def _print_demo(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    click.echo(f'Asked: "{report["questions"][0]["question"]}" and so on.\n')
+    table = Table("depth", "truth", "answer", "", box=None, pad_edge=False, header_style="bold")
+    for row in report["questions"]:
+        mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
+        truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))
+        table.add_row(f"{row['depth']:.0%}", truth, answer[:40], mark)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"\n{report['right']} of {report['total']} right in {report['tokens']:,} tokens, "
+        f"{report['positions']} positions; ready in {report['ready_s']:.1f} s\n"
+        f"{_sparsity(report['sparse'])}"
+        f"time to first token {report['ttft_s']:.1f} s, prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, "
+        f"decode {report['decode_tokens_per_s']:,.0f} tokens/s\n"
+        f"{report['total_s']:.0f} s in all; {report['peak_memory_bytes'] / 2**30:.1f} GiB, all processes together",
+        highlight=False,
+    )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, what will be slow, and why.
+
+    Exit code 1 when something is missing without which nothing runs.
+    """
+    from rich.console import Console
+
+    from cluster.tools.doctor import diagnose, render
+
+    with one_line_errors(), Console(stderr=True).status("checking this machine"):
+        report = diagnose()
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        render(report, Console())
+    if not report.ok:
+        sys.exit(EXIT_WRONG)
+
+
+if __name__ == "__main__":
+    main()

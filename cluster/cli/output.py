@@ -1,0 +1,282 @@
+"""What the job verbs read from files and print: answers, tokens as they come, tables."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from cluster.cli.common import EXIT_INTERRUPTED, EXIT_WRONG, fail, open_display
+from cluster.client.client import Client, Job
+from cluster.client.errors import InvalidRequest
+from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
+from cluster.client.requests import too_large
+from cluster.client.validation import MAX_REQUEST_BYTES
+
+_SAMPLING = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "stop",
+    "ignore_eos",
+)  # fmt: skip
+
+
+def submit_given(client: Client, options: dict[str, Any]) -> Job:
+    """Queue the job that the options of `submit` describe. Raises LongreachError."""
+    prompt_file, ids_file = options["prompt_file"], options["token_ids"]
+    extra: dict[str, Any] = {name: options[name] for name in (*_SAMPLING, "priority", "labels", "idempotency_key")}
+    return client.submit(
+        options["document"],
+        list(options["question"]) or None,
+        prompt=None if prompt_file is None else _read(prompt_file, _as_text),
+        token_ids=None if ids_file is None else _read(ids_file, _as_ids),
+        stop_token_ids=options["stop_token_id"],
+        enable_thinking=options["thinking"],
+        deadline_s=options["deadline"],
+        **extra,
+    )
+
+
+def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_REQUEST_BYTES + 1)  # no more of a file without end either
+        if len(data) > MAX_REQUEST_BYTES:
+            raise too_large(str(path), max(len(data), path.stat().st_size))
+        return parse(data)
+    except InvalidRequest:
+        raise
+    except OSError as error:
+        raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{path}: {error}") from error
+
+
+def _as_text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from error
+
+
+def _as_ids(data: bytes) -> list[int]:
+    try:
+        ids = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error}): must be a list of token ids such as [1, 2, 3]") from error
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError("must be a JSON list of whole numbers such as [1, 2, 3]")
+    return ids
+
+
+@contextmanager
+def detaching(job: Job, command: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C leaves the job alone and says how to come back."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nlongreach: detached; {job.id} goes on. Come back with: {command()}", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def wait_job(job: Job, timeout_s: float | None) -> Job:
+    """Wait; exits with 1 when the time is over."""
+    with detaching(job, lambda: f"longreach wait {job.id}"):
+        job.wait(timeout_s)
+        if not job.done:
+            fail(f"{job.id}: {job.state} after {timeout_s:g} s; wait longer, or: longreach cancel {job.id}", EXIT_WRONG)
+        return job
+
+
+def print_answers(job: Job, as_json: bool) -> None:
+    """Print an ended job; exits with 1 when it did not succeed."""
+    if as_json:
+        click.echo(json.dumps(job.data.to_json(), ensure_ascii=False))
+    else:
+        for answer in job.answers:
+            if answer.question and len(job.answers) > 1:
+                click.secho(answer.question, bold=True)
+            if answer.reasoning:
+                click.secho(answer.reasoning, dim=True)
+            click.echo(answer.text.strip())
+    _check(job)
+
+
+def _check(job: Job) -> None:
+    if job.state != "succeeded":
+        fail(f"{job.id}: {job.state}" + (f": {job.error}" if job.error else ""), EXIT_WRONG)
+
+
+class TokenPrinter:
+    """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number.
+
+    Reasoning stands before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
+    """
+
+    def __init__(self, questions: int) -> None:
+        self._many = questions > 1
+        self._lines: dict[tuple[int, str], str] = {}  # unfinished, by question and part
+        self._ends_line = True
+        self._part = "answer"
+
+    def push(self, event: TokenEvent) -> None:
+        """Write what has become a whole line, or anything when there is one question."""
+        token = event.token
+        parts = {"reasoning": token.reasoning, "answer": token.answer} if token.part else {"answer": token.text}
+        for part, text in parts.items():
+            if text and self._many:
+                self._push_lines(event.question, part, text)
+            elif text:
+                if part != self._part and not self._ends_line:
+                    self._write("\n")
+                self._part = part
+                self._write(text, dim=part == "reasoning")
+
+    def _push_lines(self, question: int, part: str, text: str) -> None:
+        if part == "answer":
+            self._end_line(question, "reasoning")
+        *whole, rest = (self._lines.get((question, part), "") + text).split("\n")
+        for line in whole:
+            self._write_line(question, part, line)
+        self._lines[question, part] = rest
+
+    def _end_line(self, question: int, part: str) -> None:
+        if line := self._lines.pop((question, part), ""):
+            self._write_line(question, part, line)
+
+    def _write_line(self, question: int, part: str, line: str) -> None:
+        is_reasoning = part == "reasoning"
+        self._write(f"[{question + 1}{' reasoning' if is_reasoning else ''}] {line}\n", dim=is_reasoning)
+
+    def finish(self) -> None:
+        """Write unfinished lines; stdout then ends with a newline."""
+        for question, part in sorted(self._lines):
+            self._end_line(question, part)
+        if not self._ends_line:
+            self._write("\n")
+        sys.stdout.flush()
+
+    def _write(self, text: str, dim: bool = False) -> None:
+        sys.stdout.write(click.style(text, dim=True) if dim and sys.stdout.isatty() else text)
+        self._ends_line = text.endswith("\n")
+
+
+class HeldInterrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not inside `held`: what is shown and what is counted agree."""
+
+    def __init__(self) -> None:
+        self._is_held = self._is_pending = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Put an interrupt off until the end of the block."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._is_pending:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        again, self._is_pending = self._is_pending, True
+        if again or not self._is_held:  # a second one also ends a write that nobody reads
+            raise KeyboardInterrupt
+
+
+def stream_job(job: Job, after: int, as_json: bool) -> None:
+    """Follow a job to its end; exits with 1 when it did not succeed, 130 on Ctrl-C."""
+    printer = TokenPrinter(len(job.answers))
+    display = open_display(as_json)
+    last = after
+    interrupts = HeldInterrupts()
+
+    with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
+        try:
+            with display:
+                for event in job.stream(after):
+                    with interrupts.held():
+                        if as_json:
+                            print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
+                        elif isinstance(event, ProgressEvent) and last == after:
+                            at = event.progress
+                            display.prefill(at.processed, at.total, at.eta_ms)
+                        elif isinstance(event, TokenEvent):
+                            display.clear()  # from here on the terminal belongs to the answer
+                            printer.push(event)
+                        if isinstance(event, TokenEvent):
+                            last = event.number
+                            sys.stdout.flush()
+        finally:
+            printer.finish()
+    _check(job)
+
+
+def _event_json(event: ProgressEvent | TokenEvent | JobEnded) -> dict[str, Any]:
+    names = {ProgressEvent: "progress", TokenEvent: "token", JobEnded: "ended"}
+    return {"event": names[type(event)]} | asdict(event)
+
+
+def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
+    """A table of jobs, or one JSON list."""
+    if as_json:
+        click.echo(json.dumps([job.data.to_json() for job in jobs], ensure_ascii=False))
+        return
+    rows = []
+    for job in jobs:
+        at = job.progress
+        read = f"{at.processed:,} of {at.total:,}" if at.total and not job.done else ""
+        if job.done and job.answers:
+            read = f"{max(answer.prompt_tokens for answer in job.answers):,}"
+        labels = " ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))
+        rows.append((job.id, job.state, _when(job.data.created), str(len(job.answers)), read, labels))
+    _print_table(("id", "state", "created", "answers", "tokens read", "labels"), rows)
+
+
+def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
+    """A table of documents, or one JSON list."""
+    from cluster.common.units import format_bytes
+
+    if as_json:
+        click.echo(json.dumps([asdict(document) for document in documents], ensure_ascii=False))
+        return
+    rows = [(d.id, d.name, format_bytes(d.size_bytes), _when(d.created), _when(d.expires)) for d in documents]
+    _print_table(("id", "name", "size", "created", "expires"), rows)
+
+
+def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
+    """The cluster in two lines and a table of its stages, or one JSON object."""
+    from cluster.common.units import format_bytes
+    from cluster.tools.display import format_duration
+
+    if as_json:
+        click.echo(json.dumps(asdict(status) | {"address": address}, ensure_ascii=False))
+        return
+    click.echo(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
+    click.echo(
+        f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
+        f"contexts up to {status.max_model_len:,} tokens\n"
+    )
+    rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))
+            for s in status.stages]  # fmt: skip
+    _print_table(("stage", "rank", "state", "steps", "memory"), rows)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; ids must stay whole to be copied, so nothing is ever cut."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

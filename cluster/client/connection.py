@@ -1,0 +1,111 @@
+"""Where a head is and how to talk to it: address, API key, TLS. Arguments go before the environment.
+
+Environment: LONGREACH_API_KEY, LONGREACH_CA_FILE, LONGREACH_CERT_FILE, LONGREACH_KEY_FILE.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from cluster.client.errors import DEFAULT_ADDRESS, InvalidRequest, read_state
+from cluster.common.addresses import is_loopback, split_address
+
+FileName = str | os.PathLike[str] | None
+
+
+class ConnectionOptions(TypedDict, total=False):
+    """Keyword arguments of the clients besides address and key. An empty file name means none at all."""
+
+    ca_file: FileName  # PEM of the authority, or of the head's own certificate; turns TLS on
+    cert_file: FileName  # PEM of this client, for a head that wants one (mutual TLS); turns TLS on
+    key_file: FileName  # PEM of its key
+    server_name: str  # in the head's certificate, when it is not the host of the address
+    allow_plaintext_key: bool  # send the API key to another machine although nothing is encrypted
+    timeout_s: float  # for one call, without the time a job takes; 30 s
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of a client; without `ca` the roots that gRPC brings are trusted."""
+
+    ca: Path | None
+    cert: Path | None
+    key: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The arguments of a client, checked (InvalidRequest); files are not opened yet."""
+
+    address: str = DEFAULT_ADDRESS
+    api_key: str | None = None
+    ca_file: FileName = None
+    cert_file: FileName = None
+    key_file: FileName = None
+    server_name: str = ""
+    allow_plaintext_key: bool = False
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.address, str) or not (self.is_unix or split_address(self.address)):
+            raise InvalidRequest(f"address: {self.address!r}: must be HOST:PORT such as {DEFAULT_ADDRESS}")
+        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)) or not self.timeout_s > 0:
+            raise InvalidRequest(f"timeout_s: {self.timeout_s!r}: must be a number of seconds above 0")
+        files = self.tls
+        if files is not None and (files.cert is None) != (files.key is None):
+            lacking, given = ("cert_file", files.key) if files.cert is None else ("key_file", files.cert)
+            raise InvalidRequest(f"{lacking}: (missing): goes with {given}: give both or neither")
+        self._check_key()
+
+    def _check_key(self) -> None:
+        key = self.secret
+        if not (key.isascii() and (key.isprintable() and " " not in key)):
+            raise InvalidRequest("api_key: must be ASCII without spaces, line ends or control characters")
+        if key and self.tls is None and not self.is_local and not self.allow_plaintext_key:
+            raise InvalidRequest(
+                f"address: {self.address}: the API key would travel there in plain text: turn TLS on (ca_file, "
+                "--ca-file, LONGREACH_CA_FILE), or allow it in words (allow_plaintext_key=True, --allow-plaintext-key)"
+            )
+
+    @property
+    def is_unix(self) -> bool:
+        return self.address.startswith("unix:")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is on this machine."""
+        where = split_address(self.address)
+        return self.is_unix or (where is not None and is_loopback(where[0]))
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """The files of TLS; None for plaintext."""
+        ca = _file(self.ca_file, "LONGREACH_CA_FILE")
+        cert, key = _file(self.cert_file, "LONGREACH_CERT_FILE"), _file(self.key_file, "LONGREACH_KEY_FILE")
+        return None if ca is None and cert is None and key is None else TlsFiles(ca, cert, key)
+
+    @property
+    def secret(self) -> str:
+        """The API key given, else that of the environment variable LONGREACH_API_KEY, else empty."""
+        return self.api_key if self.api_key is not None else os.environ.get("LONGREACH_API_KEY", "")
+
+
+def _file(given: FileName, variable: str) -> Path | None:
+    name = os.environ.get(variable, "") if given is None else os.fspath(given)
+    return Path(name).expanduser() if name else None
+
+
+def state_connection(data_dir: str | os.PathLike[str], options: ConnectionOptions) -> tuple[str, ConnectionOptions]:
+    """(address, options) of the head that is ready under a data directory.
+
+    What `options` leaves out is taken from the state the head wrote: a plaintext head is met in plaintext whatever the
+    environment says, a TLS head is trusted by its own certificate. Raises Unavailable when no head is ready there.
+    """
+    state = read_state(data_dir)
+    given: ConnectionOptions = {"ca_file": state["ca_file"], "server_name": state["server_name"]}
+    if not state["ca_file"]:
+        given |= {"cert_file": "", "key_file": ""}
+    return state["address"], given | options

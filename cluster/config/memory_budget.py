@@ -1,0 +1,118 @@
+"""Memory of a shard besides its weights: KV pages, and what a step of the largest size needs while it runs.
+
+Legend: `T` tokens of the largest step, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim,
+`k` experts a token uses, `I` their intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.common.units import format_bytes
+from cluster.config.deployment import Deployment
+from cluster.config.topology import kv_bytes_per_token
+from protos.model.grid import largest_cell
+from protos.model.spec import ModelSpec
+from protos.stage.messages import LoadProgress, ShardSpec
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_INT8_BYTES, _INT8_SCALE_BYTES = 1, 4  # of a number, and of the scale of a key or value of one head
+_LINK_STEPS = 4  # steps a link to or from a neighbour holds
+_SLACK = 1.25  # what the allocator cannot give back
+_SUM_BYTES = 16  # of a key and query head, while a sparse cell is estimated
+_FIXED = 64 << 20  # compiled kernels and their own buffers, stacks
+
+
+class NoRoom(RuntimeError):
+    """The configured sizes do not fit into the memory of this machine."""
+
+
+def compute_dtype(deployment: Deployment) -> str:
+    """The type of weights and hidden states: as configured; `auto` keeps float32 and computes 16-bit checkpoints in
+    bfloat16."""
+    wanted = deployment.config.model.dtype
+    if wanted != "auto":
+        return wanted
+    return "float32" if deployment.spec.dtype == "float32" else "bfloat16"
+
+
+def kv_dtype(deployment: Deployment) -> str:
+    """The type of keys and values: int8 where it is configured, else that of the weights."""
+    return "int8" if deployment.config.kv_cache.dtype == "int8" else compute_dtype(deployment)
+
+
+def kv_token_bytes(deployment: Deployment) -> int:
+    """Bytes one token takes on the shard whose tokens are largest."""
+    width = DTYPE_BYTES.get(kv_dtype(deployment), _INT8_BYTES)
+    scale = _INT8_SCALE_BYTES if kv_dtype(deployment) == "int8" else 0
+    return max(kv_bytes_per_token(deployment.spec, shard, width, scale) for shard in deployment.shards)
+
+
+def scratch_bytes(
+    spec: ModelSpec, shard: ShardSpec, tokens: int, sequences: int, width: int, context: int = 0
+) -> int:  # fmt: skip
+    """Most bytes one step of `tokens` rows needs on a shard beside weights and KV; an upper estimate.
+
+    Args:
+        context: tokens of the longest context; a sparse cell sums over its columns and diagonals.
+        sequences: most rows of the step that are sampled.
+        width: bytes of an activation.
+    """
+    hidden, dim = spec.hidden_size, spec.head_dim
+    heads, kv_heads = shard.heads.size, shard.kv_heads.size
+    row = 6 * hidden * width  # the stream, its norm, outputs of attention and MLP, their sums
+    row += 2 * (heads + 2 * kv_heads) * dim * width
+    row += heads * dim * (width + 2 * 4)  # attention's output and two partial ones in float32
+    if spec.dual_chunk is not None:
+        row += 2 * heads * dim * width  # queries under two more rotations
+    links = (not shard.is_first) + (not shard.is_last)
+    row += links * _LINK_STEPS * hidden * width
+    widest = 0
+    if spec.num_experts:
+        chosen = spec.num_experts_per_tok
+        gathered = hidden + 3 * spec.moe_intermediate_size  # rows of one expert: at worst it is everybody's
+        widest = (chosen * hidden + gathered) * width + 2 * 4 * spec.num_experts + 4 * 8 * chosen
+    widest = max(widest, 3 * shard.intermediate.size * width)
+    head = min(tokens, sequences) * spec.vocab_size * (width + 4 + 2 * 8) if shard.is_last else 0
+    sums = _SUM_BYTES * context * heads if spec.sparse is not None else 0
+    return _FIXED + int(_SLACK * (tokens * (row + widest) + head)) + sums
+
+
+def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: int) -> int:
+    """Bytes of KV one shard may allocate.
+
+    Args:
+        loaded: what every shard reported after loading.
+        sharers: shards that share one memory.
+
+    Raises:
+        NoRoom: with the numbers, and the context that would fit.
+    """
+    config, spec = deployment.config, deployment.spec
+    prefill, kv = config.prefill, config.kv_cache
+    width = DTYPE_BYTES[compute_dtype(deployment)]
+    tokens = prefill.max_num_batched_tokens + largest_cell(spec)  # a sparse cell is never cut
+    scratch = max(
+        scratch_bytes(spec, shard, tokens, prefill.max_num_seqs, width, deployment.max_model_len)
+        for shard in deployment.shards
+    )
+    # Weights that are mapped from the file count as available, but dropping them would mean reading them at each step.
+    mapped = 0
+    if config.cluster.device == "cpu":
+        mapped = sharers * max(max(0, p.total_bytes - p.anonymous_growth_bytes) for p in loaded)
+    free = (min(progress.available_bytes for progress in loaded) - mapped) // sharers - scratch
+    block = kv.page_size * kv_token_bytes(deployment)
+    if kv.bytes is None:
+        assert kv.fraction is not None
+        wanted = max(0, int(free * kv.fraction))
+    else:  # no more is allocated than all sequences can use
+        wanted = min(kv.bytes, -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * block)
+    if 0 < wanted <= free:
+        return wanted
+    fits = max(0, free) // block * kv.page_size
+    key = f"kv_cache.bytes: {format_bytes(wanted)}" if kv.bytes is not None else "kv_cache.fraction: no room"
+    raise NoRoom(
+        f"{key}: after the weights and {format_bytes(scratch)} for a step of {tokens} tokens, "
+        f"{format_bytes(max(0, free))} an actor are left: {fits} tokens would fit: lower kv_cache.bytes, "
+        "prefill.max_num_batched_tokens or model.max_model_len"
+    )

@@ -1,0 +1,267 @@
+"""The configuration as frozen pydantic models: one class a section, and beside each key the rule an error shows.
+
+A field's `description` is that rule; `config.deployment` prints it whatever the way in which the value is wrong.
+Types are strict (`"64"` is not 64), except for the human integers of `cluster.common.units`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+
+from cluster.common.addresses import is_loopback
+from cluster.common.units import BYTES_RULE, COUNT_RULE
+from cluster.config.attention import DualChunk, RopeScaling, SparseSection
+from cluster.config.section import FLAG, POSITIVE, Bytes, Count, PathValue, Section, broken_rule
+
+DEFAULT_KV_FRACTION = 0.5
+FILE_RULE = "must be the path of a file"
+MAX_TTL_S = 10 * 366 * 86400.0
+TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (ten years)"
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("not a power of two")
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value):
+            raise ValueError("not a host") from None
+    return value
+
+
+def _address(value: str) -> str:
+    if value in ("local", "auto"):
+        return value
+    host, _, port = value.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
+        raise ValueError("no port")
+    _host(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    return value
+
+
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or value in (".", ".."):
+        raise ValueError("not a file name")
+    return value
+
+
+def _has_both_fields(value: str) -> str:
+    at, after = value.find("{document}"), value.find("{question}")
+    if value.count("{document}") != 1 or value.count("{question}") != 1 or after < at:
+        raise ValueError("not the two fields")
+    return value
+
+
+class ModelSection(Section):
+    """Which checkpoint, and how long a context it is asked to hold."""
+
+    path: PathValue = Field(description="must be the path of a directory with config.json")
+    served_model_name: str = Field(
+        default=None,
+        validate_default=True,
+        min_length=1,
+        max_length=200,
+        description="must be text of 1 to 200 characters",
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="must be one of auto, bfloat16, float32"
+    )
+    max_model_len: Count | None = Field(default=None, ge=1, description=COUNT_RULE)
+    load_format: Literal["auto", "dummy"] = Field(default="auto", description="must be one of auto, dummy")
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="must be a mapping such as {rope_type: yarn, factor: 4.0}"
+    )
+    config_file: Annotated[str, AfterValidator(_file_name)] = Field(
+        default="config.json", description="must be the name of a file in model.path, such as config_1m.json"
+    )
+    dual_chunk_attention: DualChunk | None = Field(
+        default=None, description="must be false, or a mapping such as {chunk_size: 256K, local_size: 8K}"
+    )
+    allow_beyond_positions: bool = Field(default=False, description=FLAG)
+    document_prompt: Annotated[str, AfterValidator(_has_both_fields)] = Field(
+        default="{document}\nQuestion: {question}",
+        description="must contain {document} once and after it {question} once",
+    )
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _default_name(cls, value: object, info: ValidationInfo) -> object:
+        path = info.data.get("path")
+        return value if value is not None else (path.name if path else "") or "model"
+
+    @field_validator("dual_chunk_attention", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return {"enabled": False} if value is False else value
+
+
+class ClusterSection(Section):
+    """Where the actors run and how the model is split over them."""
+
+    address: Annotated[str, AfterValidator(_address)] = Field(
+        default="local", description="must be local, auto, or the host:port of a Ray head"
+    )
+    pipeline_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
+    expert_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="must be one of cpu, cuda")
+    threads_per_actor: int | None = Field(
+        default=None, ge=1, le=1024, description="must be a whole number from 1 to 1024"
+    )
+    cpus_per_actor: float | None = Field(
+        default=None, gt=0, le=1024, description="must be a number above 0 and at most 1024"
+    )
+    network_interface: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.:-]{1,15}$",
+        description="must be the name of a network interface such as eth0",
+    )
+    load_timeout_s: float = Field(
+        default=600.0, gt=0, le=86400, description="must be a number of seconds above 0 and at most 86400"
+    )
+    step_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="must be a number of seconds above 0 and at most 86400"
+    )
+
+    @property
+    def num_actors(self) -> int:
+        return self.pipeline_parallel_size * self.expert_parallel_size
+
+    def threads(self, cores: int) -> int:
+        """Threads of one actor when all actors share `cores` cores."""
+        return self.threads_per_actor or max(1, cores // self.num_actors)
+
+    def cpus(self, cores: int) -> float:
+        """Ray CPUs reserved for one actor when all actors share `cores` cores."""
+        return self.cpus_per_actor or min(float(self.threads(cores)), cores / self.num_actors)
+
+
+class PrefillSection(Section):
+    """The budget of one step."""
+
+    max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
+    max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
+
+
+class KvCacheSection(Section):
+    """Memory of one actor for keys and values: a size, or a fraction of what the weights leave; exactly one is set."""
+
+    bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
+    fraction: float | None = Field(
+        default=None, validate_default=True, gt=0, le=1, description="must be a number above 0 and at most 1"
+    )
+    page_size: Annotated[int, AfterValidator(_power_of_two)] = Field(
+        default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024"
+    )
+    dtype: Literal["auto", "int8"] = Field(default="auto", description="must be one of auto, int8")
+
+    @field_validator("fraction", mode="before")
+    @classmethod
+    def _default_fraction(cls, value: object, info: ValidationInfo) -> object:
+        return DEFAULT_KV_FRACTION if value is None and info.data.get("bytes") is None else value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> KvCacheSection:
+        if self.bytes is not None and self.fraction is not None:
+            raise broken_rule("fraction", "give either kv_cache.bytes or kv_cache.fraction, not both")
+        return self
+
+
+class ServerSection(Section):
+    """The door for clients, port 0 opens none, and the limits of what they may ask."""
+
+    host: Annotated[str, AfterValidator(_host)] = Field(
+        default="127.0.0.1", description="must be a host name or an IP address"
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (no door) to 65535")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
+    metrics_host: Annotated[str, AfterValidator(_host)] = Field(
+        default="127.0.0.1", description="must be a host name or an IP address"
+    )
+    max_queued_jobs: int = Field(default=256, ge=1, le=1 << 20, description=f"{POSITIVE} and at most {1 << 20}")
+    max_document_bytes: Bytes = Field(
+        default=64 << 20, ge=1, le=16 << 30, description=f"{BYTES_RULE}, from 1 byte to 16GiB"
+    )
+    result_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
+    document_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, le=86400, description="must be a number of seconds from 0 to 86400"
+    )
+    max_streams: int = Field(default=128, ge=1, le=4096, description="must be a whole number from 1 to 4096")
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.host)
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> ServerSection:
+        if self.metrics_port and self.metrics_port == self.port:
+            raise broken_rule("metrics_port", "is server.port too; give each its own port")
+        return self
+
+
+class SecuritySection(Section):
+    """Who may come in, and what must be said in words before it is allowed."""
+
+    api_keys_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    tls_cert_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    tls_key_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    tls_client_ca_file: PathValue | None = Field(default=None, description=FILE_RULE)
+    allow_insecure_bind: bool = Field(default=False, description=FLAG)
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> SecuritySection:
+        both = "security.tls_cert_file and security.tls_key_file go together; give both or neither"
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise broken_rule("tls_cert_file" if self.tls_cert_file is None else "tls_key_file", both)
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            raise broken_rule(
+                "tls_client_ca_file", "needs TLS; give security.tls_cert_file and security.tls_key_file too"
+            )
+        return self
+
+
+class Config(Section):
+    """Everything the YAML file says. Validate with context `{"base_dir": Path}` so that relative paths resolve."""
+
+    model: ModelSection = Field(description="must be a mapping with at least path")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="must be a mapping")
+    prefill: PrefillSection = Field(default_factory=PrefillSection, description="must be a mapping")
+    sparse: SparseSection = Field(default_factory=SparseSection, description="must be a mapping")
+    kv_cache: KvCacheSection = Field(default_factory=KvCacheSection, description="must be a mapping")
+    server: ServerSection = Field(default_factory=ServerSection, description="must be a mapping")
+    data_dir: PathValue = Field(
+        default="~/.local/share/longreach", validate_default=True, description="must be the path of a directory"
+    )
+    security: SecuritySection = Field(default_factory=SecuritySection, description="must be a mapping")
+
+    @field_validator("model", "cluster", "prefill", "sparse", "kv_cache", "server", "security", mode="before")
+    @classmethod
+    def _empty_section(cls, value: object) -> object:
+        return {} if value is None else value  # `server:` with nothing under it
+
+    @model_validator(mode="after")
+    def _door_is_safe(self) -> Config:
+        security = self.security
+        guarded = security.api_keys_file is not None and security.tls_cert_file is not None
+        if not (self.server.is_loopback or guarded or security.allow_insecure_bind):
+            rule = (
+                "is not a loopback address; use 127.0.0.1, or give security.api_keys_file with tls_cert_file and "
+                "tls_key_file, or say security.allow_insecure_bind: true"
+            )
+            raise broken_rule("server.host", rule)
+        if not (is_loopback(self.server.metrics_host) or security.allow_insecure_bind):
+            rule = (
+                "is not a loopback address, and metrics have neither keys nor TLS; use 127.0.0.1, or say "
+                "security.allow_insecure_bind: true"
+            )
+            raise broken_rule("server.metrics_host", rule)
+        return self

@@ -1,0 +1,192 @@
+"""Which process holds which part of the model: pure arithmetic over a ModelSpec.
+
+Legend: `H` query heads, `K` KV heads, `D` head dim, `M` hidden size, `E` experts, `I` intermediate, `R` ranks (shards)
+of a stage. Sizes are parameters unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+from protos.errors import UserError
+from protos.model.spec import ModelSpec
+from protos.stage.messages import ShardSpec, Span
+
+
+class LayoutError(UserError):
+    """A split the model does not allow; `key` and `value` say which, `allowed` lists every size that would do."""
+
+    def __init__(self, key: str, value: int, allowed: Sequence[int], rule: str) -> None:
+        shown = value if value.bit_length() <= 200 else "(huge)"
+        super().__init__(f"{key}: {shown}: {rule}")
+        self.key = key
+        self.value = value
+        self.allowed = tuple(allowed)
+        self.rule = rule
+
+
+def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_size: int) -> tuple[ShardSpec, ...]:
+    """Split the model into stages of contiguous layers and each stage into shards, ordered by stage, then rank.
+
+    Raises LayoutError when the model has too few layers or its heads, experts or MLP columns do not divide.
+    """
+    stages, ranks = pipeline_parallel_size, expert_parallel_size
+    layers = spec.num_hidden_layers
+    if not 1 <= stages <= layers:
+        rule = f"must be between 1 and {layers} (the model has {layers} layers)"
+        raise LayoutError("pipeline_parallel_size", stages, range(1, layers + 1), rule)
+    if not _divides(spec, ranks):
+        allowed = [size for size in range(1, spec.num_attention_heads + 1) if _divides(spec, size)]
+        rule = f"must be one of {', '.join(map(str, allowed))} (the model has {_sizes(spec)})"
+        raise LayoutError("expert_parallel_size", ranks, allowed, rule)
+    spans = balance([layer_cost(spec, layer) for layer in range(layers)], stages)
+    return tuple(
+        ShardSpec(
+            stage=stage,
+            num_stages=stages,
+            rank=rank,
+            num_ranks=ranks,
+            layers=span,
+            heads=_part(spec.num_attention_heads, rank, ranks),
+            kv_heads=_kv_heads(spec, rank, ranks),
+            experts=_part(spec.num_experts, rank, ranks),
+            intermediate=_part(spec.intermediate_size if _has_dense_mlp(spec) else 0, rank, ranks),
+            vocab=_part(spec.vocab_size, rank, ranks),
+        )
+        for stage, span in enumerate(spans)
+        for rank in range(ranks)
+    )
+
+
+def layer_cost(spec: ModelSpec, layer: int) -> int:
+    """The work of one layer per token: its attention weights and the MLP weights that are active for a token.
+
+    The output head is left out: in prefill it runs for one row of a prompt, only in decode for every token. So is
+    attention over the context, which is the same for every layer.
+    """
+    if spec.is_moe_layer(layer):
+        active = spec.num_experts_per_tok * spec.moe_intermediate_size
+        return _attention(spec, spec.num_attention_heads, spec.num_key_value_heads) + spec.hidden_size * (
+            3 * active + spec.num_experts
+        )
+    return _attention(spec, spec.num_attention_heads, spec.num_key_value_heads) + 3 * (
+        spec.hidden_size * spec.intermediate_size
+    )
+
+
+def balance(costs: Sequence[int], parts: int) -> list[Span]:
+    """Cut `costs` into `parts` contiguous, non-empty spans with the smallest possible largest sum.
+
+    Among those the most even one (least sum of squares), and among equals the one whose last parts are smaller: the
+    last stage has the output head as well. Needs `1 <= parts <= len(costs)`; time is parts * len(costs) ** 2.
+    """
+    assert 1 <= parts <= len(costs), (parts, len(costs))
+    sums = list(accumulate(costs, initial=0))
+    largest, _ = _cut(sums, parts, lambda cost: cost, max)
+    _, cuts = _cut(sums, parts, lambda cost: cost**2 if cost <= largest else math.inf, lambda a, b: a + b)
+    return [Span(start, stop) for start, stop in pairwise(cuts)]
+
+
+def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) -> int:
+    """Bytes of the weights one shard holds; norms, routers and output biases are held by every rank."""
+    total = sum(_layer_params(spec, shard, layer) for layer in range(*shard.layers))
+    table = shard.vocab.size * spec.hidden_size
+    if shard.is_first:
+        total += table
+    if shard.is_last:
+        shares_embedding = spec.tie_word_embeddings and shard.is_first
+        total += spec.hidden_size + (0 if shares_embedding else table)
+    return total * bytes_per_param
+
+
+def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, scale_bytes: int = 0) -> int:
+    """Bytes of keys and values that one token occupies on one shard; `scale_bytes` are those a key or value of a head
+    has beside its numbers (4 for int8)."""
+    return 2 * shard.layers.size * shard.kv_heads.size * (spec.head_dim * bytes_per_value + scale_bytes)
+
+
+def _divides(spec: ModelSpec, ranks: int) -> bool:
+    heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+    return (
+        1 <= ranks <= heads
+        and heads % ranks == 0
+        and heads % kv_heads == 0
+        and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+        and spec.num_experts % ranks == 0
+        and (not _has_dense_mlp(spec) or spec.intermediate_size % ranks == 0)
+    )
+
+
+def _sizes(spec: ModelSpec) -> str:
+    sizes = [f"{spec.num_attention_heads} query heads", f"{spec.num_key_value_heads} KV heads"]
+    if spec.num_experts:
+        sizes.append(f"{spec.num_experts} experts")
+    if _has_dense_mlp(spec):
+        sizes.append(f"{spec.intermediate_size} MLP columns")
+    return ", ".join(sizes)
+
+
+def _has_dense_mlp(spec: ModelSpec) -> bool:
+    return not all(spec.is_moe_layer(layer) for layer in range(spec.num_hidden_layers))
+
+
+def _part(size: int, rank: int, ranks: int) -> Span:
+    return Span(size * rank // ranks, size * (rank + 1) // ranks) if size else Span(0, 0)
+
+
+def _kv_heads(spec: ModelSpec, rank: int, ranks: int) -> Span:
+    """The KV heads that the query heads of `rank` read: query head h reads h // (H // K)."""
+    group = spec.num_attention_heads // spec.num_key_value_heads
+    heads = _part(spec.num_attention_heads, rank, ranks)
+    span = Span(heads.start // group, (heads.stop - 1) // group + 1)
+    # each KV head of the rank serves equally many of its query heads, as the kernels index them
+    assert heads.size % span.size == 0, (heads, span)
+    return span
+
+
+def _attention(spec: ModelSpec, heads: int, kv_heads: int) -> int:
+    return spec.hidden_size * spec.head_dim * 2 * (heads + kv_heads)
+
+
+def _layer_params(spec: ModelSpec, shard: ShardSpec, layer: int) -> int:
+    heads, kv_heads = shard.heads.size, shard.kv_heads.size
+    total = _attention(spec, heads, kv_heads) + 2 * spec.hidden_size
+    if spec.qk_norm:
+        total += 2 * spec.head_dim
+    if spec.qkv_bias:
+        total += (heads + 2 * kv_heads) * spec.head_dim
+    if spec.o_bias:
+        total += spec.hidden_size
+    if spec.is_moe_layer(layer):
+        expert = 3 * spec.hidden_size * spec.moe_intermediate_size
+        return total + spec.hidden_size * spec.num_experts + shard.experts.size * expert
+    columns = shard.intermediate.size
+    total += 3 * spec.hidden_size * columns
+    return total + (2 * columns + spec.hidden_size if spec.mlp_bias else 0)
+
+
+def _cut(
+    sums: Sequence[int],
+    parts: int,
+    weigh: Callable[[int], float],
+    join: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """Dynamic programme over prefixes: the least joined weight of `parts` spans, and their boundaries."""
+    count = len(sums) - 1
+    best: list[float] = [weigh(total) for total in sums]  # of the first n costs in one part
+    choices: list[list[int]] = []
+    for part in range(2, parts + 1):
+        row, choice = [math.inf] * (count + 1), [0] * (count + 1)
+        for stop in range(part, count + 1):
+            for start in range(stop - 1, part - 2, -1):  # from the shortest last part on, so that ties keep it
+                weight = join(best[start], weigh(sums[stop] - sums[start]))
+                if weight < row[stop]:
+                    row[stop], choice[stop] = weight, start
+        best = row
+        choices.append(choice)
+    cuts = [count]
+    for choice in reversed(choices):
+        cuts.append(choice[cuts[-1]])
+    return best[count], [0, *reversed(cuts)]

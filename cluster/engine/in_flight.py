@@ -1,0 +1,87 @@
+"""Steps the stages work on: who has answered, and which of them may be committed, in order. Pure Python, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from protos.stage.messages import CellReport, SampledToken, SequenceSlice, ShardSpec, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan and what came back; `awaited` are the shards it cannot be committed without, as (stage, rank)."""
+
+    plan: StepPlan
+    awaited: set[tuple[int, int]]
+    stage_s: dict[int, float] = field(default_factory=dict)  # of the slowest shard of every stage that has answered
+    compute_us: int = 0  # of all shards
+    estimate_us: int = 0
+    samples: tuple[SampledToken, ...] = ()
+    cells: list[CellReport] = field(default_factory=list)
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of the slowest shard, of those that have answered."""
+        return max(self.stage_s.values(), default=0.0)
+
+
+class InFlight:
+    """The steps between `send` and commit.
+
+    A step is done with the answer of the shard that samples. With sparse cells it takes every shard's answer, as each
+    reports its own layers and heads. Other answers may come much later, of decode steps only: their compute time counts
+    for the next step that is done.
+    """
+
+    def __init__(self, shards: Sequence[ShardSpec], is_sparse: Callable[[SequenceSlice], bool]) -> None:
+        self._all = {(shard.stage, shard.rank) for shard in shards}
+        self._last = {(max(stage for stage, _ in self._all), 0)}
+        self._is_sparse = is_sparse
+        self._steps: dict[int, Step] = {}  # in the order of their numbers
+        self._decode_s: dict[tuple[int, int], float] = {}  # how long each shard took for its newest decode step
+        self._late_us = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """What the stages owe, the oldest first."""
+        return [step.plan for step in self._steps.values()]
+
+    def add(self, plan: StepPlan) -> None:
+        awaited = self._all if any(map(self._is_sparse, plan.slices)) else self._last
+        self._steps[plan.step] = Step(plan, set(awaited))
+
+    def take(self, result: StepResult) -> list[Step]:
+        """Take the answer of one shard; returns the steps to commit now, none after a late answer."""
+        step = self._steps.get(result.step)
+        if step is None or step.plan.decodes:
+            self._decode_s[result.stage, result.rank] = result.compute_us / 1e6
+        if step is None:
+            self._late_us += result.compute_us
+            return []
+        step.stage_s[result.stage] = max(step.stage_s.get(result.stage, 0.0), result.compute_us / 1e6)
+        step.compute_us += result.compute_us + self._late_us
+        self._late_us = 0
+        step.estimate_us += result.estimate_us
+        step.samples += result.samples
+        step.cells += result.cells
+        step.awaited.discard((result.stage, result.rank))
+        done = []
+        while self._steps and not next(iter(self._steps.values())).awaited:
+            done.append(self._steps.pop(next(iter(self._steps))))
+        return done
+
+    def decode_s(self, num_stages: int) -> float:
+        """Seconds of a decode step through all stages, one after the other; those unheard of count like the others."""
+        slowest: dict[int, float] = {}
+        for (stage, _), seconds in self._decode_s.items():
+            slowest[stage] = max(slowest.get(stage, 0.0), seconds)
+        return num_stages * sum(slowest.values()) / max(1, len(slowest))
+
+    def clear(self) -> None:
+        self._steps.clear()
+        self._decode_s.clear()
+        self._late_us = 0

@@ -1,0 +1,143 @@
+"""What a caller asks of the engine and what comes back: text in and out, progress, timings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.engine.attention_report import AttentionSummary
+from cluster.scheduler.request import FinishReason
+from cluster.text.reasoning import split_reasoning
+from cluster.text.tokenizer import IncrementalDecoder, StopMatcher, TextTokenizer
+from protos.stage.messages import SampledToken, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """One prompt and how to continue it. `stop` are strings; the model's end ids stop too unless `ignore_eos`."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    reasoning_opened: bool = False  # the prompt ends inside <think>
+    priority: int = 0  # higher is admitted earlier
+    resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Prefill of one prompt in tokens: `cached` came for nothing, `processed` counts them too."""
+
+    total: int
+    cached: int
+    processed: int
+    eta_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """A sampled token and the text that became certain with it (often empty)."""
+
+    token: SampledToken
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `prefill_s` is from the first scheduled step to the first token, `ttft_s` from submission."""
+
+    queued_s: float
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The result of one prompt."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    reasoning: str | None
+    finish_reason: FinishReason
+    samples: tuple[SampledToken, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    timings: Timings
+    error: str = ""
+    attention: AttentionSummary | None = None
+
+    def to_json(self, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
+        """The result as plain data, for `--json`."""
+        computed = self.prompt_tokens - self.cached_tokens
+        prefill_s = self.timings.prefill_s
+        return {
+            "token_ids": list(self.token_ids),
+            "text": self.text,
+            "reasoning": self.reasoning,
+            "finish_reason": self.finish_reason.value,
+            "logprobs": self._logprobs(tokenizer),
+            "usage": {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": len(self.token_ids),
+                "total_tokens": self.prompt_tokens + len(self.token_ids),
+                "cached_tokens": self.cached_tokens,
+            },
+            "prefill": {
+                "total": self.prompt_tokens,
+                "cached": self.cached_tokens,
+                "processed": self.prompt_tokens if self.token_ids else None,
+                "tokens_per_s": round(computed / prefill_s, 1) if prefill_s > 0 else None,
+            },
+            "timings": {key: round(getattr(self.timings, key), 4) for key in Timings.__slots__},
+            "attention": self.attention.to_json() if self.attention else None,
+            **({"error": self.error} if self.error else {}),
+        }
+
+    def _logprobs(self, tokenizer: TextTokenizer | None) -> list[dict[str, Any]] | None:
+        if all(sample.logprob is None for sample in self.samples):
+            return None
+
+        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+            text = tokenizer.decode([token_id], skip_special=False) if tokenizer else None
+            return {"token_id": token_id, "token": text, "logprob": logprob}
+
+        return [
+            entry(sample.token_id, sample.logprob) | {"top": [entry(i, p) for i, p in sample.top]}
+            for sample in self.samples
+        ]
+
+
+class OutputText:
+    """Turns the tokens of one request into text, and finds stop strings."""
+
+    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str]) -> None:
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._matcher = StopMatcher(stop)
+        self._parts: list[str] = []
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """New text, and whether a stop string ended the output."""
+        if self._decoder is None:
+            return "", False
+        text, stopped = self._matcher.push(self._decoder.push(token_id))
+        self._parts.append(text)
+        return text, stopped
+
+    def flush(self) -> str:
+        """The withheld rest, once the output has ended without a stop string."""
+        if self._decoder is None or self._matcher.stopped:
+            return ""
+        text, _ = self._matcher.push(self._decoder.flush())
+        text += self._matcher.flush()
+        self._parts.append(text)
+        return text
+
+    def split(self, opened: bool) -> tuple[str | None, str]:
+        """(reasoning, answer) of everything so far."""
+        return split_reasoning("".join(self._parts), opened=opened)

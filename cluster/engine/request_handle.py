@@ -1,0 +1,84 @@
+"""A submitted request as its caller sees it: events while it runs, one result at its end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.engine.attention_report import AttentionLog
+from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.scheduler.request import FinishReason, Request
+from protos.model.spec import ModelSpec
+
+Event = Progress | TokenEvent | Generation
+_log = logging.getLogger(__name__)
+
+
+class EngineError(RuntimeError):
+    """The cluster behind the engine failed."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
+
+    request: Request
+    spec: GenerationSpec
+    text: OutputText
+    on_event: Callable[[Event], None]
+    submitted: float
+    attention: AttentionLog = field(default_factory=AttentionLog)
+    started: float | None = None
+    first_token: float | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Generation | None = None
+
+    def wait(self, timeout_s: float | None = None) -> Generation:
+        """The result; raises TimeoutError, or EngineError when the cluster failed."""
+        if not self.done.wait(timeout_s):
+            raise TimeoutError(f"no result within {timeout_s} s")
+        assert self.result is not None
+        if self.result.finish_reason is FinishReason.ERROR:
+            raise EngineError(self.result.error)
+        return self.result
+
+    def tell(self, event: Event) -> None:
+        """Call the submitter; one that raises hears nothing more."""
+        try:
+            self.on_event(event)
+        except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
+            _log.exception("request %d: its callback raised and is not called again", self.request.sequence)
+            self.on_event = _ignore
+
+    def end(self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "") -> None:
+        """Make the result, tell the submitter, let `wait` return."""
+        request = self.request
+        started = self.started if self.started is not None else now
+        first = self.first_token if self.first_token is not None else now
+        reasoning, answer = self.text.split(self.spec.reasoning_opened)
+        self.result = Generation(
+            token_ids=tuple(request.output),
+            text=answer,
+            reasoning=reasoning,
+            finish_reason=reason,
+            samples=tuple(request.samples),
+            prompt_tokens=request.num_prompt,
+            cached_tokens=request.num_cached,
+            timings=Timings(
+                queued_s=started - self.submitted,
+                prefill_s=first - started,
+                ttft_s=first - self.submitted,
+                decode_s=now - first,
+                total_s=now - self.submitted,
+            ),
+            error=error,
+            attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
+        )
+        self.tell(self.result)
+        self.done.set()
+
+
+def _ignore(_event: Event) -> None:
+    pass

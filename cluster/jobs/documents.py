@@ -1,0 +1,177 @@
+"""Documents on disk: one file each, named by its content, beside its record in the job store.
+
+Owner: this class alone writes the folder. The record is written after the file and removed before it, so a crash can
+leave only a file without a record, which the next sweep removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.jobs.model import DocumentRecord, InvalidJob, NotAllowedNow, NotFound, check_id
+from cluster.jobs.store import JobStore, JobStoreError
+
+MAX_NAME = 255  # characters
+_TEMPORARY = ".upload-"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Documents:
+    """Stores, reads and forgets documents; all methods may be called from any thread. `clock`: seconds since 1970."""
+
+    def __init__(self, folder: Path, store: JobStore, ttl_s: float, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._store = store
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._lock = threading.Lock()  # names in the folder and their records change together
+        self._uploading: set[str] = set()  # temporary files that a sweep must leave alone
+        with self._errors():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+        """Store a document as it arrives; the same bytes give the same document with a new expiry (and its old name).
+
+        Raises InvalidJob (empty, or above `max_bytes`: at once), JobStoreError (disk), and whatever `pieces` raises.
+        Nothing is left behind then.
+        """
+        with self._temporary() as (descriptor, path):
+            digest, size = hashlib.sha256(), 0
+            for piece in pieces:
+                size += len(piece)
+                if size > max_bytes:
+                    raise InvalidJob(f"document: {size} bytes so far: must be at most {max_bytes}: send a shorter one")
+                digest.update(piece)
+                with self._errors():
+                    _write(descriptor, piece)
+            if size == 0:
+                raise InvalidJob("document: 0 bytes: must have at least 1")
+            with self._errors():
+                os.fsync(descriptor)
+            now = self._clock()
+            identity = f"doc_{digest.hexdigest()[:32]}"
+            return self._keep(path, DocumentRecord(identity, display_name(name), size, now, now + self._ttl_s))
+
+    def read(self, document_id: str) -> bytes:
+        """The bytes. Raises NotFound, and JobStoreError when the file has another size than its record."""
+        record = self.get(document_id)
+        with self._errors():
+            try:
+                content = self._path(document_id).read_bytes()
+            except FileNotFoundError as error:
+                raise NotFound(f"document: {document_id}: its file is gone: upload it again") from error
+        if len(content) != record.size_bytes:
+            raise JobStoreError(
+                f"document: {document_id}: {len(content)} bytes: must be {record.size_bytes}: upload it again"
+            )
+        return content
+
+    def get(self, document_id: str) -> DocumentRecord:
+        """The record. Raises InvalidJob (not an id) and NotFound."""
+        record = self._store.get_document(check_id(document_id, "doc"))
+        if record is None:
+            raise NotFound(f"document: {document_id}: not found: upload it again")
+        return record
+
+    def list(self) -> Sequence[DocumentRecord]:
+        """All documents, newest first."""
+        return self._store.list_documents()
+
+    def delete(self, document_id: str) -> None:
+        """Forget a document. Raises NotFound, and NotAllowedNow while a job that has not ended uses it."""
+        path = self._path(document_id)
+        with self._lock, self._errors():
+            if not self._store.delete_document(document_id):
+                raise NotFound(f"document: {document_id}: not found")
+            path.unlink(missing_ok=True)
+
+    def sweep(self, now: float) -> int:
+        """Remove expired documents that no unfinished job uses (returns how many), and files that a crash left."""
+        removed = 0
+        for record in self._store.expired_documents(now):
+            try:
+                removed += self._remove_expired(record.id, now)
+            except NotAllowedNow:
+                continue  # a job has begun to use it since
+        with self._lock, self._errors():
+            known = {record.id for record in self._store.list_documents()} | self._uploading
+            for path in self._folder.iterdir():
+                if path.name not in known and path.name.startswith((_TEMPORARY, "doc_")):
+                    path.unlink(missing_ok=True)
+        return removed
+
+    def _remove_expired(self, document_id: str, now: float) -> bool:
+        with self._lock, self._errors():
+            record = self._store.get_document(document_id)
+            if record is None or record.expires > now:  # deleted, or used again meanwhile
+                return False
+            self._store.delete_document(document_id)
+            self._path(document_id).unlink(missing_ok=True)
+            return True
+
+    def _path(self, document_id: str) -> Path:
+        return self._folder / check_id(document_id, "doc")
+
+    @contextmanager
+    def _temporary(self) -> Iterator[tuple[int, Path]]:
+        """A new file with mode 0600, gone at the end unless it was renamed."""
+        with self._lock, self._errors():
+            descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
+            path = Path(name)
+            self._uploading.add(path.name)
+        try:
+            yield descriptor, path
+        finally:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            with self._lock:
+                self._uploading.discard(path.name)
+
+    def _keep(self, temporary: Path, record: DocumentRecord) -> DocumentRecord:
+        """Give the file its name and the document its record, or neither."""
+        path = self._path(record.id)
+        with self._lock, self._errors():
+            is_new = self._store.get_document(record.id) is None
+            temporary.replace(path)  # replaces a file that was damaged, too
+            try:
+                _sync_folder(self._folder)
+                return self._store.put_document(record)
+            except BaseException:
+                if is_new:
+                    path.unlink(missing_ok=True)
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            way_out = "free space on its disk" if error.errno in _NO_SPACE else "check its disk and its permissions"
+            raise JobStoreError(f"documents {self._folder}: {error.strerror}: {way_out}") from error
+
+
+def display_name(name: str) -> str:
+    """A name that can be shown on one line: printable characters, 1 to MAX_NAME of them. It never becomes a path."""
+    return "".join(c for c in " ".join(name.split()) if c.isprintable())[:MAX_NAME].strip() or "document"
+
+
+def _write(descriptor: int, piece: bytes) -> None:
+    rest = memoryview(piece)
+    while rest:  # a disk that fills up takes a part first
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,196 @@
+"""A job as the control plane keeps it: what was asked, how far it has come, what came out. Plain values, no I/O.
+
+A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in order
+of commitment: the number is where a stream can begin again.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster.engine.runtime import Ask
+from protos.stage.messages import SamplingParams, TokenLogprob
+
+_ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
+
+
+class JobState(enum.StrEnum):
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    RECOVERING = "recovering"  # unfinished under an earlier head or pipeline, about to be queued again
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in FINAL
+
+
+FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+ACTIVE = frozenset(JobState) - FINAL
+
+
+class JobError(Exception):
+    """A request about a job or document that cannot be granted; one line for the user."""
+
+
+class InvalidJob(JobError, ValueError):
+    """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
+
+
+class NotFound(JobError):
+    """No such job or document (gRPC NOT_FOUND)."""
+
+
+class Conflict(JobError):
+    """An idempotency key used with another body, or a state that does not allow it (gRPC ALREADY_EXISTS)."""
+
+
+class NotAllowedNow(JobError):
+    """The state of the job or document does not allow it (gRPC FAILED_PRECONDITION)."""
+
+
+class Busy(JobError):
+    """The queue is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+def new_id(kind: str) -> str:
+    """`job_` or `doc_` and 32 hexadecimal digits."""
+    return f"{kind}_{secrets.token_hex(16)}"
+
+
+def check_id(value: str, kind: str) -> str:
+    """Refuse anything that is not an id of this kind (raises InvalidJob); ids become file names and SQL parameters."""
+    if not _ID.fullmatch(value) or not value.startswith(kind):
+        raise InvalidJob(f"{kind} id: {value[:60]!r}: must be {kind}_ and 32 hexadecimal digits")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class JobInput:
+    """Exactly one of: a stored document with questions, token ids, chat messages, a raw prompt."""
+
+    document_id: str = ""
+    questions: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[tuple[str, str], ...] | None = None  # (role, content)
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
+        if sum(given) != 1:
+            raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
+        if self.document_id and not self.questions:
+            raise InvalidJob("questions: 0: must have at least one")
+        if len(self.questions) > 1024:
+            raise InvalidJob(f"questions: {len(self.questions)}: must be at most 1024")
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.questions) if self.document_id else 1
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """Everything the client asked for. `deadline` is in seconds since 1970."""
+
+    input: JobInput
+    ask: Ask
+    priority: int = 0
+    deadline: float | None = None
+    attached: bool = False
+    idempotency_key: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> JobSpec:
+        """Inverse of `to_json`."""
+        values: dict[str, Any] = json.loads(text)
+        given = values["input"]
+        messages = given["messages"]
+        given |= {
+            "questions": tuple(given["questions"]),
+            "token_ids": None if given["token_ids"] is None else tuple(given["token_ids"]),
+            "messages": None if messages is None else tuple((role, content) for role, content in messages),
+        }
+        ask = values["ask"]
+        ask |= {"stop": tuple(ask["stop"]), "stop_token_ids": tuple(ask["stop_token_ids"])}
+        ask["sampling"] = SamplingParams(**ask["sampling"])
+        return cls(**(values | {"input": JobInput(**given), "ask": Ask(**ask)}))
+
+    def body_hash(self) -> str:
+        """SHA-256 of what makes two submissions the same: everything but the key and the (relative) deadline."""
+        values = asdict(self)
+        for key in ("idempotency_key", "deadline"):
+            del values[key]
+        return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class JobToken:
+    """A committed token: `number` within the job, `question` (index) it answers, and the text it made certain."""
+
+    number: int
+    question: int
+    token_id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobAnswer:
+    """One question's answer. `finish_reason` is empty while it runs; text and reasoning are set when it has ended."""
+
+    question: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str = ""
+    text: str = ""
+    reasoning: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)  # fields of cluster.engine.outputs.Timings
+    attention: Mapping[str, Any] = field(default_factory=dict)  # of cluster.engine.attention_report.AttentionSummary
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job as it is stored; times are seconds since 1970."""
+
+    id: str
+    state: JobState
+    spec: JobSpec
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    error: str = ""
+    last_event: int = 0  # number of the newest token
+    restarts: int = 0
+    answers: tuple[JobAnswer, ...] = ()
+    reproducibility: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRecord:
+    """A stored document; times are seconds since 1970, `expires` is moved on by every use."""
+
+    id: str
+    name: str
+    size_bytes: int
+    created: float
+    expires: float

@@ -1,0 +1,349 @@
+"""Jobs, their answers and tokens, and the list of documents, in one SQLite file.
+
+Failure contract: what a method has written when it returns survives the death of the process. Every method is one
+transaction: it happens as a whole or not at all. A job that has ended never changes its state again. Errors:
+JobStoreError when the store itself fails, the errors of `cluster.jobs.model` when a request cannot be granted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from cluster.jobs.database import Database, JobStoreError
+from cluster.jobs.model import (
+    ACTIVE,
+    FINAL,
+    Conflict,
+    DocumentRecord,
+    InvalidJob,
+    JobAnswer,
+    JobRecord,
+    JobSpec,
+    JobState,
+    JobToken,
+    NotAllowedNow,
+    NotFound,
+    check_id,
+)
+from protos.stage.messages import TokenLogprob
+
+MAX_PAGE = 1000  # jobs in one page of a list
+_MAX_INTEGER = (1 << 63) - 1  # of SQLite
+_CURSOR = re.compile(r"j[0-9a-f]{15}")  # the seq of the last job of a page
+_RECORD = (
+    "SELECT seq, id, state, created, started, finished, error, last_event, restarts, spec, reproducibility"
+    " FROM jobs JOIN specs ON job = seq"
+)
+_IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
+
+StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
+Records = list[JobRecord]  # `list` is a method below
+Tokens = list[JobToken]
+DocumentRecords = list[DocumentRecord]
+Values = list[object]
+
+
+class JobStore:
+    """The durable state of the head; all methods may be called from any thread. `clock` gives seconds since 1970."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._db = Database(path)
+        self._clock = clock
+
+    def close(self) -> None:
+        self._db.close()
+
+    def create(
+        self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any]
+    ) -> tuple[JobRecord, bool]:
+        """Store a queued job; with an idempotency key in use, the job that has it and False.
+
+        Raises Conflict (the key came with another body), NotFound (the document), InvalidJob (id, text not Unicode).
+        """
+        check_id(job_id, "job")
+        assert num_answers >= 1, num_answers
+        document, key = spec.input.document_id or None, spec.idempotency_key or None
+        with self._db.writing() as db:
+            body_hash, text = spec.body_hash(), spec.to_json()
+            if (known := _by_key(db, spec)) is not None:
+                return known, False
+            if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
+                raise Conflict(f"job id: {job_id}: is in use: take a new one")
+            if document and not db.execute("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
+                raise NotFound(f"document: {document}: not found: upload it again")
+            seq = db.execute(
+                "INSERT INTO jobs (id, state, idempotency_key, body_hash, num_answers, created, document_id)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (job_id, JobState.QUEUED, key, body_hash, num_answers, self._clock(), document),
+            ).lastrowid
+            db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, text, json.dumps(dict(reproducibility))))
+            db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
+            db.executemany("INSERT INTO answers (job, question) VALUES (?, ?)", [(seq, q) for q in range(num_answers)])
+            return _one(db, job_id), True
+
+    def find(self, spec: JobSpec) -> JobRecord | None:
+        """The job an earlier submission with this idempotency key made. Raises Conflict as `create`."""
+        with self._db.reading() as db:
+            return _by_key(db, spec)
+
+    def transition(
+        self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
+    ) -> bool:
+        """Change the state if it is one of `expected`; False, and nothing changed, if it is not or the job is gone."""
+        with self._db.writing() as db:
+            return _transition(db, (job_id, expected, new), error, self._clock() if now is None else now)
+
+    def commit_step(
+        self,
+        tokens: Sequence[tuple[str, JobToken]],
+        states: Sequence[StateChange],
+        answers: Sequence[tuple[str, JobAnswer]],
+    ) -> Sequence[bool]:
+        """Everything one step of the engine made certain, in one transaction: tokens, then answers, then states.
+
+        The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are
+        dropped; late answers only of a deleted one, so a cancelled job can still keep what it had.
+
+        Returns:
+            For each change of state whether it took place.
+        """
+        if not (tokens or states or answers):
+            return []
+        by_job: dict[str, Tokens] = {}
+        for job_id, token in tokens:
+            by_job.setdefault(job_id, []).append(token)
+        with self._db.writing() as db:
+            for job_id, group in by_job.items():
+                _append(db, job_id, group)
+            for job_id, answer in answers:
+                _set_answer(db, job_id, answer)
+            now = self._clock()
+            return [_transition(db, change, "", now) for change in states]
+
+    def get(self, job_id: str) -> JobRecord | None:
+        """The job with its answers, without tokens."""
+        with self._db.reading() as db:
+            return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
+
+    def state(self, job_id: str) -> JobState | None:
+        """The state of a job, cheaper than all of it; None for an unknown one."""
+        with self._db.reading() as db:
+            row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else JobState(row[0])
+
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Tokens:
+        """At most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
+        if after < 0 or limit < 1:
+            raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
+        with self._db.reading() as db:
+            rows = db.execute(
+                "SELECT number, question, token_id, text, logprob, top FROM tokens"
+                " WHERE job = (SELECT seq FROM jobs WHERE id = ?) AND number > ? ORDER BY number LIMIT ?",
+                (job_id, min(after, _MAX_INTEGER), min(limit, _MAX_INTEGER)),
+            ).fetchall()
+        return [_token(row) for row in rows]
+
+    def list(
+        self,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] | None = None,
+        limit: int = 100,
+        cursor: str = "",
+    ) -> tuple[Records, str]:
+        """Jobs in any of `states` (none: all) that have all `labels`, newest first, and the cursor of the next page.
+
+        A cursor stays good while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
+        """
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidJob(f"page_size: {limit}: must be between 1 and {MAX_PAGE}")
+        if cursor and not _CURSOR.fullmatch(cursor):
+            raise InvalidJob(f"page_token: {cursor[:60]!r}: must be one that a list gave, or empty")
+        below = int(cursor[1:], 16) if cursor else _MAX_INTEGER
+        where = ["seq < ?"]
+        values: Values = [below]
+        if states:
+            where.append("state IN (SELECT value FROM json_each(?))")
+            values.append(_array(states))
+        for label in (labels or {}).items():
+            where.append("seq IN (SELECT job FROM labels WHERE key = ? AND value = ?)")
+            values += label
+        with self._db.reading() as db:
+            page = f"SELECT seq FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
+            query = f"{_RECORD} WHERE seq IN ({page}) ORDER BY seq DESC"  # sorts no specs, which may be large
+            rows = db.execute(query, (*values, limit + 1)).fetchall()
+            records = _records(db, rows[:limit])
+        return records, f"j{rows[limit - 1][0]:015x}" if len(rows) > limit else ""
+
+    def unfinished(self) -> Records:
+        """Every job that has not ended, oldest first."""
+        with self._db.reading() as db:
+            query = f"{_RECORD} WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
+            return _records(db, db.execute(query, (_array(ACTIVE),)).fetchall())
+
+    def count(self, states: Collection[JobState] = ()) -> int:
+        """How many jobs are in any of `states` (none: all)."""
+        with self._db.reading() as db:
+            query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
+            return int(db.execute(query, (_array(states or JobState),)).fetchone()[0])
+
+    def delete(self, job_id: str) -> bool:
+        """Forget an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
+        with self._db.writing() as db:
+            query = "DELETE FROM jobs WHERE id = ? AND state IN (SELECT value FROM json_each(?))"
+            return db.execute(query, (job_id, _array(FINAL))).rowcount > 0
+
+    def expire(self, now: float, ttl_s: float) -> int:
+        """Delete the jobs that ended before `now - ttl_s`; returns how many."""
+        with self._db.reading() as db:
+            query = "SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) AND finished < ?"
+            ids = [job_id for (job_id,) in db.execute(query, (_array(FINAL), now - ttl_s))]
+        return sum(self.delete(job_id) for job_id in ids)  # one transaction each: steps commit in between
+
+    def put_document(self, record: DocumentRecord) -> DocumentRecord:
+        """Add a document, or move on the expiry of the one with this id; returns what is stored."""
+        with self._db.writing() as db:
+            db.execute(
+                "INSERT INTO documents (id, name, size_bytes, created, expires) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET expires = excluded.expires",
+                astuple(record),
+            )
+            return _documents(db, "WHERE id = ?", record.id)[0]
+
+    def get_document(self, document_id: str) -> DocumentRecord | None:
+        with self._db.reading() as db:
+            return next(iter(_documents(db, "WHERE id = ?", document_id)), None)
+
+    def touch_document(self, document_id: str, expires: float) -> bool:
+        """Set the expiry; False if there is no such document."""
+        with self._db.writing() as db:
+            query = "UPDATE documents SET expires = ? WHERE id = ?"
+            return db.execute(query, (expires, document_id)).rowcount > 0
+
+    def list_documents(self) -> DocumentRecords:
+        """All documents, newest first."""
+        with self._db.reading() as db:
+            return _documents(db, "ORDER BY created DESC, rowid DESC")
+
+    def delete_document(self, document_id: str) -> bool:
+        """Remove the record; False if there is none. Raises NotAllowedNow while a job that has not ended uses it."""
+        with self._db.writing() as db:
+            if _documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, _array(ACTIVE)):
+                raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
+            return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
+
+    def expired_documents(self, now: float) -> DocumentRecords:
+        """Documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
+        with self._db.reading() as db:
+            return _documents(db, f"WHERE expires <= ? AND NOT {_IN_USE} ORDER BY expires", now, _array(ACTIVE))
+
+
+def _token(row: Sequence[Any]) -> JobToken:
+    number, question, token_id, text, logprob, top = row
+    top = () if top == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(top))
+    return JobToken(number, question, token_id, text, logprob, top)
+
+
+def _top(token: JobToken) -> str:
+    return json.dumps(token.top) if token.top else "[]"  # almost always
+
+
+def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
+    row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    if row is None or row[1] in FINAL:
+        return
+    seq, _, last, num_answers = row
+    for number, token in enumerate(tokens, last + 1):
+        if token.number != number:
+            raise JobStoreError(f"{job_id}: token number {token.number}: must be {number}: read the job again")
+        if not 0 <= token.question < num_answers:
+            raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
+    db.executemany(
+        "INSERT INTO tokens (job, number, question, token_id, text, logprob, top) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, _top(t)) for t in tokens],
+    )
+    db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
+
+
+def _set_answer(db: sqlite3.Connection, job_id: str, answer: JobAnswer) -> None:
+    row = db.execute("SELECT seq, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    if row is None:
+        return
+    if not 0 <= answer.question < row[1]:
+        raise JobStoreError(f"{job_id}: question {answer.question}: must be between 0 and {row[1] - 1}")
+    db.execute(
+        "INSERT OR REPLACE INTO answers (job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning,"
+        " timings, attention) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (row[0], *astuple(answer)[:6], json.dumps(dict(answer.timings)), json.dumps(dict(answer.attention))),
+    )
+
+
+def _transition(db: sqlite3.Connection, change: StateChange, error: str, now: float) -> bool:
+    job_id, expected, new = change
+    assert not FINAL.intersection(expected), f"{job_id}: an ended job stays as it is"
+    cursor = db.execute(
+        "UPDATE jobs SET state = :new, error = :error, restarts = restarts + :restart,"
+        " started = CASE WHEN :start THEN coalesce(started, :now) ELSE started END,"
+        " finished = CASE WHEN :finish THEN :now END"
+        " WHERE id = :id AND state IN (SELECT value FROM json_each(:expected))",
+        {
+            "new": new,
+            "error": error,
+            "restart": new is JobState.RECOVERING,
+            "start": new is JobState.PREFILLING,
+            "finish": new.is_final,
+            "now": now,
+            "id": job_id,
+            "expected": _array(expected),
+        },
+    )
+    return cursor.rowcount > 0
+
+
+def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
+    key = spec.idempotency_key
+    row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
+    if row is not None and row[1] != spec.body_hash():
+        raise Conflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
+    return None if row is None else _one(db, row[0])
+
+
+def _one(db: sqlite3.Connection, job_id: str) -> JobRecord:
+    return _records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())[0]
+
+
+def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:
+    """Rows of _RECORD as records, with the answers of all of them from one query."""
+    answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
+    query = (
+        "SELECT job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention"
+        " FROM answers WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
+    )
+    for row in db.execute(query, (json.dumps(list(answers)),)):
+        answers[row[0]].append(JobAnswer(*row[1:-2], *map(json.loads, row[-2:])))
+    return [
+        JobRecord(
+            id=job_id,
+            state=JobState(state),
+            spec=JobSpec.from_json(spec),
+            **dict(zip(("created", "started", "finished", "error", "last_event", "restarts"), values, strict=True)),
+            answers=tuple(answers[seq]),
+            reproducibility=json.loads(reproducibility),
+        )
+        for seq, job_id, state, *values, spec, reproducibility in rows
+    ]
+
+
+def _documents(db: sqlite3.Connection, rest: str, *values: object) -> DocumentRecords:
+    rows = db.execute(f"SELECT id, name, size_bytes, created, expires FROM documents {rest}", values)
+    return [DocumentRecord(*row) for row in rows]
+
+
+def _array(states: Iterable[JobState]) -> str:
+    return json.dumps(list(states))

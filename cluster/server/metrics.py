@@ -1,0 +1,136 @@
+"""Prometheus metrics with the conventional names: vLLM's suffixes under `longreach_`, buckets that reach hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cluster.jobs.model import JobRecord
+from cluster.stages.preflight import PreflightError
+
+if TYPE_CHECKING:
+    from cluster.engine.runtime import Session
+    from cluster.jobs.service import JobService
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+TOKENS = (128, 1024, 8192, 32768, 65536, 131072, 262144, 524288, 1048576)
+DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+RECALLS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1)
+
+
+class JobMetrics:
+    """Counters and histograms of ended jobs."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"longreach_{name}", text, buckets=buckets, registry=registry)
+
+        self._jobs = Counter("longreach_jobs", "Ended jobs by state.", ["state"], registry=registry)
+        self._prompt = Counter("longreach_prompt_tokens", "Prompt tokens of ended questions.", registry=registry)
+        self._cached = Counter("longreach_prefix_cache_hits", "Prompt tokens found computed.", registry=registry)
+        self._generated = Counter("longreach_generation_tokens", "Tokens generated.", registry=registry)
+        self._ttft = histogram("time_to_first_token_seconds", "From submission to the first token.", SECONDS)
+        self._queue = histogram("request_queue_time_seconds", "From submission to the first step.", SECONDS)
+        self._prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", SECONDS)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", SECONDS)
+        self._e2e = histogram("e2e_request_latency_seconds", "From submission to the end.", SECONDS)
+        self._per_token = histogram("time_per_output_token_seconds", "Mean of an answer.", TOKEN_SECONDS)
+        self._length = histogram("request_prompt_tokens", "Length of prompts.", TOKENS)
+        self._density = Histogram(
+            "longreach_sparse_density", "Visited share of the causal pairs of a head, mean of a prompt's cells.",
+            ["layer"], buckets=DENSITIES, registry=registry,
+        )  # fmt: skip
+        self._recall = Histogram(
+            "longreach_sparse_recall", "Attention mass of held-out rows that a head keeps, mean of a prompt's cells.",
+            ["layer"], buckets=RECALLS, registry=registry,
+        )  # fmt: skip
+        self._fallbacks = Counter(
+            "longreach_sparse_dense_fallbacks", "Heads of cells that turned dense.", ["layer"], registry=registry
+        )
+
+    def observe(self, record: JobRecord, generated: dict[int, int]) -> None:
+        """Count an ended job; `generated` is the number of tokens by question."""
+        self._jobs.labels(record.state.value).inc()
+        for answer in record.answers:
+            tokens, timings = generated.get(answer.question, 0), answer.timings
+            self._prompt.inc(answer.prompt_tokens)
+            self._cached.inc(answer.cached_tokens)
+            self._generated.inc(tokens)
+            self._length.observe(answer.prompt_tokens)
+            for layer in answer.attention.get("layers", ()):
+                self._observe_layer(layer)
+            if not timings:
+                continue
+            self._queue.observe(timings["queued_s"])
+            self._e2e.observe(timings["total_s"])
+            if tokens:
+                self._ttft.observe(timings["ttft_s"])
+                self._prefill.observe(timings["prefill_s"])
+                self._decode.observe(timings["decode_s"])
+            if tokens > 1:
+                self._per_token.observe(timings["decode_s"] / (tokens - 1))
+
+    def _observe_layer(self, layer: Mapping[str, Any]) -> None:
+        """Fields of `LayerAttention`; every head counts once a prompt."""
+        label = str(layer["layer"])
+        for density, recall in zip(layer["density"], layer["held_out_recall"], strict=True):
+            self._density.labels(label).observe(density)
+            self._recall.labels(label).observe(recall)
+        self._fallbacks.labels(label).inc(sum(layer["fallbacks"]))
+
+
+class _Live(Collector):
+    """Gauges read at the moment of the scrape."""
+
+    def __init__(self, service: JobService, session: Session) -> None:
+        self._service = service
+        self._session = session
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        waiting, running = self._service.counts()
+        for name, text, value in (
+            ("num_requests_waiting", "Jobs that wait.", waiting),
+            ("num_requests_running", "Jobs that run.", running),
+            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", self._session.kv_usage),
+        ):
+            yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
+        c, g, b, a = self._session.latency_coefficients
+        family = GaugeMetricFamily("longreach_step_model_seconds", "Fitted cost of a step.", labels=["per"])
+        for label, value in (("step", c), ("context_token", g), ("token", b), ("pair", a)):
+            family.add_metric([label], value)
+        yield family
+
+
+class MetricsDoor:
+    """`/metrics` over HTTP on `server.metrics_port`; nothing is opened for port 0."""
+
+    def __init__(self, service: JobService, session: Session, host: str, port: int) -> None:
+        self.registry = CollectorRegistry()
+        self.jobs = JobMetrics(self.registry)
+        self.registry.register(_Live(service, session))
+        Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(session.version).set(1)
+        self._host, self._port = host, port
+        self._server: WSGIServer | None = None
+        service.on_ended(self.jobs.observe)
+
+    def start(self) -> None:
+        """Open the port. Raises PreflightError when it is taken."""
+        if not self._port:
+            return
+        try:
+            self._server, _ = start_http_server(self._port, self._host, registry=self.registry)
+        except OSError as error:
+            raise PreflightError(f"server.metrics_port: {self._port}: cannot be bound ({error.strerror})") from error
+
+    def close(self) -> None:
+        """Close the port; may be called twice."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None

@@ -1,0 +1,176 @@
+"""The engine's end of a shard: a small protocol, and its implementation over gRPC.
+
+Plans and results of a shard on the engine's node go through a Unix socket beside the call that runs it; the call says
+who may, and how the run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from protos.stage import codec
+from protos.stage import stage_pb2 as pb
+from protos.stage import stage_pb2_grpc as rpc
+from protos.stage.channel import open_channel, token_metadata
+from protos.stage.messages import LoadProgress, ShardSpec, StepPlan, StepResult
+from protos.stage.pipe import STEPS_KEY, Pipe, PipeDoor
+
+_CLOSE_TIMEOUT_S = 2.0
+_ACCEPT_S = 0.1  # how often it is asked whether the shard has refused
+
+
+class StageError(RuntimeError):
+    """A shard could not be loaded, started or reached."""
+
+
+class StageHandle(Protocol):
+    """One shard. Results and losses arrive on another thread than the caller's."""
+
+    shard: ShardSpec
+
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
+        """Begin a run: plans may be sent. Results come in order, several at once while it decodes.
+
+        `on_lost` is called at most once, when the shard can no longer answer.
+        """
+
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        """Queue plans; never waits for the steps."""
+
+    def close(self) -> None:
+        """End the run and the shard; may be called twice."""
+
+
+class GrpcStageHandle:
+    """A shard in another process."""
+
+    def __init__(self, shard: ShardSpec, address: str, token: str, near: bool | None = None) -> None:
+        """Args: `near` says whether plans and results go through a Unix socket; None: where `address` is one."""
+        self.shard = shard
+        self._door = ""
+        if near or (near is None and address.startswith("unix:")):
+            self._door = str(Path(address.removeprefix("unix:")).with_suffix(".steps"))
+        self.name = f"stage {shard.stage} shard {shard.rank}"
+        self._channel = open_channel(address)
+        self._stub = rpc.StageStub(self._channel)
+        self._metadata = token_metadata(token)
+        self._plans: queue.SimpleQueue[pb.StepPlans | None] = queue.SimpleQueue()
+        self._results: threading.Thread | None = None
+        self._call: grpc.Call | None = None
+        self._pipe: Pipe | None = None
+        self._closing = False
+
+    def load(self, request: pb.LoadRequest, timeout_s: float) -> Iterator[LoadProgress]:
+        """Load weights; yields progress and ends with a message that is `ready`.
+
+        Raises:
+            StageError: the shard refused, failed or vanished.
+        """
+        try:
+            for message in self._stub.Load(request, metadata=self._metadata, timeout=timeout_s):
+                progress = codec.progress_from_pb(message)
+                if progress.error:
+                    raise StageError(f"{self.name}: {progress.error}")
+                yield progress
+                if progress.ready:
+                    return
+        except grpc.RpcError as error:
+            raise StageError(f"{self.name} while loading: {_details(error)}") from error
+        raise StageError(f"{self.name} stopped loading without a word")
+
+    def start(
+        self, num_blocks: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = "",
+        near: tuple[str, str] = ("", ""),
+    ) -> None:  # fmt: skip
+        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
+
+        Of several stages the last one is connected to the first: `downstream` is the address of the same rank there.
+        `near` has Unix sockets for links with the stage before and the one after that need not go over gRPC.
+        """
+        request = pb.StartRequest(
+            num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
+            near_before=near[0], near_after=near[1],
+        )  # fmt: skip
+        try:
+            self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise StageError(f"{self.name} while starting: {_details(error)}") from error
+
+    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
+        """State, counters and memory of the process. Raises StageError."""
+        try:
+            reply: pb.ProbeReply = self._stub.Probe(pb.ProbeRequest(), metadata=self._metadata, timeout=timeout_s)
+        except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
+            raise StageError(f"{self.name}: {_details(error)}") from error
+        return reply
+
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
+        metadata = self._metadata
+        door = PipeDoor(self._door) if self._door else None
+        if door is not None:
+            metadata = [*metadata, (STEPS_KEY, door.path)]
+        results = self._call = self._stub.Run(iter(self._plans.get, None), metadata=metadata)
+        if door is not None:
+            self._pipe = _accept(door, results)
+
+        def read() -> None:
+            try:
+                if self._pipe is not None:
+                    for data in self._pipe.messages():
+                        on_results(codec.results_from_pb(pb.StepResults.FromString(data)))
+                for message in results:  # through a pipe: only how the call ends
+                    on_results(codec.results_from_pb(message))
+            except Exception as error:  # noqa: BLE001 - without this thread nobody would notice the shard's silence
+                if not self._closing:
+                    on_lost(f"{self.name} is gone: {_details(error)}")
+                return
+            if not self._closing:
+                on_lost(f"{self.name} ended the run")
+
+        self._results = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
+        self._results.start()
+
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        message = codec.plans_to_pb(plans, with_tokens=self.shard.is_first)
+        if self._pipe is None:
+            self._plans.put(message)
+            return
+        with contextlib.suppress(OSError):  # the thread that reads tells
+            self._pipe.send(message.SerializeToString())
+
+    def close(self) -> None:
+        self._closing = True
+        self._plans.put(None)
+        if self._results is not None and self._call is not None:
+            self._call.cancel()  # a long step is not waited for
+            if self._pipe is not None:
+                self._pipe.close()
+            self._results.join(timeout=5.0)
+            self._results = self._call = None
+        with contextlib.suppress(grpc.RpcError, ValueError):  # it is gone, or was closed before
+            self._stub.Close(pb.CloseRequest(), metadata=self._metadata, timeout=_CLOSE_TIMEOUT_S)
+        self._channel.close()
+
+
+def _accept(door: PipeDoor, call: grpc.Call) -> Pipe | None:
+    """The pipe of a call that has begun; None when it is refused, for reasons it will tell."""
+    try:
+        while call.is_active():
+            with contextlib.suppress(TimeoutError):
+                return door.accept(_ACCEPT_S)
+    finally:
+        door.close()
+    return None
+
+
+def _details(error: Exception) -> str:
+    if isinstance(error, grpc.Call):
+        return f"{error.details()} ({error.code().name})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

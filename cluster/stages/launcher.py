@@ -1,0 +1,238 @@
+"""Starts and stops a pipeline: places the stage actors, loads weights, connects stages, hands the shards to the engine.
+
+Order of starting: checks on the head, Ray, placement, actors listen, checks on every node, weights, KV and links.
+Whatever fails, everything that was started is stopped before the error leaves `start`. Order of stopping: the engine's
+runs, the actors, their place, Ray. This is the only module of the control plane that reaches into `workers`, and it
+does so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import secrets
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
+from cluster.config.topology import shard_weight_bytes
+from cluster.stages.handle import GrpcStageHandle
+from cluster.stages.preflight import PreflightError, check_head, count_blocks
+from cluster.stages.ray_cluster import ActorRequest, RayCluster
+from cluster.stages.socket_dirs import make_run_dir
+from protos.node.build_id import build_id
+from protos.node.node_check import NodeCheck
+from protos.stage import codec
+from protos.stage import stage_pb2 as pb
+from protos.stage.messages import LoadProgress
+
+_OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
+_START_TIMEOUT_S = 180.0
+_LONGEST_RUN_DIR = 80  # the kernel allows 107 characters for the path of a socket in it
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchStatus:
+    """What the launcher is doing; bytes are summed over all shards while weights load."""
+
+    phase: str
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A running pipeline: shards ordered by stage then rank, and the sizes they allocated."""
+
+    shards: tuple[GrpcStageHandle, ...]
+    num_blocks: int
+    fingerprint: str
+    dtype: str
+    pids: tuple[int, ...]  # of the stage processes, each on its own node
+
+
+class Launcher:
+    """One pipeline of one deployment. `start` once; `close` undoes it and may be called twice, at any point."""
+
+    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
+        self._deployment = deployment
+        self._on_status = on_status
+        self._ray: RayCluster | None = None
+        self._actors: list[list[Any]] = []
+        self._shards: list[GrpcStageHandle] = []
+        self._run_dir: Path | None = None
+
+    def start(self) -> Launched:
+        """Bring everything up.
+
+        Raises:
+            PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
+        """
+        try:
+            return self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop in order; what is already gone is skipped."""
+        with contextlib.ExitStack() as steps:  # each runs whatever happens in the others; last added, first run
+            if self._run_dir is not None:
+                steps.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
+            if self._ray is not None:
+                steps.callback(self._ray.close)
+            for handle in self._shards:
+                steps.callback(handle.close)
+            self._shards, self._ray, self._run_dir = [], None, None
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> Launched:
+        self._on_status(LaunchStatus("checking the checkpoint"))
+        fingerprint = check_head(self._deployment)
+        self._on_status(LaunchStatus("starting Ray"))
+        self._place()
+        self._on_status(LaunchStatus("starting stages"))
+        addresses = self._open(fingerprint)
+        loaded = self._load()
+        self._on_status(LaunchStatus("connecting stages"))
+        sharing = max(Counter(address.node for address in addresses).values())
+        num_blocks = count_blocks(self._deployment, loaded, sharing)
+        self._connect(addresses, num_blocks)
+        pids = tuple(address.pid for address in addresses)
+        return Launched(tuple(self._shards), num_blocks, fingerprint, compute_dtype(self._deployment), pids)
+
+    def _place(self) -> None:
+        cluster = self._deployment.config.cluster
+        self._ray = RayCluster(cluster.address)
+        self._ray.connect()
+        from workers.stage.actor import StageActor  # the bridge to the data plane; no torch behind it yet
+
+        cores = self._ray.cores_of_a_pipeline(cluster.pipeline_parallel_size)
+        gpus = 1.0 if cluster.device == "cuda" else 0.0
+        stage = ActorRequest(cluster.expert_parallel_size, cluster.cpus(cores), gpus)
+        self._actors = self._ray.place(StageActor, [stage] * cluster.pipeline_parallel_size)
+
+    def _open(self, fingerprint: str) -> list[Any]:
+        """Make every shard listen and check its node; returns the addresses in shard order."""
+        from workers.stage.server import StageProcessSpec
+
+        assert self._ray is not None
+        config = self._deployment.config
+        self._run_dir = make_run_dir()
+        if len(str(self._run_dir)) > _LONGEST_RUN_DIR:
+            raise PreflightError(
+                f"TMPDIR: {tempfile.gettempdir()}: too long for Unix sockets: must be at most "
+                f"{_LONGEST_RUN_DIR - 19} characters"
+            )
+        token = secrets.token_hex(32)
+        threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
+        check = NodeCheck(build_id(), str(config.model.path), fingerprint, str(config.data_dir))
+        calls = []
+        for shard in self._deployment.shards:
+            spec = StageProcessSpec(
+                token=token,
+                socket=str(self._run_dir / f"s{shard.stage}r{shard.rank}.sock"),
+                listen_tcp=not self._ray.is_local,
+                network_interface=config.cluster.network_interface,
+                threads=threads,
+                step_timeout_s=config.cluster.step_timeout_s,
+                orphan_timeout_s=config.cluster.load_timeout_s + _START_TIMEOUT_S,  # others may still load
+            )
+            calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
+        addresses = self._ray.call(calls, _OPEN_TIMEOUT_S)
+        self._ray.serve()
+        here = self._ray.node_id()
+        for shard, address in zip(self._deployment.shards, addresses, strict=True):
+            self._shards.append(GrpcStageHandle(shard, _reach(here, address), token))
+        return addresses
+
+    def _load(self) -> list[LoadProgress]:
+        """Load all shards at once; returns their closing messages in shard order."""
+        config = self._deployment.config
+        updates: queue.SimpleQueue[tuple[int, LoadProgress | Exception]] = queue.SimpleQueue()
+        for index, handle in enumerate(self._shards):
+            request = self._load_request(handle)
+            limit = config.cluster.load_timeout_s
+            threading.Thread(target=_follow, args=(index, handle, request, limit, updates), daemon=True).start()
+        latest = [LoadProgress(0, 0)] * len(self._shards)
+        width = DTYPE_BYTES[compute_dtype(self._deployment)]
+        total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in self._deployment.shards)
+        while not all(progress.ready for progress in latest):
+            index, update = updates.get()
+            if isinstance(update, Exception):
+                raise update
+            latest[index] = update
+            self._on_status(LaunchStatus("loading weights", sum(p.loaded_bytes for p in latest), total))
+        return latest
+
+    def _load_request(self, handle: GrpcStageHandle) -> pb.LoadRequest:
+        config, shard = self._deployment.config, handle.shard
+        assert self._run_dir is not None
+        return pb.LoadRequest(
+            epoch=1,
+            model_path=str(config.model.path),
+            model_spec_json=codec.model_spec_to_json(self._deployment.spec),
+            shard=codec.shard_to_pb(shard),
+            dtype=compute_dtype(self._deployment),
+            device=config.cluster.device,
+            load_format=config.model.load_format,
+            store_path=str(self._run_dir / f"stage{shard.stage}.store"),
+            group_address="127.0.0.1",  # the shards of a stage share a node
+            # ranks may finish loading that far apart
+            group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
+        )
+
+    def _connect(self, addresses: list[Any], num_blocks: int) -> None:
+        """Start every shard; all at once, since the shards of a stage warm up together."""
+        page, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
+        where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
+        errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def link(stage: int, rank: int) -> str:
+            """The socket between a shard and the same rank of the next stage, when they can do without gRPC."""
+            after = (stage + 1) % self._deployment.config.cluster.pipeline_parallel_size
+            near = after != stage and where[stage, rank].node == where[after, rank].node
+            on_cpu = self._deployment.config.cluster.device == "cpu"
+            return str(self._run_dir / f"link{stage}r{rank}.sock") if near and on_cpu and self._run_dir else ""
+
+        def begin(handle: GrpcStageHandle) -> None:
+            stage, stages, rank = handle.shard.stage, handle.shard.num_stages, handle.shard.rank
+            after = where[(stage + 1) % stages, rank]  # a ring: the last one hands its tokens to the first
+            downstream = _reach(where[stage, rank].node, after) if stages > 1 else ""
+            near = link((stage - 1) % stages, rank), link(stage, rank)
+            try:
+                handle.start(num_blocks, page, downstream, _START_TIMEOUT_S, dtype, near)
+            except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
+                errors.put(error)
+            else:
+                errors.put(None)
+
+        for handle in self._shards:
+            threading.Thread(target=begin, args=(handle,), daemon=True).start()
+        for _ in self._shards:
+            if (error := errors.get()) is not None:
+                raise error
+
+
+def _reach(node: str, address: Any) -> str:
+    """How a process on `node` reaches a shard: its Unix socket on the same node, else TCP."""
+    return str(address.unix if address.node == node else address.tcp)
+
+
+def _follow(
+    index: int, handle: GrpcStageHandle, request: pb.LoadRequest, limit_s: float,
+    updates: queue.SimpleQueue[tuple[int, LoadProgress | Exception]],
+) -> None:  # fmt: skip
+    try:
+        for progress in handle.load(request, limit_s):
+            updates.put((index, progress))
+    except Exception as error:  # noqa: BLE001 - the launcher waits for this thread's word
+        updates.put((index, error))

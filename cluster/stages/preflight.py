@@ -1,0 +1,83 @@
+"""Checks made before anything is started: everything that can be refused in seconds is refused here.
+
+Legend: "head" is this process, a "node" is a machine that will hold stages.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from cluster.common.units import format_bytes
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import NoRoom, kv_budget, kv_dtype, kv_token_bytes
+from protos.model.checkpoint import Checkpoint
+from protos.node.node_check import check_writable
+from protos.stage.messages import LoadProgress
+
+
+class PreflightError(RuntimeError):
+    """The deployment cannot start here; one line with the way out."""
+
+
+def check_head(deployment: Deployment) -> str:
+    """Checkpoint, data directory and port, as seen from the head; returns the checkpoint's fingerprint
+    (empty with dummy weights).
+
+    Raises:
+        PreflightError, NodeError, or CheckpointError naming file and tensor.
+    """
+    config = deployment.config
+    check_writable(config.data_dir)
+    if config.kv_cache.bytes is not None:
+        check_room(deployment, config.kv_cache.bytes)
+    if config.model.load_format == "dummy":
+        return ""
+    return Checkpoint.open(config.model.path, deployment.spec).fingerprint()
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port another process holds; port 0 opens no door."""
+    if not port:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PreflightError(
+                f"server.port: {port}: cannot be bound on {host} ({error.strerror}): choose a free port, or 0 for none"
+            ) from error
+
+
+def check_room(deployment: Deployment, budget: int) -> int:
+    """Blocks that `budget` bytes hold on the shard whose tokens are largest.
+
+    Raises:
+        PreflightError: one context of max_model_len would not fit.
+    """
+    page, widest = deployment.config.kv_cache.page_size, kv_token_bytes(deployment)
+    blocks, longest = budget // (widest * page), -(-deployment.max_model_len // page)
+    if blocks < longest:
+        raise PreflightError(
+            f"kv_cache: room for {blocks * page} tokens an actor, model.max_model_len is {deployment.max_model_len}: "
+            f"give kv_cache.bytes at least {format_bytes(longest * page * widest)}, or lower max_model_len"
+            + ("" if kv_dtype(deployment) == "int8" else ", or say kv_cache.dtype: int8")
+        )
+    return blocks
+
+
+def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_node: int) -> int:
+    """KV blocks every shard allocates: what the tightest shard affords, at most what all sequences can use.
+
+    Raises:
+        PreflightError: one context of max_model_len would not fit beside what a step needs while it runs.
+    """
+    config = deployment.config
+    sharers = 1 if config.cluster.device == "cuda" else shards_per_node
+    try:
+        budget = kv_budget(deployment, loaded, sharers)
+    except NoRoom as error:
+        raise PreflightError(str(error)) from error
+    longest = -(-deployment.max_model_len // config.kv_cache.page_size)
+    return min(check_room(deployment, budget), longest * config.prefill.max_num_seqs)

@@ -1,0 +1,274 @@
+"""Every call to Ray, in one place: connect, place, start, stop.
+
+The local cluster is started with small settings (no dashboard, a small object store, no memory monitor: our own
+admission budgets memory, and the monitor would count mapped weight files and kill actors). Token authentication is
+Ray's default for a local cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from protos.node.node_check import NodeError
+
+_log = logging.getLogger(__name__)
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MB; nothing of ours goes through it
+_CLOSE_TIMEOUT_S = 5.0  # an actor in the middle of a step is killed after this
+_LOCAL_ENVIRONMENT = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What Ray does while nothing is asked of it takes a core's time from steps that run: no idle workers (each wakes a
+    # hundred times a second), and timers that matter only to other loads run rarely.
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs on the machine would go before the stages
+    "RAY_object_manager_timer_freq_ms": "10000",
+    "RAY_raylet_check_gc_period_milliseconds": "10000",
+    "RAY_kill_idle_workers_interval_ms": "5000",
+    "RAY_io_context_monitor_probe_interval_ms": "600000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+}
+
+
+class PlacementError(RuntimeError):
+    """Ray cannot be reached, or has no room for the actors."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActorRequest:
+    """One stage to place: its shards on one node, `cpus` and `gpus` for each."""
+
+    shards: int
+    cpus: float
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        bundle = {"CPU": self.cpus * self.shards}
+        return bundle | ({"GPU": self.gpus * self.shards} if self.gpus else {})
+
+
+class RayCluster:
+    """A connection to Ray and the actors placed through it. `close` undoes everything, and may be called twice."""
+
+    def __init__(self, address: str, start_timeout_s: float = 60.0) -> None:
+        self._address = address
+        self._timeout_s = start_timeout_s
+        self._groups: list[Any] = []
+        self._actors: list[Any] = []
+        self._serving: list[Any] = []
+        self._connected = False
+        self._left = threading.Event()
+
+    @property
+    def is_local(self) -> bool:
+        return self._address == "local"
+
+    def connect(self) -> None:
+        """Start a local Ray, or join the existing one. Raises PlacementError."""
+        if self.is_local:
+            os.environ.update(_LOCAL_ENVIRONMENT)
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
+        elif ":" in self._address:
+            _check_reachable(self._address)
+        import ray  # after the environment is set: Ray reads it at import
+
+        if ray.is_initialized():
+            raise PlacementError("this process is connected to a Ray cluster already: close that connection first")
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
+        if self.is_local:
+            options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+            affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; absent on macOS
+            options |= {"num_cpus": len(affinity(0)) if affinity else os.cpu_count()}
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        try:
+            self._in_lasting_thread(lambda: ray.init(address=self._address, **options))
+        except BaseException as error:
+            if ray.is_initialized():
+                ray.shutdown()
+            if not isinstance(error, (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError)):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
+        self._connected = True
+        if self.is_local:
+            _end_idle_processes()
+        if on_terminate is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
+
+    def place(self, actor_class: Callable[[], Any], stages: Sequence[ActorRequest]) -> list[list[Any]]:
+        """Reserve one bundle a stage and start its actors; returns actor handles by stage and rank.
+
+        Raises:
+            PlacementError: the cluster has no room; says what is needed and what is free.
+        """
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._check_room(stages)
+        group = placement_group([stage.bundle for stage in stages], strategy="PACK")
+        if not group.wait(self._timeout_s):
+            remove_placement_group(group)
+            raise PlacementError(self._no_room(stages))
+        self._groups.append(group)
+        handles = []
+        for index, stage in enumerate(stages):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            remote = ray.remote(actor_class).options(
+                num_cpus=stage.cpus, num_gpus=stage.gpus, scheduling_strategy=strategy
+            )
+            handles.append([remote.remote() for _ in range(stage.shards)])
+            self._actors.extend(handles[-1])
+        return handles
+
+    def call(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Wait for the answers of actor calls. Raises PlacementError when one fails or does not come in time."""
+        import ray
+
+        try:
+            answers: list[Any] = ray.get(list(calls), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise PlacementError(f"actors did not answer within {timeout_s:g} s") from error
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            known = isinstance(cause, (NodeError, RuntimeError))
+            text = " ".join(str(cause).split())
+            raise PlacementError(text if known else f"an actor failed: {type(cause).__name__}: {text}") from error
+        except ray.exceptions.RayError as error:
+            raise PlacementError(f"an actor died: {' '.join(str(error).split())[:300]}") from error
+        return answers
+
+    def serve(self) -> None:
+        """Have every actor that was placed serve, which ends when it is told to close."""
+        self._serving = [actor.serve.remote() for actor in self._actors]
+
+    @staticmethod
+    def node_id() -> str:
+        """Ray's name for the node this process runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    @staticmethod
+    def cores_of_a_pipeline(num_stages: int) -> int:
+        """CPUs that the stages of a pipeline share when they are spread evenly, at least 1.
+
+        What unset thread counts are divided from: the cores of the smallest node with CPUs, times the nodes in use.
+        """
+        import ray
+
+        cores = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]
+        usable = [count for count in cores if count > 0]
+        return max(1, min(usable, default=1) * min(len(usable), num_stages))
+
+    def close(self) -> None:
+        """Wait for actors that were told to close, end all, give their place back, leave (or end) Ray."""
+        if not self._connected:
+            return
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        try:
+            if self._serving:
+                ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
+            for actor in self._actors:
+                ray.kill(actor)
+            for group in self._groups:
+                remove_placement_group(group)
+        except (ray.exceptions.RayError, RuntimeError, ValueError):
+            _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
+        finally:
+            self._actors, self._serving, self._groups = [], [], []
+            ray.shutdown()
+            self._connected = False
+            self._left.set()
+
+    def _in_lasting_thread(self, start: Callable[[], object]) -> None:
+        """Call `start` on a thread that lives until `close`: the kernel ends Ray's processes with their thread."""
+        if threading.current_thread() is threading.main_thread():
+            start()
+            return
+        result: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                start()
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                result.put(error)
+            else:
+                result.put(None)
+                self._left.wait()
+
+        threading.Thread(target=run, name="ray", daemon=True).start()
+        if (error := result.get()) is not None:
+            raise error
+
+    def _check_room(self, stages: Sequence[ActorRequest]) -> None:
+        """Refuse at once what no state of the cluster could place."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for key in ("CPU", "GPU"):
+            needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
+            widest = max(stage.bundle.get(key, 0.0) for stage in stages)
+            total, largest = sum(n.get(key, 0.0) for n in nodes), max((n.get(key, 0.0) for n in nodes), default=0.0)
+            if needed > total + 1e-6 or widest > largest + 1e-6:
+                raise PlacementError(self._no_room(stages))
+
+    @staticmethod
+    def _no_room(stages: Sequence[ActorRequest]) -> str:
+        import ray
+
+        free = ray.available_resources()
+        parts = []
+        for key in ("CPU", "GPU"):
+            needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
+            if needed:
+                total = sum(n["Resources"].get(key, 0.0) for n in ray.nodes() if n["Alive"])
+                parts.append(f"{needed:g} {key} needed, {free.get(key, 0.0):g} of {total:g} free")
+        actors = sum(stage.shards for stage in stages)
+        return (
+            f"cluster: {actors} actors in {len(stages)} stages (each on one node) do not fit: {'; '.join(parts)}: "
+            "lower cluster.cpus_per_actor, pipeline_parallel_size or expert_parallel_size, or add nodes"
+        )
+
+
+def _end_idle_processes() -> None:
+    """End what Ray starts beside a local cluster and nobody here asks: log monitor, autoscaler and dashboard.
+
+    Ray has no setting for it, and together they wake some hundred times a second, on cores that compute. Should
+    its internals change, they stay.
+    """
+    try:
+        from ray._private import worker
+
+        node = worker.global_worker.node
+        if node is not None:
+            node.kill_log_monitor(check_alive=False)
+            node.kill_monitor(check_alive=False)
+            node.kill_dashboard(check_alive=False)
+    except Exception:  # noqa: BLE001 - it only costs time
+        _log.debug("some of Ray's idle processes keep running", exc_info=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where Ray itself would retry for minutes."""
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise PlacementError(f"cluster.address: {address}: Ray cannot be reached: {error.strerror or error}") from error

@@ -1,0 +1,27 @@
+"""Where the files that ship with Longreach are: configurations and the small model of the demo."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+def configs_dir() -> Path:
+    """The folder of shipped configurations.
+
+    In a source checkout it is `configs/` beside the packages, in an installation `longreach_configs` in
+    site-packages. Raises FileNotFoundError when neither is there.
+    """
+    site_packages = Path(sysconfig.get_paths()["purelib"])
+    candidates = [_PACKAGE_ROOT / "configs", _PACKAGE_ROOT / "longreach_configs", site_packages / "longreach_configs"]
+    for folder in candidates:
+        if (folder / "demo.yaml").is_file() or (folder / "needle").is_dir():
+            return folder
+    raise FileNotFoundError(f"no configs folder at {candidates[0]} or {candidates[1]}: reinstall longreach")
+
+
+def needle_dir() -> Path:
+    """The demo model, its tokenizer, and the book and words that its documents are made of."""
+    return configs_dir() / "needle"

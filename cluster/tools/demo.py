@@ -1,0 +1,137 @@
+"""The demonstration: needles in a book, found by a real cluster. `longreach demo` is this module with a face."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.common.environment import environment
+from cluster.config.deployment import Deployment, load_deployment
+from cluster.engine.outputs import Generation
+from cluster.engine.runtime import Ask, Session
+from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.display import Display
+from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
+from cluster.tools.memory_watch import MemoryWatch
+from protos.errors import UserError
+
+ANSWER_TOKENS = 20  # an answer has 15
+_ROOM = 256  # tokens kept for the question and the answer
+_SHORTEST, _LONGEST = 1000, 1 << 20
+_TRAINED = 4096  # positions the checkpoint was trained on
+_KV_TOKEN_BYTES = 512  # of one token in one actor
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """How to run it.
+
+    `positions`: `dca` (dual chunk attention) and `yarn` stretch the trained window over the document, `plain` does not
+    and fails beyond it. `sparse`: prompts beyond the threshold of the checkpoint select the keys they read.
+    """
+
+    tokens: int = 128_000
+    needles: int = 8
+    positions: str = "dca"
+    sparse: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Answers beside the truth, and what the run cost. Seconds and tokens per second."""
+
+    haystack: Haystack
+    answers: tuple[Generation, ...]
+    options: DemoOptions
+    layout: tuple[int, int]
+    ready_s: float
+    total_s: float
+    peak_memory_bytes: int  # of all processes together
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        return tuple(is_right(a.text, n) for a, n in zip(self.answers, self.haystack.needles, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain data; `answer` is what the model said, `truth` what is in the document."""
+        first = min(self.answers, key=lambda answer: answer.timings.ttft_s)
+        decoded = sum(len(answer.token_ids) - 1 for answer in self.answers)
+        ends = [answer.timings.ttft_s + answer.timings.decode_s for answer in self.answers]
+        decoding = max(ends) - first.timings.ttft_s  # the later questions are read in this time, too
+        return {
+            "questions": [
+                {
+                    "question": needle.question,
+                    "truth": needle.answer.strip(),
+                    "answer": answer.text.strip(),
+                    "right": right,
+                    "depth": round(needle.depth, 3),
+                }
+                for needle, answer, right in zip(self.haystack.needles, self.answers, self.right, strict=True)
+            ],
+            "right": sum(self.right),
+            "total": len(self.answers),
+            "tokens": self.haystack.num_tokens,
+            "positions": self.options.positions,
+            "sparse": first.attention.to_json() if first.attention is not None else None,
+            "stages": self.layout[0],
+            "shards_per_stage": self.layout[1],
+            "ready_s": round(self.ready_s, 2),
+            "ttft_s": round(first.timings.ttft_s, 3),
+            "prefill_tokens_per_s": round((first.prompt_tokens - first.cached_tokens) / first.timings.prefill_s, 1),
+            "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
+            "cached_tokens": sum(answer.cached_tokens for answer in self.answers),
+            "total_s": round(self.total_s, 2),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "seed": self.options.seed,
+            "environment": environment(),
+        }
+
+
+def demo_deployment(options: DemoOptions) -> Deployment:
+    """`configs/demo.yaml`, stretched to the wanted length. Raises ConfigError."""
+    length = options.tokens + _ROOM
+    if not _SHORTEST <= options.tokens <= _LONGEST:
+        raise UserError(f"tokens: {options.tokens}: must be between {_SHORTEST} and {_LONGEST}")
+    room = length + options.needles * _TRAINED  # every question computes its last cell itself
+    kv_bytes = max(256 << 20, _KV_TOKEN_BYTES * room)
+    overrides: dict[str, object] = {
+        "model.max_model_len": length, "kv_cache.bytes": kv_bytes, "sparse.enabled": options.sparse,
+    }  # fmt: skip
+    if options.positions != "dca":
+        overrides["model.config_file"] = "config.json"
+        overrides["sparse.cell"] = _TRAINED  # a step holds it; dual chunk attention would have cut cells itself
+    if options.positions == "plain":
+        overrides["model.allow_beyond_positions"] = True
+    elif options.positions == "yarn":
+        factor = float(max(1, math.ceil(length / _TRAINED)))
+        overrides["model.rope_scaling"] = {
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": _TRAINED,
+        }  # fmt: skip
+    return load_deployment(configs_dir() / "demo.yaml", overrides)
+
+
+def run_demo(options: DemoOptions, display: Display) -> DemoResult:
+    """Start the cluster, hide needles, ask for all of them, stop the cluster.
+
+    Raises:
+        UserError: options that cannot be. Whatever else starting and running a cluster raises.
+    """
+    began = time.monotonic()
+    deployment = demo_deployment(options)
+    session = Session(deployment, display.launch)
+    haystack = build_haystack(session.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
+    questions = [needle.question for needle in haystack.needles]
+    parallel = deployment.config.cluster
+    layout = (parallel.pipeline_parallel_size, parallel.expert_parallel_size)
+    with MemoryWatch() as memory, session:
+        ready = time.monotonic() - began
+        display.say(f"cluster ready in {ready:.1f} s: {layout[0]} stages x {layout[1]} shards")
+        answers = session.ask_document(
+            haystack.document, questions, Ask(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
+        )
+    took = time.monotonic() - began
+    return DemoResult(haystack, tuple(answers), options, layout, ready, took, memory.peak_bytes)

@@ -1,0 +1,310 @@
+"""Diagnosis of this machine: what is there, what is missing, what will be slow and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Status = Literal["ok", "slow", "missing", "error"]
+GIB = 1 << 30
+_PACKAGES = ("ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "pyyaml")
+_CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
+_MIN_MEMORY = 2 * GIB  # the head, Ray and one worker with the demo model
+_MIN_SHM = GIB // 4  # Ray's object store only carries small control messages here
+_MIN_DISK = GIB
+_MIN_OPEN_FILES = 4096
+_COLOURS = {"ok": "green", "slow": "yellow", "missing": "yellow", "error": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. Only `error` keeps Longreach from running; `missing` is an option that is not there."""
+
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.status != "error" for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"ok": bool, "checks": [{"name", "status", "detail", "advice"}]}`."""
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+
+def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> Report:
+    """Look at this machine; takes seconds, most of them for torch in a process of its own.
+
+    `data_dir` is where jobs and KV will be stored (default: the current folder). Nothing is created or changed.
+    """
+    flags = cpu_flags(Path("/proc/cpuinfo"))
+    facts, torch_check = torch_facts([sys.executable, "-m", "workers.doctor"], torch_timeout)
+    gpu = check_gpu()
+    return Report(
+        (
+            check_python(sys.version_info[:2]),
+            check_packages(),
+            torch_check,
+            *(check_communication(facts) if facts else ()),
+            check_cores(Path("/sys/fs/cgroup")),
+            check_cpu_features(flags, platform.machine()),
+            check_memory(Path("/sys/fs/cgroup")),
+            check_disk(data_dir or Path.cwd()),
+            check_shm(Path("/dev/shm")),
+            gpu,
+            *(check_cuda_build(facts) if facts and gpu.status == "ok" else ()),
+            check_compiler(has_gpu=gpu.status == "ok"),
+            check_ray(os.environ.get("RAY_ADDRESS", "")),
+            check_open_files(),
+        )
+    )
+
+
+def render(report: Report, console: Console) -> None:
+    """Print the report as a table, advice under its finding."""
+    table = Table(title="longreach doctor", title_justify="left")
+    for column in ("check", "status", "finding"):
+        table.add_column(column, overflow="fold")
+    for check in report.checks:
+        finding = check.detail + (f"\n-> {check.advice}" if check.advice else "")
+        table.add_row(check.name, f"[{_COLOURS[check.status]}]{check.status}[/]", escape(finding))
+    console.print(table)
+    console.print("ready to run" if report.ok else "not ready: see the errors above")
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    found = ".".join(map(str, version))
+    if version < (3, 11):
+        return Check("python", "error", found, "install Python 3.11 or newer")
+    return Check("python", "ok", f"{found} ({sys.executable})")
+
+
+def check_packages() -> Check:
+    """Versions of what Longreach depends on, from their metadata: nothing is imported."""
+    found, absent = [], []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            absent.append(name)
+    if absent:
+        return Check("packages", "error", f"not installed: {', '.join(absent)}", f"pip install {' '.join(absent)}")
+    return Check("packages", "ok", ", ".join(found))
+
+
+def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | None, Check]:
+    """Run the worker's own diagnosis; (None, an error) if it fails, hangs or prints something else."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
+    try:
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        return None, Check("torch", "error", f"no answer within {timeout:g} s", advice)
+    except OSError as error:
+        return None, Check("torch", "error", f"cannot be started: {error}", advice)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+        return None, Check("torch", "error", f"exit code {done.returncode}: {reason}", advice)
+    try:
+        facts = json.loads(lines[-1])
+        detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
+    except (ValueError, KeyError, TypeError):
+        return None, Check("torch", "error", f"unexpected output: {lines[-1][:100]}", advice)
+    if not facts.get("mkldnn"):
+        return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
+    bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
+    return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
+
+
+def check_communication(facts: Mapping[str, Any]) -> tuple[Check, ...]:
+    have = [name for name in ("gloo", "nccl") if facts.get(name)]
+    if "gloo" not in have:
+        return (Check("collectives", "missing", "torch has no gloo", "shards of a stage on CPU need it"),)
+    return (Check("collectives", "ok", ", ".join(have)),)
+
+
+def check_cores(cgroup: Path) -> Check:
+    """Cores of the machine, of this process (affinity), and the container's quota in cores."""
+    total = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    detail = f"{total} logical, {usable} usable by this process"
+    quota = _cgroup_cores(cgroup)
+    if quota is not None:
+        detail += f", container limit {quota:g}"
+    if quota is not None and quota < usable:
+        advice = f"threads beyond the limit are throttled: use at most {max(1, int(quota))}"
+        return Check("cores", "slow", detail, advice)
+    if usable < 4:
+        return Check("cores", "slow", detail, "prefill on CPU scales with cores: expect the demo model, not 30B")
+    return Check("cores", "ok", detail)
+
+
+def cpu_flags(cpuinfo: Path) -> frozenset[str] | None:
+    """Feature names of the first core; None where there is no such file (other systems)."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def check_cpu_features(flags: frozenset[str] | None, machine: str) -> Check:
+    name = "cpu features"
+    if flags is None:
+        return Check(name, "ok", f"{machine}: not known on {platform.system()}")
+    detail = f"{machine}: {', '.join(flag for flag in _CPU_FLAGS if flag in flags) or 'no vector extension known here'}"
+    if machine not in ("x86_64", "AMD64"):
+        return Check(name, "slow", detail, "only x86-64 has tuned CPU kernels: others use portable code")
+    if {"amx_bf16", "amx_tile"} <= flags:
+        return Check(name, "ok", detail)
+    if "avx512_bf16" in flags:
+        return Check(name, "slow", detail, "no AMX: bfloat16 products run on AVX-512 vectors, not on tiles")
+    if "avx512f" in flags or "avx2" in flags:
+        return Check(name, "slow", detail, "no bfloat16 instructions: products are converted to float32 first")
+    return Check(name, "slow", detail, "neither AVX2 nor AVX-512: portable code, for trying out only")
+
+
+def check_memory(cgroup: Path) -> Check:
+    memory = psutil.virtual_memory()
+    limit = _cgroup_number(cgroup / "memory.max")
+    detail = f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f}"
+    available = memory.available
+    if limit is not None and limit < memory.total:
+        available = min(available, limit - (_cgroup_number(cgroup / "memory.current") or 0))
+        detail += f", container limit {limit / GIB:.1f} GiB"
+    if available < _MIN_MEMORY:
+        return Check("memory", "error", detail, f"at least {_MIN_MEMORY / GIB:g} GiB must be free")
+    return Check("memory", "ok", detail)
+
+
+def check_disk(data_dir: Path) -> Check:
+    """Free space at `data_dir`, or at the nearest folder above it that exists."""
+    folder = data_dir.absolute()
+    while not os.path.exists(folder):  # unlike Path.exists, False where a parent may not be read
+        folder = folder.parent
+    detail = f"{shutil.disk_usage(folder).free / GIB:.1f} GiB free at {folder}"
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return Check("disk", "error", f"{folder}: not a writable folder", "choose another data_dir")
+    if shutil.disk_usage(folder).free < _MIN_DISK:
+        return Check("disk", "error", detail, f"stored KV and jobs need at least {_MIN_DISK / GIB:g} GiB")
+    return Check("disk", "ok", detail)
+
+
+def check_shm(path: Path) -> Check:
+    if not path.is_dir():
+        return Check("shared memory", "ok", f"no {path} on {platform.system()}")
+    size = shutil.disk_usage(path).total
+    detail = f"{size / GIB:.2f} GiB at {path}"
+    if size < _MIN_SHM:
+        return Check("shared memory", "slow", detail, "Ray falls back to the disk: run containers with --shm-size=1g")
+    return Check("shared memory", "ok", detail)
+
+
+def check_gpu() -> Check:
+    tool = shutil.which("nvidia-smi")
+    advice = "fine for configurations with device: cpu"
+    if tool is None:
+        return Check("gpu", "missing", "no nvidia-smi", advice)
+    query = [tool, "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("gpu", "missing", f"nvidia-smi does not answer: {str(error)[:100]}", advice)
+    gpus = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode != 0 or not gpus:
+        return Check("gpu", "missing", f"nvidia-smi: {' '.join((done.stdout + done.stderr).split())[:150]}", advice)
+    return Check("gpu", "ok", "; ".join(gpus))
+
+
+def check_cuda_build(facts: Mapping[str, Any]) -> tuple[Check, ...]:
+    """Whether torch can use the GPU that nvidia-smi shows."""
+    devices = [f"{device['name']} (compute {device['capability']})" for device in facts.get("devices", [])]
+    if devices:
+        return (Check("cuda", "ok", f"CUDA {facts.get('cuda_build')}: {', '.join(devices)}"),)
+    build = facts.get("cuda_build") or "none"
+    return (Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it"),)
+
+
+def check_compiler(*, has_gpu: bool) -> Check:
+    found = next((path for name in ("g++", "c++", "gcc", "cc", "clang") if (path := shutil.which(name))), None)
+    if has_gpu and found is None:
+        return Check("compiler", "missing", "no C or C++ compiler", "Triton needs one at its first run: install gcc")
+    return Check("compiler", "ok", found or "none, and none is needed without a GPU")
+
+
+def check_ray(address: str) -> Check:
+    """Ray's version and, with RAY_ADDRESS set, whether its port accepts connections (nothing is sent)."""
+    try:
+        version = metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        return Check("ray", "error", "not installed", "pip install ray")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not address or address in ("auto", "local"):
+        return Check("ray", "ok", f"{version}, no RAY_ADDRESS: a local cluster will be started")
+    if not host or not port.isdigit() or int(port) > 65535:
+        return Check("ray", "error", f"RAY_ADDRESS {address!r}", "must be host:port, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return Check(
+            "ray", "missing", f"{version}, no cluster at {address} (RAY_ADDRESS): {error}",
+            "matters only for cluster.address: auto; start it, or unset RAY_ADDRESS",
+        )  # fmt: skip
+    return Check("ray", "ok", f"{version}, cluster reachable at {address}")
+
+
+def check_open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = ["unlimited" if value == resource.RLIM_INFINITY else str(value) for value in (soft, hard)]
+    detail = f"{limits[0]} (hard limit {limits[1]})"
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        return Check("open files", "slow", detail, f"many clients may be refused: ulimit -n {_MIN_OPEN_FILES}")
+    return Check("open files", "ok", detail)
+
+
+def _cgroup_cores(cgroup: Path) -> float | None:
+    """The CPU quota in cores (cgroup 2: `cpu.max`; cgroup 1: `cpu/cpu.cfs_*`); None without one."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()[:2]
+    except (OSError, ValueError):
+        old_quota = _cgroup_number(cgroup / "cpu" / "cpu.cfs_quota_us")
+        old_period = _cgroup_number(cgroup / "cpu" / "cpu.cfs_period_us")
+        return old_quota / old_period if old_quota and old_period and old_quota > 0 else None
+    return int(quota) / int(period) if quota.isdigit() and int(period) > 0 else None
+
+
+def _cgroup_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # "max" means no limit
+        return None

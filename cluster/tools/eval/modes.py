@@ -1,0 +1,139 @@
+"""Ways to attend that an evaluation compares, as overrides of a YAML file: plain, yarn, dca, sparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cluster.config.deployment import Deployment, load_config, load_deployment
+from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype
+from cluster.config.topology import kv_bytes_per_token
+from cluster.tools.assets import configs_dir
+from protos.errors import UserError
+from protos.model.config_json import load_model_spec
+from protos.model.grid import largest_cell
+from protos.model.spec import SparseSpec
+
+MODES = ("plain", "yarn", "dca", "sparse")
+LONG_CONFIG = "config_1m.json"  # beside config.json: the published recipe for long contexts
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is evaluated: a YAML file, with another checkpoint in it when `model` is given."""
+
+    config: Path
+    model: Path | None = None
+
+    @property
+    def overrides(self) -> dict[str, object]:
+        if self.model is None:
+            return {}
+        return {
+            "model.path": str(self.model.absolute()), "model.served_model_name": None, "model.rope_scaling": None,
+            "model.config_file": "config.json", "model.dual_chunk_attention": None,
+        }  # fmt: skip
+
+    @property
+    def model_dir(self) -> Path:
+        return self.model or load_config(self.config).model.path
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What all modes of an evaluation have in common; lengths in tokens.
+
+    `extra_tokens`: KV beside one context of `max_len`, for what questions about one document do not share.
+    """
+
+    max_len: int
+    extra_tokens: int = 0
+    sparse_threshold: int | None = 0
+    kv: str = "auto"
+    more: Mapping[str, object] = field(default_factory=dict)
+
+
+def find_target(config: Path | None, model: Path | None) -> Target:
+    """The YAML of the demo, a given one, or for a bare checkpoint one process on this machine. Raises UserError."""
+    if model is not None and not (model / "config.json").is_file():
+        raise UserError(f"--model: {model}: must be a directory with config.json")
+    if config is not None:
+        return Target(config, model)
+    return Target(configs_dir() / ("demo.yaml" if model is None else "single.yaml"), model)
+
+
+def load_mode(target: Target, mode: str, conditions: Conditions) -> Deployment:
+    """The deployment of one mode, with room for what it reads. Raises ConfigError or UserError."""
+    overrides = target.overrides | mode_overrides(target, mode, conditions)
+    overrides |= {"model.max_model_len": conditions.max_len}
+    if conditions.kv != "auto":
+        overrides["kv_cache.dtype"] = conditions.kv
+    overrides |= conditions.more
+    dense = load_deployment(target.config, overrides | {"sparse.enabled": False})
+    config = dense.config
+    if overrides.get("sparse.enabled"):
+        sparse = SparseSpec(cell=config.sparse.cell or SparseSpec().cell)
+        cell = largest_cell(replace(dense.spec, sparse=sparse))
+        overrides["prefill.max_num_batched_tokens"] = max(config.prefill.max_num_batched_tokens, cell)
+    if config.kv_cache.bytes is not None:
+        width = DTYPE_BYTES[compute_dtype(dense)]  # what int8 takes less is left unused
+        widest = max(kv_bytes_per_token(dense.spec, shard, width) for shard in dense.shards)
+        needed = (conditions.max_len + conditions.extra_tokens + 2 * config.kv_cache.page_size) * widest
+        overrides["kv_cache.bytes"] = max(config.kv_cache.bytes, needed)
+    return load_deployment(target.config, overrides)
+
+
+def mode_overrides(target: Target, mode: str, conditions: Conditions) -> dict[str, object]:
+    """Dotted keys that turn one checkpoint to `mode`; a context of `conditions.max_len` must be covered."""
+    dense: dict[str, object] = {"sparse.enabled": False}
+    if mode in ("plain", "yarn") and load_config(target.config).model.config_file == LONG_CONFIG:
+        dense["model.config_file"] = "config.json"
+    if mode == "plain":
+        return dense | {
+            "model.rope_scaling": {"rope_type": "default"}, "model.dual_chunk_attention": False,
+            "model.allow_beyond_positions": True,
+        }  # fmt: skip
+    if mode == "yarn":
+        window = trained_window(target.model_dir)
+        scaling = {
+            "rope_type": "yarn", "factor": float(max(1, math.ceil(conditions.max_len / window))),
+            "original_max_position_embeddings": window,
+        }  # fmt: skip
+        return dense | {"model.rope_scaling": scaling, "model.dual_chunk_attention": False}
+    if mode not in MODES:
+        raise UserError(f"--modes: {mode}: must be among {', '.join(MODES)}")
+    long = dual_chunk_overrides(target)
+    if long is None:
+        raise UserError(
+            f"--modes: {mode}: {target.model_dir} has neither {LONG_CONFIG} nor dual_chunk_attention_config in "
+            "its config.json: add the file, or set model.dual_chunk_attention in the YAML, or leave dca and sparse out"
+        )
+    if mode == "dca":
+        return dense | long
+    long["sparse.enabled"] = True
+    if conditions.sparse_threshold is not None:
+        long["sparse.threshold"] = conditions.sparse_threshold
+    return long
+
+
+def dual_chunk_overrides(target: Target) -> dict[str, object] | None:
+    """What switches dual chunk attention on: the YAML's settings, else the published file; None: there are neither."""
+    section = load_config(target.config).model.dual_chunk_attention
+    if target.model is None and section is not None and section.enabled is not False:
+        return {}
+    found: dict[str, object] = {"model.rope_scaling": None, "model.dual_chunk_attention": None}
+    if (target.model_dir / LONG_CONFIG).is_file():
+        return found | {"model.config_file": LONG_CONFIG}
+    return found if load_model_spec(target.model_dir).dual_chunk is not None else None
+
+
+def trained_window(model_dir: Path) -> int:
+    """Positions the checkpoint was trained on, by its config.json; YaRN stretches from there."""
+    spec = load_model_spec(model_dir)
+    if spec.dual_chunk is not None and spec.dual_chunk.original_max_position_embeddings > 0:
+        return spec.dual_chunk.original_max_position_embeddings
+    if spec.rope.kind == "yarn":
+        return spec.rope.original_max_position_embeddings
+    return spec.max_position_embeddings

@@ -1,0 +1,237 @@
+"""Needles over depth and length: facts hidden in documents of several lengths, asked for under several ways to attend.
+
+Each mode is one cluster; each cell of its grid is one document, read once, with all its questions. A cell that fails
+says why and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.common.units import format_count
+from cluster.config.deployment import Deployment
+from cluster.engine.attention_report import describe_sparsity
+from cluster.engine.outputs import Generation
+from cluster.engine.request_handle import EngineError
+from cluster.engine.runtime import Ask, Session
+from cluster.stages.handle import StageError
+from cluster.stages.preflight import PreflightError
+from cluster.stages.ray_cluster import PlacementError
+from cluster.text.prompts import opens_thinking
+from cluster.text.tokenizer import TextTokenizer
+from cluster.tools.assets import needle_dir
+from cluster.tools.display import Display, format_duration
+from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
+from cluster.tools.eval.modes import MODES, Conditions, Target, load_mode
+from protos.errors import UserError
+from protos.node.node_check import NodeError
+
+_BROKEN = (EngineError, StageError, PreflightError, PlacementError, NodeError)  # the cluster's fault, not the input's
+_PRIVATE_TOKENS = 8192 + 512  # KV that a question may need beside its document: a sparse cell, question and answer
+
+OpenSession = Callable[[Deployment, Display], Session]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleOptions:
+    """What is hidden and how it is asked. A length counts the prompt and `max_tokens` of answer.
+
+    `form`: `answer`, or `prompt` with the answer begun up to its code. `trials` documents a length, with seeds that
+    follow each other. `thinking` None leaves the choice to the chat template.
+    """
+
+    lengths: tuple[int, ...] = (4096, 16384, 65536)
+    needles: int = 8
+    modes: tuple[str, ...] = MODES
+    form: str = "answer"
+    shared_words: bool = False
+    trials: int = 1
+    seed: int = 0
+    max_tokens: int = 24
+    thinking: bool | None = False
+    sparse_threshold: int | None = 0
+    kv: str = "auto"
+    document: Path | None = None
+    more: Mapping[str, object] = field(default_factory=dict)  # further keys of the YAML, dotted
+
+    def __post_init__(self) -> None:
+        for name, values in (("--lengths", self.lengths), ("--modes", self.modes)):
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{name}: {','.join(map(str, values))}: must name at least one, and each once")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One cell of the grid before it is asked."""
+
+    length: int
+    trial: int
+    haystack: Haystack
+    prompts: list[list[int]]
+
+
+class NeedleRun:
+    """One evaluation: prepared and checked when made, run once by `run`; `report` is whole at any time."""
+
+    def __init__(
+        self, target: Target, options: NeedleOptions, display: Display,
+        open_session: OpenSession = lambda deployment, display: Session(deployment, display.launch),
+    ) -> None:  # fmt: skip
+        """Raises UserError for anything that cannot be."""
+        self.options = options
+        self._display = display
+        self._on_cell: Callable[[dict[str, Any]], None] = lambda report: None
+        self._open = open_session
+        conditions = Conditions(
+            max(options.lengths), options.needles * _PRIVATE_TOKENS, options.sparse_threshold, options.kv, options.more
+        )
+        self.deployments = {mode: load_mode(target, mode, conditions) for mode in options.modes}
+        first = next(iter(self.deployments.values()))
+        self.trained = (first.config.model.path / "words.json").is_file()  # on this task: it gives exact answers
+        tokenizer = TextTokenizer.open(first.config.model.path)
+        self._form = Form(first.config.model.document_prompt, options.thinking, options.form == "prompt")
+        self._opened = opens_thinking(tokenizer, options.thinking)
+        self.documents = list(self._documents(tokenizer))
+        self.report = self._heading(first)
+
+    def run(self, on_cell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Run every mode; returns the report.
+
+        Args:
+            on_cell: gets the report after every cell, and once it is complete.
+
+        Raises:
+            UserError: a checkpoint cannot be loaded. A cluster that fails is reported in its cells.
+        """
+        self._on_cell = on_cell
+        for mode, deployment in self.deployments.items():
+            self._run_mode(mode, deployment)
+        self.report["complete"] = True
+        self._on_cell(self.report)
+        return self.report
+
+    def _documents(self, tokenizer: TextTokenizer) -> Iterator[Document]:
+        options = self.options
+        source = read_source(needle_dir(), options.document)
+        for length in options.lengths:
+            for trial in range(options.trials):
+                self._display.status(f"hiding needles in {format_count(length)} tokens")
+                seed = options.seed + trial
+                haystack = build_haystack(
+                    tokenizer, length - options.max_tokens, options.needles, seed, source.turned(seed),
+                    share_words=options.shared_words, form=self._form,
+                )  # fmt: skip
+                prompts = self._form.prompts(tokenizer, haystack.document, haystack.needles, length, options.max_tokens)
+                yield Document(length, trial, haystack, prompts)
+
+    def _heading(self, deployment: Deployment) -> dict[str, Any]:
+        config, options = deployment.config, self.options
+        return {
+            "what": "needle",
+            "model": config.model.served_model_name,
+            "layout": f"{config.cluster.pipeline_parallel_size} x {config.cluster.expert_parallel_size}",
+            "form": options.form,
+            "scoring": "exact answer" if self.trained else "first five-digit number of the answer",
+            "shared_words": options.shared_words,
+            "needles": options.needles,
+            "trials": options.trials,
+            "lengths": list(options.lengths),
+            "modes": {mode: _positions(found) for mode, found in self.deployments.items()},
+            "kv": options.kv,
+            "text": "book" if options.document is None else options.document.name,
+            "seed": options.seed,
+            "complete": False,
+            "cells": [],
+        }
+
+    def _run_mode(self, mode: str, deployment: Deployment) -> None:
+        waiting = list(self.documents)
+        self._display.label(f"{mode}")
+        session = self._open(deployment, self._display)
+        try:
+            session.start()
+            while waiting:
+                self._display.label(f"{mode} {format_count(waiting[0].length)}")
+                try:
+                    cell = self._ask(session, waiting[0])
+                except UserError as error:
+                    cell = {"error": str(error)}
+                except _BROKEN as error:
+                    self._add(mode, waiting.pop(0), {"error": str(error)})
+                    if waiting:
+                        session.restart()
+                    continue
+                self._add(mode, waiting.pop(0), cell)
+        except _BROKEN as error:
+            for document in waiting:
+                self._add(mode, document, {"error": f"the cluster did not start: {error}"})
+        finally:
+            session.close()
+            self._display.label("")
+
+    def _ask(self, session: Session, document: Document) -> dict[str, Any]:
+        options = self.options
+        ask = Ask(max_tokens=options.max_tokens, enable_thinking=options.thinking)
+        began = time.monotonic()
+        follow = self._display.reading(len(document.prompts))
+        answers = session.generate(document.prompts, ask, follow, reasoning_opened=self._opened)
+        failed = [answer.error for answer in answers if answer.error]
+        if failed:
+            raise EngineError(failed[0])
+        needles = document.haystack.needles
+        outcomes = [self._outcome(needle, answer) for needle, answer in zip(needles, answers, strict=True)]
+        return {
+            "right": sum(outcome["right"] for outcome in outcomes),
+            **measurements(answers),
+            "total_s": round(time.monotonic() - began, 2),
+            "outcomes": outcomes,
+        }
+
+    def _outcome(self, needle: Needle, answer: Generation) -> dict[str, Any]:
+        begun = self.options.form == "prompt"
+        right = is_right(answer.text, needle, begun) if self.trained else finds_code(answer.text, needle)
+        return {
+            "depth": round(needle.depth, 4), "question": needle.question, "truth": needle.code,
+            "answer": answer.text.strip(), "right": right,
+        }  # fmt: skip
+
+    def _add(self, mode: str, document: Document, cell: dict[str, Any]) -> None:
+        place = {"mode": mode, "length": document.length, "trial": document.trial}
+        tokens = document.haystack.num_tokens
+        self.report["cells"].append(place | {"prompt_tokens": tokens, "total": self.options.needles} | cell)
+        self._on_cell(self.report)
+        done, total = len(self.report["cells"]), len(self.documents) * len(self.deployments)
+        said = f"failed: {cell['error']}" if "error" in cell else (
+            f"{cell['right']} of {self.options.needles} right in {format_duration(cell['total_s'])}"
+        )  # fmt: skip
+        self._display.say(f"[{done}/{total}] {mode} {format_count(document.length)}: {' '.join(said.split())}")
+
+
+def measurements(answers: Sequence[Generation]) -> dict[str, Any]:
+    """What reading the document took, from the question that computed most of it (seconds, tokens a second)."""
+    reader = min(answers, key=lambda answer: answer.cached_tokens)
+    computed, seconds = reader.prompt_tokens - reader.cached_tokens, reader.timings.prefill_s
+    found: dict[str, Any] = {
+        "ttft_s": round(min(answer.timings.ttft_s for answer in answers), 3),
+        "prefill_tokens_per_s": round(computed / seconds, 1) if seconds > 0 else None,
+        "cached_tokens": sum(answer.cached_tokens for answer in answers),
+    }
+    if reader.attention is not None and reader.attention.mode == "sparse":
+        found["attention"] = reader.attention.to_json()
+        del found["attention"]["layers"]  # `eval recall` is for the figures of single heads
+    return found
+
+
+def _positions(deployment: Deployment) -> dict[str, Any]:
+    """What tells a mode from the others, as the model will compute it."""
+    spec = deployment.spec
+    found: dict[str, Any] = {"rope": spec.rope.kind, "factor": spec.rope.factor}
+    if spec.dual_chunk is not None:
+        found["dual_chunk"] = asdict(spec.dual_chunk)
+    if spec.sparse is not None:
+        found["sparse"] = describe_sparsity(spec)
+    return found

@@ -1,0 +1,166 @@
+"""Sparse prefill and int8 KV against dense on one document. Tensors stay in a process of their own (`workers`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import compute_dtype
+from cluster.stages.preflight import check_head
+from cluster.text.tokenizer import TextTokenizer
+from cluster.tools.assets import needle_dir
+from cluster.tools.display import Display
+from cluster.tools.eval.haystack import read_source
+from cluster.tools.eval.modes import Conditions, Target, dual_chunk_overrides, load_mode, trained_window
+from protos.errors import UserError
+from protos.stage import codec
+
+
+class EvaluationFailed(RuntimeError):
+    """The process that computes has ended without a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallOptions:
+    """`tokens` of the document are read, `num_next` positions compared. `positions`: auto, plain, yarn, dca."""
+
+    tokens: int = 65536
+    num_next: int = 64
+    positions: str = "auto"
+    sparse: bool = True
+    kv: str = "auto"
+    sparse_threshold: int | None = 0
+    document: Path | None = None
+    more: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.sparse and self.kv == "auto":
+            raise UserError("--no-sparse: leaves nothing to compare: add --kv int8")
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """What is compared with dense attention over KV in the computing type."""
+        found = [{"name": "sparse", "sparse": True, "kv": "auto"}] if self.sparse else []
+        if self.kv != "auto":
+            found.append({"name": f"{self.kv} KV", "sparse": False, "kv": self.kv})
+            if self.sparse:
+                found.append({"name": f"sparse, {self.kv} KV", "sparse": True, "kv": self.kv})
+        return found
+
+
+def run_recall(target: Target, options: RecallOptions, display: Display) -> dict[str, Any]:
+    """Read, compare, report.
+
+    Raises:
+        UserError: the request cannot be carried out. EvaluationFailed: the computing process died.
+    """
+    positions = _positions(target, options)
+    more = dict(options.more)
+    if options.sparse:
+        more = {"sparse.enabled": True, "sparse.threshold": options.sparse_threshold} | more
+        more = {key: value for key, value in more.items() if value is not None}
+    deployment = load_mode(target, positions, Conditions(options.tokens + options.num_next, more=more))
+    if options.sparse and deployment.spec.sparse is None:
+        raise UserError("--sparse: the configuration switches it off: leave sparse.enabled out of --set")
+    check_head(deployment)
+    prompt = _prompt(deployment, options)
+    result = _compute(_request(deployment, options, prompt), display)
+    tokenizer = TextTokenizer.open(deployment.config.model.path)
+    result["reference"]["text"] = tokenizer.decode(result["reference"].pop("token_ids"))
+    return {
+        "what": "recall",
+        "model": deployment.config.model.served_model_name,
+        "text": "book" if options.document is None else options.document.name,
+        "tokens": len(prompt),
+        "next": options.num_next,
+        "positions": positions,
+        "dtype": compute_dtype(deployment),
+        "sparse": None if deployment.spec.sparse is None else _sparse(deployment),
+        **result,
+    }
+
+
+def _positions(target: Target, options: RecallOptions) -> str:
+    if options.positions != "auto":
+        return options.positions
+    if dual_chunk_overrides(target) is not None:
+        return "dca"
+    return "plain" if options.tokens + options.num_next <= trained_window(target.model_dir) else "yarn"
+
+
+def _prompt(deployment: Deployment, options: RecallOptions) -> list[int]:
+    """The first tokens of the document, as they are: no question, no chat template."""
+    tokenizer = TextTokenizer.open(deployment.config.model.path)
+    text = read_source(needle_dir(), options.document).text
+    ids = tokenizer.encode(text[: 8 * options.tokens], add_special=True, literal=True)  # mostly more than enough
+    if len(ids) < options.tokens:
+        ids = tokenizer.encode(text, add_special=True, literal=True)
+    if len(ids) < options.tokens:
+        raise UserError(f"--tokens: {options.tokens}: the document has {len(ids)} tokens: lower it to that")
+    return ids[: options.tokens]
+
+
+def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) -> dict[str, Any]:
+    config = deployment.config
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "model": str(config.model.path),
+        "spec": json.loads(codec.model_spec_to_json(deployment.spec)),
+        "dtype": compute_dtype(deployment),
+        "device": config.cluster.device,
+        "threads": cores,  # one process has all of them, whatever the actors of the YAML would get
+        "chunk": config.prefill.max_num_batched_tokens,
+        "page": config.kv_cache.page_size,
+        "dummy": config.model.load_format == "dummy",
+        "prompt": prompt,
+        "next": options.num_next,
+        "variants": options.variants,
+    }
+
+
+def _compute(request: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Run the request in a process that may load torch; it is stopped when this one is interrupted."""
+    with tempfile.TemporaryDirectory(prefix="longreach-eval-") as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-m", "workers.eval", str(asked), "--out", str(answered)]
+        display.status("loading weights")
+        with (
+            open(Path(folder) / "stderr", "w+b") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    step = json.loads(line)
+                    display.tokens(step["phase"], step["done"], step["total"])
+            except BaseException:
+                process.terminate()
+                raise
+            code = process.wait()
+            if code == 0:
+                result: dict[str, Any] = json.loads(answered.read_bytes())
+                return result
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    if code == 2 and said[-1].startswith("error: "):
+        raise UserError(said[-1].removeprefix("error: "))
+    if code == 130:
+        raise KeyboardInterrupt
+    raise EvaluationFailed(f"the computing process ended with status {code}: {said[-1]}")
+
+
+def _sparse(deployment: Deployment) -> dict[str, Any]:
+    from cluster.engine.attention_report import describe_sparsity
+
+    sparse = deployment.spec.sparse
+    assert sparse is not None
+    return {"description": describe_sparsity(deployment.spec), "threshold": sparse.threshold, "cell": sparse.cell}

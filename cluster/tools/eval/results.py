@@ -1,0 +1,53 @@
+"""Result files of evaluations: dated names, written whole or not at all, updated while the evaluation runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cluster.common.environment import environment
+from protos.errors import UserError
+
+
+class ResultFile:
+    """`STEM-DATE.json` in a folder, and the picture beside it; an older result is never overwritten."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.environment = environment()
+        date = self.environment["date"][:10]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: {folder}: cannot be made ({error.strerror}): name another folder") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--out: {folder}: is not writable: name another folder")
+        number = 1
+        while (path := folder / f"{stem}-{date}{f'-{number}' if number > 1 else ''}.json").exists():
+            number += 1
+        self.path = path
+
+    @property
+    def picture(self) -> Path:
+        return self.path.with_suffix(".png")
+
+    def write(self, report: dict[str, Any]) -> None:
+        """Replace the file by `report` and the environment it was made in."""
+        text = json.dumps(report | {"environment": self.environment}, indent=1, ensure_ascii=False)
+        partial = self.path.with_suffix(".json.part")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result file. Raises UserError when it is none."""
+    try:
+        report = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(report, dict) or report.get("what") not in ("needle", "recall"):
+        raise UserError(f"{path}: is not a result of `longreach eval`")
+    return report

@@ -1,0 +1,130 @@
+"""Tables of evaluation results for a terminal, made from the plain data of a result file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cluster.common.units import format_count
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def depth_scores(report: dict[str, Any], mode: str, length: int) -> list[float | None]:
+    """Share of right answers a needle, from the top of the document down; None where no trial has ended well."""
+    rows = [
+        [outcome["right"] for outcome in cell["outcomes"]]
+        for cell in report["cells"]
+        if cell["mode"] == mode and cell["length"] == length and "outcomes" in cell
+    ]
+    if not rows:
+        return [None] * report["needles"]
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def needle_table(report: dict[str, Any]) -> Table:
+    """A line a mode and length: the score, where in the document it was lost, and what reading took."""
+    table = Table(
+        "attention", "tokens", "right", "by depth", "first token", "prefill", "density", "recall",
+        box=None, pad_edge=False, header_style="bold",
+    )  # fmt: skip
+    for column in table.columns[1:3] + table.columns[4:]:
+        column.justify = "right"
+    for mode in report["modes"]:
+        for length in report["lengths"]:
+            cells = [cell for cell in report["cells"] if cell["mode"] == mode and cell["length"] == length]
+            done = [cell for cell in cells if "error" not in cell]
+            if done:
+                table.add_row(mode, format_count(length), *_figures(report, mode, length, done))
+            if len(done) < len(cells):
+                table.add_row(mode, format_count(length), "[red]failed[/]")
+    return table
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """A line for every cell that has no result."""
+    return [
+        f"{cell['mode']} {format_count(cell['length'])}: {' '.join(cell['error'].split())}"
+        for cell in report["cells"]
+        if "error" in cell
+    ]
+
+
+def _figures(report: dict[str, Any], mode: str, length: int, cells: Sequence[dict[str, Any]]) -> list[str]:
+    right, total = sum(cell["right"] for cell in cells), sum(cell["total"] for cell in cells)
+    colour = "green" if right == total else "red" if right < total / 2 else "yellow"
+    rates = [cell["prefill_tokens_per_s"] for cell in cells if cell["prefill_tokens_per_s"]]
+    return [
+        f"[{colour}]{right}/{total}[/]",
+        strip(depth_scores(report, mode, length)),
+        f"{np.mean([cell['ttft_s'] for cell in cells]):.1f} s",
+        f"{np.mean(rates):,.0f}/s" if rates else "",
+        *(_attention(cells, key) for key in ("density", "held_out_recall")),
+    ]
+
+
+def _attention(cells: Sequence[dict[str, Any]], key: str) -> str:
+    values = [cell["attention"][key] for cell in cells if cell.get("attention", {}).get(key) is not None]
+    return f"{np.mean(values):.0%}" if values else ""
+
+
+def strip(scores: Sequence[float | None]) -> str:
+    """Scores as a strip of bars, the beginning of the document first: full is all right, a dot is all wrong."""
+    return "".join("?" if score is None else "·" if score == 0 else _LEVELS[round(score * 7)] for score in scores)
+
+
+def recall_table(report: dict[str, Any]) -> Table:
+    """A column a variant: how far its next tokens and logits are from the dense reading's, and what it visited."""
+    variants = report["variants"]
+    names = [variant["name"] for variant in variants]
+    table = Table("", "dense", *names, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    seconds = [entry["prefill_s"] for entry in (report["reference"], *variants)]
+    table.add_row("same next token", "", *(f"{variant['same_top1']}/{report['next']}" for variant in variants))
+    table.add_row("largest logit error", "", *(f"{variant['logit_error_max']:.2g}" for variant in variants))
+    table.add_row("mean KL, nats", "", *(f"{variant['kl_mean']:.2g}" for variant in variants))
+    table.add_row("prefill", *(f"{value:.1f} s" for value in seconds))
+    everything = ("100%", "", "", "")
+    figures = [_head_figures(variant["heads"]) if variant.get("heads") else everything for variant in variants]
+    rows = zip(everything, *figures, strict=True)
+    for name, row in zip(("pairs visited", "recall", "lowest recall", "head-cells made dense"), rows, strict=True):
+        table.add_row(name, *row)
+    return table
+
+
+def _head_figures(heads: dict[str, Any]) -> tuple[str, str, str, str]:
+    recall = np.array(heads["held_out_recall"], float)
+    layer, head = (int(i) for i in np.unravel_index(int(recall.argmin()), recall.shape))
+    return (
+        f"{np.mean(heads['density']):.0%}",
+        f"{recall.mean():.1%}",
+        f"L{layer} H{head} {recall.min():.1%}",
+        f"{np.mean(heads['dense_share']):.0%}",
+    )
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The table of any evaluation, and how to read it."""
+    if report["what"] == "needle":
+        asked = "answer in the prompt up to its code" if report["form"] == "prompt" else "question, then the answer"
+        console.print(f"{report['model']}, {report['needles']} needles a document, {asked}", highlight=False)
+        console.print(needle_table(report))
+        unfinished = "" if report["complete"] else "; not finished"
+        console.print(f"by depth: the beginning of the document is on the left{unfinished}", style="dim")
+        for line in failures(report):
+            console.print(f"failed: {line}", style="red", markup=False, highlight=False)
+        return
+    console.print(
+        f"{report['model']}, {report['tokens']:,} tokens of {report['text']}, {report['next']} tokens after them",
+        highlight=False,
+    )
+    console.print(recall_table(report))
+    console.print(
+        "recall: attention mass kept in rows that were not looked at when keys were chosen; lowest: its layer and head",
+        style="dim",
+    )

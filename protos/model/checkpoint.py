@@ -1,0 +1,277 @@
+"""The tensors of a Hugging Face checkpoint: where each is stored, verified against `ModelSpec`. No torch.
+
+Only headers are read. Names are the canonical ones of Hugging Face (`model.layers.0.self_attn.q_proj.weight`); experts
+stored as one stack a layer appear under their per-expert names. Legend: `M` hidden, `E` experts, `I` expert width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from protos.errors import UserError
+from protos.model.spec import ModelSpec
+
+DTYPES = ("F32", "BF16", "F16")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SAMPLE = 64 * 1024  # bytes of a file's data in the fingerprint, three times
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_AGAIN = "download it again"
+
+
+class CheckpointError(UserError):
+    """Weights that are missing, damaged, or not those of the model in `config.json`."""
+
+
+class StoredTensor(NamedTuple):
+    """Where a canonical tensor lies: all of `name`, or, in a stack of experts, part of one of its matrices."""
+
+    file: str
+    name: str
+    dtype: str  # F32, BF16 or F16
+    expert: int | None = None  # index in the stack
+    first_row: int = 0  # in the canonical orientation: up_proj starts at row I of gate_up_proj
+    transposed: bool = False  # the stack holds [in, out] instead of [out, in]
+
+
+class _Header(NamedTuple):
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of every tensor the model needs, in layer order; `lm_head.weight` unless tied."""
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        tensors.update({prefix + name: shape for name, shape in _attention_tensors(spec)})
+        mlp = _expert_tensors(spec) if spec.is_moe_layer(layer) else _dense_tensors(spec)
+        tensors.update({prefix + name: shape for name, shape in mlp})
+    tensors["model.norm.weight"] = (spec.hidden_size,)
+    if not spec.tie_word_embeddings:
+        tensors[HEAD] = (spec.vocab_size, spec.hidden_size)
+    return tensors
+
+
+def _attention_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+    keys = spec.num_key_value_heads * spec.head_dim
+    yield "input_layernorm.weight", (hidden,)
+    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+        yield f"self_attn.{name}_proj.weight", (rows, hidden)
+        if spec.qkv_bias:
+            yield f"self_attn.{name}_proj.bias", (rows,)
+    yield "self_attn.o_proj.weight", (hidden, queries)
+    if spec.o_bias:
+        yield "self_attn.o_proj.bias", (hidden,)
+    if spec.qk_norm:
+        yield "self_attn.q_norm.weight", (spec.head_dim,)
+        yield "self_attn.k_norm.weight", (spec.head_dim,)
+    yield "post_attention_layernorm.weight", (hidden,)
+
+
+def _dense_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, width = spec.hidden_size, spec.intermediate_size
+    for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+        yield f"mlp.{name}_proj.weight", shape
+        if spec.mlp_bias:
+            yield f"mlp.{name}_proj.bias", shape[:1]
+
+
+def _expert_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, width = spec.hidden_size, spec.moe_intermediate_size
+    yield "mlp.gate.weight", (spec.num_experts, hidden)
+    for expert in range(spec.num_experts):
+        yield f"mlp.experts.{expert}.gate_proj.weight", (width, hidden)
+        yield f"mlp.experts.{expert}.up_proj.weight", (width, hidden)
+        yield f"mlp.experts.{expert}.down_proj.weight", (hidden, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified index: every canonical tensor of the model and where it is stored."""
+
+    model_dir: Path
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, model_dir: Path, spec: ModelSpec) -> Checkpoint:
+        """Index the safetensors files of `model_dir` and check all names, shapes and dtypes.
+
+        Raises:
+            CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
+        """
+        model_dir = Path(model_dir)
+        headers = _read_headers(model_dir)
+        tensors: dict[str, StoredTensor] = {}
+        claimed: set[str] = set()
+        for layer in range(spec.num_hidden_layers):
+            if f"model.layers.{layer}.mlp.experts.gate_up_proj" in headers and spec.is_moe_layer(layer):
+                claimed.update(_index_stack(model_dir, headers, spec, layer, tensors))
+        for name, shape in expected_tensors(spec).items():
+            if name in tensors:
+                if name in headers:
+                    raise _error(model_dir, headers[name].file, name, "also stored in a stack of experts; keep one")
+                continue
+            header = headers.get(name)
+            if header is None:
+                hint = "; config.json sets tie_word_embeddings to false" if name == HEAD else ""
+                raise CheckpointError(f"{model_dir}: {name}: missing from the checkpoint: {_AGAIN}{hint}")
+            _check(model_dir, name, header, (shape,))
+            tensors[name] = StoredTensor(header.file, name, header.dtype)
+            claimed.add(name)
+        _refuse_foreign(model_dir, headers, claimed)
+        return cls(model_dir, tensors)
+
+    def fingerprint(self) -> str:
+        """`fingerprint_of` this checkpoint's folder."""
+        return fingerprint_of(self.model_dir)
+
+
+def _index_stack(
+    model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int, tensors: dict[str, StoredTensor]
+) -> tuple[str, str]:
+    """Add the experts of a fused layer to `tensors`; the names of its two stacks.
+
+    The two shapes together always tell the orientation: both matrices are square only when `I == M` and `2I == M`.
+    """
+    prefix = f"model.layers.{layer}.mlp.experts."
+    names = (prefix + "gate_up_proj", prefix + "down_proj")
+    if names[1] not in headers:
+        raise CheckpointError(f"{model_dir}: {names[1]}: missing from the checkpoint: {_AGAIN}")
+    count, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    straight = ((count, 2 * width, hidden), (count, hidden, width))
+    turned = ((count, hidden, 2 * width), (count, width, hidden))
+    gate_up, down = headers[names[0]], headers[names[1]]
+    transposed = (gate_up.shape, down.shape) == turned
+    if not transposed:
+        _check(model_dir, names[0], gate_up, (straight[0], turned[0]))
+        _check(model_dir, names[1], down, (straight[1],) if gate_up.shape == straight[0] else (turned[1],))
+    _check(model_dir, names[0], gate_up, (gate_up.shape,))
+    _check(model_dir, names[1], down, (down.shape,))
+    for expert in range(count):
+        own = f"{prefix}{expert}."
+        for part, first_row in (("gate", 0), ("up", width)):
+            tensors[f"{own}{part}_proj.weight"] = StoredTensor(
+                gate_up.file, names[0], gate_up.dtype, expert, first_row, transposed
+            )
+        tensors[f"{own}down_proj.weight"] = StoredTensor(down.file, names[1], down.dtype, expert, 0, transposed)
+    return names
+
+
+def _check(model_dir: Path, name: str, header: _Header, allowed: tuple[tuple[int, ...], ...]) -> None:
+    if header.shape not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise _error(model_dir, header.file, name, f"shape {list(header.shape)}: config.json asks for {shapes}")
+    if header.dtype not in DTYPES:
+        raise _error(model_dir, header.file, name, f"dtype {header.dtype}: must be one of {', '.join(DTYPES)}")
+
+
+def _refuse_foreign(model_dir: Path, headers: dict[str, _Header], claimed: set[str]) -> None:
+    """Tensors the decoder would leave out change the output; only what is recomputed or tied may be left."""
+    for name in headers.keys() - claimed:
+        if name.startswith(("model.", "lm_head.")) and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+            raise _error(model_dir, headers[name].file, name, "not a tensor of the model in config.json")
+
+
+def _error(model_dir: Path, file: str, name: str, problem: str) -> CheckpointError:
+    shown = name if name.isprintable() else ascii(name)  # names of foreign tensors are input
+    return CheckpointError(f"{model_dir / file}: {shown}: {problem}")
+
+
+def _read_headers(model_dir: Path) -> dict[str, _Header]:
+    """Name -> file, dtype and shape; with an index, each tensor is taken from the file the index names."""
+    weight_map = _weight_map(model_dir)
+    headers: dict[str, _Header] = {}
+    for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
+        path = model_dir / file
+        try:
+            with safe_open(path, framework="np") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    if weight_map is None or weight_map.get(name) == file:
+                        part = handle.get_slice(name)
+                        headers[name] = _Header(file, part.get_dtype(), tuple(part.get_shape()))
+        except FileNotFoundError as error:
+            named = f": named by {_INDEX}" if weight_map is not None else ""
+            raise CheckpointError(f"{path}: no such file{named}: {_AGAIN}") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: damaged or truncated ({reason}): {_AGAIN}") from error
+    for name, file in (weight_map or {}).items():
+        if name not in headers:
+            raise _error(model_dir, file, name, f"not in the file that {_INDEX} names: {_AGAIN}")
+    return headers
+
+
+def _weight_map(model_dir: Path) -> dict[str, str] | None:
+    """`weight_map` of the index; None for a checkpoint in a single file, which comes first as in transformers."""
+    path = model_dir / _INDEX
+    if (model_dir / _SINGLE).exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{model_dir}: neither {_SINGLE} nor {_INDEX}: name a folder with weights") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}): {_AGAIN}") from error
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map: must be an object of tensor name to file name")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        if not plain:
+            raise CheckpointError(f"{path}: weight_map: {name!r}: {file!r}: must be a .safetensors file of this folder")
+    return weight_map
+
+
+def fingerprint_of(model_dir: Path) -> str:
+    """SHA-256 (hex) of `config.json` and, of each weight file, its name, size, header and three samples of its data.
+
+    The samples (64 KiB at the start, middle and end) tell fine-tunes of one model apart without reading it whole.
+
+    Raises:
+        CheckpointError: a file is missing or no safetensors file.
+    """
+    model_dir = Path(model_dir)
+    digest = hashlib.sha256()
+    weight_map = _weight_map(model_dir)
+    try:
+        _add(digest, (model_dir / "config.json").read_bytes())
+        for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
+            _add_file(digest, model_dir / file)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}): {_AGAIN}") from error
+    return digest.hexdigest()
+
+
+def _add_file(digest: hashlib._Hash, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(f"{path}: damaged or truncated (header of {length} bytes): {_AGAIN}")
+        _add(digest, path.name.encode())
+        _add(digest, size.to_bytes(8, "little"))
+        _add(digest, handle.read(length))
+        data = 8 + length
+        for start in (data, data + max(0, size - data - _SAMPLE) // 2, max(data, size - _SAMPLE)):
+            handle.seek(start)
+            _add(digest, handle.read(_SAMPLE))
+
+
+def _add(digest: hashlib._Hash, value: bytes) -> None:
+    """Length first, so that no two sequences of values hash alike."""
+    digest.update(len(value).to_bytes(8, "little"))
+    digest.update(value)

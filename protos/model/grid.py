@@ -1,0 +1,73 @@
+"""The absolute grid of a prompt: where steps may be cut. Pure arithmetic that both planes must agree on.
+
+Cells are `sparse.cell` tokens from position 0 on, cut at the boundaries of DCA chunks and at the end of the prompt.
+"""
+
+from __future__ import annotations
+
+from protos.model.spec import ModelSpec
+
+
+def is_sparse(spec: ModelSpec, position: int, prompt_len: int) -> bool:
+    """Whether the row at `position` of a prompt of `prompt_len` tokens selects its keys."""
+    return spec.sparse is not None and prompt_len > spec.sparse.threshold and position < prompt_len
+
+
+def next_cut(spec: ModelSpec, position: int, prompt_len: int) -> int | None:
+    """The first position after `position` that no attention plan crosses; None: there is none.
+
+    Dense rows are cut at the boundaries of DCA chunks only, and where the sparse rows of the prompt end.
+    """
+    cuts = []
+    if spec.chunk_distance:
+        cuts.append((position // spec.chunk_distance + 1) * spec.chunk_distance)
+    if is_sparse(spec, position, prompt_len):
+        assert spec.sparse is not None
+        cuts += [(position // spec.sparse.cell + 1) * spec.sparse.cell, prompt_len]
+    return min(cuts, default=None)
+
+
+def split(spec: ModelSpec, start: int, stop: int, prompt_len: int) -> list[tuple[int, int]]:
+    """Cut positions `start .. stop - 1` into the pieces of one attention plan each."""
+    pieces = []
+    while start < stop:
+        cut = next_cut(spec, start, prompt_len)
+        end = stop if cut is None else min(cut, stop)
+        pieces.append((start, end))
+        start = end
+    return pieces
+
+
+def whole_cells(spec: ModelSpec, start: int, budget: int, prompt_len: int) -> int:
+    """Tokens from `start` (the start of a cell) that fill as many whole cells as `budget` holds, but at least one."""
+    total = 0
+    while is_sparse(spec, start + total, prompt_len):
+        cut = next_cut(spec, start + total, prompt_len)
+        assert cut is not None
+        if total and cut - start > budget:
+            break
+        total = cut - start
+    return total
+
+
+def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
+    """The last position up to `position` at which a step of the prompt may start: any when its rows are dense."""
+    if not is_sparse(spec, 0, prompt_len):
+        return position
+    assert spec.sparse is not None
+    grid = position // spec.sparse.cell * spec.sparse.cell
+    if spec.chunk_distance:
+        grid = max(grid, position // spec.chunk_distance * spec.chunk_distance)
+    return grid
+
+
+def stable_prefix(spec: ModelSpec, prompt_len: int) -> int:
+    """Positions of a prompt whose KV does not depend on where the prompt ends (but for the length scale)."""
+    return last_cut(spec, prompt_len, prompt_len)
+
+
+def largest_cell(spec: ModelSpec) -> int:
+    """Tokens of the largest cell of any prompt; 0 when every row is dense."""
+    if spec.sparse is None:
+        return 0
+    return min(spec.sparse.cell, spec.chunk_distance or spec.sparse.cell)

@@ -1,0 +1,69 @@
+"""Checks of one machine, made by the head on its own and by an actor on every other node. No torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from protos.model.checkpoint import fingerprint_of
+from protos.node.build_id import build_id
+
+
+class NodeError(RuntimeError):
+    """A machine cannot take part; one line with the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCheck:
+    """What every node must have in common with the head. `fingerprint` is empty when no weights are read."""
+
+    build_id: str
+    model_path: str
+    fingerprint: str
+    data_dir: str
+
+    def run(self) -> None:
+        """Compare this machine with the head. Raises NodeError naming the machine, the key and both values."""
+        node = os.uname().nodename
+        if build_id() != self.build_id:
+            raise NodeError(f"node {node}: longreach build {build_id()}, the head has {self.build_id}: install one")
+        if self.fingerprint:
+            config = Path(self.model_path) / "config.json"
+            if not config.is_file():
+                raise NodeError(f"node {node}: model.path: {self.model_path}: no config.json there: copy the model")
+            if (found := fingerprint_of(Path(self.model_path))) != self.fingerprint:
+                raise NodeError(
+                    f"node {node}: model.path: {self.model_path}: its checkpoint is {found[:12]}, the head's "
+                    f"{self.fingerprint[:12]}: copy the same files to every node"
+                )
+        try:
+            check_writable(Path(self.data_dir))
+        except NodeError as error:
+            raise NodeError(f"node {node}: {error}") from error
+
+
+def check_writable(data_dir: Path) -> None:
+    """Make the data directory and write to it. Raises NodeError."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
+            pass
+    except OSError as error:
+        raise NodeError(f"data_dir: {data_dir}: cannot be written ({error.strerror}): choose another") from error
+
+
+def interface_address(name: str) -> str:
+    """The IPv4 address of a network interface of this machine. Raises NodeError."""
+    interfaces = psutil.net_if_addrs()
+    if name not in interfaces:
+        known = ", ".join(sorted(interfaces))
+        raise NodeError(f"cluster.network_interface: {name}: not on {os.uname().nodename}, which has {known}")
+    for address in interfaces[name]:
+        if address.family == socket.AF_INET:
+            return str(address.address)
+    raise NodeError(f"cluster.network_interface: {name}: has no IPv4 address on {os.uname().nodename}")

@@ -1,0 +1,185 @@
+"""What the control plane and the data plane say to each other, as frozen dataclasses.
+
+These are plain Python: `protos.stage.codec` turns them into protobuf for the wire, and a process without generated
+code (a bare GPU machine running `workers.bench`) uses them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from protos.errors import UserError
+
+
+class Span(NamedTuple):
+    """A half-open range `[start, stop)` of layers, heads, experts or rows."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """The part of the model one process holds; decided by `cluster.config.topology`, obeyed by the workers."""
+
+    stage: int
+    num_stages: int
+    rank: int
+    num_ranks: int
+    layers: Span
+    heads: Span  # query heads
+    kv_heads: Span  # overlaps between ranks when there are more ranks than KV heads
+    experts: Span  # empty for a dense model
+    intermediate: Span  # columns of dense MLP layers
+    vocab: Span  # rows of the embedding and of the output head
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one token is chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    logprobs: int | None = None  # None: no log-probabilities; K >= 0: of the chosen token and of the K best
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0.0, 100.0)
+        _in_range("top_k", self.top_k, 0, 1 << 30)
+        _in_range("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise UserError("top_p: 0: must be above 0 and at most 1")
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _in_range("seed", self.seed, 0, (1 << 63) - 1)
+        if self.logprobs is not None:
+            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+MAX_LOGPROBS = 100
+
+
+def _in_range(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN fails too
+        raise UserError(f"{key}: {value}: must be between {low:g} and {high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """Ask the last stage for one token after the last row of a slice."""
+
+    params: SamplingParams
+    token_index: int  # 0 for the first generated token; with the seed it fixes the noise
+    history: Sequence[int] | None = None  # distinct ids so far; with the first sample of a penalised request
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """The tokens of one sequence computed in one step: positions `start .. start + length - 1`.
+
+    `token_ids` is read by the first stage only; there, none for a length of 1 stands for the token the last stage has
+    sampled last for the sequence, which it hands to the first one directly.
+    `new_blocks` extends the block table the stages keep; `num_blocks` is its length afterwards, so that a stage
+    whose table differs refuses the step instead of reading foreign KV.
+    """
+
+    sequence: int
+    start: int
+    length: int
+    prompt_len: int
+    token_ids: Sequence[int]
+    new_blocks: Sequence[int]
+    num_blocks: int
+    sample: SampleSpec | None = None
+    scale_len: int = 0  # length the DCA temperature is taken at; 0: prompt_len
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of the whole pipeline. Plans are executed in the order of `step`, without gaps, within one epoch."""
+
+    epoch: int
+    step: int
+    slices: tuple[SequenceSlice, ...]
+    released: tuple[int, ...] = ()  # sequences whose tables are dropped before this step
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.length for s in self.slices)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every slice is a single token."""
+        return all(part.length == 1 for part in self.slices)
+
+
+class TokenLogprob(NamedTuple):
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    sequence: int
+    token_id: int
+    logprob: float | None = None  # of the unmodified distribution (before temperature, penalties and filters)
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CellReport:
+    """How one layer of a shard attended in one sparse cell; the sequences have an entry a query head of the shard."""
+
+    sequence: int
+    layer: int
+    first_head: int
+    start: int  # first position of the cell
+    length: int
+    density: Sequence[float]  # visited pairs over causal pairs
+    estimated_recall: Sequence[float]  # mass kept of the sampled rows
+    held_out_recall: Sequence[float]  # mass kept of other rows of the cell
+    dense: Sequence[bool]  # turned dense because of its recall
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a shard reports of a step. Samples come from rank 0 of the last stage only."""
+
+    epoch: int
+    step: int
+    stage: int
+    rank: int
+    compute_us: int
+    samples: tuple[SampledToken, ...] = ()
+    error: str = ""
+    cells: tuple[CellReport, ...] = ()
+    estimate_us: int = 0  # of compute_us: estimating and selecting of sparse cells
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Weight loading of one shard, in bytes; `ready` closes the stream and carries what memory is left."""
+
+    loaded_bytes: int
+    total_bytes: int
+    ready: bool = False
+    anonymous_growth_bytes: int = 0  # growth of anonymous memory since before loading
+    available_bytes: int = 0  # what the device or host can still give
+    error: str = ""

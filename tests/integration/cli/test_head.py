@@ -1,0 +1,209 @@
+"""`serve`, `up` and `down` as a user runs them; the head itself is replaced by one that only waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import CommandLine, read_at_least
+
+# imported by every Python below this test before anything else
+SITE = """
+import os, signal, sys, threading, types
+
+def run_head(config_path, on_status, on_ready):
+    from cluster.stages.launcher import LaunchStatus
+    assert config_path.is_absolute() or os.environ["FAKE_HEAD"] == "foreground"
+    on_status(LaunchStatus("loading weights", 1, 2))
+    if os.environ["FAKE_HEAD"] == "broken":
+        from protos.errors import UserError
+        raise UserError("model.path: not today")
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if os.environ["FAKE_HEAD"] == "slow":
+        stop.wait()
+        return 0
+    on_ready("0.0.0.0:4242")
+    stop.wait()
+    if os.environ["FAKE_HEAD"] == "deaf":
+        threading.Event().wait()
+    return 0
+
+head = types.ModuleType("cluster.server.head")
+head.run_head = run_head
+sys.modules["cluster.server.head"] = head
+"""
+
+
+DOOR = "server:\n  port: 4242"
+
+
+@pytest.fixture
+def fake_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("FAKE_HEAD", "good")
+    return lambda mode: monkeypatch.setenv("FAKE_HEAD", mode)
+
+
+def test_up_and_down_each_twice(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
+) -> None:
+    config, data = write_config(rest=DOOR), tmp_path / "data"
+    done = longreach("up", config, "--json")
+    assert done.code == 0, done.err
+    state = json.loads((data / "head.json").read_text())
+    assert state["address"] == "127.0.0.1:4242"
+    assert int((data / "head.pid").read_text()) == state["pid"]
+    process = psutil.Process(state["pid"])
+    assert abs(process.create_time() - state["started"]) < 1
+    assert json.loads(done.out) == state | {"log": str(data / "log" / "head.log")}
+    assert "head ready at 0.0.0.0:4242" in (data / "log" / "head.log").read_text()
+
+    done = longreach("up", config)
+    assert done.code == 0
+    assert "already running" in done.out
+    done = longreach("serve", config)
+    assert done.code == 3
+    assert "longreach down" in done.err
+    assert process.is_running()
+
+    done = longreach("down", config)
+    assert (done.code, done.out) == (0, f"stopped (pid {state['pid']})\n")
+    assert not process.is_running()
+    assert not (data / "head.json").exists()
+    for arguments in ([config], ["--data-dir", data]):
+        done = longreach("down", *arguments)
+        assert (done.code, done.out) == (0, "no head is running\n")
+    longreach.assert_nothing_left()
+
+
+def test_up_passes_on_why_a_head_cannot_start(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
+) -> None:
+    fake_head("broken")
+    done = longreach("up", write_config(rest=DOOR))
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("longreach: error: model.path: not today (log: ")
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["log"]
+    done = longreach("up", tmp_path / "missing.yaml")
+    assert done.code == 2
+
+
+def test_interrupted_up_stops_the_head(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
+) -> None:
+    fake_head("slow")
+    process = longreach.start("up", write_config(rest=DOOR))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("loading weights"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    longreach.assert_nothing_left()
+    assert not (tmp_path / "data" / "head.pid").exists()
+
+
+def test_down_kills_a_head_that_does_not_stop(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None]
+) -> None:
+    fake_head("deaf")
+    config = write_config(rest=DOOR)
+    assert longreach("up", config).code == 0
+    done = longreach("down", config, "--timeout", "0.5")
+    assert done.code == 0
+    assert done.out.startswith("killed")
+    longreach.assert_nothing_left()
+
+
+def test_serve_in_the_foreground(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
+) -> None:
+    fake_head("foreground")
+    process = longreach.start("serve", write_config(rest=DOOR))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("head ready"):
+            break
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert not (tmp_path / "data" / "head.pid").exists()
+
+
+def test_stream_survives_a_killed_head(
+    longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The real head: killed while it answers, started again, and the stream that ran meanwhile misses nothing."""
+    data = tmp_path / "data"
+    config = write_config(rest=f"server:\n  port: {free_port()}")
+    document = tmp_path / "document.txt"
+    document.write_text("The secret code of dark river is 12345. The grass is green. " * 9)
+    assert longreach("up", config).code == 0
+    address = json.loads((data / "head.json").read_text())["address"]
+    done = longreach(
+        "submit", "--document", document, "--question", "What?", "--max-tokens", "1000", "--ignore-eos",
+        "--data-dir", data,
+    )  # fmt: skip
+    job_id = done.out.strip()
+    stream = longreach.start("stream", job_id, "--address", address)
+    shown = read_at_least(stream, 100)
+    psutil.Process(int((data / "head.pid").read_text())).kill()
+    assert longreach("up", config).code == 0
+    rest, err = stream.communicate(timeout=120)
+    assert stream.returncode == 0, err
+    job = json.loads(longreach("wait", job_id, "--data-dir", data, "--json").out)
+    assert (job["state"], job["restarts"], job["last_event"]) == ("succeeded", 1, 1000)
+    assert (shown + rest).strip() == job["answers"][0]["text"].strip()
+    assert longreach("down", config).code == 0
+    longreach.assert_nothing_left(30)
+
+
+def test_a_head_needs_a_port(longreach: CommandLine, write_config: Callable[..., Path]) -> None:
+    for verb in ("up", "serve"):
+        done = longreach(verb, write_config())
+        assert done.code == 2
+        assert "server.port" in done.err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_stale_pid_files(longreach: CommandLine, tmp_path: Path) -> None:
+    """Of a process that is gone, of one that is no head, and of a head younger than the file."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    sleep = "import time; time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", sleep])
+    younger = subprocess.Popen([sys.executable, "-c", sleep, "cluster.cli", "serve"])
+    try:
+        for pid, written in ((gone.pid, 0), (other.pid, 0), (younger.pid, -3600), ("nonsense", 0), (-1, 0)):
+            path = tmp_path / "head.pid"
+            path.write_text(f"{pid}\n")
+            os.utime(path, (time.time() + written,) * 2)
+            done = longreach("down", "--data-dir", tmp_path)
+            assert done.code == 0
+            assert "no longer runs" in done.out
+            assert not path.exists()
+        assert other.poll() is None
+        assert younger.poll() is None
+    finally:
+        for process in (other, younger):
+            process.kill()
+            process.wait()

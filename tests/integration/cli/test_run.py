@@ -1,0 +1,113 @@
+"""The real thing: a local Ray, four stage processes, the shipped checkpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from cluster.config.deployment import load_deployment
+from cluster.engine.runtime import Ask, Session
+from cluster.tools.eval.haystack import build_haystack, is_right
+from tests.integration.conftest import ROOT, CommandLine
+from tests.support.fakes.pipeline import Pipeline
+
+NEEDLE = ROOT / "configs" / "needle"
+
+
+def test_demo_answers_everything(longreach: CommandLine) -> None:
+    done = longreach("demo", "--tokens", "8k", "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["right"] == report["total"] == 8
+    assert {row["truth"] for row in report["questions"]} == {row["answer"] for row in report["questions"]}
+    assert 7000 < report["tokens"] <= 8000
+    assert report["ready_s"] < 30
+    assert report["ttft_s"] > 0
+    assert report["prefill_tokens_per_s"] > 0
+    assert report["cached_tokens"] > 7 * 7000  # seven of eight questions found the document computed
+    longreach.assert_nothing_left()
+
+
+def test_demo_fails_beyond_the_trained_window_with_plain_positions(longreach: CommandLine) -> None:
+    done = longreach("demo", "--tokens", "10k", "--positions", "plain", "--json")
+    assert done.code == 1
+    report = json.loads(done.out)
+    assert report["right"] < report["total"]
+    longreach.assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_while_running_stops_everything(longreach: CommandLine, number: signal.Signals) -> None:
+    process = longreach.start("demo", "--tokens", "32k")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("reading"):
+            break
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    longreach.assert_nothing_left()
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    overrides = {
+        "model.dtype": "float32",
+        "data_dir": str(tmp_path_factory.mktemp("data")),
+    }
+    running = Session(load_deployment(ROOT / "configs" / "demo.yaml", overrides))
+    began = time.monotonic()
+    running.start()
+    try:
+        assert time.monotonic() - began < 30
+        yield running
+    finally:
+        running.close()
+        running.close()  # twice is fine
+    assert not [c for c in psutil.Process().children(recursive=True) if "raylet" in " ".join(c.cmdline())]
+
+
+def test_answers_equal_one_process(session: Session) -> None:
+    """2 x 2 over Ray and gRPC in float32: the same tokens as one shard in this process."""
+    haystack = build_haystack(session.tokenizer, 3000, 4, 3, NEEDLE)
+    prompts = session.document_prompts(haystack.document, [n.question for n in haystack.needles], Ask(max_tokens=16))
+    answers = session.generate(prompts, Ask(max_tokens=16))
+    assert all(is_right(a.text, n) for a, n in zip(answers, haystack.needles, strict=True))
+    from cluster.engine.outputs import GenerationSpec
+
+    with Pipeline(NEEDLE, 1, 1, chunk=512, blocks=128, page=64, spec=session.deployment.spec, eos=(0,)) as single:
+        expected = single.generate(*[GenerationSpec(prompt, 16) for prompt in prompts])
+    assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
+    session.engine.check_integrity()
+
+
+def test_head_has_no_torch(longreach: CommandLine) -> None:
+    """A fresh head process, running a cluster, has never imported torch (this test process has)."""
+    code = (
+        "import sys; from cluster import LocalCluster\n"
+        "with LocalCluster('configs/single.yaml') as client:\n"
+        "    answer = client.ask('The code of dark river is 12345. ' * 3, 'What is the code of dark river?')\n"
+        "print(len(answer.token_ids) > 0, 'torch' in sys.modules)"
+    )
+    import subprocess
+
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=120)
+    assert out.split() == ["True", "False"]
+
+
+def test_idle_cluster_is_quiet(session: Session) -> None:
+    """Head and stage processes together below 5 % of a core while nothing is asked."""
+    assert session.launched is not None
+    ours = [psutil.Process(pid) for pid in session.launched.pids] + [psutil.Process()]
+    shares = []
+    for _ in range(4):  # the quietest window counts: ends of earlier tests and a busy machine only add
+        before = sum(sum(p.cpu_times()[:2]) for p in ours)
+        time.sleep(4.0)
+        shares.append((sum(sum(p.cpu_times()[:2]) for p in ours) - before) / 4.0)
+    assert min(shares) < 0.05, f"{min(shares):.1%} of a core"

@@ -1,0 +1,246 @@
+"""Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from cluster.engine.hang_detector import Watchdog
+from cluster.engine.outputs import GenerationSpec
+from cluster.engine.request_handle import EngineError
+from cluster.stages.handle import StageError
+from protos.stage import stage_pb2 as pb
+from protos.stage import stage_pb2_grpc as rpc
+from protos.stage.channel import open_channel, token_metadata
+from protos.stage.messages import SamplingParams
+from tests.support.fakes.pipeline import Pipeline
+from tests.support.rigs.stage_processes import (
+    BLOCKS,
+    CHUNK,
+    NEEDLE,
+    PAGE,
+    ROOT,
+    TOKEN,
+    Stages,
+    eventually,
+    long_request,
+)
+from workers.stage.server import TOKEN_VARIABLE
+from workers.transport.frames import split
+from workers.transport.grpc_link import frame_to_pb
+
+SPECS = [
+    GenerationSpec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
+    GenerationSpec([11, 12, 13], 5, SamplingParams(temperature=1.0, top_p=0.9, seed=5), ignore_eos=True),
+    GenerationSpec([(3 * i) % 4000 + 5 for i in range(PAGE)], 4, SamplingParams(repetition_penalty=1.3, logprobs=2)),
+]
+
+
+class Watch:
+    """A watchdog of one second over the stages."""
+
+    def __init__(self, stages: Stages) -> None:
+        assert stages.engine is not None
+        self.dog = Watchdog(stages.engine, stages.handles, floor_s=1.0)
+        self.dog.start()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.dog.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_stops_is_hung(running: Stages, stage: int):
+    engine = running.run_engine()
+    with Watch(running):
+        ticket = long_request(engine)
+        running.processes[stage].send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineError, match=f"hung: stage {stage} shard 0 does not answer: step"):
+            ticket.wait(30)
+        running.processes[stage].send_signal(signal.SIGCONT)
+
+
+def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
+    """A stage that sleeps 97 % of the time: a step takes several times as long as would be late."""
+    engine = running.run_engine()
+    spec = GenerationSpec([(5 * i) % 4000 + 5 for i in range(CHUNK * 7)], 2, ignore_eos=True)
+    expected = engine.submit(spec).wait(60).token_ids
+    again = GenerationSpec([7, *spec.prompt], 2, ignore_eos=True)
+    with Watch(running):
+        ticket = engine.submit(again)
+        began = time.monotonic()
+        while not ticket.done.is_set():
+            running.processes[0].send_signal(signal.SIGSTOP)
+            time.sleep(0.3)
+            running.processes[0].send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+            assert time.monotonic() - began < 120
+        assert len(ticket.wait(0).token_ids) == len(expected) == 2
+    assert time.monotonic() - began > 2.0
+
+
+@pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
+def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, near: bool, count: int):
+    stages.spawn(count=count, near=near)
+    stages.load()
+    stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
+    engine = stages.run_engine()
+    tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
+    results = [ticket.wait(60) for ticket in tickets]
+    engine.check_integrity()
+    with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, blocks=BLOCKS, page=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
+        expected = pipeline.generate(*SPECS)
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert [result.finish_reason for result in results] == [result.finish_reason for result in expected]
+    for handle in stages.handles:
+        reply = handle.probe()
+        assert (reply.state, reply.error, reply.epoch) == ("running", "", 1)
+        assert reply.layers_done > reply.steps_done > 0
+        assert reply.resident_bytes > 1 << 20
+
+
+@pytest.mark.parametrize("method", ["Load", "Start", "Run", "Activations", "Probe", "Close"])
+@pytest.mark.parametrize(
+    "metadata", [[], token_metadata("wrong"), token_metadata(TOKEN[:-1])], ids=["no", "wrong", "cut"]
+)
+def test_every_method_needs_the_token(bare: Stages, method: str, metadata: list[tuple[str, str]]):
+    assert set(rpc.StageServicer.__dict__) >= {"Load", "Start", "Run", "Activations", "Probe", "Close"}
+    messages = {
+        "Load": pb.LoadRequest(), "Start": pb.StartRequest(), "Probe": pb.ProbeRequest(), "Close": pb.CloseRequest()
+    }  # fmt: skip
+    message = messages.get(method, iter(()))
+    with open_channel(f"unix:{bare.socket(0)}") as channel:
+        call = getattr(rpc.StageStub(channel), method)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(message, metadata=metadata, timeout=10))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Stages]:
+    """One process that listens and has nothing loaded."""
+    with tempfile.TemporaryDirectory(prefix="lr") as folder:
+        made = Stages(Path(folder))
+        try:
+            made.spawn(count=1)
+            yield made
+        finally:
+            made.close()
+
+
+def test_every_method_of_the_service_is_tested_for_the_token():
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["Stage"].methods}
+    assert methods == {"Load", "Start", "Run", "Activations", "Probe", "Close"}
+
+
+def test_a_closed_handle_ends_the_process(running: Stages):
+    running.run_engine().close()
+    for handle, process in zip(running.handles, running.processes, strict=True):
+        handle.close()
+        handle.close()
+        assert process.wait(20) == 0
+        assert not running.socket(handle.shard.stage).exists()
+
+
+def test_steps_out_of_order_of_life_are_refused(bare: Stages):
+    handle = bare.handles[0]
+    assert handle.probe().state == "created"
+    with pytest.raises(StageError, match=r"this shard is created, not loaded \(FAILED_PRECONDITION\)"):
+        handle.start(BLOCKS, PAGE, "", 10)
+    stub = rpc.StageStub(handle._channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.fixture
+def far(stages: Stages) -> Stages:
+    """Two stages whose links, plans and results go over gRPC, as between nodes."""
+    stages.spawn(near=False)
+    stages.load()
+    stages.start(near=False)
+    return stages
+
+
+@pytest.mark.parametrize("links", ["running", "far"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_process_ends_the_running_request(links: str, stage: int, request: pytest.FixtureRequest):
+    running: Stages = request.getfixturevalue(links)
+    engine = running.run_engine()
+    ticket = long_request(engine)
+    running.processes[stage].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"stage \d shard 0"):
+        ticket.wait(5)
+    assert time.monotonic() - began < 5
+    with pytest.raises(EngineError):
+        engine.submit(GenerationSpec([1], 1))
+    other = running.handles[1 - stage]
+    eventually(lambda: bool(other.probe().steps_done), 5)  # it answers, and does not wait for what will never come
+    engine.close()
+    assert running.processes[1 - stage].wait(10) == 0
+
+
+@pytest.mark.parametrize("damage", ["payload", "shape"])
+def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: str):
+    running, engine = far, far.run_engine()
+    ticket = long_request(engine)
+    frame = frame_to_pb(next(split(torch.zeros(1, 256), 1, 1)))
+    if damage == "payload":
+        frame.payload = b"?" + frame.payload[1:]
+    else:
+        frame.shape[:] = [2**63, 0]
+    stub = rpc.StageStub(running.handles[1]._channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Activations(iter([frame]), metadata=token_metadata(TOKEN), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+    with pytest.raises(EngineError, match="stage"):
+        ticket.wait(10)
+
+
+def test_one_engine_at_a_time(running: Stages):
+    running.run_engine()
+    eventually(lambda: running.handles[0].probe().state == "running", 10)
+    stub = rpc.StageStub(running.handles[0]._channel)
+
+    def refused() -> bool:
+        try:
+            list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.ALREADY_EXISTS
+        return False
+
+    eventually(refused, 10)
+
+
+def test_an_orphan_ends_by_itself(stages: Stages):
+    stages.spawn("--orphan-timeout", "1", count=1)
+    stages.load()
+    stages.start()
+    engine = stages.run_engine()
+    ticket = long_request(engine)
+    time.sleep(1.5)
+    assert stages.processes[0].poll() is None, "it lives while an engine is connected"
+    engine.cancel(ticket)
+    ticket.wait(10)
+    stages.handles[0]._channel.close()  # as when the head is killed
+    assert stages.processes[0].wait(10) == 3
+
+
+def test_a_process_without_a_token_says_what_is_missing(tmp_path: Path):
+    environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "workers.stage.server", "--socket", str(tmp_path / "s")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert TOKEN_VARIABLE in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,172 @@
+"""A JobServiceApi in memory, and a gateway over it on a loopback port."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cluster.config.schema import SecuritySection, ServerSection
+from cluster.engine.outputs import Progress
+from cluster.jobs.api import JobEvent, ProgressUpdate
+from cluster.jobs.model import (
+    DocumentRecord,
+    InvalidJob,
+    JobAnswer,
+    JobRecord,
+    JobSpec,
+    JobState,
+    JobToken,
+    NotFound,
+    new_id,
+)
+from cluster.server.grpc_server import Gateway
+from protos.stage.channel import CHANNEL_OPTIONS
+
+
+class FakeJobService:
+    """Jobs stay queued until `finish`; `stream` follows `events`, or makes tokens for ever when `endless`."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, JobRecord] = {}
+        self.stored: dict[str, DocumentRecord] = {}
+        self.contents: dict[str, bytes] = {}
+        self.error: Exception | None = None  # raised by every submit
+        self.events: list[JobEvent] = []
+        self.committed: dict[str, list[JobToken]] = {}  # what `tokens` gives, instead of made-up ones
+        self.endless = False
+        self.pulled = 0  # events a stream has taken
+        self.closed = threading.Event()  # a stream was closed
+
+    def upload(self, name: str, pieces: Iterable[bytes]) -> DocumentRecord:
+        data = b"".join(pieces)
+        document_id = f"doc_{hashlib.sha256(data).hexdigest()[:32]}"
+        self.contents[document_id] = data
+        self.stored[document_id] = DocumentRecord(document_id, name, len(data), 1.0, 2.0)
+        return self.stored[document_id]
+
+    def document(self, document_id: str) -> DocumentRecord:
+        if document_id not in self.stored:
+            raise NotFound(f"document {document_id}: not found")
+        return self.stored[document_id]
+
+    def documents(self) -> Sequence[DocumentRecord]:
+        return list(self.stored.values())
+
+    def delete_document(self, document_id: str) -> None:
+        self.document(document_id)
+        del self.stored[document_id]
+
+    def submit(self, spec: JobSpec) -> JobRecord:
+        if self.error is not None:
+            raise self.error
+        record = JobRecord(new_id("job"), JobState.QUEUED, spec, created=1.0)
+        self.records[record.id] = record
+        return record
+
+    def finish(self, job_id: str) -> JobRecord:
+        answer = JobAnswer(0, 7, 3, "stop", "ab", timings={"queued_s": 1.0, "total_s": 2.0})
+        record = replace(self.get(job_id), state=JobState.SUCCEEDED, finished=3.0, last_event=2, answers=(answer,))
+        self.records[job_id] = record
+        return record
+
+    def get(self, job_id: str) -> JobRecord:
+        if job_id not in self.records:
+            raise NotFound(f"job {job_id}: not found")
+        return self.records[job_id]
+
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+        if job_id in self.committed:
+            return self.committed[job_id][after : after + limit]
+        last = self.get(job_id).last_event
+        return [JobToken(n, 0, 64 + n, chr(96 + n)) for n in range(after + 1, min(last, after + limit) + 1)]
+
+    def progress(self, job_id: str) -> Mapping[int, Progress]:
+        return {0: Progress(100, 10, 20, 5000)}
+
+    def jobs(
+        self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
+    ) -> tuple[Sequence[JobRecord], str]:
+        if cursor and cursor not in self.records:
+            raise InvalidJob("page_token: not one of ours")
+        found = [r for r in self.records.values() if not states or r.state in states]
+        return found[:limit], (found[limit - 1].id if len(found) > limit else "")
+
+    def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+        self.get(job_id)
+        return self._events(job_id, after)
+
+    def _events(self, job_id: str, after: int) -> Iterator[JobEvent]:
+        number = after
+        try:
+            while self.endless:
+                number += 1
+                self.pulled += 1
+                yield [JobToken(number, 0, 1, "x" * 100)]
+            yield ProgressUpdate(0, Progress(100, 0, 50, None))
+            for event in self.events:
+                self.pulled += 1
+                yield event
+            yield self.finish(job_id)
+        finally:
+            self.closed.set()
+
+    def wait(self, job_id: str, timeout_s: float) -> JobRecord:
+        until = time.monotonic() + timeout_s
+        while not (record := self.get(job_id)).state.is_final and time.monotonic() < until:
+            time.sleep(0.005)
+        return record
+
+    def cancel(self, job_id: str) -> JobRecord:
+        record = self.get(job_id)
+        if not record.state.is_final:
+            record = self.records[job_id] = replace(record, state=JobState.CANCELLED)
+        return record
+
+    def delete(self, job_id: str) -> None:
+        self.get(job_id)
+        del self.records[job_id]
+
+    def status(self) -> Mapping[str, Any]:
+        stages = [{"stage": 0, "rank": 1, "state": "running", "steps_done": 5, "resident_bytes": 1 << 40}]
+        return {"model": "fake", "max_model_len": 4096, "queued": 1, "kv_usage": 0.5, "stages": stages}
+
+
+@contextlib.contextmanager
+def serving(
+    service: FakeJobService, security: SecuritySection | None = None,
+    reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False, **limits: object,
+) -> Iterator[tuple[Gateway, str]]:  # fmt: skip
+    """A gateway on a free port and its address."""
+    server = ServerSection(**limits)  # type: ignore[arg-type]
+    gateway = Gateway(service, server, security or SecuritySection(), 0, reasoning_opened)
+    address = gateway.start()
+    try:
+        yield gateway, address
+    finally:
+        gateway.close(0.0)
+
+
+@contextlib.contextmanager
+def channel_to(address: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[grpc.Channel]:
+    """A channel with the options of our clients; certificates are made for localhost."""
+    if credentials is None:
+        channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    else:
+        options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", "localhost")]
+        channel = grpc.secure_channel(address, credentials, options=options)
+    with channel:
+        yield channel
+
+
+def write_secret(path: Path, content: str | bytes, mode: int = 0o600) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.chmod(mode)
+    return path

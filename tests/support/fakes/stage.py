@@ -1,0 +1,142 @@
+"""An engine over fake shards and a clock that passes only when a shard computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.engine.engine import Engine
+from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.engine.request_handle import Event, Ticket
+from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.scheduler import Scheduler
+from cluster.text.tokenizer import TextTokenizer
+from protos.model.spec import ModelSpec
+from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+from tests.support.paths import NEEDLE
+
+EMPTY = Span(0, 0)
+WAIT = 20.0
+Script = Callable[[int, int], int]
+
+
+class Clock:
+    """Seconds that pass only when a test or a shard says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeShard:
+    """Answers plans as soon as the gate allows; `script(sequence, index)` gives the tokens."""
+
+    def __init__(self, stage: int, stages: int, script: Script, clock: Clock, rank: int = 0) -> None:
+        self.shard = ShardSpec(stage, stages, rank, 1, Span(0, 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+        self.script = script
+        self.plans: list[StepPlan] = []
+        self.bursts: list[int] = []  # how many of them came together
+        self.step_s = 0.5  # as it says
+        self.group = 1  # results that are given back together
+        self.fail_at: int | None = None
+        self.closed = 0
+        self.report: Callable[[StepPlan], tuple[CellReport, ...]] = lambda plan: ()  # of sparse cells
+        self._clock = clock
+        self._gate = threading.Semaphore(1 << 30)
+        self._queue: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+
+    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
+        self.lose = on_lost
+        threading.Thread(target=self._run, args=(on_results,), daemon=True).start()
+
+    def send(self, plans: Sequence[StepPlan]) -> None:
+        self.plans.extend(plans)
+        self.bursts.append(len(plans))
+        for plan in plans:
+            self._queue.put(plan)
+
+    def close(self) -> None:
+        self.closed += 1
+        self._gate.release(1000)
+        self._queue.put(None)
+
+    def hold(self) -> None:
+        self._gate = threading.Semaphore(0)
+
+    def let(self, steps: int) -> None:
+        self._gate.release(steps)
+
+    def _run(self, on_results: Callable[[Sequence[StepResult]], None]) -> None:
+        results: list[StepResult] = []
+        while (plan := self._queue.get()) is not None:
+            self._gate.acquire()
+            self._clock.now += self.step_s
+            error = "stage 0 shard 0, step 1: broken" if plan.step == self.fail_at else ""
+            samples = tuple(
+                SampledToken(part.sequence, self.script(part.sequence, part.sample.token_index), *self._logprobs(part))
+                for part in plan.slices
+                if part.sample and self.shard.is_last
+            )
+            where = self.shard.stage, self.shard.rank
+            cells = self.report(plan)
+            estimate_us = 100_000 if cells else 0
+            took_us = round(self.step_s * 1e6)
+            results.append(StepResult(plan.epoch, plan.step, *where, took_us, samples, error, cells, estimate_us))
+            if len(results) >= self.group or self._queue.empty():
+                on_results(results)
+                results = []
+
+    @staticmethod
+    def _logprobs(part) -> tuple:
+        return () if part.sample.params.logprobs is None else (-0.5, (TokenLogprob(1, -0.5),))
+
+
+class Rig:
+    """An engine over fake stages."""
+
+    def __init__(
+        self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
+        blocks: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
+        ahead: bool = True,
+    ) -> None:  # fmt: skip
+        self.clock = Clock()
+        self.shards = [
+            FakeShard(stage, stages, script, self.clock, rank)
+            for stage in range(stages)
+            for rank in reversed(range(ranks))
+        ]
+        self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
+        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec, runs_ahead=ahead, num_stages=stages)
+        self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
+
+    def __enter__(self) -> Rig:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    @property
+    def last(self) -> FakeShard:
+        return self.shards[-1]
+
+    def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Ticket, list[Event]]:
+        events: list[Event] = []
+        return self.engine.submit(GenerationSpec(prompt, max_tokens, **spec), events.append), events
+
+    def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[Event]]:
+        ticket, events = self.submit(prompt, max_tokens, **spec)
+        result = ticket.wait(WAIT)
+        self.engine.check_integrity()
+        return result, events
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.002)

@@ -1,0 +1,203 @@
+"""Heads for tests: one in a process of its own that may be killed, and one in this process over any session."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from cluster.client.client import Client, Job
+from cluster.client.errors import RetryPolicy, Unavailable, read_state
+from cluster.config.schema import SecuritySection, ServerSection
+from cluster.engine.runtime import Session
+from cluster.jobs.api import ServiceLimits
+from cluster.jobs.documents import Documents
+from cluster.jobs.service import JobService
+from cluster.jobs.store import JobStore
+from cluster.server.grpc_server import Gateway
+from tests.support.paths import ROOT
+
+NEEDLE = ROOT / "configs" / "needle"
+MARK = "LONGREACH_TEST_MARK"  # as in tests/integration/conftest.py
+LONG = 120.0  # seconds after which a state that should come is given up; nothing waits that long when all is well
+PATIENT = RetryPolicy(attempts=200, first_s=0.1, largest_s=0.5)
+
+
+def until(condition: Callable[[], object], what: str = "", within_s: float = LONG) -> None:
+    """Wait for a state, however slow the machine is."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen: {what or condition}"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class HeadProcess:
+    """`longreach serve` over configs/needle; every process it starts inherits a mark, so that none is overlooked."""
+
+    def __init__(self, folder: Path, stages: int = 1, server: str = "", shards: int = 1) -> None:
+        self.data = folder / "data"
+        self.port = free_port()
+        self.mark = ""
+        self._log = folder / "head.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._marks: list[str] = []
+        self._config = folder / "head.yaml"
+        self._config.write_text(
+            f"model:\n  path: {NEEDLE}\n  dtype: float32\n  max_model_len: 40k\n"
+            "  rope_scaling: {rope_type: yarn, factor: 10.0, original_max_position_embeddings: 4096}\n"
+            f"cluster:\n  pipeline_parallel_size: {stages}\n  expert_parallel_size: {shards}\n"
+            "  threads_per_actor: 1\n  cpus_per_actor: 0.5\n"
+            "prefill: {max_num_batched_tokens: 256, max_num_seqs: 2}\n"
+            f"kv_cache:\n  bytes: 256MiB\nserver:\n  port: {self.port}\n{server}\ndata_dir: {self.data}\n"
+        )
+
+    def __enter__(self) -> HeadProcess:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "start() comes first"
+        return self._process
+
+    def start(self) -> None:
+        """Start a head on the same data directory and port, and wait until it is ready."""
+        self.mark = uuid.uuid4().hex
+        self._marks.append(self.mark)
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "cluster.cli", "serve", str(self._config)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        until(self._is_ready, "a ready head")
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, self._log.read_text()[-3000:]
+        try:
+            return int(read_state(self.data)["pid"]) == self.process.pid
+        except Unavailable:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL, then wait until no process of this head is left."""
+        self.process.kill()
+        self.process.wait()
+        until(lambda: not self.processes(self.mark), "no process of the killed head survives", 60.0)
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def client(self) -> Client:
+        return Client(f"127.0.0.1:{self.port}", retries=PATIENT)
+
+    def actors(self) -> list[psutil.Process]:
+        """The stage processes."""
+        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "StageActor" in _title(p)]
+
+    @staticmethod
+    def processes(mark: str) -> list[psutil.Process]:
+        """Processes with this mark that still run."""
+        found = []
+        for process in psutil.process_iter(["pid"]):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def close(self) -> None:
+        """Stop the head if it runs, then whatever is left of any."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for mark in self._marks:
+            for process in self.processes(mark):
+                process.kill()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
+
+
+class Served:
+    """Store, job service and gateway in this process, over a session that runs already. `close` keeps the session."""
+
+    def __init__(
+        self, session: Session, folder: Path, limits: ServiceLimits | None = None,
+        clock: Callable[[], float] = time.time, max_streams: int = 64,
+    ) -> None:  # fmt: skip
+        self.session = session
+        self.folder = folder
+        limits = limits or ServiceLimits()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = JobStore(folder / "jobs.sqlite")
+        self.documents = Documents(folder / "documents", self.store, limits.document_ttl_s)
+        self.service = JobService(session, self.store, self.documents, limits, clock)
+        server = ServerSection(max_streams=max_streams, max_document_bytes=limits.max_document_bytes)
+        self._gateway = Gateway(self.service, server, SecuritySection(), port_override=0)
+        self._client: Client | None = None
+
+    def __enter__(self) -> Served:
+        self.service.start()
+        self.address = self._gateway.start()
+        self._client = Client(self.address)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for record in self.store.unfinished():
+            self.service.cancel(record.id)  # the session goes on with the next service
+        self.leave()
+
+    def leave(self) -> None:
+        """Close as a head does that stops: unfinished jobs stay unfinished."""
+        self.client.close()
+        self.service.close()
+        self._gateway.close(0.1)
+        self.store.close()
+
+    @property
+    def client(self) -> Client:
+        assert self._client is not None, "start first"
+        return self._client
+
+    def occupy(self, prompt: str = "The code of dark river is", max_tokens: int = 3000) -> Job:
+        """A job that decodes for long."""
+        job = self.client.submit(prompt=prompt, max_tokens=max_tokens, ignore_eos=True)
+        until(lambda: job.refresh().state == "decoding", "a decoding job")
+        return job
+
+
+def tokens_of(job: Job) -> list[tuple[int, ...]]:
+    """Token ids of every answer of a job that succeeded."""
+    job.wait(LONG).refresh()
+    assert job.state == "succeeded", (job.state, job.error)
+    return [answer.token_ids for answer in job.answers]

@@ -1,0 +1,106 @@
+"""Real stage processes over Unix sockets, without Ray: the needle checkpoint in as many stages as a test asks for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.config.topology import plan_shards
+from cluster.engine.engine import Engine
+from cluster.engine.outputs import GenerationSpec
+from cluster.engine.request_handle import Ticket
+from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.scheduler import Scheduler
+from cluster.stages.handle import GrpcStageHandle
+from protos.model.config_json import load_model_spec
+from protos.stage import codec
+from protos.stage import stage_pb2 as pb
+from tests.support.paths import ROOT
+from workers.stage.server import TOKEN_VARIABLE
+
+NEEDLE = ROOT / "configs" / "needle"
+TOKEN = "0123456789abcdef"
+BLOCKS, PAGE, CHUNK = 64, 16, 128
+
+
+class Stages:
+    """The processes of a pipeline, their handles, and whatever else must be closed at the end of a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
+        self.handles: list[GrpcStageHandle] = []
+        self.engine: Engine | None = None
+
+    def spawn(self, *options: str, count: int = 2, near: bool | None = None) -> None:
+        shards = plan_shards(load_model_spec(NEEDLE), count, 1)
+        environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
+        for shard in shards:
+            command = [sys.executable, "-m", "workers.stage.server", "--socket", str(self.socket(shard.stage))]
+            self.processes.append(
+                subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+            )
+        for shard, process in zip(shards, self.processes, strict=True):
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address == f"unix:{self.socket(shard.stage)}"
+            self.handles.append(GrpcStageHandle(shard, address, TOKEN, near))
+
+    def socket(self, stage: int) -> Path:
+        return self.folder / f"s{stage}.sock"
+
+    def load(self) -> None:
+        spec = codec.model_spec_to_json(load_model_spec(NEEDLE))
+        for handle in self.handles:
+            request = pb.LoadRequest(
+                epoch=1, model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
+                dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
+                store_path=str(self.folder / f"{handle.shard.stage}.store"),
+            )  # fmt: skip
+            updates = list(handle.load(request, 60))
+            assert updates[-1].ready
+            assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
+
+    def start(self, *, first_to_last: bool = False, near: bool = True) -> None:
+        count = len(self.handles)
+        links = [str(self.folder / f"link{stage}.sock") if near and count > 1 else "" for stage in range(count)]
+        order = self.handles if first_to_last else reversed(self.handles)
+        for handle in order:
+            after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
+            ends = links[handle.shard.stage - 1], links[handle.shard.stage]
+            handle.start(BLOCKS, PAGE, after if count > 1 else "", 60, near=ends)
+
+    def run_engine(self) -> Engine:
+        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
+        self.engine = Engine(scheduler, self.handles, None, (0,))
+        self.engine.start()
+        return self.engine
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        for handle in self.handles:
+            handle.close()
+        for process in self.processes:
+            process.kill()
+            process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def eventually(condition: Callable[[], bool], limit_s: float) -> None:
+    limit = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < limit, f"it did not happen within {limit_s} s"
+        time.sleep(0.02)
+
+
+def long_request(engine: Engine) -> Ticket:
+    """A request that goes on for many steps; returns when it has begun to answer."""
+    ticket = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
+    eventually(lambda: len(ticket.request.output) > 2, 30)
+    return ticket

@@ -1,0 +1,92 @@
+"""A configuration against its model: layout, context length, and faults of the model directory."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cluster.config.deployment import ConfigError, load_deployment
+from protos.stage.messages import Span
+from tests.support.paths import CONFIGS
+
+NEEDLE = CONFIGS / "needle"
+BASE = """\
+model:
+  path: needle
+  max_model_len: 4k
+cluster:
+  pipeline_parallel_size: 2
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "demo.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_demo_deployment() -> None:
+    deployment = load_deployment(CONFIGS / "demo.yaml", {"model.max_model_len": None})
+    assert deployment.max_model_len == deployment.spec.default_context == 1 << 20
+    assert [shard.layers for shard in deployment.shards] == [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4)]
+    assert [shard.experts for shard in deployment.shards[:2]] == [Span(0, 8), Span(8, 16)]
+
+
+def deployment_error(path: Path, overrides: dict[str, object] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(path, overrides)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value).replace(str(path.parent) + "/", "")
+
+
+def on_needle(tmp_path: Path, text: str) -> Path:
+    return write(tmp_path, text.replace("path: needle", f"path: {NEEDLE}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BASE.replace("size: 2", "size: 9"),
+         "^demo.yaml:5: cluster.pipeline_parallel_size: 9: must be between 1 and 4 .the model has 4 layers.$"),
+        (BASE.replace("pipeline_parallel_size: 2", "expert_parallel_size: 3"),
+         "^demo.yaml:5: cluster.expert_parallel_size: 3: must be one of 1, 2, 4 .*16 experts.$"),
+        (BASE.replace("4k", "4097"),
+         "^demo.yaml:3: model.max_model_len: 4097: must be between 1 and 4096 .*YaRN.*shorter document$"),
+        (BASE.replace("4k", "1m"), "^demo.yaml:3: model.max_model_len: 1m: must be between 1 and 4096 "),
+        (BASE.replace("  max", "  rope_scaling: {rope_type: yarn, factor: 2, beta_fast: 1, beta_slow: 2}\n  max"),
+         "^demo.yaml:3: model.rope_scaling: .a mapping of 4.: beta_fast: "),
+    ],
+)  # fmt: skip
+def test_what_the_model_does_not_allow(tmp_path: Path, text: str, expected: str) -> None:
+    assert re.search(expected, message := deployment_error(on_needle(tmp_path, text))), message
+
+
+def test_model_directory_is_named(tmp_path: Path) -> None:
+    message = deployment_error(write(tmp_path, BASE))
+    assert message == "demo.yaml:2: model.path: needle: there is no directory needle; it must hold config.json"
+    (tmp_path / "needle").mkdir()
+    assert deployment_error(write(tmp_path, BASE)).startswith("demo.yaml:2: model.path: needle: needle/config.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}", '{"model_type": "t5"}', "\0"])
+def test_a_broken_config_json_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "needle").mkdir()
+    (tmp_path / "needle" / "config.json").write_text(content)
+    assert deployment_error(write(tmp_path, BASE)).startswith("demo.yaml:2: model.path: needle: ")
+
+
+@pytest.mark.parametrize("length", [1, 4095, 4096])
+def test_lengths_within_positions(tmp_path: Path, length: int) -> None:
+    assert load_deployment(on_needle(tmp_path, BASE.replace("4k", str(length)))).max_model_len == length
+
+
+def test_ways_beyond_the_positions(tmp_path: Path) -> None:
+    path = on_needle(tmp_path, BASE.replace("4k", "64k"))
+    assert load_deployment(path, {"model.allow_beyond_positions": True}).max_model_len == 64_000
+    yarn = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+    assert load_deployment(path, {"model.rope_scaling": yarn}).max_model_len == 64_000
+    stretched = json.loads((NEEDLE / "config.json").read_text()) | {"max_position_embeddings": 65_536}
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "config.json").write_text(json.dumps(stretched))
+    assert load_deployment(path, {"model.path": "long"}).max_model_len == 64_000

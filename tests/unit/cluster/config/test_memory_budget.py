@@ -1,0 +1,70 @@
+"""KV is sized with what a step needs beside it, and a refusal names the length that would fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.config.deployment import Deployment, load_deployment
+from cluster.config.memory_budget import NoRoom, kv_budget, scratch_bytes
+from cluster.config.topology import kv_bytes_per_token
+from cluster.stages.preflight import PreflightError, count_blocks
+from protos.model.grid import largest_cell
+from protos.stage.messages import LoadProgress
+from tests.support.paths import CONFIGS
+
+CONFIG = CONFIGS / "single.yaml"
+MIB = 1 << 20
+
+
+def deployment(**overrides: object) -> Deployment:
+    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_deployment(CONFIG, {"model.dtype": "float32", **given})
+
+
+def loaded(available: int, total: int = 0, anonymous: int = 0) -> list[LoadProgress]:
+    return [LoadProgress(total, total, True, anonymous, available)]
+
+
+def scratch(given: Deployment) -> int:
+    prefill = given.config.prefill
+    tokens = prefill.max_num_batched_tokens + largest_cell(given.spec)
+    return scratch_bytes(given.spec, given.shards[0], tokens, prefill.max_num_seqs, 4, given.max_model_len)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 1023, 1024, 1025, 2039])
+def test_scratch_grows_with_the_tokens_of_a_step(tokens: int):
+    spec, shard = deployment().spec, deployment().shards[0]
+    one, more = (scratch_bytes(spec, shard, n, 1, 4) for n in (tokens, tokens + 1))
+    assert more > one >= tokens * spec.hidden_size * 4
+    assert scratch_bytes(spec, shard, tokens, 1, 2) < one
+    inner = replace(shard, stage=1, num_stages=3)
+    assert scratch_bytes(spec, inner, 4096, 1, 4) > scratch_bytes(spec, shard, 4096, 1, 4), "links hold steps"
+
+
+def test_a_fraction_is_of_what_a_step_leaves():
+    given = deployment(kv_cache__bytes=None, kv_cache__fraction=0.5)
+    free = 64 * MIB
+    room = scratch(given) + free
+    assert kv_budget(given, loaded(room), 1) == free // 2
+    assert kv_budget(given, loaded(room + 10 * MIB, total=12 * MIB, anonymous=2 * MIB), 1) == free // 2
+    assert kv_budget(given, loaded(2 * room), 2) == free // 2
+    with pytest.raises(NoRoom, match=r"kv_cache.fraction: no room: .* 0B an actor are left: 0 tokens would fit"):
+        kv_budget(given, loaded(scratch(given)), 1)
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False), (5 * MIB, False)])
+def test_a_size_that_does_not_fit_beside_a_step_is_refused_with_the_length(missing: int, fits: bool):
+    given = deployment(kv_cache__bytes="32MiB")
+    available = scratch(given) + 32 * MIB - missing
+    if fits:
+        assert kv_budget(given, loaded(available), 1) == 32 * MIB
+        return
+    per_token = kv_bytes_per_token(given.spec, given.shards[0], 4)
+    page = given.config.kv_cache.page_size
+    tokens = (32 * MIB - missing) // (per_token * page) * page
+    with pytest.raises(NoRoom, match=f"bytes: 32MiB: after the weights and .* {tokens} tokens would fit: lower"):
+        kv_budget(given, loaded(available), 1)
+    with pytest.raises(PreflightError, match=f"{tokens} tokens would fit"):
+        count_blocks(given, loaded(available), 1)

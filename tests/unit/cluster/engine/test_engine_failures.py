@@ -1,0 +1,143 @@
+"""The engine when something breaks: steps, shards, the engine itself, the submitter's callback; and closing."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
+from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.scheduler.request import FinishReason
+from tests.support.fakes.stage import WAIT, Rig, eventually
+
+
+def test_a_failed_step_ends_every_request_with_its_error():
+    with Rig(blocks=5) as rig:
+        rig.shards[0].fail_at = 2
+        tickets = [rig.submit([i] * 40, 20)[0] for i in range(3)]
+        for ticket in tickets:
+            with pytest.raises(EngineError, match="stage 0 shard 0, step 1: broken"):
+                ticket.wait(WAIT)
+            assert ticket.result is not None
+            assert ticket.result.finish_reason is FinishReason.ERROR
+        with pytest.raises(EngineError, match="broken"):
+            rig.submit([1])
+
+
+def test_a_lost_shard_ends_every_request_and_the_first_reason_stays():
+    with Rig() as rig:
+        rig.last.hold()
+        ticket, events = rig.submit([1])
+        eventually(lambda: bool(rig.last.plans))
+        rig.shards[0].lose("stage 0 shard 0 is gone")
+        rig.shards[1].lose("stage 1 shard 0 is gone")
+        with pytest.raises(EngineError, match="stage 0 shard 0 is gone"):
+            ticket.wait(WAIT)
+        assert isinstance(events[-1], Generation)
+        eventually(lambda: raises(EngineError, lambda: rig.submit([1])))
+        with pytest.raises(EngineError, match="stage 0 shard 0 is gone"):
+            rig.submit([1])
+
+
+def raises(kind: type[Exception], call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
+def test_close_while_running_ends_what_is_unfinished():
+    rig = Rig()
+    rig.engine.start()
+    rig.last.hold()
+    tickets = [rig.submit([i])[0] for i in range(3)]
+    rig.engine.close()
+    rig.engine.close()
+    for ticket in tickets:
+        with pytest.raises(EngineError, match="the cluster was stopped"):
+            ticket.wait(WAIT)
+    with pytest.raises(EngineError, match="the cluster was stopped"):
+        rig.submit([1])
+    assert all(shard.closed for shard in rig.shards)
+
+
+def test_close_before_start_refuses_later_submissions():
+    rig = Rig()
+    waiting, _ = rig.submit([1])
+    rig.engine.close()
+    with pytest.raises(EngineError, match="the cluster was stopped"):
+        waiting.wait(WAIT)
+    with pytest.raises(EngineError, match="the cluster was stopped"):
+        rig.submit([1])
+
+
+def test_submissions_race_with_close_and_none_hangs():
+    for _ in range(20):
+        rig = Rig()
+        rig.engine.start()
+        tickets: list[Ticket] = []
+
+        def submit(rig: Rig = rig, tickets: list[Ticket] = tickets) -> None:
+            while not raises(EngineError, lambda: tickets.append(rig.submit([1], 1)[0])):
+                pass
+
+        thread = threading.Thread(target=submit, daemon=True)
+        thread.start()
+        eventually(lambda tickets=tickets: bool(tickets))
+        rig.engine.close()
+        thread.join(WAIT)
+        assert all(ticket.done.wait(WAIT) for ticket in tickets)
+
+
+def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.MonkeyPatch):
+    def broken_add(request: object) -> None:
+        raise KeyError("a bug of ours")
+
+    def script(sequence: int, index: int) -> int:
+        return 1000 + index
+
+    with Rig(script) as rig:
+        rig.last.hold()
+        ticket, _ = rig.submit([1])
+        monkeypatch.setattr(rig.engine.scheduler, "add", broken_add)
+        broken, _ = rig.submit([1] * 20)
+        for waiting in (ticket, broken):
+            with pytest.raises(EngineError, match="engine"):
+                waiting.wait(WAIT)
+        with pytest.raises(EngineError):
+            rig.submit([1])
+
+
+@pytest.mark.parametrize("kind", [Progress, TokenEvent, Generation])
+def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptureFixture):
+    calls: list[Event] = []
+
+    def bad(event: Event) -> None:
+        calls.append(event)
+        if isinstance(event, kind):
+            raise KeyError("broken pipe of the caller")
+
+    with Rig() as rig:
+        ticket = rig.engine.submit(GenerationSpec(range(100), 3), bad)
+        other, events = rig.submit(range(200, 300), 3)
+        assert ticket.wait(WAIT).token_ids == (1000, 1001, 1002)
+        assert other.wait(WAIT).token_ids == (1000, 1001, 1002)
+        assert isinstance(events[-1], Generation)
+        assert sum(isinstance(event, kind) for event in calls) == 1, "it is not called again"
+        assert "broken pipe of the caller" in caplog.text
+        rig.engine.check_integrity()
+
+
+def test_the_last_event_comes_before_wait_returns():
+    events: list[Event] = []
+
+    def slow(event: Event) -> None:
+        if isinstance(event, Generation):
+            time.sleep(0.05)
+        events.append(event)
+
+    with Rig() as rig:
+        rig.engine.submit(GenerationSpec([1], 1), slow).wait(WAIT)
+        assert isinstance(events[-1], Generation)

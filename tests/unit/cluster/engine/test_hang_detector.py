@@ -1,0 +1,93 @@
+"""Late and still is hung; late and moving is slow. The clock and the shards are the test's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.engine.hang_detector import Watchdog
+from cluster.stages.handle import StageError
+from protos.stage import stage_pb2 as pb
+from protos.stage.messages import StepPlan
+
+
+class Shard:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layers = 7
+        self.answers = True
+
+    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
+        if not self.answers:
+            raise StageError("no answer")
+        return pb.ProbeReply(layers_done=self.layers)
+
+
+class Scene:
+    """A step in flight, a clock that a test moves, two shards."""
+
+    def __init__(self, predicted: float = 1.0) -> None:
+        self.now = 0.0
+        self.shards = [Shard("stage 0 shard 0"), Shard("stage 1 shard 0")]
+        latency = SimpleNamespace(predict=lambda plan: predicted)
+        self.engine: Any = SimpleNamespace(oldest_plan=StepPlan(1, 1, ()), latency=latency)
+        self.dog = Watchdog(self.engine, self.shards, clock=lambda: self.now)
+
+    def pass_time(self, seconds: float, every: float = 4.0, moving: int | None = None) -> str:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += every
+            if moving is not None:
+                self.shards[moving].layers += 1
+            if reason := self.dog.look():
+                return reason
+        return ""
+
+
+def test_a_step_without_progress_is_hung_after_twenty_seconds():
+    scene = Scene()
+    assert scene.pass_time(23) == ""
+    assert "hung: no shard has finished a layer: step 1" in scene.pass_time(6)
+    assert 20 < scene.now <= 32
+
+
+@pytest.mark.parametrize("moving", [0, 1])
+def test_a_slow_step_is_not_hung(moving: int):
+    scene = Scene()
+    assert scene.pass_time(3600, moving=moving) == ""
+    assert "hung" in scene.pass_time(30)
+
+
+def test_a_layer_every_nineteen_seconds_is_slow():
+    scene = Scene()
+    assert all(scene.pass_time(19, every=9.5) == "" and not _bump(scene) for _ in range(20))
+
+
+def _bump(scene: Scene) -> None:
+    scene.shards[0].layers += 1
+
+
+def test_a_long_prediction_is_waited_for():
+    scene = Scene(predicted=60.0)
+    assert scene.pass_time(300) == ""
+    assert "60.0 s were predicted" in scene.pass_time(10)
+
+
+def test_a_shard_that_does_not_answer_is_named_and_does_not_count_as_moving():
+    scene = Scene()
+    scene.pass_time(10)
+    scene.shards[1].answers = False
+    reason = scene.pass_time(60)
+    assert reason.startswith("hung: stage 1 shard 0 does not answer")
+    assert scene.now <= 42
+
+
+def test_steps_that_follow_each_other_start_the_watch_anew():
+    scene = Scene()
+    for step in range(2, 9):
+        assert scene.pass_time(18) == ""
+        scene.engine.oldest_plan = StepPlan(1, step, ())
+    scene.engine.oldest_plan = None
+    assert scene.pass_time(600) == ""

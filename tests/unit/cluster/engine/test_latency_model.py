@@ -1,0 +1,153 @@
+"""The step time model finds the coefficients that made the measurements, and predicts with them."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from cluster.engine.latency_model import LatencyModel, visited_share
+from cluster.scheduler.chunking import Chunk, chunks
+from protos.stage.messages import CellReport, SequenceSlice, StepPlan
+from tests.support.rigs.scheduler import long_spec
+
+
+def plan(*parts: tuple[int, int]) -> StepPlan:
+    """A step of (start, length) slices."""
+    slices = [SequenceSlice(i, start, length, 1 << 20, (), (), 1) for i, (start, length) in enumerate(parts)]
+    return StepPlan(1, 1, tuple(slices))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((), [1, 0, 0, 0]),
+        (((0, 1),), [1, 1, 1, 1]),
+        (((0, 67),), [1, 67, 67, 67 * 68 // 2]),
+        (((100, 1),), [1, 101, 1, 101]),
+        (((100, 10), (0, 4)), [1, 110, 14, 10 * 100 + 55 + 10]),
+    ],
+)
+def test_features(parts: tuple[tuple[int, int], ...], expected: list[int]):
+    assert LatencyModel().features(plan(*parts)) == tuple(expected)
+
+
+def seconds(step: StepPlan, truth: tuple[float, ...]) -> float:
+    return sum(a * b for a, b in zip(truth, LatencyModel().features(step), strict=True))
+
+
+def training(rng: random.Random, truth: tuple[float, ...], steps: int = 200, noise: float = 0.0) -> LatencyModel:
+    model = LatencyModel()
+    for _ in range(steps):
+        chunk = (rng.randrange(0, 500_000, 1000), rng.choice((256, 512, 2048)))
+        decodes = [(rng.randrange(1, 300_000), 1) for _ in range(rng.randrange(4))]
+        step = plan(*decodes) if decodes and rng.random() < 0.3 else plan(chunk, *decodes)
+        model.observe(step, seconds(step, truth) * (1 + rng.gauss(0, noise)))
+    return model
+
+
+@pytest.mark.parametrize("truth", [(0.01, 1e-8, 2e-4, 3e-10), (0.02, 0.0, 1e-4, 0.0), (1e-3, 0.0, 5e-3, 3e-8)])
+def test_exact_measurements_give_the_coefficients(truth: tuple[float, ...]):
+    model = training(random.Random(1), truth)
+    for step in (plan((0, 1)), plan((400_000, 2048)), plan((100_000, 1), (5, 1))):
+        assert model.predict(step) == pytest.approx(seconds(step, truth), rel=0.02, abs=1e-5)
+    assert all(coefficient >= 0 for coefficient in model.coefficients)
+
+
+def test_noise_does_not_lead_far_astray():
+    truth = (0.01, 1e-8, 2e-4, 3e-10)
+    model = training(random.Random(2), truth, noise=0.1)
+    for step in (plan((0, 2048)), plan((400_000, 2048))):
+        assert model.predict(step) == pytest.approx(seconds(step, truth), rel=0.15)
+
+
+def test_the_past_is_forgotten():
+    slow, fast = (0.1, 0.0, 1e-3, 0.0), (0.01, 0.0, 1e-4, 0.0)
+    model = training(random.Random(3), slow)
+    rng = random.Random(4)
+    for _ in range(300):
+        step = plan((rng.randrange(1000), rng.choice((64, 512))))
+        model.observe(step, seconds(step, fast))
+    assert model.predict(plan((0, 512))) == pytest.approx(seconds(plan((0, 512)), fast), rel=0.05)
+
+
+@pytest.mark.parametrize("measured", [0.0, 1e-9, 1e6])
+def test_a_single_extreme_step_gives_finite_answers(measured: float):
+    model = LatencyModel()
+    model.observe(plan((0, 64)), measured)
+    assert model.predict(plan((0, 64))) == pytest.approx(measured, rel=0.01, abs=1e-6)
+    assert model.predict(plan((0, 4096))) >= 0
+
+
+def test_before_any_step():
+    model = LatencyModel()
+    assert model.coefficients == (0, 0, 0, 0)
+    assert model.predict(plan((0, 9))) == 0
+    assert model.predict_chunks([Chunk(0, 10)]) is None
+
+
+@pytest.mark.parametrize(("start", "stop", "chunk"), [(0, 1, 512), (0, 512, 512), (0, 513, 512), (777, 9973, 512)])
+def test_a_prefill_is_the_sum_of_its_chunks(start: int, stop: int, chunk: int):
+    model = training(random.Random(5), (0.01, 1e-8, 2e-4, 3e-10))
+    steps = [plan((at, min(chunk, stop - at))) for at in range(start, stop, chunk)]
+    predicted = model.predict_chunks(list(chunks(None, start, stop, stop, chunk)))
+    assert predicted == pytest.approx(sum(map(model.predict, steps)))
+
+
+def test_a_finished_prefill_takes_no_time():
+    model = training(random.Random(6), (0.01, 0.0, 1e-4, 0.0), steps=5)
+    assert model.predict_chunks([]) == 0
+
+
+# --- sparse cells -----------------------------------------------------------------------------------------------------
+
+SPEC = long_spec(100, 8192)
+
+
+def cell(start: int, density: float, sequence: int = 0, length: int = 8192) -> CellReport:
+    return CellReport(sequence, 0, 0, start, length, (density,), (1.0,), (1.0,), (False,))
+
+
+def test_the_share_a_slice_visited():
+    part = SequenceSlice(3, 0, 4, 1000, (), (), 1)
+    assert visited_share(part, ()) is None
+    assert visited_share(part, [cell(0, 0.5, sequence=4)]) is None
+    reports = [cell(0, 1.0, 3, 2), cell(2, 0.5, 3, 2), cell(0, 0.0, 4, 2)]
+    assert visited_share(part, reports) == pytest.approx((3 * 1.0 + 7 * 0.5) / 10)
+    two_heads = CellReport(3, 0, 0, 0, 4, (0.2, 0.4), (1, 1), (1, 1), (False, False))
+    assert visited_share(part, [two_heads]) == pytest.approx(0.3)
+
+
+def test_reported_shares_are_features_and_others_are_estimated():
+    model, step = LatencyModel(SPEC), plan((8192, 8192))
+    pairs = 8192 * 8192 + 8192 * 8193 / 2
+    assert model.features(step)[3] == pairs, "dense until a cell was seen"
+    assert model.features(step, [cell(8192, 0.25)])[3] == pytest.approx(pairs / 4)
+    model.observe(step, 1.0, [cell(8192, 0.25)])
+    assert model.features(step)[3] == pytest.approx(pairs / 4)
+    assert LatencyModel().features(step, [cell(8192, 0.25)])[3] == pairs, "without a spec every row is dense"
+
+
+def density_of(context: float, keys: float, power: float) -> float:
+    return min(1.0, keys * (context / 1e5) ** power / context)
+
+
+@pytest.mark.parametrize(("keys", "power"), [(6000, 0.0), (3000, 0.4), (30_000, 0.9)])
+def test_the_rest_of_a_sparse_prefill_is_predicted(keys: float, power: float):
+    """After a tenth of a prompt the prediction is right within a fifth, and it falls with every cell."""
+    truth, size, model = (0.05, 1e-7, 1e-5, 2e-9), 1_000_000, LatencyModel(SPEC)
+    todo = list(chunks(SPEC, 0, size, size, 8192))
+    steps = []
+    for chunk in todo:
+        step = plan((chunk.start, chunk.stop - chunk.start))
+        length = chunk.stop - chunk.start
+        mean = chunk.start + (length + 1) / 2
+        reports = [cell(chunk.start, density_of(mean, keys, power), length=length)]
+        steps.append((step, reports, sum(a * b for a, b in zip(truth, model.features(step, reports), strict=True))))
+    predictions = []
+    for number, (step, reports, duration) in enumerate(steps, start=1):
+        model.observe(step, duration, reports)
+        predictions.append(model.predict_chunks(todo[number:]))
+    assert predictions[-1] == 0
+    tenth = len(steps) // 10
+    assert predictions[tenth] == pytest.approx(sum(duration for *_, duration in steps[tenth + 1 :]), rel=0.2)
+    assert all(after <= before * 1.02 for before, after in pairwise(predictions[tenth:]))

@@ -1,0 +1,193 @@
+"""The file of the job store: private, upgraded, refused, full; readers beside the writer; death in mid-commit."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.engine.runtime import Ask
+from cluster.jobs.database import MIGRATIONS, VERSION
+from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
+from cluster.jobs.store import JobStore, JobStoreError
+from tests.support.paths import ROOT
+from tests.unit.cluster.jobs.test_store import DOCUMENT, PLAIN, commit, submit, tokens
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "jobs.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[JobStore]:
+    store = JobStore(path)
+    yield store
+    store.close()
+
+
+def test_a_long_read_does_not_delay_commits(store: JobStore) -> None:
+    job_id = submit(store)
+    commit(store, job_id, tokens(1, 5))
+    with store._db.reading() as reader:
+        rows = reader.execute("SELECT number FROM tokens ORDER BY number")
+        assert next(rows) == (1,)
+        writer = threading.Thread(target=commit, args=(store, job_id, tokens(6, 5)))
+        writer.start()
+        writer.join(5)
+        assert not writer.is_alive()
+        assert store.get(job_id).last_event == 10  # type: ignore[union-attr]
+        assert len(rows.fetchall()) == 4, "a read sees one moment"
+
+
+def test_get_reads_no_tokens(store: JobStore) -> None:
+    job_id = submit(store)
+    commit(store, job_id, tokens(1, 5))
+    read: set[str | None] = set()
+
+    def authorize(action: int, table: str | None, *_: object) -> int:
+        read.add(table if action == sqlite3.SQLITE_READ else None)
+        return sqlite3.SQLITE_OK
+
+    with store._db.reading() as reader:
+        reader.set_authorizer(authorize)
+    assert store.get(job_id) is not None
+    assert read >= {"jobs", "specs", "answers"}
+    assert "tokens" not in read
+
+
+def test_files_are_private(store: JobStore, path: Path) -> None:
+    submit(store)
+    assert {p.name: p.stat().st_mode & 0o777 for p in path.parent.iterdir()} == {
+        "jobs.db": 0o600, "jobs.db-wal": 0o600, "jobs.db-shm": 0o600
+    }  # fmt: skip
+    store.close()
+    store.close()
+    path.chmod(0o644)
+    JobStore(path).close()
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(JobStoreError, match="is closed"):
+        store.get(new_id("job"))
+
+
+def test_an_old_file_is_upgraded(path: Path) -> None:
+    path.parent.mkdir()
+    old = sqlite3.connect(path, isolation_level=None)
+    MIGRATIONS[1](old)
+    old.execute("INSERT INTO meta VALUES ('schema_version', 1)")
+    old.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (DOCUMENT.id, "d", 1, 1.0, 2.0))
+    specs = [JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()), PLAIN]
+    for seq, spec in enumerate(specs, 1):
+        values = (seq, f"job_{seq:032x}", "queued", spec.body_hash())
+        columns = "seq, id, state, body_hash, num_answers, created"
+        old.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, 1, 1)", values)
+        old.execute("INSERT INTO specs VALUES (?, ?, '{}')", (seq, spec.to_json()))
+        old.execute("INSERT INTO answers (job, question) VALUES (?, 0)", (seq,))
+    old.close()
+    for _ in range(2):  # the second time there is nothing to do
+        store = JobStore(path)
+        assert [record.spec for record in store.unfinished()] == specs
+        with pytest.raises(NotAllowedNow):
+            store.delete_document(DOCUMENT.id)
+        with store._db.reading() as db:
+            assert db.execute("SELECT document_id FROM jobs ORDER BY seq").fetchall() == [(DOCUMENT.id,), (None,)]
+            assert db.execute("SELECT value FROM meta").fetchall() == [(VERSION,)]
+        store.close()
+
+
+def newer(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL)")
+        db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (VERSION + 1,))
+
+
+def foreign(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE photos (id)")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (newer, f"schema version {VERSION + 1}: must be at most {VERSION}: upgrade"),
+        (foreign, "a database of something else"),
+        (lambda path: path.write_text("x" * 5000), "not a database"),
+        (lambda path: path.mkdir(), "must be a file"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    path = tmp_path / "jobs.db"
+    make(path)
+    before = path.read_bytes() if path.is_file() else b""
+    with pytest.raises(JobStoreError, match=message) as caught:
+        JobStore(path)
+    assert "\n" not in str(caught.value)
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_a_full_disk_is_one_error_and_no_loss(store: JobStore) -> None:
+    job_id = submit(store)
+    commit(store, job_id, tokens(1, 2))
+    store._db._writer.execute("PRAGMA max_page_count = 1")  # SQLite answers as for a full disk
+    with pytest.raises(JobStoreError, match="full: free space"):
+        commit(store, job_id, [replace(token, text="x" * 9000) for token in tokens(3, 20)])
+    store._db._writer.execute("PRAGMA max_page_count = 100000")
+    assert len(store.tokens(job_id)) == store.get(job_id).last_event == 2  # type: ignore[union-attr]
+    commit(store, job_id, tokens(3, 20))
+    assert len(store.tokens(job_id)) == 22
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from cluster.jobs.store import JobStore
+from cluster.jobs.model import ACTIVE, JobAnswer, JobInput, JobSpec, JobState, JobToken, new_id
+from cluster.engine.runtime import Ask
+
+store = JobStore(Path(sys.argv[1]))
+jobs = [record.id for record in store.unfinished()]
+while len(jobs) < 4:
+    jobs.append(store.create(JobSpec(JobInput(prompt="p"), Ask()), new_id("job"), 1, {})[0].id)
+last = [store.get(job).last_event for job in jobs]
+while True:
+    step = [(job, JobToken(n + k, 0, k, "word " * 200)) for job, n in zip(jobs, last) for k in (1, 2, 3, 4)]
+    last = [n + 4 for n in last]
+    answers = [(job, JobAnswer(0, text=str(n))) for job, n in zip(jobs, last)]
+    store.commit_step(step, [(job, ACTIVE, JobState.DECODING) for job in jobs], answers)
+    print(last[0], flush=True)
+"""
+
+
+def test_death_in_the_middle_of_commits(path: Path) -> None:
+    acknowledged = 0
+    for kills in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert writer.stdout is not None
+        for _ in range(60 + 37 * kills):
+            acknowledged = int(writer.stdout.readline())
+        writer.send_signal(signal.SIGKILL)  # it commits all the time, so this is almost always inside a commit
+        rest = writer.stdout.read().split("\n")[:-1]  # whole lines that were still in the pipe
+        acknowledged = int(rest[-1]) if rest else acknowledged
+        assert writer.wait(10) == -signal.SIGKILL
+        store = JobStore(path)
+        records = store.unfinished()
+        assert len(records) == 4
+        assert len({record.last_event for record in records}) == 1, "a step is whole or absent"
+        for record in records:
+            assert record.last_event in (acknowledged, acknowledged + 4)
+            numbers = [token.number for token in store.tokens(record.id, limit=1 << 40)]
+            assert numbers == list(range(1, record.last_event + 1))
+            assert (record.answers[0].text, record.state) == (str(record.last_event), JobState.DECODING)
+        with store._db.reading() as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+        store.close()

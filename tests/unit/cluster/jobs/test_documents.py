@@ -1,0 +1,245 @@
+"""Documents: content-addressed, whole or absent, private, swept; whatever the client or the disk does."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.engine.runtime import Ask
+from cluster.jobs.documents import MAX_NAME, Documents, display_name
+from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobSpec, JobState, NotAllowedNow, NotFound, new_id
+from cluster.jobs.store import JobStore, JobStoreError
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    store = JobStore(tmp_path / "jobs.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "documents"
+
+
+@pytest.fixture
+def documents(folder: Path, store: JobStore, clock: Clock) -> Documents:
+    return Documents(folder, store, ttl_s=60.0, clock=clock)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 97, 100_003])
+def test_content_is_the_name(documents: Documents, folder: Path, size: int) -> None:
+    content = os.urandom(size)
+    record = documents.put("a.txt", (content[i : i + 16] for i in range(0, size, 16)), max_bytes=size)
+    assert record.id == "doc_" + hashlib.sha256(content).hexdigest()[:32]
+    assert (record.name, record.size_bytes, record.created, record.expires) == ("a.txt", size, 1000.0, 1060.0)
+    assert documents.read(record.id) == content
+    assert documents.list() == [record]
+    assert names(folder) == [record.id]
+    assert (folder / record.id).stat().st_mode & 0o777 == 0o600
+
+
+def test_the_same_bytes_are_one_document(documents: Documents, folder: Path, clock: Clock) -> None:
+    first = documents.put("one", [b"ab", b"", b"c"], 10)
+    clock.now = 1030.0
+    assert documents.put("two", [b"abc"], 10) == replace(first, expires=1090.0)
+    assert names(folder) == [first.id]
+    (folder / first.id).write_bytes(b"a")
+    with pytest.raises(JobStoreError, match="1 bytes: must be 3: upload it again"):
+        documents.read(first.id)
+    documents.put("one", [b"abc"], 10)
+    assert documents.read(first.id) == b"abc", "a new upload repairs a damaged file"
+
+
+def test_too_long_is_refused_at_once(documents: Documents, folder: Path) -> None:
+    taken: list[None] = []
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            taken.append(None)
+            yield b"x" * 10
+
+    with pytest.raises(InvalidJob, match="40 bytes so far: must be at most 39"):
+        documents.put("a", endless(), 39)
+    assert len(taken) == 4
+    with pytest.raises(InvalidJob, match="0 bytes"):
+        documents.put("a", [b"", b""], 39)
+    assert (names(folder), documents.list()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "raised", [ConnectionResetError("gone"), RuntimeError("bad"), KeyboardInterrupt(), GeneratorExit()]
+)
+def test_a_client_that_goes_away(documents: Documents, folder: Path, raised: BaseException) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        assert len(names(folder)) == 1
+        assert next(folder.iterdir()).stat().st_mode & 0o777 == 0o600
+        raise raised
+
+    with pytest.raises(type(raised)):
+        documents.put("a", pieces(), 100)
+    assert (names(folder), documents.list()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "No space left on device: free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EIO, "check its disk"),
+    ],
+)
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_full_disk(
+    documents: Documents, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str, call: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(JobStoreError, match=message) as caught:
+            documents.put("a", [b"abc"], 100)
+    assert "\n" not in str(caught.value)
+    assert (names(folder), documents.list()) == ([], [])
+    assert documents.read(documents.put("a", [b"abc"], 100).id) == b"abc"
+
+
+def test_a_short_write_is_continued(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:3]))
+        record = documents.put("a", [b"0123456789", b"abc"], 100)
+    assert documents.read(record.id) == b"0123456789abc"
+
+
+def test_a_record_that_cannot_be_written(documents: Documents, store: JobStore, folder: Path) -> None:
+    kept = documents.put("a", [b"kept"], 100)
+
+    def fail(_: object) -> None:
+        raise JobStoreError("full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "put_document", fail)
+        for content in (b"kept", b"new"):
+            with pytest.raises(JobStoreError, match="full"):
+                documents.put("a", [content], 100)
+    assert names(folder) == [kept.id]
+    assert documents.read(kept.id) == b"kept"
+
+
+@pytest.mark.parametrize("call", ["read", "get", "delete"])
+@pytest.mark.parametrize(
+    "document_id",
+    ["", "..", "../jobs.db", "/etc/passwd", "doc_../../x", "doc_" + "A" * 32, "job_" + "0" * 32, "doc_\0"],
+)
+def test_ids_are_no_paths(documents: Documents, call: str, document_id: str) -> None:
+    with pytest.raises(InvalidJob, match="doc id"):
+        getattr(documents, call)(document_id)
+
+
+def test_absent_documents(documents: Documents, folder: Path) -> None:
+    call: Callable[[str], object]
+    for call in (documents.read, documents.get, documents.delete):
+        with pytest.raises(NotFound):
+            call(new_id("doc"))
+    record = documents.put("a", [b"abc"], 100)
+    (folder / record.id).unlink()
+    with pytest.raises(NotFound, match="its file is gone"):
+        documents.read(record.id)
+    documents.delete(record.id)
+    assert documents.list() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("report.txt", "report.txt"),
+        ("", "document"),
+        (" \r\n\t", "document"),
+        ("a\0b\x1b[31m\nc", "ab[31m c"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("\ud800ü", "ü"),
+        ("../../etc/passwd", "../../etc/passwd"),
+        *[("é" * size, "é" * min(size, MAX_NAME)) for size in (MAX_NAME - 1, MAX_NAME, MAX_NAME + 1)],
+    ],
+)
+def test_names_are_only_shown(documents: Documents, name: str, shown: str) -> None:
+    assert display_name(name) == shown
+    assert documents.put(name, [b"abc"], 100).name == shown
+
+
+def test_sweep(documents: Documents, store: JobStore, folder: Path, clock: Clock) -> None:
+    used, old = documents.put("used", [b"used"], 100), documents.put("old", [b"old"], 100)
+    clock.now = 1030.0
+    young = documents.put("young", [b"young"], 100)
+    spec = JobSpec(JobInput(document_id=used.id, questions=("?",)), Ask())
+    job, _ = store.create(spec, new_id("job"), 1, {})
+    (folder / ".upload-left").write_bytes(b"x")
+    (folder / new_id("doc")).write_bytes(b"a crash between file and record")
+    (folder / "README").write_bytes(b"not ours")
+    with pytest.raises(NotAllowedNow):
+        documents.delete(used.id)
+    assert documents.sweep(1060.0) == 1
+    assert names(folder) == sorted(["README", used.id, young.id])
+    with pytest.raises(NotFound):
+        documents.get(old.id)
+    assert store.transition(job.id, ACTIVE, JobState.SUCCEEDED)
+    assert documents.sweep(1060.0) == 1
+    documents.delete(young.id)
+    assert names(folder) == ["README"]
+
+
+def test_sweep_leaves_running_uploads(documents: Documents, folder: Path) -> None:
+    half, swept = threading.Event(), threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"first "
+        half.set()
+        assert swept.wait(10)
+        yield b"second"
+
+    records = []
+    upload = threading.Thread(target=lambda: records.append(documents.put("a", pieces(), 100)))
+    upload.start()
+    assert half.wait(10)
+    assert documents.sweep(1e9) == 0
+    swept.set()
+    upload.join(10)
+    assert documents.read(records[0].id) == b"first second"
+    assert names(folder) == [records[0].id]
+
+
+def test_parallel_uploads_of_one_document(documents: Documents, folder: Path) -> None:
+    threads = [threading.Thread(target=documents.put, args=("a", [b"x" * 1000] * 20, 1 << 20)) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert [record.size_bytes for record in documents.list()] == [20_000]
+    assert names(folder) == [documents.list()[0].id]

@@ -1,0 +1,267 @@
+"""The job service over a pipeline that moves only when the test says so: every state, every way to end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster.engine.runtime import Ask
+from cluster.jobs import service as service_module
+from cluster.jobs.api import ServiceLimits
+from cluster.jobs.model import (
+    Busy,
+    Conflict,
+    InvalidJob,
+    JobInput,
+    JobRecord,
+    JobSpec,
+    JobState,
+    NotAllowedNow,
+    NotFound,
+    new_id,
+)
+from tests.support.fakes.runtime import CHUNK
+from tests.support.fakes.stage import eventually
+from tests.support.rigs.service import Bench
+
+S = JobState
+
+
+def test_states_in_order(bench: Bench) -> None:
+    bench.session.shard.hold()
+    job_id = bench.submit(tokens=3 * CHUNK, max_tokens=3)
+    bench.session.shard.let(1)
+    bench.reaches(job_id, S.PREFILLING)
+    assert bench.service.counts() == (0, 1)
+    assert bench.service.progress(job_id)[0].processed <= 2 * CHUNK
+    bench.session.shard.let(2)
+    bench.reaches(job_id, S.DECODING)
+    bench.session.shard.let(100)
+    record = bench.service.wait(job_id, 20)
+    assert (record.state, bench.ids(job_id)) == (S.SUCCEEDED, [100, 101, 102])
+    assert record.answers[0].finish_reason == "length"
+    bench.check_idle()
+
+
+@pytest.mark.parametrize("state", [S.QUEUED, S.PREFILLING, S.DECODING, S.SUCCEEDED])
+def test_cancel_in_every_state(make: Callable[..., Bench], state: JobState) -> None:
+    bench = make(seqs=1)
+    shard = bench.session.shard
+    shard.hold()
+    if state is S.QUEUED:
+        bench.submit()
+    job_id = bench.submit(tokens=8 * CHUNK, max_tokens=100, first=9)
+    if state is not S.QUEUED:
+        shard.let({S.PREFILLING: 2, S.DECODING: 12, S.SUCCEEDED: 1000}[state])
+    bench.reaches(job_id, state)
+    if state is S.QUEUED:
+        assert bench.service.cancel(job_id).state is S.CANCELLED  # although the shard stands still
+    bench.service._cancel(job_id)
+    with contextlib.suppress(AssertionError):  # behind the cancellation in the engine's queue
+        bench.service.check_integrity()
+    shard.let(2)  # the steps in flight: no further one is needed
+    record = bench.service.wait(job_id, 20)
+    assert record.state is (S.SUCCEEDED if state is S.SUCCEEDED else S.CANCELLED)
+    assert bench.service.cancel(job_id) == record == bench.service.cancel(job_id)
+    assert len(bench.ids(job_id)) == record.last_event
+    shard.let(1000)
+    bench.check_idle()
+
+
+def test_cancel_while_decoding_stops_within_the_steps_in_flight(bench: Bench) -> None:
+    job_id = bench.submit(max_tokens=3000, first=1)
+    bench.reaches(job_id, S.DECODING)
+    record = bench.service.cancel(job_id)
+    assert record.state is S.CANCELLED
+    assert 0 < len(bench.ids(job_id)) == record.last_event < 3000
+    bench.check_idle()
+
+
+def test_deadline_while_queued_and_while_decoding(make: Callable[..., Bench]) -> None:
+    bench = make(seqs=1)
+    bench.session.shard.hold()
+    decoding = bench.submit(max_tokens=500, deadline=bench.clock() + 50)
+    bench.session.shard.let(3)
+    bench.reaches(decoding, S.DECODING)
+    queued = bench.submit(deadline=bench.clock() + 50)
+    alive = bench.submit(deadline=bench.clock() + 1000)
+    bench.ahead = 60.0
+    bench.service._keeper.at(0, lambda: None)  # wakes it: a clock that jumps does not
+    bench.reaches(queued, S.FAILED)
+    bench.reaches(decoding, S.FAILED)
+    bench.session.shard.let(1000)
+    for job_id in (queued, decoding):
+        assert bench.service.get(job_id).error == "deadline exceeded"
+    assert bench.ids(decoding)
+    assert bench.service.wait(alive, 20).state is S.SUCCEEDED
+    with pytest.raises(InvalidJob, match="deadline_s: already over"):
+        bench.submit(deadline=bench.clock() - 1)
+    bench.check_idle()
+
+
+def test_priority_decides_among_the_waiting(make: Callable[..., Bench]) -> None:
+    bench = make(seqs=1)
+    bench.session.shard.hold()
+    first = bench.submit()
+    priorities = [0, 5, -3, 5, 9]
+    jobs = [bench.submit(priority=priority, first=at + 20) for at, priority in enumerate(priorities)]
+    bench.session.shard.let(1000)
+    for job_id in (first, *jobs):
+        assert bench.service.wait(job_id, 20).state is S.SUCCEEDED
+    sequences = list(dict.fromkeys(part.sequence for plan in bench.session.shard.plans for part in plan.slices))
+    assert sequences[0] == 1
+    assert [sequence - 2 for sequence in sequences[1:]] == [4, 1, 3, 0, 2]  # equal ones as they came
+
+
+def test_bounded_queue(make: Callable[..., Bench]) -> None:
+    bench = make(seqs=1, limits=ServiceLimits(max_queued_jobs=3))
+    bench.session.shard.hold()
+    running = bench.submit(tokens=4 * CHUNK)
+    bench.session.shard.let(1)
+    bench.reaches(running, S.PREFILLING)
+    jobs = [bench.submit() for _ in range(3)]
+    with pytest.raises(Busy, match="max_queued_jobs") as caught:
+        bench.submit()
+    assert caught.value.retry_after_s > 0
+    bench.service.cancel(jobs[0])
+    jobs.append(bench.submit())
+    bench.session.shard.let(1000)
+    assert [bench.service.wait(job_id, 20).state for job_id in jobs] == [S.CANCELLED, *[S.SUCCEEDED] * 3]
+    bench.check_idle()
+
+
+def test_parallel_duplicates_are_one_job(bench: Bench) -> None:
+    with ThreadPoolExecutor(50) as threads:
+        ids = set(threads.map(lambda _: bench.submit(idempotency_key="k"), range(50)))
+    assert len(ids) == 1
+    assert len(bench.service.jobs([], {}, 100, "")[0]) == 1
+    with pytest.raises(Conflict):
+        bench.submit(idempotency_key="k", max_tokens=4)
+    assert bench.service.wait(ids.pop(), 20).last_event == 3
+    bench.check_idle()
+
+
+def test_attached_job_ends_with_its_last_follower(bench: Bench) -> None:
+    bench.session.shard.hold()
+    attached, free = bench.submit(max_tokens=100, attached=True), bench.submit(max_tokens=3)
+    first, second = bench.service.stream(attached), bench.service.stream(attached)
+    other = bench.service.stream(free)
+    for stream in (first, second, other):
+        next(stream)
+    first.close()  # type: ignore[attr-defined]
+    other.close()  # type: ignore[attr-defined]
+    bench.session.shard.let(2)
+    bench.reaches(attached, S.DECODING)
+    second.close()  # type: ignore[attr-defined]
+    bench.session.shard.let(1000)
+    assert bench.service.wait(attached, 20).state is S.CANCELLED
+    assert bench.service.wait(free, 20).state is S.SUCCEEDED
+    bench.check_idle()
+
+
+def test_attached_job_that_nobody_follows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_ATTACH_WITHIN_S", 0.05)
+    bench.session.shard.hold()
+    job_id = bench.submit(attached=True)
+    assert threading.Event().wait(0.1) is False
+    bench.session.shard.let(1000)
+    assert bench.service.wait(job_id, 20).state in (S.CANCELLED, S.SUCCEEDED)
+    bench.session.shard.hold()
+    lonely = bench.submit(tokens=20 * CHUNK, attached=True, first=3)
+    assert bench.service.wait(lonely, 20).state is S.CANCELLED
+    bench.session.shard.let(1000)
+    bench.check_idle()
+
+
+def test_stream_begins_anywhere_and_loses_nothing(bench: Bench) -> None:
+    bench.session.shard.hold()
+    job_id = bench.submit(max_tokens=7)
+    stream = bench.service.stream(job_id)
+    bench.session.shard.let(1000)
+    events = list(stream)
+    numbers = [token.number for event in events if isinstance(event, list) for token in event]
+    assert numbers == list(range(1, 8))
+    assert isinstance(events[-1], JobRecord)
+    assert events[-1].state is S.SUCCEEDED
+    for after in range(8):
+        rest = [t.number for e in bench.service.stream(job_id, after) if isinstance(e, list) for t in e]
+        assert rest == numbers[after:]
+    with pytest.raises(InvalidJob, match="between 0 and 7"):
+        bench.service.stream(job_id, 8)
+
+
+def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
+    bench = make(limits=ServiceLimits(result_ttl_s=100.0, document_ttl_s=100.0))
+    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    bench.session.shard.hold()
+    job_id = bench.submit()
+    with pytest.raises(NotAllowedNow, match="cancel it first"):
+        bench.service.delete(job_id)
+    bench.session.shard.let(1000)
+    bench.service.wait(job_id, 20)
+    kept = bench.submit()
+    bench.service.wait(kept, 20)
+    bench.service.delete(job_id)
+    for call in (bench.service.get, bench.service.delete, bench.service.cancel):
+        with pytest.raises(NotFound):
+            call(job_id)
+    assert bench.store.tokens(job_id) == []
+    bench.ahead = 99.0
+    bench.service._sweep(bench.clock())
+    assert bench.state(kept) is S.SUCCEEDED
+    bench.ahead = 110.0
+    bench.service._sweep(bench.clock())
+    with pytest.raises(NotFound, match="may have expired"):
+        bench.service.get(kept)
+    with pytest.raises(NotFound):
+        bench.service.document(document.id)
+    assert not list((bench.folder / "documents").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "ask", "message"),
+    [
+        (JobInput(token_ids=()), Ask(), "prompt: 0 tokens"),
+        (JobInput(token_ids=(1, 4096)), Ask(), "token_ids: 4096 at index 1: must be between 0 and 4095"),
+        (JobInput(token_ids=(1,) * 4000), Ask(max_tokens=97), "4000 tokens .* 97 = 4097, .* is 4096: .* at most 3999"),
+        (JobInput(prompt=""), Ask(), "prompt: 0 tokens"),
+        (JobInput(token_ids=(1,)), Ask(stop_token_ids=(9999,)), "stop_token_ids: 9999 at index 0"),
+        (JobInput(document_id="doc_../../etc/passwd", questions=("?",)), Ask(), "doc id"),
+    ],
+)
+def test_bad_requests_are_not_stored(bench: Bench, given: JobInput, ask: Ask, message: str) -> None:
+    with pytest.raises(InvalidJob, match=message):
+        bench.service.submit(JobSpec(given, ask))
+    assert bench.store.count() == 0
+    bench.check_idle()
+
+
+def test_unknown_ids(bench: Bench) -> None:
+    with pytest.raises(NotFound):
+        bench.service.get(new_id("job"))
+    with pytest.raises(NotFound):
+        bench.service.submit(JobSpec(JobInput(document_id=new_id("doc"), questions=("?",)), Ask()))
+    for bad in ("", "../../etc/passwd", "job_../x", "job_" + "g" * 32, new_id("doc")):
+        with pytest.raises(InvalidJob):
+            bench.service.get(bad)
+        with pytest.raises(InvalidJob):
+            bench.service.cancel(bad)
+
+
+def test_metrics_hear_of_every_end_once(bench: Bench) -> None:
+    heard: list[tuple[str, str, int]] = []
+    bench.service.on_ended(lambda record, counts: heard.append((record.id, record.state, sum(counts.values()))))
+    bench.session.shard.hold()
+    jobs = [bench.submit(), bench.submit(max_tokens=1), bench.submit()]
+    bench.service._cancel(jobs[2])
+    bench.session.shard.let(1000)
+    for job_id in jobs:
+        bench.service.wait(job_id, 20)
+    eventually(lambda: len(heard) == 3)
+    assert {job_id: rest for job_id, *rest in heard} == {
+        jobs[0]: [S.SUCCEEDED, 3], jobs[1]: [S.SUCCEEDED, 1], jobs[2]: [S.CANCELLED, 0],
+    }  # fmt: skip

@@ -1,0 +1,159 @@
+"""How a step's tokens are shared: a table of cases, and the promises for any case."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.scheduler.chunking import Chunk, Stand, chunks, cut, num_steps, share_budget
+from protos.model.grid import is_sparse, largest_cell, last_cut, next_cut, whole_cells
+from protos.model.spec import ModelSpec
+from tests.support.rigs.scheduler import long_spec
+
+
+@pytest.mark.parametrize(
+    ("budget", "remaining", "shares"),
+    [
+        (8, [], []),
+        (8, [0, 0], [0, 0]),
+        (8, [1], [1]),
+        (8, [7], [7]),
+        (8, [8], [8]),
+        (8, [9], [8]),
+        (8, [100, 1], [7, 1]),
+        (8, [100, 100], [4, 4]),
+        (7, [100, 100], [4, 3]),
+        (8, [100, 2], [4, 2]),
+        (8, [100, 50, 2], [4, 2, 2]),
+        (8, [2, 100], [2, 6]),
+        (8, [100, 3, 3, 3], [4, 3, 1, 0]),
+        (1, [100], [1]),
+        (1, [100, 1], [0, 1]),
+        (2, [1, 1, 1], [1, 1, 0]),
+        (2, [100, 1, 0, 1], [1, 1, 0, 0]),
+        (3, [100, 1, 0, 1], [1, 1, 0, 1]),
+    ],
+)
+def test_cases(budget: int, remaining: list[int], shares: list[int]):
+    assert share_budget(budget, remaining) == shares
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(1, 300), st.lists(st.one_of(st.integers(0, 3), st.integers(0, 1000)), max_size=12))
+def test_promises(budget: int, remaining: list[int]):
+    shares = share_budget(budget, remaining)
+    assert len(shares) == len(remaining)
+    assert all(0 <= share <= wanted for share, wanted in zip(shares, remaining, strict=True))
+    assert sum(shares) <= budget, "the budget is kept"
+    if sum(wanted > 1 for wanted in remaining) <= 1:
+        assert sum(shares) == min(budget, sum(remaining)), "alone, a prefill uses all of it"
+    singles = [share for share, wanted in zip(shares, remaining, strict=True) if wanted == 1]
+    prefills = [(share, wanted) for share, wanted in zip(shares, remaining, strict=True) if wanted > 1]
+    room = max(1, budget - 1) if prefills else budget
+    assert sum(singles) == min(len(singles), room), "single tokens come first, beside a prefill they leave one"
+    if prefills:
+        share, wanted = prefills[0]
+        assert share >= min(wanted, -(-(budget - sum(singles)) // 2)), "the oldest prefill gets at least half"
+        others = sorted(prefills[1:], key=lambda pair: pair[1])
+        unfinished = [share < wanted for share, wanted in others]
+        assert unfinished == sorted(unfinished), "shorter ones are served before longer ones"
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(0, 0), (1, 1), (255, 1), (256, 1), (257, 2), (1009, 4)])
+def test_steps_of_a_prefill(tokens: int, steps: int):
+    assert num_steps(tokens, 256) == steps
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+SPARSE = long_spec(100, 64)
+GRID = long_spec(100, 64, 160)  # cells 64, 64, 32, ...
+DCA = long_spec(None, distance=96)
+
+
+@pytest.mark.parametrize(
+    ("spec", "stands", "lengths", "credits"),
+    [
+        (None, [(0, 1000, 64), (5, 9, 3)], [64, 3], [0, 0]),
+        (SPARSE, [(0, 100, 64)], [64], [0]),  # dense: not above the threshold
+        (SPARSE, [(0, 1000, 1)], [64], [0]),  # a whole cell whatever the share
+        (SPARSE, [(0, 1000, 63)], [64], [0]),
+        (SPARSE, [(0, 1000, 127)], [64], [0]),
+        (SPARSE, [(0, 1000, 128)], [128], [0]),
+        (SPARSE, [(960, 1000, 40)], [40], [0]),  # the last cell ends with the prompt
+        (SPARSE, [(1000, 1000, 1)], [1], [0]),  # a generated token
+        (SPARSE, [(1000, 1000, 17)], [17], [0]),  # generated tokens computed again
+        (SPARSE, [(0, 1000, 0)], [0], [0]),
+        (SPARSE, [(0, 1000, 32), (0, 50, 31), (70, 70, 1)], [64, 31, 1], [0, 0, 0]),  # others keep their shares
+        (SPARSE, [(0, 1000, 32), (0, 900, 32)], [64, 0], [-32, 32]),  # the older one first,
+        (SPARSE, [(64, 1000, 32, -32), (0, 900, 32, 32)], [0, 64], [0, 0]),  # then the other
+        (SPARSE, [(0, 1000, 64), (0, 900, 64)], [64, 64], [0, 0]),
+        (SPARSE, [(0, 1000, 32), (960, 961, 1)], [64, 1], [-32, 0]),  # what fits into its own share is never put off
+        (SPARSE, [(0, 1000, 32, 60), (0, 900, 0, 50)], [64, 0], [0, 50]),  # no share: nothing saved, nothing lost
+        (GRID, [(128, 1000, 32)], [32], [0]),
+        (GRID, [(128, 1000, 63)], [32], [0]),
+        (GRID, [(128, 1000, 64)], [64], [0]),
+        (DCA, [(0, 1000, 64)], [64], [0]),
+        (DCA, [(64, 1000, 64)], [32], [0]),  # a dense slice ends with its chunk
+        (DCA, [(96, 1000, 64), (191, 1000, 1)], [64, 1], [0, 0]),
+    ],
+)
+def test_cut(spec: ModelSpec | None, stands: list[tuple[int, ...]], lengths: list[int], credits: list[int]):
+    assert cut(spec, [Stand(*stand) for stand in stands]) == (lengths, credits)
+
+
+@st.composite
+def traffic(draw: st.DrawFn) -> tuple[ModelSpec, int, list[Stand]]:
+    spec = draw(st.sampled_from([SPARSE, GRID, DCA, long_spec(0, 16, 48)]))
+    budget, stands = draw(st.integers(1, 300)), []
+    for _ in range(draw(st.integers(1, 6))):
+        size = draw(st.integers(1, 600))
+        at = last_cut(spec, draw(st.integers(0, size)), size)
+        stands.append((at, size))
+    shares = share_budget(budget, [size - at or 1 for at, size in stands])
+    limit = largest_cell(spec)
+    saved = [draw(st.integers(-limit, limit)) for _ in stands]
+    return spec, budget, [Stand(at, size, n, c) for (at, size), n, c in zip(stands, shares, saved, strict=True)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(traffic())
+def test_promises_of_cells(case: tuple[ModelSpec, int, list[Stand]]):
+    spec, budget, stands = case
+    lengths, credits = cut(spec, stands)
+    assert sum(lengths) <= budget + largest_cell(spec), "at most one cell above the budget"
+    assert any(lengths), "a step always gets somewhere"
+    assert all(abs(credit) <= largest_cell(spec) for credit in credits)
+    for stand, length in zip(stands, lengths, strict=True):
+        border = next_cut(spec, stand.position, stand.prompt_len)
+        if is_sparse(spec, stand.position, stand.prompt_len):
+            assert not length or length == whole_cells(spec, stand.position, length, stand.prompt_len)
+        elif stand.share:
+            assert length == (stand.share if border is None else min(stand.share, border - stand.position))
+        if not stand.share:
+            assert not length
+
+
+def test_two_sparse_prompts_get_equal_turns():
+    stands, done = [Stand(0, 6400, 24), Stand(0, 640, 24)], [0, 0]
+    for _ in range(20):
+        lengths, credits = cut(SPARSE, stands)
+        done = [a + b for a, b in zip(done, lengths, strict=True)]
+        if done[1] == 640:
+            break
+        stands = [Stand(at, s.prompt_len, 24, c) for at, s, c in zip(done, stands, credits, strict=True)]
+    assert done == [640, 640]
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens", "expected"),
+    [
+        (None, 100, [(0, 50), (50, 100)]),
+        (SPARSE, 100, [(0, 50), (50, 100)]),
+        (SPARSE, 130, [(0, 64, True), (64, 128, True), (128, 130, True)]),
+        (GRID, 200, [(0, 64, True), (64, 128, True), (128, 160, True), (160, 200, True)]),
+        (DCA, 130, [(0, 50), (50, 96), (96, 130)]),
+    ],
+)
+def test_chunks_of_a_lone_prompt(spec: ModelSpec | None, tokens: int, expected: list[tuple[int, ...]]):
+    assert list(chunks(spec, 0, tokens, tokens, 50)) == [Chunk(*item) for item in expected]
+    assert num_steps(tokens, 50, spec) == len(expected)

@@ -1,0 +1,111 @@
+"""The keys file, the comparison of keys, the rule of open hosts; the interceptor in full is in tests/integration."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config.deployment import ConfigError, load_config
+from cluster.config.schema import SecuritySection
+from cluster.server.security import MIN_KEY_CHARS, ApiKeys, load_api_keys, server_credentials
+from cluster.stages.preflight import PreflightError
+
+KEY = "0123456789abcdef"
+
+
+def write(tmp_path: Path, content: str | bytes, mode: int = 0o600) -> Path:
+    path = tmp_path / "keys"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (KEY, [KEY]),
+        (f"{KEY}\n", [KEY]),
+        (f"team a:{KEY}\r\n\r\n# note: {KEY}xx\n  other : {KEY}2  \n", [KEY, KEY + "2"]),
+        (f"a:b:{KEY}", [KEY]),
+        ("x" * 4096, ["x" * 4096]),
+    ],
+)
+def test_keys_are_read(tmp_path: Path, content: str, keys: list[str]) -> None:
+    loaded = load_api_keys(write(tmp_path, content))
+    assert len(loaded) == len(keys)
+    assert all(loaded.matches(key) for key in keys)
+    assert not any(loaded.matches(key) for key in ("", KEY + "x", KEY[1:], KEY.upper(), f"team a:{KEY}", "\udc80"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has no key"),
+        ("# only a comment\n", "has no key"),
+        ("short", ":1: the key has 5 characters: must have at least 16"),
+        (f"{KEY}\n\nname:{KEY[:15]}", ":3: the key has 15 characters"),
+        ("name:", ":1: the key has 0 characters"),
+        (f"{KEY} {KEY}", ":1: a key must not contain spaces"),
+        (f"{KEY}\x01", ":1: a key must not contain spaces or control characters"),
+        (f"a:{KEY}\nb:{KEY}", ":2: the key of line 1 again"),
+        ("schlüssel:" + KEY, "must be ASCII"),
+        (b"\xff\xfe" + KEY.encode(), "must be ASCII"),
+        (f"{KEY}\n" * (1 << 17), "must be at most 1048576 bytes"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line_without_keys(tmp_path: Path, content: str | bytes, said: str) -> None:
+    with pytest.raises(PreflightError) as caught:
+        load_api_keys(write(tmp_path, content))
+    message = str(caught.value)
+    assert message.startswith("security.api_keys_file: ")
+    assert said in message
+    assert KEY[:15] not in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("mode", "ok"), [(0o600, True), (0o400, True), (0o640, True), (0o644, False), (0o602, False)])
+def test_the_file_must_not_be_open_to_others(tmp_path: Path, mode: int, ok: bool) -> None:
+    path = write(tmp_path, KEY, mode)
+    if ok:
+        assert len(load_api_keys(path)) == 1
+    else:
+        with pytest.raises(PreflightError, match=f"mode {mode:o}: must not be open to others; chmod 600"):
+            load_api_keys(path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(PreflightError, match=r"^security\.api_keys_file: .*: cannot be read"):
+            load_api_keys(path)
+
+
+def test_keys_are_not_kept_as_text() -> None:
+    keys = ApiKeys([("team", KEY)])
+    assert KEY not in repr(vars(keys))
+    assert KEY not in repr(keys)
+    assert len(KEY) == MIN_KEY_CHARS
+
+
+def test_without_tls_there_are_no_credentials() -> None:
+    assert server_credentials(SecuritySection()) is None
+
+
+@pytest.mark.parametrize(
+    ("security", "allowed"),
+    [
+        ("{}", False),
+        ("{api_keys_file: k}", False),
+        ("{tls_cert_file: c, tls_key_file: k}", False),
+        ("{tls_cert_file: c, tls_key_file: k, tls_client_ca_file: a}", False),
+        ("{api_keys_file: k, tls_cert_file: c, tls_key_file: k}", True),
+        ("{allow_insecure_bind: true}", True),
+    ],
+)
+def test_an_open_host_needs_keys_and_tls(tmp_path: Path, security: str, allowed: bool) -> None:
+    path = tmp_path / "open.yaml"
+    path.write_text(f"model: {{path: m}}\nserver: {{host: 0.0.0.0}}\nsecurity: {security}\n")
+    if allowed:
+        assert load_config(path).server.host == "0.0.0.0"
+    else:
+        with pytest.raises(ConfigError, match=r"server\.host: 0\.0\.0\.0: is not a loopback address") as caught:
+            load_config(path)
+        assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,259 @@
+"""The needle evaluation without a cluster: modes, grids, scores, failures, the result file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.config.deployment import Deployment, load_config
+from cluster.engine.attention_report import AttentionSummary
+from cluster.engine.outputs import Generation, Timings
+from cluster.engine.request_handle import EngineError
+from cluster.scheduler.request import FinishReason
+from cluster.text.prompts import PromptError
+from cluster.text.tokenizer import TextTokenizer
+from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.display import Display
+from cluster.tools.eval.modes import Conditions, Target, find_target, load_mode, trained_window
+from cluster.tools.eval.needle import NeedleOptions, NeedleRun, measurements
+from cluster.tools.eval.results import ResultFile, read_result
+from cluster.tools.eval.tables import depth_scores
+from protos.errors import UserError
+from tests.support.data.checkpoints import make_checkpoint
+
+DEMO = Target(configs_dir() / "demo.yaml")
+TOKENIZER = TextTokenizer.open(needle_dir())
+Event = tuple[str, str]
+
+
+def answer(text: str, prompt: int = 100, cached: int = 0, **more: Any) -> Generation:
+    timings = Timings(0.0, 2.0, 0.5, 0.1, 2.6)
+    return Generation((1,), text, None, FinishReason.STOP, (), prompt, cached, timings, **more)
+
+
+class Oracle:
+    """A session that knows the documents: it answers what `reply` makes of the truth, or raises what it raises."""
+
+    def __init__(self, deployment: Deployment, log: list[Event], reply: Callable[[str, int], str]) -> None:
+        self.name = f"{deployment.spec.rope.kind} {deployment.max_model_len}"
+        self._log, self._reply, self._asked = log, reply, 0
+
+    def start(self) -> None:
+        self._log.append(("start", self.name))
+
+    def restart(self) -> None:
+        self._log.append(("restart", self.name))
+
+    def close(self) -> None:
+        self._log.append(("close", self.name))
+
+    def generate(self, prompts: list[list[int]], *_: object, **__: object) -> list[Generation]:
+        self._asked += 1
+        self._log.append(("ask", f"{len(prompts)} x {max(map(len, prompts))}"))
+        found = []
+        for index, prompt in enumerate(prompts):
+            text = TOKENIZER.decode(prompt)
+            wanted = text.rpartition("secret code of ")[2].partition("?")[0].removesuffix(" is ")
+            truth = next(line for line in text.splitlines() if line.startswith(f"The secret code of {wanted} is"))
+            begun = text.endswith(" is ")
+            told = self._reply(truth.rpartition(" ")[2] if begun else truth, self._asked)
+            found.append(answer(told, len(prompt), 0 if index == 0 else len(prompt) - 20))
+        return found
+
+
+def evaluate(
+    options: NeedleOptions, reply: Callable[[str, int], str], target: Target = DEMO
+) -> tuple[dict[str, Any], list[Event], list[int]]:
+    log: list[Event] = []
+    display = Display(Console(quiet=True), quiet=True)
+    run = NeedleRun(target, options, display, lambda deployment, _: Oracle(deployment, log, reply))  # type: ignore[arg-type,return-value]
+    sizes: list[int] = []
+    report = run.run(lambda report: sizes.append(len(report["cells"])))
+    return report, log, sizes
+
+
+@pytest.mark.parametrize("form", ["answer", "prompt"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_cluster_a_mode_and_a_document_a_cell(form: str, shared: bool) -> None:
+    options = NeedleOptions((1024, 2048), 4, ("plain", "yarn"), form=form, shared_words=shared, trials=2)
+    report, log, sizes = evaluate(options, lambda truth, _: f" {truth}\n")
+    assert [kind for kind, _ in log] == ["start", *["ask"] * 4, "close"] * 2
+    assert sizes == [1, 2, 3, 4, 5, 6, 7, 8, 8]  # after every cell, and at the end
+    assert report["complete"]
+    places = [(cell["mode"], cell["length"], cell["trial"]) for cell in report["cells"]]
+    assert places == [(m, n, t) for m in ("plain", "yarn") for n in (1024, 2048) for t in (0, 1)]
+    for cell in report["cells"]:
+        assert cell["right"] == cell["total"] == len(cell["outcomes"]) == 4
+        assert cell["prompt_tokens"] <= cell["length"] - 24
+        depths = [outcome["depth"] for outcome in cell["outcomes"]]
+        assert depths == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.07)
+        assert cell["prefill_tokens_per_s"] == pytest.approx(cell["prompt_tokens"] / 2, rel=0.02)
+    assert depth_scores(report, "yarn", 2048) == [1.0] * 4
+
+
+def test_trials_hide_other_facts_at_other_places() -> None:
+    report, _, _ = evaluate(NeedleOptions((1024,), 4, ("plain",), trials=3), lambda truth, _: truth)
+    codes = [tuple(outcome["truth"] for outcome in cell["outcomes"]) for cell in report["cells"]]
+    assert len(set(codes)) == 3
+    again, _, _ = evaluate(NeedleOptions((1024,), 4, ("plain",), seed=2), lambda truth, _: truth)
+    assert tuple(outcome["truth"] for outcome in again["cells"][0]["outcomes"]) == codes[2]
+
+
+def test_wrong_answers_count_by_depth() -> None:
+    calls = iter(range(100))
+    options = NeedleOptions((1024,), 4, ("plain",), trials=2)
+    report, _, _ = evaluate(options, lambda truth, _: truth if next(calls) % 4 else "?")
+    assert depth_scores(report, "plain", 1024) == [0.0, 1.0, 1.0, 1.0]
+    assert [cell["right"] for cell in report["cells"]] == [3, 3]
+
+
+def test_other_checkpoints_may_say_it_in_other_words(tmp_path: Path) -> None:
+    model = tmp_path / "other"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((needle_dir() / name).read_bytes())
+    target = find_target(None, model)
+    options = NeedleOptions((1024,), 2, ("plain",))
+    report, _, _ = evaluate(options, lambda truth, _: f"Well: {truth[-6:]} It is.", target)
+    assert report["model"] == "other"
+    assert report["scoring"].startswith("first five-digit number")
+    assert report["cells"][0]["right"] == 2
+    with pytest.raises(UserError, match=r"--modes: dca: .* has neither config_1m.json nor"):
+        NeedleRun(target, NeedleOptions((1024,), 2, ("dca",)), Display(Console(quiet=True), quiet=True))
+
+
+@pytest.mark.parametrize("problem", [EngineError("stage 0 is gone"), PromptError("prompt: too long")])
+def test_a_failing_cell_leaves_the_others(problem: Exception) -> None:
+    def reply(truth: str, asked: int) -> str:
+        if asked == 2:
+            raise problem
+        return truth
+
+    report, log, _ = evaluate(NeedleOptions((1024, 1536, 2048), 2, ("plain", "yarn")), reply)
+    assert ["error" in cell for cell in report["cells"]] == [False, True, False] * 2
+    assert report["cells"][1]["error"] == str(problem)
+    restarts = [name for kind, name in log if kind == "restart"]
+    assert len(restarts) == (2 if isinstance(problem, EngineError) else 0)
+    assert depth_scores(report, "plain", 1536) == [None, None]
+
+
+def test_a_cluster_that_does_not_start_fails_its_mode_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: Oracle) -> None:
+        if self.name.startswith("default"):
+            raise EngineError("no room")
+
+    monkeypatch.setattr(Oracle, "start", start)
+    report, _, _ = evaluate(NeedleOptions((1024, 2048), 2, ("plain", "yarn")), lambda truth, _: truth)
+    assert [cell.get("error") for cell in report["cells"]] == ["the cluster did not start: no room"] * 2 + [None] * 2
+
+
+def test_an_interrupt_closes_the_cluster_and_keeps_what_there_is(tmp_path: Path) -> None:
+    result = ResultFile(tmp_path / "new", "eval")
+    log: list[Event] = []
+
+    def reply(truth: str, asked: int) -> str:
+        if asked == 2:
+            raise KeyboardInterrupt
+        return truth
+
+    display = Display(Console(quiet=True), quiet=True)
+    options = NeedleOptions((1024, 2048), 2, ("plain",))
+    run = NeedleRun(DEMO, options, display, lambda deployment, _: Oracle(deployment, log, reply))  # type: ignore[arg-type,return-value]
+    with pytest.raises(KeyboardInterrupt):
+        run.run(result.write)
+    assert log[-1][0] == "close"
+    kept = read_result(result.path)
+    assert [cell["length"] for cell in kept["cells"]] == [1024]
+    assert not kept["complete"]
+
+
+def test_result_files_are_dated_and_never_replaced(tmp_path: Path) -> None:
+    first = ResultFile(tmp_path, "eval-x")
+    first.write({"what": "needle"})
+    second = ResultFile(tmp_path, "eval-x")
+    date = first.environment["date"][:10]
+    assert (first.path.name, second.path.name) == (f"eval-x-{date}.json", f"eval-x-{date}-2.json")
+    assert read_result(first.path)["environment"]["cores"] >= 1
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]  # no half-written file stays
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="--out"):
+        ResultFile(blocked / "below", "eval-x")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a result"), ("{}", "not a result")])
+def test_other_files_are_no_results(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_result(tmp_path / "x.json")
+
+
+def test_modes_are_settings_of_one_checkpoint() -> None:
+    conditions = Conditions(16384, 4096)
+    plain, yarn, dca, sparse = (load_mode(DEMO, mode, conditions) for mode in ("plain", "yarn", "dca", "sparse"))
+    assert (plain.spec.rope.kind, plain.spec.dual_chunk, plain.spec.sparse) == ("default", None, None)
+    assert (yarn.spec.rope.kind, yarn.spec.rope.factor, yarn.spec.sparse) == ("yarn", 4.0, None)
+    assert yarn.spec.rope.original_max_position_embeddings == trained_window(needle_dir()) == 4096
+    assert dca.spec.rope.kind == "default"
+    assert dca.spec.dual_chunk is not None
+    assert dca.spec.sparse is None
+    assert sparse.spec.dual_chunk == dca.spec.dual_chunk
+    assert sparse.spec.sparse is not None
+    assert sparse.spec.sparse.threshold == 0
+    assert sparse.config.prefill.max_num_batched_tokens >= 3584  # a whole cell
+    for deployment in (plain, yarn, dca, sparse):
+        assert deployment.max_model_len == 16384
+        assert deployment.config.kv_cache.bytes is not None
+    more = Conditions(16384, sparse_threshold=None, kv="int8", more={"sparse.cell": "2K"})
+    published = load_mode(DEMO, "sparse", more)
+    assert published.spec.sparse is not None
+    assert (published.spec.sparse.threshold, published.spec.sparse.cell) == (8192, 2048)
+    assert published.config.kv_cache.dtype == "int8"
+
+
+def test_kv_grows_with_the_longest_length() -> None:
+    loaded = [load_mode(DEMO, "yarn", Conditions(length, 1000)) for length in (4096, 1 << 20)]
+    small, large = (deployment.config.kv_cache.bytes for deployment in loaded)
+    assert small == load_config(DEMO.config).kv_cache.bytes  # of the YAML, when that is enough
+    assert large == ((1 << 20) + 1000 + 128) * 512  # what an actor keeps a token
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": ()}, "--lengths"),
+        ({"lengths": (1024, 1024)}, "--lengths"),
+        ({"modes": ("plain", "plain")}, "--modes"),
+        ({"modes": ("alibi",)}, "--modes: alibi: must be among plain, yarn, dca, sparse"),
+        ({"lengths": (200,), "needles": 8}, "total_tokens"),
+        ({"needles": 110}, "num_needles"),
+        ({"document": Path("/nowhere.txt")}, "nowhere"),
+        ({"more": {"sparse.cel": 1}}, "sparse.cel"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        NeedleRun(DEMO, NeedleOptions(**options), Display(Console(quiet=True), quiet=True))
+
+
+def test_targets(tmp_path: Path) -> None:
+    assert find_target(None, None).config.name == "demo.yaml"
+    model = make_checkpoint(tmp_path / "tiny", "qwen3")
+    assert find_target(None, model).config.name == "single.yaml"
+    assert find_target(tmp_path / "x.yaml", model) == Target(tmp_path / "x.yaml", model)
+    with pytest.raises(UserError, match="--model"):
+        find_target(None, tmp_path)
+
+
+def test_measurements_are_of_the_question_that_read_the_document() -> None:
+    summary = AttentionSummary("sparse", "default", 1000, cells=2, density=0.25, held_out_recall=0.97)
+    found = measurements([answer("", 1000, 980), answer("", 1010, 10, attention=summary), answer("", 1000, 980)])
+    assert found["prefill_tokens_per_s"] == 500.0
+    assert found["cached_tokens"] == 1970
+    assert (found["attention"]["density"], found["attention"]["held_out_recall"]) == (0.25, 0.97)
+    assert "layers" not in found["attention"]
+    assert "attention" not in measurements([answer("", 1000, attention=AttentionSummary("dense", "default", 1000))])

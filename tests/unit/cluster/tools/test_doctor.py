@@ -1,0 +1,191 @@
+"""Findings of the doctor, each from a prepared machine; torch is never loaded here."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.tools import doctor
+from cluster.tools.doctor import Check, Report
+
+GOOD_FACTS = {"torch": "2", "threads": 2, "cpu_capability": "AVX512", "mkldnn": True, "amx": True, "gloo": True}
+
+
+def printing(text: str, exit_code: int = 0) -> list[str]:
+    return [sys.executable, "-c", f"import sys; print({text!r}); sys.exit({exit_code})"]
+
+
+@pytest.mark.parametrize(
+    ("command", "timeout", "status", "detail"),
+    [
+        (printing("noise\n" + json.dumps(GOOD_FACTS)), 30, "ok", "AMX"),
+        (printing(json.dumps({**GOOD_FACTS, "mkldnn": False})), 30, "slow", "oneDNN"),
+        (printing("", 3), 30, "error", "exit code 3"),
+        (printing("not json"), 30, "error", "unexpected output"),
+        (printing("[1]"), 30, "error", "unexpected output"),
+        (printing("{}"), 30, "error", "unexpected output"),
+        ([sys.executable, "-c", "import time; time.sleep(60)"], 0.2, "error", "no answer within 0.2 s"),
+        (["/nonexistent/python"], 1, "error", "cannot be started"),
+    ],
+)
+def test_torch_in_its_own_process(command: list[str], timeout: float, status: str, detail: str) -> None:
+    facts, check = doctor.torch_facts(command, timeout)
+    assert (check.status, facts is None) == (status, status == "error")
+    assert detail in check.detail
+    assert "\n" not in check.detail
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "status", "reason"),
+    [
+        ({"amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2"}, "x86_64", "ok", ""),
+        ({"avx512_bf16", "avx512f", "avx2"}, "x86_64", "slow", "no AMX"),
+        ({"avx512f", "avx2"}, "x86_64", "slow", "no bfloat16"),
+        ({"avx2"}, "x86_64", "slow", "no bfloat16"),
+        (set(), "x86_64", "slow", "neither"),
+        ({"asimd"}, "aarch64", "slow", "x86-64"),
+        (None, "arm64", "ok", ""),
+    ],
+)
+def test_cpu_features_say_why_it_is_slow(flags: set[str] | None, machine: str, status: str, reason: str) -> None:
+    check = doctor.check_cpu_features(None if flags is None else frozenset(flags), machine)
+    assert check.status == status
+    assert reason in check.advice
+
+
+def test_cpu_flags(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    assert doctor.cpu_flags(path) is None
+    path.write_text("processor\t: 0\nflags\t\t: fpu avx2 amx_tile\nprocessor\t: 1\nflags\t\t: fpu\n")
+    assert doctor.cpu_flags(path) == {"fpu", "avx2", "amx_tile"}
+    path.write_text("nothing here")
+    assert doctor.cpu_flags(path) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"), [("50000 100000", "0.5"), ("max 100000", None), ("garbage", None), ("", None)]
+)
+def test_container_core_limit(tmp_path: Path, content: str, limit: str | None) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    check = doctor.check_cores(tmp_path)
+    assert (limit is not None) == ("container limit" in check.detail)
+    if limit is not None:
+        assert check.status == "slow"
+        assert check.detail.endswith(f"container limit {limit}")
+
+
+def test_old_container_core_limit(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert doctor.check_cores(tmp_path).detail.endswith("container limit 0.5")
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert "container" not in doctor.check_cores(tmp_path).detail
+
+
+def test_container_memory_limit(tmp_path: Path) -> None:
+    assert "container" not in doctor.check_memory(tmp_path).detail
+    (tmp_path / "memory.max").write_text(str(1 << 30))
+    (tmp_path / "memory.current").write_text(str(1 << 29))
+    check = doctor.check_memory(tmp_path)
+    assert check.status == "error"
+    assert "container limit 1.0 GiB" in check.detail
+    (tmp_path / "memory.max").write_text("max\n")
+    assert "container" not in doctor.check_memory(tmp_path).detail
+
+
+def test_disk_looks_above_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    check = doctor.check_disk(tmp_path / "not" / "yet")
+    assert check.detail.endswith(f"at {tmp_path}")
+    (tmp_path / "file").touch()
+    assert doctor.check_disk(tmp_path / "file").status == "error"
+    assert not (tmp_path / "not").exists()
+
+
+def test_python_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_python((3, 10)).status == "error"
+    assert doctor.check_python((3, 11)).status == "ok"
+    assert doctor.check_packages().status == "ok"
+    monkeypatch.setattr(doctor, "_PACKAGES", ("numpy", "no-such-package-here"))
+    check = doctor.check_packages()
+    assert (check.status, check.advice) == ("error", "pip install no-such-package-here")
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [("", "ok"), ("auto", "ok"), ("local", "ok"), ("nohost", "error"), ("h:x", "error"), ("h:70000", "error")],
+)
+def test_ray_address(address: str, status: str) -> None:
+    assert doctor.check_ray(address).status == status
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_ray_reachability(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    seen = []
+
+    def connect(address: tuple[str, int], timeout: float) -> io.BytesIO:
+        seen.append(address)
+        if fails:
+            raise ConnectionRefusedError("refused")
+        return io.BytesIO()
+
+    monkeypatch.setattr(doctor.socket, "create_connection", connect)
+    assert doctor.check_ray("ray://[::1]:6379").status == ("missing" if fails else "ok")
+    assert seen == [("::1", 6379)]
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "status"),
+    [("NVIDIA H200, 143771 MiB, 143000 MiB\n", 0, "ok"), ("No devices were found", 6, "missing"), ("", 0, "missing")],
+)
+def test_gpu(monkeypatch: pytest.MonkeyPatch, output: str, code: int, status: str) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(
+        doctor.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code, output, "")
+    )
+    assert doctor.check_gpu().status == status
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.check_gpu().status == "missing"
+    assert doctor.check_compiler(has_gpu=False).status == "ok"
+    assert doctor.check_compiler(has_gpu=True).status == "missing"
+
+
+def test_cuda_build() -> None:
+    device = {"name": "H200", "capability": "9.0", "memory_bytes": 1}
+    assert doctor.check_cuda_build({"devices": [device], "cuda_build": "12.8"})[0].status == "ok"
+    assert doctor.check_cuda_build({"devices": [], "cuda_build": None})[0].status == "missing"
+
+
+def test_report_and_table() -> None:
+    report = Report((Check("one", "slow", "[red]why[/red]", "do [this]"), Check("two", "missing", "gone")))
+    assert report.ok
+    assert not Report((*report.checks, Check("three", "error", "broken"))).ok
+    assert json.loads(json.dumps(report.to_json()))["checks"][0]["advice"] == "do [this]"
+    console = Console(file=io.StringIO(), width=100)
+    doctor.render(report, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[red]why[/red]" in text
+    assert "-> do [this]" in text
+    assert "ready to run" in text
+
+
+def test_the_whole_diagnosis_leaves_torch_out_of_this_process(tmp_path: Path) -> None:
+    code = (
+        "import json, sys; from pathlib import Path; from cluster.tools.doctor import diagnose\n"
+        f"report = diagnose(Path({str(tmp_path)!r}))\n"
+        "print(json.dumps({'torch': 'torch' in sys.modules, **report.to_json()}))"
+    )
+    root = Path(doctor.__file__).parent.parent
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(done.stdout)
+    assert found["torch"] is False
+    names = {check["name"] for check in found["checks"]}
+    assert {"python", "packages", "torch", "cores", "cpu features", "memory", "disk", "gpu", "ray"} <= names
+    assert next(check["status"] for check in found["checks"] if check["name"] == "torch") in ("ok", "slow")

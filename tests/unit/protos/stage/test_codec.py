@@ -1,0 +1,185 @@
+"""Messages keep every value on their way through protobuf; parameters out of range are refused on arrival."""
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protos.model.spec import ModelSpec, RopeSpec
+from protos.stage import codec
+from protos.stage import stage_pb2 as pb
+from protos.stage.messages import (
+    LoadProgress,
+    SampledToken,
+    SampleSpec,
+    SamplingParams,
+    SequenceSlice,
+    ShardSpec,
+    Span,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
+
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+IDS = st.lists(U32, max_size=5).map(tuple)
+REAL = st.floats(allow_nan=False)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 1 << 30),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.01, 100),
+    seed=st.integers(0, (1 << 63) - 1),
+    logprobs=st.none() | st.integers(0, 100),
+)
+SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=st.none() | IDS)
+SLICES = st.builds(
+    SequenceSlice,
+    sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_blocks=IDS, num_blocks=U32,
+    sample=st.none() | SAMPLES,
+)  # fmt: skip
+PLANS = st.builds(
+    StepPlan,
+    epoch=U64,
+    step=U64,
+    slices=st.lists(SLICES, max_size=3).map(tuple),
+    released=st.lists(U64, max_size=3).map(tuple),
+)
+TOKENS = st.builds(
+    SampledToken,
+    sequence=U64,
+    token_id=U32,
+    logprob=st.none() | REAL,
+    top=st.lists(st.builds(TokenLogprob, U32, REAL), max_size=3).map(tuple),
+)
+RESULTS = st.builds(
+    StepResult,
+    epoch=U64, step=U64, stage=U32, rank=U32, compute_us=U64, samples=st.lists(TOKENS, max_size=3).map(tuple),
+    error=st.text(max_size=20),
+)  # fmt: skip
+PROGRESS = st.builds(
+    LoadProgress,
+    loaded_bytes=U64, total_bytes=U64, ready=st.booleans(), anonymous_growth_bytes=U64, available_bytes=U64,
+    error=st.text(max_size=20),
+)  # fmt: skip
+SPANS = st.builds(Span, U32, U32)
+SHARDS = st.builds(
+    ShardSpec,
+    stage=U32, num_stages=U32, rank=U32, num_ranks=U32, layers=SPANS, heads=SPANS, kv_heads=SPANS, experts=SPANS,
+    intermediate=SPANS, vocab=SPANS,
+)  # fmt: skip
+SPEC = ModelSpec(
+    model_type="qwen3_moe", vocab_size=4096, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, intermediate_size=512, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=True, rope=RopeSpec(theta=1e6, mscale=0.5),
+    max_position_embeddings=4096, dtype="bfloat16", eos_token_ids=(0, 7), mlp_only_layers=(1, 3),
+)  # fmt: skip
+
+
+def wire(message):
+    return type(message).FromString(message.SerializeToString())
+
+
+@settings(max_examples=150, deadline=None)
+@given(PLANS)
+def test_plans(plan: StepPlan):
+    assert codec.plan_from_pb(wire(codec.plan_to_pb(plan))) == plan
+
+
+@settings(max_examples=50, deadline=None)
+@given(PLANS)
+def test_plans_for_later_stages_lose_their_token_ids_only(plan: StepPlan):
+    bare = replace(plan, slices=tuple(replace(part, token_ids=()) for part in plan.slices))
+    assert codec.plan_from_pb(wire(codec.plan_to_pb(plan, with_tokens=False))) == bare
+
+
+@settings(max_examples=100, deadline=None)
+@given(RESULTS)
+def test_results(result: StepResult):
+    assert codec.result_from_pb(wire(codec.result_to_pb(result))) == result
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(PLANS, max_size=7), st.lists(RESULTS, max_size=7))
+def test_bursts_keep_their_order(plans: list[StepPlan], results: list[StepResult]):
+    assert codec.plans_from_pb(wire(codec.plans_to_pb(plans))) == plans
+    assert codec.results_from_pb(wire(codec.results_to_pb(results))) == results
+    bare = codec.plans_from_pb(wire(codec.plans_to_pb(plans, with_tokens=False)))
+    assert not any(len(part.token_ids) for plan in bare for part in plan.slices)
+
+
+@settings(max_examples=50, deadline=None)
+@given(PROGRESS)
+def test_progress(progress: LoadProgress):
+    assert codec.progress_from_pb(wire(codec.progress_to_pb(progress))) == progress
+
+
+@settings(max_examples=50, deadline=None)
+@given(SHARDS)
+def test_shards(shard: ShardSpec):
+    assert codec.shard_from_pb(wire(codec.shard_to_pb(shard))) == shard
+
+
+@pytest.mark.parametrize("field", ["eos_token_ids", "rope", "rms_norm_eps", "mlp_only_layers"])
+def test_model_specs(field: str):
+    got = codec.model_spec_from_json(codec.model_spec_to_json(SPEC))
+    assert got == SPEC
+    assert type(getattr(got, field)) is type(getattr(SPEC, field))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "{}", '{"rope": 1}', '{"rope": {"theta": 1}}'])
+def test_other_json_is_refused(text: str):
+    with pytest.raises((ValueError, TypeError)):
+        codec.model_spec_from_json(text)
+
+
+def test_nothing_is_not_zero():
+    for logprobs in (None, 0):
+        sample = SampleSpec(SamplingParams(logprobs=logprobs), 0, None if logprobs is None else ())
+        part = SequenceSlice(1, 0, 1, 1, (), (), 1, sample)
+        assert codec.plan_from_pb(wire(codec.plan_to_pb(StepPlan(1, 1, (part,))))).slices[0].sample == sample
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.1), ("temperature", 100.1), ("temperature", math.nan), ("temperature", math.inf),
+        ("top_k", -1), ("top_k", (1 << 30) + 1), ("top_p", 0.0), ("top_p", -1.0), ("top_p", 1.01), ("top_p", math.nan),
+        ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", 101.0), ("seed", -1),
+        ("seed", 1 << 63), ("logprobs", -1), ("logprobs", 101),
+    ],
+)  # fmt: skip
+def test_parameters_out_of_range_name_their_key(key: str, value: float):
+    with pytest.raises(ValueError, match=f"^{key}: .*must be"):
+        SamplingParams(**{key: value})
+
+
+def test_parameters_are_checked_where_they_arrive():
+    message = codec.plan_to_pb(StepPlan(1, 1, (SequenceSlice(1, 0, 1, 1, (), (), 1, SampleSpec(SamplingParams(), 0)),)))
+    message.slices[0].sample.params.temperature = -1
+    with pytest.raises(ValueError, match="temperature"):
+        codec.plan_from_pb(message)
+
+
+def test_every_field_of_a_message_has_its_place_in_protobuf():
+    pairs = [
+        (SamplingParams, pb.SamplingParams), (SampleSpec, pb.SampleSpec), (SequenceSlice, pb.SequenceSlice),
+        (StepPlan, pb.StepPlan), (SampledToken, pb.SampledToken), (StepResult, pb.StepResult),
+        (LoadProgress, pb.LoadProgress), (ShardSpec, pb.ShardSpec),
+    ]  # fmt: skip
+    for plain, message in pairs:
+        assert {field.name for field in dataclasses.fields(plain)} == set(message.DESCRIPTOR.fields_by_name), plain
+
+
+def test_counts():
+    parts = tuple(SequenceSlice(i, 0, length, 9, (), (), 1) for i, length in enumerate((1, 5, 7)))
+    assert StepPlan(1, 1, parts).num_tokens == 13
+    assert StepPlan(1, 1, ()).num_tokens == 0
+    assert [StepPlan(1, 1, parts[:n]).decodes for n in range(4)] == [True, True, False, False]
+    assert Span(3, 7).size == 4

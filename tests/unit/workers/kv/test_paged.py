@@ -1,0 +1,147 @@
+"""Block tables against position-by-position arithmetic, and the cache they point into."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.kv.paged import BlockTable, PagedKV, PlanMismatch, SlotRun, quantise
+
+
+def slots(table: BlockTable, start: int, stop: int) -> list[int]:
+    return [run.first + i for run in table.runs(start, stop) for i in range(run.length)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    page=st.sampled_from([1, 2, 7, 16, 64]),
+    blocks=st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    data=st.data(),
+)
+def test_runs_are_the_slots_of_every_position(page: int, blocks: list[int], cuts: list[int], data: st.DataObject):
+    table = BlockTable(page)
+    edges = sorted({0, len(blocks), *(cut for cut in cuts if cut < len(blocks))})
+    for low, high in itertools.pairwise(edges):
+        table.append(blocks[low:high])
+    assert table.num_blocks == len(blocks)
+    total = len(blocks) * page
+    start = data.draw(st.integers(0, total))
+    stop = data.draw(st.integers(start, total))
+    expected = [blocks[p // page] * page + p % page for p in range(start, stop)]
+    assert slots(table, start, stop) == expected
+    assert table.slots(np.arange(start, stop)[::-1]).tolist() == expected[::-1]
+    runs = table.runs(start, stop)
+    assert all(run.length > 0 for run in runs)
+    assert all(a.first + a.length != b.first for a, b in itertools.pairwise(runs)), "neighbours are one run"
+
+
+@pytest.mark.parametrize("page", [1, 16, 64])
+def test_neighbouring_blocks_are_one_run(page: int):
+    table = BlockTable(page)
+    table.append([5, 6, 7])
+    table.append([8, 3])
+    assert table.runs(0, 5 * page) == [SlotRun(5 * page, 4 * page), SlotRun(3 * page, page)]
+    assert table.runs(4 * page, 4 * page) == []
+
+
+@pytest.mark.parametrize(("stop", "ok"), [(31, True), (32, True), (33, False)])
+def test_positions_beyond_the_table_are_refused(stop: int, ok: bool):
+    table = BlockTable(16)
+    table.append([0, 1])
+    if ok:
+        assert sum(run.length for run in table.runs(0, stop)) == stop
+    else:
+        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 blocks"):
+            table.runs(0, stop)
+        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 blocks"):
+            table.slots(np.array([0, 32]))
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_write_puts_rows_where_the_table_says(page: int):
+    kv = PagedKV(layers=2, kv_heads=3, head_dim=4, num_blocks=9, page_size=page, dtype=torch.float32)
+    kv.layer(1).keys.fill_(torch.nan)
+    kv.layer(1).values.fill_(torch.nan)
+    table = BlockTable(page)
+    table.append([7, 2, 3])
+    length = 3 * page
+    keys, values = torch.randn(2, length, 3, 4)
+    kv.write(1, table.runs(0, length), keys, values)
+    where = slots(table, 0, length)
+    assert torch.equal(kv.layer(1).keys[:, where].transpose(0, 1), keys)
+    assert torch.equal(kv.layer(1).values[:, where].transpose(0, 1), values)
+    untouched = sorted(set(range(9 * page)) - set(where))
+    assert kv.layer(1).keys[:, untouched].isnan().all()
+    assert kv.layer(1).values[:, untouched].isnan().all()
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_a_block_outside_the_cache_is_refused(length: int):
+    kv = PagedKV(1, 2, 4, num_blocks=4, page_size=16, dtype=torch.float32)
+    table = BlockTable(16)
+    table.append([4])
+    rows = torch.zeros(length, 2, 4)
+    with pytest.raises(PlanMismatch, match=f"slot {63 + length} of a plan lies outside the cache of 64 slots"):
+        kv.write(0, table.runs(0, length), rows, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_keeps_a_scale_a_token_and_head(dtype: torch.dtype):
+    kv = PagedKV(2, 3, 8, num_blocks=4, page_size=16, dtype=torch.int8)
+    table = BlockTable(16)
+    table.append([2, 0])
+    keys, values = torch.randn(2, 32, 3, 8).to(dtype)
+    keys[5] *= 1e4
+    values[7, 1] = 0
+    kv.write(1, table.runs(0, 32), keys, values)
+    layer, where = kv.layer(1), slots(table, 0, 32)
+    for small, scales, wanted in (
+        (layer.keys, layer.key_scales, keys), (layer.values, layer.value_scales, values)
+    ):  # fmt: skip
+        assert scales is not None
+        step = scales[:, where, None]
+        torch.testing.assert_close(step[..., 0], wanted.float().abs().amax(-1).T / 127)
+        assert bool(((small[:, where] * step - wanted.float().transpose(0, 1)).abs() <= step * 0.501).all())
+        assert int(small[:, where].abs().amax(-1).min()) in (0, 127)
+
+
+def test_int8_does_not_hide_what_is_not_finite():
+    small, scales = quantise(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0], [1e-42, 0.0]]))
+    assert not bool((small * scales[:, None]).isfinite()[:2].all(dim=1).any())
+    assert bool((small * scales[:, None]).isfinite()[2:].all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_block_bytes_is_what_the_cache_allocates(dtype: torch.dtype):
+    kv = PagedKV(3, 2, 8, num_blocks=5, page_size=16, dtype=dtype)
+    layer = kv.layer(0)
+    allocated = layer.keys.untyped_storage().nbytes()
+    if layer.key_scales is not None:
+        allocated += layer.key_scales.untyped_storage().nbytes()
+    assert allocated == 5 * PagedKV.block_bytes(3, 2, 8, 16, dtype)
+
+
+def test_an_empty_cache_is_refused():
+    with pytest.raises(ValueError, match="num_blocks: 0"):
+        PagedKV(1, 1, 1, 0, 16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_long_ranges_begin_at_different_places_of_a_huge_page(dtype: torch.dtype) -> None:
+    kv = PagedKV(3, 2, 64, 131072 // 16, 16, dtype)
+    assert kv._data.shape == (2, 3, 2, 131072, 64)
+    starts = {kv._data[side, layer, head].data_ptr() for side in range(2) for layer in range(3) for head in range(2)}
+    assert len({start % (2 << 20) for start in starts}) == len(starts) == 12
+    assert len({start // (2 << 20) for start in starts}) == 12
+    keys, values = torch.randn(2, 5, 2, 64).to(torch.bfloat16)
+    kv.write(2, [SlotRun(131069, 3), SlotRun(0, 2)], keys, values)
+    stored = kv.layer(2)
+    for rows, cache, scales in ((keys, stored.keys, stored.key_scales), (values, stored.values, stored.value_scales)):
+        at = torch.tensor([131069, 131070, 131071, 0, 1])
+        got = cache[:, at].float() * (1.0 if scales is None else scales[:, at, None])
+        assert cache.stride()[1:] == (64, 1)
+        assert torch.allclose(got.transpose(0, 1), rows.float(), atol=0.02 if dtype == torch.int8 else 0.0)

@@ -1,0 +1,194 @@
+"""Layers in one call of the compiled kernels against the decoder that calls the operations one by one: equal bits."""
+
+import ctypes
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+
+from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec
+from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
+from workers.attention import compiled as attention
+from workers.bench.model import benchmark_spec
+from workers.kernels.build import load
+from workers.kv.paged import PagedKV, PlanMismatch, SlotRun
+from workers.model import compiled as native
+from workers.model import fused
+from workers.model.batch import Batch
+from workers.model.fused import FusedLayers
+from workers.model.weights import ShardWeights, dummy_shard, whole_model
+from workers.runner.model_runner import ModelRunner, StepOutput
+from workers.transport.collectives import Collectives, SingleShard
+
+PAGE, BLOCKS = 16, 60
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+DUAL = DualChunkSpec(64, 16, 32)  # chunks of 48 tokens
+SPEC = replace(
+    benchmark_spec(layers=2), vocab_size=320, hidden_size=96, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, num_experts=16, num_experts_per_tok=3, moe_intermediate_size=64,
+)  # fmt: skip
+SPECS = {
+    "plain": SPEC,
+    "dual chunk": replace(SPEC, dual_chunk=DUAL, rope=RopeSpec(1e6)),
+    "biases, no head norms": replace(SPEC, qkv_bias=True, o_bias=True, qk_norm=False, norm_topk_prob=False),
+}
+
+pytestmark = pytest.mark.skipif(
+    native.path() is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}"
+)
+
+
+class Doubling(SingleShard):
+    """Stands for a stage of two shards: the sum of what both compute is twice what one does."""
+
+    size = 2
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mul_(2)
+
+
+def weights_of(spec: ModelSpec, shard: ShardSpec) -> ShardWeights:
+    weights = dummy_shard(spec, shard, BF16, CPU)
+    generator = torch.Generator().manual_seed(5)
+    for layer in weights.layers:
+        for bias in (layer.qkv_bias, layer.o_bias):
+            if bias is not None:
+                bias.copy_(torch.randn(bias.shape, generator=generator))
+    return weights
+
+
+def runners(
+    spec: ModelSpec, shard: ShardSpec | None = None, collectives: Collectives | None = None
+) -> tuple[ModelRunner, ModelRunner]:
+    """One that fuses, and its twin that does not."""
+    shard = shard or whole_model(spec)
+    weights = weights_of(spec, shard)
+    made = []
+    for _ in range(2):
+        kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, BLOCKS, PAGE, BF16)
+        kv._data.zero_()
+        made.append(ModelRunner(spec, shard, weights, kv, collectives or SingleShard(), CPU))
+    assert made[0].decoder._fused is not None
+    made[1].decoder._fused = None
+    return made[0], made[1]
+
+
+class Sequences:
+    """Plans for several sequences whose blocks lie between each other's."""
+
+    def __init__(self, number: int) -> None:
+        self.lengths = [0] * number
+        self.blocks: list[int] = [0] * number
+        self.steps = count()
+        self.free = iter(range(BLOCKS))
+        self.generator = torch.Generator().manual_seed(number)
+
+    def step(self, *rows: int) -> StepPlan:
+        """The next `rows[i]` tokens of sequence i, sampled after the last."""
+        slices = []
+        for sequence, length in enumerate(rows):
+            if not length:
+                continue
+            start = self.lengths[sequence]
+            needed = -(-(start + length) // PAGE) - self.blocks[sequence]
+            new = [next(self.free) for _ in range(needed)]
+            self.blocks[sequence] += needed
+            self.lengths[sequence] += length
+            ids = torch.randint(5, 320, (length,), generator=self.generator).tolist()
+            sample = SampleSpec(SamplingParams(), 0, ())
+            slices.append(SequenceSlice(sequence, start, length, 40, ids, new, self.blocks[sequence], sample))
+        return StepPlan(1, next(self.steps), tuple(slices))
+
+
+def layers(runner: ModelRunner, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return runner.decoder.layers(x, runner.decoder.prepare(batch, runner._kv))
+
+
+def equal(got: StepOutput, wanted: StepOutput) -> None:
+    assert got.logits is not None
+    assert wanted.logits is not None
+    assert torch.equal(got.logits, wanted.logits)
+    assert got.samples == wanted.samples
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_steps_are_equal_bit_for_bit(spec: ModelSpec) -> None:
+    """Prompts in several chunks, then decode steps of one and of three sequences, across chunks of dual attention."""
+    ours, twin = runners(spec)
+    plans = Sequences(3)
+    steps = [plans.step(17), plans.step(67, 3), plans.step(0, 45, 64), plans.step(1)]
+    steps += [plans.step(1, 1, 1) for _ in range(60)]
+    steps += [plans.step(0, 1), plans.step(2, 0, 1)]
+    for plan in steps:
+        equal(ours.execute(plan, keep_logits=True), twin.execute(plan, keep_logits=True))
+        assert torch.equal(ours._kv._data, twin._kv._data)
+    assert ours.decoder._fused is not None
+    assert ours.decoder._fused.layers_done >= 2 * 63
+    assert ours.decoder.layers_done == twin.decoder.layers_done == 2 * len(steps)
+
+
+def test_shards_reduce_between_the_halves() -> None:
+    shard = ShardSpec(0, 1, 0, 2, Span(0, 2), Span(0, 2), Span(0, 1), Span(0, 8), Span(0, 0), Span(0, 320))
+    ours, twin = runners(SPECS["dual chunk"], shard, Doubling())
+    plans = Sequences(2)
+    for plan in (plans.step(50, 3), *(plans.step(1, 1) for _ in range(20))):
+        batches = [runner._tables.apply(plan) for runner in (ours, twin)]
+        assert batches == [None, None]
+        batch = ours._tables.batch(plan, ours._spec, CPU, with_tokens=True)
+        x = torch.randn(len(batch.positions), SPEC.hidden_size, dtype=BF16)
+        kept = x.clone()
+        got, wanted = (layers(runner, x, batch) for runner in (ours, twin))
+        assert torch.equal(got, wanted)
+        assert torch.equal(x, kept)
+    assert ours.decoder.layers_done == 2 * 21
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (replace(SPEC, num_experts=0, num_experts_per_tok=0), "dense"),
+        (replace(SPEC, mlp_only_layers=(1,)), "one layer is dense"),
+        (replace(SPEC, head_dim=24), "head dim"),
+        (replace(SPEC, num_experts=6), "unpacked router"),
+        (replace(SPEC, moe_intermediate_size=40), "unpacked experts"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_taken(spec: ModelSpec, reason: str) -> None:
+    assert not FusedLayers.serves(spec, dummy_shard(spec, whole_model(spec), BF16, CPU).layers)
+
+
+def test_other_types_and_long_steps_are_not_taken() -> None:
+    ours, _ = runners(SPEC)
+    layers = ours.decoder._fused
+    assert layers is not None
+    plans = Sequences(1)
+    for rows, taken in ((64, True), (65, False)):
+        ours._tables.apply(plan := plans.step(rows))
+        batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
+        assert layers.takes(batch, ours._kv) is taken
+        assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, BLOCKS, PAGE, torch.int8))
+
+
+def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> None:
+    ours, _ = runners(SPEC)
+    plans = Sequences(1)
+    ours._tables.apply(plan := plans.step(3))
+    batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
+    before = ours._kv._data.view(torch.int16).clone()
+    x = torch.randn(3, SPEC.hidden_size, dtype=BF16)
+    for run in (SlotRun(BLOCKS * PAGE - 2, 3), SlotRun(-1, 3), SlotRun(0, 2)):
+        with pytest.raises(PlanMismatch, match="outside the cache"):
+            layers(ours, x, replace(batch, slots=(run,)))
+    assert torch.equal(ours._kv._data.view(torch.int16), before)
+
+
+def test_structures_have_the_layout_of_the_kernels() -> None:
+    """Sizes as the compiler has them; a field that is missing on one side would shift all that follow."""
+    library = load().library
+    assert library is not None
+    sizes = (ctypes.c_int64 * 4)()
+    library.longreach_layer_sizes(sizes)
+    ours = (fused._Layer, fused._Piece, fused._Step, attention.Args)
+    assert list(sizes) == [ctypes.sizeof(structure) for structure in ours]

@@ -1,0 +1,130 @@
+"""Rotations and length scales of dual chunk attention at the constants of the published 1M models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from protos.model.spec import DualChunkSpec, RopeSpec
+from workers.model.rope import Rotary, Turn, norm_and_rotate_, rope_frequencies, rotate, row_scales
+
+DIM = 128
+ROPE = RopeSpec(1e7)
+PUBLISHED = DualChunkSpec(262144, 8192, 262144)
+L = 253952
+
+# absolute position: within the chunk (keys and intra queries), succ queries
+TURNS = {
+    0: (0, 253952),
+    1: (1, 253953),
+    8191: (8191, 262143),
+    8192: (8192, 262144),
+    8193: (8193, 262144),
+    253951: (253951, 262144),  # L - 1
+    253952: (0, 253952),  # L
+    262143: (8191, 262143),
+    262144: (8192, 262144),  # chunk_size
+    507903: (253951, 262144),  # 2 L - 1
+    507904: (0, 253952),  # 2 L
+    1009999: (248143, 262144),
+}
+
+
+def turn(rope: RopeSpec, positions: list[int], factor: float = 1.0) -> Turn:
+    angles = np.array(positions, np.float64)[:, None] * rope_frequencies(rope, DIM)[0].double().numpy()
+    cos, sin = (torch.from_numpy(factor * f(angles)).float()[:, None] for f in (np.cos, np.sin))
+    return Turn(cos, sin)
+
+
+def check(found: Turn | None, wanted: Turn) -> None:
+    assert found is not None
+    torch.testing.assert_close(found.cos, wanted.cos, rtol=0, atol=1e-7)
+    torch.testing.assert_close(found.sin, wanted.sin, rtol=0, atol=1e-7)
+
+
+def test_rotations_of_the_published_constants():
+    assert PUBLISHED.distance == L
+    found = Rotary(ROPE, DIM, dual_chunk=PUBLISHED).turns(torch.tensor(list(TURNS)), succ=True, inter=True)
+    check(found.intra, turn(ROPE, [intra for intra, _ in TURNS.values()]))
+    check(found.succ, turn(ROPE, [succ for _, succ in TURNS.values()]))
+    check(found.inter, turn(ROPE, [262144] * len(TURNS)))  # chunk_size, as 2 L - 1 is above it
+
+
+def test_the_estimate_rotates_without_limits():
+    found = Rotary(ROPE, DIM, dual_chunk=PUBLISHED).continuous(torch.tensor(list(TURNS)))
+    check(found.intra, turn(ROPE, [intra for intra, _ in TURNS.values()]))
+    check(found.succ, turn(ROPE, [intra + L for intra, _ in TURNS.values()]))
+    check(found.inter, turn(ROPE, [intra + 262144 for intra, _ in TURNS.values()]))
+
+
+@pytest.mark.parametrize(("chunk_size", "local_size", "inter"), [(96, 32, 96), (96, 60, 71), (97, 49, 95), (2, 1, 1)])
+def test_the_constant_of_early_keys(chunk_size: int, local_size: int, inter: int):
+    rotary = Rotary(ROPE, DIM, dual_chunk=DualChunkSpec(chunk_size, local_size))
+    found = rotary.turns(torch.tensor([500, 777]), inter=True)
+    assert found.succ is None
+    check(found.inter, turn(ROPE, [inter, inter]))
+
+
+@pytest.mark.parametrize("dual", [None, PUBLISHED])
+def test_plain_attention_and_the_first_chunk_are_the_same(dual: DualChunkSpec | None):
+    positions = torch.tensor([0, 1, 63, 64, 253951])
+    found = Rotary(ROPE, DIM, dual_chunk=dual).turns(positions)
+    assert (found.succ, found.inter) == (None, None)
+    check(found.intra, turn(ROPE, positions.tolist()))
+
+
+YARN = RopeSpec(1e7, "yarn", 4.0, 262144)
+
+
+@pytest.mark.parametrize(("original", "factor"), [(262144, 1.0), (0, 0.1 * math.log(4) + 1)])
+def test_yarn_and_dual_chunk_attention_scale_once(original: int, factor: float):
+    """YaRN's frequencies always; its factor on cos and sin only where there is no length scale."""
+    dual = replace(PUBLISHED, original_max_position_embeddings=original)
+    found = Rotary(YARN, DIM, dual_chunk=dual).turns(torch.tensor(list(TURNS)), succ=True, inter=True)
+    assert not torch.equal(rope_frequencies(YARN, DIM)[0], rope_frequencies(ROPE, DIM)[0])
+    check(found.intra, turn(YARN, [intra for intra, _ in TURNS.values()], factor))
+    check(found.succ, turn(YARN, [succ for _, succ in TURNS.values()], factor))
+    check(found.inter, turn(YARN, [262144] * len(TURNS), factor))
+    scale = float(row_scales(torch.tensor([1009999]), 1_000_000, DIM, dual)[0])
+    stretched = (0.1 * math.log(1_010_000 / 262144) + 1) ** 2
+    assert scale == pytest.approx(DIM**-0.5 * (stretched if original else 1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("prompt", [1, 262144, 262145, 600_000, 1_000_000])
+@pytest.mark.parametrize("original", [0, 262144])
+def test_length_scales(prompt: int, original: int):
+    dual = replace(PUBLISHED, original_max_position_embeddings=original)
+    positions = list(TURNS)
+    found = row_scales(torch.tensor(positions), prompt, DIM, dual)
+    assert found.dtype == torch.float32
+    for position, scale in zip(positions, found.tolist(), strict=True):
+        length = max(prompt, position + 1)
+        stretch = max(1.0, 0.1 * math.log(length / original) + 1) if original else 1.0
+        assert dual.temperature(length) == stretch
+        assert scale == pytest.approx(DIM**-0.5 * stretch**2, rel=1e-7)
+        alone = row_scales(torch.tensor([position]), prompt, DIM, dual)
+        assert alone.tolist() == [scale], "alone and among others"
+
+
+def test_without_dual_chunk_attention_scales_are_constant():
+    assert row_scales(torch.tensor([0, 1009999]), 5, DIM, None).tolist() == [float(np.float32(DIM**-0.5))] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 17, 700])
+def test_one_norm_serves_several_rotations(rows: int, dtype: torch.dtype):
+    x, weight = torch.randn(rows, 6, 64).to(dtype), torch.rand(6, 64)
+    turns = Rotary(ROPE, 64, dual_chunk=DualChunkSpec(96, 32)).turns(torch.arange(rows) + 200, succ=True, inter=True)
+    assert turns.succ is not None
+    assert turns.inter is not None
+    wanted = [norm_and_rotate_(x.clone(), one, weight, 1e-6) for one in (turns.intra, turns.succ, turns.inter)]
+    copies = [(torch.empty(rows, 4, 64, dtype=dtype), one) for one in (turns.succ, turns.inter)]
+    norm_and_rotate_(x, turns.intra, weight, 1e-6, copies)
+    assert torch.equal(x, wanted[0])
+    assert torch.equal(copies[0][0], wanted[1][:, :4])
+    assert torch.equal(copies[1][0], wanted[2][:, :4])
+    assert torch.equal(rotate(x, *turns.intra), norm_and_rotate_(x.clone(), turns.intra))

@@ -1,0 +1,149 @@
+"""The compiled estimate against its PyTorch twin: every path of this CPU, every type, sizes multiples of nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from protos.model.spec import HeadBudget
+from tests.support.data.sparse_cells import Shape, random_cell
+from workers.attention.plan import Selection
+from workers.kernels import build
+from workers.sparse import estimate, estimate_compiled, selection, vertical_slash
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+TYPES = [
+    (torch.float32, None), (torch.float32, torch.int8), (torch.float32, torch.bfloat16),
+    (torch.bfloat16, None), (torch.bfloat16, torch.int8), (torch.bfloat16, torch.float32),
+]  # fmt: skip
+SHAPES = {
+    "one row": Shape(0, 1),
+    "first cell": Shape(0, 67, last_q=17, page=64),
+    "17 rows": Shape(256, 17, page=128),
+    "64 rows": Shape(320, 192, page=64),
+    "193 rows": Shape(224, 193, last_q=193, page=32, heads=3, kv_heads=1),
+    "dca borders": Shape(480, 67, distance=160, page=16, heads=2, kv_heads=1),
+    "dca, two chunks": Shape(160, 113, distance=160, page=32, last_q=48),
+    "several chunks": Shape(8192, 65, page=1024, heads=2, kv_heads=1),
+}
+
+
+def paths(shape: Shape) -> list[int]:
+    """The paths of this CPU that take the types and head dim of a shape."""
+    tiles = shape.dtype == torch.bfloat16 and shape.cache != torch.float32 and shape.dim % 32 == 0
+    return [path for path in range(estimate_compiled.best_path() + 1) if path < 3 or tiles]
+
+
+def some_selections(stop: int, heads: int, seed: int = 0) -> list[Selection]:
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(heads):
+        offsets, columns = (np.flatnonzero(random.random(stop) < share).astype(np.int32) for share in (0.4, 0.3))
+        found.append(Selection(selection.intervals(offsets), columns))
+    return found
+
+
+def check(shape: Shape) -> None:
+    cell = random_cell(shape)
+    stop, group = cell.keys.stop, shape.heads // shape.kv_heads
+    selections = some_selections(stop, group)
+    lone: list[Selection | None] = [None, *selections[1:]]
+    for kv_head in range(shape.kv_heads):
+        sample = cell.queries.estimate
+        expected = estimate.sums(sample, cell.keys, kv_head)
+        kept = [estimate.kept(rows, cell.keys, kv_head, selections) for rows in (sample, cell.queries.held_out)]
+        total = estimate.mass(sample, cell.keys, kv_head, expected, lone)
+        for path in paths(shape):
+            found = estimate_compiled.sums(sample, cell.keys, kv_head, path)
+            np.testing.assert_allclose(found.columns, expected.columns, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(found.offsets, expected.offsets, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
+            for rows, share in zip((sample, cell.queries.held_out), kept, strict=True):
+                np.testing.assert_allclose(
+                    estimate_compiled.kept(rows, cell.keys, kv_head, selections, path), share, atol=1e-5
+                )
+            mass = estimate_compiled.mass(sample, cell.keys, kv_head, expected, lone, path)
+            np.testing.assert_allclose(mass, total, rtol=1e-5, atol=1e-5)
+            assert mass[0] == 0
+
+
+@pytest.mark.parametrize(("dtype", "cache"), TYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_estimate_equals_the_twin(name: str, dtype: torch.dtype, cache: torch.dtype | None) -> None:
+    check(replace(SHAPES[name], dtype=dtype, cache=cache))
+
+
+@pytest.mark.parametrize("dim", [16, 80, 96, 128])
+def test_head_dims(dim: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(Shape(192, 67, page=64, dim=dim, dtype=dtype))
+
+
+def test_paths_of_this_machine() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    best = estimate_compiled.PATHS[estimate_compiled.best_path()]
+    if "amx_bf16" in flags:
+        assert best == "amx"
+    elif "avx512bw" in flags:
+        assert best == "avx512"
+
+
+def test_rows_with_large_logits_stay_finite() -> None:
+    cell = random_cell(Shape(192, 67, last_q=33, dtype=torch.bfloat16, page=64))
+    sample = replace(cell.queries.estimate, scales=cell.queries.estimate.scales * 100)
+    expected = estimate.sums(sample, cell.keys, 1)
+    for path in paths(Shape(0, 1, dtype=torch.bfloat16)):
+        found = estimate_compiled.sums(sample, cell.keys, 1, path)
+        np.testing.assert_allclose(found.columns, expected.columns, atol=1e-3)
+        np.testing.assert_allclose(found.columns.sum(axis=1), 33, rtol=1e-4)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    cell = random_cell(Shape(8192, 67, page=64, dtype=torch.bfloat16))
+    before, found = torch.get_num_threads(), []
+    selections = some_selections(cell.keys.stop, 2)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums = estimate_compiled.sums(cell.queries.estimate, cell.keys, 1)
+            kept = estimate_compiled.kept(cell.queries.held_out, cell.keys, 1, selections)
+            found.append([sums.columns.tobytes(), sums.offsets.tobytes(), sums.lse.tobytes(), kept.tobytes()])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("size", [1, 17, 67, 193, 5000])
+def test_top_equals_the_twin(size: int) -> None:
+    random = np.random.default_rng(size)
+    scores = np.stack([
+        random.exponential(size=size),
+        random.integers(0, 4, size),  # ties
+        np.zeros(size),
+        np.where(random.random(size) < 0.1, np.nan, random.random(size)),
+        random.random(size) * 1e-42,
+    ]).astype(np.float32)  # fmt: skip
+    for counts in ([0, 1, size // 3, size - 1, size], [size + 1] * 5, [1] * 5, [size // 2, 30, 31, 99, 7]):
+        for forced in (0, 1, 30):
+            found = estimate_compiled.top(scores, counts, forced)
+            for mine, theirs in zip(found, selection.top(scores, counts, forced), strict=True):
+                assert mine.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("spec", [{"uniform": HeadBudget(60, 150)}, {"target_recall": 0.9}, {"synthetic": True}])
+def test_choose_equals_the_twin(spec: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = random_cell(Shape(1024, 193, page=64, heads=4, kv_heads=2))
+    assert vertical_slash._backend(cell.queries, cell.kv) == (estimate_compiled, estimate_compiled.top)
+    found = vertical_slash.choose(*cell.args(**spec))
+    monkeypatch.setattr(vertical_slash, "_backend", lambda *_: (estimate, selection.top))
+    expected = vertical_slash.choose(*cell.args(**spec))
+    np.testing.assert_allclose(found.estimated_recall, expected.estimated_recall, atol=1e-4)
+    np.testing.assert_allclose(found.held_out_recall, expected.held_out_recall, atol=1e-3)
+    for mine, theirs in zip(found.selections, expected.selections, strict=True):
+        changed = set(mine.columns.tolist()) ^ set(theirs.columns.tolist())
+        assert len(changed) <= 2  # sums that are equal but for rounding

@@ -1,0 +1,195 @@
+"""A shard's process without its process: load, start with a type of KV cache, run plans, report sparse cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, SparseSpec
+from protos.stage import codec
+from protos.stage import stage_pb2 as pb
+from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan, StepResult
+from workers.stage import worker as stage_worker
+from workers.stage.worker import StageWorker
+
+LAYERS, HEADS, PAGE = 2, 4, 16
+SPEC = ModelSpec(
+    "qwen3", 100, 64, LAYERS, HEADS, 2, 16, 96, 1e-6, False, False, False, False, True, RopeSpec(1e4), 1024, "float32",
+    (), dual_chunk=DualChunkSpec(128, 48, 64),
+    sparse=SparseSpec(threshold=100, last_q=16, cell=64, uniform=HeadBudget(31, 101)),
+)  # fmt: skip
+SHARD = ShardSpec(
+    0, 1, 0, 1, Span(0, LAYERS), Span(0, HEADS), Span(0, 2), Span(0, 0), Span(0, 96), Span(0, 100)
+)  # fmt: skip
+
+
+def loaded(folder: Path, spec: ModelSpec = SPEC) -> StageWorker:
+    worker = StageWorker("", 1, 10.0)
+    request = pb.LoadRequest(
+        epoch=1, model_spec_json=codec.model_spec_to_json(spec), shard=codec.shard_to_pb(SHARD), dtype="float32",
+        device="cpu", load_format="dummy", store_path=str(folder / "store"), group_timeout_s=10,
+    )  # fmt: skip
+    assert worker.load(request, lambda progress: None).ready
+    return worker
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def prefill(length: int, sequence: int = 1) -> StepPlan:
+    blocks = -(-length // PAGE)
+    ids = [7 * at % 100 for at in range(length)]
+    sample = SampleSpec(SamplingParams(logprobs=0), 0)
+    return StepPlan(1, 1, (SequenceSlice(sequence, 0, length, length, ids, range(blocks), blocks, sample),))
+
+
+def result(worker: StageWorker, plan: StepPlan) -> StepResult:
+    ((found,),) = worker.run([[plan]])
+    worker.close()
+    assert not found.error
+    return found
+
+
+def test_sparse_cells_are_reported(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    worker.start(20, PAGE, "")
+    found = result(worker, prefill(150))
+    assert [(cell.layer, cell.start, cell.length) for cell in found.cells] == [
+        (layer, start, length) for layer in range(LAYERS) for start, length in ((0, 64), (64, 16), (80, 48), (128, 22))
+    ]
+    assert all(cell.sequence == 1 and cell.first_head == 0 and len(cell.density) == HEADS for cell in found.cells)
+    assert 0 < found.estimate_us <= found.compute_us
+    assert codec.result_from_pb(codec.result_to_pb(found)).samples == found.samples
+
+
+def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    worker.start(20, PAGE, "")
+    found = result(worker, prefill(100))
+    assert (found.cells, found.estimate_us) == ((), 0)
+
+
+@pytest.mark.parametrize(("kv_dtype", "close"), [("", 0.0), ("float32", 0.0), ("bfloat16", 2e-2), ("int8", 2e-2)])
+def test_types_of_the_kv_cache(kv_dtype: str, close: float, tmp_path: Path) -> None:
+    logprobs = []
+    for folder, kind in (("plain", ""), ("other", kv_dtype)):
+        (tmp_path / folder).mkdir()
+        worker = loaded(tmp_path / folder, replace(SPEC, sparse=None))
+        worker.start(20, PAGE, "", kind)
+        logprobs.append(result(worker, prefill(150)).samples[0].logprob)
+    assert logprobs[0] is not None
+    assert logprobs[1] == pytest.approx(logprobs[0], abs=close)
+    assert close == 0 or logprobs[0] != logprobs[1]
+
+
+def test_an_unknown_type_of_the_kv_cache_is_refused(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8"):
+        worker.start(20, PAGE, "", "int4")
+    worker.close()
+
+
+# --- bursts ----------------------------------------------------------------------------------------------------------
+
+
+def decode(index: int, step: int | None = None, sequence: int = 1, prompt: int = 20) -> StepPlan:
+    """The step that samples token `index` of a sequence that runs ahead."""
+    at = prompt + index - 1
+    blocks = at // PAGE + 1
+    new = [blocks - 1] if at % PAGE == 0 else []
+    sample = SampleSpec(SamplingParams(), index)
+    part = SequenceSlice(sequence, at, 1, prompt, (), new, blocks, sample)
+    return StepPlan(1, index + 1 if step is None else step, (part,))
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageWorker]:
+    monkeypatch.setattr(stage_worker, "_HELD_S", 60.0)
+    worker = loaded(tmp_path)
+    worker.start(20, PAGE, "")
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("decodes", "sizes"),
+    [(0, [1]), (1, [1, 1]), (2, [1, 1, 1]), (3, [1, 2, 1]), (5, [1, 4, 1]), (7, [1, 6, 1]), (11, [1, 8, 2, 1])],
+)
+def test_results_of_decode_steps_come_in_groups(ready: StageWorker, decodes: int, sizes: list[int]) -> None:
+    plans = [prefill(20), *map(decode, range(1, decodes + 1))]
+    groups = list(ready.run([plans]))
+    assert [len(group) for group in groups] == sizes
+    together = [result for group in groups for result in group]
+    assert [result.step for result in together] == [plan.step for plan in plans]
+    singly = [result for group in ready.run([plan] for plan in plans) for result in group]
+    assert [r.samples for r in singly] == [r.samples for r in together]
+    assert all(len(r.samples) == 1 and not r.error for r in together)
+
+
+@pytest.mark.parametrize(("decodes", "sizes"), [(1, [1, 1]), (2, [1, 2]), (8, [1, 8]), (11, [1, 8, 3])])
+def test_slow_steps_leave_time_for_new_plans(
+    ready: StageWorker, decodes: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One plan at hand is enough while it runs."""
+    monkeypatch.setattr(stage_worker, "_SLOW_S", 0.0)
+    groups = list(ready.run([[prefill(20), *map(decode, range(1, decodes + 1))]]))
+    assert [len(group) for group in groups] == sizes
+
+
+def test_results_no_step_waits_for_are_held_longer(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [prefill(20), *map(decode, range(1, 12))]
+    monkeypatch.setattr(ready, "_shard", replace(SHARD, num_stages=2))
+    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 60.0)
+    assert [len(group) for group in ready.run([plans])] == [1, 11]
+    monkeypatch.setattr(stage_worker, "_UNHEARD", 5)
+    assert [len(group) for group in ready.run([plans])] == [1, 5, 5, 1]
+    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 0.0)
+    assert [len(group) for group in ready.run([plans])] == [1] * 12
+    broken = [prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]
+    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 60.0)
+    assert [len(group) for group in ready.run([broken])] == [1, 3, 1], "an error is told at once"
+
+
+def test_nothing_is_held_for_long(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_worker, "_HELD_S", 0.0)
+    groups = list(ready.run([[prefill(20), *map(decode, range(1, 8))]]))
+    assert [len(group) for group in groups] == [1] * 8
+
+
+def test_a_prompt_behind_a_burst_holds_nothing_back(ready: StageWorker) -> None:
+    late = replace(prefill(3, sequence=2), step=5)
+    late = replace(late, slices=(replace(late.slices[0], new_blocks=[9]),))
+    plans = [prefill(20), *map(decode, (1, 2, 3)), late, *(decode(n, n + 2) for n in (4, 5, 6))]
+    assert [len(group) for group in ready.run([plans])] == [1, 2, 1, 1, 2, 1]
+
+
+def test_first_tokens_are_not_held(ready: StageWorker) -> None:
+    one = SequenceSlice(2, 0, 1, 1, [5], [9], 1, SampleSpec(SamplingParams(), 0))
+    step = replace(decode(1), slices=(*decode(1).slices, one))
+    plans = [prefill(20), step, *map(decode, range(2, 6))]
+    assert [len(group) for group in ready.run([plans])] == [1, 1, 3, 1]
+
+
+def test_an_error_inside_a_burst_comes_after_what_was_held(ready: StageWorker) -> None:
+    groups = list(ready.run([[prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]]))
+    error = "plan 9 came where 4 was due"
+    errors = [[result.error for result in group] for group in groups]
+    assert errors == [[""], ["", "", error], [error]]
+
+
+def test_a_message_that_is_no_plan(ready: StageWorker) -> None:
+    def bursts() -> Iterator[list[StepPlan]]:
+        yield [prefill(20), decode(1), decode(2)]
+        raise ValueError("temperature: -1: must be\nbetween 0 and 100")
+
+    results = [result for group in ready.run(bursts()) for result in group]
+    assert [bool(result.error) for result in results] == [False, False, False, True]
+    assert results[-1].error == "stage 0 shard 0: a plan cannot be read: temperature: -1: must be between 0 and 100"

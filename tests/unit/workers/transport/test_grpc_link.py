@@ -1,0 +1,208 @@
+"""Bounded mailboxes and inboxes: waiting, closing, order. Links over gRPC are in the integration tests."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from workers.transport.frames import FrameError, split
+from workers.transport.grpc_link import (
+    DEPTH,
+    Inbox,
+    InProcessSender,
+    LinkClosed,
+    Mailbox,
+    frame_from_pb,
+    frame_to_pb,
+    receive_frames,
+)
+from workers.transport.unix_link_compiled import Rhythm
+
+
+class Background(threading.Thread):
+    """Runs a call on another thread and keeps what came of it."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.call = call
+        self.result: object = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self.call()
+        except Exception as error:  # noqa: BLE001 - judged by the test
+            self.error = error
+
+    def waits(self) -> bool:
+        self.join(0.05)
+        return self.is_alive()
+
+    def end(self) -> "Background":
+        self.join(5)
+        assert not self.is_alive(), "still waiting"
+        return self
+
+
+def test_items_come_in_order():
+    box: Mailbox[int] = Mailbox(3)
+    for item in range(3):
+        box.put(item)
+    assert [box.get() for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("depth", [1, 2, DEPTH])
+def test_put_waits_while_the_box_is_full(depth: int):
+    box: Mailbox[int] = Mailbox(depth)
+    for item in range(depth):
+        box.put(item)
+    writer = Background(lambda: box.put(depth))
+    assert writer.waits()
+    assert box.get() == 0
+    assert writer.end().error is None
+    assert [box.get() for _ in range(depth)] == list(range(1, depth + 1))
+
+
+def test_get_waits_for_an_item():
+    box: Mailbox[str] = Mailbox()
+    reader = Background(lambda: box.get(5))
+    assert reader.waits()
+    box.put("x")
+    assert reader.end().result == "x"
+
+
+def test_get_times_out():
+    with pytest.raises(TimeoutError):
+        Mailbox().get(0.01)
+
+
+def test_closing_wakes_readers_and_writers_at_once():
+    empty: Mailbox[int] = Mailbox(1)
+    full: Mailbox[int] = Mailbox(1)
+    full.put(1)
+    waiting = [Background(empty.get), Background(empty.get), Background(lambda: full.put(2))]
+    assert all(thread.waits() for thread in waiting)
+    began = time.monotonic()
+    empty.close("gone")
+    full.close("gone")
+    for thread in waiting:
+        error = thread.end().error
+        assert isinstance(error, LinkClosed)
+        assert str(error) == "gone"
+    assert time.monotonic() - began < 1
+
+
+def test_a_closed_box_is_read_to_its_end_and_keeps_its_first_reason():
+    box: Mailbox[int] = Mailbox()
+    box.put(1)
+    box.close("first")
+    box.close("second")
+    with pytest.raises(LinkClosed, match="first"):
+        box.put(2)
+    assert box.get() == 1
+    with pytest.raises(LinkClosed, match="first"):
+        box.get()
+
+
+def test_an_inbox_gives_the_step_that_is_due():
+    inbox = Inbox(1)
+    tensor = torch.ones(2, 3)
+    inbox.put(4, tensor)
+    assert inbox.take(4, 1.0) is tensor
+
+
+def test_an_inbox_refuses_another_step():
+    inbox = Inbox(1)
+    inbox.put(5, torch.ones(1))
+    with pytest.raises(LinkClosed, match="activations of step 5 came where step 4 was due"):
+        inbox.take(4, 1.0)
+
+
+def test_an_inbox_does_not_wait_for_ever():
+    with pytest.raises(LinkClosed, match=r"step 4 did not come within 0\.01 s"):
+        Inbox(1).take(4, 0.01)
+
+
+def test_closing_an_inbox_wakes_the_stage():
+    inbox = Inbox(1)
+    stage = Background(lambda: inbox.take(1, 60.0))
+    assert stage.waits()
+    inbox.close("the previous stage is gone")
+    assert isinstance(stage.end().error, LinkClosed)
+
+
+def test_a_sender_in_the_process_waits_and_drops_other_epochs():
+    inbox = Inbox(2)
+    sender = InProcessSender(inbox)
+    sender.send(1, 0, torch.zeros(1))
+    for step in range(DEPTH):
+        sender.send(2, step, torch.zeros(1))
+    late = Background(lambda: sender.send(2, DEPTH, torch.zeros(1)))
+    assert late.waits()
+    assert inbox.take(0, 1.0) is not None
+    assert late.end().error is None
+    sender.close()
+    sender.close()
+
+
+def test_frames_reach_the_inbox():
+    inbox = Inbox(1)
+    tensors = [torch.randn(5, 7), torch.randn(1, 7).bfloat16(), torch.empty(0, 7)]
+    messages = [
+        frame_to_pb(frame) for step, tensor in enumerate(tensors) for frame in split(tensor, 1, step, max_payload=16)
+    ]
+    receive_frames(iter(messages), inbox)
+    for step, tensor in enumerate(tensors):
+        assert torch.equal(inbox.take(step, 1.0), tensor)
+
+
+def test_a_damaged_stream_ends_with_a_frame_error():
+    inbox = Inbox(1)
+    message = frame_to_pb(next(split(torch.randn(5), 1, 0)))
+    message.payload = b"?" + message.payload[1:]
+    with pytest.raises(FrameError, match="checksum differs"):
+        receive_frames(iter([message]), inbox)
+
+
+def test_a_closed_inbox_ends_the_stream():
+    inbox = Inbox(1)
+    inbox.close("the stage is closing")
+    with pytest.raises(LinkClosed, match="the stage is closing"):
+        receive_frames(iter([frame_to_pb(next(split(torch.randn(5), 1, 0)))]), inbox)
+
+
+def test_frames_survive_the_wire():
+    for frame in split(torch.randn(3, 5), 2, (1 << 40), max_payload=7):
+        message = frame_to_pb(frame)
+        assert frame_from_pb(type(message).FromString(message.SerializeToString())) == frame
+
+
+def test_unit_tests_cannot_open_sockets():
+    with socket.socket() as probe, pytest.raises(AssertionError, match="forbidden in unit tests"):
+        probe.connect(("127.0.0.1", 9))
+
+
+@pytest.mark.parametrize(
+    ("waits", "awake"),
+    [
+        ([], (0, 0)),
+        ([9000, 9100], (0, 0)),  # too few to tell
+        ([9000, 9100, 9050], (8500, 9600)),
+        ([50_000, 9000, 9100, 12_000], (8500, 12_500)),  # what is long ago does not count
+        ([9000, 9100, 13_001], (0, 0)),  # no rhythm
+        ([400, 800, 600], (300, 900)),  # never more than a quarter of the wait too early
+        ([0, 0, 0], (0, 0)),
+        ([0, 3000, 0], (0, 3000)),
+    ],
+)
+def test_a_wait_is_told_from_the_last_ones(waits: list[int], awake: tuple[int, int]):
+    rhythm = Rhythm()
+    for wait in waits:
+        rhythm.awake()
+        rhythm.last_us.value = wait
+    assert rhythm.awake() == awake
+    assert rhythm.awake() == awake  # nothing came in between

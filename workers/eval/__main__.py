@@ -1,0 +1,77 @@
+"""`python -m workers.eval REQUEST.json --out RESULT.json`: the part of `longreach eval recall` that needs tensors.
+
+Standard output has a JSON object a line: `{"phase": text, "done": tokens, "total": tokens}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protos.stage import codec
+from workers.eval.recall import Setup, Variant, evaluate
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+_EVERY_S = 0.2  # between lines of progress
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one request; returns the exit status (2: it cannot be carried out, 130: interrupted)."""
+    parser = argparse.ArgumentParser(prog="python -m workers.eval", description=__doc__.splitlines()[0])
+    parser.add_argument("request", type=Path, help="JSON file written by `longreach eval recall`")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    options = parser.parse_args(argv)
+    try:
+        result = run(json.loads(options.request.read_bytes()))
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    options.out.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Carry out a request: `model`, `spec`, `dtype`, `device`, `threads`, `chunk`, `page`, `prompt`, ..."""
+    torch.set_num_threads(request["threads"])
+    device = torch.device(request["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cluster.device: cuda: torch finds no GPU here; use cpu")
+    setup = Setup(
+        model=Path(request["model"]),
+        spec=codec.model_spec_from_json(json.dumps(request["spec"])),
+        dtype=DTYPES[request["dtype"]],
+        device=device,
+        chunk=request["chunk"],
+        page=request["page"],
+        dummy=request["dummy"],
+    )
+    variants = [
+        Variant(entry["name"], entry["sparse"], None if entry["kv"] == "auto" else DTYPES[entry["kv"]])
+        for entry in request["variants"]
+    ]
+    return evaluate(setup, request["prompt"], request["next"], variants, _Progress())
+
+
+class _Progress:
+    """Lines on standard output, a few a second and always the last of a phase."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last >= _EVERY_S:
+            self._last = now
+            print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What sparse prefill and int8 KV change: one document, one process, the same next tokens, logits side by side.
+
+The reference reads the document dense, with KV in the computing type, and continues it greedily. Every variant reads
+the same document in its own way and is then led along the reference's tokens. Decoded rows are dense in all of them, so
+what differs is the KV that prefill left behind, and the last row of the prompt.
+
+Legend: `N` compared positions, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from protos.model.grid import is_sparse, whole_cells
+from protos.model.spec import ModelSpec
+from protos.stage.messages import CellReport, SampleSpec, SamplingParams, SequenceSlice, StepPlan
+from workers.kv.paged import PagedKV
+from workers.model.weights import dummy_shard, load_shard, whole_model
+from workers.runner.model_runner import ModelRunner
+from workers.transport.collectives import SingleShard
+
+_DIGITS = 6  # of the figures in the result
+_WARM_UP = 256  # tokens
+
+OnProgress = Callable[[str, int, int], None]  # phase, tokens done, tokens in all
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to read the document."""
+
+    name: str
+    sparse: bool = False
+    kv: torch.dtype | None = None  # None: the computing type
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The model and how it reads; `chunk` and `page` in tokens. `spec` has the sparse settings of the variants."""
+
+    model: Path
+    spec: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+    chunk: int = 2048
+    page: int = 64
+    dummy: bool = False  # random weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """A document read and continued: tokens `[N]`, the logits they were chosen from `[N, V]` float32, seconds."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+    cells: list[CellReport]
+    prefill_s: float
+    decode_s: float
+
+
+class Reader:
+    """The whole model in this process; every reading has a cache of its own."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._shard = whole_model(setup.spec)
+        if setup.dummy:
+            self._weights = dummy_shard(setup.spec, self._shard, setup.dtype, setup.device)
+        else:
+            self._weights = load_shard(setup.model, setup.spec, self._shard, setup.dtype, setup.device)
+
+    def read(
+        self, variant: Variant, prompt: Sequence[int], num_next: int, on_progress: OnProgress,
+        forced: Sequence[int] | None = None,
+    ) -> Reading:  # fmt: skip
+        """Prefill `prompt`, then go on for `num_next` tokens: along `forced`, or greedily without it."""
+        setup = self.setup
+        spec = setup.spec if variant.sparse else replace(setup.spec, sparse=None)
+        blocks = -(-(len(prompt) + num_next) // setup.page)
+        kv_type = variant.kv or setup.dtype
+        kv = PagedKV(
+            spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim, blocks, setup.page, kv_type, setup.device
+        )
+        steps = _Steps(ModelRunner(spec, self._shard, self._weights, kv, SingleShard(), setup.device), len(prompt), kv)
+        began = time.perf_counter()
+        position = 0
+        while position < len(prompt):
+            length = min(setup.chunk, len(prompt) - position)
+            if is_sparse(spec, position, len(prompt)):
+                length = whole_cells(spec, position, setup.chunk, len(prompt))
+            steps.take(prompt[position : position + length], position + length == len(prompt))
+            position += length
+            on_progress(f"{variant.name}: reading", position, len(prompt))
+        prefill_s = time.perf_counter() - began
+        while len(steps.tokens) < num_next:
+            given = len(steps.tokens) - 1
+            steps.take([steps.tokens[given] if forced is None else forced[given]], True)
+            on_progress(f"{variant.name}: continuing", len(steps.tokens), num_next)
+        decode_s = time.perf_counter() - began - prefill_s
+        return Reading(steps.tokens, torch.cat(steps.logits), steps.cells, prefill_s, decode_s)
+
+
+class _Steps:
+    """One sequence, step by step through a runner."""
+
+    def __init__(self, runner: ModelRunner, prompt_len: int, kv: PagedKV) -> None:
+        self.tokens: list[int] = []
+        self.logits: list[torch.Tensor] = []
+        self.cells: list[CellReport] = []
+        self._runner, self._prompt_len, self._page = runner, prompt_len, kv.page_size
+        self._position = self._step = 0
+
+    def take(self, ids: Sequence[int], sample: bool) -> None:
+        """Compute the next rows; with `sample` keep the logits after the last of them."""
+        stop = self._position + len(ids)
+        have, need = -(-self._position // self._page), -(-stop // self._page)
+        wanted = SampleSpec(SamplingParams(), len(self.tokens)) if sample else None
+        part = SequenceSlice(0, self._position, len(ids), self._prompt_len, list(ids), range(have, need), need, wanted)
+        out = self._runner.execute(StepPlan(0, self._step, (part,)), keep_logits=True)
+        self.cells += out.cells
+        if out.logits is not None:
+            self.logits.append(out.logits.cpu())
+            self.tokens.append(out.samples[0].token_id)
+        self._position, self._step = stop, self._step + 1
+
+
+def evaluate(
+    setup: Setup, prompt: Sequence[int], num_next: int, variants: Sequence[Variant], on_progress: OnProgress
+) -> dict[str, Any]:
+    """Read once for the reference and once a variant; returns plain data: `reference` and `variants`."""
+    reader = Reader(setup)
+    for variant in (Variant("dense"), *variants):  # kernels are built and meet their shapes before time counts
+        reader.read(variant, prompt[:_WARM_UP], 1, lambda phase, done, total: None)
+    reference = reader.read(Variant("dense"), prompt, num_next, on_progress)
+    found = []
+    for variant in variants:
+        reading = reader.read(variant, prompt, num_next, on_progress, reference.tokens)
+        entry = {"name": variant.name, "sparse": variant.sparse, "kv": _name(variant.kv or setup.dtype)}
+        entry |= compare(reference.logits, reading.logits) | _seconds(reading)
+        if variant.sparse:
+            entry |= {"cells": len({report.start for report in reading.cells})}
+            entry |= {"heads": head_figures(reading.cells, setup.spec)}
+        found.append(entry)
+    kv = {"kv": _name(setup.dtype), "token_ids": reference.tokens}
+    return {"reference": kv | _seconds(reference), "variants": found}
+
+
+def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
+    """How far logits `[N, V]` are from the reference's `[N, V]`.
+
+    `logit_error` is `max|difference| / max|reference|` at a position; `kl` is KL(reference || other) in nats.
+    """
+    exact, near = reference.double(), other.double()
+    errors = (exact - near).abs().amax(dim=1) / exact.abs().amax(dim=1)
+    logs, near_logs = exact.log_softmax(dim=1), near.log_softmax(dim=1)
+    divergence = (logs.exp() * (logs - near_logs)).sum(dim=1).clamp_min(0.0)
+    same = reference.argmax(dim=1) == other.argmax(dim=1)
+    return {
+        "same_top1": int(same.sum()),
+        "logit_error_max": float(errors.max()),
+        "logit_error_mean": float(errors.mean()),
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "positions": {
+            "other_top1": (~same).nonzero().flatten().tolist(),
+            "logit_error": _rounded(errors.tolist()),
+            "kl": _rounded(divergence.tolist()),
+        },
+    }
+
+
+def head_figures(reports: Sequence[CellReport], spec: ModelSpec) -> dict[str, list[list[float]]]:
+    """Figures `[layers][heads]` over all cells: density weighted by causal pairs, the others by tokens."""
+    shape = (spec.num_hidden_layers, spec.num_attention_heads)
+    names = ("density", "estimated_recall", "held_out_recall", "dense_share")
+    sums, weights = {name: np.zeros(shape) for name in names}, {name: np.zeros(shape) for name in names}
+    lowest = np.ones(shape)
+    for report in reports:
+        place = report.layer, slice(report.first_head, report.first_head + len(report.density))
+        pairs = report.length * report.start + report.length * (report.length + 1) // 2
+        columns = (report.density, report.estimated_recall, report.held_out_recall, report.dense)
+        for name, column in zip(names, columns, strict=True):
+            weight = pairs if name == "density" else report.length
+            sums[name][place] += weight * np.asarray(column, float)
+            weights[name][place] += weight
+        lowest[place] = np.minimum(lowest[place], report.held_out_recall)
+    found = {}
+    for name in names:
+        untouched = 0.0 if name == "dense_share" else 1.0  # no cell at all: everything was kept
+        share = np.where(weights[name] > 0, sums[name] / np.maximum(weights[name], 1), untouched)
+        found[name] = [_rounded(row) for row in share.tolist()]
+    return found | {"held_out_recall_min": [_rounded(row) for row in lowest.tolist()]}
+
+
+def _seconds(reading: Reading) -> dict[str, float]:
+    return {"prefill_s": round(reading.prefill_s, 3), "decode_s": round(reading.decode_s, 3)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.{_DIGITS}g}") for value in values]

@@ -1,0 +1,243 @@
+// Entry of the attention kernel; see attention.h.
+#include "attention/attention.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention/attention_columns.h"
+#include "attention/attention_cpu.h"
+#include "attention/attention_keys.h"
+
+namespace longreach {
+namespace attention {
+namespace {
+
+constexpr int kFewItems = 64;          // below, keys are split into parts so that every thread has work
+constexpr int kPartKeys = 2048;        // least keys of a part
+constexpr std::int64_t kMaxDim = 1024;
+constexpr std::size_t kKeptBytes = 4 << 20;
+constexpr std::size_t kHugePage = 2 << 20;
+
+// Memory of a thread, kept between calls unless it is large.
+class Scratch {
+public:
+    ~Scratch() { std::free(base_); }
+    char* get(std::size_t bytes) {
+        if (bytes > size_) {
+            std::free(base_);
+            size_ = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+            base_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
+            if (base_ == nullptr) size_ = 0;
+#if defined(MADV_HUGEPAGE)
+            if (base_ != nullptr) madvise(base_, size_, MADV_HUGEPAGE);  // advice: it may fail
+#endif
+        }
+        return base_;
+    }
+    void trim() {
+        if (size_ <= kKeptBytes) return;
+        std::free(base_);
+        base_ = nullptr;
+        size_ = 0;
+    }
+
+private:
+    char* base_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+thread_local Scratch engine_memory, part_memory;
+
+struct Work {
+    std::vector<Item> items;
+    int max_columns = 0;
+    int parts = 1;                     // of every tile; `items` has them one after the other
+};
+
+bool valid_selection(const std::int32_t* offsets, std::int64_t n, const std::int32_t* columns, std::int64_t m) {
+    if (n < 0 || m < 0 || (n > 0 && offsets == nullptr) || (m > 0 && columns == nullptr)) return false;
+    bool good = (n == 0 || offsets[0] >= 0) && (m == 0 || columns[0] >= 0);
+    for (std::int64_t i = 0; i < n; ++i) {
+        good &= offsets[2 * i] <= offsets[2 * i + 1] && (i == 0 || offsets[2 * i] > offsets[2 * i - 1]);
+    }
+    for (std::int64_t i = 1; i < m; ++i) good &= columns[i] > columns[i - 1];
+    return good;
+}
+
+bool valid(const Args& a) {
+    if (a.length < 1 || a.start < 0 || a.start + a.length >= kNever || a.distance < 0 || a.tile < 1) return false;
+    if (a.dim < 1 || a.dim > kMaxDim || a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads) return false;
+    if (a.q_type != kFloat32 && a.q_type != kBfloat16) return false;
+    if (a.kv_type < kFloat32 || a.kv_type > kInt8 || a.threads < 1 || a.path < kPortable) return false;
+    if (!a.out || !a.keys || !a.values || !a.pages || !a.scales || a.page_size < 1) return false;
+    if (a.kv_type == kInt8 && (!a.key_scales || !a.value_scales)) return false;
+    const std::int64_t stop = a.start + a.length;
+    if (stop > a.num_pages * a.page_size) return false;
+    bool good = true;
+    for (std::int64_t i = 0; i * a.page_size < stop; ++i) {
+        good &= a.pages[i] >= 0 && a.pages[i] + std::min(a.page_size, stop - i * a.page_size) <= a.slots;
+    }
+    const std::int64_t chunk = a.distance ? a.start / a.distance : 0;
+    if (a.distance && (stop - 1) / a.distance != chunk) return false;
+    if (!a.q[0] || (chunk >= 1 && !a.q[1]) || (chunk >= 2 && !a.q[2])) return false;
+    if (a.offsets != nullptr) {
+        for (std::int64_t h = 0; h < a.heads; ++h) {
+            good &= valid_selection(a.offsets[h], a.num_offsets[h], a.columns[h], a.num_columns[h]);
+        }
+    }
+    return good;
+}
+
+int choose_path(const Args& a) {
+    const int path = std::min(a.path, best_path());
+    if (path == kAmx && (a.q_type != kBfloat16 || a.kv_type == kFloat32 || a.dim % 32)) return kAvx512;
+    return path;
+}
+
+Engine* make(const Args& args, int path, int max_columns, char* memory, std::size_t* bytes) {
+#if defined(__x86_64__)
+    if (path == kAmx) return make_amx(args, max_columns, memory, bytes);
+    if (path == kAvx512) return make_avx512(args, max_columns, memory, bytes);
+    if (path == kAvx2) return make_avx2(args, max_columns, memory, bytes);
+#endif
+    (void)path;
+    return make_portable(args, max_columns, memory, bytes);
+}
+
+Work plan_work(const Args& a) {
+    Work work;
+    const bool dense = a.offsets == nullptr;
+    const int group = dense ? int(a.heads / a.kv_heads) : 1;
+    std::int64_t rows = a.tile;
+    if (dense) {                       // keys are read once for many columns; results of 512 x 128 fit L2
+        rows = std::max<std::int64_t>(1, std::min<std::int64_t>(512, 65536 / a.dim) / group);
+        if (rows > 16) rows = rows / 16 * 16;
+    }
+    rows = std::min(rows, a.length);
+    const std::int64_t tiles = (a.length + rows - 1) / rows, heads = a.heads / group;
+    work.max_columns = int(rows * group);
+    std::int64_t step = a.start + a.length;
+    const std::int64_t few = work.max_columns > 64 ? kFewItems / 4 : kFewItems;
+    if (dense && tiles * heads < few) {
+        const std::int64_t wanted = std::min((step + kPartKeys - 1) / kPartKeys, few / (tiles * heads));
+        step = (step + wanted * kBlock - 1) / (wanted * kBlock) * kBlock;
+        work.parts = int((a.start + a.length + step - 1) / step);
+    }
+    for (std::int64_t h = 0; h < heads; ++h) {
+        for (std::int64_t tile = tiles - 1; tile >= 0; --tile) {
+            const std::int64_t row = tile * rows, last = std::min(row + rows, a.length);
+            for (int part = 0; part < work.parts; ++part) {
+                const auto stop = std::min(a.start + last, (part + 1) * step);
+                work.items.push_back({int(h * group), group, int(h * group / (a.heads / a.kv_heads)), int(row),
+                                      int(last - row), int(part * step), int(std::max(part * step, stop))});
+            }
+        }
+    }
+    if (dense && work.parts == 1) {    // the longest first
+        std::stable_sort(work.items.begin(), work.items.end(), [](const Item& x, const Item& y) {
+            return x.row > y.row;
+        });
+    }
+    return work;
+}
+
+// One column of a tile: the parts' sums under their common maximum.
+void join(const Args& a, const Item& item, int column, const float* parts, std::size_t stride, int count) {
+    const std::int64_t dim = a.dim;
+    float highest = kUnseen, sum = 0.0f, values[kMaxDim] = {};
+    for (int i = 0; i < count; ++i) highest = std::max(highest, parts[i * stride + dim]);
+    for (int i = 0; i < count; ++i, parts += stride) {
+        const float factor = std::exp2(parts[dim] - highest);
+        sum += factor * parts[dim + 1];
+        for (std::int64_t d = 0; d < dim; ++d) values[d] += factor * parts[d];
+    }
+    const Columns at{a, item};
+    char* out = at.out(column);
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (std::int64_t d = 0; d < dim; ++d) {
+        if (a.q_type == kFloat32) {
+            reinterpret_cast<float*>(out)[d] = values[d] * factor;
+        } else {
+            reinterpret_cast<std::uint16_t*>(out)[d] = to_bfloat16(values[d] * factor);
+        }
+    }
+}
+
+int attend(const Args& a) {
+    const int path = choose_path(a);
+    const Work work = plan_work(a);
+    const int items = int(work.items.size()), columns = work.max_columns;
+    std::size_t bytes = 0;
+    make(a, path, columns, nullptr, &bytes);
+    const std::size_t stride = columns * std::size_t(a.dim + 2);
+    float* parts = nullptr;
+    if (work.parts > 1) {
+        parts = reinterpret_cast<float*>(part_memory.get(items * stride * sizeof(float)));
+        if (parts == nullptr) return kNoMemory;
+    }
+    int status = kOk;
+#pragma omp parallel num_threads(a.threads)
+    {
+        KeyStream stream(a);
+        Engine* engine = nullptr;
+        if (char* memory = engine_memory.get(bytes + KeyStream::bytes(a))) {
+            engine = make(a, path, columns, memory, &bytes);
+            stream.use(memory + bytes);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < items; ++i) {
+            const Item& item = work.items[i];
+            try {
+                if (engine == nullptr) throw std::bad_alloc();
+                engine->begin(item);
+                stream.run(item, *engine);
+                parts == nullptr ? engine->finish() : engine->finish_part(parts + i * stride);
+            } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+                status = kNoMemory;
+            }
+        }
+        if (engine != nullptr) engine->~Engine();
+        if (parts != nullptr) {
+            const int tiles = items / work.parts;
+#pragma omp for schedule(static)
+            for (int i = 0; i < tiles * columns; ++i) {
+                const Item& item = work.items[i / columns * work.parts];
+                const float* first = parts + std::size_t(i / columns * work.parts) * stride;
+                const int column = i % columns;
+                if (column >= item.columns()) continue;
+                join(a, item, column, first + column * (a.dim + 2), stride, work.parts);
+            }
+        }
+        engine_memory.trim();
+    }
+    part_memory.trim();
+    return status;
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace longreach
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The best path of this CPU: a `Path`.
+EXPORT int longreach_attention_path() { return longreach::attention::best_path(); }
+
+// Attention of the rows of a plan; a `Status`.
+EXPORT int longreach_attend(const longreach::attention::Args* args) {
+    using namespace longreach::attention;
+    if (args->visited != nullptr) std::fill(args->visited, args->visited + args->heads, 0);
+    if (!valid(*args)) return kInvalid;
+    try {
+        return attend(*args);
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}

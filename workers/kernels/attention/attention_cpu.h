@@ -1,0 +1,42 @@
+// What this CPU can run.
+#pragma once
+
+#include "attention/attention.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace longreach {
+namespace attention {
+
+#if defined(__x86_64__)
+// AMX tiles need the consent of the kernel, once a process.
+inline bool has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+inline int best_path() {
+#if defined(__x86_64__)
+    static const int best = [] {
+        __builtin_cpu_init();
+        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (wide && __builtin_cpu_supports("avx512bf16") && has_amx()) return kAmx;
+        if (wide) return kAvx512;
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2 : kPortable;
+    }();
+    return best;
+#else
+    return kPortable;
+#endif
+}
+
+}  // namespace attention
+}  // namespace longreach

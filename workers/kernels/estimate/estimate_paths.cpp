@@ -1,0 +1,226 @@
+// The engines of the estimate: vector code for three instruction sets, and products on AMX.
+#include <algorithm>
+#include <cstring>
+
+#include "attention/attention_cpu.h"
+#include "estimate/estimate.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace longreach {
+namespace estimate {
+namespace {
+
+inline float widen(std::uint16_t x) {
+    const std::uint32_t bits = std::uint32_t(x) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+}  // namespace
+}  // namespace estimate
+}  // namespace longreach
+
+#define LR_SPACE portable
+#define LR_TARGET
+#define LR_WIDTH 4
+#define LR_BATCH 2
+#include "estimate/estimate_simd.h"
+
+#if defined(__x86_64__)
+#define LR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16")))
+namespace {
+
+// Sums of 16 vectors, one a lane. After the first step, lane 4 j + k of four[i] adds up quarter j of x[4 i + k].
+LR_AVX512 inline __m512 fold(const __m512* x) {
+    __m512 four[4], pairs[2];
+    for (int i = 0; i < 4; ++i) {
+        const __m512* at = x + 4 * i;
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(at[0], at[1]), _mm512_unpackhi_ps(at[0], at[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(at[2], at[3]), _mm512_unpackhi_ps(at[2], at[3]));
+        four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512 low = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88);
+        const __m512 high = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd);
+        pairs[i] = _mm512_add_ps(low, high);           // quarters 0 + 1, 2 + 3 of each
+    }
+    const __m512 low = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88);
+    return _mm512_add_ps(low, _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
+}
+
+}  // namespace
+
+#define LR_SPACE avx2
+#define LR_TARGET __attribute__((target("avx2,fma")))
+#define LR_WIDTH 8
+#define LR_BATCH 2
+#include "estimate/estimate_simd.h"
+
+#define LR_SPACE avx512
+#define LR_TARGET LR_AVX512
+#define LR_WIDTH 16
+#define LR_BATCH 4
+#define LR_SCALEF(x, n) _mm512_scalef_ps((__m512)(x), (__m512)(n))
+#define LR_ANY(x) (_mm512_movepi32_mask((__m512i)(x)) != 0)
+#define LR_FOLD(x) ::fold(reinterpret_cast<const __m512*>(x))
+#include "estimate/estimate_simd.h"
+#endif
+
+namespace longreach {
+namespace estimate {
+namespace {
+
+#if defined(__x86_64__)
+
+constexpr int kDepth = 32;             // values of D in a tile
+constexpr int kTileBytes = 1024;
+
+// Queries [D / 32, kRows / 16] tiles; line i of a tile holds values 2i and 2i + 1 of 16 rows.
+void pack_tiles(void* to, const void* q, int, std::int64_t stride, int rows, int dim) {
+    auto* packed = static_cast<std::uint16_t*>(to);
+    const auto* x = static_cast<const std::uint16_t*>(q);
+    for (int r = 0; r < kRows; ++r) {
+        for (int d = 0; d < dim; ++d) {
+            const int tile = d / kDepth * (kRows / kLanes) + r / kLanes;
+            const int place = d % kDepth / 2 * kDepth + r % kLanes * 2 + d % 2;
+            packed[tile * (kTileBytes / 2) + place] = r < rows ? x[r * stride + d] : std::uint16_t(0);
+        }
+    }
+}
+
+// Products of a strip with a block, pair of groups by pair of groups, some keys and values of D at a time.
+//
+// While tiles are multiplied, and for about a microsecond after, most vector instructions have one port instead of two.
+// So products in a phase of their own slow the exponentials after them; woven into these they are nearly free. Memory
+// needed next is touched line by line on the way: a burst of such requests holds the tile loads up.
+class Tiles {
+public:
+    LR_AVX512 explicit Tiles(const Next& next)
+        : next_(next), key_(0), group_(0), d_(0), open_(false), left_(next.strip == nullptr ? 0 : steps(next)),
+          together_((left_ + avx512::kSteps - 1) / avx512::kSteps), ahead_(next.ahead), end_(next.ahead + next.bytes),
+          touched_((next.bytes + avx512::kSteps - 1) / avx512::kSteps) {}
+
+    LR_AVX512 inline __attribute__((always_inline)) void step() {
+        const char* stop = std::min(end_, ahead_ + touched_);
+        for (; ahead_ < stop; ahead_ += 64) _mm_prefetch(ahead_, _MM_HINT_T1);
+        for (int i = 0; i < together_ && left_ > 0; ++i) multiply();
+    }
+
+    LR_AVX512 inline __attribute__((always_inline)) void finish() {
+        while (left_ > 0) multiply();
+        if (next_.strip == nullptr) return;
+        store();
+        if (next_.block->scales != nullptr) avx512::scale(next_.s, *next_.strip, *next_.block);
+    }
+
+private:
+    static int steps(const Next& next) {
+        return kKeys / (2 * kLanes) * ((next.strip->groups + 1) / 2) * (next.dim / kDepth);
+    }
+
+    LR_AVX512 inline __attribute__((always_inline)) void multiply() {
+        const int row = next_.dim * 2;
+        if (d_ == 0) {
+            if (open_) store();                        // late, so that nothing waits for the last products
+            to_ = next_.s + key_ * kRows + group_ * kLanes;
+            open_ = true;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        const char* a = static_cast<const char*>(next_.block->keys) + key_ * row + d_ * 2;
+        const int tile = d_ / kDepth * (kRows / kLanes) + group_;
+        const char* b = static_cast<const char*>(next_.strip->q) + tile * kTileBytes;
+        _tile_loadd(4, a, row);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + kTileBytes, 64);
+        _tile_loadd(5, a + kLanes * row, row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        --left_;
+        d_ += kDepth;
+        if (d_ < next_.dim) return;
+        d_ = 0;
+        group_ += 2;                                   // an odd last group computes one that nobody reads
+        if (group_ < next_.strip->groups) return;
+        group_ = 0;
+        key_ += 2 * kLanes;
+    }
+
+    LR_AVX512 inline __attribute__((always_inline)) void store() {
+        constexpr int kLine = kRows * int(sizeof(float));
+        _tile_stored(0, to_, kLine);
+        _tile_stored(1, to_ + kLanes, kLine);
+        _tile_stored(2, to_ + kLanes * kRows, kLine);
+        _tile_stored(3, to_ + kLanes * kRows + kLanes, kLine);
+    }
+
+    const Next& next_;
+    int key_, group_, d_;
+    bool open_;
+    int left_, together_;              // products to do, and at a time
+    const char *ahead_, *end_;
+    int touched_;
+    float* to_ = nullptr;
+};
+
+LR_AVX512 void scores_amx(float* s, const Strip& strip, const Block& block, int dim) {
+    const Next all{s, &strip, &block, dim, nullptr, 0};
+    Tiles(all).finish();
+}
+
+// All tiles have 16 rows of 64 bytes. Static: compilers take the intrinsic to read no more than a word of it.
+alignas(64) const std::uint8_t kTileConfig[64] = {
+    1,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,   // palette
+    64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,   // bytes of a row
+    0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+    16, 16, 16, 16, 16, 16, 16, 16, 0,  0,  0,  0,  0,  0,  0,  0,   // rows
+};
+
+alignas(64) thread_local char previous_config[64];  // of oneDNN, which may rely on it
+
+LR_AVX512 void enter_amx() {
+    _tile_storeconfig(previous_config);
+    _tile_loadconfig(kTileConfig);
+}
+
+LR_AVX512 void leave_amx() { _tile_loadconfig(previous_config); }
+
+Engine make_amx() {
+    Engine one = avx512::make<Tiles>();
+    one.bfloat16 = true;
+    one.pack = pack_tiles;
+    one.convert = avx512::convert_bfloat16;
+    one.scores = scores_amx;
+    one.enter = enter_amx;
+    one.leave = leave_amx;
+    return one;
+}
+#endif
+
+}  // namespace
+
+int best_path() { return attention::best_path(); }
+
+const Engine& engine(int path) {
+    static const Engine of_portable = portable::make<portable::Apart>();
+#if defined(__x86_64__)
+    static const Engine of_avx2 = avx2::make<avx2::Apart>(), of_avx512 = avx512::make<avx512::Apart>();
+    static const Engine of_amx = make_amx();
+    if (path == kAmx) return of_amx;
+    if (path == kAvx512) return of_avx512;
+    if (path == kAvx2) return of_avx2;
+#endif
+    (void)path;
+    return of_portable;
+}
+
+}  // namespace estimate
+}  // namespace longreach

@@ -1,0 +1,74 @@
+// The arguments of the exported products and row operations, as workers/model/native.py fills them.
+//
+// Legend: T tokens, M hidden size, H heads, D head dim, I intermediate, E experts of the model, Er of the shard,
+// k experts a token uses.
+#pragma once
+
+#include "gemm/gemm.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace longreach {
+namespace gemm {
+
+struct LinearCall {
+    const bf16 *x, *weight, *bias;  // [rows, k], packed [n, k], [n] or null
+    bf16* out;                      // [rows, n], contiguous
+    std::int64_t rows, stride, n, k;  // stride of x
+    std::int32_t path, threads;
+};
+
+struct NormCall {
+    const bf16 *x, *weight;  // [T, M], rows `stride` apart; [M]
+    bf16* out;               // [T, M]
+    std::int64_t tokens, stride, size;  // size: a multiple of 16
+    float eps;
+    std::int32_t path, threads;
+};
+
+struct RotateCall {
+    const bf16* x;              // [T, H, D], unit stride in D
+    bf16* out;                  // the same; may be x
+    const float *cos, *sin;     // [T, D / 2], rows `turn_stride` apart
+    const float* weight;        // [H, D], or null: no norm
+    std::int64_t tokens, heads, dim, row_stride, head_stride, out_row_stride, out_head_stride,
+        turn_stride;  // D: a multiple of 32
+    float eps;
+    std::int32_t path, threads;
+};
+
+struct RouteCall {
+    const bf16* logits;    // [T, E]
+    std::int64_t* chosen;  // [T, k]
+    float* weights;        // [T, k]
+    std::int64_t tokens, experts, top_k;
+    std::int32_t normalise, path, threads;
+};
+
+struct ExpertsCall {
+    const bf16* x;               // [T, M], rows `stride` apart
+    const std::int64_t* chosen;  // [T, k] global ids
+    const float* weights;        // [T, k]
+    const bf16 *gate_up, *down;  // packed [Er, 2 I, M] and [Er, M, I]
+    bf16 *rows, *out;            // [T k, M] of unspecified content, [T, M]
+    std::int64_t tokens, stride, top_k, first, experts, hidden_size, width;  // Er experts from global id `first`
+    std::int32_t path, threads;
+};
+
+}  // namespace gemm
+
+// A message of a near link (link.cpp).
+struct SendCall {
+    const std::uint8_t* body;
+    std::int64_t bytes, epoch, step, seed;  // bytes of the body
+    std::int32_t socket;
+};
+
+}  // namespace longreach
+
+EXPORT std::int64_t longreach_send(const longreach::SendCall* call);
+EXPORT int longreach_linear(const longreach::gemm::LinearCall* call);
+EXPORT int longreach_rms_norm(const longreach::gemm::NormCall* call);
+EXPORT int longreach_norm_rotate(const longreach::gemm::RotateCall* call);
+EXPORT int longreach_route(const longreach::gemm::RouteCall* call);
+EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call);

@@ -1,0 +1,181 @@
+// Mixture of experts over packed weights: tokens sorted by expert, gated MLP of each expert on its rows, weighted sum.
+//
+// Legend: T tokens, M hidden size, I intermediate, k experts a token uses, "slot" one of the T * k choices.
+#include "gemm/calls.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <vector>
+
+namespace longreach {
+namespace gemm {
+namespace {
+
+constexpr long kMostSlots = 128;  // of a token
+
+// Rows of one expert: slots [start, start + rows) of the sorted order.
+struct Task {
+    long expert, start, rows, place;  // `place`: its first row among the packed rows of all tasks
+};
+
+struct Sorted {
+    std::vector<std::int32_t> token, slot;  // of every local slot, by expert, then by token
+    std::vector<float> weight;
+    std::vector<Task> tasks;
+    long places = 0, most_rows = 0;  // packed rows of all tasks, and of the largest one
+};
+
+Sorted sort_slots(const ExpertsCall& call) {
+    const long slots = call.tokens * call.top_k;
+    std::vector<long> next(call.experts + 1, 0);
+    const auto local = [&](long slot) { return call.chosen[slot] - call.first; };
+    for (long slot = 0; slot < slots; ++slot) {
+        if (local(slot) >= 0 && local(slot) < call.experts) ++next[local(slot) + 1];
+    }
+    Sorted sorted;
+    const long most = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / std::max(call.hidden_size, call.width));
+    for (long expert = 0, start = 0; expert < call.experts; ++expert) {
+        const long rows = next[expert + 1], parts = (rows + most - 1) / most;
+        const long step = parts == 0 ? 0 : round_up((rows + parts - 1) / parts, kBlock);
+        for (long row = 0; row < rows; row += step) {
+            const long count = std::min(step, rows - row);
+            sorted.tasks.push_back({expert, start + row, count, sorted.places});
+            sorted.places += round_up(count, kStrip);
+            sorted.most_rows = std::max(sorted.most_rows, count);
+        }
+        next[expert + 1] = start += rows;
+    }
+    const long total = next[call.experts];
+    sorted.token.resize(total);
+    sorted.slot.resize(total);
+    sorted.weight.resize(total);
+    for (long slot = 0; slot < slots; ++slot) {
+        if (local(slot) < 0 || local(slot) >= call.experts) continue;
+        const long at = next[local(slot)]++;
+        sorted.token[at] = std::int32_t(slot / call.top_k);
+        sorted.slot[at] = std::int32_t(slot);
+        sorted.weight[at] = call.weights[slot];
+    }
+    return sorted;
+}
+
+// Panels [start, stop), one strip of gate and one of up each: silu(x gate) * (x up), packed for the next product.
+void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, float* c, const bf16* a, bf16* hidden,
+                 long start, long stop) {
+    const long m = call.hidden_size, width = call.width, strip = kStrip * m;
+    const bf16* b = call.gate_up + task.expert * 2 * width * m + start * 2 * strip;
+    for (long panel = start; panel < stop; ++panel, b += 2 * strip) {
+        const auto finish = [&](const float* sums, long row, long count) {
+            use.swiglu(sums, count, hidden + row * width + panel / 2 * kTile + panel % 2 * kStrip, kStrip * width);
+        };
+        run_panel(use, c, a, task.rows, b, b + strip, m / kDepth, panel + 1 < stop ? b + 2 * strip : nullptr, finish);
+    }
+}
+
+// Panels [start, stop), two strips of M each: weight * (hidden down), to the rows of the slots.
+void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sorted, const Task& task, float* c,
+                   const bf16* hidden, long start, long stop) {
+    const long m = call.hidden_size, strip = kStrip * call.width;
+    const bool stream = streams(call.rows, call.tokens * call.top_k, m);
+    const bf16* b = call.down + task.expert * m * call.width + start * 2 * strip;
+    for (long panel = start; panel < stop; ++panel, b += 2 * strip) {
+        const auto finish = [&](const float* sums, long row, long count) {
+            const long at = task.start + row;
+            bf16* out = call.rows + panel * kBlock;
+            use.store(sums, count, kBlock, {out, m, &sorted.slot[at], &sorted.weight[at], nullptr, stream});
+        };
+        run_panel(use, c, hidden, task.rows, b, b + strip, call.width / kDepth,
+                  panel + 1 < stop ? b + 2 * strip : nullptr, finish);
+    }
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
+}
+
+// Sum over the local slots of a token, in their order; zeros where there is none.
+void combine(const Engine& use, const ExpertsCall& call, long token) {
+    const bf16* rows[kMostSlots];
+    long count = 0;
+    for (long slot = token * call.top_k; slot < (token + 1) * call.top_k; ++slot) {
+        const long expert = call.chosen[slot] - call.first;
+        if (expert >= 0 && expert < call.experts) rows[count++] = call.rows + slot * call.hidden_size;
+    }
+    use.sum(call.out + token * call.hidden_size, rows, count, call.hidden_size);
+}
+
+// Memory of a task: packed rows of x, the sums of a panel, and the packed hidden rows. `a` is null when there is none.
+struct TaskMemory {
+    bf16* a;
+    float* c;
+    bf16* hidden;
+
+    TaskMemory(const ExpertsCall& call, long rows) {
+        const std::size_t x = packed_bytes(rows, call.hidden_size), sums = sums_bytes(rows);
+        auto* at = static_cast<char*>(thread_memory(x + sums + packed_bytes(rows, call.width)));
+        a = reinterpret_cast<bf16*>(at);
+        c = reinterpret_cast<float*>(at + x);
+        hidden = reinterpret_cast<bf16*>(at + x + sums);
+    }
+};
+
+void run(const ExpertsCall& call) {
+    const Engine& use = engine(call.path);
+    const Sorted sorted = sort_slots(call);
+    const long tasks = long(sorted.tasks.size()), wanted = kTasksPerThread * call.threads;
+    const long panels = call.width / kStrip, down_panels = call.hidden_size / kBlock;
+    // few tasks: their columns are dealt out too, and hidden rows are exchanged between the two products
+    const long parts = tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, down_panels);
+    std::vector<bf16> exchange(parts == 1 ? 0 : sorted.places * call.width + kTile);
+    bf16* shared = exchange.data() + (-reinterpret_cast<std::uintptr_t>(exchange.data()) % kLine) / sizeof(bf16);
+    std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(call.threads)
+    {
+        use.enter();
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < tasks * parts; ++i) {
+            const Task& task = sorted.tasks[i / parts];
+            const long part = i % parts;
+            const TaskMemory memory(call, sorted.most_rows);
+            if (memory.a == nullptr) {
+                failed = true;
+                continue;
+            }
+            bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
+            pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);
+            gate_and_up(use, call, task, memory.c, memory.a, hidden, panels * part / parts,
+                        panels * (part + 1) / parts);
+            if (parts == 1) weighted_down(use, call, sorted, task, memory.c, hidden, 0, down_panels);
+        }
+        if (parts > 1) {
+#pragma omp for schedule(dynamic)
+            for (long i = 0; i < tasks * parts; ++i) {
+                const Task& task = sorted.tasks[i / parts];
+                const long part = i % parts;
+                const TaskMemory memory(call, sorted.most_rows);
+                if (memory.a == nullptr) {
+                    failed = true;
+                    continue;
+                }
+                weighted_down(use, call, sorted, task, memory.c, shared + task.place * call.width,
+                              down_panels * part / parts, down_panels * (part + 1) / parts);
+            }
+        }
+#pragma omp for schedule(static)
+        for (long token = 0; token < call.tokens; ++token) combine(use, call, token);
+        use.leave();
+    }
+    if (failed) throw std::bad_alloc();
+}
+
+}  // namespace
+}  // namespace gemm
+}  // namespace longreach
+
+// The weighted sum of the local experts; 0, or 1 when there is no memory.
+EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call) {
+    try {
+        longreach::gemm::run(*call);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,200 @@
+// Packing, the portable engine and the dense product; see gemm.h.
+#include "gemm/calls.h"
+
+#include "attention/attention_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#define INLINE __attribute__((always_inline)) inline
+
+namespace longreach {
+namespace gemm {
+namespace {
+
+template <int Rows>
+INLINE void some_rows(float* c, const bf16* a, const bf16* b, long k_tiles, bool add) {
+    float sum[Rows][kStrip] = {};
+    for (int r = 0; add && r < Rows; ++r) std::memcpy(sum[r], c + r * kBlock, sizeof sum[r]);
+    for (long k = 0; k < k_tiles; ++k, a += kTile, b += kTile) {
+        for (long i = 0; i < kStrip; ++i) {
+            std::uint32_t pairs[kStrip];
+            std::memcpy(pairs, b + i * kDepth, sizeof pairs);
+            for (int r = 0; r < Rows; ++r) {
+                const float even = widen(a[r * kDepth + 2 * i]);
+                const float odd = widen(a[r * kDepth + 2 * i + 1]);
+                for (long n = 0; n < kStrip; ++n) sum[r][n] += even * as_float(pairs[n] << 16);
+                for (long n = 0; n < kStrip; ++n) sum[r][n] += odd * as_float(pairs[n] & 0xffff0000u);
+            }
+        }
+    }
+    for (int r = 0; r < Rows; ++r) std::memcpy(c + r * kBlock, sum[r], sizeof sum[r]);
+}
+
+INLINE void any_block(float* c, const Operands& o) {
+    for (long row = 0; row < o.rows; row += 4) {
+        const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
+        for (const bf16* b : {o.b0, o.b1}) {
+            float* to = c + row * kBlock + (b == o.b0 ? 0 : kStrip);
+            if (b == nullptr) continue;
+            if (o.rows - row == 1) some_rows<1>(to, a, b, o.k_tiles, o.add);
+            else some_rows<4>(to, a, b, o.k_tiles, o.add);
+        }
+    }
+}
+
+INLINE void any_store(const float* c, long rows, long columns, const Target& t) {
+    for (long r = 0; r < rows; ++r) {
+        bf16* out = t.out + (t.place ? t.place[r] : r) * t.stride;
+        const float scale = t.scale ? t.scale[r] : 1.0f;
+        for (long n = 0; n < columns; ++n) {
+            const float bias = t.bias ? widen(t.bias[n]) : 0.0f;
+            out[n] = narrow(scale * c[r * kBlock + n] + bias);
+        }
+    }
+}
+
+INLINE void any_swiglu(const float* c, long rows, bf16* out, long stride) {
+    for (long r = 0; r < rows; ++r, c += kBlock) {
+        bf16* to = out + r / kStrip * stride + r % kStrip * kDepth;
+        for (long n = 0; n < kStrip; ++n) to[n] = narrow(c[n] / (1.0f + std::exp(-c[n])) * c[n + kStrip]);
+    }
+}
+
+INLINE void any_sum(bf16* out, const bf16* const* rows, long count, long n) {
+    for (long i = 0; i < n; ++i) {
+        float sum = 0.0f;
+        for (long r = 0; r < count; ++r) sum += widen(rows[r][i]);
+        out[i] = narrow(sum);
+    }
+}
+
+void nothing() {}
+
+void portable_block(float* c, const Operands& o, Ahead) { any_block(c, o); }
+void portable_store(const float* c, long rows, long columns, const Target& t) { any_store(c, rows, columns, t); }
+void portable_swiglu(const float* c, long rows, bf16* out, long stride) { any_swiglu(c, rows, out, stride); }
+void portable_sum(bf16* out, const bf16* const* rows, long count, long n) { any_sum(out, rows, count, n); }
+LONGREACH_AVX2 void avx2_block(float* c, const Operands& o, Ahead) { any_block(c, o); }
+LONGREACH_AVX2 void avx2_store(const float* c, long rows, long columns, const Target& t) {
+    any_store(c, rows, columns, t);
+}
+LONGREACH_AVX2 void avx2_swiglu(const float* c, long rows, bf16* out, long stride) { any_swiglu(c, rows, out, stride); }
+LONGREACH_AVX2 void avx2_sum(bf16* out, const bf16* const* rows, long count, long n) { any_sum(out, rows, count, n); }
+
+constexpr Engine kEngines[] = {
+    {portable_block, portable_store, portable_swiglu, portable_sum, nothing, nothing},
+    {avx2_block, avx2_store, avx2_swiglu, avx2_sum, nothing, nothing},
+};
+
+struct Memory {
+    void* at = nullptr;
+    std::size_t bytes = 0;
+    ~Memory() { std::free(at); }
+};
+
+}  // namespace
+
+const Engine& engine(int path) {
+#if defined(__x86_64__)
+    if (path >= kAvx512) return x86_engine(Path(path));
+#endif
+    return kEngines[path];
+}
+
+void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k) {
+    const long tiles = k / kDepth;
+    for (long first = 0; first < count; first += kStrip) {
+        const long here = std::min(kStrip, count - first);
+        const bf16* from[kStrip];
+        for (long r = 0; r < here; ++r) from[r] = x + (rows ? rows[first + r] : first + r) * stride;
+        for (long tile = 0; tile < tiles; ++tile, out += kTile) {
+            for (long r = 0; r < here; ++r) std::memcpy(out + r * kDepth, from[r] + tile * kDepth, kLine);
+            if (here < kStrip) std::memset(out + here * kDepth, 0, (kStrip - here) * kLine);
+        }
+    }
+}
+
+void* thread_memory(std::size_t bytes) {
+    thread_local Memory memory;
+    if (memory.bytes < bytes) {
+        std::free(memory.at);
+        memory.bytes = 0;
+        memory.at = std::aligned_alloc(kLine, std::size_t(round_up(long(bytes), long(kLine))));
+        if (memory.at != nullptr) memory.bytes = bytes;
+    }
+    return memory.at;
+}
+
+}  // namespace gemm
+}  // namespace longreach
+
+using namespace longreach::gemm;
+
+// The highest of `Path` that this CPU has.
+EXPORT int longreach_best_path() { return longreach::attention::best_path(); }
+
+// Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.
+// With `half`, strips of the first and of the second `half` rows take turns: a gate beside its up.
+EXPORT void longreach_pack(bf16* packed, const bf16* source, long first, long rows, long k, long stride, long half) {
+    for (long row = first; row < first + rows; ++row, source += stride) {
+        const long strip = half == 0 ? row / kStrip : row % half / kStrip * 2 + row / half;
+        bf16* to = packed + strip * kStrip * k + row % kStrip * 2;
+        for (long column = 0; column < k; column += 2) {
+            std::memcpy(to + column / 2 * kDepth, source + column, 2 * sizeof(bf16));
+        }
+    }
+}
+
+static void linear_panels(const Engine& use, const LinearCall& call, float* c, const bf16* a, long first, long rows,
+                          long start, long stop) {
+    const long k = call.k, strips = call.n / kStrip;
+    const bool stream = streams(call.out, call.rows, call.n);
+    for (long panel = start; panel < stop; ++panel) {
+        const bf16* b = call.weight + panel * kBlock * k;
+        const bool two = 2 * panel + 1 < strips;
+        run_panel(use, c, a, rows, b, two ? b + kStrip * k : nullptr, k / kDepth,
+                  panel + 1 < stop ? b + kBlock * k : nullptr, [&](const float* sums, long row, long count) {
+                      bf16* out = call.out + (first + row) * call.n + panel * kBlock;
+                      const bf16* bias = call.bias ? call.bias + panel * kBlock : nullptr;
+                      use.store(sums, count, two ? kBlock : kStrip, {out, call.n, nullptr, nullptr, bias, stream});
+                  });
+    }
+}
+
+// out = x @ weight.T + bias; 0, or 1 when there is no memory.
+EXPORT int longreach_linear(const LinearCall* call) {
+    const Engine& use = engine(call->path);
+    const long k = call->k, strips = call->n / kStrip, panels = (strips + 1) / 2;
+    // where rows are few, columns make the tasks
+    const long most = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / k / kBlock * kBlock);
+    const long groups = (call->rows + most - 1) / most, group = round_up((call->rows + groups - 1) / groups, kBlock);
+    const long pieces = std::min(panels, std::max(1L, (kTasksPerThread * call->threads + groups - 1) / groups));
+    int failed = 0;
+#pragma omp parallel num_threads(call->threads)
+    {
+        use.enter();
+#pragma omp for schedule(dynamic) collapse(2)
+        for (long g = 0; g < groups; ++g) {
+            for (long piece = 0; piece < pieces; ++piece) {
+                const long first = g * group, rows = std::min<long>(group, call->rows - first);
+                auto* a = static_cast<bf16*>(thread_memory(packed_bytes(group, k) + sums_bytes(group)));
+                if (a == nullptr) {
+#pragma omp atomic write
+                    failed = 1;
+                } else if (rows > 0) {
+                    pack_rows(a, call->x + first * call->stride, call->stride, nullptr, rows, k);
+                    auto* c = reinterpret_cast<float*>(a + round_up(group, kStrip) * k);
+                    linear_panels(use, *call, c, a, first, rows, panels * piece / pieces,
+                                  panels * (piece + 1) / pieces);
+                    std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
+                }
+            }
+        }
+        use.leave();
+    }
+    return failed;
+}

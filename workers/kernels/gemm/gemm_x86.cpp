@@ -1,0 +1,208 @@
+// The engines of x86 with AVX-512 and AMX; see gemm.h.
+#include "gemm/gemm.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <initializer_list>
+
+#define AVX512 LONGREACH_AVX512
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
+
+namespace longreach {
+namespace gemm {
+namespace {
+
+inline void prefetch(Ahead& ahead) {
+    for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
+}
+
+void nothing() {}
+
+// ---- AMX: tiles 0 to 3 accumulate, 4 and 5 are rows, 6 and 7 weights
+
+template <bool TwoRows, bool TwoStrips>
+AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
+    const bf16 *a = o.a, *a1 = o.a + o.a_stride, *b0 = o.b0, *b1 = o.b1;
+    constexpr long row_bytes = kBlock * long(sizeof(float));
+    if (o.add) {
+        _tile_loadd(0, c, row_bytes);
+        if (TwoStrips) _tile_loadd(1, c + kStrip, row_bytes);
+        if (TwoRows) _tile_loadd(2, c + kStrip * kBlock, row_bytes);
+        if (TwoRows && TwoStrips) _tile_loadd(3, c + kStrip * kBlock + kStrip, row_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long k = 0; k < o.k_tiles; ++k, a += kTile, a1 += kTile, b0 += kTile, b1 += kTile) {
+        _tile_loadd(6, b0, 64);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (TwoRows) {
+            _tile_loadd(5, a1, 64);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (TwoStrips) {
+            _tile_loadd(7, b1, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (TwoRows && TwoStrips) _tile_dpbf16ps(3, 5, 7);
+        prefetch(ahead);
+    }
+    _tile_stored(0, c, row_bytes);
+    if (TwoStrips) _tile_stored(1, c + kStrip, row_bytes);
+    if (TwoRows) _tile_stored(2, c + kStrip * kBlock, row_bytes);
+    if (TwoRows && TwoStrips) _tile_stored(3, c + kStrip * kBlock + kStrip, row_bytes);
+}
+
+void amx_block(float* c, const Operands& o, Ahead ahead) {
+    if (o.b1 != nullptr) {
+        return o.rows > kStrip ? amx_tiles<true, true>(c, o, ahead) : amx_tiles<false, true>(c, o, ahead);
+    }
+    return o.rows > kStrip ? amx_tiles<true, false>(c, o, ahead) : amx_tiles<false, false>(c, o, ahead);
+}
+
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfig kTileConfig;
+
+AMX void amx_enter() { _tile_loadconfig(&kTileConfig); }
+
+AMX void amx_leave() { _tile_release(); }
+
+// ---- AVX-512: up to 8 rows by 32 outputs in registers
+
+AVX512 inline __m512 low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+AVX512 inline __m512 high(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+template <int Rows, bool TwoStrips>
+AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+    __m512 left[Rows], right[Rows];
+    for (int r = 0; r < Rows; ++r) {
+        left[r] = o.add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
+        right[r] = o.add && TwoStrips ? _mm512_loadu_ps(c + r * kBlock + kStrip) : _mm512_setzero_ps();
+    }
+    const bf16 *b0 = o.b0, *b1 = TwoStrips ? o.b1 : o.b0;
+    for (long k = 0; k < o.k_tiles; ++k, a += kTile, b0 += kTile, b1 += kTile) {
+        const auto* pairs = reinterpret_cast<const std::int32_t*>(a);
+        for (long i = 0; i < kStrip; ++i) {
+            const __m512i l = _mm512_loadu_si512(b0 + i * kDepth), m = _mm512_loadu_si512(b1 + i * kDepth);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) {
+                const __m512i pair = _mm512_set1_epi32(pairs[r * kStrip + i]);
+                const __m512 even = low(pair), odd = high(pair);
+                left[r] = _mm512_fmadd_ps(odd, high(l), _mm512_fmadd_ps(even, low(l), left[r]));
+                if (TwoStrips) right[r] = _mm512_fmadd_ps(odd, high(m), _mm512_fmadd_ps(even, low(m), right[r]));
+            }
+        }
+        prefetch(ahead);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+        _mm512_storeu_ps(c + r * kBlock, left[r]);
+        if (TwoStrips) _mm512_storeu_ps(c + r * kBlock + kStrip, right[r]);
+    }
+}
+
+template <int Rows>
+void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+    o.b1 ? vector_rows<Rows, true>(c, a, o, ahead) : vector_rows<Rows, false>(c, a, o, ahead);
+}
+
+// Rows past `o.rows` are computed too, up to the next of 1, 2, 4 and 8: their strip is filled up.
+void vector_block(float* c, const Operands& o, Ahead ahead) {
+    for (long row = 0; row < o.rows; row += 8, ahead.lines = 0) {
+        const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
+        const long left = o.rows - row;
+        float* to = c + row * kBlock;
+        if (left == 1) some_rows<1>(to, a, o, ahead);
+        else if (left == 2) some_rows<2>(to, a, o, ahead);
+        else if (left <= 4) some_rows<4>(to, a, o, ahead);
+        else some_rows<8>(to, a, o, ahead);
+    }
+}
+
+// ---- what becomes of a block
+
+AVX512 inline __m256i narrowed(__m512 value) {  // to the nearest, ties to even; a NaN stays one
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+
+AVX512 inline __m512 widened(const bf16* values) {
+    const __m256i narrow_values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_values), 16));
+}
+
+AVX512 void store(const float* c, long rows, long columns, const Target& t) {
+    const __m512 zero = _mm512_setzero_ps();
+    const __m512 bias0 = t.bias ? widened(t.bias) : zero;
+    const __m512 bias1 = t.bias && columns > kStrip ? widened(t.bias + kStrip) : zero;
+    for (long r = 0; r < rows; ++r) {
+        bf16* out = t.out + (t.place ? t.place[r] : r) * t.stride;
+        const __m512 scale = _mm512_set1_ps(t.scale ? t.scale[r] : 1.0f);
+        const __m256i left = narrowed(_mm512_fmadd_ps(scale, _mm512_loadu_ps(c + r * kBlock), bias0));
+        if (columns <= kStrip) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), left);
+            continue;
+        }
+        const __m256i right = narrowed(_mm512_fmadd_ps(scale, _mm512_loadu_ps(c + r * kBlock + kStrip), bias1));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
+        if (t.stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);
+        else _mm512_storeu_si512(out, both);
+    }
+}
+
+// x / (1 + exp(-x)): 2 ** t by a polynomial on [-0.5, 0.5], 1 / y by an estimate and one Newton step
+AVX512 inline __m512 silu(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // 1e-36 from 0, and 2 ** t stays finite; a NaN stays one
+    const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(t, whole);
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);
+    for (const float term : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f}) {
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(term));
+    }
+    const __m512 y = _mm512_add_ps(_mm512_scalef_ps(p, whole), _mm512_set1_ps(1.0f));
+    const __m512 guess = _mm512_rcp14_ps(y);
+    const __m512 inverse = _mm512_mul_ps(guess, _mm512_fnmadd_ps(y, guess, _mm512_set1_ps(2.0f)));
+    return _mm512_mul_ps(x, inverse);
+}
+
+AVX512 void swiglu(const float* c, long rows, bf16* out, long stride) {
+    for (long r = 0; r < rows; ++r, c += kBlock) {
+        const __m512 value = _mm512_mul_ps(silu(_mm512_loadu_ps(c)), _mm512_loadu_ps(c + kStrip));
+        bf16* to = out + r / kStrip * stride + r % kStrip * kDepth;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(value));
+    }
+}
+
+AVX512 void sum(bf16* out, const bf16* const* rows, long count, long n) {
+    for (long i = 0; i < n; i += kStrip) {
+        __m512 total = _mm512_setzero_ps();
+        for (long r = 0; r < count; ++r) total = _mm512_add_ps(total, widened(rows[r] + i));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), narrowed(total));
+    }
+}
+
+constexpr Engine kEngines[] = {
+    {vector_block, store, swiglu, sum, nothing, nothing},
+    {amx_block, store, swiglu, sum, amx_enter, amx_leave},
+};
+
+}  // namespace
+
+const Engine& x86_engine(Path path) { return kEngines[path - kAvx512]; }
+
+}  // namespace gemm
+}  // namespace longreach
+#endif

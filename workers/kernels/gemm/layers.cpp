@@ -1,0 +1,177 @@
+// Whole layers of a few rows in one call: a decode step.
+//
+// A row passes through some ten operations a layer, of 3 to 700 microseconds each. Called one by one from Python, a
+// quarter of a step was the interpreter's, whose own memory the weights had just driven out of the caches. The
+// operations are the exported ones, in the order of `Decoder` in workers/model/decoder.py, which is the twin.
+#include "attention/attention.h"
+#include "gemm/calls.h"
+
+#include <algorithm>
+#include <cstring>
+
+extern "C" int longreach_attend(const longreach::attention::Args* args);
+
+namespace longreach {
+namespace gemm {
+namespace {
+
+// One layer of one shard; weights are packed, vectors plain.
+struct Layer {
+    const bf16 *input_norm, *qkv, *qkv_bias, *o, *o_bias, *post_norm, *router, *gate_up, *down;
+    const float* head_norm;              // [H + K, D], or null
+    bf16 *keys, *values;                 // of the cache: [K, slots, D], heads `kv_head` values apart
+    std::int64_t kv_head, heads, kv_heads, dim, hidden_size;
+    std::int64_t all_experts, first, experts, top_k, width;
+    float eps;
+    std::int32_t normalise;
+};
+
+// Rows of one sequence: `row` is the first of them.
+struct Piece {
+    attention::Args args;                // complete but for queries, keys, values and the result
+    std::int64_t row;
+};
+
+// One step; all buffers are contiguous.
+struct Step {
+    bf16 *x, *out;                       // [T, M]: the residual stream, and what a half of a layer adds to it
+    bf16 *normed, *qkv;                  // [T, M], [T, H + 2 K, D]
+    bf16 *far[2], *attended;             // [T, H, D]: queries rotated for `succ` and `inter`
+    bf16 *logits, *rows;                 // [T, E], [T k, M]
+    std::int64_t* chosen;                // [T, k]
+    float* weights;                      // [T, k]
+    const float *cos[3], *sin[3];        // [T, D / 2]: intra, succ, inter; null where no row needs it
+    std::int64_t turn_stride[3];
+    const std::int64_t* slots;           // [T]: where keys and values go
+    Piece* pieces;
+    std::int64_t tokens, num_pieces;
+    std::int32_t path, threads;
+};
+
+int linear(const Step& step, const bf16* x, const bf16* weight, const bf16* bias, bf16* out, long n, long k) {
+    const LinearCall call{x, weight, bias, out, step.tokens, k, n, k, step.path, step.threads};
+    return longreach_linear(&call);
+}
+
+void norm(const Step& step, const Layer& layer, const bf16* weight) {
+    const long m = layer.hidden_size;
+    const NormCall call{step.x, weight, step.normed, step.tokens, m, m, layer.eps, step.path, step.threads};
+    longreach_rms_norm(&call);
+}
+
+// Query and key heads in place, after the queries of far regions to their own rows.
+void rotate(const Step& step, const Layer& layer) {
+    const long dim = layer.dim, heads = layer.heads, row = (heads + 2 * layer.kv_heads) * dim;
+    for (int region = 2; region >= 0; --region) {
+        if (step.cos[region] == nullptr) continue;
+        bf16* out = region == 0 ? step.qkv : step.far[region - 1];
+        const RotateCall call{step.qkv, out, step.cos[region], step.sin[region], layer.head_norm, step.tokens,
+                              region == 0 ? heads + layer.kv_heads : heads, dim, row, dim,
+                              region == 0 ? row : heads * dim, dim, step.turn_stride[region], layer.eps, step.path,
+                              step.threads};
+        longreach_norm_rotate(&call);
+    }
+}
+
+void write(const Step& step, const Layer& layer) {
+    const long dim = layer.dim, row = (layer.heads + 2 * layer.kv_heads) * dim;
+    const std::size_t bytes = dim * sizeof(bf16);
+    for (long t = 0; t < step.tokens; ++t) {
+        const bf16* keys = step.qkv + t * row + layer.heads * dim;
+        for (long h = 0; h < layer.kv_heads; ++h) {
+            const long at = h * layer.kv_head + step.slots[t] * dim;
+            std::memcpy(layer.keys + at, keys + h * dim, bytes);
+            std::memcpy(layer.values + at, keys + (layer.kv_heads + h) * dim, bytes);
+        }
+    }
+}
+
+int attend(const Step& step, const Layer& layer) {
+    const long dim = layer.dim, heads = layer.heads, row = (heads + 2 * layer.kv_heads) * dim;
+    for (long i = 0; i < step.num_pieces; ++i) {
+        const Piece& piece = step.pieces[i];
+        attention::Args args = piece.args;
+        for (int region = 0; region < 3; ++region) {
+            const long stride = region == 0 ? row : heads * dim;
+            args.q[region] = step.cos[region] == nullptr ? nullptr
+                             : (region == 0 ? step.qkv : step.far[region - 1]) + piece.row * stride;
+            args.q_row[region] = stride;
+            args.q_head[region] = dim;
+        }
+        args.out = step.attended + piece.row * heads * dim;
+        args.keys = layer.keys;
+        args.values = layer.values;
+        args.key_head = args.value_head = layer.kv_head;
+        if (const int status = longreach_attend(&args)) return status;
+    }
+    return 0;
+}
+
+// The attention half of a layer: x -> out.
+int attention_half(const Step& step, const Layer& layer) {
+    const long m = layer.hidden_size, dim = layer.dim;
+    norm(step, layer, layer.input_norm);
+    int status = linear(step, step.normed, layer.qkv, layer.qkv_bias, step.qkv,
+                        (layer.heads + 2 * layer.kv_heads) * dim, m);
+    if (status) return status;
+    rotate(step, layer);
+    write(step, layer);
+    if ((status = attend(step, layer))) return status;
+    return linear(step, step.attended, layer.o, layer.o_bias, step.out, m, layer.heads * dim);
+}
+
+// The experts' half of a layer: x -> out.
+int experts_half(const Step& step, const Layer& layer) {
+    const long m = layer.hidden_size;
+    norm(step, layer, layer.post_norm);
+    if (const int status = linear(step, step.normed, layer.router, nullptr, step.logits, layer.all_experts, m)) {
+        return status;
+    }
+    const RouteCall route{step.logits, step.chosen, step.weights, step.tokens, layer.all_experts, layer.top_k,
+                          layer.normalise, step.path, step.threads};
+    longreach_route(&route);
+    const ExpertsCall experts{step.normed, step.chosen, step.weights, layer.gate_up, layer.down, step.rows, step.out,
+                              step.tokens, m, layer.top_k, layer.first, layer.experts, m, layer.width, step.path,
+                              step.threads};
+    return longreach_experts(&experts);
+}
+
+void add(const Step& step, const Layer& layer) {
+    for (long i = 0; i < step.tokens * layer.hidden_size; ++i) {
+        step.x[i] = narrow(widen(step.out[i]) + widen(step.x[i]));
+    }
+}
+
+}  // namespace
+}  // namespace gemm
+}  // namespace longreach
+
+using namespace longreach::gemm;
+
+// One half of a layer, attention (0) or experts (1), without the sum: shards reduce it first. A status of the calls.
+EXPORT int longreach_half_layer(const Layer* layer, const Step* step, int half) {
+    return half == 0 ? attention_half(*step, *layer) : experts_half(*step, *layer);
+}
+
+// Layers of a stage of one shard: x becomes the result. `done` counts the finished ones. Where the next stage waits for
+// the result, `then` has the message for it, and `sent` what came of sending it.
+EXPORT int longreach_layers(const Layer* layers, std::int64_t count, const Step* step, std::int64_t* done,
+                            const longreach::SendCall* then, std::int64_t* sent) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (const int status = attention_half(*step, layers[i])) return status;
+        add(*step, layers[i]);
+        if (const int status = experts_half(*step, layers[i])) return status;
+        add(*step, layers[i]);
+        __atomic_fetch_add(done, 1, __ATOMIC_RELAXED);
+    }
+    if (then != nullptr) *sent = longreach_send(then);
+    return 0;
+}
+
+// Sizes of the structures, for the check that both sides agree.
+EXPORT void longreach_layer_sizes(std::int64_t* sizes) {
+    sizes[0] = sizeof(Layer);
+    sizes[1] = sizeof(Piece);
+    sizes[2] = sizeof(Step);
+    sizes[3] = sizeof(longreach::attention::Args);
+}

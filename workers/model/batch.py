@@ -1,0 +1,163 @@
+"""A step plan made ready for the decoder: positions, cache slots and rows to sample. Legend: `T` tokens of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from protos.model.grid import is_sparse, next_cut, split
+from protos.model.spec import ModelSpec
+from protos.stage.messages import SequenceSlice, StepPlan
+from workers.attention.plan import AttentionPlan, Rotation
+from workers.kv.paged import BlockTable, PlanMismatch, SlotRun
+from workers.model.rope import row_scales
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `rows.start .. rows.stop - 1` of the step: one attention plan over the context of one sequence."""
+
+    sequence: int
+    prompt_len: int
+    rows: slice
+    table: BlockTable
+    plan: AttentionPlan
+    scales: torch.Tensor  # [rows] float32 in host memory, the factor on their logits
+    sparse: bool = False  # a cell of the absolute grid: the decoder selects the keys of every head
+
+    def needs(self, rotation: Rotation) -> bool:
+        """Whether the context has keys that meet another rotation of the query."""
+        return any(tag == rotation for _, _, tag in self.plan.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything the decoder needs to know about a step besides the activations."""
+
+    positions: torch.Tensor  # [T] int64
+    token_ids: torch.Tensor | None  # [T] int64, when asked for
+    pieces: tuple[Piece, ...]  # they cover the rows in order
+    slots: tuple[SlotRun, ...]  # where the step's keys and values go, in row order
+    sample_rows: torch.Tensor  # [samples] int64
+
+    def needs(self, rotation: Rotation) -> bool:
+        """Whether any piece does."""
+        return any(piece.needs(rotation) for piece in self.pieces)
+
+
+class BlockTables:
+    """The block tables of the sequences in flight, kept in step with the plans."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._tables: dict[int, BlockTable] = {}
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._tables
+
+    def clear(self) -> None:
+        self._tables.clear()
+
+    def apply(self, plan: StepPlan) -> None:
+        """Drop released sequences and append new blocks.
+
+        Raises:
+            PlanMismatch: a table would not have the length the plan states.
+        """
+        for sequence in plan.released:
+            self._tables.pop(sequence, None)
+        for part in plan.slices:
+            table = self._tables.get(part.sequence)
+            if table is None:
+                table = self._tables[part.sequence] = BlockTable(self._page_size)
+            table.append(part.new_blocks)
+            if table.num_blocks != part.num_blocks:
+                raise PlanMismatch(
+                    f"sequence {part.sequence}: the plan counts {part.num_blocks} blocks, this shard {table.num_blocks}"
+                )
+
+    def batch(self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool) -> Batch:
+        """Turn a plan (already applied) into a batch.
+
+        Raises:
+            PlanMismatch: ids are missing, rows lie beyond the table, or sparse rows are not whole cells.
+        """
+        pieces: list[Piece] = []
+        slots: list[SlotRun] = []
+        sample_rows: list[int] = []
+        positions = _positions(plan)
+        row = 0
+        for part in plan.slices:
+            table = self._tables[part.sequence]
+            stop = part.start + part.length
+            slots.extend(table.runs(part.start, stop))
+            pieces.extend(_pieces(part, spec, table, row, positions))
+            row += part.length
+            if part.sample is not None:
+                sample_rows.append(row - 1)
+        return Batch(
+            positions=positions.to(device),
+            token_ids=token_ids(plan, {}, device) if with_tokens else None,
+            pieces=tuple(pieces),
+            slots=tuple(slots),
+            sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        )
+
+
+def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) -> torch.Tensor:
+    """The input of the first stage, `[T]` int64; `sampled` has the newest token of sequences that run ahead.
+
+    Raises:
+        PlanMismatch: ids are missing.
+    """
+    ids: list[int] = []
+    for part in plan.slices:
+        given = part.token_ids
+        if not len(given) and part.length == 1 and part.sequence in sampled:
+            given = (sampled[part.sequence],)
+        if len(given) != part.length:
+            raise PlanMismatch(f"sequence {part.sequence}: {len(given)} ids for {part.length} rows")
+        ids.extend(given)
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def _positions(plan: StepPlan) -> torch.Tensor:
+    """`[T]` int64 in host memory; a decode step takes one tensor, whatever the number of sequences."""
+    if plan.decodes:
+        return torch.tensor([part.start for part in plan.slices])
+    return torch.cat([torch.arange(part.start, part.start + part.length) for part in plan.slices])
+
+
+def _pieces(
+    part: SequenceSlice, spec: ModelSpec, table: BlockTable, row: int, positions: torch.Tensor
+) -> Iterator[Piece]:
+    """Cut a slice, whose first row is `row` of the step, where an attention plan must end."""
+    scale_len = part.scale_len or part.prompt_len
+    for start, stop in split(spec, part.start, part.start + part.length, part.prompt_len):
+        sparse = is_sparse(spec, start, part.prompt_len)
+        if sparse and not _is_cell(spec, start, stop, part.prompt_len):
+            raise PlanMismatch(
+                f"sequence {part.sequence}: rows {start} to {stop - 1} are not a whole cell of {part.prompt_len} tokens"
+            )
+        first = row + start - part.start
+        rows = slice(first, first + stop - start)
+        yield Piece(
+            sequence=part.sequence,
+            prompt_len=part.prompt_len,
+            rows=rows,
+            table=table,
+            plan=AttentionPlan(start, stop - start, spec.chunk_distance),
+            scales=row_scales(positions[rows], scale_len, spec.head_dim, spec.dual_chunk),
+            sparse=sparse,
+        )
+
+
+def _is_cell(spec: ModelSpec, start: int, stop: int, prompt_len: int) -> bool:
+    """Whether rows `start .. stop - 1`, which no cut crosses, reach from one cut to the next."""
+    begins = start == 0 or next_cut(spec, start - 1, prompt_len) == start
+    return begins and next_cut(spec, start, prompt_len) == stop

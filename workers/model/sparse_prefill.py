@@ -1,0 +1,135 @@
+"""Sparse prefill in the decoder: which rows of a cell are sampled, attention over what is selected, and its report.
+
+Legend: `T` rows, `H` query heads and `K` KV heads of the shard, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from protos.model.spec import ModelSpec
+from protos.stage.messages import CellReport, ShardSpec
+from workers.attention.attend import attend
+from workers.attention.pair_counts import causal_pairs
+from workers.attention.plan import Rotation
+from workers.attention.queries import Queries
+from workers.kv.paged import LayerKV
+from workers.model.batch import Batch, Piece
+from workers.model.rope import Rotary, Turns, norm_and_rotate_
+from workers.sparse.estimate import SampledRows
+from workers.sparse.vertical_slash import CellChoice, CellQueries, choose, estimate_rows, held_out_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Estimate:
+    """The rows a cell's estimate looks at, counted from the cell's start, and their continuous rotations."""
+
+    rows: slice
+    turns: Turns | None  # None: the context is one DCA chunk, where they are the true ones
+
+
+@dataclass(slots=True)
+class CellLog:
+    """What the sparse cells of a step report, over all layers of the shard."""
+
+    cells: list[CellReport] = field(default_factory=list)
+    seconds: float = 0.0  # estimating and selecting
+
+
+class SparsePrefill:
+    """The sparse cells of one step.
+
+    For every layer: `begin_layer` before the queries are rotated in place, then `attend` once a cell.
+    """
+
+    def __init__(self, spec: ModelSpec, shard: ShardSpec, rotary: Rotary, batch: Batch, log: CellLog) -> None:
+        assert spec.sparse is not None
+        self._sparse, self._eps = spec.sparse, spec.rms_norm_eps
+        self._heads = shard.heads
+        self._log = log
+        self._layer = 0
+        self._norm: torch.Tensor | None = None
+        self._kept: dict[int, torch.Tensor] = {}  # by the first row of the piece, as the estimates
+        self._estimates: dict[int, _Estimate] = {}
+        for piece in batch.pieces:
+            if piece.sparse:
+                rows = _span(estimate_rows(piece.plan.length, spec.sparse.last_q))
+                far = piece.needs(Rotation.SUCC)
+                turns = rotary.continuous(batch.positions[piece.rows][rows]) if far else None
+                self._estimates[piece.rows.start] = _Estimate(rows, turns)
+
+    def begin_layer(self, layer: int, q: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """Before queries are rotated in place: keep the rows that need rotations of their own.
+
+        Args:
+            layer: counted in the model.
+            q: `[T, H, D]` of the whole step, neither normed nor rotated.
+            norm: `[H, D]` weights of the query norm in float32, None for models without.
+        """
+        self._layer, self._norm = layer, norm
+        self._kept = {
+            first: q[first + found.rows.start : first + found.rows.stop].clone()
+            for first, found in self._estimates.items()
+            if found.turns is not None
+        }
+
+    def attend(self, piece: Piece, q: Queries, kv: LayerKV) -> torch.Tensor:
+        """Attention `[T, H, D]` of one cell; `q` are its rows under their true rotations, its keys are in `kv`."""
+        began = time.perf_counter()
+        choice = self._choose(piece, q, kv)
+        self._log.seconds += time.perf_counter() - began
+        plan, visited = replace(piece.plan, heads=choice.selections), torch.empty(self._heads.size, dtype=torch.int64)
+        out = attend(q, kv, piece.table, plan, piece.scales, visited)
+        self._log.cells.append(
+            CellReport(
+                sequence=piece.sequence,
+                layer=self._layer,
+                first_head=self._heads.start,
+                start=plan.start,
+                length=plan.length,
+                density=(visited / causal_pairs(plan)).tolist(),
+                estimated_recall=choice.estimated_recall,
+                held_out_recall=choice.held_out_recall,
+                dense=choice.dense,
+            )
+        )
+        return out
+
+    def _choose(self, piece: Piece, q: Queries, kv: LayerKV) -> CellChoice:
+        found, length = self._estimates[piece.rows.start], piece.plan.length
+        sampled = q[found.rows]
+        if found.turns is not None:
+            sampled = self._continuous(self._kept.pop(piece.rows.start), found.turns, sampled.intra)
+        others = held_out_rows(length, self._sparse.last_q)
+        cell = CellQueries(
+            estimate=SampledRows(tuple(range(found.rows.start, found.rows.stop)), sampled, piece.scales[found.rows]),
+            held_out=SampledRows(others, _rows(q, others), piece.scales[list(others)]),
+            layer=self._layer,
+            first_head=self._heads.start,
+        )
+        return choose(cell, kv, piece.table, piece.plan, self._sparse)
+
+    def _continuous(self, raw: torch.Tensor, turns: Turns, intra: torch.Tensor) -> Queries:
+        assert turns.succ is not None
+        assert turns.inter is not None
+        inter = torch.empty_like(raw)
+        norm_and_rotate_(raw, turns.succ, self._norm, self._eps, [(inter, turns.inter)])
+        return Queries(intra, raw, inter)
+
+
+def _span(rows: Sequence[int]) -> slice:
+    assert list(rows) == list(range(rows[0], rows[-1] + 1))
+    return slice(rows[0], rows[-1] + 1)
+
+
+def _rows(q: Queries, rows: Sequence[int]) -> Queries:
+    picked = torch.tensor(rows, device=q.intra.device)
+
+    def pick(side: torch.Tensor | None) -> torch.Tensor | None:
+        return None if side is None else side[picked]
+
+    return Queries(q.intra[picked], pick(q.succ), pick(q.inter))

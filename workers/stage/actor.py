@@ -1,0 +1,37 @@
+"""The Ray actor around a stage process: Ray places it, starts it and notices its death; all talk goes over gRPC."""
+
+from __future__ import annotations
+
+import os
+
+from protos.node.node_check import NodeCheck, interface_address
+from workers.stage.server import StageAddress, StageProcessSpec, StageServer, limit_threads
+
+
+class StageActor:
+    """One shard of one stage. `open` is called once, then `serve`; a restarted actor is a new one with a new epoch."""
+
+    def __init__(self) -> None:
+        self._server: StageServer | None = None
+
+    def open(self, spec: StageProcessSpec, check: NodeCheck) -> StageAddress:
+        """Check this node and listen; torch is not imported yet, so thread counts can still be set.
+
+        Raises:
+            NodeError: this node differs from the head.
+        """
+        import ray
+
+        check.run()
+        limit_threads(spec.threads)
+        bind = ""
+        if spec.listen_tcp:
+            named = spec.network_interface
+            bind = interface_address(named) if named else ray.util.get_node_ip_address()
+        self._server = StageServer(spec, on_orphan=lambda: os._exit(3))
+        return self._server.start(str(ray.get_runtime_context().get_node_id()), bind)
+
+    def serve(self) -> None:
+        """Block until the shard is told to close. Ray's loop looks for signals a hundred times a second otherwise."""
+        assert self._server is not None, "open comes first"
+        self._server.wait()
