@@ -32,10 +32,8 @@ MAX_FILES = 12
 LAYERS = {
     "protos": ["errors", "generate", "jobs", "model", "stage", "node"],
     "cluster": [
-NEVER = {
-    "client": {"config", "text", "scheduler", "stages", "engine", "jobs"},
-    "scheduler": {"config", "text", "stages"},
-}
+        "common", "config", "text", "scheduler", "stages", "engine", "jobs", "client", "server", "tools", "bench",
+        "cli",
     ],
     "workers": [
         "kernels", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench", "training",

@@ -262,9 +262,9 @@ def test_damage_is_reported(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/unit"]
+sys.path[:0] = [sys.argv[1]]
 import torch
-from test_weights import BIG, load_shard, shard_bytes, shards
+from tests.unit.workers.model.test_weights import BIG, load_shard, shard_bytes, shards
 
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
