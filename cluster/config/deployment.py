@@ -71,18 +71,18 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
 
 def _check_grid(reading: _Reading, config: Config, spec: ModelSpec) -> None:
     """Pages, cells and steps must fit into each other: KV is shared by the page, sparse rows computed by the cell."""
-    page, cell = config.kv_cache.page_size, largest_cell(spec)
-    if spec.dual_chunk is not None and spec.chunk_distance % page:
+    page_size, cell = config.kv_cache.page_size, largest_cell(spec)
+    if spec.dual_chunk is not None and spec.chunk_distance % page_size:
         dual = spec.dual_chunk
         reading.fail(
             ("kv_cache", "page_size"),
             f"must divide {spec.chunk_distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
             f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
         )
-    if spec.sparse is not None and spec.sparse.cell % page:
+    if spec.sparse is not None and spec.sparse.cell % page_size:
         reading.fail(
             ("sparse", "cell"),
-            f"must be a multiple of kv_cache.page_size ({page}), here {spec.sparse.cell}; use another cell, or a "
+            f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}; use another cell, or a "
             "smaller page",
         )
     if config.prefill.max_num_batched_tokens < cell:

@@ -101,15 +101,15 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
     if config.cluster.device == "cpu":
         mapped = sharers * max(max(0, p.total_bytes - p.anonymous_growth_bytes) for p in loaded)
     free = (min(progress.available_bytes for progress in loaded) - mapped) // sharers - scratch
-    block = kv.page_size * kv_token_bytes(deployment)
+    page = kv.page_size * kv_token_bytes(deployment)
     if kv.bytes is None:
         assert kv.fraction is not None
         wanted = max(0, int(free * kv.fraction))
     else:  # no more is allocated than all sequences can use
-        wanted = min(kv.bytes, -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * block)
+        wanted = min(kv.bytes, -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * page)
     if 0 < wanted <= free:
         return wanted
-    fits = max(0, free) // block * kv.page_size
+    fits = max(0, free) // page * kv.page_size
     key = f"kv_cache.bytes: {format_bytes(wanted)}" if kv.bytes is not None else "kv_cache.fraction: no room"
     raise NoRoom(
         f"{key}: after the weights and {format_bytes(scratch)} for a step of {tokens} tokens, "

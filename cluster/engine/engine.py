@@ -144,7 +144,7 @@ class Engine:
         self._on_lost(reason)
 
     def check_integrity(self) -> None:
-        """Verify blocks against requests, on the engine's own thread; raises AssertionError."""
+        """Verify pages against requests, on the engine's own thread; raises AssertionError."""
         answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def check() -> None:

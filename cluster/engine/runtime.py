@@ -17,7 +17,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import FLOOR_S, Watchdog
 from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.request_handle import EngineError, Event, Ticket
-from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageError
 from cluster.stages.launcher import Launched, Launcher, LaunchStatus
@@ -75,10 +75,10 @@ class Session:
         self.launched = launched = self._launcher.start()
         try:
             root = cache_root(self.deployment, launched.fingerprint)
-            prefill, page = config.prefill, config.kv_cache.page_size
-            pool = BlockPool(launched.num_blocks)
+            prefill, page_size = config.prefill, config.kv_cache.page_size
+            pool = PagePool(launched.num_pages)
             scheduler = Scheduler(
-                pool, page, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
+                pool, page_size, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
                 runs_ahead=True, num_stages=config.cluster.pipeline_parallel_size,
             )  # fmt: skip
             self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
@@ -180,7 +180,7 @@ class Session:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV blocks some request owns, 0..1."""
+        """Share of the KV pages some request owns, 0..1."""
         return self.engine.scheduler.pool.usage if self._engine is not None else 0.0
 
     @property
@@ -191,7 +191,7 @@ class Session:
     def status(self) -> dict[str, Any]:
         """The cluster as it is now: sizes, use of KV, and every shard's state."""
         launched, config = self.launched, self.deployment.config
-        blocks = self._engine.scheduler.pool.num_blocks if self._engine is not None else 0  # none while it restarts
+        pages = self._engine.scheduler.pool.num_pages if self._engine is not None else 0  # none while it restarts
         stages = []
         for handle in launched.shards if launched else ():
             entry: dict[str, Any] = {"stage": handle.shard.stage, "rank": handle.shard.rank, "state": "unreachable"}
@@ -205,7 +205,7 @@ class Session:
             "model": config.model.served_model_name,
             "max_model_len": self.deployment.max_model_len,
             "kv_usage": self.kv_usage,
-            "kv_tokens": blocks * config.kv_cache.page_size,
+            "kv_tokens": pages * config.kv_cache.page_size,
             "stages": stages,
             "version": self.version,
         }

@@ -206,7 +206,7 @@ class JobService:
         return status
 
     def check_integrity(self) -> None:
-        """Verify the engine's blocks (tests, debugging)."""
+        """Verify the engine's pages (tests, debugging)."""
         self._session.engine.check_integrity()
 
     # --- internals ---------------------------------------------------------------------------------------------------

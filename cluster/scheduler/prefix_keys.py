@@ -11,7 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from cluster.scheduler.block_pool import iter_page_hashes, page_hashes
+from cluster.scheduler.page_pool import iter_page_hashes, page_hashes
 from protos.model import grid
 from protos.model.spec import ModelSpec
 

@@ -1,4 +1,4 @@
-"""One question as the scheduler sees it: tokens, how many of them are computed, and the blocks that hold their KV."""
+"""One question as the scheduler sees it: tokens, how many of them are computed, and the pages that hold their KV."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Request:
     num_computed: int = 0
     num_scheduled: int = 0
     num_cached: int = 0
-    blocks: tuple[int, ...] = ()
-    blocks_sent: int = 0  # how many of `blocks` the stages know
+    pages: tuple[int, ...] = ()
+    pages_sent: int = 0  # how many of `pages` the stages know
     hashes: Sequence[bytes] = ()  # of the prompt's pages, as far as they can be shared
     length_key: int = 0  # length the hashes are for, see `cluster.scheduler.prefix_keys`
     scale_len: int = 0  # length whose temperature its prefill uses; 0: its own

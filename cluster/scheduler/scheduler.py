@@ -1,12 +1,12 @@
-"""Decides every step: which requests run, how many tokens of each, in which blocks. Pure Python, no clock, no I/O.
+"""Decides every step: which requests run, how many tokens of each, in which pages. Pure Python, no clock, no I/O.
 
-Order of a step: admit waiting requests while blocks are left, share the token budget, make the plan. A plan is a value;
-`commit` takes its result back. Requests reserve all blocks they can ever need when they are admitted (prompt and
+Order of a step: admit waiting requests while pages are left, share the token budget, make the plan. A plan is a value;
+`commit` takes its result back. Requests reserve all pages they can ever need when they are admitted (prompt and
 max_tokens), so nothing that runs can run out of memory. Steps are cut where the attention of the model allows it
 (`chunking`), and prefixes are shared where KV does not depend on who computed it (`prefix_keys`).
 
-Blocks of a request that ends go back at once, even with steps of it in flight: stages execute plans in order, so
-whoever gets the blocks next writes them later, and pages that others can find are never among what such a step writes.
+Pages of a request that ends go back at once, even with steps of it in flight: stages execute plans in order, so
+whoever gets the pages next writes them later, and pages that others can find are never among what such a step writes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice, takewhile
 
-from cluster.scheduler.block_pool import BlockPool
 from cluster.scheduler.chunking import Chunk, Stand, chunks, cut, share_budget
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import FinishReason, Request, Status
 from protos.errors import UserError
@@ -34,10 +34,10 @@ class DoesNotFit(UserError):
 
 
 class Scheduler:
-    """One owner of requests and blocks. `schedule` and `commit` alternate freely: several plans may be in flight."""
+    """One owner of requests and pages. `schedule` and `commit` alternate freely: several plans may be in flight."""
 
     def __init__(
-        self, pool: BlockPool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
+        self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
         epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False, num_stages: int = 1,
     ) -> None:  # fmt: skip
         """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention).
@@ -92,8 +92,8 @@ class Scheduler:
         size = request.num_prompt
         return list(chunks(self.spec, min(request.num_computed, size), size, size, self._budget))
 
-    def blocks_needed(self, request: Request) -> int:
-        """Blocks for the prompt and every token it may generate (the last one is never fed back)."""
+    def pages_needed(self, request: Request) -> int:
+        """Pages for the prompt and every token it may generate (the last one is never fed back)."""
         tokens = request.num_prompt + request.stop.max_tokens - 1
         return -(-tokens // self._page_size)
 
@@ -101,11 +101,11 @@ class Scheduler:
         """Check and hash a request. Reads nothing that changes, so it may run on the submitter's thread.
 
         Raises:
-            DoesNotFit: it needs more blocks than the whole pool has.
+            DoesNotFit: it needs more pages than the whole pool has.
         """
-        needed = self.blocks_needed(request)
-        if needed > self.pool.num_blocks:
-            held = self.pool.num_blocks * self._page_size
+        needed = self.pages_needed(request)
+        if needed > self.pool.num_pages:
+            held = self.pool.num_pages * self._page_size
             fits = max(0, held - request.stop.max_tokens + 1)
             raise DoesNotFit(
                 f"prompt of {request.num_prompt} tokens with max_tokens {request.stop.max_tokens}: the KV cache holds "
@@ -137,7 +137,7 @@ class Scheduler:
         return StepPlan(self._epoch, self._step, slices, released)
 
     def commit(self, plan: StepPlan, samples: Iterable[SampledToken]) -> list[Request]:
-        """Take the result of a plan; returns the requests it touched. Finished ones have given their blocks back."""
+        """Take the result of a plan; returns the requests it touched. Finished ones have given their pages back."""
         sampled = {sample.sequence: sample for sample in samples}
         running = {request.sequence: request for request in self._running}
         touched = []
@@ -165,8 +165,8 @@ class Scheduler:
         self._finish(request)
 
     def check_integrity(self) -> None:
-        """Verify the block pool against the requests that run; raises AssertionError."""
-        self.pool.check_integrity(request.blocks for request in self._running)
+        """Verify the page pool against the requests that run; raises AssertionError."""
+        self.pool.check_integrity(request.pages for request in self._running)
         alive = {request.sequence for request in self._running}
         assert set(self._pending.values()) <= alive, "pages are pending for requests that do not run"
 
@@ -176,7 +176,7 @@ class Scheduler:
         held_back: list[Request] = []
         while self._waiting and len(self._running) < self._max_seqs:
             request = self._waiting.popleft()
-            full = self._no_room_for == (request.sequence, self.pool.num_releases)  # until a block comes back
+            full = self._no_room_for == (request.sequence, self.pool.num_releases)  # until a page comes back
             if not full and self._awaits_prefix(request):
                 held_back.append(request)
             elif full or not self._reserve(request):
@@ -191,7 +191,7 @@ class Scheduler:
         return request.hashes[: self._keys.whole_pages(pages, request.num_prompt)]
 
     def _match(self, request: Request) -> tuple[int, ...]:
-        """The blocks of the longest known prefix it can go on after."""
+        """The pages of the longest known prefix it can go on after."""
         found = self.pool.match(self._shareable(request))
         return found[: self._keys.whole_pages(len(found), request.num_prompt)]
 
@@ -218,8 +218,8 @@ class Scheduler:
             request.length_key = chosen
             request.hashes = self._keys.hashes(request.prompt, chosen)
 
-    def _is_known(self, page: bytes) -> bool:
-        return page in self._pending or self.pool.knows(page)
+    def _is_known(self, key: bytes) -> bool:
+        return key in self._pending or self.pool.knows(key)
 
     def _awaits_prefix(self, request: Request) -> bool:
         """Whether another request is computing pages this one needs: waiting for them saves the work."""
@@ -239,21 +239,21 @@ class Scheduler:
     def _reserve(self, request: Request) -> bool:
         """Adopt the cached prefix, allocate the rest; False (nothing changed) without room."""
         shared = self._match(request)
-        missing = self.blocks_needed(request) - len(shared)
+        missing = self.pages_needed(request) - len(shared)
         if missing > self.pool.num_available - self.pool.num_unread(shared):
             return False
         self.pool.adopt(shared)
         own = self.pool.allocate(missing)
         assert own is not None, "room was counted"
-        request.blocks = shared + own
+        request.pages = shared + own
         request.num_cached = request.num_computed = request.num_scheduled = len(shared) * self._page_size
         request.published = len(shared)
         request.scale_len = self._keys.scale_len(request.num_prompt, request.length_key)
         self._keys.note(request.num_prompt, request.length_key)
         request.status = Status.RUNNING
-        for page in request.hashes[len(shared) :]:
-            if not self.pool.knows(page):
-                self._pending.setdefault(page, request.sequence)
+        for key in request.hashes[len(shared) :]:
+            if not self.pool.knows(key):
+                self._pending.setdefault(key, request.sequence)
         self._running.append(request)
         return True
 
@@ -296,8 +296,8 @@ class Scheduler:
             request.samples_in_flight += 1
             request.sampled_at = self._step + 1
         used = -(-stop // self._page_size)
-        fresh = request.blocks[request.blocks_sent : used]
-        request.blocks_sent = used
+        fresh = request.pages[request.pages_sent : used]
+        request.pages_sent = used
         request.num_scheduled = stop
         tokens = request.tokens(start, stop)
         return SequenceSlice(
@@ -308,19 +308,19 @@ class Scheduler:
         """Make prompt pages findable that are computed now."""
         full = min(request.num_computed // self._page_size, len(request.hashes))
         for index in range(request.published, full):
-            page = request.hashes[index]
-            self.pool.publish(request.blocks[index], page)
-            if self._pending.get(page) == request.sequence:
-                del self._pending[page]
+            key = request.hashes[index]
+            self.pool.publish(request.pages[index], key)
+            if self._pending.get(key) == request.sequence:
+                del self._pending[key]
         request.published = max(request.published, full)
 
     def _finish(self, request: Request) -> None:
         if request.status is Status.RUNNING:
             self._running.remove(request)
-            self.pool.release(request.blocks)
+            self.pool.release(request.pages)
             self._released.append(request.sequence)
-            for page in request.hashes[request.published :]:
-                if self._pending.get(page) == request.sequence:
-                    del self._pending[page]
-        request.blocks = ()
+            for key in request.hashes[request.published :]:
+                if self._pending.get(key) == request.sequence:
+                    del self._pending[key]
+        request.pages = ()
         request.status = Status.FINISHED

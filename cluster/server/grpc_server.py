@@ -245,8 +245,8 @@ class _Jobs(rpc.JobsServicer):
         """The tokens of a job up to number `last`."""
         number = 0
         while number < last:
-            page = self._service.tokens(job_id, number, min(_TOKENS_PAGE, last - number))
-            if not page:
+            batch = self._service.tokens(job_id, number, min(_TOKENS_PAGE, last - number))
+            if not batch:
                 return
-            yield from page
-            number = page[-1].number
+            yield from batch
+            number = batch[-1].number

@@ -97,7 +97,7 @@ class _Live(Collector):
         for name, text, value in (
             ("num_requests_waiting", "Jobs that wait.", waiting),
             ("num_requests_running", "Jobs that run.", running),
-            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", self._session.kv_usage),
+            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", self._session.kv_usage),
         ):
             yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
         c, g, b, a = self._session.latency_coefficients

@@ -86,7 +86,7 @@ class GrpcStageHandle:
         raise StageError(f"{self.name} stopped loading without a word")
 
     def start(
-        self, num_blocks: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = "",
+        self, num_pages: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = "",
         near: tuple[str, str] = ("", ""),
     ) -> None:  # fmt: skip
         """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
@@ -95,7 +95,7 @@ class GrpcStageHandle:
         `near` has Unix sockets for links with the stage before and the one after that need not go over gRPC.
         """
         request = pb.StartRequest(
-            num_blocks=num_blocks, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
+            num_pages=num_pages, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
             near_before=near[0], near_after=near[1],
         )  # fmt: skip
         try:

@@ -24,7 +24,7 @@ from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
 from cluster.stages.handle import GrpcStageHandle
-from cluster.stages.preflight import PreflightError, check_head, count_blocks
+from cluster.stages.preflight import PreflightError, check_head, count_pages
 from cluster.stages.ray_cluster import ActorRequest, RayCluster
 from cluster.stages.socket_dirs import make_run_dir
 from protos.node.build_id import build_id
@@ -52,7 +52,7 @@ class Launched:
     """A running pipeline: shards ordered by stage then rank, and the sizes they allocated."""
 
     shards: tuple[GrpcStageHandle, ...]
-    num_blocks: int
+    num_pages: int
     fingerprint: str
     dtype: str
     pids: tuple[int, ...]  # of the stage processes, each on its own node
@@ -104,10 +104,10 @@ class Launcher:
         loaded = self._load()
         self._on_status(LaunchStatus("connecting stages"))
         sharing = max(Counter(address.node for address in addresses).values())
-        num_blocks = count_blocks(self._deployment, loaded, sharing)
-        self._connect(addresses, num_blocks)
+        num_pages = count_pages(self._deployment, loaded, sharing)
+        self._connect(addresses, num_pages)
         pids = tuple(address.pid for address in addresses)
-        return Launched(tuple(self._shards), num_blocks, fingerprint, compute_dtype(self._deployment), pids)
+        return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids)
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
@@ -190,9 +190,9 @@ class Launcher:
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )
 
-    def _connect(self, addresses: list[Any], num_blocks: int) -> None:
+    def _connect(self, addresses: list[Any], num_pages: int) -> None:
         """Start every shard; all at once, since the shards of a stage warm up together."""
-        page, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
+        page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
@@ -209,7 +209,7 @@ class Launcher:
             downstream = _reach(where[stage, rank].node, after) if stages > 1 else ""
             near = link((stage - 1) % stages, rank), link(stage, rank)
             try:
-                handle.start(num_blocks, page, downstream, _START_TIMEOUT_S, dtype, near)
+                handle.start(num_pages, page_size, downstream, _START_TIMEOUT_S, dtype, near)
             except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
                 errors.put(error)
             else:

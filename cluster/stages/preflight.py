@@ -51,24 +51,25 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_room(deployment: Deployment, budget: int) -> int:
-    """Blocks that `budget` bytes hold on the shard whose tokens are largest.
+    """Pages that `budget` bytes hold on the shard whose tokens are largest.
 
     Raises:
         PreflightError: one context of max_model_len would not fit.
     """
-    page, widest = deployment.config.kv_cache.page_size, kv_token_bytes(deployment)
-    blocks, longest = budget // (widest * page), -(-deployment.max_model_len // page)
-    if blocks < longest:
+    page_size, widest = deployment.config.kv_cache.page_size, kv_token_bytes(deployment)
+    pages, longest = budget // (widest * page_size), -(-deployment.max_model_len // page_size)
+    if pages < longest:
         raise PreflightError(
-            f"kv_cache: room for {blocks * page} tokens an actor, model.max_model_len is {deployment.max_model_len}: "
-            f"give kv_cache.bytes at least {format_bytes(longest * page * widest)}, or lower max_model_len"
+            f"kv_cache: room for {pages * page_size} tokens an actor, "
+            f"model.max_model_len is {deployment.max_model_len}: "
+            f"give kv_cache.bytes at least {format_bytes(longest * page_size * widest)}, or lower max_model_len"
             + ("" if kv_dtype(deployment) == "int8" else ", or say kv_cache.dtype: int8")
         )
-    return blocks
+    return pages
 
 
-def count_blocks(deployment: Deployment, loaded: list[LoadProgress], shards_per_node: int) -> int:
-    """KV blocks every shard allocates: what the tightest shard affords, at most what all sequences can use.
+def count_pages(deployment: Deployment, loaded: list[LoadProgress], shards_per_node: int) -> int:
+    """KV pages every shard allocates: what the tightest shard affords, at most what all sequences can use.
 
     Raises:
         PreflightError: one context of max_model_len would not fit beside what a step needs while it runs.

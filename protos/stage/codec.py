@@ -105,8 +105,8 @@ def _slice_to_pb(part: SequenceSlice, with_tokens: bool) -> pb.SequenceSlice:
         length=part.length,
         prompt_len=part.prompt_len,
         token_ids=part.token_ids if with_tokens else (),
-        new_blocks=part.new_blocks,
-        num_blocks=part.num_blocks,
+        new_pages=part.new_pages,
+        num_pages=part.num_pages,
         sample=None if part.sample is None else _sample_to_pb(part.sample),
         scale_len=part.scale_len,
     )
@@ -119,8 +119,8 @@ def _slice_from_pb(message: pb.SequenceSlice) -> SequenceSlice:
         length=message.length,
         prompt_len=message.prompt_len,
         token_ids=tuple(message.token_ids),
-        new_blocks=tuple(message.new_blocks),
-        num_blocks=message.num_blocks,
+        new_pages=tuple(message.new_pages),
+        num_pages=message.num_pages,
         sample=_sample_from_pb(message.sample) if message.HasField("sample") else None,
         scale_len=message.scale_len,
     )

@@ -96,7 +96,7 @@ class SequenceSlice:
 
     `token_ids` is read by the first stage only; there, none for a length of 1 stands for the token the last stage has
     sampled last for the sequence, which it hands to the first one directly.
-    `new_blocks` extends the block table the stages keep; `num_blocks` is its length afterwards, so that a stage
+    `new_pages` extends the page table the stages keep; `num_pages` is its length afterwards, so that a stage
     whose table differs refuses the step instead of reading foreign KV.
     """
 
@@ -105,8 +105,8 @@ class SequenceSlice:
     length: int
     prompt_len: int
     token_ids: Sequence[int]
-    new_blocks: Sequence[int]
-    num_blocks: int
+    new_pages: Sequence[int]
+    num_pages: int
     sample: SampleSpec | None = None
     scale_len: int = 0  # length the DCA temperature is taken at; 0: prompt_len
 

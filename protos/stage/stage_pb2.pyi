@@ -79,20 +79,20 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_blocks", "page_size", "downstream", "kv_dtype", "near_before", "near_after")
-    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("num_pages", "page_size", "downstream", "kv_dtype", "near_before", "near_after")
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     NEAR_BEFORE_FIELD_NUMBER: _ClassVar[int]
     NEAR_AFTER_FIELD_NUMBER: _ClassVar[int]
-    num_blocks: int
+    num_pages: int
     page_size: int
     downstream: str
     kv_dtype: str
     near_before: str
     near_after: str
-    def __init__(self, num_blocks: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., near_before: _Optional[str] = ..., near_after: _Optional[str] = ...) -> None: ...
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., near_before: _Optional[str] = ..., near_after: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -133,14 +133,14 @@ class SampleSpec(_message.Message):
     def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
-    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_blocks", "num_blocks", "sample", "scale_len")
+    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    NEW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEW_PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
     sequence: int
@@ -148,11 +148,11 @@ class SequenceSlice(_message.Message):
     length: int
     prompt_len: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    new_blocks: _containers.RepeatedScalarFieldContainer[int]
-    num_blocks: int
+    new_pages: _containers.RepeatedScalarFieldContainer[int]
+    num_pages: int
     sample: SampleSpec
     scale_len: int
-    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_blocks: _Optional[_Iterable[int]] = ..., num_blocks: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("epoch", "step", "slices", "released")

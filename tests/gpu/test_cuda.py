@@ -14,7 +14,7 @@ from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
 from workers.attention.reference import attend_reference
 from workers.attention.torch_backend import attend
-from workers.kv.paged import BlockTable, PagedKV, quantise
+from workers.kv.paged import PagedKV, PageTable, quantise
 from workers.model.moe import run_experts, run_experts_reference
 from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner
@@ -43,13 +43,13 @@ def test_attention(
 ) -> None:
     torch.manual_seed(start + rows)
     context = start + rows
-    blocks = -(-context // PAGE)
-    order = torch.randperm(blocks).tolist() if shuffled else list(range(blocks))
-    table = BlockTable(PAGE)
+    pages = -(-context // PAGE)
+    order = torch.randperm(pages).tolist() if shuffled else list(range(pages))
+    table = PageTable(PAGE)
     table.append(order)
     k, v = torch.randn(2, context, 2, 64).to(dtype)
     q = torch.randn(3, rows, 8, 64).to(dtype)
-    kv = PagedKV(1, 2, 64, blocks, PAGE, torch.int8 if cache == "int8" else dtype, "cuda")
+    kv = PagedKV(1, 2, 64, pages, PAGE, torch.int8 if cache == "int8" else dtype, "cuda")
     kv.write(0, table.runs(0, context), k.cuda(), v.cuda())
     if cache == "int8":
         k, v = ((small * scales[..., None]).to(dtype) for small, scales in (quantise(k), quantise(v)))

@@ -43,11 +43,9 @@ def errors_of_transformers() -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize(("stages", "ranks", "chunk"), [(1, 1, 4096), (1, 1, 64), (2, 2, 256)])
 def test_the_error_is_that_of_transformers(stages: int, ranks: int, chunk: int) -> None:
-    with Pipeline(NEEDLE, stages, ranks, chunk=chunk, blocks=1024, seqs=64).keep_logits() as exact:
+    with Pipeline(NEEDLE, stages, ranks, chunk=chunk, pages=1024, seqs=64).keep_logits() as exact:
         wanted = torch.cat([exact.logits(result) for result in run(exact, prompts(), 1)])
-    with Pipeline(
-        NEEDLE, stages, ranks, chunk=chunk, blocks=1024, seqs=64, dtype=torch.bfloat16
-    ).keep_logits() as rough:
+    with Pipeline(NEEDLE, stages, ranks, chunk=chunk, pages=1024, seqs=64, dtype=torch.bfloat16).keep_logits() as rough:
         found = torch.cat([rough.logits(result) for result in run(rough, prompts(), 1)])
     ours, theirs = relative_error(found, wanted), errors_of_transformers()[0]
     assert float(ours.mean()) <= ALLOWED * float(theirs.mean())
@@ -59,7 +57,7 @@ def test_tokens_differ_only_near_ties(stages: int, ranks: int) -> None:
     count = 64
     error = errors_of_transformers()[1]
     chosen = [*prompts()[:4], *prompts()[-4:]]
-    with Pipeline(NEEDLE, stages, ranks, chunk=256, blocks=512, dtype=torch.bfloat16) as pipeline:
+    with Pipeline(NEEDLE, stages, ranks, chunk=256, pages=512, dtype=torch.bfloat16) as pipeline:
         results = run(pipeline, chosen, count)
     flips = 0
     for prompt, result in zip(chosen, results, strict=True):
@@ -76,7 +74,7 @@ def test_tokens_differ_only_near_ties(stages: int, ranks: int) -> None:
 def test_an_int8_cache_costs_little(stages: int, ranks: int, chunk: int) -> None:
     """The error of 8 bits a value is that of bfloat16 weights and activations, and the chosen tokens are the same."""
     with Pipeline(
-        NEEDLE, stages, ranks, chunk=chunk, blocks=1024, seqs=64, kv_dtype=torch.int8
+        NEEDLE, stages, ranks, chunk=chunk, pages=1024, seqs=64, kv_dtype=torch.int8
     ).keep_logits() as pipeline:
         results = run(pipeline, prompts(), 1)
         found = torch.cat([pipeline.logits(result) for result in results])

@@ -40,7 +40,7 @@ def pipeline(checkpoint: Checkpoints) -> Iterator[Make]:
     def make(family: str, dual: DualChunkSpec | None, stages: int = 1, ranks: int = 1, chunk: int = 64) -> Pipeline:
         folder: Path = checkpoint(family)
         spec = replace(load_model_spec(folder), dual_chunk=dual)
-        opened.append(Pipeline(folder, stages, ranks, chunk=chunk, blocks=128, page=PAGE, spec=spec).keep_logits())
+        opened.append(Pipeline(folder, stages, ranks, chunk=chunk, pages=128, page_size=PAGE, spec=spec).keep_logits())
         return opened[-1].__enter__()
 
     yield make

@@ -60,8 +60,8 @@ def test_more_ranks_than_kv_heads(
         check_against(pipeline, oracle(folder), three_prompts(pipeline.spec.vocab_size), count)
 
 
-@pytest.mark.parametrize("page", [1, 7, 32])
-def test_other_page_sizes(page: int, checkpoint: Checkpoints, oracle: Oracles) -> None:
+@pytest.mark.parametrize("page_size", [1, 7, 32])
+def test_other_page_sizes(page_size: int, checkpoint: Checkpoints, oracle: Oracles) -> None:
     folder = checkpoint("qwen3_moe")
-    with Pipeline(folder, 2, 2, chunk=37, page=page, blocks=1024 // page).keep_logits() as pipeline:
+    with Pipeline(folder, 2, 2, chunk=37, page_size=page_size, pages=1024 // page_size).keep_logits() as pipeline:
         check_against(pipeline, oracle(folder), three_prompts(pipeline.spec.vocab_size))

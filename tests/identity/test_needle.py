@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_plain(folder: Path, stages: int, ranks: int, chunk: int, oracle: Oracles) -> None:
     short, long = prompts_of(307, seed=1)[1], prompts_of(1021, seed=2)[1]
     prompts = [short[0], long[0], long[1]]
-    with Pipeline(folder, stages, ranks, chunk=chunk, blocks=256).keep_logits() as pipeline:
+    with Pipeline(folder, stages, ranks, chunk=chunk, pages=256).keep_logits() as pipeline:
         assert pipeline.spec.rope.kind == "default"
         results = run(pipeline, prompts, NEW_TOKENS)
         assert results[2].cached_tokens > 900  # the second question about the same document
@@ -60,7 +60,7 @@ def test_yarn_by_override(stages: int, ranks: int, chunk: int, stretched: Oracle
     prompts = [prompts_of(307, seed=1)[1][0], prompts_of(LONG, seed=3)[1][0]]
     assert len(prompts[1]) > 4096
     spec = load_model_spec(NEEDLE, YARN)
-    with Pipeline(NEEDLE, stages, ranks, chunk=chunk, blocks=512, spec=spec).keep_logits() as pipeline:
+    with Pipeline(NEEDLE, stages, ranks, chunk=chunk, pages=512, spec=spec).keep_logits() as pipeline:
         for prompt, result in zip(prompts, run(pipeline, prompts, NEW_TOKENS), strict=True):
             check_same(pipeline, result, stretched.greedy(prompt, NEW_TOKENS))
 
@@ -73,6 +73,6 @@ def test_yarn_saved_in_the_config(tmp_path: Path) -> None:
 def test_the_answers_are_right() -> None:
     haystack, prompts = prompts_of(1021, seed=2, questions=3)
     tokenizer = TextTokenizer.open(NEEDLE)
-    with Pipeline(NEEDLE, 2, 1, chunk=300, blocks=256, eos=load_model_spec(NEEDLE).eos_token_ids) as pipeline:
+    with Pipeline(NEEDLE, 2, 1, chunk=300, pages=256, eos=load_model_spec(NEEDLE).eos_token_ids) as pipeline:
         for needle, result in zip(haystack.needles, run(pipeline, prompts, 32), strict=True):
             assert is_right(tokenizer.decode(result.token_ids), needle)

@@ -33,7 +33,7 @@ def test_every_page_boundary(
     stages: int, ranks: int, chunk: int, total: int, checkpoint: Checkpoints, oracle: Oracles
 ) -> None:
     folder = checkpoint("qwen3_moe")
-    with Pipeline(folder, stages, ranks, chunk=chunk, blocks=256, page=PAGE).keep_logits() as pipeline:
+    with Pipeline(folder, stages, ranks, chunk=chunk, pages=256, page_size=PAGE).keep_logits() as pipeline:
         (first,) = run(pipeline, [FIRST], 1)
         assert first.cached_tokens == 0
         for pages in range(PAGES + 1):
@@ -46,7 +46,7 @@ def test_every_page_boundary(
 @pytest.mark.parametrize("family", ["qwen3_moe_yarn", "llama_bias_llama3"])
 def test_the_same_prompts_again(family: str, checkpoint: Checkpoints, oracle: Oracles) -> None:
     folder = checkpoint(family)
-    with Pipeline(folder, 2, 1, chunk=64, page=PAGE).keep_logits() as pipeline:
+    with Pipeline(folder, 2, 1, chunk=64, page_size=PAGE).keep_logits() as pipeline:
         prompts = three_prompts(pipeline.spec.vocab_size)
         check_against(pipeline, oracle(folder), prompts)
         again = run(pipeline, prompts)
@@ -59,7 +59,7 @@ def test_a_prefix_that_is_being_computed_is_waited_for(checkpoint: Checkpoints, 
     folder = checkpoint("qwen3_moe")
     prompts = [sharing(pages, PAGES * PAGE + 3) for pages in (8, 8, 3, 5)]
     prompts[1] = [*prompts[1][:-1], (prompts[1][-1] + 1) % VOCAB]
-    with Pipeline(folder, 2, 2, chunk=32, page=PAGE, blocks=256).keep_logits() as pipeline:
+    with Pipeline(folder, 2, 2, chunk=32, page_size=PAGE, pages=256).keep_logits() as pipeline:
         results = run(pipeline, prompts, 8)
         assert [result.cached_tokens for result in results] == [0, 8 * PAGE, 3 * PAGE, 5 * PAGE]
         for prompt, result in zip(prompts, results, strict=True):
@@ -68,7 +68,7 @@ def test_a_prefix_that_is_being_computed_is_waited_for(checkpoint: Checkpoints, 
 
 def test_the_next_turn_of_a_conversation(checkpoint: Checkpoints, oracle: Oracles) -> None:
     folder = checkpoint("qwen3_moe")
-    with Pipeline(folder, 1, 2, chunk=48, page=PAGE).keep_logits() as pipeline:
+    with Pipeline(folder, 1, 2, chunk=48, page_size=PAGE).keep_logits() as pipeline:
         (first,) = run(pipeline, [FIRST], 37)
         turn = [*FIRST, *first.token_ids, *random_prompt(21, VOCAB, seed=2)]
         (second,) = run(pipeline, [turn], 16)
@@ -77,14 +77,14 @@ def test_the_next_turn_of_a_conversation(checkpoint: Checkpoints, oracle: Oracle
 
 
 def test_pages_that_do_not_lie_together(checkpoint: Checkpoints, oracle: Oracles) -> None:
-    folder, blocks = checkpoint("qwen3_moe"), 31
-    short = [random_prompt(PAGE + 1, VOCAB, seed=100 + index) for index in range(blocks - 1)]
+    folder, pages = checkpoint("qwen3_moe"), 31
+    short = [random_prompt(PAGE + 1, VOCAB, seed=100 + index) for index in range(pages - 1)]
     prompt = random_prompt(11 * PAGE + 3, VOCAB, seed=3)
-    with Pipeline(folder, 2, 1, chunk=50, page=PAGE, blocks=blocks).keep_logits() as pipeline:
+    with Pipeline(folder, 2, 1, chunk=50, page_size=PAGE, pages=pages).keep_logits() as pipeline:
         for other in [*short, *short[::2]]:  # every second page is used again, so the others are evicted first
             run(pipeline, [other], 1)
         (result,) = run(pipeline, [prompt], 24)
-        used = [block for plan in pipeline.plans for part in plan.slices for block in part.new_blocks
+        used = [page for plan in pipeline.plans for part in plan.slices for page in part.new_pages
                 if part.prompt_len == len(prompt)]  # fmt: skip
         assert sum(after != before + 1 for before, after in pairwise(used)) >= 10
         check_same(pipeline, result, oracle(folder).greedy(prompt, 24))

@@ -35,7 +35,7 @@ def specs(vocab: int, stops: Sequence[int] = ()) -> list[GenerationSpec]:
 
 
 def answers(folder: Path, stages: int, ranks: int, ahead: bool, stops: Sequence[int] = ()) -> list[Generation]:
-    with Pipeline(folder, stages, ranks, chunk=64, blocks=128, runs_ahead=ahead) as pipeline:
+    with Pipeline(folder, stages, ranks, chunk=64, pages=128, runs_ahead=ahead) as pipeline:
         found = pipeline.generate(*specs(pipeline.spec.vocab_size, stops))
         again = pipeline.generate(*specs(pipeline.spec.vocab_size, stops)[3:4])  # alone, on what is left behind
         blind = sum(not part.token_ids for plan in pipeline.plans for part in plan.slices)
@@ -68,7 +68,7 @@ def test_ends_nobody_foresaw(checkpoint: Checkpoints) -> None:
 def test_cancelled_sequences_leave_no_token_behind(checkpoint: Checkpoints) -> None:
     folder = checkpoint("qwen3_moe")
     plain = answers(folder, 2, 1, ahead=False)
-    with Pipeline(folder, 2, 1, chunk=64, blocks=128) as pipeline:
+    with Pipeline(folder, 2, 1, chunk=64, pages=128) as pipeline:
         for _ in range(3):
             wanted = specs(pipeline.spec.vocab_size)
             tickets = pipeline.engine.submit_all([(spec, lambda event: None) for spec in wanted])

@@ -56,7 +56,7 @@ def spec(checkpoint: Checkpoints) -> ModelSpec:
 def generate(
     checkpoint: Checkpoints, spec: ModelSpec, prompt: Sequence[int], stages: int = 1, ranks: int = 1, chunk: int = 64
 ) -> tuple[Pipeline, Generation, list[CellReport]]:
-    with Pipeline(checkpoint(FAMILY), stages, ranks, chunk=chunk, blocks=64, spec=spec).keep_logits() as pipeline:
+    with Pipeline(checkpoint(FAMILY), stages, ranks, chunk=chunk, pages=64, spec=spec).keep_logits() as pipeline:
         (result,) = run(pipeline, [prompt], NEW_TOKENS)
     return pipeline, result, [cell for shard in pipeline.shards for cell in shard.cells]
 

@@ -8,11 +8,11 @@ from workers.attention import compiled, torch_backend
 from workers.attention.pair_counts import visited_pairs
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
-from workers.kv.paged import BlockTable, LayerKV
+from workers.kv.paged import LayerKV, PageTable
 
 
 def attend(
-    q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor,
+    q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor,
     visited: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of the rows of one plan over their paged context.

@@ -19,7 +19,7 @@ import torch
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
 from workers.kernels.build import load
-from workers.kv.paged import BlockTable, LayerKV
+from workers.kv.paged import LayerKV, PageTable
 
 MAX_HEAD_DIM = 1024
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -110,7 +110,7 @@ def available(q: torch.Tensor, kv: LayerKV) -> bool:
 
 
 def attend(
-    q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor, *,
+    q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, *,
     visited: torch.Tensor | None = None, path: Path = Path.AMX,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of the rows of one plan; the contract is that of `attend.attend`.
@@ -121,7 +121,7 @@ def attend(
         path: the best instruction set to use; a lower one is taken where the CPU or the types need it.
 
     Raises:
-        ValueError: shapes, types or strides do not fit each other, or the plan leaves the block table.
+        ValueError: shapes, types or strides do not fit each other, or the plan leaves the page table.
         MemoryError: there is no room for scratch memory (a few MiB a thread).
     """
     function = _function()
@@ -157,7 +157,7 @@ def attend(
 
 
 def fill(
-    args: Args, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor, heads: int, kv_heads: int,
+    args: Args, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, heads: int, kv_heads: int,
     dim: int, dtype: torch.dtype, path: Path = Path.AMX,
 ) -> None:  # fmt: skip
     """Set what does not depend on the layer: the plan, its pages and scales, sizes and types."""

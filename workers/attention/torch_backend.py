@@ -18,14 +18,14 @@ import torch
 from workers.attention.plan import AttentionPlan, IntArray, Rotation, TileKeys
 from workers.attention.queries import Queries
 from workers.kernels.blocking import row_blocks
-from workers.kv.paged import BlockTable, LayerKV, SlotRun
+from workers.kv.paged import LayerKV, PageTable, SlotRun
 
 FRAGMENT_TOKENS = 4096  # most keys gathered or converted at once
 MIN_VIEW_TOKENS = 1024  # runs at least this long are read in place; below, a copy costs less than a kernel call
 DENSE_ROWS = 4096  # most rows of one kernel call; bounds its scratch memory
 
 
-def attend(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scales: torch.Tensor) -> torch.Tensor:
+def attend(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor) -> torch.Tensor:
     """Attention of the rows of one plan over their paged context; the contract is that of `attend.attend`."""
     q, scale = _one_scale(q, scales)
     return _dense(q, kv, table, plan, scale) if plan.heads is None else _sparse(q, kv, table, plan, scale)
@@ -44,7 +44,7 @@ def _one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
     return Queries((q.intra.float() * ratio).to(q.intra.dtype), stretch(q.succ), stretch(q.inter)), first
 
 
-def _dense(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def _dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
     dtype = q.intra.dtype
     tiles = []  # they cover the rows in order
     for row in range(0, plan.length, DENSE_ROWS):
@@ -63,7 +63,7 @@ def _dense(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scal
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
-def _sparse(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def _sparse(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
     """Head by head and tile by tile: gather the keys of a tile, then one masked softmax in float32."""
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=q.intra.device)
     heads, kv_heads = out.shape[1], kv.keys.shape[0]
@@ -74,7 +74,7 @@ def _sparse(q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, sca
 
 
 def _tile(
-    q: Queries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, scale: float, tile: TileKeys,
+    q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float, tile: TileKeys,
     heads: tuple[int, int],
 ) -> torch.Tensor:  # fmt: skip
     head, kv_head = heads

@@ -19,7 +19,7 @@ from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
 from workers.bench.model import PAGE, benchmark_spec
 from workers.bench.timing import Figure, measure, median_figure
-from workers.kv.paged import BlockTable, LayerKV
+from workers.kv.paged import LayerKV, PageTable
 from workers.model.layers import rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, rotate, row_scales
@@ -67,7 +67,7 @@ def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
     rows, heads, dim = min(setup.tokens, keys), spec.num_attention_heads, spec.head_dim
     q = setup.random(rows, heads, dim)
     kv = LayerKV(*setup.random(2, spec.num_key_value_heads, -(-keys // PAGE) * PAGE, dim))
-    table = BlockTable(PAGE)
+    table = PageTable(PAGE)
     table.append(range(-(-keys // PAGE)))
     plan, last = AttentionPlan(keys - rows, rows), AttentionPlan(keys - 1, 1)
     scales = row_scales(torch.arange(rows), keys, dim, None)

@@ -18,7 +18,7 @@ from protos.model.spec import ModelSpec, RopeSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from workers.bench.timing import Figure, median_figure, synchronize
 from workers.kv.paged import PagedKV
-from workers.model.batch import BlockTables
+from workers.model.batch import PageTables
 from workers.model.decoder import Decoder
 from workers.model.weights import dummy_shard, load_shard, whole_model
 from workers.transport.collectives import SingleShard
@@ -56,9 +56,9 @@ class OneProcess:
             weights = load_shard(model, self.spec, shard, dtype, device)
         else:
             weights = dummy_shard(self.spec, shard, dtype, device)
-        blocks = -(-tokens // PAGE)
+        pages = -(-tokens // PAGE)
         kv_heads, layers = self.spec.num_key_value_heads, self.spec.num_hidden_layers
-        self._kv = PagedKV(layers, kv_heads, self.spec.head_dim, blocks, PAGE, dtype, device)
+        self._kv = PagedKV(layers, kv_heads, self.spec.head_dim, pages, PAGE, dtype, device)
         self._decoder = Decoder(self.spec, shard, weights, SingleShard(), device)
         self._device = device
         self._chunk = chunk
@@ -72,7 +72,7 @@ class OneProcess:
     @torch.inference_mode()
     def run(self, ids: list[int], decode: int) -> Timings:
         """Prefill `ids` in chunks up to the first token, then decode greedily."""
-        tables = BlockTables(PAGE)
+        tables = PageTables(PAGE)
         began = time.perf_counter()
         token = 0
         for start in range(0, len(ids), self._chunk):
@@ -80,7 +80,7 @@ class OneProcess:
         prefill = time.perf_counter() - began
         return Timings(prefill, self._decode(tables, ids, token, decode))
 
-    def _decode(self, tables: BlockTables, ids: list[int], token: int, count: int) -> list[float]:
+    def _decode(self, tables: PageTables, ids: list[int], token: int, count: int) -> list[float]:
         seconds = []
         for index in range(count):
             began = time.perf_counter()
@@ -100,12 +100,12 @@ class OneProcess:
             if request.strip() == "prefill":
                 yield self.run(ids, 0).prefill_s
                 continue
-            tables = BlockTables(PAGE)
+            tables = PageTables(PAGE)
             part = SequenceSlice(0, 0, 1, len(ids), ids[:1], range(whole), whole, None)
             tables.apply(StepPlan(0, 0, (part,)))
             yield statistics.fmean(self._decode(tables, ids, ids[-1], decode))
 
-    def _step(self, tables: BlockTables, start: int, ids: list[int], prompt_len: int) -> int:
+    def _step(self, tables: PageTables, start: int, ids: list[int], prompt_len: int) -> int:
         have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
         sample = SampleSpec(SamplingParams(), 0)
         part = SequenceSlice(0, start, len(ids), prompt_len, ids, range(have, need), need, sample)

@@ -50,7 +50,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         dtype=DTYPES[request["dtype"]],
         device=device,
         chunk=request["chunk"],
-        page=request["page"],
+        page_size=request["page_size"],
         dummy=request["dummy"],
     )
     variants = [

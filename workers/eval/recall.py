@@ -50,7 +50,7 @@ class Setup:
     dtype: torch.dtype
     device: torch.device
     chunk: int = 2048
-    page: int = 64
+    page_size: int = 64
     dummy: bool = False  # random weights
 
 
@@ -83,10 +83,16 @@ class Reader:
         """Prefill `prompt`, then go on for `num_next` tokens: along `forced`, or greedily without it."""
         setup = self.setup
         spec = setup.spec if variant.sparse else replace(setup.spec, sparse=None)
-        blocks = -(-(len(prompt) + num_next) // setup.page)
+        pages = -(-(len(prompt) + num_next) // setup.page_size)
         kv_type = variant.kv or setup.dtype
         kv = PagedKV(
-            spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim, blocks, setup.page, kv_type, setup.device
+            spec.num_hidden_layers,
+            spec.num_key_value_heads,
+            spec.head_dim,
+            pages,
+            setup.page_size,
+            kv_type,
+            setup.device,
         )
         steps = _Steps(ModelRunner(spec, self._shard, self._weights, kv, SingleShard(), setup.device), len(prompt), kv)
         began = time.perf_counter()
@@ -114,13 +120,13 @@ class _Steps:
         self.tokens: list[int] = []
         self.logits: list[torch.Tensor] = []
         self.cells: list[CellReport] = []
-        self._runner, self._prompt_len, self._page = runner, prompt_len, kv.page_size
+        self._runner, self._prompt_len, self._page_size = runner, prompt_len, kv.page_size
         self._position = self._step = 0
 
     def take(self, ids: Sequence[int], sample: bool) -> None:
         """Compute the next rows; with `sample` keep the logits after the last of them."""
         stop = self._position + len(ids)
-        have, need = -(-self._position // self._page), -(-stop // self._page)
+        have, need = -(-self._position // self._page_size), -(-stop // self._page_size)
         wanted = SampleSpec(SamplingParams(), len(self.tokens)) if sample else None
         part = SequenceSlice(0, self._position, len(ids), self._prompt_len, list(ids), range(have, need), need, wanted)
         out = self._runner.execute(StepPlan(0, self._step, (part,)), keep_logits=True)

@@ -1,8 +1,8 @@
-"""Paged KV: the storage of one shard, and the block tables that say which pages belong to which sequence.
+"""Paged KV: the storage of one shard, and the page tables that say which pages belong to which sequence.
 
-Legend: `L` layers of the shard, `K` its KV heads, `D` head dim, `N` blocks, `P` page size in tokens.
+Legend: `L` layers of the shard, `K` its KV heads, `D` head dim, `N` pages, `P` page size in tokens.
 
-Which block belongs to whom is decided by the head (its block pool); a `BlockTable` only repeats what the
+Which page belongs to whom is decided by the head (its page pool); a `PageTable` only repeats what the
 plans said, and refuses a plan that does not continue it.
 """
 
@@ -33,34 +33,34 @@ class SlotRun(NamedTuple):
 
 
 class PlanMismatch(RuntimeError):
-    """A step plan contradicts the block table this shard has seen so far."""
+    """A step plan contradicts the page table this shard has seen so far."""
 
 
-class BlockTable:
-    """The pages of one sequence, kept as runs of neighbouring blocks, so that most contexts are one or two views."""
+class PageTable:
+    """The pages of one sequence, kept as runs of neighbouring pages, so that most contexts are one or two views."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self.num_blocks = 0
+        self.num_pages = 0
         self.page_slots = array("i")  # the first slot of every page, for the compiled kernels
         self._runs: list[SlotRun] = []
 
-    def append(self, blocks: Sequence[int]) -> None:
-        """Add block ids at the end of the table."""
-        page = self.page_size
-        for block in blocks:
+    def append(self, pages: Sequence[int]) -> None:
+        """Add page ids at the end of the table."""
+        page_size = self.page_size
+        for page in pages:
             last = self._runs[-1] if self._runs else None
-            if last is not None and last.first + last.length == block * page:
-                self._runs[-1] = SlotRun(last.first, last.length + page)
+            if last is not None and last.first + last.length == page * page_size:
+                self._runs[-1] = SlotRun(last.first, last.length + page_size)
             else:
-                self._runs.append(SlotRun(block * page, page))
-            self.page_slots.append(block * page)
-        self.num_blocks += len(blocks)
+                self._runs.append(SlotRun(page * page_size, page_size))
+            self.page_slots.append(page * page_size)
+        self.num_pages += len(pages)
 
     def runs(self, start: int, stop: int) -> list[SlotRun]:
         """The slots of positions `start .. stop - 1`, in order."""
-        if stop > self.num_blocks * self.page_size:
-            raise PlanMismatch(f"position {stop - 1} lies beyond the {self.num_blocks} blocks of the table")
+        if stop > self.num_pages * self.page_size:
+            raise PlanMismatch(f"position {stop - 1} lies beyond the {self.num_pages} pages of the table")
         found = []
         position = 0
         for first, length in self._runs:
@@ -74,8 +74,8 @@ class BlockTable:
 
     def slots(self, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """The slot of every position `[n]`, in any order."""
-        if len(positions) and int(positions.max()) >= self.num_blocks * self.page_size:
-            raise PlanMismatch(f"position {positions.max()} lies beyond the {self.num_blocks} blocks of the table")
+        if len(positions) and int(positions.max()) >= self.num_pages * self.page_size:
+            raise PlanMismatch(f"position {positions.max()} lies beyond the {self.num_pages} pages of the table")
         pages, within = np.divmod(positions, self.page_size)
         return np.asarray(np.frombuffer(self.page_slots, np.int32)[pages] + within, np.int64)
 
@@ -96,19 +96,19 @@ class LayerKV:
 class PagedKV:
     """Keys and values of every layer of a shard, in the type of the model or as int8 with scales.
 
-    Memory is `[2, L, K, N * P, D]`: one KV head's pages lie together, so a run of neighbouring blocks is a plain
+    Memory is `[2, L, K, N * P, D]`: one KV head's pages lie together, so a run of neighbouring pages is a plain
     `[tokens, D]` view and the attention kernel reads it without a copy.
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, page_size: int, dtype: torch.dtype,
+        self, layers: int, kv_heads: int, head_dim: int, num_pages: int, page_size: int, dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks: {num_blocks}: the KV cache needs at least one block")
+        if num_pages < 1:
+            raise ValueError(f"num_pages: {num_pages}: the KV cache needs at least one page")
         self.page_size = page_size
-        self.num_blocks = num_blocks
-        shape = (2, layers, kv_heads, num_blocks * page_size)
+        self.num_pages = num_pages
+        shape = (2, layers, kv_heads, num_pages * page_size)
         self._data = _room(shape, head_dim, dtype, torch.device(device))
         self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
 
@@ -135,8 +135,8 @@ class PagedKV:
             _scatter(self._scales[side, layer], runs, scales)
 
     @staticmethod
-    def block_bytes(layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes one block takes in a shard."""
+    def page_bytes(layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes one page takes in a shard."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return 2 * layers * kv_heads * page_size * (head_dim * dtype.itemsize + scale)
 

@@ -11,7 +11,7 @@ from protos.model.grid import is_sparse, next_cut, split
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SequenceSlice, StepPlan
 from workers.attention.plan import AttentionPlan, Rotation
-from workers.kv.paged import BlockTable, PlanMismatch, SlotRun
+from workers.kv.paged import PageTable, PlanMismatch, SlotRun
 from workers.model.rope import row_scales
 
 
@@ -22,7 +22,7 @@ class Piece:
     sequence: int
     prompt_len: int
     rows: slice
-    table: BlockTable
+    table: PageTable
     plan: AttentionPlan
     scales: torch.Tensor  # [rows] float32 in host memory, the factor on their logits
     sparse: bool = False  # a cell of the absolute grid: the decoder selects the keys of every head
@@ -47,12 +47,12 @@ class Batch:
         return any(piece.needs(rotation) for piece in self.pieces)
 
 
-class BlockTables:
-    """The block tables of the sequences in flight, kept in step with the plans."""
+class PageTables:
+    """The page tables of the sequences in flight, kept in step with the plans."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._tables: dict[int, BlockTable] = {}
+        self._tables: dict[int, PageTable] = {}
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -64,7 +64,7 @@ class BlockTables:
         self._tables.clear()
 
     def apply(self, plan: StepPlan) -> None:
-        """Drop released sequences and append new blocks.
+        """Drop released sequences and append new pages.
 
         Raises:
             PlanMismatch: a table would not have the length the plan states.
@@ -74,11 +74,11 @@ class BlockTables:
         for part in plan.slices:
             table = self._tables.get(part.sequence)
             if table is None:
-                table = self._tables[part.sequence] = BlockTable(self._page_size)
-            table.append(part.new_blocks)
-            if table.num_blocks != part.num_blocks:
+                table = self._tables[part.sequence] = PageTable(self._page_size)
+            table.append(part.new_pages)
+            if table.num_pages != part.num_pages:
                 raise PlanMismatch(
-                    f"sequence {part.sequence}: the plan counts {part.num_blocks} blocks, this shard {table.num_blocks}"
+                    f"sequence {part.sequence}: the plan counts {part.num_pages} pages, this shard {table.num_pages}"
                 )
 
     def batch(self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool) -> Batch:
@@ -134,7 +134,7 @@ def _positions(plan: StepPlan) -> torch.Tensor:
 
 
 def _pieces(
-    part: SequenceSlice, spec: ModelSpec, table: BlockTable, row: int, positions: torch.Tensor
+    part: SequenceSlice, spec: ModelSpec, table: PageTable, row: int, positions: torch.Tensor
 ) -> Iterator[Piece]:
     """Cut a slice, whose first row is `row` of the step, where an attention plan must end."""
     scale_len = part.scale_len or part.prompt_len

@@ -10,7 +10,7 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, StepPlan
 from workers.kv.paged import PagedKV
-from workers.model.batch import Batch, BlockTables, token_ids
+from workers.model.batch import Batch, PageTables, token_ids
 from workers.model.decoder import Decoder, Ready
 from workers.model.sparse_prefill import CellLog
 from workers.model.weights import ShardWeights
@@ -42,7 +42,7 @@ class Prepared:
 class ModelRunner:
     """One shard of the model with its KV pages.
 
-    A failed step leaves the block tables in an unknown state; the caller must then stop or `reset()` and replay.
+    A failed step leaves the page tables in an unknown state; the caller must then stop or `reset()` and replay.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ModelRunner:
         self.decoder = Decoder(spec, shard, weights, collectives, self.device)
         self._kv = kv
         self._collectives = collectives
-        self._tables = BlockTables(kv.page_size)
+        self._tables = PageTables(kv.page_size)
         self._sampler = Sampler(spec.vocab_size)
         self._sampled: dict[int, int] = {}  # newest token of each sequence: the input of plans that bring none
 

@@ -16,7 +16,7 @@ import torch
 
 from workers.attention.plan import AttentionPlan, IntArray, Rotation, Selection
 from workers.attention.queries import Queries
-from workers.kv.paged import BlockTable, LayerKV
+from workers.kv.paged import LayerKV, PageTable
 from workers.sparse.selection import FloatArray, offset_map
 
 _BLOCK = 4096  # keys whose scores are in memory at a time
@@ -36,7 +36,7 @@ class CellKeys:
     """The keys one cell sees: a layer of the cache, where its positions lie, and the (dense) plan of the cell."""
 
     kv: LayerKV
-    table: BlockTable
+    table: PageTable
     plan: AttentionPlan
 
     @property

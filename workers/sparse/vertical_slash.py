@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from protos.model.spec import HeadBudget, SparseSpec
 from workers.attention.plan import AttentionPlan, Selection
-from workers.kv.paged import BlockTable, LayerKV
+from workers.kv.paged import LayerKV, PageTable
 from workers.sparse import estimate, estimate_compiled, selection
 from workers.sparse.adaptive import AdaptiveSearch, Changed, NewMass
 from workers.sparse.estimate import CellKeys, SampledRows, Sums
@@ -91,7 +91,7 @@ class Backend(Protocol):
     ) -> npt.NDArray[np.float64]: ...
 
 
-def choose(cell: CellQueries, kv: LayerKV, table: BlockTable, plan: AttentionPlan, spec: SparseSpec) -> CellChoice:
+def choose(cell: CellQueries, kv: LayerKV, table: PageTable, plan: AttentionPlan, spec: SparseSpec) -> CellChoice:
     """Estimate, select, measure the recall, and turn heads dense whose recall is too low.
 
     Recall floor: of the query heads of one KV head, those below `spec.recall_floor` turn dense, the lowest held-out

@@ -198,7 +198,7 @@ class _StageServicer(rpc.StageServicer):
         try:
             worker, near = self._worker, (request.near_before, request.near_after)
             self._compute.submit(
-                lambda: worker.start(request.num_blocks, request.page_size, request.downstream, request.kv_dtype, near)
+                lambda: worker.start(request.num_pages, request.page_size, request.downstream, request.kv_dtype, near)
             ).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)

@@ -98,7 +98,7 @@ class StageWorker:
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
     def start(
-        self, num_blocks: int, page_size: int, downstream: str, kv_dtype: str = "", near: tuple[str, str] = ("", "")
+        self, num_pages: int, page_size: int, downstream: str, kv_dtype: str = "", near: tuple[str, str] = ("", "")
     ) -> None:
         """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage.
 
@@ -115,7 +115,7 @@ class StageWorker:
             raise ValueError(f"downstream: {downstream!r}: must be set with several stages, and only then")
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
-        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_blocks, page_size, dtype, self._device)
+        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_pages, page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(page_size)
         self._near_after = near[1]

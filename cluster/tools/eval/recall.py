@@ -118,7 +118,7 @@ def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) 
         "device": config.cluster.device,
         "threads": cores,  # one process has all of them, whatever the actors of the YAML would get
         "chunk": config.prefill.max_num_batched_tokens,
-        "page": config.kv_cache.page_size,
+        "page_size": config.kv_cache.page_size,
         "dummy": config.model.load_format == "dummy",
         "prompt": prompt,
         "next": options.num_next,

@@ -81,7 +81,7 @@ def test_answers_equal_one_process(session: Session) -> None:
     assert all(is_right(a.text, n) for a, n in zip(answers, haystack.needles, strict=True))
     from cluster.engine.outputs import GenerationSpec
 
-    with Pipeline(NEEDLE, 1, 1, chunk=512, blocks=128, page=64, spec=session.deployment.spec, eos=(0,)) as single:
+    with Pipeline(NEEDLE, 1, 1, chunk=512, pages=128, page_size=64, spec=session.deployment.spec, eos=(0,)) as single:
         expected = single.generate(*[GenerationSpec(prompt, 16) for prompt in prompts])
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
     session.engine.check_integrity()

@@ -59,7 +59,7 @@ def served(serve: Callable[..., Served]) -> Served:
 
 
 def check_idle(served: Served) -> None:
-    until(lambda: not served.service._live and not served.session.kv_usage, "all blocks are back")
+    until(lambda: not served.service._live and not served.session.kv_usage, "all pages are back")
     served.service.check_integrity()
 
 

@@ -1,4 +1,4 @@
-"""Two hundred jobs of twenty clients at once: everyone gets an end, every block comes back, nothing leaks."""
+"""Two hundred jobs of twenty clients at once: everyone gets an end, every page comes back, nothing leaks."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run_half(served: Served, half: int) -> Counter[str]:
     with ThreadPoolExecutor(CLIENTS) as threads:
         callers = [threads.submit(Caller(served.address, half, number).run) for number in range(CLIENTS)]
         ends = Counter(state for caller in callers for state in caller.result())
-    until(lambda: not served.service._live and not served.session.kv_usage, "all blocks are back")
+    until(lambda: not served.service._live and not served.session.kv_usage, "all pages are back")
     served.service.check_integrity()
     return ends
 

@@ -12,7 +12,7 @@ import torch
 
 from cluster.config.topology import plan_shards
 from protos.stage.messages import SampledToken, ShardSpec, StepPlan
-from tests.unit.workers.model.test_fused import BLOCKS, CPU, PAGE, SPEC, Sequences, weights_of
+from tests.unit.workers.model.test_fused import CPU, PAGE, PAGES, SPEC, Sequences, weights_of
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV
 from workers.model import compiled as model
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def runner(shard: ShardSpec) -> ModelRunner:
-    kv = PagedKV(shard.layers.size, shard.kv_heads.size, SPEC.head_dim, BLOCKS, PAGE, torch.bfloat16)
+    kv = PagedKV(shard.layers.size, shard.kv_heads.size, SPEC.head_dim, PAGES, PAGE, torch.bfloat16)
     kv._data.zero_()
     return ModelRunner(SPEC, shard, weights_of(SPEC, shard), kv, SingleShard(), CPU)
 

@@ -23,10 +23,10 @@ from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import SamplingParams
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.rigs.stage_processes import (
-    BLOCKS,
     CHUNK,
     NEEDLE,
     PAGE,
+    PAGES,
     ROOT,
     TOKEN,
     Stages,
@@ -98,7 +98,7 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
     tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
     results = [ticket.wait(60) for ticket in tickets]
     engine.check_integrity()
-    with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, blocks=BLOCKS, page=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
+    with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, pages=PAGES, page_size=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
         expected = pipeline.generate(*SPECS)
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert [result.finish_reason for result in results] == [result.finish_reason for result in expected]
@@ -156,7 +156,7 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
     handle = bare.handles[0]
     assert handle.probe().state == "created"
     with pytest.raises(StageError, match=r"this shard is created, not loaded \(FAILED_PRECONDITION\)"):
-        handle.start(BLOCKS, PAGE, "", 10)
+        handle.start(PAGES, PAGE, "", 10)
     stub = rpc.StageStub(handle._channel)
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))

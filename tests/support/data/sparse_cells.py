@@ -10,7 +10,7 @@ import torch
 from protos.model.spec import SparseSpec
 from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
-from workers.kv.paged import BlockTable, LayerKV, quantise
+from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.sparse.estimate import CellKeys, SampledRows
 from workers.sparse.vertical_slash import CellQueries, estimate_rows, held_out_rows
 
@@ -23,7 +23,7 @@ class Shape:
     length: int
     distance: int = 0
     last_q: int = 64
-    page: int = 16
+    page_size: int = 16
     heads: int = 4
     kv_heads: int = 2
     dim: int = 32
@@ -38,14 +38,14 @@ class Cell:
 
     queries: CellQueries
     kv: LayerKV
-    table: BlockTable
+    table: PageTable
     plan: AttentionPlan
 
     @property
     def keys(self) -> CellKeys:
         return CellKeys(self.kv, self.table, self.plan)
 
-    def args(self, **spec: object) -> tuple[CellQueries, LayerKV, BlockTable, AttentionPlan, SparseSpec]:
+    def args(self, **spec: object) -> tuple[CellQueries, LayerKV, PageTable, AttentionPlan, SparseSpec]:
         """The arguments of `choose`."""
         return self.queries, self.kv, self.table, self.plan, SparseSpec(**spec)  # type: ignore[arg-type]
 
@@ -54,10 +54,10 @@ def random_cell(shape: Shape) -> Cell:
     """A cell whose pages are scattered over the cache, with attention that is neither flat nor a single key."""
     random = torch.Generator().manual_seed(shape.seed)
     stop = shape.start + shape.length
-    blocks = -(-stop // shape.page)
-    table = BlockTable(shape.page)
-    table.append((torch.randperm(blocks + 3, generator=random)[:blocks]).tolist())
-    size = (shape.kv_heads, (blocks + 3) * shape.page, shape.dim)
+    pages = -(-stop // shape.page_size)
+    table = PageTable(shape.page_size)
+    table.append((torch.randperm(pages + 3, generator=random)[:pages]).tolist())
+    size = (shape.kv_heads, (pages + 3) * shape.page_size, shape.dim)
     keys = torch.randn(size, generator=random)
     kv = LayerKV(keys.to(shape.cache or shape.dtype), keys)
     if shape.cache == torch.int8:
@@ -97,11 +97,11 @@ def attention(cell: Cell, sample: SampledRows) -> np.ndarray:
     keys = cell.kv.keys.double()
     if cell.kv.key_scales is not None:
         keys = keys * cell.kv.key_scales.double()[..., None]
-    page = cell.table.page_size
-    blocks = [run.first // page + at for run in cell.table.runs(0, cell.table.num_blocks * page)
-              for at in range(run.length // page)]  # fmt: skip
+    page_size = cell.table.page_size
+    pages = [run.first // page_size + at for run in cell.table.runs(0, cell.table.num_pages * page_size)
+              for at in range(run.length // page_size)]  # fmt: skip
     position = np.arange(stop)
-    slots = np.array(blocks)[position // page] * page + position % page
+    slots = np.array(pages)[position // page_size] * page_size + position % page_size
     region = np.zeros(stop, int)  # DCA chunks between the rows and a key, at most 2
     if plan.distance:
         region = np.minimum(plan.start // plan.distance - position // plan.distance, 2)

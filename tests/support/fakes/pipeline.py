@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
@@ -83,7 +83,7 @@ class Pipeline:
     """Stages, scheduler and engine over a checkpoint directory."""
 
     def __init__(
-        self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, blocks: int = 64, page: int = 16,
+        self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, pages: int = 64, page_size: int = 16,
         seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
         kv_dtype: torch.dtype | None = None, runs_ahead: bool = True,
     ) -> None:  # fmt: skip
@@ -95,7 +95,9 @@ class Pipeline:
 
         def build(shard: ShardSpec) -> InProcessShard:
             weights = load_shard(model_dir, self.spec, shard, dtype, torch.device("cpu"), None)
-            kv = PagedKV(shard.layers.size, shard.kv_heads.size, self.spec.head_dim, blocks, page, kv_dtype or dtype)
+            kv = PagedKV(
+                shard.layers.size, shard.kv_heads.size, self.spec.head_dim, pages, page_size, kv_dtype or dtype
+            )
             group = join_group(stores[shard.stage], shard.rank, ranks, torch.device("cpu"), 60.0)
             self._groups.append(group)
             runner = ModelRunner(self.spec, shard, weights, kv, group)
@@ -106,7 +108,7 @@ class Pipeline:
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
             self.shards = list(threads.map(build, shards))
         self.scheduler = Scheduler(
-            BlockPool(blocks), page, chunk, seqs, spec=self.spec, runs_ahead=runs_ahead, num_stages=stages
+            PagePool(pages), page_size, chunk, seqs, spec=self.spec, runs_ahead=runs_ahead, num_stages=stages
         )
         self.engine = Engine(self.scheduler, self.shards, None, eos)
 
@@ -138,7 +140,7 @@ class Pipeline:
         return torch.stack([self.last.rows[s.sequence, index] for index, s in enumerate(result.samples)])
 
     def generate(self, *specs: GenerationSpec, timeout_s: float = 120.0) -> list[Generation]:
-        """Run prompts together; checks the block pool afterwards."""
+        """Run prompts together; checks the page pool afterwards."""
         tickets = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
         results = [ticket.wait(timeout_s) for ticket in tickets]
         self.engine.check_integrity()

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.config.deployment import load_deployment
 from cluster.engine.engine import Engine
 from cluster.engine.runtime import Session
-from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from tests.support.fakes.stage import Clock, FakeShard
 from tests.support.paths import CONFIGS
@@ -32,7 +32,7 @@ class FakeSession(Session):
         self.before_start()
         self.starts += 1
         self.shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
-        scheduler = Scheduler(BlockPool(512), 16, CHUNK, self._seqs, runs_ahead=True)
+        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
         self._begin(Engine(scheduler, [self.shard], self.tokenizer))
         self.launched: Any = SimpleNamespace(shards=(), fingerprint="f", dtype="float32")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.request_handle import Event, Ticket
-from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
@@ -100,7 +100,7 @@ class Rig:
 
     def __init__(
         self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
-        blocks: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
+        pages: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
         ahead: bool = True,
     ) -> None:  # fmt: skip
         self.clock = Clock()
@@ -110,7 +110,7 @@ class Rig:
             for rank in reversed(range(ranks))
         ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        scheduler = Scheduler(BlockPool(blocks), 16, budget, 8, spec=spec, runs_ahead=ahead, num_stages=stages)
+        scheduler = Scheduler(PagePool(pages), 16, budget, 8, spec=spec, runs_ahead=ahead, num_stages=stages)
         self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
 
     def __enter__(self) -> Rig:

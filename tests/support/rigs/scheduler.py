@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.request import Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from protos.model import grid
@@ -14,7 +14,7 @@ from protos.model.config_json import load_model_spec
 from protos.model.spec import DualChunkSpec, ModelSpec, SparseSpec
 from protos.stage.messages import SampledToken, SamplingParams, SequenceSlice, StepPlan
 from tests.support.paths import NEEDLE
-from workers.model.batch import BlockTables
+from workers.model.batch import PageTables
 
 PAGE = 16
 PLAIN = load_model_spec(NEEDLE)
@@ -50,8 +50,8 @@ class FakeStage:
     A slice that brings no ids continues with what this stage has sampled itself.
     """
 
-    def __init__(self, page: int, truth: dict[int, Request], spec: ModelSpec = PLAIN) -> None:
-        self.tables = BlockTables(page)
+    def __init__(self, page_size: int, truth: dict[int, Request], spec: ModelSpec = PLAIN) -> None:
+        self.tables = PageTables(page_size)
         self.truth = truth
         self.spec = spec
         self.slots: dict[int, tuple[float, ...]] = {}
@@ -105,15 +105,23 @@ class Bench:
     """A scheduler between an early stage, which runs a plan at once, and a late one, which runs it before commit."""
 
     def __init__(
-        self, blocks: int = 64, page: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
+        self, pages: int = 64, page_size: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
         runs_ahead: bool = False, num_stages: int = 1,
     ) -> None:  # fmt: skip
-        self.pool = BlockPool(blocks)
+        self.pool = PagePool(pages)
         self.scheduler = Scheduler(
-            self.pool, page, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead, num_stages=num_stages
+            self.pool,
+            page_size,
+            budget,
+            seqs,
+            b"root",
+            epoch=3,
+            spec=spec,
+            runs_ahead=runs_ahead,
+            num_stages=num_stages,
         )
         self.requests: dict[int, Request] = {}
-        self.early, self.late = (FakeStage(page, self.requests, spec) for _ in range(2))
+        self.early, self.late = (FakeStage(page_size, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
 

@@ -62,7 +62,7 @@ class Bench:
         return [token.token_id for token in self.service.tokens(job_id)]
 
     def check_idle(self) -> None:
-        """Every block is back, and nothing is kept for a job."""
+        """Every page is back, and nothing is kept for a job."""
         eventually(lambda: not self.service._live and not self.session.kv_usage)
         assert not self.service._tickets
         assert not self.service._queued_tokens

@@ -13,7 +13,7 @@ from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import GenerationSpec
 from cluster.engine.request_handle import Ticket
-from cluster.scheduler.block_pool import BlockPool
+from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
 from protos.model.config_json import load_model_spec
@@ -24,7 +24,7 @@ from workers.stage.server import TOKEN_VARIABLE
 
 NEEDLE = ROOT / "configs" / "needle"
 TOKEN = "0123456789abcdef"
-BLOCKS, PAGE, CHUNK = 64, 16, 128
+PAGES, PAGE, CHUNK = 64, 16, 128
 
 
 class Stages:
@@ -72,10 +72,10 @@ class Stages:
         for handle in order:
             after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
             ends = links[handle.shard.stage - 1], links[handle.shard.stage]
-            handle.start(BLOCKS, PAGE, after if count > 1 else "", 60, near=ends)
+            handle.start(PAGES, PAGE, after if count > 1 else "", 60, near=ends)
 
     def run_engine(self) -> Engine:
-        scheduler = Scheduler(BlockPool(BLOCKS), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
+        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
         self.engine = Engine(scheduler, self.handles, None, (0,))
         self.engine.start()
         return self.engine

@@ -9,7 +9,7 @@ import pytest
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import NoRoom, kv_budget, scratch_bytes
 from cluster.config.topology import kv_bytes_per_token
-from cluster.stages.preflight import PreflightError, count_blocks
+from cluster.stages.preflight import PreflightError, count_pages
 from protos.model.grid import largest_cell
 from protos.stage.messages import LoadProgress
 from tests.support.paths import CONFIGS
@@ -62,9 +62,9 @@ def test_a_size_that_does_not_fit_beside_a_step_is_refused_with_the_length(missi
         assert kv_budget(given, loaded(available), 1) == 32 * MIB
         return
     per_token = kv_bytes_per_token(given.spec, given.shards[0], 4)
-    page = given.config.kv_cache.page_size
-    tokens = (32 * MIB - missing) // (per_token * page) * page
+    page_size = given.config.kv_cache.page_size
+    tokens = (32 * MIB - missing) // (per_token * page_size) * page_size
     with pytest.raises(NoRoom, match=f"bytes: 32MiB: after the weights and .* {tokens} tokens would fit: lower"):
         kv_budget(given, loaded(available), 1)
     with pytest.raises(PreflightError, match=f"{tokens} tokens would fit"):
-        count_blocks(given, loaded(available), 1)
+        count_pages(given, loaded(available), 1)

@@ -224,7 +224,7 @@ def reporting(layer: int, head: int):
 
 
 def run_rig(size: int) -> tuple[Generation, list]:
-    with Rig(stages=2, ranks=2, spec=SPARSE, blocks=100) as rig:
+    with Rig(stages=2, ranks=2, spec=SPARSE, pages=100) as rig:
         for handle in rig.shards:
             handle.report = reporting(handle.shard.stage, handle.shard.rank)
         return rig.run(range(size), 3)
@@ -255,7 +255,7 @@ def test_a_dense_prompt_of_the_same_deployment():
 
 
 def test_a_cancelled_prompt_keeps_what_it_had():
-    with Rig(stages=1, ranks=2, spec=SPARSE, blocks=100) as rig:
+    with Rig(stages=1, ranks=2, spec=SPARSE, pages=100) as rig:
         for handle in rig.shards:
             handle.report = reporting(0, handle.shard.rank)
             handle.hold()

@@ -101,7 +101,7 @@ def test_logprobs_reach_the_result():
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
 def test_about_one_plan_per_stage_is_in_flight(stages: int):
-    with Rig(stages=stages, budget=16, blocks=200) as rig:
+    with Rig(stages=stages, budget=16, pages=200) as rig:
         rig.last.hold()
         ticket, _ = rig.submit(range(1600))
         depth = max(2, stages)
@@ -115,7 +115,7 @@ def test_about_one_plan_per_stage_is_in_flight(stages: int):
 
 
 def test_a_single_stage_gets_decode_steps_ahead_but_nothing_behind_a_long_chunk():
-    with Rig(stages=1, budget=16, blocks=200) as rig:  # a fake step takes half a second of the fake clock
+    with Rig(stages=1, budget=16, pages=200) as rig:  # a fake step takes half a second of the fake clock
         rig.last.hold()
         ticket, _ = rig.submit(range(48), 9)
         for sent in (1, 2, 3):
@@ -156,7 +156,7 @@ def test_a_stop_string_drops_the_step_in_flight(stages: int):
 
 
 def test_cancel_a_queued_request():
-    with Rig(blocks=4) as rig:
+    with Rig(pages=4) as rig:
         rig.last.hold()
         first, _ = rig.submit(range(60))
         second, events = rig.submit(range(100, 160))
@@ -216,7 +216,7 @@ def test_cancel_after_the_end_changes_nothing():
 
 
 def test_all_are_accepted_or_none():
-    with Rig(blocks=4) as rig:
+    with Rig(pages=4) as rig:
         with pytest.raises(DoesNotFit):
             rig.engine.submit_all([(GenerationSpec([1], 1), print), (GenerationSpec(range(1000), 1), print)])
         with pytest.raises(ValueError, match="prompt: 0 tokens"):
@@ -238,7 +238,7 @@ def test_waiting_has_a_limit():
 
 
 def test_many_requests_at_once():
-    with Rig(lambda sequence, index: sequence * 10 + index, blocks=200) as rig:
+    with Rig(lambda sequence, index: sequence * 10 + index, pages=200) as rig:
         specs = [(GenerationSpec([i] * (i + 1), 1 + i % 4), lambda event: None) for i in range(40)]
         tickets = rig.engine.submit_all(specs)
         for ticket, (spec, _) in zip(tickets, specs, strict=True):

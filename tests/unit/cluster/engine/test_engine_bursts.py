@@ -173,7 +173,7 @@ def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, sta
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_many_requests_of_different_lengths(stages: int):
-    with burst_rig(blocks=400, group=3, stages=stages) as rig:
+    with burst_rig(pages=400, group=3, stages=stages) as rig:
         specs = [(GenerationSpec([i] * (1 + 5 * i), 1 + 3 * i), lambda event: None) for i in range(12)]
         tickets = rig.engine.submit_all(specs)
         for ticket, (spec, _) in zip(tickets, specs, strict=True):

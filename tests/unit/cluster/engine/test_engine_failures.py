@@ -13,7 +13,7 @@ from tests.support.fakes.stage import WAIT, Rig, eventually
 
 
 def test_a_failed_step_ends_every_request_with_its_error():
-    with Rig(blocks=5) as rig:
+    with Rig(pages=5) as rig:
         rig.shards[0].fail_at = 2
         tickets = [rig.submit([i] * 40, 20)[0] for i in range(3)]
         for ticket in tickets:

@@ -33,20 +33,20 @@ def test_chunks_cover_the_prompt_once(size: int, budget: int):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "max_tokens", "blocks"), [(16, 1, 1), (16, 2, 2), (17, 1, 2), (1, 16, 1), (1, 17, 2)]
+    ("prompt", "max_tokens", "pages"), [(16, 1, 1), (16, 2, 2), (17, 1, 2), (1, 16, 1), (1, 17, 2)]
 )
-def test_blocks_for_the_prompt_and_every_token_fed_back(prompt: int, max_tokens: int, blocks: int):
-    bench = Bench(blocks=blocks)
+def test_pages_for_the_prompt_and_every_token_fed_back(prompt: int, max_tokens: int, pages: int):
+    bench = Bench(pages=pages)
     item = request(1, range(prompt), max_tokens)
-    assert bench.scheduler.blocks_needed(item) == blocks
+    assert bench.scheduler.pages_needed(item) == pages
     bench.add(item)
     bench.run()
     assert len(item.output) == max_tokens
-    assert bench.plans[-1].slices[0].num_blocks == blocks, "the last block is used"
+    assert bench.plans[-1].slices[0].num_pages == pages, "the last page is used"
 
 
 def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers():
-    scheduler = Bench(blocks=2).scheduler
+    scheduler = Bench(pages=2).scheduler
     scheduler.prepare(request(1, range(30), 3))
     with pytest.raises(DoesNotFit, match=r"prompt of 31 tokens with max_tokens 3: .* holds 32 tokens; at most 30 "):
         scheduler.prepare(request(1, range(31), 3))
@@ -67,7 +67,7 @@ def test_stop_ids_end_a_request():
 
 
 def test_short_prompts_ride_along_with_a_long_one():
-    bench = Bench(blocks=200, budget=32)
+    bench = Bench(pages=200, budget=32)
     long, short = request(1, range(1000), 1), request(2, range(2000, 2020), 3)
     bench.add(long)
     bench.step()
@@ -95,12 +95,12 @@ def test_penalised_requests_bring_their_history_once():
 
 
 def test_without_room_requests_wait_in_order():
-    bench = Bench(blocks=4)
+    bench = Bench(pages=4)
     first, second, third = request(1, range(40), 2), request(2, range(100, 140), 2), request(3, [1], 1)
     bench.add(first, second, third)
     bench.step()
     assert [r.status for r in (first, second, third)] == [Status.RUNNING, Status.WAITING, Status.WAITING]
-    assert second.blocks == ()
+    assert second.pages == ()
     bench.run()
     assert all(r.output == expected_output(r.prompt, r.stop.max_tokens) for r in (first, second, third))
     starts = [part.sequence for plan in bench.plans for part in plan.slices if part.start == 0]
@@ -276,9 +276,10 @@ def random_prompt(rng: random.Random) -> list[int]:
 @pytest.mark.parametrize("seed", range(40))
 def test_random_lives(seed: int, runs_ahead: bool, num_stages: int):
     rng = random.Random(seed)
-    page = rng.choice((1, 4, PAGE))
+    page_size = rng.choice((1, 4, PAGE))
     bench = Bench(
-        blocks=rng.choice((180, 400)) * PAGE // page // 8, page=page, budget=rng.choice((1, 7, 16, 64, 500)),
+        pages=rng.choice((180, 400)) * PAGE // page_size // 8,
+        page_size=page_size, budget=rng.choice((1, 7, 16, 64, 500)),
         seqs=rng.choice((1, 2, 5, 16)),
         runs_ahead=runs_ahead, num_stages=num_stages,
     )  # fmt: skip

@@ -54,14 +54,14 @@ def check_cells(bench: Bench, spec: ModelSpec) -> None:
 @pytest.mark.parametrize("budget", [17, 64, 100, 300])
 @pytest.mark.parametrize("spec", [SPARSE, GRID])
 def test_a_sparse_prompt_is_computed_by_the_cell(spec: ModelSpec, size: int, budget: int):
-    bench = Bench(blocks=80, budget=budget, spec=spec)
+    bench = Bench(pages=80, budget=budget, spec=spec)
     finish(bench, request(1, range(size), 4))
     check_cells(bench, spec)
     assert bench.scheduler.is_sparse(bench.plans[0].slices[0]) == (size > 100)
 
 
 def test_decodes_and_short_prompts_ride_along_with_cells():
-    bench = Bench(blocks=200, budget=64, spec=SPARSE)
+    bench = Bench(pages=200, budget=64, spec=SPARSE)
     long, talking = request(1, range(1000), 1), request(2, range(2000, 2010), 30)
     bench.add(talking)
     bench.step()
@@ -77,7 +77,7 @@ def test_decodes_and_short_prompts_ride_along_with_cells():
 
 
 def test_a_shorter_sparse_prompt_does_not_wait_for_a_long_one():
-    bench = Bench(blocks=200, budget=64, spec=SPARSE)
+    bench = Bench(pages=200, budget=64, spec=SPARSE)
     bench.add(long := request(1, range(1500), 1))
     bench.step()
     bench.add(short := request(2, range(6000, 6256), 1))
@@ -122,7 +122,7 @@ def test_cells_must_be_multiples_of_the_page(cell: int, distance: int):
     ],
 )
 def test_what_a_second_prompt_adopts(spec: ModelSpec, first: int, second: int, common: int, cached: int):
-    bench = Bench(blocks=80, spec=spec)
+    bench = Bench(pages=80, spec=spec)
     finish(bench, request(1, range(first)))
     again = request(2, [*range(common), *range(5000, 5000 + second - common)])
     finish(bench, again)
@@ -132,7 +132,7 @@ def test_what_a_second_prompt_adopts(spec: ModelSpec, first: int, second: int, c
 
 @pytest.mark.parametrize("spec", [SPARSE, long_spec(100, 64, 160)])
 def test_pages_of_a_last_cell_do_not_stand_for_those_of_a_longer_prompt(spec: ModelSpec):
-    bench = Bench(blocks=80, spec=spec)
+    bench = Bench(pages=80, spec=spec)
     finish(bench, request(1, range(176)))
     finish(bench, request(2, range(300)))
     third = request(3, range(300))
@@ -143,7 +143,7 @@ def test_pages_of_a_last_cell_do_not_stand_for_those_of_a_longer_prompt(spec: Mo
 @pytest.mark.parametrize("spec", [SPARSE, GRID, SCALED])
 def test_questions_on_one_document_wait_and_share(spec: ModelSpec):
     document = list(range(1000, 1640))
-    bench = Bench(blocks=200, budget=64, spec=spec)
+    bench = Bench(pages=200, budget=64, spec=spec)
     asked = [request(i, [*document, *range(i)], 2) for i in range(1, 7)]
     bench.add(*asked)
     bench.step()
@@ -156,7 +156,7 @@ def test_questions_on_one_document_wait_and_share(spec: ModelSpec):
 
 
 def test_a_follower_does_not_wait_for_pages_it_cannot_use():
-    bench = Bench(blocks=100, budget=64, spec=SPARSE)
+    bench = Bench(pages=100, budget=64, spec=SPARSE)
     bench.add(request(1, range(300), 1), follower := request(2, [*range(64 + 48), *range(900, 1100)], 1))
     bench.step()
     bench.step()
@@ -180,7 +180,7 @@ def nearest_outside(length: int) -> tuple[int, int]:
 def test_scales_are_adopted_up_to_half_a_percent(length: int):
     within, outside = nearest_outside(length)
     for other, shared in ((within, True), (outside, False)):
-        bench = Bench(blocks=200, spec=SCALED)
+        bench = Bench(pages=200, spec=SCALED)
         finish(bench, request(1, range(other)))
         again = request(2, range(length))
         finish(bench, again)
@@ -191,14 +191,14 @@ def test_scales_are_adopted_up_to_half_a_percent(length: int):
 
 
 def test_the_scale_of_one_is_adopted_and_named():
-    bench = Bench(blocks=80, spec=SCALED)
+    bench = Bench(pages=80, spec=SCALED)
     finish(bench, request(1, range(60)), above := request(2, [*range(48), *range(100, 117)]))
     assert above.num_prompt == 65
     assert (above.num_cached, above.scale_len) == (48, 64)
 
 
 def test_its_own_scale_is_preferred():
-    bench = Bench(blocks=200, spec=SCALED)
+    bench = Bench(pages=200, spec=SCALED)
     finish(bench, request(1, range(300)), request(2, range(1000, 1305)))
     finish(bench, request(3, [*range(1000, 1064), *range(241)]))  # another document of 305 tokens
     again = request(4, [*range(288), *range(700, 717)])
@@ -210,7 +210,7 @@ def test_its_own_scale_is_preferred():
 
 
 def test_a_few_common_words_do_not_bend_the_scale():
-    bench = Bench(blocks=200, spec=SCALED)
+    bench = Bench(pages=200, spec=SCALED)
     finish(bench, request(1, range(640)))
     other = request(2, [*range(64), *range(5000, 5577)])
     finish(bench, other)
@@ -218,7 +218,7 @@ def test_a_few_common_words_do_not_bend_the_scale():
 
 
 def test_a_resumed_prompt_keeps_its_own_scale():
-    bench = Bench(blocks=200, spec=SCALED)
+    bench = Bench(pages=200, spec=SCALED)
     finish(bench, request(1, range(640)))
     resumed = request(2, range(641), 4)
     for token in expected_output(range(641), 2):
@@ -229,7 +229,7 @@ def test_a_resumed_prompt_keeps_its_own_scale():
 
 @pytest.mark.parametrize("size", [192, 193, 210])
 def test_a_resumed_sparse_prompt_computes_its_tokens_densely(size: int):
-    bench = Bench(blocks=200, budget=100, spec=SPARSE)
+    bench = Bench(pages=200, budget=100, spec=SPARSE)
     resumed = request(1, range(size), 20)
     for token in expected_output(range(size), 17):
         resumed.accept(SampledToken(1, token))
@@ -239,13 +239,13 @@ def test_a_resumed_sparse_prompt_computes_its_tokens_densely(size: int):
 
 
 def test_a_follower_of_a_cancelled_leader_returns_to_its_own_scale():
-    bench = Bench(blocks=200, budget=64, spec=SCALED)
+    bench = Bench(pages=200, budget=64, spec=SCALED)
     leader, follower = request(1, range(640), 1), request(2, range(641), 1)
     bench.add(leader, follower)
     assert bench.scheduler.schedule() is not None
     assert follower.status is Status.WAITING
     assert follower.length_key == 640
-    bench = Bench(blocks=200, budget=64, spec=SCALED)
+    bench = Bench(pages=200, budget=64, spec=SCALED)
     leader, follower = request(1, range(640), 1), request(2, range(641), 1)
     bench.add(leader, follower)
     bench.step()
@@ -267,9 +267,9 @@ SPECS = [
 @given(st.sampled_from(SPECS), st.integers(0, 1 << 30))
 def test_random_lives(spec: ModelSpec, seed: int):
     rng = random.Random(seed)
-    page = rng.choice((4, PAGE))
+    page_size = rng.choice((4, PAGE))
     bench = Bench(
-        blocks=rng.choice((40, 200)) * PAGE // page, page=page, budget=rng.choice((1, 7, 64, 100, 500)),
+        pages=rng.choice((40, 200)) * PAGE // page_size, page_size=page_size, budget=rng.choice((1, 7, 64, 100, 500)),
         seqs=rng.choice((1, 2, 5, 16)), spec=spec,
     )  # fmt: skip
     waiting = []

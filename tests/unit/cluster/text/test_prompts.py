@@ -14,8 +14,8 @@ from cluster.text.prompts import (
     check_length,
     opens_thinking,
     render_chat,
-    split_reasoning,
 )
+from cluster.text.reasoning import split_reasoning
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 

@@ -41,7 +41,7 @@ PARAMS = st.builds(
 SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=st.none() | IDS)
 SLICES = st.builds(
     SequenceSlice,
-    sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_blocks=IDS, num_blocks=U32,
+    sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_pages=IDS, num_pages=U32,
     sample=st.none() | SAMPLES,
 )  # fmt: skip
 PLANS = st.builds(

@@ -17,7 +17,7 @@ from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
 from workers.attention.reference import attend_reference
 from workers.kernels.build import compiler
-from workers.kv.paged import BlockTable, LayerKV, quantise
+from workers.kv.paged import LayerKV, PageTable, quantise
 
 CHUNK = 256  # L, tokens between the starts of two DCA chunks
 
@@ -46,7 +46,7 @@ class Case:
     distance: int = 0
     dim: int = 64
     group: int = 2
-    page: int = 16
+    page_size: int = 16
     kv_heads: int = 2
     scattered: bool = True
     sparse: bool = False
@@ -61,15 +61,15 @@ class Inputs:
     def __init__(self, case: Case, seed: int = 0) -> None:
         random, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         context, heads = case.start + case.length, case.group * case.kv_heads
-        blocks = -(-context // case.page)
-        ids = rng.permutation(blocks + 3)[:blocks] if case.scattered else np.arange(1, blocks + 1)
-        self.table = BlockTable(case.page)
+        pages = -(-context // case.page_size)
+        ids = rng.permutation(pages + 3)[:pages] if case.scattered else np.arange(1, pages + 1)
+        self.table = PageTable(case.page_size)
         self.table.append(ids.tolist())
         slots = torch.from_numpy(self.table.slots(np.arange(context)))
         sides, scales, exact = [], [], []
         for _ in range(2):
             rows = torch.randn(case.kv_heads, context, case.dim, generator=random)
-            whole = torch.full((case.kv_heads, (blocks + 3) * case.page, case.dim), torch.nan)
+            whole = torch.full((case.kv_heads, (pages + 3) * case.page_size, case.dim), torch.nan)
             if case.cache == torch.int8:
                 small, scale = quantise(rows)
                 whole = torch.full(whole.shape, 77, dtype=torch.int8)
@@ -128,16 +128,16 @@ def _id(value: object) -> str | None:
 
 
 SIZES = [
-    Case(start, length, page=page, scattered=scattered, group=group, dim=dim)
-    for start, length, page, scattered, group, dim in (
+    Case(start, length, page_size=page_size, scattered=scattered, group=group, dim=dim)
+    for start, length, page_size, scattered, group, dim in (
         (0, 1, 4, True, 1, 64), (0, 17, 4, True, 2, 64), (0, 67, 16, True, 8, 128), (50, 193, 64, False, 2, 128),
         (1000, 1, 16, True, 8, 128), (1009, 17, 64, True, 8, 64), (700, 333, 1, True, 1, 64),
         (0, 1031, 16, False, 2, 64), (5000, 1, 64, True, 8, 128), (4100, 5, 1024, True, 2, 64),
     )
 ]  # fmt: skip
 CHUNKED = [
-    Case(start, length, CHUNK, group=group, page=page)
-    for start, length, group, page in (
+    Case(start, length, CHUNK, group=group, page_size=page_size)
+    for start, length, group, page_size in (
         (CHUNK - 1, 1, 2, 16), (CHUNK, 1, 8, 4), (2 * CHUNK - 1, 1, 1, 64), (2 * CHUNK, 1, 2, 16), (0, 67, 2, 64),
         (CHUNK, CHUNK, 1, 16), (2 * CHUNK - 17, 17, 2, 4), (2 * CHUNK, 193, 2, 16), (3 * CHUNK + 5, 67, 1, 64),
     )
@@ -230,7 +230,7 @@ def test_rows_without_keys_are_zero_and_torch_still_works_after_a_call() -> None
 
 
 def test_damage_stays_visible() -> None:
-    inputs = Inputs(Case(100, 17, page=4, scattered=False))
+    inputs = Inputs(Case(100, 17, page_size=4, scattered=False))
     inputs.kv.values[0, 50] = torch.nan
     out = inputs.actual()
     assert out[:, :2].isnan().all()

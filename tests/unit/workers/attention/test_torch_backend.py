@@ -15,7 +15,7 @@ from workers.attention.pair_counts import causal_pairs, visited_pairs
 from workers.attention.plan import AttentionPlan, Rotation, Selection
 from workers.attention.queries import Queries
 from workers.attention.reference import UNVISITED, attend_reference, plan_tags
-from workers.kv.paged import BlockTable, LayerKV, quantise
+from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.model.rope import Rotary, rotate
 
 SIZES = (1, 17, 67, 193, 256, 1000)
@@ -29,17 +29,17 @@ DIM = 32
 class Paged:
     """Random keys and values of one sequence, paged and as plain tensors."""
 
-    def __init__(self, context: int, kv_heads: int, page: int, layout: str, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, context: int, kv_heads: int, page_size: int, layout: str, dtype: torch.dtype, seed: int) -> None:
         torch.manual_seed(seed)
         k, v = torch.randn(2, context, kv_heads, DIM).to(dtype)
-        self.put(k, v, page, layout, seed)
+        self.put(k, v, page_size, layout, seed)
 
-    def put(self, k: torch.Tensor, v: torch.Tensor, page: int, layout: str, seed: int) -> None:
-        count = -(-len(k) // page)
+    def put(self, k: torch.Tensor, v: torch.Tensor, page_size: int, layout: str, seed: int) -> None:
+        count = -(-len(k) // page_size)
         self.k, self.v = k, v
-        self.table = BlockTable(page)
-        self.table.append(block_ids(count, layout, random.Random(seed)))
-        self._slots = max(run.first + run.length for run in self.table.runs(0, count * page)) + page
+        self.table = PageTable(page_size)
+        self.table.append(page_ids(count, layout, random.Random(seed)))
+        self._slots = max(run.first + run.length for run in self.table.runs(0, count * page_size)) + page_size
         self.kv = LayerKV(self.paged(k), self.paged(v))
 
     def paged(self, rows: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def random_selection(stop: int, rng: random.Random) -> Selection:
     return Selection(np.array(offsets, np.int32), np.array(columns, np.int32))
 
 
-def block_ids(count: int, layout: str, rng: random.Random) -> list[int]:
+def page_ids(count: int, layout: str, rng: random.Random) -> list[int]:
     if layout == "contiguous":
         return list(range(3, 3 + count))
     if layout == "shuffled":
@@ -107,8 +107,8 @@ def test_dense_attention_equals_its_definition(heads: tuple[int, int], layout: s
     for number, (rows, start) in enumerate((rows, start) for rows in SIZES for start in STARTS):
         if rows == 1000 and start not in (0, 499):
             continue  # the slow ones
-        page = PAGES[number % len(PAGES)]
-        paged = Paged(start + rows, heads[1], page, layout, dtype, number)
+        page_size = PAGES[number % len(PAGES)]
+        paged = Paged(start + rows, heads[1], page_size, layout, dtype, number)
         paged.check(heads[0], AttentionPlan(start, rows))
 
 
@@ -117,8 +117,8 @@ def test_dense_attention_equals_its_definition(heads: tuple[int, int], layout: s
 @pytest.mark.parametrize("layout", ["contiguous", "fragmented", "shuffled"])
 def test_more_rows_than_one_kernel_call_takes(layout: str, most: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_backend, "DENSE_ROWS", most)
-    for rows, start, page in ((most, 7, 16), (most + 1, 64, 16), (130, 65, 64), (131, 0, 1)):
-        Paged(start + rows, 2, page, layout, torch.float32, rows).check(4, AttentionPlan(start, rows))
+    for rows, start, page_size in ((most, 7, 16), (most + 1, 64, 16), (130, 65, 64), (131, 0, 1)):
+        Paged(start + rows, 2, page_size, layout, torch.float32, rows).check(4, AttentionPlan(start, rows))
 
 
 @pytest.mark.usefixtures("_limits")

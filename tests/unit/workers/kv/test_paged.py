@@ -8,30 +8,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.kv.paged import BlockTable, PagedKV, PlanMismatch, SlotRun, quantise
+from workers.kv.paged import PagedKV, PageTable, PlanMismatch, SlotRun, quantise
 
 
-def slots(table: BlockTable, start: int, stop: int) -> list[int]:
+def slots(table: PageTable, start: int, stop: int) -> list[int]:
     return [run.first + i for run in table.runs(start, stop) for i in range(run.length)]
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    page=st.sampled_from([1, 2, 7, 16, 64]),
-    blocks=st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True),
+    page_size=st.sampled_from([1, 2, 7, 16, 64]),
+    pages=st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True),
     cuts=st.lists(st.integers(0, 12), max_size=4),
     data=st.data(),
 )
-def test_runs_are_the_slots_of_every_position(page: int, blocks: list[int], cuts: list[int], data: st.DataObject):
-    table = BlockTable(page)
-    edges = sorted({0, len(blocks), *(cut for cut in cuts if cut < len(blocks))})
+def test_runs_are_the_slots_of_every_position(page_size: int, pages: list[int], cuts: list[int], data: st.DataObject):
+    table = PageTable(page_size)
+    edges = sorted({0, len(pages), *(cut for cut in cuts if cut < len(pages))})
     for low, high in itertools.pairwise(edges):
-        table.append(blocks[low:high])
-    assert table.num_blocks == len(blocks)
-    total = len(blocks) * page
+        table.append(pages[low:high])
+    assert table.num_pages == len(pages)
+    total = len(pages) * page_size
     start = data.draw(st.integers(0, total))
     stop = data.draw(st.integers(start, total))
-    expected = [blocks[p // page] * page + p % page for p in range(start, stop)]
+    expected = [pages[p // page_size] * page_size + p % page_size for p in range(start, stop)]
     assert slots(table, start, stop) == expected
     assert table.slots(np.arange(start, stop)[::-1]).tolist() == expected[::-1]
     runs = table.runs(start, stop)
@@ -39,50 +39,50 @@ def test_runs_are_the_slots_of_every_position(page: int, blocks: list[int], cuts
     assert all(a.first + a.length != b.first for a, b in itertools.pairwise(runs)), "neighbours are one run"
 
 
-@pytest.mark.parametrize("page", [1, 16, 64])
-def test_neighbouring_blocks_are_one_run(page: int):
-    table = BlockTable(page)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_neighbouring_pages_are_one_run(page_size: int):
+    table = PageTable(page_size)
     table.append([5, 6, 7])
     table.append([8, 3])
-    assert table.runs(0, 5 * page) == [SlotRun(5 * page, 4 * page), SlotRun(3 * page, page)]
-    assert table.runs(4 * page, 4 * page) == []
+    assert table.runs(0, 5 * page_size) == [SlotRun(5 * page_size, 4 * page_size), SlotRun(3 * page_size, page_size)]
+    assert table.runs(4 * page_size, 4 * page_size) == []
 
 
 @pytest.mark.parametrize(("stop", "ok"), [(31, True), (32, True), (33, False)])
 def test_positions_beyond_the_table_are_refused(stop: int, ok: bool):
-    table = BlockTable(16)
+    table = PageTable(16)
     table.append([0, 1])
     if ok:
         assert sum(run.length for run in table.runs(0, stop)) == stop
     else:
-        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 blocks"):
+        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 pages"):
             table.runs(0, stop)
-        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 blocks"):
+        with pytest.raises(PlanMismatch, match="position 32 lies beyond the 2 pages"):
             table.slots(np.array([0, 32]))
 
 
-@pytest.mark.parametrize("page", [1, 16])
-def test_write_puts_rows_where_the_table_says(page: int):
-    kv = PagedKV(layers=2, kv_heads=3, head_dim=4, num_blocks=9, page_size=page, dtype=torch.float32)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_write_puts_rows_where_the_table_says(page_size: int):
+    kv = PagedKV(layers=2, kv_heads=3, head_dim=4, num_pages=9, page_size=page_size, dtype=torch.float32)
     kv.layer(1).keys.fill_(torch.nan)
     kv.layer(1).values.fill_(torch.nan)
-    table = BlockTable(page)
+    table = PageTable(page_size)
     table.append([7, 2, 3])
-    length = 3 * page
+    length = 3 * page_size
     keys, values = torch.randn(2, length, 3, 4)
     kv.write(1, table.runs(0, length), keys, values)
     where = slots(table, 0, length)
     assert torch.equal(kv.layer(1).keys[:, where].transpose(0, 1), keys)
     assert torch.equal(kv.layer(1).values[:, where].transpose(0, 1), values)
-    untouched = sorted(set(range(9 * page)) - set(where))
+    untouched = sorted(set(range(9 * page_size)) - set(where))
     assert kv.layer(1).keys[:, untouched].isnan().all()
     assert kv.layer(1).values[:, untouched].isnan().all()
 
 
 @pytest.mark.parametrize("length", [1, 16])
-def test_a_block_outside_the_cache_is_refused(length: int):
-    kv = PagedKV(1, 2, 4, num_blocks=4, page_size=16, dtype=torch.float32)
-    table = BlockTable(16)
+def test_a_page_outside_the_cache_is_refused(length: int):
+    kv = PagedKV(1, 2, 4, num_pages=4, page_size=16, dtype=torch.float32)
+    table = PageTable(16)
     table.append([4])
     rows = torch.zeros(length, 2, 4)
     with pytest.raises(PlanMismatch, match=f"slot {63 + length} of a plan lies outside the cache of 64 slots"):
@@ -91,8 +91,8 @@ def test_a_block_outside_the_cache_is_refused(length: int):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_keeps_a_scale_a_token_and_head(dtype: torch.dtype):
-    kv = PagedKV(2, 3, 8, num_blocks=4, page_size=16, dtype=torch.int8)
-    table = BlockTable(16)
+    kv = PagedKV(2, 3, 8, num_pages=4, page_size=16, dtype=torch.int8)
+    table = PageTable(16)
     table.append([2, 0])
     keys, values = torch.randn(2, 32, 3, 8).to(dtype)
     keys[5] *= 1e4
@@ -116,17 +116,17 @@ def test_int8_does_not_hide_what_is_not_finite():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_block_bytes_is_what_the_cache_allocates(dtype: torch.dtype):
-    kv = PagedKV(3, 2, 8, num_blocks=5, page_size=16, dtype=dtype)
+def test_page_bytes_is_what_the_cache_allocates(dtype: torch.dtype):
+    kv = PagedKV(3, 2, 8, num_pages=5, page_size=16, dtype=dtype)
     layer = kv.layer(0)
     allocated = layer.keys.untyped_storage().nbytes()
     if layer.key_scales is not None:
         allocated += layer.key_scales.untyped_storage().nbytes()
-    assert allocated == 5 * PagedKV.block_bytes(3, 2, 8, 16, dtype)
+    assert allocated == 5 * PagedKV.page_bytes(3, 2, 8, 16, dtype)
 
 
 def test_an_empty_cache_is_refused():
-    with pytest.raises(ValueError, match="num_blocks: 0"):
+    with pytest.raises(ValueError, match="num_pages: 0"):
         PagedKV(1, 1, 1, 0, 16, torch.float32)
 
 

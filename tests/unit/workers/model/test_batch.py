@@ -9,7 +9,7 @@ import torch
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec, SparseSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from workers.kv.paged import PlanMismatch, SlotRun
-from workers.model.batch import BlockTables, Piece, token_ids
+from workers.model.batch import PageTables, Piece, token_ids
 
 CPU = torch.device("cpu")
 SAMPLE = SampleSpec(SamplingParams(), 0)
@@ -30,7 +30,7 @@ def plan(*parts: SequenceSlice, released: tuple[int, ...] = (), step: int = 1) -
 
 
 def test_a_mixed_step():
-    tables = BlockTables(4)
+    tables = PageTables(4)
     tables.apply(plan(part(1, 0, 5, [7, 2], 2)))
     step = plan(part(1, 5, 1, [], 2, True), part(2, 0, 3, [0], 1), part(3, 0, 4, [4], 1, True))
     tables.apply(step)
@@ -45,7 +45,7 @@ def test_a_mixed_step():
 
 
 def test_later_stages_need_no_ids():
-    tables = BlockTables(4)
+    tables = PageTables(4)
     step = plan(SequenceSlice(1, 0, 3, 3, (), [0], 1))
     tables.apply(step)
     assert tables.batch(step, SPEC, CPU, with_tokens=False).token_ids is None
@@ -54,7 +54,7 @@ def test_later_stages_need_no_ids():
 
 
 def test_a_row_without_an_id_takes_the_newest_sample():
-    tables = BlockTables(4)
+    tables = PageTables(4)
     step = plan(part(1, 0, 2, [0], 1), SequenceSlice(2, 3, 1, 3, (), [1], 1))
     tables.apply(step)
     assert token_ids(step, {2: 77}, CPU).tolist() == [100, 101, 77]
@@ -64,27 +64,27 @@ def test_a_row_without_an_id_takes_the_newest_sample():
 
 @pytest.mark.parametrize(("new", "total"), [([], 1), ([1], 2), ([1, 2], 1), ([1], 0)])
 def test_a_table_of_another_length_is_refused(new: list[int], total: int):
-    with pytest.raises(PlanMismatch, match=f"sequence 5: the plan counts {total} blocks, this shard {len(new)}"):
-        BlockTables(4).apply(plan(part(5, 0, 1, new, total)))
+    with pytest.raises(PlanMismatch, match=f"sequence 5: the plan counts {total} pages, this shard {len(new)}"):
+        PageTables(4).apply(plan(part(5, 0, 1, new, total)))
 
 
 def test_a_missed_step_is_noticed():
-    tables = BlockTables(4)
+    tables = PageTables(4)
     tables.apply(plan(part(1, 0, 4, [0], 1)))
-    with pytest.raises(PlanMismatch, match="the plan counts 3 blocks, this shard 2"):
+    with pytest.raises(PlanMismatch, match="the plan counts 3 pages, this shard 2"):
         tables.apply(plan(part(1, 8, 4, [2], 3)))
 
 
 def test_rows_beyond_the_table_are_refused():
-    tables = BlockTables(4)
+    tables = PageTables(4)
     step = plan(part(1, 0, 5, [0], 1))
     tables.apply(step)
-    with pytest.raises(PlanMismatch, match="position 4 lies beyond the 1 blocks"):
+    with pytest.raises(PlanMismatch, match="position 4 lies beyond the 1 pages"):
         tables.batch(step, SPEC, CPU, with_tokens=True)
 
 
 def test_released_sequences_begin_anew():
-    tables = BlockTables(4)
+    tables = PageTables(4)
     tables.apply(plan(part(1, 0, 8, [0, 1], 2), part(2, 0, 1, [2], 1)))
     tables.apply(plan(part(1, 0, 4, [5], 1), released=(1, 99)))
     assert len(tables) == 2
@@ -96,9 +96,9 @@ def test_released_sequences_begin_anew():
 
 
 def pieces(spec: ModelSpec, start: int, length: int, prompt_len: int, scale_len: int = 0) -> list[Piece]:
-    tables = BlockTables(4)
-    blocks = list(range(-(-(start + length) // 4)))
-    step = plan(SequenceSlice(1, start, length, prompt_len, range(length), blocks, len(blocks), SAMPLE, scale_len))
+    tables = PageTables(4)
+    pages = list(range(-(-(start + length) // 4)))
+    step = plan(SequenceSlice(1, start, length, prompt_len, range(length), pages, len(pages), SAMPLE, scale_len))
     tables.apply(step)
     return list(tables.batch(step, spec, CPU, with_tokens=True).pieces)
 

@@ -21,7 +21,7 @@ from workers.model.weights import ShardWeights, dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner, StepOutput
 from workers.transport.collectives import Collectives, SingleShard
 
-PAGE, BLOCKS = 16, 60
+PAGE, PAGES = 16, 60
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 DUAL = DualChunkSpec(64, 16, 32)  # chunks of 48 tokens
 SPEC = replace(
@@ -66,7 +66,7 @@ def runners(
     weights = weights_of(spec, shard)
     made = []
     for _ in range(2):
-        kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, BLOCKS, PAGE, BF16)
+        kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, PAGES, PAGE, BF16)
         kv._data.zero_()
         made.append(ModelRunner(spec, shard, weights, kv, collectives or SingleShard(), CPU))
     assert made[0].decoder._fused is not None
@@ -75,13 +75,13 @@ def runners(
 
 
 class Sequences:
-    """Plans for several sequences whose blocks lie between each other's."""
+    """Plans for several sequences whose pages lie between each other's."""
 
     def __init__(self, number: int) -> None:
         self.lengths = [0] * number
-        self.blocks: list[int] = [0] * number
+        self.pages: list[int] = [0] * number
         self.steps = count()
-        self.free = iter(range(BLOCKS))
+        self.free = iter(range(PAGES))
         self.generator = torch.Generator().manual_seed(number)
 
     def step(self, *rows: int) -> StepPlan:
@@ -91,13 +91,13 @@ class Sequences:
             if not length:
                 continue
             start = self.lengths[sequence]
-            needed = -(-(start + length) // PAGE) - self.blocks[sequence]
+            needed = -(-(start + length) // PAGE) - self.pages[sequence]
             new = [next(self.free) for _ in range(needed)]
-            self.blocks[sequence] += needed
+            self.pages[sequence] += needed
             self.lengths[sequence] += length
             ids = torch.randint(5, 320, (length,), generator=self.generator).tolist()
             sample = SampleSpec(SamplingParams(), 0, ())
-            slices.append(SequenceSlice(sequence, start, length, 40, ids, new, self.blocks[sequence], sample))
+            slices.append(SequenceSlice(sequence, start, length, 40, ids, new, self.pages[sequence], sample))
         return StepPlan(1, next(self.steps), tuple(slices))
 
 
@@ -168,7 +168,7 @@ def test_other_types_and_long_steps_are_not_taken() -> None:
         ours._tables.apply(plan := plans.step(rows))
         batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
         assert layers.takes(batch, ours._kv) is taken
-        assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, BLOCKS, PAGE, torch.int8))
+        assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
 
 
 def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> None:
@@ -178,7 +178,7 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
     batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
     before = ours._kv._data.view(torch.int16).clone()
     x = torch.randn(3, SPEC.hidden_size, dtype=BF16)
-    for run in (SlotRun(BLOCKS * PAGE - 2, 3), SlotRun(-1, 3), SlotRun(0, 2)):
+    for run in (SlotRun(PAGES * PAGE - 2, 3), SlotRun(-1, 3), SlotRun(0, 2)):
         with pytest.raises(PlanMismatch, match="outside the cache"):
             layers(ours, x, replace(batch, slots=(run,)))
     assert torch.equal(ours._kv._data.view(torch.int16), before)

@@ -25,7 +25,7 @@ def status(key):
 stop, heads, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 spec = {"adaptive": {}, "fixed": {"uniform": HeadBudget(1024, 2048)}}[kind]
 torch.set_num_threads(2)
-of = [random_cell(Shape(size - 4096, 4096, page=256, heads=heads, kv_heads=1, dim=32, dtype=torch.bfloat16))
+of = [random_cell(Shape(size - 4096, 4096, page_size=256, heads=heads, kv_heads=1, dim=32, dtype=torch.bfloat16))
       for size in (8192, stop)]
 choose(*of[0].args(**spec))
 gc.collect()

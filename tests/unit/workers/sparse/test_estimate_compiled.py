@@ -23,13 +23,13 @@ TYPES = [
 ]  # fmt: skip
 SHAPES = {
     "one row": Shape(0, 1),
-    "first cell": Shape(0, 67, last_q=17, page=64),
-    "17 rows": Shape(256, 17, page=128),
-    "64 rows": Shape(320, 192, page=64),
-    "193 rows": Shape(224, 193, last_q=193, page=32, heads=3, kv_heads=1),
-    "dca borders": Shape(480, 67, distance=160, page=16, heads=2, kv_heads=1),
-    "dca, two chunks": Shape(160, 113, distance=160, page=32, last_q=48),
-    "several chunks": Shape(8192, 65, page=1024, heads=2, kv_heads=1),
+    "first cell": Shape(0, 67, last_q=17, page_size=64),
+    "17 rows": Shape(256, 17, page_size=128),
+    "64 rows": Shape(320, 192, page_size=64),
+    "193 rows": Shape(224, 193, last_q=193, page_size=32, heads=3, kv_heads=1),
+    "dca borders": Shape(480, 67, distance=160, page_size=16, heads=2, kv_heads=1),
+    "dca, two chunks": Shape(160, 113, distance=160, page_size=32, last_q=48),
+    "several chunks": Shape(8192, 65, page_size=1024, heads=2, kv_heads=1),
 }
 
 
@@ -81,7 +81,7 @@ def test_estimate_equals_the_twin(name: str, dtype: torch.dtype, cache: torch.dt
 @pytest.mark.parametrize("dim", [16, 80, 96, 128])
 def test_head_dims(dim: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        check(Shape(192, 67, page=64, dim=dim, dtype=dtype))
+        check(Shape(192, 67, page_size=64, dim=dim, dtype=dtype))
 
 
 def test_paths_of_this_machine() -> None:
@@ -94,7 +94,7 @@ def test_paths_of_this_machine() -> None:
 
 
 def test_rows_with_large_logits_stay_finite() -> None:
-    cell = random_cell(Shape(192, 67, last_q=33, dtype=torch.bfloat16, page=64))
+    cell = random_cell(Shape(192, 67, last_q=33, dtype=torch.bfloat16, page_size=64))
     sample = replace(cell.queries.estimate, scales=cell.queries.estimate.scales * 100)
     expected = estimate.sums(sample, cell.keys, 1)
     for path in paths(Shape(0, 1, dtype=torch.bfloat16)):
@@ -104,7 +104,7 @@ def test_rows_with_large_logits_stay_finite() -> None:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    cell = random_cell(Shape(8192, 67, page=64, dtype=torch.bfloat16))
+    cell = random_cell(Shape(8192, 67, page_size=64, dtype=torch.bfloat16))
     before, found = torch.get_num_threads(), []
     selections = some_selections(cell.keys.stop, 2)
     try:
@@ -137,7 +137,7 @@ def test_top_equals_the_twin(size: int) -> None:
 
 @pytest.mark.parametrize("spec", [{"uniform": HeadBudget(60, 150)}, {"target_recall": 0.9}, {"synthetic": True}])
 def test_choose_equals_the_twin(spec: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = random_cell(Shape(1024, 193, page=64, heads=4, kv_heads=2))
+    cell = random_cell(Shape(1024, 193, page_size=64, heads=4, kv_heads=2))
     assert vertical_slash._backend(cell.queries, cell.kv) == (estimate_compiled, estimate_compiled.top)
     found = vertical_slash.choose(*cell.args(**spec))
     monkeypatch.setattr(vertical_slash, "_backend", lambda *_: (estimate, selection.top))

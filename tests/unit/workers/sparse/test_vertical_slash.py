@@ -36,8 +36,8 @@ SHAPES = {
     "first cell": Shape(0, 67, last_q=17),
     "one row": Shape(0, 1),
     "shorter than last_q": Shape(128, 17),
-    "prime": Shape(64, 193, last_q=64, page=64),
-    "no page multiple": Shape(192, 67, last_q=67, page=64, heads=2, kv_heads=2),
+    "prime": Shape(64, 193, last_q=64, page_size=64),
+    "no page multiple": Shape(192, 67, last_q=67, page_size=64, heads=2, kv_heads=2),
     "dca borders": Shape(192, 83, distance=96, last_q=13, heads=2, kv_heads=1),
     "dca chunk start": Shape(192, 1, distance=96),
 }

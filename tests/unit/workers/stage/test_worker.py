@@ -45,10 +45,10 @@ def _threads() -> Iterator[None]:
 
 
 def prefill(length: int, sequence: int = 1) -> StepPlan:
-    blocks = -(-length // PAGE)
+    pages = -(-length // PAGE)
     ids = [7 * at % 100 for at in range(length)]
     sample = SampleSpec(SamplingParams(logprobs=0), 0)
-    return StepPlan(1, 1, (SequenceSlice(sequence, 0, length, length, ids, range(blocks), blocks, sample),))
+    return StepPlan(1, 1, (SequenceSlice(sequence, 0, length, length, ids, range(pages), pages, sample),))
 
 
 def result(worker: StageWorker, plan: StepPlan) -> StepResult:
@@ -103,10 +103,10 @@ def test_an_unknown_type_of_the_kv_cache_is_refused(tmp_path: Path) -> None:
 def decode(index: int, step: int | None = None, sequence: int = 1, prompt: int = 20) -> StepPlan:
     """The step that samples token `index` of a sequence that runs ahead."""
     at = prompt + index - 1
-    blocks = at // PAGE + 1
-    new = [blocks - 1] if at % PAGE == 0 else []
+    pages = at // PAGE + 1
+    new = [pages - 1] if at % PAGE == 0 else []
     sample = SampleSpec(SamplingParams(), index)
-    part = SequenceSlice(sequence, at, 1, prompt, (), new, blocks, sample)
+    part = SequenceSlice(sequence, at, 1, prompt, (), new, pages, sample)
     return StepPlan(1, index + 1 if step is None else step, (part,))
 
 
@@ -166,7 +166,7 @@ def test_nothing_is_held_for_long(ready: StageWorker, monkeypatch: pytest.Monkey
 
 def test_a_prompt_behind_a_burst_holds_nothing_back(ready: StageWorker) -> None:
     late = replace(prefill(3, sequence=2), step=5)
-    late = replace(late, slices=(replace(late.slices[0], new_blocks=[9]),))
+    late = replace(late, slices=(replace(late.slices[0], new_pages=[9]),))
     plans = [prefill(20), *map(decode, (1, 2, 3)), late, *(decode(n, n + 2) for n in (4, 5, 6))]
     assert [len(group) for group in ready.run([plans])] == [1, 2, 1, 1, 2, 1]
 

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def setup(checkpoint: Path, **changes: Any) -> Setup:
     spec = replace(load_model_spec(checkpoint), sparse=EVERYTHING, **changes)
-    return Setup(checkpoint, spec, torch.float32, torch.device("cpu"), chunk=96, page=16)
+    return Setup(checkpoint, spec, torch.float32, torch.device("cpu"), chunk=96, page_size=16)
 
 
 def silent(phase: str, done: int, total: int) -> None:
@@ -123,7 +123,7 @@ def request(checkpoint: Path, **changes: Any) -> dict[str, Any]:
     spec = json.loads(codec.model_spec_to_json(setup(checkpoint).spec))
     return {
         "model": str(checkpoint), "spec": spec, "dtype": "float32", "device": "cpu", "threads": 1, "chunk": 96,
-        "page": 16, "dummy": False, "prompt": PROMPT, "next": 3,
+        "page_size": 16, "dummy": False, "prompt": PROMPT, "next": 3,
         "variants": [{"name": "sparse", "sparse": True, "kv": "auto"}], **changes,
     }  # fmt: skip
 

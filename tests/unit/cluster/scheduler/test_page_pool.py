@@ -1,4 +1,4 @@
-"""The block pool against a model that knows every reader and every page, with its invariants after each operation."""
+"""The page pool against a model that knows every reader and every page, with its invariants after each operation."""
 
 import hashlib
 import itertools
@@ -9,27 +9,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.scheduler.block_pool import BlockPool, page_hashes
+from cluster.scheduler.page_pool import PagePool, page_hashes
 
 
-def page(number: int) -> bytes:
+def key(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Requests hold lists of blocks; a page is findable while its block is owned or cached."""
+    """Requests hold lists of pages; a page is findable while its page is owned or cached."""
 
     @initialize(size=st.integers(1, 24))
     def begin(self, size: int) -> None:
-        self.pool = BlockPool(size)
+        self.pool = PagePool(size)
         self.size = size
         self.held: list[tuple[int, ...]] = []
-        self.pages: dict[int, int] = {}  # page -> block
-        self.cached: list[int] = []  # blocks, oldest first
+        self.pages: dict[int, int] = {}  # page -> page
+        self.cached: list[int] = []  # pages, oldest first
         self.next_page = 0
 
     def owned(self) -> set[int]:
-        return {block for blocks in self.held for block in blocks}
+        return {page for pages in self.held for page in pages}
 
     @rule(count=st.integers(0, 26))
     def allocate(self, count: int) -> None:
@@ -46,26 +46,26 @@ class PoolMachine(RuleBasedStateMachine):
         free = room - len(self.cached)
         for _ in range(max(0, count - free)):  # the oldest go, and no more than needed
             gone = self.cached.pop(0)
-            self.pages = {key: block for key, block in self.pages.items() if block != gone}
+            self.pages = {key: page for key, page in self.pages.items() if page != gone}
         assert not set(got) & set(self.cached)
         self.held.append(got)
 
     @precondition(lambda self: any(self.held))
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
-        blocks = data.draw(st.sampled_from([blocks for blocks in self.held if blocks]))
-        block = data.draw(st.sampled_from(blocks))
+        pages = data.draw(st.sampled_from([pages for pages in self.held if pages]))
+        page = data.draw(st.sampled_from(pages))
         number = data.draw(st.integers(0, self.next_page))
         self.next_page = max(self.next_page, number + 1)
-        self.pool.publish(block, page(number))
-        if number not in self.pages and block not in self.pages.values():
-            self.pages[number] = block
+        self.pool.publish(page, key(number))
+        if number not in self.pages and page not in self.pages.values():
+            self.pages[number] = page
 
     @precondition(lambda self: self.pages)
     @rule(data=st.data())
     def adopt(self, data: st.DataObject) -> None:
         numbers = data.draw(st.lists(st.integers(0, self.next_page), max_size=4, unique=True))
-        found = self.pool.match([page(number) for number in numbers])
+        found = self.pool.match([key(number) for number in numbers])
         expected = []
         for number in numbers:
             if number not in self.pages:
@@ -73,21 +73,21 @@ class PoolMachine(RuleBasedStateMachine):
             expected.append(self.pages[number])
         assert list(found) == expected
         self.pool.adopt(found)
-        self.cached = [block for block in self.cached if block not in found]
+        self.cached = [page for page in self.cached if page not in found]
         self.held.append(found)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.pool.release(blocks)
-        unread = [block for block in reversed(blocks) if block not in self.owned()]
-        self.cached.extend(block for block in unread if block in self.pages.values())
+        pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pool.release(pages)
+        unread = [page for page in reversed(pages) if page not in self.owned()]
+        self.cached.extend(page for page in unread if page in self.pages.values())
 
     @rule()
     def clear(self) -> None:
         assert self.pool.clear_cache() == len(self.cached)
-        self.pages = {key: block for key, block in self.pages.items() if block not in self.cached}
+        self.pages = {key: page for key, page in self.pages.items() if page not in self.cached}
         self.cached = []
 
     @invariant()
@@ -98,28 +98,28 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_available == self.size - len(self.owned())
         assert self.pool.usage == pytest.approx(len(self.owned()) / self.size)
         for number in range(self.next_page):
-            assert self.pool.knows(page(number)) == (number in self.pages)
+            assert self.pool.knows(key(number)) == (number in self.pages)
 
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-def runs(blocks: tuple[int, ...]) -> int:
-    return 1 + sum(b != a + 1 for a, b in itertools.pairwise(blocks))
+def runs(pages: tuple[int, ...]) -> int:
+    return 1 + sum(b != a + 1 for a, b in itertools.pairwise(pages))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 15, 16])
 def test_an_empty_pool_gives_one_run(count: int):
-    blocks = BlockPool(16).allocate(count)
-    assert blocks is not None
-    assert len(blocks) == count
-    assert runs(blocks) == 1
+    pages = PagePool(16).allocate(count)
+    assert pages is not None
+    assert len(pages) == count
+    assert runs(pages) == 1
 
 
-def holes(*free: int) -> BlockPool:
-    """A pool whose free blocks are exactly `free`."""
-    pool = BlockPool(32)
+def holes(*free: int) -> PagePool:
+    """A pool whose free pages are exactly `free`."""
+    pool = PagePool(32)
     pool.allocate(32)
     pool.release(free)
     return pool
@@ -136,19 +136,19 @@ def holes(*free: int) -> BlockPool:
     ],
 )
 def test_as_few_runs_as_possible(free: tuple[int, ...], count: int, expected: int):
-    blocks = holes(*free).allocate(count)
-    assert blocks is not None
-    assert runs(blocks) == expected
+    pages = holes(*free).allocate(count)
+    assert pages is not None
+    assert runs(pages) == expected
 
 
 def test_without_room_nothing_changes():
-    pool = BlockPool(4)
-    blocks = pool.allocate(3)
-    assert blocks is not None
-    pool.publish(blocks[0], page(1))
-    pool.release(blocks)
+    pool = PagePool(4)
+    pages = pool.allocate(3)
+    assert pages is not None
+    pool.publish(pages[0], key(1))
+    pool.release(pages)
     assert pool.allocate(5) is None
-    assert pool.match([page(1)]) == (blocks[0],)
+    assert pool.match([key(1)]) == (pages[0],)
     assert pool.num_available == 4
     assert pool.allocate(4) is not None
     assert pool.allocate(0) == ()
@@ -156,61 +156,61 @@ def test_without_room_nothing_changes():
 
 
 def test_the_oldest_content_is_evicted_first_and_later_pages_before_earlier_ones():
-    pool = BlockPool(4)
+    pool = PagePool(4)
     first, second = pool.allocate(2), pool.allocate(2)
     assert first is not None
     assert second is not None
-    for number, block in enumerate(first + second):
-        pool.publish(block, page(number))
+    for number, page in enumerate(first + second):
+        pool.publish(page, key(number))
     pool.release(second)
     pool.release(first)
     order, known = [], {0, 1, 2, 3}
     for _ in range(4):
         pool.allocate(1)
-        left = {number for number in known if pool.knows(page(number))}
+        left = {number for number in known if pool.knows(key(number))}
         order.extend(known - left)
         known = left
     assert order == [3, 2, 1, 0]
 
 
 def test_adopting_again_makes_content_young():
-    pool = BlockPool(2)
-    blocks = pool.allocate(2)
-    assert blocks is not None
-    for number, block in enumerate(blocks):
-        pool.publish(block, page(number))
-    pool.release(blocks)  # page 1 is the older one now
-    pool.adopt(blocks[1:])
-    pool.release(blocks[1:])
+    pool = PagePool(2)
+    pages = pool.allocate(2)
+    assert pages is not None
+    for number, page in enumerate(pages):
+        pool.publish(page, key(number))
+    pool.release(pages)  # page 1 is the older one now
+    pool.adopt(pages[1:])
+    pool.release(pages[1:])
     pool.allocate(1)
-    assert pool.knows(page(1))
-    assert not pool.knows(page(0))
+    assert pool.knows(key(1))
+    assert not pool.knows(key(0))
 
 
-def test_the_first_block_of_a_page_stays_the_one():
-    pool = BlockPool(2)
+def test_the_first_page_with_a_hash_stays_the_one():
+    pool = PagePool(2)
     pool.allocate(2)
-    pool.publish(0, page(1))
-    pool.publish(1, page(1))
-    pool.publish(0, page(2))
-    assert pool.match([page(1)]) == (0,)
-    assert not pool.knows(page(2))
+    pool.publish(0, key(1))
+    pool.publish(1, key(1))
+    pool.publish(0, key(2))
+    assert pool.match([key(1)]) == (0,)
+    assert not pool.knows(key(2))
     pool.check_integrity([(0, 1)])
 
 
 def test_misuse_is_noticed():
-    pool = BlockPool(2)
-    with pytest.raises(AssertionError, match="only an owned block"):
-        pool.publish(0, page(0))
-    blocks = pool.allocate(1)
-    assert blocks is not None
-    pool.release(blocks)
-    with pytest.raises(AssertionError, match="block 0 released too often"):
-        pool.release(blocks)
-    with pytest.raises(AssertionError, match="block 1: 0 readers counted, 1 requests hold it"):
-        BlockPool(2).check_integrity([(1,)])
-    with pytest.raises(ValueError, match="num_blocks: 0"):
-        BlockPool(0)
+    pool = PagePool(2)
+    with pytest.raises(AssertionError, match="only an owned page"):
+        pool.publish(0, key(0))
+    pages = pool.allocate(1)
+    assert pages is not None
+    pool.release(pages)
+    with pytest.raises(AssertionError, match="page 0 released too often"):
+        pool.release(pages)
+    with pytest.raises(AssertionError, match="page 1: 0 readers counted, 1 requests hold it"):
+        PagePool(2).check_integrity([(1,)])
+    with pytest.raises(ValueError, match="num_pages: 0"):
+        PagePool(0)
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 0), (15, 0), (16, 1), (17, 1), (31, 1), (32, 2), (67, 4)])
