@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
+
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
 _TIMEOUT_S = 300
@@ -38,15 +40,26 @@ class Kernels:
 
 @functools.cache
 def load() -> Kernels:
-    """The library of this machine, compiled now if it is not there yet (some 20 seconds, once)."""
+    """Return the library of this machine; it is compiled now if it is not there yet (some 20 seconds, once).
+
+    Raises:
+        RuntimeError: the library and `abi` do not agree.
+    """
     if os.environ.get("LONGREACH_KERNELS", "").lower() in ("off", "0", "false"):
         return Kernels(None, "LONGREACH_KERNELS is off")
-    import torch  # noqa: F401  - its libgomp must be the one both use
-
     try:
-        return Kernels(ctypes.CDLL(str(library_path(build=True))))
+        library = ctypes.CDLL(str(library_path(build=True)))
     except (OSError, subprocess.SubprocessError) as error:
         return Kernels(None, " ".join(str(error).split())[:300])
+    abi.declare(library)
+    return Kernels(library)
+
+
+@functools.cache
+def best_path() -> abi.Path | None:
+    """Return the best instruction set of this CPU; None where the library is not built."""
+    library = load().library
+    return None if library is None else abi.Path(library.longreach_best_path())
 
 
 def compiler() -> str | None:

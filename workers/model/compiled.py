@@ -16,44 +16,18 @@ Legend: `T` tokens, `M` hidden size, `D` head dim, `I` intermediate, `Er` expert
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
 from protos.stage.messages import Span
-from workers.kernels.build import load
-
-PATHS = ("portable", "avx2", "avx512", "amx")  # as `Path` in gemm.h
-_STRIP, _DEPTH = 16, 32
-MOST_SLOTS, MOST_DIM, MOST_EXPERTS = 128, 512, 4096
+from workers.kernels import abi
+from workers.kernels.abi import DEPTH, STRIP, Path
+from workers.kernels.build import best_path, load
 
 
-def _call(name: str, pointers: str, sizes: str, tail: tuple[tuple[str, type], ...] = ()) -> type[ctypes.Structure]:
-    """The structure one exported function takes: pointers, 64-bit sizes, then `tail`, path and threads."""
-    fields: list[tuple[str, type]] = [(field, ctypes.c_void_p) for field in pointers.split()]
-    fields += [(field, ctypes.c_int64) for field in sizes.split()]
-    fields += [*tail, ("path", ctypes.c_int32), ("threads", ctypes.c_int32)]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-_Linear = _call("_Linear", "x weight bias out", "rows stride n k")
-_Experts = _call(
-    "_Experts", "x chosen weights gate_up down rows out", "tokens stride top_k first experts hidden_size width"
-)
-_Norm = _call("_Norm", "x weight out", "tokens stride size", (("eps", ctypes.c_float),))
-_Rotate = _call(
-    "_Rotate", "x out cos sin weight",
-    "tokens heads dim row_stride head_stride out_row_stride out_head_stride turn_stride", (("eps", ctypes.c_float),),
-)  # fmt: skip
-_Route = _call("_Route", "logits chosen weights", "tokens experts top_k", (("normalise", ctypes.c_int32),))
-
-
-@functools.cache
-def path() -> int | None:
-    """The instructions to use, an index of `PATHS`; None where PyTorch serves: no library, or only plain loops."""
-    library = load().library
-    best = int(library.longreach_best_path()) if library is not None else 0
-    return best if best > 0 else None
+def path() -> Path | None:
+    """Return the instruction set to use; None where PyTorch is faster: no library, or only the portable loops."""
+    return best_path() or None
 
 
 def serves(x: torch.Tensor) -> bool:
@@ -68,11 +42,11 @@ def packed_shape(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         pairs: the weight holds gate, then up.
     """
     rows, depth = shape[-2:]
-    even = (_DEPTH if shape[:-2] else _STRIP) * (2 if pairs else 1)  # an expert's I is the depth of its next product
-    if dtype != torch.bfloat16 or device.type != "cpu" or rows % even or depth % _DEPTH or path() is None:
+    even = (DEPTH if shape[:-2] else STRIP) * (2 if pairs else 1)  # an expert's I is the depth of its next product
+    if dtype != torch.bfloat16 or device.type != "cpu" or rows % even or depth % DEPTH or path() is None:
         return shape
-    strips = (rows // (2 * _STRIP), 2) if pairs else (rows // _STRIP,)
-    return (*shape[:-2], *strips, depth // _DEPTH, _STRIP, _STRIP, 2)
+    strips = (rows // (2 * STRIP), 2) if pairs else (rows // STRIP,)
+    return (*shape[:-2], *strips, depth // DEPTH, STRIP, STRIP, 2)
 
 
 def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool) -> None:
@@ -83,8 +57,7 @@ def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool)
     assert rows.stride(1) == 1
     count, depth = rows.shape
     half = packed.numel() // depth // 2 if pairs else 0
-    sizes = (ctypes.c_int64(size) for size in (first, count, depth, rows.stride(0), half))
-    library.longreach_pack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(rows.data_ptr()), *sizes)
+    library.longreach_pack(packed.data_ptr(), rows.data_ptr(), first, count, depth, rows.stride(0), half)
 
 
 def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
@@ -102,20 +75,20 @@ def unpacked(weight: torch.Tensor) -> torch.Tensor:
     """A packed weight in its plain order, `[N, K]` or `[Er, N, K]`: a copy; any other tensor is returned as it is."""
     if weight.dim() == 7:  # [Er, strip, which, tile, pair, row, of pair]
         experts, strips = weight.shape[:2]
-        return weight.permute(0, 2, 1, 5, 3, 4, 6).reshape(experts, 2 * strips * _STRIP, -1)
+        return weight.permute(0, 2, 1, 5, 3, 4, 6).reshape(experts, 2 * strips * STRIP, -1)
     if weight.dim() == 6:
-        return weight.permute(0, 1, 4, 2, 3, 5).reshape(weight.shape[0], weight.shape[1] * _STRIP, -1)
+        return weight.permute(0, 1, 4, 2, 3, 5).reshape(weight.shape[0], weight.shape[1] * STRIP, -1)
     if weight.dim() == 5:
-        return weight.permute(0, 3, 1, 2, 4).reshape(weight.shape[0] * _STRIP, -1)
+        return weight.permute(0, 3, 1, 2, 4).reshape(weight.shape[0] * STRIP, -1)
     return weight
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: sums in float32, rounded once."""
     x = _rows(x)
-    out = x.new_empty(x.shape[0], weight.shape[0] * _STRIP)
-    sizes = (x.shape[0], x.stride(0), out.shape[1], weight.shape[1] * _DEPTH)
-    _run("longreach_linear", _Linear(_at(x), _at(weight), _at(bias), _at(out), *sizes, path(), _threads()))
+    out = x.new_empty(x.shape[0], weight.shape[0] * STRIP)
+    sizes = (x.shape[0], x.stride(0), out.shape[1], weight.shape[1] * DEPTH)
+    _run("longreach_linear", abi.LinearCall(_at(x), _at(weight), _at(bias), _at(out), *sizes, path(), _threads()))
     return out
 
 
@@ -133,36 +106,36 @@ def run_experts(
     """
     x = _rows(x)
     tokens, top_k = experts.shape
-    if top_k > MOST_SLOTS:
-        raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {MOST_SLOTS}; set LONGREACH_KERNELS=off")
+    if top_k > abi.MAX_TOP_K:
+        raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {abi.MAX_TOP_K}; set LONGREACH_KERNELS=off")
     experts, weights = experts.contiguous(), weights.contiguous()
     pointers = map(_at, (x, experts, weights, gate_up, down, rows, out))
     width = expert_width(gate_up)
     sizes = (tokens, x.stride(0), top_k, local.start, local.size, x.shape[1], width)
-    _run("longreach_experts", _Experts(*pointers, *sizes, path(), _threads()))
+    _run("longreach_experts", abi.ExpertsCall(*pointers, *sizes, path(), _threads()))
 
 
 def expert_width(gate_up: torch.Tensor) -> int:
     """`I` of packed gate and up weights."""
-    return gate_up.shape[1] * _STRIP
+    return gate_up.shape[1] * STRIP
 
 
 def norms(x: torch.Tensor) -> bool:
     """Whether `rms_norm` takes `[T, M]`."""
-    return serves(x) and x.dim() == 2 and x.shape[1] % _STRIP == 0 and x.stride(1) == 1
+    return serves(x) and x.dim() == 2 and x.shape[1] % STRIP == 0 and x.stride(1) == 1
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`layers.rms_norm` for `[T, M]` and `[M]` in bfloat16."""
     out = torch.empty(x.shape, dtype=x.dtype)
     sizes = (x.shape[0], x.stride(0), x.shape[1])
-    _run("longreach_rms_norm", _Norm(_at(x), _at(weight), _at(out), *sizes, eps, path(), _threads()))
+    _run("longreach_rms_norm", abi.NormCall(_at(x), _at(weight), _at(out), *sizes, eps, path(), _threads()))
     return out
 
 
 def rotates(x: torch.Tensor) -> bool:
     """Whether `norm_rotate` takes `[T, H, D]`."""
-    return serves(x) and x.shape[2] % _DEPTH == 0 and x.shape[2] <= MOST_DIM and x.stride(2) == 1
+    return serves(x) and x.shape[2] % DEPTH == 0 and x.shape[2] <= abi.MAX_ROTATED_DIM and x.stride(2) == 1
 
 
 def norm_rotate(
@@ -184,13 +157,13 @@ def norm_rotate(
     assert out.stride(2) == 1
     sizes = (*x.shape, x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0))
     pointers = map(_at, (x, out, cos, sin, weight))
-    _run("longreach_norm_rotate", _Rotate(*pointers, *sizes, eps, path(), _threads()))
+    _run("longreach_norm_rotate", abi.RotateCall(*pointers, *sizes, eps, path(), _threads()))
     return out
 
 
 def routes(logits: torch.Tensor) -> bool:
     """Whether `route` takes `[T, E]`."""
-    return serves(logits) and logits.shape[1] <= MOST_EXPERTS
+    return serves(logits) and logits.shape[1] <= abi.MAX_EXPERTS
 
 
 def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +173,7 @@ def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tens
     chosen = torch.empty(tokens, top_k, dtype=torch.int64)
     weights = torch.empty(tokens, top_k)
     pointers = map(_at, (logits, chosen, weights))
-    _run("longreach_route", _Route(*pointers, tokens, count, top_k, normalise, path(), _threads()))
+    _run("longreach_route", abi.RouteCall(*pointers, tokens, count, top_k, normalise, path(), _threads()))
     return chosen, weights
 
 
@@ -213,9 +186,8 @@ def highest(x: torch.Tensor) -> int | None:
     """Index of the greatest value, the first of equal ones; None when one is infinite or not a number."""
     library = load().library
     assert library is not None
-    library.longreach_highest.restype = ctypes.c_int64
-    found = library.longreach_highest(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), path())
-    return int(found) if found >= 0 else None
+    index = int(library.longreach_highest(x.data_ptr(), x.numel(), path()))
+    return index if index >= 0 else None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -233,5 +205,5 @@ def _threads() -> int:
 def _run(name: str, call: ctypes.Structure) -> None:
     library = load().library
     assert library is not None
-    if getattr(library, name)(ctypes.byref(call)):
-        raise MemoryError(f"{name}: no memory for the packed rows of a step; lower the tokens of a step")
+    if status := getattr(library, name)(ctypes.byref(call)):
+        abi.raise_for_status(status, f"{name}: no memory for the packed rows of a step; lower the tokens of a step")

@@ -17,6 +17,8 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
 from workers.attention import compiled as attention
+from workers.kernels import abi
+from workers.kernels.abi import Layer, Piece, Step
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV, PlanMismatch
 from workers.model import compiled as native
@@ -27,40 +29,6 @@ from workers.transport.collectives import Collectives
 from workers.transport.unix_link_compiled import Early
 
 MAX_ROWS = 64  # with more, what Python takes between two operations no longer matters
-
-
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Layer(ctypes.Structure):
-    """`Layer` of workers/kernels/layers.cpp."""
-
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "input_norm qkv qkv_bias o o_bias post_norm router gate_up down"),
-        *_fields(ctypes.c_void_p, "head_norm keys values"),
-        *_fields(ctypes.c_int64, "kv_head heads kv_heads dim hidden_size all_experts first experts top_k width"),
-        ("eps", ctypes.c_float),
-        ("normalise", ctypes.c_int32),
-    )
-
-
-class _Piece(ctypes.Structure):
-    _fields_ = (("args", attention.Args), ("row", ctypes.c_int64))
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "x out normed qkv"),
-        ("far", ctypes.c_void_p * 2),
-        *_fields(ctypes.c_void_p, "attended logits rows chosen weights"),
-        ("cos", ctypes.c_void_p * 3),
-        ("sin", ctypes.c_void_p * 3),
-        ("turn_stride", ctypes.c_int64 * 3),
-        *_fields(ctypes.c_void_p, "slots pieces"),
-        *_fields(ctypes.c_int64, "tokens num_pieces"),
-        *_fields(ctypes.c_int32, "path threads"),
-    )
 
 
 @dataclass(slots=True)
@@ -82,7 +50,7 @@ class FusedLayers:
         """`head_norms` has the norm of every query and key head `[H + K, D]` float32, a layer each."""
         self._spec, self._shard = spec, shard
         self._weights = (list(layers), list(head_norms))  # the structures hold addresses only
-        self._layers = (_Layer * len(layers))(*map(self._layer, layers, head_norms))
+        self._layers = (Layer * len(layers))(*map(self._layer, layers, head_norms))
         self._kv: PagedKV | None = None
         self._out = torch.empty(MAX_ROWS, spec.hidden_size, dtype=torch.bfloat16)
         self._step, self._buffers = self._buffers_of_a_step()
@@ -91,14 +59,14 @@ class FusedLayers:
     @staticmethod
     def serves(spec: ModelSpec, layers: Sequence[LayerWeights]) -> bool:
         """Whether all layers are of the kind that is taken: packed bfloat16 weights, experts, sizes that fit."""
-        if native.path() is None or attention.best_path() is None or not layers:
+        if native.path() is None or not layers:
             return False
         return (
             spec.hidden_size % 16 == 0
             and spec.head_dim % 32 == 0
-            and spec.head_dim <= min(native.MOST_DIM, attention.MAX_HEAD_DIM)
-            and spec.num_experts <= native.MOST_EXPERTS
-            and 0 < spec.num_experts_per_tok <= native.MOST_SLOTS
+            and spec.head_dim <= min(abi.MAX_ROTATED_DIM, abi.MAX_HEAD_DIM)
+            and spec.num_experts <= abi.MAX_EXPERTS
+            and 0 < spec.num_experts_per_tok <= abi.MAX_TOP_K
             and all(map(_is_packed, layers))
         )
 
@@ -146,7 +114,7 @@ class FusedLayers:
             self._done.value += 1
         return x
 
-    def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> _Layer:
+    def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> Layer:
         spec, shard = self._spec, self._shard
         assert weights.experts_gate_up is not None
         pointers = {
@@ -154,7 +122,7 @@ class FusedLayers:
             "o": weights.o_weight, "o_bias": weights.o_bias, "post_norm": weights.post_norm, "router": weights.router,
             "gate_up": weights.experts_gate_up, "down": weights.experts_down, "head_norm": head_norm,
         }  # fmt: skip
-        return _Layer(
+        return Layer(
             **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
             heads=shard.heads.size, kv_heads=shard.kv_heads.size, dim=spec.head_dim, hidden_size=spec.hidden_size,
             all_experts=spec.num_experts, first=shard.experts.start, experts=shard.experts.size,
@@ -162,7 +130,7 @@ class FusedLayers:
             eps=spec.rms_norm_eps, normalise=spec.norm_topk_prob,
         )  # fmt: skip
 
-    def _buffers_of_a_step(self) -> tuple[_Step, list[torch.Tensor]]:
+    def _buffers_of_a_step(self) -> tuple[Step, list[torch.Tensor]]:
         """The structure with the addresses of its buffers, and the tensors that hold them."""
         spec, dim = self._spec, self._spec.head_dim
         heads, kv_heads = self._shard.heads.size, self._shard.kv_heads.size
@@ -174,7 +142,7 @@ class FusedLayers:
         buffers: list[torch.Tensor] = []
         far = [room(heads, dim), room(heads, dim)]
         top_k = spec.num_experts_per_tok
-        step = _Step(
+        step = Step(
             out=self._out.data_ptr(), normed=room(spec.hidden_size).data_ptr(),
             qkv=room(heads + 2 * kv_heads, dim).data_ptr(),
             far=(ctypes.c_void_p * 2)(*(tensor.data_ptr() for tensor in far)), attended=room(heads, dim).data_ptr(),
@@ -201,7 +169,7 @@ class FusedLayers:
         if len(rows) != x.shape[0] or not 0 <= min(rows) <= max(rows) < cache.keys.shape[1]:
             raise PlanMismatch(f"{x.shape[0]} rows, slots {rows[:3]}...: outside the cache of {cache.keys.shape[1]}")
         slots = (ctypes.c_int64 * len(rows))(*rows)
-        pieces = (_Piece * len(batch.pieces))()
+        pieces = (Piece * len(batch.pieces))()
         heads = (self._shard.heads.size, self._shard.kv_heads.size, self._spec.head_dim)
         for target, piece in zip(pieces, batch.pieces, strict=True):
             attention.fill(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
@@ -225,4 +193,7 @@ def _is_packed(weights: LayerWeights) -> bool:
 
 def _check(status: int) -> None:
     if status:
-        raise MemoryError(f"a fused layer failed with status {status}: no memory for its scratch")
+        abi.raise_for_status(
+            status, f"a fused layer failed with status {status}: no memory for its scratch",
+            f"a fused layer failed with status {status}: its plan leaves the page table or the cache",
+        )  # fmt: skip

@@ -13,22 +13,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "abi.h"
+
 namespace longreach {
 namespace attention {
-
-enum Type : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
-enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-enum Status : int { kOk = 0, kInvalid = 1, kNoMemory = 2 };
 
 constexpr int kGroup = 32;             // keys that lie one after the other in memory
 constexpr int kGroups = 8;             // groups of a block
 constexpr int kBlock = kGroup * kGroups;
+constexpr std::int64_t kMaxDim = 1024;  // of a head
 constexpr int kNever = INT32_MAX;      // position of padding: after every row
 constexpr float kMasked = -1e37f;      // score of a masked pair; its weight is exactly 0
 constexpr float kUnseen = -1e30f;      // running maximum of a column without keys so far
 constexpr float kLazy = 8.0f;          // log2 by which a maximum may be exceeded before sums are rescaled
 
-// Mirrored by `_Args` in workers/attention/native.py. Strides count elements.
+// Mirrored by `AttentionArgs` in workers/kernels/abi.py. Strides count elements.
 struct Args {
     const void* q[3];                  // [T, H, D] under the rotations intra, succ, inter
     std::int64_t q_row[3], q_head[3];

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "bfloat16.h"
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 #define AMX_INLINE AMX inline __attribute__((always_inline))
@@ -15,7 +16,6 @@
 namespace longreach {
 namespace attention {
 
-using bf16 = std::uint16_t;
 constexpr int kTile = 16;              // columns, keys or dims of a tile
 constexpr int kTileBytes = 1024;
 constexpr int kScores = kTile * kTile; // floats of a tile

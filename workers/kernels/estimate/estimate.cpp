@@ -9,9 +9,8 @@
 #include <new>
 #include <vector>
 
+#include "cpu.h"
 #include "estimate/estimate_work.h"
-
-#define LR_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace longreach {
 namespace estimate {
@@ -44,7 +43,7 @@ struct Maps {
     std::vector<std::uint64_t> offsets, columns;
     std::int64_t stop;
 
-    Maps(const Chosen& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
+    Maps(const Selection& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
         for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
             set_bits(offsets, s - 1 - std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1),
                      s - 1 - chosen.offsets[2 * i]);
@@ -61,7 +60,7 @@ struct Maps {
 };
 
 // Offsets as bits in their own order, kRows further on: neighbouring rows of a key are neighbouring bits.
-std::vector<std::uint64_t> forward(const Chosen& chosen, std::int64_t s) {
+std::vector<std::uint64_t> forward(const Selection& chosen, std::int64_t s) {
     std::vector<std::uint64_t> map((s + 2 * kRows) / 64 + 3);
     for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
         set_bits(map, chosen.offsets[2 * i] + kRows, std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1) + kRows);
@@ -157,7 +156,7 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
 }
 
 // Mass of the pairs that `chosen` has as a column and, by `map`, as an offset too; needs neighbouring rows.
-double twice(const Work& work, Reader& reader, int head, const Chosen& chosen, const std::vector<std::uint64_t>& map,
+double twice(const Work& work, Reader& reader, int head, const Selection& chosen, const std::vector<std::uint64_t>& map,
              const std::vector<Lse>& lse) {
     double total = 0;
     std::int64_t at = 0;
@@ -214,12 +213,11 @@ template <class Call> int guarded(const Args* args, const Call& call) {
 }  // namespace estimate
 }  // namespace longreach
 
+using namespace longreach;
 using namespace longreach::estimate;
 
-LR_EXPORT int longreach_estimate_best_path() { return best_path(); }
-
 // columns, offsets: [G, S]; natural: [G, R].
-LR_EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offsets, float* natural) {
+EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offsets, float* natural) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         stream(work, nullptr, lse, nullptr);
         std::memset(offsets, 0, sizeof(float) * work.group * args->borders[3]);
@@ -229,7 +227,7 @@ LR_EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* o
 }
 
 // chosen, share: [G].
-LR_EXPORT int longreach_estimate_kept(const Args* args, const Chosen* chosen, double* share) {
+EXPORT int longreach_estimate_kept(const Args* args, const Selection* chosen, double* share) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         std::vector<Maps> maps;
         for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], args->borders[3]);
@@ -240,14 +238,14 @@ LR_EXPORT int longreach_estimate_kept(const Args* args, const Chosen* chosen, do
 }
 
 // columns, offsets: [G, S] and natural: [G, R] of the same rows; chosen, mass: [G].
-LR_EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
-                                      const float* natural, const Chosen* chosen, double* mass) {
+EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
+                                      const float* natural, const Selection* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
         std::vector<std::vector<std::uint64_t>> maps;
         for (int head = 0; head < work.group; ++head) maps.push_back(forward(chosen[head], args->borders[3]));
         parallel(work, work.group, 1, [&](Reader& reader, int head) {
-            const Chosen& one = chosen[head];
+            const Selection& one = chosen[head];
             const float* by_key = columns + head * args->borders[3];
             const float* by_offset = offsets + head * args->borders[3];
             double total = 0;

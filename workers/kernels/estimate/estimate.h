@@ -16,18 +16,15 @@
 namespace longreach {
 namespace estimate {
 
-using attention::kAmx, attention::kAvx2, attention::kAvx512, attention::kPortable;
-using attention::kBfloat16, attention::kFloat32, attention::kInt8;
-using attention::kInvalid, attention::kNoMemory, attention::kOk;
-constexpr float kHighest = 65536.0f;   // sum of a block's weights above which the maximum is looked for anew
 using attention::kMasked, attention::kNever, attention::kUnseen;
+constexpr float kHighest = 65536.0f;   // sum of a block's weights above which the maximum is looked for anew
 
 constexpr int kKeys = 64;              // of a block
 constexpr int kRows = 32;              // of a strip; fewer rows are filled up
 constexpr int kLanes = 16;             // rows of a vector
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Mirrored by `_Args` in workers/attention/native_estimate.py. Strides count elements.
+// Mirrored by `EstimateArgs` in workers/kernels/abi.py. Strides count elements.
 struct Args {
     const void* q[3];                  // [R, H, D] under the rotations intra, succ, inter; contiguous, null: not needed
     const float* scales;               // [R], > 0
@@ -42,7 +39,7 @@ struct Args {
 };
 
 // What a head keeps; nothing for heads that are left out.
-struct Chosen {
+struct Selection {
     const std::int32_t* offsets;       // [n, 2] closed intervals
     const std::int32_t* columns;       // [m]
     std::int64_t num_offsets, num_columns;
@@ -107,7 +104,6 @@ struct Engine {
 };
 
 const Engine& engine(int path);        // one this CPU has
-int best_path();                       // the greatest of this CPU
 
 }  // namespace estimate
 }  // namespace longreach

@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "abi.h"
+
 namespace {
 
 constexpr int kShift = 18;             // buckets by exponent and the first five bits of the mantissa
@@ -52,18 +54,18 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
 
 // For each of `rows` rows of `scores` [rows, size]: writes to its row of `picked` [rows, width] the first `always` indices
 // and those of its largest other scores, `counts` [rows] together, ascending; always <= counts <= size, width.
-// Returns 0, or 2 when there is no memory.
-extern "C" __attribute__((visibility("default"))) int longreach_estimate_top(
+// Returns a `Status`.
+EXPORT int longreach_estimate_top(
     const float* scores, std::int64_t rows, std::int64_t size, std::int64_t width, std::int64_t always,
     const std::int64_t* counts, std::int32_t* picked, int threads) {
-    int status = 0;
+    int status = longreach::kOk;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t row = 0; row < rows; ++row) {
         try {
             pick(scores + row * size, size, counts[row] - always, always, picked + row * width);
         } catch (const std::bad_alloc&) {
 #pragma omp atomic write
-            status = 2;
+            status = longreach::kNoMemory;
         }
     }
     return status;

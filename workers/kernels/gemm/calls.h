@@ -1,4 +1,4 @@
-// The arguments of the exported products and row operations, as workers/model/native.py fills them.
+// The arguments of the exported products and row operations, mirrored in workers/kernels/abi.py.
 //
 // Legend: T tokens, M hidden size, H heads, D head dim, I intermediate, E experts of the model, Er of the shard,
 // k experts a token uses.
@@ -6,10 +6,12 @@
 
 #include "gemm/gemm.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace longreach {
 namespace gemm {
+
+constexpr long kMaxTopK = 128;      // experts of a token
+constexpr long kMaxExperts = 4096;
+constexpr long kMaxDim = 512;       // of a head that is rotated
 
 struct LinearCall {
     const bf16 *x, *weight, *bias;  // [rows, k], packed [n, k], [n] or null

@@ -12,7 +12,7 @@ namespace longreach {
 namespace gemm {
 namespace {
 
-constexpr long kLanes = 16, kMostDim = 512, kMostExperts = 4096;
+constexpr long kLanes = 16;
 constexpr long kSerial = 1L << 14;  // values below which threads cost more than they save
 
 INLINE float inverse_rms(const float* lanes, long n, float eps) {
@@ -38,7 +38,7 @@ INLINE void rotate_row(const RotateCall& call, long token) {
     for (long head = 0; head < call.heads; ++head) {
         const bf16* x = call.x + token * call.row_stride + head * call.head_stride;
         bf16* out = call.out + token * call.out_row_stride + head * call.out_head_stride;
-        float wide[kMostDim], lanes[kLanes] = {};
+        float wide[kMaxDim], lanes[kLanes] = {};
         for (long i = 0; i < dim; ++i) wide[i] = widen(x[i]);
         if (call.weight != nullptr) {
             for (long i = 0; i < dim; i += kLanes) {
@@ -59,7 +59,7 @@ INLINE void rotate_row(const RotateCall& call, long token) {
 INLINE void route_row(const RouteCall& call, long token) {
     const long count = call.experts;
     const bf16* logits = call.logits + token * count;
-    std::int32_t keys[kMostExperts];
+    std::int32_t keys[kMaxExperts];
     for (long i = 0; i < count; ++i) {
         const std::int32_t bits = std::int16_t(logits[i]);
         const std::int32_t ordered = bits ^ (bits < 0 ? 0x7fff : 0);
@@ -134,6 +134,7 @@ void every_token(const Call& call, void (*const* of)(const Call&, long), long va
 }  // namespace gemm
 }  // namespace longreach
 
+using namespace longreach;
 using namespace longreach::gemm;
 
 // out = x / rms(x) * weight, row by row.

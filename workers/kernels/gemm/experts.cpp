@@ -12,8 +12,6 @@ namespace longreach {
 namespace gemm {
 namespace {
 
-constexpr long kMostSlots = 128;  // of a token
-
 // Rows of one expert: slots [start, start + rows) of the sorted order.
 struct Task {
     long expert, start, rows, place;  // `place`: its first row among the packed rows of all tasks
@@ -93,7 +91,7 @@ void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sor
 
 // Sum over the local slots of a token, in their order; zeros where there is none.
 void combine(const Engine& use, const ExpertsCall& call, long token) {
-    const bf16* rows[kMostSlots];
+    const bf16* rows[kMaxTopK];
     long count = 0;
     for (long slot = token * call.top_k; slot < (token + 1) * call.top_k; ++slot) {
         const long expert = call.chosen[slot] - call.first;
@@ -170,12 +168,12 @@ void run(const ExpertsCall& call) {
 }  // namespace gemm
 }  // namespace longreach
 
-// The weighted sum of the local experts; 0, or 1 when there is no memory.
+// The weighted sum of the local experts; a `Status`.
 EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call) {
     try {
         longreach::gemm::run(*call);
     } catch (const std::bad_alloc&) {
-        return 1;
+        return longreach::kNoMemory;
     }
-    return 0;
+    return longreach::kOk;
 }

@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
+#include "bfloat16.h"
+
 #if defined(__x86_64__)
 #define LONGREACH_AVX2 __attribute__((target("avx2,fma")))
 #define LONGREACH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
@@ -21,8 +24,6 @@
 namespace longreach {
 namespace gemm {
 
-using bf16 = std::uint16_t;
-
 constexpr long kStrip = 16;            // rows or outputs of a tile
 constexpr long kDepth = 32;            // values of K in a tile
 constexpr long kTile = kStrip * kDepth;
@@ -31,8 +32,6 @@ constexpr long kSlice = 8;             // tiles of K: two strips of them are 16 
 constexpr long kTaskBytes = 1L << 20;  // of packed rows: they stay in L2 while the weights pass
 constexpr long kTasksPerThread = 4;    // more are dealt out more evenly
 constexpr std::size_t kLine = 64;      // bytes
-
-enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // Weights to bring into L2 while a block is computed: so many lines after each tile of K.
 struct Ahead {
@@ -82,20 +81,6 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
 
 // Memory of the calling thread, kept between calls: at least `bytes`, on a cache line, of unspecified content.
 void* thread_memory(std::size_t bytes);
-
-__attribute__((always_inline)) inline float as_float(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-__attribute__((always_inline)) inline float widen(bf16 value) { return as_float(std::uint32_t(value) << 16); }
-
-__attribute__((always_inline)) inline bf16 narrow(float value) {  // to the nearest, ties to even; a NaN stays one
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return value != value ? bf16(0x7fc0) : bf16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
 
 // Results larger than a core's caches are written past them: nobody reads a line before it has left them.
 inline bool streams(const bf16* out, long rows, long stride) {

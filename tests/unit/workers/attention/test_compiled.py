@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from workers.attention import compiled
-from workers.attention.compiled import Path
 from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
 from workers.attention.reference import attend_reference
-from workers.kernels.build import compiler
+from workers.kernels.abi import Path
+from workers.kernels.build import best_path, compiler
 from workers.kv.paged import LayerKV, PageTable, quantise
 
 CHUNK = 256  # L, tokens between the starts of two DCA chunks
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 @functools.cache
 def _paths() -> list[Path]:
-    best = compiled.best_path()
+    best = best_path()
     return [path for path in Path if best is None or path <= best]  # not built: every call fails
 
 
@@ -177,9 +177,9 @@ def test_other_tiles(tile: int) -> None:
 
 def test_amx_runs_where_the_cpu_has_it() -> None:
     if {"amx_tile", "amx_bf16", "avx512_bf16"} <= _cpu_flags():
-        assert compiled.kernel_path() == "amx"
+        assert best_path() == Path.AMX
     elif "avx512dq" in _cpu_flags():
-        assert compiled.kernel_path() == "avx512"
+        assert best_path() == Path.AVX512
 
 
 @pytest.mark.parametrize("length", [1, 67, 600])

@@ -1,12 +1,13 @@
 """The compiled products, experts and row operations against float64, on every instruction set this CPU has."""
 
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from protos.stage.messages import Span
+from workers.kernels.abi import Path
 from workers.kernels.build import load
 from workers.model import compiled, moe, rope
 from workers.model.layers import inverse_rms, linear, rms_norm
@@ -20,7 +21,7 @@ BEST = compiled.path()
 pytestmark = pytest.mark.skipif(BEST is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}")
 
 
-@pytest.fixture(autouse=True, params=range((BEST or 0) + 1), ids=lambda path: compiled.PATHS[path])
+@pytest.fixture(autouse=True, params=list(Path)[: (BEST or 0) + 1], ids=lambda path: path.name.lower())
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "path", lambda: request.param)
 
@@ -58,14 +59,13 @@ def exact_experts(
 
 
 def test_this_machine_uses_its_matrix_units():
-    info = Path("/proc/cpuinfo")
+    info = FilePath("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    assert BEST is not None
     if {"amx_tile", "amx_bf16", "avx512_bf16"} <= flags:
-        assert compiled.PATHS[BEST] == "amx"
+        assert BEST == Path.AMX
     elif {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        assert compiled.PATHS[BEST] == "avx512"
+        assert BEST == Path.AVX512
 
 
 @pytest.mark.parametrize(("shape", "pairs"), [((16, 32), False), ((48, 96), False), ((3, 64, 96), True)])

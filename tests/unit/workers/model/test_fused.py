@@ -1,6 +1,5 @@
 """Layers in one call of the compiled kernels against the decoder that calls the operations one by one: equal bits."""
 
-import ctypes
 from dataclasses import replace
 from itertools import count
 
@@ -9,12 +8,10 @@ import torch
 
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
-from workers.attention import compiled as attention
 from workers.bench.model import benchmark_spec
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV, PlanMismatch, SlotRun
 from workers.model import compiled as native
-from workers.model import fused
 from workers.model.batch import Batch
 from workers.model.fused import FusedLayers
 from workers.model.weights import ShardWeights, dummy_shard, whole_model
@@ -182,13 +179,3 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
         with pytest.raises(PlanMismatch, match="outside the cache"):
             layers(ours, x, replace(batch, slots=(run,)))
     assert torch.equal(ours._kv._data.view(torch.int16), before)
-
-
-def test_structures_have_the_layout_of_the_kernels() -> None:
-    """Sizes as the compiler has them; a field that is missing on one side would shift all that follow."""
-    library = load().library
-    assert library is not None
-    sizes = (ctypes.c_int64 * 4)()
-    library.longreach_layer_sizes(sizes)
-    ours = (fused._Layer, fused._Piece, fused._Step, attention.Args)
-    assert list(sizes) == [ctypes.sizeof(structure) for structure in ours]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from protos.model.spec import HeadBudget
 from tests.support.data.sparse_cells import Shape, random_cell
 from workers.attention.plan import Selection
 from workers.kernels import build
+from workers.kernels.abi import Path
 from workers.sparse import estimate, estimate_compiled, selection, vertical_slash
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
@@ -33,10 +34,11 @@ SHAPES = {
 }
 
 
-def paths(shape: Shape) -> list[int]:
+def paths(shape: Shape) -> list[Path]:
     """The paths of this CPU that take the types and head dim of a shape."""
     tiles = shape.dtype == torch.bfloat16 and shape.cache != torch.float32 and shape.dim % 32 == 0
-    return [path for path in range(estimate_compiled.best_path() + 1) if path < 3 or tiles]
+    best = build.best_path()
+    return [path for path in Path if best is None or (path <= best and (path < Path.AMX or tiles))]
 
 
 def some_selections(stop: int, heads: int, seed: int = 0) -> list[Selection]:
@@ -85,12 +87,12 @@ def test_head_dims(dim: int) -> None:
 
 
 def test_paths_of_this_machine() -> None:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    best = estimate_compiled.PATHS[estimate_compiled.best_path()]
+    info = FilePath("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
     if "amx_bf16" in flags:
-        assert best == "amx"
+        assert build.best_path() == Path.AMX
     elif "avx512bw" in flags:
-        assert best == "avx512"
+        assert build.best_path() == Path.AVX512
 
 
 def test_rows_with_large_logits_stay_finite() -> None:
