@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.common.environment import environment
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
@@ -24,6 +23,7 @@ from cluster.stages.launcher import Launched, Launcher, LaunchStatus
 from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
+from protos.node.environment import environment
 from protos.stage.messages import SamplingParams
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from workers.bench import kernels, machine
+from protos.node.environment import write_result
+from workers.bench import kernels
 from workers.bench.checkpoint import write_checkpoint
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model
-from workers.bench.peers import run_peers
+from workers.bench.peers import Setup, measure_peers
 from workers.bench.timing import Figure
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
@@ -120,7 +120,6 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options)
     if options.json and not options.json.parent.is_dir():
         raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
-    where = machine.describe(device, options.date)
     figures: list[Figure] = []
 
     def show(found: Iterable[Figure]) -> None:
@@ -132,8 +131,8 @@ def _run(options: argparse.Namespace) -> None:
         "kernels": lambda: kernels.run_kernels(_kernel_setup(options, device)),
         "prefill": lambda: _model(options, device, 0),
         "decode": lambda: _model(options, device, _DECODE_TOKENS),
-        "peers": lambda: run_peers(
-            options.model, options.lengths, options.chunk, torch.get_num_threads(), options.repeats or 3
+        "peers": lambda: measure_peers(
+            Setup(options.model, options.chunk, torch.get_num_threads()), options.lengths, options.repeats or 3
         ),
     }
     for verb in ("kernels", "decode") if options.verb == "all" else (options.verb,):
@@ -141,8 +140,20 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         # folders of this machine say nothing elsewhere: only their names are kept
         config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
-        result = {**where, "config": config, "figures": [asdict(figure) for figure in figures]}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = {"what": options.verb, "config": config, "figures": [asdict(figure) for figure in figures]}
+        write_result(options.json, result, **_facts(device), **({"date": options.date} if options.date else {}))
+
+
+def _facts(device: torch.device) -> dict[str, object]:
+    """Return what torch knows about the place of a run."""
+    facts: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name, "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+        }  # fmt: skip
+    return facts
 
 
 def _kernel_setup(options: argparse.Namespace, device: torch.device) -> kernels.KernelSetup:

@@ -5,6 +5,7 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,10 +45,9 @@ class KernelSetup:
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
     def time(self, name: str, call: Callable[[], object], flop: float = 0.0) -> Figure:
-        seconds = measure(call, self.device, self.repeats)
-        figure = median_figure(name, [s * 1e3 for s in seconds], "ms")
-        rate = f"{flop / figure.value / 1e9:.3g} TFLOP/s" if flop else ""
-        return median_figure(name, [s * 1e3 for s in seconds], "ms", rate)
+        milliseconds = [seconds * 1e3 for seconds in measure(call, self.device, self.repeats)]
+        rate = f"{flop / statistics.median(milliseconds) / 1e9:.3g} TFLOP/s" if flop else ""
+        return median_figure(name, milliseconds, "ms", rate)
 
 
 def run_kernels(setup: KernelSetup) -> Iterator[Figure]:
