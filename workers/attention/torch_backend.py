@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from workers.attention.flash import flash
 from workers.attention.plan import AttentionPlan, IntArray, Rotation, TileKeys
 from workers.attention.queries import Queries
 from workers.kernels.blocking import row_blocks
@@ -55,10 +56,10 @@ def _dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale
         for low, high, rotation in plan.regions:
             rows = q.of(rotation)[row:stop]
             for k, v in _pieces(kv, table.runs(low, min(high, plain)), dtype):
-                partial.add(*_flash(rows, k, v, False, scale))
+                partial.add(*flash(rows, k, v, False, scale))
         if stop - row > 1:
             k, v = _whole(kv, table.runs(first, plan.start + stop), dtype)
-            partial.add(*_flash(q.intra[row:stop], k, v, True, scale))
+            partial.add(*flash(q.intra[row:stop], k, v, True, scale))
         tiles.append(partial.result(dtype))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
@@ -144,48 +145,6 @@ def _gather(cache: torch.Tensor, runs: list[SlotRun]) -> torch.Tensor:
         first, length = runs[0]
         return cache[:, first : first + length]
     return torch.cat([cache[:, first : first + length] for first, length in runs], dim=1)
-
-
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One kernel call: output `[T, H, D]` and log-sum-exp `[T, H]` in float32.
-
-    Few rows (decoding) are folded so that all query heads of a KV head pass over K and V together.
-    """
-    rows, heads, dim = q.shape
-    kv_heads = k.shape[0]
-    group = heads // kv_heads
-    if causal and rows > 1:
-        out, lse = _kernel(q.transpose(0, 1)[None], k[None], v[None], True, scale)
-        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-    if rows * group <= 64 or q.device.type == "cuda":
-        folded = q.view(rows, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, rows * group, dim)
-        out, lse = _kernel(folded, k[None], v[None], False, scale)
-        out = out[0].view(kv_heads, rows, group, dim).permute(1, 0, 2, 3).reshape(rows, heads, dim)
-        return out, lse[0].view(kv_heads, rows, group).permute(1, 0, 2).reshape(rows, heads)
-    out, lse = _kernel(q.transpose(0, 1)[None], k[None], v[None], False, scale)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-
-
-def _kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flash attention on `[1, heads, rows, D]`; returns the output and the natural log-sum-exp `[1, heads, rows]`."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
-    if q.shape[1] != k.shape[1]:  # the CUDA operators want equal head counts; views with stride 0 copy nothing
-        group = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(group, dim=1)
-        v = v.repeat_interleave(group, dim=1)
-    if q.dtype == torch.float32:  # flash kernels on CUDA take 16-bit types only
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
-        )
-        return out, lse[..., : q.shape[2]]
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-    return out, lse[..., : q.shape[2]]
 
 
 class _Merger:

@@ -222,13 +222,13 @@ def test_only_selected_keys_are_read():
 @pytest.fixture
 def kernel_inputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
-    real = torch_backend._kernel
+    real = torch_backend.flash
 
     def kernel(q, k, v, causal, scale):
         seen.extend((k, v))
         return real(q, k, v, causal, scale)
 
-    monkeypatch.setattr(torch_backend, "_kernel", kernel)
+    monkeypatch.setattr(torch_backend, "flash", kernel)
     return seen
 
 
@@ -245,7 +245,7 @@ def test_gathers_of_fragments_stay_below_their_limit(kernel_inputs: list[torch.T
     paged = Paged(20_000, 1, 16, "shuffled", torch.float32, 1)
     paged.check(2, AttentionPlan(19_999, 1))
     caches = {paged.kv.keys.untyped_storage().data_ptr(), paged.kv.values.untyped_storage().data_ptr()}
-    gathered = [t.shape[2] for t in kernel_inputs if t.untyped_storage().data_ptr() not in caches]
+    gathered = [t.shape[1] for t in kernel_inputs if t.untyped_storage().data_ptr() not in caches]
     assert len(gathered) >= 8
     assert max(gathered) <= torch_backend.FRAGMENT_TOKENS
 
