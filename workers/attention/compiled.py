@@ -1,7 +1,7 @@
-"""The compiled attention kernel (workers/kernels/attention.cpp): one call executes a plan over paged KV.
+"""The compiled attention kernel (workers/kernels/attention): one call executes a plan over paged KV.
 
-It serves host memory: float32 and bfloat16 queries over float32, bfloat16 or int8 keys and values. The GIL is released
-while it runs. The result of a row does not depend on the number of threads.
+It takes tensors in host memory: float32 and bfloat16 queries over float32, bfloat16 or int8 keys and values. The GIL is
+released while it runs. The result of a row does not depend on the number of threads.
 
 Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim.
 """
@@ -21,8 +21,8 @@ from workers.kernels.build import load
 from workers.kv.paged import LayerKV, PageTable
 
 
-def available(q: torch.Tensor, kv: LayerKV) -> bool:
-    """Whether the kernel is built and serves queries `[T, H, D]` of this type and place over this cache."""
+def supports(q: torch.Tensor, kv: LayerKV) -> bool:
+    """Return whether the kernel is built and takes queries `[T, H, D]` of this type and device over this cache."""
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
@@ -36,16 +36,16 @@ def attend(
     q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, *,
     visited: torch.Tensor | None = None, path: Path = Path.AMX,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of the rows of one plan; the contract is that of `attend.attend`.
+    """Compute attention of the rows of one plan; the contract is that of `attend.attend`.
 
     Args:
         scales: `[T]` float32, above 0.
-        visited: `[H]` int64, filled with `plan.visited_pairs` of every head.
-        path: the best instruction set to use; a lower one is taken where the CPU or the types need it.
+        visited: `[H]` int64, filled with the number of pairs that every head visits.
+        path: the best instruction set to use; a lower one is used where CPU or types need it.
 
     Raises:
         ValueError: shapes, types or strides do not fit each other, or the plan leaves the page table.
-        MemoryError: there is no room for scratch memory (a few MiB a thread).
+        MemoryError: there is no room for scratch memory (a few MiB per thread).
     """
     library = load().library
     if library is None:
@@ -54,7 +54,7 @@ def attend(
     rows, heads, dim = q.intra.shape
     out = torch.empty(rows, heads, dim, dtype=q.intra.dtype)
     args = AttentionArgs(out=out.data_ptr(), keys=kv.keys.data_ptr(), values=kv.values.data_ptr())
-    fill(args, kv, table, plan, scales, heads, kv.keys.shape[0], dim, out.dtype, path)
+    fill_args(args, kv, table, plan, scales, heads, kv.keys.shape[0], dim, out.dtype, path)
     args.key_head, args.value_head = kv.keys.stride(0), kv.values.stride(0)
     for i, tensor in enumerate((q.intra, q.succ, q.inter)):
         if tensor is not None:
@@ -66,7 +66,7 @@ def attend(
         if visited.shape != (heads,) or visited.dtype != torch.int64:
             raise ValueError(f"attention kernel: visited {tuple(visited.shape)} {visited.dtype}: need ({heads},) int64")
         args.visited = visited.data_ptr()
-    kept_alive = _select(args, plan)
+    kept_alive = _fill_selections(args, plan)
     status = library.longreach_attend(ctypes.byref(args))
     del kept_alive
     if status:
@@ -79,11 +79,11 @@ def attend(
     return out
 
 
-def fill(
+def fill_args(
     args: AttentionArgs, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, heads: int,
     kv_heads: int, dim: int, dtype: torch.dtype, path: Path = Path.AMX,
 ) -> None:  # fmt: skip
-    """Set what does not depend on the layer: the plan, its pages and scales, sizes and types."""
+    """Set the arguments that do not depend on the layer: the plan, its pages and scales, sizes and types."""
     args.pages, args.num_pages = table.page_slots.buffer_info()
     args.page_size, args.slots, args.scales = table.page_size, kv.keys.shape[1], scales.data_ptr()
     args.heads, args.kv_heads, args.dim = heads, kv_heads, dim
@@ -92,8 +92,8 @@ def fill(
     args.threads, args.path = torch.get_num_threads(), path
 
 
-def _select(args: AttentionArgs, plan: AttentionPlan) -> list[object]:
-    """Hand the selections over; returns what must outlive the call."""
+def _fill_selections(args: AttentionArgs, plan: AttentionPlan) -> list[object]:
+    """Set the selections of the heads; returns the arrays that must outlive the call."""
     if plan.heads is None:
         return []
     if len(plan.heads) != args.heads:

@@ -172,7 +172,7 @@ class FusedLayers:
         pieces = (Piece * len(batch.pieces))()
         heads = (self._shard.heads.size, self._shard.kv_heads.size, self._spec.head_dim)
         for target, piece in zip(pieces, batch.pieces, strict=True):
-            attention.fill(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
+            attention.fill_args(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
             target.row = piece.rows.start
         for region, turn in enumerate((turns.intra, turns.succ, turns.inter)):
             step.cos[region] = None if turn is None else turn.cos.data_ptr()

@@ -20,7 +20,7 @@ import torch
 
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
-from workers.kv import huge_pages
+from workers.kv.huge_pages import advise_huge_pages
 from workers.model import compiled
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
@@ -142,7 +142,7 @@ def _build(
         shape, pairs = plan.shape, name in _PAIRS
         if name in _PACKED:
             shape = compiled.packed_shape(shape, dtype, device, pairs)
-        tensor = huge_pages.advise(torch.empty(shape, dtype=dtype, device=device))
+        tensor = advise_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
             if shape == plan.shape:

@@ -1,8 +1,10 @@
-"""The estimate in compiled code: the contract of `workers.sparse.estimate`, and `selection.top`.
+"""The estimate in compiled code (workers/kernels/estimate).
 
-Works on host memory, for float32 and bfloat16 queries and float32, bfloat16 and int8 keys. bfloat16 queries run on AMX
-where the CPU has it (keys not in float32, head dim a multiple of 32), all else in vector code. Uses as many threads as
-PyTorch does; results do not depend on their number.
+It takes tensors in host memory: float32 and bfloat16 queries, and float32, bfloat16 and int8 keys. bfloat16 queries run
+on AMX where the CPU has it (keys not in float32, head dim a multiple of 32), all else in vector code. It uses as many
+threads as PyTorch does; results do not depend on their number.
+
+Legend: `R` sampled rows, `G` query heads of a KV head, `S` keys the cell sees, `D` head dim.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from workers.sparse.estimate import CellKeys, SampledRows, Sums
 from workers.sparse.selection import FloatArray
 
 
-def available(sample: SampledRows, kv: LayerKV) -> bool:
-    """Whether compiled code serves these queries and this cache."""
+def supports(sample: SampledRows, kv: LayerKV) -> bool:
+    """Return whether the library is built and takes these queries and this cache."""
     q = sample.queries.intra
     return (
         q.device.type == kv.keys.device.type == "cpu"
@@ -35,7 +37,7 @@ def available(sample: SampledRows, kv: LayerKV) -> bool:
 
 
 def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None = None) -> Sums:
-    """See `estimate.sums`. `path`: None: the best one."""
+    """See `EstimateBackend.sums`; `path` None is the best instruction set."""
     assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
     call = _Call(sample, keys, kv_head, path)
     columns, offsets = (np.empty((call.group, keys.stop), np.float32) for _ in range(2))
@@ -44,31 +46,31 @@ def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None = 
     return Sums(columns, offsets, lse)
 
 
-def kept(
+def kept_share(
     sample: SampledRows, keys: CellKeys, kv_head: int, selections: Sequence[Selection], path: Path | None = None
 ) -> npt.NDArray[np.float64]:
-    """See `estimate.kept`."""
+    """See `EstimateBackend.kept_share`."""
     call = _Call(sample, keys, kv_head, path)
     share = np.empty(call.group)
-    call.run("longreach_estimate_kept", call.chosen(selections), share.ctypes)
+    call.run("longreach_estimate_kept", call.selections(selections), share.ctypes)
     return share
 
 
-def mass(
-    sample: SampledRows, keys: CellKeys, kv_head: int, found: Sums, selections: Sequence[Selection | None],
+def kept_mass(
+    sample: SampledRows, keys: CellKeys, kv_head: int, sums: Sums, selections: Sequence[Selection | None],
     path: Path | None = None,
 ) -> npt.NDArray[np.float64]:  # fmt: skip
-    """See `estimate.mass`."""
+    """See `EstimateBackend.kept_mass`."""
     assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
     call = _Call(sample, keys, kv_head, path)
     total = np.empty(call.group)
-    arrays = [np.ascontiguousarray(one).ctypes for one in (found.columns, found.offsets, found.lse)]
-    call.run("longreach_estimate_mass", *arrays, call.chosen(selections), total.ctypes)
+    arrays = [np.ascontiguousarray(one).ctypes for one in (sums.columns, sums.offsets, sums.lse)]
+    call.run("longreach_estimate_mass", *arrays, call.selections(selections), total.ctypes)
     return total
 
 
-def top(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
-    """See `selection.top`."""
+def top_indices(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
+    """See `selection.top_indices`."""
     library = load().library
     assert library is not None
     scores = np.ascontiguousarray(scores, np.float32)
@@ -82,7 +84,7 @@ def top(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray
 
 
 class _Call:
-    """The arguments of one call, and the arrays they point into."""
+    """The arguments of one call, which keeps the arrays they point into alive."""
 
     def __init__(self, sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None) -> None:
         kv, plan = keys.kv, keys.plan
@@ -107,24 +109,26 @@ class _Call:
             assert kv.key_scales.stride(1) == 1
             args.key_scales = kv.key_scales.data_ptr()
             args.key_scale_head = kv.key_scales.stride(0)
+        assert keys.stop <= keys.table.num_pages * keys.table.page_size
         args.page_size = keys.table.page_size
-        args.pages = self._array(keys.table.slots(np.arange(0, keys.stop, keys.table.page_size)).astype(np.int32))
+        args.pages, _ = keys.table.page_slots.buffer_info()
         args.num_rows, args.heads, args.kv_heads, args.dim = len(sample.rows), heads, kv.keys.shape[0], dim
         args.kv_head, args.q_type, args.kv_type = kv_head, abi.TYPES[dtype], abi.TYPES[kv.keys.dtype]
         args.threads = torch.get_num_threads()
         args.path = _path(dtype, kv.keys.dtype, dim) if path is None else path
 
-    def chosen(self, selections: Sequence[Selection | None]) -> ctypes.Array[EstimateSelection]:
-        """What the heads keep; nothing where it is None."""
-        found = (EstimateSelection * self.group)()
+    def selections(self, selections: Sequence[Selection | None]) -> ctypes.Array[EstimateSelection]:
+        """Return the selections as structures; an empty one for None."""
+        structures = (EstimateSelection * self.group)()
         for at, one in enumerate(selections):
             if one is not None:
-                found[at] = EstimateSelection(
+                structures[at] = EstimateSelection(
                     self._array(one.offsets), self._array(one.columns), len(one.offsets), len(one.columns)
                 )
-        return found
+        return structures
 
     def run(self, name: str, *rest: object) -> None:
+        """Call an exported function with the common arguments and `rest`."""
         library = load().library
         assert library is not None
         _raise_for(getattr(library, name)(ctypes.byref(self._args), *rest))

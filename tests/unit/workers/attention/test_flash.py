@@ -10,12 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.support.oracles.attention import attend_reference
 from workers.attention import flash as module
 from workers.attention import torch_backend
 from workers.attention.flash import flash, supports_flash_attn
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
-from workers.attention.reference import attend_reference
 from workers.kv.paged import PagedKV, PageTable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

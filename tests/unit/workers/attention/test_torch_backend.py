@@ -9,12 +9,12 @@ import torch
 
 from protos.model.spec import DualChunkSpec, RopeSpec
 from tests.support.data.dual_chunk import pairwise_attention, relative_positions
+from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags, tile_pairs
 from workers.attention import torch_backend
 from workers.attention.attend import attend
 from workers.attention.pair_counts import causal_pairs, visited_pairs
 from workers.attention.plan import AttentionPlan, Rotation, Selection
 from workers.attention.queries import Queries
-from workers.attention.reference import UNVISITED, attend_reference, plan_tags
 from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.model.rope import Rotary, rotate
 
@@ -258,7 +258,7 @@ def test_a_dense_plan_is_the_causal_mask(start: int, rows: int, tile: int):
     causal = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
     assert torch.equal(tags == Rotation.INTRA, causal)
     assert torch.equal(tags == UNVISITED, ~causal)
-    assert plan.visited_pairs(0) == int(causal.sum())
+    assert tile_pairs(plan, 0) == int(causal.sum())
     tiles = list(plan.tile_keys(0))
     assert [row for part in tiles for row in range(part.start, part.stop)] == list(range(rows))
     assert max(part.stop - part.start for part in tiles) <= tile
@@ -288,8 +288,8 @@ def test_a_plan_visits_at_least_what_a_head_selects(seed: int):
     wanted[:, torch.from_numpy(selection.columns).long()] = True
     wanted &= distance >= 0
     assert not bool((wanted & ~visited).any())
-    assert plan.visited_pairs(0) == int(visited.sum()), "no pair is counted twice"
-    assert visited_pairs(plan, 0) == plan.visited_pairs(0)
+    assert tile_pairs(plan, 0) == int(visited.sum()), "no pair is counted twice"
+    assert visited_pairs(plan, 0) == tile_pairs(plan, 0)
     assert causal_pairs(plan) == int((distance >= 0).sum())
 
 
