@@ -10,6 +10,7 @@ from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from tests.support.oracles.attention import attend_reference
+from tests.support.oracles.experts import run_experts_reference
 from tests.support.paths import NEEDLE
 from workers.attention import flash as flash_module
 from workers.attention.flash import flash, supports_flash_attn
@@ -17,7 +18,7 @@ from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
 from workers.attention.torch_backend import attend
 from workers.kv.paged import PagedKV, PageTable, quantise
-from workers.model.moe import run_experts, run_experts_reference
+from workers.model.moe import run_experts
 from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.transport.collectives import SingleShard

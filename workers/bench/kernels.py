@@ -24,7 +24,7 @@ from workers.bench.timing import Figure, measure, median_figure
 from workers.kv.paged import LayerKV, PageTable
 from workers.model.layers import rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
-from workers.model.rope import Rotary, rotate, row_scales
+from workers.model.rope import Rotary, norm_and_rotate_, row_scales
 from workers.transport.collectives import join_group
 
 _VOCAB = 151936  # of the published Qwen3 models
@@ -109,8 +109,8 @@ def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
     x, weight = setup.random(setup.tokens, hidden), setup.random(hidden)
     yield setup.time(f"rms_norm [{setup.tokens}, {hidden}]", lambda: rms_norm(x, weight, 1e-6))
     q = setup.random(setup.tokens, heads, dim)
-    cos, sin = Rotary(spec.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
-    yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: rotate(q, cos, sin))
+    cos_sin = Rotary(spec.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
+    yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: norm_and_rotate_(q.clone(), cos_sin))
     out = (heads + 2 * spec.num_key_value_heads) * dim
     matrix = setup.random(out, hidden)
     flop = 2.0 * setup.tokens * hidden * out

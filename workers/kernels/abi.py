@@ -132,7 +132,7 @@ class RotateCall(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_void_p, "x out cos sin weight"),
-        *_fields(c_int64, "tokens heads dim row_stride head_stride out_row_stride out_head_stride turn_stride"),
+        *_fields(c_int64, "tokens heads dim row_stride head_stride out_row_stride out_head_stride cos_stride"),
         ("eps", c_float),
         *_PATH_AND_THREADS,
     )
@@ -176,7 +176,7 @@ class Step(ctypes.Structure):
         *_fields(c_void_p, "attended logits rows chosen weights"),
         ("cos", c_void_p * 3),
         ("sin", c_void_p * 3),
-        ("turn_stride", c_int64 * 3),
+        ("cos_stride", c_int64 * 3),
         *_fields(c_void_p, "slots pieces"),
         *_fields(c_int64, "tokens num_pieces"),
         *_PATH_AND_THREADS,
@@ -204,7 +204,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "longreach_rms_norm": (c_int, POINTER(NormCall)),
     "longreach_norm_rotate": (c_int, POINTER(RotateCall)),
     "longreach_route": (c_int, POINTER(RouteCall)),
-    "longreach_highest": (c_int64, c_void_p, c_int64, c_int32),
+    "longreach_argmax": (c_int64, c_void_p, c_int64, c_int32),
     "longreach_half_layer": (c_int, POINTER(Layer), POINTER(Step), c_int),
 }  # fmt: skip
 

@@ -31,10 +31,10 @@ struct NormCall {
 struct RotateCall {
     const bf16* x;              // [T, H, D], unit stride in D
     bf16* out;                  // the same; may be x
-    const float *cos, *sin;     // [T, D / 2], rows `turn_stride` apart
+    const float *cos, *sin;     // [T, D / 2], rows `cos_stride` apart
     const float* weight;        // [H, D], or null: no norm
     std::int64_t tokens, heads, dim, row_stride, head_stride, out_row_stride, out_head_stride,
-        turn_stride;  // D: a multiple of 32
+        cos_stride;  // D: a multiple of 32
     float eps;
     std::int32_t path, threads;
 };

@@ -34,7 +34,7 @@ INLINE void norm_row(const NormCall& call, long token) {
 
 INLINE void rotate_row(const RotateCall& call, long token) {
     const long dim = call.dim, half = dim / 2;
-    const float *cos = call.cos + token * call.turn_stride, *sin = call.sin + token * call.turn_stride;
+    const float *cos = call.cos + token * call.cos_stride, *sin = call.sin + token * call.cos_stride;
     for (long head = 0; head < call.heads; ++head) {
         const bf16* x = call.x + token * call.row_stride + head * call.head_stride;
         bf16* out = call.out + token * call.out_row_stride + head * call.out_head_stride;
@@ -92,7 +92,7 @@ COMPILED(norm_row, NormCall)
 COMPILED(rotate_row, RotateCall)
 COMPILED(route_row, RouteCall)
 
-INLINE long highest(const float* values, long size) {
+INLINE long argmax(const float* values, long size) {
     constexpr std::int32_t kExponent = 0x7F800000;
     const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
         const float value = values[i] + 0.0f;                // no negative zero
@@ -119,9 +119,9 @@ INLINE long highest(const float* values, long size) {
     return -1;
 }
 
-long highest_portable(const float* values, long size) { return highest(values, size); }
-LONGREACH_AVX2 long highest_avx2(const float* values, long size) { return highest(values, size); }
-LONGREACH_AVX512 long highest_avx512(const float* values, long size) { return highest(values, size); }
+long argmax_portable(const float* values, long size) { return argmax(values, size); }
+LONGREACH_AVX2 long argmax_avx2(const float* values, long size) { return argmax(values, size); }
+LONGREACH_AVX512 long argmax_avx512(const float* values, long size) { return argmax(values, size); }
 
 template <typename Call>
 void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
@@ -156,7 +156,7 @@ EXPORT int longreach_route(const RouteCall* call) {
 }
 
 // Index of the greatest of `size` values, the first of equal ones; -1 when one is infinite or not a number.
-EXPORT std::int64_t longreach_highest(const float* values, std::int64_t size, std::int32_t path) {
-    constexpr long (*of[])(const float*, long) = {highest_portable, highest_avx2, highest_avx512};
+EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std::int32_t path) {
+    constexpr long (*of[])(const float*, long) = {argmax_portable, argmax_avx2, argmax_avx512};
     return of[path < kAvx512 ? path : kAvx512](values, size);
 }

@@ -33,7 +33,7 @@ void rotate(const Step& step, const Layer& layer) {
         bf16* out = region == 0 ? step.qkv : step.far[region - 1];
         const RotateCall call{step.qkv, out, step.cos[region], step.sin[region], layer.head_norm, step.tokens,
                               region == 0 ? heads + layer.kv_heads : heads, dim, row, dim,
-                              region == 0 ? row : heads * dim, dim, step.turn_stride[region], layer.eps, step.path,
+                              region == 0 ? row : heads * dim, dim, step.cos_stride[region], layer.eps, step.path,
                               step.threads};
         longreach_norm_rotate(&call);
     }

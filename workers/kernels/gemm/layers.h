@@ -35,7 +35,7 @@ struct Step {
     std::int64_t* chosen;                // [T, k]
     float* weights;                      // [T, k]
     const float *cos[3], *sin[3];        // [T, D / 2]: intra, succ, inter; null where no row needs it
-    std::int64_t turn_stride[3];
+    std::int64_t cos_stride[3];
     const std::int64_t* slots;           // [T]: where keys and values go
     Piece* pieces;
     std::int64_t tokens, num_pieces;

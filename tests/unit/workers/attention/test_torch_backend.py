@@ -16,7 +16,7 @@ from workers.attention.pair_counts import causal_pairs, visited_pairs
 from workers.attention.plan import AttentionPlan, Rotation, Selection
 from workers.attention.queries import Queries
 from workers.kv.paged import LayerKV, PageTable, quantise
-from workers.model.rope import Rotary, rotate
+from workers.model.rope import Rotary, norm_and_rotate_
 
 SIZES = (1, 17, 67, 193, 256, 1000)
 STARTS = (0, 1, 63, 64, 65, 499)
@@ -154,9 +154,11 @@ def test_dual_chunk_attention_equals_its_definition(start: int, chunk_size: int,
     positions = torch.arange(start, start + rows)
     paged = Paged(start + rows, 2, 16, "shuffled", torch.float32, start)
     q, raw = torch.randn(rows, 4, DIM), paged.k
-    paged.put(rotate(raw, *rotary.turns(torch.arange(start + rows)).intra), paged.v, 16, "shuffled", start)
-    turns = rotary.turns(positions, succ=True, inter=True)
-    turned = Queries(*(rotate(q, *turn) for turn in (turns.intra, turns.succ, turns.inter) if turn is not None))
+    keys = norm_and_rotate_(raw.clone(), rotary.rotations(torch.arange(start + rows)).intra)
+    paged.put(keys, paged.v, 16, "shuffled", start)
+    rotations = rotary.rotations(positions, succ=True, inter=True)
+    each = (rotations.intra, rotations.succ, rotations.inter)
+    turned = Queries(*(norm_and_rotate_(q.clone(), one) for one in each if one is not None))
     scales = torch.full((rows,), DIM**-0.5)
     got = attend(turned, paged.kv, paged.table, AttentionPlan(start, rows, dual.distance), scales)
     relative = relative_positions(positions, torch.arange(start + rows), chunk_size, local_size)

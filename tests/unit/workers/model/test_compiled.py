@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from protos.stage.messages import Span
+from tests.support.data import packing
 from workers.kernels.abi import Path
 from workers.kernels.build import load
 from workers.model import compiled, moe, rope
@@ -32,7 +33,7 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
-    out = compiled.packed(weight, pairs)
+    out = packing.packed(weight, pairs)
     assert out.shape != weight.shape
     return out
 
@@ -71,8 +72,8 @@ def test_this_machine_uses_its_matrix_units():
 @pytest.mark.parametrize(("shape", "pairs"), [((16, 32), False), ((48, 96), False), ((3, 64, 96), True)])
 def test_packing_keeps_every_value(shape: tuple[int, ...], pairs: bool):
     weight = random(*shape)
-    assert torch.equal(compiled.unpacked(packed(weight, pairs)), weight)
-    assert compiled.unpacked(weight) is weight
+    assert torch.equal(packing.unpacked(packed(weight, pairs)), weight)
+    assert packing.unpacked(weight) is weight
 
 
 def test_packing_by_parts():
@@ -89,7 +90,7 @@ def test_packing_by_parts():
 )
 def test_other_sizes_stay_plain(shape: tuple[int, ...], pairs: bool):
     assert compiled.packed_shape(shape, BF16, CPU, pairs) == shape
-    assert compiled.packed(weight := random(*shape), pairs) is weight
+    assert packing.packed(weight := random(*shape), pairs) is weight
     assert compiled.packed_shape((8, 64, 64), torch.float32, CPU, pairs) == (8, 64, 64)
 
 
@@ -185,10 +186,10 @@ def test_norm_and_rotation(tokens: int, dim: int, normed: bool, apart: bool, con
         wide = wide * inverse_rms(wide, 1e-6) * weight.double()
     left, right = wide.chunk(2, dim=-1)
     wanted = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-    twin = rope.norm_and_rotate_(x.float().clone(), rope.Turn(cos, sin), weight, 1e-6)
-    torch.testing.assert_close(twin.double(), wanted, atol=1e-5, rtol=1e-5)
+    fallback = rope.norm_and_rotate_(x.float().clone(), rope.CosSin(cos, sin), weight, 1e-6)
+    torch.testing.assert_close(fallback.double(), wanted, atol=1e-5, rtol=1e-5)
     out, kept = torch.empty(tokens, heads, dim, dtype=BF16) if apart else x, whole.clone()
-    assert compiled.rotates(x)
+    assert compiled.supports_norm_rotate(x)
     got = compiled.norm_rotate(x, cos, sin, weight, 1e-6, out)
     assert got is out
     torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1 / 255)

@@ -11,7 +11,7 @@ from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, Sha
 from workers.bench.model import benchmark_spec
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV, PlanMismatch, SlotRun
-from workers.model import compiled as native
+from workers.model import compiled
 from workers.model.batch import Batch
 from workers.model.fused import FusedLayers
 from workers.model.weights import ShardWeights, dummy_shard, whole_model
@@ -32,7 +32,7 @@ SPECS = {
 }
 
 pytestmark = pytest.mark.skipif(
-    native.path() is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}"
+    compiled.path() is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}"
 )
 
 
@@ -58,7 +58,7 @@ def weights_of(spec: ModelSpec, shard: ShardSpec) -> ShardWeights:
 def runners(
     spec: ModelSpec, shard: ShardSpec | None = None, collectives: Collectives | None = None
 ) -> tuple[ModelRunner, ModelRunner]:
-    """One that fuses, and its twin that does not."""
+    """One that fuses, and one that does not."""
     shard = shard or whole_model(spec)
     weights = weights_of(spec, shard)
     made = []
@@ -112,30 +112,30 @@ def equal(got: StepOutput, wanted: StepOutput) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_steps_are_equal_bit_for_bit(spec: ModelSpec) -> None:
     """Prompts in several chunks, then decode steps of one and of three sequences, across chunks of dual attention."""
-    ours, twin = runners(spec)
+    ours, plain = runners(spec)
     plans = Sequences(3)
     steps = [plans.step(17), plans.step(67, 3), plans.step(0, 45, 64), plans.step(1)]
     steps += [plans.step(1, 1, 1) for _ in range(60)]
     steps += [plans.step(0, 1), plans.step(2, 0, 1)]
     for plan in steps:
-        equal(ours.execute(plan, keep_logits=True), twin.execute(plan, keep_logits=True))
-        assert torch.equal(ours._kv._data, twin._kv._data)
+        equal(ours.execute(plan, keep_logits=True), plain.execute(plan, keep_logits=True))
+        assert torch.equal(ours._kv._data, plain._kv._data)
     assert ours.decoder._fused is not None
     assert ours.decoder._fused.layers_done >= 2 * 63
-    assert ours.decoder.layers_done == twin.decoder.layers_done == 2 * len(steps)
+    assert ours.decoder.layers_done == plain.decoder.layers_done == 2 * len(steps)
 
 
 def test_shards_reduce_between_the_halves() -> None:
     shard = ShardSpec(0, 1, 0, 2, Span(0, 2), Span(0, 2), Span(0, 1), Span(0, 8), Span(0, 0), Span(0, 320))
-    ours, twin = runners(SPECS["dual chunk"], shard, Doubling())
+    ours, plain = runners(SPECS["dual chunk"], shard, Doubling())
     plans = Sequences(2)
     for plan in (plans.step(50, 3), *(plans.step(1, 1) for _ in range(20))):
-        batches = [runner._tables.apply(plan) for runner in (ours, twin)]
+        batches = [runner._tables.apply(plan) for runner in (ours, plain)]
         assert batches == [None, None]
-        batch = ours._tables.batch(plan, ours._spec, CPU, with_tokens=True)
+        batch = ours._tables.batch(plan, ours._spec, CPU)
         x = torch.randn(len(batch.positions), SPEC.hidden_size, dtype=BF16)
         kept = x.clone()
-        got, wanted = (layers(runner, x, batch) for runner in (ours, twin))
+        got, wanted = (layers(runner, x, batch) for runner in (ours, plain))
         assert torch.equal(got, wanted)
         assert torch.equal(x, kept)
     assert ours.decoder.layers_done == 2 * 21
@@ -152,27 +152,27 @@ def test_shards_reduce_between_the_halves() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_not_taken(spec: ModelSpec, reason: str) -> None:
-    assert not FusedLayers.serves(spec, dummy_shard(spec, whole_model(spec), BF16, CPU).layers)
+def test_weights_that_are_not_supported(spec: ModelSpec, reason: str) -> None:
+    assert not FusedLayers.supports_weights(spec, dummy_shard(spec, whole_model(spec), BF16, CPU).layers)
 
 
-def test_other_types_and_long_steps_are_not_taken() -> None:
+def test_other_types_and_long_steps_are_not_supported() -> None:
     ours, _ = runners(SPEC)
     layers = ours.decoder._fused
     assert layers is not None
     plans = Sequences(1)
     for rows, taken in ((64, True), (65, False)):
         ours._tables.apply(plan := plans.step(rows))
-        batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
-        assert layers.takes(batch, ours._kv) is taken
-        assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
+        batch = ours._tables.batch(plan, SPEC, CPU)
+        assert layers.supports_step(batch, ours._kv) is taken
+        assert not layers.supports_step(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
 
 
 def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> None:
     ours, _ = runners(SPEC)
     plans = Sequences(1)
     ours._tables.apply(plan := plans.step(3))
-    batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
+    batch = ours._tables.batch(plan, SPEC, CPU)
     before = ours._kv._data.view(torch.int16).clone()
     x = torch.randn(3, SPEC.hidden_size, dtype=BF16)
     for run in (SlotRun(PAGES * PAGE - 2, 3), SlotRun(-1, 3), SlotRun(0, 2)):
