@@ -1,4 +1,4 @@
-"""Many small jobs of many clients, and what they leave behind in the processes of the cluster."""
+"""Many small jobs of many clients, and the memory and descriptors of the cluster's processes afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIZES = (20, 21, 63, 64, 65, 300, 1009, 3000)  # prompt tokens
 
 
 def measure_load(client: Client, session: Session, clients: int, jobs: int, rounds: int) -> dict[str, Any]:
-    """Run rounds of jobs from another process; resident bytes and open files of head and stages after each."""
+    """Run rounds of jobs from another process; returns resident memory and open files of head and stages after each."""
     assert session.launched is not None
     processes = {"head": psutil.Process(os.getpid())}
     processes |= {f"stage {n}": psutil.Process(pid) for n, pid in enumerate(session.launched.pids)}
@@ -38,7 +38,7 @@ def measure_load(client: Client, session: Session, clients: int, jobs: int, roun
 
 def _footprint(processes: dict[str, psutil.Process]) -> dict[str, dict[str, float]]:
     gc.collect()
-    time.sleep(1.0)  # connections that are about to close
+    time.sleep(1.0)  # for connections that are about to close
     return {
         name: {"rss_mib": round(process.memory_info().rss / 2**20, 1), "files": process.num_fds()}
         for name, process in processes.items()
@@ -61,7 +61,7 @@ def _one_client(address: str, number: int, jobs: int, seed: int) -> None:
 
 
 def main() -> None:
-    """The clients' process: ADDRESS CLIENTS JOBS SEED."""
+    """Run the clients' process, with the arguments ADDRESS CLIENTS JOBS SEED."""
     address, clients, jobs, seed = sys.argv[1], *map(int, sys.argv[2:5])
     with ThreadPoolExecutor(clients) as threads:
         futures = [threads.submit(_one_client, address, n, jobs // clients, seed) for n in range(clients)]

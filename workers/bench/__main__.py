@@ -22,7 +22,7 @@ _DECODE_TOKENS = 96
 
 
 def length(text: str) -> int:
-    """A token count such as `4096`, `4k` (4,000) or `4K` (4,096)."""
+    """Parse a token count such as `4096`, `4k` (4,000) or `4K` (4,096)."""
     unit = _UNITS.get(text[-1:], 1)
     digits = text if unit == 1 else text[:-1]
     if not (digits.isascii() and digits.isdigit()) or not 1 <= int(digits) * unit <= 1 << 21:
@@ -31,16 +31,19 @@ def length(text: str) -> int:
 
 
 def lengths(text: str) -> list[int]:
+    """Parse token counts separated by commas."""
     return [length(part) for part in text.split(",")]
 
 
 def count(text: str) -> int:
+    """Parse a whole number from 1 to 4096."""
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to 4096")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="python -m workers.bench",
         description="Measure the data plane on this machine. Needs only torch (numpy for frames and sampler; "
@@ -122,8 +125,8 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
     figures: list[Figure] = []
 
-    def show(found: Iterable[Figure]) -> None:
-        for figure in found:
+    def show(measured: Iterable[Figure]) -> None:
+        for figure in measured:
             print(figure.line(), flush=True)
             figures.append(figure)
 
@@ -138,14 +141,14 @@ def _run(options: argparse.Namespace) -> None:
     for verb in ("kernels", "decode") if options.verb == "all" else (options.verb,):
         show(verbs[verb]())
     if options.json:
-        # folders of this machine say nothing elsewhere: only their names are kept
+        # only the names of folders are kept: their paths mean nothing on another machine
         config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
         result = {"what": options.verb, "config": config, "figures": [asdict(figure) for figure in figures]}
         write_result(options.json, result, **_facts(device), **({"date": options.date} if options.date else {}))
 
 
 def _facts(device: torch.device) -> dict[str, object]:
-    """Return what torch knows about the place of a run."""
+    """Return the facts of the environment that torch knows."""
     facts: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

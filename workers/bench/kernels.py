@@ -33,7 +33,7 @@ _RANKS = 2
 
 @dataclass(frozen=True, slots=True)
 class KernelSetup:
-    """Sizes and place of a run: `keys` are the context lengths of attention, `tokens` the rows of a step."""
+    """Device and sizes of a run: `keys` are the context lengths of attention, `tokens` the rows of a step."""
 
     device: torch.device
     dtype: torch.dtype
@@ -42,17 +42,19 @@ class KernelSetup:
     repeats: int
 
     def random(self, *shape: int) -> torch.Tensor:
+        """Return normal random values in the type and on the device of the run, always the same."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
     def time(self, name: str, call: Callable[[], object], flop: float = 0.0) -> Figure:
+        """Measure a call in milliseconds; with `flop` the figure's note has the rate."""
         milliseconds = [seconds * 1e3 for seconds in measure(call, self.device, self.repeats)]
         rate = f"{flop / statistics.median(milliseconds) / 1e9:.3g} TFLOP/s" if flop else ""
         return median_figure(name, milliseconds, "ms", rate)
 
 
 def run_kernels(setup: KernelSetup) -> Iterator[Figure]:
-    """Every kernel in turn."""
+    """Measure every kernel in turn."""
     with torch.inference_mode():
         for keys in setup.keys:
             yield from _attention(setup, keys)
@@ -118,7 +120,7 @@ def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
 
 
 def _all_reduce(setup: KernelSetup) -> Figure:
-    """Two members in this process, gloo over the loopback interface, in host memory on every machine."""
+    """Measure two ranks in this process, over gloo on the loopback interface, always in host memory."""
     store, device = dist.HashStore(), torch.device("cpu")
     tensors = [torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype) for _ in range(_RANKS)]
     go, done = threading.Barrier(_RANKS, timeout=120), threading.Event()

@@ -1,4 +1,4 @@
-"""transformers (sdpa, bfloat16) on the CPU: prefill and decode of the ids our runner takes. Imports nothing of ours.
+"""transformers (sdpa, bfloat16) on the CPU: prefill and decode of the ids of our runner. Imports nothing of Longreach.
 
 Usage: `python transformers_peer.py CHECKPOINT LENGTH DECODE_TOKENS THREADS`; prints one JSON object.
 """
@@ -14,6 +14,7 @@ import torch
 
 
 def main() -> None:
+    """Measure one prompt and print the result."""
     model_dir, length, decode, threads = sys.argv[1], *map(int, sys.argv[2:])
     import transformers
 
