@@ -18,8 +18,8 @@ namespace longreach {
 namespace attention {
 namespace {
 
-constexpr int kFewItems = 64;          // below, keys are split into parts so that every thread has work
-constexpr int kPartKeys = 2048;        // least keys of a part
+constexpr int kFewItems = 64;          // with fewer, keys are split into parts so that every thread has work
+constexpr int kPartKeys = 2048;        // minimum of a part
 constexpr std::size_t kKeptBytes = 4 << 20;
 constexpr std::size_t kHugePage = 2 << 20;
 

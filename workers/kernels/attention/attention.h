@@ -1,6 +1,6 @@
 // Attention over paged keys and values: what the parts of the kernel share.
 //
-//   attention_keys    which keys a tile of rows visits, handed on as blocks of up to 256 keys
+//   attention_keys    the keys that a tile of rows visits, in blocks of up to 256 keys
 //   attention_simd    an engine in vector code for any type (portable, AVX2 and AVX-512 from one source)
 //   attention_amx     the engine for bfloat16 queries on AMX
 //   attention         checks, choice of the engine, work items, joining of parts
@@ -65,7 +65,7 @@ struct Group {
     const char* v;
     const float* k_scales;             // null unless int8
     const float* v_scales;
-    std::int32_t first, last;          // least and greatest position
+    std::int32_t first, last;          // lowest and highest position
 };
 
 struct Block {
@@ -85,7 +85,7 @@ public:
     virtual void finish_part(float* part) = 0;     // writes [columns][D + 2]: weighted values, maximum, sum
 };
 
-// Memory handed out once; `nullptr` base: only counts.
+// Bump allocator; with `nullptr` as base it only counts.
 struct Arena {
     char* base;
     std::size_t used = 0;
@@ -97,7 +97,7 @@ struct Arena {
 };
 
 
-// Engines live in `memory` (64 byte aligned), which they do not own; null: the bytes one needs are counted.
+// Engines are placed in `memory` (64 byte aligned), which they do not own; with null the needed bytes are counted.
 Engine* make_portable(const Args& args, int max_columns, char* memory, std::size_t* bytes);
 Engine* make_avx2(const Args& args, int max_columns, char* memory, std::size_t* bytes);
 Engine* make_avx512(const Args& args, int max_columns, char* memory, std::size_t* bytes);

@@ -1,8 +1,8 @@
-// Column and diagonal sums of the attention of sampled rows, and how much of it a selection keeps. The PyTorch twin with
-// the contract is workers/attention/estimate.py.
+// Column and diagonal sums of the attention of sampled rows, and how much of it a selection keeps. The contract is in
+// workers/sparse/estimate.py, the PyTorch implementation in estimate_torch.py.
 //
-// Keys are cut into chunks at fixed positions; a thread takes a chunk and all heads of the KV head, which share its keys.
-// Chunks are joined in the order of their positions, so the results do not depend on the threads.
+// Keys are cut into chunks at fixed positions; a thread computes a chunk for all query heads of the KV head. Chunks are
+// joined in the order of their positions, so that the results do not depend on the number of threads.
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -16,7 +16,7 @@ namespace longreach {
 namespace estimate {
 namespace {
 
-constexpr float kNothing = 1e30f;      // lse of rows that fill up: their weights are 0
+constexpr float kNothing = 1e30f;      // lse of padding rows: their weights are 0
 // Softmax denominators of a strip, as logarithms to the base 2.
 struct Lse {
     alignas(64) float rows[kRows];
@@ -87,7 +87,7 @@ Running fresh() {
     return one;
 }
 
-// Softmax denominators of every strip; with `maps` also the kept part, in double.
+// Computes the softmax denominators of every strip, with `maps` also the kept share, in double.
 void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& lse, std::vector<double>* share) {
     const int strips = work.group * work.strips, chunks = int(work.chunks.size());
     std::vector<Running> parts(std::size_t(strips) * chunks, fresh());
@@ -114,17 +114,17 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
     for (int at = 0; at < strips; ++at) {
         const Strip& strip = work.strip(2, at / work.strips, at % work.strips);
         for (int r = 0; r < kRows; ++r) {
-            float most = kUnseen;
-            for (int i = 0; i < chunks; ++i) most = std::max(most, parts[std::size_t(i) * strips + at].maximum[r]);
+            float maximum = kUnseen;
+            for (int i = 0; i < chunks; ++i) maximum = std::max(maximum, parts[std::size_t(i) * strips + at].maximum[r]);
             double sum = 0, kept = 0;
             for (int i = 0; i < chunks; ++i) {
                 const Running& part = parts[std::size_t(i) * strips + at];
-                const double weight = std::exp2((double(part.maximum[r]) - most) * strip.factor[r]);
+                const double weight = std::exp2((double(part.maximum[r]) - maximum) * strip.factor[r]);
                 sum += weight * part.sum[r];
                 kept += weight * part.kept[r];
             }
             const bool used = strip.positions[r] >= 0;
-            lse[at].rows[r] = used ? float(double(most) * strip.factor[r] + std::log2(sum)) : kNothing;
+            lse[at].rows[r] = used ? float(double(maximum) * strip.factor[r] + std::log2(sum)) : kNothing;
             if (share != nullptr && used) (*share)[at / work.strips] += kept / sum / double(work.args.num_rows);
         }
     }
@@ -138,7 +138,7 @@ void add_offsets(float* offsets, std::int64_t stop, std::int64_t first, const fl
 
 void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float* offsets) {
     const std::int64_t stop = work.args.borders[3];
-    // Chunks side by side meet in some offsets: first the even ones, then the odd ones.
+    // Neighbouring chunks share some offsets: first the even ones are computed, then the odd ones.
     parallel(work, int(work.chunks.size()), 2, [&](Reader& reader, int i) {
         const Chunk& chunk = work.chunks[i];
         alignas(64) float lanes[kKeys * kLanes], by_key[kKeys], by_offset[kSpan];

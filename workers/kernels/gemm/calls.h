@@ -1,7 +1,7 @@
 // The arguments of the exported products and row operations, mirrored in workers/kernels/abi.py.
 //
 // Legend: T tokens, M hidden size, H heads, D head dim, I intermediate, E experts of the model, Er of the shard,
-// k experts a token uses.
+// k experts per token.
 #pragma once
 
 #include "gemm/gemm.h"

@@ -1,4 +1,4 @@
-// Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source, compiled for
+// Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source is compiled for
 // each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
 #include "gemm/calls.h"
 
@@ -110,9 +110,9 @@ INLINE long argmax(const float* values, long size) {
     constexpr long kBlock = 256;  // searched without a branch
     for (long first = 0; first < size; first += kBlock) {
         const long stop = first + kBlock < size ? first + kBlock : size;
-        std::int32_t found = 0;
-        for (long i = first; i < stop; ++i) found |= ordered(i, wrong) == best;
-        for (long i = first; i < stop && found; ++i) {
+        std::int32_t hit = 0;
+        for (long i = first; i < stop; ++i) hit |= ordered(i, wrong) == best;
+        for (long i = first; i < stop && hit; ++i) {
             if (ordered(i, wrong) == best) return i;
         }
     }
@@ -155,7 +155,7 @@ EXPORT int longreach_route(const RouteCall* call) {
     return 0;
 }
 
-// Index of the greatest of `size` values, the first of equal ones; -1 when one is infinite or not a number.
+// Index of the greatest of `size` values, the first of equal ones; -1 when a value is infinite or NaN.
 EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std::int32_t path) {
     constexpr long (*of[])(const float*, long) = {argmax_portable, argmax_avx2, argmax_avx512};
     return of[path < kAvx512 ? path : kAvx512](values, size);

@@ -166,8 +166,8 @@ EXPORT int longreach_linear(const LinearCall* call) {
     const Engine& use = engine(call->path);
     const long k = call->k, strips = call->n / kStrip, panels = (strips + 1) / 2;
     // where rows are few, columns make the tasks
-    const long most = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / k / kBlock * kBlock);
-    const long groups = (call->rows + most - 1) / most, group = round_up((call->rows + groups - 1) / groups, kBlock);
+    const long max_rows = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / k / kBlock * kBlock);
+    const long groups = (call->rows + max_rows - 1) / max_rows, group = round_up((call->rows + groups - 1) / groups, kBlock);
     const long pieces = std::min(panels, std::max(1L, (kTasksPerThread * call->threads + groups - 1) / groups));
     int status = kOk;
 #pragma omp parallel num_threads(call->threads)

@@ -30,10 +30,10 @@ constexpr long kTile = kStrip * kDepth;
 constexpr long kBlock = 2 * kStrip;    // rows and outputs of a block, at most
 constexpr long kSlice = 8;             // tiles of K: two strips of them are 16 KiB
 constexpr long kTaskBytes = 1L << 20;  // of packed rows: they stay in L2 while the weights pass
-constexpr long kTasksPerThread = 4;    // more are dealt out more evenly
+constexpr long kTasksPerThread = 4;    // finer tasks balance the threads
 constexpr std::size_t kLine = 64;      // bytes
 
-// Weights to bring into L2 while a block is computed: so many lines after each tile of K.
+// Weights to prefetch into L2 while a block is computed: `lines` after each tile of K.
 struct Ahead {
     const char* at;
     long lines;
@@ -50,17 +50,17 @@ struct Operands {
     bool add;       // to what c holds
 };
 
-// Where a block's results go: row r to `out + place[r] * stride`, as bf16(scale[r] * c + bias).
+// The destination of a block: row r goes to `out + place[r] * stride`, as bf16(scale[r] * c + bias).
 struct Target {
     bf16* out;
     long stride;
     const std::int32_t* place;  // null: r
     const float* scale;         // null: 1
     const bf16* bias;           // null: 0
-    bool stream;                // past the caches, where whole lines are written
+    bool stream;                // bypass the caches where whole lines are written
 };
 
-// One way to compute. `block` fills c, 32 x 32 floats, or adds to it; the two after it take c on.
+// One instruction set. `block` fills c, 32 x 32 floats, or adds to it; `store` and `swiglu` consume c.
 struct Engine {
     void (*block)(float* c, const Operands& operands, Ahead ahead);
     void (*store)(const float* c, long rows, long columns, const Target& target);
@@ -82,7 +82,7 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
 // Memory of the calling thread, kept between calls: at least `bytes`, on a cache line, of unspecified content.
 void* thread_memory(std::size_t bytes);
 
-// Results larger than a core's caches are written past them: nobody reads a line before it has left them.
+// Whether results bypass the caches: they are larger, so a line would be evicted before it is read.
 inline bool streams(const bf16* out, long rows, long stride) {
     constexpr long cached = 2L << 20;  // bytes
     const auto odd = reinterpret_cast<std::uintptr_t>(out) | std::uintptr_t(stride) * sizeof(bf16);

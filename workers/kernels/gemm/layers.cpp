@@ -1,8 +1,8 @@
 // Whole layers of a few rows in one call: a decode step.
 //
-// A row passes through some ten operations a layer, of 3 to 700 microseconds each. Called one by one from Python, a
-// quarter of a step was the interpreter's, whose own memory the weights had just driven out of the caches. The
-// operations are the exported ones, in the order of `Decoder` in workers/model/decoder.py, which is the twin.
+// A row passes through some ten operations per layer, of 3 to 700 microseconds each. When Python called them one by one,
+// the interpreter took a quarter of a step, as the weights evict its memory from the caches. The operations are the
+// exported ones, in the order of `Decoder` in workers/model/decoder.py, which is the fallback.
 #include "gemm/layers.h"
 
 #include <algorithm>
