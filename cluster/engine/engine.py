@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cluster.common.errors import EngineError
+from cluster.common.text_format import describe_error
 from cluster.engine.in_flight import InFlight, Step
 from cluster.engine.latency_model import LatencyModel
 from cluster.engine.outputs import GenerationSpec, OutputText, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.engine.request_handle import Event, Ticket
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageHandle
@@ -169,7 +171,7 @@ class Engine:
                 self._oldest = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
-                self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
+                self._fail(f"the engine failed: {describe_error(error)}")
 
     def _fill_pipeline(self) -> None:
         if self._error:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.common.errors import EngineError
 from cluster.engine.attention_report import AttentionLog
 from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
 from cluster.scheduler.request import FinishReason, Request
@@ -14,10 +15,6 @@ from protos.model.spec import ModelSpec
 
 Event = Progress | TokenEvent | Generation
 _log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """The cluster behind the engine failed."""
 
 
 @dataclass(slots=True, eq=False)

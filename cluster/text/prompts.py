@@ -19,6 +19,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cluster.common.text_format import one_line
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 
@@ -112,7 +113,7 @@ def render_chat(
                 raise jinja2.TemplateRuntimeError(f"the output passes {limit} characters")
             pieces.append(piece)
     except _TEMPLATE_FAILURES as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise PromptError(f"chat_template: cannot be rendered{line}: {reason}") from error
     return "".join(pieces)

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cluster.common.text_format import one_line
 from cluster.text.token_bytes import UNBOUNDED, drops_text, flat_steps, normalizes, source_bytes, token_bytes
 from protos.errors import UserError
 
@@ -63,7 +64,7 @@ class TextTokenizer:
         try:
             return cls(definition, config, template)
         except Exception as error:  # the library raises bare Exception
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise TokenizerError(f"{path}: not a usable tokenizer: {reason}: download the file again") from error
 
     def encode(
