@@ -19,11 +19,12 @@ from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
 from cluster.engine.in_flight import InFlight, Step
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, Progress, TokenEvent
+from cluster.engine.outputs import GenerationSpec, Progress, TokenEvent
 from cluster.engine.request_handle import Event, Ticket
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageHandle
+from cluster.text.detokenizer import OutputText
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
