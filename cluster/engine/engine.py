@@ -192,7 +192,7 @@ class Engine:
 
     def _depth_now(self) -> int:
         """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
-        if not self._decode_s or not self.scheduler.decodes:
+        if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
