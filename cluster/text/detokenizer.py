@@ -1,4 +1,4 @@
-"""Token ids of an answer to text while they are sampled: detokenization, stop strings, reasoning."""
+"""Turn the token ids of an answer into text while they are sampled, up to the first stop string."""
 
 from __future__ import annotations
 
