@@ -54,7 +54,6 @@ class Request:
     prompt: Sequence[int]
     sampling: SamplingParams
     stop: StopRules
-    arrived: float = 0.0
     priority: int = 0  # higher is admitted earlier
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
