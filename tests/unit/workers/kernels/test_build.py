@@ -9,7 +9,7 @@ import pytest
 from workers.kernels.build import compiler, library_path, load
 
 
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler: the PyTorch twins serve")
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(os.environ.get("LONGREACH_KERNELS") == "off", reason="LONGREACH_KERNELS is off")
 def test_kernels_build_where_there_is_a_compiler():
     found = load()
