@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.engine.attention_report import AttentionLog
+from cluster.engine.attention_report import AttentionReport
 from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
 from cluster.scheduler.request import FinishReason, Request
 from protos.model.spec import ModelSpec
@@ -21,7 +21,7 @@ class EngineError(RuntimeError):
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class RequestHandle:
     """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
 
     request: Request
@@ -29,7 +29,7 @@ class Ticket:
     text: OutputText
     on_event: Callable[[Event], None]
     submitted: float
-    attention: AttentionLog = field(default_factory=AttentionLog)
+    attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -44,7 +44,7 @@ class Ticket:
             raise EngineError(self.result.error)
         return self.result
 
-    def tell(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """Call the submitter; one that raises hears nothing more."""
         try:
             self.on_event(event)
@@ -76,7 +76,7 @@ class Ticket:
             error=error,
             attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
         )
-        self.tell(self.result)
+        self.notify(self.result)
         self.done.set()
 
 

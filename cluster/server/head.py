@@ -1,4 +1,4 @@
-"""The head: one process that holds the session, the job service and the door, from start to drain."""
+"""The head: one process that holds the runtime, the job service and the door, from start to drain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.api import ServiceLimits
 from cluster.jobs.documents import Documents
 from cluster.jobs.prompts import reasoning_opened
@@ -52,20 +52,20 @@ def run_head(
         on_status(status)
         signals.renew()
 
-    session = Session(deployment, on_launch)
-    with session:
+    runtime = ClusterRuntime(deployment, on_launch)
+    with runtime:
         store = JobStore(config.data_dir / "jobs.sqlite")
         documents = Documents(config.data_dir / "documents", store, config.server.document_ttl_s)
         limits = ServiceLimits(
             config.server.max_queued_jobs, config.server.max_document_bytes, config.server.result_ttl_s,
             config.server.document_ttl_s,
         )  # fmt: skip
-        service = JobService(session, store, documents, limits)
+        service = JobService(runtime, store, documents, limits)
         gateway = Gateway(
             service, config.server, config.security,
-            reasoning_opened=lambda spec: reasoning_opened(session.tokenizer, spec),
+            reasoning_opened=lambda spec: reasoning_opened(runtime.tokenizer, spec),
         )  # fmt: skip
-        metrics = MetricsDoor(service, session, config.server.metrics_host, config.server.metrics_port)
+        metrics = MetricsDoor(service, runtime, config.server.metrics_host, config.server.metrics_port)
         try:
             service.start()
             metrics.start()
