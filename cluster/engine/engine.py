@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from cluster.engine.in_flight import InFlight, Step
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.engine.outputs import GenerationSpec, OutputText, PrefillProgress, TokenEvent
+from cluster.engine.request_handle import EngineError, EngineEvent, Ticket
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageHandle
@@ -105,7 +105,7 @@ class Engine:
         for handle in self._shards:
             handle.close()
 
-    def submit(self, spec: GenerationSpec, on_event: Callable[[Event], None] = lambda event: None) -> Ticket:
+    def submit(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None) -> Ticket:
         """Queue one prompt; `on_event` is called on the engine's thread and must not block.
 
         Raises:
@@ -114,7 +114,7 @@ class Engine:
         """
         return self.submit_all([(spec, on_event)])[0]
 
-    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[Event], None]]]) -> list[Ticket]:
+    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]]) -> list[Ticket]:
         """Queue several prompts at once; either all are accepted or none."""
         tickets = [self._ticket(spec, on_event) for spec, on_event in items]
         for ticket in tickets:
@@ -262,14 +262,16 @@ class Engine:
         if news.ended:
             self._finish(ticket)
 
-    def _progress(self, request: Request) -> Progress:
+    def _progress(self, request: Request) -> PrefillProgress:
         processed = min(request.num_computed, request.num_prompt)
         eta = self.latency.predict_chunks(self.scheduler.chunks_left(request))
-        return Progress(request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000))
+        return PrefillProgress(
+            request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000)
+        )
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
 
-    def _ticket(self, spec: GenerationSpec, on_event: Callable[[Event], None]) -> Ticket:
+    def _ticket(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None]) -> Ticket:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cluster.engine.outputs import Generation
-    from cluster.engine.request_handle import Event
+    from cluster.engine.request_handle import EngineEvent
     from cluster.engine.runtime import Ask, Session
 
 
@@ -60,20 +60,20 @@ class LocalCluster:
 
     def ask(
         self, document: str | os.PathLike[str], question: str, ask: Ask | None = None,
-        on_event: Callable[[int, Event], None] | None = None,
+        on_event: Callable[[int, EngineEvent], None] | None = None,
     ) -> Generation:  # fmt: skip
         """Answer one question about a document: a text, or the path object of a UTF-8 file."""
         return self.ask_all(document, [question], ask, on_event)[0]
 
     def ask_all(
         self, document: str | os.PathLike[str], questions: Sequence[str], ask: Ask | None = None,
-        on_event: Callable[[int, Event], None] | None = None,
+        on_event: Callable[[int, EngineEvent], None] | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Answer several questions about one document, which is read once; results in their order.
 
         Args:
-            on_event: called with the index of a question and its `Progress`, `TokenEvent` or `Generation`, on another
-                thread; must not block.
+            on_event: called with the index of a question and its `PrefillProgress`, `TokenEvent` or `Generation`, on
+                another thread; must not block.
 
         Raises:
             PromptError: the document or a question cannot be used. EngineError: the cluster failed.

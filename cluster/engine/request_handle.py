@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.engine.attention_report import AttentionLog
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputText, PrefillProgress, Timings, TokenEvent
 from cluster.scheduler.request import FinishReason, Request
 from protos.model.spec import ModelSpec
 
-Event = Progress | TokenEvent | Generation
+EngineEvent = PrefillProgress | TokenEvent | Generation
 _log = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ class Ticket:
     request: Request
     spec: GenerationSpec
     text: OutputText
-    on_event: Callable[[Event], None]
+    on_event: Callable[[EngineEvent], None]
     submitted: float
     attention: AttentionLog = field(default_factory=AttentionLog)
     started: float | None = None
@@ -44,7 +44,7 @@ class Ticket:
             raise EngineError(self.result.error)
         return self.result
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: EngineEvent) -> None:
         """Call the submitter; one that raises hears nothing more."""
         try:
             self.on_event(event)
@@ -80,5 +80,5 @@ class Ticket:
         self.done.set()
 
 
-def _ignore(_event: Event) -> None:
+def _ignore(_event: EngineEvent) -> None:
     pass

@@ -16,7 +16,7 @@ from cluster.engine.attention_report import describe_positions, describe_sparsit
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import FLOOR_S, Watchdog
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.engine.request_handle import EngineError, EngineEvent, Ticket
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageError
@@ -134,7 +134,11 @@ class Session:
         return prompts
 
     def ask_document(
-        self, document: str, questions: Sequence[str], ask: Ask, on_event: Callable[[int, Event], None] | None = None
+        self,
+        document: str,
+        questions: Sequence[str],
+        ask: Ask,
+        on_event: Callable[[int, EngineEvent], None] | None = None,
     ) -> list[Generation]:
         """Answer several questions about one document; it is computed once.
 
@@ -220,7 +224,7 @@ class Session:
             check_ids(prompt, self.deployment.spec.vocab_size)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, Event], None] | None = None,
+        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, EngineEvent], None] | None = None,
         reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Raises as `ask_document`."""
@@ -233,7 +237,7 @@ class Session:
             raise
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, Event], None] | None = None,
+        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, EngineEvent], None] | None = None,
         reasoning_opened: bool = False,
     ) -> list[Ticket]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_document`."""
@@ -263,7 +267,7 @@ def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
     return hashlib.sha256("\0".join(parts).encode()).digest()
 
 
-def _for_index(on_event: Callable[[int, Event], None] | None, index: int) -> Callable[[Event], None]:
+def _for_index(on_event: Callable[[int, EngineEvent], None] | None, index: int) -> Callable[[EngineEvent], None]:
     if on_event is None:
         return lambda event: None
     return lambda event: on_event(index, event)

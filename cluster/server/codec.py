@@ -15,9 +15,8 @@ from typing import Any
 from google.protobuf import json_format
 
 from cluster.config.yaml_source import show_value
-from cluster.engine.outputs import Progress
+from cluster.engine.outputs import PrefillProgress
 from cluster.engine.runtime import Ask
-from cluster.jobs.api import ProgressUpdate
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -29,6 +28,7 @@ from cluster.jobs.model import (
     JobToken,
     check_id,
 )
+from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.stage.messages import SamplingParams
@@ -209,7 +209,7 @@ def encode_document(record: DocumentRecord) -> pb.Document:
 
 
 def encode_job(
-    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, Progress] | None = None
+    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, PrefillProgress] | None = None
 ) -> pb.Job:
     """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
     them) are given."""
@@ -270,7 +270,7 @@ def encode_token(token: JobToken) -> pb.Token:
     return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
 
 
-def encode_progress(progress: Progress) -> pb.Progress:
+def encode_progress(progress: PrefillProgress) -> pb.Progress:
     return pb.Progress(
         total=progress.total, cached=progress.cached, processed=progress.processed, eta_ms=progress.eta_ms
     )
