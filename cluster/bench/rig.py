@@ -16,10 +16,11 @@ from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.documents import Documents
-from cluster.jobs.service import JobService, ServiceLimits
+from cluster.jobs.documents import DocumentStore
+from cluster.jobs.model import ServiceLimits
+from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import Gateway
+from cluster.server.grpc_server import GrpcServer
 from cluster.server.head import SWITCH_INTERVAL_S
 from cluster.tools.assets import needle_dir
 
@@ -47,9 +48,9 @@ def head(
         data = deployment.config.data_dir
         store = JobStore(data / "jobs.sqlite")
         steps.callback(store.close)
-        documents = Documents(data / "documents", store, 86400.0)
+        documents = DocumentStore(data / "documents", store, 86400.0)
         service = JobService(runtime, store, documents, ServiceLimits())
-        gateway = Gateway(service, deployment.config.server, deployment.config.security, port_override=0)
+        gateway = GrpcServer(service, deployment.config.server, deployment.config.security, port_override=0)
         steps.callback(gateway.close)
         steps.callback(service.close)
         service.start()

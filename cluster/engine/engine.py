@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError, Event, RequestHandle
+from cluster.engine.outputs import GenerationSpec, OutputText, PrefillProgress, TokenEvent
+from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -108,7 +108,9 @@ class Engine:
         for shard in self._shards:
             shard.close()
 
-    def submit(self, spec: GenerationSpec, on_event: Callable[[Event], None] = lambda event: None) -> RequestHandle:
+    def submit(
+        self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None
+    ) -> RequestHandle:
         """Queue one prompt; `on_event` is called on the engine's thread and must not block.
 
         Raises:
@@ -117,7 +119,7 @@ class Engine:
         """
         return self.submit_all([(spec, on_event)])[0]
 
-    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[Event], None]]]) -> list[RequestHandle]:
+    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]]) -> list[RequestHandle]:
         """Queue several prompts at once; either all are accepted or none."""
         handles = [self._handle(spec, on_event) for spec, on_event in items]
         for handle in handles:
@@ -265,14 +267,16 @@ class Engine:
         if outcome.ended:
             self._finish(handle)
 
-    def _progress(self, request: Request) -> Progress:
+    def _progress(self, request: Request) -> PrefillProgress:
         processed = min(request.num_computed, request.num_prompt)
         eta = self.latency.predict_chunks(self.scheduler.chunks_left(request))
-        return Progress(request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000))
+        return PrefillProgress(
+            request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000)
+        )
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
 
-    def _handle(self, spec: GenerationSpec, on_event: Callable[[Event], None]) -> RequestHandle:
+    def _handle(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None]) -> RequestHandle:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))

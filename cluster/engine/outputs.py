@@ -48,7 +48,7 @@ class GenerationSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PrefillProgress:
     """Prefill of one prompt in tokens: `cached` came for nothing, `processed` counts them too."""
 
     total: int

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.engine.attention_report import AttentionReport
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputText, PrefillProgress, Timings, TokenEvent
 from cluster.scheduler.request import FinishReason, Request
 from protos.model.spec import ModelSpec
 
-Event = Progress | TokenEvent | Generation
+EngineEvent = PrefillProgress | TokenEvent | Generation
 _log = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ class RequestHandle:
     request: Request
     spec: GenerationSpec
     text: OutputText
-    on_event: Callable[[Event], None]
+    on_event: Callable[[EngineEvent], None]
     submitted: float
     attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
@@ -44,7 +44,7 @@ class RequestHandle:
             raise EngineError(self.result.error)
         return self.result
 
-    def notify(self, event: Event) -> None:
+    def notify(self, event: EngineEvent) -> None:
         """Call the submitter; one that raises hears nothing more."""
         try:
             self.on_event(event)
@@ -80,5 +80,5 @@ class RequestHandle:
         self.done.set()
 
 
-def _ignore(_event: Event) -> None:
+def _ignore(_event: EngineEvent) -> None:
     pass

@@ -17,7 +17,7 @@ from cluster.engine.attention_report import describe_positions, describe_sparsit
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import FLOOR_S, HangDetector
 from cluster.engine.outputs import AnswerOptions, Generation, GenerationSpec
-from cluster.engine.request_handle import EngineError, Event, RequestHandle
+from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
@@ -122,20 +122,20 @@ class ClusterRuntime:
 
     def ask(
         self, document: str | os.PathLike[str], question: str, options: AnswerOptions | None = None,
-        on_event: Callable[[int, Event], None] | None = None,
+        on_event: Callable[[int, EngineEvent], None] | None = None,
     ) -> Generation:  # fmt: skip
         """Answer one question about a document: a text, or the path object of a UTF-8 file. Raises as `ask_all`."""
         return self.ask_all(document, [question], options, on_event)[0]
 
     def ask_all(
         self, document: str | os.PathLike[str], questions: Sequence[str], options: AnswerOptions | None = None,
-        on_event: Callable[[int, Event], None] | None = None,
+        on_event: Callable[[int, EngineEvent], None] | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Answer several questions about one document, which is computed once; results in their order.
 
         Args:
-            on_event: called with the index of a question and its `Progress`, `TokenEvent` or `Generation`, on the
-                engine's thread; must not block.
+            on_event: called with the index of a question and its `PrefillProgress`, `TokenEvent` or `Generation`; runs
+                on the engine's thread and must not block.
 
         Raises:
             PromptError, DoesNotFit: before anything is computed. EngineError: the cluster failed.
@@ -221,7 +221,7 @@ class ClusterRuntime:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions,
-        on_event: Callable[[int, Event], None] | None = None, reasoning_opened: bool = False,
+        on_event: Callable[[int, EngineEvent], None] | None = None, reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Raises as `ask_all`."""
         handles = self.submit(prompts, options, on_event, reasoning_opened)
@@ -234,7 +234,7 @@ class ClusterRuntime:
 
     def submit(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions,
-        on_event: Callable[[int, Event], None] | None = None, reasoning_opened: bool = False,
+        on_event: Callable[[int, EngineEvent], None] | None = None, reasoning_opened: bool = False,
     ) -> list[RequestHandle]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_all`."""
         self.check_prompts(prompts, options)
@@ -282,7 +282,7 @@ def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
     return hashlib.sha256("\0".join(parts).encode()).digest()
 
 
-def _for_index(on_event: Callable[[int, Event], None] | None, index: int) -> Callable[[Event], None]:
+def _for_index(on_event: Callable[[int, EngineEvent], None] | None, index: int) -> Callable[[EngineEvent], None]:
     if on_event is None:
         return lambda event: None
     return lambda event: on_event(index, event)

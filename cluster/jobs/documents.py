@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.jobs.model import DocumentRecord, InvalidJob, NotAllowedNow, NotFound, check_id
+from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, NotAllowedNow, check_id
 from cluster.jobs.store import JobStore, JobStoreError
 
 MAX_NAME = 255  # characters
@@ -24,7 +24,7 @@ _TEMPORARY = ".upload-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Documents:
+class DocumentStore:
     """Stores, reads and forgets documents; all methods may be called from any thread. `clock`: seconds since 1970."""
 
     def __init__(self, folder: Path, store: JobStore, ttl_s: float, clock: Callable[[], float] = time.time) -> None:
@@ -61,13 +61,13 @@ class Documents:
             return self._keep(path, DocumentRecord(identity, display_name(name), size, now, now + self._ttl_s))
 
     def read(self, document_id: str) -> bytes:
-        """The bytes. Raises NotFound, and JobStoreError when the file has another size than its record."""
+        """The bytes. Raises JobNotFound, and JobStoreError when the file has another size than its record."""
         record = self.get(document_id)
         with self._errors():
             try:
                 content = self._path(document_id).read_bytes()
             except FileNotFoundError as error:
-                raise NotFound(f"document: {document_id}: its file is gone: upload it again") from error
+                raise JobNotFound(f"document: {document_id}: its file is gone: upload it again") from error
         if len(content) != record.size_bytes:
             raise JobStoreError(
                 f"document: {document_id}: {len(content)} bytes: must be {record.size_bytes}: upload it again"
@@ -75,10 +75,10 @@ class Documents:
         return content
 
     def get(self, document_id: str) -> DocumentRecord:
-        """The record. Raises InvalidJob (not an id) and NotFound."""
+        """The record. Raises InvalidJob (not an id) and JobNotFound."""
         record = self._store.get_document(check_id(document_id, "doc"))
         if record is None:
-            raise NotFound(f"document: {document_id}: not found: upload it again")
+            raise JobNotFound(f"document: {document_id}: not found: upload it again")
         return record
 
     def list(self) -> Sequence[DocumentRecord]:
@@ -86,11 +86,11 @@ class Documents:
         return self._store.list_documents()
 
     def delete(self, document_id: str) -> None:
-        """Forget a document. Raises NotFound, and NotAllowedNow while a job that has not ended uses it."""
+        """Forget a document. Raises JobNotFound, and NotAllowedNow while a job that has not ended uses it."""
         path = self._path(document_id)
         with self._lock, self._errors():
             if not self._store.delete_document(document_id):
-                raise NotFound(f"document: {document_id}: not found")
+                raise JobNotFound(f"document: {document_id}: not found")
             path.unlink(missing_ok=True)
 
     def sweep(self, now: float) -> int:

@@ -47,11 +47,11 @@ class InvalidJob(JobError, ValueError):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
 
 
-class NotFound(JobError):
+class JobNotFound(JobError):
     """No such job or document (gRPC NOT_FOUND)."""
 
 
-class Conflict(JobError):
+class JobConflict(JobError):
     """An idempotency key used with another body, or a state that does not allow it (gRPC ALREADY_EXISTS)."""
 
 
@@ -59,7 +59,7 @@ class NotAllowedNow(JobError):
     """The state of the job or document does not allow it (gRPC FAILED_PRECONDITION)."""
 
 
-class Busy(JobError):
+class ServiceBusy(JobError):
     """The queue is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -194,3 +194,13 @@ class DocumentRecord:
     size_bytes: int
     created: float
     expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Bounds of the queue and of what is kept. Seconds."""
+
+    max_queued_jobs: int = 256
+    max_document_bytes: int = 64 << 20
+    result_ttl_s: float = 7 * 86400.0
+    document_ttl_s: float = 7 * 86400.0

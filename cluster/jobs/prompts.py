@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.documents import Documents
+from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobSpec
 from cluster.text.prompts import opens_thinking
 from cluster.text.reasoning import OPEN_TAG
@@ -15,8 +15,8 @@ from protos.errors import UserError
 _TAIL = 16  # ids at the end of a prompt that can hold the opening tag
 
 
-def job_prompts(runtime: ClusterRuntime, documents: Documents, spec: JobSpec) -> list[array[int]]:
-    """Token ids of every question. Raises InvalidJob, or NotFound (the document)."""
+def job_prompts(runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec) -> list[array[int]]:
+    """Token ids of every question. Raises InvalidJob, or JobNotFound (the document)."""
     given = spec.input
     try:
         if given.document_id:

@@ -7,20 +7,20 @@ more.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from cluster.engine.outputs import Generation, Progress, TokenEvent
-from cluster.engine.request_handle import Event
+from cluster.engine.outputs import Generation, PrefillProgress, TokenEvent
+from cluster.engine.request_handle import EngineEvent
 from cluster.jobs.database import JobStoreError
 from cluster.jobs.model import ACTIVE, JobAnswer, JobState, JobToken
 from cluster.jobs.store import JobStore, StateChange
+from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
 from protos.stage.messages import SampledToken
 
@@ -41,7 +41,7 @@ class LiveJob:
     cancelled: bool = False  # somebody wants it to end
     generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
     decodes: bool = False  # the store has heard of its first token
-    progress: dict[int, Progress] = field(default_factory=dict)
+    progress: dict[int, PrefillProgress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
 
@@ -52,88 +52,16 @@ class LiveJob:
         self.decodes = False
 
 
-class Follower:
-    """One who follows a job: `wait` returns at the next commit about this job, and at no other."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._changed = threading.Condition(lock)
-        self._news = False
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for news since the last `wait`; False after the timeout."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._news, timeout_s)
-            news, self._news = self._news, False
-            return news
-
-    def wake(self) -> None:
-        """Say that there is news (lock held)."""
-        self._news = True
-        self._changed.notify_all()
-
-
-class Watch:
-    """Who waits for news about which job. Keeps nothing about jobs that nobody follows."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._followers: dict[str, set[Follower]] = {}
-        self._closed = False
-
-    @contextlib.contextmanager
-    def follow(self, job_id: str) -> Iterator[Follower]:
-        """A follower inside the block: no commit that comes after its beginning is missed."""
-        follower = Follower(self._lock)
-        with self._lock:
-            self._followers.setdefault(job_id, set()).add(follower)
-        try:
-            yield follower
-        finally:
-            with self._lock:
-                others = self._followers[job_id]
-                others.discard(follower)
-                if not others:
-                    del self._followers[job_id]
-
-    def touch(self, job_ids: Sequence[str]) -> None:
-        """Something about these jobs was committed."""
-        with self._lock:
-            for job_id in job_ids:
-                for follower in self._followers.get(job_id, ()):
-                    follower.wake()
-
-    def forget(self, job_id: str) -> None:
-        """The job was deleted: its followers find that out now."""
-        self.touch([job_id])
-
-    def close(self) -> None:
-        """Wake everybody for the last time."""
-        with self._lock:
-            self._closed = True
-            for followers in self._followers.values():
-                for follower in followers:
-                    follower.wake()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    @property
-    def num_jobs(self) -> int:
-        """How many jobs are followed."""
-        return len(self._followers)
-
-
-_Item = tuple[LiveJob, int, int, Event]  # job, its generation, question, event
+_Item = tuple[LiveJob, int, int, EngineEvent]  # job, its generation, question, event
 _Report = Callable[[], str]  # why the pipeline failed, or nothing when another one runs by now
 
 
 class Recorder:
     """The committing thread. `close` commits what is queued and ends it; may be called twice."""
 
-    def __init__(self, store: JobStore, watch: Watch, on_broken: Callable[[str], None]) -> None:
+    def __init__(self, store: JobStore, changes: ChangeNotifier, on_broken: Callable[[str], None]) -> None:
         self._store = store
-        self._watch = watch
+        self._changes = changes
         self._on_broken = on_broken
         self._closing = threading.Event()
         self._queue: queue.SimpleQueue[_Item | _Report | None] = queue.SimpleQueue()
@@ -150,7 +78,7 @@ class Recorder:
         if self._thread.is_alive():
             self._thread.join()
 
-    def callback(self, job: LiveJob, question: int) -> Callable[[Event], None]:
+    def callback(self, job: LiveJob, question: int) -> Callable[[EngineEvent], None]:
         """What the engine calls for one question of a job."""
         generation = job.generation
         return lambda event: self._queue.put((job, generation, question, event))
@@ -185,7 +113,7 @@ class Recorder:
         for job, generation, question, event in items:
             if generation != job.generation:
                 continue  # of a pipeline that is gone
-            if isinstance(event, Progress):
+            if isinstance(event, PrefillProgress):
                 job.progress[question] = event
                 states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
             elif isinstance(event, TokenEvent):
@@ -210,7 +138,7 @@ class Recorder:
         self.num_commits += 1
         for job, final in ended:
             job.on_end(final)
-        self._watch.touch(list({job.job_id for job, *_ in items}))
+        self._changes.notify(list({job.job_id for job, *_ in items}))
 
     def _write(
         self, tokens: Sequence[tuple[str, JobToken]], states: Sequence[StateChange],

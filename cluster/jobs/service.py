@@ -14,29 +14,29 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.engine.outputs import GenerationSpec, Progress
+from cluster.engine.outputs import GenerationSpec, PrefillProgress
 from cluster.engine.request_handle import EngineError, RequestHandle
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.api import JobEvent, ServiceLimits
-from cluster.jobs.documents import Documents
+from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
-    Busy,
     DocumentRecord,
     InvalidJob,
+    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
     JobToken,
     NotAllowedNow,
-    NotFound,
+    ServiceBusy,
+    ServiceLimits,
     check_id,
     new_id,
 )
 from cluster.jobs.prompts import job_prompts, reasoning_opened
-from cluster.jobs.recorder import LiveJob, Recorder, Watch, committed_tokens
+from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore
-from cluster.jobs.subscriptions import Following
+from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
 from cluster.jobs.supervisor import PipelineSupervisor
 from cluster.jobs.timers import Timers
 from protos.stage.messages import SampledToken
@@ -49,10 +49,13 @@ _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
 
 
 class JobService:
-    """Implements `JobServiceApi` over a running runtime, a store and a folder of documents."""
+    """Runs jobs over a running runtime, a store and a folder of documents.
+
+    Methods raise the errors of `cluster.jobs.model`; all may be called from any thread.
+    """
 
     def __init__(
-        self, runtime: ClusterRuntime, store: JobStore, documents: Documents, limits: ServiceLimits,
+        self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServiceLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._runtime = runtime
@@ -60,13 +63,13 @@ class JobService:
         self._documents = documents
         self._limits = limits
         self._clock = clock
-        self._watch = Watch()
-        self._recorder = Recorder(store, self._watch, self._on_broken)
+        self._changes = ChangeNotifier()
+        self._recorder = Recorder(store, self._changes, self._on_broken)
         self._lock = threading.RLock()  # live jobs and handles
         self._live: dict[str, LiveJob] = {}
         self._handles: dict[str, list[RequestHandle]] = {}
         self._queued_tokens: dict[str, int] = {}
-        self._following = Following(store, self._watch, self.get, self.progress, self._cancel)
+        self._subscriptions = Subscriptions(store, self._changes, self.get, self.progress, self._cancel)
         self._timers = Timers(clock, self._sweep)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
@@ -107,11 +110,12 @@ class JobService:
                 job.generation += 1  # what the closing engine says about them is not their end
         self._supervisor.close(_RECOVERY_ENDS_S)  # the runtime must not be started again while its owner closes it
         self._recorder.close()
-        self._watch.close()
+        self._changes.close()
 
     # --- documents ---------------------------------------------------------------------------------------------------
 
     def upload(self, name: str, pieces: Iterable[bytes]) -> DocumentRecord:
+        """Store a document; refused early when it can never fit (InvalidJob)."""
         return self._documents.put(name, pieces, self._limits.max_document_bytes)
 
     def document(self, document_id: str) -> DocumentRecord:
@@ -127,21 +131,22 @@ class JobService:
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def submit(self, spec: JobSpec) -> JobRecord:
+        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy."""
         if (known := self._store.find(spec)) is not None:  # a repeated submission is answered whatever goes on
             return known
         if self._refusal:
-            raise Busy(self._refusal, 5.0)
+            raise ServiceBusy(self._refusal, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         waiting, _ = self.counts()
         if waiting >= self._limits.max_queued_jobs:
-            raise Busy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
+            raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
         prompts = self._prompts(spec)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(self._queued_tokens.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
-                raise Busy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
+                raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
                 spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask.sampling.seed)
             )
@@ -152,31 +157,41 @@ class JobService:
     def get(self, job_id: str) -> JobRecord:
         record = self._store.get(check_id(job_id, "job"))
         if record is None:
-            raise NotFound(f"job {job_id}: not found (it may have expired)")
+            raise JobNotFound(f"job {job_id}: not found (it may have expired)")
         return record
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+        """Committed tokens with numbers above `after`, in order."""
         return self._store.tokens(job_id, after, limit)
 
-    def progress(self, job_id: str) -> Mapping[int, Progress]:
+    def progress(self, job_id: str) -> Mapping[int, PrefillProgress]:
+        """The newest progress of each question, while the job runs."""
         job = self._live.get(job_id)
         return dict(job.progress) if job else {}
 
     def jobs(
         self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
     ) -> tuple[Sequence[JobRecord], str]:
+        """Newest first, and the cursor of the next page (empty at the end)."""
         return self._store.list(states, labels, limit, cursor)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        return self._following.wait(job_id, timeout_s)
+        """The job once it has ended, or as it is after `timeout_s`."""
+        return self._subscriptions.wait(job_id, timeout_s)
 
     def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+        """Events from token `after + 1` on; ends with the record of the ended job.
+
+        Tokens come in order, those together that are there together, progress in between (at least every 10 s), a
+        record at every change of state. Closing the iterator of an attached job cancels the job.
+        """
         record = self.get(job_id)
         if after > record.last_event:
             raise InvalidJob(f"after: {after}: must be between 0 and {record.last_event}, the newest token")
-        return self._following.events(job_id, after, record.spec.attached)
+        return self._subscriptions.events(job_id, after, record.spec.attached)
 
     def cancel(self, job_id: str) -> JobRecord:
+        """End a job and return it; one that has ended is returned unchanged."""
         record = self.get(job_id)
         if record.state.is_final:
             return record
@@ -184,9 +199,10 @@ class JobService:
         return self.wait(job_id, 30.0)
 
     def delete(self, job_id: str) -> None:
+        """Forget an ended job (NotAllowedNow while it runs)."""
         if not self.get(job_id).state.is_final or not self._store.delete(job_id):
             raise NotAllowedNow(f"job {job_id}: still runs: cancel it first")
-        self._watch.forget(job_id)
+        self._changes.notify([job_id])
 
     def counts(self) -> tuple[int, int]:
         """Jobs that wait and jobs that run."""
@@ -198,6 +214,7 @@ class JobService:
         self._on_ended.append(callback)
 
     def status(self) -> Mapping[str, Any]:
+        """Fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
         waiting, running = self.counts()
         uptime = self._clock() - self._started
         status = dict(self._runtime.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
@@ -212,7 +229,7 @@ class JobService:
     # --- internals ---------------------------------------------------------------------------------------------------
 
     def _prompts(self, spec: JobSpec) -> list[array[int]]:
-        """Token ids of every question. Raises InvalidJob or NotFound."""
+        """Token ids of every question. Raises InvalidJob or JobNotFound."""
         prompts = job_prompts(self._runtime, self._documents, spec)
         if document_id := spec.input.document_id:
             self._store.touch_document(document_id, self._clock() + self._limits.document_ttl_s)
@@ -224,7 +241,7 @@ class JobService:
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
             prompts = self._prompts(record.spec)
-        except (InvalidJob, NotFound) as error:
+        except (InvalidJob, JobNotFound) as error:
             self._cancel(record.id, str(error))
             return
         with self._lock:
@@ -281,7 +298,7 @@ class JobService:
                     self._runtime.engine.cancel(handle)
             if not handles:  # no engine will say that it has ended
                 self._ended(job_id)
-        self._watch.touch([job_id])
+        self._changes.notify([job_id])
 
     def _ended(self, job_id: str) -> None:
         with self._lock:
@@ -305,7 +322,7 @@ class JobService:
             self._timers.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(job_id))
 
     def _cancel_unfollowed(self, job_id: str) -> None:
-        if not self._following.is_followed(job_id):
+        if not self._subscriptions.is_followed(job_id):
             self._cancel(job_id)
 
     def _sweep(self, now: float) -> None:
@@ -323,7 +340,7 @@ class JobService:
             self._handles.clear()
         for job_id in unfinished:
             self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
-        self._watch.touch(unfinished)
+        self._changes.notify(unfinished)
         self._supervisor.go(error)
 
     def restart_pipeline(self) -> None:

@@ -20,16 +20,16 @@ from cluster.jobs.database import Database, JobStoreError
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
-    Conflict,
     DocumentRecord,
     InvalidJob,
     JobAnswer,
+    JobConflict,
+    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
     JobToken,
     NotAllowedNow,
-    NotFound,
     check_id,
 )
 from protos.stage.messages import TokenLogprob
@@ -65,7 +65,8 @@ class JobStore:
     ) -> tuple[JobRecord, bool]:
         """Store a queued job; with an idempotency key in use, the job that has it and False.
 
-        Raises Conflict (the key came with another body), NotFound (the document), InvalidJob (id, text not Unicode).
+        Raises JobConflict (the key came with another body), JobNotFound (the document), InvalidJob (id, text not
+        Unicode).
         """
         check_id(job_id, "job")
         assert num_answers >= 1, num_answers
@@ -75,9 +76,9 @@ class JobStore:
             if (known := _by_key(db, spec)) is not None:
                 return known, False
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
-                raise Conflict(f"job id: {job_id}: is in use: take a new one")
+                raise JobConflict(f"job id: {job_id}: is in use: take a new one")
             if document and not db.execute("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
-                raise NotFound(f"document: {document}: not found: upload it again")
+                raise JobNotFound(f"document: {document}: not found: upload it again")
             seq = db.execute(
                 "INSERT INTO jobs (id, state, idempotency_key, body_hash, num_answers, created, document_id)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -89,7 +90,7 @@ class JobStore:
             return _one(db, job_id), True
 
     def find(self, spec: JobSpec) -> JobRecord | None:
-        """The job an earlier submission with this idempotency key made. Raises Conflict as `create`."""
+        """The job an earlier submission with this idempotency key made. Raises JobConflict as `create`."""
         with self._db.reading() as db:
             return _by_key(db, spec)
 
@@ -310,7 +311,7 @@ def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
     key = spec.idempotency_key
     row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
     if row is not None and row[1] != spec.body_hash():
-        raise Conflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
+        raise JobConflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
     return None if row is None else _one(db, row[0])
 
 

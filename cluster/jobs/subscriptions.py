@@ -1,64 +1,148 @@
-"""Following jobs: streams that begin at any token, and waiting. Followers read the store; nothing is kept for them."""
+"""Streams of a job's events that begin at any token, and waiting for its end.
+
+Subscribers read the store: a slow one holds one position in it, and no memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from cluster.engine.outputs import Progress
-from cluster.jobs.api import JobEvent, ProgressUpdate
-from cluster.jobs.model import JobRecord, JobState
-from cluster.jobs.recorder import Follower, Watch
+from cluster.engine.outputs import PrefillProgress
+from cluster.jobs.model import JobRecord, JobState, JobToken
 from cluster.jobs.store import JobStore
 
 HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
 _PAGE = 500  # tokens read at once
 
 
-class Following:
-    """Who follows which job. A slow reader holds one position in the store, and no memory."""
+@dataclass(frozen=True, slots=True)
+class ProgressUpdate:
+    """Prefill of one question of a job."""
+
+    question: int
+    progress: PrefillProgress
+
+
+JobEvent = ProgressUpdate | Sequence[JobToken] | JobRecord
+
+
+class Subscription:
+    """One subscriber of one job; `wait` returns at the next commit about this job, and at no other."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._condition = threading.Condition(lock)
+        self._changed = False
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a change since the last `wait`; False after the timeout."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._changed, timeout_s)
+            changed, self._changed = self._changed, False
+            return changed
+
+    def notify(self) -> None:
+        """Wake the subscriber (lock held)."""
+        self._changed = True
+        self._condition.notify_all()
+
+
+class ChangeNotifier:
+    """Wakes the subscribers of the jobs that changed. Keeps nothing about jobs without subscribers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._subscriptions: dict[str, set[Subscription]] = {}
+        self.closed = False
+
+    @contextlib.contextmanager
+    def subscribe(self, job_id: str) -> Iterator[Subscription]:
+        """A subscription inside the block: no commit that comes after its beginning is missed."""
+        subscription = Subscription(self._lock)
+        with self._lock:
+            self._subscriptions.setdefault(job_id, set()).add(subscription)
+        try:
+            yield subscription
+        finally:
+            with self._lock:
+                others = self._subscriptions[job_id]
+                others.discard(subscription)
+                if not others:
+                    del self._subscriptions[job_id]
+
+    def notify(self, job_ids: Sequence[str]) -> None:
+        """Wake the subscribers of these jobs: something about them was committed, or they were deleted."""
+        with self._lock:
+            for job_id in job_ids:
+                for subscription in self._subscriptions.get(job_id, ()):
+                    subscription.notify()
+
+    def close(self) -> None:
+        """Wake everybody for the last time."""
+        with self._lock:
+            self.closed = True
+            job_ids = list(self._subscriptions)
+        self.notify(job_ids)
+
+
+class Subscriptions:
+    """Serves streams and waits of many clients on many jobs; all methods may be called from any thread."""
 
     def __init__(
-        self, store: JobStore, watch: Watch, get: Callable[[str], JobRecord],
-        progress: Callable[[str], Mapping[int, Progress]], on_alone: Callable[[str], None],
+        self, store: JobStore, changes: ChangeNotifier, get: Callable[[str], JobRecord],
+        progress: Callable[[str], Mapping[int, PrefillProgress]], on_unfollowed: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """Args: `on_alone` is called when the last follower of an attached job has gone."""
+        """
+        Args:
+            get: reads a job; raises JobNotFound.
+            progress: newest prefill progress of a job by question.
+            on_unfollowed: called when the last stream of an attached job has ended.
+        """
         self._store = store
-        self._watch = watch
+        self._changes = changes
         self._get = get
         self._progress = progress
-        self._on_alone = on_alone
+        self._on_unfollowed = on_unfollowed
         self._lock = threading.Lock()
-        self._followers: dict[str, int] = {}
+        self._num_streams: dict[str, int] = {}  # by job
 
     def is_followed(self, job_id: str) -> bool:
-        return job_id in self._followers
+        """Whether a stream of the job is open."""
+        return job_id in self._num_streams
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
         """The job once it has ended, or as it is after `timeout_s`."""
         until = time.monotonic() + timeout_s
-        with self._watch.follow(job_id) as follower:
+        with self._changes.subscribe(job_id) as subscription:
             while True:
                 record = self._get(job_id)
                 left = until - time.monotonic()
-                if record.state.is_final or left <= 0 or self._watch.closed:
+                if record.state.is_final or left <= 0 or self._changes.closed:
                     return record
-                follower.wait(min(left, HEARTBEAT_S))
+                subscription.wait(min(left, HEARTBEAT_S))
 
     def events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
         """Tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
         with self._lock:
-            self._followers[job_id] = self._followers.get(job_id, 0) + 1
+            self._num_streams[job_id] = self._num_streams.get(job_id, 0) + 1
         try:
-            with self._watch.follow(job_id) as follower:
-                yield from self._news(job_id, after, follower)
+            with self._changes.subscribe(job_id) as subscription:
+                yield from self._follow(job_id, after, subscription)
         finally:
-            self._leave(job_id, attached)
+            with self._lock:
+                self._num_streams[job_id] -= 1
+                is_last = not self._num_streams[job_id]
+                if is_last:
+                    del self._num_streams[job_id]
+            if attached and is_last and not self._changes.closed:
+                self._on_unfollowed(job_id)
 
-    def _news(self, job_id: str, after: int, follower: Follower) -> Iterator[JobEvent]:
+    def _follow(self, job_id: str, after: int, subscription: Subscription) -> Iterator[JobEvent]:
         state: JobState | None = None
-        shown: dict[int, Progress] = {}
+        shown: dict[int, PrefillProgress] = {}
         while True:
             record = None
             if self._store.state(job_id) is not state:  # the whole record has the prompt in it
@@ -78,16 +162,7 @@ class Following:
                 yield record
                 if state.is_final:
                     return
-            if self._watch.closed:
+            if self._changes.closed:
                 return
-            if not follower.wait(HEARTBEAT_S):
+            if not subscription.wait(HEARTBEAT_S):
                 shown.clear()
-
-    def _leave(self, job_id: str, attached: bool) -> None:
-        with self._lock:
-            self._followers[job_id] -= 1
-            alone = not self._followers[job_id]
-            if alone:
-                del self._followers[job_id]
-        if attached and alone and not self._watch.closed:
-            self._on_alone(job_id)

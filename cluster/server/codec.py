@@ -15,8 +15,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from cluster.config.yaml_source import show_value
-from cluster.engine.outputs import AnswerOptions, Progress
-from cluster.jobs.api import ProgressUpdate
+from cluster.engine.outputs import AnswerOptions, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -28,6 +27,7 @@ from cluster.jobs.model import (
     JobToken,
     check_id,
 )
+from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.stage.messages import SamplingParams
@@ -208,7 +208,7 @@ def encode_document(record: DocumentRecord) -> pb.Document:
 
 
 def encode_job(
-    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, Progress] | None = None
+    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, PrefillProgress] | None = None
 ) -> pb.Job:
     """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
     them) are given."""
@@ -269,7 +269,7 @@ def encode_token(token: JobToken) -> pb.Token:
     return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
 
 
-def encode_progress(progress: Progress) -> pb.Progress:
+def encode_progress(progress: PrefillProgress) -> pb.Progress:
     return pb.Progress(
         total=progress.total, cached=progress.cached, processed=progress.processed, eta_ms=progress.eta_ms
     )

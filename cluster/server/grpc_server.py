@@ -9,22 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.api import JobServiceApi, ProgressUpdate
 from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, JobToken, check_id
+from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
-from cluster.server.interceptors import Boundary, Places
+from cluster.server.interceptors import CallGuard, ConcurrencyLimit
 from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
 from cluster.stages.preflight import PreflightError
 from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
 
 JOBS_SERVICE: str = pb.DESCRIPTOR.services_by_name["Jobs"].full_name
 SERVICES = (JOBS_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -36,7 +40,7 @@ _SLICE_S = 2.0  # how soon a waiting call notices that its client has gone
 _TOKENS_PAGE = 1000
 
 
-class Gateway:
+class GrpcServer:
     """Serves one job service from `start` to `close`.
 
     Failure contract: holds no state of jobs. A lost connection ends the call and, for attached jobs, closes the stream
@@ -44,7 +48,7 @@ class Gateway:
     """
 
     def __init__(
-        self, service: JobServiceApi, server: ServerSection, security: SecuritySection,
+        self, service: JobService, server: ServerSection, security: SecuritySection,
         port_override: int | None = None, reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False,
     ) -> None:  # fmt: skip
         """
@@ -75,9 +79,9 @@ class Gateway:
         calls = ThreadPoolExecutor(self._config.max_streams + _SHORT_CALLS, thread_name_prefix="gateway")
         watches = ThreadPoolExecutor(_WATCHERS + 4, thread_name_prefix="gateway-health")
         self._pools = [calls, watches]
-        watch_places = Places(_WATCHERS, "of health watchers")
-        boundary = Boundary(
-            Places(self._config.max_streams, "server.max_streams"),
+        watch_places = ConcurrencyLimit(_WATCHERS, "of health watchers")
+        boundary = CallGuard(
+            ConcurrencyLimit(self._config.max_streams, "server.max_streams"),
             waiting={f"/{JOBS_SERVICE}/Wait"},
             own={health.SERVICE_NAME: (watch_places, watches)},
         )
@@ -121,7 +125,7 @@ class _Jobs(rpc.JobsServicer):
     """The methods of jobs.proto; they raise the errors of `jobs.model`, the boundary turns them into status codes."""
 
     def __init__(
-        self, service: JobServiceApi, max_document_bytes: int, reasoning_opened: Callable[[JobSpec], bool]
+        self, service: JobService, max_document_bytes: int, reasoning_opened: Callable[[JobSpec], bool]
     ) -> None:
         self._service = service
         self._max_document = max_document_bytes

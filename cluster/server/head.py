@@ -12,13 +12,13 @@ from types import FrameType
 
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.documents import Documents
+from cluster.jobs.documents import DocumentStore
+from cluster.jobs.model import ServiceLimits
 from cluster.jobs.prompts import reasoning_opened
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import Gateway
-from cluster.server.metrics import MetricsDoor
+from cluster.server.grpc_server import GrpcServer
+from cluster.server.metrics import MetricsServer
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
@@ -55,17 +55,17 @@ def run_head(
     runtime = ClusterRuntime(deployment, on_launch)
     with runtime:
         store = JobStore(config.data_dir / "jobs.sqlite")
-        documents = Documents(config.data_dir / "documents", store, config.server.document_ttl_s)
+        documents = DocumentStore(config.data_dir / "documents", store, config.server.document_ttl_s)
         limits = ServiceLimits(
             config.server.max_queued_jobs, config.server.max_document_bytes, config.server.result_ttl_s,
             config.server.document_ttl_s,
         )  # fmt: skip
         service = JobService(runtime, store, documents, limits)
-        gateway = Gateway(
+        gateway = GrpcServer(
             service, config.server, config.security,
             reasoning_opened=lambda spec: reasoning_opened(runtime.tokenizer, spec),
         )  # fmt: skip
-        metrics = MetricsDoor(service, runtime, config.server.metrics_host, config.server.metrics_port)
+        metrics = MetricsServer(service, runtime, config.server.metrics_host, config.server.metrics_port)
         try:
             service.start()
             metrics.start()

@@ -18,22 +18,22 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.config.yaml_source import one_line
-from cluster.jobs.model import Busy, Conflict, InvalidJob, JobError, NotAllowedNow, NotFound
+from cluster.jobs.model import InvalidJob, JobConflict, JobError, JobNotFound, NotAllowedNow, ServiceBusy
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
 _CODES: dict[type[JobError], grpc.StatusCode] = {
     InvalidJob: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Conflict: grpc.StatusCode.ALREADY_EXISTS,
+    JobNotFound: grpc.StatusCode.NOT_FOUND,
+    JobConflict: grpc.StatusCode.ALREADY_EXISTS,
     NotAllowedNow: grpc.StatusCode.FAILED_PRECONDITION,
-    Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ServiceBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _log = logging.getLogger(__name__)
 
 
-class Places:
-    """A bounded number of calls at a time; a context manager for any thread that raises Busy when all are taken."""
+class ConcurrencyLimit:
+    """Bounds the number of calls at a time: a context manager for any thread that raises ServiceBusy at the limit."""
 
     def __init__(self, count: int, what: str) -> None:
         self._free = threading.BoundedSemaphore(count)
@@ -41,17 +41,20 @@ class Places:
 
     def __enter__(self) -> None:
         if not self._free.acquire(blocking=False):
-            raise Busy(self._message, 1.0)
+            raise ServiceBusy(self._message, 1.0)
 
     def __exit__(self, *_: object) -> None:
         self._free.release()
 
 
-class Boundary(grpc.ServerInterceptor):
+class CallGuard(grpc.ServerInterceptor):
     """Wraps every method of every service."""
 
     def __init__(
-        self, streams: Places, waiting: Collection[str], own: Mapping[str, tuple[Places, ThreadPoolExecutor]]
+        self,
+        streams: ConcurrencyLimit,
+        waiting: Collection[str],
+        own: Mapping[str, tuple[ConcurrencyLimit, ThreadPoolExecutor]],
     ) -> None:
         """
         Args:
@@ -120,7 +123,7 @@ class _StatusCodes:
     ) -> None:
         if isinstance(error, Exception):  # not when the generator is closed
             code, details = self._status(error)
-            if isinstance(error, Busy):
+            if isinstance(error, ServiceBusy):
                 retry_ms = max(1, round(error.retry_after_s * 1000))
                 self._context.set_trailing_metadata((("retry-after-ms", str(retry_ms)),))
             self._context.abort(code, details)  # raises

@@ -107,7 +107,7 @@ class _Live(Collector):
         yield family
 
 
-class MetricsDoor:
+class MetricsServer:
     """`/metrics` over HTTP on `server.metrics_port`; nothing is opened for port 0."""
 
     def __init__(self, service: JobService, runtime: ClusterRuntime, host: str, port: int) -> None:

@@ -11,9 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from cluster.common.units import format_bytes
-from cluster.engine.outputs import Generation, TokenEvent
-from cluster.engine.outputs import Progress as Prefill
-from cluster.engine.request_handle import Event
+from cluster.engine.outputs import Generation, PrefillProgress, TokenEvent
+from cluster.engine.request_handle import EngineEvent
 from cluster.stages.launcher import LaunchStatus
 
 _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal
@@ -77,12 +76,12 @@ class Display:
             figures = f"{format_bytes(status.loaded_bytes)} of {format_bytes(status.total_bytes)}"
         self._show(status.phase, status.loaded_bytes, status.total_bytes or None, figures, None)
 
-    def reading(self, num_questions: int) -> Callable[[int, Event], None]:
+    def reading(self, num_questions: int) -> Callable[[int, EngineEvent], None]:
         """A callback for `ClusterRuntime.submit`: the first prompt's prefill, then the tokens of all answers."""
         self._answered = {}
 
-        def on_event(index: int, event: Event) -> None:
-            if isinstance(event, Prefill) and index == 0 and not self._answered:
+        def on_event(index: int, event: EngineEvent) -> None:
+            if isinstance(event, PrefillProgress) and index == 0 and not self._answered:
                 self.prefill(event.processed, event.total, event.eta_ms)
             elif isinstance(event, TokenEvent):
                 self._answered[index] = self._answered.get(index, 0) + 1

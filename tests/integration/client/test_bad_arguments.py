@@ -20,8 +20,7 @@ from cluster import Client
 from cluster.cli.main import main
 from cluster.client.requests import MAX_DEADLINE_S, MAX_QUESTIONS
 from cluster.client.validation import MAX_REQUEST_BYTES
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.model import new_id
+from cluster.jobs.model import ServiceLimits, new_id
 from protos.stage.channel import MAX_MESSAGE
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served

@@ -23,7 +23,7 @@ from cluster import Client, TokenEvent
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs import service as service_module
-from cluster.jobs.api import ServiceLimits
+from cluster.jobs.model import ServiceLimits
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
 from tests.support.rigs.head import LONG, ROOT, Served, free_port, tokens_of, until

@@ -17,8 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.model import new_id
+from cluster.jobs.model import ServiceLimits, new_id
 from cluster.server.grpc_server import JOBS_SERVICE
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.client.client import Client
 from cluster.client.models import TokenEvent
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import Busy, Conflict, InvalidJob, JobToken, NotAllowedNow, new_id
-from cluster.server.grpc_server import JOBS_SERVICE, MAX_PIECE, Gateway
+from cluster.jobs.model import InvalidJob, JobConflict, JobToken, NotAllowedNow, ServiceBusy, new_id
+from cluster.server.grpc_server import JOBS_SERVICE, MAX_PIECE, GrpcServer
 from cluster.stages.preflight import PreflightError
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
@@ -30,13 +30,13 @@ def service() -> FakeJobService:
 
 
 @pytest.fixture
-def door(service: FakeJobService) -> Iterator[tuple[Gateway, str]]:
+def door(service: FakeJobService) -> Iterator[tuple[GrpcServer, str]]:
     with serving(service, max_document_bytes=3 * MAX_PIECE, max_streams=4) as made:
         yield made
 
 
 @pytest.fixture
-def channel(door: tuple[Gateway, str]) -> Iterator[grpc.Channel]:
+def channel(door: tuple[GrpcServer, str]) -> Iterator[grpc.Channel]:
     with channel_to(door[1]) as made:
         yield made
 
@@ -129,9 +129,9 @@ def test_a_document_of_the_largest_size(stub: rpc.JobsStub):
     ("error", "code"),
     [
         (InvalidJob("prompt: 9 tokens:\nmust be fewer"), Code.INVALID_ARGUMENT),
-        (Conflict("idempotency_key: k: other body"), Code.ALREADY_EXISTS),
+        (JobConflict("idempotency_key: k: other body"), Code.ALREADY_EXISTS),
         (NotAllowedNow("job: runs"), Code.FAILED_PRECONDITION),
-        (Busy("queue: full", 1.5), Code.RESOURCE_EXHAUSTED),
+        (ServiceBusy("queue: full", 1.5), Code.RESOURCE_EXHAUSTED),
         (ValueError("secret detail"), Code.INTERNAL),
         (KeyError("secret detail"), Code.INTERNAL),
     ],
@@ -148,7 +148,7 @@ def test_errors_have_codes(
         stub.Submit(PROMPT)
     assert caught.value.code() is code
     trailing = dict(caught.value.trailing_metadata())
-    assert trailing.get("retry-after-ms") == ("1500" if isinstance(error, Busy) else None)
+    assert trailing.get("retry-after-ms") == ("1500" if isinstance(error, ServiceBusy) else None)
     if code is Code.INTERNAL:
         reference = caught.value.details().split("reference ")[1].split(":")[0]
         assert "secret" not in caught.value.details()
@@ -276,7 +276,7 @@ def test_long_calls_have_a_limit(service: FakeJobService, stub: rpc.JobsStub):
     assert eventually(works)
 
 
-def test_health_follows_set_serving(door: tuple[Gateway, str], channel: grpc.Channel):
+def test_health_follows_set_serving(door: tuple[GrpcServer, str], channel: grpc.Channel):
     health = health_pb2_grpc.HealthStub(channel)
     watch = health.Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -304,17 +304,17 @@ def test_cluster_status(stub: rpc.JobsStub):
     assert (reply.model, reply.stages[0].resident_bytes) == ("fake", 1 << 40)
 
 
-def test_ports(service: FakeJobService, door: tuple[Gateway, str]):
+def test_ports(service: FakeJobService, door: tuple[GrpcServer, str]):
     port = int(door[1].rpartition(":")[2])
-    second = Gateway(service, ServerSection(port=port), SecuritySection())
+    second = GrpcServer(service, ServerSection(port=port), SecuritySection())
     with pytest.raises(PreflightError, match="cannot be bound"):
         second.start()
     second.close()
-    assert Gateway(service, ServerSection(), SecuritySection()).start() == ""
+    assert GrpcServer(service, ServerSection(), SecuritySection()).start() == ""
 
 
 def test_close_ends_waiting_and_streaming_clients(
-    service: FakeJobService, door: tuple[Gateway, str], stub: rpc.JobsStub
+    service: FakeJobService, door: tuple[GrpcServer, str], stub: rpc.JobsStub
 ):
     service.endless = True
     job = stub.Submit(PROMPT)

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config.deployment import Config
 from cluster.jobs.model import JobState
-from cluster.server.metrics import MetricsDoor
+from cluster.server.metrics import MetricsServer
 from cluster.stages.preflight import PreflightError
 from tests.support.fakes.runtime import CHUNK
 from tests.support.fakes.stage import eventually
@@ -61,7 +61,7 @@ class Endpoint:
 def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
     bench = Bench(tmp_path)
     port = free_port()
-    door = MetricsDoor(bench.service, bench.runtime, "127.0.0.1", port)
+    door = MetricsServer(bench.service, bench.runtime, "127.0.0.1", port)
     door.start()
     yield Endpoint(bench, port)
     door.close()
@@ -169,11 +169,11 @@ def test_only_this_machine_can_read_it(endpoint: Endpoint) -> None:
 
 
 def test_a_taken_port_and_no_port(endpoint: Endpoint) -> None:
-    second = MetricsDoor(endpoint.bench.service, endpoint.bench.runtime, "127.0.0.1", endpoint.port)
+    second = MetricsServer(endpoint.bench.service, endpoint.bench.runtime, "127.0.0.1", endpoint.port)
     with pytest.raises(PreflightError, match=rf"server\.metrics_port: {endpoint.port}: cannot be bound"):
         second.start()
     second.close()
-    MetricsDoor(endpoint.bench.service, endpoint.bench.runtime, "127.0.0.1", 0).start()
+    MetricsServer(endpoint.bench.service, endpoint.bench.runtime, "127.0.0.1", 0).start()
 
 
 def test_what_is_no_scrape_does_not_close_it(endpoint: Endpoint) -> None:

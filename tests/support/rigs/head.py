@@ -19,11 +19,11 @@ from cluster.client.client import Client, Job
 from cluster.client.errors import RetryPolicy, Unavailable, read_state
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.documents import Documents
+from cluster.jobs.documents import DocumentStore
+from cluster.jobs.model import ServiceLimits
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import Gateway
+from cluster.server.grpc_server import GrpcServer
 from tests.support.paths import ROOT
 
 NEEDLE = ROOT / "configs" / "needle"
@@ -158,10 +158,10 @@ class Served:
         limits = limits or ServiceLimits()
         folder.mkdir(parents=True, exist_ok=True)
         self.store = JobStore(folder / "jobs.sqlite")
-        self.documents = Documents(folder / "documents", self.store, limits.document_ttl_s)
+        self.documents = DocumentStore(folder / "documents", self.store, limits.document_ttl_s)
         self.service = JobService(runtime, self.store, self.documents, limits, clock)
         server = ServerSection(max_streams=max_streams, max_document_bytes=limits.max_document_bytes)
-        self._gateway = Gateway(self.service, server, SecuritySection(), port_override=0)
+        self._gateway = GrpcServer(self.service, server, SecuritySection(), port_override=0)
         self._client: Client | None = None
 
     def __enter__(self) -> Served:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.engine.outputs import AnswerOptions
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.documents import Documents
+from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     JobInput,
     JobSpec,
     JobState,
+    ServiceLimits,
 )
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
@@ -32,7 +32,7 @@ class Bench:
         self.runtime = FakeRuntime(self.folder, self.seqs)
         self.runtime.start()
         self.store = JobStore(self.folder / "jobs.sqlite")
-        self.documents = Documents(self.folder / "documents", self.store, 100.0, self.clock)
+        self.documents = DocumentStore(self.folder / "documents", self.store, 100.0, self.clock)
         self.service = JobService(self.runtime, self.store, self.documents, self.limits, self.clock)
         self.service.start()
 

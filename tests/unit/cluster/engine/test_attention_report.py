@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.engine.attention_report import AttentionReport, describe_positions, describe_sparsity
 from cluster.engine.in_flight import InFlightStep, InFlightSteps
-from cluster.engine.outputs import AnswerOptions, Generation, Progress
+from cluster.engine.outputs import AnswerOptions, Generation, PrefillProgress
 from cluster.jobs.model import JobAnswer, JobInput, JobRecord, JobSpec, JobState
 from cluster.scheduler.request import FinishReason
 from cluster.server.metrics import JobMetrics
@@ -240,7 +240,7 @@ def test_a_generation_says_how_it_attended():
     expected = sum(64 * 64 / stop for stop in range(64, 961, 64)) + 40 * 64 / 1000
     assert found.density == pytest.approx(expected / 1000)
     assert result.to_json()["attention"]["mode"] == "sparse"
-    progress = [event for event in events if isinstance(event, Progress)]
+    progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert [event.processed for event in progress] == [*range(0, 961, 64), 1000]
     etas = [event.eta_ms for event in progress[1:]]
     assert etas == sorted(etas, reverse=True)

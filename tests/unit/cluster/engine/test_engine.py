@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, PrefillProgress, TokenEvent
 from cluster.scheduler.request import FinishReason
 from cluster.scheduler.scheduler import DoesNotFit
 from cluster.text.tokenizer import TextTokenizer
@@ -16,8 +16,8 @@ def test_events_come_in_order_and_progress_rises():
     with Rig(budget=64) as rig:
         result, events = rig.run(range(200), 3)
     kinds = [type(event) for event in events]
-    progress = [event for event in events if isinstance(event, Progress)]
-    assert kinds == [Progress] * len(progress) + [TokenEvent] * 3 + [Generation]
+    progress = [event for event in events if isinstance(event, PrefillProgress)]
+    assert kinds == [PrefillProgress] * len(progress) + [TokenEvent] * 3 + [Generation]
     assert [event.processed for event in progress] == [0, 64, 128, 192, 200]
     assert all((event.total, event.cached) == (200, 0) for event in progress)
     assert progress[0].eta_ms is None
@@ -36,7 +36,7 @@ def test_a_second_question_reports_what_was_cached():
         rig.run(range(100))
         result, events = rig.run([*range(96), 5])
     assert result.cached_tokens == 96
-    assert isinstance(events[0], Progress)
+    assert isinstance(events[0], PrefillProgress)
     assert (events[0].cached, events[0].processed) == (96, 96)
 
 

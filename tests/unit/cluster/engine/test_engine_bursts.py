@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, PrefillProgress, TokenEvent
 from cluster.engine.request_handle import EngineError
 from cluster.jobs.model import JobState
 from cluster.scheduler.request import FinishReason
@@ -72,9 +72,9 @@ def test_groups_of_any_size_give_the_same_events(group: int, max_tokens: int):
         result, events = rig.run([1, 2, 3], max_tokens)
     tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
     assert tokens == list(result.token_ids) == list(range(1000, 1000 + max_tokens))
-    assert [type(event) for event in events[:2]] == [Progress] * 2
+    assert [type(event) for event in events[:2]] == [PrefillProgress] * 2
     assert [type(event) for event in events[-2:]] == [TokenEvent, Generation]
-    assert sum(isinstance(event, Progress) for event in events) == 2
+    assert sum(isinstance(event, PrefillProgress) for event in events) == 2
     assert len(rig.last.plans) == max_tokens
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError, Event, RequestHandle
+from cluster.engine.outputs import Generation, GenerationSpec, PrefillProgress, TokenEvent
+from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason
 from tests.support.fakes.stage import WAIT, Rig, eventually
 
@@ -110,11 +110,11 @@ def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.Mo
             rig.submit([1])
 
 
-@pytest.mark.parametrize("kind", [Progress, TokenEvent, Generation])
+@pytest.mark.parametrize("kind", [PrefillProgress, TokenEvent, Generation])
 def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptureFixture):
-    calls: list[Event] = []
+    calls: list[EngineEvent] = []
 
-    def bad(event: Event) -> None:
+    def bad(event: EngineEvent) -> None:
         calls.append(event)
         if isinstance(event, kind):
             raise KeyError("broken pipe of the caller")
@@ -131,9 +131,9 @@ def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptu
 
 
 def test_the_last_event_comes_before_wait_returns():
-    events: list[Event] = []
+    events: list[EngineEvent] = []
 
-    def slow(event: Event) -> None:
+    def slow(event: EngineEvent) -> None:
         if isinstance(event, Generation):
             time.sleep(0.05)
         events.append(event)

@@ -11,17 +11,17 @@ import pytest
 
 from cluster.engine.outputs import AnswerOptions
 from cluster.jobs import service as service_module
-from cluster.jobs.api import ServiceLimits
 from cluster.jobs.model import (
-    Busy,
-    Conflict,
     InvalidJob,
+    JobConflict,
     JobInput,
+    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
     NotAllowedNow,
-    NotFound,
+    ServiceBusy,
+    ServiceLimits,
     new_id,
 )
 from tests.support.fakes.runtime import CHUNK
@@ -124,7 +124,7 @@ def test_bounded_queue(make: Callable[..., Bench]) -> None:
     bench.runtime.shard.let(1)
     bench.reaches(running, S.PREFILLING)
     jobs = [bench.submit() for _ in range(3)]
-    with pytest.raises(Busy, match="max_queued_jobs") as caught:
+    with pytest.raises(ServiceBusy, match="max_queued_jobs") as caught:
         bench.submit()
     assert caught.value.retry_after_s > 0
     bench.service.cancel(jobs[0])
@@ -139,7 +139,7 @@ def test_parallel_duplicates_are_one_job(bench: Bench) -> None:
         ids = set(threads.map(lambda _: bench.submit(idempotency_key="k"), range(50)))
     assert len(ids) == 1
     assert len(bench.service.jobs([], {}, 100, "")[0]) == 1
-    with pytest.raises(Conflict):
+    with pytest.raises(JobConflict):
         bench.submit(idempotency_key="k", max_tokens=4)
     assert bench.service.wait(ids.pop(), 20).last_event == 3
     bench.check_idle()
@@ -207,7 +207,7 @@ def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     bench.service.wait(kept, 20)
     bench.service.delete(job_id)
     for call in (bench.service.get, bench.service.delete, bench.service.cancel):
-        with pytest.raises(NotFound):
+        with pytest.raises(JobNotFound):
             call(job_id)
     assert bench.store.tokens(job_id) == []
     bench.ahead = 99.0
@@ -215,9 +215,9 @@ def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     assert bench.state(kept) is S.SUCCEEDED
     bench.ahead = 110.0
     bench.service._sweep(bench.clock())
-    with pytest.raises(NotFound, match="may have expired"):
+    with pytest.raises(JobNotFound, match="may have expired"):
         bench.service.get(kept)
-    with pytest.raises(NotFound):
+    with pytest.raises(JobNotFound):
         bench.service.document(document.id)
     assert not list((bench.folder / "documents").iterdir())
 
@@ -245,9 +245,9 @@ def test_bad_requests_are_not_stored(bench: Bench, given: JobInput, ask: AnswerO
 
 
 def test_unknown_ids(bench: Bench) -> None:
-    with pytest.raises(NotFound):
+    with pytest.raises(JobNotFound):
         bench.service.get(new_id("job"))
-    with pytest.raises(NotFound):
+    with pytest.raises(JobNotFound):
         bench.service.submit(JobSpec(JobInput(document_id=new_id("doc"), questions=("?",)), AnswerOptions()))
     for bad in ("", "../../etc/passwd", "job_../x", "job_" + "g" * 32, new_id("doc")):
         with pytest.raises(InvalidJob):

@@ -14,16 +14,16 @@ from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
-    Conflict,
     DocumentRecord,
     InvalidJob,
     JobAnswer,
+    JobConflict,
     JobInput,
+    JobNotFound,
     JobSpec,
     JobState,
     JobToken,
     NotAllowedNow,
-    NotFound,
     new_id,
 )
 from cluster.jobs.store import MAX_PAGE, JobStore, JobStoreError
@@ -115,7 +115,7 @@ def test_one_key_is_one_job(store: JobStore) -> None:
     assert len({record.id for record, _ in made}) == store.count() == 1
     assert sum(is_new for _, is_new in made) == 1
     assert store.create(replace(spec, deadline=9.0), new_id("job"), 1, {}) == (made[0][0], False)
-    with pytest.raises(Conflict, match=f"'key': used by {made[0][0].id} with another body"):
+    with pytest.raises(JobConflict, match=f"'key': used by {made[0][0].id} with another body"):
         store.create(replace(spec, input=JobInput(prompt="Twice")), new_id("job"), 1, {})
     run_to(store, made[0][0].id, JobState.CANCELLED)
     assert store.delete(made[0][0].id)
@@ -124,11 +124,11 @@ def test_one_key_is_one_job(store: JobStore) -> None:
 
 def test_refused_submissions_leave_nothing(store: JobStore) -> None:
     job_id = submit(store)
-    with pytest.raises(Conflict, match="is in use"):
+    with pytest.raises(JobConflict, match="is in use"):
         store.create(PLAIN, job_id, 1, {})
     with pytest.raises(InvalidJob, match="job id"):
         store.create(PLAIN, "doc_" + "0" * 32, 1, {})
-    with pytest.raises(NotFound, match="upload it again"):
+    with pytest.raises(JobNotFound, match="upload it again"):
         submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
     for broken in (JobInput(prompt="a\ud800"), JobInput(messages=(("user", "\udfff"),))):
         with pytest.raises(InvalidJob, match="must be valid Unicode"):

@@ -11,10 +11,10 @@ from cluster.engine.outputs import AnswerOptions
 from cluster.jobs import recorder as recorder_module
 from cluster.jobs import supervisor as supervisor_module
 from cluster.jobs.model import (
-    Busy,
     JobInput,
     JobSpec,
     JobState,
+    ServiceBusy,
 )
 from cluster.jobs.store import JobStoreError
 from tests.support.fakes.stage import eventually
@@ -35,7 +35,7 @@ def test_next_head_goes_on(bench: Bench) -> None:
     bench.runtime.shard.let(4)
     eventually(lambda: len(bench.ids(jobs[0])) >= 2)
     bench.service.drain(0.0)
-    with pytest.raises(Busy, match="shutting down"):
+    with pytest.raises(ServiceBusy, match="shutting down"):
         bench.submit()
     before = bench.ids(jobs[0])
     bench.restart()
@@ -148,7 +148,7 @@ def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest
         record = bench.service.wait(job_id, 20)
         assert record.state is S.FAILED
         assert record.error == "stage 0 shard 0 is gone; starting again failed: no room at all"
-    with pytest.raises(Busy, match="the head must be restarted"):
+    with pytest.raises(ServiceBusy, match="the head must be restarted"):
         bench.submit()
     assert not bench.service._live
 

@@ -9,8 +9,7 @@ from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.outputs import AnswerOptions, Progress
-from cluster.jobs.api import ProgressUpdate
+from cluster.engine.outputs import AnswerOptions, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -22,6 +21,7 @@ from cluster.jobs.model import (
     JobToken,
     new_id,
 )
+from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
@@ -222,7 +222,7 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
     facts = {"model": "m", "seed": 1 << 62, "versions": {"ray": "2"}, "added_later": 1}
     record = JobRecord(new_id("job"), JobState.DECODING, spec, 1.0, 2.0, None, "", 3, 1, answers, facts)
     tokens = [JobToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), JobToken(2, 1, 6, "x"), JobToken(3, 1, 7, "y")]
-    job = codec.encode_job(record, tokens, {1: Progress(8, 0, 8, None)})
+    job = codec.encode_job(record, tokens, {1: PrefillProgress(8, 0, 8, None)})
     assert (job.started, job.HasField("finished"), job.priority, job.restarts) == (2.0, False, 2, 1)
     ended, running = job.answers
     assert (ended.question, ended.text, ended.reasoning, ended.finish_reason) == ("a", "out", "why", "stop")
@@ -244,7 +244,7 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
 def test_events_and_documents() -> None:
     event = codec.encode_token_event(JobToken(4, 1, 9, "t"), ReasoningStream(False))
     assert (event.number, event.token.question, event.token.token.HasField("logprob")) == (4, 1, False)
-    event = codec.encode_progress_event(ProgressUpdate(2, Progress(10, 1, 5, 70)), 4)
+    event = codec.encode_progress_event(ProgressUpdate(2, PrefillProgress(10, 1, 5, 70)), 4)
     assert (event.number, event.progress.question, event.progress.progress.eta_ms) == (4, 2, 70)
     found = codec.encode_document(DocumentRecord(DOC, "n", 5, 1.0, 2.0))
     assert (found.id, found.name, found.size_bytes, found.created, found.expires) == (DOC, "n", 5, 1.0, 2.0)
