@@ -67,7 +67,7 @@ class Engine:
         self.scheduler = scheduler
         self.latency = LatencyModel(scheduler.spec)
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
-        self.on_broken: Callable[[str], None] | None = None  # called once, after every request has heard of it
+        self.on_failure: Callable[[], None] | None = None  # called once, after every request has ended with the error
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
@@ -88,7 +88,7 @@ class Engine:
     def start(self) -> None:
         """Connect to the shards and begin to work."""
         for shard in self._shards:
-            shard.connect(self._on_results, self._on_lost)
+            shard.connect(self._on_results, self.fail)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -144,9 +144,9 @@ class Engine:
         """The step the pipeline owes longest; any thread may ask."""
         return self._oldest
 
-    def break_down(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """Give the pipeline up, as if a shard were lost; any thread may call this."""
-        self._on_lost(reason)
+        self._inbox.put(lambda: self._fail(reason))
 
     def check_integrity(self) -> None:
         """Verify pages against requests, on the engine's own thread; raises AssertionError."""
@@ -318,8 +318,8 @@ class Engine:
         self._in_flight.clear()
         for handle in list(self._handles.values()):
             self._finish(handle, self._error)
-        if first and self.on_broken is not None and not self._closed:
-            self.on_broken(error)
+        if first and self.on_failure is not None and not self._closed:
+            self.on_failure()
 
     def _finish(self, handle: RequestHandle, error: str = "") -> None:
         request = handle.request
@@ -332,6 +332,3 @@ class Engine:
 
     def _on_results(self, results: Sequence[StepResult]) -> None:
         self._inbox.put(lambda: self._results(results))
-
-    def _on_lost(self, reason: str) -> None:
-        self._inbox.put(lambda: self._fail(reason))

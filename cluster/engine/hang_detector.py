@@ -97,5 +97,5 @@ class HangDetector:
         while not self._closing.wait(self._floor_s / _LOOKS):
             if reason := self.check():
                 _log.error("%s", reason)
-                self._engine.break_down(reason)
+                self._engine.fail(reason)
                 return

@@ -17,6 +17,7 @@ from typing import Any
 from cluster.engine.outputs import GenerationSpec, PrefillProgress
 from cluster.engine.request_handle import EngineError, RequestHandle
 from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.supervisor import PipelineState
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
@@ -37,13 +38,11 @@ from cluster.jobs.prompts import job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
-from cluster.jobs.supervisor import PipelineSupervisor
 from cluster.jobs.timers import Timers
 from protos.stage.messages import SampledToken
 
 _MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
 _ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
-_RECOVERY_ENDS_S = 60.0
 _SHUTTING_DOWN = "the head is shutting down: submit again in a moment"
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
 
@@ -64,7 +63,7 @@ class JobService:
         self._limits = limits
         self._clock = clock
         self._changes = ChangeNotifier()
-        self._recorder = Recorder(store, self._changes, self._on_broken)
+        self._recorder = Recorder(store, self._changes)
         self._lock = threading.RLock()  # live jobs and handles
         self._live: dict[str, LiveJob] = {}
         self._handles: dict[str, list[RequestHandle]] = {}
@@ -74,8 +73,6 @@ class JobService:
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
         self._refusal = ""  # why no job is taken any more
-        self._supervisor = PipelineSupervisor(self)
-        runtime.on_broken = self._recorder.report
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -83,12 +80,11 @@ class JobService:
     def start(self) -> None:
         """Take up what an earlier head left unfinished, and begin to work. The runtime must be running."""
         self._recorder.start()
-        if error := self._runtime.engine.error:  # it broke before anybody listened
-            self._recorder.report(lambda: error)
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
             self._requeue(record)
         self._timers.start()
+        self._runtime.supervisor.supervise(self)
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new jobs and wait for the running ones; what is left continues under the next head."""
@@ -105,11 +101,8 @@ class JobService:
         self._refusal = _SHUTTING_DOWN
         self._closing = True
         self._timers.close()
-        with self._lock:
-            for job in self._live.values():
-                job.generation += 1  # what the closing engine says about them is not their end
-        self._supervisor.close(_RECOVERY_ENDS_S)  # the runtime must not be started again while its owner closes it
-        self._recorder.close()
+        self._recorder.close()  # before the supervision ends: that waits for what is being recorded
+        self._runtime.supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._changes.close()
 
     # --- documents ---------------------------------------------------------------------------------------------------
@@ -217,10 +210,7 @@ class JobService:
         """Fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
         waiting, running = self.counts()
         uptime = self._clock() - self._started
-        status = dict(self._runtime.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
-        if self._supervisor.state != "running":
-            status["stages"] = [stage | {"state": self._supervisor.state} for stage in status["stages"]]
-        return status
+        return self._runtime.status() | {"queued": waiting, "running": running, "uptime_s": uptime}
 
     def check_integrity(self) -> None:
         """Verify the engine's pages (tests, debugging)."""
@@ -247,7 +237,7 @@ class JobService:
         with self._lock:
             job, current = self._live.get(record.id), self._store.get(record.id)
             if record.id in self._handles:
-                return  # a submission or another recovery was faster
+                return  # it was submitted to the new pipeline already
             if job is not None and job.cancelled:
                 self._store.transition(record.id, ACTIVE, JobState.CANCELLED, now=self._clock())
             if current is None or current.state.is_final or (job is not None and job.cancelled):
@@ -280,15 +270,15 @@ class JobService:
         self._arm(record)
         try:
             self._handles[record.id] = self._runtime.engine.submit_all(items)
-        except EngineError as error:  # recovery queues the job again
-            if self._supervisor.state == "down":
+        except EngineError as error:  # `pipeline_restarted` submits the job again
+            if self._runtime.supervisor.state is PipelineState.DOWN:
                 self._cancel(record.id, str(error))
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
         with self._lock:
             if job := self._live.get(job_id):
-                job.cancelled = True  # for a recovery that has not queued it again yet
+                job.cancelled = True  # for `_requeue`, should the pipeline fail before the engine has ended it
             handles = self._handles.get(job_id, [])
             if failure or not handles:
                 end = JobState.FAILED if failure else JobState.CANCELLED
@@ -312,7 +302,7 @@ class JobService:
             for callback in self._on_ended:
                 callback(record, job.generated)
 
-    # --- time and recovery -------------------------------------------------------------------------------------------
+    # --- time --------------------------------------------------------------------------------------------------------
 
     def _arm(self, record: JobRecord) -> None:
         job_id, deadline = record.id, record.spec.deadline  # not the record: it may be large, and the deadline far
@@ -329,36 +319,30 @@ class JobService:
         self._store.expire(now, self._limits.result_ttl_s)
         self._documents.sweep(now)
 
-    def _on_broken(self, error: str) -> None:
-        """The pipeline failed, with jobs or idle: start another one and go on (called by the recorder)."""
+    # --- callbacks of the supervisor ---------------------------------------------------------------------------------
+
+    def pipeline_failed(self) -> None:
+        """Commit what the failed pipeline has emitted, and show its jobs as recovering."""
+        self._recorder.flush()
+        if self._closing:
+            return
         with self._lock:
-            if self._closing or not self._supervisor.begin():
-                return
-            unfinished = list(self._live)
-            for job in self._live.values():
-                job.generation += 1
             self._handles.clear()
+            unfinished = list(self._live)
         for job_id in unfinished:
-            self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
+            if not self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock()):
+                self._ended(job_id)  # it had failed or was cancelled; no engine will end its questions
         self._changes.notify(unfinished)
-        self._supervisor.go(error)
 
-    def restart_pipeline(self) -> None:
-        self._runtime.restart()
+    def pipeline_restarted(self) -> None:
+        """Queue every unfinished job again, after its last committed token."""
+        for record in self._store.unfinished():
+            if not self._closing:
+                self._requeue(record)
 
-    def pipeline_is_down(self, reason: str) -> None:
+    def pipeline_given_up(self, reason: str) -> None:
+        """Let every unfinished job fail, and take no other."""
         self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
         with self._lock:
             for job_id in list(self._live):
                 self._cancel(job_id, reason)
-
-    def pipeline_is_back(self) -> None:
-        if error := self._runtime.engine.error:  # broken again: until now its report was taken for an old one
-            self._recorder.report(lambda: error)
-        with self._lock:
-            for job_id, job in self._live.items():
-                if job_id not in self._handles:  # with one it runs on the new pipeline already
-                    job.generation += 1  # what was said about the time without a pipeline is over
-        for record in self._store.unfinished():
-            if not self._closing:
-                self._requeue(record)

@@ -21,7 +21,6 @@ from cluster.jobs.model import (
     JobState,
     NotAllowedNow,
     ServiceBusy,
-    ServiceLimits,
     new_id,
 )
 from tests.support.fakes.runtime import CHUNK
@@ -118,7 +117,7 @@ def test_priority_decides_among_the_waiting(make: Callable[..., Bench]) -> None:
 
 
 def test_bounded_queue(make: Callable[..., Bench]) -> None:
-    bench = make(seqs=1, limits=ServiceLimits(max_queued_jobs=3))
+    bench = make(seqs=1, max_queued_jobs=3)
     bench.runtime.shard.hold()
     running = bench.submit(tokens=4 * CHUNK)
     bench.runtime.shard.let(1)
@@ -195,7 +194,7 @@ def test_stream_begins_anywhere_and_loses_nothing(bench: Bench) -> None:
 
 
 def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
-    bench = make(limits=ServiceLimits(result_ttl_s=100.0, document_ttl_s=100.0))
+    bench = make(result_ttl_s=100.0, document_ttl_s=100.0)
     document = bench.service.upload("a", [b"The code of dark river is 1."])
     bench.runtime.shard.hold()
     job_id = bench.submit()
