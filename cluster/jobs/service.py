@@ -1,8 +1,8 @@
-"""The job service: validates, stores, queues, recovers. It owns the running cluster and the live jobs.
+"""The job service: validates, stores, queues and resumes jobs.
 
-Failure contract: a job is durable once `submit` returned. Tokens are committed before anyone sees them. When the
-pipeline breaks, it is started again and unfinished jobs go on after their last committed token; when the head dies, the
-next head does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
+Failure contract: a job is durable once `submit` has returned, a token before anybody sees it. When the pipeline fails,
+its supervisor replaces it, and unfinished jobs go on after their last committed token; when the head process dies, the
+next one does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
 from cluster.jobs.timers import Timers
 from protos.stage.messages import SampledToken
 
-_MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
-_ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
-_SHUTTING_DOWN = "the head is shutting down: submit again in a moment"
+_MAX_RESTARTS = 10  # of one job: one that always breaks the pipeline must not do so for ever
+_SWEEP_EVERY_S = 60.0  # how often expired jobs and documents are deleted
+_ATTACH_WITHIN_S = 60.0  # an attached job that nobody follows for this long is cancelled
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
 
 
 class JobService:
-    """Runs jobs over a running runtime, a store and a folder of documents.
+    """Runs jobs on a cluster runtime, with a store and a folder of documents.
 
     Methods raise the errors of `cluster.jobs.model`; all may be called from any thread.
     """
@@ -58,6 +58,7 @@ class JobService:
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._runtime = runtime
+        self._supervisor = runtime.supervisor
         self._store = store
         self._documents = documents
         self._limits = limits
@@ -69,26 +70,27 @@ class JobService:
         self._handles: dict[str, list[RequestHandle]] = {}
         self._queued_tokens: dict[str, int] = {}
         self._subscriptions = Subscriptions(store, self._changes, self.get, self.progress, self._cancel)
-        self._timers = Timers(clock, self._sweep)
+        self._timers = Timers(clock)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
-        self._refusal = ""  # why no job is taken any more
+        self._draining = False  # no job is taken any more
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Take up what an earlier head left unfinished, and begin to work. The runtime must be running."""
+        """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
         self._recorder.start()
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
             self._requeue(record)
+        self._timers.every(_SWEEP_EVERY_S, lambda: self._sweep(self._clock()))
         self._timers.start()
-        self._runtime.supervisor.supervise(self)
+        self._supervisor.supervise(self)
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new jobs and wait for the running ones; what is left continues under the next head."""
-        self._refusal = _SHUTTING_DOWN
+        """Refuse new jobs and wait for the running ones; the next head process continues what is left."""
+        self._draining = True
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             with self._lock:
@@ -98,11 +100,10 @@ class JobService:
 
     def close(self) -> None:
         """Stop without touching the state of unfinished jobs; may be called twice."""
-        self._refusal = _SHUTTING_DOWN
-        self._closing = True
+        self._draining = self._closing = True
         self._timers.close()
         self._recorder.close()  # before the supervision ends: that waits for what is being recorded
-        self._runtime.supervisor.release()  # the pipeline must not be started again while its owner closes it
+        self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._changes.close()
 
     # --- documents ---------------------------------------------------------------------------------------------------
@@ -127,8 +128,11 @@ class JobService:
         """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy."""
         if (known := self._store.find(spec)) is not None:  # a repeated submission is answered whatever goes on
             return known
-        if self._refusal:
-            raise ServiceBusy(self._refusal, 5.0)
+        if self._draining:
+            raise ServiceBusy("the head is shutting down: submit again in a moment", 5.0)
+        if self._supervisor.state is PipelineState.DOWN:
+            reason = f"the pipeline is down and the head must be restarted: {self._supervisor.reason}"
+            raise ServiceBusy(reason, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         waiting, _ = self.counts()
@@ -154,26 +158,26 @@ class JobService:
         return record
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
-        """Committed tokens with numbers above `after`, in order."""
+        """Return committed tokens with numbers above `after`, in order."""
         return self._store.tokens(job_id, after, limit)
 
     def progress(self, job_id: str) -> Mapping[int, PrefillProgress]:
-        """The newest progress of each question, while the job runs."""
+        """Return the newest progress of each question, while the job runs."""
         job = self._live.get(job_id)
         return dict(job.progress) if job else {}
 
     def jobs(
         self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
     ) -> tuple[Sequence[JobRecord], str]:
-        """Newest first, and the cursor of the next page (empty at the end)."""
+        """Return jobs, the newest first, and the cursor of the next page (empty at the end)."""
         return self._store.list(states, labels, limit, cursor)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        """The job once it has ended, or as it is after `timeout_s`."""
+        """Return the job once it has ended, or as it is after `timeout_s`."""
         return self._subscriptions.wait(job_id, timeout_s)
 
     def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
-        """Events from token `after + 1` on; ends with the record of the ended job.
+        """Yield events from token `after + 1` on; ends with the record of the ended job.
 
         Tokens come in order, those together that are there together, progress in between (at least every 10 s), a
         record at every change of state. Closing the iterator of an attached job cancels the job.
@@ -198,7 +202,7 @@ class JobService:
         self._changes.notify([job_id])
 
     def counts(self) -> tuple[int, int]:
-        """Jobs that wait and jobs that run."""
+        """Return how many jobs wait and how many run."""
         waiting = self._store.count([JobState.QUEUED, JobState.RECOVERING])
         return waiting, self._store.count([JobState.PREFILLING, JobState.DECODING])
 
@@ -207,7 +211,7 @@ class JobService:
         self._on_ended.append(callback)
 
     def status(self) -> Mapping[str, Any]:
-        """Fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
+        """Return the fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
         waiting, running = self.counts()
         uptime = self._clock() - self._started
         return self._runtime.status() | {"queued": waiting, "running": running, "uptime_s": uptime}
@@ -219,7 +223,7 @@ class JobService:
     # --- internals ---------------------------------------------------------------------------------------------------
 
     def _prompts(self, spec: JobSpec) -> list[array[int]]:
-        """Token ids of every question. Raises InvalidJob or JobNotFound."""
+        """Return the token ids of every question. Raises InvalidJob or JobNotFound."""
         prompts = job_prompts(self._runtime, self._documents, spec)
         if document_id := spec.input.document_id:
             self._store.touch_document(document_id, self._clock() + self._limits.document_ttl_s)
@@ -270,9 +274,9 @@ class JobService:
         self._arm(record)
         try:
             self._handles[record.id] = self._runtime.engine.submit_all(items)
-        except EngineError as error:  # `pipeline_restarted` submits the job again
-            if self._runtime.supervisor.state is PipelineState.DOWN:
-                self._cancel(record.id, str(error))
+        except EngineError:  # `pipeline_restarted` submits the job again
+            if self._supervisor.state is PipelineState.DOWN:
+                self._cancel(record.id, self._supervisor.reason)
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
@@ -341,8 +345,7 @@ class JobService:
                 self._requeue(record)
 
     def pipeline_given_up(self, reason: str) -> None:
-        """Let every unfinished job fail, and take no other."""
-        self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
+        """Let every unfinished job fail."""
         with self._lock:
             for job_id in list(self._live):
                 self._cancel(job_id, reason)
