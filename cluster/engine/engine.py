@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cluster.engine.in_flight import InFlight, Step
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, PrefillProgress, TokenEvent
+from cluster.engine.outputs import GenerationSpec, OutputText, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineError, EngineEvent, Ticket
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
@@ -40,7 +40,7 @@ class _News:
 
     ticket: Ticket
     step: Step
-    token: TokenEvent | None
+    token: OutputToken | None
     progress: bool
     ended: bool
 
@@ -114,9 +114,16 @@ class Engine:
         """
         return self.submit_all([(spec, on_event)])[0]
 
-    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]]) -> list[Ticket]:
-        """Queue several prompts at once; either all are accepted or none."""
-        tickets = [self._ticket(spec, on_event) for spec, on_event in items]
+    def submit_all(
+        self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
+    ) -> list[Ticket]:
+        """Queue several prompts at once; either all are accepted or none.
+
+        Args:
+            after: the number before that of their first token; the tokens of all of them are numbered together.
+        """
+        numbers = itertools.count(after + 1)
+        tickets = [self._ticket(spec, on_event, numbers) for spec, on_event in items]
         for ticket in tickets:
             self.scheduler.prepare(ticket.request)
         with self._accepting:
@@ -241,16 +248,18 @@ class Engine:
             ended = request.finish_reason is not None
             yield _News(ticket, step, token, is_first or (token is None and not ended), ended)
 
-    def _token(self, ticket: Ticket) -> TokenEvent:
+    def _token(self, ticket: Ticket) -> OutputToken:
         """The newest token with its text; a stop string in it ends the request."""
         request = ticket.request
-        text, stopped = ticket.text.push(request.output[-1])
-        if stopped:
+        text, reasoning, answer = ticket.text.push(request.output[-1], is_last=request.finish_reason is not None)
+        if ticket.text.stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
-        elif request.finish_reason is not None:
-            text += ticket.text.flush()
-        return TokenEvent(request.samples[-1], text)
+        sample = request.samples[-1]
+        return OutputToken(
+            next(ticket.numbers), ticket.spec.question, sample.token_id, text, sample.logprob, sample.top,
+            ticket.text.part, reasoning, answer,
+        )  # fmt: skip
 
     def _tell(self, news: _News) -> None:
         ticket = news.ticket
@@ -271,19 +280,20 @@ class Engine:
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
 
-    def _ticket(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None]) -> Ticket:
+    def _ticket(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], numbers: Iterator[int]) -> Ticket:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)
         request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, now, spec.priority)
-        text = OutputText(self._tokenizer, spec.stop)
+        text = OutputText(self._tokenizer, spec.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)
-            if text.push(sample.token_id)[1]:
+            text.push(sample.token_id)
+            if text.stopped:
                 request.finish_reason = FinishReason.STOP
-        return Ticket(request, spec, text, on_event, now)
+        return Ticket(request, spec, text, on_event, now, numbers)
 
     def _add(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:

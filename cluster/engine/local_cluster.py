@@ -72,7 +72,7 @@ class LocalCluster:
         """Answer several questions about one document, which is read once; results in their order.
 
         Args:
-            on_event: called with the index of a question and its `PrefillProgress`, `TokenEvent` or `Generation`, on
+            on_event: called with the index of a question and its `PrefillProgress`, `OutputToken` or `Generation`, on
                 another thread; must not block.
 
         Raises:

@@ -8,9 +8,9 @@ from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
-from cluster.text.reasoning import split_reasoning
+from cluster.text.reasoning import ANSWER, ReasoningSplitter, split_reasoning
 from cluster.text.tokenizer import IncrementalDecoder, StopMatcher, TextTokenizer
-from protos.stage.messages import SampledToken, SamplingParams
+from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class GenerationSpec:
     reasoning_opened: bool = False  # the prompt ends inside <think>
     priority: int = 0  # higher is admitted earlier
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
+    question: int = 0  # index of the prompt among those of its caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,22 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """A sampled token and the text that became certain with it (often empty)."""
+class OutputToken:
+    """A sampled token with the text that became certain with it (often empty), as it is stored and streamed.
 
-    token: SampledToken
+    `part` is where the output stands after the token, "reasoning" or "answer"; `reasoning` and `answer` are what the
+    token adds to either: together `text` without tags and the white space around them.
+    """
+
+    number: int  # 1, 2, 3, ... over all questions of one submission, in the order of sampling
+    question: int
+    token_id: int
     text: str
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    part: str = ANSWER
+    reasoning: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,30 +126,48 @@ class Generation:
 
 
 class OutputText:
-    """Turns the tokens of one request into text, and finds stop strings."""
+    """Turns the tokens of one request into text: decoded, cut at the first stop string, reasoning split off."""
 
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
+        """Args: `reasoning_opened` says that the prompt ended inside `<think>`."""
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
         self._matcher = StopMatcher(stop)
-        self._parts: list[str] = []
+        self._splitter = ReasoningSplitter(reasoning_opened)
+        self._reasoning_opened = reasoning_opened
+        self._pieces: list[str] = []
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """New text, and whether a stop string ended the output."""
-        if self._decoder is None:
-            return "", False
-        text, stopped = self._matcher.push(self._decoder.push(token_id))
-        self._parts.append(text)
-        return text, stopped
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the output."""
+        return self._matcher.stopped
 
-    def flush(self) -> str:
-        """The withheld rest, once the output has ended without a stop string."""
+    @property
+    def part(self) -> str:
+        """Where the output stands: "reasoning" or "answer"."""
+        return self._splitter.part
+
+    def push(self, token_id: int, is_last: bool = False) -> tuple[str, str, str]:
+        """Text that became certain with a token, and what it adds to reasoning and to the answer.
+
+        With `is_last` this is all that was withheld, too.
+        """
+        text = ""
+        if self._decoder is not None:
+            text, _ = self._matcher.push(self._decoder.push(token_id))
+            text += self._rest() if is_last else ""
+        self._pieces.append(text)
+        return text, *self._splitter.push(text)
+
+    def flush(self) -> None:
+        """Add what is withheld: the output has ended with the last token pushed."""
+        self._pieces.append(self._rest())
+
+    def _rest(self) -> str:
         if self._decoder is None or self._matcher.stopped:
             return ""
         text, _ = self._matcher.push(self._decoder.flush())
-        text += self._matcher.flush()
-        self._parts.append(text)
-        return text
+        return text + self._matcher.flush()
 
-    def split(self, opened: bool) -> tuple[str | None, str]:
-        """(reasoning, answer) of everything so far."""
-        return split_reasoning("".join(self._parts), opened=opened)
+    def result(self) -> tuple[str | None, str]:
+        """(reasoning, answer) of everything so far; see `split_reasoning`."""
+        return split_reasoning("".join(self._pieces), opened=self._reasoning_opened)

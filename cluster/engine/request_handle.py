@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.engine.attention_report import AttentionLog
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, PrefillProgress, Timings, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputText, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.request import FinishReason, Request
 from protos.model.spec import ModelSpec
 
-EngineEvent = PrefillProgress | TokenEvent | Generation
+EngineEvent = PrefillProgress | OutputToken | Generation
 _log = logging.getLogger(__name__)
 
 
@@ -29,6 +30,7 @@ class Ticket:
     text: OutputText
     on_event: Callable[[EngineEvent], None]
     submitted: float
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the tokens of its submission
     attention: AttentionLog = field(default_factory=AttentionLog)
     started: float | None = None
     first_token: float | None = None
@@ -57,7 +59,7 @@ class Ticket:
         request = self.request
         started = self.started if self.started is not None else now
         first = self.first_token if self.first_token is not None else now
-        reasoning, answer = self.text.split(self.spec.reasoning_opened)
+        reasoning, answer = self.text.result()
         self.result = Generation(
             token_ids=tuple(request.output),
             text=answer,

@@ -245,8 +245,9 @@ class Session:
         items = []
         for index, prompt in enumerate(prompts):
             spec = GenerationSpec(
-                prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, reasoning_opened
-            )
+                prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, reasoning_opened,
+                question=index,
+            )  # fmt: skip
             items.append((spec, _for_index(on_event, index)))
         return self.engine.submit_all(items)
 

@@ -97,8 +97,18 @@ def _keep_attention(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE answers ADD COLUMN attention TEXT NOT NULL DEFAULT '{}'")
 
 
+def _keep_parts(connection: sqlite3.Connection) -> None:
+    """Reasoning is split before a token is stored; older tokens (part '') are split by `JobStore.split_old_tokens`."""
+    connection.execute("ALTER TABLE tokens ADD COLUMN part TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN reasoning TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN answer TEXT NOT NULL DEFAULT ''")
+    connection.execute("CREATE INDEX tokens_unsplit ON tokens (job) WHERE part = ''")
+
+
 # by version reached
-MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _create, 2: _name_documents, 3: _keep_attention}
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
+    1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts,
+}  # fmt: skip
 VERSION = max(MIGRATIONS)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 
 from cluster.engine.runtime import Session
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobSpec
-from cluster.text.prompts import opens_thinking
+from cluster.text.prompts import PromptError, opens_thinking
 from cluster.text.reasoning import OPEN_TAG
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
@@ -38,7 +39,9 @@ def reasoning_opened(tokenizer: TextTokenizer, spec: JobSpec) -> bool:
     """Whether the prompts of a job end inside `<think>`, so that their answers start as reasoning."""
     given = spec.input
     if given.document_id or given.messages is not None:
-        return opens_thinking(tokenizer, spec.ask.enable_thinking)
+        with contextlib.suppress(PromptError):  # the template of another model than the job was submitted to
+            return opens_thinking(tokenizer, spec.ask.enable_thinking)
+        return False
     if given.prompt is not None:
         return given.prompt.rstrip().endswith(OPEN_TAG)
     ids = list(given.token_ids or ())[-_TAIL:]

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.engine.outputs import GenerationSpec, PrefillProgress
+from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineError, Ticket
 from cluster.engine.runtime import Session
 from cluster.jobs.documents import DocumentStore
@@ -26,7 +26,6 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
     ServiceBusy,
     ServiceLimits,
@@ -82,6 +81,7 @@ class JobService:
 
     def start(self) -> None:
         """Take up what an earlier head left unfinished, and begin to work. The session must be running."""
+        self._store.split_old_tokens(lambda spec: reasoning_opened(self._session.tokenizer, spec))
         self._recorder.start()
         if error := self._session.engine.error:  # it broke before anybody listened
             self._recorder.report(lambda: error)
@@ -160,7 +160,7 @@ class JobService:
             raise JobNotFound(f"job {job_id}: not found (it may have expired)")
         return record
 
-    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
         """Committed tokens with numbers above `after`, in order."""
         return self._store.tokens(job_id, after, limit)
 
@@ -262,9 +262,8 @@ class JobService:
         finished = {answer.question: answer.finish_reason for answer in record.answers if answer.finish_reason}
         job = self._live.get(record.id)
         if job is None:
-            job = LiveJob(record.id, record.spec.input.num_answers, record.last_event, lambda s: self._ended(record.id))
+            job = LiveJob(record.id, record.spec.input.num_answers, lambda s: self._ended(record.id))
             self._live[record.id] = job
-        job.last_event = record.last_event
         job.restore(finished)
         self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
         ask = record.spec.ask
@@ -274,12 +273,12 @@ class JobService:
             if question not in finished:
                 spec = GenerationSpec(
                     prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, opened,
-                    record.spec.priority, tuple(done.get(question, ())),
+                    record.spec.priority, tuple(done.get(question, ())), question,
                 )  # fmt: skip
                 items.append((spec, self._recorder.callback(job, question)))
         self._arm(record)
         try:
-            self._tickets[record.id] = self._session.engine.submit_all(items)
+            self._tickets[record.id] = self._session.engine.submit_all(items, record.last_event)
         except EngineError as error:  # recovery queues the job again
             if self._recovery.state == "down":
                 self._cancel(record.id, str(error))

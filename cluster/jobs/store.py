@@ -16,6 +16,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.database import Database, JobStoreError
 from cluster.jobs.model import (
     ACTIVE,
@@ -28,10 +29,10 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
     check_id,
 )
+from cluster.text.reasoning import ReasoningSplitter
 from protos.stage.messages import TokenLogprob
 
 MAX_PAGE = 1000  # jobs in one page of a list
@@ -41,11 +42,12 @@ _RECORD = (
     "SELECT seq, id, state, created, started, finished, error, last_event, restarts, spec, reproducibility"
     " FROM jobs JOIN specs ON job = seq"
 )
+_TOKEN = "number, question, token_id, text, logprob, top, part, reasoning, answer"
 _IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
 
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
 Records = list[JobRecord]  # `list` is a method below
-Tokens = list[JobToken]
+Tokens = list[OutputToken]
 DocumentRecords = list[DocumentRecord]
 Values = list[object]
 
@@ -103,7 +105,7 @@ class JobStore:
 
     def commit_step(
         self,
-        tokens: Sequence[tuple[str, JobToken]],
+        tokens: Sequence[tuple[str, OutputToken]],
         states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
     ) -> Sequence[bool]:
@@ -145,11 +147,30 @@ class JobStore:
             raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
         with self._db.reading() as db:
             rows = db.execute(
-                "SELECT number, question, token_id, text, logprob, top FROM tokens"
+                f"SELECT {_TOKEN} FROM tokens"
                 " WHERE job = (SELECT seq FROM jobs WHERE id = ?) AND number > ? ORDER BY number LIMIT ?",
                 (job_id, min(after, _MAX_INTEGER), min(limit, _MAX_INTEGER)),
             ).fetchall()
         return [_token(row) for row in rows]
+
+    def split_old_tokens(self, reasoning_opened: Callable[[JobSpec], bool]) -> None:
+        """Give the tokens that were stored before schema 4 their part; later ones come with it."""
+        while True:
+            with self._db.writing() as db:  # one job at a time: others read in between
+                row = db.execute("SELECT job FROM tokens WHERE part = '' LIMIT 1").fetchone()
+                if row is None:
+                    return
+                (spec,) = db.execute("SELECT spec FROM specs WHERE job = ?", row).fetchone()
+                opened = reasoning_opened(JobSpec.from_json(spec))
+                splitters: dict[int, ReasoningSplitter] = {}
+                query = "SELECT number, question, text FROM tokens WHERE job = ? ORDER BY number"
+                for number, question, text in db.execute(query, row).fetchall():
+                    splitter = splitters.setdefault(question, ReasoningSplitter(opened))
+                    parts = splitter.push(text)
+                    db.execute(
+                        "UPDATE tokens SET part = ?, reasoning = ?, answer = ? WHERE job = ? AND number = ?",
+                        (splitter.part, *parts, *row, number),
+                    )
 
     def list(
         self,
@@ -245,14 +266,16 @@ class JobStore:
             return _documents(db, f"WHERE expires <= ? AND NOT {_IN_USE} ORDER BY expires", now, _array(ACTIVE))
 
 
-def _token(row: Sequence[Any]) -> JobToken:
-    number, question, token_id, text, logprob, top = row
-    top = () if top == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(top))
-    return JobToken(number, question, token_id, text, logprob, top)
+def _token(row: Sequence[Any]) -> OutputToken:
+    """A row of _TOKEN, whose columns are the fields of OutputToken."""
+    values = list(row)
+    values[5] = () if row[5] == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(row[5]))
+    return OutputToken(*values)
 
 
-def _top(token: JobToken) -> str:
-    return json.dumps(token.top) if token.top else "[]"  # almost always
+def _token_row(job: int, t: OutputToken) -> tuple[object, ...]:
+    top = json.dumps(t.top) if t.top else "[]"  # almost always
+    return (job, t.number, t.question, t.token_id, t.text, t.logprob, top, t.part, t.reasoning, t.answer)
 
 
 def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
@@ -266,8 +289,8 @@ def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
         if not 0 <= token.question < num_answers:
             raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
     db.executemany(
-        "INSERT INTO tokens (job, number, question, token_id, text, logprob, top) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, _top(t)) for t in tokens],
+        f"INSERT INTO tokens (job, {_TOKEN}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [_token_row(seq, token) for token in tokens],
     )
     db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
 

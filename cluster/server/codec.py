@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from google.protobuf import json_format
 
 from cluster.config.yaml_source import show_value
-from cluster.engine.outputs import PrefillProgress
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.engine.runtime import Ask
 from cluster.jobs.model import (
     DocumentRecord,
@@ -25,11 +25,10 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     check_id,
 )
 from cluster.jobs.subscriptions import ProgressUpdate
-from cluster.text.reasoning import ReasoningStream
+from cluster.text.reasoning import ANSWER, REASONING
 from protos.jobs import jobs_pb2 as pb
 from protos.stage.messages import SamplingParams
 
@@ -199,6 +198,7 @@ def _at_least_one(key: str, count: int) -> None:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 _STATES: dict[JobState, pb.State] = {state: getattr(pb, state.name) for state in JobState}
+_PARTS = {REASONING: pb.REASONING, ANSWER: pb.ANSWER}
 _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STATES.items()}
 
 
@@ -209,7 +209,9 @@ def encode_document(record: DocumentRecord) -> pb.Document:
 
 
 def encode_job(
-    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, PrefillProgress] | None = None
+    record: JobRecord,
+    tokens: Sequence[OutputToken] | None = None,
+    progress: Mapping[int, PrefillProgress] | None = None,
 ) -> pb.Job:
     """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
     them) are given."""
@@ -220,7 +222,7 @@ def encode_job(
         labels=dict(spec.labels), last_event=record.last_event, restarts=record.restarts,
     )  # fmt: skip
     ended = {answer.question: answer for answer in record.answers}
-    by_question: dict[int, list[JobToken]] = {}
+    by_question: dict[int, list[OutputToken]] = {}
     for token in tokens or ():
         by_question.setdefault(token.question, []).append(token)
     with_logprobs = spec.ask.sampling.logprobs is not None
@@ -239,7 +241,7 @@ def encode_job(
     return job
 
 
-def _encode_answer(ended: JobAnswer | None, tokens: Sequence[JobToken], with_logprobs: bool) -> pb.Answer:
+def _encode_answer(ended: JobAnswer | None, tokens: Sequence[OutputToken], with_logprobs: bool) -> pb.Answer:
     answer = pb.Answer(token_ids=[token.token_id for token in tokens])
     if with_logprobs:
         answer.tokens.extend(map(encode_token, tokens))
@@ -265,7 +267,7 @@ def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
             setattr(job.timings, key, choose(values))
 
 
-def encode_token(token: JobToken) -> pb.Token:
+def encode_token(token: OutputToken) -> pb.Token:
     top = [pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
     return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
 
@@ -282,18 +284,19 @@ def encode_progress_event(update: ProgressUpdate, number: int) -> pb.JobEvent:
     return pb.JobEvent(number=number, progress=event)
 
 
-def encode_token_event(token: JobToken, split: ReasoningStream) -> pb.JobEvent:
-    """A token of a stream; `split` has had the texts of the question's tokens before it."""
+def encode_tokens(tokens: Sequence[OutputToken], grouped: bool) -> Iterator[pb.JobEvent]:
+    """Tokens of a stream (at least one): several as one event when they may be `grouped`, else an event each."""
+    if grouped and len(tokens) > 1:
+        yield pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=map(_token_event, tokens)))
+    else:
+        for token in tokens:
+            yield pb.JobEvent(number=token.number, token=_token_event(token))
+
+
+def _token_event(token: OutputToken) -> pb.TokenEvent:
     message = encode_token(token)
-    message.reasoning, message.answer = split.push(token.text)
-    message.part = pb.REASONING if split.part == "reasoning" else pb.ANSWER
-    return pb.JobEvent(number=token.number, token=pb.TokenEvent(question=token.question, token=message))
-
-
-def encode_token_group(tokens: Sequence[JobToken], splits: Mapping[int, ReasoningStream]) -> pb.JobEvent:
-    """Tokens of a stream (at least one) as one event; `splits` by question."""
-    events = [encode_token_event(token, splits[token.question]).token for token in tokens]
-    return pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=events))
+    message.part, message.reasoning, message.answer = _PARTS[token.part], token.reasoning, token.answer
+    return pb.TokenEvent(question=token.question, token=message)
 
 
 def encode_status(status: Mapping[str, Any]) -> pb.ClusterStatusReply:

@@ -14,7 +14,6 @@ from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import Session
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import ServiceLimits
-from cluster.jobs.prompts import reasoning_opened
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
 from cluster.server.grpc_server import GrpcServer
@@ -61,10 +60,7 @@ def run_head(
             config.server.document_ttl_s,
         )  # fmt: skip
         service = JobService(session, store, documents, limits)
-        gateway = GrpcServer(
-            service, config.server, config.security,
-            reasoning_opened=lambda spec: reasoning_opened(session.tokenizer, spec),
-        )  # fmt: skip
+        gateway = GrpcServer(service, config.server, config.security)
         metrics = MetricsServer(service, session, config.server.metrics_host, config.server.metrics_port)
         try:
             service.start()

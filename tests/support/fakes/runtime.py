@@ -12,7 +12,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.runtime import Session
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
-from tests.support.fakes.stage import Clock, FakeShard
+from tests.support.fakes.stage import Clock, FakeShard, Script
 from tests.support.paths import CONFIGS
 
 CHUNK = 64  # tokens of a step
@@ -20,6 +20,8 @@ CHUNK = 64  # tokens of a step
 
 class FakeSession(Session):
     """Token `index` of every answer is `100 + index`; no model, no processes."""
+
+    script: Script = staticmethod(lambda sequence, index: 100 + index)
 
     def __init__(self, data_dir: Path, seqs: int = 2) -> None:
         config = CONFIGS / "single.yaml"
@@ -31,7 +33,7 @@ class FakeSession(Session):
     def start(self) -> None:
         self.before_start()
         self.starts += 1
-        self.shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
+        self.shard = FakeShard(0, 1, self.script, Clock())
         scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
         self._begin(Engine(scheduler, [self.shard], self.tokenizer))
         self.launched: Any = SimpleNamespace(shards=(), fingerprint="f", dtype="float32")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cluster.engine.outputs import OutputToken
 from cluster.engine.runtime import Ask
 from cluster.jobs import service as service_module
 from cluster.jobs.model import (
@@ -24,8 +25,10 @@ from cluster.jobs.model import (
     ServiceLimits,
     new_id,
 )
-from tests.support.fakes.runtime import CHUNK
+from cluster.text.tokenizer import TextTokenizer
+from tests.support.fakes.runtime import CHUNK, FakeSession
 from tests.support.fakes.stage import eventually
+from tests.support.paths import NEEDLE
 from tests.support.rigs.service import Bench
 
 S = JobState
@@ -192,6 +195,51 @@ def test_stream_begins_anywhere_and_loses_nothing(bench: Bench) -> None:
         assert rest == numbers[after:]
     with pytest.raises(InvalidJob, match="between 0 and 7"):
         bench.service.stream(job_id, 8)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_streams_split_reasoning_alike_wherever_they_begin(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    """Fresh, re-attached, and after the death of the head in the middle of the reasoning or of the answer."""
+    text = "why not</think>\n\nso it is"
+    ids = TextTokenizer.open(NEEDLE).encode(text if opened else f" <think> {text}")
+    monkeypatch.setattr(FakeSession, "script", staticmethod(lambda sequence, index: ids[index]))
+    spec = JobSpec(JobInput(prompt="why? <think>\n" if opened else "why?"), Ask(max_tokens=len(ids)))
+    bench = make(seqs=1)
+
+    def tokens(job_id: str, after: int = 0) -> list[OutputToken]:
+        return [t for event in bench.service.stream(job_id, after) if isinstance(event, list) for t in event]
+
+    job_id = bench.service.submit(spec).id
+    fresh = tokens(job_id)
+    assert [token.number for token in fresh] == list(range(1, len(ids) + 1))
+    assert "".join(token.reasoning for token in fresh) == "why not"
+    assert "".join(token.answer for token in fresh) == "so it is"
+    answer = bench.service.get(job_id).answers[0]
+    assert (answer.reasoning, answer.text) == ("why not", "so it is")
+    for after in range(len(ids)):
+        assert tokens(job_id, after) == fresh[after:]
+    for done in (2, len(ids) - 2):
+        bench.session.shard.hold()
+        job_id = bench.service.submit(spec).id
+        bench.session.shard.let(done)
+        eventually(lambda job_id=job_id, done=done: len(bench.ids(job_id)) == done)  # type: ignore[misc]
+        bench.restart()
+        assert tokens(job_id) == fresh
+        assert bench.service.get(job_id).answers[0].reasoning == "why not"
+        assert tokens(job_id, done + 1) == fresh[done + 1 :]
+
+
+def test_tokens_of_an_earlier_version_are_split_at_the_start(bench: Bench) -> None:
+    job_id = bench.service.submit(JobSpec(JobInput(prompt="why? <think>\n"), Ask(max_tokens=3))).id
+    bench.service.wait(job_id, 20)
+    before = bench.service.tokens(job_id)
+    assert {token.part for token in before} == {"reasoning"}
+    with bench.store._db.writing() as db:  # as version 3 left it
+        db.execute("UPDATE tokens SET part = '', reasoning = '', answer = ''")
+    bench.restart()
+    assert bench.service.tokens(job_id) == before
 
 
 def test_delete_and_expiry(make: Callable[..., Bench]) -> None:

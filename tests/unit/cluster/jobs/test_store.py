@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.engine.outputs import OutputToken
 from cluster.engine.runtime import Ask
 from cluster.jobs.model import (
     ACTIVE,
@@ -22,7 +23,6 @@ from cluster.jobs.model import (
     JobNotFound,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
     new_id,
 )
@@ -67,11 +67,11 @@ def run_to(store: JobStore, job_id: str, *states: JobState) -> str:
     return job_id
 
 
-def tokens(first: int, count: int, question: int = 0) -> list[JobToken]:
-    return [JobToken(number, question, number * 3, f"t{number} ") for number in range(first, first + count)]
+def tokens(first: int, count: int, question: int = 0) -> list[OutputToken]:
+    return [OutputToken(number, question, number * 3, f"t{number} ") for number in range(first, first + count)]
 
 
-def commit(store: JobStore, job_id: str, batch: list[JobToken]) -> None:
+def commit(store: JobStore, job_id: str, batch: list[OutputToken]) -> None:
     store.commit_step([(job_id, token) for token in batch], [], [])
 
 
@@ -85,7 +85,7 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     assert (record.state, record.created, record.spec) == (JobState.QUEUED, 1000.0, spec)
     assert record.answers == (JobAnswer(0), JobAnswer(1))
     top = (TokenLogprob(5, -0.25), TokenLogprob(6, -math.inf))
-    token = JobToken(1, 1, 5, "a\0\U0001f600", -0.25, top)
+    token = OutputToken(1, 1, 5, "a\0\U0001f600", -0.25, top, "reasoning", "a\0", "\U0001f600")
     attention = {"mode": "sparse", "layers": [{"layer": 0, "density": [0.5]}]}
     answer = JobAnswer(1, 10, 4, "stop", "text", "why", {"queued_s": 0.5}, attention)
     assert store.commit_step([(record.id, token)], [], [(record.id, answer)]) == []
@@ -196,7 +196,7 @@ def test_tokens_are_numbered_and_read_from_anywhere(store: JobStore, count: int)
         (tokens(3, 1, question=-1), "question -1: must be"),
     ],
 )
-def test_a_wrong_step_writes_nothing(store: JobStore, batch: list[JobToken], message: str) -> None:
+def test_a_wrong_step_writes_nothing(store: JobStore, batch: list[OutputToken], message: str) -> None:
     good, bad = submit(store), submit(store)
     commit(store, bad, tokens(1, 2))
     step = [(good, token) for token in tokens(1, 3)] + [(bad, token) for token in batch]
