@@ -139,7 +139,7 @@ class DocumentStore:
         """Give the file its name and the document its record, or neither."""
         path = self._path(record.id)
         with self._lock, self._errors():
-            is_new = self._store.get_document(record.id) is None
+            is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:
                 _sync_folder(self._folder)

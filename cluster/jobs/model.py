@@ -46,6 +46,7 @@ class JobState(enum.StrEnum):
 
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 ACTIVE = frozenset(JobState) - FINAL
+WAITING = frozenset({JobState.QUEUED, JobState.RECOVERING})
 
 
 class JobError(Exception):

@@ -20,6 +20,7 @@ from cluster.engine.runtime import Session
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
+    WAITING,
     DocumentRecord,
     InvalidJob,
     JobNotFound,
@@ -34,7 +35,7 @@ from cluster.jobs.model import (
 )
 from cluster.jobs.prompts import job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
-from cluster.jobs.store import JobStore
+from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
 from cluster.jobs.supervisor import Recovery
 from cluster.jobs.timers import Keeper
@@ -132,24 +133,24 @@ class JobService:
 
     def submit(self, spec: JobSpec) -> JobRecord:
         """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy."""
-        if (known := self._store.find(spec)) is not None:  # a repeated submission is answered whatever goes on
+        known, waiting = self._store.admission(spec)
+        if known is not None:  # a repeated submission is answered whatever goes on
             return known
         if self._refusal:
             raise ServiceBusy(self._refusal, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
-        waiting, _ = self.counts()
-        if waiting >= self._limits.max_queued_jobs:
-            raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
-        prompts = self._prompts(spec)
+        check_queue(waiting, self._limits.max_queued_jobs)
+        prompts = job_prompts(self._session, self._documents, spec)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(self._queued_tokens.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
-                spec, new_id("job"), spec.input.num_answers, self._session.reproducibility(spec.ask.sampling.seed)
-            )
+                spec, new_id("job"), spec.input.num_answers, self._session.reproducibility(spec.ask.sampling.seed),
+                self._limits.max_queued_jobs, self._document_expires(),
+            )  # fmt: skip
             if is_new:
                 self._enqueue(record, prompts, {})
         return record
@@ -206,8 +207,7 @@ class JobService:
 
     def counts(self) -> tuple[int, int]:
         """Jobs that wait and jobs that run."""
-        waiting = self._store.count([JobState.QUEUED, JobState.RECOVERING])
-        return waiting, self._store.count([JobState.PREFILLING, JobState.DECODING])
+        return self._store.count(WAITING), self._store.count(ACTIVE - WAITING)
 
     def on_ended(self, callback: Callable[[JobRecord, dict[int, int]], None]) -> None:
         """Call with every job that ends, and its number of tokens by question (metrics)."""
@@ -228,19 +228,18 @@ class JobService:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
-    def _prompts(self, spec: JobSpec) -> list[array[int]]:
-        """Token ids of every question. Raises InvalidJob or JobNotFound."""
-        prompts = job_prompts(self._session, self._documents, spec)
-        if document_id := spec.input.document_id:
-            self._store.touch_document(document_id, self._clock() + self._limits.document_ttl_s)
-        return prompts
+    def _document_expires(self) -> float:
+        """The expiry of a document used now."""
+        return self._clock() + self._limits.document_ttl_s
 
     def _requeue(self, record: JobRecord) -> None:
         """Queue a job again after its last committed token; one that cannot be built any more fails."""
         try:
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
-            prompts = self._prompts(record.spec)
+            prompts = job_prompts(self._session, self._documents, record.spec)
+            if document_id := record.spec.input.document_id:
+                self._store.touch_document(document_id, self._document_expires())
         except (InvalidJob, JobNotFound) as error:
             self._cancel(record.id, str(error))
             return

@@ -21,6 +21,7 @@ from cluster.jobs.database import Database, JobStoreError
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
+    WAITING,
     DocumentRecord,
     InvalidJob,
     JobAnswer,
@@ -30,6 +31,7 @@ from cluster.jobs.model import (
     JobSpec,
     JobState,
     NotAllowedNow,
+    ServiceBusy,
     check_id,
 )
 from cluster.text.reasoning import ReasoningSplitter
@@ -62,39 +64,57 @@ class JobStore:
     def close(self) -> None:
         self._db.close()
 
+    def admission(self, spec: JobSpec) -> tuple[JobRecord | None, int]:
+        """The job that an earlier submission with this idempotency key made, and how many jobs wait.
+
+        Raises JobConflict as `create`.
+        """
+        with self._db.reading() as db:
+            return _by_key(db, spec), _count(db, WAITING)
+
     def create(
-        self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any]
+        self,
+        spec: JobSpec,
+        job_id: str,
+        num_answers: int,
+        reproducibility: Mapping[str, Any],
+        max_queued: int | None = None,
+        document_expires: float | None = None,
     ) -> tuple[JobRecord, bool]:
         """Store a queued job; with an idempotency key in use, the job that has it and False.
 
-        Raises JobConflict (the key came with another body), JobNotFound (the document), InvalidJob (id, text not
-        Unicode).
+        Args:
+            max_queued: how many jobs may wait; None for any number.
+            document_expires: the new expiry of its document, in seconds since 1970; None leaves it as it is.
+
+        Raises:
+            JobConflict: the key came with another body. ServiceBusy: too many jobs wait. JobNotFound: the document.
+            InvalidJob: id, or text that is not Unicode.
         """
         check_id(job_id, "job")
         assert num_answers >= 1, num_answers
         document, key = spec.input.document_id or None, spec.idempotency_key or None
         with self._db.writing() as db:
-            body_hash, text = spec.body_hash(), spec.to_json()
             if (known := _by_key(db, spec)) is not None:
                 return known, False
+            if max_queued is not None:
+                check_queue(_count(db, WAITING), max_queued)
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
                 raise JobConflict(f"job id: {job_id}: is in use: take a new one")
-            if document and not db.execute("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
+            touch = "UPDATE documents SET expires = coalesce(?, expires) WHERE id = ?"
+            if document and not db.execute(touch, (document_expires, document)).rowcount:
                 raise JobNotFound(f"document: {document}: not found: upload it again")
+            created = self._clock()
             seq = db.execute(
                 "INSERT INTO jobs (id, state, idempotency_key, body_hash, num_answers, created, document_id)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (job_id, JobState.QUEUED, key, body_hash, num_answers, self._clock(), document),
+                (job_id, JobState.QUEUED, key, spec.body_hash(), num_answers, created, document),
             ).lastrowid
-            db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, text, json.dumps(dict(reproducibility))))
+            db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, spec.to_json(), json.dumps(dict(reproducibility))))
             db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
             db.executemany("INSERT INTO answers (job, question) VALUES (?, ?)", [(seq, q) for q in range(num_answers)])
-            return _one(db, job_id), True
-
-    def find(self, spec: JobSpec) -> JobRecord | None:
-        """The job an earlier submission with this idempotency key made. Raises JobConflict as `create`."""
-        with self._db.reading() as db:
-            return _by_key(db, spec)
+        answers = tuple(map(JobAnswer, range(num_answers)))
+        return JobRecord(job_id, JobState.QUEUED, spec, created, answers=answers, reproducibility=reproducibility), True
 
     def transition(
         self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
@@ -133,7 +153,7 @@ class JobStore:
     def get(self, job_id: str) -> JobRecord | None:
         """The job with its answers, without tokens."""
         with self._db.reading() as db:
-            return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
+            return _one(db, job_id)
 
     def state(self, job_id: str) -> JobState | None:
         """The state of a job, cheaper than all of it; None for an unknown one."""
@@ -212,8 +232,7 @@ class JobStore:
     def count(self, states: Collection[JobState] = ()) -> int:
         """How many jobs are in any of `states` (none: all)."""
         with self._db.reading() as db:
-            query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
-            return int(db.execute(query, (_array(states or JobState),)).fetchone()[0])
+            return _count(db, states or JobState)
 
     def delete(self, job_id: str) -> bool:
         """Forget an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
@@ -330,6 +349,17 @@ def _transition(db: sqlite3.Connection, change: StateChange, error: str, now: fl
     return cursor.rowcount > 0
 
 
+def check_queue(waiting: int, max_queued: int) -> None:
+    """Refuse one more job when `max_queued` wait already (raises ServiceBusy)."""
+    if waiting >= max_queued:
+        raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
+
+
+def _count(db: sqlite3.Connection, states: Iterable[JobState]) -> int:
+    query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
+    return int(db.execute(query, (_array(states),)).fetchone()[0])
+
+
 def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
     key = spec.idempotency_key
     row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
@@ -338,8 +368,8 @@ def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
     return None if row is None else _one(db, row[0])
 
 
-def _one(db: sqlite3.Connection, job_id: str) -> JobRecord:
-    return _records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())[0]
+def _one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
+    return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
 
 
 def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:

@@ -137,6 +137,56 @@ def test_bounded_queue(make: Callable[..., Bench]) -> None:
     bench.check_idle()
 
 
+def test_the_bound_of_the_queue_holds_for_parallel_submissions(make: Callable[..., Bench]) -> None:
+    bench = make(seqs=1, limits=ServiceLimits(max_queued_jobs=3))
+    bench.session.shard.hold()
+    running = bench.submit(tokens=4 * CHUNK)
+    bench.session.shard.let(1)
+    bench.reaches(running, S.PREFILLING)
+
+    def attempt(first: int) -> bool:
+        try:
+            return bool(bench.submit(first=first))
+        except ServiceBusy:
+            return False
+
+    with ThreadPoolExecutor(20) as threads:
+        assert sum(threads.map(attempt, range(10, 50))) == 3
+    bench.session.shard.let(1000)
+
+
+def test_a_submission_takes_few_transactions(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reads what is known, one the document's record, one writes the job; an upload writes its record."""
+    bench.session.shard.hold()
+    taken: list[str] = []
+    database = bench.store._db
+    own = threading.current_thread()  # the recorder writes, too
+
+    def counting(kind: str) -> Callable[[], object]:
+        method = getattr(database, kind)
+
+        def call() -> object:
+            if threading.current_thread() is own:
+                taken.append(kind)
+            return method()
+
+        return call
+
+    for kind in ("reading", "writing"):
+        monkeypatch.setattr(database, kind, counting(kind))
+    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    assert taken == ["writing"]
+    taken.clear()
+    bench.ahead = 50.0
+    bench.service.submit(JobSpec(JobInput(document_id=document.id, questions=("What?",)), Ask()))
+    assert taken == ["reading", "reading", "writing"]
+    assert bench.service.document(document.id).expires > document.expires + 40
+    taken.clear()
+    bench.submit()
+    assert taken == ["reading", "writing"]
+    bench.session.shard.let(1000)
+
+
 def test_parallel_duplicates_are_one_job(bench: Bench) -> None:
     with ThreadPoolExecutor(50) as threads:
         ids = set(threads.map(lambda _: bench.submit(idempotency_key="k"), range(50)))

@@ -24,6 +24,7 @@ from cluster.jobs.model import (
     JobSpec,
     JobState,
     NotAllowedNow,
+    ServiceBusy,
     new_id,
 )
 from cluster.jobs.store import MAX_PAGE, JobStore, JobStoreError
@@ -118,6 +119,33 @@ def test_one_key_is_one_job(store: JobStore) -> None:
     run_to(store, made[0][0].id, JobState.CANCELLED)
     assert store.delete(made[0][0].id)
     assert store.create(spec, new_id("job"), 1, {})[1], "a deleted job gives its key back"
+
+
+def test_admission_says_what_is_known_and_how_many_wait(store: JobStore) -> None:
+    spec = replace(PLAIN, idempotency_key="key")
+    assert store.admission(spec) == (None, 0)
+    record, _ = store.create(spec, new_id("job"), 1, {})
+    waiting = run_to(store, submit(store), JobState.PREFILLING, JobState.RECOVERING)
+    run_to(store, submit(store), JobState.PREFILLING, JobState.DECODING)
+    assert store.admission(spec) == (record, 2)
+    assert store.admission(PLAIN) == (None, 2)
+    with pytest.raises(JobConflict, match="another body"):
+        store.admission(replace(spec, priority=1))
+    with pytest.raises(ServiceBusy, match=r"queue: 2 jobs wait, the limit is server\.max_queued_jobs") as caught:
+        store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)
+    assert caught.value.retry_after_s == 10.0
+    assert store.create(spec, new_id("job"), 1, {}, max_queued=2) == (record, False), "a repeated one is answered"
+    run_to(store, waiting, JobState.CANCELLED)
+    assert store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)[1]
+
+
+def test_a_submission_moves_on_the_expiry_of_its_document(store: JobStore) -> None:
+    store.put_document(DOCUMENT)
+    spec = JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask())
+    store.create(spec, new_id("job"), 1, {})
+    assert store.get_document(DOCUMENT.id) == DOCUMENT
+    store.create(spec, new_id("job"), 1, {}, document_expires=170.0)
+    assert store.get_document(DOCUMENT.id) == replace(DOCUMENT, expires=170.0)
 
 
 def test_refused_submissions_leave_nothing(store: JobStore) -> None:
