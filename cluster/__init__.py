@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from cluster.client.models import JobEnded, ProgressEvent, TokenEvent
-    from cluster.engine.local_cluster import LocalCluster
+    from cluster.engine.runtime import LocalCluster
 
 __all__ = [
     "AsyncClient",
@@ -51,7 +51,7 @@ _HOMES = {
     "Client": "cluster.client.client",
     "Job": "cluster.client.client",
     "JobEnded": "cluster.client.models",
-    "LocalCluster": "cluster.engine.local_cluster",
+    "LocalCluster": "cluster.engine.runtime",
     "ProgressEvent": "cluster.client.models",
     "TokenEvent": "cluster.client.models",
 }

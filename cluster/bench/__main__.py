@@ -158,9 +158,9 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
         cluster: dict[str, object] = {"threads_per_actor": 2, "cpus_per_actor": 1.0}
         with head(
             model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
-        ) as (client, session):
+        ) as (client, runtime):
             chunks = Chunks(short)
-            session.engine.on_step = chunks.note
+            runtime.engine.on_step = chunks.note
 
             def long_jobs() -> None:
                 seed = 1000
@@ -207,8 +207,8 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
         with head(
             model, Path(folder), cluster=cluster, kv_cache={"bytes": "256MiB"},
             prefill={"max_num_batched_tokens": chunk}, model_settings={"max_model_len": "4k"},
-        ) as (client, session):  # fmt: skip
-            result = measure_load(client, session, clients, jobs, rounds)
+        ) as (client, runtime):  # fmt: skip
+            result = measure_load(client, runtime, clients, jobs, rounds)
     _write(out, {"what": "memory and descriptors under load", "chunk": chunk, **result})
 
 

@@ -1,4 +1,4 @@
-"""A head in this process, for measuring: session, store, service and door over a bare checkpoint."""
+"""A head in this process, for measuring: runtime, store, service and door over a bare checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import ServiceLimits
 from cluster.jobs.service import JobService
@@ -28,7 +28,7 @@ from cluster.tools.assets import needle_dir
 @contextmanager
 def head(
     model: Path, folder: Path, model_settings: dict[str, object] | None = None, **settings: dict[str, object]
-) -> Iterator[tuple[Client, Session]]:
+) -> Iterator[tuple[Client, ClusterRuntime]]:
     """Start a head for token-id prompts; yields a client of it. `settings` are sections of the YAML."""
     linked = folder / "model"
     linked.mkdir()
@@ -44,17 +44,17 @@ def head(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     deployment = load_deployment(path)
     with ExitStack() as steps:
-        session = steps.enter_context(Session(deployment))
+        runtime = steps.enter_context(ClusterRuntime(deployment))
         data = deployment.config.data_dir
         store = JobStore(data / "jobs.sqlite")
         steps.callback(store.close)
         documents = DocumentStore(data / "documents", store, 86400.0)
-        service = JobService(session, store, documents, ServiceLimits())
+        service = JobService(runtime, store, documents, ServiceLimits())
         gateway = GrpcServer(service, deployment.config.server, deployment.config.security, port_override=0)
         steps.callback(gateway.close)
         steps.callback(service.close)
         service.start()
-        yield steps.enter_context(Client(gateway.start())), session
+        yield steps.enter_context(Client(gateway.start())), runtime
 
 
 def random_ids(length: int, seed: int) -> list[int]:

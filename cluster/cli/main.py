@@ -78,11 +78,11 @@ def run(
 
 
 def _ask(options: dict[str, Any]) -> Any:
-    from cluster.engine.runtime import Ask
+    from cluster.engine.outputs import AnswerOptions
     from protos.stage.messages import SamplingParams
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
-    return Ask(
+    return AnswerOptions(
         max_tokens=options["max_tokens"],
         sampling=SamplingParams(**{name: options[name] for name in names}),
         stop=options["stop"],

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cluster.engine.in_flight import Step
+from cluster.engine.in_flight import InFlightStep
 from protos.model import grid
 from protos.model.spec import ModelSpec
 
@@ -76,7 +76,7 @@ class _Head:
 
 
 @dataclass(slots=True)
-class AttentionLog:
+class AttentionReport:
     """Adds up the reports of one prompt."""
 
     _heads: dict[int, dict[int, _Head]] = field(default_factory=dict)  # layer -> head
@@ -84,7 +84,7 @@ class AttentionLog:
     _estimate_us: int = 0
     _compute_us: int = 0
 
-    def add(self, sequence: int, step: Step) -> None:
+    def add(self, sequence: int, step: InFlightStep) -> None:
         """Take what all shards report of a step; the time of a step counts whole for each of its sparse prompts."""
         reports = [report for report in step.cells if report.sequence == sequence]
         for report in reports:

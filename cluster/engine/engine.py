@@ -14,17 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cluster.engine.in_flight import InFlight, Step
+from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
 from cluster.engine.outputs import GenerationSpec, OutputText, OutputToken, PrefillProgress
-from cluster.engine.request_handle import EngineError, EngineEvent, Ticket
+from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
-from cluster.stages.handle import StageHandle
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from cluster.stages.handle import StageHandle
 
 _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
@@ -35,11 +38,11 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _News:
+class StepOutcome:
     """What one step meant for one request; told when the next steps are on their way."""
 
-    ticket: Ticket
-    step: Step
+    handle: RequestHandle
+    step: InFlightStep
     token: OutputToken | None
     progress: bool
     ended: bool
@@ -69,13 +72,13 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        self._num_stages = 1 + max(handle.shard.stage for handle in self._shards)
+        self._num_stages = 1 + max(shard.shard.stage for shard in self._shards)
         self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._in_flight = InFlight([handle.shard for handle in self._shards], scheduler.is_sparse)
+        self._in_flight = InFlightSteps([shard.shard for shard in self._shards], scheduler.is_sparse)
         self._oldest: StepPlan | None = None
         self._decode_s = 0.0  # of a decode step, smoothed; 0 before the first
-        self._tickets: dict[int, Ticket] = {}
+        self._handles: dict[int, RequestHandle] = {}
         self._sequences = itertools.count(1)
         self._error = ""
         self._closed = False
@@ -84,8 +87,8 @@ class Engine:
 
     def start(self) -> None:
         """Connect to the shards and begin to work."""
-        for handle in self._shards:
-            handle.connect(self._on_results, self._on_lost)
+        for shard in self._shards:
+            shard.connect(self._on_results, self._on_lost)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -102,10 +105,12 @@ class Engine:
         elif first:  # never started: what was submitted ends here
             self._fail(_STOPPED)
             self._loop()
-        for handle in self._shards:
-            handle.close()
+        for shard in self._shards:
+            shard.close()
 
-    def submit(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None) -> Ticket:
+    def submit(
+        self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None
+    ) -> RequestHandle:
         """Queue one prompt; `on_event` is called on the engine's thread and must not block.
 
         Raises:
@@ -116,25 +121,25 @@ class Engine:
 
     def submit_all(
         self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
-    ) -> list[Ticket]:
+    ) -> list[RequestHandle]:
         """Queue several prompts at once; either all are accepted or none.
 
         Args:
             after: the number before that of their first token; the tokens of all of them are numbered together.
         """
         numbers = itertools.count(after + 1)
-        tickets = [self._ticket(spec, on_event, numbers) for spec, on_event in items]
-        for ticket in tickets:
-            self.scheduler.prepare(ticket.request)
+        handles = [self._handle(spec, on_event, numbers) for spec, on_event in items]
+        for handle in handles:
+            self.scheduler.prepare(handle.request)
         with self._accepting:
             if self._error or self._closed:
                 raise EngineError(self._error or _STOPPED)
-            self._inbox.put(lambda: self._add(tickets))
-        return tickets
+            self._inbox.put(lambda: self._add(handles))
+        return handles
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, handle: RequestHandle) -> None:
         """Stop a request; its result comes with finish reason `cancelled`, its step in flight is dropped."""
-        self._inbox.put(lambda: self._cancel(ticket))
+        self._inbox.put(lambda: self._cancel(handle))
 
     @property
     def error(self) -> str:
@@ -191,8 +196,8 @@ class Engine:
             self._note_start(plan)
             plans.append(plan)
         if plans:
-            for handle in self._shards:
-                handle.send(plans)
+            for shard in self._shards:
+                shard.send(plans)
 
     def _depth_now(self) -> int:
         """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
@@ -200,7 +205,7 @@ class Engine:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
-        answered = min((len(ticket.request.output) for ticket in self._tickets.values()), default=0)
+        answered = min((len(handle.request.output) for handle in self._handles.values()), default=0)
         most = min(_BURST, max(_BURST_AT_FIRST, answered // 2))
         return max(self._depth, min(most, int(_BURST_S / self._decode_s)))
 
@@ -216,21 +221,21 @@ class Engine:
     def _results(self, results: Sequence[StepResult]) -> None:
         if self._error:
             return
-        news: list[_News] = []
+        outcome: list[StepOutcome] = []
         error = ""
         for result in results:
             if error := result.error:
                 break
             for step in self._in_flight.take(result):
-                news += self._commit(step)
+                outcome += self._commit(step)
         if not error:
             self._fill_pipeline()
-        for item in news:
-            self._tell(item)
+        for item in outcome:
+            self._notify(item)
         if error:
             self._fail(error)
 
-    def _commit(self, step: Step) -> Iterator[_News]:
+    def _commit(self, step: InFlightStep) -> Iterator[StepOutcome]:
         self.latency.observe(step.plan, step.slowest_s, step.cells)
         if step.plan.decodes:
             took = self._in_flight.decode_s(self._num_stages)
@@ -240,36 +245,36 @@ class Engine:
         touched = self.scheduler.commit(step.plan, step.samples)
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
-            ticket = self._tickets[request.sequence]
-            token = self._token(ticket) if request.sequence in sampled else None
-            is_first = token is not None and ticket.first_token is None
+            handle = self._handles[request.sequence]
+            token = self._token(handle) if request.sequence in sampled else None
+            is_first = token is not None and handle.first_token is None
             if is_first:
-                ticket.first_token = self._clock()
+                handle.first_token = self._clock()
             ended = request.finish_reason is not None
-            yield _News(ticket, step, token, is_first or (token is None and not ended), ended)
+            yield StepOutcome(handle, step, token, is_first or (token is None and not ended), ended)
 
-    def _token(self, ticket: Ticket) -> OutputToken:
+    def _token(self, handle: RequestHandle) -> OutputToken:
         """The newest token with its text; a stop string in it ends the request."""
-        request = ticket.request
-        text, reasoning, answer = ticket.text.push(request.output[-1], is_last=request.finish_reason is not None)
-        if ticket.text.stopped:
+        request = handle.request
+        text, reasoning, answer = handle.text.push(request.output[-1], is_last=request.finish_reason is not None)
+        if handle.text.stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
         sample = request.samples[-1]
         return OutputToken(
-            next(ticket.numbers), ticket.spec.question, sample.token_id, text, sample.logprob, sample.top,
-            ticket.text.part, reasoning, answer,
+            next(handle.numbers), handle.spec.question, sample.token_id, text, sample.logprob, sample.top,
+            handle.text.part, reasoning, answer,
         )  # fmt: skip
 
-    def _tell(self, news: _News) -> None:
-        ticket = news.ticket
-        ticket.attention.add(ticket.request.sequence, news.step)
-        if news.progress:
-            ticket.tell(self._progress(ticket.request))
-        if news.token is not None:
-            ticket.tell(news.token)
-        if news.ended:
-            self._finish(ticket)
+    def _notify(self, outcome: StepOutcome) -> None:
+        handle = outcome.handle
+        handle.attention.add(handle.request.sequence, outcome.step)
+        if outcome.progress:
+            handle.notify(self._progress(handle.request))
+        if outcome.token is not None:
+            handle.notify(outcome.token)
+        if outcome.ended:
+            self._finish(handle)
 
     def _progress(self, request: Request) -> PrefillProgress:
         processed = min(request.num_computed, request.num_prompt)
@@ -280,7 +285,9 @@ class Engine:
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
 
-    def _ticket(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], numbers: Iterator[int]) -> Ticket:
+    def _handle(
+        self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], numbers: Iterator[int]
+    ) -> RequestHandle:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
@@ -293,45 +300,45 @@ class Engine:
             text.push(sample.token_id)
             if text.stopped:
                 request.finish_reason = FinishReason.STOP
-        return Ticket(request, spec, text, on_event, now, numbers)
+        return RequestHandle(request, spec, text, on_event, now, numbers)
 
-    def _add(self, tickets: Sequence[Ticket]) -> None:
-        for ticket in tickets:
-            self._tickets[ticket.request.sequence] = ticket
+    def _add(self, handles: Sequence[RequestHandle]) -> None:
+        for handle in handles:
+            self._handles[handle.request.sequence] = handle
             if self._error:
-                self._finish(ticket, self._error)
-            elif ticket.request.finish_reason is not None:  # it had ended with the tokens it resumes after
-                ticket.text.flush()
-                self._finish(ticket)
+                self._finish(handle, self._error)
+            elif handle.request.finish_reason is not None:  # it had ended with the tokens it resumes after
+                handle.text.flush()
+                self._finish(handle)
             else:
-                self.scheduler.add(ticket.request)
+                self.scheduler.add(handle.request)
 
     def _note_start(self, plan: StepPlan) -> None:
         for part in plan.slices:
-            ticket = self._tickets[part.sequence]
-            if ticket.started is None:
-                ticket.started = self._clock()
-                ticket.tell(self._progress(ticket.request))
+            handle = self._handles[part.sequence]
+            if handle.started is None:
+                handle.started = self._clock()
+                handle.notify(self._progress(handle.request))
 
-    def _cancel(self, ticket: Ticket) -> None:
-        if not ticket.done.is_set():
-            self.scheduler.stop(ticket.request, FinishReason.CANCELLED)
-            self._finish(ticket)
+    def _cancel(self, handle: RequestHandle) -> None:
+        if not handle.done.is_set():
+            self.scheduler.stop(handle.request, FinishReason.CANCELLED)
+            self._finish(handle)
 
     def _fail(self, error: str) -> None:
         first, self._error = not self._error, self._error or error
         self._in_flight.clear()
-        for ticket in list(self._tickets.values()):
-            self._finish(ticket, self._error)
+        for handle in list(self._handles.values()):
+            self._finish(handle, self._error)
         if first and self.on_broken is not None and not self._closed:
             self.on_broken(error)
 
-    def _finish(self, ticket: Ticket, error: str = "") -> None:
-        request = ticket.request
-        self._tickets.pop(request.sequence, None)
+    def _finish(self, handle: RequestHandle, error: str = "") -> None:
+        request = handle.request
+        self._handles.pop(request.sequence, None)
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
-        ticket.end(reason, self._clock(), self.scheduler.spec, error)
+        handle.end(reason, self._clock(), self.scheduler.spec, error)
 
     # --- other threads -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from cluster.engine.engine import Engine
-from cluster.stages.handle import StageError
 from protos.stage import stage_pb2 as pb
 
 FLOOR_S = 20.0
@@ -33,7 +32,7 @@ class Probed(Protocol):
         """Raises StageError when it does not answer."""
 
 
-class Watchdog:
+class HangDetector:
     """Looks at the engine's oldest step now and then; `close` may be called twice."""
 
     def __init__(
@@ -49,7 +48,7 @@ class Watchdog:
         self._moved = 0.0  # when a counter was last seen to have moved
         self._counters: tuple[int | None, ...] = ()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hang detector", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -59,7 +58,7 @@ class Watchdog:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Look once; why the pipeline is hung, or nothing."""
         now, plan = self._clock(), self._engine.oldest_plan
         if plan is None or plan.step != self._step:
@@ -87,6 +86,8 @@ class Watchdog:
             return tuple(threads.map(self._count, self._shards))
 
     def _count(self, shard: Probed) -> int | None:
+        from cluster.stages.handle import StageError  # loads grpc
+
         try:
             return int(shard.probe(self._floor_s / _LOOKS).layers_done)
         except StageError:
@@ -94,7 +95,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._closing.wait(self._floor_s / _LOOKS):
-            if reason := self.look():
+            if reason := self.check():
                 _log.error("%s", reason)
                 self._engine.break_down(reason)
                 return

@@ -9,7 +9,7 @@ from protos.stage.messages import CellReport, SampledToken, SequenceSlice, Shard
 
 
 @dataclass(slots=True)
-class Step:
+class InFlightStep:
     """A plan and what came back; `awaited` are the shards it cannot be committed without, as (stage, rank)."""
 
     plan: StepPlan
@@ -26,7 +26,7 @@ class Step:
         return max(self.stage_s.values(), default=0.0)
 
 
-class InFlight:
+class InFlightSteps:
     """The steps between `send` and commit.
 
     A step is done with the answer of the shard that samples. With sparse cells it takes every shard's answer, as each
@@ -38,7 +38,7 @@ class InFlight:
         self._all = {(shard.stage, shard.rank) for shard in shards}
         self._last = {(max(stage for stage, _ in self._all), 0)}
         self._is_sparse = is_sparse
-        self._steps: dict[int, Step] = {}  # in the order of their numbers
+        self._steps: dict[int, InFlightStep] = {}  # in the order of their numbers
         self._decode_s: dict[tuple[int, int], float] = {}  # how long each shard took for its newest decode step
         self._late_us = 0
 
@@ -52,9 +52,9 @@ class InFlight:
 
     def add(self, plan: StepPlan) -> None:
         awaited = self._all if any(map(self._is_sparse, plan.slices)) else self._last
-        self._steps[plan.step] = Step(plan, set(awaited))
+        self._steps[plan.step] = InFlightStep(plan, set(awaited))
 
-    def take(self, result: StepResult) -> list[Step]:
+    def take(self, result: StepResult) -> list[InFlightStep]:
         """Take the answer of one shard; returns the steps to commit now, none after a late answer."""
         step = self._steps.get(result.step)
         if step is None or step.plan.decodes:

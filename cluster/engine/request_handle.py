@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from cluster.engine.attention_report import AttentionLog
+from cluster.engine.attention_report import AttentionReport
 from cluster.engine.outputs import Generation, GenerationSpec, OutputText, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.request import FinishReason, Request
 from protos.model.spec import ModelSpec
@@ -22,7 +22,7 @@ class EngineError(RuntimeError):
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class RequestHandle:
     """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
 
     request: Request
@@ -31,7 +31,7 @@ class Ticket:
     on_event: Callable[[EngineEvent], None]
     submitted: float
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the tokens of its submission
-    attention: AttentionLog = field(default_factory=AttentionLog)
+    attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -46,7 +46,7 @@ class Ticket:
             raise EngineError(self.result.error)
         return self.result
 
-    def tell(self, event: EngineEvent) -> None:
+    def notify(self, event: EngineEvent) -> None:
         """Call the submitter; one that raises hears nothing more."""
         try:
             self.on_event(event)
@@ -78,7 +78,7 @@ class Ticket:
             error=error,
             attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
         )
-        self.tell(self.result)
+        self.notify(self.result)
         self.done.set()
 
 

@@ -5,47 +5,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cluster.common.environment import environment
-from cluster.config.deployment import Deployment
+from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
-from cluster.engine.hang_detector import FLOOR_S, Watchdog
-from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.request_handle import EngineError, EngineEvent, Ticket
+from cluster.engine.hang_detector import FLOOR_S, HangDetector
+from cluster.engine.outputs import AnswerOptions, Generation, GenerationSpec
+from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
-from cluster.stages.handle import StageError
-from cluster.stages.launcher import Launched, Launcher, LaunchStatus
 from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
-from protos.stage.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from cluster.stages.launcher import Launched, Launcher, LaunchStatus
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """How to answer: the same for every question of a call."""
-
-    max_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    enable_thinking: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
-        if not all(self.stop):
-            raise UserError('stop: "": a stop string must have at least one character')
-
-
-class Session:
+class ClusterRuntime:
     """One deployment from start to stop; usable as a context manager.
 
     Failure contract: nothing is durable. A lost shard ends every question with EngineError; `close` always cleans up.
@@ -55,14 +38,14 @@ class Session:
         self.deployment = deployment
         self.tokenizer = TextTokenizer.open(deployment.config.model.path)
         self._on_status = on_status
-        self._launcher = Launcher(deployment, on_status)
+        self._launcher: Launcher | None = None
         self._engine: Engine | None = None
         self.launched: Launched | None = None
         self.hung_after_s = FLOOR_S
-        self._watchdog: Watchdog | None = None
+        self._hang_detector: HangDetector | None = None
         self.on_broken: Callable[[Callable[[], str]], None] = lambda report: None  # from the engine's thread
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> ClusterRuntime:
         self.start()
         return self
 
@@ -71,7 +54,10 @@ class Session:
 
     def start(self) -> None:
         """Start the cluster and wait until it answers; whatever fails, nothing is left running."""
+        from cluster.stages.launcher import Launcher  # loads grpc
+
         config = self.deployment.config
+        self._launcher = Launcher(self.deployment, self._on_status)
         self.launched = launched = self._launcher.start()
         try:
             root = cache_root(self.deployment, launched.fingerprint)
@@ -92,25 +78,26 @@ class Session:
         engine.on_broken = lambda error: self.on_broken(lambda: error if self._engine is engine else "")
         engine.start()
         if self.launched is not None:
-            self._watchdog = Watchdog(engine, self.launched.shards, self.hung_after_s)
-            self._watchdog.start()
+            self._hang_detector = HangDetector(engine, self.launched.shards, self.hung_after_s)
+            self._hang_detector.start()
 
     def close(self) -> None:
         """Stop in order: engine, actors, Ray; may be called twice."""
         try:
-            if self._watchdog is not None:
-                self._watchdog.close()
-                self._watchdog = None
+            if self._hang_detector is not None:
+                self._hang_detector.close()
+                self._hang_detector = None
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
         finally:
-            self._launcher.close()
+            if self._launcher is not None:
+                self._launcher.close()
+                self._launcher = None
 
     def restart(self) -> None:
         """Stop what is left of a broken cluster and start a new one; requests of the old one are lost."""
         self.close()
-        self._launcher = Launcher(self.deployment, self._on_status)
         self.start()
 
     @property
@@ -119,7 +106,7 @@ class Session:
             raise EngineError("the cluster is not running: call start() first")
         return self._engine
 
-    def document_prompts(self, document: str, questions: Sequence[str], ask: Ask) -> list[list[int]]:
+    def document_prompts(self, document: str, questions: Sequence[str], options: AnswerOptions) -> list[list[int]]:
         """Prompts that share the document as their common beginning; the cluster need not run yet.
 
         Raises:
@@ -127,39 +114,46 @@ class Session:
         """
         prompts = build_document_prompts(
             self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
-            enable_thinking=ask.enable_thinking, max_model_len=self.deployment.max_model_len,
-            max_tokens=ask.max_tokens,
+            enable_thinking=options.enable_thinking, max_model_len=self.deployment.max_model_len,
+            max_tokens=options.max_tokens,
         )  # fmt: skip
-        check_ids(ask.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
+        check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         return prompts
 
-    def ask_document(
-        self,
-        document: str,
-        questions: Sequence[str],
-        ask: Ask,
+    def ask(
+        self, document: str | os.PathLike[str], question: str, options: AnswerOptions | None = None,
         on_event: Callable[[int, EngineEvent], None] | None = None,
-    ) -> list[Generation]:
-        """Answer several questions about one document; it is computed once.
+    ) -> Generation:  # fmt: skip
+        """Answer one question about a document: a text, or the path object of a UTF-8 file. Raises as `ask_all`."""
+        return self.ask_all(document, [question], options, on_event)[0]
+
+    def ask_all(
+        self, document: str | os.PathLike[str], questions: Sequence[str], options: AnswerOptions | None = None,
+        on_event: Callable[[int, EngineEvent], None] | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Answer several questions about one document, which is computed once; results in their order.
 
         Args:
-            on_event: called with the index of the question, on the engine's thread; must not block.
+            on_event: called with the index of a question and its `PrefillProgress`, `OutputToken` or `Generation`; runs
+                on the engine's thread and must not block.
 
         Raises:
             PromptError, DoesNotFit: before anything is computed. EngineError: the cluster failed.
         """
-        prompts = self.document_prompts(document, questions, ask)
-        opened = opens_thinking(self.tokenizer, ask.enable_thinking)
-        return self.generate(prompts, ask, on_event, reasoning_opened=opened)
+        options = options or AnswerOptions()
+        text = document if isinstance(document, str) else self.check_document(Path(document).read_bytes())
+        prompts = self.document_prompts(text, questions, options)
+        opened = opens_thinking(self.tokenizer, options.enable_thinking)
+        return self.generate(prompts, options, on_event, reasoning_opened=opened)
 
     def check_document(self, data: bytes) -> str:
         """The text of a document; raises PromptError when it is empty, not UTF-8 or too long whatever its tokens."""
         return check_document(data, self.tokenizer, self.deployment.max_model_len)
 
-    def chat_prompt(self, messages: Sequence[tuple[str, str]], ask: Ask) -> list[int]:
+    def chat_prompt(self, messages: Sequence[tuple[str, str]], options: AnswerOptions) -> list[int]:
         """Token ids of (role, content) messages through the chat template; raises PromptError."""
         conversation = [{"role": role, "content": content} for role, content in messages]
-        text = render_chat(self.tokenizer, conversation, enable_thinking=ask.enable_thinking)
+        text = render_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking)
         return self.tokenizer.encode(text)
 
     def reproducibility(self, seed: int) -> dict[str, Any]:
@@ -194,6 +188,8 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """The cluster as it is now: sizes, use of KV, and every shard's state."""
+        from cluster.stages.handle import StageError  # loads grpc
+
         launched, config = self.launched, self.deployment.config
         pages = self._engine.scheduler.pool.num_pages if self._engine is not None else 0  # none while it restarts
         stages = []
@@ -214,42 +210,55 @@ class Session:
             "version": self.version,
         }
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]], ask: Ask) -> None:
+    def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:
         """Refuse prompts and stops this model cannot take (UserError); the cluster need not run yet."""
-        check_ids(ask.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
+        check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         for prompt in prompts:
             if not len(prompt):
                 raise UserError("prompt: 0 tokens: must have at least one")
-            check_length(len(prompt), ask.max_tokens, self.deployment.max_model_len)
+            check_length(len(prompt), options.max_tokens, self.deployment.max_model_len)
             check_ids(prompt, self.deployment.spec.vocab_size)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, EngineEvent], None] | None = None,
-        reasoning_opened: bool = False,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions,
+        on_event: Callable[[int, EngineEvent], None] | None = None, reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
-        """Continue token ids as they are; results in the order of the prompts. Raises as `ask_document`."""
-        tickets = self.submit(prompts, ask, on_event, reasoning_opened)
+        """Continue token ids as they are; results in the order of the prompts. Raises as `ask_all`."""
+        handles = self.submit(prompts, options, on_event, reasoning_opened)
         try:
-            return [ticket.wait() for ticket in tickets]
+            return [handle.wait() for handle in handles]
         except BaseException:
-            for ticket in tickets:
-                self.engine.cancel(ticket)
+            for handle in handles:
+                self.engine.cancel(handle)
             raise
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, EngineEvent], None] | None = None,
-        reasoning_opened: bool = False,
-    ) -> list[Ticket]:  # fmt: skip
-        """Queue prompts and return at once. Raises as `ask_document`."""
-        self.check_prompts(prompts, ask)
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions,
+        on_event: Callable[[int, EngineEvent], None] | None = None, reasoning_opened: bool = False,
+    ) -> list[RequestHandle]:  # fmt: skip
+        """Queue prompts and return at once. Raises as `ask_all`."""
+        self.check_prompts(prompts, options)
         items = []
         for index, prompt in enumerate(prompts):
             spec = GenerationSpec(
-                prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, reasoning_opened,
-                question=index,
+                prompt, options.max_tokens, options.sampling, options.stop, options.stop_token_ids, options.ignore_eos,
+                reasoning_opened, question=index,
             )  # fmt: skip
             items.append((spec, _for_index(on_event, index)))
         return self.engine.submit_all(items)
+
+
+class LocalCluster(ClusterRuntime):
+    """A cluster in this process, from a YAML file; loads neither ray nor torch before it is started.
+
+    >>> with LocalCluster("configs/demo.yaml") as cluster:
+    ...     answer = cluster.ask("... a long document ...", "What was decided?")
+    ...     print(answer.text)
+    """
+
+    def __init__(self, config: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> None:
+        """Check the configuration; `overrides` has dotted keys over it, such as `{"model.max_model_len": "128k"}`."""
+        super().__init__(load_deployment(config, overrides))
 
 
 def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") -> None:

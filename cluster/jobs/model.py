@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions
 from protos.stage.messages import SamplingParams
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
@@ -118,7 +118,7 @@ class JobSpec:
     """Everything the client asked for. `deadline` is in seconds since 1970."""
 
     input: JobInput
-    ask: Ask
+    ask: AnswerOptions
     priority: int = 0
     deadline: float | None = None
     attached: bool = False
@@ -142,7 +142,7 @@ class JobSpec:
         ask = values["ask"]
         ask |= {"stop": tuple(ask["stop"]), "stop_token_ids": tuple(ask["stop_token_ids"])}
         ask["sampling"] = SamplingParams(**ask["sampling"])
-        return cls(**(values | {"input": JobInput(**given), "ask": Ask(**ask)}))
+        return cls(**(values | {"input": JobInput(**given), "ask": AnswerOptions(**ask)}))
 
     def body_hash(self) -> str:
         """SHA-256 of what makes two submissions the same: everything but the key and the (relative) deadline."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobSpec
 from cluster.text.prompts import PromptError, opens_thinking
@@ -16,20 +16,20 @@ from protos.errors import UserError
 _TAIL = 16  # ids at the end of a prompt that can hold the opening tag
 
 
-def job_prompts(session: Session, documents: DocumentStore, spec: JobSpec) -> list[array[int]]:
+def job_prompts(runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec) -> list[array[int]]:
     """Token ids of every question. Raises InvalidJob, or JobNotFound (the document)."""
     given = spec.input
     try:
         if given.document_id:
-            text = session.check_document(documents.read(given.document_id))
-            prompts = session.document_prompts(text, given.questions, spec.ask)
+            text = runtime.check_document(documents.read(given.document_id))
+            prompts = runtime.document_prompts(text, given.questions, spec.ask)
         elif given.messages is not None:
-            prompts = [session.chat_prompt(given.messages, spec.ask)]
+            prompts = [runtime.chat_prompt(given.messages, spec.ask)]
         elif given.prompt is not None:
-            prompts = [session.tokenizer.encode(given.prompt, add_special=True)]
+            prompts = [runtime.tokenizer.encode(given.prompt, add_special=True)]
         else:
             prompts = [list(given.token_ids or ())]
-        session.check_prompts(prompts, spec.ask)
+        runtime.check_prompts(prompts, spec.ask)
     except UserError as error:
         raise InvalidJob(" ".join(str(error).split())) from error
     return [array("I", prompt) for prompt in prompts]

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
-from cluster.engine.request_handle import EngineError, Ticket
-from cluster.engine.runtime import Session
+from cluster.engine.request_handle import EngineError, RequestHandle
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
@@ -37,8 +37,8 @@ from cluster.jobs.prompts import job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
-from cluster.jobs.supervisor import Recovery
-from cluster.jobs.timers import Keeper
+from cluster.jobs.supervisor import PipelineSupervisor
+from cluster.jobs.timers import Timers
 from protos.stage.messages import SampledToken
 
 _MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
@@ -49,47 +49,47 @@ _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
 
 
 class JobService:
-    """Runs jobs over a running session, a store and a folder of documents.
+    """Runs jobs over a running runtime, a store and a folder of documents.
 
     Methods raise the errors of `cluster.jobs.model`; all may be called from any thread.
     """
 
     def __init__(
-        self, session: Session, store: JobStore, documents: DocumentStore, limits: ServiceLimits,
+        self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServiceLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._session = session
+        self._runtime = runtime
         self._store = store
         self._documents = documents
         self._limits = limits
         self._clock = clock
         self._changes = ChangeNotifier()
         self._recorder = Recorder(store, self._changes, self._on_broken)
-        self._lock = threading.RLock()  # live jobs and tickets
+        self._lock = threading.RLock()  # live jobs and handles
         self._live: dict[str, LiveJob] = {}
-        self._tickets: dict[str, list[Ticket]] = {}
+        self._handles: dict[str, list[RequestHandle]] = {}
         self._queued_tokens: dict[str, int] = {}
         self._subscriptions = Subscriptions(store, self._changes, self.get, self.progress, self._cancel)
-        self._keeper = Keeper(clock, self._sweep)
+        self._timers = Timers(clock, self._sweep)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
         self._refusal = ""  # why no job is taken any more
-        self._recovery = Recovery(self)
-        session.on_broken = self._recorder.report
+        self._supervisor = PipelineSupervisor(self)
+        runtime.on_broken = self._recorder.report
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Take up what an earlier head left unfinished, and begin to work. The session must be running."""
-        self._store.split_old_tokens(lambda spec: reasoning_opened(self._session.tokenizer, spec))
+        """Take up what an earlier head left unfinished, and begin to work. The runtime must be running."""
+        self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
         self._recorder.start()
-        if error := self._session.engine.error:  # it broke before anybody listened
+        if error := self._runtime.engine.error:  # it broke before anybody listened
             self._recorder.report(lambda: error)
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
             self._requeue(record)
-        self._keeper.start()
+        self._timers.start()
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new jobs and wait for the running ones; what is left continues under the next head."""
@@ -105,11 +105,11 @@ class JobService:
         """Stop without touching the state of unfinished jobs; may be called twice."""
         self._refusal = _SHUTTING_DOWN
         self._closing = True
-        self._keeper.close()
+        self._timers.close()
         with self._lock:
             for job in self._live.values():
                 job.generation += 1  # what the closing engine says about them is not their end
-        self._recovery.close(_RECOVERY_ENDS_S)  # the session must not be started again while its owner closes it
+        self._supervisor.close(_RECOVERY_ENDS_S)  # the runtime must not be started again while its owner closes it
         self._recorder.close()
         self._changes.close()
 
@@ -141,14 +141,14 @@ class JobService:
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
-        prompts = job_prompts(self._session, self._documents, spec)
+        prompts = job_prompts(self._runtime, self._documents, spec)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(self._queued_tokens.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
-                spec, new_id("job"), spec.input.num_answers, self._session.reproducibility(spec.ask.sampling.seed),
+                spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask.sampling.seed),
                 self._limits.max_queued_jobs, self._document_expires(),
             )  # fmt: skip
             if is_new:
@@ -217,14 +217,14 @@ class JobService:
         """Fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
         waiting, running = self.counts()
         uptime = self._clock() - self._started
-        status = dict(self._session.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
-        if self._recovery.state != "running":
-            status["stages"] = [stage | {"state": self._recovery.state} for stage in status["stages"]]
+        status = dict(self._runtime.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
+        if self._supervisor.state != "running":
+            status["stages"] = [stage | {"state": self._supervisor.state} for stage in status["stages"]]
         return status
 
     def check_integrity(self) -> None:
         """Verify the engine's pages (tests, debugging)."""
-        self._session.engine.check_integrity()
+        self._runtime.engine.check_integrity()
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class JobService:
         try:
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
-            prompts = job_prompts(self._session, self._documents, record.spec)
+            prompts = job_prompts(self._runtime, self._documents, record.spec)
             if document_id := record.spec.input.document_id:
                 self._store.touch_document(document_id, self._document_expires())
         except (InvalidJob, JobNotFound) as error:
@@ -245,7 +245,7 @@ class JobService:
             return
         with self._lock:
             job, current = self._live.get(record.id), self._store.get(record.id)
-            if record.id in self._tickets:
+            if record.id in self._handles:
                 return  # a submission or another recovery was faster
             if job is not None and job.cancelled:
                 self._store.transition(record.id, ACTIVE, JobState.CANCELLED, now=self._clock())
@@ -266,7 +266,7 @@ class JobService:
         job.restore(finished)
         self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
         ask = record.spec.ask
-        opened = reasoning_opened(self._session.tokenizer, record.spec)
+        opened = reasoning_opened(self._runtime.tokenizer, record.spec)
         items = []
         for question, prompt in enumerate(prompts):
             if question not in finished:
@@ -277,9 +277,9 @@ class JobService:
                 items.append((spec, self._recorder.callback(job, question)))
         self._arm(record)
         try:
-            self._tickets[record.id] = self._session.engine.submit_all(items, record.last_event)
+            self._handles[record.id] = self._runtime.engine.submit_all(items, record.last_event)
         except EngineError as error:  # recovery queues the job again
-            if self._recovery.state == "down":
+            if self._supervisor.state == "down":
                 self._cancel(record.id, str(error))
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
@@ -287,21 +287,21 @@ class JobService:
         with self._lock:
             if job := self._live.get(job_id):
                 job.cancelled = True  # for a recovery that has not queued it again yet
-            tickets = self._tickets.get(job_id, [])
-            if failure or not tickets:
+            handles = self._handles.get(job_id, [])
+            if failure or not handles:
                 end = JobState.FAILED if failure else JobState.CANCELLED
                 self._store.transition(job_id, ACTIVE, end, error=failure, now=self._clock())
             with contextlib.suppress(EngineError):
-                for ticket in tickets:
-                    self._session.engine.cancel(ticket)
-            if not tickets:  # no engine will say that it has ended
+                for handle in handles:
+                    self._runtime.engine.cancel(handle)
+            if not handles:  # no engine will say that it has ended
                 self._ended(job_id)
         self._changes.notify([job_id])
 
     def _ended(self, job_id: str) -> None:
         with self._lock:
             job = self._live.pop(job_id, None)
-            self._tickets.pop(job_id, None)
+            self._handles.pop(job_id, None)
             self._queued_tokens.pop(job_id, None)
         if job is None:
             return
@@ -315,9 +315,9 @@ class JobService:
     def _arm(self, record: JobRecord) -> None:
         job_id, deadline = record.id, record.spec.deadline  # not the record: it may be large, and the deadline far
         if deadline is not None:
-            self._keeper.at(deadline, lambda: self._cancel(job_id, "deadline exceeded"))
+            self._timers.at(deadline, lambda: self._cancel(job_id, "deadline exceeded"))
         if record.spec.attached:
-            self._keeper.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(job_id))
+            self._timers.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(job_id))
 
     def _cancel_unfollowed(self, job_id: str) -> None:
         if not self._subscriptions.is_followed(job_id):
@@ -330,19 +330,19 @@ class JobService:
     def _on_broken(self, error: str) -> None:
         """The pipeline failed, with jobs or idle: start another one and go on (called by the recorder)."""
         with self._lock:
-            if self._closing or not self._recovery.begin():
+            if self._closing or not self._supervisor.begin():
                 return
             unfinished = list(self._live)
             for job in self._live.values():
                 job.generation += 1
-            self._tickets.clear()
+            self._handles.clear()
         for job_id in unfinished:
             self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
         self._changes.notify(unfinished)
-        self._recovery.go(error)
+        self._supervisor.go(error)
 
     def restart_pipeline(self) -> None:
-        self._session.restart()
+        self._runtime.restart()
 
     def pipeline_is_down(self, reason: str) -> None:
         self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
@@ -351,11 +351,11 @@ class JobService:
                 self._cancel(job_id, reason)
 
     def pipeline_is_back(self) -> None:
-        if error := self._session.engine.error:  # broken again: until now its report was taken for an old one
+        if error := self._runtime.engine.error:  # broken again: until now its report was taken for an old one
             self._recorder.report(lambda: error)
         with self._lock:
             for job_id, job in self._live.items():
-                if job_id not in self._tickets:  # with one it runs on the new pipeline already
+                if job_id not in self._handles:  # with one it runs on the new pipeline already
                     job.generation += 1  # what was said about the time without a pipeline is over
         for record in self._store.unfinished():
             if not self._closing:

@@ -30,7 +30,7 @@ class Owner(Protocol):
         """It was given up."""
 
 
-class Recovery:
+class PipelineSupervisor:
     """Starts the pipeline of an owner again. `close` may be called twice."""
 
     def __init__(self, owner: Owner) -> None:

@@ -11,7 +11,7 @@ _SWEEP_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-class Keeper:
+class Timers:
     """Calls back at absolute times. `close` may be called twice."""
 
     def __init__(self, clock: Callable[[], float], sweep: Callable[[float], None]) -> None:
@@ -21,7 +21,7 @@ class Keeper:
         self._count = 0
         self._wake = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="timers", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

@@ -15,8 +15,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from cluster.config.yaml_source import show_value
-from cluster.engine.outputs import OutputToken, PrefillProgress
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions, OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -74,8 +73,8 @@ def _fresh_seed(idempotency_key: str) -> int:
     return int.from_bytes(digest[:8]) & _LARGEST
 
 
-def decode_ask(sampling: pb.Sampling) -> Ask:
-    """How to answer; what is absent keeps the defaults of Ask and SamplingParams. Raises InvalidJob."""
+def decode_ask(sampling: pb.Sampling) -> AnswerOptions:
+    """How to answer; what is absent keeps the defaults of AnswerOptions and SamplingParams. Raises InvalidJob."""
     _at_most("stop", len(sampling.stop), MAX_STOPS)
     _at_most("stop_token_ids", len(sampling.stop_token_ids), MAX_STOPS)
     for text in sampling.stop:
@@ -83,7 +82,7 @@ def decode_ask(sampling: pb.Sampling) -> Ask:
     given = {key: getattr(sampling, key) for key in _SAMPLING if sampling.HasField(key)}
     rest = {key: getattr(sampling, key) for key in ("max_tokens", "enable_thinking") if sampling.HasField(key)}
     try:
-        return Ask(
+        return AnswerOptions(
             sampling=SamplingParams(**given),
             stop=tuple(sampling.stop),
             stop_token_ids=tuple(sampling.stop_token_ids),

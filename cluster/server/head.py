@@ -1,4 +1,4 @@
-"""The head: one process that holds the session, the job service and the door, from start to drain."""
+"""The head: one process that holds the runtime, the job service and the door, from start to drain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import ServiceLimits
 from cluster.jobs.service import JobService
@@ -51,17 +51,17 @@ def run_head(
         on_status(status)
         signals.renew()
 
-    session = Session(deployment, on_launch)
-    with session:
+    runtime = ClusterRuntime(deployment, on_launch)
+    with runtime:
         store = JobStore(config.data_dir / "jobs.sqlite")
         documents = DocumentStore(config.data_dir / "documents", store, config.server.document_ttl_s)
         limits = ServiceLimits(
             config.server.max_queued_jobs, config.server.max_document_bytes, config.server.result_ttl_s,
             config.server.document_ttl_s,
         )  # fmt: skip
-        service = JobService(session, store, documents, limits)
+        service = JobService(runtime, store, documents, limits)
         gateway = GrpcServer(service, config.server, config.security)
-        metrics = MetricsServer(service, session, config.server.metrics_host, config.server.metrics_port)
+        metrics = MetricsServer(service, runtime, config.server.metrics_host, config.server.metrics_port)
         try:
             service.start()
             metrics.start()

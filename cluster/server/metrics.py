@@ -14,7 +14,7 @@ from cluster.jobs.model import JobRecord
 from cluster.stages.preflight import PreflightError
 
 if TYPE_CHECKING:
-    from cluster.engine.runtime import Session
+    from cluster.engine.runtime import ClusterRuntime
     from cluster.jobs.service import JobService
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
@@ -88,19 +88,19 @@ class JobMetrics:
 class _Live(Collector):
     """Gauges read at the moment of the scrape."""
 
-    def __init__(self, service: JobService, session: Session) -> None:
+    def __init__(self, service: JobService, runtime: ClusterRuntime) -> None:
         self._service = service
-        self._session = session
+        self._runtime = runtime
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         waiting, running = self._service.counts()
         for name, text, value in (
             ("num_requests_waiting", "Jobs that wait.", waiting),
             ("num_requests_running", "Jobs that run.", running),
-            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", self._session.kv_usage),
+            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", self._runtime.kv_usage),
         ):
             yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
-        c, g, b, a = self._session.latency_coefficients
+        c, g, b, a = self._runtime.latency_coefficients
         family = GaugeMetricFamily("longreach_step_model_seconds", "Fitted cost of a step.", labels=["per"])
         for label, value in (("step", c), ("context_token", g), ("token", b), ("pair", a)):
             family.add_metric([label], value)
@@ -110,11 +110,11 @@ class _Live(Collector):
 class MetricsServer:
     """`/metrics` over HTTP on `server.metrics_port`; nothing is opened for port 0."""
 
-    def __init__(self, service: JobService, session: Session, host: str, port: int) -> None:
+    def __init__(self, service: JobService, runtime: ClusterRuntime, host: str, port: int) -> None:
         self.registry = CollectorRegistry()
         self.jobs = JobMetrics(self.registry)
-        self.registry.register(_Live(service, session))
-        Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(session.version).set(1)
+        self.registry.register(_Live(service, runtime))
+        Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(runtime.version).set(1)
         self._host, self._port = host, port
         self._server: WSGIServer | None = None
         service.on_ended(self.jobs.observe)

@@ -9,8 +9,8 @@ from typing import Any
 
 from cluster.common.environment import environment
 from cluster.config.deployment import Deployment, load_deployment
-from cluster.engine.outputs import Generation
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.outputs import AnswerOptions, Generation
+from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
@@ -122,16 +122,16 @@ def run_demo(options: DemoOptions, display: Display) -> DemoResult:
     """
     began = time.monotonic()
     deployment = demo_deployment(options)
-    session = Session(deployment, display.launch)
-    haystack = build_haystack(session.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
+    runtime = ClusterRuntime(deployment, display.launch)
+    haystack = build_haystack(runtime.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
     questions = [needle.question for needle in haystack.needles]
     parallel = deployment.config.cluster
     layout = (parallel.pipeline_parallel_size, parallel.expert_parallel_size)
-    with MemoryWatch() as memory, session:
+    with MemoryWatch() as memory, runtime:
         ready = time.monotonic() - began
         display.say(f"cluster ready in {ready:.1f} s: {layout[0]} stages x {layout[1]} shards")
-        answers = session.ask_document(
-            haystack.document, questions, Ask(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
+        answers = runtime.ask_all(
+            haystack.document, questions, AnswerOptions(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
         )
     took = time.monotonic() - began
     return DemoResult(haystack, tuple(answers), options, layout, ready, took, memory.peak_bytes)

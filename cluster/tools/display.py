@@ -77,7 +77,7 @@ class Display:
         self._show(status.phase, status.loaded_bytes, status.total_bytes or None, figures, None)
 
     def reading(self, num_questions: int) -> Callable[[int, EngineEvent], None]:
-        """A callback for `Session.submit`: follows the first prompt's prefill, then counts tokens of all answers."""
+        """A callback for `ClusterRuntime.submit`: the first prompt's prefill, then the tokens of all answers."""
         self._answered = {}
 
         def on_event(index: int, event: EngineEvent) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.outputs import AnswerOptions
+from cluster.engine.runtime import ClusterRuntime
 from cluster.text.prompts import PromptError, check_bound, check_document, opens_thinking
 from cluster.tools.display import Display
 
@@ -34,51 +35,51 @@ class RunInput:
             raise PromptError("--question: needs a --document")
 
 
-def run_once(config: Path, given: RunInput, ask: Ask, display: Display) -> dict[str, Any]:
+def run_once(config: Path, given: RunInput, ask: AnswerOptions, display: Display) -> dict[str, Any]:
     """Start the cluster of a YAML file, answer, stop it; returns the report that `--json` prints.
 
     Raises:
-        UserError: bad configuration, checkpoint or input; nothing was started. Otherwise as `Session`.
+        UserError: bad configuration, checkpoint or input; nothing was started. Otherwise as `ClusterRuntime`.
     """
     began = time.monotonic()
     deployment = load_deployment(config)
     with display:
-        session = Session(deployment, display.launch)
-        prompts = _prompts(session, given, ask)
-        opened = given.document is not None and opens_thinking(session.tokenizer, ask.enable_thinking)
-        with session:
+        runtime = ClusterRuntime(deployment, display.launch)
+        prompts = _prompts(runtime, given, ask)
+        opened = given.document is not None and opens_thinking(runtime.tokenizer, ask.enable_thinking)
+        with runtime:
             ready = time.monotonic() - began
-            results = session.generate(prompts, ask, display.reading(len(prompts)), reasoning_opened=opened)
+            results = runtime.generate(prompts, ask, display.reading(len(prompts)), reasoning_opened=opened)
     questions: Sequence[str | None] = given.questions or (None,)
     return {
         "model": deployment.config.model.served_model_name,
         "results": [
-            {"question": question} | result.to_json(session.tokenizer)
+            {"question": question} | result.to_json(runtime.tokenizer)
             for question, result in zip(questions, results, strict=True)
         ],
         "timings": {"ready_s": round(ready, 2), "total_s": round(time.monotonic() - began, 2)},
     }
 
 
-def _prompts(session: Session, given: RunInput, ask: Ask) -> list[list[int]]:
+def _prompts(runtime: ClusterRuntime, given: RunInput, ask: AnswerOptions) -> list[list[int]]:
     if given.document is not None:
-        text = _read_text(given.document, session)
-        return session.document_prompts(text, given.questions, ask)
+        text = _read_text(given.document, runtime)
+        return runtime.document_prompts(text, given.questions, ask)
     if given.prompt_file is not None:
-        prompts = [session.tokenizer.encode(_read_text(given.prompt_file, session), add_special=True)]
+        prompts = [runtime.tokenizer.encode(_read_text(given.prompt_file, runtime), add_special=True)]
     else:
         assert given.token_ids is not None
         prompts = [_read_ids(given.token_ids)]
-    session.check_prompts(prompts, ask)
+    runtime.check_prompts(prompts, ask)
     return prompts
 
 
-def _read_text(path: Path, session: Session) -> str:
+def _read_text(path: Path, runtime: ClusterRuntime) -> str:
     """A text file, refused by its size before it is read when no tokenisation could make it fit."""
-    limit = session.deployment.max_model_len
+    limit = runtime.deployment.max_model_len
     try:
-        check_bound(path.stat().st_size, session.tokenizer, limit)
-        return check_document(path.read_bytes(), session.tokenizer, limit)
+        check_bound(path.stat().st_size, runtime.tokenizer, limit)
+        return check_document(path.read_bytes(), runtime.tokenizer, limit)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
     except PromptError as error:

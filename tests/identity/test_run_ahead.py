@@ -71,12 +71,12 @@ def test_cancelled_sequences_leave_no_token_behind(checkpoint: Checkpoints) -> N
     with Pipeline(folder, 2, 1, chunk=64, pages=128) as pipeline:
         for _ in range(3):
             wanted = specs(pipeline.spec.vocab_size)
-            tickets = pipeline.engine.submit_all([(spec, lambda event: None) for spec in wanted])
-            while len(tickets[4].request.output) < 6:
-                assert not tickets[4].done.wait(0.001)
+            handles = pipeline.engine.submit_all([(spec, lambda event: None) for spec in wanted])
+            while len(handles[4].request.output) < 6:
+                assert not handles[4].done.wait(0.001)
             for at in (3, 4, 6):
-                pipeline.engine.cancel(tickets[at])
-            found = [ticket.wait(60) for ticket in tickets]
+                pipeline.engine.cancel(handles[at])
+            found = [handle.wait(60) for handle in handles]
             for at, (got, whole) in enumerate(zip(found, plain, strict=True)):
                 assert got.token_ids == whole.token_ids[: len(got.token_ids)]
                 assert len(got.token_ids) == len(whole.token_ids) or at in (3, 4, 6)

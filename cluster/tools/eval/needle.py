@@ -15,9 +15,9 @@ from typing import Any
 from cluster.common.units import format_count
 from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
-from cluster.engine.outputs import Generation
+from cluster.engine.outputs import AnswerOptions, Generation
 from cluster.engine.request_handle import EngineError
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.stages.handle import StageError
 from cluster.stages.preflight import PreflightError
 from cluster.stages.ray_cluster import PlacementError
@@ -33,7 +33,7 @@ from protos.node.node_check import NodeError
 _BROKEN = (EngineError, StageError, PreflightError, PlacementError, NodeError)  # the cluster's fault, not the input's
 _PRIVATE_TOKENS = 8192 + 512  # KV that a question may need beside its document: a sparse cell, question and answer
 
-OpenSession = Callable[[Deployment, Display], Session]
+OpenRuntime = Callable[[Deployment, Display], ClusterRuntime]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,13 @@ class NeedleRun:
 
     def __init__(
         self, target: Target, options: NeedleOptions, display: Display,
-        open_session: OpenSession = lambda deployment, display: Session(deployment, display.launch),
+        open_runtime: OpenRuntime = lambda deployment, display: ClusterRuntime(deployment, display.launch),
     ) -> None:  # fmt: skip
         """Raises UserError for anything that cannot be."""
         self.options = options
         self._display = display
         self._on_cell: Callable[[dict[str, Any]], None] = lambda report: None
-        self._open = open_session
+        self._open = open_runtime
         conditions = Conditions(
             max(options.lengths), options.needles * _PRIVATE_TOKENS, options.sparse_threshold, options.kv, options.more
         )
@@ -151,34 +151,34 @@ class NeedleRun:
     def _run_mode(self, mode: str, deployment: Deployment) -> None:
         waiting = list(self.documents)
         self._display.label(f"{mode}")
-        session = self._open(deployment, self._display)
+        runtime = self._open(deployment, self._display)
         try:
-            session.start()
+            runtime.start()
             while waiting:
                 self._display.label(f"{mode} {format_count(waiting[0].length)}")
                 try:
-                    cell = self._ask(session, waiting[0])
+                    cell = self._ask(runtime, waiting[0])
                 except UserError as error:
                     cell = {"error": str(error)}
                 except _BROKEN as error:
                     self._add(mode, waiting.pop(0), {"error": str(error)})
                     if waiting:
-                        session.restart()
+                        runtime.restart()
                     continue
                 self._add(mode, waiting.pop(0), cell)
         except _BROKEN as error:
             for document in waiting:
                 self._add(mode, document, {"error": f"the cluster did not start: {error}"})
         finally:
-            session.close()
+            runtime.close()
             self._display.label("")
 
-    def _ask(self, session: Session, document: Document) -> dict[str, Any]:
+    def _ask(self, runtime: ClusterRuntime, document: Document) -> dict[str, Any]:
         options = self.options
-        ask = Ask(max_tokens=options.max_tokens, enable_thinking=options.thinking)
+        ask = AnswerOptions(max_tokens=options.max_tokens, enable_thinking=options.thinking)
         began = time.monotonic()
         follow = self._display.reading(len(document.prompts))
-        answers = session.generate(document.prompts, ask, follow, reasoning_opened=self._opened)
+        answers = runtime.generate(document.prompts, ask, follow, reasoning_opened=self._opened)
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.outputs import AnswerOptions
+from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.eval.haystack import build_haystack, is_right
 from tests.integration.conftest import ROOT, CommandLine
 from tests.support.fakes.pipeline import Pipeline
@@ -56,12 +57,12 @@ def test_interrupt_while_running_stops_everything(longreach: CommandLine, number
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRuntime]:
     overrides = {
         "model.dtype": "float32",
         "data_dir": str(tmp_path_factory.mktemp("data")),
     }
-    running = Session(load_deployment(ROOT / "configs" / "demo.yaml", overrides))
+    running = ClusterRuntime(load_deployment(ROOT / "configs" / "demo.yaml", overrides))
     began = time.monotonic()
     running.start()
     try:
@@ -73,18 +74,20 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     assert not [c for c in psutil.Process().children(recursive=True) if "raylet" in " ".join(c.cmdline())]
 
 
-def test_answers_equal_one_process(session: Session) -> None:
+def test_answers_equal_one_process(runtime: ClusterRuntime) -> None:
     """2 x 2 over Ray and gRPC in float32: the same tokens as one shard in this process."""
-    haystack = build_haystack(session.tokenizer, 3000, 4, 3, NEEDLE)
-    prompts = session.document_prompts(haystack.document, [n.question for n in haystack.needles], Ask(max_tokens=16))
-    answers = session.generate(prompts, Ask(max_tokens=16))
+    haystack = build_haystack(runtime.tokenizer, 3000, 4, 3, NEEDLE)
+    prompts = runtime.document_prompts(
+        haystack.document, [n.question for n in haystack.needles], AnswerOptions(max_tokens=16)
+    )
+    answers = runtime.generate(prompts, AnswerOptions(max_tokens=16))
     assert all(is_right(a.text, n) for a, n in zip(answers, haystack.needles, strict=True))
     from cluster.engine.outputs import GenerationSpec
 
-    with Pipeline(NEEDLE, 1, 1, chunk=512, pages=128, page_size=64, spec=session.deployment.spec, eos=(0,)) as single:
+    with Pipeline(NEEDLE, 1, 1, chunk=512, pages=128, page_size=64, spec=runtime.deployment.spec, eos=(0,)) as single:
         expected = single.generate(*[GenerationSpec(prompt, 16) for prompt in prompts])
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
-    session.engine.check_integrity()
+    runtime.engine.check_integrity()
 
 
 def test_head_has_no_torch(longreach: CommandLine) -> None:
@@ -101,10 +104,10 @@ def test_head_has_no_torch(longreach: CommandLine) -> None:
     assert out.split() == ["True", "False"]
 
 
-def test_idle_cluster_is_quiet(session: Session) -> None:
+def test_idle_cluster_is_quiet(runtime: ClusterRuntime) -> None:
     """Head and stage processes together below 5 % of a core while nothing is asked."""
-    assert session.launched is not None
-    ours = [psutil.Process(pid) for pid in session.launched.pids] + [psutil.Process()]
+    assert runtime.launched is not None
+    ours = [psutil.Process(pid) for pid in runtime.launched.pids] + [psutil.Process()]
     shares = []
     for _ in range(4):  # the quietest window counts: ends of earlier tests and a busy machine only add
         before = sum(sum(p.cpu_times()[:2]) for p in ours)

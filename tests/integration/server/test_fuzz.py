@@ -22,7 +22,7 @@ from cluster.server.grpc_server import JOBS_SERVICE
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving
-from tests.support.fakes.runtime import FakeSession
+from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served
 
 Code = grpc.StatusCode
@@ -36,13 +36,13 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         with serving(FakeJobService(), max_streams=4) as (_, made):
             yield made
         return
-    session = FakeSession(tmp_path / "session")
-    session.start()
-    with Served(session, tmp_path / "data", ServiceLimits(max_queued_jobs=100_000)) as head:
+    runtime = FakeRuntime(tmp_path / "runtime")
+    runtime.start()
+    with Served(runtime, tmp_path / "data", ServiceLimits(max_queued_jobs=100_000)) as head:
         yield head.address
         assert head.client.submit(token_ids=[1, 2], max_tokens=2).wait(60).state == "succeeded"
         head.service.check_integrity()
-    session.close()
+    runtime.close()
 
 
 REQUESTS = {

@@ -18,12 +18,12 @@ from tests.support.rigs.stage_processes import TOKEN, Stages, long_request
 @pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x02\x08"], ids=["no message", "cut short"])
 def test_a_plan_that_cannot_be_read_ends_the_request(running: Stages, message: bytes):
     engine = running.run_engine()
-    ticket = long_request(engine)
+    handle = long_request(engine)
     pipe = running.handles[0]._pipe
     assert pipe is not None
     pipe.send(message)
     with pytest.raises(EngineError, match=r"stage 0 shard 0.*: a plan cannot be read"):
-        ticket.wait(10)
+        handle.wait(10)
 
 
 def test_a_socket_nobody_listens_at_is_refused(running: Stages):

@@ -13,7 +13,7 @@ import grpc
 import pytest
 import torch
 
-from cluster.engine.hang_detector import Watchdog
+from cluster.engine.hang_detector import HangDetector
 from cluster.engine.outputs import GenerationSpec
 from cluster.engine.request_handle import EngineError
 from cluster.stages.handle import StageError
@@ -45,28 +45,28 @@ SPECS = [
 
 
 class Watch:
-    """A watchdog of one second over the stages."""
+    """A hang detector of one second over the stages."""
 
     def __init__(self, stages: Stages) -> None:
         assert stages.engine is not None
-        self.dog = Watchdog(stages.engine, stages.handles, floor_s=1.0)
-        self.dog.start()
+        self.detector = HangDetector(stages.engine, stages.handles, floor_s=1.0)
+        self.detector.start()
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self.dog.close()
+        self.detector.close()
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_that_stops_is_hung(running: Stages, stage: int):
     engine = running.run_engine()
     with Watch(running):
-        ticket = long_request(engine)
+        handle = long_request(engine)
         running.processes[stage].send_signal(signal.SIGSTOP)
         with pytest.raises(EngineError, match=f"hung: stage {stage} shard 0 does not answer: step"):
-            ticket.wait(30)
+            handle.wait(30)
         running.processes[stage].send_signal(signal.SIGCONT)
 
 
@@ -77,15 +77,15 @@ def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
     expected = engine.submit(spec).wait(60).token_ids
     again = GenerationSpec([7, *spec.prompt], 2, ignore_eos=True)
     with Watch(running):
-        ticket = engine.submit(again)
+        handle = engine.submit(again)
         began = time.monotonic()
-        while not ticket.done.is_set():
+        while not handle.done.is_set():
             running.processes[0].send_signal(signal.SIGSTOP)
             time.sleep(0.3)
             running.processes[0].send_signal(signal.SIGCONT)
             time.sleep(0.01)
             assert time.monotonic() - began < 120
-        assert len(ticket.wait(0).token_ids) == len(expected) == 2
+        assert len(handle.wait(0).token_ids) == len(expected) == 2
     assert time.monotonic() - began > 2.0
 
 
@@ -95,8 +95,8 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
     stages.load()
     stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
     engine = stages.run_engine()
-    tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
-    results = [ticket.wait(60) for ticket in tickets]
+    handles = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
+    results = [handle.wait(60) for handle in handles]
     engine.check_integrity()
     with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, pages=PAGES, page_size=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
         expected = pipeline.generate(*SPECS)
@@ -177,11 +177,11 @@ def far(stages: Stages) -> Stages:
 def test_a_killed_process_ends_the_running_request(links: str, stage: int, request: pytest.FixtureRequest):
     running: Stages = request.getfixturevalue(links)
     engine = running.run_engine()
-    ticket = long_request(engine)
+    handle = long_request(engine)
     running.processes[stage].send_signal(signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"stage \d shard 0"):
-        ticket.wait(5)
+        handle.wait(5)
     assert time.monotonic() - began < 5
     with pytest.raises(EngineError):
         engine.submit(GenerationSpec([1], 1))
@@ -194,7 +194,7 @@ def test_a_killed_process_ends_the_running_request(links: str, stage: int, reque
 @pytest.mark.parametrize("damage", ["payload", "shape"])
 def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: str):
     running, engine = far, far.run_engine()
-    ticket = long_request(engine)
+    handle = long_request(engine)
     frame = frame_to_pb(next(split(torch.zeros(1, 256), 1, 1)))
     if damage == "payload":
         frame.payload = b"?" + frame.payload[1:]
@@ -205,7 +205,7 @@ def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: 
         stub.Activations(iter([frame]), metadata=token_metadata(TOKEN), timeout=10)
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     with pytest.raises(EngineError, match="stage"):
-        ticket.wait(10)
+        handle.wait(10)
 
 
 def test_one_engine_at_a_time(running: Stages):
@@ -228,11 +228,11 @@ def test_an_orphan_ends_by_itself(stages: Stages):
     stages.load()
     stages.start()
     engine = stages.run_engine()
-    ticket = long_request(engine)
+    handle = long_request(engine)
     time.sleep(1.5)
     assert stages.processes[0].poll() is None, "it lives while an engine is connected"
-    engine.cancel(ticket)
-    ticket.wait(10)
+    engine.cancel(handle)
+    handle.wait(10)
     stages.handles[0]._channel.close()  # as when the head is killed
     assert stages.processes[0].wait(10) == 3
 

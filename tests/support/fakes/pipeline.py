@@ -141,7 +141,7 @@ class Pipeline:
 
     def generate(self, *specs: GenerationSpec, timeout_s: float = 120.0) -> list[Generation]:
         """Run prompts together; checks the page pool afterwards."""
-        tickets = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
-        results = [ticket.wait(timeout_s) for ticket in tickets]
+        handles = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
+        results = [handle.wait(timeout_s) for handle in handles]
         self.engine.check_integrity()
         return results

@@ -1,4 +1,4 @@
-"""A session whose pipeline is a fake shard that a test lets go step by step; it can break and be started again."""
+"""A runtime whose pipeline is a fake shard that a test lets go step by step; it can break and be started again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.config.deployment import load_deployment
 from cluster.engine.engine import Engine
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from tests.support.fakes.stage import Clock, FakeShard, Script
@@ -18,7 +18,7 @@ from tests.support.paths import CONFIGS
 CHUNK = 64  # tokens of a step
 
 
-class FakeSession(Session):
+class FakeRuntime(ClusterRuntime):
     """Token `index` of every answer is `100 + index`; no model, no processes."""
 
     script: Script = staticmethod(lambda sequence, index: 100 + index)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.request_handle import EngineEvent, Ticket
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -124,13 +124,13 @@ class Rig:
     def last(self) -> FakeShard:
         return self.shards[-1]
 
-    def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Ticket, list[EngineEvent]]:
+    def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[RequestHandle, list[EngineEvent]]:
         events: list[EngineEvent] = []
         return self.engine.submit(GenerationSpec(prompt, max_tokens, **spec), events.append), events
 
     def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[EngineEvent]]:
-        ticket, events = self.submit(prompt, max_tokens, **spec)
-        result = ticket.wait(WAIT)
+        handle, events = self.submit(prompt, max_tokens, **spec)
+        result = handle.wait(WAIT)
         self.engine.check_integrity()
         return result, events
 

@@ -1,4 +1,4 @@
-"""Heads for tests: one in a process of its own that may be killed, and one in this process over any session."""
+"""Heads for tests: one in a process of its own that may be killed, and one in this process over any runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 from cluster.client.client import Client, Job
 from cluster.client.errors import RetryPolicy, Unavailable, read_state
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import ServiceLimits
 from cluster.jobs.service import JobService
@@ -147,19 +147,19 @@ def _title(process: psutil.Process) -> str:
 
 
 class Served:
-    """Store, job service and gateway in this process, over a session that runs already. `close` keeps the session."""
+    """Store, job service and gateway in this process, over a runtime that runs already. `close` keeps the runtime."""
 
     def __init__(
-        self, session: Session, folder: Path, limits: ServiceLimits | None = None,
+        self, runtime: ClusterRuntime, folder: Path, limits: ServiceLimits | None = None,
         clock: Callable[[], float] = time.time, max_streams: int = 64,
     ) -> None:  # fmt: skip
-        self.session = session
+        self.runtime = runtime
         self.folder = folder
         limits = limits or ServiceLimits()
         folder.mkdir(parents=True, exist_ok=True)
         self.store = JobStore(folder / "jobs.sqlite")
         self.documents = DocumentStore(folder / "documents", self.store, limits.document_ttl_s)
-        self.service = JobService(session, self.store, self.documents, limits, clock)
+        self.service = JobService(runtime, self.store, self.documents, limits, clock)
         server = ServerSection(max_streams=max_streams, max_document_bytes=limits.max_document_bytes)
         self._gateway = GrpcServer(self.service, server, SecuritySection(), port_override=0)
         self._client: Client | None = None
@@ -174,7 +174,7 @@ class Served:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for record in self.store.unfinished():
-            self.service.cancel(record.id)  # the session goes on with the next service
+            self.service.cancel(record.id)  # the runtime goes on with the next service
         self.leave()
 
     def leave(self) -> None:

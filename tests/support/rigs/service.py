@@ -1,4 +1,4 @@
-"""A job service over a fake session, and the death of its head."""
+"""A job service over a fake runtime, and the death of its head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     JobInput,
@@ -16,12 +16,12 @@ from cluster.jobs.model import (
 )
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from tests.support.fakes.runtime import FakeSession
+from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
 
 
 class Bench:
-    """A service over a fake session and a folder; `restart` is the death of a head and the start of the next."""
+    """A service over a fake runtime and a folder; `restart` is the death of a head and the start of the next."""
 
     def __init__(self, folder: Path, seqs: int = 2, limits: ServiceLimits | None = None) -> None:
         self.folder, self.seqs, self.limits = folder, seqs, limits or ServiceLimits()
@@ -29,11 +29,11 @@ class Bench:
         self.open()
 
     def open(self) -> None:
-        self.session = FakeSession(self.folder, self.seqs)
-        self.session.start()
+        self.runtime = FakeRuntime(self.folder, self.seqs)
+        self.runtime.start()
         self.store = JobStore(self.folder / "jobs.sqlite")
         self.documents = DocumentStore(self.folder / "documents", self.store, 100.0, self.clock)
-        self.service = JobService(self.session, self.store, self.documents, self.limits, self.clock)
+        self.service = JobService(self.runtime, self.store, self.documents, self.limits, self.clock)
         self.service.start()
 
     def clock(self) -> float:
@@ -41,7 +41,7 @@ class Bench:
 
     def close(self) -> None:
         self.service.close()
-        self.session.close()
+        self.runtime.close()
         self.store.close()
 
     def restart(self) -> None:
@@ -50,7 +50,7 @@ class Bench:
 
     def submit(self, tokens: int = 5, max_tokens: int = 3, first: int = 7, **spec: object) -> str:
         given = JobInput(token_ids=(first,) * tokens)
-        return self.service.submit(replace(JobSpec(given, Ask(max_tokens=max_tokens)), **spec)).id  # type: ignore[arg-type]
+        return self.service.submit(replace(JobSpec(given, AnswerOptions(max_tokens=max_tokens)), **spec)).id  # type: ignore[arg-type]
 
     def state(self, job_id: str) -> JobState:
         return self.service.get(job_id).state
@@ -63,7 +63,7 @@ class Bench:
 
     def check_idle(self) -> None:
         """Every page is back, and nothing is kept for a job."""
-        eventually(lambda: not self.service._live and not self.session.kv_usage)
-        assert not self.service._tickets
+        eventually(lambda: not self.service._live and not self.runtime.kv_usage)
+        assert not self.service._handles
         assert not self.service._queued_tokens
         self.service.check_integrity()

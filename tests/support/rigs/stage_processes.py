@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import GenerationSpec
-from cluster.engine.request_handle import Ticket
+from cluster.engine.request_handle import RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
@@ -99,8 +99,8 @@ def eventually(condition: Callable[[], bool], limit_s: float) -> None:
         time.sleep(0.02)
 
 
-def long_request(engine: Engine) -> Ticket:
+def long_request(engine: Engine) -> RequestHandle:
     """A request that goes on for many steps; returns when it has begun to answer."""
-    ticket = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
-    eventually(lambda: len(ticket.request.output) > 2, 30)
-    return ticket
+    handle = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
+    eventually(lambda: len(handle.request.output) > 2, 30)
+    return handle

@@ -8,10 +8,9 @@ from itertools import permutations
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cluster.engine.attention_report import AttentionLog, describe_positions, describe_sparsity
-from cluster.engine.in_flight import InFlight, Step
-from cluster.engine.outputs import Generation, PrefillProgress
-from cluster.engine.runtime import Ask
+from cluster.engine.attention_report import AttentionReport, describe_positions, describe_sparsity
+from cluster.engine.in_flight import InFlightStep, InFlightSteps
+from cluster.engine.outputs import AnswerOptions, Generation, PrefillProgress
 from cluster.jobs.model import JobAnswer, JobInput, JobRecord, JobSpec, JobState
 from cluster.scheduler.request import FinishReason
 from cluster.server.metrics import JobMetrics
@@ -58,9 +57,9 @@ def report(sequence: int = 1, layer: int = 0, head: int = 0, start: int = 0, len
 
 @pytest.mark.parametrize("order", list(permutations([(0, 0), (0, 1), (1, 0), (1, 1)])))
 def test_a_sparse_step_waits_for_every_shard(order: tuple[tuple[int, int], ...]):
-    flight = InFlight(shards(2, 2), lambda part: True)
+    flight = InFlightSteps(shards(2, 2), lambda part: True)
     flight.add(step_plan(1))
-    done: list[Step] = []
+    done: list[InFlightStep] = []
     for place in order:
         assert not done
         samples = (SampledToken(1, 7),) if place == (1, 0) else ()
@@ -78,7 +77,7 @@ def decode_plan(step: int) -> StepPlan:
 
 
 def test_the_time_of_a_decode_step_through_all_stages():
-    flight = InFlight(shards(2, 2), lambda part: False)
+    flight = InFlightSteps(shards(2, 2), lambda part: False)
     assert flight.decode_s(2) == 0
     prompt = SequenceSlice(1, 0, 100, 100, range(100), (), 10, None)
     flight.add(StepPlan(1, 1, (prompt,)))
@@ -100,7 +99,7 @@ def test_the_time_of_a_decode_step_through_all_stages():
 
 
 def test_compute_time_that_is_told_late_counts_for_the_next_step():
-    flight = InFlight(shards(2, 1), lambda part: False)
+    flight = InFlightSteps(shards(2, 1), lambda part: False)
     for step in (1, 2, 3):
         flight.add(decode_plan(step))
     (first,) = flight.take(StepResult(1, 1, 1, 0, 30_000))
@@ -116,7 +115,7 @@ WHEN = {(0, 0): 20_000, (0, 1): 10_000, (1, 1): 15_000, (1, 0): 30_000}  # micro
 
 
 def test_a_dense_step_waits_for_the_sampling_shard_only():
-    flight = InFlight(shards(2, 2), lambda part: False)
+    flight = InFlightSteps(shards(2, 2), lambda part: False)
     flight.add(step_plan(1))
     assert flight.take(StepResult(1, 1, 0, 1, 10)) == []
     assert [step.plan.step for step in flight.take(StepResult(1, 1, 1, 0, 10))] == [1]
@@ -124,7 +123,7 @@ def test_a_dense_step_waits_for_the_sampling_shard_only():
 
 
 def test_steps_are_committed_in_order():
-    flight = InFlight(shards(1, 2), lambda part: part.sequence == 1)
+    flight = InFlightSteps(shards(1, 2), lambda part: part.sequence == 1)
     for step, sequence in ((1, 1), (2, 2), (3, 1), (4, 2)):
         flight.add(step_plan(step, [sequence]))
     assert [plan.step for plan in flight.plans] == [1, 2, 3, 4]
@@ -139,8 +138,8 @@ def test_steps_are_committed_in_order():
 
 
 def summed(*reports: CellReport):
-    log = AttentionLog()
-    log.add(1, Step(step_plan(1), set(), cells=list(reports), compute_us=1000, estimate_us=250))
+    log = AttentionReport()
+    log.add(1, InFlightStep(step_plan(1), set(), cells=list(reports), compute_us=1000, estimate_us=250))
     return log.summary(SPARSE, 300, 0)
 
 
@@ -175,10 +174,10 @@ def test_heads_of_different_shards_stand_side_by_side():
 
 @pytest.mark.parametrize(("prompt", "mode"), [(100, "dense"), (101, "sparse")])
 def test_a_prompt_without_reports(prompt: int, mode: str):
-    found = AttentionLog().summary(SPARSE, prompt, 7)
+    found = AttentionReport().summary(SPARSE, prompt, 7)
     assert found is not None
     assert (found.mode, found.scale_len, found.cells, found.density, found.layers) == (mode, 7, 0, 1.0, ())
-    assert AttentionLog().summary(None, prompt, 0) is None
+    assert AttentionReport().summary(None, prompt, 0) is None
 
 
 def test_json_is_rounded_and_plain():
@@ -225,8 +224,8 @@ def reporting(layer: int, head: int):
 
 def run_rig(size: int) -> tuple[Generation, list]:
     with Rig(stages=2, ranks=2, spec=SPARSE, pages=100) as rig:
-        for handle in rig.shards:
-            handle.report = reporting(handle.shard.stage, handle.shard.rank)
+        for shard in rig.shards:
+            shard.report = reporting(shard.shard.stage, shard.shard.rank)
         return rig.run(range(size), 3)
 
 
@@ -256,16 +255,16 @@ def test_a_dense_prompt_of_the_same_deployment():
 
 def test_a_cancelled_prompt_keeps_what_it_had():
     with Rig(stages=1, ranks=2, spec=SPARSE, pages=100) as rig:
-        for handle in rig.shards:
-            handle.report = reporting(0, handle.shard.rank)
-            handle.hold()
-        ticket, _ = rig.submit(range(1000))
-        for handle in rig.shards:
-            handle.let(2)
-        rig.engine.cancel(ticket)
-        for handle in rig.shards:
-            handle.let(100)
-        result = ticket.wait(WAIT)
+        for shard in rig.shards:
+            shard.report = reporting(0, shard.shard.rank)
+            shard.hold()
+        handle, _ = rig.submit(range(1000))
+        for shard in rig.shards:
+            shard.let(2)
+        rig.engine.cancel(handle)
+        for shard in rig.shards:
+            shard.let(100)
+        result = handle.wait(WAIT)
         rig.engine.check_integrity()
     assert result.finish_reason is FinishReason.CANCELLED
     assert result.attention is not None
@@ -279,7 +278,7 @@ def test_metrics_of_an_ended_job():
     registry = CollectorRegistry()
     attention = summed(report(density=(0.04,), dense=(True,)), report(layer=3)).to_json()
     answer = JobAnswer(0, 300, 0, "stop", attention=attention)
-    spec = JobSpec(JobInput(prompt="x"), Ask())
+    spec = JobSpec(JobInput(prompt="x"), AnswerOptions())
     JobMetrics(registry).observe(JobRecord("job", JobState.SUCCEEDED, spec, 0.0, answers=(answer,)), {})
     text = generate_latest(registry).decode()
     assert 'longreach_sparse_density_bucket{layer="0",le="0.05"} 1.0' in text

@@ -103,7 +103,7 @@ def test_logprobs_reach_the_result():
 def test_about_one_plan_per_stage_is_in_flight(stages: int):
     with Rig(stages=stages, budget=16, pages=200) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit(range(1600))
+        handle, _ = rig.submit(range(1600))
         depth = max(2, stages)
         eventually(lambda: len(rig.last.plans) == depth)
         rig.last.let(3)
@@ -111,13 +111,13 @@ def test_about_one_plan_per_stage_is_in_flight(stages: int):
         time.sleep(0.02)
         assert len(rig.shards[0].plans) == depth + 3
         rig.last.let(1 << 20)
-        ticket.wait(WAIT)
+        handle.wait(WAIT)
 
 
 def test_a_single_stage_gets_decode_steps_ahead_but_nothing_behind_a_long_chunk():
     with Rig(stages=1, budget=16, pages=200) as rig:  # a fake step takes half a second of the fake clock
         rig.last.hold()
-        ticket, _ = rig.submit(range(48), 9)
+        handle, _ = rig.submit(range(48), 9)
         for sent in (1, 2, 3):
             eventually(lambda sent=sent: len(rig.last.plans) == sent)
             time.sleep(0.02)
@@ -126,7 +126,7 @@ def test_a_single_stage_gets_decode_steps_ahead_but_nothing_behind_a_long_chunk(
         eventually(lambda: len(rig.last.plans) == 5)
         assert [list(plan.slices[0].token_ids) for plan in rig.last.plans[3:]] == [[1000], []]
         rig.last.let(1 << 20)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1009))
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1009))
         assert len(rig.last.plans) == 3 + 8
 
 
@@ -172,12 +172,12 @@ def test_cancel_a_queued_request():
 def test_cancel_while_prefilling():
     with Rig(budget=16) as rig:
         rig.last.hold()
-        ticket, events = rig.submit(range(400))
+        handle, events = rig.submit(range(400))
         eventually(lambda: len(rig.last.plans) == 2)
-        rig.engine.cancel(ticket)
-        rig.engine.cancel(ticket)
+        rig.engine.cancel(handle)
+        rig.engine.cancel(handle)
         rig.last.let(1000)
-        result = ticket.wait(WAIT)
+        result = handle.wait(WAIT)
         assert result.finish_reason is FinishReason.CANCELLED
         assert not any(isinstance(event, OutputToken) for event in events)
         assert sum(isinstance(event, Generation) for event in events) == 1
@@ -190,12 +190,12 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
     with Rig() as rig:
         rig.last.hold()
         rig.last.let(3)
-        ticket, events = rig.submit(range(10), 50)
+        handle, events = rig.submit(range(10), 50)
         eventually(lambda: len(rig.last.plans) == 5)
-        rig.engine.cancel(ticket)
+        rig.engine.cancel(handle)
         rig.engine.check_integrity()  # the cancel has been seen
         rig.last.let(1000)
-        result = ticket.wait(WAIT)
+        result = handle.wait(WAIT)
     assert result.finish_reason is FinishReason.CANCELLED
     assert result.token_ids == (1000, 1001, 1002)
     tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
@@ -204,11 +204,11 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
 
 def test_cancel_after_the_end_changes_nothing():
     with Rig() as rig:
-        ticket, events = rig.submit([1])
-        result = ticket.wait(WAIT)
-        rig.engine.cancel(ticket)
+        handle, events = rig.submit([1])
+        result = handle.wait(WAIT)
+        rig.engine.cancel(handle)
         rig.engine.check_integrity()
-        assert ticket.wait(0) == result
+        assert handle.wait(0) == result
         assert sum(isinstance(event, Generation) for event in events) == 1
 
 
@@ -268,16 +268,16 @@ def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened:
 def test_waiting_has_a_limit():
     with Rig() as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1])
+        handle, _ = rig.submit([1])
         with pytest.raises(TimeoutError):
-            ticket.wait(0.01)
+            handle.wait(0.01)
 
 
 def test_many_requests_at_once():
     with Rig(lambda sequence, index: sequence * 10 + index, pages=200) as rig:
         specs = [(GenerationSpec([i] * (i + 1), 1 + i % 4), lambda event: None) for i in range(40)]
-        tickets = rig.engine.submit_all(specs)
-        for ticket, (spec, _) in zip(tickets, specs, strict=True):
-            sequence = ticket.request.sequence
-            assert ticket.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.max_tokens))
+        handles = rig.engine.submit_all(specs)
+        for handle, (spec, _) in zip(handles, specs, strict=True):
+            sequence = handle.request.sequence
+            assert handle.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.max_tokens))
         rig.engine.check_integrity()

@@ -33,7 +33,7 @@ def burst_rig(step_s: float = 0.02, group: int = 4, stages: int = 1, **options) 
 def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: float, depth: int):
     with burst_rig(step_s, group=1) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1, 2, 3], 60)
+        handle, _ = rig.submit([1, 2, 3], 60)
         eventually(lambda: len(rig.last.plans) == 1)
         time.sleep(0.02)
         assert len(rig.last.plans) == 1, "nobody knows yet how long a step takes"
@@ -45,7 +45,7 @@ def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: floa
         time.sleep(0.02)
         assert len(rig.last.plans) == done + depth
         rig.last.let(1000)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1060))
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert len(rig.last.plans) == 60, "no step for nothing"
 
 
@@ -53,7 +53,7 @@ def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: floa
 def test_long_answers_have_longer_bursts(step_s: float, depth: int):
     with burst_rig(step_s, group=1) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1, 2, 3], 60)
+        handle, _ = rig.submit([1, 2, 3], 60)
         for done in range(40):
             rig.last.let(1)
             ahead = min(depth, max(6, (done - 1) // 2))
@@ -61,7 +61,7 @@ def test_long_answers_have_longer_bursts(step_s: float, depth: int):
         time.sleep(0.02)
         assert len(rig.last.plans) == 40 + depth
         rig.last.let(1000)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1060))
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert len(rig.last.plans) == 60
 
 
@@ -120,16 +120,16 @@ def decoding(rig: Rig, max_tokens: int = 60) -> tuple:
     """A request with a whole burst in flight: five steps of it are done."""
     rig.last.hold()
     rig.last.let(5)
-    ticket, events = rig.submit([1, 2, 3], max_tokens)
+    handle, events = rig.submit([1, 2, 3], max_tokens)
     eventually(lambda: len(rig.last.plans) == 10)
-    return ticket, events
+    return handle, events
 
 
 def test_cancel_inside_a_burst():
     with burst_rig(0.049, group=1) as rig:
-        ticket, events = decoding(rig)
-        rig.engine.cancel(ticket)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1005))
+        handle, events = decoding(rig)
+        rig.engine.cancel(handle)
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1005))
         rig.last.let(1000)
         again, _ = rig.run([4], 3)
         assert sum(isinstance(event, Generation) for event in events) == 1
@@ -162,9 +162,9 @@ def test_a_new_request_waits_for_no_more_than_the_burst():
 def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, stages: int):
     with burst_rig(group=group, stages=stages) as rig:
         rig.last.fail_at = 8
-        ticket, events = rig.submit([1], 40)
+        handle, events = rig.submit([1], 40)
         with pytest.raises(EngineError, match="broken"):
-            ticket.wait(WAIT)
+            handle.wait(WAIT)
         tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
         assert tokens == list(range(1000, 1007))
         assert isinstance(events[-1], Generation)
@@ -175,9 +175,9 @@ def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, sta
 def test_many_requests_of_different_lengths(stages: int):
     with burst_rig(pages=400, group=3, stages=stages) as rig:
         specs = [(GenerationSpec([i] * (1 + 5 * i), 1 + 3 * i), lambda event: None) for i in range(12)]
-        tickets = rig.engine.submit_all(specs)
-        for ticket, (spec, _) in zip(tickets, specs, strict=True):
-            assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1000 + spec.max_tokens))
+        handles = rig.engine.submit_all(specs)
+        for handle, (spec, _) in zip(handles, specs, strict=True):
+            assert handle.wait(WAIT).token_ids == tuple(range(1000, 1000 + spec.max_tokens))
         rig.engine.check_integrity()
 
 
@@ -190,15 +190,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("steps", [5, 6, 7, 9])
 def test_a_job_goes_on_where_a_burst_broke_off(bench: Bench, steps: int):
-    shard = bench.session.shard
+    shard = bench.runtime.shard
     shard.step_s, shard.group = 0.01, 4
     shard.hold()
     shard.let(steps)
     job_id = bench.submit(max_tokens=30)
     eventually(lambda: len(shard.plans) > 5)
-    bench.session.break_down()
+    bench.runtime.break_down()
     assert bench.service.wait(job_id, WAIT).state is JobState.SUCCEEDED
     assert bench.ids(job_id) == list(range(100, 130))
     assert bench.service.get(job_id).restarts == 1
-    assert bench.session.shard is not shard
+    assert bench.runtime.shard is not shard
     bench.check_idle()

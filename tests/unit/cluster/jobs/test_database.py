@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.outputs import OutputToken
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions, OutputToken
 from cluster.jobs.database import MIGRATIONS, VERSION
 from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
 from cluster.jobs.store import JobStore, JobStoreError
@@ -85,7 +84,7 @@ def test_an_old_file_is_upgraded(path: Path) -> None:
     MIGRATIONS[1](old)
     old.execute("INSERT INTO meta VALUES ('schema_version', 1)")
     old.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (DOCUMENT.id, "d", 1, 1.0, 2.0))
-    specs = [JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()), PLAIN]
+    specs = [JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()), PLAIN]
     for seq, spec in enumerate(specs, 1):
         values = (seq, f"job_{seq:032x}", "queued", spec.body_hash())
         columns = "seq, id, state, body_hash, num_answers, created"
@@ -203,13 +202,12 @@ import sys
 from pathlib import Path
 from cluster.jobs.store import JobStore
 from cluster.jobs.model import ACTIVE, JobAnswer, JobInput, JobSpec, JobState, new_id
-from cluster.engine.outputs import OutputToken
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions, OutputToken
 
 store = JobStore(Path(sys.argv[1]))
 jobs = [record.id for record in store.unfinished()]
 while len(jobs) < 4:
-    jobs.append(store.create(JobSpec(JobInput(prompt="p"), Ask()), new_id("job"), 1, {})[0].id)
+    jobs.append(store.create(JobSpec(JobInput(prompt="p"), AnswerOptions()), new_id("job"), 1, {})[0].id)
 last = [store.get(job).last_event for job in jobs]
 while True:
     step = [(job, OutputToken(n + k, 0, k, "word " * 200)) for job, n in zip(jobs, last) for k in (1, 2, 3, 4)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.documents import MAX_NAME, DocumentStore, display_name
 from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobNotFound, JobSpec, JobState, NotAllowedNow, new_id
 from cluster.jobs.store import JobStore, JobStoreError
@@ -198,7 +198,7 @@ def test_sweep(documents: DocumentStore, store: JobStore, folder: Path, clock: C
     used, old = documents.put("used", [b"used"], 100), documents.put("old", [b"old"], 100)
     clock.now = 1030.0
     young = documents.put("young", [b"young"], 100)
-    spec = JobSpec(JobInput(document_id=used.id, questions=("?",)), Ask())
+    spec = JobSpec(JobInput(document_id=used.id, questions=("?",)), AnswerOptions())
     job, _ = store.create(spec, new_id("job"), 1, {})
     (folder / ".upload-left").write_bytes(b"x")
     (folder / new_id("doc")).write_bytes(b"a crash between file and record")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.outputs import OutputToken
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions, OutputToken
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
@@ -31,7 +30,7 @@ from cluster.jobs.store import MAX_PAGE, JobStore, JobStoreError
 from protos.stage.messages import SamplingParams, TokenLogprob
 
 DOCUMENT = DocumentRecord("doc_" + "0" * 32, "report.txt", 7, created=1.0, expires=100.0)
-PLAIN = JobSpec(JobInput(prompt="Once"), Ask())
+PLAIN = JobSpec(JobInput(prompt="Once"), AnswerOptions())
 
 
 class Clock:
@@ -78,7 +77,9 @@ def commit(store: JobStore, job_id: str, batch: list[OutputToken]) -> None:
 
 def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     store.put_document(DOCUMENT)
-    ask = Ask(9, SamplingParams(0.5, seed=(1 << 63) - 1, logprobs=2), stop=("\n\n", "é"), stop_token_ids=(1, 2))
+    ask = AnswerOptions(
+        9, SamplingParams(0.5, seed=(1 << 63) - 1, logprobs=2), stop=("\n\n", "é"), stop_token_ids=(1, 2)
+    )
     given = JobInput(document_id=DOCUMENT.id, questions=("Who?", "Warum?"))
     spec = JobSpec(given, ask, priority=-3, deadline=5.5, attached=True, idempotency_key="k", labels={"team": "a'b"})
     record, is_new = store.create(spec, new_id("job"), 2, {"model": "m", "versions": {"torch": "2"}})
@@ -102,7 +103,7 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     [JobInput(token_ids=(1, 2)), JobInput(token_ids=()), JobInput(messages=(("user", "hi"),)), JobInput(prompt="")],
 )
 def test_every_kind_of_input(store: JobStore, given: JobInput) -> None:
-    record = store.get(submit(store, JobSpec(given, Ask())))
+    record = store.get(submit(store, JobSpec(given, AnswerOptions())))
     assert record is not None
     assert record.spec.input == given
 
@@ -141,7 +142,7 @@ def test_admission_says_what_is_known_and_how_many_wait(store: JobStore) -> None
 
 def test_a_submission_moves_on_the_expiry_of_its_document(store: JobStore) -> None:
     store.put_document(DOCUMENT)
-    spec = JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask())
+    spec = JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions())
     store.create(spec, new_id("job"), 1, {})
     assert store.get_document(DOCUMENT.id) == DOCUMENT
     store.create(spec, new_id("job"), 1, {}, document_expires=170.0)
@@ -155,10 +156,10 @@ def test_refused_submissions_leave_nothing(store: JobStore) -> None:
     with pytest.raises(InvalidJob, match="job id"):
         store.create(PLAIN, "doc_" + "0" * 32, 1, {})
     with pytest.raises(JobNotFound, match="upload it again"):
-        submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()))
+        submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
     for broken in (JobInput(prompt="a\ud800"), JobInput(messages=(("user", "\udfff"),))):
         with pytest.raises(InvalidJob, match="must be valid Unicode"):
-            submit(store, JobSpec(broken, Ask()))
+            submit(store, JobSpec(broken, AnswerOptions()))
     with pytest.raises(InvalidJob, match="must be valid Unicode"):
         store.list(labels={"\ud800": ""})
     assert store.count() == 1
@@ -336,7 +337,7 @@ def test_documents_in_use_stay(store: JobStore) -> None:
     assert [record.id for record in store.list_documents()] == [other.id, DOCUMENT.id]
     assert [record.id for record in store.expired_documents(60.0)] == [other.id, DOCUMENT.id]
     assert store.expired_documents(49.9) == []
-    job_id = submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()))
+    job_id = submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
     assert store.expired_documents(60.0) == [other]
     with pytest.raises(NotAllowedNow, match="an unfinished job uses it"):
         store.delete_document(DOCUMENT.id)

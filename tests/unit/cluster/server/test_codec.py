@@ -9,8 +9,7 @@ from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.outputs import OutputToken, PrefillProgress
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions, OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -54,7 +53,7 @@ def test_everything_that_was_asked_arrives() -> None:
         attached=True, idempotency_key="k", labels={"team": ""},
     )  # fmt: skip
     params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, (1 << 63) - 1, 0)
-    assert spec.ask == Ask(7, params, ("x",), (5,), True, False)
+    assert spec.ask == AnswerOptions(7, params, ("x",), (5,), True, False)
     assert spec.input == JobInput(document_id=DOC, questions=("a", "b"))
     assert (spec.priority, spec.deadline, spec.attached, spec.idempotency_key) == (-3, NOW + 5, True, "k")
     assert spec.labels == {"team": ""}
@@ -63,7 +62,7 @@ def test_everything_that_was_asked_arrives() -> None:
 
 def test_what_is_absent_keeps_its_default() -> None:
     sampling = pb.Sampling(seed=0)
-    assert decode(prompt="a", sampling=sampling) == JobSpec(JobInput(prompt="a"), Ask())
+    assert decode(prompt="a", sampling=sampling) == JobSpec(JobInput(prompt="a"), AnswerOptions())
 
 
 def test_a_seed_nobody_asked_for_is_another_one_for_every_job() -> None:
@@ -187,7 +186,9 @@ def test_every_state_has_a_number() -> None:
     numbers = [number for number in pb.State.values() if number]
     assert {codec.decode_state(number) for number in numbers} == set(JobState)
     for number in numbers:
-        record = JobRecord(new_id("job"), codec.decode_state(number), JobSpec(JobInput(prompt="a"), Ask()), 1.0)
+        record = JobRecord(
+            new_id("job"), codec.decode_state(number), JobSpec(JobInput(prompt="a"), AnswerOptions()), 1.0
+        )
         assert codec.encode_job(record).state == number
 
 
@@ -210,7 +211,7 @@ def test_stream_numbers_fit_the_store() -> None:
 
 
 def test_a_job_with_one_answer_ended_and_one_running() -> None:
-    ask = Ask(sampling=SamplingParams(logprobs=1))
+    ask = AnswerOptions(sampling=SamplingParams(logprobs=1))
     spec = JobSpec(JobInput(document_id=DOC, questions=("a", "b")), ask, 2, labels={"k": "v"})
     timings = [{"queued_s": 2.0, "total_s": 3.0}, {"queued_s": 1.0, "total_s": 9.0}]
     layer = {"layer": 7, "density": [0.25, 0.5], "fallbacks": [0, 2]}

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.model import JobInput, JobSpec
 from cluster.jobs.prompts import reasoning_opened
 from cluster.text.reasoning import ReasoningSplitter, split_reasoning
@@ -103,10 +103,10 @@ THINKING = "{{ messages[0]['content'] }}<assistant>{% if enable_thinking is not 
 def test_prompts_that_end_inside_the_tag(given: JobInput, thinking: bool | None, opened: bool):
     tokenizer = TextTokenizer.open(NEEDLE)
     tokenizer.chat_template = THINKING
-    assert reasoning_opened(tokenizer, JobSpec(given, Ask(enable_thinking=thinking))) is opened
+    assert reasoning_opened(tokenizer, JobSpec(given, AnswerOptions(enable_thinking=thinking))) is opened
 
 
 def test_token_ids_that_end_inside_the_tag():
     tokenizer = TextTokenizer.open(NEEDLE)
     ids = tuple(tokenizer.encode("why? <think>\n"))
-    assert reasoning_opened(tokenizer, JobSpec(JobInput(token_ids=ids), Ask()))
+    assert reasoning_opened(tokenizer, JobSpec(JobInput(token_ids=ids), AnswerOptions()))

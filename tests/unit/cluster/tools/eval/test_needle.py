@@ -36,7 +36,7 @@ def answer(text: str, prompt: int = 100, cached: int = 0, **more: Any) -> Genera
 
 
 class Oracle:
-    """A session that knows the documents: it answers what `reply` makes of the truth, or raises what it raises."""
+    """A runtime that knows the documents: it answers what `reply` makes of the truth, or raises what it raises."""
 
     def __init__(self, deployment: Deployment, log: list[Event], reply: Callable[[str, int], str]) -> None:
         self.name = f"{deployment.spec.rope.kind} {deployment.max_model_len}"
