@@ -8,8 +8,7 @@ from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
-from cluster.text.reasoning import ANSWER, ReasoningSplitter, split_reasoning
-from cluster.text.tokenizer import IncrementalDecoder, StopMatcher, TextTokenizer
+from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
 
@@ -72,7 +71,7 @@ class OutputToken:
     text: str
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
-    part: str = ANSWER
+    part: str = "answer"
     reasoning: str = ""
     answer: str = ""
 
@@ -142,51 +141,3 @@ class Generation:
             entry(sample.token_id, sample.logprob) | {"top": [entry(i, p) for i, p in sample.top]}
             for sample in self.samples
         ]
-
-
-class OutputText:
-    """Turns the tokens of one request into text: decoded, cut at the first stop string, reasoning split off."""
-
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
-        """Args: `reasoning_opened` says that the prompt ended inside `<think>`."""
-        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
-        self._matcher = StopMatcher(stop)
-        self._splitter = ReasoningSplitter(reasoning_opened)
-        self._reasoning_opened = reasoning_opened
-        self._pieces: list[str] = []
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the output."""
-        return self._matcher.stopped
-
-    @property
-    def part(self) -> str:
-        """Where the output stands: "reasoning" or "answer"."""
-        return self._splitter.part
-
-    def push(self, token_id: int, is_last: bool = False) -> tuple[str, str, str]:
-        """Text that became certain with a token, and what it adds to reasoning and to the answer.
-
-        With `is_last` this is all that was withheld, too.
-        """
-        text = ""
-        if self._decoder is not None:
-            text, _ = self._matcher.push(self._decoder.push(token_id))
-            text += self._rest() if is_last else ""
-        self._pieces.append(text)
-        return text, *self._splitter.push(text)
-
-    def flush(self) -> None:
-        """Add what is withheld: the output has ended with the last token pushed."""
-        self._pieces.append(self._rest())
-
-    def _rest(self) -> str:
-        if self._decoder is None or self._matcher.stopped:
-            return ""
-        text, _ = self._matcher.push(self._decoder.flush())
-        return text + self._matcher.flush()
-
-    def result(self) -> tuple[str | None, str]:
-        """(reasoning, answer) of everything so far; see `split_reasoning`."""
-        return split_reasoning("".join(self._pieces), opened=self._reasoning_opened)

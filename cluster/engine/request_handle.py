@@ -8,17 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from cluster.common.errors import EngineError
 from cluster.engine.attention_report import AttentionReport
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, OutputToken, PrefillProgress, Timings
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.request import FinishReason, Request
+from cluster.text.detokenizer import OutputText
 from protos.model.spec import ModelSpec
 
 EngineEvent = PrefillProgress | OutputToken | Generation
 _log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """The cluster behind the engine failed."""
 
 
 @dataclass(slots=True, eq=False)

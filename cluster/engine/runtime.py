@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.common.environment import environment
+from cluster.common.errors import EngineError
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import FLOOR_S, HangDetector
 from cluster.engine.outputs import AnswerOptions, Generation, GenerationSpec
-from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
-from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
+from cluster.text.chat_template import opens_thinking, render_chat
+from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 

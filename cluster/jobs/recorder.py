@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
-from cluster.jobs.database import JobStoreError
 from cluster.jobs.model import ACTIVE, JobAnswer, JobState
 from cluster.jobs.store import JobStore, StateChange
 from cluster.jobs.subscriptions import ChangeNotifier

@@ -14,8 +14,9 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.common.errors import EngineError
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
-from cluster.engine.request_handle import EngineError, RequestHandle
+from cluster.engine.request_handle import RequestHandle
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (

@@ -16,8 +16,9 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import OutputToken
-from cluster.jobs.database import Database, JobStoreError
+from cluster.jobs.database import Database
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,

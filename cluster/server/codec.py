@@ -14,7 +14,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from cluster.config.yaml_source import show_value
+from cluster.common.text_format import show_value
 from cluster.engine.outputs import AnswerOptions, OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
@@ -27,7 +27,6 @@ from cluster.jobs.model import (
     check_id,
 )
 from cluster.jobs.subscriptions import ProgressUpdate
-from cluster.text.reasoning import ANSWER, REASONING
 from protos.jobs import jobs_pb2 as pb
 from protos.stage.messages import SamplingParams
 
@@ -197,7 +196,7 @@ def _at_least_one(key: str, count: int) -> None:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 _STATES: dict[JobState, pb.State] = {state: getattr(pb, state.name) for state in JobState}
-_PARTS = {REASONING: pb.REASONING, ANSWER: pb.ANSWER}
+_PARTS = {"reasoning": pb.REASONING, "answer": pb.ANSWER}
 _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STATES.items()}
 
 

@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import InvalidJob, JobRecord, check_id
@@ -22,7 +23,6 @@ from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from cluster.server.interceptors import CallGuard, ConcurrencyLimit
 from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
-from cluster.stages.preflight import PreflightError
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS

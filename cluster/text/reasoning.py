@@ -1,27 +1,24 @@
-"""Separate the reasoning of a thinking model from its answer: of a whole text, and token by token.
-
-Reasoning is what stands in `<think>...</think>` before the answer (Qwen3, DeepSeek-R1).
-"""
+"""Separate reasoning (`<think>...</think>`) from the answer: of a whole text, or while tokens still come."""
 
 from __future__ import annotations
 
-OPEN_TAG, _CLOSE_TAG = "<think>", "</think>"
-REASONING, ANSWER = "reasoning", "answer"  # parts of an output
+from typing import Literal
+
+OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 
 
 def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str]:
-    """Return (reasoning, answer) of a whole output; reasoning is None when there is none.
+    """Return (reasoning, answer) of a whole text; reasoning is None when there is none.
 
-    A `</think>` without its start means that the prompt ended inside the tag. Thinking that never ends is all
-    reasoning.
+    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it.
 
     Args:
-        opened: the prompt ended with `<think>`.
+        opened: the prompt ended inside `<think>`.
     """
     before, started, rest = text.partition(OPEN_TAG)
     if started and not before.strip():
         text, opened = rest, True
-    reasoning, ended, answer = text.partition(_CLOSE_TAG)
+    reasoning, ended, answer = text.partition(CLOSE_TAG)
     if not ended:
         return (text.strip() or None, "") if opened else (None, text)
     if not opened and started and OPEN_TAG in reasoning:
@@ -33,22 +30,31 @@ class ReasoningSplitter:
     """Splits the text of one output as it comes.
 
     What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
-    its end that later text must decide. Text before a `</think>` that nobody opened stays answer.
+    its end that the next text must decide, and for a `</think>` without its start, which stays answer.
     """
 
     def __init__(self, opened: bool) -> None:
-        """Args: `opened` says that the prompt ended with `<think>`."""
-        self.part = REASONING if opened else ANSWER  # where the output stands
-        self._state = "start"  # start (before any text), reasoning, after (white space before the answer), answer
-        self._held = ""  # goes out with later text: white space, or what may become a tag
+        """
+        Args:
+            opened: the prompt ended inside `<think>`.
+        """
+        self._opened = opened
+        self._state: Literal["start", "reasoning", "after", "answer"] = "start"  # after: white space before the answer
+        self._held = ""  # white space, or the beginning of a tag: decided by the next text
         self._has_reasoning = False
 
+    @property
+    def part(self) -> Literal["reasoning", "answer"]:
+        """The part that the newest text belongs to."""
+        is_reasoning = self._opened if self._state == "start" else self._state == "reasoning"
+        return "reasoning" if is_reasoning else "answer"
+
     def push(self, text: str) -> tuple[str, str]:
-        """Return (reasoning, answer) that became certain with `text`, without tags and the white space around them."""
+        """Return (reasoning, answer) that became certain with this text, without tags and white space around them."""
         self._held += text
-        if self._state == "start" and not self._begin():
-            return "", ""
-        reasoning = self._reason() if self._state == "reasoning" else ""
+        if self._state == "start":
+            self._find_opening()
+        reasoning = self._take_reasoning() if self._state == "reasoning" else ""
         answer = ""
         if self._state == "after":
             self._held = self._held.lstrip()
@@ -56,24 +62,18 @@ class ReasoningSplitter:
                 self._state = "answer"
         if self._state == "answer":
             answer, self._held = self._held, ""
-        self.part = REASONING if self._state == "reasoning" else ANSWER
         return reasoning, answer
 
-    def _begin(self) -> bool:
-        """Decide between a tag and text; false while it may be either."""
+    def _find_opening(self) -> None:
+        """Leave the state `start` as soon as the text can no longer become an opening tag."""
         start = self._held.lstrip()
         if start.startswith(OPEN_TAG):
-            self._held = start[len(OPEN_TAG) :]
-            self._state = "reasoning"
-        elif OPEN_TAG.startswith(start):
-            return False
-        else:
-            self._state = self.part
-        return True
+            self._state, self._held = "reasoning", start[len(OPEN_TAG) :]
+        elif not OPEN_TAG.startswith(start):
+            self._state = "reasoning" if self._opened else "answer"
 
-    def _reason(self) -> str:
-        """Return the reasoning that is certain; at its end, leave the text after the tag in `_held`."""
-        text, ended, rest = self._held.partition(_CLOSE_TAG)
+    def _take_reasoning(self) -> str:
+        text, ended, rest = self._held.partition(CLOSE_TAG)
         if ended:
             self._state, self._held = "after", rest
             text = text.rstrip()
@@ -88,5 +88,5 @@ class ReasoningSplitter:
 
 def _partial_tag(text: str) -> int:
     """Return the length of the longest end of `text` that begins the closing tag."""
-    longest = min(len(_CLOSE_TAG) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(_CLOSE_TAG[:size])), 0)
+    longest = min(len(CLOSE_TAG) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(CLOSE_TAG[:size])), 0)

@@ -12,11 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client.client import Client
 from cluster.client.models import TokenEvent
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import InvalidJob, JobConflict, NotAllowedNow, ServiceBusy, new_id
 from cluster.server.grpc_server import JOBS_SERVICE, MAX_PIECE, GrpcServer
-from cluster.stages.preflight import PreflightError
 from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
