@@ -175,7 +175,7 @@ class JobService:
         self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
     ) -> tuple[Sequence[JobRecord], str]:
         """Newest first, and the cursor of the next page (empty at the end)."""
-        return self._store.list(states, labels, limit, cursor)
+        return self._store.list_jobs(states, labels, limit, cursor)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
         """The job once it has ended, or as it is after `timeout_s`."""

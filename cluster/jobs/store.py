@@ -49,10 +49,6 @@ _TOKEN = "number, question, token_id, text, logprob, top, part, reasoning, answe
 _IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
 
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
-Records = list[JobRecord]  # `list` is a method below
-Tokens = list[OutputToken]
-DocumentRecords = list[DocumentRecord]
-Values = list[object]
 
 
 class JobStore:
@@ -74,14 +70,9 @@ class JobStore:
             return _by_key(db, spec), _count(db, WAITING)
 
     def create(
-        self,
-        spec: JobSpec,
-        job_id: str,
-        num_answers: int,
-        reproducibility: Mapping[str, Any],
-        max_queued: int | None = None,
-        document_expires: float | None = None,
-    ) -> tuple[JobRecord, bool]:
+        self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any],
+        max_queued: int | None = None, document_expires: float | None = None,
+    ) -> tuple[JobRecord, bool]:  # fmt: skip
         """Store a queued job; with an idempotency key in use, the job that has it and False.
 
         Args:
@@ -125,11 +116,9 @@ class JobStore:
             return _transition(db, (job_id, expected, new), error, self._clock() if now is None else now)
 
     def commit_step(
-        self,
-        tokens: Sequence[tuple[str, OutputToken]],
-        states: Sequence[StateChange],
+        self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
-    ) -> Sequence[bool]:
+    ) -> Sequence[bool]:  # fmt: skip
         """Everything one step of the engine made certain, in one transaction: tokens, then answers, then states.
 
         The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are
@@ -140,7 +129,7 @@ class JobStore:
         """
         if not (tokens or states or answers):
             return []
-        by_job: dict[str, Tokens] = {}
+        by_job: dict[str, list[OutputToken]] = {}
         for job_id, token in tokens:
             by_job.setdefault(job_id, []).append(token)
         with self._db.writing() as db:
@@ -162,7 +151,7 @@ class JobStore:
             row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else JobState(row[0])
 
-    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Tokens:
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> list[OutputToken]:
         """At most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
         if after < 0 or limit < 1:
             raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
@@ -193,13 +182,10 @@ class JobStore:
                         (splitter.part, *parts, *row, number),
                     )
 
-    def list(
-        self,
-        states: Collection[JobState] = (),
-        labels: Mapping[str, str] | None = None,
-        limit: int = 100,
+    def list_jobs(
+        self, states: Collection[JobState] = (), labels: Mapping[str, str] | None = None, limit: int = 100,
         cursor: str = "",
-    ) -> tuple[Records, str]:
+    ) -> tuple[list[JobRecord], str]:  # fmt: skip
         """Jobs in any of `states` (none: all) that have all `labels`, newest first, and the cursor of the next page.
 
         A cursor stays good while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
@@ -210,7 +196,7 @@ class JobStore:
             raise InvalidJob(f"page_token: {cursor[:60]!r}: must be one that a list gave, or empty")
         below = int(cursor[1:], 16) if cursor else _MAX_INTEGER
         where = ["seq < ?"]
-        values: Values = [below]
+        values: list[object] = [below]
         if states:
             where.append("state IN (SELECT value FROM json_each(?))")
             values.append(_array(states))
@@ -224,7 +210,7 @@ class JobStore:
             records = _records(db, rows[:limit])
         return records, f"j{rows[limit - 1][0]:015x}" if len(rows) > limit else ""
 
-    def unfinished(self) -> Records:
+    def unfinished(self) -> list[JobRecord]:
         """Every job that has not ended, oldest first."""
         with self._db.reading() as db:
             query = f"{_RECORD} WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
@@ -268,7 +254,7 @@ class JobStore:
             query = "UPDATE documents SET expires = ? WHERE id = ?"
             return db.execute(query, (expires, document_id)).rowcount > 0
 
-    def list_documents(self) -> DocumentRecords:
+    def list_documents(self) -> list[DocumentRecord]:
         """All documents, newest first."""
         with self._db.reading() as db:
             return _documents(db, "ORDER BY created DESC, rowid DESC")
@@ -280,7 +266,7 @@ class JobStore:
                 raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
             return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
 
-    def expired_documents(self, now: float) -> DocumentRecords:
+    def expired_documents(self, now: float) -> list[DocumentRecord]:
         """Documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
         with self._db.reading() as db:
             return _documents(db, f"WHERE expires <= ? AND NOT {_IN_USE} ORDER BY expires", now, _array(ACTIVE))
@@ -298,7 +284,7 @@ def _token_row(job: int, t: OutputToken) -> tuple[object, ...]:
     return (job, t.number, t.question, t.token_id, t.text, t.logprob, top, t.part, t.reasoning, t.answer)
 
 
-def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
+def _append(db: sqlite3.Connection, job_id: str, tokens: list[OutputToken]) -> None:
     row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or row[1] in FINAL:
         return
@@ -373,7 +359,7 @@ def _one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
     return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
 
 
-def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:
+def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobRecord]:
     """Rows of _RECORD as records, with the answers of all of them from one query."""
     answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
     query = (
@@ -395,7 +381,7 @@ def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:
     ]
 
 
-def _documents(db: sqlite3.Connection, rest: str, *values: object) -> DocumentRecords:
+def _documents(db: sqlite3.Connection, rest: str, *values: object) -> list[DocumentRecord]:
     rows = db.execute(f"SELECT id, name, size_bytes, created, expires FROM documents {rest}", values)
     return [DocumentRecord(*row) for row in rows]
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from google.protobuf import json_format
@@ -201,59 +201,57 @@ _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STAT
 
 
 def encode_document(record: DocumentRecord) -> pb.Document:
-    return pb.Document(
-        id=record.id, name=record.name, size_bytes=record.size_bytes, created=record.created, expires=record.expires
-    )
+    return pb.Document(**asdict(record))
 
 
 def encode_job(
-    record: JobRecord,
-    tokens: Sequence[OutputToken] | None = None,
+    record: JobRecord, tokens: Sequence[OutputToken] | None = None,
     progress: Mapping[int, PrefillProgress] | None = None,
-) -> pb.Job:
-    """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
-    them) are given."""
+) -> pb.Job:  # fmt: skip
+    """A job with one answer a question.
+
+    Args:
+        tokens: all of its tokens; without them there are no token lists, no figures of layers, and no text of an
+            answer that still runs.
+        progress: by question.
+    """
     spec = record.spec
     job = pb.Job(
         id=record.id, state=_STATES[record.state], created=record.created, started=record.started,
         finished=record.finished, priority=spec.priority, document_id=spec.input.document_id, error=record.error,
         labels=dict(spec.labels), last_event=record.last_event, restarts=record.restarts,
     )  # fmt: skip
-    ended = {answer.question: answer for answer in record.answers}
+    answers = {answer.question: answer for answer in record.answers}
     by_question: dict[int, list[OutputToken]] = {}
     for token in tokens or ():
         by_question.setdefault(token.question, []).append(token)
     with_logprobs = spec.ask.sampling.logprobs is not None
     for index in range(spec.input.num_answers):
-        answer = _encode_answer(ended.get(index), by_question.get(index, []), with_logprobs)
-        if tokens is None and answer.HasField("attention"):
-            answer.attention.ClearField("layers")
+        answer = answers.get(index, JobAnswer(index))
+        message = _encode_answer(answer, by_question.get(index, []), with_logprobs)
+        if tokens is None and answer.attention:
+            message.attention.ClearField("layers")
         if spec.input.questions:
-            answer.question = spec.input.questions[index]
+            message.question = spec.input.questions[index]
         if progress and index in progress:
-            answer.progress.CopyFrom(encode_progress(progress[index]))
-        job.answers.append(answer)
+            message.progress.CopyFrom(encode_progress(progress[index]))
+        job.answers.append(message)
     _add_timings(job, record.answers)
     if record.reproducibility:  # a later head may have stored more than this one knows
         json_format.ParseDict(dict(record.reproducibility), job.reproducibility, ignore_unknown_fields=True)
     return job
 
 
-def _encode_answer(ended: JobAnswer | None, tokens: Sequence[OutputToken], with_logprobs: bool) -> pb.Answer:
-    answer = pb.Answer(token_ids=[token.token_id for token in tokens])
-    if with_logprobs:
-        answer.tokens.extend(map(encode_token, tokens))
-    if ended is None:
-        answer.text = "".join(token.text for token in tokens)
-        return answer
-    answer.finish_reason = ended.finish_reason
-    answer.prompt_tokens, answer.cached_tokens = ended.prompt_tokens, ended.cached_tokens
-    answer.text = ended.text if ended.finish_reason else "".join(token.text for token in tokens)
-    if ended.reasoning is not None:
-        answer.reasoning = ended.reasoning
-    if ended.attention:
-        json_format.ParseDict(dict(ended.attention), answer.attention, ignore_unknown_fields=True)
-    return answer
+def _encode_answer(answer: JobAnswer, tokens: Sequence[OutputToken], with_logprobs: bool) -> pb.Answer:
+    message = pb.Answer(
+        token_ids=[token.token_id for token in tokens], tokens=map(encode_token, tokens) if with_logprobs else (),
+        text=answer.text if answer.finish_reason else "".join(token.text for token in tokens),
+        reasoning=answer.reasoning, finish_reason=answer.finish_reason, prompt_tokens=answer.prompt_tokens,
+        cached_tokens=answer.cached_tokens,
+    )  # fmt: skip
+    if answer.attention:
+        json_format.ParseDict(dict(answer.attention), message.attention, ignore_unknown_fields=True)
+    return message
 
 
 def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
@@ -271,13 +269,11 @@ def encode_token(token: OutputToken) -> pb.Token:
 
 
 def encode_progress(progress: PrefillProgress) -> pb.Progress:
-    return pb.Progress(
-        total=progress.total, cached=progress.cached, processed=progress.processed, eta_ms=progress.eta_ms
-    )
+    return pb.Progress(**asdict(progress))
 
 
 def encode_progress_event(update: ProgressUpdate, number: int) -> pb.JobEvent:
-    """`number` is the token event before it."""
+    """`number` is that of the token before it."""
     event = pb.ProgressEvent(question=update.question, progress=encode_progress(update.progress))
     return pb.JobEvent(number=number, progress=event)
 

@@ -162,7 +162,7 @@ def test_refused_submissions_leave_nothing(store: JobStore) -> None:
         with pytest.raises(InvalidJob, match="must be valid Unicode"):
             submit(store, JobSpec(broken, AnswerOptions()))
     with pytest.raises(InvalidJob, match="must be valid Unicode"):
-        store.list(labels={"\ud800": ""})
+        store.list_jobs(labels={"\ud800": ""})
     assert store.count() == 1
 
 
@@ -266,13 +266,13 @@ def test_late_tokens_are_dropped(store: JobStore) -> None:
 @pytest.mark.parametrize("limit", [1, 6, 7, 8])
 def test_pages_are_stable(store: JobStore, limit: int) -> None:
     made = [submit(store) for _ in range(7)]  # all at the same second: order is that of submission
-    page, cursor = store.list(limit=limit)
+    page, cursor = store.list_jobs(limit=limit)
     seen = [record.id for record in page]
     run_to(store, made[6], JobState.FAILED)
     assert store.delete(made[6])
     submit(store)
     while cursor:
-        page, cursor = store.list(limit=limit, cursor=cursor)
+        page, cursor = store.list_jobs(limit=limit, cursor=cursor)
         seen += [record.id for record in page]
     assert seen == made[::-1]
 
@@ -294,7 +294,7 @@ def test_lists_are_filtered(store: JobStore) -> None:
         (set(), {"k": "' OR 1=1 --"}, []),
     ]
     for states, labels, names in cases:
-        records, cursor = store.list(states, labels)
+        records, cursor = store.list_jobs(states, labels)
         assert ([record.id for record in records], cursor) == ([jobs[name] for name in names], "")
     assert [record.id for record in store.unfinished()] == [jobs["none"], jobs["x"], jobs["z"]]
     assert [store.count(), store.count(FINAL), store.count({JobState.QUEUED})] == [4, 1, 2]
@@ -305,10 +305,10 @@ def test_lists_are_filtered(store: JobStore) -> None:
 )
 def test_forged_cursors(store: JobStore, cursor: str) -> None:
     with pytest.raises(InvalidJob, match="page_token"):
-        store.list(cursor=cursor)
+        store.list_jobs(cursor=cursor)
     for limit in (0, -1, MAX_PAGE + 1):
         with pytest.raises(InvalidJob, match="page_size"):
-            store.list(limit=limit)
+            store.list_jobs(limit=limit)
 
 
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
