@@ -17,12 +17,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.common.errors import EngineError
+from cluster.common.text_format import describe_error
 from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, PrefillProgress, TokenEvent
-from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
+from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
+from cluster.text.detokenizer import OutputText
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
@@ -47,7 +50,7 @@ class StepOutcome:
 
     handle: RequestHandle
     step: InFlightStep
-    token: TokenEvent | None
+    token: OutputToken | None
     has_progress: bool  # of the prefill
     has_ended: bool
 
@@ -123,9 +126,16 @@ class Engine:
         """
         return self.submit_all([(spec, on_event)])[0]
 
-    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]]) -> list[RequestHandle]:
-        """Queue several prompts at once; either all are accepted or none."""
-        handles = [self._handle(spec, on_event) for spec, on_event in items]
+    def submit_all(
+        self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
+    ) -> list[RequestHandle]:
+        """Queue several prompts at once; either all are accepted or none.
+
+        Args:
+            after: the number before that of their first token; the tokens of all of them are numbered together.
+        """
+        numbers = itertools.count(after + 1)
+        handles = [self._handle(spec, on_event, numbers) for spec, on_event in items]
         for handle in handles:
             self.scheduler.prepare(handle.request)
         with self._accepting:
@@ -177,7 +187,7 @@ class Engine:
                 self._oldest_plan = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
-                self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
+                self._fail(f"the engine failed: {describe_error(error)}")
 
     def _schedule(self) -> list[StepPlan]:
         """Return new plans, in flight from now on: as many as the pipeline should have."""
@@ -202,7 +212,7 @@ class Engine:
 
         At most half of the tokens of the shortest answer are in a burst, since an answer may end in any of them.
         """
-        if not self._decode_s or not self.scheduler.decodes:
+        if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
@@ -255,16 +265,18 @@ class Engine:
             has_ended = request.finish_reason is not None
             yield StepOutcome(handle, step, token, is_first or (token is None and not has_ended), has_ended)
 
-    def _token(self, handle: RequestHandle) -> TokenEvent:
+    def _token(self, handle: RequestHandle) -> OutputToken:
         """The newest token with its text; a stop string in it ends the request."""
         request = handle.request
-        text, stopped = handle.text.push(request.output[-1])
-        if stopped:
+        text, reasoning, answer = handle.text.push(request.output[-1], is_last=request.finish_reason is not None)
+        if handle.text.stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
-        elif request.finish_reason is not None:
-            text += handle.text.flush()
-        return TokenEvent(request.samples[-1], text)
+        sample = request.samples[-1]
+        return OutputToken(
+            next(handle.numbers), handle.spec.question, sample.token_id, text, sample.logprob, sample.top,
+            handle.text.part, reasoning, answer,
+        )  # fmt: skip
 
     def _notify(self, outcome: StepOutcome) -> None:
         """Call the submitter of a request with what a step changed for it."""
@@ -286,19 +298,22 @@ class Engine:
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
 
-    def _handle(self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None]) -> RequestHandle:
+    def _handle(
+        self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], numbers: Iterator[int]
+    ) -> RequestHandle:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)
         request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, now, spec.priority)
-        text = OutputText(self._tokenizer, spec.stop)
+        text = OutputText(self._tokenizer, spec.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)
-            if text.push(sample.token_id)[1]:
+            text.push(sample.token_id)
+            if text.stopped:
                 request.finish_reason = FinishReason.STOP
-        return RequestHandle(request, spec, text, on_event, now)
+        return RequestHandle(request, spec, text, on_event, now, numbers)
 
     def _add(self, handles: Sequence[RequestHandle]) -> None:
         for handle in handles:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from cluster.common.errors import StageError
 from cluster.engine.engine import Engine
 from protos.stage import stage_pb2 as pb
 
@@ -89,8 +90,6 @@ class HangDetector:
             return tuple(threads.map(self._layers_done, self._shards))
 
     def _layers_done(self, shard: ProbedShard) -> int | None:
-        from cluster.stages.handle import StageError  # loads grpc
-
         try:
             return int(shard.probe(self._floor_s / _CHECKS).layers_done)
         except StageError:

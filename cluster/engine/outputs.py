@@ -8,10 +8,9 @@ from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
-from cluster.text.reasoning import split_reasoning
-from cluster.text.tokenizer import IncrementalDecoder, StopMatcher, TextTokenizer
+from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
-from protos.stage.messages import SampledToken, SamplingParams
+from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class GenerationSpec:
     reasoning_opened: bool = False  # the prompt ends inside <think>
     priority: int = 0  # higher is admitted earlier
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
+    question: int = 0  # index of the prompt among those of its caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,22 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """A sampled token and the text that became certain with it (often empty)."""
+class OutputToken:
+    """A sampled token with the text that became certain with it (often empty), as it is stored and streamed.
 
-    token: SampledToken
+    `part` is where the output stands after the token, "reasoning" or "answer"; `reasoning` and `answer` are what the
+    token adds to either: together `text` without tags and the white space around them.
+    """
+
+    number: int  # 1, 2, 3, ... over all questions of one submission, in the order of sampling
+    question: int
+    token_id: int
     text: str
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    part: str = "answer"
+    reasoning: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,33 +141,3 @@ class Generation:
             entry(sample.token_id, sample.logprob) | {"top": [entry(i, p) for i, p in sample.top]}
             for sample in self.samples
         ]
-
-
-class OutputText:
-    """Turns the tokens of one request into text, and finds stop strings."""
-
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str]) -> None:
-        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
-        self._matcher = StopMatcher(stop)
-        self._parts: list[str] = []
-
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """New text, and whether a stop string ended the output."""
-        if self._decoder is None:
-            return "", False
-        text, stopped = self._matcher.push(self._decoder.push(token_id))
-        self._parts.append(text)
-        return text, stopped
-
-    def flush(self) -> str:
-        """The withheld rest, once the output has ended without a stop string."""
-        if self._decoder is None or self._matcher.stopped:
-            return ""
-        text, _ = self._matcher.push(self._decoder.flush())
-        text += self._matcher.flush()
-        self._parts.append(text)
-        return text
-
-    def split(self, opened: bool) -> tuple[str | None, str]:
-        """(reasoning, answer) of everything so far."""
-        return split_reasoning("".join(self._parts), opened=opened)

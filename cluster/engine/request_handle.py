@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from cluster.common.errors import EngineError
 from cluster.engine.attention_report import AttentionReport
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, PrefillProgress, Timings, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.request import FinishReason, Request
+from cluster.text.detokenizer import OutputText
 from protos.model.spec import ModelSpec
 
-EngineEvent = PrefillProgress | TokenEvent | Generation
+EngineEvent = PrefillProgress | OutputToken | Generation
 _log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """The cluster behind the engine failed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +28,7 @@ class RequestHandle:
     text: OutputText
     on_event: Callable[[EngineEvent], None]
     submitted: float
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the tokens of its submission
     attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
     first_token: float | None = None
@@ -57,7 +57,7 @@ class RequestHandle:
         request = self.request
         started = self.started if self.started is not None else now
         first = self.first_token if self.first_token is not None else now
-        reasoning, answer = self.text.split(self.spec.reasoning_opened)
+        reasoning, answer = self.text.result()
         self.result = Generation(
             token_ids=tuple(request.output),
             text=answer,

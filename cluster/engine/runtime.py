@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cluster.common.environment import environment
+from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import AnswerOptions, Generation, GenerationSpec
 from cluster.engine.pipeline import Pipeline, launch_pipeline
-from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
-from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
+from cluster.text.chat_template import opens_thinking, render_chat
+from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 
@@ -105,7 +107,7 @@ class ClusterRuntime:
         """Answer several questions about one document, which is computed once; results in their order.
 
         Args:
-            on_event: called with the index of a question and its `PrefillProgress`, `TokenEvent` or `Generation`; runs
+            on_event: called with the index of a question and its `PrefillProgress`, `OutputToken` or `Generation`; runs
                 on the engine's thread and must not block.
 
         Raises:
@@ -172,8 +174,6 @@ class ClusterRuntime:
         }
 
     def _shard_status(self, shard: GrpcStageHandle) -> dict[str, Any]:
-        from cluster.stages.handle import StageError  # loads grpc
-
         place = {"stage": shard.shard.stage, "rank": shard.shard.rank}
         if self.supervisor.running is None:
             return place | {"state": self.supervisor.state.value}
@@ -217,7 +217,7 @@ class ClusterRuntime:
         for index, prompt in enumerate(prompts):
             spec = GenerationSpec(
                 prompt, options.max_tokens, options.sampling, options.stop, options.stop_token_ids, options.ignore_eos,
-                reasoning_opened,
+                reasoning_opened, question=index,
             )  # fmt: skip
             items.append((spec, _for_index(on_event, index)))
         return self.engine.submit_all(items)

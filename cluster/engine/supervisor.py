@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from cluster.common.text_format import one_line
 from cluster.engine.pipeline import Pipeline
 
 _STOP_TIMEOUT_S = 60.0  # to wait for a start under way when supervision ends
@@ -223,7 +224,7 @@ class PipelineSupervisor:
                 if failed_starts < len(self.policy.pauses_s):
                     self._transition(PipelineEvent.START_FAILED)
                     continue
-                self.reason = f"{error}; starting again failed: {' '.join(str(problem).split())}"
+                self.reason = f"{error}; starting again failed: {one_line(problem)}"
                 self._transition(PipelineEvent.GIVEN_UP)
                 _guarded(lambda: listener.pipeline_given_up(self.reason))
             else:

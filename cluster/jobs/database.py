@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.common.errors import JobStoreError
 from cluster.jobs.model import InvalidJob
 
 _BUSY_TIMEOUT_S = 10.0  # another process (a backup, sqlite3 on the command line) may hold the file for a moment
 _WAL_LIMIT_BYTES = 64 << 20
-
-
-class JobStoreError(Exception):
-    """The store cannot do what it should: disk, file, or a step that does not follow the last one. One line."""
 
 
 # What changes with every step lives apart from what is written once: SQLite rewrites a row as a whole, and a
@@ -97,8 +94,18 @@ def _keep_attention(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE answers ADD COLUMN attention TEXT NOT NULL DEFAULT '{}'")
 
 
+def _keep_parts(connection: sqlite3.Connection) -> None:
+    """Reasoning is split before a token is stored; older tokens (part '') are split by `JobStore.split_old_tokens`."""
+    connection.execute("ALTER TABLE tokens ADD COLUMN part TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN reasoning TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN answer TEXT NOT NULL DEFAULT ''")
+    connection.execute("CREATE INDEX tokens_unsplit ON tokens (job) WHERE part = ''")
+
+
 # by version reached
-MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _create, 2: _name_documents, 3: _keep_attention}
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
+    1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts,
+}  # fmt: skip
 VERSION = max(MIGRATIONS)
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.common.errors import JobStoreError
 from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, NotAllowedNow, check_id
-from cluster.jobs.store import JobStore, JobStoreError
+from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
 _TEMPORARY = ".upload-"
@@ -139,7 +140,7 @@ class DocumentStore:
         """Give the file its name and the document its record, or neither."""
         path = self._path(record.id)
         with self._lock, self._errors():
-            is_new = self._store.get_document(record.id) is None
+            is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:
                 _sync_folder(self._folder)

@@ -1,7 +1,16 @@
 """A job as the control plane keeps it: what was asked, how far it has come, what came out. Plain values, no I/O.
 
-A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in order
-of commitment: the number is where a stream can begin again.
+A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in the
+order they are committed in: the number is where a stream can begin again.
+
+A token has five forms between sampler and client:
+
+1. `protos.stage.messages.SampledToken`, from the last stage to the engine (on the wire as the message of that name);
+2. `cluster.engine.outputs.OutputToken`, made once by the engine: numbered, decoded, reasoning split off; the recorder,
+   the store, subscriptions and the gRPC server pass it on as it is;
+3. the row of table `tokens` (`cluster.jobs.database`);
+4. the message `TokenEvent` of protos/jobs/jobs.proto, alone or in a `TokenGroup`;
+5. `TokenEvent` of the client.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster.engine.outputs import AnswerOptions
-from protos.stage.messages import SamplingParams, TokenLogprob
+from protos.stage.messages import SamplingParams
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
@@ -37,6 +46,7 @@ class JobState(enum.StrEnum):
 
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 ACTIVE = frozenset(JobState) - FINAL
+WAITING = frozenset({JobState.QUEUED, JobState.RECOVERING})
 
 
 class JobError(Exception):
@@ -140,18 +150,6 @@ class JobSpec:
         for key in ("idempotency_key", "deadline"):
             del values[key]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class JobToken:
-    """A committed token: `number` within the job, `question` (index) it answers, and the text it made certain."""
-
-    number: int
-    question: int
-    token_id: int
-    text: str
-    logprob: float | None = None
-    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

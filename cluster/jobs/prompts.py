@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 
+from cluster.common.text_format import one_line
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobSpec
-from cluster.text.prompts import opens_thinking
+from cluster.text.chat_template import ChatTemplateError, opens_thinking
 from cluster.text.reasoning import OPEN_TAG
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
@@ -30,7 +32,7 @@ def job_prompts(runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec
             prompts = [list(given.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)
     except UserError as error:
-        raise InvalidJob(" ".join(str(error).split())) from error
+        raise InvalidJob(one_line(error)) from error
     return [array("I", prompt) for prompt in prompts]
 
 
@@ -38,7 +40,9 @@ def reasoning_opened(tokenizer: TextTokenizer, spec: JobSpec) -> bool:
     """Whether the prompts of a job end inside `<think>`, so that their answers start as reasoning."""
     given = spec.input
     if given.document_id or given.messages is not None:
-        return opens_thinking(tokenizer, spec.ask.enable_thinking)
+        with contextlib.suppress(ChatTemplateError):  # the template of another model than the job was submitted to
+            return opens_thinking(tokenizer, spec.ask.enable_thinking)
+        return False
     if given.prompt is not None:
         return given.prompt.rstrip().endswith(OPEN_TAG)
     ids = list(given.token_ids or ())[-_TAIL:]

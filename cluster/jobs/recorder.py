@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from cluster.engine.outputs import Generation, PrefillProgress, TokenEvent
+from cluster.common.errors import JobStoreError
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
-from cluster.jobs.database import JobStoreError
-from cluster.jobs.model import ACTIVE, JobAnswer, JobState, JobToken
+from cluster.jobs.model import ACTIVE, JobAnswer, JobState
 from cluster.jobs.store import JobStore, StateChange
 from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
@@ -37,7 +37,6 @@ class LiveJob:
 
     job_id: str
     num_answers: int
-    last_event: int
     on_end: Callable[[JobState], None]
     cancelled: bool = False  # somebody wants it to end
     decodes: bool = False  # the store has heard of its first token
@@ -113,7 +112,7 @@ class Recorder:
             self._flushed.notify_all()
 
     def _commit_events(self, items: Sequence[_Item]) -> None:
-        tokens: list[tuple[str, JobToken]] = []
+        tokens: list[tuple[str, OutputToken]] = []
         states: list[StateChange] = []
         answers: list[tuple[str, JobAnswer]] = []
         ended: list[tuple[LiveJob, JobState]] = []
@@ -121,12 +120,9 @@ class Recorder:
             if isinstance(event, PrefillProgress):
                 job.progress[question] = event
                 states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
-            elif isinstance(event, TokenEvent):
-                job.last_event += 1
+            elif isinstance(event, OutputToken):
                 job.generated[question] = job.generated.get(question, 0) + 1
-                sample = event.token
-                token = JobToken(job.last_event, question, sample.token_id, event.text, sample.logprob, sample.top)
-                tokens.append((job.job_id, token))
+                tokens.append((job.job_id, event))
                 if not job.decodes:
                     job.decodes = True
                     states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
@@ -146,7 +142,7 @@ class Recorder:
         self._changes.notify(list({job.job_id for job, *_ in items}))
 
     def _write(
-        self, tokens: Sequence[tuple[str, JobToken]], states: Sequence[StateChange],
+        self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
     ) -> None:  # fmt: skip
         """Commit, however long the disk refuses: jobs wait for it and lose nothing. Raises only when closing."""

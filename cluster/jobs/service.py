@@ -14,20 +14,21 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.engine.outputs import GenerationSpec, PrefillProgress
-from cluster.engine.request_handle import EngineError, RequestHandle
+from cluster.common.errors import EngineError
+from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.request_handle import RequestHandle
 from cluster.engine.runtime import ClusterRuntime
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
+    WAITING,
     DocumentRecord,
     InvalidJob,
     JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
     ServiceBusy,
     ServiceLimits,
@@ -36,7 +37,7 @@ from cluster.jobs.model import (
 )
 from cluster.jobs.prompts import job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
-from cluster.jobs.store import JobStore
+from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
 from cluster.jobs.timers import Timers
 from protos.stage.messages import SampledToken
@@ -80,6 +81,7 @@ class JobService:
 
     def start(self) -> None:
         """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
+        self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
         self._recorder.start()
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
@@ -126,7 +128,8 @@ class JobService:
 
     def submit(self, spec: JobSpec) -> JobRecord:
         """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy."""
-        if (known := self._store.find(spec)) is not None:  # a repeated submission is answered whatever goes on
+        known, waiting = self._store.admission(spec)
+        if known is not None:  # a repeated submission is answered whatever goes on
             return known
         if self._draining:
             raise ServiceBusy("the head is shutting down: submit again in a moment", 5.0)
@@ -135,18 +138,17 @@ class JobService:
             raise ServiceBusy(reason, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
-        waiting, _ = self.counts()
-        if waiting >= self._limits.max_queued_jobs:
-            raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
-        prompts = self._prompts(spec)
+        check_queue(waiting, self._limits.max_queued_jobs)
+        prompts = job_prompts(self._runtime, self._documents, spec)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(self._queued_tokens.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
-                spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask.sampling.seed)
-            )
+                spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask.sampling.seed),
+                self._limits.max_queued_jobs, self._document_expires(),
+            )  # fmt: skip
             if is_new:
                 self._enqueue(record, prompts, {})
         return record
@@ -157,7 +159,7 @@ class JobService:
             raise JobNotFound(f"job {job_id}: not found (it may have expired)")
         return record
 
-    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
         """Return committed tokens with numbers above `after`, in order."""
         return self._store.tokens(job_id, after, limit)
 
@@ -170,7 +172,7 @@ class JobService:
         self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
     ) -> tuple[Sequence[JobRecord], str]:
         """Return jobs, the newest first, and the cursor of the next page (empty at the end)."""
-        return self._store.list(states, labels, limit, cursor)
+        return self._store.list_jobs(states, labels, limit, cursor)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
         """Return the job once it has ended, or as it is after `timeout_s`."""
@@ -203,8 +205,7 @@ class JobService:
 
     def counts(self) -> tuple[int, int]:
         """Return how many jobs wait and how many run."""
-        waiting = self._store.count([JobState.QUEUED, JobState.RECOVERING])
-        return waiting, self._store.count([JobState.PREFILLING, JobState.DECODING])
+        return self._store.count(WAITING), self._store.count(ACTIVE - WAITING)
 
     def on_ended(self, callback: Callable[[JobRecord, dict[int, int]], None]) -> None:
         """Call with every job that ends, and its number of tokens by question (metrics)."""
@@ -222,19 +223,18 @@ class JobService:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
-    def _prompts(self, spec: JobSpec) -> list[array[int]]:
-        """Return the token ids of every question. Raises InvalidJob or JobNotFound."""
-        prompts = job_prompts(self._runtime, self._documents, spec)
-        if document_id := spec.input.document_id:
-            self._store.touch_document(document_id, self._clock() + self._limits.document_ttl_s)
-        return prompts
+    def _document_expires(self) -> float:
+        """Return the expiry of a document used now."""
+        return self._clock() + self._limits.document_ttl_s
 
     def _requeue(self, record: JobRecord) -> None:
         """Queue a job again after its last committed token; one that cannot be built any more fails."""
         try:
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
-            prompts = self._prompts(record.spec)
+            prompts = job_prompts(self._runtime, self._documents, record.spec)
+            if document_id := record.spec.input.document_id:
+                self._store.touch_document(document_id, self._document_expires())
         except (InvalidJob, JobNotFound) as error:
             self._cancel(record.id, str(error))
             return
@@ -256,9 +256,8 @@ class JobService:
         finished = {answer.question: answer.finish_reason for answer in record.answers if answer.finish_reason}
         job = self._live.get(record.id)
         if job is None:
-            job = LiveJob(record.id, record.spec.input.num_answers, record.last_event, lambda s: self._ended(record.id))
+            job = LiveJob(record.id, record.spec.input.num_answers, lambda s: self._ended(record.id))
             self._live[record.id] = job
-        job.last_event = record.last_event
         job.restore(finished)
         self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
         ask = record.spec.ask
@@ -268,12 +267,12 @@ class JobService:
             if question not in finished:
                 spec = GenerationSpec(
                     prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, opened,
-                    record.spec.priority, tuple(done.get(question, ())),
+                    record.spec.priority, tuple(done.get(question, ())), question,
                 )  # fmt: skip
                 items.append((spec, self._recorder.callback(job, question)))
         self._arm(record)
         try:
-            self._handles[record.id] = self._runtime.engine.submit_all(items)
+            self._handles[record.id] = self._runtime.engine.submit_all(items, record.last_event)
         except EngineError:  # `pipeline_restarted` submits the job again
             if self._supervisor.state is PipelineState.DOWN:
                 self._cancel(record.id, self._supervisor.reason)

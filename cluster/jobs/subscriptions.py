@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.engine.outputs import PrefillProgress
-from cluster.jobs.model import JobRecord, JobState, JobToken
+from cluster.engine.outputs import OutputToken, PrefillProgress
+from cluster.jobs.model import JobRecord, JobState
 from cluster.jobs.store import JobStore
 
 HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
@@ -27,7 +27,7 @@ class ProgressUpdate:
     progress: PrefillProgress
 
 
-JobEvent = ProgressUpdate | Sequence[JobToken] | JobRecord
+JobEvent = ProgressUpdate | Sequence[OutputToken] | JobRecord
 
 
 class Subscription:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from google.protobuf import json_format
 
-from cluster.config.yaml_source import show_value
-from cluster.engine.outputs import AnswerOptions, PrefillProgress
+from cluster.common.text_format import show_value
+from cluster.engine.outputs import AnswerOptions, OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -24,11 +24,9 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     check_id,
 )
 from cluster.jobs.subscriptions import ProgressUpdate
-from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.stage.messages import SamplingParams
 
@@ -198,61 +196,62 @@ def _at_least_one(key: str, count: int) -> None:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 _STATES: dict[JobState, pb.State] = {state: getattr(pb, state.name) for state in JobState}
+_PARTS = {"reasoning": pb.REASONING, "answer": pb.ANSWER}
 _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STATES.items()}
 
 
 def encode_document(record: DocumentRecord) -> pb.Document:
-    return pb.Document(
-        id=record.id, name=record.name, size_bytes=record.size_bytes, created=record.created, expires=record.expires
-    )
+    return pb.Document(**asdict(record))
 
 
 def encode_job(
-    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, PrefillProgress] | None = None
-) -> pb.Job:
-    """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
-    them) are given."""
+    record: JobRecord, tokens: Sequence[OutputToken] | None = None,
+    progress: Mapping[int, PrefillProgress] | None = None,
+) -> pb.Job:  # fmt: skip
+    """A job with one answer a question.
+
+    Args:
+        tokens: all of its tokens; without them there are no token lists, no figures of layers, and no text of an
+            answer that still runs.
+        progress: by question.
+    """
     spec = record.spec
     job = pb.Job(
         id=record.id, state=_STATES[record.state], created=record.created, started=record.started,
         finished=record.finished, priority=spec.priority, document_id=spec.input.document_id, error=record.error,
         labels=dict(spec.labels), last_event=record.last_event, restarts=record.restarts,
     )  # fmt: skip
-    ended = {answer.question: answer for answer in record.answers}
-    by_question: dict[int, list[JobToken]] = {}
+    answers = {answer.question: answer for answer in record.answers}
+    by_question: dict[int, list[OutputToken]] = {}
     for token in tokens or ():
         by_question.setdefault(token.question, []).append(token)
     with_logprobs = spec.ask.sampling.logprobs is not None
     for index in range(spec.input.num_answers):
-        answer = _encode_answer(ended.get(index), by_question.get(index, []), with_logprobs)
-        if tokens is None and answer.HasField("attention"):
-            answer.attention.ClearField("layers")
+        answer = answers.get(index, JobAnswer(index))
+        message = _encode_answer(answer, by_question.get(index, []), with_logprobs)
+        if tokens is None and answer.attention:
+            message.attention.ClearField("layers")
         if spec.input.questions:
-            answer.question = spec.input.questions[index]
+            message.question = spec.input.questions[index]
         if progress and index in progress:
-            answer.progress.CopyFrom(encode_progress(progress[index]))
-        job.answers.append(answer)
+            message.progress.CopyFrom(encode_progress(progress[index]))
+        job.answers.append(message)
     _add_timings(job, record.answers)
     if record.reproducibility:  # a later head may have stored more than this one knows
         json_format.ParseDict(dict(record.reproducibility), job.reproducibility, ignore_unknown_fields=True)
     return job
 
 
-def _encode_answer(ended: JobAnswer | None, tokens: Sequence[JobToken], with_logprobs: bool) -> pb.Answer:
-    answer = pb.Answer(token_ids=[token.token_id for token in tokens])
-    if with_logprobs:
-        answer.tokens.extend(map(encode_token, tokens))
-    if ended is None:
-        answer.text = "".join(token.text for token in tokens)
-        return answer
-    answer.finish_reason = ended.finish_reason
-    answer.prompt_tokens, answer.cached_tokens = ended.prompt_tokens, ended.cached_tokens
-    answer.text = ended.text if ended.finish_reason else "".join(token.text for token in tokens)
-    if ended.reasoning is not None:
-        answer.reasoning = ended.reasoning
-    if ended.attention:
-        json_format.ParseDict(dict(ended.attention), answer.attention, ignore_unknown_fields=True)
-    return answer
+def _encode_answer(answer: JobAnswer, tokens: Sequence[OutputToken], with_logprobs: bool) -> pb.Answer:
+    message = pb.Answer(
+        token_ids=[token.token_id for token in tokens], tokens=map(encode_token, tokens) if with_logprobs else (),
+        text=answer.text if answer.finish_reason else "".join(token.text for token in tokens),
+        reasoning=answer.reasoning, finish_reason=answer.finish_reason, prompt_tokens=answer.prompt_tokens,
+        cached_tokens=answer.cached_tokens,
+    )  # fmt: skip
+    if answer.attention:
+        json_format.ParseDict(dict(answer.attention), message.attention, ignore_unknown_fields=True)
+    return message
 
 
 def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
@@ -264,35 +263,34 @@ def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
             setattr(job.timings, key, choose(values))
 
 
-def encode_token(token: JobToken) -> pb.Token:
+def encode_token(token: OutputToken) -> pb.Token:
     top = [pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
     return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
 
 
 def encode_progress(progress: PrefillProgress) -> pb.Progress:
-    return pb.Progress(
-        total=progress.total, cached=progress.cached, processed=progress.processed, eta_ms=progress.eta_ms
-    )
+    return pb.Progress(**asdict(progress))
 
 
 def encode_progress_event(update: ProgressUpdate, number: int) -> pb.JobEvent:
-    """`number` is the token event before it."""
+    """`number` is that of the token before it."""
     event = pb.ProgressEvent(question=update.question, progress=encode_progress(update.progress))
     return pb.JobEvent(number=number, progress=event)
 
 
-def encode_token_event(token: JobToken, split: ReasoningStream) -> pb.JobEvent:
-    """A token of a stream; `split` has had the texts of the question's tokens before it."""
+def encode_tokens(tokens: Sequence[OutputToken], grouped: bool) -> Iterator[pb.JobEvent]:
+    """Tokens of a stream (at least one): several as one event when they may be `grouped`, else an event each."""
+    if grouped and len(tokens) > 1:
+        yield pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=map(_token_event, tokens)))
+    else:
+        for token in tokens:
+            yield pb.JobEvent(number=token.number, token=_token_event(token))
+
+
+def _token_event(token: OutputToken) -> pb.TokenEvent:
     message = encode_token(token)
-    message.reasoning, message.answer = split.push(token.text)
-    message.part = pb.REASONING if split.part == "reasoning" else pb.ANSWER
-    return pb.JobEvent(number=token.number, token=pb.TokenEvent(question=token.question, token=message))
-
-
-def encode_token_group(tokens: Sequence[JobToken], splits: Mapping[int, ReasoningStream]) -> pb.JobEvent:
-    """Tokens of a stream (at least one) as one event; `splits` by question."""
-    events = [encode_token_event(token, splits[token.question]).token for token in tokens]
-    return pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=events))
+    message.part, message.reasoning, message.answer = _PARTS[token.part], token.reasoning, token.answer
+    return pb.TokenEvent(question=token.question, token=message)
 
 
 def encode_status(status: Mapping[str, Any]) -> pb.ClusterStatusReply:

@@ -7,7 +7,7 @@ strict parsing, one table from errors to status codes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, JobToken, check_id
+from cluster.engine.outputs import OutputToken
+from cluster.jobs.model import InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from cluster.server.interceptors import CallGuard, ConcurrencyLimit
 from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
-from cluster.stages.preflight import PreflightError
-from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS
@@ -49,15 +49,10 @@ class GrpcServer:
 
     def __init__(
         self, service: JobService, server: ServerSection, security: SecuritySection,
-        port_override: int | None = None, reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False,
+        port_override: int | None = None,
     ) -> None:  # fmt: skip
-        """
-        Args:
-            port_override: replaces `server.port`; there, 0 binds any free port.
-            reasoning_opened: whether the answers of a job start as reasoning, without an opening tag.
-        """
+        """Args: `port_override` replaces `server.port`; there, 0 binds any free port."""
         self._service = service
-        self._reasoning_opened = reasoning_opened
         self._config = server
         self._security = security
         self._port = server.port if port_override is None else port_override
@@ -91,7 +86,7 @@ class GrpcServer:
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
             maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _WAITING_CALLS,
         )
-        jobs = _Jobs(self._service, self._config.max_document_bytes, self._reasoning_opened)
+        jobs = _Jobs(self._service, self._config.max_document_bytes)
         rpc.add_JobsServicer_to_server(jobs, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
@@ -124,12 +119,9 @@ class GrpcServer:
 class _Jobs(rpc.JobsServicer):
     """The methods of jobs.proto; they raise the errors of `jobs.model`, the boundary turns them into status codes."""
 
-    def __init__(
-        self, service: JobService, max_document_bytes: int, reasoning_opened: Callable[[JobSpec], bool]
-    ) -> None:
+    def __init__(self, service: JobService, max_document_bytes: int) -> None:
         self._service = service
         self._max_document = max_document_bytes
-        self._reasoning_opened = reasoning_opened
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
@@ -187,18 +179,12 @@ class _Jobs(rpc.JobsServicer):
         number = codec.decode_after(request)
         events = self._service.stream(check_id(request.id, "job"), number)
         try:
-            splits: dict[int, ReasoningStream] | None = None
             for event in events:
                 if not context.is_active():
                     return
                 if isinstance(event, Sequence):
-                    if splits is None:
-                        splits = self._splits(request.id, number)
                     number = event[-1].number
-                    if request.grouped and len(event) > 1:
-                        yield codec.encode_token_group(event, splits)
-                    else:
-                        yield from (codec.encode_token_event(token, splits[token.question]) for token in event)
+                    yield from codec.encode_tokens(event, request.grouped)
                 elif isinstance(event, ProgressUpdate):
                     yield codec.encode_progress_event(event, number)
                 else:
@@ -208,15 +194,6 @@ class _Jobs(rpc.JobsServicer):
             close = getattr(events, "close", None)
             if close is not None:
                 close()
-
-    def _splits(self, job_id: str, after: int) -> dict[int, ReasoningStream]:
-        """Where the text of every question stands after a token: reasoning or answer."""
-        record = self._service.get(job_id)
-        opened = self._reasoning_opened(record.spec)
-        splits = {question: ReasoningStream(opened) for question in range(record.spec.input.num_answers)}
-        for token in self._tokens(job_id, after):
-            splits[token.question].push(token.text)
-        return splits
 
     def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.Job:
         job_id = check_id(request.id, "job")
@@ -245,7 +222,7 @@ class _Jobs(rpc.JobsServicer):
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
 
-    def _tokens(self, job_id: str, last: int) -> Iterator[JobToken]:
+    def _tokens(self, job_id: str, last: int) -> Iterator[OutputToken]:
         """The tokens of a job up to number `last`."""
         number = 0
         while number < last:

@@ -16,7 +16,6 @@ from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import ServiceLimits
-from cluster.jobs.prompts import reasoning_opened
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
 from cluster.server.grpc_server import GrpcServer
@@ -76,10 +75,7 @@ class Head:
             self.service = JobService(self.runtime, self.store, documents, limits, self._clock)
             metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
             steps.callback(metrics.close)
-            self._grpc = GrpcServer(
-                self.service, server, self._config.security, self._port,
-                reasoning_opened=lambda spec: reasoning_opened(self.runtime.tokenizer, spec),
-            )  # fmt: skip
+            self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
             steps.callback(self._grpc.close, 1.0)
             steps.callback(self.service.close)
             self.service.start()

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from cluster.common.units import format_bytes
-from cluster.engine.outputs import Generation, PrefillProgress, TokenEvent
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
 from cluster.stages.launcher import LaunchStatus
 
@@ -83,7 +83,7 @@ class Display:
         def on_event(index: int, event: EngineEvent) -> None:
             if isinstance(event, PrefillProgress) and index == 0 and not self._answered:
                 self.prefill(event.processed, event.total, event.eta_ms)
-            elif isinstance(event, TokenEvent):
+            elif isinstance(event, OutputToken):
                 self._answered[index] = self._answered.get(index, 0) + 1
                 written = sum(self._answered.values())
                 what = "answering" if num_questions == 1 else f"answering {num_questions} questions"

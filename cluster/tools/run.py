@@ -12,7 +12,8 @@ from typing import Any
 from cluster.config.deployment import load_deployment
 from cluster.engine.outputs import AnswerOptions
 from cluster.engine.runtime import ClusterRuntime
-from cluster.text.prompts import PromptError, check_bound, check_document, opens_thinking
+from cluster.text.chat_template import opens_thinking
+from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 
 
@@ -78,7 +79,7 @@ def _read_text(path: Path, runtime: ClusterRuntime) -> str:
     """A text file, refused by its size before it is read when no tokenisation could make it fit."""
     limit = runtime.deployment.max_model_len
     try:
-        check_bound(path.stat().st_size, runtime.tokenizer, limit)
+        check_size(path.stat().st_size, runtime.tokenizer, limit)
         return check_document(path.read_bytes(), runtime.tokenizer, limit)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error

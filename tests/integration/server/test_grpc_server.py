@@ -12,10 +12,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client.client import Client
 from cluster.client.models import TokenEvent
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import InvalidJob, JobConflict, JobToken, NotAllowedNow, ServiceBusy, new_id
+from cluster.engine.outputs import OutputToken
+from cluster.jobs.model import InvalidJob, JobConflict, NotAllowedNow, ServiceBusy, new_id
 from cluster.server.grpc_server import JOBS_SERVICE, MAX_PIECE, GrpcServer
-from cluster.stages.preflight import PreflightError
+from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving
@@ -187,7 +189,7 @@ def test_bad_requests(stub: rpc.JobsStub, method: str, request_: object):
 
 def test_a_stream_from_progress_to_the_ended_job(service: FakeJobService, stub: rpc.JobsStub):
     job = stub.Submit(PROMPT)
-    service.events = [[JobToken(6, 0, 65, "a"), JobToken(7, 0, 66, "b", -0.5, ((66, -0.5),))]]
+    service.events = [[OutputToken(6, 0, 65, "a"), OutputToken(7, 0, 66, "b", -0.5, ((66, -0.5),))]]
     events = list(stub.Stream(pb.StreamRequest(id=job.id, after=5)))
     assert [event.WhichOneof("event") for event in events] == ["progress", "token", "token", "job"]
     assert [event.number for event in events] == [5, 6, 7, 7]
@@ -208,8 +210,12 @@ THOUGHT = ("<thi", "nk>", "wh", "y ", "</think>\n", "\nso", " it is")
 @pytest.mark.parametrize("opened", [False, True])
 def test_streamed_tokens_say_reasoning_or_answer(service: FakeJobService, after: int, opened: bool):
     texts = THOUGHT[2:] if opened else THOUGHT
-    tokens = [JobToken(number, 0, 65, text) for number, text in enumerate(texts, 1)]
-    with serving(service, reasoning_opened=lambda spec: opened) as (_, address), Client(address) as client:
+    splitter = ReasoningSplitter(opened)
+    tokens = []
+    for number, text in enumerate(texts, 1):
+        added = splitter.push(text)
+        tokens.append(OutputToken(number, 0, 65, text, None, (), splitter.part, *added))
+    with serving(service) as (_, address), Client(address) as client:
         job = client.submit(prompt="why?")
         service.committed[job.id] = tokens
         service.events = [group for group in (tokens[after : after + 3], tokens[after + 3 :]) if group]

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.engine.outputs import PrefillProgress
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -23,7 +23,6 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     new_id,
 )
 from cluster.jobs.subscriptions import JobEvent, ProgressUpdate
@@ -40,7 +39,7 @@ class FakeJobService:
         self.contents: dict[str, bytes] = {}
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
-        self.committed: dict[str, list[JobToken]] = {}  # what `tokens` gives, instead of made-up ones
+        self.committed: dict[str, list[OutputToken]] = {}  # what `tokens` gives, instead of made-up ones
         self.endless = False
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
@@ -82,11 +81,11 @@ class FakeJobService:
             raise JobNotFound(f"job {job_id}: not found")
         return self.records[job_id]
 
-    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
         if job_id in self.committed:
             return self.committed[job_id][after : after + limit]
         last = self.get(job_id).last_event
-        return [JobToken(n, 0, 64 + n, chr(96 + n)) for n in range(after + 1, min(last, after + limit) + 1)]
+        return [OutputToken(n, 0, 64 + n, chr(96 + n)) for n in range(after + 1, min(last, after + limit) + 1)]
 
     def progress(self, job_id: str) -> Mapping[int, PrefillProgress]:
         return {0: PrefillProgress(100, 10, 20, 5000)}
@@ -109,7 +108,7 @@ class FakeJobService:
             while self.endless:
                 number += 1
                 self.pulled += 1
-                yield [JobToken(number, 0, 1, "x" * 100)]
+                yield [OutputToken(number, 0, 1, "x" * 100)]
             yield ProgressUpdate(0, PrefillProgress(100, 0, 50, None))
             for event in self.events:
                 self.pulled += 1
@@ -141,12 +140,11 @@ class FakeJobService:
 
 @contextlib.contextmanager
 def serving(
-    service: FakeJobService, security: SecuritySection | None = None,
-    reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False, **limits: object,
-) -> Iterator[tuple[GrpcServer, str]]:  # fmt: skip
+    service: FakeJobService, security: SecuritySection | None = None, **limits: object
+) -> Iterator[tuple[GrpcServer, str]]:
     """A server on a free port and its address."""
     section = ServerSection(**limits)  # type: ignore[arg-type]
-    server = GrpcServer(service, section, security or SecuritySection(), 0, reasoning_opened)  # type: ignore[arg-type]
+    server = GrpcServer(service, section, security or SecuritySection(), 0)  # type: ignore[arg-type]
     address = server.start()
     try:
         yield server, address

@@ -13,7 +13,7 @@ from cluster.engine.pipeline import Pipeline
 from cluster.engine.runtime import ClusterRuntime
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
-from tests.support.fakes.stage import Clock, FakeShard
+from tests.support.fakes.stage import Clock, FakeShard, Script
 from tests.support.paths import CONFIGS
 
 CHUNK = 64  # tokens of a step
@@ -21,6 +21,8 @@ CHUNK = 64  # tokens of a step
 
 class FakeRuntime(ClusterRuntime):
     """Token `index` of every answer is `100 + index`; no model, no processes."""
+
+    script: Script = staticmethod(lambda sequence, index: 100 + index)
 
     def __init__(self, data_dir: Path, seqs: int = 2, **server: object) -> None:
         """Args: `server` are keys of that section of the configuration."""
@@ -33,7 +35,7 @@ class FakeRuntime(ClusterRuntime):
     def _launch(self) -> Pipeline:
         self.before_start()
         self.starts += 1
-        self.shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
+        self.shard = FakeShard(0, 1, self.script, Clock())
         scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
         launched: Any = SimpleNamespace(shards=(self.shard,), fingerprint="f", dtype="float32")
         pipeline = Pipeline(Engine(scheduler, [self.shard], self.tokenizer), launched, self.shard.close)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, PrefillProgress, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
 from cluster.scheduler.request import FinishReason
 from cluster.scheduler.scheduler import DoesNotFit
 from cluster.text.tokenizer import TextTokenizer
@@ -17,7 +17,7 @@ def test_events_come_in_order_and_progress_rises():
         result, events = rig.run(range(200), 3)
     kinds = [type(event) for event in events]
     progress = [event for event in events if isinstance(event, PrefillProgress)]
-    assert kinds == [PrefillProgress] * len(progress) + [TokenEvent] * 3 + [Generation]
+    assert kinds == [PrefillProgress] * len(progress) + [OutputToken] * 3 + [Generation]
     assert [event.processed for event in progress] == [0, 64, 128, 192, 200]
     assert all((event.total, event.cached) == (200, 0) for event in progress)
     assert progress[0].eta_ms is None
@@ -25,7 +25,7 @@ def test_events_come_in_order_and_progress_rises():
     assert etas == sorted(etas, reverse=True)
     assert etas[-1] == 0
     assert events[-1] == result
-    assert [event.token.token_id for event in events if isinstance(event, TokenEvent)] == [1000, 1001, 1002]
+    assert [event.token_id for event in events if isinstance(event, OutputToken)] == [1000, 1001, 1002]
     assert result.token_ids == (1000, 1001, 1002)
     assert result.finish_reason is FinishReason.LENGTH
     assert result.prompt_tokens == 200
@@ -89,8 +89,8 @@ def test_stop_strings(stop: tuple[str, ...], text: str, reason: FinishReason):
     with Rig(lambda _, index: ids[index], text=True) as rig:
         result, events = rig.run([1], len(ids), stop=stop)
     assert (result.text, result.finish_reason) == (text, reason)
-    assert "".join(event.text for event in events if isinstance(event, TokenEvent)) == text
-    assert len(result.token_ids) == len(result.samples) == sum(isinstance(event, TokenEvent) for event in events)
+    assert "".join(event.text for event in events if isinstance(event, OutputToken)) == text
+    assert len(result.token_ids) == len(result.samples) == sum(isinstance(event, OutputToken) for event in events)
 
 
 def test_logprobs_reach_the_result():
@@ -135,7 +135,7 @@ def test_the_next_plan_leaves_before_anybody_hears_of_the_last_result(stages: in
     with Rig(stages=stages) as rig:
         sent: list[int] = []
         spec = GenerationSpec([1, 2, 3], 5)
-        token = lambda event: sent.append(len(rig.last.plans)) if isinstance(event, TokenEvent) else None  # noqa: E731
+        token = lambda event: sent.append(len(rig.last.plans)) if isinstance(event, OutputToken) else None  # noqa: E731
         rig.engine.submit(spec, token).wait(WAIT)
     assert sent[:4] == sorted(sent[:4])
     assert all(plans >= index + 2 for index, plans in enumerate(sent[:4]))
@@ -148,7 +148,7 @@ def test_a_stop_string_drops_the_step_in_flight(stages: int):
         result, events = rig.run([1], len(ids), stop=("ran",))
         again, _ = rig.run([1], 3)
     assert (result.text, result.finish_reason) == ("the river ", FinishReason.STOP)
-    assert len(result.token_ids) == sum(isinstance(event, TokenEvent) for event in events) < len(ids)
+    assert len(result.token_ids) == sum(isinstance(event, OutputToken) for event in events) < len(ids)
     assert list(again.token_ids) == ids[:3]
 
 
@@ -179,7 +179,7 @@ def test_cancel_while_prefilling():
         rig.last.let(1000)
         result = handle.wait(WAIT)
         assert result.finish_reason is FinishReason.CANCELLED
-        assert not any(isinstance(event, TokenEvent) for event in events)
+        assert not any(isinstance(event, OutputToken) for event in events)
         assert sum(isinstance(event, Generation) for event in events) == 1
         assert len(rig.last.plans) == 2, "nothing is computed for it any more"
         rig.engine.check_integrity()
@@ -198,7 +198,7 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
         result = handle.wait(WAIT)
     assert result.finish_reason is FinishReason.CANCELLED
     assert result.token_ids == (1000, 1001, 1002)
-    tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
+    tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
     assert tokens == [1000, 1001, 1002]
 
 
@@ -227,6 +227,42 @@ def test_all_are_accepted_or_none():
             rig.submit([1], 1, stop=("",))
         rig.engine.check_integrity()
         assert all(not shard.plans for shard in rig.shards)
+
+
+def test_tokens_of_one_submission_are_numbered_together():
+    with Rig(pages=200) as rig:
+        events: list[OutputToken] = []
+        keep = lambda event: events.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
+        specs = [GenerationSpec([1] * (index + 1), 2 + index, question=index) for index in (0, 3, 5)]
+        for ticket in rig.engine.submit_all([(spec, keep) for spec in specs], after=7):
+            ticket.wait(WAIT)
+        assert [token.number for token in events] == list(range(8, 8 + sum(spec.max_tokens for spec in specs)))
+        for spec in specs:
+            ids = [token.token_id for token in events if token.question == spec.question]
+            assert ids == [1000 + index for index in range(spec.max_tokens)]
+
+
+THOUGHT = TextTokenizer.open(NEEDLE).encode("<think>why not</think>\n\nso it is")
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("stop", [(), ("it",)])
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 8, 12, len(THOUGHT) - 1])
+def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened: bool, stop: tuple[str, ...]):
+    ids = THOUGHT[5:] if opened else THOUGHT
+    spec = {"stop": stop, "reasoning_opened": opened, "sampling": SamplingParams(logprobs=1)}
+    with Rig(lambda _, index: ids[index], text=True) as rig:
+        whole, events = rig.run([1], len(ids), **spec)
+        tokens = [event for event in events if isinstance(event, OutputToken)]
+        resume = whole.samples[:done]
+        rest: list[OutputToken] = []
+        keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
+        (ticket,) = rig.engine.submit_all([(GenerationSpec([1], len(ids), resume=resume, **spec), keep)], after=done)
+        again = ticket.wait(WAIT)
+    assert rest == tokens[done:]
+    assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")
+    assert "".join(token.reasoning for token in tokens) == whole.reasoning
+    assert "".join(token.answer for token in tokens) == whole.text
 
 
 def test_waiting_has_a_limit():

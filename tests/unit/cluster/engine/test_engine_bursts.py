@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, PrefillProgress, TokenEvent
-from cluster.engine.request_handle import EngineError
+from cluster.common.errors import EngineError
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
 from cluster.jobs.model import JobState
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
@@ -70,10 +70,10 @@ def test_long_answers_have_longer_bursts(step_s: float, depth: int):
 def test_groups_of_any_size_give_the_same_events(group: int, max_tokens: int):
     with burst_rig(group=group) as rig:
         result, events = rig.run([1, 2, 3], max_tokens)
-    tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
+    tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
     assert tokens == list(result.token_ids) == list(range(1000, 1000 + max_tokens))
     assert [type(event) for event in events[:2]] == [PrefillProgress] * 2
-    assert [type(event) for event in events[-2:]] == [TokenEvent, Generation]
+    assert [type(event) for event in events[-2:]] == [OutputToken, Generation]
     assert sum(isinstance(event, PrefillProgress) for event in events) == 2
     assert len(rig.last.plans) == max_tokens
 
@@ -94,7 +94,7 @@ def test_an_end_inside_a_burst(at: int, group: int, stages: int):
         result, events = rig.run([1], 40)
         again, _ = rig.run([2], 3)
         assert (result.finish_reason, len(result.token_ids)) == (FinishReason.STOP, at + 1)
-        assert sum(isinstance(event, TokenEvent) for event in events) == at + 1
+        assert sum(isinstance(event, OutputToken) for event in events) == at + 1
         assert len(rig.last.plans) <= at + 1 + 6 + 3
     assert again.token_ids == (1000, 1001, 1002)
 
@@ -109,10 +109,10 @@ def test_a_stop_string_inside_a_burst(stop: str, text: str, group: int):
         plain.last.script = lambda _, index: ids[index]
         result, events = plain.run([1], len(ids), stop=(stop,))
         again, _ = plain.run([1], 3)
-    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    tokens = [event for event in events if isinstance(event, OutputToken)]
     assert (result.text, result.finish_reason) == (text, FinishReason.STOP)
     assert "".join(event.text for event in tokens) == text
-    assert [event.token.token_id for event in tokens] == list(result.token_ids) == ids[: len(tokens)]
+    assert [event.token_id for event in tokens] == list(result.token_ids) == ids[: len(tokens)]
     assert list(again.token_ids) == ids[:3]
 
 
@@ -165,7 +165,7 @@ def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, sta
         handle, events = rig.submit([1], 40)
         with pytest.raises(EngineError, match="broken"):
             handle.wait(WAIT)
-        tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
+        tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
         assert tokens == list(range(1000, 1007))
         assert isinstance(events[-1], Generation)
         assert sum(isinstance(event, Generation) for event in events) == 1

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, PrefillProgress, TokenEvent
-from cluster.engine.request_handle import EngineError, EngineEvent, RequestHandle
+from cluster.common.errors import EngineError
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason
 from tests.support.fakes.stage import WAIT, Rig, eventually
 
@@ -110,7 +111,7 @@ def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.Mo
             rig.submit([1])
 
 
-@pytest.mark.parametrize("kind", [PrefillProgress, TokenEvent, Generation])
+@pytest.mark.parametrize("kind", [OutputToken, PrefillProgress, Generation])
 def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptureFixture):
     calls: list[EngineEvent] = []
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions
+from cluster.engine.outputs import AnswerOptions, OutputToken
 from cluster.jobs import service as service_module
 from cluster.jobs.model import (
     InvalidJob,
@@ -23,8 +23,10 @@ from cluster.jobs.model import (
     ServiceBusy,
     new_id,
 )
-from tests.support.fakes.runtime import CHUNK
+from cluster.text.tokenizer import TextTokenizer
+from tests.support.fakes.runtime import CHUNK, FakeRuntime
 from tests.support.fakes.stage import eventually
+from tests.support.paths import NEEDLE
 from tests.support.rigs.service import Bench
 
 S = JobState
@@ -133,6 +135,56 @@ def test_bounded_queue(make: Callable[..., Bench]) -> None:
     bench.check_idle()
 
 
+def test_the_bound_of_the_queue_holds_for_parallel_submissions(make: Callable[..., Bench]) -> None:
+    bench = make(seqs=1, max_queued_jobs=3)
+    bench.runtime.shard.hold()
+    running = bench.submit(tokens=4 * CHUNK)
+    bench.runtime.shard.let(1)
+    bench.reaches(running, S.PREFILLING)
+
+    def attempt(first: int) -> bool:
+        try:
+            return bool(bench.submit(first=first))
+        except ServiceBusy:
+            return False
+
+    with ThreadPoolExecutor(20) as threads:
+        assert sum(threads.map(attempt, range(10, 50))) == 3
+    bench.runtime.shard.let(1000)
+
+
+def test_a_submission_takes_few_transactions(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reads what is known, one the document's record, one writes the job; an upload writes its record."""
+    bench.runtime.shard.hold()
+    taken: list[str] = []
+    database = bench.store._db
+    own = threading.current_thread()  # the recorder writes, too
+
+    def counting(kind: str) -> Callable[[], object]:
+        method = getattr(database, kind)
+
+        def call() -> object:
+            if threading.current_thread() is own:
+                taken.append(kind)
+            return method()
+
+        return call
+
+    for kind in ("reading", "writing"):
+        monkeypatch.setattr(database, kind, counting(kind))
+    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    assert taken == ["writing"]
+    taken.clear()
+    bench.ahead = 50.0
+    bench.service.submit(JobSpec(JobInput(document_id=document.id, questions=("What?",)), AnswerOptions()))
+    assert taken == ["reading", "reading", "writing"]
+    assert bench.service.document(document.id).expires > document.expires + 40
+    taken.clear()
+    bench.submit()
+    assert taken == ["reading", "writing"]
+    bench.runtime.shard.let(1000)
+
+
 def test_parallel_duplicates_are_one_job(bench: Bench) -> None:
     with ThreadPoolExecutor(50) as threads:
         ids = set(threads.map(lambda _: bench.submit(idempotency_key="k"), range(50)))
@@ -191,6 +243,51 @@ def test_stream_begins_anywhere_and_loses_nothing(bench: Bench) -> None:
         assert rest == numbers[after:]
     with pytest.raises(InvalidJob, match="between 0 and 7"):
         bench.service.stream(job_id, 8)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_streams_split_reasoning_alike_wherever_they_begin(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    """Fresh, re-attached, and after the death of the head in the middle of the reasoning or of the answer."""
+    text = "why not</think>\n\nso it is"
+    ids = TextTokenizer.open(NEEDLE).encode(text if opened else f" <think> {text}")
+    monkeypatch.setattr(FakeRuntime, "script", staticmethod(lambda sequence, index: ids[index]))
+    spec = JobSpec(JobInput(prompt="why? <think>\n" if opened else "why?"), AnswerOptions(max_tokens=len(ids)))
+    bench = make(seqs=1)
+
+    def tokens(job_id: str, after: int = 0) -> list[OutputToken]:
+        return [t for event in bench.service.stream(job_id, after) if isinstance(event, list) for t in event]
+
+    job_id = bench.service.submit(spec).id
+    fresh = tokens(job_id)
+    assert [token.number for token in fresh] == list(range(1, len(ids) + 1))
+    assert "".join(token.reasoning for token in fresh) == "why not"
+    assert "".join(token.answer for token in fresh) == "so it is"
+    answer = bench.service.get(job_id).answers[0]
+    assert (answer.reasoning, answer.text) == ("why not", "so it is")
+    for after in range(len(ids)):
+        assert tokens(job_id, after) == fresh[after:]
+    for done in (2, len(ids) - 2):
+        bench.runtime.shard.hold()
+        job_id = bench.service.submit(spec).id
+        bench.runtime.shard.let(done)
+        eventually(lambda job_id=job_id, done=done: len(bench.ids(job_id)) == done)  # type: ignore[misc]
+        bench.restart()
+        assert tokens(job_id) == fresh
+        assert bench.service.get(job_id).answers[0].reasoning == "why not"
+        assert tokens(job_id, done + 1) == fresh[done + 1 :]
+
+
+def test_tokens_of_an_earlier_version_are_split_at_the_start(bench: Bench) -> None:
+    job_id = bench.service.submit(JobSpec(JobInput(prompt="why? <think>\n"), AnswerOptions(max_tokens=3))).id
+    bench.service.wait(job_id, 20)
+    before = bench.service.tokens(job_id)
+    assert {token.part for token in before} == {"reasoning"}
+    with bench.store._db.writing() as db:  # as version 3 left it
+        db.execute("UPDATE tokens SET part = '', reasoning = '', answer = ''")
+    bench.restart()
+    assert bench.service.tokens(job_id) == before
 
 
 def test_delete_and_expiry(make: Callable[..., Bench]) -> None:

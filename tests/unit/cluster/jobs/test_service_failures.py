@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import AnswerOptions
 from cluster.engine.supervisor import RestartPolicy
 from cluster.jobs import recorder as recorder_module
@@ -17,7 +18,6 @@ from cluster.jobs.model import (
     JobState,
     ServiceBusy,
 )
-from cluster.jobs.store import JobStoreError
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.service import Bench
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions
+from cluster.common.errors import JobStoreError
+from cluster.engine.outputs import AnswerOptions, OutputToken
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
@@ -22,11 +23,11 @@ from cluster.jobs.model import (
     JobNotFound,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
+    ServiceBusy,
     new_id,
 )
-from cluster.jobs.store import MAX_PAGE, JobStore, JobStoreError
+from cluster.jobs.store import MAX_PAGE, JobStore
 from protos.stage.messages import SamplingParams, TokenLogprob
 
 DOCUMENT = DocumentRecord("doc_" + "0" * 32, "report.txt", 7, created=1.0, expires=100.0)
@@ -67,11 +68,11 @@ def run_to(store: JobStore, job_id: str, *states: JobState) -> str:
     return job_id
 
 
-def tokens(first: int, count: int, question: int = 0) -> list[JobToken]:
-    return [JobToken(number, question, number * 3, f"t{number} ") for number in range(first, first + count)]
+def tokens(first: int, count: int, question: int = 0) -> list[OutputToken]:
+    return [OutputToken(number, question, number * 3, f"t{number} ") for number in range(first, first + count)]
 
 
-def commit(store: JobStore, job_id: str, batch: list[JobToken]) -> None:
+def commit(store: JobStore, job_id: str, batch: list[OutputToken]) -> None:
     store.commit_step([(job_id, token) for token in batch], [], [])
 
 
@@ -87,7 +88,7 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     assert (record.state, record.created, record.spec) == (JobState.QUEUED, 1000.0, spec)
     assert record.answers == (JobAnswer(0), JobAnswer(1))
     top = (TokenLogprob(5, -0.25), TokenLogprob(6, -math.inf))
-    token = JobToken(1, 1, 5, "a\0\U0001f600", -0.25, top)
+    token = OutputToken(1, 1, 5, "a\0\U0001f600", -0.25, top, "reasoning", "a\0", "\U0001f600")
     attention = {"mode": "sparse", "layers": [{"layer": 0, "density": [0.5]}]}
     answer = JobAnswer(1, 10, 4, "stop", "text", "why", {"queued_s": 0.5}, attention)
     assert store.commit_step([(record.id, token)], [], [(record.id, answer)]) == []
@@ -122,6 +123,33 @@ def test_one_key_is_one_job(store: JobStore) -> None:
     assert store.create(spec, new_id("job"), 1, {})[1], "a deleted job gives its key back"
 
 
+def test_admission_says_what_is_known_and_how_many_wait(store: JobStore) -> None:
+    spec = replace(PLAIN, idempotency_key="key")
+    assert store.admission(spec) == (None, 0)
+    record, _ = store.create(spec, new_id("job"), 1, {})
+    waiting = run_to(store, submit(store), JobState.PREFILLING, JobState.RECOVERING)
+    run_to(store, submit(store), JobState.PREFILLING, JobState.DECODING)
+    assert store.admission(spec) == (record, 2)
+    assert store.admission(PLAIN) == (None, 2)
+    with pytest.raises(JobConflict, match="another body"):
+        store.admission(replace(spec, priority=1))
+    with pytest.raises(ServiceBusy, match=r"queue: 2 jobs wait, the limit is server\.max_queued_jobs") as caught:
+        store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)
+    assert caught.value.retry_after_s == 10.0
+    assert store.create(spec, new_id("job"), 1, {}, max_queued=2) == (record, False), "a repeated one is answered"
+    run_to(store, waiting, JobState.CANCELLED)
+    assert store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)[1]
+
+
+def test_a_submission_moves_on_the_expiry_of_its_document(store: JobStore) -> None:
+    store.put_document(DOCUMENT)
+    spec = JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions())
+    store.create(spec, new_id("job"), 1, {})
+    assert store.get_document(DOCUMENT.id) == DOCUMENT
+    store.create(spec, new_id("job"), 1, {}, document_expires=170.0)
+    assert store.get_document(DOCUMENT.id) == replace(DOCUMENT, expires=170.0)
+
+
 def test_refused_submissions_leave_nothing(store: JobStore) -> None:
     job_id = submit(store)
     with pytest.raises(JobConflict, match="is in use"):
@@ -134,7 +162,7 @@ def test_refused_submissions_leave_nothing(store: JobStore) -> None:
         with pytest.raises(InvalidJob, match="must be valid Unicode"):
             submit(store, JobSpec(broken, AnswerOptions()))
     with pytest.raises(InvalidJob, match="must be valid Unicode"):
-        store.list(labels={"\ud800": ""})
+        store.list_jobs(labels={"\ud800": ""})
     assert store.count() == 1
 
 
@@ -198,7 +226,7 @@ def test_tokens_are_numbered_and_read_from_anywhere(store: JobStore, count: int)
         (tokens(3, 1, question=-1), "question -1: must be"),
     ],
 )
-def test_a_wrong_step_writes_nothing(store: JobStore, batch: list[JobToken], message: str) -> None:
+def test_a_wrong_step_writes_nothing(store: JobStore, batch: list[OutputToken], message: str) -> None:
     good, bad = submit(store), submit(store)
     commit(store, bad, tokens(1, 2))
     step = [(good, token) for token in tokens(1, 3)] + [(bad, token) for token in batch]
@@ -238,13 +266,13 @@ def test_late_tokens_are_dropped(store: JobStore) -> None:
 @pytest.mark.parametrize("limit", [1, 6, 7, 8])
 def test_pages_are_stable(store: JobStore, limit: int) -> None:
     made = [submit(store) for _ in range(7)]  # all at the same second: order is that of submission
-    page, cursor = store.list(limit=limit)
+    page, cursor = store.list_jobs(limit=limit)
     seen = [record.id for record in page]
     run_to(store, made[6], JobState.FAILED)
     assert store.delete(made[6])
     submit(store)
     while cursor:
-        page, cursor = store.list(limit=limit, cursor=cursor)
+        page, cursor = store.list_jobs(limit=limit, cursor=cursor)
         seen += [record.id for record in page]
     assert seen == made[::-1]
 
@@ -266,7 +294,7 @@ def test_lists_are_filtered(store: JobStore) -> None:
         (set(), {"k": "' OR 1=1 --"}, []),
     ]
     for states, labels, names in cases:
-        records, cursor = store.list(states, labels)
+        records, cursor = store.list_jobs(states, labels)
         assert ([record.id for record in records], cursor) == ([jobs[name] for name in names], "")
     assert [record.id for record in store.unfinished()] == [jobs["none"], jobs["x"], jobs["z"]]
     assert [store.count(), store.count(FINAL), store.count({JobState.QUEUED})] == [4, 1, 2]
@@ -277,10 +305,10 @@ def test_lists_are_filtered(store: JobStore) -> None:
 )
 def test_forged_cursors(store: JobStore, cursor: str) -> None:
     with pytest.raises(InvalidJob, match="page_token"):
-        store.list(cursor=cursor)
+        store.list_jobs(cursor=cursor)
     for limit in (0, -1, MAX_PAGE + 1):
         with pytest.raises(InvalidJob, match="page_size"):
-            store.list(limit=limit)
+            store.list_jobs(limit=limit)
 
 
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:

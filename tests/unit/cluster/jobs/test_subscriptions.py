@@ -6,8 +6,8 @@ import threading
 import time
 from pathlib import Path
 
-from cluster.engine.outputs import AnswerOptions
-from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState, JobToken, new_id
+from cluster.engine.outputs import AnswerOptions, OutputToken
+from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState, new_id
 from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import ChangeNotifier, Subscriptions
 
@@ -72,7 +72,7 @@ def test_jobs_followed_to_their_end_leave_no_memory(tmp_path: Path):
     ids = []
     for _ in range(101):
         record, _ = store.create(JobSpec(JobInput(prompt="p"), AnswerOptions()), new_id("job"), 1, {})
-        store.commit_step([(record.id, JobToken(1, 0, 5, "x"))], [], [])
+        store.commit_step([(record.id, OutputToken(1, 0, 5, "x"))], [], [])
         store.transition(record.id, [JobState.QUEUED], JobState.CANCELLED)
         ids.append(record.id)
     for job_id in ids:

@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.outputs import AnswerOptions, PrefillProgress
+from cluster.engine.outputs import AnswerOptions, OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -18,12 +18,10 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     new_id,
 )
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
-from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.stage.messages import SamplingParams
 
@@ -221,7 +219,7 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
     answers = (JobAnswer(0, 9, 4, "stop", "out", "why", timings[0], attention), JobAnswer(1, 8, 0, timings=timings[1]))
     facts = {"model": "m", "seed": 1 << 62, "versions": {"ray": "2"}, "added_later": 1}
     record = JobRecord(new_id("job"), JobState.DECODING, spec, 1.0, 2.0, None, "", 3, 1, answers, facts)
-    tokens = [JobToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), JobToken(2, 1, 6, "x"), JobToken(3, 1, 7, "y")]
+    tokens = [OutputToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), OutputToken(2, 1, 6, "x"), OutputToken(3, 1, 7, "y")]
     job = codec.encode_job(record, tokens, {1: PrefillProgress(8, 0, 8, None)})
     assert (job.started, job.HasField("finished"), job.priority, job.restarts) == (2.0, False, 2, 1)
     ended, running = job.answers
@@ -242,8 +240,19 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
 
 
 def test_events_and_documents() -> None:
-    event = codec.encode_token_event(JobToken(4, 1, 9, "t"), ReasoningStream(False))
-    assert (event.number, event.token.question, event.token.token.HasField("logprob")) == (4, 1, False)
+    tokens = [
+        OutputToken(4, 1, 9, "t", part="reasoning", reasoning="t"),
+        OutputToken(5, 0, 8, "</think>so", -0.5, reasoning="", answer="so"),
+    ]
+    one, other = codec.encode_tokens(tokens, grouped=False)
+    assert (one.number, one.token.question, one.token.token.HasField("logprob")) == (4, 1, False)
+    assert (one.token.token.part, one.token.token.reasoning, one.token.token.answer) == (pb.REASONING, "t", "")
+    assert (other.number, other.token.token.text, other.token.token.logprob) == (5, "</think>so", -0.5)
+    assert (other.token.token.part, other.token.token.reasoning, other.token.token.answer) == (pb.ANSWER, "", "so")
+    (group,) = codec.encode_tokens(tokens, grouped=True)
+    assert (group.number, list(group.tokens.tokens)) == (5, [one.token, other.token])
+    assert list(codec.encode_tokens(tokens[:1], grouped=True)) == [one]
+    assert not codec.encode_token(tokens[0]).part, "only streams say where a token belongs"
     event = codec.encode_progress_event(ProgressUpdate(2, PrefillProgress(10, 1, 5, 70)), 4)
     assert (event.number, event.progress.question, event.progress.progress.eta_ms) == (4, 2, 70)
     found = codec.encode_document(DocumentRecord(DOC, "n", 5, 1.0, 2.0))

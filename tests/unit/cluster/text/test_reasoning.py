@@ -6,12 +6,7 @@ import random
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions
-from cluster.jobs.model import JobInput, JobSpec
-from cluster.jobs.prompts import reasoning_opened
-from cluster.text.reasoning import ReasoningStream, split_reasoning
-from cluster.text.tokenizer import TextTokenizer
-from tests.support.rigs.head import NEEDLE
+from cluster.text.reasoning import ReasoningSplitter, split_reasoning
 
 TEXTS = [
     "", " ", "answer", "  answer ", "<", "<b>bold</b>", "<thin", "<thing> is a word", "say <think> and </think>",
@@ -35,7 +30,7 @@ def test_pieces_join_to_the_split_of_the_whole(text: str, opened: bool):
     expected_reasoning, expected_answer = split_reasoning(text, opened=opened)
     noise = random.Random(7)
     for cut in [[text], list(text), *(pieces(text, noise) for _ in range(50))]:
-        stream = ReasoningStream(opened)
+        stream = ReasoningSplitter(opened)
         parts = [stream.push(piece) for piece in cut]
         reasoning, answer = "".join(r for r, _ in parts), "".join(a for _, a in parts)
         held = stream._held
@@ -56,7 +51,7 @@ def test_random_texts():
         if not opened and not text.lstrip().startswith("<think>") and "</think>" in text:
             continue  # only the whole text can tell that this was reasoning
         reasoning, answer = "", ""
-        stream = ReasoningStream(opened)
+        stream = ReasoningSplitter(opened)
         for piece in pieces(text, noise):
             more = stream.push(piece)
             reasoning, answer = reasoning + more[0], answer + more[1]
@@ -77,7 +72,7 @@ def test_random_texts():
     ],
 )  # fmt: skip
 def test_each_token_belongs_to_a_part(texts: list[str], opened: bool, parts: list[str]):
-    stream = ReasoningStream(opened)
+    stream = ReasoningSplitter(opened)
     seen = []
     for text in texts:
         stream.push(text)
@@ -85,28 +80,19 @@ def test_each_token_belongs_to_a_part(texts: list[str], opened: bool, parts: lis
     assert seen == parts
 
 
-THINKING = "{{ messages[0]['content'] }}<assistant>{% if enable_thinking is not false %}<think>\n{% endif %}"
-
-
 @pytest.mark.parametrize(
-    ("given", "thinking", "opened"),
+    ("text", "opened", "expected"),
     [
-        (JobInput(document_id="doc_" + "0" * 32, questions=("q",)), None, True),
-        (JobInput(document_id="doc_" + "0" * 32, questions=("q",)), False, False),
-        (JobInput(messages=(("user", "hi"),)), None, True),
-        (JobInput(messages=(("user", "hi"),)), False, False),
-        (JobInput(prompt="once <think>\n"), None, True),
-        (JobInput(prompt="<think> once"), None, False),
-        (JobInput(token_ids=(1, 2, 3)), None, False),
+        ("plain", False, (None, "plain")),
+        ("<think>\nwhy\n</think>\n\nanswer", False, ("why", "answer")),
+        ("<think>\n\n</think>\n\nanswer", False, (None, "answer")),
+        ("why</think>answer", True, ("why", "answer")),
+        ("why</think>answer", False, ("why", "answer")),
+        ("<think>unfinished", False, ("unfinished", "")),
+        ("unfinished", True, ("unfinished", "")),
+        ("", True, (None, "")),
+        ("use <think> and </think> tags", False, (None, "use <think> and </think> tags")),
     ],
 )
-def test_prompts_that_end_inside_the_tag(given: JobInput, thinking: bool | None, opened: bool):
-    tokenizer = TextTokenizer.open(NEEDLE)
-    tokenizer.chat_template = THINKING
-    assert reasoning_opened(tokenizer, JobSpec(given, AnswerOptions(enable_thinking=thinking))) is opened
-
-
-def test_token_ids_that_end_inside_the_tag():
-    tokenizer = TextTokenizer.open(NEEDLE)
-    ids = tuple(tokenizer.encode("why? <think>\n"))
-    assert reasoning_opened(tokenizer, JobSpec(JobInput(token_ids=ids), AnswerOptions()))
+def test_split_reasoning(text: str, opened: bool, expected: tuple[str | None, str]) -> None:
+    assert split_reasoning(text, opened=opened) == expected
