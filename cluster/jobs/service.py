@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.common.errors import EngineError
+from cluster.config.schema import ServerSection
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import RequestHandle
 from cluster.engine.runtime import ClusterRuntime
@@ -31,7 +32,6 @@ from cluster.jobs.model import (
     JobState,
     NotAllowedNow,
     ServiceBusy,
-    ServiceLimits,
     check_id,
     new_id,
 )
@@ -55,7 +55,7 @@ class JobService:
     """
 
     def __init__(
-        self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServiceLimits,
+        self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServerSection,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._runtime = runtime
