@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.common.errors import EngineError
@@ -181,7 +181,7 @@ class JobService:
         """The job once it has ended, or as it is after `timeout_s`."""
         return self._subscriptions.wait(job_id, timeout_s)
 
-    def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+    def stream(self, job_id: str, after: int = 0) -> Generator[JobEvent]:
         """Events from token `after + 1` on; ends with the record of the ended job.
 
         Tokens come in order, those together that are there together, progress in between (at least every 10 s), a

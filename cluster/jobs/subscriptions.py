@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
@@ -124,7 +124,7 @@ class Subscriptions:
                     return record
                 subscription.wait(min(left, HEARTBEAT_S))
 
-    def events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
+    def events(self, job_id: str, after: int, attached: bool) -> Generator[JobEvent]:
         """Tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
         with self._lock:
             self._num_streams[job_id] = self._num_streams.get(job_id, 0) + 1
