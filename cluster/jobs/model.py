@@ -50,7 +50,7 @@ WAITING = frozenset({JobState.QUEUED, JobState.RECOVERING})
 
 
 class JobError(Exception):
-    """A request about a job or document that cannot be granted; one line for the user."""
+    """A request about a job or document that is refused; one line for the user."""
 
 
 class InvalidJob(JobError, ValueError):
@@ -70,7 +70,7 @@ class NotAllowedNow(JobError):
 
 
 class ServiceBusy(JobError):
-    """The queue is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
+    """The queue or another bound is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -78,12 +78,12 @@ class ServiceBusy(JobError):
 
 
 def new_id(kind: str) -> str:
-    """`job_` or `doc_` and 32 hexadecimal digits."""
+    """Return a new id of a kind ("job", "doc"): its name, `_` and 32 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 
 def check_id(value: str, kind: str) -> str:
-    """Refuse anything that is not an id of this kind (raises InvalidJob); ids become file names and SQL parameters."""
+    """Return an id of this kind, or raise InvalidJob; ids become file names and SQL parameters."""
     if not _ID.fullmatch(value) or not value.startswith(kind):
         raise InvalidJob(f"{kind} id: {value[:60]!r}: must be {kind}_ and 32 hexadecimal digits")
     return value
@@ -91,7 +91,7 @@ def check_id(value: str, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JobInput:
-    """Exactly one of: a stored document with questions, token ids, chat messages, a raw prompt."""
+    """What a job is about: exactly one of a stored document with questions, token ids, chat messages, a raw prompt."""
 
     document_id: str = ""
     questions: tuple[str, ...] = ()
@@ -100,8 +100,8 @@ class JobInput:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        given = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
-        if sum(given) != 1:
+        kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
+        if sum(kinds) != 1:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
         if self.document_id and not self.questions:
             raise InvalidJob("questions: 0: must have at least one")
@@ -115,7 +115,7 @@ class JobInput:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """Everything the client asked for. `deadline` is in seconds since 1970."""
+    """Everything a client asked for; `deadline` is in seconds since 1970."""
 
     input: JobInput
     ask: AnswerOptions
@@ -130,22 +130,22 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
-        """Inverse of `to_json`."""
+        """Read what `to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
-        given = values["input"]
-        messages = given["messages"]
-        given |= {
-            "questions": tuple(given["questions"]),
-            "token_ids": None if given["token_ids"] is None else tuple(given["token_ids"]),
+        source = values["input"]
+        messages = source["messages"]
+        source |= {
+            "questions": tuple(source["questions"]),
+            "token_ids": None if source["token_ids"] is None else tuple(source["token_ids"]),
             "messages": None if messages is None else tuple((role, content) for role, content in messages),
         }
         ask = values["ask"]
         ask |= {"stop": tuple(ask["stop"]), "stop_token_ids": tuple(ask["stop_token_ids"])}
         ask["sampling"] = SamplingParams(**ask["sampling"])
-        return cls(**(values | {"input": JobInput(**given), "ask": AnswerOptions(**ask)}))
+        return cls(**(values | {"input": JobInput(**source), "ask": AnswerOptions(**ask)}))
 
     def body_hash(self) -> str:
-        """SHA-256 of what makes two submissions the same: everything but the key and the (relative) deadline."""
+        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline."""
         values = asdict(self)
         for key in ("idempotency_key", "deadline"):
             del values[key]
@@ -185,7 +185,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRecord:
-    """A stored document; times are seconds since 1970, `expires` is moved on by every use."""
+    """A stored document; times are seconds since 1970, every use renews `expires`."""
 
     id: str
     name: str
@@ -196,9 +196,9 @@ class DocumentRecord:
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """Bounds of the queue and of what is kept. Seconds."""
+    """Bounds of the queue and of what is kept, as in the section `server` of the configuration."""
 
     max_queued_jobs: int = 256
     max_document_bytes: int = 64 << 20
-    result_ttl_s: float = 7 * 86400.0
-    document_ttl_s: float = 7 * 86400.0
+    result_ttl_s: float = 7 * 86400.0  # of an ended job
+    document_ttl_s: float = 7 * 86400.0  # of a document since its last use
