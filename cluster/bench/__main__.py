@@ -20,7 +20,7 @@ import click
 from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
 from cluster.bench.peers import SPARSE, compare
-from cluster.bench.rig import head, random_ids
+from cluster.bench.rig import random_ids, running_head
 from cluster.client.client import Client
 from cluster.common.environment import environment
 from cluster.common.units import parse_count
@@ -98,7 +98,7 @@ def overhead(
         cluster: dict[str, object] = {"threads_per_actor": threads, "cpus_per_actor": 1.0}
         prefilling: dict[str, object] = {"max_num_batched_tokens": chunk}
         client, _ = steps.enter_context(
-            head(model, folder, cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill=prefilling)
+            running_head(model, folder, cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill=prefilling)
         )
         bare = steps.enter_context(contextlib.closing(_Bare(model, length, chunk, threads)))
         bare.measure("decode")
@@ -132,7 +132,7 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
             }  # fmt: skip
             with (
                 tempfile.TemporaryDirectory() as folder,
-                head(model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"},
+                running_head(model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"},
                      prefill={"max_num_batched_tokens": chunk}) as (client, _),
             ):  # fmt: skip
                 _served(client, 2 * chunk, 4, 1000 + seed)
@@ -156,7 +156,7 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
     stop = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         cluster: dict[str, object] = {"threads_per_actor": 2, "cpus_per_actor": 1.0}
-        with head(
+        with running_head(
             model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
         ) as (client, runtime):
             chunks = Chunks(short)
@@ -204,7 +204,7 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
     """Memory and descriptors of head and stage before and after rounds of many small jobs."""
     with tempfile.TemporaryDirectory() as folder:
         cluster: dict[str, object] = {"threads_per_actor": 1, "cpus_per_actor": 0.5}
-        with head(
+        with running_head(
             model, Path(folder), cluster=cluster, kv_cache={"bytes": "256MiB"},
             prefill={"max_num_batched_tokens": chunk}, model_settings={"max_model_len": "4k"},
         ) as (client, runtime):  # fmt: skip

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.rig import head, random_ids, token_times
+from cluster.bench.rig import random_ids, running_head, token_times
 from protos.errors import UserError
 
 _TIMEOUT_S = 3600
@@ -70,7 +70,7 @@ def _ours(
         "prefill": {"max_num_batched_tokens": max(chunk, cell) if mode == "sparse" else chunk},
         "sparse": SPARSE | {"cell": cell} if mode == "sparse" else {"enabled": False},
     }
-    with tempfile.TemporaryDirectory() as folder, head(model, Path(folder), **sections) as (client, _):
+    with tempfile.TemporaryDirectory() as folder, running_head(model, Path(folder), **sections) as (client, _):
         client.submit(token_ids=random_ids(_WARM_UP, 0), max_tokens=4, ignore_eos=True).wait()
         began = time.perf_counter()
         job = client.submit(token_ids=random_ids(length, seed), max_tokens=1 + decode, ignore_eos=True)

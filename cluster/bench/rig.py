@@ -1,13 +1,12 @@
-"""A head in this process, for measuring: runtime, store, service and door over a bare checkpoint."""
+"""A head in this process, for measuring: the one that `longreach serve` runs, over a bare checkpoint."""
 
 from __future__ import annotations
 
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -16,17 +15,12 @@ from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.documents import DocumentStore
-from cluster.jobs.model import ServiceLimits
-from cluster.jobs.service import JobService
-from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import GrpcServer
-from cluster.server.head import SWITCH_INTERVAL_S
+from cluster.server.head import Head
 from cluster.tools.assets import needle_dir
 
 
 @contextmanager
-def head(
+def running_head(
     model: Path, folder: Path, model_settings: dict[str, object] | None = None, **settings: dict[str, object]
 ) -> Iterator[tuple[Client, ClusterRuntime]]:
     """Start a head for token-id prompts; yields a client of it. `settings` are sections of the YAML."""
@@ -41,20 +35,13 @@ def head(
     config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    deployment = load_deployment(path)
-    with ExitStack() as steps:
-        runtime = steps.enter_context(ClusterRuntime(deployment))
-        data = deployment.config.data_dir
-        store = JobStore(data / "jobs.sqlite")
-        steps.callback(store.close)
-        documents = DocumentStore(data / "documents", store, 86400.0)
-        service = JobService(runtime, store, documents, ServiceLimits())
-        gateway = GrpcServer(service, deployment.config.server, deployment.config.security, port_override=0)
-        steps.callback(gateway.close)
-        steps.callback(service.close)
-        service.start()
-        yield steps.enter_context(Client(gateway.start())), runtime
+    head = Head(load_deployment(path), port=0)
+    head.start()
+    try:
+        with Client(head.address) as client:
+            yield client, head.runtime
+    finally:
+        head.close()
 
 
 def random_ids(length: int, seed: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""How the prefill of one prompt attended, for its result: what the shards report of every sparse cell, added up.
+"""Summarize how the prefill of one prompt attended, from what the shards report of every sparse cell.
 
-Recall is the share of the attention mass that the selected keys keep; density the share of causal pairs visited. Means
-are over cells, weighted by their tokens; a prefix that came from the cache has no cells here.
+Recall is the share of attention mass that the selected keys keep; density is the share of causal pairs visited. Means
+are over cells, weighted by their tokens; a prefix from the cache has no cells here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DIGITS = 4  # of the figures in JSON
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """One layer over all sparse cells of a prompt; every sequence has an entry a query head."""
+    """One layer over all sparse cells of a prompt; every tuple has one entry per query head."""
 
     layer: int
     density: tuple[float, ...]
@@ -32,30 +32,30 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSummary:
-    """Attention of one prompt: its mode, and for sparse prompts what was kept, over all layers and heads."""
+    """Attention of one prompt: its mode and, for sparse prompts, what was kept, over all layers and heads."""
 
-    mode: str  # dense, sparse
-    positions: str
-    scale_len: int  # length the temperature was taken at
-    cells: int = 0  # that were computed for this prompt
+    mode: str  # dense or sparse
+    positions: str  # see `describe_positions`
+    scale_len: int  # prompt length behind the length scale
+    cells: int = 0  # computed for this prompt
     density: float = 1.0
     estimated_recall: float = 1.0
     estimated_recall_min: float = 1.0
     held_out_recall: float = 1.0
     held_out_recall_min: float = 1.0
     fallbacks: int = 0  # head-cells that turned dense
-    estimate_share: float = 0.0  # of the compute time of its sparse steps
+    estimate_share: float = 0.0  # share of the compute time of its sparse steps that selected keys
     layers: tuple[LayerAttention, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as plain data, figures rounded."""
+        """Return the summary as plain data, figures rounded."""
         plain: dict[str, Any] = _rounded(asdict(self))
         return plain
 
 
 @dataclass(slots=True)
-class _Head:
-    """Sums of one head of one layer; weights are tokens."""
+class _HeadSums:
+    """Sums over the cells of one query head of one layer, weighted by tokens."""
 
     tokens: int = 0
     density: float = 0.0
@@ -77,29 +77,29 @@ class _Head:
 
 @dataclass(slots=True)
 class AttentionReport:
-    """Adds up the reports of one prompt."""
+    """The reports about one prompt, added up."""
 
-    _heads: dict[int, dict[int, _Head]] = field(default_factory=dict)  # layer -> head
-    _cells: set[int] = field(default_factory=set)  # first positions
+    _heads: dict[int, dict[int, _HeadSums]] = field(default_factory=dict)  # layer -> head
+    _cells: set[int] = field(default_factory=set)  # by first position
     _estimate_us: int = 0
     _compute_us: int = 0
 
     def add(self, sequence: int, step: InFlightStep) -> None:
-        """Take what all shards report of a step; the time of a step counts whole for each of its sparse prompts."""
+        """Add what all shards report of a step; its time counts in full for each of its sparse prompts."""
         reports = [report for report in step.cells if report.sequence == sequence]
         for report in reports:
             self._cells.add(report.start)
             heads = self._heads.setdefault(report.layer, {})
             columns = (report.density, report.estimated_recall, report.held_out_recall, report.dense)
             for index, (density, estimated, held_out, dense) in enumerate(zip(*columns, strict=True)):
-                head = heads.setdefault(report.first_head + index, _Head())
+                head = heads.setdefault(report.first_head + index, _HeadSums())
                 head.add(report.length, density, estimated, held_out, dense)
         if reports:
             self._compute_us += step.compute_us
             self._estimate_us += step.estimate_us
 
     def summary(self, spec: ModelSpec | None, prompt_len: int, scale_len: int) -> AttentionSummary | None:
-        """What is known so far; None when the spec of the model is not known. `scale_len` 0 means `prompt_len`."""
+        """Return the summary so far, None without the spec of the model. `scale_len` 0 means `prompt_len`."""
         if spec is None:
             return None
         mode = "sparse" if grid.is_sparse(spec, 0, prompt_len) else "dense"
@@ -136,7 +136,7 @@ class AttentionReport:
 
 
 def describe_positions(spec: ModelSpec) -> str:
-    """The position settings in one line."""
+    """Return the position settings in one line."""
     text = f"{spec.rope.kind}, theta {spec.rope.theta:g}, factor {spec.rope.factor:g}"
     if spec.dual_chunk is not None:
         dual = spec.dual_chunk
@@ -147,7 +147,7 @@ def describe_positions(spec: ModelSpec) -> str:
 
 
 def describe_sparsity(spec: ModelSpec) -> str:
-    """The sparse mode of a deployment in one line."""
+    """Return the sparse mode of a deployment in one line."""
     if spec.sparse is None:
         return "dense"
     sparse = spec.sparse

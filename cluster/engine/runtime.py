@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.common.environment import environment
-from cluster.common.errors import EngineError
+from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import Deployment, load_deployment
-from cluster.config.memory_budget import compute_dtype, kv_dtype
+from cluster.config.memory_budget import kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
-from cluster.engine.hang_detector import FLOOR_S, HangDetector
 from cluster.engine.outputs import AnswerOptions, Generation, GenerationSpec
+from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
-from cluster.scheduler.page_pool import PagePool
-from cluster.scheduler.scheduler import Scheduler
+from cluster.engine.supervisor import PipelineSupervisor
 from cluster.text.chat_template import opens_thinking, render_chat
 from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.stages.launcher import Launched, Launcher, LaunchStatus
+    from cluster.stages.handle import GrpcStageHandle
+    from cluster.stages.launcher import Launched, LaunchStatus
 
 
 class ClusterRuntime:
-    """One deployment from start to stop; usable as a context manager.
+    """A deployment that runs in this process; usable as a context manager.
 
-    Failure contract: nothing is durable. A lost shard ends every question with EngineError; `close` always cleans up.
+    Failure contract: nothing is durable. A failed pipeline ends every question with EngineError; whether it is started
+    again is up to `supervisor`. `close` always cleans up.
     """
 
     def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
+        """Args: `on_status` is called at every start of the pipeline with what is being started."""
         self.deployment = deployment
         self.tokenizer = TextTokenizer.open(deployment.config.model.path)
+        self.supervisor = PipelineSupervisor(self._launch)
         self._on_status = on_status
-        self._launcher: Launcher | None = None
-        self._engine: Engine | None = None
-        self.launched: Launched | None = None
-        self.hung_after_s = FLOOR_S
-        self._hang_detector: HangDetector | None = None
-        self.on_broken: Callable[[Callable[[], str]], None] = lambda report: None  # from the engine's thread
 
-    def __enter__(self) -> ClusterRuntime:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -55,58 +50,34 @@ class ClusterRuntime:
         self.close()
 
     def start(self) -> None:
-        """Start the cluster and wait until it answers; whatever fails, nothing is left running."""
-        from cluster.stages.launcher import Launcher  # loads grpc
-
-        config = self.deployment.config
-        self._launcher = Launcher(self.deployment, self._on_status)
-        self.launched = launched = self._launcher.start()
-        try:
-            root = cache_root(self.deployment, launched.fingerprint)
-            prefill, page_size = config.prefill, config.kv_cache.page_size
-            pool = PagePool(launched.num_pages)
-            scheduler = Scheduler(
-                pool, page_size, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
-                runs_ahead=True, num_stages=config.cluster.pipeline_parallel_size,
-            )  # fmt: skip
-            self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
-        except BaseException:
-            self.close()
-            raise
-
-    def _begin(self, engine: Engine) -> None:
-        """Work with this engine from now on; a report about an earlier one is void."""
-        self._engine = engine
-        engine.on_broken = lambda error: self.on_broken(lambda: error if self._engine is engine else "")
-        engine.start()
-        if self.launched is not None:
-            self._hang_detector = HangDetector(engine, self.launched.shards, self.hung_after_s)
-            self._hang_detector.start()
+        """Start the pipeline and wait until it answers; whatever fails, nothing is left running."""
+        self.supervisor.start()
 
     def close(self) -> None:
-        """Stop in order: engine, actors, Ray; may be called twice."""
-        try:
-            if self._hang_detector is not None:
-                self._hang_detector.close()
-                self._hang_detector = None
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
-        finally:
-            if self._launcher is not None:
-                self._launcher.close()
-                self._launcher = None
+        """Stop the pipeline; may be called twice."""
+        self.supervisor.close()
 
     def restart(self) -> None:
-        """Stop what is left of a broken cluster and start a new one; requests of the old one are lost."""
+        """Stop what is left of a failed pipeline and start a new one; requests of the old one are lost."""
         self.close()
         self.start()
 
+    def _launch(self) -> Pipeline:
+        return launch_pipeline(self.deployment, self.tokenizer, self._on_status)
+
     @property
     def engine(self) -> Engine:
-        if self._engine is None:
+        """The engine of the running pipeline; raises EngineError while there is none."""
+        if (pipeline := self.supervisor.running) is None:
             raise EngineError("the cluster is not running: call start() first")
-        return self._engine
+        return pipeline.engine
+
+    @property
+    def launched(self) -> Launched:
+        """The newest stage processes, running or not; raises EngineError before the first start."""
+        if (pipeline := self.supervisor.newest) is None:
+            raise EngineError("the cluster is not running: call start() first")
+        return pipeline.launched
 
     def document_prompts(self, document: str, questions: Sequence[str], options: AnswerOptions) -> list[list[int]]:
         """Prompts that share the document as their common beginning; the cluster need not run yet.
@@ -160,7 +131,6 @@ class ClusterRuntime:
 
     def reproducibility(self, seed: int) -> dict[str, Any]:
         """What is needed to get the same tokens again."""
-        assert self.launched is not None
         config, spec, facts = self.deployment.config, self.deployment.spec, environment()
         return {
             "model": config.model.served_model_name,
@@ -181,36 +151,39 @@ class ClusterRuntime:
     @property
     def kv_usage(self) -> float:
         """Share of the KV pages some request owns, 0..1."""
-        return self.engine.scheduler.pool.usage if self._engine is not None else 0.0
+        pipeline = self.supervisor.running
+        return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
 
     @property
     def latency_coefficients(self) -> tuple[float, float, float, float]:
         """The fitted cost of a step; see `LatencyModel`."""
-        return self.engine.latency.coefficients if self._engine is not None else (0.0, 0.0, 0.0, 0.0)
+        pipeline = self.supervisor.running
+        return pipeline.engine.latency.coefficients if pipeline is not None else (0.0, 0.0, 0.0, 0.0)
 
     def status(self) -> dict[str, Any]:
         """The cluster as it is now: sizes, use of KV, and every shard's state."""
-        from cluster.stages.handle import StageError  # loads grpc
-
-        launched, config = self.launched, self.deployment.config
-        pages = self._engine.scheduler.pool.num_pages if self._engine is not None else 0  # none while it restarts
-        stages = []
-        for handle in launched.shards if launched else ():
-            entry: dict[str, Any] = {"stage": handle.shard.stage, "rank": handle.shard.rank, "state": "unreachable"}
-            with contextlib.suppress(StageError):
-                reply = handle.probe()
-                entry |= {
-                    "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
-                }  # fmt: skip
-            stages.append(entry)
+        config, newest, running = self.deployment.config, self.supervisor.newest, self.supervisor.running
+        num_pages = running.engine.scheduler.pool.num_pages if running is not None else 0
         return {
             "model": config.model.served_model_name,
             "max_model_len": self.deployment.max_model_len,
             "kv_usage": self.kv_usage,
-            "kv_tokens": pages * config.kv_cache.page_size,
-            "stages": stages,
+            "kv_tokens": num_pages * config.kv_cache.page_size,
+            "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
             "version": self.version,
         }
+
+    def _shard_status(self, shard: GrpcStageHandle) -> dict[str, Any]:
+        place = {"stage": shard.shard.stage, "rank": shard.shard.rank}
+        if self.supervisor.running is None:
+            return place | {"state": self.supervisor.state.value}
+        try:
+            reply = shard.probe()
+        except StageError:
+            return place | {"state": "unreachable"}
+        return place | {
+            "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
+        }  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:
         """Refuse prompts and stops this model cannot take (UserError); the cluster need not run yet."""
@@ -269,14 +242,6 @@ def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") ->
         return
     at = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
     raise UserError(f"{key}: {prompt[at]} at index {at}: must be between 0 and {vocab_size - 1}")
-
-
-def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
-    """What the content of a KV page depends on besides its tokens."""
-    spec = deployment.spec
-    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
-    parts = (fingerprint, *kv, *map(repr, positions))
-    return hashlib.sha256("\0".join(parts).encode()).digest()
 
 
 def _for_index(on_event: Callable[[int, EngineEvent], None] | None, index: int) -> Callable[[EngineEvent], None]:

@@ -8,6 +8,7 @@ more.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -38,7 +39,6 @@ class LiveJob:
     num_answers: int
     on_end: Callable[[JobState], None]
     cancelled: bool = False  # somebody wants it to end
-    generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
     decodes: bool = False  # the store has heard of its first token
     progress: dict[int, PrefillProgress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
@@ -51,19 +51,22 @@ class LiveJob:
         self.decodes = False
 
 
-_Item = tuple[LiveJob, int, int, EngineEvent]  # job, its generation, question, event
-_Report = Callable[[], str]  # why the pipeline failed, or nothing when another one runs by now
+_Item = tuple[LiveJob, int, EngineEvent]  # job, question, event
 
 
 class Recorder:
     """The committing thread. `close` commits what is queued and ends it; may be called twice."""
 
-    def __init__(self, store: JobStore, changes: ChangeNotifier, on_broken: Callable[[str], None]) -> None:
+    def __init__(self, store: JobStore, changes: ChangeNotifier) -> None:
         self._store = store
         self._changes = changes
-        self._on_broken = on_broken
         self._closing = threading.Event()
-        self._queue: queue.SimpleQueue[_Item | _Report | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | int | None] = (
+            queue.SimpleQueue()
+        )  # int: a mark of `flush`; None: the end
+        self._flushed = threading.Condition()
+        self._num_marks = 0  # queued so far
+        self._last_mark: float = 0  # reached; infinite once the thread has ended
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.commit_seconds = 0.0
         self.num_commits = 0
@@ -79,39 +82,41 @@ class Recorder:
 
     def callback(self, job: LiveJob, question: int) -> Callable[[EngineEvent], None]:
         """What the engine calls for one question of a job."""
-        generation = job.generation
-        return lambda event: self._queue.put((job, generation, question, event))
+        return lambda event: self._queue.put((job, question, event))
 
-    def report(self, failure: _Report) -> None:
-        """The pipeline failed, maybe while no job ran; asked for the error when its last tokens are committed."""
-        self._queue.put(failure)
+    def flush(self) -> None:
+        """Return once every event queued so far is committed, or the recorder has ended."""
+        with self._flushed:
+            self._num_marks += 1
+            mark = self._num_marks
+            self._queue.put(mark)
+            self._flushed.wait_for(lambda: self._last_mark >= mark)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            items: list[_Item | _Report] = [item]
-            while not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
-                    self._commit(items)
-                    return
-                items.append(following)
-            self._commit(items)
+        try:
+            is_open = True
+            while is_open:
+                items = [self._queue.get()]
+                while not self._queue.empty():
+                    items.append(self._queue.get())
+                if events := [item for item in items if isinstance(item, tuple)]:
+                    self._commit_events(events)
+                self._reach(max((item for item in items if isinstance(item, int)), default=0))
+                is_open = None not in items
+        finally:
+            self._reach(math.inf)
 
-    def _commit(self, queued: Sequence[_Item | _Report]) -> None:
-        if events := [item for item in queued if isinstance(item, tuple)]:
-            self._commit_events(events)
-        for report in queued:
-            if not isinstance(report, tuple) and (error := report()):
-                self._on_broken(error)
+    def _reach(self, mark: float) -> None:
+        with self._flushed:
+            self._last_mark = max(self._last_mark, mark)
+            self._flushed.notify_all()
 
     def _commit_events(self, items: Sequence[_Item]) -> None:
         tokens: list[tuple[str, OutputToken]] = []
         states: list[StateChange] = []
         answers: list[tuple[str, JobAnswer]] = []
         ended: list[tuple[LiveJob, JobState]] = []
-        for job, generation, question, event in items:
-            if generation != job.generation:
-                continue  # of a pipeline that is gone
+        for job, question, event in items:
             if isinstance(event, PrefillProgress):
                 job.progress[question] = event
                 states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
@@ -121,7 +126,7 @@ class Recorder:
                 if not job.decodes:
                     job.decodes = True
                     states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
-            elif event.finish_reason is not FinishReason.ERROR:  # of a failure there is a report
+            elif event.finish_reason is not FinishReason.ERROR:  # a failed pipeline is replaced, its questions go on
                 answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
                 job.ended[question] = event.finish_reason
                 if len(job.ended) == job.num_answers:

@@ -1,8 +1,8 @@
-"""The job service: validates, stores, queues, recovers. It owns the running cluster and the live jobs.
+"""The job service: validates, stores, queues and resumes jobs.
 
-Failure contract: a job is durable once `submit` returned. Tokens are committed before anyone sees them. When the
-pipeline breaks, it is started again and unfinished jobs go on after their last committed token; when the head dies, the
-next head does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
+Failure contract: a job is durable once `submit` has returned, a token before anybody sees it. When the pipeline fails,
+its supervisor replaces it, and unfinished jobs go on after their last committed token; when the head process dies, the
+next one does the same. Cancelling, waiting and reading are idempotent; submitting is, with an idempotency key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cluster.common.errors import EngineError
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import RequestHandle
 from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.supervisor import PipelineState
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
@@ -38,19 +39,17 @@ from cluster.jobs.prompts import job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
-from cluster.jobs.supervisor import PipelineSupervisor
 from cluster.jobs.timers import Timers
 from protos.stage.messages import SampledToken
 
-_MAX_RESTARTS = 10  # a job that always breaks the cluster must not do so for ever
-_ATTACH_WITHIN_S = 60.0  # an attached job nobody follows for this long is cancelled
-_RECOVERY_ENDS_S = 60.0
-_SHUTTING_DOWN = "the head is shutting down: submit again in a moment"
+_MAX_RESTARTS = 10  # of one job: one that always breaks the pipeline must not do so for ever
+_SWEEP_EVERY_S = 60.0  # how often expired jobs and documents are deleted
+_ATTACH_WITHIN_S = 60.0  # an attached job that nobody follows for this long is cancelled
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
 
 
 class JobService:
-    """Runs jobs over a running runtime, a store and a folder of documents.
+    """Runs jobs on a cluster runtime, with a store and a folder of documents.
 
     Methods raise the errors of `cluster.jobs.model`; all may be called from any thread.
     """
@@ -60,41 +59,40 @@ class JobService:
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._runtime = runtime
+        self._supervisor = runtime.supervisor
         self._store = store
         self._documents = documents
         self._limits = limits
         self._clock = clock
         self._changes = ChangeNotifier()
-        self._recorder = Recorder(store, self._changes, self._on_broken)
+        self._recorder = Recorder(store, self._changes)
         self._lock = threading.RLock()  # live jobs and handles
         self._live: dict[str, LiveJob] = {}
         self._handles: dict[str, list[RequestHandle]] = {}
         self._queued_tokens: dict[str, int] = {}
         self._subscriptions = Subscriptions(store, self._changes, self.get, self.progress, self._cancel)
-        self._timers = Timers(clock, self._sweep)
+        self._timers = Timers(clock)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
         self._closing = False
-        self._refusal = ""  # why no job is taken any more
-        self._supervisor = PipelineSupervisor(self)
-        runtime.on_broken = self._recorder.report
+        self._draining = False  # no job is taken any more
         self._started = clock()
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Take up what an earlier head left unfinished, and begin to work. The runtime must be running."""
+        """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
         self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
         self._recorder.start()
-        if error := self._runtime.engine.error:  # it broke before anybody listened
-            self._recorder.report(lambda: error)
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
             self._requeue(record)
+        self._timers.every(_SWEEP_EVERY_S, lambda: self._sweep(self._clock()))
         self._timers.start()
+        self._supervisor.supervise(self)
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new jobs and wait for the running ones; what is left continues under the next head."""
-        self._refusal = _SHUTTING_DOWN
+        """Refuse new jobs and wait for the running ones; the next head process continues what is left."""
+        self._draining = True
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             with self._lock:
@@ -104,14 +102,10 @@ class JobService:
 
     def close(self) -> None:
         """Stop without touching the state of unfinished jobs; may be called twice."""
-        self._refusal = _SHUTTING_DOWN
-        self._closing = True
+        self._draining = self._closing = True
         self._timers.close()
-        with self._lock:
-            for job in self._live.values():
-                job.generation += 1  # what the closing engine says about them is not their end
-        self._supervisor.close(_RECOVERY_ENDS_S)  # the runtime must not be started again while its owner closes it
-        self._recorder.close()
+        self._recorder.close()  # before the supervision ends: that waits for what is being recorded
+        self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._changes.close()
 
     # --- documents ---------------------------------------------------------------------------------------------------
@@ -137,8 +131,11 @@ class JobService:
         known, waiting = self._store.admission(spec)
         if known is not None:  # a repeated submission is answered whatever goes on
             return known
-        if self._refusal:
-            raise ServiceBusy(self._refusal, 5.0)
+        if self._draining:
+            raise ServiceBusy("the head is shutting down: submit again in a moment", 5.0)
+        if self._supervisor.state is PipelineState.DOWN:
+            reason = f"the pipeline is down and the head must be restarted: {self._supervisor.reason}"
+            raise ServiceBusy(reason, 5.0)
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
@@ -163,26 +160,26 @@ class JobService:
         return record
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
-        """Committed tokens with numbers above `after`, in order."""
+        """Return committed tokens with numbers above `after`, in order."""
         return self._store.tokens(job_id, after, limit)
 
     def progress(self, job_id: str) -> Mapping[int, PrefillProgress]:
-        """The newest progress of each question, while the job runs."""
+        """Return the newest progress of each question, while the job runs."""
         job = self._live.get(job_id)
         return dict(job.progress) if job else {}
 
     def jobs(
         self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
     ) -> tuple[Sequence[JobRecord], str]:
-        """Newest first, and the cursor of the next page (empty at the end)."""
+        """Return jobs, the newest first, and the cursor of the next page (empty at the end)."""
         return self._store.list_jobs(states, labels, limit, cursor)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        """The job once it has ended, or as it is after `timeout_s`."""
+        """Return the job once it has ended, or as it is after `timeout_s`."""
         return self._subscriptions.wait(job_id, timeout_s)
 
     def stream(self, job_id: str, after: int = 0) -> Generator[JobEvent]:
-        """Events from token `after + 1` on; ends with the record of the ended job.
+        """Yield events from token `after + 1` on; ends with the record of the ended job.
 
         Tokens come in order, those together that are there together, progress in between (at least every 10 s), a
         record at every change of state. Closing the iterator of an attached job cancels the job.
@@ -207,7 +204,7 @@ class JobService:
         self._changes.notify([job_id])
 
     def counts(self) -> tuple[int, int]:
-        """Jobs that wait and jobs that run."""
+        """Return how many jobs wait and how many run."""
         return self._store.count(WAITING), self._store.count(ACTIVE - WAITING)
 
     def on_ended(self, callback: Callable[[JobRecord, dict[int, int]], None]) -> None:
@@ -215,13 +212,10 @@ class JobService:
         self._on_ended.append(callback)
 
     def status(self) -> Mapping[str, Any]:
-        """Fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
+        """Return the fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
         waiting, running = self.counts()
         uptime = self._clock() - self._started
-        status = dict(self._runtime.status()) | {"queued": waiting, "running": running, "uptime_s": uptime}
-        if self._supervisor.state != "running":
-            status["stages"] = [stage | {"state": self._supervisor.state} for stage in status["stages"]]
-        return status
+        return self._runtime.status() | {"queued": waiting, "running": running, "uptime_s": uptime}
 
     def check_integrity(self) -> None:
         """Verify the engine's pages (tests, debugging)."""
@@ -230,7 +224,7 @@ class JobService:
     # --- internals ---------------------------------------------------------------------------------------------------
 
     def _document_expires(self) -> float:
-        """The expiry of a document used now."""
+        """Return the expiry of a document used now."""
         return self._clock() + self._limits.document_ttl_s
 
     def _requeue(self, record: JobRecord) -> None:
@@ -247,7 +241,7 @@ class JobService:
         with self._lock:
             job, current = self._live.get(record.id), self._store.get(record.id)
             if record.id in self._handles:
-                return  # a submission or another recovery was faster
+                return  # it was submitted to the new pipeline already
             if job is not None and job.cancelled:
                 self._store.transition(record.id, ACTIVE, JobState.CANCELLED, now=self._clock())
             if current is None or current.state.is_final or (job is not None and job.cancelled):
@@ -279,15 +273,15 @@ class JobService:
         self._arm(record)
         try:
             self._handles[record.id] = self._runtime.engine.submit_all(items, record.last_event)
-        except EngineError as error:  # recovery queues the job again
-            if self._supervisor.state == "down":
-                self._cancel(record.id, str(error))
+        except EngineError:  # `pipeline_restarted` submits the job again
+            if self._supervisor.state is PipelineState.DOWN:
+                self._cancel(record.id, self._supervisor.reason)
 
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
         with self._lock:
             if job := self._live.get(job_id):
-                job.cancelled = True  # for a recovery that has not queued it again yet
+                job.cancelled = True  # for `_requeue`, should the pipeline fail before the engine has ended it
             handles = self._handles.get(job_id, [])
             if failure or not handles:
                 end = JobState.FAILED if failure else JobState.CANCELLED
@@ -311,7 +305,7 @@ class JobService:
             for callback in self._on_ended:
                 callback(record, job.generated)
 
-    # --- time and recovery -------------------------------------------------------------------------------------------
+    # --- time --------------------------------------------------------------------------------------------------------
 
     def _arm(self, record: JobRecord) -> None:
         job_id, deadline = record.id, record.spec.deadline  # not the record: it may be large, and the deadline far
@@ -328,36 +322,29 @@ class JobService:
         self._store.expire(now, self._limits.result_ttl_s)
         self._documents.sweep(now)
 
-    def _on_broken(self, error: str) -> None:
-        """The pipeline failed, with jobs or idle: start another one and go on (called by the recorder)."""
+    # --- callbacks of the supervisor ---------------------------------------------------------------------------------
+
+    def pipeline_failed(self) -> None:
+        """Commit what the failed pipeline has emitted, and show its jobs as recovering."""
+        self._recorder.flush()
+        if self._closing:
+            return
         with self._lock:
-            if self._closing or not self._supervisor.begin():
-                return
-            unfinished = list(self._live)
-            for job in self._live.values():
-                job.generation += 1
             self._handles.clear()
+            unfinished = list(self._live)
         for job_id in unfinished:
-            self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock())
+            if not self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock()):
+                self._ended(job_id)  # it had failed or was cancelled; no engine will end its questions
         self._changes.notify(unfinished)
-        self._supervisor.go(error)
 
-    def restart_pipeline(self) -> None:
-        self._runtime.restart()
-
-    def pipeline_is_down(self, reason: str) -> None:
-        self._refusal = f"the pipeline is down and the head must be restarted: {reason}"
-        with self._lock:
-            for job_id in list(self._live):
-                self._cancel(job_id, reason)
-
-    def pipeline_is_back(self) -> None:
-        if error := self._runtime.engine.error:  # broken again: until now its report was taken for an old one
-            self._recorder.report(lambda: error)
-        with self._lock:
-            for job_id, job in self._live.items():
-                if job_id not in self._handles:  # with one it runs on the new pipeline already
-                    job.generation += 1  # what was said about the time without a pipeline is over
+    def pipeline_restarted(self) -> None:
+        """Queue every unfinished job again, after its last committed token."""
         for record in self._store.unfinished():
             if not self._closing:
                 self._requeue(record)
+
+    def pipeline_given_up(self, reason: str) -> None:
+        """Let every unfinished job fail."""
+        with self._lock:
+            for job_id in list(self._live):
+                self._cancel(job_id, reason)

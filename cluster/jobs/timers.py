@@ -1,4 +1,4 @@
-"""Time: deadlines when they are due, and every minute a sweep of what has expired. One thread, mostly asleep."""
+"""Timer thread: runs callbacks at their deadline, and others at regular intervals."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import logging
 import threading
 from collections.abc import Callable
 
-_SWEEP_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
 
 
 class Timers:
-    """Calls back at absolute times. `close` may be called twice."""
+    """Runs callbacks at absolute times, one after the other. `close` may be called twice."""
 
-    def __init__(self, clock: Callable[[], float], sweep: Callable[[float], None]) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._sweep = sweep
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._wake = threading.Condition()
@@ -34,35 +32,36 @@ class Timers:
             self._thread.join()
 
     def at(self, when: float, action: Callable[[], None]) -> None:
-        """Call `action` once, at `when` (seconds of the clock) or soon after."""
+        """Run `action` once, at `when` (seconds of the clock) or soon after."""
         with self._wake:
             self._count += 1
             heapq.heappush(self._due, (when, self._count, action))
             self._wake.notify_all()
 
+    def every(self, period_s: float, action: Callable[[], None]) -> None:
+        """Run `action` now and `period_s` after each run."""
+
+        def run() -> None:
+            try:
+                action()
+            finally:
+                self.at(self._clock() + period_s, run)
+
+        self.at(self._clock(), run)
+
     def _run(self) -> None:
-        sweep = self._clock()
-        while True:
-            now = self._clock()
-            actions: list[Callable[[], None]] = []
-            with self._wake:
-                if self._closing:
-                    return
-                while self._due and self._due[0][0] <= now:
-                    actions.append(heapq.heappop(self._due)[2])
-                if not actions and now < sweep:
-                    following = min([sweep, *(entry[0] for entry in self._due[:1])])
-                    self._wake.wait(max(0.0, following - now))
-                    continue
-            for action in actions:
-                _guarded(action)
-            if now >= sweep:
-                _guarded(lambda now=now: self._sweep(now))  # type: ignore[misc]
-                sweep = now + _SWEEP_EVERY_S
+        while (action := self._next()) is not None:
+            try:
+                action()
+            except Exception:  # noqa: BLE001 - one failed action must not end all later ones
+                _log.exception("a timed action failed")
 
-
-def _guarded(action: Callable[[], None]) -> None:
-    try:
-        action()
-    except Exception:  # noqa: BLE001 - one failed action must not end all later ones
-        _log.exception("a timed action failed")
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for an action that is due and return it; None when closing."""
+        with self._wake:
+            while not self._closing:
+                wait_s = self._due[0][0] - self._clock() if self._due else None
+                if wait_s is not None and wait_s <= 0:
+                    return heapq.heappop(self._due)[2]
+                self._wake.wait(wait_s)
+        return None

@@ -20,7 +20,7 @@ from cluster import Client
 from cluster.cli.main import main
 from cluster.client.requests import MAX_DEADLINE_S, MAX_QUESTIONS
 from cluster.client.validation import MAX_REQUEST_BYTES
-from cluster.jobs.model import ServiceLimits, new_id
+from cluster.jobs.model import new_id
 from protos.stage.channel import MAX_MESSAGE
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served
@@ -35,7 +35,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("head")
     runtime = FakeRuntime(folder / "runtime")
     runtime.start()
-    with Served(runtime, folder / "data", ServiceLimits(max_document_bytes=8 << 20)) as served:
+    with Served(runtime, folder / "data", max_document_bytes=8 << 20) as served:
         yield served
     runtime.close()
 

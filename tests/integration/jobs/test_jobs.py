@@ -23,7 +23,6 @@ from cluster import Client, TokenEvent
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs import service as service_module
-from cluster.jobs.model import ServiceLimits
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
 from tests.support.rigs.head import LONG, ROOT, Served, free_port, tokens_of, until
@@ -48,7 +47,7 @@ def serve(runtime: ClusterRuntime, tmp_path: Path) -> Iterator[Callable[..., Ser
 
         def start(**limits: Any) -> Served:
             folder = tmp_path / str(time.monotonic_ns())
-            return stack.enter_context(Served(runtime, folder, ServiceLimits(**limits)))
+            return stack.enter_context(Served(runtime, folder, **limits))
 
         yield start
 

@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from cluster.jobs.model import ServiceLimits, new_id
+from cluster.jobs.model import new_id
 from cluster.server.grpc_server import JOBS_SERVICE
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
@@ -38,7 +38,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         return
     runtime = FakeRuntime(tmp_path / "runtime")
     runtime.start()
-    with Served(runtime, tmp_path / "data", ServiceLimits(max_queued_jobs=100_000)) as head:
+    with Served(runtime, tmp_path / "data", max_queued_jobs=100_000) as head:
         yield head.address
         assert head.client.submit(token_ids=[1, 2], max_tokens=2).wait(60).state == "succeeded"
         head.service.check_integrity()

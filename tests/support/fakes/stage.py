@@ -12,8 +12,10 @@ from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
+from cluster.stages.handle import StageError
 from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
+from protos.stage import stage_pb2 as pb
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
 from tests.support.paths import NEEDLE
 
@@ -37,6 +39,7 @@ class FakeShard:
 
     def __init__(self, stage: int, stages: int, script: Script, clock: Clock, rank: int = 0) -> None:
         self.shard = ShardSpec(stage, stages, rank, 1, Span(0, 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+        self.name = f"stage {stage} shard {rank}"
         self.script = script
         self.plans: list[StepPlan] = []
         self.bursts: list[int] = []  # how many of them came together
@@ -63,6 +66,11 @@ class FakeShard:
         self.closed += 1
         self._gate.release(1000)
         self._queue.put(None)
+
+    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
+        if self.closed:
+            raise StageError(f"{self.name} does not answer")
+        return pb.ProbeReply(state="running", steps_done=len(self.plans), layers_done=len(self.plans))
 
     def hold(self) -> None:
         self._gate = threading.Semaphore(0)

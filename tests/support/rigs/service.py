@@ -1,4 +1,4 @@
-"""A job service over a fake runtime, and the death of its head."""
+"""A head over a fake runtime, for tests of its job service, and the death of the head."""
 
 from __future__ import annotations
 
@@ -7,42 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.engine.outputs import AnswerOptions
-from cluster.jobs.documents import DocumentStore
-from cluster.jobs.model import (
-    JobInput,
-    JobSpec,
-    JobState,
-    ServiceLimits,
-)
-from cluster.jobs.service import JobService
-from cluster.jobs.store import JobStore
+from cluster.jobs.model import JobInput, JobSpec, JobState
+from cluster.server.head import Head
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
 
 
 class Bench:
-    """A service over a fake runtime and a folder; `restart` is the death of a head and the start of the next."""
+    """A head without a port over a fake runtime; `restart` is its death and the start of the next."""
 
-    def __init__(self, folder: Path, seqs: int = 2, limits: ServiceLimits | None = None) -> None:
-        self.folder, self.seqs, self.limits = folder, seqs, limits or ServiceLimits()
+    def __init__(self, folder: Path, seqs: int = 2, **server: object) -> None:
+        """Args: `server` are keys of that section of the configuration."""
+        self.folder, self.seqs, self.server = folder, seqs, server
         self.ahead = 0.0  # the clock of the service runs ahead of this machine's by so many seconds
         self.open()
 
     def open(self) -> None:
-        self.runtime = FakeRuntime(self.folder, self.seqs)
+        self.runtime = FakeRuntime(self.folder, self.seqs, **self.server)
         self.runtime.start()
-        self.store = JobStore(self.folder / "jobs.sqlite")
-        self.documents = DocumentStore(self.folder / "documents", self.store, 100.0, self.clock)
-        self.service = JobService(self.runtime, self.store, self.documents, self.limits, self.clock)
-        self.service.start()
+        self.head = Head(self.runtime.deployment, runtime=self.runtime, clock=self.clock)
+        self.head.start()
+        self.store, self.service = self.head.store, self.head.service
 
     def clock(self) -> float:
         return time.time() + self.ahead
 
     def close(self) -> None:
-        self.service.close()
+        self.head.close()
         self.runtime.close()
-        self.store.close()
 
     def restart(self) -> None:
         self.close()

@@ -11,7 +11,8 @@ from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, Deployment, load_config, load_deployment
 from cluster.config.memory_budget import kv_dtype, kv_token_bytes
 from cluster.config.topology import kv_bytes_per_token, plan_shards
-from cluster.engine.runtime import ClusterRuntime, cache_root
+from cluster.engine.pipeline import cache_root
+from cluster.engine.runtime import ClusterRuntime
 from cluster.stages.preflight import check_room
 from protos.model.spec import DualChunkSpec, HeadBudget
 from tests.support.paths import NEEDLE
@@ -182,9 +183,9 @@ def test_cache_root_names_everything_kv_depends_on(tmp_path: Path) -> None:
     assert cache_root(longer, "f") == roots[0]
 
 
-def test_a_result_names_positions_sparse_mode_and_kv_type(tmp_path: Path) -> None:
+def test_a_result_names_positions_sparse_mode_and_kv_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = ClusterRuntime(deploy(tmp_path, kv_cache__dtype="int8"))
-    runtime.launched = SimpleNamespace(fingerprint="f", dtype="bfloat16")  # type: ignore[assignment]
+    monkeypatch.setattr(ClusterRuntime, "launched", SimpleNamespace(fingerprint="f", dtype="bfloat16"))
     facts = runtime.reproducibility(7)
     assert facts["positions"] == "default, theta 200000, factor 1, dual chunk 4096/512 of 4096"
     assert facts["sparse_mode"].startswith("vertical-slash above 8192 tokens, cells of 8192, last 64, recall 0.95")

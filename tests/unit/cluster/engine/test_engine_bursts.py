@@ -196,7 +196,7 @@ def test_a_job_goes_on_where_a_burst_broke_off(bench: Bench, steps: int):
     shard.let(steps)
     job_id = bench.submit(max_tokens=30)
     eventually(lambda: len(shard.plans) > 5)
-    bench.runtime.break_down()
+    bench.runtime.fail()
     assert bench.service.wait(job_id, WAIT).state is JobState.SUCCEEDED
     assert bench.ids(job_id) == list(range(100, 130))
     assert bench.service.get(job_id).restarts == 1

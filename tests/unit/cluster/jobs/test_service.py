@@ -21,7 +21,6 @@ from cluster.jobs.model import (
     JobState,
     NotAllowedNow,
     ServiceBusy,
-    ServiceLimits,
     new_id,
 )
 from cluster.text.tokenizer import TextTokenizer
@@ -120,7 +119,7 @@ def test_priority_decides_among_the_waiting(make: Callable[..., Bench]) -> None:
 
 
 def test_bounded_queue(make: Callable[..., Bench]) -> None:
-    bench = make(seqs=1, limits=ServiceLimits(max_queued_jobs=3))
+    bench = make(seqs=1, max_queued_jobs=3)
     bench.runtime.shard.hold()
     running = bench.submit(tokens=4 * CHUNK)
     bench.runtime.shard.let(1)
@@ -137,7 +136,7 @@ def test_bounded_queue(make: Callable[..., Bench]) -> None:
 
 
 def test_the_bound_of_the_queue_holds_for_parallel_submissions(make: Callable[..., Bench]) -> None:
-    bench = make(seqs=1, limits=ServiceLimits(max_queued_jobs=3))
+    bench = make(seqs=1, max_queued_jobs=3)
     bench.runtime.shard.hold()
     running = bench.submit(tokens=4 * CHUNK)
     bench.runtime.shard.let(1)
@@ -292,7 +291,7 @@ def test_tokens_of_an_earlier_version_are_split_at_the_start(bench: Bench) -> No
 
 
 def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
-    bench = make(limits=ServiceLimits(result_ttl_s=100.0, document_ttl_s=100.0))
+    bench = make(result_ttl_s=100.0, document_ttl_s=100.0)
     document = bench.service.upload("a", [b"The code of dark river is 1."])
     bench.runtime.shard.hold()
     job_id = bench.submit()

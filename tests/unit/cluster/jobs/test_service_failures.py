@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from typing import Any
 
 import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import AnswerOptions
+from cluster.engine.supervisor import RestartPolicy
 from cluster.jobs import recorder as recorder_module
-from cluster.jobs import supervisor as supervisor_module
 from cluster.jobs.model import (
     JobInput,
     JobSpec,
@@ -80,7 +81,7 @@ def test_broken_pipeline_is_replaced(bench: Bench) -> None:
         during.append(bench.state(jobs[0]))
 
     bench.runtime.before_start = meanwhile
-    bench.runtime.break_down()
+    bench.runtime.fail()
     records = [bench.service.wait(job_id, 20) for job_id in jobs]
     eventually(lambda: len(jobs) == 3)
     records = [bench.service.wait(job_id, 20) for job_id in jobs]
@@ -96,7 +97,7 @@ def test_pipeline_that_breaks_while_nothing_runs(bench: Bench) -> None:
     first = bench.submit()
     assert bench.service.wait(first, 20).state is S.SUCCEEDED
     bench.check_idle()
-    bench.runtime.break_down()
+    bench.runtime.fail()
     eventually(lambda: bench.runtime.starts == 2)  # without any job
     jobs = [bench.submit(max_tokens=2 + n) for n in range(3)]
     assert [bench.service.wait(job_id, 20).state for job_id in jobs] == [S.SUCCEEDED] * 3
@@ -105,17 +106,80 @@ def test_pipeline_that_breaks_while_nothing_runs(bench: Bench) -> None:
     bench.check_idle()
 
 
-def test_status_says_that_the_pipeline_starts_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.runtime, "status", lambda: {"stages": [{"stage": 0, "state": "unreachable"}]})
+def test_status_says_that_the_pipeline_starts_again(bench: Bench) -> None:
     seen: list[str] = []
     bench.runtime.before_start = lambda: seen.append(bench.service.status()["stages"][0]["state"])
-    bench.runtime.break_down()
-    eventually(lambda: bench.service.status()["stages"][0]["state"] == "unreachable" and bool(seen))
+    bench.runtime.fail()
+    eventually(lambda: bench.service.status()["stages"][0]["state"] == "running" and bool(seen))
     assert seen == ["restarting"]
 
 
-def test_a_start_that_fails_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01, 0.01))
+def test_tokens_are_durable_before_the_replacement_starts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the failed pipeline has emitted is committed first, however long the disk takes."""
+    bench.runtime.shard.hold()
+    job_id = bench.submit(max_tokens=9)
+    go = threading.Event()
+    commit = bench.store.commit_step
+
+    def slow(*args: Any) -> Any:
+        go.wait(20)
+        return commit(*args)
+
+    monkeypatch.setattr(bench.store, "commit_step", slow)
+    seen: list[list[int]] = []
+    bench.runtime.before_start = lambda: seen.append(bench.ids(job_id))
+    (handle,) = bench.service._handles[job_id]
+    bench.runtime.shard.let(4)
+    eventually(lambda: len(handle.request.output) >= 3)
+    bench.runtime.fail()
+    assert handle.done.wait(20)
+    emitted = list(handle.request.output)
+    assert (seen, bench.ids(job_id)) == ([], [])
+    go.set()
+    assert bench.service.wait(job_id, 20).state is S.SUCCEEDED
+    assert seen == [emitted]
+    assert bench.ids(job_id) == list(range(100, 109))
+    bench.check_idle()
+
+
+def test_a_job_that_failed_in_the_same_moment_is_forgotten(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its deadline passed, but the pipeline failed before the engine had stopped it."""
+    bench.runtime.shard.hold()
+    job_id = bench.submit(max_tokens=9)
+    monkeypatch.setattr(bench.runtime.engine, "cancel", lambda handle: None)
+    bench.service._cancel(job_id, "deadline exceeded")
+    assert bench.service._live
+    bench.runtime.fail()
+    eventually(lambda: bench.runtime.starts == 2 and bench.runtime.supervisor.running is not None)
+    assert (bench.state(job_id), bench.service.get(job_id).error) == (S.FAILED, "deadline exceeded")
+    bench.check_idle()
+
+
+def test_close_while_the_pipeline_restarts(bench: Bench) -> None:
+    """The next head goes on with the job; this one leaves it as it is."""
+    bench.runtime.shard.hold()
+    job_id = bench.submit(max_tokens=9)
+    bench.runtime.shard.let(4)
+    eventually(lambda: len(bench.ids(job_id)) >= 2)
+    closing = threading.Thread(target=bench.head.close)
+
+    def close() -> None:
+        closing.start()
+        eventually(bench.runtime.supervisor._stopping.is_set)
+
+    bench.runtime.before_start = close
+    bench.runtime.fail()
+    eventually(closing.is_alive)
+    closing.join(20)
+    assert bench.runtime.supervisor.running is None
+    bench.restart()
+    assert bench.service.wait(job_id, 20).state is S.SUCCEEDED
+    assert bench.ids(job_id) == list(range(100, 109))
+    bench.check_idle()
+
+
+def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
+    bench.runtime.supervisor.policy = RestartPolicy((0.0, 0.01, 0.01))
     tries: list[int] = []
 
     def fail_twice() -> None:
@@ -126,14 +190,14 @@ def test_a_start_that_fails_is_tried_again(bench: Bench, monkeypatch: pytest.Mon
     bench.runtime.before_start = fail_twice
     bench.runtime.shard.hold()
     job_id = bench.submit(max_tokens=4)
-    bench.runtime.break_down()
+    bench.runtime.fail()
     assert bench.service.wait(job_id, 20).state is S.SUCCEEDED
     assert len(tries) == 3
     bench.check_idle()
 
 
-def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01))
+def test_pipeline_that_cannot_be_started_again(bench: Bench) -> None:
+    bench.runtime.supervisor.policy = RestartPolicy((0.0, 0.01))
     bench.runtime.shard.hold()
     jobs = [bench.submit(), bench.submit()]
 
@@ -142,7 +206,7 @@ def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest
         raise RuntimeError("no room\nat all")
 
     bench.runtime.before_start = fail
-    bench.runtime.break_down()
+    bench.runtime.fail()
     eventually(lambda: len(jobs) == 4)
     for job_id in jobs:
         record = bench.service.wait(job_id, 20)
@@ -151,6 +215,7 @@ def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest
     with pytest.raises(ServiceBusy, match="the head must be restarted"):
         bench.submit()
     assert not bench.service._live
+    assert [stage["state"] for stage in bench.service.status()["stages"]] == ["down"]
 
 
 def test_disk_that_refuses_for_a_while_delays_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +243,7 @@ def test_failed_pipeline_twice_in_a_row(bench: Bench) -> None:
     bench.runtime.shard.let(5)
     eventually(lambda: len(bench.ids(job_id)) >= 2)
     for starts in (2, 3):
-        bench.runtime.break_down()
+        bench.runtime.fail()
         eventually(lambda starts=starts: bench.runtime.starts == starts)  # type: ignore[misc]
     bench.runtime.shard.let(1000)
     assert bench.service.wait(job_id, 20).state is S.SUCCEEDED

@@ -1,0 +1,81 @@
+"""One start of a deployment: its stage processes, an engine over them, and a hang detector over both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import compute_dtype, kv_dtype
+from cluster.engine.engine import Engine
+from cluster.engine.hang_detector import HangDetector
+from cluster.scheduler.page_pool import PagePool
+from cluster.scheduler.scheduler import Scheduler
+from cluster.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from cluster.stages.launcher import Launched, LaunchStatus
+
+
+class Pipeline:
+    """Stage processes with an engine; started once, closed once. A failed one is replaced by another `Pipeline`."""
+
+    def __init__(self, engine: Engine, launched: Launched, stop_stages: Callable[[], None]) -> None:
+        self.engine = engine
+        self.launched = launched
+        self._stop_stages = stop_stages
+        self._hang_detector = HangDetector(engine, launched.shards)
+
+    def start(self) -> None:
+        """Connect the engine to the stages and begin to work; whatever fails, nothing is left running."""
+        try:
+            self.engine.start()
+            self._hang_detector.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop in order: hang detector, engine, stage processes, Ray; may be called twice."""
+        try:
+            self._hang_detector.close()
+            self.engine.close()
+        finally:
+            self._stop_stages()
+
+
+def launch_pipeline(
+    deployment: Deployment, tokenizer: TextTokenizer, on_status: Callable[[LaunchStatus], None]
+) -> Pipeline:
+    """Start the stages of a deployment and an engine over them; returns the running pipeline.
+
+    Raises:
+        PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
+    """
+    from cluster.stages.launcher import Launcher  # loads grpc
+
+    config, spec = deployment.config, deployment.spec
+    launcher = Launcher(deployment, on_status)
+    launched = launcher.start()
+    try:
+        scheduler = Scheduler(
+            PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
+            config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec, runs_ahead=True,
+            num_stages=config.cluster.pipeline_parallel_size,
+        )  # fmt: skip
+        engine = Engine(scheduler, launched.shards, tokenizer, spec.eos_token_ids)
+        pipeline = Pipeline(engine, launched, launcher.close)
+        pipeline.start()
+    except BaseException:
+        launcher.close()
+        raise
+    return pipeline
+
+
+def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
+    """Digest of what the content of a KV page depends on besides its tokens."""
+    spec = deployment.spec
+    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
+    parts = (fingerprint, *kv, *map(repr, positions))
+    return hashlib.sha256("\0".join(parts).encode()).digest()
