@@ -192,13 +192,3 @@ class DocumentRecord:
     size_bytes: int
     created: float
     expires: float
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    """Bounds of the queue and of what is kept, as in the section `server` of the configuration."""
-
-    max_queued_jobs: int = 256
-    max_document_bytes: int = 64 << 20
-    result_ttl_s: float = 7 * 86400.0  # of an ended job
-    document_ttl_s: float = 7 * 86400.0  # of a document since its last use

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.common.errors import EngineError
+from cluster.config.schema import ServerSection
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import RequestHandle
 from cluster.engine.runtime import ClusterRuntime
@@ -31,7 +32,6 @@ from cluster.jobs.model import (
     JobState,
     NotAllowedNow,
     ServiceBusy,
-    ServiceLimits,
     check_id,
     new_id,
 )
@@ -55,9 +55,14 @@ class JobService:
     """
 
     def __init__(
-        self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServiceLimits,
+        self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServerSection,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
+        """
+        Args:
+            limits: `max_queued_jobs`, `max_document_bytes`, `result_ttl_s` and `document_ttl_s` bound what is kept.
+            clock: gives seconds since 1970.
+        """
         self._runtime = runtime
         self._supervisor = runtime.supervisor
         self._store = store

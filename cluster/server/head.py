@@ -15,7 +15,6 @@ from types import FrameType
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
-from cluster.jobs.model import ServiceLimits
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
 from cluster.server.grpc_server import GrpcServer
@@ -69,10 +68,7 @@ class Head:
             self.store = JobStore(data_dir / "jobs.sqlite", self._clock)
             steps.callback(self.store.close)
             documents = DocumentStore(data_dir / "documents", self.store, server.document_ttl_s, self._clock)
-            limits = ServiceLimits(
-                server.max_queued_jobs, server.max_document_bytes, server.result_ttl_s, server.document_ttl_s
-            )
-            self.service = JobService(self.runtime, self.store, documents, limits, self._clock)
+            self.service = JobService(self.runtime, self.store, documents, server, self._clock)
             metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
             steps.callback(metrics.close)
             self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
