@@ -60,7 +60,7 @@ class ChangeNotifier:
 
     @contextlib.contextmanager
     def subscribe(self, job_id: str) -> Iterator[Subscription]:
-        """A subscription inside the block: no commit that comes after its beginning is missed."""
+        """Subscribe for the time of the block: no commit after its beginning is missed."""
         subscription = Subscription(self._lock)
         with self._lock:
             self._subscriptions.setdefault(job_id, set()).add(subscription)
@@ -114,7 +114,7 @@ class Subscriptions:
         return job_id in self._num_streams
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        """The job once it has ended, or as it is after `timeout_s`."""
+        """Return the job once it has ended, or as it is after `timeout_s`."""
         until = time.monotonic() + timeout_s
         with self._changes.subscribe(job_id) as subscription:
             while True:
@@ -125,7 +125,7 @@ class Subscriptions:
                 subscription.wait(min(left, HEARTBEAT_S))
 
     def events(self, job_id: str, after: int, attached: bool) -> Generator[JobEvent]:
-        """Tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
+        """Yield tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
         with self._lock:
             self._num_streams[job_id] = self._num_streams.get(job_id, 0) + 1
         try:
