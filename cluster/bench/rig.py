@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import yaml
@@ -35,13 +35,10 @@ def running_head(
     config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    head = Head(load_deployment(path), port=0)
-    head.start()
-    try:
+    with closing(Head(load_deployment(path), port=0)) as head:
+        head.start()
         with Client(head.address) as client:
             yield client, head.runtime
-    finally:
-        head.close()
 
 
 def random_ids(length: int, seed: int) -> list[int]:

@@ -6,15 +6,20 @@ are over cells, weighted by their tokens; a prefix from the cache has no cells h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.engine.in_flight import InFlightStep
 from protos.model import grid
 from protos.model.spec import ModelSpec
 
+Floats = NDArray[np.float64]
 _DIGITS = 4  # of the figures in JSON
+# of one head: tokens; density, estimated and held-out recall times tokens; smallest recalls; dense cells
+_EMPTY: Floats = np.array([[0.0], [0.0], [0.0], [0.0], [1.0], [1.0], [0.0]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,47 +58,30 @@ class AttentionSummary:
         return plain
 
 
-@dataclass(slots=True)
-class _HeadSums:
-    """Sums over the cells of one query head of one layer, weighted by tokens."""
-
-    tokens: int = 0
-    density: float = 0.0
-    estimated: float = 0.0
-    estimated_min: float = 1.0
-    held_out: float = 0.0
-    held_out_min: float = 1.0
-    fallbacks: int = 0
-
-    def add(self, tokens: int, density: float, estimated: float, held_out: float, dense: bool) -> None:
-        self.tokens += tokens
-        self.density += tokens * density
-        self.estimated += tokens * estimated
-        self.held_out += tokens * held_out
-        self.estimated_min = min(self.estimated_min, estimated)
-        self.held_out_min = min(self.held_out_min, held_out)
-        self.fallbacks += dense
-
-
-@dataclass(slots=True)
 class AttentionReport:
     """The reports about one prompt, added up."""
 
-    _heads: dict[int, dict[int, _HeadSums]] = field(default_factory=dict)  # layer -> head
-    _cells: set[int] = field(default_factory=set)  # by first position
-    _estimate_us: int = 0
-    _compute_us: int = 0
+    def __init__(self) -> None:
+        self._sums: dict[int, Floats] = {}  # layer -> [7, query heads], see `_EMPTY`
+        self._cells: set[int] = set()  # by first position
+        self._estimate_us = 0
+        self._compute_us = 0
 
     def add(self, sequence: int, step: InFlightStep) -> None:
         """Add what all shards report of a step; its time counts in full for each of its sparse prompts."""
         reports = [report for report in step.cells if report.sequence == sequence]
         for report in reports:
             self._cells.add(report.start)
-            heads = self._heads.setdefault(report.layer, {})
-            columns = (report.density, report.estimated_recall, report.held_out_recall, report.dense)
-            for index, (density, estimated, held_out, dense) in enumerate(zip(*columns, strict=True)):
-                head = heads.setdefault(report.first_head + index, _HeadSums())
-                head.add(report.length, density, estimated, held_out, dense)
+            last = report.first_head + len(report.density)
+            sums = self._sums.get(report.layer, _EMPTY[:, :0])
+            if sums.shape[1] < last:
+                sums = self._sums[report.layer] = np.hstack([sums, _EMPTY.repeat(last - sums.shape[1], axis=1)])
+            heads = sums[:, report.first_head : last]
+            columns = np.array([report.density, report.estimated_recall, report.held_out_recall])
+            heads[0] += report.length
+            heads[1:4] += report.length * columns
+            heads[4:6] = np.minimum(heads[4:6], columns[1:])
+            heads[6] += report.dense
         if reports:
             self._compute_us += step.compute_us
             self._estimate_us += step.estimate_us
@@ -104,35 +92,31 @@ class AttentionReport:
             return None
         mode = "sparse" if grid.is_sparse(spec, 0, prompt_len) else "dense"
         base = AttentionSummary(mode, describe_positions(spec), scale_len or prompt_len)
-        heads = [head for layer in self._heads.values() for head in layer.values()]
-        tokens = sum(head.tokens for head in heads)
-        if not tokens:
+        layers = {layer: sums[:, sums[0] > 0] for layer, sums in sorted(self._sums.items())}
+        every = np.hstack([_EMPTY[:, :0], *layers.values()])
+        if not every.size:
             return base
+        density, estimated, held_out = (every[1:4].sum(axis=1) / every[0].sum()).tolist()
+        estimated_min, held_out_min = every[4:6].min(axis=1).tolist()
         return replace(
             base,
             cells=len(self._cells),
-            density=sum(head.density for head in heads) / tokens,
-            estimated_recall=sum(head.estimated for head in heads) / tokens,
-            estimated_recall_min=min(head.estimated_min for head in heads),
-            held_out_recall=sum(head.held_out for head in heads) / tokens,
-            held_out_recall_min=min(head.held_out_min for head in heads),
-            fallbacks=sum(head.fallbacks for head in heads),
+            density=density,
+            estimated_recall=estimated,
+            estimated_recall_min=estimated_min,
+            held_out_recall=held_out,
+            held_out_recall_min=held_out_min,
+            fallbacks=int(every[6].sum()),
             estimate_share=self._estimate_us / self._compute_us if self._compute_us else 0.0,
-            layers=tuple(self._layers()),
+            layers=tuple(_layer(layer, sums) for layer, sums in layers.items()),
         )
 
-    def _layers(self) -> Iterator[LayerAttention]:
-        for layer, by_head in sorted(self._heads.items()):
-            heads = [head for _, head in sorted(by_head.items()) if head.tokens]
-            yield LayerAttention(
-                layer=layer,
-                density=tuple(head.density / head.tokens for head in heads),
-                estimated_recall=tuple(head.estimated / head.tokens for head in heads),
-                estimated_recall_min=tuple(head.estimated_min for head in heads),
-                held_out_recall=tuple(head.held_out / head.tokens for head in heads),
-                held_out_recall_min=tuple(head.held_out_min for head in heads),
-                fallbacks=tuple(head.fallbacks for head in heads),
-            )
+
+def _layer(layer: int, sums: Floats) -> LayerAttention:
+    density, estimated, held_out = (sums[1:4] / sums[0]).tolist()
+    estimated_min, held_out_min, fallbacks = sums[4:7].tolist()
+    columns = (density, estimated, estimated_min, held_out, held_out_min, map(int, fallbacks))
+    return LayerAttention(layer, *map(tuple, columns))
 
 
 def describe_positions(spec: ModelSpec) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cluster.stages.handle import StageHandle
 
 _STOPPED = "the cluster was stopped"
-_LONG_STEP_S = 0.25  # a step this long hides the 1 to 2 ms until its successor arrives, so none is queued behind it
+_LONG_STEP_S = 0.25  # no step waits behind one this long; the 1 to 2 ms until its successor arrives do not matter
 _MAX_BURST = 12  # upper bound on decode steps in flight
 _MIN_BURST = 6  # lower bound, while an answer is so short that half of its tokens are fewer
 _BURST_S = 0.25  # upper bound on their total time: a cancel or a new request waits this long
@@ -95,7 +95,7 @@ class Engine:
     def start(self) -> None:
         """Connect to the shards and start the thread."""
         for shard in self._shards:
-            shard.connect(self._on_results, self.fail)
+            shard.connect(lambda results: self._inbox.put(lambda: self._receive(results)), self.fail)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -183,14 +183,14 @@ class Engine:
         while (action := self._inbox.get()) is not None:
             try:
                 action()
-                self._send(self._schedule())
+                self._schedule_and_send()
                 self._oldest_plan = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
                 self._fail(f"the engine failed: {describe_error(error)}")
 
-    def _schedule(self) -> list[StepPlan]:
-        """Return new plans, in flight from now on: as many as the pipeline should have."""
+    def _schedule_and_send(self) -> None:
+        """Send new plans to every shard until as many are in flight as the pipeline should have."""
         plans: list[StepPlan] = []
         depth = 0 if self._error else self._target_depth()
         while len(self._in_flight) < depth and (self._num_stages > 1 or not self._has_long_step()):
@@ -200,9 +200,6 @@ class Engine:
             self._in_flight.add(plan)
             self._note_start(plan)
             plans.append(plan)
-        return plans
-
-    def _send(self, plans: Sequence[StepPlan]) -> None:
         if plans:
             for shard in self._shards:
                 shard.send(plans)
@@ -221,12 +218,9 @@ class Engine:
         return max(self._depth, min(limit, int(_BURST_S / self._decode_s)))
 
     def _has_long_step(self) -> bool:
-        return any(map(self._is_long, self._in_flight.plans))
-
-    def _is_long(self, plan: StepPlan) -> bool:
-        if plan.decodes:
-            return False
-        return not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S
+        """Return whether a prefill step in flight is long, or of unknown length."""
+        prefill = [plan for plan in self._in_flight.plans if not plan.decodes]
+        return any(not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S for plan in prefill)
 
     def _receive(self, results: Sequence[StepResult]) -> None:
         """Commit the steps that `results` complete, send the next plans, then notify callers."""
@@ -240,7 +234,7 @@ class Engine:
             for step in self._in_flight.take(result):
                 outcomes += self._commit(step)
         if not error:
-            self._send(self._schedule())
+            self._schedule_and_send()
         for outcome in outcomes:
             self._notify(outcome)
         if error:
@@ -354,8 +348,3 @@ class Engine:
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
         handle.end(reason, self._clock(), self.scheduler.spec, error)
-
-    # --- other threads -----------------------------------------------------------------------------------------------
-
-    def _on_results(self, results: Sequence[StepResult]) -> None:
-        self._inbox.put(lambda: self._receive(results))

@@ -12,25 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from cluster.common.errors import StageError
 from cluster.engine.engine import Engine
-from protos.stage import stage_pb2 as pb
+
+if TYPE_CHECKING:
+    from cluster.stages.handle import GrpcStageHandle
 
 FLOOR_S = 20.0
 FACTOR = 5.0
 _CHECKS = 5  # within the floor
 _log = logging.getLogger(__name__)
-
-
-class ProbedShard(Protocol):
-    """A shard that reports how many layers it has computed."""
-
-    name: str
-
-    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
-        """Return the shard's counters; raises StageError when it does not answer."""
 
 
 class HangDetector:
@@ -40,7 +33,7 @@ class HangDetector:
     """
 
     def __init__(
-        self, engine: Engine, shards: Sequence[ProbedShard], floor_s: float = FLOOR_S,
+        self, engine: Engine, shards: Sequence[GrpcStageHandle], floor_s: float = FLOOR_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._engine = engine
@@ -89,7 +82,7 @@ class HangDetector:
         with ThreadPoolExecutor(len(self._shards)) as threads:  # shards that do not answer cost one time-out together
             return tuple(threads.map(self._layers_done, self._shards))
 
-    def _layers_done(self, shard: ProbedShard) -> int | None:
+    def _layers_done(self, shard: GrpcStageHandle) -> int | None:
         try:
             return int(shard.probe(self._floor_s / _CHECKS).layers_done)
         except StageError:

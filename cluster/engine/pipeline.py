@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.config.deployment import Deployment
@@ -18,31 +20,13 @@ if TYPE_CHECKING:
     from cluster.stages.launcher import Launched, LaunchStatus
 
 
+@dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Stage processes with an engine; started once, closed once. A failed one is replaced by another `Pipeline`."""
+    """A running pipeline; `close` stops it and may be called twice. A failed one is replaced by another `Pipeline`."""
 
-    def __init__(self, engine: Engine, launched: Launched, stop_stages: Callable[[], None]) -> None:
-        self.engine = engine
-        self.launched = launched
-        self._stop_stages = stop_stages
-        self._hang_detector = HangDetector(engine, launched.shards)
-
-    def start(self) -> None:
-        """Connect the engine to the stages and begin to work; whatever fails, nothing is left running."""
-        try:
-            self.engine.start()
-            self._hang_detector.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Stop in order: hang detector, engine, stage processes, Ray; may be called twice."""
-        try:
-            self._hang_detector.close()
-            self.engine.close()
-        finally:
-            self._stop_stages()
+    engine: Engine
+    launched: Launched
+    close: Callable[[], None]
 
 
 def launch_pipeline(
@@ -57,24 +41,25 @@ def launch_pipeline(
 
     config, spec = deployment.config, deployment.spec
     launcher = Launcher(deployment, on_status)
-    launched = launcher.start()
-    try:
+    with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes, Ray
+        steps.callback(launcher.close)
+        launched = launcher.start()
         scheduler = Scheduler(
             PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
             config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec, runs_ahead=True,
             num_stages=config.cluster.pipeline_parallel_size,
         )  # fmt: skip
         engine = Engine(scheduler, launched.shards, tokenizer, spec.eos_token_ids)
-        pipeline = Pipeline(engine, launched, launcher.close)
-        pipeline.start()
-    except BaseException:
-        launcher.close()
-        raise
-    return pipeline
+        steps.callback(engine.close)
+        engine.start()
+        hang_detector = HangDetector(engine, launched.shards)
+        steps.callback(hang_detector.close)
+        hang_detector.start()
+        return Pipeline(engine, launched, steps.pop_all().close)
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
-    """Digest of what the content of a KV page depends on besides its tokens."""
+    """Return a digest of what the content of a KV page depends on besides its tokens."""
     spec = deployment.spec
     kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
     parts = (fingerprint, *kv, *map(repr, positions))

@@ -1,10 +1,11 @@
-"""A running cluster with its tokenizer: documents and questions in, answers out."""
+"""A deployment that runs in this process: documents and questions in, answers out."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,12 +28,18 @@ if TYPE_CHECKING:
     from cluster.stages.handle import GrpcStageHandle
     from cluster.stages.launcher import Launched, LaunchStatus
 
+OnEvent = Callable[[int, EngineEvent], None]  # index of a prompt, and what happened to it
+
+
+def _ignore(_index: int, _event: EngineEvent) -> None:
+    pass
+
 
 class ClusterRuntime:
-    """A deployment that runs in this process; usable as a context manager.
+    """Runs one deployment; usable as a context manager.
 
-    Failure contract: nothing is durable. A failed pipeline ends every question with EngineError; whether it is started
-    again is up to `supervisor`. `close` always cleans up.
+    Failure contract: nothing is durable. A failed pipeline ends every question with EngineError; see
+    `PipelineSupervisor` for who starts it again. `close` always cleans up.
     """
 
     def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
@@ -80,7 +87,7 @@ class ClusterRuntime:
         return pipeline.launched
 
     def document_prompts(self, document: str, questions: Sequence[str], options: AnswerOptions) -> list[list[int]]:
-        """Prompts that share the document as their common beginning; the cluster need not run yet.
+        """Return prompts that share the document as their common prefix; the cluster need not run yet.
 
         Raises:
             PromptError: an empty document or question, or one that does not fit.
@@ -95,14 +102,14 @@ class ClusterRuntime:
 
     def ask(
         self, document: str | os.PathLike[str], question: str, options: AnswerOptions | None = None,
-        on_event: Callable[[int, EngineEvent], None] | None = None,
+        on_event: OnEvent = _ignore,
     ) -> Generation:  # fmt: skip
         """Answer one question about a document: a text, or the path object of a UTF-8 file. Raises as `ask_all`."""
         return self.ask_all(document, [question], options, on_event)[0]
 
     def ask_all(
         self, document: str | os.PathLike[str], questions: Sequence[str], options: AnswerOptions | None = None,
-        on_event: Callable[[int, EngineEvent], None] | None = None,
+        on_event: OnEvent = _ignore,
     ) -> list[Generation]:  # fmt: skip
         """Answer several questions about one document, which is computed once; results in their order.
 
@@ -120,17 +127,17 @@ class ClusterRuntime:
         return self.generate(prompts, options, on_event, reasoning_opened=opened)
 
     def check_document(self, data: bytes) -> str:
-        """The text of a document; raises PromptError when it is empty, not UTF-8 or too long whatever its tokens."""
+        """Return the text of a document; raises PromptError for one that is empty, not UTF-8 or certainly too long."""
         return check_document(data, self.tokenizer, self.deployment.max_model_len)
 
     def chat_prompt(self, messages: Sequence[tuple[str, str]], options: AnswerOptions) -> list[int]:
-        """Token ids of (role, content) messages through the chat template; raises PromptError."""
+        """Return token ids of (role, content) messages through the chat template; raises PromptError."""
         conversation = [{"role": role, "content": content} for role, content in messages]
         text = render_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking)
         return self.tokenizer.encode(text)
 
     def reproducibility(self, seed: int) -> dict[str, Any]:
-        """What is needed to get the same tokens again."""
+        """Return what is needed to get the same tokens again."""
         config, spec, facts = self.deployment.config, self.deployment.spec, environment()
         return {
             "model": config.model.served_model_name,
@@ -150,18 +157,18 @@ class ClusterRuntime:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV pages some request owns, 0..1."""
+        """Share of the KV pages that requests own, 0 to 1."""
         pipeline = self.supervisor.running
         return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
 
     @property
     def latency_coefficients(self) -> tuple[float, float, float, float]:
-        """The fitted cost of a step; see `LatencyModel`."""
+        """Fitted cost of a step; see `LatencyModel`."""
         pipeline = self.supervisor.running
         return pipeline.engine.latency.coefficients if pipeline is not None else (0.0, 0.0, 0.0, 0.0)
 
     def status(self) -> dict[str, Any]:
-        """The cluster as it is now: sizes, use of KV, and every shard's state."""
+        """Return sizes, use of KV, and the state of every shard."""
         config, newest, running = self.deployment.config, self.supervisor.newest, self.supervisor.running
         num_pages = running.engine.scheduler.pool.num_pages if running is not None else 0
         return {
@@ -195,8 +202,8 @@ class ClusterRuntime:
             check_ids(prompt, self.deployment.spec.vocab_size)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], options: AnswerOptions,
-        on_event: Callable[[int, EngineEvent], None] | None = None, reasoning_opened: bool = False,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent = _ignore,
+        reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Raises as `ask_all`."""
         handles = self.submit(prompts, options, on_event, reasoning_opened)
@@ -208,8 +215,8 @@ class ClusterRuntime:
             raise
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], options: AnswerOptions,
-        on_event: Callable[[int, EngineEvent], None] | None = None, reasoning_opened: bool = False,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent = _ignore,
+        reasoning_opened: bool = False,
     ) -> list[RequestHandle]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_all`."""
         self.check_prompts(prompts, options)
@@ -219,7 +226,7 @@ class ClusterRuntime:
                 prompt, options.max_tokens, options.sampling, options.stop, options.stop_token_ids, options.ignore_eos,
                 reasoning_opened, question=index,
             )  # fmt: skip
-            items.append((spec, _for_index(on_event, index)))
+            items.append((spec, partial(on_event, index)))
         return self.engine.submit_all(items)
 
 
@@ -242,9 +249,3 @@ def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") ->
         return
     at = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
     raise UserError(f"{key}: {prompt[at]} at index {at}: must be between 0 and {vocab_size - 1}")
-
-
-def _for_index(on_event: Callable[[int, EngineEvent], None] | None, index: int) -> Callable[[EngineEvent], None]:
-    if on_event is None:
-        return lambda event: None
-    return lambda event: on_event(index, event)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 
@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 
 
 class Head:
-    """Composes everything a head process runs; `start` once, `close` undoes it and may be called twice.
+    """Composes all parts of a head process; `close` undoes `start` and may be called twice.
 
-    `service`, `store` and `address` (what clients connect to, "" for port 0) are there after `start`.
+    After `start` it has `service`, `store`, and the `address` that clients connect to.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Head:
     ) -> None:  # fmt: skip
         """
         Args:
-            on_status: what is being started; called at every start of the pipeline.
-            runtime: one that runs already and goes on after `close`; without it the head has its own.
+            on_status: called at every start of the pipeline with what is being started.
+            runtime: one that runs already and goes on after `close`, instead of one of its own.
             port: replaces `server.port`; here 0 binds any free port.
             clock: seconds since 1970.
         """
@@ -51,11 +51,7 @@ class Head:
         self._steps = ExitStack()
 
     def start(self) -> None:
-        """Start in order: pipeline, jobs that an earlier head left unfinished, metrics, gRPC.
-
-        Raises:
-            UserError: bad checkpoint. PreflightError, PlacementError, StageError: nothing is left running.
-        """
+        """Start pipeline, job service, metrics and gRPC server; raises as `run_head`, with nothing left running."""
         server, data_dir = self._config.server, self._config.data_dir
         if self._port is None:
             check_port(server.host, server.port)
@@ -106,21 +102,18 @@ def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_re
         on_status(status)
         signals.renew()
 
-    head = Head(load_deployment(config_path), on_launch)
-    try:
+    with closing(Head(load_deployment(config_path), on_launch)) as head:
         head.start()
         signals.install()
         on_ready(head.address)
         signals.wait()
         _log.info("draining")
         head.drain()
-    finally:
-        head.close()
     return 0
 
 
 class _Signals:
-    """SIGTERM and SIGINT as a wish to stop. Ray replaces their handlers, so each start of the pipeline renews ours."""
+    """Waits for SIGTERM or SIGINT. Ray replaces the handlers, so each start of the pipeline renews ours."""
 
     def __init__(self) -> None:
         self._changed = threading.Event()

@@ -38,9 +38,9 @@ class FakeRuntime(ClusterRuntime):
         self.shard = FakeShard(0, 1, self.script, Clock())
         scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
         launched: Any = SimpleNamespace(shards=(self.shard,), fingerprint="f", dtype="float32")
-        pipeline = Pipeline(Engine(scheduler, [self.shard], self.tokenizer), launched, self.shard.close)
-        pipeline.start()
-        return pipeline
+        engine = Engine(scheduler, [self.shard], self.tokenizer)
+        engine.start()
+        return Pipeline(engine, launched, engine.close)
 
     def fail(self) -> None:
         """Lose the shard, and every request with it."""

@@ -1,50 +1,24 @@
-"""Reports of sparse cells: which steps wait for them, how they add up, and where the figures end up."""
+"""Reports of sparse cells: how they add up, and where the figures end up."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
-from itertools import permutations
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.engine.attention_report import AttentionReport, describe_positions, describe_sparsity
-from cluster.engine.in_flight import InFlightStep, InFlightSteps
+from cluster.engine.in_flight import InFlightStep
 from cluster.engine.outputs import AnswerOptions, Generation, PrefillProgress
 from cluster.jobs.model import JobAnswer, JobInput, JobRecord, JobSpec, JobState
 from cluster.scheduler.request import FinishReason
 from cluster.server.metrics import JobMetrics
 from protos.model.grid import split
 from protos.model.spec import DualChunkSpec, HeadBudget, RopeSpec, SparseSpec
-from protos.stage.messages import (
-    CellReport,
-    SampledToken,
-    SampleSpec,
-    SamplingParams,
-    SequenceSlice,
-    ShardSpec,
-    Span,
-    StepPlan,
-    StepResult,
-)
+from protos.stage.messages import CellReport, StepPlan
 from tests.support.fakes.stage import WAIT, Rig
 from tests.support.rigs.scheduler import PLAIN, long_spec
 
-EMPTY = Span(0, 0)
 SPARSE = long_spec(100, 64)
-
-
-def shards(stages: int, ranks: int) -> list[ShardSpec]:
-    return [
-        ShardSpec(stage, stages, rank, ranks, Span(stage, stage + 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
-        for stage in range(stages)
-        for rank in range(ranks)
-    ]
-
-
-def step_plan(step: int, sequences: Iterable[int] = (1,)) -> StepPlan:
-    parts = [SequenceSlice(s, 0, 1, 1, (0,), (), 1, SampleSpec(SamplingParams(), 0)) for s in sequences]
-    return StepPlan(1, step, tuple(parts))
 
 
 def report(sequence: int = 1, layer: int = 0, head: int = 0, start: int = 0, length: int = 64, **figures) -> CellReport:
@@ -52,94 +26,9 @@ def report(sequence: int = 1, layer: int = 0, head: int = 0, start: int = 0, len
     return CellReport(sequence, layer, head, start, length, **given)
 
 
-# --- steps under way --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", list(permutations([(0, 0), (0, 1), (1, 0), (1, 1)])))
-def test_a_sparse_step_waits_for_every_shard(order: tuple[tuple[int, int], ...]):
-    flight = InFlightSteps(shards(2, 2), lambda part: True)
-    flight.add(step_plan(1))
-    done: list[InFlightStep] = []
-    for place in order:
-        assert not done
-        samples = (SampledToken(1, 7),) if place == (1, 0) else ()
-        done = flight.take(
-            StepResult(1, 1, *place, 1_000_000 + place[0], samples, cells=(report(head=place[1]),), estimate_us=5)
-        )
-    (step,) = done
-    assert (len(step.cells), step.samples, step.slowest_s) == (4, (SampledToken(1, 7),), 1.000001)
-    assert (step.compute_us, step.estimate_us, len(flight)) == (4_000_002, 20, 0)
-
-
-def decode_plan(step: int) -> StepPlan:
-    part = SequenceSlice(1, 99 + step, 1, 100, (), (), 10, SampleSpec(SamplingParams(), step))
-    return StepPlan(1, step, (part,))
-
-
-def test_the_time_of_a_decode_step_through_all_stages():
-    flight = InFlightSteps(shards(2, 2), lambda part: False)
-    assert flight.decode_s(2) == 0
-    prompt = SequenceSlice(1, 0, 100, 100, range(100), (), 10, None)
-    flight.add(StepPlan(1, 1, (prompt,)))
-    for step in (2, 3, 4):
-        flight.add(decode_plan(step))
-    flight.take(StepResult(1, 1, 0, 0, 2_000_000))
-    flight.take(StepResult(1, 1, 1, 0, 2_000_000))
-    assert flight.decode_s(2) == 0, "a prompt tells nothing"
-    flight.take(StepResult(1, 2, 1, 0, 30_000))
-    assert flight.decode_s(2) == 0.06, "the stage that has not answered takes as long"
-    flight.take(StepResult(1, 2, 0, 1, 10_000))  # late, as of everyone whose results no step waits for
-    assert flight.decode_s(2) == 0.04
-    flight.take(StepResult(1, 2, 0, 0, 20_000))
-    assert flight.decode_s(2) == 0.05, "of the shards of a stage the slowest counts"
-    flight.take(StepResult(1, 3, 1, 0, 40_000))
-    assert flight.decode_s(2) == 0.06
-    flight.clear()
-    assert flight.decode_s(2) == 0
-
-
-def test_compute_time_that_is_told_late_counts_for_the_next_step():
-    flight = InFlightSteps(shards(2, 1), lambda part: False)
-    for step in (1, 2, 3):
-        flight.add(decode_plan(step))
-    (first,) = flight.take(StepResult(1, 1, 1, 0, 30_000))
-    assert first.compute_us == 30_000
-    assert flight.take(StepResult(1, 1, 0, 0, 20_000)) == []
-    flight.take(StepResult(1, 2, 0, 0, 21_000))
-    (second,) = flight.take(StepResult(1, 2, 1, 0, 30_000))
-    (third,) = flight.take(StepResult(1, 3, 1, 0, 30_000))
-    assert (second.compute_us, third.compute_us) == (71_000, 30_000)
-
-
-WHEN = {(0, 0): 20_000, (0, 1): 10_000, (1, 1): 15_000, (1, 0): 30_000}  # microseconds of every shard
-
-
-def test_a_dense_step_waits_for_the_sampling_shard_only():
-    flight = InFlightSteps(shards(2, 2), lambda part: False)
-    flight.add(step_plan(1))
-    assert flight.take(StepResult(1, 1, 0, 1, 10)) == []
-    assert [step.plan.step for step in flight.take(StepResult(1, 1, 1, 0, 10))] == [1]
-    assert flight.take(StepResult(1, 1, 1, 1, 10)) == [], "late"
-
-
-def test_steps_are_committed_in_order():
-    flight = InFlightSteps(shards(1, 2), lambda part: part.sequence == 1)
-    for step, sequence in ((1, 1), (2, 2), (3, 1), (4, 2)):
-        flight.add(step_plan(step, [sequence]))
-    assert [plan.step for plan in flight.plans] == [1, 2, 3, 4]
-    for step in (1, 2, 3):
-        assert flight.take(StepResult(1, step, 0, 0, 1)) == []
-    assert [s.plan.step for s in flight.take(StepResult(1, 1, 0, 1, 1))] == [1, 2]
-    assert flight.take(StepResult(1, 4, 0, 0, 1)) == []
-    assert [s.plan.step for s in flight.take(StepResult(1, 3, 0, 1, 1))] == [3, 4]
-
-
-# --- sums -------------------------------------------------------------------------------------------------------------
-
-
 def summed(*reports: CellReport):
     log = AttentionReport()
-    log.add(1, InFlightStep(step_plan(1), set(), cells=list(reports), compute_us=1000, estimate_us=250))
+    log.add(1, InFlightStep(StepPlan(1, 1, ()), set(), cells=list(reports), compute_us=1000, estimate_us=250))
     return log.summary(SPARSE, 300, 0)
 
 

@@ -6,27 +6,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import pytest
 
 from cluster.engine import supervisor as supervisor_module
-from cluster.engine.supervisor import TRANSITIONS, PipelineEvent, PipelineState, PipelineSupervisor, RestartPolicy
+from cluster.engine.supervisor import PAUSES_S, TRANSITIONS, PipelineEvent, PipelineState, PipelineSupervisor
 from tests.support.fakes.stage import WAIT, eventually
 
-S, E = PipelineState, PipelineEvent
-LEGAL = {
-    (S.STOPPED, E.START, S.STARTING),
-    (S.STOPPED, E.CLOSED, S.STOPPED),
-    (S.STARTING, E.STARTED, S.RUNNING),
-    (S.STARTING, E.START_FAILED, S.STOPPED),
-    (S.RUNNING, E.FAILED, S.RESTARTING),
-    (S.RUNNING, E.CLOSED, S.STOPPED),
-    (S.RESTARTING, E.STARTED, S.RUNNING),
-    (S.RESTARTING, E.START_FAILED, S.RESTARTING),
-    (S.RESTARTING, E.GIVEN_UP, S.DOWN),
-    (S.RESTARTING, E.CLOSED, S.STOPPED),
-    (S.DOWN, E.CLOSED, S.STOPPED),
+S = PipelineState
+LEGAL: set[tuple[PipelineState, PipelineEvent, PipelineState]] = {
+    (S.STOPPED, "start", S.STARTING),
+    (S.STOPPED, "closed", S.STOPPED),
+    (S.STARTING, "started", S.RUNNING),
+    (S.STARTING, "start failed", S.STOPPED),
+    (S.RUNNING, "failed", S.RESTARTING),
+    (S.RUNNING, "closed", S.STOPPED),
+    (S.RESTARTING, "started", S.RUNNING),
+    (S.RESTARTING, "start failed", S.RESTARTING),
+    (S.RESTARTING, "given up", S.DOWN),
+    (S.RESTARTING, "closed", S.STOPPED),
+    (S.DOWN, "closed", S.STOPPED),
 }
 
 
@@ -47,20 +47,12 @@ class FakePipeline:
         self._log.append(f"close {self.number}")
 
 
-class Impatient(RestartPolicy):
-    """The real policy, which waits no longer than a moment; `asked` are the pauses it would have waited."""
-
-    asked: ClassVar[list[float]] = []
-
-    def pause_s(self, attempts: int) -> float:
-        self.asked.append(super().pause_s(attempts))
-        return 0.0
-
-
 class Scene:
     """A supervisor over fake pipelines, and the listener of it. `launching` is called at each start."""
 
-    def __init__(self, policy: RestartPolicy | None = None) -> None:
+    def __init__(self) -> None:
+        self.pause_s = 0.0  # instead of the real one
+        self.asked: list[float] = []  # the real ones
         self.log: list[str] = []
         self.now = 0.0
         self.pipelines: list[FakePipeline] = []
@@ -68,7 +60,13 @@ class Scene:
         self.on_failed: Callable[[], None] = lambda: None
         self.on_restarted: Callable[[], None] = lambda: None
         launch: Any = self._launch
-        self.supervisor = PipelineSupervisor(launch, policy, clock=lambda: self.now)
+        self.supervisor = PipelineSupervisor(launch, clock=lambda: self.now)
+        self._real_pause_s = self.supervisor._pause_s
+        self.supervisor._pause_s = self._pause_s  # type: ignore[method-assign]
+
+    def _pause_s(self) -> float:
+        self.asked.append(self._real_pause_s())
+        return self.pause_s
 
     def _launch(self) -> FakePipeline:
         number = len([line for line in self.log if line.startswith("launch")]) + 1
@@ -108,27 +106,19 @@ def scene() -> Iterator[Scene]:
     made.supervisor.close()
 
 
-@pytest.fixture
-def impatient() -> Iterator[Scene]:
-    Impatient.asked = []
-    made = Scene(Impatient())
-    yield made
-    made.supervisor.close()
-
-
-@pytest.mark.parametrize("event", E)
+@pytest.mark.parametrize("event", get_args(PipelineEvent))
 @pytest.mark.parametrize("state", S)
 def test_every_transition(scene: Scene, state: PipelineState, event: PipelineEvent) -> None:
-    scene.supervisor._state = state
+    scene.supervisor.state = state
     expected = [after for before, what, after in LEGAL if (before, what) == (state, event)]
     if expected:
         scene.supervisor._transition(event)
         assert scene.supervisor.state is expected[0]
     else:
-        with pytest.raises(RuntimeError, match=f"the pipeline is {state.value}: '{event.value}' cannot happen to it"):
+        with pytest.raises(RuntimeError, match=f"the pipeline is {state.value}: '{event}' cannot happen to it"):
             scene.supervisor._transition(event)
         assert scene.supervisor.state is state
-    scene.supervisor._state = S.STOPPED
+    scene.supervisor.state = S.STOPPED
 
 
 def test_the_table_has_nothing_else() -> None:
@@ -224,7 +214,6 @@ def test_a_failure_reported_again_changes_nothing(scene: Scene) -> None:
 def test_a_pipeline_that_fails_before_anybody_used_it(scene: Scene) -> None:
     """Its predecessor's replacement is finished first: callbacks never overlap."""
     scene.supervised()
-    scene.supervisor.policy = RestartPolicy((0.0, 0.01))
     scene.on_restarted = lambda: scene.pipelines[1].fail() if len(scene.pipelines) == 2 else None
     scene.pipelines[0].fail()
     scene.reaches("restarted", 2)
@@ -232,45 +221,47 @@ def test_a_pipeline_that_fails_before_anybody_used_it(scene: Scene) -> None:
     assert scene.log == [*first, "failed", "close 2", "launch 3", "restarted"]
 
 
-def test_a_pipeline_that_breaks_soon_waits_longer_but_is_not_given_up(impatient: Scene) -> None:
-    impatient.supervised()
+def test_a_pipeline_that_breaks_soon_waits_longer_but_is_not_given_up(scene: Scene) -> None:
+    scene.supervised()
     for restarts in range(1, 8):
-        impatient.now += 59.0
-        impatient.pipelines[-1].fail()
-        impatient.reaches("restarted", restarts)
-    assert Impatient.asked == [0.0, 1.0, 5.0, 20.0, 60.0, 60.0, 60.0]
-    impatient.now += 60.0  # this one was sound
-    impatient.pipelines[-1].fail()
-    impatient.reaches("restarted", 8)
-    assert Impatient.asked[7:] == [0.0]
+        scene.now += 59.0
+        scene.pipelines[-1].fail()
+        scene.reaches("restarted", restarts)
+    assert scene.asked == [0.0, 1.0, 5.0, 20.0, 60.0, 60.0, 60.0]
+    scene.now += 60.0  # this one was sound
+    scene.pipelines[-1].fail()
+    scene.reaches("restarted", 8)
+    assert scene.asked[7:] == [0.0]
 
 
-def test_given_up_after_five_failed_starts_in_a_row(impatient: Scene) -> None:
+def test_given_up_after_five_failed_starts_in_a_row(scene: Scene) -> None:
+    assert PAUSES_S == (0.0, 1.0, 5.0, 20.0, 60.0)
+
     def refuse(number: int) -> None:
         if number not in (1, 6):  # four failures are forgiven
             raise RuntimeError("no room\nat all")
 
-    impatient.launching = refuse
-    impatient.supervised()
-    impatient.pipelines[0].fail("stage 0 is gone")
-    impatient.reaches("restarted")
-    assert Impatient.asked == [0.0, 1.0, 5.0, 20.0, 60.0]
-    impatient.now += 60.0
-    impatient.pipelines[-1].fail("stage 1 is gone")
-    eventually(lambda: impatient.supervisor.state is S.DOWN)
+    scene.launching = refuse
+    scene.supervised()
+    scene.pipelines[0].fail("stage 0 is gone")
+    scene.reaches("restarted")
+    assert scene.asked == [0.0, 1.0, 5.0, 20.0, 60.0]
+    scene.now += 60.0
+    scene.pipelines[-1].fail("stage 1 is gone")
+    eventually(lambda: scene.supervisor.state is S.DOWN)
     reason = "stage 1 is gone; starting again failed: no room at all"
-    impatient.reaches(f"given up: {reason}")
-    assert impatient.supervisor.reason == reason
-    assert impatient.supervisor.running is None
-    assert Impatient.asked[5:] == [0.0, 1.0, 5.0, 20.0, 60.0]
-    assert impatient.log.count("restarted") == 1
-    impatient.pipelines[-1].fail()
-    impatient.settle()
-    assert impatient.log[-1] == f"given up: {reason}"
-    impatient.supervisor.close()
-    impatient.launching = lambda number: None
-    impatient.supervisor.start()
-    assert (impatient.supervisor.state, impatient.supervisor.reason) == (S.RUNNING, "")
+    scene.reaches(f"given up: {reason}")
+    assert scene.supervisor.reason == reason
+    assert scene.supervisor.running is None
+    assert scene.asked[5:] == [0.0, 1.0, 5.0, 20.0, 60.0]
+    assert scene.log.count("restarted") == 1
+    scene.pipelines[-1].fail()
+    scene.settle()
+    assert scene.log[-1] == f"given up: {reason}"
+    scene.supervisor.close()
+    scene.launching = lambda number: None
+    scene.supervisor.start()
+    assert (scene.supervisor.state, scene.supervisor.reason) == (S.RUNNING, "")
 
 
 @pytest.mark.parametrize("callback", ["on_failed", "on_restarted"])
@@ -280,7 +271,6 @@ def test_a_listener_that_raises_stops_nothing(scene: Scene, callback: str, caplo
 
     scene.supervised()
     setattr(scene, callback, bad)
-    scene.supervisor.policy = RestartPolicy((0.0, 0.01))
     for restarts in (1, 2):
         scene.pipelines[-1].fail()
         scene.reaches("restarted", restarts)
@@ -289,7 +279,7 @@ def test_a_listener_that_raises_stops_nothing(scene: Scene, callback: str, caplo
 
 def test_close_during_a_pause(scene: Scene) -> None:
     scene.supervised()
-    scene.supervisor.policy = RestartPolicy((3600.0,))
+    scene.pause_s = 3600.0
     scene.pipelines[0].fail()
     scene.reaches("failed")
     scene.supervisor.close()
@@ -343,12 +333,12 @@ def test_close_during_a_restart(scene: Scene, patience_s: float, monkeypatch: py
 
 def test_a_supervision_that_ended_during_a_restart_goes_on_with_the_next(scene: Scene) -> None:
     scene.supervised()
-    scene.supervisor.policy = RestartPolicy((3600.0,))
+    scene.pause_s = 3600.0
     scene.pipelines[0].fail()
     scene.reaches("failed")
     scene.supervisor.release()
     assert scene.supervisor.state is S.RESTARTING
-    scene.supervisor.policy = RestartPolicy()
+    scene.pause_s = 0.0
     scene.supervisor.supervise(scene)
     scene.reaches("restarted")
     assert scene.supervisor.state is S.RUNNING

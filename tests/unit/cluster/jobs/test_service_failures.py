@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.common.errors import JobStoreError
+from cluster.engine import supervisor as supervisor_module
 from cluster.engine.outputs import AnswerOptions
-from cluster.engine.supervisor import RestartPolicy
 from cluster.jobs import recorder as recorder_module
 from cluster.jobs.model import (
     JobInput,
@@ -178,8 +178,8 @@ def test_close_while_the_pipeline_restarts(bench: Bench) -> None:
     bench.check_idle()
 
 
-def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
-    bench.runtime.supervisor.policy = RestartPolicy((0.0, 0.01, 0.01))
+def test_a_start_that_fails_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01, 0.01))
     tries: list[int] = []
 
     def fail_twice() -> None:
@@ -196,8 +196,8 @@ def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
     bench.check_idle()
 
 
-def test_pipeline_that_cannot_be_started_again(bench: Bench) -> None:
-    bench.runtime.supervisor.policy = RestartPolicy((0.0, 0.01))
+def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0, 0.01))
     bench.runtime.shard.hold()
     jobs = [bench.submit(), bench.submit()]
 
