@@ -55,7 +55,9 @@ class DocumentStore:
             for piece in pieces:
                 size += len(piece)
                 if size > max_bytes:
-                    raise InvalidJob(f"document: {size} bytes so far: must be at most {max_bytes}: send a shorter one")
+                    raise InvalidJob(
+                        f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)"
+                    )
                 digest.update(piece)
                 with self._errors():
                     _write(descriptor, piece)

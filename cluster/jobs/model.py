@@ -24,8 +24,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cluster.engine.outputs import AnswerOptions
-from protos.stage.messages import SamplingParams
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
@@ -131,18 +132,7 @@ class JobSpec:
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
         """Read what `to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        source = values["input"]
-        messages = source["messages"]
-        source |= {
-            "questions": tuple(source["questions"]),
-            "token_ids": None if source["token_ids"] is None else tuple(source["token_ids"]),
-            "messages": None if messages is None else tuple((role, content) for role, content in messages),
-        }
-        ask = values["ask"]
-        ask |= {"stop": tuple(ask["stop"]), "stop_token_ids": tuple(ask["stop_token_ids"])}
-        ask["sampling"] = SamplingParams(**ask["sampling"])
-        return cls(**(values | {"input": JobInput(**source), "ask": AnswerOptions(**ask)}))
+        return _SPEC.validate_json(text)
 
     def body_hash(self) -> str:
         """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline."""
@@ -150,6 +140,9 @@ class JobSpec:
         for key in ("idempotency_key", "deadline"):
             del values[key]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+_SPEC = TypeAdapter(JobSpec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,7 @@ class GrpcServer:
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
             maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _QUEUED_CALLS,
         )
-        jobs = _Jobs(self._service, self._config.max_document_bytes)
-        rpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call, unused-ignore]
+        rpc.add_JobsServicer_to_server(_Jobs(self._service), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -122,9 +121,8 @@ class GrpcServer:
 class _Jobs(rpc.JobsServicer):
     """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
 
-    def __init__(self, service: JobService, max_document_bytes: int) -> None:
+    def __init__(self, service: JobService) -> None:
         self._service = service
-        self._max_document = max_document_bytes
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
@@ -134,29 +132,17 @@ class _Jobs(rpc.JobsServicer):
         return codec.encode_document(self._service.upload(name, self._pieces(requests, context)))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
-        size = 0
         for request in requests:
             if request.WhichOneof("part") != "data":
                 raise InvalidJob("document: messages after the header must have data")
             if len(request.data) > MAX_PIECE:
                 raise InvalidJob(f"data: {len(request.data)} bytes: must be at most {MAX_PIECE} in one message")
-            size += len(request.data)
-            self._check_size(size)
             yield request.data
         if not context.is_active():  # half a document would be stored as a whole one
             raise InvalidJob("document: the upload was cut off")
 
-    def _check_size(self, size: int) -> None:
-        if size > self._max_document:
-            raise InvalidJob(
-                f"document: {size} bytes or more: must be at most {self._max_document} (server.max_document_bytes)"
-            )
-
     def _store_text(self, text: str) -> str:
-        data = text.encode()
-        self._check_size(len(data))
-        pieces = (data[at : at + MAX_PIECE] for at in range(0, len(data), MAX_PIECE))
-        return self._service.upload("", pieces).id
+        return self._service.upload("", [text.encode()]).id
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
         return codec.encode_document(self._service.document(check_id(request.id, "doc")))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from cluster.server.grpc_server import MAX_PIECE, GrpcServer
+from cluster.server.grpc_server import GrpcServer
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving
 
@@ -19,7 +19,7 @@ def service() -> FakeJobService:
 
 @pytest.fixture
 def server(service: FakeJobService) -> Iterator[tuple[GrpcServer, str]]:
-    with serving(service, max_document_bytes=3 * MAX_PIECE, max_streams=4) as made:
+    with serving(service, max_streams=4) as made:
         yield made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -20,7 +21,9 @@ from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.integration.server.calls import PROMPT, code_of, pieces
-from tests.support.fakes.jobs_api import FakeJobService, serving
+from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving
+from tests.support.fakes.runtime import FakeRuntime
+from tests.support.rigs.head import Served
 
 Code = grpc.StatusCode
 ID = new_id("job")
@@ -70,7 +73,6 @@ def test_documents(service: FakeJobService, stub: rpc.JobsStub):
         ([*pieces(b"a"), *pieces(b"b")], "after the header"),
         ([*pieces(b"a"), pb.DocumentPiece()], "after the header"),
         (list(pieces(bytes(MAX_PIECE + 1))), "at most 4194304"),
-        (list(pieces(*[bytes(MAX_PIECE)] * 3, b"x")), "server.max_document_bytes"),
         ([pb.DocumentPiece(header=pb.DocumentHeader(name="n" * 257))], "name: 257 characters"),
     ],
 )
@@ -81,8 +83,23 @@ def test_bad_uploads(service: FakeJobService, stub: rpc.JobsStub, sent: list[pb.
     assert not service.stored
 
 
-def test_a_document_of_the_largest_size(stub: rpc.JobsStub):
-    assert stub.UploadDocument(pieces(*[bytes(MAX_PIECE)] * 3)).size_bytes == 3 * MAX_PIECE
+def test_the_size_of_documents_is_bounded(tmp_path: Path):
+    largest = 2 * MAX_PIECE + 1
+    runtime = FakeRuntime(tmp_path, max_document_bytes=largest)
+    runtime.start()
+    with Served(runtime, tmp_path) as head, channel_to(head.address) as channel:
+        stub = rpc.JobsStub(channel)
+        assert stub.UploadDocument(pieces(*[bytes(MAX_PIECE)] * 2, b"x")).size_bytes == largest
+        text = pb.DocumentQuestions(text="a" * (largest + 5), questions=["?"])
+        for size, call in (
+            (largest + 1, lambda: stub.UploadDocument(pieces(*[bytes(MAX_PIECE)] * 2, b"xy"))),
+            (largest + 5, lambda: stub.Submit(pb.SubmitRequest(document=text))),
+        ):
+            code, details = code_of(call)
+            assert code is Code.INVALID_ARGUMENT
+            assert details == f"document: {size} bytes or more: must be at most {largest} (server.max_document_bytes)"
+        assert len(stub.ListDocuments(pb.ListDocumentsRequest()).documents) == 1
+    runtime.close()
 
 
 def test_a_stream_from_progress_to_the_ended_job(service: FakeJobService, stub: rpc.JobsStub):

@@ -105,9 +105,9 @@ def test_subscribers_hear_of_a_token_that_is_committed(
 ) -> None:
     job, other = live(store, []), live(store, [])
     recorder.start()
-    with changes.subscribe(job.job_id) as subscription, changes.subscribe(other.job_id) as stranger:
+    with changes.subscribe(job.job_id) as changed, changes.subscribe(other.job_id) as stranger:
         recorder.callback(job, 0)(OutputToken(1, 0, 5, "a"))
-        assert subscription.wait(20)
+        assert changed.wait(20)
         assert len(store.tokens(job.job_id)) == 1
         assert not stranger.wait(0)
 
