@@ -293,7 +293,7 @@ class Engine:
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)
-        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, now, spec.priority)
+        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, spec.priority)
         text = OutputText(self._tokenizer, spec.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)

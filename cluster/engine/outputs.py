@@ -1,4 +1,4 @@
-"""What a caller asks of the engine and what comes back: text in and out, progress, timings."""
+"""Requests to the engine and what comes back: progress, tokens, results with their timings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class GenerationSpec:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """Prefill of one prompt in tokens: `cached` came for nothing, `processed` counts them too."""
+    """Prefill of one prompt in tokens; `processed` includes the `cached` ones."""
 
     total: int
     cached: int
@@ -61,11 +61,11 @@ class PrefillProgress:
 class OutputToken:
     """A sampled token with the text that became certain with it (often empty), as it is stored and streamed.
 
-    `part` is where the output stands after the token, "reasoning" or "answer"; `reasoning` and `answer` are what the
-    token adds to either: together `text` without tags and the white space around them.
+    `part` is the part of the output after it, "reasoning" or "answer"; `reasoning` and `answer` are what it adds to
+    each: together `text` without tags and the white space around them.
     """
 
-    number: int  # 1, 2, 3, ... over all questions of one submission, in the order of sampling
+    number: int  # consecutive over all questions of one submission, in the order of sampling
     question: int
     token_id: int
     text: str

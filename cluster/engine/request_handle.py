@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ class RequestHandle:
     text: OutputText
     on_event: Callable[[EngineEvent], None]
     submitted: float
-    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the tokens of its submission
+    numbers: Iterator[int]  # for the next tokens of its submission
     attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
     first_token: float | None = None
@@ -36,7 +35,7 @@ class RequestHandle:
     result: Generation | None = None
 
     def wait(self, timeout_s: float | None = None) -> Generation:
-        """The result; raises TimeoutError, or EngineError when the cluster failed."""
+        """Return the result; raises TimeoutError, or EngineError when the cluster failed."""
         if not self.done.wait(timeout_s):
             raise TimeoutError(f"no result within {timeout_s} s")
         assert self.result is not None
@@ -45,7 +44,7 @@ class RequestHandle:
         return self.result
 
     def notify(self, event: EngineEvent) -> None:
-        """Call the submitter; one that raises hears nothing more."""
+        """Call the submitter; a callback that raises is not called again."""
         try:
             self.on_event(event)
         except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
@@ -53,7 +52,7 @@ class RequestHandle:
             self.on_event = _ignore
 
     def end(self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "") -> None:
-        """Make the result, tell the submitter, let `wait` return."""
+        """Set the result, notify the submitter and let `wait` return."""
         request = self.request
         started = self.started if self.started is not None else now
         first = self.first_token if self.first_token is not None else now

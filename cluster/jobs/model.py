@@ -24,8 +24,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cluster.engine.outputs import AnswerOptions
-from protos.stage.messages import SamplingParams
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
@@ -50,7 +51,7 @@ WAITING = frozenset({JobState.QUEUED, JobState.RECOVERING})
 
 
 class JobError(Exception):
-    """A request about a job or document that cannot be granted; one line for the user."""
+    """A request about a job or document that is refused; one line for the user."""
 
 
 class InvalidJob(JobError, ValueError):
@@ -70,7 +71,7 @@ class NotAllowedNow(JobError):
 
 
 class ServiceBusy(JobError):
-    """The queue is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
+    """The queue or another bound is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -78,12 +79,12 @@ class ServiceBusy(JobError):
 
 
 def new_id(kind: str) -> str:
-    """`job_` or `doc_` and 32 hexadecimal digits."""
+    """Return a new id of a kind ("job", "doc"): its name, `_` and 32 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 
 def check_id(value: str, kind: str) -> str:
-    """Refuse anything that is not an id of this kind (raises InvalidJob); ids become file names and SQL parameters."""
+    """Return an id of this kind, or raise InvalidJob; ids become file names and SQL parameters."""
     if not _ID.fullmatch(value) or not value.startswith(kind):
         raise InvalidJob(f"{kind} id: {value[:60]!r}: must be {kind}_ and 32 hexadecimal digits")
     return value
@@ -91,7 +92,7 @@ def check_id(value: str, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JobInput:
-    """Exactly one of: a stored document with questions, token ids, chat messages, a raw prompt."""
+    """What a job is about: exactly one of a stored document with questions, token ids, chat messages, a raw prompt."""
 
     document_id: str = ""
     questions: tuple[str, ...] = ()
@@ -100,8 +101,8 @@ class JobInput:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        given = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
-        if sum(given) != 1:
+        kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
+        if sum(kinds) != 1:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
         if self.document_id and not self.questions:
             raise InvalidJob("questions: 0: must have at least one")
@@ -115,7 +116,7 @@ class JobInput:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """Everything the client asked for. `deadline` is in seconds since 1970."""
+    """Everything a client asked for; `deadline` is in seconds since 1970."""
 
     input: JobInput
     ask: AnswerOptions
@@ -130,26 +131,18 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
-        """Inverse of `to_json`."""
-        values: dict[str, Any] = json.loads(text)
-        given = values["input"]
-        messages = given["messages"]
-        given |= {
-            "questions": tuple(given["questions"]),
-            "token_ids": None if given["token_ids"] is None else tuple(given["token_ids"]),
-            "messages": None if messages is None else tuple((role, content) for role, content in messages),
-        }
-        ask = values["ask"]
-        ask |= {"stop": tuple(ask["stop"]), "stop_token_ids": tuple(ask["stop_token_ids"])}
-        ask["sampling"] = SamplingParams(**ask["sampling"])
-        return cls(**(values | {"input": JobInput(**given), "ask": AnswerOptions(**ask)}))
+        """Read what `to_json` wrote."""
+        return _SPEC.validate_json(text)
 
     def body_hash(self) -> str:
-        """SHA-256 of what makes two submissions the same: everything but the key and the (relative) deadline."""
+        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline."""
         values = asdict(self)
         for key in ("idempotency_key", "deadline"):
             del values[key]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+_SPEC = TypeAdapter(JobSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +178,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRecord:
-    """A stored document; times are seconds since 1970, `expires` is moved on by every use."""
+    """A stored document; times are seconds since 1970, every use renews `expires`."""
 
     id: str
     name: str

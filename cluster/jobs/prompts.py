@@ -1,4 +1,4 @@
-"""Turn a job into token ids: the same when it is submitted and when a later head process resumes it."""
+"""Turn a job into token ids: the same ones when it is submitted and when a later head process resumes it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from cluster.text.reasoning import OPEN_TAG
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 
-_TAIL = 16  # ids at the end of a prompt that can hold the opening tag
+_TAIL = 16  # ids at the end of a prompt in which the opening tag is looked for
 
 
 def job_prompts(runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec) -> list[array[int]]:
-    """Token ids of every question. Raises InvalidJob, or JobNotFound (the document)."""
-    given = spec.input
+    """Return the token ids of every question.
+
+    Raises:
+        InvalidJob: the prompts cannot be built, or are too long. JobNotFound: the document is gone.
+    """
+    source = spec.input
     try:
-        if given.document_id:
-            text = runtime.check_document(documents.read(given.document_id))
-            prompts = runtime.document_prompts(text, given.questions, spec.ask)
-        elif given.messages is not None:
-            prompts = [runtime.chat_prompt(given.messages, spec.ask)]
-        elif given.prompt is not None:
-            prompts = [runtime.tokenizer.encode(given.prompt, add_special=True)]
+        if source.document_id:
+            text = runtime.check_document(documents.read(source.document_id))
+            prompts = runtime.document_prompts(text, source.questions, spec.ask)
+        elif source.messages is not None:
+            prompts = [runtime.chat_prompt(source.messages, spec.ask)]
+        elif source.prompt is not None:
+            prompts = [runtime.tokenizer.encode(source.prompt, add_special=True)]
         else:
-            prompts = [list(given.token_ids or ())]
+            prompts = [list(source.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)
     except UserError as error:
         raise InvalidJob(one_line(error)) from error
@@ -38,12 +42,12 @@ def job_prompts(runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec
 
 def reasoning_opened(tokenizer: TextTokenizer, spec: JobSpec) -> bool:
     """Whether the prompts of a job end inside `<think>`, so that their answers start as reasoning."""
-    given = spec.input
-    if given.document_id or given.messages is not None:
+    source = spec.input
+    if source.document_id or source.messages is not None:
         with contextlib.suppress(ChatTemplateError):  # the template of another model than the job was submitted to
             return opens_thinking(tokenizer, spec.ask.enable_thinking)
         return False
-    if given.prompt is not None:
-        return given.prompt.rstrip().endswith(OPEN_TAG)
-    ids = list(given.token_ids or ())[-_TAIL:]
+    if source.prompt is not None:
+        return source.prompt.rstrip().endswith(OPEN_TAG)
+    ids = list(source.token_ids or ())[-_TAIL:]
     return tokenizer.decode(ids, skip_special=False).rstrip().endswith(OPEN_TAG)

@@ -1,8 +1,7 @@
-"""Writes what the engine produces into the job store, then wakes those who follow.
+"""The thread that commits the engine's events to the job store, then notifies the subscribers.
 
-The engine's callbacks only put events into a queue. One thread takes all that wait, commits them in one transaction and
-then tells the followers: a token is on disk before anybody sees it, and a busy disk makes transactions larger, not
-more.
+The engine's callbacks only put events into a queue. The thread takes all that are queued and commits them in one
+transaction: a token is on disk before anybody sees it, and a slow disk makes transactions larger, not more.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from protos.stage.messages import SampledToken
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0  # between attempts to write to a disk that refuses
-_DETAILED = 16  # answers of a job that keep figures of every layer and head: tens of kilobytes each
-_PAGE = 1000  # tokens read at once when a job is taken up again
+_DETAILED = 16  # answers of a job that keep figures of every layer and attention head: tens of kilobytes each
+_PAGE = 1000  # tokens read at once when a job is resumed
 
 
 @dataclass(slots=True)
@@ -39,13 +38,13 @@ class LiveJob:
     num_answers: int
     on_end: Callable[[JobState], None]
     cancelled: bool = False  # somebody wants it to end
-    decodes: bool = False  # the store has heard of its first token
+    decodes: bool = False  # its first token since it was queued is committed
     progress: dict[int, PrefillProgress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
 
     def restore(self, finished: Mapping[int, str]) -> None:
-        """Begin again with the answers that had ended before."""
+        """Start again with the answers that had ended before."""
         self.ended = {question: FinishReason(reason) for question, reason in finished.items()}
         self.progress = {}
         self.decodes = False
@@ -81,7 +80,7 @@ class Recorder:
             self._thread.join()
 
     def callback(self, job: LiveJob, question: int) -> Callable[[EngineEvent], None]:
-        """What the engine calls for one question of a job."""
+        """Return what the engine calls for one question of a job."""
         return lambda event: self._queue.put((job, question, event))
 
     def flush(self) -> None:
@@ -181,7 +180,7 @@ def _final_state(job: LiveJob) -> JobState:
 
 
 def committed_tokens(store: JobStore, job_id: str) -> dict[int, list[SampledToken]]:
-    """What a job has already, by question: it is queued again after them."""
+    """Return the committed tokens of a job by question, after which it is resumed."""
     done: dict[int, list[SampledToken]] = {}
     after = 0
     while page := store.tokens(job_id, after, _PAGE):

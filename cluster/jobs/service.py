@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.common.errors import EngineError
@@ -58,6 +58,11 @@ class JobService:
         self, runtime: ClusterRuntime, store: JobStore, documents: DocumentStore, limits: ServerSection,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
+        """
+        Args:
+            limits: `max_queued_jobs`, `max_document_bytes`, `result_ttl_s` and `document_ttl_s` bound what is kept.
+            clock: gives seconds since 1970.
+        """
         self._runtime = runtime
         self._supervisor = runtime.supervisor
         self._store = store
@@ -178,7 +183,7 @@ class JobService:
         """Return the job once it has ended, or as it is after `timeout_s`."""
         return self._subscriptions.wait(job_id, timeout_s)
 
-    def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+    def stream(self, job_id: str, after: int = 0) -> Generator[JobEvent]:
         """Yield events from token `after + 1` on; ends with the record of the ended job.
 
         Tokens come in order, those together that are there together, progress in between (at least every 10 s), a

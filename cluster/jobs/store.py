@@ -52,9 +52,13 @@ StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it mu
 
 
 class JobStore:
-    """The durable state of the head; all methods may be called from any thread. `clock` gives seconds since 1970."""
+    """Durable state of the head process; all methods may be called from any thread."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """
+        Args:
+            clock: gives seconds since 1970.
+        """
         self._db = Database(path)
         self._clock = clock
 
@@ -62,9 +66,9 @@ class JobStore:
         self._db.close()
 
     def admission(self, spec: JobSpec) -> tuple[JobRecord | None, int]:
-        """The job that an earlier submission with this idempotency key made, and how many jobs wait.
+        """Return the job that an earlier submission with this idempotency key made, and how many jobs wait.
 
-        Raises JobConflict as `create`.
+        Raises JobConflict as `create` does.
         """
         with self._db.reading() as db:
             return _by_key(db, spec), _count(db, WAITING)
@@ -73,7 +77,7 @@ class JobStore:
         self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any],
         max_queued: int | None = None, document_expires: float | None = None,
     ) -> tuple[JobRecord, bool]:  # fmt: skip
-        """Store a queued job; with an idempotency key in use, the job that has it and False.
+        """Store a queued job and return it, and True; with an idempotency key in use, the job that has it, and False.
 
         Args:
             max_queued: how many jobs may wait; None for any number.
@@ -111,7 +115,7 @@ class JobStore:
     def transition(
         self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
     ) -> bool:
-        """Change the state if it is one of `expected`; False, and nothing changed, if it is not or the job is gone."""
+        """Change the state if it is one of `expected`; returns False if it is not, or the job is gone."""
         with self._db.writing() as db:
             return _transition(db, (job_id, expected, new), error, self._clock() if now is None else now)
 
@@ -119,10 +123,10 @@ class JobStore:
         self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
     ) -> Sequence[bool]:  # fmt: skip
-        """Everything one step of the engine made certain, in one transaction: tokens, then answers, then states.
+        """Store what steps of the engine produced, in one transaction: tokens, then answers, then states.
 
-        The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are
-        dropped; late answers only of a deleted one, so a cancelled job can still keep what it had.
+        The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are dropped;
+        late answers only of a deleted one, so a cancelled job keeps what it had.
 
         Returns:
             For each change of state whether it took place.
@@ -141,18 +145,18 @@ class JobStore:
             return [_transition(db, change, "", now) for change in states]
 
     def get(self, job_id: str) -> JobRecord | None:
-        """The job with its answers, without tokens."""
+        """Return the job with its answers, without tokens."""
         with self._db.reading() as db:
             return _one(db, job_id)
 
     def state(self, job_id: str) -> JobState | None:
-        """The state of a job, cheaper than all of it; None for an unknown one."""
+        """Return the state of a job, without reading its spec; None for an unknown one."""
         with self._db.reading() as db:
             row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else JobState(row[0])
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> list[OutputToken]:
-        """At most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
+        """Return at most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
         if after < 0 or limit < 1:
             raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
         with self._db.reading() as db:
@@ -164,7 +168,7 @@ class JobStore:
         return [_token(row) for row in rows]
 
     def split_old_tokens(self, reasoning_opened: Callable[[JobSpec], bool]) -> None:
-        """Give the tokens that were stored before schema 4 their part; later ones come with it."""
+        """Split reasoning off the tokens that were stored before schema 4; later ones come with it."""
         while True:
             with self._db.writing() as db:  # one job at a time: others read in between
                 row = db.execute("SELECT job FROM tokens WHERE part = '' LIMIT 1").fetchone()
@@ -186,9 +190,9 @@ class JobStore:
         self, states: Collection[JobState] = (), labels: Mapping[str, str] | None = None, limit: int = 100,
         cursor: str = "",
     ) -> tuple[list[JobRecord], str]:  # fmt: skip
-        """Jobs in any of `states` (none: all) that have all `labels`, newest first, and the cursor of the next page.
+        """Return jobs in any of `states` (none: all) with all `labels`, newest first, and the cursor of the next page.
 
-        A cursor stays good while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
+        A cursor stays valid while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
         """
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidJob(f"page_size: {limit}: must be between 1 and {MAX_PAGE}")
@@ -211,18 +215,18 @@ class JobStore:
         return records, f"j{rows[limit - 1][0]:015x}" if len(rows) > limit else ""
 
     def unfinished(self) -> list[JobRecord]:
-        """Every job that has not ended, oldest first."""
+        """Return every job that has not ended, oldest first."""
         with self._db.reading() as db:
             query = f"{_RECORD} WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
             return _records(db, db.execute(query, (_array(ACTIVE),)).fetchall())
 
     def count(self, states: Collection[JobState] = ()) -> int:
-        """How many jobs are in any of `states` (none: all)."""
+        """Count the jobs in any of `states` (none: all)."""
         with self._db.reading() as db:
             return _count(db, states or JobState)
 
     def delete(self, job_id: str) -> bool:
-        """Forget an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
+        """Delete an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
         with self._db.writing() as db:
             query = "DELETE FROM jobs WHERE id = ? AND state IN (SELECT value FROM json_each(?))"
             return db.execute(query, (job_id, _array(FINAL))).rowcount > 0
@@ -235,7 +239,7 @@ class JobStore:
         return sum(self.delete(job_id) for job_id in ids)  # one transaction each: steps commit in between
 
     def put_document(self, record: DocumentRecord) -> DocumentRecord:
-        """Add a document, or move on the expiry of the one with this id; returns what is stored."""
+        """Add a document, or renew the expiry of the one with this id; returns what is stored."""
         with self._db.writing() as db:
             db.execute(
                 "INSERT INTO documents (id, name, size_bytes, created, expires) VALUES (?, ?, ?, ?, ?)"
@@ -255,25 +259,25 @@ class JobStore:
             return db.execute(query, (expires, document_id)).rowcount > 0
 
     def list_documents(self) -> list[DocumentRecord]:
-        """All documents, newest first."""
+        """Return all documents, newest first."""
         with self._db.reading() as db:
             return _documents(db, "ORDER BY created DESC, rowid DESC")
 
     def delete_document(self, document_id: str) -> bool:
-        """Remove the record; False if there is none. Raises NotAllowedNow while a job that has not ended uses it."""
+        """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
         with self._db.writing() as db:
             if _documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, _array(ACTIVE)):
                 raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
             return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
 
     def expired_documents(self, now: float) -> list[DocumentRecord]:
-        """Documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
+        """Return the documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
         with self._db.reading() as db:
             return _documents(db, f"WHERE expires <= ? AND NOT {_IN_USE} ORDER BY expires", now, _array(ACTIVE))
 
 
 def _token(row: Sequence[Any]) -> OutputToken:
-    """A row of _TOKEN, whose columns are the fields of OutputToken."""
+    """Read a row of _TOKEN, whose columns are the fields of OutputToken."""
     values = list(row)
     values[5] = () if row[5] == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(row[5]))
     return OutputToken(*values)
@@ -360,7 +364,7 @@ def _one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
 
 
 def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobRecord]:
-    """Rows of _RECORD as records, with the answers of all of them from one query."""
+    """Turn rows of _RECORD into records, with the answers of all of them from one query."""
     answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
     query = (
         "SELECT job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention"

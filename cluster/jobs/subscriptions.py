@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
@@ -30,61 +30,41 @@ class ProgressUpdate:
 JobEvent = ProgressUpdate | Sequence[OutputToken] | JobRecord
 
 
-class Subscription:
-    """One subscriber of one job; `wait` returns at the next commit about this job, and at no other."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._condition = threading.Condition(lock)
-        self._changed = False
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for a change since the last `wait`; False after the timeout."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._changed, timeout_s)
-            changed, self._changed = self._changed, False
-            return changed
-
-    def notify(self) -> None:
-        """Wake the subscriber (lock held)."""
-        self._changed = True
-        self._condition.notify_all()
-
-
 class ChangeNotifier:
     """Wakes the subscribers of the jobs that changed. Keeps nothing about jobs without subscribers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._subscriptions: dict[str, set[Subscription]] = {}
+        self._subscribers: dict[str, set[threading.Event]] = {}
         self.closed = False
 
     @contextlib.contextmanager
-    def subscribe(self, job_id: str) -> Iterator[Subscription]:
-        """A subscription inside the block: no commit that comes after its beginning is missed."""
-        subscription = Subscription(self._lock)
+    def subscribe(self, job_id: str) -> Iterator[threading.Event]:
+        """Yield an event that is set at every change of the job; the subscriber clears it, then reads the store."""
+        changed = threading.Event()
         with self._lock:
-            self._subscriptions.setdefault(job_id, set()).add(subscription)
+            self._subscribers.setdefault(job_id, set()).add(changed)
         try:
-            yield subscription
+            yield changed
         finally:
             with self._lock:
-                others = self._subscriptions[job_id]
-                others.discard(subscription)
+                others = self._subscribers[job_id]
+                others.discard(changed)
                 if not others:
-                    del self._subscriptions[job_id]
+                    del self._subscribers[job_id]
 
     def notify(self, job_ids: Sequence[str]) -> None:
         """Wake the subscribers of these jobs: something about them was committed, or they were deleted."""
         with self._lock:
             for job_id in job_ids:
-                for subscription in self._subscriptions.get(job_id, ()):
-                    subscription.notify()
+                for changed in self._subscribers.get(job_id, ()):
+                    changed.set()
 
     def close(self) -> None:
         """Wake everybody for the last time."""
         with self._lock:
             self.closed = True
-            job_ids = list(self._subscriptions)
+            job_ids = list(self._subscribers)
         self.notify(job_ids)
 
 
@@ -114,23 +94,24 @@ class Subscriptions:
         return job_id in self._num_streams
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        """The job once it has ended, or as it is after `timeout_s`."""
+        """Return the job once it has ended, or as it is after `timeout_s`."""
         until = time.monotonic() + timeout_s
-        with self._changes.subscribe(job_id) as subscription:
+        with self._changes.subscribe(job_id) as changed:
             while True:
+                changed.clear()
                 record = self._get(job_id)
                 left = until - time.monotonic()
                 if record.state.is_final or left <= 0 or self._changes.closed:
                     return record
-                subscription.wait(min(left, HEARTBEAT_S))
+                changed.wait(min(left, HEARTBEAT_S))
 
-    def events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
-        """Tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
+    def events(self, job_id: str, after: int, attached: bool) -> Generator[JobEvent]:
+        """Yield tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
         with self._lock:
             self._num_streams[job_id] = self._num_streams.get(job_id, 0) + 1
         try:
-            with self._changes.subscribe(job_id) as subscription:
-                yield from self._follow(job_id, after, subscription)
+            with self._changes.subscribe(job_id) as changed:
+                yield from self._follow(job_id, after, changed)
         finally:
             with self._lock:
                 self._num_streams[job_id] -= 1
@@ -140,10 +121,11 @@ class Subscriptions:
             if attached and is_last and not self._changes.closed:
                 self._on_unfollowed(job_id)
 
-    def _follow(self, job_id: str, after: int, subscription: Subscription) -> Iterator[JobEvent]:
+    def _follow(self, job_id: str, after: int, changed: threading.Event) -> Iterator[JobEvent]:
         state: JobState | None = None
         shown: dict[int, PrefillProgress] = {}
         while True:
+            changed.clear()
             record = None
             if self._store.state(job_id) is not state:  # the whole record has the prompt in it
                 record = self._get(job_id)  # before the tokens: when it has ended, they are all there
@@ -164,5 +146,5 @@ class Subscriptions:
                     return
             if self._changes.closed:
                 return
-            if not subscription.wait(HEARTBEAT_S):
+            if not changed.wait(HEARTBEAT_S):
                 shown.clear()

@@ -1,4 +1,4 @@
-"""How the tokens of a step are shared among requests, and where the grid of a prompt lets a step be cut.
+"""Share the tokens of a step among requests, and fit the shares to the grid of each prompt.
 
 Pure arithmetic. Dense rows may be cut anywhere but at most up to the next border of a DCA chunk; sparse rows come in
 whole cells (`protos.model.grid`).

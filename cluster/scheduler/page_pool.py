@@ -1,4 +1,4 @@
-"""The owner of every KV page. Pure Python: the pages themselves live in the workers.
+"""Allocate KV pages and find them by their content. Pure Python: the pages themselves live in the workers.
 
 A page (`kv_cache.page_size` tokens) is free (no content), owned (one or more requests read it) or cached (nobody reads
 it, but others can find its content by its hash). Cached pages are evicted oldest first.
@@ -16,7 +16,7 @@ _FREE_RUN = re.compile(rb"\0+")  # neighbouring pages that are _FREE
 
 
 class PagePool:
-    """Allocates pages, counts their readers and finds pages by hash."""
+    """Owns every page: allocates, counts readers, finds by hash."""
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:

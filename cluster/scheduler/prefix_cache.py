@@ -1,4 +1,4 @@
-"""Which pages a request adopts from others, waits for, and makes findable: automatic prefix caching."""
+"""Automatic prefix caching: decide which pages a request adopts from others, waits for, and makes findable."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ _MIN_REUSE_FRACTION = 0.25
 
 
 class PrefixCache:
-    """Finds shared prefixes of prompts. A page of a prompt is
+    """Finds shared prefixes of prompts.
 
-    - known: computed, and findable by its hash in the pool; a request adopts it when it is admitted.
-    - pending: a running request is about to compute it; a request whose longest prefix ends with it is held back.
+    A page of a prompt is known when it is computed and the pool has its hash: a request adopts it when it is admitted.
+    A page is pending while a running request is about to compute it: a request that could adopt it later waits.
+
+    Args:
+        root: what the content of KV depends on besides tokens and positions, see `page_hashes`.
     """
 
     def __init__(self, pool: PagePool, page_size: int, root: bytes, spec: ModelSpec | None) -> None:
-        """
-        Args:
-            root: what the content of KV depends on besides tokens and positions, see `page_hashes`.
-        """
         self._pool = pool
         self._page_size = page_size
         self._keys = PrefixKeys(root, page_size, spec)

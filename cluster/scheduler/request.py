@@ -1,4 +1,4 @@
-"""One question as the scheduler sees it: its tokens, how many are computed, and the pages that hold their KV."""
+"""The state of one request: its tokens, how many are computed, and the pages that hold their KV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protos.stage.messages import SampledToken, SamplingParams
 
 
 class Status(enum.Enum):
-    """Where a request is in its life."""
+    """The stages of a request's life."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -44,7 +44,7 @@ class StopRules:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The state of one prompt and its answer.
+    """One prompt and its answer.
 
     Of the tokens present (prompt and output), the first `num_computed` have KV and the first `num_scheduled` are
     computed or in flight: num_cached <= num_computed <= num_scheduled.
@@ -54,7 +54,6 @@ class Request:
     prompt: Sequence[int]
     sampling: SamplingParams
     stop: StopRules
-    arrived: float = 0.0
     priority: int = 0  # higher is admitted earlier
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Decides every step: which requests run, how many tokens of each, in which pages. Pure Python, no clock, no I/O.
+"""Decide every step: which requests run, how many tokens of each, in which pages. Pure Python, no clock, no I/O.
 
 A request reserves all pages it can ever need when it is admitted (prompt and max_tokens), so nothing that runs can run
 out of memory. Its pages go back as soon as it ends, even with steps of it in flight: stages execute plans in order, so
@@ -25,20 +25,20 @@ class DoesNotFit(UserError):
 
 
 class Scheduler:
-    """Owns the requests and their pages. `schedule` and `commit` alternate freely: several plans may be in flight."""
+    """Owns the requests and their pages. `schedule` and `commit` alternate freely: several plans may be in flight.
+
+    Args:
+        cache_root: what the content of KV depends on besides tokens and positions.
+        spec: says where attention lets a step be cut; None: anywhere (plain dense attention).
+        runs_ahead: plan the step after a sample before the token is known: its slice has a length of 1 and no ids,
+            and the first stage takes the token that the last one of `num_stages` has sampled. Several stages run
+            ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
+    """
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
         epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False, num_stages: int = 1,
     ) -> None:  # fmt: skip
-        """
-        Args:
-            cache_root: what the content of KV depends on besides tokens and positions.
-            spec: says where attention lets a step be cut; None: anywhere (plain dense attention).
-            runs_ahead: plan the step after a sample before the token is known: its slice has a length of 1 and no ids,
-                and the first stage takes the token that the last one of `num_stages` has sampled. Several stages run
-                ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
-        """
         if spec is not None and spec.sparse is not None:
             cell, distance = spec.sparse.cell, spec.chunk_distance
             if cell % page_size or distance % page_size:

@@ -38,14 +38,9 @@ class ChatTemplateError(UserError):
 
 
 def render_chat(
-    tokenizer: TextTokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    enable_thinking: bool | None = None,
-    add_generation_prompt: bool = True,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tokenizer: TextTokenizer, messages: Sequence[Mapping[str, Any]], *, enable_thinking: bool | None = None
 ) -> str:
-    """Return the text of a conversation under the model's chat template, as transformers renders it.
+    """Return the prompt of a conversation under the model's chat template, as transformers renders it.
 
     Args:
         enable_thinking: None leaves the choice to the template.
@@ -63,8 +58,8 @@ def render_chat(
     variables: dict[str, Any] = {
         **tokenizer.special_tokens,
         "messages": [dict(message) for message in messages],
-        "add_generation_prompt": add_generation_prompt,
-        "tools": None if tools is None else list(tools),
+        "add_generation_prompt": True,
+        "tools": None,
         "documents": None,
     }
     if enable_thinking is not None:

@@ -1,4 +1,4 @@
-"""Token ids of an answer to text while they are sampled: detokenization, stop strings, reasoning."""
+"""Turn the token ids of an answer into text while they are sampled, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class IncrementalDecoder:
 
     _CONTEXT = 4  # visible tokens decoded again with each piece, so that spaces between words are right
 
-    def __init__(self, tokenizer: TextTokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []
         self._held: list[int] = []
@@ -33,7 +32,7 @@ class IncrementalDecoder:
     def push(self, token_id: int) -> str:
         """Return the text that became certain with `token_id`; often empty inside a character of several tokens."""
         entry = self._tokenizer.id_to_token(token_id)
-        if entry is None or (self._skip_special and self._tokenizer.is_special(token_id)):
+        if entry is None or self._tokenizer.is_special(token_id):
             return ""
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(token_bytes(entry))
@@ -48,8 +47,8 @@ class IncrementalDecoder:
         return rest
 
     def _emit(self) -> str:
-        before = self._tokenizer.decode(self._context, skip_special=self._skip_special)
-        text = self._tokenizer.decode(self._context + self._held, skip_special=self._skip_special)
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._held)
         visible = [i for i in self._held if not _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(i) or "")]
         self._context = (self._context + visible)[-self._CONTEXT :]
         self._held = []

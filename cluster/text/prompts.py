@@ -1,4 +1,4 @@
-"""Prompts of documents and questions, and the checks made before any work.
+"""Build the prompts of questions about a document, and check documents before any work.
 
 The document always comes first in the user message, so that all questions about it share one token prefix, and
 with it the KV that was computed for that prefix.
@@ -17,7 +17,7 @@ DEFAULT_TEMPLATE = "{document}\nQuestion: {question}"
 
 
 class PromptError(UserError):
-    """A document, question or template that cannot become a prompt; one line for the user."""
+    """A document or question that cannot become a prompt; one line for the user."""
 
 
 def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) -> str:
@@ -92,16 +92,15 @@ def build_document_prompts(
     the message alone.
 
     Args:
-        template: the user message with `{document}` and, after it, `{question}`.
+        template: the user message with `{document}` and, after it, `{question}` (`model.document_prompt`).
         enable_thinking: None leaves the choice to the chat template.
 
     Raises:
-        PromptError: an empty document or question, an unusable template, or no room for `max_tokens` of answer.
+        PromptError: an empty document or question, or no room for `max_tokens` of answer.
         ChatTemplateError: the chat template fails, or what it puts before the document depends on the question.
     """
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")
-    _check_template(template)
     check_size(len(document), tokenizer, max_model_len)  # characters: never more than bytes
     document_mark, question_mark = (f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question"))
     head: str | None = None
@@ -155,9 +154,3 @@ def _split_once(text: str, mark: str) -> tuple[str, str]:
             f"chat_template: shows the user message {len(parts) - 1} times: must show it exactly once"
         )
     return parts[0], parts[1]
-
-
-def _check_template(template: str) -> None:
-    counts = template.count("{document}"), template.count("{question}")
-    if counts != (1, 1) or template.index("{document}") > template.index("{question}"):
-        raise PromptError(f"template: {template[:80]!r}: must have {{document}} once and, after it, {{question}} once")

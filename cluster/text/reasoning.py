@@ -31,13 +31,12 @@ class ReasoningSplitter:
 
     What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
     its end that the next text must decide, and for a `</think>` without its start, which stays answer.
+
+    Args:
+        opened: the prompt ended inside `<think>`.
     """
 
     def __init__(self, opened: bool) -> None:
-        """
-        Args:
-            opened: the prompt ended inside `<think>`.
-        """
         self._opened = opened
         self._state: Literal["start", "reasoning", "after", "answer"] = "start"  # after: white space before the answer
         self._held = ""  # white space, or the beginning of a tag: decided by the next text

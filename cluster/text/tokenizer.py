@@ -1,4 +1,4 @@
-"""Text to token ids and back: the `tokenizers` library and what `tokenizer_config.json` adds to it."""
+"""Turn text into token ids and back: the `tokenizers` library and what `tokenizer_config.json` adds to it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Broken bytes for every method of the gRPC door: it lives on, and each failure is a status that says what is wrong.
+"""Broken bytes for every method of the gRPC server: it lives on, and each failure is a status that says what is wrong.
 
-2,000 requests each to a door over a service in memory and to a whole head over a fake pipeline;
+2,000 requests each to a server over a service in memory and to a whole head over a fake pipeline;
 `LONGREACH_FUZZ=10000` sends as many, `LONGREACH_FUZZ_SEED` others.
 """
 
@@ -30,9 +30,9 @@ ID = new_id("job")
 PROMPT = pb.SubmitRequest(prompt="hello")
 
 
-@pytest.fixture(params=["door", "head"])
+@pytest.fixture(params=["server", "head"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "door":
+    if request.param == "server":
         with serving(FakeJobService(), max_streams=4) as (_, made):
             yield made
         return
@@ -89,7 +89,7 @@ def mutate(noise: random.Random, raw: bytes) -> bytes:
     return bytes(data)
 
 
-def test_mutated_requests_never_break_the_door(address: str):
+def test_mutated_requests_never_break_the_server(address: str):
     assert set(REQUESTS) == {method.name for method in pb.DESCRIPTOR.services_by_name["Jobs"].methods}
     noise = random.Random(os.environ.get("LONGREACH_FUZZ_SEED", "20"))
     seen: dict[grpc.StatusCode, int] = {}
@@ -114,7 +114,7 @@ def status_of(channel: grpc.Channel, path: str, raw: list[bytes]) -> grpc.Status
     return Code.OK
 
 
-def test_noise_on_the_socket_leaves_the_door_open(address: str):
+def test_noise_on_the_socket_leaves_the_server_up(address: str):
     host, _, port = address.rpartition(":")
     noise = random.Random(1)
     for head in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00"):

@@ -61,11 +61,11 @@ class Endpoint:
 def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
     bench = Bench(tmp_path)
     port = free_port()
-    door = MetricsServer(bench.service, bench.runtime, "127.0.0.1", port)
-    door.start()
+    server = MetricsServer(bench.service, bench.runtime, "127.0.0.1", port)
+    server.start()
     yield Endpoint(bench, port)
-    door.close()
-    door.close()
+    server.close()
+    server.close()
     bench.close()
 
 

@@ -1,4 +1,4 @@
-"""API keys and TLS of the gRPC door: every method of every service, every way to be without the right key."""
+"""API keys and TLS of the gRPC server: every method of every service, every way to be without the right key."""
 
 from __future__ import annotations
 

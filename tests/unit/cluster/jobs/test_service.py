@@ -203,11 +203,11 @@ def test_attached_job_ends_with_its_last_follower(bench: Bench) -> None:
     other = bench.service.stream(free)
     for stream in (first, second, other):
         next(stream)
-    first.close()  # type: ignore[attr-defined]
-    other.close()  # type: ignore[attr-defined]
+    first.close()
+    other.close()
     bench.runtime.shard.let(2)
     bench.reaches(attached, S.DECODING)
-    second.close()  # type: ignore[attr-defined]
+    second.close()
     bench.runtime.shard.let(1000)
     assert bench.service.wait(attached, 20).state is S.CANCELLED
     assert bench.service.wait(free, 20).state is S.SUCCEEDED

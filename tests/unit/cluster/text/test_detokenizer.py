@@ -11,28 +11,28 @@ from cluster.text.tokenizer import TextTokenizer
 from tests.support.data.tokenizers import BYTE_IDS, NEEDLE, SENTENCEPIECE
 
 
-def streamed(tokenizer: TextTokenizer, ids: list[int], skip_special: bool) -> str:
-    decoder = IncrementalDecoder(tokenizer, skip_special)
+def streamed(tokenizer: TextTokenizer, ids: list[int]) -> str:
+    decoder = IncrementalDecoder(tokenizer)
     return "".join([*(decoder.push(i) for i in ids), decoder.flush()])
 
 
-@given(st.lists(st.integers(0, NEEDLE.vocab_size + 3)), st.booleans())
+@given(st.lists(st.integers(0, NEEDLE.vocab_size + 3)))
 @settings(deadline=None)
-def test_incremental_decoding_of_any_ids(ids: list[int], skip_special: bool) -> None:
-    assert streamed(NEEDLE, ids, skip_special) == NEEDLE.decode(ids, skip_special)
+def test_incremental_decoding_of_any_ids(ids: list[int]) -> None:
+    assert streamed(NEEDLE, ids) == NEEDLE.decode(ids)
 
 
 @given(st.binary(max_size=40))
 @settings(deadline=None)
 def test_incremental_decoding_of_any_bytes(data: bytes) -> None:
     ids = [BYTE_IDS[byte] for byte in data]
-    assert streamed(NEEDLE, ids, True) == NEEDLE.decode(ids) == data.decode("utf-8", "replace")
+    assert streamed(NEEDLE, ids) == NEEDLE.decode(ids) == data.decode("utf-8", "replace")
 
 
-@given(st.lists(st.integers(0, SENTENCEPIECE.vocab_size)), st.booleans())
+@given(st.lists(st.integers(0, SENTENCEPIECE.vocab_size)))
 @settings(max_examples=300, deadline=None)
-def test_incremental_decoding_with_word_marks_and_byte_fallback(ids: list[int], skip_special: bool) -> None:
-    assert streamed(SENTENCEPIECE, ids, skip_special) == SENTENCEPIECE.decode(ids, skip_special)
+def test_incremental_decoding_with_word_marks_and_byte_fallback(ids: list[int]) -> None:
+    assert streamed(SENTENCEPIECE, ids) == SENTENCEPIECE.decode(ids)
 
 
 @given(st.text("ab é.世😀 ", max_size=20))
@@ -48,7 +48,7 @@ def test_incremental_decoding_never_shows_half_a_character(text: str) -> None:
 def test_decoder_work_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     decode = SENTENCEPIECE.decode
-    monkeypatch.setattr(SENTENCEPIECE, "decode", lambda ids, skip_special: sizes.append(len(ids)) or decode(ids))
+    monkeypatch.setattr(SENTENCEPIECE, "decode", lambda ids: sizes.append(len(ids)) or decode(ids))
     decoder = IncrementalDecoder(SENTENCEPIECE)
     for token_id in SENTENCEPIECE.encode("ab " * 500):
         decoder.push(token_id)
