@@ -22,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cluster.common.text_format import one_line
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
+from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
 
-DEFAULT_TEMPLATE = "{document}\nQuestion: {question}"
 _RENDER_SECONDS = 10.0
 _MAX_TEMPLATE_CHARS = 1 << 20  # of a chat template, and of what it may add to the messages
 _TEMPLATE_FAILURES = (
@@ -123,7 +123,7 @@ def build_document_prompts(
     tokenizer: TextTokenizer,
     document: str,
     questions: Sequence[str],
-    template: str = DEFAULT_TEMPLATE,
+    template: str = DEFAULT_DOCUMENT_PROMPT,
     *,
     enable_thinking: bool | None,
     max_model_len: int,
@@ -202,8 +202,7 @@ def _split_once(text: str, mark: str) -> tuple[str, str]:
 
 
 def _check_template(template: str) -> None:
-    counts = template.count("{document}"), template.count("{question}")
-    if counts != (1, 1) or template.index("{document}") > template.index("{question}"):
+    if not is_document_prompt(template):
         raise PromptError(f"template: {template[:80]!r}: must have {{document}} once and, after it, {{question}} once")
 
 

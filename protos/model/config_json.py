@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from protos.model.json_fields import Fields, ModelConfigError, read_json
+from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
 from protos.model.long_context import dual_chunk_spec, sparse_spec
 from protos.model.spec import ModelSpec, RopeSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
-_MAX_POSITIONS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def load_model_spec(
         raise config.error("num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})")
     attention_bias = config.boolean("attention_bias", default=False)
     vocab = config.integer("vocab_size")
-    positions = config.integer("max_position_embeddings", high=_MAX_POSITIONS)
+    positions = config.integer("max_position_embeddings", high=MAX_POSITIONS)
     plain = ModelSpec(
         model_type=model_type,
         vocab_size=vocab,
@@ -235,7 +234,7 @@ def _original_positions(config: Fields, fields: Fields, stored: Fields, position
         raise fields.missing(key, f"must be given, as config.json's own rope settings say {stored.get(key)}")
     own_first = (fields, config) if fields is not stored else (config, fields)
     source = next((f for f in own_first if f.get(key) is not None), fields)
-    return source.integer(key, default=positions, high=_MAX_POSITIONS)
+    return source.integer(key, default=positions, high=MAX_POSITIONS)
 
 
 def _stored_rope(config: Fields) -> Fields:

@@ -10,6 +10,7 @@ from pathlib import Path
 from protos.errors import UserError
 
 MAX_SIZE = 1 << 24  # no published width, vocabulary or expert count comes near
+MAX_POSITIONS = 1 << 30  # positions and token counts stay below it everywhere
 
 
 class ModelConfigError(UserError):

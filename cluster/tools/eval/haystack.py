@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.text.prompts import DEFAULT_TEMPLATE, PromptError, build_document_prompts, check_length, opens_thinking
+from cluster.text.prompts import PromptError, build_document_prompts, check_length, opens_thinking
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
+from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
 
 _MIN_TOKENS_PER_NEEDLE = 64  # below this the document is hardly more than its needles
 _LONG_LINE = 1000  # characters: a text with longer lines is cut between words
@@ -60,7 +61,7 @@ class Form:
     prompt. Otherwise the model writes the whole answer, and looks the code up in rows that are decoded.
     """
 
-    template: str = DEFAULT_TEMPLATE
+    template: str = DEFAULT_DOCUMENT_PROMPT
     enable_thinking: bool | None = None
     begun: bool = False
 

@@ -21,7 +21,6 @@ from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
 from cluster.tools.eval.modes import Conditions, Target, dual_chunk_overrides, load_mode, trained_window
 from protos.errors import UserError
-from protos.stage import codec
 
 
 class EvaluationFailed(RuntimeError):
@@ -113,7 +112,7 @@ def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "model": str(config.model.path),
-        "spec": json.loads(codec.model_spec_to_json(deployment.spec)),
+        "spec": json.loads(deployment.spec.to_json()),
         "dtype": compute_dtype(deployment),
         "device": config.cluster.device,
         "threads": cores,  # one process has all of them, whatever the actors of the YAML would get

@@ -97,7 +97,7 @@ class FakeStage:
             stop = grid.next_cut(self.spec, position, part.prompt_len) or stop
             tokens = self.truth[part.sequence].tokens(0, stop)
         if self.spec.dual_chunk:
-            scale = self.spec.dual_chunk.temperature(max(part.scale_len or part.prompt_len, position + 1))
+            scale = self.spec.dual_chunk.length_scale(max(part.scale_len or part.prompt_len, position + 1))
         return (scale, *tokens[:stop])
 
 

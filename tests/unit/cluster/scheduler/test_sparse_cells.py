@@ -23,7 +23,7 @@ SCALED = long_spec(None, distance=160, original=64)  # dense DCA with a temperat
 
 def s2(length: int, spec: ModelSpec = SCALED) -> float:
     assert isinstance(spec.dual_chunk, DualChunkSpec)
-    return spec.dual_chunk.temperature(length) ** 2
+    return spec.dual_chunk.length_scale(length) ** 2
 
 
 def finish(bench: Bench, *items) -> None:
