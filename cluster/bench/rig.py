@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sys
@@ -9,8 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import yaml
 
 from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
@@ -39,7 +38,7 @@ def head(
             shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
     config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(json.dumps(config))  # which is YAML too
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     deployment = load_deployment(path)
     with ExitStack() as steps:

@@ -35,7 +35,7 @@ class Setting(click.ParamType):
     name = "key=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, object]:
-        import yaml
+        from cluster.config.yaml_source import read_value
 
         if isinstance(value, tuple):
             return value
@@ -43,8 +43,8 @@ class Setting(click.ParamType):
         if not equals or not key.strip():
             self.fail(f"{value!r}: must be KEY=VALUE such as sparse.target_recall=0.99", param, ctx)
         try:
-            return key.strip(), yaml.safe_load(text)
-        except yaml.YAMLError:
+            return key.strip(), read_value(text)
+        except ValueError:
             self.fail(f"{value!r}: its value is not YAML", param, ctx)
 
 

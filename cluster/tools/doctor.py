@@ -25,7 +25,9 @@ from cluster.common.text_format import one_line
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
-_PACKAGES = ("ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "pyyaml")
+_PACKAGES = (
+    "ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "ruamel.yaml",
+)  # fmt: skip
 _CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 _MIN_MEMORY = 2 * GIB  # the head, Ray and one worker with the demo model
 _MIN_SHM = GIB // 4  # Ray's object store only carries small control messages here
