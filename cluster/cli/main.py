@@ -73,7 +73,7 @@ def run(
                 click.secho(result["question"], bold=True)
             if result["reasoning"]:
                 click.secho(result["reasoning"], dim=True)
-            click.echo(result["text"].strip())
+            click.echo(result["token_ids"] if result["text"] is None else result["text"].strip())
         click.echo(_summary(report), err=True)
 
 
@@ -145,10 +145,11 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
 
 def _print_demo(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from cluster.tools.display import plain_table
 
     click.echo(f'Asked: "{report["questions"][0]["question"]}" and so on.\n')
-    table = Table("depth", "truth", "answer", "", box=None, pad_edge=False, header_style="bold")
+    table = plain_table("depth", "truth", "answer", "")
     for row in report["questions"]:
         mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
         truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))

@@ -21,11 +21,14 @@ from cluster.client.errors import InvalidRequest
 from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
 from cluster.client.requests import too_large
 from cluster.client.validation import MAX_REQUEST_BYTES
+from cluster.tools.token_ids import parse_token_ids
 
 _SAMPLING = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "stop",
     "ignore_eos",
 )  # fmt: skip
+
+_ANY_WIDTH = 1 << 14  # columns; wider than any table
 
 
 def submit_given(client: Client, options: dict[str, Any]) -> Job:
@@ -36,7 +39,7 @@ def submit_given(client: Client, options: dict[str, Any]) -> Job:
         options["document"],
         list(options["question"]) or None,
         prompt=None if prompt_file is None else _read(prompt_file, _as_text),
-        token_ids=None if ids_file is None else _read(ids_file, _as_ids),
+        token_ids=None if ids_file is None else _read(ids_file, parse_token_ids),
         stop_token_ids=options["stop_token_id"],
         enable_thinking=options["thinking"],
         deadline_s=options["deadline"],
@@ -55,7 +58,7 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         raise
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from error
 
 
@@ -64,16 +67,6 @@ def _as_text(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
-
-
-def _as_ids(data: bytes) -> list[int]:
-    try:
-        ids = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error}): must be a list of token ids such as [1, 2, 3]") from error
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError("must be a JSON list of whole numbers such as [1, 2, 3]")
-    return ids
 
 
 @contextmanager
@@ -275,8 +268,13 @@ def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; ids must stay whole to be copied, so nothing is ever cut."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns; ids must stay whole to be copied, so a line is as wide as its cells."""
+    from rich.console import Console
+
+    from cluster.tools.display import plain_table
+
+    table = plain_table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=_ANY_WIDTH, markup=False, emoji=False, highlight=False).print(table)

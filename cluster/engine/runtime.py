@@ -51,9 +51,13 @@ class Session:
     Failure contract: nothing is durable. A lost shard ends every question with EngineError; `close` always cleans up.
     """
 
-    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
+    def __init__(
+        self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None,
+        ids_only: bool = False,
+    ) -> None:  # fmt: skip
+        """`ids_only`: take and give token ids without text, so that the model needs no tokenizer."""
         self.deployment = deployment
-        self.tokenizer = TextTokenizer.open(deployment.config.model.path)
+        self._tokenizer = None if ids_only else TextTokenizer.open(deployment.config.model.path)
         self._on_status = on_status
         self._launcher = Launcher(deployment, on_status)
         self._engine: Engine | None = None
@@ -81,7 +85,7 @@ class Session:
                 pool, page_size, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
                 runs_ahead=True, num_stages=config.cluster.pipeline_parallel_size,
             )  # fmt: skip
-            self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
+            self._begin(Engine(scheduler, launched.shards, self._tokenizer, self.deployment.spec.eos_token_ids))
         except BaseException:
             self.close()
             raise
@@ -112,6 +116,11 @@ class Session:
         self.close()
         self._launcher = Launcher(self.deployment, self._on_status)
         self.start()
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        assert self._tokenizer is not None, "this session takes and gives token ids only"
+        return self._tokenizer
 
     @property
     def engine(self) -> Engine:

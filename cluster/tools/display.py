@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from cluster.common.units import format_bytes
@@ -122,8 +123,13 @@ class Display:
         self._progress.update(self._task, completed=done, total=total, figures=figures, eta_ms=eta_ms)
 
 
+def plain_table(*columns: str) -> Table:
+    """Return a table of aligned columns without a frame."""
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+
+
 def format_duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 20 s`, `1 h 5 min`."""
+    """Return a time as people write it: `0.4 s`, `12 s`, `3 min 20 s`, `1 h 5 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

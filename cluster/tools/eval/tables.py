@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cluster.common.text_format import one_line
 from cluster.common.units import format_count
+from cluster.tools.display import plain_table
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -29,10 +30,7 @@ def depth_scores(report: dict[str, Any], mode: str, length: int) -> list[float |
 
 def needle_table(report: dict[str, Any]) -> Table:
     """A line a mode and length: the score, where in the document it was lost, and what reading took."""
-    table = Table(
-        "attention", "tokens", "right", "by depth", "first token", "prefill", "density", "recall",
-        box=None, pad_edge=False, header_style="bold",
-    )  # fmt: skip
+    table = plain_table("attention", "tokens", "right", "by depth", "first token", "prefill", "density", "recall")
     for column in table.columns[1:3] + table.columns[4:]:
         column.justify = "right"
     for mode in report["modes"]:
@@ -82,7 +80,7 @@ def recall_table(report: dict[str, Any]) -> Table:
     """A column a variant: how far its next tokens and logits are from the dense reading's, and what it visited."""
     variants = report["variants"]
     names = [variant["name"] for variant in variants]
-    table = Table("", "dense", *names, box=None, pad_edge=False, header_style="bold")
+    table = plain_table("", "dense", *names)
     for column in table.columns[1:]:
         column.justify = "right"
     seconds = [entry["prefill_s"] for entry in (report["reference"], *variants)]
