@@ -19,11 +19,12 @@ from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
 from cluster.engine.in_flight import InFlight, Step
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, Progress, TokenEvent
+from cluster.engine.outputs import GenerationSpec, Progress, TokenEvent
 from cluster.engine.request_handle import Event, Ticket
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageHandle
+from cluster.text.detokenizer import OutputText
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
@@ -191,7 +192,7 @@ class Engine:
 
     def _depth_now(self) -> int:
         """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
-        if not self._decode_s or not self.scheduler.decodes:
+        if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
@@ -277,7 +278,7 @@ class Engine:
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)
-        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, now, spec.priority)
+        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, spec.priority)
         text = OutputText(self._tokenizer, spec.stop)
         for sample in spec.resume:
             request.accept(sample)

@@ -8,7 +8,7 @@ from cluster.common.text_format import one_line
 from cluster.engine.runtime import Session
 from cluster.jobs.documents import Documents
 from cluster.jobs.model import InvalidJob, JobSpec
-from cluster.text.prompts import opens_thinking
+from cluster.text.chat_template import opens_thinking
 from cluster.text.reasoning import OPEN_TAG
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError

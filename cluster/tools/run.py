@@ -11,7 +11,8 @@ from typing import Any
 
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import Ask, Session
-from cluster.text.prompts import PromptError, check_bound, check_document, opens_thinking
+from cluster.text.chat_template import opens_thinking
+from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 from cluster.tools.token_ids import parse_token_ids
 from protos.errors import UserError
@@ -76,7 +77,7 @@ def _prompts(session: Session, given: RunInput, ask: Ask) -> list[list[int]]:
     else:
         limit = session.deployment.max_model_len
         with _named(given.document or given.prompt_file) as path:
-            check_bound(path.stat().st_size, session.tokenizer, limit)  # before it is read
+            check_size(path.stat().st_size, session.tokenizer, limit)  # before it is read
             text = check_document(path.read_bytes(), session.tokenizer, limit)
         if given.document is not None:
             return session.document_prompts(text, given.questions, ask)

@@ -19,7 +19,7 @@ from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
 from cluster.engine.outputs import Generation
 from cluster.engine.runtime import Ask, Session
-from cluster.text.prompts import opens_thinking
+from cluster.text.chat_template import opens_thinking
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
