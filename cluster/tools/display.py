@@ -1,4 +1,5 @@
-"""What a person sees while a cluster starts and reads, on stderr: bars on a terminal, now and then a line elsewhere."""
+"""Progress for people while a cluster starts and reads, on stderr: bars on a terminal, a line every few seconds
+elsewhere. And what tables and durations look like."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal
 
 
 class _Eta(ProgressColumn):
-    """Time left as the engine predicts it."""
+    """Column of the time left, as the engine predicts it."""
 
     def render(self, task: Task) -> Text:
         eta = task.fields.get("eta_ms")
@@ -29,7 +30,7 @@ class _Eta(ProgressColumn):
 
 
 class Display:
-    """Shows starting, reading and answering; silent with `quiet`. Used as a context manager."""
+    """Progress of starting, reading and answering; silent with `quiet`. Used as a context manager."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self._console = console
@@ -55,16 +56,16 @@ class Display:
         self._progress.stop()
 
     def clear(self) -> None:
-        """Take the bar away before the end; may be called twice."""
+        """Remove the bar before the end; may be called twice."""
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays."""
         if not self._quiet:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def label(self, text: str) -> None:
-        """What the following phases belong to, shown before their names; empty for none."""
+        """Show `text` before the names of the following phases; empty for none."""
         self._label = text
 
     def status(self, phase: str) -> None:
@@ -79,7 +80,7 @@ class Display:
         self._show(status.phase, status.loaded_bytes, status.total_bytes or None, figures, None)
 
     def reading(self, num_questions: int) -> Callable[[int, Event], None]:
-        """A callback for `Session.submit`: follows the first prompt's prefill, then counts tokens of all answers."""
+        """Return a callback for `Session.submit`: shows the first prompt's prefill, then counts tokens of answers."""
         self._answered = {}
 
         def on_event(index: int, event: Event) -> None:

@@ -20,7 +20,7 @@ from protos.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class RunInput:
-    """Exactly one of: a document with questions, a raw prompt, token ids."""
+    """What is asked. Exactly one of: a document with questions, a raw prompt, token ids."""
 
     document: Path | None = None
     questions: tuple[str, ...] = ()
