@@ -145,6 +145,7 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
 
 def _print_demo(report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from cluster.tools.display import plain_table
 
@@ -153,7 +154,7 @@ def _print_demo(report: dict[str, Any]) -> None:
     for row in report["questions"]:
         mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
         truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))
-        table.add_row(f"{row['depth']:.0%}", truth, answer[:40], mark)
+        table.add_row(f"{row['depth']:.0%}", truth, escape(answer[:40]), mark)
     console = Console()
     console.print(table)
     console.print(

@@ -1,4 +1,4 @@
-"""What the job verbs read from files and print: answers, tokens as they come, tables."""
+"""Input files and output of the job verbs: answers, tokens as they come, tables."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _as_text(data: bytes) -> str:
 
 @contextmanager
 def detaching(job: Job, command: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C leaves the job alone and says how to come back."""
+    """On Ctrl-C leave the job alone, say how to come back, and exit with 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def detaching(job: Job, command: Callable[[], str]) -> Iterator[None]:
 
 
 def wait_job(job: Job, timeout_s: float | None) -> Job:
-    """Wait; exits with 1 when the time is over."""
+    """Wait until a job has ended and return it; exits with 1 when the time is over."""
     with detaching(job, lambda: f"longreach wait {job.id}"):
         job.wait(timeout_s)
         if not job.done:
@@ -110,7 +110,7 @@ def _check(job: Job) -> None:
 class TokenPrinter:
     """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number.
 
-    Reasoning stands before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
+    Reasoning comes before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
     """
 
     def __init__(self, questions: int) -> None:
@@ -120,7 +120,7 @@ class TokenPrinter:
         self._part = "answer"
 
     def push(self, event: TokenEvent) -> None:
-        """Write what has become a whole line, or anything when there is one question."""
+        """Write the text of a token; of several questions, only what has become a whole line."""
         token = event.token
         parts = {"reasoning": token.reasoning, "answer": token.answer} if token.part else {"answer": token.text}
         for part, text in parts.items():
@@ -161,28 +161,28 @@ class TokenPrinter:
         self._ends_line = text.endswith("\n")
 
 
-class HeldInterrupts:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not inside `held`: what is shown and what is counted agree."""
+class DeferredInterrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, inside `deferred` at its end: what is shown and counted agree."""
 
     def __init__(self) -> None:
-        self._is_held = self._is_pending = False
+        self._is_deferred = self._is_pending = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Put an interrupt off until the end of the block."""
-        self._is_held = True
+    def deferred(self) -> Iterator[None]:
+        """Raise an interrupt that comes inside the block at its end."""
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._is_held = False
+            self._is_deferred = False
         if self._is_pending:
             raise KeyboardInterrupt
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         again, self._is_pending = self._is_pending, True
-        if again or not self._is_held:  # a second one also ends a write that nobody reads
+        if again or not self._is_deferred:  # a second one also ends a write that nobody reads
             raise KeyboardInterrupt
 
 
@@ -191,13 +191,13 @@ def stream_job(job: Job, after: int, as_json: bool) -> None:
     printer = TokenPrinter(len(job.answers))
     display = open_display(as_json)
     last = after
-    interrupts = HeldInterrupts()
+    interrupts = DeferredInterrupts()
 
     with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
         try:
             with display:
                 for event in job.stream(after):
-                    with interrupts.held():
+                    with interrupts.deferred():
                         if as_json:
                             print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
                         elif isinstance(event, ProgressEvent) and last == after:
@@ -220,7 +220,7 @@ def _event_json(event: ProgressEvent | TokenEvent | JobEnded) -> dict[str, Any]:
 
 
 def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
-    """A table of jobs, or one JSON list."""
+    """Print a table of jobs, or one JSON list."""
     if as_json:
         click.echo(json.dumps([job.data.to_json() for job in jobs], ensure_ascii=False))
         return
@@ -236,7 +236,7 @@ def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
 
 
 def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
-    """A table of documents, or one JSON list."""
+    """Print a table of documents, or one JSON list."""
     from cluster.common.units import format_bytes
 
     if as_json:
@@ -247,7 +247,7 @@ def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
 
 
 def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
-    """The cluster in two lines and a table of its stages, or one JSON object."""
+    """Print the cluster in two lines and a table of its stages, or one JSON object."""
     from cluster.common.units import format_bytes
     from cluster.tools.display import format_duration
 
