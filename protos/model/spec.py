@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint, read from its `config.json`. Pure Python: both planes use it.
+"""The architecture of a checkpoint as plain values; head and stages share it.
 
 Legend of the sizes: `H` query heads, `K` KV heads, `D` head dim, `M` hidden size, `E` experts, `I` intermediate.
 """
