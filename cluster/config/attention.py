@@ -1,4 +1,4 @@
-"""The configuration of positions and attention: what of the model's own settings the YAML file replaces."""
+"""Sections of positions and attention: what the YAML file replaces of the model's own settings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _no_number(value: object) -> object:
 
 
 class DualChunk(Section):
-    """Dual chunk attention; what is not given comes from the model's file. `false` stands for `{enabled: false}`."""
+    """Dual chunk attention; what is null comes from the model's file. `false` stands for `{enabled: false}`."""
 
     enabled: bool | None = Field(default=None, description=FLAG)
     chunk_size: Count | None = optional(_DUAL_CHUNK["chunk_size"], f"{COUNT_RULE}, at least 2")
@@ -63,7 +63,7 @@ class DualChunk(Section):
 
 
 class SparseSection(Section):
-    """Sparse prefill of long prompts; what is not given comes from the model's file."""
+    """Sparse prefill of long prompts; what is null comes from the model's file."""
 
     enabled: Annotated[Literal["auto", True, False], BeforeValidator(_no_number)] = Field(
         default="auto", description="must be one of auto, true, false"

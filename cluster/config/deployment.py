@@ -1,4 +1,4 @@
-"""From one YAML file to a checked deployment.
+"""Load one YAML file into a checked deployment.
 
 `load_config` checks the file by itself; `load_deployment` also reads the model's config.json and checks the layout and
 the context length against it. Every fault is a ConfigError of one line that names file, line, key and value.
@@ -45,16 +45,20 @@ class Deployment:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Config:
-    """Read and check one YAML file.
+    """Return the checked configuration of one YAML file.
 
-    `overrides` has dotted keys (`{"model.max_model_len": "32k"}`) and is applied over the file before any check;
-    paths in it are relative to the file too. Raises ConfigError.
+    Args:
+        overrides: values by dotted key (`{"model.max_model_len": "32k"}`), applied over the file before any check;
+            paths in it are relative to the file too.
+
+    Raises:
+        ConfigError: one line with file, line, key, value and rule.
     """
     return _validate(ConfigSource(path, overrides or {}))
 
 
 def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Deployment:
-    """Read one YAML file and its model's config.json; check layout, context length and grid. Raises ConfigError."""
+    """Return one YAML file with its model's config.json; layout, context length and grid fit. Raises ConfigError."""
     source = ConfigSource(path, overrides or {})
     config = _validate(source)
     spec = _load_spec(source, config)
@@ -75,7 +79,10 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
 
 
 def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
-    """Pages, cells and steps must fit into each other: KV is shared by the page, sparse rows computed by the cell."""
+    """Raise ConfigError unless pages, cells and steps fit into each other.
+
+    KV is shared by the page, sparse rows are computed by the cell.
+    """
     page_size, cell = config.kv_cache.page_size, largest_cell(spec)
     if spec.dual_chunk is not None and spec.chunk_distance % page_size:
         dual = spec.dual_chunk
@@ -156,7 +163,7 @@ def _problem(source: ConfigSource, detail: ErrorDetails) -> Problem:
 
 
 def _fields(path: KeyPath) -> Mapping[str, FieldInfo]:
-    """The fields of the model at `path`."""
+    """Return the fields of the section at `path`."""
     model: type[BaseModel] = Config
     for part in path:
         annotation = model.model_fields[str(part)].annotation
@@ -166,5 +173,5 @@ def _fields(path: KeyPath) -> Mapping[str, FieldInfo]:
 
 
 def _unknown_key(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    near = difflib.get_close_matches(key[:100], fields, n=1)
-    return f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(fields)}"
+    similar = difflib.get_close_matches(key[:100], fields, n=1)
+    return f"unknown key; did you mean '{similar[0]}'?" if similar else f"unknown key; valid keys: {', '.join(fields)}"

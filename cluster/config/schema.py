@@ -40,7 +40,7 @@ def _document_prompt(value: str) -> str:
 
 
 class ModelSection(Section):
-    """Which checkpoint, and how long a context it is asked to hold."""
+    """The checkpoint, and the length of its context."""
 
     path: PathValue = Field(description="must be the path of a directory with config.json")
     served_model_name: str = Field(
@@ -83,7 +83,7 @@ class ModelSection(Section):
 
 
 class ClusterSection(Section):
-    """Where the actors run and how the model is split over them."""
+    """Where the stage processes run and how the model is split over them."""
 
     address: RayAddress = Field(default="local", description="must be local, auto, or the host:port of a Ray head")
     pipeline_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
@@ -109,19 +109,20 @@ class ClusterSection(Section):
 
     @property
     def num_actors(self) -> int:
+        """Stage processes in all: stages x shards."""
         return self.pipeline_parallel_size * self.expert_parallel_size
 
     def threads(self, cores: int) -> int:
-        """Threads of one actor when all actors share `cores` cores."""
+        """Return the threads of one actor when all actors share `cores` cores."""
         return self.threads_per_actor or max(1, cores // self.num_actors)
 
     def cpus(self, cores: int) -> float:
-        """Ray CPUs reserved for one actor when all actors share `cores` cores."""
+        """Return the Ray CPUs reserved for one actor when all actors share `cores` cores."""
         return self.cpus_per_actor or min(float(self.threads(cores)), cores / self.num_actors)
 
 
 class PrefillSection(Section):
-    """The budget of one step."""
+    """Limits of one step."""
 
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
     max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
@@ -169,6 +170,7 @@ class ServerSection(Section):
 
     @property
     def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
         return is_loopback(self.host)
 
     @model_validator(mode="after")
@@ -200,7 +202,7 @@ class SecuritySection(Section):
 
 
 class Config(Section):
-    """Everything the YAML file says. Validate with context `{"base_dir": Path}` so that relative paths resolve."""
+    """A whole YAML file. Validate with context `{"base_dir": Path}`, to which relative paths are resolved."""
 
     model: ModelSection = Field(description="must be a mapping with at least path")
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="must be a mapping")
