@@ -26,18 +26,12 @@ _KV_TOKEN_BYTES = 512  # of one token in one actor
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """Size of the document, and how the model attends.
-
-    Attributes:
-        positions: `dca` (dual chunk attention) and `yarn` stretch the trained window over the document, `plain` does
-            not and fails beyond it.
-        sparse: prompts beyond the threshold of the checkpoint select the keys they read.
-    """
+    """Size of the document, and how the model attends."""
 
     tokens: int = 128_000
     needles: int = 8
-    positions: str = "dca"
-    sparse: bool = True
+    positions: str = "dca"  # dca and yarn stretch the trained window over the document; plain fails beyond it
+    sparse: bool = True  # prompts beyond the threshold of the checkpoint select the keys they read
     seed: int = 0
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 from cluster.common.units import format_bytes
 from cluster.engine.outputs import Generation, TokenEvent
@@ -19,14 +18,6 @@ from cluster.engine.request_handle import Event
 from cluster.stages.launcher import LaunchStatus
 
 _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal
-
-
-class _Eta(ProgressColumn):
-    """Column of the time left, as the engine predicts it."""
-
-    def render(self, task: Task) -> Text:
-        eta = task.fields.get("eta_ms")
-        return Text("" if eta is None else f"{format_duration(eta / 1000)} left", style="cyan")
 
 
 class Display:
@@ -38,7 +29,7 @@ class Display:
         self._live = console.is_terminal and not quiet
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32),
-            TextColumn("{task.fields[figures]}"), _Eta(), console=console, transient=True, disable=not self._live,
+            TextColumn("{task.fields[figures]}"), console=console, transient=True, disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
         self._label = ""
@@ -108,20 +99,19 @@ class Display:
         if self._quiet:
             return
         phase = f"{self._label}: {phase}" if self._label else phase
+        figures += "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
+        is_new, self._phase = phase != self._phase, phase
         if not self._live:
             now = time.monotonic()
-            if phase != self._phase or now - self._last_line >= _LINE_EVERY_S:
-                eta = "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
-                self._console.print(f"{phase}: {figures}{eta}" if figures else phase, highlight=False)
+            if is_new or now - self._last_line >= _LINE_EVERY_S:
+                self._console.print(f"{phase}: {figures}" if figures else phase, highlight=False)
                 self._last_line = now
-            self._phase = phase
             return
-        if self._task is None or phase != self._phase:
+        if self._task is None or is_new:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(phase, total=total, figures=figures, eta_ms=eta_ms)
-            self._phase = phase
-        self._progress.update(self._task, completed=done, total=total, figures=figures, eta_ms=eta_ms)
+            self._task = self._progress.add_task(phase, total=total, figures=figures)
+        self._progress.update(self._task, completed=done, total=total, figures=figures)
 
 
 def plain_table(*columns: str) -> Table:

@@ -22,26 +22,23 @@ _LONG_LINE = 1000  # characters: a text with longer lines is cut between words
 
 @dataclass(frozen=True, slots=True)
 class Needle:
-    """One hidden sentence, " The secret code of ADJECTIVE NOUN is CODE." (`answer`), and the question about it.
-
-    `depth` is where it starts, as a fraction of the document's characters.
-    """
+    """One hidden sentence (`answer`) and the question about it."""
 
     adjective: str
     noun: str
     code: str
     question: str
     answer: str
-    depth: float
+    depth: float  # where it starts, as a fraction of the document's characters
 
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """A document with its needles in order of depth; `num_tokens` is the size of the longest prompt about it."""
+    """A document with its needles in order of depth."""
 
     document: str
     needles: tuple[Needle, ...]
-    num_tokens: int
+    num_tokens: int  # of the longest prompt about it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +58,8 @@ class Source:
 class Form:
     """How questions become prompts.
 
-    Attributes:
-        begun: the prompt ends with the answer up to its code, so that the first digit is looked up in the last row of
-            the prompt. Otherwise the model writes the whole answer, and looks the code up in rows that are decoded.
+    A prompt that is `begun` ends with the answer up to its code: the first digit is looked up in the last row of the
+    prompt. Otherwise the model writes the whole answer, and looks the code up in rows that are decoded.
     """
 
     template: str = DEFAULT_DOCUMENT_PROMPT

@@ -45,18 +45,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What all modes of an evaluation have in common; lengths in tokens.
-
-    Attributes:
-        extra_tokens: KV beside one context of `max_len`, for what questions about one document do not share.
-        more: further dotted keys of the YAML.
-    """
+    """What all modes of an evaluation have in common; lengths in tokens."""
 
     max_len: int
-    extra_tokens: int = 0
+    extra_tokens: int = 0  # KV beside one context, for what questions about one document do not share
     sparse_threshold: int | None = 0
     kv: str = "auto"
-    more: Mapping[str, object] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
 
 def find_target(config: Path | None, model: Path | None) -> Target:

@@ -37,28 +37,21 @@ OpenSession = Callable[[Deployment, Display], Session]
 
 @dataclass(frozen=True, slots=True)
 class NeedleOptions:
-    """What is hidden and how it is asked. A length counts the prompt and `max_tokens` of answer.
-
-    Attributes:
-        form: `answer`, or `prompt` with the answer begun up to its code.
-        trials: documents a length, with seeds that follow each other.
-        thinking: None leaves the choice to the chat template.
-        more: further dotted keys of the YAML.
-    """
+    """What is hidden and how it is asked. A length counts the prompt and `max_tokens` of answer."""
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
     needles: int = 8
     modes: tuple[str, ...] = MODES
-    form: str = "answer"
+    form: str = "answer"  # or prompt: the answer is begun up to its code
     shared_words: bool = False
-    trials: int = 1
+    trials: int = 1  # documents a length, with seeds that follow each other
     seed: int = 0
     max_tokens: int = 24
-    thinking: bool | None = False
+    thinking: bool | None = False  # None leaves the choice to the chat template
     sparse_threshold: int | None = 0
     kv: str = "auto"
     document: Path | None = None
-    more: Mapping[str, object] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
         for name, values in (("--lengths", self.lengths), ("--modes", self.modes)):

@@ -30,23 +30,16 @@ class EvaluationFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RecallOptions:
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        tokens: of the document, from its beginning.
-        num_next: positions after them at which next tokens are compared.
-        positions: auto, plain, yarn or dca.
-        more: further dotted keys of the YAML.
-    """
-
-    tokens: int = 65536
-    num_next: int = 64
-    positions: str = "auto"
+    tokens: int = 65536  # of the document, from its beginning
+    num_next: int = 64  # positions after them at which next tokens are compared
+    positions: str = "auto"  # auto, plain, yarn, dca
     sparse: bool = True
     kv: str = "auto"
     sparse_threshold: int | None = 0
     document: Path | None = None
-    more: Mapping[str, object] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
         if not self.sparse and self.kv == "auto":
