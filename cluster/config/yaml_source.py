@@ -153,7 +153,7 @@ def _plain(value: object) -> object:
 
 @dataclass(slots=True)
 class _Tree:
-    """Turns nodes into plain values; collects the line of every key, and what is wrong with some."""
+    """Converts nodes to plain values; collects the line of every key and the problems of some."""
 
     lines: dict[KeyPath, int | None] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -212,7 +212,9 @@ def _read_root(name: str) -> MappingNode:
         root = _compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = re.sub(r"\(('.*'),\)", r"\1", error.problem)  # ruamel.yaml shows some tokens as a tuple
+        reason = re.sub(
+            r"\(('.*'),\)", r"\1", error.problem or error.context
+        )  # ruamel.yaml shows some tokens as a tuple
         raise ConfigError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -255,7 +257,7 @@ def _compose(text: str) -> Any:
 
 
 class _Composer(Composer):
-    """Refuses aliases and deep nesting where they stand, before they cost anything."""
+    """Refuses aliases and deep nesting before they cost anything."""
 
     def get_single_node(self) -> Any:
         try:
@@ -275,7 +277,7 @@ class _Composer(Composer):
 
 
 class _Resolver(VersionedResolver):
-    """Tells the types of plain scalars by `_PLAIN`."""
+    """Resolves the types of plain scalars by `_PLAIN`."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is not ScalarNode or not implicit[0]:

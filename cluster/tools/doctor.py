@@ -76,14 +76,14 @@ def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> R
             check_python(sys.version_info[:2]),
             check_packages(),
             torch_check,
-            *(check_communication(facts) if facts else ()),
+            *([check_communication(facts)] if facts else []),
             check_cores(Path("/sys/fs/cgroup")),
             check_cpu_features(flags, platform.machine()),
             check_memory(Path("/sys/fs/cgroup")),
             check_disk(data_dir or Path.cwd()),
             check_shm(Path("/dev/shm")),
             gpu,
-            *(check_cuda_build(facts) if facts and gpu.status == "ok" else ()),
+            *([check_cuda_build(facts)] if facts and gpu.status == "ok" else []),
             check_compiler(),
             check_ray(os.environ.get("RAY_ADDRESS", "")),
             check_open_files(),
@@ -150,11 +150,12 @@ def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | No
     return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
 
 
-def check_communication(facts: Mapping[str, Any]) -> tuple[Check, ...]:
+def check_communication(facts: Mapping[str, Any]) -> Check:
+    """Report the collective libraries of torch."""
     have = [name for name in ("gloo", "nccl") if facts.get(name)]
     if "gloo" not in have:
-        return (Check("collectives", "missing", "torch has no gloo", "shards of a stage on CPU need it"),)
-    return (Check("collectives", "ok", ", ".join(have)),)
+        return Check("collectives", "missing", "torch has no gloo", "shards of a stage on CPU need it")
+    return Check("collectives", "ok", ", ".join(have))
 
 
 def check_cores(cgroup: Path) -> Check:
@@ -254,13 +255,13 @@ def check_gpu() -> Check:
     return Check("gpu", "ok", "; ".join(gpus))
 
 
-def check_cuda_build(facts: Mapping[str, Any]) -> tuple[Check, ...]:
+def check_cuda_build(facts: Mapping[str, Any]) -> Check:
     """Report whether torch can use the GPU that nvidia-smi shows."""
     devices = [f"{device['name']} (compute {device['capability']})" for device in facts.get("devices", [])]
     if devices:
-        return (Check("cuda", "ok", f"CUDA {facts.get('cuda_build')}: {', '.join(devices)}"),)
+        return Check("cuda", "ok", f"CUDA {facts.get('cuda_build')}: {', '.join(devices)}")
     build = facts.get("cuda_build") or "none"
-    return (Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it"),)
+    return Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it")
 
 
 def check_compiler() -> Check:

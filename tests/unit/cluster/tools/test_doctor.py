@@ -168,8 +168,8 @@ def test_the_compiler_is_the_one_that_builds_the_kernels(tmp_path: Path, monkeyp
 
 def test_cuda_build() -> None:
     device = {"name": "H200", "capability": "9.0", "memory_bytes": 1}
-    assert doctor.check_cuda_build({"devices": [device], "cuda_build": "12.8"})[0].status == "ok"
-    assert doctor.check_cuda_build({"devices": [], "cuda_build": None})[0].status == "missing"
+    assert doctor.check_cuda_build({"devices": [device], "cuda_build": "12.8"}).status == "ok"
+    assert doctor.check_cuda_build({"devices": [], "cuda_build": None}).status == "missing"
 
 
 def test_report_and_table() -> None:
