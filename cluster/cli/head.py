@@ -208,8 +208,8 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
     with one_line_errors():
         if config is not None and data_dir is not None:
             fail("CONFIG, --data-dir: give one of them", EXIT_INPUT)
-        given = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
-        files = HeadFiles(given) if config is None else _files(_load(config))
+        default = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
+        files = HeadFiles(default) if config is None else _files(_load(config))
         process = files.running()
         if process is None:
             outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"

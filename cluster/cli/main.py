@@ -63,8 +63,8 @@ def run(
 
     with one_line_errors():
         clean_run_dirs()
-        given = RunInput(document, question, prompt_file, token_ids)
-        report = run_once(config, given, _ask(sampling), open_display(as_json))
+        source = RunInput(document, question, prompt_file, token_ids)
+        report = run_once(config, source, _ask(sampling), open_display(as_json))
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))
             return

@@ -21,7 +21,7 @@ from cluster.config.schema import SecuritySection
 
 MIN_KEY_CHARS = 16
 _MAX_FILE_BYTES = 1 << 20
-# monitors and load balancers have no key; the answer tells them only whether the server is serving
+# monitors and load balancers have no key; they only learn whether the server is serving
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 
 
@@ -34,9 +34,9 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def matches(self, given: str) -> bool:
+    def matches(self, key: str) -> bool:
         """Return whether this is one of the keys; takes as long for every key of the file."""
-        digest = _digest(given)
+        digest = _digest(key)
         is_known = False
         for known in self._digests:
             is_known |= hmac.compare_digest(known, digest)
@@ -168,10 +168,10 @@ class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignor
         return self._refusal
 
     def _allows(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
-        given = [value for name, value in metadata if name.lower() == "authorization"]
-        if len(given) != 1 or not isinstance(given[0], str):
+        values = [value for name, value in metadata if name.lower() == "authorization"]
+        if len(values) != 1 or not isinstance(values[0], str):
             return False
-        scheme, _, key = given[0].partition(" ")
+        scheme, _, key = values[0].partition(" ")
         return scheme.lower() == "bearer" and self._keys.matches(key.strip())
 
 

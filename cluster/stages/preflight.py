@@ -33,7 +33,7 @@ def check_head(deployment: Deployment) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise PreflightError when another process holds the port; port 0 stands for no listener."""
+    """Raise PreflightError when another process holds the port; port 0 means no listener."""
     if not port:
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

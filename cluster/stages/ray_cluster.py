@@ -136,7 +136,7 @@ class RayCluster:
         return answers
 
     def serve(self) -> None:
-        """Start the serving call of every actor; it returns once the actor is told to close."""
+        """Start the serving call of every actor; it returns once the actor has closed."""
         self._serving = [actor.serve.remote() for actor in self._actors]
 
     @staticmethod
@@ -155,7 +155,7 @@ class RayCluster:
         return max(1, min(usable, default=1) * min(len(usable), num_stages))
 
     def close(self) -> None:
-        """Wait for actors that were told to close, kill the rest, free their place, and leave (or end) Ray."""
+        """Wait for actors that are closing, kill the rest, free their place, and leave (or end) Ray."""
         if not self._connected:
             return
         from ray.util.placement_group import remove_placement_group

@@ -28,8 +28,8 @@ class RunInput:
     token_ids: Path | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("document", "prompt_file", "token_ids") if getattr(self, name) is not None]
-        if len(given) != 1:
+        sources = [name for name in ("document", "prompt_file", "token_ids") if getattr(self, name) is not None]
+        if len(sources) != 1:
             raise PromptError("input: give one of --document (with --question), --prompt-file and --token-ids")
         if self.document is not None and not self.questions:
             raise PromptError("--document: needs at least one --question")
@@ -37,7 +37,7 @@ class RunInput:
             raise PromptError("--question: needs a --document")
 
 
-def run_once(config: Path, given: RunInput, ask: Ask, display: Display) -> dict[str, Any]:
+def run_once(config: Path, source: RunInput, ask: Ask, display: Display) -> dict[str, Any]:
     """Start the cluster of a YAML file, answer, stop it; return the report that `--json` prints.
 
     Token ids need no tokenizer: without the model's tokenizer.json the answer is token ids too, its `text` null.
@@ -47,18 +47,18 @@ def run_once(config: Path, given: RunInput, ask: Ask, display: Display) -> dict[
     """
     began = time.monotonic()
     deployment = load_deployment(config)
-    ids_only = given.token_ids is not None and not (deployment.config.model.path / "tokenizer.json").exists()
+    ids_only = source.token_ids is not None and not (deployment.config.model.path / "tokenizer.json").exists()
     if ids_only and ask.stop:
         raise UserError(f"stop: {ask.stop[0]!r}: needs tokenizer.json in {deployment.config.model.path}: use stop ids")
     with display:
         session = Session(deployment, display.launch, ids_only=ids_only)
-        prompts = _prompts(session, given, ask)
-        opened = given.document is not None and opens_thinking(session.tokenizer, ask.enable_thinking)
+        prompts = _prompts(session, source, ask)
+        opened = source.document is not None and opens_thinking(session.tokenizer, ask.enable_thinking)
         with session:
             ready = time.monotonic() - began
             results = session.generate(prompts, ask, display.reading(len(prompts)), reasoning_opened=opened)
     answers = [result.to_json(None if ids_only else session.tokenizer) for result in results]
-    questions: Sequence[str | None] = given.questions or (None,)
+    questions: Sequence[str | None] = source.questions or (None,)
     return {
         "model": deployment.config.model.served_model_name,
         "results": [
@@ -69,18 +69,18 @@ def run_once(config: Path, given: RunInput, ask: Ask, display: Display) -> dict[
     }
 
 
-def _prompts(session: Session, given: RunInput, ask: Ask) -> list[list[int]]:
+def _prompts(session: Session, source: RunInput, ask: Ask) -> list[list[int]]:
     """Return the token ids of every prompt, checked against the model. Raises UserError."""
-    if given.token_ids is not None:
-        with _named(given.token_ids) as path:
+    if source.token_ids is not None:
+        with _named(source.token_ids) as path:
             prompts = [parse_token_ids(path.read_bytes())]
     else:
         limit = session.deployment.max_model_len
-        with _named(given.document or given.prompt_file) as path:
+        with _named(source.document or source.prompt_file) as path:
             check_size(path.stat().st_size, session.tokenizer, limit)  # before it is read
             text = check_document(path.read_bytes(), session.tokenizer, limit)
-        if given.document is not None:
-            return session.document_prompts(text, given.questions, ask)
+        if source.document is not None:
+            return session.document_prompts(text, source.questions, ask)
         prompts = [session.tokenizer.encode(text, add_special=True)]
     session.check_prompts(prompts, ask)
     return prompts

@@ -143,7 +143,7 @@ def _index_stack(
 ) -> tuple[str, str]:
     """Add the experts of a fused layer to `tensors`; return the names of its two stacks.
 
-    The two shapes together always tell the orientation: both matrices are square only when `I == M` and `2I == M`.
+    The two shapes together always determine the orientation: both matrices are square only when `I == M` and `2I == M`.
     """
     prefix = f"model.layers.{layer}.mlp.experts."
     names = (prefix + "gate_up_proj", prefix + "down_proj")
@@ -239,7 +239,7 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
 def fingerprint_of(model_dir: Path) -> str:
     """Return the SHA-256 (hex) of `config.json` and of each weight file's name, size, header and three data samples.
 
-    The samples (64 KiB at the start, middle and end) tell fine-tunes of one model apart without reading it whole.
+    The samples (64 KiB at the start, middle and end) distinguish fine-tunes of one model without reading it whole.
 
     Raises:
         CheckpointError: a file is missing or no safetensors file.

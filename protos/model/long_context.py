@@ -35,11 +35,11 @@ def dual_chunk_spec(config: Fields, override: Mapping[str, object] | None, plain
         ModelConfigError: a value is out of range, or a key is not known: it could change the output.
     """
     stored = _section(config)
-    given = _override("model.dual_chunk", override, DUAL_CHUNK_SETTINGS)
-    named = any(source.get(key) is not None for source in (stored, given) for key in DUAL_CHUNK_SETTINGS)
-    if not given.boolean("enabled", default=named):
+    yaml = _override("model.dual_chunk", override, DUAL_CHUNK_SETTINGS)
+    named = any(source.get(key) is not None for source in (stored, yaml) for key in DUAL_CHUNK_SETTINGS)
+    if not yaml.boolean("enabled", default=named):
         return None
-    origin = {key: given if given.get(key) is not None else stored for key in DUAL_CHUNK_SETTINGS}
+    origin = {key: yaml if yaml.get(key) is not None else stored for key in DUAL_CHUNK_SETTINGS}
     chunk = _read(origin["chunk_size"], DUAL_CHUNK_SETTINGS["chunk_size"])
     if chunk > plain.max_context:
         requirement = f"must be at most {plain.max_context}, which the positions cover"
@@ -64,23 +64,23 @@ def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: Mo
         ModelConfigError: a value is out of range, or a key is not known.
     """
     stored, usual = _section(config), SparseSpec()
-    given = _override("model.sparse", override, SPARSE_SETTINGS)
+    yaml = _override("model.sparse", override, SPARSE_SETTINGS)
     published = stored.boolean("sparse_attention_enabled", default=False)
     threshold = stored.integer("sparse_attention_threshold", default=usual.threshold, low=0, high=MAX_POSITIONS)
     last_q = stored.integer("sparse_attention_last_q", default=usual.last_q, high=MAX_SIZE)
     patterns = _patterns(stored, plain)
-    if not given.boolean("enabled", default=published):
+    if not yaml.boolean("enabled", default=published):
         return None
-    uniform = _uniform(given)
-    if uniform is not None or given.get("target_recall") is not None:
+    uniform = _uniform(yaml)
+    if uniform is not None or yaml.get("target_recall") is not None:
         patterns = None
-    synthetic = given.boolean("synthetic", default=False)
+    synthetic = yaml.boolean("synthetic", default=False)
     is_settled = patterns is not None or uniform is not None or synthetic
     defaults = {
         "threshold": threshold, "last_q": last_q, "recall_floor": 0.0 if is_settled else ADAPTIVE_RECALL_FLOOR,
     }  # fmt: skip
     ranged = [setting for setting in fields(SparseSpec) if setting.metadata]
-    values = {setting.name: _read(given, setting, defaults.get(setting.name)) for setting in ranged}
+    values = {setting.name: _read(yaml, setting, defaults.get(setting.name)) for setting in ranged}
     return SparseSpec(patterns=patterns, uniform=uniform, synthetic=synthetic, **values)
 
 
@@ -105,9 +105,9 @@ def _section(config: Fields) -> Fields:
 
 
 def _override(source: str, values: Mapping[str, object] | None, settings: Iterable[str]) -> Fields:
-    given = Fields(source, {key: value for key, value in (values or {}).items() if value is not None})
-    _refuse_unknown(given, ("enabled", *settings))
-    return given
+    yaml = Fields(source, {key: value for key, value in (values or {}).items() if value is not None})
+    _refuse_unknown(yaml, ("enabled", *settings))
+    return yaml
 
 
 def _refuse_unknown(fields: Fields, known: tuple[str, ...]) -> None:
@@ -116,12 +116,12 @@ def _refuse_unknown(fields: Fields, known: tuple[str, ...]) -> None:
             raise fields.error(key, value, f"not a setting that is computed; known are {', '.join(known)}")
 
 
-def _uniform(given: Fields) -> HeadBudget | None:
-    if all(given.get(setting.name) is None for setting in fields(HeadBudget)):
+def _uniform(yaml: Fields) -> HeadBudget | None:
+    if all(yaml.get(setting.name) is None for setting in fields(HeadBudget)):
         return None
-    if given.get("target_recall") is not None:
-        raise given.error("target_recall", given.get("target_recall"), "goes without n_vertical and n_slash")
-    return HeadBudget(*(_read(given, setting) for setting in fields(HeadBudget)))
+    if yaml.get("target_recall") is not None:
+        raise yaml.error("target_recall", yaml.get("target_recall"), "goes without n_vertical and n_slash")
+    return HeadBudget(*(_read(yaml, setting) for setting in fields(HeadBudget)))
 
 
 def _patterns(stored: Fields, plain: ModelSpec) -> tuple[tuple[HeadBudget | None, ...], ...] | None:
@@ -130,8 +130,8 @@ def _patterns(stored: Fields, plain: ModelSpec) -> tuple[tuple[HeadBudget | None
         return None
     layers, heads = plain.num_hidden_layers, plain.num_attention_heads
     if not isinstance(value, list) or len(value) != layers:
-        found = f"has {len(value)}" if isinstance(value, list) else "is no list"
-        raise stored.error(key, value, f"must be a list of {layers} objects, one a layer; {found}")
+        problem = f"has {len(value)}" if isinstance(value, list) else "is no list"
+        raise stored.error(key, value, f"must be a list of {layers} objects, one a layer; {problem}")
     return tuple(_layer(stored, layer, heads, entries) for layer, entries in enumerate(value))
 
 
@@ -139,12 +139,12 @@ def _layer(stored: Fields, layer: int, heads: int, entries: object) -> tuple[Hea
     name = f"sparse_attention_config[{layer}]"
     if not isinstance(entries, dict):
         raise stored.error(name, entries, f"must be an object of heads from 0 to {heads - 1}")
-    found: list[HeadBudget | None] = [None] * heads
+    budgets: list[HeadBudget | None] = [None] * heads
     for head, entry in entries.items():
         if head not in map(str, range(heads)):
             raise stored.error(name, head, f"must be a head from 0 to {heads - 1}")
-        found[int(head)] = _budget(stored, f"{name}[{head}]", entry)
-    return tuple(found)
+        budgets[int(head)] = _budget(stored, f"{name}[{head}]", entry)
+    return tuple(budgets)
 
 
 def _budget(stored: Fields, name: str, entry: object) -> HeadBudget:

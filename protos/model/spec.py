@@ -137,7 +137,7 @@ class ModelSpec:
         return self.dual_chunk.distance if self.dual_chunk else 0
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` has experts (Qwen3-MoE: `mlp_only_layers`, `decoder_sparse_step`)."""
+        """Return whether `layer` has experts (Qwen3-MoE: `mlp_only_layers`, `decoder_sparse_step`)."""
         return (
             self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )

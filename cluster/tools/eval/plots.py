@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SCORES = "RdYlBu"  # red is lost, blue is found; told apart by colour-blind readers too
+_SCORES = "RdYlBu"  # red is lost, blue is found; colour-blind readers can distinguish them
 _SHARES = "viridis"
 _FAILED = "#d9d9d9"
 _DPI = 150
