@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-
-import yaml
 
 from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
@@ -34,7 +33,7 @@ def running_head(
             shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
     config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(json.dumps(config))  # which is YAML too
     with closing(Head(load_deployment(path), port=0)) as head:
         head.start()
         with Client(head.address) as client:

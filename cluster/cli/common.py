@@ -6,17 +6,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cluster.common.text_format import one_line
 
+if TYPE_CHECKING:
+    from cluster.tools.display import Display
+
 EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 
 class Verbs(click.Group):
-    """A command whose misuse is one line too: what was wrong, and where to read how it is used."""
+    """A group of commands whose misuse is one line too: what was wrong, and where to read how it is used."""
 
     def main(
         self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
@@ -42,8 +45,8 @@ class Verbs(click.Group):
         return code
 
 
-class Count(click.ParamType):
-    """A human integer such as 32k or 1M."""
+class Count(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # not generic before click 8.2
+    """A count as people write it, such as 32k or 1M."""
 
     name = "count"
 
@@ -77,7 +80,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:
-    """One line on stderr, and out."""
+    """Print one line on stderr and exit with `code`."""
     click.echo(f"longreach: error: {one_line(error)}", err=True)
     sys.exit(code)
 
@@ -103,8 +106,8 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def open_display(quiet: bool) -> Any:
-    """A Display on stderr."""
+def open_display(quiet: bool) -> Display:
+    """Return a Display on stderr."""
     from rich.console import Console
 
     from cluster.tools.display import Display

@@ -30,7 +30,7 @@ class Pipeline:
 
 
 def launch_pipeline(
-    deployment: Deployment, tokenizer: TextTokenizer, on_status: Callable[[LaunchStatus], None]
+    deployment: Deployment, tokenizer: TextTokenizer | None, on_status: Callable[[LaunchStatus], None]
 ) -> Pipeline:
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
 

@@ -38,10 +38,18 @@ class ClusterRuntime:
     `PipelineSupervisor` for who starts it again. `close` always cleans up.
     """
 
-    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
-        """Args: `on_status` is called at every start of the pipeline with what is being started."""
+    def __init__(
+        self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None,
+        ids_only: bool = False,
+    ) -> None:  # fmt: skip
+        """Check the model's tokenizer; `start` does the rest.
+
+        Args:
+            on_status: called at every start of the pipeline with what is being started.
+            ids_only: take and give token ids without text, so that the model needs no tokenizer.
+        """
         self.deployment = deployment
-        self.tokenizer = TextTokenizer.open(deployment.config.model.path)
+        self._tokenizer = None if ids_only else TextTokenizer.open(deployment.config.model.path)
         self.supervisor = PipelineSupervisor(self._launch)
         self._on_status = on_status
 
@@ -66,7 +74,13 @@ class ClusterRuntime:
         self.start()
 
     def _launch(self) -> Pipeline:
-        return launch_pipeline(self.deployment, self.tokenizer, self._on_status)
+        return launch_pipeline(self.deployment, self._tokenizer, self._on_status)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer; there is none with `ids_only`."""
+        assert self._tokenizer is not None, "this runtime takes and gives token ids only"
+        return self._tokenizer
 
     @property
     def engine(self) -> Engine:

@@ -180,7 +180,7 @@ class Launcher:
         return pb.LoadRequest(
             epoch=1,
             model_path=str(config.model.path),
-            model_spec_json=codec.model_spec_to_json(self._deployment.spec),
+            model_spec_json=self._deployment.spec.to_json(),
             shard=codec.shard_to_pb(shard),
             dtype=compute_dtype(self._deployment),
             device=config.cluster.device,

@@ -1,4 +1,4 @@
-"""The demonstration: needles in a book, found by a real cluster. `longreach demo` is this module with a face."""
+"""The demonstration behind `longreach demo`: needles in a book, found by a real cluster."""
 
 from __future__ import annotations
 
@@ -26,22 +26,18 @@ _KV_TOKEN_BYTES = 512  # of one token in one actor
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """How to run it.
-
-    `positions`: `dca` (dual chunk attention) and `yarn` stretch the trained window over the document, `plain` does not
-    and fails beyond it. `sparse`: prompts beyond the threshold of the checkpoint select the keys they read.
-    """
+    """Size of the document, and how the model attends."""
 
     tokens: int = 128_000
     needles: int = 8
-    positions: str = "dca"
-    sparse: bool = True
+    positions: str = "dca"  # dca and yarn stretch the trained window over the document; plain fails beyond it
+    sparse: bool = True  # prompts beyond the threshold of the checkpoint select the keys they read
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Answers beside the truth, and what the run cost. Seconds and tokens per second."""
+    """Answers beside the truth, and what the run cost (seconds, bytes)."""
 
     haystack: Haystack
     answers: tuple[Generation, ...]
@@ -53,10 +49,11 @@ class DemoResult:
 
     @property
     def right(self) -> tuple[bool, ...]:
+        """Whether each answer is exactly the hidden sentence."""
         return tuple(is_right(a.text, n) for a, n in zip(self.answers, self.haystack.needles, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain data; `answer` is what the model said, `truth` what is in the document."""
+        """Return plain data; `answer` is what the model said, `truth` what is in the document."""
         first = min(self.answers, key=lambda answer: answer.timings.ttft_s)
         decoded = sum(len(answer.token_ids) - 1 for answer in self.answers)
         ends = [answer.timings.ttft_s + answer.timings.decode_s for answer in self.answers]
@@ -92,7 +89,7 @@ class DemoResult:
 
 
 def demo_deployment(options: DemoOptions) -> Deployment:
-    """`configs/demo.yaml`, stretched to the wanted length. Raises ConfigError."""
+    """Return the deployment of `configs/demo.yaml` for a document of `options.tokens`. Raises UserError."""
     length = options.tokens + _ROOM
     if not _SHORTEST <= options.tokens <= _LONGEST:
         raise UserError(f"tokens: {options.tokens}: must be between {_SHORTEST} and {_LONGEST}")

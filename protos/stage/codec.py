@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
-from typing import Any
 
-from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, SparseSpec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import (
     CellReport,
@@ -25,36 +22,6 @@ from protos.stage.messages import (
 
 _CELL_FIELDS = tuple(field.name for field in dataclasses.fields(CellReport))
 _SPANS = ("layers", "heads", "kv_heads", "experts", "intermediate", "vocab")
-
-
-def model_spec_to_json(spec: ModelSpec) -> str:
-    return json.dumps(dataclasses.asdict(spec))
-
-
-def model_spec_from_json(text: str) -> ModelSpec:
-    """Inverse of `model_spec_to_json`; raises ValueError or TypeError on anything else."""
-    fields: dict[str, Any] = json.loads(text)
-    try:
-        fields["rope"] = RopeSpec(**fields["rope"])
-        for key in ("eos_token_ids", "mlp_only_layers"):
-            fields[key] = tuple(fields[key])
-        if fields.get("dual_chunk") is not None:
-            fields["dual_chunk"] = DualChunkSpec(**fields["dual_chunk"])
-        if fields.get("sparse") is not None:
-            fields["sparse"] = _sparse_from_json(fields["sparse"])
-    except KeyError as error:
-        raise ValueError(f"model spec: key {error} is missing") from error
-    return ModelSpec(**fields)
-
-
-def _sparse_from_json(fields: dict[str, Any]) -> SparseSpec:
-    def budget(value: dict[str, int] | None) -> HeadBudget | None:
-        return None if value is None else HeadBudget(**value)
-
-    patterns = fields["patterns"]
-    if patterns is not None:
-        patterns = tuple(tuple(budget(head) for head in layer) for layer in patterns)
-    return SparseSpec(**(fields | {"patterns": patterns, "uniform": budget(fields["uniform"])}))
 
 
 def shard_to_pb(shard: ShardSpec) -> pb.ShardSpec:

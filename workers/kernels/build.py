@@ -16,12 +16,13 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from protos.node.compiler import compiler
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
@@ -47,14 +48,6 @@ def load() -> Kernels:
         return Kernels(ctypes.CDLL(str(library_path(build=True))))
     except (OSError, subprocess.SubprocessError) as error:
         return Kernels(None, " ".join(str(error).split())[:300])
-
-
-def compiler() -> str | None:
-    """The C++ compiler that would be used; None when there is none."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
-    return None
 
 
 def library_path(build: bool = False) -> Path:

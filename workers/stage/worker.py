@@ -70,7 +70,7 @@ class StageWorker:
             ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
         """
         self.epoch = request.epoch
-        self._spec: ModelSpec = codec.model_spec_from_json(request.model_spec_json)
+        self._spec = ModelSpec.from_json(request.model_spec_json)
         self._shard: ShardSpec = codec.shard_from_pb(request.shard)
         self._dtype = DTYPES[request.dtype]
         self._device = torch.device(request.device)

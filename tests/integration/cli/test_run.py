@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from cluster.config.deployment import load_deployment
 from cluster.engine.outputs import AnswerOptions
 from cluster.engine.runtime import ClusterRuntime
+from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.eval.haystack import build_haystack, is_right
 from tests.integration.conftest import ROOT, CommandLine
 from tests.support.fakes.pipeline import Pipeline
@@ -53,6 +55,45 @@ def test_interrupt_while_running_stops_everything(longreach: CommandLine, number
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 130
+    longreach.assert_nothing_left()
+
+
+def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The same ids with and without tokenizer.json; without it every text is null, or the ids stand in its place."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).symlink_to(NEEDLE / name)
+    ids = TextTokenizer.open(NEEDLE).encode("The secret code of dark river is 48213. " * 3)
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    arguments = ("--token-ids", tmp_path / "ids.json", "--max-tokens", "6", "--logprobs", "2")
+    config = write_config(model_path=model)
+
+    done = longreach("run", config, *arguments, "--json")
+    assert done.code == 0, done.err
+    (bare,) = json.loads(done.out)["results"]
+    assert bare["text"] is bare["reasoning"] is bare["question"] is None
+    assert [entry["token"] for entry in bare["logprobs"]] == [None] * 6
+    assert {token["token"] for entry in bare["logprobs"] for token in entry["top"]} == {None}
+    assert bare["usage"]["prompt_tokens"] == len(ids)
+
+    done = longreach("run", config, *arguments)
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == bare["token_ids"]
+    done = longreach("run", config, *arguments, "--stop", "x")
+    assert (done.code, done.out) == (2, "")
+    assert f"stop: 'x': needs tokenizer.json in {model}" in done.err
+    done = longreach("run", config, "--prompt-file", tmp_path / "ids.json")
+    assert done.code == 2
+    assert "tokenizer.json: cannot be read" in done.err
+
+    (model / "tokenizer.json").symlink_to(NEEDLE / "tokenizer.json")
+    done = longreach("run", config, *arguments, "--json")
+    assert done.code == 0, done.err
+    (full,) = json.loads(done.out)["results"]
+    assert full["token_ids"] == bare["token_ids"]
+    assert full["text"]
+    assert all(isinstance(entry["token"], str) for entry in full["logprobs"])
     longreach.assert_nothing_left()
 
 

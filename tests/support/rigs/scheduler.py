@@ -105,7 +105,7 @@ class FakeStage:
             stop = grid.next_cut(self.spec, position, part.prompt_len) or stop
             tokens = self.truth[part.sequence].tokens(0, stop)
         if self.spec.dual_chunk:
-            scale = self.spec.dual_chunk.temperature(max(part.scale_len or part.prompt_len, position + 1))
+            scale = self.spec.dual_chunk.length_scale(max(part.scale_len or part.prompt_len, position + 1))
         return (scale, *tokens[:stop])
 
 
@@ -186,4 +186,4 @@ def check_cells(harness: Harness, spec: ModelSpec) -> None:
 def s2(length: int, spec: ModelSpec = SCALED) -> float:
     """Return the factor that the length scale puts on logits."""
     assert isinstance(spec.dual_chunk, DualChunkSpec)
-    return spec.dual_chunk.temperature(length) ** 2
+    return spec.dual_chunk.length_scale(length) ** 2

@@ -55,7 +55,7 @@ class Stages:
         return self.folder / f"s{stage}.sock"
 
     def load(self) -> None:
-        spec = codec.model_spec_to_json(load_model_spec(NEEDLE))
+        spec = load_model_spec(NEEDLE).to_json()
         for handle in self.handles:
             request = pb.LoadRequest(
                 epoch=1, model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),

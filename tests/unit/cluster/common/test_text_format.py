@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
@@ -69,8 +67,3 @@ def test_any_value_is_shown_on_one_short_line(value: object) -> None:
     shown = show_value(value)
     assert shown.isprintable()
     assert 0 < len(shown) <= MAX_SHOWN
-
-
-def test_importing_it_does_not_load_yaml() -> None:
-    code = "import sys, cluster.common.text_format; print('yaml' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

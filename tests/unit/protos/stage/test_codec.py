@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.model.spec import ModelSpec, RopeSpec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import (
@@ -74,12 +73,6 @@ SHARDS = st.builds(
     stage=U32, num_stages=U32, rank=U32, num_ranks=U32, layers=SPANS, heads=SPANS, kv_heads=SPANS, experts=SPANS,
     intermediate=SPANS, vocab=SPANS,
 )  # fmt: skip
-SPEC = ModelSpec(
-    model_type="qwen3_moe", vocab_size=4096, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=64, intermediate_size=512, rms_norm_eps=1e-6, tie_word_embeddings=True,
-    qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=True, rope=RopeSpec(theta=1e6, mscale=0.5),
-    max_position_embeddings=4096, dtype="bfloat16", eos_token_ids=(0, 7), mlp_only_layers=(1, 3),
-)  # fmt: skip
 
 
 def wire(message):
@@ -124,19 +117,6 @@ def test_progress(progress: LoadProgress):
 @given(SHARDS)
 def test_shards(shard: ShardSpec):
     assert codec.shard_from_pb(wire(codec.shard_to_pb(shard))) == shard
-
-
-@pytest.mark.parametrize("field", ["eos_token_ids", "rope", "rms_norm_eps", "mlp_only_layers"])
-def test_model_specs(field: str):
-    got = codec.model_spec_from_json(codec.model_spec_to_json(SPEC))
-    assert got == SPEC
-    assert type(getattr(got, field)) is type(getattr(SPEC, field))
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "{}", '{"rope": 1}', '{"rope": {"theta": 1}}'])
-def test_other_json_is_refused(text: str):
-    with pytest.raises((ValueError, TypeError)):
-        codec.model_spec_from_json(text)
 
 
 def test_nothing_is_not_zero():
