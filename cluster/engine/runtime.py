@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.common.environment import environment
@@ -24,25 +23,9 @@ from cluster.stages.launcher import Launched, Launcher, LaunchStatus
 from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
-from protos.stage.messages import SamplingParams
+from protos.jobs.sampling import AnswerOptions
 
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """How to answer: the same for every question of a call."""
-
-    max_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    enable_thinking: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
-        if not all(self.stop):
-            raise UserError('stop: "": a stop string must have at least one character')
+Ask = AnswerOptions
 
 
 class Session:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster.engine.runtime import Ask
+from protos.jobs.limits import MAX_QUESTIONS
 from protos.stage.messages import SamplingParams, TokenLogprob
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
@@ -95,8 +96,8 @@ class JobInput:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
         if self.document_id and not self.questions:
             raise InvalidJob("questions: 0: must have at least one")
-        if len(self.questions) > 1024:
-            raise InvalidJob(f"questions: {len(self.questions)}: must be at most 1024")
+        if len(self.questions) > MAX_QUESTIONS:
+            raise InvalidJob(f"questions: {len(self.questions)}: must be at most {MAX_QUESTIONS}")
 
     @property
     def num_answers(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import ssl
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from cluster.common.certificates import check_pair, load_certificates
 from cluster.config.schema import SecuritySection
 from cluster.stages.preflight import PreflightError
 
@@ -107,22 +107,18 @@ def server_credentials(security: SecuritySection) -> grpc.ServerCredentials | No
     key_bytes = _read_secret("security.tls_key_file", key)
     certificate_bytes = _read_public("security.tls_cert_file", certificate)
     authority_bytes = None if authority is None else _read_public("security.tls_client_ca_file", authority)
-    # gRPC reports a bad pair only in its log, and then at every handshake
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(certificate, key, password=lambda: "")  # never asks at the terminal
-    except (ssl.SSLError, ValueError) as error:
+        check_pair(certificate_bytes, key_bytes)
+    except ValueError as error:
         raise PreflightError(
             f"security.tls_cert_file: {certificate}: not a PEM certificate that goes with security.tls_key_file: {key} "
-            f"(an unencrypted PEM key): {_reason(error)}"
+            f"(an unencrypted PEM key): {error}"
         ) from error
-    if authority is not None:
-        try:
-            context.load_verify_locations(authority)
-        except (ssl.SSLError, ValueError) as error:
-            raise PreflightError(
-                f"security.tls_client_ca_file: {authority}: must be PEM certificates: {_reason(error)}"
-            ) from error
+    try:
+        if authority_bytes is not None:
+            load_certificates(authority_bytes)
+    except ValueError as error:
+        raise PreflightError(f"security.tls_client_ca_file: {authority}: must be PEM certificates: {error}") from error
     return grpc.ssl_server_credentials(
         [(key_bytes, certificate_bytes)],
         root_certificates=authority_bytes,
@@ -130,41 +126,11 @@ def server_credentials(security: SecuritySection) -> grpc.ServerCredentials | No
     )
 
 
-def certificate_names(security: SecuritySection) -> list[str]:
-    """DNS names, then IP addresses, of the door's certificate; none when it has expired or names nothing.
-
-    The standard library shows a certificate only after a handshake, which therefore takes place in memory.
-    """
-    assert security.tls_cert_file is not None
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    server.load_cert_chain(security.tls_cert_file, security.tls_key_file)
-    client.load_verify_locations(security.tls_cert_file)
-    client.check_hostname = False
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
-    for _ in range(4):  # flights of a handshake
-        for side in sides:
-            try:
-                side.do_handshake()
-            except ssl.SSLWantReadError:
-                continue
-            except ssl.SSLError:
-                return []
-    certificate: Any = sides[0].getpeercert() or {}
-    found = certificate.get("subjectAltName", ())
-    return [value for kind in ("DNS", "IP Address") for name, value in found if name == kind]
-
-
 def _read_public(what: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise PreflightError(f"{what}: {path}: cannot be read: {error.strerror}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "reason", None) or str(error) or type(error).__name__).replace("_", " ").lower()
 
 
 class KeyInterceptor(grpc.ServerInterceptor):

@@ -13,8 +13,8 @@ import pytest
 
 import cluster
 from cluster import AsyncClient, Client, JobEnded, ProgressEvent, TokenEvent
-from cluster.client.errors import RetryPolicy
 from cluster.client.requests import PIECE_BYTES
+from cluster.client.retry import RetryPolicy
 from protos.jobs import jobs_pb2 as pb
 from tests.support.fakes.server import WORDS, FakeHead
 

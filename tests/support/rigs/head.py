@@ -16,7 +16,9 @@ from types import TracebackType
 import psutil
 
 from cluster.client.client import Client, Job
-from cluster.client.errors import RetryPolicy, Unavailable, read_state
+from cluster.client.errors import Unavailable
+from cluster.client.retry import RetryPolicy
+from cluster.client.state_file import read_state
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.runtime import Session
 from cluster.jobs.api import ServiceLimits
