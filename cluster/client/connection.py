@@ -100,12 +100,12 @@ class Connection:
 
     @property
     def secret(self) -> str:
-        """The API key given, else that of the environment variable LONGREACH_API_KEY, else empty."""
+        """The API key of the argument, else of the environment variable LONGREACH_API_KEY, else empty."""
         return self.api_key if self.api_key is not None else os.environ.get("LONGREACH_API_KEY", "")
 
 
-def _file(given: FileName, variable: str) -> Path | None:
-    name = os.environ.get(variable, "") if given is None else os.fspath(given)
+def _file(argument: FileName, variable: str) -> Path | None:
+    name = os.environ.get(variable, "") if argument is None else os.fspath(argument)
     return Path(name).expanduser() if name else None
 
 

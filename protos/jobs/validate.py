@@ -44,7 +44,7 @@ def read_options(sampling: pb.Sampling) -> AnswerOptions:
     check_count("stop", len(sampling.stop), MAX_STOPS)
     check_count("stop_token_ids", len(sampling.stop_token_ids), MAX_STOPS)
     for stop in sampling.stop:
-        check_text("stop", stop, MAX_CHARS, least=1)
+        check_text("stop", stop, MAX_CHARS, min_chars=1)
     present = {item.name: value for item, value in sampling.ListFields()}
     return AnswerOptions.from_values({name: tuple(v) if OPTIONS[name].is_list else v for name, v in present.items()})
 
@@ -54,7 +54,7 @@ def check_option(name: str, value: object) -> Any:
     option = OPTIONS[name]
     if option.is_list:
         values = value or ()
-        return check_texts(name, values, least_each=1) if option.kind is str else check_token_ids(name, values)
+        return check_texts(name, values, min_chars=1) if option.kind is str else check_token_ids(name, values)
     if option.kind is bool:
         return check_flag(name, value)
     if option.kind is int:
@@ -73,10 +73,10 @@ def show(value: object) -> str:
     return shown if len(shown) <= _MAX_SHOWN + 2 else f"{shown[:_MAX_SHOWN]}..."
 
 
-def check_count(key: str, count: int, most: int) -> None:
-    """Refuse more than `most` elements."""
-    if count > most:
-        raise UserError(f"{key}: {count}: must be at most {most}")
+def check_count(key: str, count: int, limit: int) -> None:
+    """Refuse more than `limit` elements."""
+    if count > limit:
+        raise UserError(f"{key}: {count}: must be at most {limit}")
 
 
 def check_integer(key: str, value: object, low: int, high: int) -> int:
@@ -110,8 +110,8 @@ def check_flag(key: str, value: object) -> bool:
     return value
 
 
-def check_text(key: str, value: object, most: int | None = None, least: int = 0) -> str:
-    """Return a text of `least` to `most` characters that UTF-8 can hold."""
+def check_text(key: str, value: object, max_chars: int | None = None, min_chars: int = 0) -> str:
+    """Return a text of `min_chars` to `max_chars` characters that UTF-8 can hold."""
     if not isinstance(value, str):
         raise UserError(f"{key}: {show(value)}: must be text")
     try:
@@ -119,19 +119,19 @@ def check_text(key: str, value: object, most: int | None = None, least: int = 0)
     except UnicodeEncodeError as error:
         at = f"character {value[error.start]!a} at {error.start}"
         raise UserError(f"{key}: {at}: must be text that UTF-8 can hold") from error
-    if len(value) < least or (most is not None and len(value) > most):
-        allowed = f"{least} to {most} characters" if most is not None else f"at least {least}"
+    if len(value) < min_chars or (max_chars is not None and len(value) > max_chars):
+        allowed = f"{min_chars} to {max_chars} characters" if max_chars is not None else f"at least {min_chars}"
         raise UserError(f"{key}: {len(value)} characters: must have {allowed}")
     return value
 
 
-def check_texts(key: str, values: object, least_each: int = 0) -> list[str]:
+def check_texts(key: str, values: object, min_chars: int = 0) -> list[str]:
     """Return a list of texts; one text stands for a list of it."""
     if isinstance(values, str):
         values = [values]
     if not isinstance(values, Sequence) or isinstance(values, bytes):
         raise UserError(f"{key}: {show(values)}: must be a list of texts")
-    return [check_text(f"{key}[{index}]", value, least=least_each) for index, value in enumerate(values)]
+    return [check_text(f"{key}[{index}]", value, min_chars=min_chars) for index, value in enumerate(values)]
 
 
 def check_token_ids(key: str, values: object) -> list[int]:
@@ -150,7 +150,7 @@ def check_labels(values: object) -> dict[str, str]:
         raise UserError(f"labels: {show(values)}: must be a mapping of text to text")
     check_count("labels", len(values), MAX_LABELS)
     for key, value in values.items():
-        check_text("labels", key, MAX_CHARS, least=1)
+        check_text("labels", key, MAX_CHARS, min_chars=1)
         check_text(f"labels.{show(key)}", value, MAX_CHARS)
     return dict(values)
 

@@ -61,10 +61,10 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heads]:
     files["noise"] = str(write_secret(folder / "noise", b"\x00\xff noise"))
     files["absent"] = str(folder / "absent")
     running = [serving(FakeJobService(), section) for section in security.values()]
-    addresses = {name: head.__enter__()[1] for name, head in zip(security, running, strict=True)}
+    addresses = {name: server.__enter__()[1] for name, server in zip(security, running, strict=True)}
     yield Heads(addresses, security, files)
-    for head in running:
-        head.__exit__(None, None, None)
+    for server in running:
+        server.__exit__(None, None, None)
 
 
 def arguments(heads: Heads, **given: str) -> dict[str, str]:

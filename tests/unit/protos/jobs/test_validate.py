@@ -78,7 +78,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: validate.check_text("k", b"a"), "k: b'a': must be text"),
     (lambda: validate.check_text("k", "a\ud800"), r"k: character '\ud800' at 1: must be text that UTF-8 can hold"),
     (lambda: validate.check_text("k", "ab", 1), "k: 2 characters: must have 0 to 1 characters"),
-    (lambda: validate.check_text("k", "", least=1), "k: 0 characters: must have at least 1"),
+    (lambda: validate.check_text("k", "", min_chars=1), "k: 0 characters: must have at least 1"),
     (lambda: validate.check_texts("k", b"ab"), "k: b'ab': must be a list of texts"),
     (lambda: validate.check_texts("k", ["a", 1]), "k[1]: 1: must be text"),
     (lambda: validate.check_token_ids("k", "12"), "k: '12': must be a list of whole numbers"),
