@@ -24,6 +24,7 @@ from cluster.client.errors import (
     Unavailable,
 )
 from cluster.client.tls import explain_failure, is_handshake_failure, read_files
+from cluster.common.text_format import one_line
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
 from protos.stage.channel import CHANNEL_OPTIONS
@@ -82,7 +83,7 @@ class Transport:
     def typed_error(self, error: grpc.RpcError) -> LongreachError:
         """Return the error of a failed call as one of the client's types."""
         address = self._connection.address
-        code, details = error.code(), " ".join((error.details() or "").split())
+        code, details = error.code(), one_line(error.details() or "")
         kind = _SIMPLE.get(code)
         if kind is Unauthenticated:
             problem = (

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 
 from cluster.common.certificates import check_pair, load_certificates
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
-from cluster.stages.preflight import PreflightError
 
 MIN_KEY_CHARS = 16
 _MAX_FILE_BYTES = 1 << 20

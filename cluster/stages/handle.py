@@ -15,6 +15,8 @@ from typing import Protocol
 
 import grpc
 
+from cluster.common.errors import StageError
+from cluster.common.text_format import describe_error
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
@@ -24,10 +26,6 @@ from protos.stage.pipe import STEPS_KEY, Pipe, PipeDoor
 
 _CLOSE_TIMEOUT_S = 2.0
 _ACCEPT_S = 0.1  # how often it is asked whether the shard has refused
-
-
-class StageError(RuntimeError):
-    """A shard could not be loaded, started or reached."""
 
 
 class StageHandle(Protocol):
@@ -173,4 +171,4 @@ def _accept(door: PipeDoor, call: grpc.Call) -> Pipe | None:
 def _details(error: Exception) -> str:
     if isinstance(error, grpc.Call):
         return f"{error.details()} ({error.code().name})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return describe_error(error)

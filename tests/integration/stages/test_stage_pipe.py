@@ -7,7 +7,7 @@ import queue
 import grpc
 import pytest
 
-from cluster.engine.request_handle import EngineError
+from cluster.common.errors import EngineError
 from cluster.stages.handle import GrpcStageHandle
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import token_metadata
