@@ -41,50 +41,19 @@ if TYPE_CHECKING:
     from protos.jobs.sampling import AnswerOptions, SamplingParams
 
 __all__ = [
-    "Answer",
-    "AnswerOptions",
-    "AsyncClient",
-    "AsyncDocuments",
-    "AsyncJob",
-    "Busy",
-    "Client",
-    "ClusterStatus",
-    "Conflict",
-    "ConnectionOptions",
-    "DocumentInfo",
-    "Documents",
-    "InvalidRequest",
-    "Job",
-    "JobData",
-    "JobEnded",
-    "JobFailed",
-    "LocalCluster",
-    "LongreachError",
-    "NotFound",
-    "Progress",
-    "ProgressEvent",
-    "RetryPolicy",
-    "SamplingParams",
-    "StageStatus",
-    "SubmitOptions",
-    "TlsError",
-    "Token",
-    "TokenEvent",
-    "Unauthenticated",
+    "Answer", "AnswerOptions", "AsyncClient", "AsyncDocuments", "AsyncJob", "Busy", "Client", "ClusterStatus",
+    "Conflict", "ConnectionOptions", "DocumentInfo", "Documents", "InvalidRequest", "Job", "JobData", "JobEnded",
+    "JobFailed", "LocalCluster", "LongreachError", "NotFound", "Progress", "ProgressEvent", "RetryPolicy",
+    "SamplingParams", "StageStatus", "SubmitOptions", "TlsError", "Token", "TokenEvent", "Unauthenticated",
     "Unavailable",
-]
+]  # fmt: skip
 
+# the modules of the names, light ones first
 _MODULES = [
-    "cluster.client.errors",
-    "cluster.client.models",
-    "cluster.client.retry",
-    "cluster.client.connection",
-    "cluster.client.requests",
-    "cluster.client.client",
-    "cluster.client.async_client",
-    "protos.jobs.sampling",
+    "cluster.client.errors", "cluster.client.models", "cluster.client.retry", "cluster.client.connection",
+    "cluster.client.requests", "cluster.client.client", "cluster.client.async_client", "protos.jobs.sampling",
     "cluster.engine.local_cluster",
-]  # of the names, light ones first
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
