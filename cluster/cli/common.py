@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from cluster.common.text_format import one_line
+from protos.jobs.sampling import OPTIONS
 
 if TYPE_CHECKING:
     from cluster.tools.display import Display
@@ -85,24 +86,23 @@ def fail(error: Exception | str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+# what the command line adds to the declarations of the options
+_SPELLINGS = {"stop_token_ids": "--stop-token-id", "enable_thinking": "--thinking/--no-thinking"}
+_ADDED: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": Count(), "show_default": True},
+    "temperature": {"show_default": True},
+    "seed": {"show_default": True},
+    "ignore_eos": {"is_flag": True},
+    "logprobs": {"metavar": "K"},
+}
+
+
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How to sample and when to stop; the same for every verb that asks."""
-    options = [
-        click.option("--max-tokens", type=Count(), default="256", show_default=True, help="Most tokens of an answer."),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens (0: all)."),
-        click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens up to this mass."),
-        click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest."),
-        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same samples."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text (repeatable)."),
-        click.option("--stop-token-id", type=int, multiple=True, help="End the answer at this id (repeatable)."),
-        click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's end token."),
-        click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities of the K best tokens."),
-        click.option("--thinking/--no-thinking", default=None, help="enable_thinking for the chat template."),
-    ]
-    for option in reversed(options):
-        command = option(command)
+    """Add the options of sampling and stopping, named as in `OPTIONS`; the same for every verb that asks."""
+    for name, option in reversed(OPTIONS.items()):
+        spelling = _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
+        values = {"type": option.kind, "default": option.default, "multiple": option.is_list, "help": option.meaning}
+        command = click.option(spelling, name, **(values | _ADDED.get(name, {})))(command)
     return command
 
 

@@ -63,13 +63,10 @@ def head_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
-    """Return the address and TLS of the head: `--address`, `--data-dir`, the environment, a head that `up` started.
-
-    Raises:
-        Unavailable: `--data-dir` was given and no head is ready there.
-    """
-    from cluster.client.connection import state_connection
-    from cluster.client.errors import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Unavailable
+    """Address and TLS of the head. Raises Unavailable when `--data-dir` was given and no head is ready there."""
+    from cluster.client.connection import DEFAULT_ADDRESS, state_connection
+    from cluster.client.errors import Unavailable
+    from cluster.client.state_file import DEFAULT_DATA_DIR
 
     names = ("ca_file", "cert_file", "key_file", "server_name", "allow_plaintext_key")
     given: Any = {name: options[name] for name in names if options[name] is not None}

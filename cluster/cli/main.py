@@ -18,6 +18,7 @@ from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
 from cluster.cli.common import EXIT_WRONG, Count, Verbs, one_line_errors, open_display, sampling_options
+from protos.jobs.sampling import AnswerOptions
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -64,7 +65,7 @@ def run(
     with one_line_errors():
         clean_run_dirs()
         source = RunInput(document, question, prompt_file, token_ids)
-        report = run_once(config, source, _ask(sampling), open_display(as_json))
+        report = run_once(config, source, AnswerOptions.from_values(sampling), open_display(as_json))
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))
             return
@@ -75,21 +76,6 @@ def run(
                 click.secho(result["reasoning"], dim=True)
             click.echo(result["token_ids"] if result["text"] is None else result["text"].strip())
         click.echo(_summary(report), err=True)
-
-
-def _ask(options: dict[str, Any]) -> Any:
-    from cluster.engine.outputs import AnswerOptions
-    from protos.stage.messages import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
-    return AnswerOptions(
-        max_tokens=options["max_tokens"],
-        sampling=SamplingParams(**{name: options[name] for name in names}),
-        stop=options["stop"],
-        stop_token_ids=options["stop_token_id"],
-        ignore_eos=options["ignore_eos"],
-        enable_thinking=options["thinking"],
-    )
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -20,13 +20,9 @@ from cluster.client.client import Client, Job
 from cluster.client.errors import InvalidRequest
 from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
 from cluster.client.requests import too_large
-from cluster.client.validation import MAX_REQUEST_BYTES
 from cluster.tools.token_ids import parse_token_ids
-
-_SAMPLING = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "stop",
-    "ignore_eos",
-)  # fmt: skip
+from protos.jobs.limits import MAX_REQUEST_BYTES
+from protos.jobs.sampling import OPTIONS
 
 _ANY_WIDTH = 1 << 14  # columns; wider than any table
 
@@ -34,14 +30,12 @@ _ANY_WIDTH = 1 << 14  # columns; wider than any table
 def submit_given(client: Client, options: dict[str, Any]) -> Job:
     """Queue the job that the options of `submit` describe. Raises LongreachError."""
     prompt_file, ids_file = options["prompt_file"], options["token_ids"]
-    extra: dict[str, Any] = {name: options[name] for name in (*_SAMPLING, "priority", "labels", "idempotency_key")}
+    extra: dict[str, Any] = {name: options[name] for name in (*OPTIONS, "priority", "labels", "idempotency_key")}
     return client.submit(
         options["document"],
         list(options["question"]) or None,
         prompt=None if prompt_file is None else _read(prompt_file, _as_text),
         token_ids=None if ids_file is None else _read(ids_file, parse_token_ids),
-        stop_token_ids=options["stop_token_id"],
-        enable_thinking=options["thinking"],
         deadline_s=options["deadline"],
         **extra,
     )

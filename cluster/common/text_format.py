@@ -23,11 +23,6 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def tls_reason(error: Exception) -> str:
-    """Return what OpenSSL says is wrong, in plain words: `KEY_VALUES_MISMATCH` as `key values mismatch`."""
-    return (getattr(error, "reason", None) or str(error) or type(error).__name__).replace("_", " ").lower()
-
-
 def escape_unprintable(text: str) -> str:
     r"""Return `text` with line breaks and other unprintable characters as escapes such as `\n`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

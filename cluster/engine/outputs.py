@@ -9,26 +9,7 @@ from typing import Any
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
-from protos.errors import UserError
 from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerOptions:
-    """Generation options shared by all questions of one call."""
-
-    max_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    enable_thinking: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
-        if not all(self.stop):
-            raise UserError('stop: "": a stop string must have at least one character')
 
 
 @dataclass(frozen=True, slots=True)

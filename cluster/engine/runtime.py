@@ -15,7 +15,7 @@ from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
-from cluster.engine.outputs import AnswerOptions, Generation, GenerationSpec
+from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
@@ -23,6 +23,7 @@ from cluster.text.chat_template import opens_thinking, render_chat
 from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 
 if TYPE_CHECKING:
     from cluster.stages.handle import GrpcStageHandle
@@ -251,6 +252,10 @@ class LocalCluster(ClusterRuntime):
     def __init__(self, config: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> None:
         """Check the configuration; `overrides` has dotted keys over it, such as `{"model.max_model_len": "128k"}`."""
         super().__init__(load_deployment(config, overrides))
+
+    # named again so that the API reference, which leaves inherited members out, describes them
+    start, close = ClusterRuntime.start, ClusterRuntime.close
+    ask, ask_all = ClusterRuntime.ask, ClusterRuntime.ask_all
 
 
 def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") -> None:

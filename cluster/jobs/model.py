@@ -26,7 +26,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster.engine.outputs import AnswerOptions
+from protos.jobs.limits import MAX_QUESTIONS
+from protos.jobs.sampling import AnswerOptions
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
@@ -106,8 +107,8 @@ class JobInput:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
         if self.document_id and not self.questions:
             raise InvalidJob("questions: 0: must have at least one")
-        if len(self.questions) > 1024:
-            raise InvalidJob(f"questions: {len(self.questions)}: must be at most 1024")
+        if len(self.questions) > MAX_QUESTIONS:
+            raise InvalidJob(f"questions: {len(self.questions)}: must be at most {MAX_QUESTIONS}")
 
     @property
     def num_answers(self) -> int:

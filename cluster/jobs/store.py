@@ -36,10 +36,9 @@ from cluster.jobs.model import (
     check_id,
 )
 from cluster.text.reasoning import ReasoningSplitter
+from protos.jobs.limits import MAX_INT64, MAX_PAGE
 from protos.stage.messages import TokenLogprob
 
-MAX_PAGE = 1000  # jobs in one page of a list
-_MAX_INTEGER = (1 << 63) - 1  # of SQLite
 _CURSOR = re.compile(r"j[0-9a-f]{15}")  # the seq of the last job of a page
 _RECORD = (
     "SELECT seq, id, state, created, started, finished, error, last_event, restarts, spec, reproducibility"
@@ -163,7 +162,7 @@ class JobStore:
             rows = db.execute(
                 f"SELECT {_TOKEN} FROM tokens"
                 " WHERE job = (SELECT seq FROM jobs WHERE id = ?) AND number > ? ORDER BY number LIMIT ?",
-                (job_id, min(after, _MAX_INTEGER), min(limit, _MAX_INTEGER)),
+                (job_id, min(after, MAX_INT64), min(limit, MAX_INT64)),
             ).fetchall()
         return [_token(row) for row in rows]
 
@@ -198,7 +197,7 @@ class JobStore:
             raise InvalidJob(f"page_size: {limit}: must be between 1 and {MAX_PAGE}")
         if cursor and not _CURSOR.fullmatch(cursor):
             raise InvalidJob(f"page_token: {cursor[:60]!r}: must be one that a list gave, or empty")
-        below = int(cursor[1:], 16) if cursor else _MAX_INTEGER
+        below = int(cursor[1:], 16) if cursor else MAX_INT64
         where = ["seq < ?"]
         values: list[object] = [below]
         if states:

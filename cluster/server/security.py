@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import hmac
 import os
-import ssl
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-from cryptography import x509
 
+from cluster.common.certificates import check_pair, load_certificates
 from cluster.common.errors import PreflightError
-from cluster.common.text_format import tls_reason
 from cluster.config.schema import SecuritySection
 
 MIN_KEY_CHARS = 16
@@ -109,41 +106,23 @@ def server_credentials(security: SecuritySection) -> grpc.ServerCredentials | No
     key_bytes = _read_secret("security.tls_key_file", key)
     certificate_bytes = _read_public("security.tls_cert_file", certificate)
     authority_bytes = None if authority is None else _read_public("security.tls_client_ca_file", authority)
-    # gRPC reports a bad pair only in its log, and then at every handshake
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(certificate, key, password=lambda: "")  # never asks at the terminal
-    except (ssl.SSLError, ValueError) as error:
+        check_pair(certificate_bytes, key_bytes)
+    except ValueError as error:
         raise PreflightError(
             f"security.tls_cert_file: {certificate}: not a PEM certificate that goes with security.tls_key_file: {key} "
-            f"(an unencrypted PEM key): {tls_reason(error)}"
+            f"(an unencrypted PEM key): {error}"
         ) from error
-    if authority is not None:
-        try:
-            context.load_verify_locations(authority)
-        except (ssl.SSLError, ValueError) as error:
-            raise PreflightError(
-                f"security.tls_client_ca_file: {authority}: must be PEM certificates: {tls_reason(error)}"
-            ) from error
+    try:
+        if authority_bytes is not None:
+            load_certificates(authority_bytes)
+    except ValueError as error:
+        raise PreflightError(f"security.tls_client_ca_file: {authority}: must be PEM certificates: {error}") from error
     return grpc.ssl_server_credentials(
         [(key_bytes, certificate_bytes)],
         root_certificates=authority_bytes,
         require_client_auth=authority_bytes is not None,
     )
-
-
-def certificate_names(security: SecuritySection) -> list[str]:
-    """Return DNS names, then IP addresses, of the server's certificate; none when it has expired or names nothing."""
-    assert security.tls_cert_file is not None
-    certificate = x509.load_pem_x509_certificates(security.tls_cert_file.read_bytes())[0]  # its issuers may follow
-    now = datetime.datetime.now(datetime.UTC)
-    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-        return []
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return []
-    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
 def _read_public(what: str, path: Path) -> bytes:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.client.errors import STATE_FILE
+from cluster.client.state_file import STATE_FILE
+from cluster.common.certificates import certificate_names
 from cluster.config.schema import SecuritySection
 
 PID_FILE = "head.pid"
@@ -92,11 +93,10 @@ def _is_head(command: list[str]) -> bool:
 
 
 def name_for(security: SecuritySection, address: str) -> str:
-    """Return the name by which to check the certificate at an address; empty if it is the host of the address."""
-    from cluster.server.security import certificate_names  # grpc comes with it
-
+    """The name by which to check the certificate at an address of this machine; empty when it is the address's own."""
+    assert security.tls_cert_file is not None
     host, _, _ = address.rpartition(":")
-    names = certificate_names(security)
+    names = certificate_names(security.tls_cert_file.read_bytes())
     return "" if not names or host.strip("[]") in names else names[0].replace("*", "head", 1)
 
 

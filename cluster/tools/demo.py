@@ -9,13 +9,14 @@ from typing import Any
 
 from cluster.common.environment import environment
 from cluster.config.deployment import Deployment, load_deployment
-from cluster.engine.outputs import AnswerOptions, Generation
+from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
 from cluster.tools.memory_watch import MemoryWatch
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 
 ANSWER_TOKENS = 20  # an answer has 15
 _ROOM = 256  # tokens kept for the question and the answer

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.outputs import AnswerOptions
 from cluster.engine.runtime import ClusterRuntime
 from cluster.text.chat_template import opens_thinking
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 from cluster.tools.token_ids import parse_token_ids
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 
 
 @dataclass(frozen=True, slots=True)

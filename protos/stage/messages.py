@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from protos.errors import UserError
+from protos.jobs.sampling import SamplingParams as SamplingParams  # the part of a plan that a job asks for
 
 
 class Span(NamedTuple):
@@ -46,39 +46,6 @@ class ShardSpec:
     @property
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one token is chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    logprobs: int | None = None  # None: no log-probabilities; K >= 0: of the chosen token and of the K best
-
-    def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0.0, 100.0)
-        _in_range("top_k", self.top_k, 0, 1 << 30)
-        _in_range("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise UserError("top_p: 0: must be above 0 and at most 1")
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _in_range("seed", self.seed, 0, (1 << 63) - 1)
-        if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-
-
-MAX_LOGPROBS = 100
-
-
-def _in_range(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN fails too
-        raise UserError(f"{key}: {value}: must be between {low:g} and {high:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from cluster.common.text_format import one_line
 from cluster.common.units import format_count
 from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
-from cluster.engine.outputs import AnswerOptions, Generation
+from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
 from cluster.text.chat_template import opens_thinking
 from cluster.text.tokenizer import TextTokenizer
@@ -26,6 +26,7 @@ from cluster.tools.display import Display, format_duration
 from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
 from cluster.tools.eval.modes import MODES, Conditions, Target, load_mode
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 from protos.model.spec import ModelSpec
 from protos.node.node_check import NodeError
 

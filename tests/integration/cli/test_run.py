@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.outputs import AnswerOptions
 from cluster.engine.runtime import ClusterRuntime
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.eval.haystack import build_haystack, is_right
+from protos.jobs.sampling import AnswerOptions
 from tests.integration.conftest import ROOT, CommandLine
 from tests.support.fakes.pipeline import Pipeline
 

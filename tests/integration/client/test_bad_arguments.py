@@ -18,9 +18,8 @@ from click.testing import CliRunner
 import cluster
 from cluster import Client
 from cluster.cli.main import main
-from cluster.client.requests import MAX_DEADLINE_S, MAX_QUESTIONS
-from cluster.client.validation import MAX_REQUEST_BYTES
 from cluster.jobs.model import new_id
+from protos.jobs.limits import MAX_DEADLINE_S, MAX_QUESTIONS, MAX_REQUEST_BYTES
 from protos.stage.channel import MAX_MESSAGE
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served

@@ -10,8 +10,8 @@ import pytest
 
 from cluster.common.errors import EngineError
 from cluster.config.deployment import load_deployment
-from cluster.engine.outputs import AnswerOptions
 from cluster.engine.runtime import ClusterRuntime
+from protos.jobs.sampling import AnswerOptions
 
 
 def test_killed_shard_fails_the_question_and_cleans_up(write_config: Callable[..., Path]) -> None:

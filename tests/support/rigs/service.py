@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.model import JobInput, JobSpec, JobState
 from cluster.server.head import Head
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
 

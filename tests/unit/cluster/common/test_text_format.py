@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +13,6 @@ from cluster.common.text_format import (
     one_line,
     shorten,
     show_value,
-    tls_reason,
 )
 
 
@@ -28,14 +25,6 @@ def test_one_line() -> None:
 def test_describe_error_names_the_type() -> None:
     assert describe_error(KeyError("no\nkey")) == "KeyError: 'no\\nkey'"
     assert describe_error(AssertionError()) == "AssertionError: "
-
-
-def test_tls_reason() -> None:
-    error = ssl.SSLError(1, "text")
-    error.reason = "KEY_VALUES_MISMATCH"
-    assert tls_reason(error) == "key values mismatch"
-    assert tls_reason(ValueError("Not PEM")) == "not pem"
-    assert tls_reason(ValueError()) == "valueerror"
 
 
 def test_escape_unprintable() -> None:

@@ -8,10 +8,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.engine.attention_report import AttentionReport, describe_positions, describe_sparsity
 from cluster.engine.in_flight import InFlightStep
-from cluster.engine.outputs import AnswerOptions, Generation, PrefillProgress
+from cluster.engine.outputs import Generation, PrefillProgress
 from cluster.jobs.model import JobAnswer, JobInput, JobRecord, JobSpec, JobState
 from cluster.scheduler.request import FinishReason
 from cluster.server.metrics import JobMetrics
+from protos.jobs.sampling import AnswerOptions
 from protos.model.grid import split
 from protos.model.spec import DualChunkSpec, HeadBudget, RopeSpec, SparseSpec
 from protos.stage.messages import CellReport, StepPlan

@@ -9,10 +9,11 @@ import pytest
 
 from cluster.common.errors import EngineError
 from cluster.config.deployment import ConfigError
-from cluster.engine.outputs import AnswerOptions, Generation, OutputToken, PrefillProgress
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.runtime import ClusterRuntime, LocalCluster
 from cluster.text.prompts import PromptError
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
 from tests.support.paths import CONFIGS

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.outputs import AnswerOptions, OutputToken
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.database import MIGRATIONS, VERSION
 from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
 from cluster.jobs.store import JobStore
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import TokenLogprob
 from tests.support.paths import ROOT
 from tests.unit.cluster.jobs.test_store import DOCUMENT, PLAIN, commit, submit, tokens
@@ -203,7 +204,8 @@ import sys
 from pathlib import Path
 from cluster.jobs.store import JobStore
 from cluster.jobs.model import ACTIVE, JobAnswer, JobInput, JobSpec, JobState, new_id
-from cluster.engine.outputs import AnswerOptions, OutputToken
+from cluster.engine.outputs import OutputToken
+from protos.jobs.sampling import AnswerOptions
 
 store = JobStore(Path(sys.argv[1]))
 jobs = [record.id for record in store.unfinished()]

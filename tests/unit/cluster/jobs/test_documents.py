@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.documents import MAX_NAME, DocumentStore, display_name
 from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobNotFound, JobSpec, JobState, NotAllowedNow, new_id
 from cluster.jobs.store import JobStore
+from protos.jobs.sampling import AnswerOptions
 
 
 class Clock:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.model import ACTIVE, FINAL, WAITING, InvalidJob, JobInput, JobSpec, JobState, check_id, new_id
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams
 
 DOC = new_id("doc")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions
 from cluster.jobs.model import JobInput, JobSpec
 from cluster.jobs.prompts import reasoning_opened
 from cluster.text.tokenizer import TextTokenizer
+from protos.jobs.sampling import AnswerOptions
 from tests.support.paths import NEEDLE
 
 THINKING = "{{ messages[0]['content'] }}<assistant>{% if enable_thinking is not false %}<think>\n{% endif %}"

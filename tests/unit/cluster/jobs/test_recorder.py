@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions, Generation, OutputToken, PrefillProgress, Timings
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress, Timings
 from cluster.jobs import recorder as recorder_module
 from cluster.jobs.model import JobInput, JobSpec, JobState, new_id
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SampledToken, TokenLogprob
 
 PROGRESS = PrefillProgress(8, 0, 8, None)

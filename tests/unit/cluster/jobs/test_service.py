@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cluster.engine.outputs import AnswerOptions, OutputToken
+from cluster.engine.outputs import OutputToken
 from cluster.jobs import service as service_module
 from cluster.jobs.model import (
     InvalidJob,
@@ -24,6 +24,7 @@ from cluster.jobs.model import (
     new_id,
 )
 from cluster.text.tokenizer import TextTokenizer
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import CHUNK, FakeRuntime
 from tests.support.fakes.stage import eventually
 from tests.support.paths import NEEDLE

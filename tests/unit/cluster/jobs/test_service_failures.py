@@ -10,7 +10,6 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine import supervisor as supervisor_module
-from cluster.engine.outputs import AnswerOptions
 from cluster.jobs import recorder as recorder_module
 from cluster.jobs.model import (
     JobInput,
@@ -18,6 +17,7 @@ from cluster.jobs.model import (
     JobState,
     ServiceBusy,
 )
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.service import Bench
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.outputs import AnswerOptions, OutputToken
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
@@ -28,6 +28,7 @@ from cluster.jobs.model import (
     new_id,
 )
 from cluster.jobs.store import MAX_PAGE, JobStore
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams, TokenLogprob
 
 DOCUMENT = DocumentRecord("doc_" + "0" * 32, "report.txt", 7, created=1.0, expires=100.0)

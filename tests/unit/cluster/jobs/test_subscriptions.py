@@ -6,10 +6,11 @@ import threading
 import time
 from pathlib import Path
 
-from cluster.engine.outputs import AnswerOptions, OutputToken
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState, new_id
 from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import ChangeNotifier, Subscriptions
+from protos.jobs.sampling import AnswerOptions
 
 
 def test_changes_reach_the_subscribers_of_their_job_only():

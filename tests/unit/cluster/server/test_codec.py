@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.outputs import AnswerOptions, OutputToken, PrefillProgress
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -23,6 +23,8 @@ from cluster.jobs.model import (
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs import limits
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams
 
 DOC = new_id("doc")
@@ -86,16 +88,16 @@ def test_inputs(fields: dict[str, Any], expected: JobInput) -> None:
 
 
 LIMITS: list[tuple[Callable[[int], dict[str, Any]], int]] = [
-    (lambda n: document(text="t", questions=["q"] * n), codec.MAX_QUESTIONS),
-    (lambda n: {"prompt": "a", "labels": {str(i): "" for i in range(n)}}, codec.MAX_LABELS),
-    (lambda n: {"prompt": "a", "labels": {"k": "v" * n}}, codec.MAX_CHARS),
-    (lambda n: {"prompt": "a", "labels": {"k" * n: "v"}}, codec.MAX_CHARS),
-    (lambda n: {"prompt": "a", "idempotency_key": "ü" * n}, codec.MAX_CHARS),
-    (lambda n: sampling(stop=["s"] * n), codec.MAX_STOPS),
-    (lambda n: sampling(stop=["s" * n]), codec.MAX_CHARS),
-    (lambda n: sampling(stop_token_ids=[1] * n), codec.MAX_STOPS),
-    (lambda n: {"chat": pb.Chat(messages=[pb.Message(role="user")] * n)}, codec.MAX_MESSAGES),
-    (lambda n: {"prompt": "a", "deadline_s": float(n)}, int(codec.MAX_DEADLINE_S)),
+    (lambda n: document(text="t", questions=["q"] * n), limits.MAX_QUESTIONS),
+    (lambda n: {"prompt": "a", "labels": {str(i): "" for i in range(n)}}, limits.MAX_LABELS),
+    (lambda n: {"prompt": "a", "labels": {"k": "v" * n}}, limits.MAX_CHARS),
+    (lambda n: {"prompt": "a", "labels": {"k" * n: "v"}}, limits.MAX_CHARS),
+    (lambda n: {"prompt": "a", "idempotency_key": "ü" * n}, limits.MAX_CHARS),
+    (lambda n: sampling(stop=["s"] * n), limits.MAX_STOPS),
+    (lambda n: sampling(stop=["s" * n]), limits.MAX_CHARS),
+    (lambda n: sampling(stop_token_ids=[1] * n), limits.MAX_STOPS),
+    (lambda n: {"chat": pb.Chat(messages=[pb.Message(role="user")] * n)}, limits.MAX_MESSAGES),
+    (lambda n: {"prompt": "a", "deadline_s": float(n)}, int(limits.MAX_DEADLINE_S)),
 ]
 
 
@@ -277,7 +279,7 @@ def test_status_by_name() -> None:
 def test_any_sampling_is_read_or_refused_in_one_line(given_: pb.Sampling) -> None:
     message = ""
     try:
-        assert codec.decode_ask(given_).max_tokens == given_.max_tokens
+        assert decode(prompt="a", sampling=given_).ask.max_tokens == given_.max_tokens
     except InvalidJob as error:
         message = str(error)
     assert len(message.splitlines()) <= 1

@@ -9,10 +9,10 @@ import pytest
 
 from cluster.common.errors import JobStoreError, PreflightError
 from cluster.config.deployment import load_deployment
-from cluster.engine.outputs import AnswerOptions
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.model import JobInput, JobSpec, JobState, ServiceBusy
 from cluster.server.head import Head
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.paths import CONFIGS
 

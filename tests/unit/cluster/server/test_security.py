@@ -10,10 +10,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from cluster.common.certificates import certificate_names
 from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, load_config
 from cluster.config.schema import SecuritySection
-from cluster.server.security import MIN_KEY_CHARS, ApiKeys, certificate_names, load_api_keys, server_credentials
+from cluster.server.security import MIN_KEY_CHARS, ApiKeys, load_api_keys, server_credentials
 from tests.support.data.certificates import Authority
 
 KEY = "0123456789abcdef"
@@ -107,12 +108,11 @@ def test_without_tls_there_are_no_credentials() -> None:
     ],
 )  # fmt: skip
 def test_names_of_a_certificate(tmp_path: Path, hosts: tuple[str, ...], hours: float, names: list[str]) -> None:
-    certificate, key = Authority(tmp_path, "authority").issue("head", hosts, hours)
-    security = SecuritySection(tls_cert_file=certificate, tls_key_file=key)
-    assert certificate_names(security) == names
+    certificate, _ = Authority(tmp_path, "authority").issue("head", hosts, hours)
+    assert certificate_names(certificate.read_bytes()) == names
     issuer = Authority(tmp_path, "issuer")
     certificate.write_bytes(certificate.read_bytes() + issuer.certificate)  # a chain: the first one counts
-    assert certificate_names(security) == names
+    assert certificate_names(certificate.read_bytes()) == names
 
 
 def test_a_certificate_without_names(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_certificate_without_names(tmp_path: Path) -> None:
     builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(hours=1))
     path = tmp_path / "head.pem"
     path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-    assert certificate_names(SecuritySection(tls_cert_file=path, tls_key_file=path)) == []
+    assert certificate_names(path.read_bytes()) == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.engine.outputs import AnswerOptions, Generation, Timings
+from cluster.engine.outputs import Generation, Timings
 from cluster.engine.runtime import ClusterRuntime
 from cluster.scheduler.request import FinishReason
 from cluster.text.prompts import PromptError
@@ -20,6 +20,7 @@ from cluster.tools import run
 from cluster.tools.display import Display
 from cluster.tools.run import RunInput, run_once
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SampledToken, TokenLogprob
 from tests.support.paths import NEEDLE
 
