@@ -79,7 +79,7 @@ class Session:
             pool = PagePool(launched.num_pages)
             scheduler = Scheduler(
                 pool, page_size, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
-                runs_ahead=True, num_stages=config.cluster.pipeline_parallel_size,
+                num_stages=config.cluster.pipeline_parallel_size,
             )  # fmt: skip
             self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
         except BaseException:

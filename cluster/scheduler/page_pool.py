@@ -131,16 +131,6 @@ class PagePool:
                 self._state[page] = _FREE
                 self._num_free += 1
 
-    def clear_cache(self) -> int:
-        """Forget all cached pages nobody reads; returns how many."""
-        count = len(self._cached)
-        for page in self._cached:
-            self._forget(page)
-            self._state[page] = _FREE
-        self._cached.clear()
-        self._num_free += count
-        return count
-
     def _forget(self, page: int) -> None:
         del self._page_of[self._hash_of.pop(page)]
 

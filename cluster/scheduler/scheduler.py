@@ -38,15 +38,14 @@ class Scheduler:
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False, num_stages: int = 1,
+        spec: ModelSpec | None = None, num_stages: int = 1,
     ) -> None:  # fmt: skip
         """Args: `spec` says where attention lets a step be cut; None: anywhere (plain dense attention).
 
-        With `runs_ahead` the step after a sample is planned before the token is known: its slice has a length of 1 and
-        no ids, and the first stage takes the token that the last one of `num_stages` has sampled. Several stages run
-        ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
+        The step after a sample is planned before the token is known: its slice has a length of 1 and no ids, and the
+        first stage takes the token that the last one of `num_stages` has sampled. Several stages run ahead only while
+        nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
         """
-        self._runs_ahead = runs_ahead
         self._num_stages = num_stages
         if spec is not None and spec.sparse is not None:
             grid = spec.sparse.cell, spec.chunk_distance
@@ -58,25 +57,12 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
         self._keys = PrefixKeys(cache_root, page_size, spec)
-        self._epoch = epoch
         self._step = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._pending: dict[bytes, int] = {}  # pages some running request is about to compute -> its sequence
         self._released: list[int] = []
         self._no_room_for: tuple[int, int] | None = None  # the request at the head of the queue, and when
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def max_tokens_per_step(self) -> int:
-        return self._budget
 
     @property
     def decodes(self) -> bool:
@@ -134,7 +120,7 @@ class Scheduler:
             return None
         released, self._released = tuple(self._released), []
         self._step += 1
-        return StepPlan(self._epoch, self._step, slices, released)
+        return StepPlan(self._step, slices, released)
 
     def commit(self, plan: StepPlan, samples: Iterable[SampledToken]) -> list[Request]:
         """Take the result of a plan; returns the requests it touched. Finished ones have given their pages back."""
@@ -264,7 +250,7 @@ class Scheduler:
         one stage computes the next tokens of one group, another stage has another group, and none waits.
         """
         wanted = [self._remaining(request) for request in self._running]
-        if not self._runs_ahead or self._num_stages == 1:
+        if self._num_stages == 1:
             return wanted
         known = [request.remaining for request in self._running]
         if max(known, default=0) > 1:
@@ -279,7 +265,7 @@ class Scheduler:
     def _remaining(self, request: Request) -> int:
         """Tokens to schedule; while the next one is being sampled, it counts if the stages can go on by themselves."""
         ahead = request.samples_in_flight
-        if self._runs_ahead and ahead and len(request.output) + ahead < request.stop.max_tokens:
+        if ahead and len(request.output) + ahead < request.stop.max_tokens:
             return request.remaining + ahead
         return request.remaining
 

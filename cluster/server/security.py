@@ -189,11 +189,6 @@ class KeyInterceptor(grpc.ServerInterceptor):
         return scheme.lower() == "bearer" and self._keys.matches(key.strip())
 
 
-def key_metadata(key: str) -> list[tuple[str, str]]:
-    """What a client sends with every call."""
-    return [(_HEADER, f"Bearer {key}")]
-
-
 def _refusal() -> grpc.RpcMethodHandler:
     """Answers a call of any kind without waiting for its message."""
 

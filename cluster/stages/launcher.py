@@ -177,7 +177,6 @@ class Launcher:
         config, shard = self._deployment.config, handle.shard
         assert self._run_dir is not None
         return pb.LoadRequest(
-            epoch=1,
             model_path=str(config.model.path),
             model_spec_json=codec.model_spec_to_json(self._deployment.spec),
             shard=codec.shard_to_pb(shard),

@@ -74,7 +74,6 @@ def shard_from_pb(message: pb.ShardSpec) -> ShardSpec:
 def plan_to_pb(plan: StepPlan, with_tokens: bool = True) -> pb.StepPlan:
     """`with_tokens=False` leaves out the token ids, which only the first stage reads."""
     return pb.StepPlan(
-        epoch=plan.epoch,
         step=plan.step,
         slices=[_slice_to_pb(part, with_tokens) for part in plan.slices],
         released=plan.released,
@@ -83,7 +82,6 @@ def plan_to_pb(plan: StepPlan, with_tokens: bool = True) -> pb.StepPlan:
 
 def plan_from_pb(message: pb.StepPlan) -> StepPlan:
     return StepPlan(
-        epoch=message.epoch,
         step=message.step,
         slices=tuple(_slice_from_pb(part) for part in message.slices),
         released=tuple(message.released),
@@ -160,7 +158,6 @@ def _sample_from_pb(message: pb.SampleSpec) -> SampleSpec:
 
 def result_to_pb(result: StepResult) -> pb.StepResult:
     return pb.StepResult(
-        epoch=result.epoch,
         step=result.step,
         stage=result.stage,
         rank=result.rank,
@@ -182,7 +179,6 @@ def result_to_pb(result: StepResult) -> pb.StepResult:
 
 def result_from_pb(message: pb.StepResult) -> StepResult:
     return StepResult(
-        epoch=message.epoch,
         step=message.step,
         stage=message.stage,
         rank=message.rank,

@@ -113,9 +113,8 @@ class SequenceSlice:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of the whole pipeline. Plans are executed in the order of `step`, without gaps, within one epoch."""
+    """One step of the whole pipeline. Plans are executed in the order of `step`, without gaps."""
 
-    epoch: int
     step: int
     slices: tuple[SequenceSlice, ...]
     released: tuple[int, ...] = ()  # sequences whose tables are dropped before this step
@@ -162,7 +161,6 @@ class CellReport:
 class StepResult:
     """What a shard reports of a step. Samples come from rank 0 of the last stage only."""
 
-    epoch: int
     step: int
     stage: int
     rank: int

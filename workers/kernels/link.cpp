@@ -21,15 +21,15 @@ namespace longreach {
 namespace {
 
 constexpr std::int64_t kAlone = 30;   // microseconds; nothing else ran on the core while one yielded it
-constexpr std::int64_t kHeader = 64;  // bytes, of which 24 are used: what follows stays aligned
+constexpr std::int64_t kHeader = 64;  // bytes, of which 16 are used: what follows stays aligned
 
 struct Header {
-    std::int64_t epoch, step, crc;
+    std::int64_t step, crc;
 };
 
 struct TakeCall {
     std::uint8_t* message;  // room for header and body, `bytes` of them
-    std::int64_t bytes, epoch, step, seed, timeout_us;
+    std::int64_t bytes, step, seed, timeout_us;
     std::int64_t awake_from_us, awake_until_us;  // of the wait: this part of it is spent without sleeping
     std::int64_t* waited_us;                     // the result: until the first byte was here
     std::int32_t socket;
@@ -58,7 +58,7 @@ std::uint32_t crc32(std::uint32_t crc, const void* data, std::int64_t bytes) {
 }
 
 std::int64_t checksum(std::int64_t seed, const Header& header, const void* body, std::int64_t bytes) {
-    return crc32(crc32(static_cast<std::uint32_t>(seed), &header, 2 * sizeof(std::int64_t)), body, bytes);
+    return crc32(crc32(static_cast<std::uint32_t>(seed), &header, sizeof(std::int64_t)), body, bytes);
 }
 
 std::int64_t now_us() {
@@ -108,7 +108,7 @@ EXPORT int longreach_take(const TakeCall* call) {
     }
     Header header;
     std::memcpy(&header, call->message, sizeof header);
-    const bool due = header.epoch == call->epoch && header.step == call->step;
+    const bool due = header.step == call->step;
     const std::int64_t crc = checksum(call->seed, header, call->message + kHeader, call->bytes - kHeader);
     return due && header.crc == crc ? kFits : kDiffers;
 }
@@ -116,7 +116,7 @@ EXPORT int longreach_take(const TakeCall* call) {
 // Write a message without waiting: the bytes of header and body that the socket took, or an errno, negative.
 EXPORT std::int64_t longreach_send(const SendCall* call) {
     alignas(8) std::uint8_t start[kHeader] = {};
-    Header header{call->epoch, call->step, 0};
+    Header header{call->step, 0};
     header.crc = checksum(call->seed, header, call->body, call->bytes);
     std::memcpy(start, &header, sizeof header);
     iovec parts[2] = {{start, kHeader}, {const_cast<std::uint8_t*>(call->body), static_cast<std::size_t>(call->bytes)}};

@@ -85,7 +85,7 @@ class ModelRunner:
         self._tables.apply(plan)
         if not plan.slices:
             return None
-        batch = self._tables.batch(plan, self._spec, self.device, with_tokens=False)
+        batch = self._tables.batch(plan, self._spec, self.device)
         return Prepared(plan, batch, self.decoder.prepare(batch, self._kv))
 
     def learn(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:

@@ -9,7 +9,7 @@ from workers.stage.server import StageAddress, StageProcessSpec, StageServer, li
 
 
 class StageActor:
-    """One shard of one stage. `open` is called once, then `serve`; a restarted actor is a new one with a new epoch."""
+    """One shard of one stage. `open` is called once, then `serve`; a restarted actor is a new one."""
 
     def __init__(self) -> None:
         self._server: StageServer | None = None

@@ -1,7 +1,7 @@
 """The process of one shard: a gRPC server around a `StageWorker`. Imports torch only when weights are loaded.
 
 Failure contract: nothing here is durable. A step that fails makes the shard answer every later plan with the same
-error; recovery is a new process with a new epoch. When no engine has been connected for `orphan_timeout_s`, the process
+error; recovery is a new process. When no engine has been connected for `orphan_timeout_s`, the process
 ends by itself, so that no memory stays occupied behind a dead head.
 """
 
@@ -263,7 +263,7 @@ class _StageServicer(rpc.StageServicer):
         worker = self._worker
         reply = pb.ProbeReply(state=self._state, error=self._error)
         if worker is not None:
-            reply.epoch, reply.layers_done, reply.steps_done = worker.epoch, worker.layers_done, worker.steps_done
+            reply.layers_done, reply.steps_done = worker.layers_done, worker.steps_done
             reply.resident_bytes = worker.resident_bytes()
         return reply
 

@@ -72,16 +72,16 @@ class Stepper:
             if early is not None and self._near is not None:
                 self._near.finish(early)
             elif out.hidden is not None:
-                self._sender.send(plan.epoch, plan.step, out.hidden)
+                self._sender.send(plan.step, out.hidden)
             elif out.tokens:
-                self._sender.send(plan.epoch, plan.step, torch.tensor(out.tokens, dtype=torch.int64))
+                self._sender.send(plan.step, torch.tensor(out.tokens, dtype=torch.int64))
         return out, seconds
 
     def _early(self, plan: StepPlan, ready: Prepared) -> Early | None:
         """The message with the hidden states of a step, where these leave as soon as the last layer is done."""
         if self._near is None or self._runner.shard.is_last or ready.layers.fused is None:
             return None
-        ready.layers.fused.then = early = self._near.early(plan.epoch, plan.step, ready.layers.fused.x)
+        ready.layers.fused.then = early = self._near.early(plan.step, ready.layers.fused.x)
         return early
 
     def _learn(self, plan: StepPlan, inbox: Source) -> None:

@@ -47,7 +47,6 @@ class StageWorker:
     def __init__(self, token: str, threads: int, step_timeout_s: float) -> None:
         self._token = token
         self._step_timeout_s = step_timeout_s
-        self.epoch = 0
         self.steps_done = 0
         self.inbox: Inbox | None = None
         self._near: NearInbox | None = None
@@ -69,7 +68,6 @@ class StageWorker:
         Raises:
             ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
         """
-        self.epoch = request.epoch
         self._spec: ModelSpec = codec.model_spec_from_json(request.model_spec_json)
         self._shard: ShardSpec = codec.shard_from_pb(request.shard)
         self._dtype = DTYPES[request.dtype]
@@ -87,9 +85,9 @@ class StageWorker:
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
         if self._shard.num_stages > 1:  # before anyone starts: the previous stage connects as soon as it has
-            self.inbox = Inbox(self.epoch)
+            self.inbox = Inbox()
             if self._shard.is_first:  # nobody may wait here, or the ring stands still
-                self.inbox = Inbox(self.epoch, "tokens", "the last stage", depth=_TOKENS)
+                self.inbox = Inbox("tokens", "the last stage", depth=_TOKENS)
         store = file_store(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
@@ -121,7 +119,7 @@ class StageWorker:
         self._near_after = near[1]
         if near[0]:
             of = ("tokens", "the last stage") if self._shard.is_first else ()
-            self._near = NearInbox(near[0], self.epoch, *of)
+            self._near = NearInbox(near[0], *of)
         if downstream and not near[1]:
             self._sender = GrpcSender(downstream, self._token)
 
@@ -139,8 +137,6 @@ class StageWorker:
         began = 0.0
         try:
             for plan in plans:
-                if not self._error and plan.epoch != self.epoch:
-                    self._error = f"plan of epoch {plan.epoch} at a shard of epoch {self.epoch}"
                 if not self._error and expected is not None and plan.step != expected:
                     self._error = f"plan {plan.step} came where {expected} was due"
                 expected = plan.step + 1
@@ -153,7 +149,7 @@ class StageWorker:
                     held = []
         except UnreadablePlan as error:
             self._error = f"stage {self._shard.stage} shard {self._shard.rank}: {error}"
-            yield [*held, self._step(StepPlan(self.epoch, 0, ()))]
+            yield [*held, self._step(StepPlan(0, ()))]
 
     def _may_wait(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
         """Whether the result of a plan may be held back: all stages have something to do until the engine hears it."""
@@ -189,17 +185,17 @@ class StageWorker:
     def _step(self, plan: StepPlan) -> StepResult:
         shard = self._shard
         if self._error:
-            return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
+            return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
         stepper = self._stepper
         assert stepper is not None
         try:
             out, seconds = stepper.step(plan)
         except Exception as error:  # noqa: BLE001 - the engine must hear of whatever stopped the step
             self._error = f"stage {shard.stage} shard {shard.rank}, step {plan.step}: {' '.join(str(error).split())}"
-            return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
+            return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
         self.steps_done += 1
         return StepResult(
-            plan.epoch, plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
+            plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
             cells=out.cells, estimate_us=out.estimate_us,
         )  # fmt: skip
 
@@ -222,7 +218,7 @@ class StageWorker:
         hidden = None
         if not shard.is_first:
             hidden = torch.zeros(length, self._spec.hidden_size, dtype=self._dtype, device=self._device)
-        runner.execute(StepPlan(self.epoch, 0, (part,)), hidden)
+        runner.execute(StepPlan(0, (part,)), hidden)
         runner.reset()
 
     def _available_bytes(self) -> int:

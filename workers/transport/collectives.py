@@ -1,6 +1,6 @@
 """Reductions among the shards of one stage.
 
-All shards of a stage run on one node; they meet through a file, form one group per epoch and have a bounded timeout,
+All shards of a stage run on one node; they meet through a file, form one group and have a bounded timeout,
 so that a dead member becomes an error instead of a hang.
 """
 
@@ -76,7 +76,7 @@ def join_group(
     """Form the group of a stage; blocks until all `size` shards have come.
 
     Args:
-        store: rendezvous shared by the shards, fresh for every epoch.
+        store: rendezvous shared by the shards, fresh for every launch.
         device: cpu takes gloo, cuda NCCL.
         timeout_s: limit for the meeting and for every later reduction.
         address: IP address gloo binds to.

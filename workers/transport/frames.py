@@ -1,7 +1,7 @@
-"""Tensors as frames: pieces of at most 2 MiB with sequence numbers, epoch and checksum. No pickle.
+"""Tensors as frames: pieces of at most 2 MiB with sequence numbers and checksum. No pickle.
 
 A tensor of one step is cut into `count` frames, sent in order. The receiver checks every field before it trusts a byte,
-and reports what does not fit: a frame of an older epoch is dropped, anything else out of order is an error.
+and reports what does not fit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class FrameError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    epoch: int
     step: int
     index: int
     count: int
@@ -38,7 +37,7 @@ class Frame:
     payload: bytes
 
 
-def split(tensor: torch.Tensor, epoch: int, step: int, max_payload: int = MAX_PAYLOAD) -> Iterator[Frame]:
+def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD) -> Iterator[Frame]:
     """Cut a tensor into frames; an empty tensor is one empty frame."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
@@ -48,7 +47,7 @@ def split(tensor: torch.Tensor, epoch: int, step: int, max_payload: int = MAX_PA
     count = max(1, -(-len(raw) // max_payload))
     for index in range(count):
         payload = bytes(raw[index * max_payload : (index + 1) * max_payload])
-        yield Frame(epoch, step, index, count, dtype, shape, checksum(step, index, dtype, shape, payload), payload)
+        yield Frame(step, index, count, dtype, shape, checksum(step, index, dtype, shape, payload), payload)
 
 
 def checksum(step: int, index: int, dtype: str, shape: tuple[int, ...], payload: bytes) -> int:
@@ -59,9 +58,7 @@ def checksum(step: int, index: int, dtype: str, shape: tuple[int, ...], payload:
 class Assembler:
     """Puts the frames of one link together again."""
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.stale_frames = 0
+    def __init__(self) -> None:
         self._first: Frame | None = None
         self._data: np.ndarray | None = None
         self._next = 0
@@ -71,13 +68,8 @@ class Assembler:
         """Take a frame; returns (step, tensor) with the last one of a tensor.
 
         Raises:
-            FrameError: wrong checksum, shape, order or a newer epoch.
+            FrameError: wrong checksum, shape or order.
         """
-        if frame.epoch < self.epoch:
-            self.stale_frames += 1
-            return None
-        if frame.epoch > self.epoch:
-            raise FrameError(f"epoch {frame.epoch} on a link of epoch {self.epoch}")
         if checksum(frame.step, frame.index, frame.dtype, frame.shape, frame.payload) != frame.crc32:
             raise FrameError(f"step {frame.step}: frame {frame.index} of {frame.count} is damaged (checksum differs)")
         if frame.index == 0:

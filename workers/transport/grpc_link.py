@@ -30,7 +30,7 @@ class LinkClosed(RuntimeError):
 
 
 class Sender(Protocol):
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
+    def send(self, step: int, tensor: torch.Tensor) -> None:
         """Queue the activations of a step; waits while the link is full, raises LinkClosed when it is broken."""
 
     def close(self) -> None:
@@ -82,11 +82,8 @@ class Mailbox(Generic[T]):
 class Inbox:
     """Where a stage takes what the stage before it made of its steps, in order."""
 
-    def __init__(
-        self, epoch: int, what: str = "activations", source: str = "the previous stage", depth: int = DEPTH
-    ) -> None:
+    def __init__(self, what: str = "activations", source: str = "the previous stage", depth: int = DEPTH) -> None:
         """Args: `what` it takes and from whom, for messages; `depth` steps are held before the sender waits."""
-        self.epoch = epoch
         self.source = source
         self._what = what
         self._steps: Mailbox[tuple[int, torch.Tensor]] = Mailbox(depth)
@@ -120,31 +117,17 @@ class Inbox:
         self._steps.close(reason)
 
 
-class InProcessSender:
-    """The link between stages that live in one process (tests, single-process tools)."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        if epoch == self._inbox.epoch:
-            self._inbox.put(step, tensor)
-
-    def close(self) -> None:
-        pass
-
-
 class GrpcSender:
     """Streams to the same rank of the next stage (after the last: the first); compute goes on while bytes travel."""
 
     def __init__(self, address: str, token: str) -> None:
         self._channel = open_channel(address)
-        self._outbox: Mailbox[tuple[int, int, torch.Tensor]] = Mailbox()
+        self._outbox: Mailbox[tuple[int, torch.Tensor]] = Mailbox()
         call = rpc.StageStub(self._channel).Activations.future(self._frames(), metadata=token_metadata(token))
         call.add_done_callback(self._on_done)
 
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        self._outbox.put((epoch, step, tensor))
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        self._outbox.put((step, tensor))
 
     def close(self) -> None:
         self._outbox.close()
@@ -153,10 +136,10 @@ class GrpcSender:
     def _frames(self) -> Iterator[pb.Frame]:
         while True:
             try:
-                epoch, step, tensor = self._outbox.get()
+                step, tensor = self._outbox.get()
             except LinkClosed:
                 return
-            for frame in split(tensor, epoch, step):
+            for frame in split(tensor, step):
                 yield frame_to_pb(frame)
 
     def _on_done(self, call: grpc.Future) -> None:
@@ -175,7 +158,7 @@ def receive_frames(frames: Iterator[pb.Frame], inbox: Inbox) -> None:
     Raises:
         FrameError: a frame is damaged; LinkClosed: the inbox was closed.
     """
-    assembler = Assembler(inbox.epoch)
+    assembler = Assembler()
     for message in frames:
         done = assembler.add(frame_from_pb(message))
         if done is not None:
@@ -184,13 +167,13 @@ def receive_frames(frames: Iterator[pb.Frame], inbox: Inbox) -> None:
 
 def frame_to_pb(frame: Frame) -> pb.Frame:
     return pb.Frame(
-        epoch=frame.epoch, step=frame.step, index=frame.index, count=frame.count, dtype=frame.dtype,
+        step=frame.step, index=frame.index, count=frame.count, dtype=frame.dtype,
         shape=frame.shape, crc32=frame.crc32, payload=frame.payload,
     )  # fmt: skip
 
 
 def frame_from_pb(message: pb.Frame) -> Frame:
     return Frame(
-        message.epoch, message.step, message.index, message.count, message.dtype, tuple(message.shape),
+        message.step, message.index, message.count, message.dtype, tuple(message.shape),
         message.crc32, message.payload,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Links between neighbours on one node: Unix sockets in the launch's private folder, read by the thread that computes.
 
-A message is a header (epoch, step and CRC-32 as int64) and the bytes of one tensor. The receiver knows type and
+A message is a header (step and CRC-32 as int64) and the bytes of one tensor. The receiver knows type and
 shape from its plan: a step takes one message and wakes no other thread of ours. A peer that dies is an error at once,
 and closing an end wakes whoever waits at it. Short messages go through compiled functions (`unix_link_compiled`); what
 is here in Python is their twin.
@@ -26,8 +26,8 @@ import torch
 from workers.transport import unix_link_compiled
 from workers.transport.grpc_link import DEPTH, LinkClosed
 
-_HEADER = 64  # bytes, of which 24 are used: what follows stays aligned
-_FIELDS = struct.Struct("<3q")
+_HEADER = 64  # bytes, of which 16 are used: what follows stays aligned
+_FIELDS = struct.Struct("<2q")
 _INT64 = 8
 
 
@@ -52,14 +52,14 @@ class NearSender:
             self._socket.close()
             raise LinkClosed(f"the next stage does not listen: {error}") from error
 
-    def early(self, epoch: int, step: int, tensor: torch.Tensor) -> unix_link_compiled.Early | None:
+    def early(self, step: int, tensor: torch.Tensor) -> unix_link_compiled.Early | None:
         """The message of a step, for whoever fills `tensor` to send; None where it must take the usual way."""
         size = _HEADER + tensor.numel() * tensor.element_size()
         if self._left or self._error or not unix_link_compiled.serves(size):
             return None
-        return unix_link_compiled.Early(self._socket.fileno(), tensor, epoch, step, _seed(tensor.dtype, tensor.shape))
+        return unix_link_compiled.Early(self._socket.fileno(), tensor, step, _seed(tensor.dtype, tensor.shape))
 
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
+    def send(self, step: int, tensor: torch.Tensor) -> None:
         """Send the tensor of a step. Raises LinkClosed when the other end is gone."""
         tensor = tensor.detach().contiguous()
         with self._changed:
@@ -67,11 +67,11 @@ class NearSender:
                 self._changed.wait_for(lambda: self._error or len(self._left) < self._depth)
             if self._error:
                 raise LinkClosed(self._error)
-            if (message := self.early(epoch, step, tensor)) is not None:
+            if (message := self.early(step, tensor)) is not None:
                 unix_link_compiled.send(message)
                 self._finish(message)
                 return
-            data = _message(tensor, epoch, step, _seed(tensor.dtype, tensor.shape))
+            data = _message(tensor, step, _seed(tensor.dtype, tensor.shape))
             self._queue(data if self._left else data[self._write(data, socket.MSG_DONTWAIT) :])
 
     def finish(self, message: unix_link_compiled.Early) -> None:
@@ -83,7 +83,7 @@ class NearSender:
         with self._breaking():
             written = unix_link_compiled.sent(message)
         if written < _HEADER + message.call.bytes:
-            self._queue(_message(message.body, message.epoch, message.step, message.seed)[written:])
+            self._queue(_message(message.body, message.step, message.seed)[written:])
 
     def _queue(self, rest: memoryview) -> None:
         """Have the rest of a message written by a thread; the condition is held."""
@@ -143,13 +143,12 @@ class NearSender:
 class NearInbox:
     """The receiving end, which listens from the start."""
 
-    def __init__(self, path: str, epoch: int, what: str = "activations", source: str = "the previous stage") -> None:
+    def __init__(self, path: str, what: str = "activations", source: str = "the previous stage") -> None:
         """Args: `path` of the socket, which must be new; `what` it takes and from whom, for messages.
 
         Raises:
             OSError: the socket cannot be made.
         """
-        self.epoch = epoch
         self._what = what
         self._source = source
         self._path = path
@@ -176,7 +175,7 @@ class NearInbox:
                 link = self._connected(timeout_s)
                 if unix_link_compiled.serves(message.numel()):
                     fits = unix_link_compiled.take(
-                        link.fileno(), message, self.epoch, step, seed, until - time.monotonic(), self._rhythm
+                        link.fileno(), message, step, seed, until - time.monotonic(), self._rhythm
                     )
                 else:
                     _fill(link, message.numpy().data, until)
@@ -214,11 +213,9 @@ class NearInbox:
         return self._link
 
     def _check(self, message: np.ndarray, step: int, seed: int) -> None:
-        epoch, came, crc = _FIELDS.unpack_from(message)  # type: ignore[arg-type]
-        if (epoch, came) != (self.epoch, step):
-            raise LinkClosed(
-                f"{self._what} of step {came}, epoch {epoch} came where step {step}, epoch {self.epoch} was due"
-            )
+        came, crc = _FIELDS.unpack_from(message)  # type: ignore[arg-type]
+        if came != step:
+            raise LinkClosed(f"{self._what} of step {came} came where step {step} was due")
         if _checksum(message, seed) != crc:
             raise LinkClosed(f"{self._what} of step {step} are damaged (checksum differs)")
 
@@ -237,18 +234,18 @@ def _wake(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
 
 
-def _message(tensor: torch.Tensor, epoch: int, step: int, seed: int) -> memoryview:
+def _message(tensor: torch.Tensor, step: int, seed: int) -> memoryview:
     body = tensor.view(-1).view(torch.uint8).numpy()
     message = np.empty(_HEADER + body.size, np.uint8)
     message[_HEADER:] = body
-    _FIELDS.pack_into(message, 0, epoch, step, 0)  # type: ignore[arg-type]
-    _FIELDS.pack_into(message, 0, epoch, step, _checksum(message, seed))  # type: ignore[arg-type]
+    _FIELDS.pack_into(message, 0, step, 0)  # type: ignore[arg-type]
+    _FIELDS.pack_into(message, 0, step, _checksum(message, seed))  # type: ignore[arg-type]
     return message.data
 
 
 def _checksum(message: np.ndarray, seed: int) -> int:
-    """CRC-32 over epoch, step and body, begun with what the bytes are."""
-    return zlib.crc32(message[_HEADER:], zlib.crc32(message[: 2 * _INT64], seed))  # type: ignore[arg-type]
+    """CRC-32 over step and body, begun with what the bytes are."""
+    return zlib.crc32(message[_HEADER:], zlib.crc32(message[:_INT64], seed))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)

@@ -25,18 +25,18 @@ def _call(pointer: str, sizes: str) -> type[ctypes.Structure]:
     return type(pointer, (ctypes.Structure,), {"_fields_": [*fields, ("socket", ctypes.c_int32)]})
 
 
-Take = _call("message", "bytes epoch step seed timeout_us awake_from_us awake_until_us waited_us")
-Send = _call("body", "bytes epoch step seed")
+Take = _call("message", "bytes step seed timeout_us awake_from_us awake_until_us waited_us")
+Send = _call("body", "bytes step seed")
 
 
 class Early:
     """A message whose body is still being computed: it is sent where that ends."""
 
-    def __init__(self, socket: int, body: torch.Tensor, epoch: int, step: int, seed: int) -> None:
+    def __init__(self, socket: int, body: torch.Tensor, step: int, seed: int) -> None:
         """Args: `body` is contiguous and stays where it is."""
         self.body = body
-        self.call = Send(body.data_ptr(), body.numel() * body.element_size(), epoch, step, seed, socket)
-        self.epoch, self.step, self.seed = epoch, step, seed
+        self.call = Send(body.data_ptr(), body.numel() * body.element_size(), step, seed, socket)
+        self.step, self.seed = step, seed
         self.sent = ctypes.c_int64(0)  # as `longreach_send` tells it; 0: nothing is on its way
 
 
@@ -68,10 +68,8 @@ def serves(size: int) -> bool:
     return size <= MOST_BYTES and load().library is not None
 
 
-def take(
-    socket: int, message: torch.Tensor, epoch: int, step: int, seed: int, timeout_s: float, rhythm: Rhythm
-) -> bool:
-    """Fill `message` (uint8, header and body) from a descriptor; whether epoch, step and checksum are what was due.
+def take(socket: int, message: torch.Tensor, step: int, seed: int, timeout_s: float, rhythm: Rhythm) -> bool:
+    """Fill `message` (uint8, header and body) from a descriptor; whether step and checksum are what was due.
 
     Raises:
         TimeoutError: it did not come in time, or not whole.
@@ -80,7 +78,7 @@ def take(
     library = load().library
     assert library is not None
     call = Take(
-        message.data_ptr(), message.numel(), epoch, step, seed, int(timeout_s * 1e6), *rhythm.awake(),
+        message.data_ptr(), message.numel(), step, seed, int(timeout_s * 1e6), *rhythm.awake(),
         ctypes.addressof(rhythm.last_us), socket,
     )  # fmt: skip
     status = int(library.longreach_take(ctypes.byref(call)))

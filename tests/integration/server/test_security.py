@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.config.schema import SecuritySection
 from cluster.server.grpc_server import SERVICES
-from cluster.server.security import OPEN_METHODS, key_metadata
+from cluster.server.security import OPEN_METHODS
 from cluster.stages.preflight import PreflightError
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
@@ -21,6 +21,13 @@ from tests.support.data.certificates import Authority
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving, write_secret
 
 Code = grpc.StatusCode
+
+
+def key_metadata(key: str) -> list[tuple[str, str]]:
+    """What a client sends with every call."""
+    return [("authorization", f"Bearer {key}")]
+
+
 KEY, OTHER = "k" * 32, "o" * 16
 WRONG: list[list[tuple[str, str]]] = [
     [],

@@ -12,6 +12,7 @@ import torch
 
 from cluster.config.topology import plan_shards
 from protos.stage.messages import SampledToken, ShardSpec, StepPlan
+from tests.support.fakes.pipeline import InProcessSender
 from tests.unit.workers.model.test_fused import CPU, PAGE, PAGES, SPEC, Sequences, weights_of
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV
@@ -20,7 +21,7 @@ from workers.runner.model_runner import ModelRunner
 from workers.stage.step import Stepper
 from workers.transport import unix_link, unix_link_compiled
 from workers.transport.collectives import SingleShard
-from workers.transport.grpc_link import Inbox, InProcessSender, LinkClosed, Sender, Source
+from workers.transport.grpc_link import Inbox, LinkClosed, Sender, Source
 from workers.transport.unix_link import NearInbox, NearSender
 
 pytestmark = pytest.mark.skipif(
@@ -63,8 +64,8 @@ def _noted(message: unix_link_compiled.Early | None, early: list[bool]) -> unix_
 
 @pytest.fixture
 def links(tmp_path: Path) -> Iterator[tuple[NearInbox, NearSender, NearInbox, NearSender]]:
-    there = NearInbox(str(tmp_path / "there"), 1)
-    back = NearInbox(str(tmp_path / "back"), 1, "tokens", "the last stage")
+    there = NearInbox(str(tmp_path / "there"))
+    back = NearInbox(str(tmp_path / "back"), "tokens", "the last stage")
     made = there, NearSender(there._path), back, NearSender(back._path, depth=100)
     yield made
     for end in made:
@@ -72,7 +73,7 @@ def links(tmp_path: Path) -> Iterator[tuple[NearInbox, NearSender, NearInbox, Ne
 
 
 def test_tokens_are_those_of_stages_in_one_process(links: tuple[NearInbox, NearSender, NearInbox, NearSender]):
-    there, back = Inbox(1, depth=100), Inbox(1, "tokens", "the last stage", depth=100)
+    there, back = Inbox(depth=100), Inbox("tokens", "the last stage", depth=100)
     expected = answers([(back, InProcessSender(there)), (there, InProcessSender(back))], early := [])
     assert not any(early)
     inbox, sender, tokens, last = links
@@ -89,37 +90,37 @@ def test_what_the_socket_does_not_take_at_once_follows(
 ):
     inbox, sender, *_ = links
     body = torch.arange(40)
-    message = sender.early(1, 0, body)
+    message = sender.early(0, body)
     assert message is not None
-    data = unix_link._message(body, 1, 0, message.seed)
+    data = unix_link._message(body, 0, message.seed)
     sender._socket.sendall(data[:taken])
     message.sent.value = taken
     sender.finish(message)
-    sender.send(1, 1, body + 1)
+    sender.send(1, body + 1)
     for step in range(2):
         assert torch.equal(inbox.take(step, 5.0, (40,), torch.int64), body + step)
 
 
 def test_an_early_message_to_nobody_ends_the_link(links: tuple[NearInbox, NearSender, NearInbox, NearSender]):
     inbox, sender, *_ = links
-    sender.send(1, 0, torch.zeros(3))
+    sender.send(0, torch.zeros(3))
     inbox.take(0, 5.0, (3,), torch.float32)
-    message = sender.early(1, 1, torch.zeros(3))
+    message = sender.early(1, torch.zeros(3))
     assert message is not None
     inbox.close()
     unix_link_compiled.send(message)
     with pytest.raises(LinkClosed, match=r"link to the next stage broke: .*Broken pipe"):
         sender.finish(message)
-    assert sender.early(1, 2, torch.zeros(3)) is None
+    assert sender.early(2, torch.zeros(3)) is None
     with pytest.raises(LinkClosed, match="link to the next stage broke"):
-        sender.send(1, 2, torch.zeros(3))
+        sender.send(2, torch.zeros(3))
 
 
 def test_nothing_overtakes_what_is_still_to_be_written(links: tuple[NearInbox, NearSender, NearInbox, NearSender]):
     inbox, sender, *_ = links
     large = torch.arange(1 << 20)
-    sender.send(1, 0, large)
-    assert sender.early(1, 1, torch.zeros(3)) is None
-    sender.send(1, 1, torch.ones(3))
+    sender.send(0, large)
+    assert sender.early(1, torch.zeros(3)) is None
+    sender.send(1, torch.ones(3))
     assert torch.equal(inbox.take(0, 5.0, large.shape, torch.int64), large)
     assert torch.equal(inbox.take(1, 5.0, (3,), torch.float32), torch.ones(3))

@@ -32,7 +32,7 @@ class FakeSession(Session):
         self.before_start()
         self.starts += 1
         self.shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
-        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
+        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
         self._begin(Engine(scheduler, [self.shard], self.tokenizer))
         self.launched: Any = SimpleNamespace(shards=(), fingerprint="f", dtype="float32")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.scheduler.page_pool import PagePool
-from cluster.scheduler.request import Request, StopRules
+from cluster.scheduler.request import Request, Status, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from protos.model import grid
 from protos.model.config_json import load_model_spec
@@ -30,6 +30,13 @@ def long_spec(
 
 def request(sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), **sampling: float):
     return Request(sequence, prompt, SamplingParams(**sampling), StopRules(max_tokens, frozenset(stops)))
+
+
+def evict_all(pool: PagePool) -> None:
+    """Make the pool forget every cached page, as a request that takes all its room does."""
+    pages = pool.allocate(pool.num_available)
+    assert pages is not None
+    pool.release(pages)
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -106,24 +113,19 @@ class Bench:
 
     def __init__(
         self, pages: int = 64, page_size: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
-        runs_ahead: bool = False, num_stages: int = 1,
+        num_stages: int = 1,
     ) -> None:  # fmt: skip
         self.pool = PagePool(pages)
-        self.scheduler = Scheduler(
-            self.pool,
-            page_size,
-            budget,
-            seqs,
-            b"root",
-            epoch=3,
-            spec=spec,
-            runs_ahead=runs_ahead,
-            num_stages=num_stages,
-        )
+        self.budget = budget
+        self.scheduler = Scheduler(self.pool, page_size, budget, seqs, b"root", spec=spec, num_stages=num_stages)
         self.requests: dict[int, Request] = {}
         self.early, self.late = (FakeStage(page_size, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
+
+    def count(self, status: Status) -> int:
+        """How many requests have this status."""
+        return sum(item.status is status for item in self.requests.values())
 
     def add(self, *requests: Request) -> None:
         for item in requests:

@@ -57,7 +57,7 @@ class Stages:
         spec = codec.model_spec_to_json(load_model_spec(NEEDLE))
         for handle in self.handles:
             request = pb.LoadRequest(
-                epoch=1, model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
+                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
                 dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
                 store_path=str(self.folder / f"{handle.shard.stage}.store"),
             )  # fmt: skip
@@ -75,7 +75,7 @@ class Stages:
             handle.start(PAGES, PAGE, after if count > 1 else "", 60, near=ends)
 
     def run_engine(self) -> Engine:
-        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
+        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, num_stages=len(self.handles))
         self.engine = Engine(scheduler, self.handles, None, (0,))
         self.engine.start()
         return self.engine

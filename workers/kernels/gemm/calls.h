@@ -60,7 +60,7 @@ struct ExpertsCall {
 // A message of a near link (link.cpp).
 struct SendCall {
     const std::uint8_t* body;
-    std::int64_t bytes, epoch, step, seed;  // bytes of the body
+    std::int64_t bytes, step, seed;  // bytes of the body
     std::int32_t socket;
 };
 

@@ -14,7 +14,7 @@ from cluster.scheduler.scheduler import Scheduler
 from protos.model.grid import is_sparse, largest_cell, next_cut, split, stable_prefix
 from protos.model.spec import DualChunkSpec, ModelSpec
 from protos.stage.messages import SampledToken
-from tests.support.rigs.scheduler import PAGE, Bench, expected_output, long_spec, request
+from tests.support.rigs.scheduler import PAGE, Bench, evict_all, expected_output, long_spec, request
 
 SPARSE = long_spec(100, 64)
 GRID = long_spec(100, 64, 160, original=64)  # with DCA and a temperature
@@ -36,7 +36,7 @@ def finish(bench: Bench, *items) -> None:
 def check_cells(bench: Bench, spec: ModelSpec) -> None:
     """Every sparse slice is whole cells, every dense one stays within its DCA chunk, steps keep their bound."""
     for plan in bench.plans:
-        assert plan.num_tokens <= bench.scheduler.max_tokens_per_step + largest_cell(spec)
+        assert plan.num_tokens <= bench.budget + largest_cell(spec)
         for part in plan.slices:
             stop = part.start + part.length
             for first, end in split(spec, part.start, stop, part.prompt_len):
@@ -250,7 +250,7 @@ def test_a_follower_of_a_cancelled_leader_returns_to_its_own_scale():
     bench.add(leader, follower)
     bench.step()
     bench.scheduler.stop(leader, FinishReason.CANCELLED)
-    bench.pool.clear_cache()
+    evict_all(bench.pool)
     bench.run()
     assert follower.output == expected_output(range(641), 1)
     assert (follower.num_cached, follower.scale_len, follower.length_key) == (0, 0, 641)
@@ -298,7 +298,7 @@ def test_random_lives(spec: ModelSpec, seed: int):
     check_cells(bench, spec)
     bench.scheduler.check_integrity()
     assert bench.pool.usage == 0
-    assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (0, 0)
+    assert (bench.count(Status.RUNNING), bench.count(Status.WAITING)) == (0, 0)
     for item in bench.requests.values():
         wanted = expected_output(item.prompt, item.stop.max_tokens)
         assert item.output == wanted[: len(item.output)]

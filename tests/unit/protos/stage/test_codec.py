@@ -46,7 +46,6 @@ SLICES = st.builds(
 )  # fmt: skip
 PLANS = st.builds(
     StepPlan,
-    epoch=U64,
     step=U64,
     slices=st.lists(SLICES, max_size=3).map(tuple),
     released=st.lists(U64, max_size=3).map(tuple),
@@ -60,7 +59,7 @@ TOKENS = st.builds(
 )
 RESULTS = st.builds(
     StepResult,
-    epoch=U64, step=U64, stage=U32, rank=U32, compute_us=U64, samples=st.lists(TOKENS, max_size=3).map(tuple),
+    step=U64, stage=U32, rank=U32, compute_us=U64, samples=st.lists(TOKENS, max_size=3).map(tuple),
     error=st.text(max_size=20),
 )  # fmt: skip
 PROGRESS = st.builds(
@@ -143,7 +142,7 @@ def test_nothing_is_not_zero():
     for logprobs in (None, 0):
         sample = SampleSpec(SamplingParams(logprobs=logprobs), 0, None if logprobs is None else ())
         part = SequenceSlice(1, 0, 1, 1, (), (), 1, sample)
-        assert codec.plan_from_pb(wire(codec.plan_to_pb(StepPlan(1, 1, (part,))))).slices[0].sample == sample
+        assert codec.plan_from_pb(wire(codec.plan_to_pb(StepPlan(1, (part,))))).slices[0].sample == sample
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_parameters_out_of_range_name_their_key(key: str, value: float):
 
 
 def test_parameters_are_checked_where_they_arrive():
-    message = codec.plan_to_pb(StepPlan(1, 1, (SequenceSlice(1, 0, 1, 1, (), (), 1, SampleSpec(SamplingParams(), 0)),)))
+    message = codec.plan_to_pb(StepPlan(1, (SequenceSlice(1, 0, 1, 1, (), (), 1, SampleSpec(SamplingParams(), 0)),)))
     message.slices[0].sample.params.temperature = -1
     with pytest.raises(ValueError, match="temperature"):
         codec.plan_from_pb(message)
@@ -179,7 +178,7 @@ def test_every_field_of_a_message_has_its_place_in_protobuf():
 
 def test_counts():
     parts = tuple(SequenceSlice(i, 0, length, 9, (), (), 1) for i, length in enumerate((1, 5, 7)))
-    assert StepPlan(1, 1, parts).num_tokens == 13
-    assert StepPlan(1, 1, ()).num_tokens == 0
-    assert [StepPlan(1, 1, parts[:n]).decodes for n in range(4)] == [True, True, False, False]
+    assert StepPlan(1, parts).num_tokens == 13
+    assert StepPlan(1, ()).num_tokens == 0
+    assert [StepPlan(1, parts[:n]).decodes for n in range(4)] == [True, True, False, False]
     assert Span(3, 7).size == 4

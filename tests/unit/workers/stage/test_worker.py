@@ -30,7 +30,7 @@ SHARD = ShardSpec(
 def loaded(folder: Path, spec: ModelSpec = SPEC) -> StageWorker:
     worker = StageWorker("", 1, 10.0)
     request = pb.LoadRequest(
-        epoch=1, model_spec_json=codec.model_spec_to_json(spec), shard=codec.shard_to_pb(SHARD), dtype="float32",
+        model_spec_json=codec.model_spec_to_json(spec), shard=codec.shard_to_pb(SHARD), dtype="float32",
         device="cpu", load_format="dummy", store_path=str(folder / "store"), group_timeout_s=10,
     )  # fmt: skip
     assert worker.load(request, lambda progress: None).ready
@@ -48,7 +48,7 @@ def prefill(length: int, sequence: int = 1) -> StepPlan:
     pages = -(-length // PAGE)
     ids = [7 * at % 100 for at in range(length)]
     sample = SampleSpec(SamplingParams(logprobs=0), 0)
-    return StepPlan(1, 1, (SequenceSlice(sequence, 0, length, length, ids, range(pages), pages, sample),))
+    return StepPlan(1, (SequenceSlice(sequence, 0, length, length, ids, range(pages), pages, sample),))
 
 
 def result(worker: StageWorker, plan: StepPlan) -> StepResult:
@@ -107,7 +107,7 @@ def decode(index: int, step: int | None = None, sequence: int = 1, prompt: int =
     new = [pages - 1] if at % PAGE == 0 else []
     sample = SampleSpec(SamplingParams(), index)
     part = SequenceSlice(sequence, at, 1, prompt, (), new, pages, sample)
-    return StepPlan(1, index + 1 if step is None else step, (part,))
+    return StepPlan(index + 1 if step is None else step, (part,))
 
 
 @pytest.fixture

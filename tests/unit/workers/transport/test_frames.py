@@ -12,13 +12,13 @@ from workers.transport.frames import MAX_PAYLOAD, MAX_TENSOR, Assembler, Frame, 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def assemble(frames: list[Frame], epoch: int = 1) -> list[tuple[int, torch.Tensor]]:
-    assembler = Assembler(epoch)
+def assemble(frames: list[Frame]) -> list[tuple[int, torch.Tensor]]:
+    assembler = Assembler()
     return [done for frame in frames if (done := assembler.add(frame)) is not None]
 
 
-def frames_of(size: int = 100, payload: int = 64, step: int = 5, epoch: int = 1) -> list[Frame]:
-    return list(split(torch.arange(size, dtype=torch.float32), epoch, step, payload))
+def frames_of(size: int = 100, payload: int = 64, step: int = 5) -> list[Frame]:
+    return list(split(torch.arange(size, dtype=torch.float32), step, payload))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,7 +28,7 @@ def test_round_trip(shape: tuple[int, ...], dtype: torch.dtype):
     for payload in (1, 13, 64, MAX_PAYLOAD):
         if tensor.numel() > 1000 and payload < 64:
             continue
-        [(step, got)] = assemble(list(split(tensor, 1, 8, payload)))
+        [(step, got)] = assemble(list(split(tensor, 8, payload)))
         assert step == 8
         assert got.dtype == dtype
         assert got.shape == tensor.shape
@@ -37,13 +37,13 @@ def test_round_trip(shape: tuple[int, ...], dtype: torch.dtype):
 
 def test_views_and_special_values_keep_their_bits():
     wide = torch.tensor([[1.0, torch.nan], [-0.0, torch.inf], [1e-40, -torch.inf]])
-    [(_, got)] = assemble(list(split(wide.T, 1, 1)))
+    [(_, got)] = assemble(list(split(wide.T, 1)))
     assert torch.equal(got.view(torch.int32), wide.T.contiguous().view(torch.int32))
 
 
 @pytest.mark.parametrize(("payload", "count"), [(1, 40), (39, 2), (40, 1), (41, 1), (20, 2), (13, 4)])
 def test_payloads_are_cut_at_their_limit(payload: int, count: int):
-    frames = list(split(torch.randn(10), 1, 1, payload))
+    frames = list(split(torch.randn(10), 1, payload))
     assert len(frames) == count
     assert [frame.index for frame in frames] == list(range(count))
     assert all(frame.count == count for frame in frames)
@@ -58,19 +58,7 @@ def test_tensors_follow_each_other():
 
 def test_other_types_are_refused():
     with pytest.raises(ValueError, match="dtype: int32: links carry bfloat16, float16, float32, int64"):
-        list(split(torch.arange(3).int(), 1, 1))
-
-
-def test_frames_of_an_older_epoch_are_dropped_even_when_damaged():
-    assembler = Assembler(3)
-    for frame in frames_of(epoch=2):
-        assert assembler.add(dataclasses.replace(frame, crc32=0)) is None
-    assert assembler.stale_frames == 7
-    fresh = frames_of(epoch=3)
-    for frame in fresh[:3]:
-        assembler.add(frame)
-    assembler.add(frames_of(epoch=2)[0])  # a late one between others does not disturb them
-    assert [assembler.add(frame) for frame in fresh[3:]][-1] is not None
+        list(split(torch.arange(3).int(), 1))
 
 
 FIVE = frames_of(80, 64)  # five frames
@@ -84,7 +72,6 @@ def sealed(frame: Frame) -> Frame:
 @pytest.mark.parametrize(
     ("name", "frames"),
     [
-        ("a newer epoch", [dataclasses.replace(FIVE[0], epoch=2)]),
         ("a flipped bit", [dataclasses.replace(FIVE[0], payload=b"\1" + FIVE[0].payload[1:])]),
         ("a wrong checksum", [dataclasses.replace(FIVE[0], crc32=FIVE[0].crc32 ^ 1)]),
         ("swapped", [FIVE[0], FIVE[2]]),
@@ -101,12 +88,12 @@ def sealed(frame: Frame) -> Frame:
         ("count too small", [dataclasses.replace(frame, count=4) for frame in FIVE]),
         ("count too large", [dataclasses.replace(f, count=6) for f in FIVE] + frames_of(step=6)),
         ("count zero", [dataclasses.replace(FIVE[0], count=0)]),
-        ("count zero, empty", [Frame(1, 1, 0, 0, "float32", (0,), 0, b"")]),
+        ("count zero, empty", [Frame(1, 0, 0, "float32", (0,), 0, b"")]),
         ("shape too small", [dataclasses.replace(frame, shape=(79,)) for frame in FIVE]),
         ("shape too large", [dataclasses.replace(frame, shape=(81,)) for frame in FIVE]),
         ("huge shape", [dataclasses.replace(FIVE[0], shape=(MAX_TENSOR,))]),
-        ("huge shape with a zero", [Frame(1, 1, 0, 1, "float32", (0, 2**64 - 1), 0, b"")]),
-        ("huge empty shape", [Frame(1, 1, 0, 1, "float32", (2**63, 0), 0, b"")]),
+        ("huge shape with a zero", [Frame(1, 0, 1, "float32", (0, 2**64 - 1), 0, b"")]),
+        ("huge empty shape", [Frame(1, 0, 1, "float32", (2**63, 0), 0, b"")]),
         ("overflowing shape", [dataclasses.replace(FIVE[0], shape=(2**62, 2**62, 16))]),
         ("many dimensions", [dataclasses.replace(FIVE[0], shape=(1,) * 1000)]),
         ("huge count", [dataclasses.replace(FIVE[0], count=2**32 - 1)]),
@@ -130,7 +117,6 @@ def test_damage_is_an_error(name: str, frames: list[Frame]):
     st.lists(
         st.builds(
             Frame,
-            epoch=st.integers(0, 2),
             step=st.integers(0, 2),
             index=st.integers(0, 3),
             count=st.integers(0, 3),
@@ -143,7 +129,7 @@ def test_damage_is_an_error(name: str, frames: list[Frame]):
     )
 )
 def test_anything_is_a_tensor_or_an_error(frames: list[Frame]):
-    assembler = Assembler(1)
+    assembler = Assembler()
     for frame in frames:
         try:
             done = assembler.add(sealed(frame))

@@ -12,7 +12,6 @@ from workers.transport.frames import FrameError, split
 from workers.transport.grpc_link import (
     DEPTH,
     Inbox,
-    InProcessSender,
     LinkClosed,
     Mailbox,
     frame_from_pb,
@@ -109,14 +108,14 @@ def test_a_closed_box_is_read_to_its_end_and_keeps_its_first_reason():
 
 
 def test_an_inbox_gives_the_step_that_is_due():
-    inbox = Inbox(1)
+    inbox = Inbox()
     tensor = torch.ones(2, 3)
     inbox.put(4, tensor)
     assert inbox.take(4, 1.0) is tensor
 
 
 def test_an_inbox_refuses_another_step():
-    inbox = Inbox(1)
+    inbox = Inbox()
     inbox.put(5, torch.ones(1))
     with pytest.raises(LinkClosed, match="activations of step 5 came where step 4 was due"):
         inbox.take(4, 1.0)
@@ -124,36 +123,22 @@ def test_an_inbox_refuses_another_step():
 
 def test_an_inbox_does_not_wait_for_ever():
     with pytest.raises(LinkClosed, match=r"step 4 did not come within 0\.01 s"):
-        Inbox(1).take(4, 0.01)
+        Inbox().take(4, 0.01)
 
 
 def test_closing_an_inbox_wakes_the_stage():
-    inbox = Inbox(1)
+    inbox = Inbox()
     stage = Background(lambda: inbox.take(1, 60.0))
     assert stage.waits()
     inbox.close("the previous stage is gone")
     assert isinstance(stage.end().error, LinkClosed)
 
 
-def test_a_sender_in_the_process_waits_and_drops_other_epochs():
-    inbox = Inbox(2)
-    sender = InProcessSender(inbox)
-    sender.send(1, 0, torch.zeros(1))
-    for step in range(DEPTH):
-        sender.send(2, step, torch.zeros(1))
-    late = Background(lambda: sender.send(2, DEPTH, torch.zeros(1)))
-    assert late.waits()
-    assert inbox.take(0, 1.0) is not None
-    assert late.end().error is None
-    sender.close()
-    sender.close()
-
-
 def test_frames_reach_the_inbox():
-    inbox = Inbox(1)
+    inbox = Inbox()
     tensors = [torch.randn(5, 7), torch.randn(1, 7).bfloat16(), torch.empty(0, 7)]
     messages = [
-        frame_to_pb(frame) for step, tensor in enumerate(tensors) for frame in split(tensor, 1, step, max_payload=16)
+        frame_to_pb(frame) for step, tensor in enumerate(tensors) for frame in split(tensor, step, max_payload=16)
     ]
     receive_frames(iter(messages), inbox)
     for step, tensor in enumerate(tensors):
@@ -161,22 +146,22 @@ def test_frames_reach_the_inbox():
 
 
 def test_a_damaged_stream_ends_with_a_frame_error():
-    inbox = Inbox(1)
-    message = frame_to_pb(next(split(torch.randn(5), 1, 0)))
+    inbox = Inbox()
+    message = frame_to_pb(next(split(torch.randn(5), 0)))
     message.payload = b"?" + message.payload[1:]
     with pytest.raises(FrameError, match="checksum differs"):
         receive_frames(iter([message]), inbox)
 
 
 def test_a_closed_inbox_ends_the_stream():
-    inbox = Inbox(1)
+    inbox = Inbox()
     inbox.close("the stage is closing")
     with pytest.raises(LinkClosed, match="the stage is closing"):
-        receive_frames(iter([frame_to_pb(next(split(torch.randn(5), 1, 0)))]), inbox)
+        receive_frames(iter([frame_to_pb(next(split(torch.randn(5), 0)))]), inbox)
 
 
 def test_frames_survive_the_wire():
-    for frame in split(torch.randn(3, 5), 2, (1 << 40), max_payload=7):
+    for frame in split(torch.randn(3, 5), (1 << 40), max_payload=7):
         message = frame_to_pb(frame)
         assert frame_from_pb(type(message).FromString(message.SerializeToString())) == frame
 
