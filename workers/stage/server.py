@@ -26,9 +26,8 @@ from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor
-from protos.stage.messages import LoadProgress
+from protos.stage.messages import LoadProgress, StepPlan
 from workers.stage.compute_thread import ComputeThread
-from workers.transport.run_stream import RunStream
 
 if TYPE_CHECKING:
     from workers.stage.worker import StageWorker
@@ -219,23 +218,18 @@ class _StageServicer(rpc.StageServicer):
         self._connected = True
         self._disarm()
         context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
-        try:
-            stream = RunStream(bursts, context)
-        except OSError as error:
-            self._running.release()
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the engine's socket cannot be reached: {error}")
-            raise AssertionError("abort raises") from error
+        results: queue.SimpleQueue[pb.StepResults | None] = queue.SimpleQueue()
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
-                for group in worker.run(map(codec.plans_from_pb, stream.bursts)):
-                    stream.answer(codec.results_to_pb(group))
+                for group in worker.run(_plans(bursts)):
+                    results.put(codec.results_to_pb(group))
             finally:
                 self._running.release()
-                stream.end()
+                results.put(None)
 
         self._compute.submit(compute)
-        yield from stream.through_call()
+        yield from iter(results.get, None)
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError
@@ -299,6 +293,13 @@ class _StageServicer(rpc.StageServicer):
     def _fail(self, error: Exception) -> None:
         self._state = "failed"
         self._error = " ".join(f"{error}".split()) or type(error).__name__
+
+
+def _plans(bursts: Iterator[pb.StepPlans]) -> Iterator[list[StepPlan]]:
+    """Decode the plans of a call until it ends, however it ends. Raises ValueError for what is no plan."""
+    with contextlib.suppress(grpc.RpcError):
+        for burst in bursts:
+            yield codec.plans_from_pb(burst)
 
 
 def main() -> None:

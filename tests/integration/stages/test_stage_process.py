@@ -1,6 +1,7 @@
 """Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from cluster.engine.hang_detector import Watchdog
 from cluster.engine.outputs import GenerationSpec
 from cluster.engine.request_handle import EngineError
-from cluster.stages.handle import StageError
+from cluster.stages.handle import GrpcStageHandle, StageError
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
@@ -91,7 +92,7 @@ def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
 
 @pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
 def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, near: bool, count: int):
-    stages.spawn(count=count, near=near)
+    stages.spawn(count=count)
     stages.load()
     stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
     engine = stages.run_engine()
@@ -165,8 +166,8 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
 
 @pytest.fixture
 def far(stages: Stages) -> Stages:
-    """Two stages whose links, plans and results go over gRPC, as between nodes."""
-    stages.spawn(near=False)
+    """Two stages whose links go over gRPC, as between nodes."""
+    stages.spawn()
     stages.load()
     stages.start(near=False)
     return stages
@@ -208,19 +209,50 @@ def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: 
         ticket.wait(10)
 
 
+def is_refused(handle: GrpcStageHandle) -> bool:
+    """Whether a shard serves another engine."""
+    try:
+        list(rpc.StageStub(handle._channel).Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+    except grpc.RpcError as error:
+        return error.code() is grpc.StatusCode.ALREADY_EXISTS
+    return False
+
+
 def test_one_engine_at_a_time(running: Stages):
     running.run_engine()
     eventually(lambda: running.handles[0].probe().state == "running", 10)
-    stub = rpc.StageStub(running.handles[0]._channel)
+    eventually(lambda: is_refused(running.handles[0]), 10)
 
-    def refused() -> bool:
-        try:
-            list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
-        except grpc.RpcError as error:
-            return error.code() is grpc.StatusCode.ALREADY_EXISTS
-        return False
 
-    eventually(refused, 10)
+def test_a_plan_that_cannot_be_read_ends_the_request(running: Stages):
+    engine = running.run_engine()
+    ticket = long_request(engine)
+    sample = pb.SampleSpec(params=pb.SamplingParams(temperature=-1))
+    running.handles[0]._plans.put(pb.StepPlans(plans=[pb.StepPlan(slices=[pb.SequenceSlice(sample=sample)])]))
+    with pytest.raises(EngineError, match=r"stage 0 shard 0.*: a plan cannot be read: temperature"):
+        ticket.wait(10)
+
+
+@pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x02\x08"], ids=["no message", "cut short"])
+def test_bytes_that_are_no_message_end_the_run(running: Stages, message: bytes):
+    """The engine hears of it at once, and the shard is free for another one."""
+    run = running.handles[0]._channel.stream_stream("/longreach.stage.v1.Stage/Run")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(run(iter([message]), metadata=token_metadata(TOKEN), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    eventually(lambda: not is_refused(running.handles[0]), 10)
+    assert len(long_request(running.run_engine()).request.output) > 2
+
+
+def test_a_second_engine_is_lost_at_once(running: Stages):
+    """It hears why; the first goes on."""
+    first = running.run_engine()
+    other = GrpcStageHandle(running.handles[0].shard, f"unix:{running.socket(0)}", TOKEN)
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    other.connect(lambda results: None, lost.put)
+    assert "an engine is connected already (ALREADY_EXISTS)" in lost.get(timeout=10)
+    other._channel.close()
+    assert len(long_request(first).request.output) > 2
 
 
 def test_an_orphan_ends_by_itself(stages: Stages):

@@ -36,7 +36,7 @@ class Stages:
         self.handles: list[GrpcStageHandle] = []
         self.engine: Engine | None = None
 
-    def spawn(self, *options: str, count: int = 2, near: bool | None = None) -> None:
+    def spawn(self, *options: str, count: int = 2) -> None:
         shards = plan_shards(load_model_spec(NEEDLE), count, 1)
         environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
         for shard in shards:
@@ -48,7 +48,7 @@ class Stages:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
             assert address == f"unix:{self.socket(shard.stage)}"
-            self.handles.append(GrpcStageHandle(shard, address, TOKEN, near))
+            self.handles.append(GrpcStageHandle(shard, address, TOKEN))
 
     def socket(self, stage: int) -> Path:
         return self.folder / f"s{stage}.sock"
