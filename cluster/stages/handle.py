@@ -73,19 +73,8 @@ class GrpcStageHandle:
             raise StageError(f"{self.name} while loading: {_details(error)}") from error
         raise StageError(f"{self.name} stopped loading without a word")
 
-    def start(
-        self, num_pages: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = "",
-        near: tuple[str, str] = ("", ""),
-    ) -> None:  # fmt: skip
-        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
-
-        Of several stages the last one is connected to the first: `downstream` is the address of the same rank there.
-        `near` has Unix sockets for links with the stage before and the one after that need not go over gRPC.
-        """
-        request = pb.StartRequest(
-            num_pages=num_pages, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
-            near_before=near[0], near_after=near[1],
-        )  # fmt: skip
+    def start(self, request: pb.StartRequest, timeout_s: float) -> None:
+        """Allocate KV and listen for the previous stage. Raises StageError."""
         try:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:

@@ -31,7 +31,7 @@ from protos.node.build_id import build_id
 from protos.node.node_check import NodeCheck
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import LoadProgress
+from protos.stage.messages import LoadProgress, ShardSpec
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
 _START_TIMEOUT_S = 180.0
@@ -194,21 +194,14 @@ class Launcher:
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-        def link(stage: int, rank: int) -> str:
-            """The socket between a shard and the same rank of the next stage, when they can do without gRPC."""
-            after = (stage + 1) % self._deployment.config.cluster.pipeline_parallel_size
-            near = after != stage and where[stage, rank].node == where[after, rank].node
-            on_cpu = self._deployment.config.cluster.device == "cpu"
-            return str(self._run_dir / f"link{stage}r{rank}.sock") if near and on_cpu and self._run_dir else ""
+        assert self._run_dir is not None
+        run_dir = self._run_dir
 
         def begin(handle: GrpcStageHandle) -> None:
-            stage, stages, rank = handle.shard.stage, handle.shard.num_stages, handle.shard.rank
-            after = where[(stage + 1) % stages, rank]  # a ring: the last one hands its tokens to the first
-            downstream = _reach(where[stage, rank].node, after) if stages > 1 else ""
-            near = link((stage - 1) % stages, rank), link(stage, rank)
+            links = links_of(handle.shard, where, run_dir)
+            request = pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
             try:
-                handle.start(num_pages, page_size, downstream, _START_TIMEOUT_S, dtype, near)
+                handle.start(request, _START_TIMEOUT_S)
             except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
                 errors.put(error)
             else:
@@ -219,6 +212,25 @@ class Launcher:
         for _ in self._shards:
             if (error := errors.get()) is not None:
                 raise error
+
+
+def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], Any], run_dir: Path) -> dict[str, str]:
+    """Return the fields of a StartRequest that say how a shard is linked to the same rank of its neighbours.
+
+    Stages form a ring: the last one sends its tokens to the first. Shards of one node share a Unix socket in `run_dir`,
+    which every node has; others are linked over gRPC. `addresses` are those of all shards by stage and rank.
+    """
+    if shard.num_stages == 1:
+        return {}
+
+    def socket(stage: int) -> str:
+        """Return the path of the socket between a stage and the one after it; empty if they are on two nodes."""
+        same_node = addresses[stage, shard.rank].node == addresses[(stage + 1) % shard.num_stages, shard.rank].node
+        return str(run_dir / f"link{stage}r{shard.rank}.sock") if same_node else ""
+
+    before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
+    links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}
+    return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
 
 
 def _reach(node: str, address: Any) -> str:

@@ -77,20 +77,20 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "downstream", "kv_dtype", "near_before", "near_after")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
-    DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    NEAR_BEFORE_FIELD_NUMBER: _ClassVar[int]
-    NEAR_AFTER_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
-    downstream: str
     kv_dtype: str
-    near_before: str
-    near_after: str
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., near_before: _Optional[str] = ..., near_after: _Optional[str] = ...) -> None: ...
+    downstream: str
+    downstream_socket: str
+    upstream_socket: str
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -237,22 +237,10 @@ class StepResults(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("step", "index", "count", "dtype", "shape", "crc32", "payload")
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    COUNT_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    step: int
-    index: int
-    count: int
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
-    crc32: int
-    payload: bytes
-    def __init__(self, step: _Optional[int] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., crc32: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ActivationsEnd(_message.Message):
     __slots__ = ()

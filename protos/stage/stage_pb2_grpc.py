@@ -93,7 +93,7 @@ class StageServicer:
 
     def Activations(self, request_iterator, context):
         """Hidden states from the previous stage, and at the first stage sampled tokens from the last one (int64, a tensor for
-        every step that samples), cut into frames of at most 2 MiB.
+        every step that samples), cut into frames with payloads of at most 2 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -151,7 +151,7 @@ def _frames(setup: KernelSetup) -> Iterator[Figure]:
     from workers.transport.frames import Assembler, split
 
     tensor = torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype)
-    frames = list(split(tensor, 0))
+    frames = [b"".join(frame) for frame in split(tensor, 0)]
 
     def assemble() -> None:
         assembler = Assembler()

@@ -59,13 +59,13 @@ class ModelRunner:
         self._collectives = collectives
         self._tables = PageTables(kv.page_size)
         self._sampler = Sampler(spec.vocab_size)
-        self._sampled: dict[int, int] = {}  # newest token of each sequence: the input of plans that bring none
+        self._newest: dict[int, int] = {}  # token of each sequence: the input of plans without ids
 
     def reset(self) -> None:
         """Forget every sequence; the pages become free for other plans."""
         self._tables.clear()
         self._sampler.clear()
-        self._sampled.clear()
+        self._newest.clear()
 
     def execute(self, plan: StepPlan, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
         """Compute one step: `prepare` and `compute`."""
@@ -81,17 +81,17 @@ class ModelRunner:
         """
         for sequence in plan.released:
             self._sampler.forget(sequence)
-            self._sampled.pop(sequence, None)
+            self._newest.pop(sequence, None)
         self._tables.apply(plan)
         if not plan.slices:
             return None
         batch = self._tables.batch(plan, self._spec, self.device)
         return Prepared(plan, batch, self.decoder.prepare(batch, self._kv))
 
-    def learn(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
-        """Take the newest tokens of sequences, the input of plans that bring none; of unknown ones they are dropped."""
+    def set_newest(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
+        """Note the newest token of each sequence, the input of plans without ids; unknown sequences are skipped."""
         newest = zip(sequences, tokens, strict=True)
-        self._sampled.update((sequence, token) for sequence, token in newest if sequence in self._tables)
+        self._newest.update((sequence, token) for sequence, token in newest if sequence in self._tables)
 
     @torch.inference_mode()
     def compute(self, ready: Prepared, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
@@ -108,7 +108,7 @@ class ModelRunner:
         """
         plan, batch = ready.plan, ready.batch
         if self.shard.is_first:
-            hidden = self.decoder.embed(token_ids(plan, self._sampled, self.device))
+            hidden = self.decoder.embed(token_ids(plan, self._newest, self.device))
         assert hidden is not None, "a later stage needs activations"
         log = CellLog()
         hidden = self.decoder.layers(hidden, ready.layers, log)
@@ -126,7 +126,7 @@ class ModelRunner:
         )
         tokens = tuple(sample.token_id for sample in samples)
         if self.shard.is_first:
-            self.learn((sample.sequence for sample in samples), tokens)
+            self.set_newest((sample.sequence for sample in samples), tokens)
         if self._collectives.rank != 0:
             return replace(reports, tokens=tokens)
         return replace(reports, samples=samples, tokens=tokens, logits=logits if keep_logits else None)

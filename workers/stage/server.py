@@ -195,10 +195,8 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
             raise AssertionError("abort raises")
         try:
-            worker, near = self._worker, (request.near_before, request.near_after)
-            self._compute.submit(
-                lambda: worker.start(request.num_pages, request.page_size, request.downstream, request.kv_dtype, near)
-            ).result()
+            worker = self._worker
+            self._compute.submit(lambda: worker.start(request)).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
@@ -233,16 +231,17 @@ class _StageServicer(rpc.StageServicer):
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError
-        from workers.transport.grpc_link import LinkClosed, receive_frames
+        from workers.transport.grpc_link import GrpcInbox
+        from workers.transport.interface import LinkClosed
 
-        worker = self._worker
-        if worker is None or worker.inbox is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
+        inbox = self._worker.inbox if self._worker is not None else None
+        if not isinstance(inbox, GrpcInbox):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not waiting for frames")
             raise AssertionError("abort raises")
-        reason = f"{worker.inbox.source} is gone"
+        reason = f"{inbox.source} is gone"
         try:
-            receive_frames(frames, worker.inbox)
-            reason = f"{worker.inbox.source} ended the stream"
+            inbox.receive(frames)
+            reason = f"{inbox.source} ended the stream"
         except FrameError as error:
             reason = str(error)
             context.abort(grpc.StatusCode.DATA_LOSS, reason)
@@ -250,7 +249,7 @@ class _StageServicer(rpc.StageServicer):
             reason = str(error)
             context.abort(grpc.StatusCode.CANCELLED, reason)
         finally:
-            worker.inbox.close(reason)
+            inbox.close(reason)
         return pb.ActivationsEnd()
 
     def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeReply:

@@ -25,20 +25,20 @@ from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
 from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
-from workers.stage.step import Stepper, most_owed
+from workers.stage.step import Stepper, max_unread
 from workers.transport.collectives import Collectives, file_store, join_group
-from workers.transport.grpc_link import DEPTH, GrpcSender, Inbox, Sender
-from workers.transport.unix_link import NearInbox, NearSender
+from workers.transport.grpc_link import GrpcInbox, GrpcSender
+from workers.transport.interface import DEPTH, Inbox, Sender
+from workers.transport.unix_link import UnixInbox, UnixSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
-# Results of decode steps are held back while more of them are planned: every message wakes threads here and at the
-# head, and what they take from a core delays the step that runs.
-_HELD = 8
-_HELD_S = 0.2
-_UNHEARD, _UNHEARD_S = 64, 2.0  # of the shards whose results no step waits for
-_SLOW_S = 0.02  # a step that lasts while results reach the engine and plans come back
-_TOKENS = 1 << 16  # steps; far fewer are ever in flight
+# Results of decode steps a message, and the longest time one is held back for it: every message wakes threads here and
+# in the head process, on the cores that compute.
+_BATCH, _BATCH_S = 8, 0.2
+_LAZY_BATCH, _LAZY_BATCH_S = 64, 2.0  # the same of the shards whose results complete no step
+_SLOW_S = 0.02  # a step that lasts as long as results take to the engine and plans back
+_TOKEN_DEPTH = 1 << 16  # steps whose tokens the first stage's inbox holds: far more than are ever in flight
 
 
 class StageWorker:
@@ -49,8 +49,6 @@ class StageWorker:
         self._step_timeout_s = step_timeout_s
         self.steps_done = 0
         self.inbox: Inbox | None = None
-        self._near: NearInbox | None = None
-        self._near_after = ""
         self._sender: Sender | None = None
         self._runner: ModelRunner | None = None
         self._stepper: Stepper | None = None
@@ -84,10 +82,6 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
-        if self._shard.num_stages > 1:  # before anyone starts: the previous stage connects as soon as it has
-            self.inbox = Inbox()
-            if self._shard.is_first:  # nobody may wait here, or the ring stands still
-                self.inbox = Inbox("tokens", "the last stage", depth=_TOKENS)
         store = file_store(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
@@ -95,33 +89,26 @@ class StageWorker:
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
-    def start(
-        self, num_pages: int, page_size: int, downstream: str, kv_dtype: str = "", near: tuple[str, str] = ("", "")
-    ) -> None:
-        """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage.
-
-        After the last of several stages comes the first, which takes the sampled tokens. `near` has the sockets of
-        the links with the stage before and with the one after, each empty when that link goes over gRPC.
+    def start(self, request: pb.StartRequest) -> None:
+        """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
 
         Raises:
-            ValueError: the type is unknown, or there is no next stage.
+            ValueError: the type of the KV cache is unknown, or there is no next stage.
         """
         assert self._weights is not None, "load comes first"
+        kv_dtype, downstream = request.kv_dtype, request.downstream or request.downstream_socket
         if kv_dtype and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
         if bool(downstream) != (self._shard.num_stages > 1):
             raise ValueError(f"downstream: {downstream!r}: must be set with several stages, and only then")
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
-        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_pages, page_size, dtype, self._device)
+        kv = PagedKV(layers, kv_heads, self._spec.head_dim, request.num_pages, request.page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
-        self._warm_up(page_size)
-        self._near_after = near[1]
-        if near[0]:
-            of = ("tokens", "the last stage") if self._shard.is_first else ()
-            self._near = NearInbox(near[0], *of)
-        if downstream and not near[1]:
-            self._sender = GrpcSender(downstream, self._token)
+        self._warm_up(request.page_size)
+        self._links = request
+        if downstream:
+            self.inbox = self._listen(request.upstream_socket)
 
     def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
         """Execute plans in order; yields a result for each, several at once while decode steps follow each other."""
@@ -132,7 +119,7 @@ class StageWorker:
             self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
-        most, longest = (_HELD, _HELD_S) if self._samples() else (_UNHEARD, _UNHEARD_S)
+        most, longest = (_BATCH, _BATCH_S) if self._samples() else (_LAZY_BATCH, _LAZY_BATCH_S)
         expected: int | None = None
         began = 0.0
         try:
@@ -170,13 +157,11 @@ class StageWorker:
         """Drop links, group, weights and KV; may be called twice."""
         if self.inbox is not None:
             self.inbox.close("this shard is closing")
-        if self._near is not None:
-            self._near.close()
         if self._sender is not None:
             self._sender.close()
         if self._runner is not None:
             self._collectives.close()
-        self._runner = self._stepper = self._weights = self._sender = self._near = None
+        self._runner = self._stepper = self._weights = self._sender = None
 
     @staticmethod
     def resident_bytes() -> int:
@@ -199,14 +184,23 @@ class StageWorker:
             cells=out.cells, estimate_us=out.estimate_us,
         )  # fmt: skip
 
+    def _listen(self, path: str) -> Inbox:
+        """Return the inbox for the previous stage, which comes to a Unix socket at `path`, or over gRPC."""
+        content, source, depth = "activations", "the previous stage", DEPTH
+        if self._shard.is_first:  # the last stage must never wait for this one, or the ring would stand still
+            content, source, depth = "tokens", "the last stage", _TOKEN_DEPTH
+        return UnixInbox(path, content, source) if path else GrpcInbox(content, source, depth)
+
     def _connect(self) -> Stepper:
-        """Reach the stage after, now that every stage listens."""
+        """Reach the next stage, now that every stage listens."""
         assert self._runner is not None, "start comes first"
-        if self._near_after:
-            # the oldest message to the first stage has been taken by then
-            depth = most_owed(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
-            self._sender = NearSender(self._near_after, depth)
-        return Stepper(self._runner, self._near or self.inbox, self._sender, self._step_timeout_s)
+        if self._links.downstream_socket:
+            # to the first stage: the oldest message has been read by then
+            depth = max_unread(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
+            self._sender = UnixSender(self._links.downstream_socket, depth)
+        elif self._links.downstream:
+            self._sender = GrpcSender(self._links.downstream, self._token)
+        return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:
         """One small step, so that the first real one does not pay for first-use initialisation."""

@@ -35,8 +35,7 @@ from tests.support.rigs.stage_processes import (
     long_request,
 )
 from workers.stage.server import TOKEN_VARIABLE
-from workers.transport.frames import split
-from workers.transport.grpc_link import frame_to_pb
+from workers.transport.frames import Header, split
 
 SPECS = [
     GenerationSpec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
@@ -90,11 +89,13 @@ def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
     assert time.monotonic() - began > 2.0
 
 
-@pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
-def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, near: bool, count: int):
+@pytest.mark.parametrize(
+    ("first_to_last", "same_node", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)]
+)
+def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, same_node: bool, count: int):
     stages.spawn(count=count)
     stages.load()
-    stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
+    stages.start(first_to_last=first_to_last, same_node=same_node)
     engine = stages.run_engine()
     tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
     results = [ticket.wait(60) for ticket in tickets]
@@ -157,7 +158,7 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
     handle = bare.handles[0]
     assert handle.probe().state == "created"
     with pytest.raises(StageError, match=r"this shard is created, not loaded \(FAILED_PRECONDITION\)"):
-        handle.start(PAGES, PAGE, "", 10)
+        handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE), 10)
     stub = rpc.StageStub(handle._channel)
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
@@ -169,7 +170,7 @@ def far(stages: Stages) -> Stages:
     """Two stages whose links go over gRPC, as between nodes."""
     stages.spawn()
     stages.load()
-    stages.start(near=False)
+    stages.start(same_node=False)
     return stages
 
 
@@ -196,14 +197,13 @@ def test_a_killed_process_ends_the_running_request(links: str, stage: int, reque
 def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: str):
     running, engine = far, far.run_engine()
     ticket = long_request(engine)
-    frame = frame_to_pb(next(split(torch.zeros(1, 256), 1)))
     if damage == "payload":
-        frame.payload = b"?" + frame.payload[1:]
+        frame = b"".join(next(split(torch.zeros(1, 256), 1)))[:-1] + b"?"
     else:
-        frame.shape[:] = [2**63, 0]
+        frame = Header(1, 0, 1, 0, (2**63, 0), 0).pack(b"")
     stub = rpc.StageStub(running.handles[1]._channel)
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Activations(iter([frame]), metadata=token_metadata(TOKEN), timeout=10)
+        stub.Activations(iter([pb.Frame(data=frame)]), metadata=token_metadata(TOKEN), timeout=10)
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     with pytest.raises(EngineError, match="stage"):
         ticket.wait(10)

@@ -24,13 +24,14 @@ from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner, StepOutput
 from workers.stage.step import Stepper
 from workers.transport.collectives import Collectives, join_group
-from workers.transport.grpc_link import DEPTH, Inbox
+from workers.transport.grpc_link import GrpcInbox
+from workers.transport.interface import DEPTH
 
 
 class InProcessSender:
     """The link between stages that live in one process."""
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, inbox: GrpcInbox) -> None:
         self._inbox = inbox
 
     def send(self, step: int, tensor: torch.Tensor) -> None:
@@ -43,7 +44,7 @@ class InProcessSender:
 class InProcessShard:
     """A `StageHandle` whose shard is a thread of this process."""
 
-    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: InProcessSender | None) -> None:
+    def __init__(self, runner: ModelRunner, inbox: GrpcInbox | None, sender: InProcessSender | None) -> None:
         self._stepper = Stepper(runner, inbox, sender, 60.0)
         self.shard: ShardSpec = runner.shard
         self.runner = runner
@@ -103,7 +104,7 @@ class Pipeline:
         self.spec = spec or load_model_spec(model_dir)
         shards = plan_shards(self.spec, stages, ranks)
         stores = [dist.HashStore() for _ in range(stages)]
-        inboxes = {(s.stage, s.rank): Inbox(depth=DEPTH if s.stage else 1000) for s in shards if stages > 1}
+        inboxes = {(s.stage, s.rank): GrpcInbox(depth=DEPTH if s.stage else 1000) for s in shards if stages > 1}
         self._groups: list[Collectives] = []
 
         def build(shard: ShardSpec) -> InProcessShard:

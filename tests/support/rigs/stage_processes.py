@@ -16,11 +16,12 @@ from cluster.engine.request_handle import Ticket
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
+from cluster.stages.launcher import links_of
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from tests.support.paths import ROOT
-from workers.stage.server import TOKEN_VARIABLE
+from workers.stage.server import TOKEN_VARIABLE, StageAddress
 
 NEEDLE = ROOT / "configs" / "needle"
 TOKEN = "0123456789abcdef"
@@ -65,14 +66,16 @@ class Stages:
             assert updates[-1].ready
             assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
 
-    def start(self, *, first_to_last: bool = False, near: bool = True) -> None:
-        count = len(self.handles)
-        links = [str(self.folder / f"link{stage}.sock") if near and count > 1 else "" for stage in range(count)]
-        order = self.handles if first_to_last else reversed(self.handles)
-        for handle in order:
-            after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
-            ends = links[handle.shard.stage - 1], links[handle.shard.stage]
-            handle.start(PAGES, PAGE, after if count > 1 else "", 60, near=ends)
+    def start(self, *, first_to_last: bool = False, same_node: bool = True) -> None:
+        """Link the stages by Unix sockets, or over gRPC as if each had a node of its own."""
+        for handle in self.handles if first_to_last else reversed(self.handles):
+            shard = handle.shard
+            addresses = {
+                (stage, 0): StageAddress("", f"unix:{self.socket(stage)}", "" if same_node else str(stage), 0)
+                for stage in range(shard.num_stages)
+            }
+            links = links_of(shard, addresses, self.folder)
+            handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE, **links), 60)
 
     def run_engine(self) -> Engine:
         scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, num_stages=len(self.handles))

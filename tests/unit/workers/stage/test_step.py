@@ -11,7 +11,8 @@ import torch
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from workers.runner.model_runner import StepOutput
 from workers.stage.step import Stepper
-from workers.transport.grpc_link import Inbox, LinkClosed
+from workers.transport.grpc_link import GrpcInbox
+from workers.transport.interface import LinkClosed
 
 NONE = Span(0, 0)
 
@@ -33,7 +34,7 @@ class FakeRunner:
     def prepare(self, plan: StepPlan) -> StepPlan | None:
         return plan if plan.slices else None
 
-    def learn(self, sequences: list[int], tokens: list[int]) -> None:
+    def set_newest(self, sequences: list[int], tokens: list[int]) -> None:
         self.learned += list(zip(sequences, tokens, strict=True))
 
     def compute(self, ready: StepPlan, hidden: torch.Tensor | None, keep_logits: bool) -> StepOutput:
@@ -65,7 +66,7 @@ class First:
     """The first of several stages, with the inbox the last one writes to."""
 
     def __init__(self, stages: int = 2, timeout_s: float = 5.0) -> None:
-        self.runner, self.inbox, self.sent = FakeRunner(0, stages), Inbox("tokens", "the last stage", 100), Sent()
+        self.runner, self.inbox, self.sent = FakeRunner(0, stages), GrpcInbox("tokens", "the last stage", 100), Sent()
         self.stepper = Stepper(self.runner, self.inbox, self.sent, timeout_s)  # type: ignore[arg-type]
 
     def tell(self, step: int, *tokens: int) -> None:
@@ -148,7 +149,7 @@ def test_a_plan_of_releases_only_touches_no_link():
 
 
 def test_the_last_stage_tells_its_tokens():
-    runner, inbox, sent = FakeRunner(1), Inbox(), Sent()
+    runner, inbox, sent = FakeRunner(1), GrpcInbox(), Sent()
     stepper = Stepper(runner, inbox, sent, 1.0)  # type: ignore[arg-type]
     for step, tokens in ((1, ()), (2, (7, 8))):
         inbox.put(step, torch.zeros(1, 4))
