@@ -48,7 +48,7 @@ class GrpcStageHandle:
         self.shard = shard
         self.name = f"stage {shard.stage} shard {shard.rank}"
         self._channel = open_channel(address)
-        self._stub = rpc.StageStub(self._channel)
+        self._stub = rpc.StageStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
         self._metadata = token_metadata(token)
         self._plans: queue.SimpleQueue[pb.StepPlans | None] = queue.SimpleQueue()
         self._results: threading.Thread | None = None

@@ -31,7 +31,7 @@ from protos.node.build_id import build_id
 from protos.node.node_check import NodeCheck
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import LoadProgress, ShardSpec
+from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StageProcessSpec
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
 _START_TIMEOUT_S = 180.0
@@ -120,10 +120,8 @@ class Launcher:
         stage = ActorRequest(cluster.expert_parallel_size, cluster.cpus(cores), gpus)
         self._actors = self._ray.place(StageActor, [stage] * cluster.pipeline_parallel_size)
 
-    def _open(self, fingerprint: str) -> list[Any]:
+    def _open(self, fingerprint: str) -> list[StageAddress]:
         """Make every shard listen and check its node; returns the addresses in shard order."""
-        from workers.stage.server import StageProcessSpec
-
         assert self._ray is not None
         config = self._deployment.config
         self._run_dir = make_run_dir()
@@ -147,7 +145,7 @@ class Launcher:
                 orphan_timeout_s=config.cluster.load_timeout_s + _START_TIMEOUT_S,  # others may still load
             )
             calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
-        addresses = self._ray.call(calls, _OPEN_TIMEOUT_S)
+        addresses: list[StageAddress] = self._ray.call(calls, _OPEN_TIMEOUT_S)
         self._ray.serve()
         here = self._ray.node_id()
         for shard, address in zip(self._deployment.shards, addresses, strict=True):
@@ -189,7 +187,7 @@ class Launcher:
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )
 
-    def _connect(self, addresses: list[Any], num_pages: int) -> None:
+    def _connect(self, addresses: list[StageAddress], num_pages: int) -> None:
         """Start every shard; all at once, since the shards of a stage warm up together."""
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
@@ -214,7 +212,7 @@ class Launcher:
                 raise error
 
 
-def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], Any], run_dir: Path) -> dict[str, str]:
+def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], run_dir: Path) -> dict[str, str]:
     """Return the fields of a StartRequest that say how a shard is linked to the same rank of its neighbours.
 
     Stages form a ring: the last one sends its tokens to the first. Shards of one node share a Unix socket in `run_dir`,
@@ -233,9 +231,9 @@ def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], Any], run_dir: P
     return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
 
 
-def _reach(node: str, address: Any) -> str:
+def _reach(node: str, address: StageAddress) -> str:
     """How a process on `node` reaches a shard: its Unix socket on the same node, else TCP."""
-    return str(address.unix if address.node == node else address.tcp)
+    return address.unix if address.node == node else address.tcp
 
 
 def _follow(

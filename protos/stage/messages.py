@@ -181,3 +181,26 @@ class LoadProgress:
     anonymous_growth_bytes: int = 0  # growth of anonymous memory since before loading
     available_bytes: int = 0  # what the device or host can still give
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageProcessSpec:
+    """What a shard's process needs before it can answer: where to listen, and its share of the CPU."""
+
+    token: str
+    socket: str  # path of the Unix socket it listens on
+    listen_tcp: bool = False  # also on a TCP port, if stages live on several nodes
+    network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
+    threads: int = 1
+    step_timeout_s: float = 300.0
+    orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
+
+
+@dataclass(frozen=True, slots=True)
+class StageAddress:
+    """Where a shard listens, as gRPC addresses."""
+
+    unix: str
+    tcp: str  # empty: nowhere
+    node: str  # Ray's id of the machine; shards of one node share Unix sockets
+    pid: int

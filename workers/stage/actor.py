@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from protos.node.node_check import NodeCheck, interface_address
-from workers.stage.server import StageAddress, StageProcessSpec, StageServer, limit_threads
+from protos.stage.messages import StageAddress, StageProcessSpec
+from workers.stage.server import StageServer, limit_threads
 
 
 class StageActor:

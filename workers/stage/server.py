@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor
-from protos.stage.messages import LoadProgress, StepPlan
+from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
 from workers.stage.compute_thread import ComputeThread
 
 if TYPE_CHECKING:
@@ -35,29 +34,6 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
 _PROGRESS_EVERY_S = 0.1  # between messages while weights load
 _RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
-
-
-@dataclass(frozen=True, slots=True)
-class StageProcessSpec:
-    """What a shard's process needs before it can answer: where to listen, and its share of the CPU."""
-
-    token: str
-    socket: str  # path of the Unix socket other processes of the node use
-    listen_tcp: bool = False  # also on a TCP port, when stages live on several nodes
-    network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
-    threads: int = 1
-    step_timeout_s: float = 300.0
-    orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
-
-
-@dataclass(frozen=True, slots=True)
-class StageAddress:
-    """Where a shard listens."""
-
-    unix: str
-    tcp: str
-    node: str  # Ray's id of the machine; equal ids share Unix sockets
-    pid: int
 
 
 def limit_threads(threads: int) -> None:

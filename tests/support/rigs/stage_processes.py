@@ -20,8 +20,9 @@ from cluster.stages.launcher import links_of
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
+from protos.stage.messages import StageAddress
 from tests.support.paths import ROOT
-from workers.stage.server import TOKEN_VARIABLE, StageAddress
+from workers.stage.server import TOKEN_VARIABLE
 
 NEEDLE = ROOT / "configs" / "needle"
 TOKEN = "0123456789abcdef"

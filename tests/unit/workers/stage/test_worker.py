@@ -67,7 +67,7 @@ def test_sparse_cells_are_reported(tmp_path: Path) -> None:
     ]
     assert all(cell.sequence == 1 and cell.first_head == 0 and len(cell.density) == HEADS for cell in found.cells)
     assert 0 < found.estimate_us <= found.compute_us
-    assert codec.result_from_pb(codec.result_to_pb(found)).samples == found.samples
+    assert codec.results_from_pb(codec.results_to_pb([found]))[0].samples == found.samples
 
 
 def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
