@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,25 +192,18 @@ class Launcher:
         """Start every shard; all at once, since the shards of a stage warm up together."""
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
-        errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         assert self._run_dir is not None
         run_dir = self._run_dir
 
-        def begin(handle: GrpcStageHandle) -> None:
-            links = links_of(handle.shard, where, run_dir)
-            request = pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
-            try:
-                handle.start(request, _START_TIMEOUT_S)
-            except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
-                errors.put(error)
-            else:
-                errors.put(None)
+        def request(shard: ShardSpec) -> pb.StartRequest:
+            links = links_of(shard, where, run_dir)
+            return pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
 
-        for handle in self._shards:
-            threading.Thread(target=begin, args=(handle,), daemon=True).start()
-        for _ in self._shards:
-            if (error := errors.get()) is not None:
-                raise error
+        threads = ThreadPoolExecutor(len(self._shards))
+        started = [threads.submit(handle.start, request(handle.shard), _START_TIMEOUT_S) for handle in self._shards]
+        threads.shutdown(wait=False)  # after an error, `close` ends the calls of the others
+        for future in as_completed(started):
+            future.result()
 
 
 def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], run_dir: Path) -> dict[str, str]:

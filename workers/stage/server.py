@@ -1,8 +1,8 @@
 """The process of one shard: a gRPC server around a `StageWorker`. Imports torch only when weights are loaded.
 
 Failure contract: nothing here is durable. A step that fails makes the shard answer every later plan with the same
-error; recovery is a new process. When no engine has been connected for `orphan_timeout_s`, the process
-ends by itself, so that no memory stays occupied behind a dead head.
+error; recovery is a new process. When no engine has been connected for `orphan_timeout_s`, the process ends by itself,
+so that it keeps no memory after the head process died.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from workers.stage.worker import StageWorker
 
 TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
-_PROGRESS_EVERY_S = 0.1  # between messages while weights load
+_PROGRESS_INTERVAL_S = 0.1  # between messages while weights load
 _RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
 
 
 def limit_threads(threads: int) -> None:
-    """Set thread counts and how threads wait; must run before torch is imported in this process.
+    """Set the number of compute threads and how they wait; must run before torch is imported in this process.
 
     Threads spin for some 50 us before they sleep: a decode step has hundreds of short parallel regions, and waking a
     sleeping thread for each costs half of it. An idle process sleeps.
@@ -51,7 +51,7 @@ def limit_threads(threads: int) -> None:
 
 
 class StageServer:
-    """Listens for the engine and for the previous stage."""
+    """The gRPC server of a shard, for the engine and for the previous stage."""
 
     def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
         self._spec = spec
@@ -61,7 +61,7 @@ class StageServer:
         self._closed = threading.Event()
 
     def start(self, node: str = "", bind: str = "") -> StageAddress:
-        """Open the socket, with `bind` (an IP address) a TCP port too, and answer.
+        """Listen on the Unix socket, and on a TCP port of the IP address `bind` if it is given.
 
         Raises:
             RuntimeError: an address cannot be bound.
@@ -75,16 +75,14 @@ class StageServer:
         rpc.add_StageServicer_to_server(self._servicer, server)
         unix = f"unix:{self._spec.socket}"
         server.add_insecure_port(unix)
-        tcp = ""
-        if bind:
-            tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}"
+        tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}" if bind else ""
         server.start()
         self._server = server
-        self._servicer.begin()
+        self._servicer.await_engine()
         return StageAddress(unix, tcp, node, os.getpid())
 
     def wait(self) -> None:
-        """Block until `close`, without waking up in between."""
+        """Block until `close`."""
         self._closed.wait()
 
     def close(self) -> None:
@@ -107,6 +105,8 @@ class StageServer:
 
 
 class _StageServicer(rpc.StageServicer):
+    """Answers the calls of one shard, whose state is `created`, `loading`, `loaded`, `running` or `failed`."""
+
     def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None], on_close: Callable[[], None]) -> None:
         self._spec = spec
         self._on_orphan = on_orphan
@@ -120,10 +120,6 @@ class _StageServicer(rpc.StageServicer):
         self._connected = False  # while that stream's call lives
         self._timer = threading.Lock()  # guards the orphan timer
         self._orphan: threading.Timer | None = None
-
-    def begin(self) -> None:
-        """From now on a head must show up in time."""
-        self._arm()
 
     def close(self) -> None:
         self._closed = True
@@ -139,18 +135,17 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state} already")
         self._disarm()
         self._state = "loading"
-        context.add_callback(self._arm)  # when the call ends, however it ends
+        context.add_callback(self.await_engine)  # when the call ends, however it ends
         updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
         self._compute.submit(lambda: self._load(request, updates))
-        last = -_PROGRESS_EVERY_S
-        while True:
+        last = -_PROGRESS_INTERVAL_S
+        is_final = False
+        while not is_final:
             update = updates.get()
-            over, now = update.ready or bool(update.error), time.monotonic()
-            if over or now - last >= _PROGRESS_EVERY_S:
+            is_final, now = update.ready or bool(update.error), time.monotonic()
+            if is_final or now - last >= _PROGRESS_INTERVAL_S:
                 yield codec.progress_to_pb(update)
                 last = now
-            if over:
-                return
 
     def _load(self, request: pb.LoadRequest, updates: queue.SimpleQueue[LoadProgress]) -> None:
         try:
@@ -177,7 +172,7 @@ class _StageServicer(rpc.StageServicer):
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
         self._state = "running"
-        self._arm()  # anew: the engine has this long to connect
+        self.await_engine()  # anew: it has this long to connect
         return pb.StartReply()
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -242,7 +237,8 @@ class _StageServicer(rpc.StageServicer):
 
     # --- orphans -----------------------------------------------------------------------------------------------------
 
-    def _arm(self) -> None:
+    def await_engine(self) -> None:
+        """Start the timer anew that ends this process unless an engine connects."""
         with self._timer:
             if self._orphan is not None:
                 self._orphan.cancel()
@@ -263,7 +259,7 @@ class _StageServicer(rpc.StageServicer):
 
     def _engine_left(self) -> None:
         self._connected = False
-        self._arm()
+        self.await_engine()
 
     def _fail(self, error: Exception) -> None:
         self._state = "failed"
@@ -278,7 +274,7 @@ def _plans(bursts: Iterator[pb.StepPlans]) -> Iterator[list[StepPlan]]:
 
 
 def main() -> None:
-    """Run one shard as a plain process, without Ray: prints its address as soon as it listens."""
+    """Run one shard as a plain process, without Ray; it prints its address as soon as it listens."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
     parser.add_argument("--threads", type=int, default=1, help="compute threads (default 1)")

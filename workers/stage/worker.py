@@ -1,4 +1,4 @@
-"""What a shard's process does with torch: load, allocate, execute plans, hand activations on."""
+"""The work of a shard's process with torch: load weights, allocate KV, execute plans."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StageWorker:
         return self._runner.decoder.layers_done if self._runner else 0
 
     def load(self, request: pb.LoadRequest, on_progress: Callable[[LoadProgress], None]) -> LoadProgress:
-        """Read the weights and join the stage's group; returns the closing progress message.
+        """Read the weights and join the stage's group; returns the last progress message.
 
         Raises:
             ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
@@ -111,15 +111,15 @@ class StageWorker:
             self.inbox = self._listen(request.upstream_socket)
 
     def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
-        """Execute plans in order; yields a result for each, several at once while decode steps follow each other."""
+        """Execute plans in order and yield their results, several at once while decode steps follow each other."""
         try:
-            stepper = self._stepper = self._stepper or self._connect()
-            stepper.reset()
+            self._stepper = self._stepper or self._connect()
+            self._stepper.reset()
         except RuntimeError as error:
-            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
+            self._fail(f": links: {' '.join(str(error).split())}")
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
-        most, longest = (_BATCH, _BATCH_S) if self._samples() else (_LAZY_BATCH, _LAZY_BATCH_S)
+        batch, batch_s = (_BATCH, _BATCH_S) if self._completes_steps else (_LAZY_BATCH, _LAZY_BATCH_S)
         expected: int | None = None
         began = 0.0
         try:
@@ -130,27 +130,28 @@ class StageWorker:
                 if not held:
                     began = time.monotonic()
                 held.append(self._step(plan))
-                full = len(held) == most or time.monotonic() - began >= longest
-                if full or not self._may_wait(plan, held[-1], plans):
+                is_full = len(held) == batch or time.monotonic() - began >= batch_s
+                if is_full or not self._may_hold(plan, held[-1], plans):
                     yield held
                     held = []
         except UnreadablePlan as error:
-            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: {error}"
+            self._fail(f": {error}")
             yield [*held, self._step(StepPlan(0, ()))]
 
-    def _may_wait(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
-        """Whether the result of a plan may be held back: all stages have something to do until the engine hears it."""
+    def _may_hold(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
+        """Return whether a result may be held back: all stages have work until the engine receives it."""
         if self._error or not plan.decodes:
             return False
-        if not self._samples():
+        if not self._completes_steps:
             return plans.decodes_ahead(1)
         is_first = any(part.sample is not None and part.sample.token_index == 0 for part in plan.slices)
         stages = self._shard.num_stages
         is_slow = stages * result.compute_us >= 1e6 * _SLOW_S
         return not is_first and plans.decodes_ahead(stages if is_slow else stages + 1)
 
-    def _samples(self) -> bool:
-        """Whether this shard reports the sampled tokens, without which no step is done."""
+    @property
+    def _completes_steps(self) -> bool:
+        """Whether this shard reports the sampled tokens, which complete a step."""
         return self._shard.is_last and self._shard.rank == 0
 
     def close(self) -> None:
@@ -168,21 +169,23 @@ class StageWorker:
         return int(psutil.Process().memory_info().rss)
 
     def _step(self, plan: StepPlan) -> StepResult:
+        """Execute a plan; once one has failed, every later one fails with the same error."""
         shard = self._shard
-        if self._error:
-            return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
-        stepper = self._stepper
-        assert stepper is not None
-        try:
-            out, seconds = stepper.step(plan)
-        except Exception as error:  # noqa: BLE001 - the engine must hear of whatever stopped the step
-            self._error = f"stage {shard.stage} shard {shard.rank}, step {plan.step}: {' '.join(str(error).split())}"
-            return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
-        self.steps_done += 1
-        return StepResult(
-            plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
-            cells=out.cells, estimate_us=out.estimate_us,
-        )  # fmt: skip
+        if not self._error:
+            assert self._stepper is not None
+            try:
+                out, seconds = self._stepper.step(plan)
+                self.steps_done += 1
+                return StepResult(
+                    plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
+                    cells=out.cells, estimate_us=out.estimate_us,
+                )  # fmt: skip
+            except Exception as error:  # noqa: BLE001 - the engine must learn what stopped the step
+                self._fail(f", step {plan.step}: {' '.join(str(error).split())}")
+        return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
+
+    def _fail(self, reason: str) -> None:
+        self._error = f"stage {self._shard.stage} shard {self._shard.rank}{reason}"
 
     def _listen(self, path: str) -> Inbox:
         """Return the inbox for the previous stage, which comes to a Unix socket at `path`, or over gRPC."""
@@ -203,7 +206,7 @@ class StageWorker:
         return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:
-        """One small step, so that the first real one does not pay for first-use initialisation."""
+        """Run one small step, so that the first real one does not pay for first-use initialisation."""
         runner, shard = self._runner, self._shard
         assert runner is not None
         length = min(page_size, 16)
@@ -222,12 +225,6 @@ class StageWorker:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process (Linux `RssAnon`); elsewhere all resident memory."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return StageWorker.resident_bytes()
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return StageWorker.resident_bytes()
+    """Return the anonymous resident memory of this process; elsewhere than on Linux all resident memory."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
