@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
+from cluster.common.text_format import one_line
+
 EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 
@@ -57,10 +59,7 @@ class Count(click.ParamType):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what users can cause into one line on stderr and an exit code; our own bugs keep their traceback."""
-    from cluster.engine.request_handle import EngineError
-    from cluster.stages.handle import StageError
-    from cluster.stages.preflight import PreflightError
-    from cluster.stages.ray_cluster import PlacementError
+    from cluster.common.errors import ClusterError
     from protos.errors import UserError
     from protos.node.node_check import NodeError
 
@@ -68,7 +67,7 @@ def one_line_errors() -> Iterator[None]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (PreflightError, PlacementError, StageError, EngineError, NodeError) as error:
+    except (ClusterError, NodeError) as error:
         fail(error, EXIT_CLUSTER)
     except UserError as error:
         fail(error, EXIT_INPUT)
@@ -79,7 +78,7 @@ def one_line_errors() -> Iterator[None]:
 
 def fail(error: Exception | str, code: int) -> NoReturn:
     """One line on stderr, and out."""
-    click.echo(f"longreach: error: {' '.join(str(error).split())}", err=True)
+    click.echo(f"longreach: error: {one_line(error)}", err=True)
     sys.exit(code)
 
 

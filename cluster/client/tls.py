@@ -11,6 +11,7 @@ import ssl
 from cluster.client.connection import Connection, TlsFiles
 from cluster.client.errors import InvalidRequest, TlsError
 from cluster.common.addresses import split_address
+from cluster.common.text_format import tls_reason
 
 _PROBE_TIMEOUT_S = 3.0
 _ALERT_AFTER_S = 1.0  # a head that wants a certificate says so after the handshake of TLS 1.3
@@ -36,14 +37,14 @@ def check_files(files: TlsFiles) -> ssl.SSLContext:
         else:
             context.load_default_certs()
     except (ssl.SSLError, ValueError) as error:
-        raise InvalidRequest(f"ca_file: {files.ca}: must be PEM certificates ({_reason(error)})") from error
+        raise InvalidRequest(f"ca_file: {files.ca}: must be PEM certificates ({tls_reason(error)})") from error
     try:
         if files.cert is not None:
             context.load_cert_chain(files.cert, files.key, password=lambda: "")  # never asks at the terminal
     except (ssl.SSLError, ValueError) as error:
         raise InvalidRequest(
             f"cert_file: {files.cert}: must be a PEM certificate that goes with key_file: {files.key} (an unencrypted "
-            f"PEM key): {_reason(error)}"
+            f"PEM key): {tls_reason(error)}"
         ) from error
     return context
 
@@ -90,7 +91,7 @@ def _try_tls(connection: Connection, files: TlsFiles, plain: socket.socket, host
         return None if files.cert is None else _refused(address, files, "connection closed")
     except ssl.SSLError as error:
         if "ALERT" in (error.reason or ""):
-            return _refused(address, files, _reason(error))
+            return _refused(address, files, tls_reason(error))
         return TlsError(
             f"{address}: the head speaks plain text, this client TLS: leave out ca_file, cert_file and key_file "
             "(flags and LONGREACH_* variables), or give the head a certificate (security.tls_cert_file)"
@@ -107,7 +108,7 @@ def _try_call(address: str, files: TlsFiles, wrapped: ssl.SSLSocket) -> TlsError
     except TimeoutError:
         return None
     except ssl.SSLError as error:
-        return _refused(address, files, _reason(error))
+        return _refused(address, files, tls_reason(error))
     except OSError:
         pass
     return _refused(address, files, "connection closed")
@@ -134,7 +135,3 @@ def _certificate_problem(files: TlsFiles, error: ssl.SSLCertVerificationError) -
     trusted = f"ca_file {files.ca}" if files.ca is not None else "the public authorities"
     way_out = "give its authority as ca_file (--ca-file, LONGREACH_CA_FILE)"
     return f"the head's certificate is not vouched for by {trusted} ({reason}): {way_out}"
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "reason", None) or str(error) or type(error).__name__).replace("_", " ").lower()

@@ -28,6 +28,7 @@ from cluster.client.errors import (
     Unavailable,
 )
 from cluster.client.tls import check_files, find_mismatch
+from cluster.common.text_format import one_line
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
 from protos.stage.channel import CHANNEL_OPTIONS
@@ -51,7 +52,7 @@ _SIMPLE: dict[grpc.StatusCode, type[LongreachError]] = {
 def typed_error(error: grpc.RpcError, connection: Connection) -> LongreachError:
     """The error of a failed call as one of the client's types."""
     address = connection.address
-    code, details = error.code(), " ".join((error.details() or "").split())
+    code, details = error.code(), one_line(error.details() or "")
     if code in _SIMPLE:
         if _SIMPLE[code] is Unauthenticated:
             return _wrong_key(connection)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.client.errors import InvalidRequest
+from cluster.common.text_format import one_line
 
 MAX_REQUEST_BYTES = 64 << 20  # as protos.channel.MAX_MESSAGE, which cannot be imported without grpc
 MAX_CHARS = 256  # of a label, an idempotency key, the name of a document
@@ -22,7 +23,7 @@ def show(value: object) -> str:
         text = repr(value) if not isinstance(value, (str, bytes)) or len(value) <= _SHOWN else repr(value[:_SHOWN])
     except ValueError:  # an integer of thousands of digits
         text = f"({type(value).__name__})"
-    text = " ".join(text.split())
+    text = one_line(text)
     return text if len(text) <= _SHOWN + 2 else f"{text[:_SHOWN]}..."
 
 

@@ -1,4 +1,4 @@
-"""Addresses `host:port`: which of them stay on this machine."""
+"""Parse addresses `host:port`, and tell which of them stay on this machine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import ipaddress
 
 
 def split_address(address: str) -> tuple[str, int] | None:
-    """(host, port) of `host:port`, brackets of IPv6 removed; None when it is something else."""
+    """Return (host, port) of `host:port`, the brackets of IPv6 removed; None when it is something else."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        return None
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    host = host.removeprefix("[").removesuffix("]")
+    return (host, int(port)) if host and port.isdecimal() and int(port) <= 65535 else None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent to this host name or IP address stays on this machine."""
+    """Return whether what is sent to this host name or IP address stays on this machine."""
     if host == "localhost":
         return True
     try:

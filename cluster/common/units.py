@@ -1,4 +1,4 @@
-"""Numbers as people write them: token counts (`256k`) and sizes in bytes (`512MiB`).
+"""Read and write numbers as people do: token counts (`256k`) and sizes in bytes (`512MiB`).
 
 The rule, for counts and bytes alike: a lower-case letter is decimal (`256k` = 256,000, `1m` = 1,000,000) and an
 upper-case letter is binary (`256K` = 262,144, `1M` = 1,048,576). With a `B` the unit follows the standards instead:
@@ -15,7 +15,7 @@ from protos.errors import UserError
 
 COUNT_RULE = "must be a whole number such as 4096, 1_000, 256k (256000) or 256K (262144)"
 BYTES_RULE = "must be a size in bytes such as 1073741824, 512MiB, 1GiB or 1.5GB"
-LARGEST = (1 << 63) - 1
+MAX_VALUE = (1 << 63) - 1
 
 _LETTERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BYTE_UNITS = (
@@ -27,7 +27,7 @@ _BYTE_UNITS = (
         for tail, base in (("iB", 1024), ("B", 1000))
     }
 )
-# at most 30 characters of digits: more cannot be a size and would only make arithmetic slow
+# At most 30 digits: more cannot be a size and would only make arithmetic slow.
 _NUMBER = re.compile(r"(?=[0-9_.]{1,30}(?![0-9_.]))([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
 
 
@@ -36,29 +36,31 @@ class UnitError(UserError):
 
 
 def parse_count(value: object) -> int:
-    """Read a count of tokens: an integer, or text such as `256k` (256,000), `256K` (262,144), `1_000`.
+    """Return a count of tokens: of an integer, or of text such as `256k` (256,000), `256K` (262,144), `1_000`.
 
-    Raises UnitError for negatives, floats, NaN, booleans and anything else.
+    Raises:
+        UnitError: negatives, floats, NaN, booleans and anything else.
     """
     return _parse(value, _LETTERS, COUNT_RULE)
 
 
 def parse_bytes(value: object) -> int:
-    """Read a size in bytes: an integer, or text such as `512MiB`, `1.5GB`, `1G` (binary), `1g` (decimal).
+    """Return a size in bytes: of an integer, or of text such as `512MiB`, `1.5GB`, `1G` (binary), `1g` (decimal).
 
-    Raises UnitError for negatives, floats, NaN, booleans and anything else.
+    Raises:
+        UnitError: negatives, floats, NaN, booleans and anything else.
     """
     return _parse(value, _BYTE_UNITS, BYTES_RULE)
 
 
 def format_count(count: int) -> str:
-    """Write a count the short way that `parse_count` reads back exactly: 256000 -> `256k`, 262144 -> `256K`."""
+    """Return the shortest text that `parse_count` reads back exactly: 256000 -> `256k`, 262144 -> `256K`."""
     exact = [f"{count // _LETTERS[unit]}{unit}" for unit in "mMkK" if count and count % _LETTERS[unit] == 0]
     return min(sorted(exact, key=str.isupper), key=len) if exact else str(count)  # decimal where both are as short
 
 
 def format_bytes(size: int) -> str:
-    """Write a size for people: exact binary unit where there is one, else rounded to two digits (`1.43GiB`)."""
+    """Return a size in the largest binary unit it fills, with up to two decimal places (`1.43GiB`)."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if size >= 1024**power:
             return f"{size / 1024**power:.2f}".rstrip("0").rstrip(".") + unit
@@ -73,12 +75,12 @@ def _parse(value: object, units: dict[str, int], rule: str) -> int:
         match = _NUMBER.fullmatch(value.strip())
         if match and match[2] in units:
             result = Fraction(match[1].replace("_", "")) * units[match[2]]
-    if result is None or not 0 <= result <= LARGEST or result != int(result):
-        raise UnitError(f"{_brief(value)}: {rule}")
+    if result is None or not 0 <= result <= MAX_VALUE or result != int(result):
+        raise UnitError(f"{_show(value)}: {rule}")
     return int(result)
 
 
-def _brief(value: object) -> str:
+def _show(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 200:  # str() of a huge integer is slow or refused
         return f"an integer of {value.bit_length()} bits"
     return ascii(value)[:60] if isinstance(value, (str, int, float)) or value is None else type(value).__name__

@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from cluster.common.text_format import show_value
 from cluster.common.units import format_count
 from cluster.config.schema import Config
 from cluster.config.topology import LayoutError, plan_shards
-from cluster.config.yaml_source import ConfigError, KeyPath, Problem, YamlSource, dotted, read_yaml, show_value
+from cluster.config.yaml_source import ConfigError, KeyPath, Problem, YamlSource, dotted, read_yaml
 from protos.model.config_json import ModelConfigError, load_model_spec
 from protos.model.grid import largest_cell
 from protos.model.spec import ModelSpec

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
 from cluster.config.topology import kv_bytes_per_token
@@ -21,10 +22,6 @@ _LINK_STEPS = 4  # steps a link to or from a neighbour holds
 _SLACK = 1.25  # what the allocator cannot give back
 _SUM_BYTES = 16  # of a key and query head, while a sparse cell is estimated
 _FIXED = 64 << 20  # compiled kernels and their own buffers, stacks
-
-
-class NoRoom(RuntimeError):
-    """The configured sizes do not fit into the memory of this machine."""
 
 
 def compute_dtype(deployment: Deployment) -> str:
@@ -86,7 +83,7 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
         sharers: shards that share one memory.
 
     Raises:
-        NoRoom: with the numbers, and the context that would fit.
+        PreflightError: with the numbers, and the context that would fit.
     """
     config, spec = deployment.config, deployment.spec
     prefill, kv = config.prefill, config.kv_cache
@@ -111,7 +108,7 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
         return wanted
     fits = max(0, free) // page * kv.page_size
     key = f"kv_cache.bytes: {format_bytes(wanted)}" if kv.bytes is not None else "kv_cache.fraction: no room"
-    raise NoRoom(
+    raise PreflightError(
         f"{key}: after the weights and {format_bytes(scratch)} for a step of {tokens} tokens, "
         f"{format_bytes(max(0, free))} an actor are left: {fits} tokens would fit: lower kv_cache.bytes, "
         "prefill.max_num_batched_tokens or model.max_model_len"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import yaml
 
+from cluster.common.text_format import escape_unprintable, shorten, show_value
 from protos.errors import UserError
 
 KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16  # a configuration nests three levels
-MAX_SHOWN = 60
 
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]{0,29})", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(\.(inf|nan)|[0-9][0-9_]*\.[0-9_]*(e[-+][0-9]{1,5})?|\.[0-9_]+(e[-+][0-9]{1,5})?)", re.I)
@@ -41,7 +41,7 @@ class ConfigError(UserError):
     """A configuration that cannot be used. The message is always one line, `FILE:LINE: KEY: VALUE: what is allowed`."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(escape_unprintable(message))
 
     @classmethod
     def from_problems(cls, file: str, problems: Iterable[Problem]) -> ConfigError:
@@ -67,29 +67,6 @@ class YamlSource:
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
-
-
-def one_line(text: str) -> str:
-    """`text` with line breaks and other unprintable characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def show_value(value: object) -> str:
-    """A value as an error shows it: one line, at most about 60 characters, text that looks like a number quoted."""
-    if isinstance(value, Mapping):
-        return f"(a mapping of {len(value)})"
-    if isinstance(value, (list, tuple)):
-        return f"(a list of {len(value)})"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and value.bit_length() > 200:  # str() of a huge integer is slow or refused
-        return f"(an integer of {value.bit_length()} bits)"
-    if not isinstance(value, (str, int, float)):
-        return f"({type(value).__name__})"
-    text = one_line(str(value)[: 2 * MAX_SHOWN])
-    if isinstance(value, str) and (not value or value != value.strip() or _looks_typed(value)):
-        text = f'"{text}"'
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def read_yaml(path: str | os.PathLike[str]) -> YamlSource:
@@ -217,7 +194,7 @@ _SCALARS = ("str", "int", "float", "bool", "null", "timestamp", "value")
 
 def dotted(path: Iterable[str | int]) -> str:
     """A key path as people write it: `model.rope_scaling.factor`; a long key is cut."""
-    return ".".join(text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..." for text in map(str, path))
+    return ".".join(shorten(str(key)) for key in path)
 
 
 def _scalar(kind: str, text: str) -> object:
@@ -231,8 +208,3 @@ def _scalar(kind: str, text: str) -> object:
         plain = text.lower().replace("_", "")
         return float(plain.replace(".", "", 1) if plain.endswith(("inf", "nan")) else plain)
     return text
-
-
-def _looks_typed(text: str) -> bool:
-    resolved: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text[:MAX_SHOWN], (True, False))
-    return resolved.removeprefix(_TAG) in ("int", "float", "bool", "null")

@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cluster.common.errors import EngineError
+from cluster.common.text_format import describe_error
 from cluster.engine.in_flight import InFlight, Step
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, OutputText, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.engine.outputs import GenerationSpec, Progress, TokenEvent
+from cluster.engine.request_handle import Event, Ticket
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageHandle
+from cluster.text.detokenizer import OutputText
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
@@ -169,7 +172,7 @@ class Engine:
                 self._oldest = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
-                self._fail(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}")
+                self._fail(f"the engine failed: {describe_error(error)}")
 
     def _fill_pipeline(self) -> None:
         if self._error:
@@ -189,7 +192,7 @@ class Engine:
 
     def _depth_now(self) -> int:
         """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
-        if not self._decode_s or not self.scheduler.decodes:
+        if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
         if not all(plan.decodes for plan in self._in_flight.plans):
             return self._depth
@@ -275,7 +278,7 @@ class Engine:
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)
-        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, now, spec.priority)
+        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, spec.priority)
         text = OutputText(self._tokenizer, spec.stop)
         for sample in spec.resume:
             request.accept(sample)

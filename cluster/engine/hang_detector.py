@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from cluster.common.errors import StageError
 from cluster.engine.engine import Engine
-from cluster.stages.handle import StageError
 from protos.stage import stage_pb2 as pb
 
 FLOOR_S = 20.0

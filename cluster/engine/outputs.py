@@ -8,8 +8,7 @@ from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
-from cluster.text.reasoning import split_reasoning
-from cluster.text.tokenizer import IncrementalDecoder, StopMatcher, TextTokenizer
+from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SampledToken, SamplingParams
 
 
@@ -111,33 +110,3 @@ class Generation:
             entry(sample.token_id, sample.logprob) | {"top": [entry(i, p) for i, p in sample.top]}
             for sample in self.samples
         ]
-
-
-class OutputText:
-    """Turns the tokens of one request into text, and finds stop strings."""
-
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str]) -> None:
-        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
-        self._matcher = StopMatcher(stop)
-        self._parts: list[str] = []
-
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """New text, and whether a stop string ended the output."""
-        if self._decoder is None:
-            return "", False
-        text, stopped = self._matcher.push(self._decoder.push(token_id))
-        self._parts.append(text)
-        return text, stopped
-
-    def flush(self) -> str:
-        """The withheld rest, once the output has ended without a stop string."""
-        if self._decoder is None or self._matcher.stopped:
-            return ""
-        text, _ = self._matcher.push(self._decoder.flush())
-        text += self._matcher.flush()
-        self._parts.append(text)
-        return text
-
-    def split(self, opened: bool) -> tuple[str | None, str]:
-        """(reasoning, answer) of everything so far."""
-        return split_reasoning("".join(self._parts), opened=opened)

@@ -7,17 +7,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.common.errors import EngineError
 from cluster.engine.attention_report import AttentionLog
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Progress, Timings, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, Progress, Timings, TokenEvent
 from cluster.scheduler.request import FinishReason, Request
+from cluster.text.detokenizer import OutputText
 from protos.model.spec import ModelSpec
 
 Event = Progress | TokenEvent | Generation
 _log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """The cluster behind the engine failed."""
 
 
 @dataclass(slots=True, eq=False)

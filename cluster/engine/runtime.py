@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.common.environment import environment
+from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import FLOOR_S, Watchdog
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.engine.request_handle import Event, Ticket
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
-from cluster.stages.handle import StageError
 from cluster.stages.launcher import Launched, Launcher, LaunchStatus
-from cluster.text.prompts import build_document_prompts, check_document, check_length, opens_thinking, render_chat
+from cluster.text.chat_template import opens_thinking, render_chat
+from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import SamplingParams
@@ -153,7 +154,7 @@ class Session:
         return check_document(data, self.tokenizer, self.deployment.max_model_len)
 
     def chat_prompt(self, messages: Sequence[tuple[str, str]], ask: Ask) -> list[int]:
-        """Token ids of (role, content) messages through the chat template; raises PromptError."""
+        """Token ids of (role, content) messages through the chat template; raises ChatTemplateError."""
         conversation = [{"role": role, "content": content} for role, content in messages]
         text = render_chat(self.tokenizer, conversation, enable_thinking=ask.enable_thinking)
         return self.tokenizer.encode(text)

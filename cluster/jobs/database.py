@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.common.errors import JobStoreError
 from cluster.jobs.model import InvalidJob
 
 _BUSY_TIMEOUT_S = 10.0  # another process (a backup, sqlite3 on the command line) may hold the file for a moment
 _WAL_LIMIT_BYTES = 64 << 20
-
-
-class JobStoreError(Exception):
-    """The store cannot do what it should: disk, file, or a step that does not follow the last one. One line."""
 
 
 # What changes with every step lives apart from what is written once: SQLite rewrites a row as a whole, and a

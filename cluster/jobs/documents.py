@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.common.errors import JobStoreError
 from cluster.jobs.model import DocumentRecord, InvalidJob, NotAllowedNow, NotFound, check_id
-from cluster.jobs.store import JobStore, JobStoreError
+from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
 _TEMPORARY = ".upload-"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from array import array
 
+from cluster.common.text_format import one_line
 from cluster.engine.runtime import Session
 from cluster.jobs.documents import Documents
 from cluster.jobs.model import InvalidJob, JobSpec
-from cluster.text.prompts import opens_thinking
+from cluster.text.chat_template import opens_thinking
 from cluster.text.reasoning import OPEN_TAG
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
@@ -30,7 +31,7 @@ def job_prompts(session: Session, documents: Documents, spec: JobSpec) -> list[a
             prompts = [list(given.token_ids or ())]
         session.check_prompts(prompts, spec.ask)
     except UserError as error:
-        raise InvalidJob(" ".join(str(error).split())) from error
+        raise InvalidJob(one_line(error)) from error
     return [array("I", prompt) for prompt in prompts]
 
 

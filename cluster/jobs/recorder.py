@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import Generation, Progress, TokenEvent
 from cluster.engine.request_handle import Event
-from cluster.jobs.database import JobStoreError
 from cluster.jobs.model import ACTIVE, JobAnswer, JobState, JobToken
 from cluster.jobs.store import JobStore, StateChange
 from cluster.scheduler.request import FinishReason

@@ -14,8 +14,9 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.common.errors import EngineError
 from cluster.engine.outputs import GenerationSpec, Progress
-from cluster.engine.request_handle import EngineError, Ticket
+from cluster.engine.request_handle import Ticket
 from cluster.engine.runtime import Session
 from cluster.jobs.api import JobEvent, ServiceLimits
 from cluster.jobs.documents import Documents

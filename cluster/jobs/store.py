@@ -16,7 +16,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs.database import Database, JobStoreError
+from cluster.common.errors import JobStoreError
+from cluster.jobs.database import Database
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,

@@ -12,6 +12,8 @@ import threading
 import time
 from typing import Protocol
 
+from cluster.common.text_format import one_line
+
 PAUSES_S = (0.0, 1.0, 5.0, 20.0, 60.0)  # before each attempt to start
 SOON_S = 60.0  # a pipeline that lived longer than this was sound
 _log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class Recovery:
                 _log.exception("attempt %d to start the pipeline again failed", failures)
                 if failures >= len(PAUSES_S):
                     self.state = "down"
-                    reason = f"{error}; starting again failed: {' '.join(str(problem).split())}"
+                    reason = f"{error}; starting again failed: {one_line(problem)}"
                     self._owner.pipeline_is_down(reason)
                     return
             else:

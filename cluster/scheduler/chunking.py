@@ -1,4 +1,4 @@
-"""How the token budget of a step is shared among requests, and where the grid of a prompt lets it be cut.
+"""Share the tokens of a step among requests, and fit the shares to the grid of each prompt.
 
 Pure arithmetic. Dense rows may be cut anywhere but at most up to the next border of a DCA chunk; sparse rows come in
 whole cells (`protos.model.grid`).
@@ -15,16 +15,16 @@ from protos.model.spec import ModelSpec
 
 
 def share_budget(budget: int, remaining: Sequence[int]) -> list[int]:
-    """Tokens each request computes in the next step; requests stand in order of arrival.
+    """Return the tokens that each request is granted in the next step.
 
-    Single tokens (decoding) come first, each costs one; beside a prefill they leave at least one token. Of the rest the
-    oldest prefill gets at least half, so that a long job always progresses; what it leaves goes to the others, shortest
-    first, so that short jobs do not wait for long ones. A step that others share stays short when they leave some: only
-    alone does the oldest take it all.
+    Single tokens (decoding) come first; beside a prefill they leave at least one token. Of the rest the oldest prefill
+    gets at least half, so that a long prompt always progresses; what it leaves goes to the others, shortest first, so
+    that short prompts do not wait for long ones. A step that others share stays short when they leave some: only alone
+    does the oldest take it all.
 
     Args:
-        budget: most tokens in the step, at least 1.
-        remaining: tokens each request still has to compute (0: nothing to do).
+        budget: the most tokens of a step, at least 1.
+        remaining: tokens each request still has to compute (0: nothing to do), in order of arrival.
     """
     shares = [0] * len(remaining)
     prefills = [index for index, count in enumerate(remaining) if count > 1]
@@ -55,62 +55,58 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
-    """Where a request stands when a step is cut: its next position, prompt length, share and saved-up tokens."""
+class PrefillShare:
+    """One request's input to `fit_to_grid`.
+
+    Next position, prompt length, tokens granted this step, and the deficit carried over (deficit round robin,
+    Shreedhar and Varghese 1995).
+    """
 
     position: int
     prompt_len: int
-    share: int
-    credit: int = 0
+    granted: int
+    deficit: int = 0
 
 
-def cut(spec: ModelSpec | None, stands: Sequence[Stand]) -> tuple[list[int], list[int]]:
-    """Turn shares into lengths that the grid allows; returns lengths and new credits.
+def fit_to_grid(spec: ModelSpec | None, shares: Sequence[PrefillShare]) -> tuple[list[int], list[int]]:
+    """Return the lengths that the grid allows, and the new deficits.
 
-    A cell is never cut, so a sparse prompt may get more than its share of one step and none of the next: shares are
-    saved up as credit, and the sparse prompt with the most of it goes first. One of them always goes, so a step may
-    exceed its budget, but by one cell at most; what decodes and dense prompts take does not depend on grid.
+    A cell is never cut, so a sparse prompt may get more than it is granted in one step and nothing in the next: the
+    difference is its deficit, and the sparse prompt with the largest goes first. One of them always goes, so a step
+    may exceed its budget, but by one cell at most; decoding and dense prompts always get what they are granted.
 
     Args:
         spec: None: plain dense attention, nothing is cut.
-        stands: in order of arrival, which breaks ties.
+        shares: in order of arrival, which breaks ties.
     """
-    lengths, credits = [s.share for s in stands], [0] * len(stands)
+    lengths, deficits = [share.granted for share in shares], [0] * len(shares)
     if spec is None:
-        return lengths, credits
-    waiting = []
-    for index, stand in enumerate(stands):
-        if stand.share and grid.is_sparse(spec, stand.position, stand.prompt_len):
-            waiting.append(index)
+        return lengths, deficits
+    sparse = []
+    for index, share in enumerate(shares):
+        if share.granted and grid.is_sparse(spec, share.position, share.prompt_len):
+            sparse.append(index)
         else:
-            border = grid.next_cut(spec, stand.position, stand.prompt_len)
-            lengths[index] = stand.share if border is None else min(stand.share, border - stand.position)
-            credits[index] = stand.credit if not stand.share else 0
-    left = sum(stands[index].share for index in waiting)
+            border = grid.next_cut(spec, share.position, share.prompt_len)
+            lengths[index] = share.granted if border is None else min(share.granted, border - share.position)
+            deficits[index] = share.deficit if not share.granted else 0
+    left = sum(shares[index].granted for index in sparse)
     limit = grid.largest_cell(spec)
-    waiting.sort(key=lambda index: (-stands[index].credit - stands[index].share, index))
-    for turn, index in enumerate(waiting):
-        stand = stands[index]
-        wanted = min(left, stand.share + stand.credit)
-        length = grid.whole_cells(spec, stand.position, wanted, stand.prompt_len)
-        lengths[index] = length if length <= max(wanted, stand.share) or not turn else 0
+    sparse.sort(key=lambda index: (-shares[index].deficit - shares[index].granted, index))
+    for turn, index in enumerate(sparse):
+        share = shares[index]
+        due = share.granted + share.deficit
+        wanted = min(left, due)
+        length = grid.whole_cells(spec, share.position, wanted, share.prompt_len)
+        lengths[index] = length if turn == 0 or length <= max(wanted, share.granted) else 0
         left = max(0, left - lengths[index])
-        saved = stand.credit + stand.share - lengths[index]
-        credits[index] = min(max(saved, -limit), limit) if len(waiting) > 1 else 0
-    return lengths, credits
+        deficits[index] = min(max(due - lengths[index], -limit), limit) if len(sparse) > 1 else 0
+    return lengths, deficits
 
 
 def chunks(spec: ModelSpec | None, start: int, stop: int, prompt_len: int, budget: int) -> Iterator[Chunk]:
-    """The steps of a request that computes positions `start .. stop - 1` alone, with the whole budget of each."""
+    """Yield the steps of a request that computes positions `start .. stop - 1` alone, with the whole budget of each."""
     while start < stop:
-        (length,), _ = cut(spec, [Stand(start, prompt_len, min(budget, stop - start))])
-        sparse = spec is not None and grid.is_sparse(spec, start, prompt_len)
-        yield Chunk(start, start + length, sparse)
+        (length,), _ = fit_to_grid(spec, [PrefillShare(start, prompt_len, min(budget, stop - start))])
+        yield Chunk(start, start + length, spec is not None and grid.is_sparse(spec, start, prompt_len))
         start += length
-
-
-def num_steps(tokens: int, budget: int, spec: ModelSpec | None = None) -> int:
-    """Steps a prompt of `tokens` takes when it has the whole budget of each."""
-    if spec is None:
-        return -(-tokens // budget)
-    return sum(1 for _ in chunks(spec, 0, tokens, tokens, budget))

@@ -1,43 +1,22 @@
-"""Who owns which KV page. Pure Python; the pages themselves live in the workers.
+"""Allocate KV pages and find them by their content. Pure Python: the pages themselves live in the workers.
 
-A page is free (no content), owned (one or more requests read it) or cached (nobody reads it, but its content is known
-by the hash of its page and may be adopted again; evicted oldest first). Storage, index and allocation of the workers
-are elsewhere: this is the only place that decides.
+A page (`kv_cache.page_size` tokens) is free (no content), owned (one or more requests read it) or cached (nobody reads
+it, but others can find its content by its hash). Cached pages are evicted oldest first.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import re
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 _FREE, _OWNED, _CACHED = 0, 1, 2
-_FREE_RUN = re.compile(rb"\0+")  # pages that are _FREE and lie together
-
-
-def page_hashes(token_ids: Sequence[int], page_size: int, root: bytes) -> list[bytes]:
-    """SHA-256 of every full page, chained: a hash stands for the page and everything before it.
-
-    Args:
-        root: what else the content of KV depends on (model fingerprint, positions, dtype).
-    """
-    return list(iter_page_hashes(array("I", token_ids), page_size, root))
-
-
-def iter_page_hashes(token_ids: Sequence[int], page_size: int, root: bytes) -> Iterator[bytes]:
-    """As `page_hashes`, one after the other: nothing is computed for pages nobody asks for."""
-    previous = root
-    for start in range(0, len(token_ids) - page_size + 1, page_size):
-        tokens = array("I", token_ids[start : start + page_size])
-        previous = hashlib.sha256(previous + tokens.tobytes()).digest()
-        yield previous
+_FREE_RUN = re.compile(rb"\0+")  # neighbouring pages that are _FREE
 
 
 class PagePool:
-    """Allocates pages, counts their readers and finds cached pages by hash."""
+    """Owns every page: allocates, counts readers, finds by hash."""
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
@@ -53,53 +32,54 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Pages that can be allocated: free ones and cached ones nobody reads."""
+        """Pages that can be allocated: free and cached ones."""
         return self._num_free + len(self._cached)
 
     @property
     def usage(self) -> float:
-        """Share of pages some request owns, 0..1."""
+        """Share of the pages that requests own, 0..1."""
         return 1.0 - self.num_available / self.num_pages
 
-    def allocate(self, count: int) -> tuple[int, ...] | None:
-        """`count` pages for one reader, in as few contiguous runs as possible; None (nothing changed) without room."""
-        if count > self.num_available:
+    def allocate(self, count: int, adopted: Sequence[int] = ()) -> tuple[int, ...] | None:
+        """Return the pages of one more reader: `adopted` (found by `match`) and `count` new ones.
+
+        New pages lie in as few contiguous runs as possible. Returns None (and changes nothing) without room.
+        """
+        if count > self.num_available - sum(self._readers[page] == 0 for page in adopted):
             return None
+        self.adopt(adopted)
         while self._num_free < count:
             page, _ = self._cached.popitem(last=False)
-            self._forget(page)
+            del self._page_of[self._hash_of.pop(page)]
             self._state[page] = _FREE
             self._num_free += 1
-        taken: list[int] = []
+        pages = list(adopted)
         runs = sorted((run.end() - run.start(), run.start()) for run in _FREE_RUN.finditer(self._state))
-        while len(taken) < count:
-            missing = count - len(taken)
+        missing = count
+        while missing:
             best = bisect.bisect_left(runs, (missing, 0))  # the smallest run that holds the rest, or the largest
-            size, at = runs.pop(min(best, len(runs) - 1))
+            size, start = runs.pop(min(best, len(runs) - 1))
             size = min(size, missing)
-            self._state[at : at + size] = bytes([_OWNED]) * size
-            taken.extend(range(at, at + size))
-        for page in taken:
-            self._readers[page] = 1
+            self._state[start : start + size] = bytes([_OWNED]) * size
+            self._readers[start : start + size] = [1] * size
+            pages.extend(range(start, start + size))
+            missing -= size
         self._num_free -= count
-        return tuple(taken)
+        return tuple(pages)
 
-    def match(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
-        """The pages of the longest known prefix of `hashes`."""
-        found = []
+    def match(self, hashes: Iterable[bytes]) -> tuple[int, ...]:
+        """Return the pages of the longest known prefix of `hashes`."""
+        pages = []
         for key in hashes:
             page = self._page_of.get(key)
             if page is None:
                 break
-            found.append(page)
-        return tuple(found)
+            pages.append(page)
+        return tuple(pages)
 
-    def knows(self, key: bytes) -> bool:
+    def has(self, key: bytes) -> bool:
+        """Return whether a page with this hash is owned or cached."""
         return key in self._page_of
-
-    def num_unread(self, pages: Iterable[int]) -> int:
-        """How many of the pages nobody reads: adopting them makes as many fewer available."""
-        return sum(self._readers[page] == 0 for page in pages)
 
     def adopt(self, pages: Iterable[int]) -> None:
         """Add a reader to pages found by `match`."""
@@ -110,7 +90,7 @@ class PagePool:
             self._readers[page] += 1
 
     def publish(self, page: int, key: bytes) -> None:
-        """Make the content of an owned page findable. The first page published for a page stays the one."""
+        """Make the content of an owned page findable. Of several pages with one hash, the first stays the one found."""
         assert self._readers[page] > 0, "only an owned page can be published"
         if key not in self._page_of and page not in self._hash_of:
             self._page_of[key] = page
@@ -131,11 +111,11 @@ class PagePool:
                 self._state[page] = _FREE
                 self._num_free += 1
 
-    def _forget(self, page: int) -> None:
-        del self._page_of[self._hash_of.pop(page)]
-
     def check_integrity(self, owned: Iterable[Sequence[int]] = ()) -> None:
-        """Verify every invariant against the page lists of the requests that hold pages.
+        """Verify every invariant.
+
+        Args:
+            owned: the pages of each request that holds some.
 
         Raises:
             AssertionError: with the first page that is wrong.

@@ -1,91 +1,101 @@
-"""Under which hashes the pages of a prompt are known: what its KV depends on besides the tokens before it.
+"""Hashes of prompt pages: a hash stands for the tokens of a page and everything else that its KV depends on.
 
-That is whether its rows are sparse, and the length `n` the temperature `s(n)` of dual chunk attention is taken at. A
-prompt may adopt pages computed at another length when `s ** 2`, the factor on its logits, hardly differs: the lengths
-in use are remembered, so that a question finds its document although every question has its own length.
+That is the tokens before it, the model, whether its rows are sparse, and the length `n` of the length scale `s(n)` of
+dual chunk attention. A prompt may adopt pages computed at another length if `s ** 2`, the factor on its logits, hardly
+differs. The lengths in use are remembered, so that a question finds its document although every question has its own
+length.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
-from cluster.scheduler.page_pool import iter_page_hashes, page_hashes
 from protos.model import grid
 from protos.model.spec import ModelSpec
 
-TOLERANCE = 0.005  # relative difference of s ** 2 up to which pages of another length are adopted
-_REMEMBERED = 64  # lengths; those adopted or begun last
+_TOLERANCE = 0.005  # relative difference of s ** 2 up to which pages of another length are adopted
+_MAX_LENGTHS = 64  # lengths to remember
+
+
+def page_hashes(token_ids: Sequence[int], page_size: int, root: bytes) -> Iterator[bytes]:
+    """Yield the SHA-256 of every full page, chained: a hash stands for the page and everything before it.
+
+    Args:
+        root: what else the content of KV depends on (model fingerprint, positions, dtype).
+    """
+    previous = root
+    for start in range(0, len(token_ids) - page_size + 1, page_size):
+        tokens = array("I", token_ids[start : start + page_size])
+        previous = hashlib.sha256(previous + tokens.tobytes()).digest()
+        yield previous
 
 
 class PrefixKeys:
-    """Hashes of prompts of one deployment, and the lengths their pages may be found under.
+    """Hashes the prompts of one deployment, and knows under which lengths their pages may be found.
 
-    A length of 0 stands for "temperature 1", which all shorter prompts share.
+    A length key is the length of the prompt that the pages were computed for, or 0 for a length scale of 1, which all
+    shorter prompts share.
     """
 
     def __init__(self, root: bytes, page_size: int, spec: ModelSpec | None) -> None:
         self._root = root
         self._page_size = page_size
         self._spec = spec
-        self._in_use: OrderedDict[tuple[bool, int], None] = OrderedDict()  # (sparse, length), newest last
+        self._in_use: OrderedDict[tuple[bool, int], None] = OrderedDict()  # (is sparse, length key), newest last
 
     def length_key(self, prompt_len: int) -> int:
-        """The length a prompt's own pages are known under."""
-        return 0 if self._temperature(prompt_len) == 1.0 else prompt_len
+        """Return the key of the pages that a prompt computes at its own length."""
+        return 0 if self._length_scale(prompt_len) == 1.0 else prompt_len
 
     def scale_len(self, prompt_len: int, key: int) -> int:
-        """What `SequenceSlice.scale_len` says of a prompt whose pages are known under the length `key`."""
+        """Return the `SequenceSlice.scale_len` of a prompt whose pages are hashed under the length key `key`."""
         if key == self.length_key(prompt_len):
             return 0
         assert self._spec is not None
         assert self._spec.dual_chunk is not None, "without dual chunk attention there is one length key"
         return key or self._spec.dual_chunk.original_max_position_embeddings
 
-    def hashes(self, prompt: Sequence[int], key: int) -> list[bytes]:
-        """Hashes of the pages whose KV does not depend on where the prompt ends."""
-        stop = len(prompt) if self._spec is None else grid.stable_prefix(self._spec, len(prompt))
-        return page_hashes(prompt[:stop], self._page_size, self._variant(len(prompt), key))
+    def hashes(self, prompt: Sequence[int], key: int) -> Iterator[bytes]:
+        """Yield the hashes of the pages whose KV does not depend on where the prompt ends, each computed when taken."""
+        stable = len(prompt) if self._spec is None else grid.stable_prefix(self._spec, len(prompt))
+        root, is_sparse = self._root, self._is_sparse(len(prompt))
+        if is_sparse or key:
+            root = hashlib.sha256(root + f"sparse {is_sparse} length {key}".encode()).digest()
+        return islice(page_hashes(prompt, self._page_size, root), stable // self._page_size)
 
-    def iter_hashes(self, prompt: Sequence[int], key: int) -> Iterator[bytes]:
-        """Hashes of its pages one after the other, the unstable ones too; costs as much as is taken."""
-        return iter_page_hashes(prompt, self._page_size, self._variant(len(prompt), key))
-
-    def whole_pages(self, pages: int, prompt_len: int) -> int:
-        """How many of the first `pages` a prompt can go on after: sparse ones start at a cell."""
+    def usable_pages(self, pages: int, prompt_len: int) -> int:
+        """Return how many of the first `pages` a prompt can continue after: sparse rows start at a cell."""
         if self._spec is None:
             return pages
         return grid.last_cut(self._spec, pages * self._page_size, prompt_len) // self._page_size
 
-    def note(self, prompt_len: int, key: int) -> None:
-        """Remember that pages under this length are computed or read."""
-        entry = self._sparse(prompt_len), key
+    def remember(self, prompt_len: int, key: int) -> None:
+        """Note that pages under this length key are computed or read."""
+        entry = self._is_sparse(prompt_len), key
         self._in_use[entry] = None
         self._in_use.move_to_end(entry)
-        if len(self._in_use) > _REMEMBERED:
+        if len(self._in_use) > _MAX_LENGTHS:
             self._in_use.popitem(last=False)
 
-    def nearby(self, prompt_len: int) -> list[int]:
-        """Other lengths in use whose pages the prompt may adopt, the nearest temperature first."""
-        own, sparse = self._temperature(prompt_len) ** 2, self._sparse(prompt_len)
-        found = []
-        for is_sparse, key in self._in_use:
-            off = abs(self._temperature(key) ** 2 / own - 1)
-            if is_sparse == sparse and key != self.length_key(prompt_len) and off < TOLERANCE:
-                found.append((off, key))
-        return [key for _, key in sorted(found)]
+    def similar_keys(self, prompt_len: int) -> list[int]:
+        """Return the other length keys in use whose pages the prompt may adopt, the nearest length scale first."""
+        own, is_sparse = self.length_key(prompt_len), self._is_sparse(prompt_len)
+        square = self._length_scale(prompt_len) ** 2
+        differences = [
+            (abs(self._length_scale(key) ** 2 / square - 1), key)
+            for sparse, key in self._in_use
+            if sparse == is_sparse and key != own
+        ]
+        return [key for difference, key in sorted(differences) if difference < _TOLERANCE]
 
-    def _temperature(self, length: int) -> float:
+    def _length_scale(self, length: int) -> float:
         if self._spec is None or self._spec.dual_chunk is None or not length:
             return 1.0
         return self._spec.dual_chunk.temperature(length)
 
-    def _sparse(self, prompt_len: int) -> bool:
+    def _is_sparse(self, prompt_len: int) -> bool:
         return self._spec is not None and grid.is_sparse(self._spec, 0, prompt_len)
-
-    def _variant(self, prompt_len: int, key: int) -> bytes:
-        sparse = self._sparse(prompt_len)
-        if not (sparse or key):
-            return self._root
-        return hashlib.sha256(self._root + f"sparse {sparse} length {key}".encode()).digest()

@@ -1,4 +1,4 @@
-"""One question as the scheduler sees it: tokens, how many of them are computed, and the pages that hold their KV."""
+"""The state of one request: its tokens, how many are computed, and the pages that hold their KV."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from protos.stage.messages import SampledToken, SamplingParams
 
 
 class Status(enum.Enum):
+    """The stages of a request's life."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
 
 
 class FinishReason(enum.Enum):
+    """Why a request ended."""
+
     STOP = "stop"  # an end-of-sequence id, a stop id or a stop string
     LENGTH = "length"  # max_tokens
     CANCELLED = "cancelled"
@@ -25,7 +29,10 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """When generation ends: `token_ids` (the model's eos ids unless ignored, and the caller's), or `max_tokens`."""
+    """When generation ends: after `max_tokens`, or with one of `token_ids`.
+
+    `token_ids` are the model's end-of-sequence ids, unless they are ignored, and the caller's.
+    """
 
     max_tokens: int
     token_ids: frozenset[int] = frozenset()
@@ -37,35 +44,39 @@ class StopRules:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`num_computed` tokens have KV; `num_scheduled` counts those in flight as well; a step schedules more of them.
+    """One prompt and its answer.
 
-    Prefill, a cached prefix, decoding and recovery are the same: compute tokens until none is left, then sample one.
+    Of the tokens present (prompt and output), the first `num_computed` have KV and the first `num_scheduled` are
+    computed or in flight: num_cached <= num_computed <= num_scheduled.
     """
 
     sequence: int
     prompt: Sequence[int]
     sampling: SamplingParams
     stop: StopRules
-    arrived: float = 0.0
     priority: int = 0  # higher is admitted earlier
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
-    num_computed: int = 0
-    num_scheduled: int = 0
-    num_cached: int = 0
-    pages: tuple[int, ...] = ()
-    pages_sent: int = 0  # how many of `pages` the stages know
-    hashes: Sequence[bytes] = ()  # of the prompt's pages, as far as they can be shared
-    length_key: int = 0  # length the hashes are for, see `cluster.scheduler.prefix_keys`
-    scale_len: int = 0  # length whose temperature its prefill uses; 0: its own
-    credit: int = 0  # tokens saved up for the next sparse cell
-    awaits: bytes | None = None  # the last page another request is about to compute for this one
-    published: int = 0  # how many pages are findable by hash
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
+
+    # Progress, kept by the scheduler
+    num_cached: int = 0  # adopted with the prefix
+    num_computed: int = 0
+    num_scheduled: int = 0
+    pages: tuple[int, ...] = ()
+    num_pages_sent: int = 0  # how many of `pages` the stages know
+    deficit: int = 0  # tokens carried over to the next sparse cell, see `cluster.scheduler.chunking`
     samples_in_flight: int = 0  # tokens that steps in flight will sample
     sampled_at: int = 0  # the newest step that samples one
     history_sent: bool = False
+
+    # Shared prefix, kept by `cluster.scheduler.prefix_cache`
+    hashes: Sequence[bytes] = ()  # of the prompt's pages that can be shared, under the length scale of `length_key`
+    length_key: int = 0
+    scale_len: int = 0  # length whose length scale its prefill uses; 0: its own
+    num_published: int = 0  # how many of its first pages others can find
+    awaited: bytes | None = None  # hash of the last page that another request is about to compute for this one
 
     @property
     def num_prompt(self) -> int:
@@ -73,22 +84,23 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens present: prompt and output."""
         return len(self.prompt) + len(self.output)
 
     @property
     def remaining(self) -> int:
-        """Tokens not yet scheduled; 0 while the next one is being sampled."""
+        """Tokens present that are not scheduled; 0 while the next one is being sampled."""
         return self.num_tokens - self.num_scheduled
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Ids of positions `start .. stop - 1`, prompt and output as one sequence."""
+        """Return the ids of positions `start .. stop - 1`, prompt and output as one sequence."""
         split = self.num_prompt
         if stop <= split:
             return list(self.prompt[start:stop])
         return list(self.prompt[start:split]) + self.output[max(start - split, 0) : stop - split]
 
     def accept(self, sample: SampledToken) -> None:
-        """Append a sampled token and see whether generation ends with it."""
+        """Append a sampled token; sets `finish_reason` if generation ends with it."""
         self.output.append(sample.token_id)
         self.samples.append(sample)
         if sample.token_id in self.stop.token_ids:

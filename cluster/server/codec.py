@@ -14,7 +14,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from cluster.config.yaml_source import show_value
+from cluster.common.text_format import show_value
 from cluster.engine.outputs import Progress
 from cluster.engine.runtime import Ask
 from cluster.jobs.api import ProgressUpdate

@@ -14,13 +14,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.jobs.api import JobServiceApi, ProgressUpdate
 from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, JobToken, check_id
 from cluster.server import codec
 from cluster.server.interceptors import Boundary, Places
 from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
-from cluster.stages.preflight import PreflightError
 from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc

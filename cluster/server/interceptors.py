@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from cluster.config.yaml_source import one_line
+from cluster.common.text_format import escape_unprintable
 from cluster.jobs.model import Busy, Conflict, InvalidJob, JobError, NotAllowedNow, NotFound
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
@@ -128,7 +128,7 @@ class _StatusCodes:
     def _status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         for kind, code in _CODES.items():
             if isinstance(error, kind):
-                return code, one_line(str(error))[:_MAX_DETAILS]
+                return code, escape_unprintable(str(error))[:_MAX_DETAILS]
         if isinstance(error, NotImplementedError):
             return grpc.StatusCode.UNIMPLEMENTED, "this method is not implemented here"
         if not self._context.is_active():

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cluster.common.errors import PreflightError
 from cluster.jobs.model import JobRecord
-from cluster.stages.preflight import PreflightError
 
 if TYPE_CHECKING:
     from cluster.engine.runtime import Session

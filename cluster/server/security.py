@@ -13,8 +13,9 @@ from typing import Any
 
 import grpc
 
+from cluster.common.errors import PreflightError
+from cluster.common.text_format import tls_reason
 from cluster.config.schema import SecuritySection
-from cluster.stages.preflight import PreflightError
 
 MIN_KEY_CHARS = 16
 _MAX_FILE_BYTES = 1 << 20
@@ -114,14 +115,14 @@ def server_credentials(security: SecuritySection) -> grpc.ServerCredentials | No
     except (ssl.SSLError, ValueError) as error:
         raise PreflightError(
             f"security.tls_cert_file: {certificate}: not a PEM certificate that goes with security.tls_key_file: {key} "
-            f"(an unencrypted PEM key): {_reason(error)}"
+            f"(an unencrypted PEM key): {tls_reason(error)}"
         ) from error
     if authority is not None:
         try:
             context.load_verify_locations(authority)
         except (ssl.SSLError, ValueError) as error:
             raise PreflightError(
-                f"security.tls_client_ca_file: {authority}: must be PEM certificates: {_reason(error)}"
+                f"security.tls_client_ca_file: {authority}: must be PEM certificates: {tls_reason(error)}"
             ) from error
     return grpc.ssl_server_credentials(
         [(key_bytes, certificate_bytes)],
@@ -161,10 +162,6 @@ def _read_public(what: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise PreflightError(f"{what}: {path}: cannot be read: {error.strerror}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "reason", None) or str(error) or type(error).__name__).replace("_", " ").lower()
 
 
 class KeyInterceptor(grpc.ServerInterceptor):

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import grpc
 
+from cluster.common.errors import StageError
+from cluster.common.text_format import describe_error
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
@@ -17,10 +19,6 @@ from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import LoadProgress, ShardSpec, StepPlan, StepResult
 
 _CLOSE_TIMEOUT_S = 2.0
-
-
-class StageError(RuntimeError):
-    """A shard could not be loaded, started or reached."""
 
 
 class StageHandle(Protocol):
@@ -123,4 +121,4 @@ class GrpcStageHandle:
 def _details(error: Exception) -> str:
     if isinstance(error, grpc.Call):
         return f"{error.details()} ({error.code().name})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return describe_error(error)

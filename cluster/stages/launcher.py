@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.common.errors import PreflightError
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
 from cluster.stages.handle import GrpcStageHandle
-from cluster.stages.preflight import PreflightError, check_head, count_pages
+from cluster.stages.preflight import check_head, count_pages
 from cluster.stages.ray_cluster import ActorRequest, RayCluster
 from cluster.stages.socket_dirs import make_run_dir
 from protos.node.build_id import build_id

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import socket
 
+from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import NoRoom, kv_budget, kv_dtype, kv_token_bytes
+from cluster.config.memory_budget import kv_budget, kv_dtype, kv_token_bytes
 from protos.model.checkpoint import Checkpoint
 from protos.node.node_check import check_writable
 from protos.stage.messages import LoadProgress
-
-
-class PreflightError(RuntimeError):
-    """The deployment cannot start here; one line with the way out."""
 
 
 def check_head(deployment: Deployment) -> str:
@@ -76,9 +73,6 @@ def count_pages(deployment: Deployment, loaded: list[LoadProgress], shards_per_n
     """
     config = deployment.config
     sharers = 1 if config.cluster.device == "cuda" else shards_per_node
-    try:
-        budget = kv_budget(deployment, loaded, sharers)
-    except NoRoom as error:
-        raise PreflightError(str(error)) from error
+    budget = kv_budget(deployment, loaded, sharers)
     longest = -(-deployment.max_model_len // config.kv_cache.page_size)
     return min(check_room(deployment, budget), longest * config.prefill.max_num_seqs)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.common.errors import PlacementError
+from cluster.common.text_format import describe_error, one_line
 from protos.node.node_check import NodeError
 
 _log = logging.getLogger(__name__)
@@ -38,10 +40,6 @@ _LOCAL_ENVIRONMENT = {
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
 }
-
-
-class PlacementError(RuntimeError):
-    """Ray cannot be reached, or has no room for the actors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class RayCluster:
                 ray.shutdown()
             if not isinstance(error, (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError)):
                 raise
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
         if self.is_local:
@@ -144,10 +142,9 @@ class RayCluster:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             known = isinstance(cause, (NodeError, RuntimeError))
-            text = " ".join(str(cause).split())
-            raise PlacementError(text if known else f"an actor failed: {type(cause).__name__}: {text}") from error
+            raise PlacementError(one_line(cause) if known else f"an actor failed: {describe_error(cause)}") from error
         except ray.exceptions.RayError as error:
-            raise PlacementError(f"an actor died: {' '.join(str(error).split())[:300]}") from error
+            raise PlacementError(f"an actor died: {one_line(error, 300)}") from error
         return answers
 
     def serve(self) -> None:

@@ -1,23 +1,27 @@
-"""Reasoning and answer apart while tokens still come: the twin of `split_reasoning`, which needs the whole text."""
+"""Separate reasoning (`<think>...</think>`) from the answer: of a whole text, or while tokens still come."""
 
 from __future__ import annotations
 
-OPEN_TAG, _CLOSE = "<think>", "</think>"
+from typing import Literal
+
+OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 
 
 def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str]:
-    """Separate `<think>...</think>` from the answer: (reasoning, answer); reasoning is None when there is none.
+    """Return (reasoning, answer) of a whole text; reasoning is None when there is none.
 
-    `opened`: the prompt already ended with `<think>`. A `</think>` without its start means the same. Thinking that
-    never ends is all reasoning.
+    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it.
+
+    Args:
+        opened: the prompt ended inside `<think>`.
     """
-    before, started, rest = text.partition("<think>")
+    before, started, rest = text.partition(OPEN_TAG)
     if started and not before.strip():
         text, opened = rest, True
-    reasoning, ended, answer = text.partition("</think>")
+    reasoning, ended, answer = text.partition(CLOSE_TAG)
     if not ended:
         return (text.strip() or None, "") if opened else (None, text)
-    if not opened and started and "<think>" in reasoning:
+    if not opened and started and OPEN_TAG in reasoning:
         return None, text  # the answer talks about the tags
     return reasoning.strip() or None, answer.lstrip()
 
@@ -25,30 +29,31 @@ def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str
 class ReasoningStream:
     """Splits the text of one answer as it comes.
 
-    What `push` returned so far, joined, equals what `split_reasoning` makes of the text so far, but for a tag or white
-    space at its end that the next text must decide. Text that closes reasoning nobody opened stays answer.
+    What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
+    its end that the next text must decide, and for a `</think>` without its start, which stays answer.
+
+    Args:
+        opened: the prompt ended inside `<think>`.
     """
 
     def __init__(self, opened: bool) -> None:
-        """`opened`: the prompt ended inside `<think>`."""
         self._opened = opened
-        self._state = "start"  # start, reasoning, after (white space before the answer), answer
-        self._held = ""  # belongs to the next text: white space, or what may become a tag
-        self._spoken = False  # reasoning had text
+        self._state: Literal["start", "reasoning", "after", "answer"] = "start"  # after: white space before the answer
+        self._held = ""  # white space, or the beginning of a tag: decided by the next text
+        self._has_reasoning = False
 
     @property
-    def part(self) -> str:
-        """`reasoning` or `answer`: where the text stands."""
-        if self._state == "start":
-            return "reasoning" if self._opened else "answer"
-        return "reasoning" if self._state == "reasoning" else "answer"
+    def part(self) -> Literal["reasoning", "answer"]:
+        """The part that the newest text belongs to."""
+        is_reasoning = self._opened if self._state == "start" else self._state == "reasoning"
+        return "reasoning" if is_reasoning else "answer"
 
     def push(self, text: str) -> tuple[str, str]:
-        """(reasoning, answer) that became certain with this text, without tags and the white space around them."""
+        """Return (reasoning, answer) that became certain with this text, without tags and white space around them."""
         self._held += text
-        if self._state == "start" and not self._begin():
-            return "", ""
-        reasoning = self._reason() if self._state == "reasoning" else ""
+        if self._state == "start":
+            self._find_opening()
+        reasoning = self._take_reasoning() if self._state == "reasoning" else ""
         answer = ""
         if self._state == "after":
             self._held = self._held.lstrip()
@@ -58,33 +63,29 @@ class ReasoningStream:
             answer, self._held = self._held, ""
         return reasoning, answer
 
-    def _begin(self) -> bool:
-        """Decide between a tag and text; false while it may be either."""
+    def _find_opening(self) -> None:
+        """Leave the state `start` as soon as the text can no longer become an opening tag."""
         start = self._held.lstrip()
         if start.startswith(OPEN_TAG):
-            self._held = start[len(OPEN_TAG) :]
-            self._state = "reasoning"
-        elif OPEN_TAG.startswith(start):
-            return False
-        else:
+            self._state, self._held = "reasoning", start[len(OPEN_TAG) :]
+        elif not OPEN_TAG.startswith(start):
             self._state = "reasoning" if self._opened else "answer"
-        return True
 
-    def _reason(self) -> str:
-        text, ended, rest = self._held.partition(_CLOSE)
+    def _take_reasoning(self) -> str:
+        text, ended, rest = self._held.partition(CLOSE_TAG)
         if ended:
             self._state, self._held = "after", rest
             text = text.rstrip()
         else:
-            certain = text[: len(text) - _half_tag(text)].rstrip()
+            certain = text[: len(text) - _partial_tag(text)].rstrip()
             text, self._held = certain, text[len(certain) :]
-        if not self._spoken:
+        if not self._has_reasoning:
             text = text.lstrip()
-            self._spoken = bool(text)
+            self._has_reasoning = bool(text)
         return text
 
 
-def _half_tag(text: str) -> int:
-    """Length of the longest end of `text` that begins the closing tag."""
-    longest = min(len(_CLOSE) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(_CLOSE[:size])), 0)
+def _partial_tag(text: str) -> int:
+    """Return the length of the longest end of `text` that begins the closing tag."""
+    longest = min(len(CLOSE_TAG) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(CLOSE_TAG[:size])), 0)

@@ -1,4 +1,4 @@
-"""How many bytes of text a token can stand for, from the definition in `tokenizer.json`.
+"""Bound the bytes of text that a token can stand for, from the definition in `tokenizer.json`.
 
 The bound lets an over-long document be refused before it is tokenised, so it has to hold for every text.
 """
@@ -16,7 +16,10 @@ _NFC_ASCII_BYTES = {"K": 3, ";": 2, "`": 3}
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (GPT-2): printable bytes stand for themselves, the rest from U+0100 up."""
+    """Return the byte of each character of byte-level BPE (GPT-2).
+
+    Printable bytes stand for themselves, the rest for characters from U+0100 up.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -26,14 +29,14 @@ _BYTE_OF = _byte_alphabet()
 
 
 def token_bytes(entry: str) -> bytes:
-    """Bytes of a byte-level vocabulary entry; entries with other characters (added tokens) are plain text."""
+    """Return the bytes of a byte-level vocabulary entry; one with other characters (an added token) is plain text."""
     if all(char in _BYTE_OF for char in entry):
         return bytes(_BYTE_OF[char] for char in entry)
     return entry.encode()
 
 
-def source_bytes(piece: bytes, canonical: bool) -> int:
-    """The most bytes of text that become `piece`: its size, or more where canonical normalization shortens text.
+def max_source_bytes(piece: bytes, canonical: bool) -> int:
+    """Return the most bytes of text that become `piece`: its size, more where canonical normalization shortens text.
 
     A character that normalizes to other characters has at most 4 bytes for each that is not ASCII, and then some
     of 3; in a piece that starts or ends inside a character, 6 for each byte covers every case.
@@ -47,10 +50,10 @@ def source_bytes(piece: bytes, canonical: bool) -> int:
     return sum(_NFC_ASCII_BYTES.get(c, 1) if c.isascii() else 4 for c in unicodedata.normalize("NFD", text))
 
 
-def normalizes(layout: Mapping[str, Any]) -> bool | None:
-    """Whether text is canonically normalized (NFC, NFD); None for a normalizer whose shrinking has no known bound."""
+def has_canonical_normalizer(layout: Mapping[str, Any]) -> bool | None:
+    """Return whether text is canonically normalized (NFC, NFD); None if text may shrink without a known bound."""
     canonical = False
-    for step in flat_steps(layout.get("normalizer"), "normalizers"):
+    for step in flatten_steps(layout.get("normalizer"), "normalizers"):
         pattern = step.get("pattern", {}).get("String", "") if step["type"] == "Replace" else ""
         grows = pattern and len(step["content"].encode()) >= len(pattern.encode())
         if step["type"] in ("NFC", "NFD"):
@@ -60,11 +63,11 @@ def normalizes(layout: Mapping[str, Any]) -> bool | None:
     return canonical
 
 
-def drops_text(layout: Mapping[str, Any]) -> bool:
-    """Whether some text may leave no token of its own: removed separators, unknown characters, swallowed spaces."""
+def is_lossy(layout: Mapping[str, Any]) -> bool:
+    """Return whether some text may leave no token: removed separators, unknown characters, swallowed spaces."""
     model, vocabulary = layout["model"], layout["model"].get("vocab", {})
     keeps = {"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation", "UnicodeScripts"}
-    steps = flat_steps(layout.get("pre_tokenizer"), "pretokenizers")
+    steps = flatten_steps(layout.get("pre_tokenizer"), "pretokenizers")
     if any(step["type"] not in keeps or step.get("behavior") == "Removed" for step in steps):
         return True
     if any(token["lstrip"] or token["rstrip"] for token in layout.get("added_tokens", [])):
@@ -76,10 +79,10 @@ def drops_text(layout: Mapping[str, Any]) -> bool:
     return not (model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)))
 
 
-def flat_steps(section: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The parts of a normalizer, pre-tokenizer or decoder, nested sequences flattened."""
+def flatten_steps(section: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the parts of a normalizer, pre-tokenizer or decoder, nested sequences flattened."""
     if section is None:
         return []
     if section["type"] != "Sequence":
         return [section]
-    return [step for part in section[key] for step in flat_steps(part, key)]
+    return [step for part in section[key] for step in flatten_steps(part, key)]

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.common.text_format import one_line
+
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
 _PACKAGES = ("ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "pyyaml")
@@ -242,7 +244,7 @@ def check_gpu() -> Check:
         return Check("gpu", "missing", f"nvidia-smi does not answer: {str(error)[:100]}", advice)
     gpus = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode != 0 or not gpus:
-        return Check("gpu", "missing", f"nvidia-smi: {' '.join((done.stdout + done.stderr).split())[:150]}", advice)
+        return Check("gpu", "missing", f"nvidia-smi: {one_line(done.stdout + done.stderr, 150)}", advice)
     return Check("gpu", "ok", "; ".join(gpus))
 
 

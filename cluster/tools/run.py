@@ -11,7 +11,8 @@ from typing import Any
 
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import Ask, Session
-from cluster.text.prompts import PromptError, check_bound, check_document, opens_thinking
+from cluster.text.chat_template import opens_thinking
+from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 
 
@@ -77,7 +78,7 @@ def _read_text(path: Path, session: Session) -> str:
     """A text file, refused by its size before it is read when no tokenisation could make it fit."""
     limit = session.deployment.max_model_len
     try:
-        check_bound(path.stat().st_size, session.tokenizer, limit)
+        check_size(path.stat().st_size, session.tokenizer, limit)
         return check_document(path.read_bytes(), session.tokenizer, limit)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.scheduler.request import Request
 from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints
@@ -38,8 +39,8 @@ def specs(vocab: int, stops: Sequence[int] = ()) -> list[GenerationSpec]:
 class WaitingScheduler(Scheduler):
     """The reference: no step is planned before the tokens it continues are known."""
 
-    def _wanted(self) -> list[int]:
-        return [request.remaining for request in self._running]
+    def _wanted(self, running: list[Request]) -> list[int]:
+        return [request.remaining for request in running]
 
 
 def answers(folder: Path, stages: int, ranks: int, ahead: bool, stops: Sequence[int] = ()) -> list[Generation]:

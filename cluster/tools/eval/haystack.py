@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.text.prompts import DEFAULT_TEMPLATE, PromptError, build_document_prompts, check_length, opens_thinking
+from cluster.text.chat_template import opens_thinking
+from cluster.text.prompts import DEFAULT_TEMPLATE, PromptError, build_document_prompts, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 

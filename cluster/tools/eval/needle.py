@@ -12,16 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.common.errors import ClusterError, EngineError
+from cluster.common.text_format import one_line
 from cluster.common.units import format_count
 from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
 from cluster.engine.outputs import Generation
-from cluster.engine.request_handle import EngineError
 from cluster.engine.runtime import Ask, Session
-from cluster.stages.handle import StageError
-from cluster.stages.preflight import PreflightError
-from cluster.stages.ray_cluster import PlacementError
-from cluster.text.prompts import opens_thinking
+from cluster.text.chat_template import opens_thinking
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
@@ -30,7 +28,7 @@ from cluster.tools.eval.modes import MODES, Conditions, Target, load_mode
 from protos.errors import UserError
 from protos.node.node_check import NodeError
 
-_BROKEN = (EngineError, StageError, PreflightError, PlacementError, NodeError)  # the cluster's fault, not the input's
+_BROKEN = (ClusterError, NodeError)  # the cluster's fault, not the input's
 _PRIVATE_TOKENS = 8192 + 512  # KV that a question may need beside its document: a sparse cell, question and answer
 
 OpenSession = Callable[[Deployment, Display], Session]
@@ -208,7 +206,7 @@ class NeedleRun:
         said = f"failed: {cell['error']}" if "error" in cell else (
             f"{cell['right']} of {self.options.needles} right in {format_duration(cell['total_s'])}"
         )  # fmt: skip
-        self._display.say(f"[{done}/{total}] {mode} {format_count(document.length)}: {' '.join(said.split())}")
+        self._display.say(f"[{done}/{total}] {mode} {format_count(document.length)}: {one_line(said)}")
 
 
 def measurements(answers: Sequence[Generation]) -> dict[str, Any]:

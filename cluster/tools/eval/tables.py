@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from cluster.common.text_format import one_line
 from cluster.common.units import format_count
 
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -48,7 +49,7 @@ def needle_table(report: dict[str, Any]) -> Table:
 def failures(report: dict[str, Any]) -> list[str]:
     """A line for every cell that has no result."""
     return [
-        f"{cell['mode']} {format_count(cell['length'])}: {' '.join(cell['error'].split())}"
+        f"{cell['mode']} {format_count(cell['length'])}: {one_line(cell['error'])}"
         for cell in report["cells"]
         if "error" in cell
     ]

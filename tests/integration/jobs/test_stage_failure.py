@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.common.errors import EngineError
 from cluster.config.deployment import load_deployment
-from cluster.engine.request_handle import EngineError
 from cluster.engine.runtime import Ask, Session
 
 

@@ -12,10 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client.client import Client
 from cluster.client.models import TokenEvent
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.jobs.model import Busy, Conflict, InvalidJob, JobToken, NotAllowedNow, new_id
 from cluster.server.grpc_server import JOBS_SERVICE, MAX_PIECE, Gateway
-from cluster.stages.preflight import PreflightError
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving

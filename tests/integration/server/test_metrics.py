@@ -14,10 +14,10 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.common.errors import PreflightError
 from cluster.config.deployment import Config
 from cluster.jobs.model import JobState
 from cluster.server.metrics import MetricsDoor
-from cluster.stages.preflight import PreflightError
 from tests.support.fakes.runtime import CHUNK
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.head import free_port

@@ -11,10 +11,10 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
 from cluster.server.grpc_server import SERVICES
 from cluster.server.security import OPEN_METHODS
-from cluster.stages.preflight import PreflightError
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.data.certificates import Authority

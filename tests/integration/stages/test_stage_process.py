@@ -14,10 +14,10 @@ import grpc
 import pytest
 import torch
 
+from cluster.common.errors import EngineError, StageError
 from cluster.engine.hang_detector import Watchdog
 from cluster.engine.outputs import GenerationSpec
-from cluster.engine.request_handle import EngineError
-from cluster.stages.handle import GrpcStageHandle, StageError
+from cluster.stages.handle import GrpcStageHandle
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata

@@ -11,6 +11,7 @@ from cluster.scheduler.request import Request, Status, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from protos.model import grid
 from protos.model.config_json import load_model_spec
+from protos.model.grid import is_sparse, largest_cell, next_cut, split
 from protos.model.spec import DualChunkSpec, ModelSpec, SparseSpec
 from protos.stage.messages import SampledToken, SamplingParams, SequenceSlice, StepPlan
 from tests.support.paths import NEEDLE
@@ -28,15 +29,15 @@ def long_spec(
     return replace(PLAIN, dual_chunk=dual, sparse=None if threshold is None else SparseSpec(threshold, cell=cell))
 
 
-def request(sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), **sampling: float):
+def request(
+    sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), **sampling: float
+) -> Request:
     return Request(sequence, prompt, SamplingParams(**sampling), StopRules(max_tokens, frozenset(stops)))
 
 
-def evict_all(pool: PagePool) -> None:
-    """Make the pool forget every cached page, as a request that takes all its room does."""
-    pages = pool.allocate(pool.num_available)
-    assert pages is not None
-    pool.release(pages)
+SPARSE = long_spec(100, 64)
+GRID = long_spec(100, 64, 160, original=64)  # with DCA and a length scale
+SCALED = long_spec(None, distance=160, original=64)  # dense DCA with a length scale
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -83,8 +84,8 @@ class FakeStage:
             table = self.tables._tables[part.sequence]
             where = [run.first + i for run in table.runs(0, len(tokens)) for i in range(run.length)]
             for position in range(part.start):
-                found = self.slots.get(where[position])
-                assert found == self.content(part, position, tokens), f"sequence {part.sequence} reads foreign KV"
+                stored = self.slots.get(where[position])
+                assert stored == self.content(part, position, tokens), f"sequence {part.sequence} reads foreign KV"
             for position in range(part.start, len(tokens)):
                 assert where[position] not in written
                 written.add(where[position])
@@ -108,7 +109,7 @@ class FakeStage:
         return (scale, *tokens[:stop])
 
 
-class Bench:
+class Harness:
     """A scheduler between an early stage, which runs a plan at once, and a late one, which runs it before commit."""
 
     def __init__(
@@ -124,7 +125,6 @@ class Bench:
         self.plans: list[StepPlan] = []
 
     def count(self, status: Status) -> int:
-        """How many requests have this status."""
         return sum(item.status is status for item in self.requests.values())
 
     def add(self, *requests: Request) -> None:
@@ -156,3 +156,31 @@ class Bench:
     def run(self) -> None:
         while self.step():
             pass
+
+
+def finish(harness: Harness, *items: Request) -> None:
+    """Run requests to their ends and check what they say."""
+    harness.add(*items)
+    harness.run()
+    for item in items:
+        assert item.output == expected_output(item.prompt, item.stop.max_tokens)
+
+
+def check_cells(harness: Harness, spec: ModelSpec) -> None:
+    """Every sparse slice is whole cells, every dense one stays within its DCA chunk, steps keep their bound."""
+    for plan in harness.plans:
+        assert plan.num_tokens <= harness.budget + largest_cell(spec)
+        for part in plan.slices:
+            stop = part.start + part.length
+            for first, end in split(spec, part.start, stop, part.prompt_len):
+                if is_sparse(spec, first, part.prompt_len):
+                    assert first == 0 or next_cut(spec, first - 1, part.prompt_len) == first
+                    assert end == next_cut(spec, first, part.prompt_len)
+                else:
+                    assert (first, end) == (part.start, stop)
+
+
+def s2(length: int, spec: ModelSpec = SCALED) -> float:
+    """Return the factor that the length scale puts on logits."""
+    assert isinstance(spec.dual_chunk, DualChunkSpec)
+    return spec.dual_chunk.temperature(length) ** 2

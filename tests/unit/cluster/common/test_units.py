@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.common.units import LARGEST, UnitError, format_bytes, format_count, parse_bytes, parse_count
+from cluster.common.units import MAX_VALUE, UnitError, format_bytes, format_count, parse_bytes, parse_count
 
 COUNTS = [
     (0, 0),
@@ -21,8 +21,8 @@ COUNTS = [
     (" 7 ", 7),
     ("1.5k", 1500),
     ("0.5K", 512),
-    (LARGEST, LARGEST),
-    (str(LARGEST), LARGEST),
+    (MAX_VALUE, MAX_VALUE),
+    (str(MAX_VALUE), MAX_VALUE),
 ]
 
 SIZES = [
@@ -45,7 +45,7 @@ GARBAGE = [
     *("", " ", "k", "-1", "+-1", "1e3", "0x10", "1,000", "1__0", "_1", "1_", "1.", ".5", "1.5", "1kk", "1 0"),
     *("nan", "inf"),
     *("1.0005k", "١", "1k\n2", "9" * 31, "9" * 100_000, "9223372036854775808", "9000000000G", "1\0", "1q", "１"),
-    *(-1, 1.0, 0.5, float("nan"), float("inf"), True, False, None, [], {}, b"1", LARGEST + 1, 10**5000, object()),
+    *(-1, 1.0, 0.5, float("nan"), float("inf"), True, False, None, [], {}, b"1", MAX_VALUE + 1, 10**5000, object()),
 ]
 
 
@@ -94,7 +94,7 @@ def test_format_bytes(size: int, text: str) -> None:
     assert format_bytes(size) == text
 
 
-@given(st.integers(0, LARGEST))
+@given(st.integers(0, MAX_VALUE))
 def test_counts_come_back(count: int) -> None:
     assert parse_count(format_count(count)) == count
 

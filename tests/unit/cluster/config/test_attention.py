@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, Deployment, load_config, load_deployment
 from cluster.config.memory_budget import kv_dtype, kv_token_bytes
 from cluster.config.topology import kv_bytes_per_token, plan_shards
 from cluster.engine.runtime import Session, cache_root
-from cluster.stages.preflight import PreflightError, check_room
+from cluster.stages.preflight import check_room
 from protos.model.spec import DualChunkSpec, HeadBudget
 from tests.support.paths import NEEDLE
 from tests.support.rigs.scheduler import PLAIN

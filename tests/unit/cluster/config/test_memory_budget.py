@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.common.errors import PreflightError
 from cluster.config.deployment import Deployment, load_deployment
-from cluster.config.memory_budget import NoRoom, kv_budget, scratch_bytes
+from cluster.config.memory_budget import kv_budget, scratch_bytes
 from cluster.config.topology import kv_bytes_per_token
-from cluster.stages.preflight import PreflightError, count_pages
+from cluster.stages.preflight import count_pages
 from protos.model.grid import largest_cell
 from protos.stage.messages import LoadProgress
 from tests.support.paths import CONFIGS
@@ -50,7 +51,7 @@ def test_a_fraction_is_of_what_a_step_leaves():
     assert kv_budget(given, loaded(room), 1) == free // 2
     assert kv_budget(given, loaded(room + 10 * MIB, total=12 * MIB, anonymous=2 * MIB), 1) == free // 2
     assert kv_budget(given, loaded(2 * room), 2) == free // 2
-    with pytest.raises(NoRoom, match=r"kv_cache.fraction: no room: .* 0B an actor are left: 0 tokens would fit"):
+    with pytest.raises(PreflightError, match=r"kv_cache.fraction: no room: .* 0B an actor are left: 0 tokens"):
         kv_budget(given, loaded(scratch(given)), 1)
 
 
@@ -64,7 +65,7 @@ def test_a_size_that_does_not_fit_beside_a_step_is_refused_with_the_length(missi
     per_token = kv_bytes_per_token(given.spec, given.shards[0], 4)
     page_size = given.config.kv_cache.page_size
     tokens = (32 * MIB - missing) // (per_token * page_size) * page_size
-    with pytest.raises(NoRoom, match=f"bytes: 32MiB: after the weights and .* {tokens} tokens would fit: lower"):
+    with pytest.raises(PreflightError, match=f"bytes: 32MiB: after the weights .* {tokens} tokens would fit: lower"):
         kv_budget(given, loaded(available), 1)
     with pytest.raises(PreflightError, match=f"{tokens} tokens would fit"):
         count_pages(given, loaded(available), 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.common.errors import EngineError
 from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError
 from cluster.jobs.model import JobState
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer

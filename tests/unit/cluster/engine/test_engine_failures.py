@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from cluster.common.errors import EngineError
 from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
-from cluster.engine.request_handle import EngineError, Event, Ticket
+from cluster.engine.request_handle import Event, Ticket
 from cluster.scheduler.request import FinishReason
 from tests.support.fakes.stage import WAIT, Rig, eventually
 

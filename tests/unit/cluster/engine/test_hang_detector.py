@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from cluster.common.errors import StageError
 from cluster.engine.hang_detector import Watchdog
-from cluster.stages.handle import StageError
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import StepPlan
 

@@ -1,70 +1,14 @@
-"""Output text, stop strings and the JSON of a result."""
+"""The JSON of a result, and the defaults of a request."""
 
 import json
 
-import pytest
-
-from cluster.engine.outputs import Generation, GenerationSpec, OutputText, Timings
+from cluster.engine.outputs import Generation, GenerationSpec, Timings
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
 from tests.support.paths import NEEDLE
 
 TOKENIZER = TextTokenizer.open(NEEDLE)
-
-
-def feed(text: str, stop: tuple[str, ...] = ()) -> tuple[str, bool, OutputText]:
-    output = OutputText(TOKENIZER, stop)
-    joined = ""
-    for token in TOKENIZER.encode(text):
-        piece, stopped = output.push(token)
-        joined += piece
-        if stopped:
-            return joined, True, output
-    return joined + output.flush(), False, output
-
-
-@pytest.mark.parametrize("text", ["", "a", "the river ran", "naïve 漢字 🙂 end", "line\nline", "  spaces  "])
-def test_pieces_join_to_the_text(text: str):
-    joined, stopped, output = feed(text)
-    assert (joined, stopped) == (text, False)
-    assert output.split(False) == (None, text)
-
-
-@pytest.mark.parametrize(
-    ("stop", "text"), [(("漢",), "naïve "), (("字 🙂",), "naïve 漢"), (("n",), ""), (("🙂 end", "ve"), "naï")]
-)
-def test_stop_strings_cut_inside_tokens(stop: tuple[str, ...], text: str):
-    joined, stopped, output = feed("naïve 漢字 🙂 end", stop)
-    assert (joined, stopped) == (text, True)
-    assert output.flush() == ""
-    assert output.split(False) == (None, text)
-
-
-def test_a_withheld_beginning_of_a_stop_string_comes_with_the_flush():
-    joined, stopped, _ = feed("the river ra", ("ran by",))
-    assert (joined, stopped) == ("the river ra", False)
-
-
-def test_without_a_tokenizer_there_is_no_text():
-    output = OutputText(None, ("x",))
-    assert output.push(5) == ("", False)
-    assert output.flush() == ""
-    assert output.split(False) == (None, "")
-
-
-@pytest.mark.parametrize(
-    ("text", "opened", "expected"),
-    [
-        ("<think>why</think>because", False, ("why", "because")),
-        ("why</think>because", True, ("why", "because")),
-        ("because", False, (None, "because")),
-    ],
-)
-def test_reasoning_is_split_off(text: str, opened: bool, expected: tuple[str | None, str]):
-    _, _, output = feed(text)
-    reasoning, answer = output.split(opened)
-    assert (reasoning.strip() if reasoning else reasoning, answer.strip()) == expected
 
 
 def generation(samples: tuple[SampledToken, ...] = (), prefill_s: float = 2.0, error: str = "") -> Generation:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.runtime import Ask
 from cluster.jobs.database import MIGRATIONS, VERSION
 from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
-from cluster.jobs.store import JobStore, JobStoreError
+from cluster.jobs.store import JobStore
 from tests.support.paths import ROOT
 from tests.unit.cluster.jobs.test_store import DOCUMENT, PLAIN, commit, submit, tokens
 

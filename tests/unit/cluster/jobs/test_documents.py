@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.runtime import Ask
 from cluster.jobs.documents import MAX_NAME, Documents, display_name
 from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobSpec, JobState, NotAllowedNow, NotFound, new_id
-from cluster.jobs.store import JobStore, JobStoreError
+from cluster.jobs.store import JobStore
 
 
 class Clock:

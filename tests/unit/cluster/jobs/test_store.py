@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.runtime import Ask
 from cluster.jobs.model import (
     ACTIVE,
@@ -26,7 +27,7 @@ from cluster.jobs.model import (
     NotFound,
     new_id,
 )
-from cluster.jobs.store import MAX_PAGE, JobStore, JobStoreError
+from cluster.jobs.store import MAX_PAGE, JobStore
 from protos.stage.messages import SamplingParams, TokenLogprob
 
 DOCUMENT = DocumentRecord("doc_" + "0" * 32, "report.txt", 7, created=1.0, expires=100.0)

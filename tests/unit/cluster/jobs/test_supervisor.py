@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.common.errors import JobStoreError
 from cluster.engine.runtime import Ask
 from cluster.jobs import recorder as recorder_module
 from cluster.jobs import supervisor as recovery_module
@@ -16,7 +17,6 @@ from cluster.jobs.model import (
     JobSpec,
     JobState,
 )
-from cluster.jobs.store import JobStoreError
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.service import Bench
 

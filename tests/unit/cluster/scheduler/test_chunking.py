@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.scheduler.chunking import Chunk, Stand, chunks, cut, num_steps, share_budget
+from cluster.scheduler.chunking import Chunk, PrefillShare, chunks, fit_to_grid, share_budget
 from protos.model.grid import is_sparse, largest_cell, last_cut, next_cut, whole_cells
 from protos.model.spec import ModelSpec
 from tests.support.rigs.scheduler import long_spec
@@ -60,7 +60,7 @@ def test_promises(budget: int, remaining: list[int]):
 
 @pytest.mark.parametrize(("tokens", "steps"), [(0, 0), (1, 1), (255, 1), (256, 1), (257, 2), (1009, 4)])
 def test_steps_of_a_prefill(tokens: int, steps: int):
-    assert num_steps(tokens, 256) == steps
+    assert len(list(chunks(None, 0, tokens, tokens, 256))) == steps
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -71,11 +71,11 @@ DCA = long_spec(None, distance=96)
 
 
 @pytest.mark.parametrize(
-    ("spec", "stands", "lengths", "credits"),
+    ("spec", "shares", "lengths", "deficits"),
     [
         (None, [(0, 1000, 64), (5, 9, 3)], [64, 3], [0, 0]),
         (SPARSE, [(0, 100, 64)], [64], [0]),  # dense: not above the threshold
-        (SPARSE, [(0, 1000, 1)], [64], [0]),  # a whole cell whatever the share
+        (SPARSE, [(0, 1000, 1)], [64], [0]),  # a whole cell whatever is granted
         (SPARSE, [(0, 1000, 63)], [64], [0]),
         (SPARSE, [(0, 1000, 127)], [64], [0]),
         (SPARSE, [(0, 1000, 128)], [128], [0]),
@@ -83,12 +83,22 @@ DCA = long_spec(None, distance=96)
         (SPARSE, [(1000, 1000, 1)], [1], [0]),  # a generated token
         (SPARSE, [(1000, 1000, 17)], [17], [0]),  # generated tokens computed again
         (SPARSE, [(0, 1000, 0)], [0], [0]),
-        (SPARSE, [(0, 1000, 32), (0, 50, 31), (70, 70, 1)], [64, 31, 1], [0, 0, 0]),  # others keep their shares
+        (
+            SPARSE,
+            [(0, 1000, 32), (0, 50, 31), (70, 70, 1)],
+            [64, 31, 1],
+            [0, 0, 0],
+        ),  # others get their grant
         (SPARSE, [(0, 1000, 32), (0, 900, 32)], [64, 0], [-32, 32]),  # the older one first,
         (SPARSE, [(64, 1000, 32, -32), (0, 900, 32, 32)], [0, 64], [0, 0]),  # then the other
         (SPARSE, [(0, 1000, 64), (0, 900, 64)], [64, 64], [0, 0]),
-        (SPARSE, [(0, 1000, 32), (960, 961, 1)], [64, 1], [-32, 0]),  # what fits into its own share is never put off
-        (SPARSE, [(0, 1000, 32, 60), (0, 900, 0, 50)], [64, 0], [0, 50]),  # no share: nothing saved, nothing lost
+        (SPARSE, [(0, 1000, 32), (960, 961, 1)], [64, 1], [-32, 0]),  # what fits into its own grant is never put off
+        (
+            SPARSE,
+            [(0, 1000, 32, 60), (0, 900, 0, 50)],
+            [64, 0],
+            [0, 50],
+        ),  # nothing granted: its deficit stays
         (GRID, [(128, 1000, 32)], [32], [0]),
         (GRID, [(128, 1000, 63)], [32], [0]),
         (GRID, [(128, 1000, 64)], [64], [0]),
@@ -97,50 +107,51 @@ DCA = long_spec(None, distance=96)
         (DCA, [(96, 1000, 64), (191, 1000, 1)], [64, 1], [0, 0]),
     ],
 )
-def test_cut(spec: ModelSpec | None, stands: list[tuple[int, ...]], lengths: list[int], credits: list[int]):
-    assert cut(spec, [Stand(*stand) for stand in stands]) == (lengths, credits)
+def test_fit_to_grid(spec: ModelSpec | None, shares: list[tuple[int, ...]], lengths: list[int], deficits: list[int]):
+    assert fit_to_grid(spec, [PrefillShare(*share) for share in shares]) == (lengths, deficits)
 
 
 @st.composite
-def traffic(draw: st.DrawFn) -> tuple[ModelSpec, int, list[Stand]]:
+def traffic(draw: st.DrawFn) -> tuple[ModelSpec, int, list[PrefillShare]]:
     spec = draw(st.sampled_from([SPARSE, GRID, DCA, long_spec(0, 16, 48)]))
-    budget, stands = draw(st.integers(1, 300)), []
+    budget, prompts = draw(st.integers(1, 300)), []
     for _ in range(draw(st.integers(1, 6))):
         size = draw(st.integers(1, 600))
-        at = last_cut(spec, draw(st.integers(0, size)), size)
-        stands.append((at, size))
-    shares = share_budget(budget, [size - at or 1 for at, size in stands])
+        prompts.append((last_cut(spec, draw(st.integers(0, size)), size), size))
+    granted = share_budget(budget, [size - at or 1 for at, size in prompts])
     limit = largest_cell(spec)
-    saved = [draw(st.integers(-limit, limit)) for _ in stands]
-    return spec, budget, [Stand(at, size, n, c) for (at, size), n, c in zip(stands, shares, saved, strict=True)]
+    shares = [
+        PrefillShare(*prompt, n, draw(st.integers(-limit, limit))) for prompt, n in zip(prompts, granted, strict=True)
+    ]
+    return spec, budget, shares
 
 
 @settings(max_examples=400, deadline=None)
 @given(traffic())
-def test_promises_of_cells(case: tuple[ModelSpec, int, list[Stand]]):
-    spec, budget, stands = case
-    lengths, credits = cut(spec, stands)
+def test_promises_of_cells(case: tuple[ModelSpec, int, list[PrefillShare]]):
+    spec, budget, shares = case
+    lengths, deficits = fit_to_grid(spec, shares)
     assert sum(lengths) <= budget + largest_cell(spec), "at most one cell above the budget"
     assert any(lengths), "a step always gets somewhere"
-    assert all(abs(credit) <= largest_cell(spec) for credit in credits)
-    for stand, length in zip(stands, lengths, strict=True):
-        border = next_cut(spec, stand.position, stand.prompt_len)
-        if is_sparse(spec, stand.position, stand.prompt_len):
-            assert not length or length == whole_cells(spec, stand.position, length, stand.prompt_len)
-        elif stand.share:
-            assert length == (stand.share if border is None else min(stand.share, border - stand.position))
-        if not stand.share:
+    assert all(abs(deficit) <= largest_cell(spec) for deficit in deficits)
+    for share, length in zip(shares, lengths, strict=True):
+        border = next_cut(spec, share.position, share.prompt_len)
+        if is_sparse(spec, share.position, share.prompt_len):
+            assert not length or length == whole_cells(spec, share.position, length, share.prompt_len)
+        elif share.granted:
+            assert length == (share.granted if border is None else min(share.granted, border - share.position))
+        if not share.granted:
             assert not length
 
 
 def test_two_sparse_prompts_get_equal_turns():
-    stands, done = [Stand(0, 6400, 24), Stand(0, 640, 24)], [0, 0]
+    shares, done = [PrefillShare(0, 6400, 24), PrefillShare(0, 640, 24)], [0, 0]
     for _ in range(20):
-        lengths, credits = cut(SPARSE, stands)
+        lengths, deficits = fit_to_grid(SPARSE, shares)
         done = [a + b for a, b in zip(done, lengths, strict=True)]
         if done[1] == 640:
             break
-        stands = [Stand(at, s.prompt_len, 24, c) for at, s, c in zip(done, stands, credits, strict=True)]
+        shares = [PrefillShare(at, s.prompt_len, 24, c) for at, s, c in zip(done, shares, deficits, strict=True)]
     assert done == [640, 640]
 
 
@@ -156,4 +167,3 @@ def test_two_sparse_prompts_get_equal_turns():
 )
 def test_chunks_of_a_lone_prompt(spec: ModelSpec | None, tokens: int, expected: list[tuple[int, ...]]):
     assert list(chunks(spec, 0, tokens, tokens, 50)) == [Chunk(*item) for item in expected]
-    assert num_steps(tokens, 50, spec) == len(expected)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, load_config
 from cluster.config.schema import SecuritySection
 from cluster.server.security import MIN_KEY_CHARS, ApiKeys, load_api_keys, server_credentials
-from cluster.stages.preflight import PreflightError
 
 KEY = "0123456789abcdef"
 

@@ -1,4 +1,4 @@
-"""Chat templates, shared document prefixes, document checks, reasoning."""
+"""Prompts that share their document, and the checks of documents and lengths."""
 
 from __future__ import annotations
 
@@ -7,33 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.text.prompts import (
-    PromptError,
-    build_document_prompts,
-    check_document,
-    check_length,
-    opens_thinking,
-    render_chat,
-)
-from cluster.text.reasoning import split_reasoning
-from cluster.text.tokenizer import TextTokenizer
-from cluster.tools.assets import needle_dir
+from cluster.text.chat_template import ChatTemplateError, render_chat
+from cluster.text.prompts import PromptError, build_document_prompts, check_document, check_length, check_size
+from tests.support import paths
+from tests.support.data.tokenizers import CHATML, NEEDLE, TRAINED, with_template
 
-NEEDLE = TextTokenizer.open(needle_dir())
-CHATML = (
-    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}\n"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-    "{%- endif %}"
-)
-TRAINED = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\\nAnswer:' }}"  # the needle model's prompt
-OPEN_THINK = "{{ messages[0].content }}<|im_start|>assistant\n<think>\n"
 LONG = 1 << 20
-
-
-def with_template(chat_template: str | None) -> TextTokenizer:
-    config = {"bos_token": None, "eos_token": "<|endoftext|>"}
-    return TextTokenizer((needle_dir() / "tokenizer.json").read_bytes(), config, chat_template)
 
 
 def test_document_then_question_then_the_end_of_the_template() -> None:
@@ -46,7 +25,7 @@ def test_document_then_question_then_the_end_of_the_template() -> None:
 
 def test_prompts_share_the_document_and_tokenise_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = with_template(CHATML)
-    document = gzip.decompress((needle_dir() / "book.txt.gz").read_bytes())[:200_000].decode()
+    document = gzip.decompress((paths.NEEDLE / "book.txt.gz").read_bytes())[:200_000].decode()
     sizes: list[int] = []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text, *a, **k: sizes.append(len(text)) or encode(text, *a, **k))
@@ -81,8 +60,6 @@ def test_without_chat_template_the_message_stands_alone() -> None:
     tokenizer = with_template(None)
     (prompt,) = build_document_prompts(tokenizer, "A", ["B?"], enable_thinking=None, max_model_len=LONG)
     assert tokenizer.decode(prompt) == "A\nQuestion: B?"
-    with pytest.raises(PromptError, match="chat_template"):
-        render_chat(tokenizer, [{"role": "user", "content": "A"}])
 
 
 def test_braces_in_questions_are_text() -> None:
@@ -93,67 +70,31 @@ def test_braces_in_questions_are_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "questions", "document", "message"),
-    [
-        ("{question} {document}", ["a"], "d", "template: .*after it"),
-        ("{document}", ["a"], "d", "template: "),
-        ("{document}{document}{question}", ["a"], "d", "template: "),
-        ("{document} {question}", ["a", " "], "d", "question: "),
-        ("{document} {question}", ["a"], "", "document: 0 characters"),
-    ],
+    ("questions", "document", "message"), [(["a", " "], "d", "question: "), (["a"], "", "document: 0 characters")]
 )
-def test_unusable_parts_are_named(template: str, questions: list[str], document: str, message: str) -> None:
+def test_empty_parts_are_named(questions: list[str], document: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        build_document_prompts(NEEDLE, document, questions, template, enable_thinking=None, max_model_len=LONG)
+        build_document_prompts(NEEDLE, document, questions, enable_thinking=None, max_model_len=LONG)
 
 
 @pytest.mark.parametrize(
     "chat_template",
     [
-        "{% if %}",
-        "{{ messages[7].content }}",
-        "{{ raise_exception('roles must\nalternate') }}",
-        "{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}",
-        "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
-        "{{ 'x' * 10000000000 }}",
-        "{{ 10 ** 10000000 }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 1 / 0 }}",
-        "{{ messages[0].content + 1 }}",
         "no message",
         "{{ messages[0].content }}{{ messages[0].content }}",
         "{{ messages[0].content | length }}{{ messages[0].content }}{{ messages[0].content[-1] }}{{ unknown() }}",
-        "x" * (1 << 21),
     ],
 )
-def test_broken_chat_templates_are_one_line(chat_template: str) -> None:
-    with pytest.raises(PromptError, match=r"\Achat_template: [^\n]{5,300}\Z"):
+def test_unusable_chat_templates_are_one_line(chat_template: str) -> None:
+    with pytest.raises(ChatTemplateError, match=r"\Achat_template: [^\n]{5,300}\Z"):
         build_document_prompts(with_template(chat_template), "d", ["q"], enable_thinking=None, max_model_len=LONG)
 
 
 def test_a_head_that_depends_on_the_question_is_refused() -> None:
     tokenizer = with_template("{{ messages[0].content | length }}: {{ messages[0].content }}")
-    with pytest.raises(PromptError, match="depends on the question"):
+    with pytest.raises(ChatTemplateError, match="depends on the question"):
         build_document_prompts(tokenizer, "d", ["q", "longer"], enable_thinking=None, max_model_len=LONG)
-
-
-def test_templates_have_what_transformers_gives_them() -> None:
-    text = (
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
-        "{% generation %}|{{ eos_token }}|{% endgeneration %}"
-        "{{ bos_token is defined }}{{ strftime_now('%Y') | length }}"
-    )
-    messages = [{"role": "user", "content": "<é>"}] * 2
-    assert render_chat(with_template(text), messages) == '{"role": "user", "content": "<é>"}|<|endoftext|>|False4'
-
-
-def test_rendering_equals_transformers() -> None:
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "<u> & {{ x }}"}]
-    for chat_template in (CHATML, TRAINED, OPEN_THINK, NEEDLE.chat_template or ""):
-        render = utils.render_jinja_template
-        (expected,), _ = render([messages], chat_template=chat_template, add_generation_prompt=True)
-        assert render_chat(with_template(chat_template), messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -203,25 +144,8 @@ def test_prompts_that_leave_no_room_are_refused() -> None:
         build(size)
 
 
-@pytest.mark.parametrize(
-    ("text", "opened", "expected"),
-    [
-        ("plain", False, (None, "plain")),
-        ("<think>\nwhy\n</think>\n\nanswer", False, ("why", "answer")),
-        ("<think>\n\n</think>\n\nanswer", False, (None, "answer")),
-        ("why</think>answer", True, ("why", "answer")),
-        ("why</think>answer", False, ("why", "answer")),
-        ("<think>unfinished", False, ("unfinished", "")),
-        ("unfinished", True, ("unfinished", "")),
-        ("", True, (None, "")),
-        ("use <think> and </think> tags", False, (None, "use <think> and </think> tags")),
-    ],
-)
-def test_split_reasoning(text: str, opened: bool, expected: tuple[str | None, str]) -> None:
-    assert split_reasoning(text, opened=opened) == expected
-
-
-def test_opens_thinking() -> None:
-    assert opens_thinking(with_template(OPEN_THINK), None)
-    assert not opens_thinking(with_template(CHATML), False)
-    assert not opens_thinking(with_template(None), None)
+def test_a_size_is_refused_by_its_bytes_alone() -> None:
+    largest = 15 * NEEDLE.longest_token_bytes
+    check_size(largest, NEEDLE, 16)
+    with pytest.raises(PromptError, match=f"{largest + 1} bytes .* no document above {largest} bytes can fit"):
+        check_size(largest + 1, NEEDLE, 16)

@@ -6,12 +6,7 @@ import random
 
 import pytest
 
-from cluster.engine.runtime import Ask
-from cluster.jobs.model import JobInput, JobSpec
-from cluster.jobs.prompts import reasoning_opened
 from cluster.text.reasoning import ReasoningStream, split_reasoning
-from cluster.text.tokenizer import TextTokenizer
-from tests.support.rigs.head import NEEDLE
 
 TEXTS = [
     "", " ", "answer", "  answer ", "<", "<b>bold</b>", "<thin", "<thing> is a word", "say <think> and </think>",
@@ -85,28 +80,19 @@ def test_each_token_belongs_to_a_part(texts: list[str], opened: bool, parts: lis
     assert seen == parts
 
 
-THINKING = "{{ messages[0]['content'] }}<assistant>{% if enable_thinking is not false %}<think>\n{% endif %}"
-
-
 @pytest.mark.parametrize(
-    ("given", "thinking", "opened"),
+    ("text", "opened", "expected"),
     [
-        (JobInput(document_id="doc_" + "0" * 32, questions=("q",)), None, True),
-        (JobInput(document_id="doc_" + "0" * 32, questions=("q",)), False, False),
-        (JobInput(messages=(("user", "hi"),)), None, True),
-        (JobInput(messages=(("user", "hi"),)), False, False),
-        (JobInput(prompt="once <think>\n"), None, True),
-        (JobInput(prompt="<think> once"), None, False),
-        (JobInput(token_ids=(1, 2, 3)), None, False),
+        ("plain", False, (None, "plain")),
+        ("<think>\nwhy\n</think>\n\nanswer", False, ("why", "answer")),
+        ("<think>\n\n</think>\n\nanswer", False, (None, "answer")),
+        ("why</think>answer", True, ("why", "answer")),
+        ("why</think>answer", False, ("why", "answer")),
+        ("<think>unfinished", False, ("unfinished", "")),
+        ("unfinished", True, ("unfinished", "")),
+        ("", True, (None, "")),
+        ("use <think> and </think> tags", False, (None, "use <think> and </think> tags")),
     ],
 )
-def test_prompts_that_end_inside_the_tag(given: JobInput, thinking: bool | None, opened: bool):
-    tokenizer = TextTokenizer.open(NEEDLE)
-    tokenizer.chat_template = THINKING
-    assert reasoning_opened(tokenizer, JobSpec(given, Ask(enable_thinking=thinking))) is opened
-
-
-def test_token_ids_that_end_inside_the_tag():
-    tokenizer = TextTokenizer.open(NEEDLE)
-    ids = tuple(tokenizer.encode("why? <think>\n"))
-    assert reasoning_opened(tokenizer, JobSpec(JobInput(token_ids=ids), Ask()))
+def test_split_reasoning(text: str, opened: bool, expected: tuple[str | None, str]) -> None:
+    assert split_reasoning(text, opened=opened) == expected

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.common.errors import EngineError
 from cluster.config.deployment import Deployment, load_config
 from cluster.engine.attention_report import AttentionSummary
 from cluster.engine.outputs import Generation, Timings
-from cluster.engine.request_handle import EngineError
 from cluster.scheduler.request import FinishReason
 from cluster.text.prompts import PromptError
 from cluster.text.tokenizer import TextTokenizer

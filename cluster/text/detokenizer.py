@@ -1,0 +1,121 @@
+"""Turn the token ids of an answer into text while they are sampled, up to the first stop string."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+
+from cluster.text.reasoning import split_reasoning
+from cluster.text.token_bytes import token_bytes
+from cluster.text.tokenizer import TextTokenizer
+from protos.errors import UserError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of vocabularies with byte fallback
+
+
+class IncrementalDecoder:
+    """Decodes a growing list of ids piece by piece; the pieces and `flush()` join to `decode` of all ids.
+
+    Never emits part of a character. The work for a token does not depend on how many came before.
+    `tokenizers.decoders.DecodeStream` does not keep these promises for vocabularies with byte fallback.
+    """
+
+    _CONTEXT = 4  # visible tokens decoded again with each piece, so that spaces between words are right
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._context: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Return the text that became certain with `token_id`; often empty inside a character of several tokens."""
+        entry = self._tokenizer.id_to_token(token_id)
+        if entry is None or self._tokenizer.is_special(token_id):
+            return ""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(token_bytes(entry))
+        self._held.append(token_id)
+        # A run of byte tokens is text only if the whole run is UTF-8, so it waits for its end.
+        return "" if _BYTE_TOKEN.fullmatch(entry) else self._emit()
+
+    def flush(self) -> str:
+        """Return the rest, with U+FFFD for bytes that never became a character; the decoder starts anew."""
+        rest = self._utf8.decode(b"", final=True) + (self._emit() if self._held else "")
+        self._context.clear()
+        return rest
+
+    def _emit(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._held)
+        visible = [i for i in self._held if not _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(i) or "")]
+        self._context = (self._context + visible)[-self._CONTEXT :]
+        self._held = []
+        return text[len(before) :]
+
+
+class StopMatcher:
+    """Passes text on until the first stop string is complete; drops the stop string and what follows.
+
+    Of several stop strings the one that ends first wins, then the longest, so that pieces of any size give the same
+    text.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        if not all(stop_strings):
+            raise UserError('stop: "": a stop string must have at least one character')
+        self._stops = tuple(stop_strings)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text that no stop string can claim any more, and whether a stop string was found."""
+        if self.stopped:
+            return "", True
+        buffer = self._held + text
+        matches = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        if matches:
+            self._held, self.stopped = "", True
+            return buffer[: min(matches)[1]], True
+        keep = min(self._longest - 1, len(buffer)) if self._stops else 0
+        while keep > 0 and not any(stop.startswith(buffer[-keep:]) for stop in self._stops):
+            keep -= 1
+        self._held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep], False
+
+    def flush(self) -> str:
+        """Return the withheld text of an output that ended without a stop string."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+class OutputText:
+    """Turns the tokens of one request into text, up to the first stop string. Without a tokenizer there is no text."""
+
+    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str]) -> None:
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._matcher = StopMatcher(stop)
+        self._parts: list[str] = []
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Return the new text, and whether a stop string ended the output."""
+        if self._decoder is None:
+            return "", False
+        text, stopped = self._matcher.push(self._decoder.push(token_id))
+        self._parts.append(text)
+        return text, stopped
+
+    def flush(self) -> str:
+        """Return the withheld rest, once the output has ended without a stop string."""
+        if self._decoder is None or self._matcher.stopped:
+            return ""
+        text, _ = self._matcher.push(self._decoder.flush())
+        text += self._matcher.flush()
+        self._parts.append(text)
+        return text
+
+    def split(self, opened: bool) -> tuple[str | None, str]:
+        """Return (reasoning, answer) of everything so far; `opened`: the prompt ended inside `<think>`."""
+        return split_reasoning("".join(self._parts), opened=opened)
