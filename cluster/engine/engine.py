@@ -194,7 +194,7 @@ class Engine:
         """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
         if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
-        if not all(plan.decodes for plan in self._in_flight.plans):
+        if not all(plan.is_decode for plan in self._in_flight.plans):
             return self._depth
         answered = min((len(ticket.request.output) for ticket in self._tickets.values()), default=0)
         most = min(_BURST, max(_BURST_AT_FIRST, answered // 2))
@@ -205,7 +205,7 @@ class Engine:
 
     def _is_long(self, plan: StepPlan) -> bool:
         """Whether a step takes so long that the pause until its successor arrives does not count."""
-        if plan.decodes:
+        if plan.is_decode:
             return False
         return not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S
 
@@ -228,7 +228,7 @@ class Engine:
 
     def _commit(self, step: Step) -> Iterator[_News]:
         self.latency.observe(step.plan, step.slowest_s, step.cells)
-        if step.plan.decodes:
+        if step.plan.is_decode:
             took = self._in_flight.decode_s(self._num_stages)
             self._decode_s += (took - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:

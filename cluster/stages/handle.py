@@ -1,4 +1,4 @@
-"""The engine's end of a shard: a small protocol, and its implementation over gRPC."""
+"""The engine's handle of a shard: a protocol, and its implementation over gRPC."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ class StageHandle(Protocol):
     shard: ShardSpec
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        """Begin a run: plans may be sent. Results come in order, several at once while it decodes.
+        """Begin a run, after which plans may be sent.
 
-        `on_lost` is called at most once, when the shard can no longer answer.
+        Args:
+            on_results: called with results in the order of their plans, several at once while the shard decodes.
+            on_lost: called at most once, with the reason, when the shard can no longer answer.
         """
 
     def send(self, plans: Sequence[StepPlan]) -> None:
@@ -72,14 +74,22 @@ class GrpcStageHandle:
         raise StageError(f"{self.name} stopped loading without a word")
 
     def start(self, request: pb.StartRequest, timeout_s: float) -> None:
-        """Allocate KV and listen for the previous stage. Raises StageError."""
+        """Allocate KV and listen for the previous stage.
+
+        Raises:
+            StageError: the shard refused, failed or vanished.
+        """
         try:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:
             raise StageError(f"{self.name} while starting: {_details(error)}") from error
 
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
-        """State, counters and memory of the process. Raises StageError."""
+        """Return state, counters and memory of the process.
+
+        Raises:
+            StageError: it does not answer.
+        """
         try:
             reply: pb.ProbeReply = self._stub.Probe(pb.ProbeRequest(), metadata=self._metadata, timeout=timeout_s)
         except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
@@ -93,7 +103,7 @@ class GrpcStageHandle:
             try:
                 for message in results:
                     on_results(codec.results_from_pb(message))
-            except Exception as error:  # noqa: BLE001 - without this thread nobody would notice the shard's silence
+            except Exception as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
                 if not self._closing:
                     on_lost(f"{self.name} is gone: {_details(error)}")
                 return

@@ -1,9 +1,9 @@
 """Starts and stops a pipeline: places the stage actors, loads weights, connects stages, hands the shards to the engine.
 
-Order of starting: checks on the head, Ray, placement, actors listen, checks on every node, weights, KV and links.
+Order of starting: checks on the head node, Ray, placement, actors listen, checks on every node, weights, KV and links.
 Whatever fails, everything that was started is stopped before the error leaves `start`. Order of stopping: the engine's
-runs, the actors, their place, Ray. This is the only module of the control plane that reaches into `workers`, and it
-does so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
+runs, the actors, their placement, Ray. This is the only module of the control plane that imports `workers`, and it does
+so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StagePr
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
 _START_TIMEOUT_S = 180.0
-_LONGEST_RUN_DIR = 80  # the kernel allows 107 characters for the path of a socket in it
+_MAX_RUN_DIR_LENGTH = 80  # the kernel allows 107 characters for the path of a socket in it
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchStatus:
-    """What the launcher is doing; bytes are summed over all shards while weights load."""
+    """Progress of a launch; bytes are summed over all shards while weights load."""
 
     phase: str
     loaded_bytes: int = 0
@@ -72,7 +72,7 @@ class Launcher:
         self._run_dir: Path | None = None
 
     def start(self) -> Launched:
-        """Bring everything up.
+        """Start the pipeline.
 
         Raises:
             PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
@@ -105,8 +105,8 @@ class Launcher:
         addresses = self._open(fingerprint)
         loaded = self._load()
         self._on_status(LaunchStatus("connecting stages"))
-        sharing = max(Counter(address.node for address in addresses).values())
-        num_pages = count_pages(self._deployment, loaded, sharing)
+        max_shards_per_node = max(Counter(address.node for address in addresses).values())
+        num_pages = count_pages(self._deployment, loaded, max_shards_per_node)
         self._connect(addresses, num_pages)
         pids = tuple(address.pid for address in addresses)
         return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids)
@@ -115,7 +115,7 @@ class Launcher:
         cluster = self._deployment.config.cluster
         self._ray = RayCluster(cluster.address)
         self._ray.connect()
-        from workers.stage.actor import StageActor  # the bridge to the data plane; no torch behind it yet
+        from workers.stage.actor import StageActor  # imports no torch yet
 
         cores = self._ray.cores_of_a_pipeline(cluster.pipeline_parallel_size)
         gpus = 1.0 if cluster.device == "cuda" else 0.0
@@ -127,10 +127,10 @@ class Launcher:
         assert self._ray is not None
         config = self._deployment.config
         self._run_dir = make_run_dir()
-        if len(str(self._run_dir)) > _LONGEST_RUN_DIR:
+        if len(str(self._run_dir)) > _MAX_RUN_DIR_LENGTH:
             raise PreflightError(
                 f"TMPDIR: {tempfile.gettempdir()}: too long for Unix sockets: must be at most "
-                f"{_LONGEST_RUN_DIR - 19} characters"
+                f"{_MAX_RUN_DIR_LENGTH - 19} characters"
             )
         token = secrets.token_hex(32)
         threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
@@ -192,12 +192,12 @@ class Launcher:
     def _connect(self, addresses: list[StageAddress], num_pages: int) -> None:
         """Start every shard; all at once, since the shards of a stage warm up together."""
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
-        where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
+        by_rank = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         assert self._run_dir is not None
         run_dir = self._run_dir
 
         def request(shard: ShardSpec) -> pb.StartRequest:
-            links = links_of(shard, where, run_dir)
+            links = links_of(shard, by_rank, run_dir)
             return pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
 
         threads = ThreadPoolExecutor(len(self._shards))
@@ -227,7 +227,7 @@ def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], r
 
 
 def _reach(node: str, address: StageAddress) -> str:
-    """How a process on `node` reaches a shard: its Unix socket on the same node, else TCP."""
+    """Return the gRPC address of a shard for a process on `node`: a Unix socket on the same node, else TCP."""
     return address.unix if address.node == node else address.tcp
 
 
@@ -238,5 +238,5 @@ def _follow(
     try:
         for progress in handle.load(request, limit_s):
             updates.put((index, progress))
-    except Exception as error:  # noqa: BLE001 - the launcher waits for this thread's word
+    except Exception as error:  # noqa: BLE001 - `_load` waits for the last update of each shard
         updates.put((index, error))

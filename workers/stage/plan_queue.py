@@ -44,7 +44,7 @@ class PlanQueue:
         """Return whether the next `count` plans are here already, and all of them decode."""
         with self._changed:
             ahead = list(islice(self._plans, count))
-        return len(ahead) == count and all(plan.decodes for plan in ahead)
+        return len(ahead) == count and all(plan.is_decode for plan in ahead)
 
     def _read(self, bursts: Iterable[Sequence[StepPlan]]) -> None:
         try:

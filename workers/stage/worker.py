@@ -140,7 +140,7 @@ class StageWorker:
 
     def _may_hold(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
         """Return whether a result may be held back: all stages have work until the engine receives it."""
-        if self._error or not plan.decodes:
+        if self._error or not plan.is_decode:
             return False
         if not self._completes_steps:
             return plans.decodes_ahead(1)

@@ -192,5 +192,5 @@ def test_counts():
     parts = tuple(SequenceSlice(i, 0, length, 9, (), (), 1) for i, length in enumerate((1, 5, 7)))
     assert StepPlan(1, parts).num_tokens == 13
     assert StepPlan(1, ()).num_tokens == 0
-    assert [StepPlan(1, parts[:n]).decodes for n in range(4)] == [True, True, False, False]
+    assert [StepPlan(1, parts[:n]).is_decode for n in range(4)] == [True, True, False, False]
     assert Span(3, 7).size == 4
