@@ -194,7 +194,7 @@ class Engine:
         """
         if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
-        if not all(plan.decodes for plan in self._in_flight.plans):
+        if not all(plan.is_decode for plan in self._in_flight.plans):
             return self._depth
         shortest = min((len(handle.request.output) for handle in self._handles.values()), default=0)
         limit = min(_MAX_BURST, max(_MIN_BURST, shortest // 2))
@@ -202,7 +202,7 @@ class Engine:
 
     def _has_long_step(self) -> bool:
         """Return whether a prefill step in flight is long, or of unknown length."""
-        prefill = [plan for plan in self._in_flight.plans if not plan.decodes]
+        prefill = [plan for plan in self._in_flight.plans if not plan.is_decode]
         return any(not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S for plan in prefill)
 
     def _receive(self, results: Sequence[StepResult]) -> None:
@@ -226,7 +226,7 @@ class Engine:
     def _commit(self, step: InFlightStep) -> Iterator[StepOutcome]:
         """Apply a finished step to scheduler and requests; yields what it changed for each of its requests."""
         self.latency.observe(step.plan, step.slowest_s, step.cells)
-        if step.plan.decodes:
+        if step.plan.is_decode:
             seconds = self._in_flight.decode_s(self._num_stages)
             self._decode_s += (seconds - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:

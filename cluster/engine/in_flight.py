@@ -57,7 +57,7 @@ class InFlightSteps:
     def take(self, result: StepResult) -> list[InFlightStep]:
         """Take the result of one shard; returns the steps that are complete with it, in order."""
         step = self._steps.get(result.step)
-        if step is None or step.plan.decodes:
+        if step is None or step.plan.is_decode:
             self._decode_s[result.stage, result.rank] = result.compute_us / 1e6
         if step is None:
             self._late_us += result.compute_us

@@ -46,7 +46,7 @@ def launch_pipeline(
         launched = launcher.start()
         scheduler = Scheduler(
             PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
-            config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec, runs_ahead=True,
+            config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec,
             num_stages=config.cluster.pipeline_parallel_size,
         )  # fmt: skip
         engine = Engine(scheduler, launched.shards, tokenizer, spec.eos_token_ids)

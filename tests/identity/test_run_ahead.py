@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.scheduler.request import Request
+from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints
 from tests.support.fakes.pipeline import Pipeline
@@ -34,8 +36,16 @@ def specs(vocab: int, stops: Sequence[int] = ()) -> list[GenerationSpec]:
     ]
 
 
+class WaitingScheduler(Scheduler):
+    """The reference: no step is planned before the tokens it continues are known."""
+
+    def _wanted(self, running: list[Request]) -> list[int]:
+        return [request.remaining for request in running]
+
+
 def answers(folder: Path, stages: int, ranks: int, ahead: bool, stops: Sequence[int] = ()) -> list[Generation]:
-    with Pipeline(folder, stages, ranks, chunk=64, pages=128, runs_ahead=ahead) as pipeline:
+    scheduler = Scheduler if ahead else WaitingScheduler
+    with Pipeline(folder, stages, ranks, chunk=64, pages=128, scheduler=scheduler) as pipeline:
         found = pipeline.generate(*specs(pipeline.spec.vocab_size, stops))
         again = pipeline.generate(*specs(pipeline.spec.vocab_size, stops)[3:4])  # alone, on what is left behind
         blind = sum(not part.token_ids for plan in pipeline.plans for part in plan.slices)

@@ -92,12 +92,6 @@ def best_path() -> Path | None:
     return None if library is None else Path(library.longreach_attention_path())
 
 
-def kernel_path() -> str:
-    """What the kernel uses on this CPU: "amx", "avx512", "avx2" or "portable"; "none" where it is not built."""
-    path = best_path()
-    return "none" if path is None else path.name.lower()
-
-
 def available(q: torch.Tensor, kv: LayerKV) -> bool:
     """Whether the kernel is built and serves queries `[T, H, D]` of this type and place over this cache."""
     return (

@@ -18,7 +18,7 @@ from protos.model.spec import ModelSpec, RopeSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
 from workers.bench.timing import Figure, median_figure, synchronize
 from workers.kv.paged import PagedKV
-from workers.model.batch import PageTables
+from workers.model.batch import PageTables, token_ids
 from workers.model.decoder import Decoder
 from workers.model.weights import dummy_shard, load_shard, whole_model
 from workers.transport.collectives import SingleShard
@@ -102,18 +102,18 @@ class OneProcess:
                 continue
             tables = PageTables(PAGE)
             part = SequenceSlice(0, 0, 1, len(ids), ids[:1], range(whole), whole, None)
-            tables.apply(StepPlan(0, 0, (part,)))
+            tables.apply(StepPlan(0, (part,)))
             yield statistics.fmean(self._decode(tables, ids, ids[-1], decode))
 
     def _step(self, tables: PageTables, start: int, ids: list[int], prompt_len: int) -> int:
         have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
         sample = SampleSpec(SamplingParams(), 0)
         part = SequenceSlice(0, start, len(ids), prompt_len, ids, range(have, need), need, sample)
-        plan = StepPlan(0, 0, (part,))
+        plan = StepPlan(0, (part,))
         tables.apply(plan)
-        batch = tables.batch(plan, self.spec, self._device, with_tokens=True)
-        assert batch.token_ids is not None
-        hidden = self._decoder.layers(self._decoder.embed(batch.token_ids), self._decoder.prepare(batch, self._kv))
+        batch = tables.batch(plan, self.spec, self._device)
+        embedded = self._decoder.embed(token_ids(plan, {}, self._device))
+        hidden = self._decoder.layers(embedded, self._decoder.prepare(batch, self._kv))
         token = int(self._decoder.logits(hidden[batch.sample_rows])[0].argmax())
         synchronize(self._device)
         return token

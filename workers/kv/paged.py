@@ -134,12 +134,6 @@ class PagedKV:
             _scatter(self._data[side, layer], runs, small)
             _scatter(self._scales[side, layer], runs, scales)
 
-    @staticmethod
-    def page_bytes(layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes one page takes in a shard."""
-        scale = torch.float32.itemsize if dtype == torch.int8 else 0
-        return 2 * layers * kv_heads * page_size * (head_dim * dtype.itemsize + scale)
-
 
 def _room(shape: tuple[int, int, int, int], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`[2, L, K, slots, D]`; in host memory on huge pages where they pay: 32K tokens are read 8 % faster.

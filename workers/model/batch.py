@@ -37,7 +37,6 @@ class Batch:
     """Everything the decoder needs to know about a step besides the activations."""
 
     positions: torch.Tensor  # [T] int64
-    token_ids: torch.Tensor | None  # [T] int64, when asked for
     pieces: tuple[Piece, ...]  # they cover the rows in order
     slots: tuple[SlotRun, ...]  # where the step's keys and values go, in row order
     sample_rows: torch.Tensor  # [samples] int64
@@ -81,11 +80,11 @@ class PageTables:
                     f"sequence {part.sequence}: the plan counts {part.num_pages} pages, this shard {table.num_pages}"
                 )
 
-    def batch(self, plan: StepPlan, spec: ModelSpec, device: torch.device, with_tokens: bool) -> Batch:
+    def batch(self, plan: StepPlan, spec: ModelSpec, device: torch.device) -> Batch:
         """Turn a plan (already applied) into a batch.
 
         Raises:
-            PlanMismatch: ids are missing, rows lie beyond the table, or sparse rows are not whole cells.
+            PlanMismatch: rows lie beyond the table, or sparse rows are not whole cells.
         """
         pieces: list[Piece] = []
         slots: list[SlotRun] = []
@@ -102,7 +101,6 @@ class PageTables:
                 sample_rows.append(row - 1)
         return Batch(
             positions=positions.to(device),
-            token_ids=token_ids(plan, {}, device) if with_tokens else None,
             pieces=tuple(pieces),
             slots=tuple(slots),
             sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
@@ -128,7 +126,7 @@ def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) 
 
 def _positions(plan: StepPlan) -> torch.Tensor:
     """`[T]` int64 in host memory; a decode step takes one tensor, whatever the number of sequences."""
-    if plan.decodes:
+    if plan.is_decode:
         return torch.tensor([part.start for part in plan.slices])
     return torch.cat([torch.arange(part.start, part.start + part.length) for part in plan.slices])
 

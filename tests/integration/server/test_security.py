@@ -21,6 +21,8 @@ from tests.support.data.certificates import Authority
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving, write_secret
 
 Code = grpc.StatusCode
+
+
 KEY, OTHER = "k" * 32, "o" * 16
 
 

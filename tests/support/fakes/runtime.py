@@ -36,7 +36,7 @@ class FakeRuntime(ClusterRuntime):
         self.before_start()
         self.starts += 1
         self.shard = FakeShard(0, 1, self.script, Clock())
-        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
+        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
         launched: Any = SimpleNamespace(shards=(self.shard,), fingerprint="f", dtype="float32")
         engine = Engine(scheduler, [self.shard], self.tokenizer)
         engine.start()

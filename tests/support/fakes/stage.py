@@ -93,7 +93,7 @@ class FakeShard:
             cells = self.report(plan)
             estimate_us = 100_000 if cells else 0
             took_us = round(self.step_s * 1e6)
-            results.append(StepResult(plan.epoch, plan.step, *where, took_us, samples, error, cells, estimate_us))
+            results.append(StepResult(plan.step, *where, took_us, samples, error, cells, estimate_us))
             if len(results) >= self.group or self._queue.empty():
                 on_results(results)
                 results = []
@@ -117,7 +117,6 @@ class Rig:
     def __init__(
         self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
         pages: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
-        ahead: bool = True,
     ) -> None:  # fmt: skip
         self.clock = Clock()
         self.shards = [
@@ -126,7 +125,7 @@ class Rig:
             for rank in reversed(range(ranks))
         ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        scheduler = Scheduler(PagePool(pages), 16, budget, 8, spec=spec, runs_ahead=ahead, num_stages=stages)
+        scheduler = Scheduler(PagePool(pages), 16, budget, 8, spec=spec, num_stages=stages)
         self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
 
     def __enter__(self) -> Rig:

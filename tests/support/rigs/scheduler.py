@@ -114,14 +114,11 @@ class Harness:
 
     def __init__(
         self, pages: int = 64, page_size: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
-        runs_ahead: bool = False, num_stages: int = 1,
+        num_stages: int = 1,
     ) -> None:  # fmt: skip
         self.pool = PagePool(pages)
         self.budget = budget
-        self.scheduler = Scheduler(
-            self.pool, page_size, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead,
-            num_stages=num_stages,
-        )  # fmt: skip
+        self.scheduler = Scheduler(self.pool, page_size, budget, seqs, b"root", spec=spec, num_stages=num_stages)
         self.requests: dict[int, Request] = {}
         self.early, self.late = (FakeStage(page_size, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()

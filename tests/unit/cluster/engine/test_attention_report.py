@@ -29,7 +29,7 @@ def report(sequence: int = 1, layer: int = 0, head: int = 0, start: int = 0, len
 
 def summed(*reports: CellReport):
     log = AttentionReport()
-    log.add(1, InFlightStep(StepPlan(1, 1, ()), set(), cells=list(reports), compute_us=1000, estimate_us=250))
+    log.add(1, InFlightStep(StepPlan(1, ()), set(), cells=list(reports), compute_us=1000, estimate_us=250))
     return log.summary(SPARSE, 300, 0)
 
 

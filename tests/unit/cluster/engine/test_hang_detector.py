@@ -32,7 +32,7 @@ class Scene:
         self.now = 0.0
         self.shards = [Shard("stage 0 shard 0"), Shard("stage 1 shard 0")]
         latency = SimpleNamespace(predict=lambda plan: predicted)
-        self.engine: Any = SimpleNamespace(oldest_plan=StepPlan(1, 1, ()), latency=latency)
+        self.engine: Any = SimpleNamespace(oldest_plan=StepPlan(1, ()), latency=latency)
         self.detector = HangDetector(self.engine, self.shards, clock=lambda: self.now)
 
     def pass_time(self, seconds: float, every: float = 4.0, moving: int | None = None) -> str:
@@ -88,6 +88,6 @@ def test_steps_that_follow_each_other_start_the_watch_anew():
     scene = Scene()
     for step in range(2, 9):
         assert scene.pass_time(18) == ""
-        scene.engine.oldest_plan = StepPlan(1, step, ())
+        scene.engine.oldest_plan = StepPlan(step, ())
     scene.engine.oldest_plan = None
     assert scene.pass_time(600) == ""

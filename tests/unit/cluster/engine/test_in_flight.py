@@ -31,7 +31,7 @@ def shards(stages: int, ranks: int) -> list[ShardSpec]:
 
 def step_plan(step: int, sequences: Iterable[int] = (1,)) -> StepPlan:
     parts = [SequenceSlice(s, 0, 1, 1, (0,), (), 1, SampleSpec(SamplingParams(), 0)) for s in sequences]
-    return StepPlan(1, step, tuple(parts))
+    return StepPlan(step, tuple(parts))
 
 
 @pytest.mark.parametrize("order", list(permutations([(0, 0), (0, 1), (1, 0), (1, 1)])))
@@ -60,26 +60,26 @@ def test_a_sparse_step_waits_for_every_shard(order: tuple[tuple[int, int], ...])
 
 def decode_plan(step: int) -> StepPlan:
     part = SequenceSlice(1, 99 + step, 1, 100, (), (), 10, SampleSpec(SamplingParams(), step))
-    return StepPlan(1, step, (part,))
+    return StepPlan(step, (part,))
 
 
 def test_the_time_of_a_decode_step_through_all_stages():
     flight = InFlightSteps(shards(2, 2), lambda part: False)
     assert flight.decode_s(2) == 0
     prompt = SequenceSlice(1, 0, 100, 100, range(100), (), 10, None)
-    flight.add(StepPlan(1, 1, (prompt,)))
+    flight.add(StepPlan(1, (prompt,)))
     for step in (2, 3, 4):
         flight.add(decode_plan(step))
-    flight.take(StepResult(1, 1, 0, 0, 2_000_000))
-    flight.take(StepResult(1, 1, 1, 0, 2_000_000))
+    flight.take(StepResult(1, 0, 0, 2_000_000))
+    flight.take(StepResult(1, 1, 0, 2_000_000))
     assert flight.decode_s(2) == 0, "a prompt tells nothing"
-    flight.take(StepResult(1, 2, 1, 0, 30_000))
+    flight.take(StepResult(2, 1, 0, 30_000))
     assert flight.decode_s(2) == 0.06, "the stage that has not answered takes as long"
-    flight.take(StepResult(1, 2, 0, 1, 10_000))  # late, as of everyone whose results no step waits for
+    flight.take(StepResult(2, 0, 1, 10_000))  # late, as of everyone whose results no step waits for
     assert flight.decode_s(2) == 0.04
-    flight.take(StepResult(1, 2, 0, 0, 20_000))
+    flight.take(StepResult(2, 0, 0, 20_000))
     assert flight.decode_s(2) == 0.05, "of the shards of a stage the slowest counts"
-    flight.take(StepResult(1, 3, 1, 0, 40_000))
+    flight.take(StepResult(3, 1, 0, 40_000))
     assert flight.decode_s(2) == 0.06
     flight.clear()
     assert flight.decode_s(2) == 0
@@ -89,21 +89,21 @@ def test_compute_time_that_is_told_late_counts_for_the_next_step():
     flight = InFlightSteps(shards(2, 1), lambda part: False)
     for step in (1, 2, 3):
         flight.add(decode_plan(step))
-    (first,) = flight.take(StepResult(1, 1, 1, 0, 30_000))
+    (first,) = flight.take(StepResult(1, 1, 0, 30_000))
     assert first.compute_us == 30_000
-    assert flight.take(StepResult(1, 1, 0, 0, 20_000)) == []
-    flight.take(StepResult(1, 2, 0, 0, 21_000))
-    (second,) = flight.take(StepResult(1, 2, 1, 0, 30_000))
-    (third,) = flight.take(StepResult(1, 3, 1, 0, 30_000))
+    assert flight.take(StepResult(1, 0, 0, 20_000)) == []
+    flight.take(StepResult(2, 0, 0, 21_000))
+    (second,) = flight.take(StepResult(2, 1, 0, 30_000))
+    (third,) = flight.take(StepResult(3, 1, 0, 30_000))
     assert (second.compute_us, third.compute_us) == (71_000, 30_000)
 
 
 def test_a_dense_step_waits_for_the_sampling_shard_only():
     flight = InFlightSteps(shards(2, 2), lambda part: False)
     flight.add(step_plan(1))
-    assert flight.take(StepResult(1, 1, 0, 1, 10)) == []
-    assert [step.plan.step for step in flight.take(StepResult(1, 1, 1, 0, 10))] == [1]
-    assert flight.take(StepResult(1, 1, 1, 1, 10)) == [], "late"
+    assert flight.take(StepResult(1, 0, 1, 10)) == []
+    assert [step.plan.step for step in flight.take(StepResult(1, 1, 0, 10))] == [1]
+    assert flight.take(StepResult(1, 1, 1, 10)) == [], "late"
 
 
 def test_steps_are_committed_in_order():
@@ -112,7 +112,7 @@ def test_steps_are_committed_in_order():
         flight.add(step_plan(step, [sequence]))
     assert [plan.step for plan in flight.plans] == [1, 2, 3, 4]
     for step in (1, 2, 3):
-        assert flight.take(StepResult(1, step, 0, 0, 1)) == []
-    assert [s.plan.step for s in flight.take(StepResult(1, 1, 0, 1, 1))] == [1, 2]
-    assert flight.take(StepResult(1, 4, 0, 0, 1)) == []
-    assert [s.plan.step for s in flight.take(StepResult(1, 3, 0, 1, 1))] == [3, 4]
+        assert flight.take(StepResult(step, 0, 0, 1)) == []
+    assert [s.plan.step for s in flight.take(StepResult(1, 0, 1, 1))] == [1, 2]
+    assert flight.take(StepResult(4, 0, 0, 1)) == []
+    assert [s.plan.step for s in flight.take(StepResult(3, 0, 1, 1))] == [3, 4]

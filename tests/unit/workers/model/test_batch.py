@@ -26,7 +26,7 @@ def part(sequence: int, start: int, length: int, new: list[int], total: int, sam
 
 
 def plan(*parts: SequenceSlice, released: tuple[int, ...] = (), step: int = 1) -> StepPlan:
-    return StepPlan(1, step, parts, released)
+    return StepPlan(step, parts, released)
 
 
 def test_a_mixed_step():
@@ -34,10 +34,9 @@ def test_a_mixed_step():
     tables.apply(plan(part(1, 0, 5, [7, 2], 2)))
     step = plan(part(1, 5, 1, [], 2, True), part(2, 0, 3, [0], 1), part(3, 0, 4, [4], 1, True))
     tables.apply(step)
-    batch = tables.batch(step, SPEC, CPU, with_tokens=True)
+    batch = tables.batch(step, SPEC, CPU)
     assert batch.positions.tolist() == [5, 0, 1, 2, 0, 1, 2, 3]
-    assert batch.token_ids is not None
-    assert batch.token_ids.tolist() == [105, 200, 201, 202, 300, 301, 302, 303]
+    assert token_ids(step, {}, CPU).tolist() == [105, 200, 201, 202, 300, 301, 302, 303]
     assert batch.slots == (SlotRun(9, 1), SlotRun(0, 3), SlotRun(16, 4))
     assert batch.sample_rows.tolist() == [0, 7]
     assert [s.rows for s in batch.pieces] == [slice(0, 1), slice(1, 4), slice(4, 8)]
@@ -48,9 +47,9 @@ def test_later_stages_need_no_ids():
     tables = PageTables(4)
     step = plan(SequenceSlice(1, 0, 3, 3, (), [0], 1))
     tables.apply(step)
-    assert tables.batch(step, SPEC, CPU, with_tokens=False).token_ids is None
+    assert len(tables.batch(step, SPEC, CPU).positions) == 3
     with pytest.raises(PlanMismatch, match="sequence 1: 0 ids for 3 rows"):
-        tables.batch(step, SPEC, CPU, with_tokens=True)
+        token_ids(step, {}, CPU)
 
 
 def test_a_row_without_an_id_takes_the_newest_sample():
@@ -80,7 +79,7 @@ def test_rows_beyond_the_table_are_refused():
     step = plan(part(1, 0, 5, [0], 1))
     tables.apply(step)
     with pytest.raises(PlanMismatch, match="position 4 lies beyond the 1 pages"):
-        tables.batch(step, SPEC, CPU, with_tokens=True)
+        tables.batch(step, SPEC, CPU)
 
 
 def test_released_sequences_begin_anew():
@@ -100,7 +99,7 @@ def pieces(spec: ModelSpec, start: int, length: int, prompt_len: int, scale_len:
     pages = list(range(-(-(start + length) // 4)))
     step = plan(SequenceSlice(1, start, length, prompt_len, range(length), pages, len(pages), SAMPLE, scale_len))
     tables.apply(step)
-    return list(tables.batch(step, spec, CPU, with_tokens=True).pieces)
+    return list(tables.batch(step, spec, CPU).pieces)
 
 
 @pytest.mark.parametrize(("spec", "start", "length", "wanted"), [

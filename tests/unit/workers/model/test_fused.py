@@ -98,7 +98,7 @@ class Sequences:
             ids = torch.randint(5, 320, (length,), generator=self.generator).tolist()
             sample = SampleSpec(SamplingParams(), 0, ())
             slices.append(SequenceSlice(sequence, start, length, 40, ids, new, self.pages[sequence], sample))
-        return StepPlan(1, next(self.steps), tuple(slices))
+        return StepPlan(next(self.steps), tuple(slices))
 
 
 def layers(runner: ModelRunner, x: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_shards_reduce_between_the_halves() -> None:
     for plan in (plans.step(50, 3), *(plans.step(1, 1) for _ in range(20))):
         batches = [runner._tables.apply(plan) for runner in (ours, twin)]
         assert batches == [None, None]
-        batch = ours._tables.batch(plan, ours._spec, CPU, with_tokens=True)
+        batch = ours._tables.batch(plan, ours._spec, CPU)
         x = torch.randn(len(batch.positions), SPEC.hidden_size, dtype=BF16)
         kept = x.clone()
         got, wanted = (layers(runner, x, batch) for runner in (ours, twin))
@@ -166,7 +166,7 @@ def test_other_types_and_long_steps_are_not_taken() -> None:
     plans = Sequences(1)
     for rows, taken in ((64, True), (65, False)):
         ours._tables.apply(plan := plans.step(rows))
-        batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
+        batch = ours._tables.batch(plan, SPEC, CPU)
         assert layers.takes(batch, ours._kv) is taken
         assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
 
@@ -175,7 +175,7 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
     ours, _ = runners(SPEC)
     plans = Sequences(1)
     ours._tables.apply(plan := plans.step(3))
-    batch = ours._tables.batch(plan, SPEC, CPU, with_tokens=True)
+    batch = ours._tables.batch(plan, SPEC, CPU)
     before = ours._kv._data.view(torch.int16).clone()
     x = torch.randn(3, SPEC.hidden_size, dtype=BF16)
     for run in (SlotRun(PAGES * PAGE - 2, 3), SlotRun(-1, 3), SlotRun(0, 2)):
