@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -126,6 +127,40 @@ def test_stage_actor_imports_torch_late() -> None:
 def test_client_is_light() -> None:
     code = "import sys; from cluster import Client; print([m for m in ('ray', 'torch', 'grpc') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+SERVING = {
+    "head": ["cluster.cli.main", "cluster.cli.head", "cluster.server.head"],
+    "stage": ["workers.stage.actor", "workers.stage.server", "workers.stage.worker"],
+}
+NOT_SERVING = re.compile(r"(cluster|workers)\.(bench|training|eval)\b|cluster\.tools\.eval\b")
+
+
+@pytest.mark.parametrize("process", SERVING)
+def test_serving_loads_no_benchmarks_and_no_training(process: str) -> None:
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {SERVING[process]!r}]; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert set(SERVING[process]) <= set(loaded)
+    assert [module for module in loaded if NOT_SERVING.match(module)] == []
+
+
+@pytest.mark.parametrize("start", ["cluster.server.head", "workers.stage.server"])
+def test_serving_reaches_no_benchmarks_and_no_training(start: str) -> None:
+    """Nothing that serving imports, now or later inside a function, leads there."""
+    reached, left = {start}, [start]
+    while left:
+        path = ROOT / (left.pop().replace(".", "/") + ".py")
+        named = {module for module, _ in imports(path)} if path.exists() else set()
+        found = {module for module in named if module.split(".")[0] in FORBIDDEN} - reached
+        reached |= found
+        left += found
+    assert {"protos.stage.messages", "workers.runner.model_runner"} <= reached
+    assert [module for module in reached if NOT_SERVING.match(module)] == []
+
+
+def test_training_is_not_in_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"] == ["workers/training"]
 
 
 def test_every_head_module_loads_without_torch() -> None:

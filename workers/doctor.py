@@ -1,4 +1,4 @@
-"""What PyTorch can do on this machine, printed as one JSON object; run as `python -m workers.doctor`.
+"""Print what PyTorch can do on this machine as one JSON object: `python -m workers.doctor`.
 
 A process of its own, so that the head never loads torch and a broken installation is a finding, not a crash.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def torch_facts() -> dict[str, Any]:
-    """Versions, threads, CPU features as torch sees them, CUDA devices and communication libraries."""
+    """Return versions, threads, CPU features as torch sees them, CUDA devices and communication libraries."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -42,7 +42,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def _ask(module: Any, name: str) -> bool | None:
-    """A private query of torch; None where this version has none."""
+    """Call a private predicate of torch; None where this version does not have it."""
     query = getattr(module, name, None)
     return None if query is None else bool(query())
 

@@ -1,9 +1,8 @@
-"""`python -m cluster.bench`: overhead over the bare runner, and the first token of a short job beside a long one."""
+"""`python -m cluster.bench`: what the service costs, how fair it is, what load leaves behind, and vLLM beside it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import statistics
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,18 @@ import click
 
 from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
-from cluster.bench.peers import SPARSE, compare
-from cluster.bench.rig import random_ids, running_head
+from cluster.bench.peers import SPARSE, Setup, measure_peers
+from cluster.bench.rig import one_actor, random_ids, running_head, token_times
 from cluster.client.client import Client
-from cluster.common.environment import environment
 from cluster.common.units import parse_count
+from cluster.engine.runtime import ClusterRuntime
+from protos.node.environment import write_result
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
 
 
-class _Bare:
-    """The one-process runner in a process of its own; answers in turns with the service."""
+class _BareRunner:
+    """The one-process runner in a process of its own, which answers in turns with the service."""
 
     def __init__(self, model: Path, length: int, chunk: int, threads: int) -> None:
         command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "rounds", "--model", str(model)]
@@ -37,7 +37,7 @@ class _Bare:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def measure(self, what: str) -> float:
-        """Seconds of a "prefill" or of a step of "decode" (the mean of as many steps as the service makes)."""
+        """Return the seconds of a "prefill", or of a "decode" step (the mean of as many as the service makes)."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(what, file=self._process.stdin, flush=True)
@@ -48,28 +48,44 @@ class _Bare:
         self._process.communicate()
 
 
+@contextlib.contextmanager
+def _service(
+    model: Path, sections: dict[str, dict[str, object]], model_settings: dict[str, object] | None = None
+) -> Iterator[tuple[Client, ClusterRuntime]]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_head(model, Path(folder), model_settings, **sections) as started,
+    ):
+        yield started
+
+
 def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
-    """(seconds to the first token as the client sees it, mean seconds a decode step)."""
+    """Return (seconds to the first token as the client sees it, mean seconds of a decode step)."""
     began = time.perf_counter()
-    job = client.submit(token_ids=random_ids(length, seed), max_tokens=tokens, ignore_eos=True)
-    seen = []
-    for event in job.stream():
-        if type(event).__name__ == "TokenEvent":
-            seen.append(time.perf_counter() - began)
-    return seen[0], (seen[-1] - seen[0]) / (len(seen) - 1)
+    times = token_times(client.submit(token_ids=random_ids(length, seed), max_tokens=tokens, ignore_eos=True), began)
+    return times[0], (times[-1] - times[0]) / (len(times) - 1)
 
 
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    text = json.dumps({"environment": environment(), **result}, indent=1)
-    click.echo(text)
-    if path is not None:
-        path.write_text(text + "\n")
+def _rounded(seconds: list[float], digits: int = 3, unit: float = 1.0) -> list[float]:
+    return [round(value * unit, digits) for value in seconds]
+
+
+def _median_and_max(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 2), "max": round(max(values), 2)}
+
+
+def _write(path: Path | None, **result: Any) -> None:
+    click.echo(write_result(path, result))
+
+
+def _count(context: click.Context, option: click.Parameter, text: str) -> int:
+    return parse_count(text)
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file."),
-        click.option("--chunk", default="2048", callback=lambda c, p, v: parse_count(v), help="Tokens of a step."),
+        click.option("--chunk", default="2048", callback=_count, help="Tokens of a step."),
         click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint."),
     ):
         command = option(command)
@@ -83,7 +99,7 @@ def main() -> None:
 
 @main.command()
 @_options
-@click.option("--length", default="32K", callback=lambda c, p, v: parse_count(v), help="Prompt tokens.")
+@click.option("--length", default="32K", callback=_count, help="Prompt tokens.")
 @click.option("--threads", default=2, help="Threads of the runner and of the one actor.")
 @click.option("--repeats", default=3, help="Prefills in turns behind the medians.")
 @click.option("--rounds", default=4, help="Decode rounds in turns after each.")
@@ -93,106 +109,86 @@ def overhead(
     """What client, gateway, store, engine and one stage process (1 x 1) add to the bare runner."""
     prefill: list[tuple[float, float]] = []  # bare, served: one after the other, as this machine's speed drifts
     decode: list[tuple[float, float]] = []
-    with contextlib.ExitStack() as steps:
-        folder = Path(steps.enter_context(tempfile.TemporaryDirectory()))
-        cluster: dict[str, object] = {"threads_per_actor": threads, "cpus_per_actor": 1.0}
-        prefilling: dict[str, object] = {"max_num_batched_tokens": chunk}
-        client, _ = steps.enter_context(
-            running_head(model, folder, cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill=prefilling)
-        )
-        bare = steps.enter_context(contextlib.closing(_Bare(model, length, chunk, threads)))
+    with (
+        _service(model, one_actor(chunk, threads)) as (client, _),
+        contextlib.closing(_BareRunner(model, length, chunk, threads)) as bare,
+    ):
         bare.measure("decode")
         _served(client, 2 * chunk, 4, 0)
         for seed in range(1, repeats + 1):
             prefill.append((bare.measure("prefill"), _served(client, length, 2, seed)[0]))
             for _ in range(rounds):  # the pages of the document are still there
                 decode.append((bare.measure("decode"), _served(client, length, _TOKENS, seed)[1]))
-    _write(out, {
-        "what": "overhead of the service at 1 x 1", "length": length, "chunk": chunk, "threads": threads,
-        "bare_prefill_s": [round(a, 3) for a, _ in prefill], "served_first_token_s": [round(b, 3) for _, b in prefill],
-        "prefill_overhead": round(statistics.median(b / a for a, b in prefill) - 1, 4),
-        "bare_decode_ms": [round(a * 1e3, 2) for a, _ in decode],
-        "served_decode_ms": [round(b * 1e3, 2) for _, b in decode],
-        "decode_overhead_ms": round(statistics.median(b - a for a, b in decode) * 1e3, 2),
-    })  # fmt: skip
+    _write(
+        out, what="overhead of the service at 1 x 1", length=length, chunk=chunk, threads=threads,
+        bare_prefill_s=_rounded([a for a, _ in prefill]), served_first_token_s=_rounded([b for _, b in prefill]),
+        prefill_overhead=round(statistics.median(b / a for a, b in prefill) - 1, 4),
+        bare_decode_ms=_rounded([a for a, _ in decode], 2, 1e3),
+        served_decode_ms=_rounded([b for _, b in decode], 2, 1e3),
+        decode_overhead_ms=round(statistics.median(b - a for a, b in decode) * 1e3, 2),
+    )  # fmt: skip
 
 
 @main.command()
 @_options
-@click.option("--length", default="4K", callback=lambda c, p, v: parse_count(v), help="Prompt tokens.")
+@click.option("--length", default="4K", callback=_count, help="Prompt tokens.")
 @click.option("--stages", default=2, help="Stages of the longer pipeline.")
 @click.option("--repeats", default=3, help="Alternating runs behind the medians.")
 def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, repeats: int) -> None:
     """What each further stage adds to a decode step: pipelines of one and of more stages, one thread an actor."""
     seconds: dict[int, list[float]] = {1: [], stages: []}
     for seed in range(repeats):
-        for number, found in seconds.items():
-            cluster: dict[str, object] = {
-                "pipeline_parallel_size": number, "threads_per_actor": 1, "cpus_per_actor": 0.5
-            }  # fmt: skip
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                running_head(model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"},
-                     prefill={"max_num_batched_tokens": chunk}) as (client, _),
-            ):  # fmt: skip
+        for number, measured in seconds.items():
+            with _service(model, one_actor(chunk, 1, cpus=0.5, stages=number)) as (client, _):
                 _served(client, 2 * chunk, 4, 1000 + seed)
-                found.append(_served(client, length, _TOKENS, seed)[1])
-    one, more = (statistics.median(found) for found in seconds.values())
-    _write(out, {
-        "what": "a decode step of pipelines of one and of more stages, one thread an actor", "length": length,
-        "chunk": chunk, "stages": stages,
-        "decode_ms": {str(number): [round(s * 1e3, 2) for s in found] for number, found in seconds.items()},
-        "further_stage_ms": round((more - one) * 1e3 / (stages - 1), 2),
-    })  # fmt: skip
+                measured.append(_served(client, length, _TOKENS, seed)[1])
+    one, more = (statistics.median(measured) for measured in seconds.values())
+    _write(
+        out, what="a decode step of pipelines of one and of more stages, one thread an actor", length=length,
+        chunk=chunk, stages=stages,
+        decode_ms={str(number): _rounded(measured, 2, 1e3) for number, measured in seconds.items()},
+        further_stage_ms=round((more - one) * 1e3 / (stages - 1), 2),
+    )  # fmt: skip
 
 
 @main.command()
 @_options
-@click.option("--length", default="32K", callback=lambda c, p, v: parse_count(v), help="Tokens of the long prompts.")
+@click.option("--length", default="32K", callback=_count, help="Tokens of the long prompts.")
 @click.option("--short", default=200, help="Tokens of the short prompts.")
 @click.option("--count", default=12, help="Short jobs measured.")
 def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int, count: int) -> None:
     """First token of short jobs beside long prefills that follow each other without a pause."""
     stop = threading.Event()
-    with tempfile.TemporaryDirectory() as folder:
-        cluster: dict[str, object] = {"threads_per_actor": 2, "cpus_per_actor": 1.0}
-        with running_head(
-            model, Path(folder), cluster=cluster, kv_cache={"bytes": "2GiB"}, prefill={"max_num_batched_tokens": chunk}
-        ) as (client, runtime):
-            chunks = Chunks(short)
-            runtime.engine.on_step = chunks.note
+    with _service(model, one_actor(chunk, threads=2)) as (client, runtime):
+        chunks = Chunks(short)
+        runtime.engine.on_step = chunks.note
 
-            def long_jobs() -> None:
-                seed = 1000
-                while not stop.is_set():
-                    seed += 1
-                    client.submit(token_ids=random_ids(length, seed), max_tokens=1, ignore_eos=True).wait()
+        def long_jobs() -> None:
+            seed = 1000
+            while not stop.is_set():
+                seed += 1
+                client.submit(token_ids=random_ids(length, seed), max_tokens=1, ignore_eos=True).wait()
 
-            background = threading.Thread(target=long_jobs)
-            background.start()
-            time.sleep(5)
-            waits, around = [], []
-            rng = random.Random(0)
-            for index in range(count):
-                time.sleep(rng.uniform(0.1, 2.0))
-                asked = time.perf_counter()
-                waits.append(_served(client, short, 2, index)[0])
-                around.append((asked, asked + waits[-1]))
-            stop.set()
-            background.join()
+        background = threading.Thread(target=long_jobs)
+        background.start()
+        time.sleep(5)
+        waits, around = [], []
+        rng = random.Random(0)
+        for index in range(count):
+            time.sleep(rng.uniform(0.1, 2.0))
+            asked = time.perf_counter()
+            waits.append(_served(client, short, 2, index)[0])
+            around.append((asked, asked + waits[-1]))
+        stop.set()
+        background.join()
     step = statistics.median(chunks.seconds)
-    in_chunks = [wait / step for wait in waits]
     local = [chunks.around(*window) for window in around]
-    in_local = [wait / seconds for wait, seconds in zip(waits, local, strict=True)]
-    _write(out, {
-        "what": "first token of short jobs beside long prefills", "length": length, "short": short, "chunk": chunk,
-        "chunk_s": round(step, 3), "first_token_s": [round(w, 3) for w in waits],
-        "chunk_s_around": [round(seconds, 3) for seconds in local],
-        "first_token_in_chunks": {"median": round(statistics.median(in_chunks), 2), "max": round(max(in_chunks), 2)},
-        "first_token_in_chunks_around": {
-            "median": round(statistics.median(in_local), 2), "max": round(max(in_local), 2),
-        },
-    })  # fmt: skip
+    _write(
+        out, what="first token of short jobs beside long prefills", length=length, short=short, chunk=chunk,
+        chunk_s=round(step, 3), first_token_s=_rounded(waits), chunk_s_around=_rounded(local),
+        first_token_in_chunks=_median_and_max([wait / step for wait in waits]),
+        first_token_in_chunks_around=_median_and_max([w / seconds for w, seconds in zip(waits, local, strict=True)]),
+    )  # fmt: skip
 
 
 @main.command()
@@ -202,14 +198,10 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
 @click.option("--rounds", default=3, help="Rounds; the first also fills caches.")
 def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rounds: int) -> None:
     """Memory and descriptors of head and stage before and after rounds of many small jobs."""
-    with tempfile.TemporaryDirectory() as folder:
-        cluster: dict[str, object] = {"threads_per_actor": 1, "cpus_per_actor": 0.5}
-        with running_head(
-            model, Path(folder), cluster=cluster, kv_cache={"bytes": "256MiB"},
-            prefill={"max_num_batched_tokens": chunk}, model_settings={"max_model_len": "4k"},
-        ) as (client, runtime):  # fmt: skip
-            result = measure_load(client, runtime, clients, jobs, rounds)
-    _write(out, {"what": "memory and descriptors under load", "chunk": chunk, **result})
+    sections = one_actor(chunk, threads=1, kv_bytes="256MiB", cpus=0.5)
+    with _service(model, sections, {"max_model_len": "4k"}) as (client, runtime):
+        result = measure_load(client, runtime, clients, jobs, rounds)
+    _write(out, what="memory and descriptors under load", chunk=chunk, **result)
 
 
 @main.command()
@@ -226,7 +218,7 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
     "--cell",
     default="8K",
     show_default=True,
-    callback=lambda c, p, v: parse_count(v),
+    callback=_count,
     help="Tokens of a sparse cell, whose keys are chosen together.",
 )
 @click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
@@ -244,9 +236,12 @@ def peers(
 ) -> None:  # fmt: skip
     """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint."""
     wanted = [parse_count(text) for text in lengths.split(",")]
-    found = compare(model, wanted, mode, chunk, threads, repeats, decode, vllm_python, cell)
-    _write(out, {"what": "the cluster through its client beside vLLM", "chunk": chunk, "threads": threads,
-                 "pattern": SPARSE | {"cell": cell} if mode == "sparse" else None, "results": found})  # fmt: skip
+    setup = Setup(model, chunk, threads, decode, cell if mode == "sparse" else None)
+    results = measure_peers(setup, wanted, repeats, vllm_python)
+    _write(
+        out, what="the cluster through its client beside vLLM", chunk=chunk, threads=threads,
+        pattern=SPARSE | {"cell": cell} if mode == "sparse" else None, results=results,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

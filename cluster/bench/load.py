@@ -1,4 +1,4 @@
-"""Many small jobs of many clients, and what they leave behind in the processes of the cluster."""
+"""Many small jobs of many clients, and the memory and descriptors of the cluster's processes afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measure_load(client: Client, runtime: ClusterRuntime, clients: int, jobs: in
 
 def _footprint(processes: dict[str, psutil.Process]) -> dict[str, dict[str, float]]:
     gc.collect()
-    time.sleep(1.0)  # connections that are about to close
+    time.sleep(1.0)  # for connections that are about to close
     return {
         name: {"rss_mib": round(process.memory_info().rss / 2**20, 1), "files": process.num_fds()}
         for name, process in processes.items()
@@ -61,7 +61,7 @@ def _one_client(address: str, number: int, jobs: int, seed: int) -> None:
 
 
 def main() -> None:
-    """The clients' process: ADDRESS CLIENTS JOBS SEED."""
+    """Run the clients' process, with the arguments ADDRESS CLIENTS JOBS SEED."""
     address, clients, jobs, seed = sys.argv[1], *map(int, sys.argv[2:5])
     with ThreadPoolExecutor(clients) as threads:
         futures = [threads.submit(_one_client, address, n, jobs // clients, seed) for n in range(clients)]

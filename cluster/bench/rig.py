@@ -40,12 +40,23 @@ def running_head(
             yield client, head.runtime
 
 
+def one_actor(
+    chunk: int, threads: int, kv_bytes: str = "2GiB", cpus: float = 1.0, stages: int = 1
+) -> dict[str, dict[str, object]]:
+    """Return sections of the YAML for stages of one shard, and steps of at most `chunk` tokens."""
+    return {
+        "cluster": {"pipeline_parallel_size": stages, "threads_per_actor": threads, "cpus_per_actor": cpus},
+        "kv_cache": {"bytes": kv_bytes},
+        "prefill": {"max_num_batched_tokens": chunk},
+    }
+
+
 def random_ids(length: int, seed: int) -> list[int]:
-    """Uniform ids in 5..31999, as every peer gets them."""
+    """Return uniform ids in 5..31999, the same for every peer."""
     rng = random.Random(seed)
     return [rng.randint(5, 31999) for _ in range(length)]
 
 
 def token_times(job: Job, began: float) -> list[float]:
-    """Seconds from `began` to every token of a job, as the client sees them."""
+    """Return the seconds from `began` to every token of a job, as the client sees them."""
     return [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]

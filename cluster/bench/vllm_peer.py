@@ -1,4 +1,4 @@
-"""vLLM on the CPU, run by a Python that has it: prefill and decode of random ids. Imports nothing of ours.
+"""vLLM on the CPU, run by a Python that has it: prefill and decode of random ids. Imports nothing of Longreach.
 
 Usage: `python vllm_peer.py CHECKPOINT LENGTH DECODE_TOKENS SEED THREADS`; prints one JSON object.
 """
@@ -13,6 +13,7 @@ import time
 
 
 def main() -> None:
+    """Measure one prompt and print the result."""
     model, length, decode, seed, threads = sys.argv[1], *map(int, sys.argv[2:])
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "6")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
@@ -27,7 +28,7 @@ def main() -> None:
     ).llm_engine  # fmt: skip
 
     def run(count: int, tokens: int, source: int) -> list[float]:
-        """Seconds from submission to every token."""
+        """Return the seconds from submission to every token."""
         ids = random.Random(source)
         prompt = {"prompt_token_ids": [ids.randint(5, 31999) for _ in range(count)]}
         params = vllm.SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0)

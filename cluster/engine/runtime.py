@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cluster.common.environment import environment
 from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import kv_dtype
@@ -24,6 +23,7 @@ from cluster.text.prompts import build_document_prompts, check_document, check_l
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
+from protos.node.environment import environment
 
 if TYPE_CHECKING:
     from cluster.stages.handle import GrpcStageHandle

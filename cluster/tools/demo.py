@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.common.environment import environment
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
@@ -17,6 +16,7 @@ from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
 from cluster.tools.memory_watch import MemoryWatch
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
+from protos.node.environment import environment
 
 ANSWER_TOKENS = 20  # an answer has 15
 _ROOM = 256  # tokens kept for the question and the answer

@@ -1,4 +1,4 @@
-"""The CUDA paths against their CPU twins."""
+"""The CUDA paths against reference implementations on the CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import torch
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
+from tests.support.oracles.attention import attend_reference
+from tests.support.oracles.experts import run_experts_reference
 from tests.support.paths import NEEDLE
+from workers.attention import flash as flash_module
+from workers.attention.flash import flash, supports_flash_attn
 from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
-from workers.attention.reference import attend_reference
 from workers.attention.torch_backend import attend
 from workers.kv.paged import PagedKV, PageTable, quantise
-from workers.model.moe import run_experts, run_experts_reference
+from workers.model.moe import run_experts
 from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.transport.collectives import SingleShard
@@ -60,6 +63,25 @@ def test_attention(
     expected = attend_reference(Queries(*q.float()), k.float(), v.float(), plan, scales)
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     assert (got - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernel", ["flash-attn", "PyTorch"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", [1, 17, 67, 193])
+def test_fused_kernels(rows: int, causal: bool, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "PyTorch":
+        monkeypatch.setattr(flash_module, "supports_flash_attn", lambda device, dtype, dim: False)
+    elif not supports_flash_attn(torch.device("cuda"), torch.bfloat16, 64):
+        pytest.skip("flash-attn (the extra `cuda`) is not installed, or this GPU is too old for it")
+    torch.manual_seed(rows)
+    q, (k, v) = torch.randn(rows, 8, 64).bfloat16(), torch.randn(2, 2, rows if causal else 1000, 64).bfloat16()
+    out, lse = flash(q.cuda(), k.cuda(), v.cuda(), causal, 0.125)
+    logits = torch.einsum("qhd,hkd->hqk", q.double(), k.double().repeat_interleave(4, dim=0)) * 0.125
+    if causal:
+        logits = logits.masked_fill(torch.ones(rows, rows, dtype=torch.bool).triu(1), -torch.inf)
+    expected = torch.einsum("hqk,hkd->qhd", logits.softmax(-1), v.double().repeat_interleave(4, dim=0))
+    assert (out.double().cpu() - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert (lse.double().cpu() - logits.logsumexp(-1).T).abs().max() <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -56,10 +56,10 @@ def check(made: Pipeline, oracle: DualChunkOracle) -> None:
 
 
 @pytest.mark.parametrize("chunk", [17, 64, 256])
-def test_the_twin_of_the_compiled_kernel(
+def test_the_fallback_of_the_compiled_kernel(
     chunk: int, pipeline: Make, oracles: Callable[..., DualChunkOracle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "available", lambda q, kv: False)
+    monkeypatch.setattr(compiled, "supports", lambda q, kv: False)
     check(pipeline("qwen3_moe", SMALL, chunk=chunk), oracles("qwen3_moe", SMALL))
 
 

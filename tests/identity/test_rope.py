@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding, apply_rotary_pos_emb
 
 from protos.model.spec import RopeSpec
-from workers.model.rope import Rotary, rope_frequencies, rotate
+from workers.model.rope import Rotary, norm_and_rotate_, rope_frequencies
 
 POSITIONS = (0, 1, 4095, 262_143, 262_144, 1_009_999)
 QWEN3_YARN = {"factor": 4.0, "original_max_position_embeddings": 262_144}
@@ -101,7 +101,7 @@ def test_rotation_equals_transformers(length: int) -> None:
     positions = torch.arange(length)
     cos, sin = Qwen3MoeRotaryEmbedding(config)(x, positions[None])
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    ours = rotate(x, *Rotary(RopeSpec(1e4, "yarn", 4.0, 4096), 64).cos_sin(positions))
+    ours = norm_and_rotate_(x.clone(), Rotary(RopeSpec(1e4, "yarn", 4.0, 4096), 64).cos_sin(positions))
     torch.testing.assert_close(ours, expected[0].transpose(0, 1), rtol=0, atol=4e-6)
 
 
@@ -112,7 +112,7 @@ def test_scores_depend_on_the_distance_only() -> None:
     distance = 4097
     scores = []
     for position in (distance, 262_144, 1_009_999):
-        turned_q = rotate(q, *rotary.cos_sin(torch.tensor([position])))
-        turned_k = rotate(k, *rotary.cos_sin(torch.tensor([position - distance])))
+        turned_q = norm_and_rotate_(q.clone(), rotary.cos_sin(torch.tensor([position])))
+        turned_k = norm_and_rotate_(k.clone(), rotary.cos_sin(torch.tensor([position - distance])))
         scores.append(float((turned_q.double() * turned_k.double()).sum()))
     assert max(scores) - min(scores) < 1e-5

@@ -20,7 +20,7 @@ from tests.support.oracles.checks import check_same, run
 from tests.support.oracles.dual_chunk import DualChunkOracle
 from tests.support.oracles.sparse_prefill import SparseOracle
 from tests.support.oracles.transformers import TOLERANCE, relative_error
-from workers.attention import compiled as native
+from workers.attention import compiled
 
 FAMILY = "qwen3_moe"
 DUAL = DualChunkSpec(208, 64, original_max_position_embeddings=128)  # chunks begin every 144 tokens
@@ -41,11 +41,11 @@ def oracles(checkpoint: Checkpoints) -> Callable[[DualChunkSpec | None], SparseO
     return cache(lambda dual: SparseOracle(checkpoint(FAMILY), dual, SPARSE))
 
 
-@pytest.fixture(params=["compiled", "twins"])
+@pytest.fixture(params=["compiled", "PyTorch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of computing attention; without a compiler they are the same."""
-    if request.param == "twins":
-        monkeypatch.setattr(native, "available", lambda q, kv: False)
+    if request.param == "PyTorch":
+        monkeypatch.setattr(compiled, "supports", lambda q, kv: False)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Attention of one piece of a step, by the compiled kernel where it serves, else by its PyTorch twin."""
+"""Attention of one piece of a step: by the compiled kernel where it supports the inputs, else by PyTorch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def attend(
     q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor,
     visited: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of the rows of one plan over their paged context.
+    """Compute attention of the rows of one plan over their paged context.
 
     Args:
         q: `[T, H, D]` under every rotation that `plan.regions` names.
         kv: one layer of the cache; the rows' own keys and values are already written.
-        table: where the sequence's positions lie.
+        table: the pages of the sequence.
         plan: which keys every tile of rows visits.
         scales: `[T]` float32 in host memory, the factor on a row's logits.
-        visited: `[H]` int64 in host memory, filled with the query-key pairs every head visits.
+        visited: `[H]` int64 in host memory, filled with the number of query-key pairs that every head visits.
 
     Returns:
         `[T, H, D]` in the type of `q`.
     """
-    if compiled.available(q.intra, kv):
+    if compiled.supports(q.intra, kv):
         return compiled.attend(q, kv, table, plan, scales, visited=visited)
     if visited is not None:
         visited.copy_(torch.tensor([visited_pairs(plan, head) for head in range(len(visited))]))

@@ -1,7 +1,7 @@
-"""The compiled attention kernel (workers/kernels/attention.cpp): one call executes a plan over paged KV.
+"""The compiled attention kernel (workers/kernels/attention): one call executes a plan over paged KV.
 
-It serves host memory: float32 and bfloat16 queries over float32, bfloat16 or int8 keys and values. The GIL is released
-while it runs. The result of a row does not depend on the number of threads.
+It takes tensors in host memory: float32 and bfloat16 queries over float32, bfloat16 or int8 keys and values. The GIL is
+released while it runs. The result of a row does not depend on the number of threads.
 
 Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim.
 """
@@ -9,97 +9,26 @@ Legend: `T` rows, `H` query heads, `K` KV heads, `D` head dim.
 from __future__ import annotations
 
 import ctypes
-import enum
-import functools
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
+from workers.kernels import abi
+from workers.kernels.abi import AttentionArgs, Path
 from workers.kernels.build import load
 from workers.kv.paged import LayerKV, PageTable
 
-MAX_HEAD_DIM = 1024
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_OUT_OF_MEMORY = 2
 
-
-class Path(enum.IntEnum):
-    """The instruction sets of the kernel, the best one last."""
-
-    PORTABLE = 0
-    AVX2 = 1
-    AVX512 = 2
-    AMX = 3
-
-
-class Args(ctypes.Structure):
-    """`Args` of workers/kernels/attention.h, field by field."""
-
-    _fields_ = (
-        ("q", ctypes.c_void_p * 3),
-        ("q_row", ctypes.c_int64 * 3),
-        ("q_head", ctypes.c_int64 * 3),
-        ("out", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("key_head", ctypes.c_int64),
-        ("value_head", ctypes.c_int64),
-        ("key_scales", ctypes.c_void_p),
-        ("value_scales", ctypes.c_void_p),
-        ("key_scale_head", ctypes.c_int64),
-        ("value_scale_head", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        ("num_pages", ctypes.c_int64),
-        ("page_size", ctypes.c_int64),
-        ("slots", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("length", ctypes.c_int64),
-        ("distance", ctypes.c_int64),
-        ("tile", ctypes.c_int64),
-        ("offsets", ctypes.c_void_p),
-        ("num_offsets", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("num_columns", ctypes.c_void_p),
-        ("visited", ctypes.c_void_p),
-        ("q_type", ctypes.c_int),
-        ("kv_type", ctypes.c_int),
-        ("threads", ctypes.c_int),
-        ("path", ctypes.c_int),
-    )
-
-
-@functools.cache
-def _function() -> Callable[[object], int] | None:
-    library = load().library
-    if library is None:
-        return None
-    function = library.longreach_attend
-    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
-    return function
-
-
-@functools.cache
-def best_path() -> Path | None:
-    """The path that calls take on this CPU; None where the kernel is not built."""
-    library = load().library
-    return None if library is None else Path(library.longreach_attention_path())
-
-
-def available(q: torch.Tensor, kv: LayerKV) -> bool:
-    """Whether the kernel is built and serves queries `[T, H, D]` of this type and place over this cache."""
+def supports(q: torch.Tensor, kv: LayerKV) -> bool:
+    """Return whether the kernel is built and takes queries `[T, H, D]` of this type and device over this cache."""
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
-        and kv.keys.dtype in _TYPES
-        and q.shape[-1] <= MAX_HEAD_DIM
-        and _function() is not None
+        and kv.keys.dtype in abi.TYPES
+        and q.shape[-1] <= abi.MAX_HEAD_DIM
+        and load().library is not None
     )
 
 
@@ -107,25 +36,25 @@ def attend(
     q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, *,
     visited: torch.Tensor | None = None, path: Path = Path.AMX,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of the rows of one plan; the contract is that of `attend.attend`.
+    """Compute attention of the rows of one plan; the contract is that of `attend.attend`.
 
     Args:
         scales: `[T]` float32, above 0.
-        visited: `[H]` int64, filled with `plan.visited_pairs` of every head.
-        path: the best instruction set to use; a lower one is taken where the CPU or the types need it.
+        visited: `[H]` int64, filled with the number of pairs that every head visits.
+        path: the best instruction set to use; a lower one is used where CPU or types need it.
 
     Raises:
         ValueError: shapes, types or strides do not fit each other, or the plan leaves the page table.
-        MemoryError: there is no room for scratch memory (a few MiB a thread).
+        MemoryError: there is no room for scratch memory (a few MiB per thread).
     """
-    function = _function()
-    if function is None:
+    library = load().library
+    if library is None:
         raise ValueError(f"attention kernel: not built ({load().reason}); use workers.attention.torch_backend")
     _check(q, kv, plan, scales)
     rows, heads, dim = q.intra.shape
     out = torch.empty(rows, heads, dim, dtype=q.intra.dtype)
-    args = Args(out=out.data_ptr(), keys=kv.keys.data_ptr(), values=kv.values.data_ptr())
-    fill(args, kv, table, plan, scales, heads, kv.keys.shape[0], dim, out.dtype, path)
+    args = AttentionArgs(out=out.data_ptr(), keys=kv.keys.data_ptr(), values=kv.values.data_ptr())
+    fill_args(args, kv, table, plan, scales, heads, kv.keys.shape[0], dim, out.dtype, path)
     args.key_head, args.value_head = kv.keys.stride(0), kv.values.stride(0)
     for i, tensor in enumerate((q.intra, q.succ, q.inter)):
         if tensor is not None:
@@ -137,34 +66,34 @@ def attend(
         if visited.shape != (heads,) or visited.dtype != torch.int64:
             raise ValueError(f"attention kernel: visited {tuple(visited.shape)} {visited.dtype}: need ({heads},) int64")
         args.visited = visited.data_ptr()
-    kept_alive = _select(args, plan)
-    status = function(ctypes.addressof(args))
+    kept_alive = _fill_selections(args, plan)
+    status = library.longreach_attend(ctypes.byref(args))
     del kept_alive
-    if status == _OUT_OF_MEMORY:
-        raise MemoryError(f"attention kernel: no memory for {torch.get_num_threads()} threads' scratch")
     if status:
-        raise ValueError(
-            f"attention kernel: rows {plan.start} to {plan.start + rows - 1} with {args.num_pages} pages of "
-            f"{table.page_size} in {kv.keys.shape[1]} slots: out of range, or offsets or columns not ascending"
+        abi.raise_for_status(
+            status,
+            no_memory=f"attention kernel: no memory for {torch.get_num_threads()} threads' scratch",
+            invalid=f"attention kernel: rows {plan.start} to {plan.start + rows - 1} with {args.num_pages} pages of "
+            f"{table.page_size} in {kv.keys.shape[1]} slots: out of range, or offsets or columns not ascending",
         )
     return out
 
 
-def fill(
-    args: Args, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, heads: int, kv_heads: int,
-    dim: int, dtype: torch.dtype, path: Path = Path.AMX,
+def fill_args(
+    args: AttentionArgs, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor, heads: int,
+    kv_heads: int, dim: int, dtype: torch.dtype, path: Path = Path.AMX,
 ) -> None:  # fmt: skip
-    """Set what does not depend on the layer: the plan, its pages and scales, sizes and types."""
+    """Set the arguments that do not depend on the layer: the plan, its pages and scales, sizes and types."""
     args.pages, args.num_pages = table.page_slots.buffer_info()
     args.page_size, args.slots, args.scales = table.page_size, kv.keys.shape[1], scales.data_ptr()
     args.heads, args.kv_heads, args.dim = heads, kv_heads, dim
     args.start, args.length, args.distance, args.tile = plan.start, plan.length, plan.distance, plan.tile
-    args.q_type, args.kv_type = _TYPES[dtype], _TYPES[kv.keys.dtype]
+    args.q_type, args.kv_type = abi.TYPES[dtype], abi.TYPES[kv.keys.dtype]
     args.threads, args.path = torch.get_num_threads(), path
 
 
-def _select(args: Args, plan: AttentionPlan) -> list[object]:
-    """Hand the selections over; returns what must outlive the call."""
+def _fill_selections(args: AttentionArgs, plan: AttentionPlan) -> list[object]:
+    """Set the selections of the heads; returns the arrays that must outlive the call."""
     if plan.heads is None:
         return []
     if len(plan.heads) != args.heads:

@@ -1,11 +1,11 @@
-"""The attention plan: for every tile of queries, which keys it visits and how.
+"""The attention plan: for every tile of queries, which keys it visits and under which rotation.
 
-One data structure serves every kind of attention. Dense prefill visits every key up to the row's own; dual chunk
-attention (DCA) tags key ranges with another rotation of the query; sparse prefill visits fewer ranges and adds gathered
-columns. Kernels execute plans, they decide nothing.
+One data structure covers every kind of attention. Dense prefill visits every key up to the row's own; dual chunk
+attention (DCA, arXiv 2402.17463) tags key ranges with another rotation of the query; sparse prefill visits fewer ranges
+and adds gathered columns. Kernels execute plans, they decide nothing.
 
-A plan is kept compact: offsets (distance from query to key) and columns of a head say for any tile which keys it
-visits. `AttentionPlan.tile_keys` spells that out; the compiled kernel computes the same lists while it runs.
+A plan is compact: the offsets (distances from query to key) and columns of a head determine the keys of any tile.
+`AttentionPlan.tile_keys` spells them out; the compiled kernel computes the same lists while it runs.
 
 Legend: `T` rows of the plan, `H` query heads of the shard, `L` tokens between the starts of two DCA chunks. Rows are
 counted within the plan, keys are absolute positions in the sequence.
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-QUERY_TILE = 64  # rows that share a list of keys
+QUERY_TILE = 64  # rows that share one list of keys
 
 IntArray = npt.NDArray[np.int32]
 
 
 class Rotation(enum.IntEnum):
-    """Which rotation of the query meets a range of keys: own DCA chunk, the chunk before, all earlier ones."""
+    """The rotation of the query for a range of keys: of its own DCA chunk, the chunk before it, or earlier ones."""
 
     INTRA = 0
     SUCC = 1
@@ -35,7 +35,7 @@ class Rotation(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class KeyRange:
-    """Keys `start .. stop - 1`; `causal`: some of them come after some row of the tile and are masked there."""
+    """Keys `start .. stop - 1`; with `causal` some of them come after some row of the tile and are masked there."""
 
     start: int
     stop: int
@@ -45,7 +45,7 @@ class KeyRange:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileKeys:
-    """Rows `start .. stop - 1` and the keys they visit: ascending ranges, and columns outside of them (ascending)."""
+    """Rows `start .. stop - 1` and the keys they visit: ascending ranges, and ascending columns outside of these."""
 
     start: int
     stop: int
@@ -55,7 +55,7 @@ class TileKeys:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """What one query head keeps in one cell.
+    """The keys that one query head keeps in one cell.
 
     `offsets` `[n, 2]` are closed intervals of distances from query to key, ascending and neither overlapping nor
     adjacent; `columns` `[m]` are key positions, ascending, each once. A pair is kept when its offset or its column is.
@@ -66,7 +66,7 @@ class Selection:
 
     @staticmethod
     def everything(stop: int) -> Selection:
-        """All keys of rows before position `stop`."""
+        """Return the selection that keeps all keys of rows before position `stop`."""
         return Selection(np.array([[0, stop - 1]], np.int32), np.empty(0, np.int32))
 
 
@@ -74,8 +74,8 @@ class Selection:
 class AttentionPlan:
     """Rows at positions `start .. start + length - 1`, all in one DCA chunk.
 
-    `distance` is `L`, 0 for plain attention (one infinite chunk). `heads` has a selection a query head; None means that
-    every head visits everything up to its own position. `tile` rows share a list of keys.
+    `distance` is `L`, 0 for plain attention (one infinite chunk). `heads` has a selection per query head; with None
+    every head visits all keys up to the row's own position. `tile` rows share a list of keys.
     """
 
     start: int
@@ -96,17 +96,17 @@ class AttentionPlan:
 
     @property
     def regions(self) -> tuple[tuple[int, int, Rotation], ...]:
-        """The key regions `(start, stop, rotation)` in ascending order; empty ones are left out."""
+        """The key regions `(start, stop, rotation)` in ascending order, without empty ones."""
         stop = self.start + self.length
         if not self.distance:
             return ((0, stop, Rotation.INTRA),)
         intra = self.start // self.distance * self.distance
         succ = max(0, intra - self.distance)
-        found = ((0, succ, Rotation.INTER), (succ, intra, Rotation.SUCC), (intra, stop, Rotation.INTRA))
-        return tuple(region for region in found if region[0] < region[1])
+        regions = ((0, succ, Rotation.INTER), (succ, intra, Rotation.SUCC), (intra, stop, Rotation.INTRA))
+        return tuple(region for region in regions if region[0] < region[1])
 
     def tile_keys(self, head: int) -> Iterator[TileKeys]:
-        """The key lists of one head, tile by tile."""
+        """Yield the keys of one head, tile by tile."""
         selection = None if self.heads is None else self.heads[head]
         for row in range(0, self.length, self.tile):
             stop = min(row + self.tile, self.length)
@@ -126,21 +126,11 @@ class AttentionPlan:
             )
             yield TileKeys(row, stop, ranges, columns)
 
-    def visited_pairs(self, head: int) -> int:
-        """Query-key pairs one head visits, without those the causal mask removes."""
-        total = 0
-        for tile in self.tile_keys(head):
-            rows = np.arange(self.start + tile.start, self.start + tile.stop)
-            for keys in tile.ranges:
-                total += int(np.clip(rows + 1 - keys.start, 0, keys.stop - keys.start).sum())
-            total += int(np.searchsorted(tile.columns, rows, side="right").sum())
-        return total
-
 
 def _visited(offsets: IntArray, first: int, last: int) -> list[tuple[int, int]]:
-    """Key ranges that rows at `first .. last` reach through closed intervals of offsets: ascending, disjoint."""
+    """Return the key ranges that rows at `first .. last` reach through intervals of offsets: ascending, disjoint."""
     ranges: list[tuple[int, int]] = []
-    for low, high in offsets[::-1].tolist():  # far offsets are early keys
+    for low, high in offsets[::-1].tolist():  # large offsets are early keys
         start, stop = max(0, first - high), last - low + 1
         if start >= stop:
             continue

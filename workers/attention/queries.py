@@ -14,14 +14,17 @@ from workers.attention.plan import Rotation
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Rows `[T, H, D]` each; unit stride in `D`, any stride of rows and heads. None: the plan has no such region."""
+    """The rows `[T, H, D]` under each rotation: unit stride in `D`, any strides of rows and heads.
+
+    None where the plan has no region of that rotation.
+    """
 
     intra: torch.Tensor
     succ: torch.Tensor | None = None
     inter: torch.Tensor | None = None
 
     def of(self, rotation: Rotation) -> torch.Tensor:
-        """The rows that meet keys tagged with `rotation`."""
+        """Return the rows that meet keys tagged with `rotation`."""
         rows = (self.intra, self.succ, self.inter)[rotation]
         assert rows is not None, f"the plan needs {rotation.name} queries"
         return rows

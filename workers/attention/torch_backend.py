@@ -1,9 +1,9 @@
-"""Executes attention plans over paged KV with PyTorch's kernels: the CUDA path, and the twin of the compiled kernel.
+"""Execute attention plans over paged KV with PyTorch: the CUDA path, and the fallback of the compiled kernel.
 
-Dense plans run through the fused flash kernels. Each key range is read where it lies: a run of neighbouring pages is a
-view, and only shorter fragments are gathered into a scratch buffer of at most `FRAGMENT_TOKENS` keys; a cache of
-another type than the queries is converted in such buffers too. Scores never leave the kernel; partial results of a row
-over several runs are joined by their log-sum-exp in float32. Heads that select their keys gather them, tile by tile.
+Dense plans run through fused kernels (`flash`). Long runs of slots are read in place, as views; shorter ones are
+gathered into buffers of at most `FRAGMENT_TOKENS` keys, where a cache of another type than the queries is converted
+too. The partial results of a row over several runs are merged by their log-sum-exps in float32. Heads with a selection
+gather their keys tile by tile.
 
 Legend: `T` rows, `H` query heads, `K` KV heads, `G = H // K`, `D` head dim.
 """
@@ -15,65 +15,68 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from workers.attention.flash import flash
 from workers.attention.plan import AttentionPlan, IntArray, Rotation, TileKeys
 from workers.attention.queries import Queries
 from workers.kernels.blocking import row_blocks
 from workers.kv.paged import LayerKV, PageTable, SlotRun
 
-FRAGMENT_TOKENS = 4096  # most keys gathered or converted at once
-MIN_VIEW_TOKENS = 1024  # runs at least this long are read in place; below, a copy costs less than a kernel call
-DENSE_ROWS = 4096  # most rows of one kernel call; bounds its scratch memory
+FRAGMENT_TOKENS = 4096  # upper bound on the keys gathered or converted at once
+MIN_VIEW_TOKENS = 1024  # runs of this length and more are read in place; below, a copy costs less than a kernel call
+DENSE_ROWS = 4096  # upper bound on the rows of one kernel call, and so on its scratch memory
 
 
 def attend(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scales: torch.Tensor) -> torch.Tensor:
-    """Attention of the rows of one plan over their paged context; the contract is that of `attend.attend`."""
-    q, scale = _one_scale(q, scales)
+    """Compute attention of the rows of one plan; the contract is that of `attend.attend`."""
+    q, scale = _with_one_scale(q, scales)
     return _dense(q, kv, table, plan, scale) if plan.heads is None else _sparse(q, kv, table, plan, scale)
 
 
-def _one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
-    """Queries that share one factor: rows of another one (generated tokens computed in bulk) are stretched."""
+def _with_one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
+    """Return queries that share one logit factor: rows of another one (generated tokens in bulk) are multiplied."""
     first = float(scales[0])
     if bool((scales == first).all()):
         return q, first
     ratio = (scales / first).to(q.intra.device)[:, None, None]
 
-    def stretch(rows: torch.Tensor | None) -> torch.Tensor | None:
+    def scaled(rows: torch.Tensor | None) -> torch.Tensor | None:
         return None if rows is None else (rows.float() * ratio).to(rows.dtype)
 
-    return Queries((q.intra.float() * ratio).to(q.intra.dtype), stretch(q.succ), stretch(q.inter)), first
+    return Queries((q.intra.float() * ratio).to(q.intra.dtype), scaled(q.succ), scaled(q.inter)), first
 
 
 def _dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
     dtype = q.intra.dtype
-    tiles = []  # they cover the rows in order
+    parts = []  # of the rows, in order
     for row in range(0, plan.length, DENSE_ROWS):
         stop = min(row + DENSE_ROWS, plan.length)
         first = plan.start + row
-        plain = first if stop - row > 1 else first + 1  # keys that every row of the tile may see
-        partial = _Merger()
+        shared = first if stop - row > 1 else first + 1  # keys before it are visible to all of these rows
+        merger = _Merger()
         for low, high, rotation in plan.regions:
             rows = q.of(rotation)[row:stop]
-            for k, v in _pieces(kv, table.runs(low, min(high, plain)), dtype):
-                partial.add(*_flash(rows, k, v, False, scale))
+            for k, v in _key_blocks(kv, table.runs(low, min(high, shared)), dtype):
+                merger.add(*flash(rows, k, v, False, scale))
         if stop - row > 1:
             k, v = _whole(kv, table.runs(first, plan.start + stop), dtype)
-            partial.add(*_flash(q.intra[row:stop], k, v, True, scale))
-        tiles.append(partial.result(dtype))
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+            merger.add(*flash(q.intra[row:stop], k, v, True, scale))
+        parts.append(merger.result(dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sparse(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
-    """Head by head and tile by tile: gather the keys of a tile, then one masked softmax in float32."""
+    """Gather the keys of each head and tile, and compute one masked softmax over them in float32."""
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=q.intra.device)
     heads, kv_heads = out.shape[1], kv.keys.shape[0]
     for head in range(heads):
         for tile in plan.tile_keys(head):
-            out[tile.start : tile.stop, head] = _tile(q, kv, table, plan, scale, tile, (head, head * kv_heads // heads))
+            out[tile.start : tile.stop, head] = _sparse_tile(
+                q, kv, table, plan, scale, tile, (head, head * kv_heads // heads)
+            )
     return out
 
 
-def _tile(
+def _sparse_tile(
     q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float, tile: TileKeys,
     heads: tuple[int, int],
 ) -> torch.Tensor:  # fmt: skip
@@ -96,7 +99,7 @@ def _tile(
 
 
 def _positions(tile: TileKeys, rotation: Rotation, low: int, high: int) -> IntArray:
-    """Keys of a tile in one region `low .. high - 1`: ranges first, then columns."""
+    """Return the keys of a tile in the region `low .. high - 1`: those of ranges, then columns."""
     spans = [np.arange(keys.start, keys.stop, dtype=np.int32) for keys in tile.ranges if keys.rotation == rotation]
     columns = tile.columns[(tile.columns >= low) & (tile.columns < high)]
     return np.concatenate([*spans, columns])
@@ -106,8 +109,8 @@ def _float(cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     return cache.float() if scales is None else cache.float() * scales[..., None]
 
 
-def _pieces(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut runs of slots into `[K, n, D]` pieces of keys and values: views of long runs, gathered fragments."""
+def _key_blocks(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield keys and values `[K, n, D]` of all runs: views of the long ones, and gathered blocks of the others."""
     if kv.keys.dtype != dtype:
         runs = [
             SlotRun(first + at, min(FRAGMENT_TOKENS - MIN_VIEW_TOKENS, length - at))
@@ -130,7 +133,7 @@ def _pieces(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> Iterator[tu
 
 
 def _whole(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[K, n, D]` of all runs in `dtype`: a view when there is one run of that type, else a copy."""
+    """Return keys and values `[K, n, D]` of all runs in `dtype`: views of a single run of that type, else copies."""
     return _rows(kv.keys, kv.key_scales, runs, dtype), _rows(kv.values, kv.value_scales, runs, dtype)
 
 
@@ -146,72 +149,30 @@ def _gather(cache: torch.Tensor, runs: list[SlotRun]) -> torch.Tensor:
     return torch.cat([cache[:, first : first + length] for first, length in runs], dim=1)
 
 
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One kernel call: output `[T, H, D]` and log-sum-exp `[T, H]` in float32.
-
-    Few rows (decoding) are folded so that all query heads of a KV head pass over K and V together.
-    """
-    rows, heads, dim = q.shape
-    kv_heads = k.shape[0]
-    group = heads // kv_heads
-    if causal and rows > 1:
-        out, lse = _kernel(q.transpose(0, 1)[None], k[None], v[None], True, scale)
-        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-    if rows * group <= 64 or q.device.type == "cuda":
-        folded = q.view(rows, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, rows * group, dim)
-        out, lse = _kernel(folded, k[None], v[None], False, scale)
-        out = out[0].view(kv_heads, rows, group, dim).permute(1, 0, 2, 3).reshape(rows, heads, dim)
-        return out, lse[0].view(kv_heads, rows, group).permute(1, 0, 2).reshape(rows, heads)
-    out, lse = _kernel(q.transpose(0, 1)[None], k[None], v[None], False, scale)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-
-
-def _kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flash attention on `[1, heads, rows, D]`; returns the output and the natural log-sum-exp `[1, heads, rows]`."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
-    if q.shape[1] != k.shape[1]:  # the CUDA operators want equal head counts; views with stride 0 copy nothing
-        group = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(group, dim=1)
-        v = v.repeat_interleave(group, dim=1)
-    if q.dtype == torch.float32:  # flash kernels on CUDA take 16-bit types only
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
-        )
-        return out, lse[..., : q.shape[2]]
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-    return out, lse[..., : q.shape[2]]
-
-
 class _Merger:
-    """Joins partial attention results of the same rows over disjoint keys; only the last join rounds."""
+    """Merges partial attention results of the same rows over disjoint keys; only the last merge rounds."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most two: output and log-sum-exp
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most two of (output, log-sum-exp)
 
     def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         if len(self._parts) == 2:
-            self._parts = [_join(self._parts[0], self._parts[1], torch.float32)]
+            self._parts = [_merge(self._parts[0], self._parts[1], torch.float32)]
         self._parts.append((out, lse))
 
     def result(self, dtype: torch.dtype) -> torch.Tensor:
-        assert self._parts, "a query tile without keys"
-        out = self._parts[0][0] if len(self._parts) == 1 else _join(self._parts[0], self._parts[1], dtype)[0]
+        assert self._parts, "rows without keys"
+        out = self._parts[0][0] if len(self._parts) == 1 else _merge(self._parts[0], self._parts[1], dtype)[0]
         return out.to(dtype)
 
 
-def _join(
+def _merge(
     old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weigh two results by their sums of exponentials, in float32 and in blocks of rows; may overwrite the old one."""
+    """Weight two results by their sums of exponentials, in float32 and block by block; may overwrite the old one."""
     out, lse = old
-    share = torch.sigmoid(new[1] - lse)[..., None]  # of the new keys in the whole sum
-    joined = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    weight = torch.sigmoid(new[1] - lse)[..., None]  # share of the new keys in the sum
+    merged = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
     for rows in row_blocks(out):
-        joined[rows] = torch.lerp(out[rows].float(), new[0][rows].float(), share[rows])
-    return joined, torch.logaddexp(lse, new[1])
+        merged[rows] = torch.lerp(out[rows].float(), new[0][rows].float(), weight[rows])
+    return merged, torch.logaddexp(lse, new[1])

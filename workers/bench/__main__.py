@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from workers.bench import kernels, machine
+from protos.node.environment import write_result
+from workers.bench import kernels
 from workers.bench.checkpoint import write_checkpoint
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model
-from workers.bench.peers import run_peers
+from workers.bench.peers import Setup, measure_peers
 from workers.bench.timing import Figure
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
@@ -22,7 +22,7 @@ _DECODE_TOKENS = 96
 
 
 def length(text: str) -> int:
-    """A token count such as `4096`, `4k` (4,000) or `4K` (4,096)."""
+    """Parse a token count such as `4096`, `4k` (4,000) or `4K` (4,096)."""
     unit = _UNITS.get(text[-1:], 1)
     digits = text if unit == 1 else text[:-1]
     if not (digits.isascii() and digits.isdigit()) or not 1 <= int(digits) * unit <= 1 << 21:
@@ -31,16 +31,19 @@ def length(text: str) -> int:
 
 
 def lengths(text: str) -> list[int]:
+    """Parse token counts separated by commas."""
     return [length(part) for part in text.split(",")]
 
 
 def count(text: str) -> int:
+    """Parse a whole number from 1 to 4096."""
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to 4096")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="python -m workers.bench",
         description="Measure the data plane on this machine. Needs only torch (numpy for frames and sampler; "
@@ -120,11 +123,10 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options)
     if options.json and not options.json.parent.is_dir():
         raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
-    where = machine.describe(device, options.date)
     figures: list[Figure] = []
 
-    def show(found: Iterable[Figure]) -> None:
-        for figure in found:
+    def show(measured: Iterable[Figure]) -> None:
+        for figure in measured:
             print(figure.line(), flush=True)
             figures.append(figure)
 
@@ -132,17 +134,29 @@ def _run(options: argparse.Namespace) -> None:
         "kernels": lambda: kernels.run_kernels(_kernel_setup(options, device)),
         "prefill": lambda: _model(options, device, 0),
         "decode": lambda: _model(options, device, _DECODE_TOKENS),
-        "peers": lambda: run_peers(
-            options.model, options.lengths, options.chunk, torch.get_num_threads(), options.repeats or 3
+        "peers": lambda: measure_peers(
+            Setup(options.model, options.chunk, torch.get_num_threads()), options.lengths, options.repeats or 3
         ),
     }
     for verb in ("kernels", "decode") if options.verb == "all" else (options.verb,):
         show(verbs[verb]())
     if options.json:
-        # folders of this machine say nothing elsewhere: only their names are kept
+        # only the names of folders are kept: their paths mean nothing on another machine
         config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
-        result = {**where, "config": config, "figures": [asdict(figure) for figure in figures]}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = {"what": options.verb, "config": config, "figures": [asdict(figure) for figure in figures]}
+        write_result(options.json, result, **_facts(device), **({"date": options.date} if options.date else {}))
+
+
+def _facts(device: torch.device) -> dict[str, object]:
+    """Return the facts of the environment that torch knows."""
+    facts: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name, "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+        }  # fmt: skip
+    return facts
 
 
 def _kernel_setup(options: argparse.Namespace, device: torch.device) -> kernels.KernelSetup:

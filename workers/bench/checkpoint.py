@@ -1,4 +1,4 @@
-"""Writes the built-in benchmark model as a Hugging Face checkpoint, so that other engines can run the same weights."""
+"""Write the built-in benchmark model as a Hugging Face checkpoint, so that other engines can run the same weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SCALE = 0.02
 
 
 def write_checkpoint(folder: Path, seed: int = 0, layers: int = 8) -> int:
-    """Random bfloat16 weights (normal, scale 0.02; norms 1) and `config.json`; returns the bytes of the weights.
+    """Write random bfloat16 weights (normal, scale 0.02; norms 1) and `config.json`; returns the bytes of the weights.
 
     Raises:
         ValueError: the folder already holds a `config.json`.

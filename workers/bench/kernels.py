@@ -5,6 +5,7 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from protos.stage.messages import SampleSpec, SamplingParams, Span
 from workers.attention.attend import attend
+from workers.attention.pair_counts import causal_pairs
 from workers.attention.plan import AttentionPlan
 from workers.attention.queries import Queries
 from workers.bench.model import PAGE, benchmark_spec
@@ -22,7 +24,7 @@ from workers.bench.timing import Figure, measure, median_figure
 from workers.kv.paged import LayerKV, PageTable
 from workers.model.layers import rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
-from workers.model.rope import Rotary, rotate, row_scales
+from workers.model.rope import Rotary, norm_and_rotate_, row_scales
 from workers.transport.collectives import join_group
 
 _VOCAB = 151936  # of the published Qwen3 models
@@ -31,7 +33,7 @@ _RANKS = 2
 
 @dataclass(frozen=True, slots=True)
 class KernelSetup:
-    """Sizes and place of a run: `keys` are the context lengths of attention, `tokens` the rows of a step."""
+    """Device and sizes of a run: `keys` are the context lengths of attention, `tokens` the rows of a step."""
 
     device: torch.device
     dtype: torch.dtype
@@ -40,18 +42,19 @@ class KernelSetup:
     repeats: int
 
     def random(self, *shape: int) -> torch.Tensor:
+        """Return normal random values in the type and on the device of the run, always the same."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
     def time(self, name: str, call: Callable[[], object], flop: float = 0.0) -> Figure:
-        seconds = measure(call, self.device, self.repeats)
-        figure = median_figure(name, [s * 1e3 for s in seconds], "ms")
-        rate = f"{flop / figure.value / 1e9:.3g} TFLOP/s" if flop else ""
-        return median_figure(name, [s * 1e3 for s in seconds], "ms", rate)
+        """Measure a call in milliseconds; with `flop` the figure's note has the rate."""
+        milliseconds = [seconds * 1e3 for seconds in measure(call, self.device, self.repeats)]
+        rate = f"{flop / statistics.median(milliseconds) / 1e9:.3g} TFLOP/s" if flop else ""
+        return median_figure(name, milliseconds, "ms", rate)
 
 
 def run_kernels(setup: KernelSetup) -> Iterator[Figure]:
-    """Every kernel in turn."""
+    """Measure every kernel in turn."""
     with torch.inference_mode():
         for keys in setup.keys:
             yield from _attention(setup, keys)
@@ -71,7 +74,7 @@ def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
     table.append(range(-(-keys // PAGE)))
     plan, last = AttentionPlan(keys - rows, rows), AttentionPlan(keys - 1, 1)
     scales = row_scales(torch.arange(rows), keys, dim, None)
-    flop = 4.0 * plan.visited_pairs(0) * heads * dim
+    flop = 4.0 * causal_pairs(plan) * heads * dim
     name = f"{rows} queries at the end of {keys} keys"
     yield setup.time(f"attention, {name}", lambda: attend(Queries(q), kv, table, plan, scales), flop)
     query, k, v = q.transpose(0, 1)[None], kv.keys[None, :, :keys], kv.values[None, :, :keys]
@@ -108,8 +111,8 @@ def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
     x, weight = setup.random(setup.tokens, hidden), setup.random(hidden)
     yield setup.time(f"rms_norm [{setup.tokens}, {hidden}]", lambda: rms_norm(x, weight, 1e-6))
     q = setup.random(setup.tokens, heads, dim)
-    cos, sin = Rotary(spec.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
-    yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: rotate(q, cos, sin))
+    cos_sin = Rotary(spec.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
+    yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: norm_and_rotate_(q.clone(), cos_sin))
     out = (heads + 2 * spec.num_key_value_heads) * dim
     matrix = setup.random(out, hidden)
     flop = 2.0 * setup.tokens * hidden * out
@@ -117,7 +120,7 @@ def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
 
 
 def _all_reduce(setup: KernelSetup) -> Figure:
-    """Two members in this process, gloo over the loopback interface, in host memory on every machine."""
+    """Measure two ranks in this process, over gloo on the loopback interface, always in host memory."""
     store, device = dist.HashStore(), torch.device("cpu")
     tensors = [torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype) for _ in range(_RANKS)]
     go, done = threading.Barrier(_RANKS, timeout=120), threading.Event()

@@ -1,4 +1,4 @@
-"""One process that prefills and decodes: the decoder alone, without Ray, sockets or the sampler.
+"""The one-process runner: prefill and decode by the decoder alone, without Ray, sockets or the sampler.
 
 Legend: `M` hidden size, `H` and `K` query and KV heads, `D` head dim, `E` experts, `I` expert width.
 """
@@ -29,7 +29,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def benchmark_spec(layers: int = 8) -> ModelSpec:
-    """The built-in shape, "qwen3moe-0.7b": small enough that two cores prefill it, with the widths of a real model."""
+    """Return the built-in shape, "qwen3moe-0.7b": the widths of a real model, few enough layers for two cores."""
     return ModelSpec(
         model_type="qwen3_moe", vocab_size=49152, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16,
         num_key_value_heads=2, head_dim=128, intermediate_size=3072, rms_norm_eps=1e-6, tie_word_embeddings=False,
@@ -39,8 +39,10 @@ def benchmark_spec(layers: int = 8) -> ModelSpec:
 
 
 class Timings(NamedTuple):
+    """Seconds to the first token, and of every decode step after it."""
+
     prefill_s: float
-    decode_s: list[float]  # one entry a token
+    decode_s: list[float]
 
 
 class OneProcess:
@@ -49,7 +51,13 @@ class OneProcess:
     def __init__(
         self, model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, tokens: int, chunk: int
     ) -> None:
-        """`model` is a checkpoint folder, or a shape that gets random weights; `tokens` is the room in the KV cache."""
+        """Load the model.
+
+        Args:
+            model: a checkpoint folder, or a shape that gets random weights.
+            tokens: capacity of the KV cache.
+            chunk: upper bound on the tokens of a prefill step.
+        """
         self.spec = load_model_spec(model) if isinstance(model, Path) else model
         shard = whole_model(self.spec)
         if isinstance(model, Path):
@@ -64,7 +72,7 @@ class OneProcess:
         self._chunk = chunk
 
     def prompt(self, length: int) -> list[int]:
-        """Uniform random ids in 5..31999 (or below the vocabulary), seed 1."""
+        """Return uniform random ids in 5..31999 (or below the vocabulary size), from seed 1."""
         high = min(32000, self.spec.vocab_size)
         generator = torch.Generator().manual_seed(1)
         return torch.randint(min(5, high - 1), high, (length,), generator=generator).tolist()
@@ -90,9 +98,9 @@ class OneProcess:
 
     @torch.inference_mode()
     def rounds(self, requests: Iterable[str], ids: list[int], decode: int) -> Iterator[float]:
-        """For every "prefill" the seconds to the first token, for every "decode" the mean seconds of a step after it.
+        """Yield the seconds to the first token for every "prefill", and the mean seconds of a step for every "decode".
 
-        So another program can measure in turns with this one, on memory that stays where it is.
+        So another program can measure in turns with this one, whose memory stays allocated.
         """
         self.run(ids[: 2 * self._chunk], 2)
         whole = -(-len(ids) // PAGE)
@@ -123,9 +131,9 @@ def run_model(
     model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, lengths: list[int], chunk: int, decode: int,
     repeats: int,
 ) -> list[Figure]:  # fmt: skip
-    """Prefill and, when `decode` is above 0, decode at each length.
+    """Measure prefill and, when `decode` is above 0, decode steps at each length.
 
-    A prompt of 256 tokens warms up; the first run at a length still meets new shapes, and counts as one of `repeats`.
+    A prompt of 256 tokens warms up; the first run at a length still has new shapes and counts as one of `repeats`.
     """
     process = OneProcess(model, dtype, device, max(*lengths, _WARM_UP) + decode + 1, chunk)
     process.run(process.prompt(_WARM_UP), 2)

@@ -1,67 +1,64 @@
-"""Our one-process runner and transformers on the same checkpoint and ids, in alternation, each in its own process."""
+"""The one-process runner beside transformers: the same checkpoint, ids and threads, each run a process of its own."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from protos.node.peers import Engine, Run, compare, run_peer
 from workers.bench.timing import Figure, median_figure
 
-_TIMEOUT_S = 3600
 _OURS, _THEIRS = "longreach", "transformers"
+_OUR_STEPS, _THEIR_STEPS = 96, 16  # decode steps of a run
 
 
-def run_peers(model: Path, lengths: list[int], chunk: int, threads: int, repeats: int) -> list[Figure]:
-    """Medians of `repeats` runs of both, and the ratio ours / theirs of every figure.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What both engines run; `chunk` in tokens."""
+
+    model: Path
+    chunk: int
+    threads: int
+
+    def runner(self, length: int, seed: int) -> Run:
+        """Prefill and decode by `python -m workers.bench rounds`, which always takes the same prompt."""
+        command = ["-m", "workers.bench", "--threads", str(self.threads), "rounds", "--model", str(self.model)]
+        command += ["--lengths", str(length), "--chunk", str(self.chunk), "--tokens", str(_OUR_STEPS)]
+        prefill, decode = map(float, run_peer(_OURS, [sys.executable, *command], "prefill\ndecode\n"))
+        return {"first_token_s": prefill, "decode_s": decode}
+
+    def transformers(self, length: int, seed: int) -> Run:
+        """Prefill and decode the same prompt by transformers."""
+        script = Path(__file__).with_name("transformers_peer.py")
+        numbers = map(str, (length, _THEIR_STEPS, self.threads))
+        return dict(json.loads(run_peer(_THEIRS, [sys.executable, str(script), str(self.model), *numbers])[-1]))
+
+
+def measure_peers(setup: Setup, lengths: list[int], repeats: int) -> Iterator[Figure]:
+    """Yield the medians of `repeats` runs of both, and the ratio ours / theirs of every figure.
 
     Raises:
         ValueError: transformers is not installed, or a run failed.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("peers: transformers is not installed: pip install 'longreach[test]'")
-    texts = ",".join(map(str, lengths))
-    commands = {
-        _OURS: ["workers.bench", "--threads", str(threads), "--repeats", "1", "decode", "--model", str(model),
-                "--lengths", texts, "--chunk", str(chunk)],
-        _THEIRS: ["workers.bench.transformers_peer", str(model), texts, str(threads)],
-    }  # fmt: skip
-    found: dict[str, dict[tuple[str, str], list[float]]] = {name: {} for name in commands}
-    for _ in range(repeats):
-        for name, command in commands.items():
-            for figure in _run(name, command, threads):
-                found[name].setdefault((figure["name"], figure["unit"]), []).append(figure["value"])
-    figures = []
-    for key, theirs in found[_THEIRS].items():
-        ours = found[_OURS][key]
-        title, unit = key
-        figures.append(median_figure(f"{_OURS}, {title}", ours, unit))
-        figures.append(median_figure(f"{_THEIRS}, {title}", theirs, unit))
-        ratio = statistics.median(ours) / statistics.median(theirs)
-        better = "above 1 is faster" if unit == "tokens/s" else "below 1 is faster"
-        figures.append(Figure(f"{_OURS} / {_THEIRS}, {title}", ratio, "ratio", repeats, note=better))
-    return figures
+    engines: dict[str, Engine] = {_OURS: setup.runner, _THEIRS: setup.transformers}
+    for length in lengths:
+        yield from _figures(compare(engines, length, repeats), length, repeats)
 
 
-def _run(name: str, command: list[str], threads: int) -> list[dict]:
-    """Run a module in a process of its own; it writes its figures to a file named by `--json`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "figures.json"
-        head, *rest = command
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", head, "--json", str(path), *rest], env=environment, capture_output=True,
-                text=True, timeout=_TIMEOUT_S, cwd=Path(__file__).resolve().parents[2],
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(f"peers: {name}: no result within {_TIMEOUT_S} s; use shorter --lengths") from error
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise ValueError(f"peers: {name}: exit {done.returncode}: {last}")
-        return list(json.loads(path.read_text())["figures"])
+def _figures(entry: dict[str, Any], length: int, repeats: int) -> Iterator[Figure]:
+    for name in (_OURS, _THEIRS):
+        rates = [length / seconds for seconds in entry[name]["first_token_s"]]
+        yield median_figure(f"{name}, prefill {length}", rates, "tokens/s")
+        yield median_figure(f"{name}, decode at {length}", entry[name]["decode_ms_runs"], "ms a token")
+    for title, key, better in (
+        (f"prefill {length}", "prefill_tokens_per_s", "above 1 is faster"),
+        (f"decode at {length}", "decode_ms", "below 1 is faster"),
+    ):
+        yield Figure(f"{_OURS} / {_THEIRS}, {title}", entry[f"ratio_{key}"], "ratio", repeats, note=better)

@@ -1,4 +1,4 @@
-"""Timing of a function on CPU or CUDA, and the figures that go into a result file."""
+"""Timing of a function on CPU or CUDA, and the figures of a result file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured number. `repeats` runs, of which `value` is the median; `low` and `high` bound them."""
+    """One measured number: `value` is the median of `repeats` runs, `low` and `high` are the extremes."""
 
     name: str
     value: float
@@ -23,22 +23,24 @@ class Figure:
     note: str = ""
 
     def line(self) -> str:
+        """Return the figure as one line of text."""
         spread = f"  ({self.low:.4g} .. {self.high:.4g})" if self.low is not None and self.high is not None else ""
         return f"{self.name:<58} {self.value:>10.4g} {self.unit}{spread}{'  ' + self.note if self.note else ''}"
 
 
 def median_figure(name: str, values: list[float], unit: str, note: str = "") -> Figure:
+    """Return the figure of several runs."""
     return Figure(name, statistics.median(values), unit, len(values), min(values), max(values), note)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the work given to `device` is done; nothing to wait for on a CPU."""
+    """Wait until the queued work of a CUDA device is done; return at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def measure(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 2) -> list[float]:
-    """Seconds of each of `repeats` calls after `warm_up` unmeasured ones; CUDA events on a GPU."""
+    """Return the seconds of each of `repeats` calls after `warm_up` unmeasured ones; by CUDA events on a GPU."""
     for _ in range(warm_up):
         call()
     synchronize(device)

@@ -1,6 +1,6 @@
-"""`python -m workers.eval REQUEST.json --out RESULT.json`: the part of `longreach eval recall` that needs tensors.
+"""`python -m workers.eval REQUEST.json --out RESULT.json`: the part of `longreach eval recall` that needs torch.
 
-Standard output has a JSON object a line: `{"phase": text, "done": tokens, "total": tokens}`.
+Progress goes to standard output, one JSON object per line: `{"phase": text, "done": tokens, "total": tokens}`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from protos.model.spec import ModelSpec
 from workers.eval.recall import Setup, Variant, evaluate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-_EVERY_S = 0.2  # between lines of progress
+_MIN_INTERVAL_S = 0.2  # between lines of progress
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Carry out a request: `model`, `spec`, `dtype`, `device`, `threads`, `chunk`, `page`, `prompt`, ..."""
+    """Carry out a request of `cluster.tools.eval.recall`; returns the result as plain data."""
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -61,14 +61,14 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Progress:
-    """Lines on standard output, a few a second and always the last of a phase."""
+    """Writes progress to standard output: a few lines per second, and always the last one of a phase."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - self._last >= _EVERY_S:
+        if done == total or now - self._last >= _MIN_INTERVAL_S:
             self._last = now
             print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
 

@@ -1,8 +1,8 @@
-"""What sparse prefill and int8 KV change: one document, one process, the same next tokens, logits side by side.
+"""What sparse prefill and int8 KV change: logits over one document, compared with those of a dense reference.
 
-The reference reads the document dense, with KV in the computing type, and continues it greedily. Every variant reads
-the same document in its own way and is then led along the reference's tokens. Decoded rows are dense in all of them, so
-what differs is the KV that prefill left behind, and the last row of the prompt.
+The reference prefills the document dense, with KV in the computing type, and continues it greedily. Every variant
+prefills the same document in its own way and is then fed the reference's tokens. Decoded rows are dense in all of them,
+so the logits differ by the KV of the prefill, and by the last row of the prompt.
 
 Legend: `N` compared positions, `V` vocabulary.
 """
@@ -26,7 +26,7 @@ from workers.model.weights import dummy_shard, load_shard, whole_model
 from workers.runner.model_runner import ModelRunner
 from workers.transport.collectives import SingleShard
 
-_DIGITS = 6  # of the figures in the result
+_DIGITS = 6  # significant digits of the figures in the result
 _WARM_UP = 256  # tokens
 
 OnProgress = Callable[[str, int, int], None]  # phase, tokens done, tokens in all
@@ -34,7 +34,7 @@ OnProgress = Callable[[str, int, int], None]  # phase, tokens done, tokens in al
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to read the document."""
+    """One way to prefill the document."""
 
     name: str
     sparse: bool = False
@@ -43,7 +43,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The model and how it reads; `chunk` and `page` in tokens. `spec` has the sparse settings of the variants."""
+    """The model and its settings: `chunk` and `page_size` in tokens, `spec` with the variants' sparse settings."""
 
     model: Path
     spec: ModelSpec
@@ -56,7 +56,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """A document read and continued: tokens `[N]`, the logits they were chosen from `[N, V]` float32, seconds."""
+    """A prefilled and continued document: tokens `[N]`, their logits `[N, V]` in float32, reports and seconds."""
 
     tokens: list[int]
     logits: torch.Tensor
@@ -66,7 +66,7 @@ class Reading:
 
 
 class Reader:
-    """The whole model in this process; every reading has a cache of its own."""
+    """The whole model in this process; every reading gets a cache of its own."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -80,7 +80,7 @@ class Reader:
         self, variant: Variant, prompt: Sequence[int], num_next: int, on_progress: OnProgress,
         forced: Sequence[int] | None = None,
     ) -> Reading:  # fmt: skip
-        """Prefill `prompt`, then go on for `num_next` tokens: along `forced`, or greedily without it."""
+        """Prefill `prompt`, then decode `num_next` tokens: those of `forced`, or greedily without it."""
         setup = self.setup
         spec = setup.spec if variant.sparse else replace(setup.spec, sparse=None)
         pages = -(-(len(prompt) + num_next) // setup.page_size)
@@ -106,15 +106,15 @@ class Reader:
             on_progress(f"{variant.name}: reading", position, len(prompt))
         prefill_s = time.perf_counter() - began
         while len(steps.tokens) < num_next:
-            given = len(steps.tokens) - 1
-            steps.take([steps.tokens[given] if forced is None else forced[given]], True)
+            newest = len(steps.tokens) - 1
+            steps.take([steps.tokens[newest] if forced is None else forced[newest]], True)
             on_progress(f"{variant.name}: continuing", len(steps.tokens), num_next)
         decode_s = time.perf_counter() - began - prefill_s
         return Reading(steps.tokens, torch.cat(steps.logits), steps.cells, prefill_s, decode_s)
 
 
 class _Steps:
-    """One sequence, step by step through a runner."""
+    """Feeds one sequence to a runner step by step."""
 
     def __init__(self, runner: ModelRunner, prompt_len: int, kv: PagedKV) -> None:
         self.tokens: list[int] = []
@@ -124,7 +124,7 @@ class _Steps:
         self._position = self._step = 0
 
     def take(self, ids: Sequence[int], sample: bool) -> None:
-        """Compute the next rows; with `sample` keep the logits after the last of them."""
+        """Compute the next rows; with `sample` keep the logits of the last one."""
         stop = self._position + len(ids)
         have, need = -(-self._position // self._page_size), -(-stop // self._page_size)
         wanted = SampleSpec(SamplingParams(), len(self.tokens)) if sample else None
@@ -140,12 +140,15 @@ class _Steps:
 def evaluate(
     setup: Setup, prompt: Sequence[int], num_next: int, variants: Sequence[Variant], on_progress: OnProgress
 ) -> dict[str, Any]:
-    """Read once for the reference and once a variant; returns plain data: `reference` and `variants`."""
+    """Read once for the reference and once per variant; returns `reference` and `variants` as plain data."""
     reader = Reader(setup)
-    for variant in (Variant("dense"), *variants):  # kernels are built and meet their shapes before time counts
+    for variant in (
+        Variant("dense"),
+        *variants,
+    ):  # warm up: kernels are built and see their shapes before anything is timed
         reader.read(variant, prompt[:_WARM_UP], 1, lambda phase, done, total: None)
     reference = reader.read(Variant("dense"), prompt, num_next, on_progress)
-    found = []
+    entries = []
     for variant in variants:
         reading = reader.read(variant, prompt, num_next, on_progress, reference.tokens)
         entry = {"name": variant.name, "sparse": variant.sparse, "kv": _name(variant.kv or setup.dtype)}
@@ -153,20 +156,20 @@ def evaluate(
         if variant.sparse:
             entry |= {"cells": len({report.start for report in reading.cells})}
             entry |= {"heads": head_figures(reading.cells, setup.spec)}
-        found.append(entry)
+        entries.append(entry)
     kv = {"kv": _name(setup.dtype), "token_ids": reference.tokens}
-    return {"reference": kv | _seconds(reference), "variants": found}
+    return {"reference": kv | _seconds(reference), "variants": entries}
 
 
 def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
-    """How far logits `[N, V]` are from the reference's `[N, V]`.
+    """Compare logits `[N, V]` with the reference's.
 
     `logit_error` is `max|difference| / max|reference|` at a position; `kl` is KL(reference || other) in nats.
     """
-    exact, near = reference.double(), other.double()
-    errors = (exact - near).abs().amax(dim=1) / exact.abs().amax(dim=1)
-    logs, near_logs = exact.log_softmax(dim=1), near.log_softmax(dim=1)
-    divergence = (logs.exp() * (logs - near_logs)).sum(dim=1).clamp_min(0.0)
+    exact, approximate = reference.double(), other.double()
+    errors = (exact - approximate).abs().amax(dim=1) / exact.abs().amax(dim=1)
+    logs, other_logs = exact.log_softmax(dim=1), approximate.log_softmax(dim=1)
+    divergence = (logs.exp() * (logs - other_logs)).sum(dim=1).clamp_min(0.0)
     same = reference.argmax(dim=1) == other.argmax(dim=1)
     return {
         "same_top1": int(same.sum()),
@@ -183,7 +186,7 @@ def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
 
 
 def head_figures(reports: Sequence[CellReport], spec: ModelSpec) -> dict[str, list[list[float]]]:
-    """Figures `[layers][heads]` over all cells: density weighted by causal pairs, the others by tokens."""
+    """Return figures `[layers][heads]` over all cells: density weighted by causal pairs, the others by tokens."""
     shape = (spec.num_hidden_layers, spec.num_attention_heads)
     names = ("density", "estimated_recall", "held_out_recall", "dense_share")
     sums, weights = {name: np.zeros(shape) for name in names}, {name: np.zeros(shape) for name in names}
@@ -197,12 +200,12 @@ def head_figures(reports: Sequence[CellReport], spec: ModelSpec) -> dict[str, li
             sums[name][place] += weight * np.asarray(column, float)
             weights[name][place] += weight
         lowest[place] = np.minimum(lowest[place], report.held_out_recall)
-    found = {}
+    figures = {}
     for name in names:
-        untouched = 0.0 if name == "dense_share" else 1.0  # no cell at all: everything was kept
+        untouched = 0.0 if name == "dense_share" else 1.0  # of heads without any cell: everything was kept
         share = np.where(weights[name] > 0, sums[name] / np.maximum(weights[name], 1), untouched)
-        found[name] = [_rounded(row) for row in share.tolist()]
-    return found | {"held_out_recall_min": [_rounded(row) for row in lowest.tolist()]}
+        figures[name] = [_rounded(row) for row in share.tolist()]
+    return figures | {"held_out_recall_min": [_rounded(row) for row in lowest.tolist()]}
 
 
 def _seconds(reading: Reading) -> dict[str, float]:

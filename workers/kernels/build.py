@@ -1,10 +1,11 @@
-"""Compiles the C++ kernels on first use and keeps the library for next time.
+"""Compile the C++ kernels on first use, cache the library, and load it.
 
-The sources have a plain C interface and include no header of torch, so an upgrade of torch needs no other build. They
-share torch's OpenMP threads: both link `libgomp.so.1`, which is loaded once a process. Without a compiler, or where
-the library cannot be loaded, `load` says why and the PyTorch twins serve.
+The sources have a plain C interface and include no header of torch, so that an upgrade of torch needs no rebuild. They
+share torch's OpenMP threads: both link `libgomp.so.1`, which a process loads once. Without a compiler, or where the
+library cannot be loaded, `load` gives the reason and the PyTorch implementations are used.
 
-Environment: `LONGREACH_KERNELS=off` uses the twins; `CXX` names the compiler; `XDG_CACHE_HOME` holds the library.
+Environment: `LONGREACH_KERNELS=off` selects the PyTorch implementations; `CXX` names the compiler; `XDG_CACHE_HOME` is
+where the library is cached.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos.node.compiler import compiler
+from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
@@ -31,7 +33,7 @@ _TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The compiled library, or in `reason` why there is none."""
+    """The compiled library, or the reason why there is none."""
 
     library: ctypes.CDLL | None
     reason: str = ""
@@ -39,22 +41,33 @@ class Kernels:
 
 @functools.cache
 def load() -> Kernels:
-    """The library of this machine, compiled now if it is not there yet (some 20 seconds, once)."""
+    """Return the library of this machine; it is compiled now if it is not there yet (some 20 seconds, once).
+
+    Raises:
+        RuntimeError: the library and `abi` do not agree.
+    """
     if os.environ.get("LONGREACH_KERNELS", "").lower() in ("off", "0", "false"):
         return Kernels(None, "LONGREACH_KERNELS is off")
-    import torch  # noqa: F401  - its libgomp must be the one both use
-
     try:
-        return Kernels(ctypes.CDLL(str(library_path(build=True))))
+        library = ctypes.CDLL(str(library_path(build=True)))
     except (OSError, subprocess.SubprocessError) as error:
         return Kernels(None, " ".join(str(error).split())[:300])
+    abi.declare(library)
+    return Kernels(library)
+
+
+@functools.cache
+def best_path() -> abi.Path | None:
+    """Return the best instruction set of this CPU; None where the library is not built."""
+    library = load().library
+    return None if library is None else abi.Path(library.longreach_best_path())
 
 
 def library_path(build: bool = False) -> Path:
-    """Where the library of the present sources lies; with `build` it is there afterwards.
+    """Return where the library of the present sources is cached; with `build` it exists afterwards.
 
     Raises:
-        OSError: there is no compiler, or it failed (with its first error line).
+        OSError: there is no compiler, or it failed; the message has its first error line.
     """
     sources = sorted(_FOLDER.rglob("*.cpp"))
     digest = hashlib.sha256()
@@ -69,25 +82,25 @@ def library_path(build: bool = False) -> Path:
 
 
 def _compile(sources: list[Path], path: Path) -> None:
-    found = compiler()
-    if found is None:
+    cxx = compiler()
+    if cxx is None:
         raise OSError("no C++ compiler found (c++, g++ or clang++, or CXX); install one for fast attention")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        if path.exists():  # by another process, while this one waited
+    with _build_lock(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        if path.exists():  # built by another process while this one waited
             return
         built = Path(scratch) / path.name
-        command = [found, *_FLAGS, f"-I{_FOLDER}", *map(str, sources), "-o", str(built)]
+        command = [cxx, *_FLAGS, f"-I{_FOLDER}", *map(str, sources), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-            raise OSError(f"{found} failed with exit code {done.returncode}: {lines[0]}")
+            raise OSError(f"{cxx} failed with exit code {done.returncode}: {lines[0]}")
         os.replace(built, path)
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time build `path`: all actors of a cluster come to it together, and one is fastest alone."""
+def _build_lock(path: Path) -> Iterator[None]:
+    """Let one process at a time build `path`: all actors of a cluster start together, and one build is enough."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
         yield

@@ -1,9 +1,11 @@
-"""Paged KV: the storage of one shard, and the page tables that say which pages belong to which sequence.
+"""Paged KV: the storage of one shard, and the page table of a sequence.
 
-Legend: `L` layers of the shard, `K` its KV heads, `D` head dim, `N` pages, `P` page size in tokens.
+A page is `P` tokens of KV, the unit of allocation; a slot is one token's place in a page (slot = page * `P` + offset);
+a run is a range of neighbouring slots. The scheduler's page pool decides which page belongs to which sequence; a
+`PageTable` only records what the plans said.
 
-Which page belongs to whom is decided by the head (its page pool); a `PageTable` only repeats what the
-plans said, and refuses a plan that does not continue it.
+Legend: `L` layers of the shard, `K` its KV heads, `D` head dim, `N` pages, `P` page size in tokens, `T` tokens, `S`
+context length.
 """
 
 from __future__ import annotations
@@ -19,34 +21,34 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.kv import huge_pages
+from workers.kv.huge_pages import advise_huge_pages
 
-_HUGE_PAGE = 2 << 20
-_HUGE_FROM = 8 << 20  # bytes of a head's range from which on a page more or less does not count
+_HUGE_PAGE = 2 << 20  # bytes
+_HUGE_MIN_BYTES = 8 << 20  # of a head's slots; below, rounding up to whole huge pages would cost too much
 
 
 class SlotRun(NamedTuple):
-    """`length` tokens that lie one after the other in the cache, from slot `first`."""
+    """`length` neighbouring slots from slot `first`."""
 
     first: int
     length: int
 
 
 class PlanMismatch(RuntimeError):
-    """A step plan contradicts the page table this shard has seen so far."""
+    """Raised when a step plan contradicts the page tables that this shard has seen so far."""
 
 
 class PageTable:
-    """The pages of one sequence, kept as runs of neighbouring pages, so that most contexts are one or two views."""
+    """The pages of one sequence, also kept as runs of slots, so that most contexts are one or two views."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.num_pages = 0
-        self.page_slots = array("i")  # the first slot of every page, for the compiled kernels
+        self.page_slots = array("i")  # first slot of every page, for the compiled kernels
         self._runs: list[SlotRun] = []
 
     def append(self, pages: Sequence[int]) -> None:
-        """Add page ids at the end of the table."""
+        """Append page ids."""
         page_size = self.page_size
         for page in pages:
             last = self._runs[-1] if self._runs else None
@@ -58,22 +60,30 @@ class PageTable:
         self.num_pages += len(pages)
 
     def runs(self, start: int, stop: int) -> list[SlotRun]:
-        """The slots of positions `start .. stop - 1`, in order."""
+        """Return the slots of positions `start .. stop - 1` as runs, in order.
+
+        Raises:
+            PlanMismatch: a position lies beyond the pages.
+        """
         if stop > self.num_pages * self.page_size:
             raise PlanMismatch(f"position {stop - 1} lies beyond the {self.num_pages} pages of the table")
-        found = []
+        runs = []
         position = 0
         for first, length in self._runs:
             low, high = max(start, position), min(stop, position + length)
             if low < high:
-                found.append(SlotRun(first + low - position, high - low))
+                runs.append(SlotRun(first + low - position, high - low))
             position += length
             if position >= stop:
                 break
-        return found
+        return runs
 
     def slots(self, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """The slot of every position `[n]`, in any order."""
+        """Return the slot of every position `[n]`, which may be in any order.
+
+        Raises:
+            PlanMismatch: a position lies beyond the pages.
+        """
         if len(positions) and int(positions.max()) >= self.num_pages * self.page_size:
             raise PlanMismatch(f"position {positions.max()} lies beyond the {self.num_pages} pages of the table")
         pages, within = np.divmod(positions, self.page_size)
@@ -82,9 +92,9 @@ class PageTable:
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer of the cache: `[K, N * P, D]`, unit stride in `D`, the rows of a head one after the other.
+    """One layer of the cache: keys and values `[K, N * P, D]`, the rows of a head contiguous.
 
-    int8 keys and values have scales `[K, N * P]` in float32, one a token and head: `key = int8 * scale`.
+    int8 keys and values have scales `[K, N * P]` in float32, one per token and head: `key = int8 * scale`.
     """
 
     keys: torch.Tensor
@@ -94,10 +104,10 @@ class LayerKV:
 
 
 class PagedKV:
-    """Keys and values of every layer of a shard, in the type of the model or as int8 with scales.
+    """Keys and values of every layer of a shard, in the model's type or as int8 with scales.
 
-    Memory is `[2, L, K, N * P, D]`: one KV head's pages lie together, so a run of neighbouring pages is a plain
-    `[tokens, D]` view and the attention kernel reads it without a copy.
+    Memory is `[2, L, K, N * P, D]`: the pages of a KV head lie together, so that a run of slots is a plain `[n, D]`
+    view, which the attention kernel reads without a copy.
     """
 
     def __init__(
@@ -109,50 +119,50 @@ class PagedKV:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (2, layers, kv_heads, num_pages * page_size)
-        self._data = _room(shape, head_dim, dtype, torch.device(device))
+        self._data = _allocate(shape, head_dim, dtype, torch.device(device))
         self._scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
 
     def layer(self, index: int) -> LayerKV:
-        """The cache of a layer (index within the shard)."""
+        """Return the cache of a layer; `index` counts within the shard."""
         keys, values = self._data[0, index], self._data[1, index]
         if self._scales is None:
             return LayerKV(keys, values)
         return LayerKV(keys, values, self._scales[0, index], self._scales[1, index])
 
     def write(self, layer: int, runs: Sequence[SlotRun], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store `keys` and `values` `[T, K, D]` in the slots of `runs` (their lengths add up to `T`).
+        """Store `keys` and `values` `[T, K, D]` in the slots of `runs`, whose lengths add up to `T`.
 
         Raises:
-            PlanMismatch: a run lies outside the cache (slicing would cut it short without a word).
+            PlanMismatch: a run lies outside the cache, where slicing would silently truncate it.
         """
         assert sum(run.length for run in runs) == keys.shape[0]
         for side, rows in enumerate((keys, values)):
             if self._scales is None:
                 _scatter(self._data[side, layer], runs, rows)
                 continue
-            small, scales = quantise(rows)
-            _scatter(self._data[side, layer], runs, small)
+            quantised, scales = quantise(rows)
+            _scatter(self._data[side, layer], runs, quantised)
             _scatter(self._scales[side, layer], runs, scales)
 
 
-def _room(shape: tuple[int, int, int, int], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[2, L, K, slots, D]`; in host memory on huge pages where they pay: 32K tokens are read 8 % faster.
+def _allocate(shape: tuple[int, int, int, int], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return `[2, L, K, slots, D]`, in host memory on huge pages where they pay: 32K tokens are read 8 % faster.
 
-    The ranges of heads begin at different places of a huge page. Else all of them, as long as each other, would come to
-    a fresh page with the same token, which then waits for the kernel to clear dozens (0.2 s measured).
+    The heads begin at different offsets within a huge page. Otherwise one token would be the first in a new huge page
+    of every head, and would wait while the system clears dozens of them (0.2 s measured).
     """
     *heads, slots = shape
     row = dim * dtype.itemsize
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or slots * row < _HUGE_FROM:
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or slots * row < _HUGE_MIN_BYTES:
         return torch.empty(*shape, dim, dtype=dtype, device=device)
-    ranges = math.prod(heads)
-    whole = -(-slots * row // _HUGE_PAGE) * _HUGE_PAGE + max(1, _HUGE_PAGE // ranges // row) * row
-    data = huge_pages.advise(torch.empty(*heads, -(-whole // row), dim, dtype=dtype, device=device))
+    stagger = max(1, _HUGE_PAGE // math.prod(heads) // row) * row
+    stride = -(-slots * row // _HUGE_PAGE) * _HUGE_PAGE + stagger  # bytes from a head to the next
+    data = advise_huge_pages(torch.empty(*heads, -(-stride // row), dim, dtype=dtype, device=device))
     return data[..., :slots, :]
 
 
 def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[..., D]` as int8 and their scales `[...]` in float32: symmetric, the largest value of a row becomes 127.
+    """Return rows `[..., D]` as int8 and their scales `[...]` in float32: symmetric, a row's largest value is 127.
 
     A row that is not finite gets a scale that is not finite either, so that the damage stays visible.
     """

@@ -1,4 +1,7 @@
-"""A step plan made ready for the decoder: positions, cache slots and rows to sample. Legend: `T` tokens of the step."""
+"""The decoder's input of a step, made from its plan: positions, slots, attention plans and rows to sample.
+
+Legend: `T` tokens of the step.
+"""
 
 from __future__ import annotations
 
@@ -17,37 +20,37 @@ from workers.model.rope import row_scales
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows `rows.start .. rows.stop - 1` of the step: one attention plan over the context of one sequence."""
+    """Rows of the step that share one attention plan over the context of one sequence."""
 
     sequence: int
     prompt_len: int
     rows: slice
     table: PageTable
     plan: AttentionPlan
-    scales: torch.Tensor  # [rows] float32 in host memory, the factor on their logits
-    sparse: bool = False  # a cell of the absolute grid: the decoder selects the keys of every head
+    scales: torch.Tensor  # [rows] float32 in host memory, the factors on their logits
+    sparse: bool = False  # the rows are one sparse cell, whose keys are selected per head
 
-    def needs(self, rotation: Rotation) -> bool:
-        """Whether the context has keys that meet another rotation of the query."""
+    def has_region(self, rotation: Rotation) -> bool:
+        """Return whether the context has keys of this region."""
         return any(tag == rotation for _, _, tag in self.plan.regions)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Everything the decoder needs to know about a step besides the activations."""
+    """Everything the decoder needs to know about a step besides its activations."""
 
     positions: torch.Tensor  # [T] int64
-    pieces: tuple[Piece, ...]  # they cover the rows in order
-    slots: tuple[SlotRun, ...]  # where the step's keys and values go, in row order
+    pieces: tuple[Piece, ...]  # cover the rows in order
+    slots: tuple[SlotRun, ...]  # for the step's keys and values, in row order
     sample_rows: torch.Tensor  # [samples] int64
 
-    def needs(self, rotation: Rotation) -> bool:
-        """Whether any piece does."""
-        return any(piece.needs(rotation) for piece in self.pieces)
+    def has_region(self, rotation: Rotation) -> bool:
+        """Return whether the context of any piece has keys of this region."""
+        return any(piece.has_region(rotation) for piece in self.pieces)
 
 
 class PageTables:
-    """The page tables of the sequences in flight, kept in step with the plans."""
+    """The page tables of the sequences in flight, updated by every plan."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
@@ -66,7 +69,7 @@ class PageTables:
         """Drop released sequences and append new pages.
 
         Raises:
-            PlanMismatch: a table would not have the length the plan states.
+            PlanMismatch: a table does not have the length that the plan states.
         """
         for sequence in plan.released:
             self._tables.pop(sequence, None)
@@ -81,7 +84,7 @@ class PageTables:
                 )
 
     def batch(self, plan: StepPlan, spec: ModelSpec, device: torch.device) -> Batch:
-        """Turn a plan (already applied) into a batch.
+        """Make the batch of a plan that was applied.
 
         Raises:
             PlanMismatch: rows lie beyond the table, or sparse rows are not whole cells.
@@ -108,24 +111,27 @@ class PageTables:
 
 
 def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) -> torch.Tensor:
-    """The input of the first stage, `[T]` int64; `sampled` has the newest token of sequences that run ahead.
+    """Return the input of the first stage, `[T]` int64.
+
+    Args:
+        sampled: the newest token of sequences whose plans come before their tokens.
 
     Raises:
         PlanMismatch: ids are missing.
     """
     ids: list[int] = []
     for part in plan.slices:
-        given = part.token_ids
-        if not len(given) and part.length == 1 and part.sequence in sampled:
-            given = (sampled[part.sequence],)
-        if len(given) != part.length:
-            raise PlanMismatch(f"sequence {part.sequence}: {len(given)} ids for {part.length} rows")
-        ids.extend(given)
+        tokens = part.token_ids
+        if not len(tokens) and part.length == 1 and part.sequence in sampled:
+            tokens = (sampled[part.sequence],)
+        if len(tokens) != part.length:
+            raise PlanMismatch(f"sequence {part.sequence}: {len(tokens)} ids for {part.length} rows")
+        ids.extend(tokens)
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def _positions(plan: StepPlan) -> torch.Tensor:
-    """`[T]` int64 in host memory; a decode step takes one tensor, whatever the number of sequences."""
+    """Return `[T]` int64 in host memory; a decode step makes one tensor for any number of sequences."""
     if plan.is_decode:
         return torch.tensor([part.start for part in plan.slices])
     return torch.cat([torch.arange(part.start, part.start + part.length) for part in plan.slices])
@@ -134,7 +140,7 @@ def _positions(plan: StepPlan) -> torch.Tensor:
 def _pieces(
     part: SequenceSlice, spec: ModelSpec, table: PageTable, row: int, positions: torch.Tensor
 ) -> Iterator[Piece]:
-    """Cut a slice, whose first row is `row` of the step, where an attention plan must end."""
+    """Yield the pieces of a slice, whose first row is `row` of the step, cut where an attention plan must end."""
     scale_len = part.scale_len or part.prompt_len
     for start, stop in split(spec, part.start, part.start + part.length, part.prompt_len):
         sparse = is_sparse(spec, start, part.prompt_len)
@@ -156,6 +162,6 @@ def _pieces(
 
 
 def _is_cell(spec: ModelSpec, start: int, stop: int, prompt_len: int) -> bool:
-    """Whether rows `start .. stop - 1`, which no cut crosses, reach from one cut to the next."""
+    """Return whether rows `start .. stop - 1`, which no cut crosses, reach from one cut to the next."""
     begins = start == 0 or next_cut(spec, start - 1, prompt_len) == start
     return begins and next_cut(spec, start, prompt_len) == stop

@@ -1,14 +1,14 @@
-"""Binding of the compiled matrix products, experts and row operations for bfloat16 models on CPUs.
+"""The compiled matrix products, experts and row operations for bfloat16 models on CPUs (workers/kernels/gemm).
 
-A weight that the compiled products take is packed once, when it is loaded: the same values in an order that a machine's
-vector and matrix units read as it is (`workers/kernels/gemm.h`). A packed weight is told by its shape:
+A weight of these products is packed once, when it is loaded: the same values in an order that vector and matrix units
+load without rearranging (`workers/kernels/gemm/gemm.h`). A packed weight is recognised by its shape:
 
     dense   `[N, K]`        -> `[N / 16, K / 32, 16, 16, 2]`
     experts `[Er, M, I]`    -> `[Er, M / 16, I / 32, 16, 16, 2]`
     gate and up `[Er, 2 I, M]` -> `[Er, I / 16, 2, M / 32, 16, 16, 2]`, strips of gate and up in turn
 
-The PyTorch twins of the functions here are in `layers`, `moe` and `rope`; they serve other types and devices, other
-sizes, and machines without a compiler.
+The PyTorch implementations in `layers`, `moe` and `rope` are the fallback for other types, devices and sizes, and for
+machines without a compiler.
 
 Legend: `T` tokens, `M` hidden size, `D` head dim, `I` intermediate, `Er` experts of the shard, `k` experts of a token.
 """
@@ -16,106 +16,57 @@ Legend: `T` tokens, `M` hidden size, `D` head dim, `I` intermediate, `Er` expert
 from __future__ import annotations
 
 import ctypes
-import functools
+from collections.abc import Sequence
 
 import torch
 
 from protos.stage.messages import Span
-from workers.kernels.build import load
-
-PATHS = ("portable", "avx2", "avx512", "amx")  # as `Path` in gemm.h
-_STRIP, _DEPTH = 16, 32
-MOST_SLOTS, MOST_DIM, MOST_EXPERTS = 128, 512, 4096
+from workers.kernels import abi
+from workers.kernels.abi import DEPTH, STRIP, Path
+from workers.kernels.build import best_path, load
 
 
-def _call(name: str, pointers: str, sizes: str, tail: tuple[tuple[str, type], ...] = ()) -> type[ctypes.Structure]:
-    """The structure one exported function takes: pointers, 64-bit sizes, then `tail`, path and threads."""
-    fields: list[tuple[str, type]] = [(field, ctypes.c_void_p) for field in pointers.split()]
-    fields += [(field, ctypes.c_int64) for field in sizes.split()]
-    fields += [*tail, ("path", ctypes.c_int32), ("threads", ctypes.c_int32)]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+def path() -> Path | None:
+    """Return the instruction set to use; None where PyTorch is used: no library, or only its portable code."""
+    return best_path() or None
 
 
-_Linear = _call("_Linear", "x weight bias out", "rows stride n k")
-_Experts = _call(
-    "_Experts", "x chosen weights gate_up down rows out", "tokens stride top_k first experts hidden_size width"
-)
-_Norm = _call("_Norm", "x weight out", "tokens stride size", (("eps", ctypes.c_float),))
-_Rotate = _call(
-    "_Rotate", "x out cos sin weight",
-    "tokens heads dim row_stride head_stride out_row_stride out_head_stride turn_stride", (("eps", ctypes.c_float),),
-)  # fmt: skip
-_Route = _call("_Route", "logits chosen weights", "tokens experts top_k", (("normalise", ctypes.c_int32),))
-
-
-@functools.cache
-def path() -> int | None:
-    """The instructions to use, an index of `PATHS`; None where PyTorch serves: no library, or only plain loops."""
-    library = load().library
-    best = int(library.longreach_best_path()) if library is not None else 0
-    return best if best > 0 else None
-
-
-def serves(x: torch.Tensor) -> bool:
-    """Whether the compiled functions take a tensor of this type and device."""
+def _is_supported(x: torch.Tensor) -> bool:
+    """Return whether the compiled functions take a tensor of this type and device."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and path() is not None
 
 
 def packed_shape(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pairs: bool) -> tuple[int, ...]:
-    """Shape to store a weight `[N, K]` or `[Er, N, K]` in: `shape` itself where it is not packed.
+    """Return the shape that stores a weight `[N, K]` or `[Er, N, K]`: `shape` itself where it is not packed.
 
     Args:
         pairs: the weight holds gate, then up.
     """
     rows, depth = shape[-2:]
-    even = (_DEPTH if shape[:-2] else _STRIP) * (2 if pairs else 1)  # an expert's I is the depth of its next product
-    if dtype != torch.bfloat16 or device.type != "cpu" or rows % even or depth % _DEPTH or path() is None:
+    even = (DEPTH if shape[:-2] else STRIP) * (2 if pairs else 1)  # an expert's I is the depth of its second product
+    if dtype != torch.bfloat16 or device.type != "cpu" or rows % even or depth % DEPTH or path() is None:
         return shape
-    strips = (rows // (2 * _STRIP), 2) if pairs else (rows // _STRIP,)
-    return (*shape[:-2], *strips, depth // _DEPTH, _STRIP, _STRIP, 2)
+    strips = (rows // (2 * STRIP), 2) if pairs else (rows // STRIP,)
+    return (*shape[:-2], *strips, depth // DEPTH, STRIP, STRIP, 2)
 
 
 def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool) -> None:
-    """Rows `[n, K]` to their place, from row `first` on, in the packed `[N, K]` (one expert's, for experts)."""
+    """Write rows `[n, K]`, from row `first` of the weight on, into the packed `[N, K]` (of one expert, for experts)."""
     library = load().library
     assert library is not None
     assert packed.is_contiguous()
     assert rows.stride(1) == 1
     count, depth = rows.shape
     half = packed.numel() // depth // 2 if pairs else 0
-    sizes = (ctypes.c_int64(size) for size in (first, count, depth, rows.stride(0), half))
-    library.longreach_pack(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(rows.data_ptr()), *sizes)
-
-
-def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
-    """A packed copy of `[N, K]` or `[Er, N, K]`; the weight itself where it is not packed."""
-    shape = packed_shape(tuple(weight.shape), weight.dtype, weight.device, pairs)
-    if shape == weight.shape:
-        return weight
-    out = weight.new_empty(shape)
-    for target, source in zip(out, weight, strict=True) if weight.dim() == 3 else [(out, weight)]:
-        pack_rows(target, 0, source, pairs)
-    return out
-
-
-def unpacked(weight: torch.Tensor) -> torch.Tensor:
-    """A packed weight in its plain order, `[N, K]` or `[Er, N, K]`: a copy; any other tensor is returned as it is."""
-    if weight.dim() == 7:  # [Er, strip, which, tile, pair, row, of pair]
-        experts, strips = weight.shape[:2]
-        return weight.permute(0, 2, 1, 5, 3, 4, 6).reshape(experts, 2 * strips * _STRIP, -1)
-    if weight.dim() == 6:
-        return weight.permute(0, 1, 4, 2, 3, 5).reshape(weight.shape[0], weight.shape[1] * _STRIP, -1)
-    if weight.dim() == 5:
-        return weight.permute(0, 3, 1, 2, 4).reshape(weight.shape[0] * _STRIP, -1)
-    return weight
+    library.longreach_pack(packed.data_ptr(), rows.data_ptr(), first, count, depth, rows.stride(0), half)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: sums in float32, rounded once."""
-    x = _rows(x)
-    out = x.new_empty(x.shape[0], weight.shape[0] * _STRIP)
-    sizes = (x.shape[0], x.stride(0), out.shape[1], weight.shape[1] * _DEPTH)
-    _run("longreach_linear", _Linear(_at(x), _at(weight), _at(bias), _at(out), *sizes, path(), _threads()))
+    """Compute `x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: summed in float32, rounded once."""
+    x = _contiguous_rows(x)
+    out = x.new_empty(x.shape[0], weight.shape[0] * STRIP)
+    sizes = (x.shape[0], x.stride(0), out.shape[1], weight.shape[1] * DEPTH)
+    _run("longreach_linear", abi.LinearCall, (x, weight, bias, out), *sizes)
     return out
 
 
@@ -123,56 +74,53 @@ def run_experts(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     local: Span, rows: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """`moe.run_experts` over packed weights into `out` `[T, M]`, contiguous.
+    """Compute `moe.run_experts` over packed weights into `out` `[T, M]`, contiguous.
 
     Args:
-        rows: `[T k, M]`, room for what the experts write.
+        rows: `[T k, M]`, scratch for the outputs of the experts.
 
     Raises:
         ValueError: a token uses more than 128 experts.
     """
-    x = _rows(x)
+    x = _contiguous_rows(x)
     tokens, top_k = experts.shape
-    if top_k > MOST_SLOTS:
-        raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {MOST_SLOTS}; set LONGREACH_KERNELS=off")
-    experts, weights = experts.contiguous(), weights.contiguous()
-    pointers = map(_at, (x, experts, weights, gate_up, down, rows, out))
-    width = expert_width(gate_up)
-    sizes = (tokens, x.stride(0), top_k, local.start, local.size, x.shape[1], width)
-    _run("longreach_experts", _Experts(*pointers, *sizes, path(), _threads()))
+    if top_k > abi.MAX_TOP_K:
+        raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {abi.MAX_TOP_K}; set LONGREACH_KERNELS=off")
+    sizes = (tokens, x.stride(0), top_k, local.start, local.size, x.shape[1], expert_width(gate_up))
+    tensors = (x, experts.contiguous(), weights.contiguous(), gate_up, down, rows, out)
+    _run("longreach_experts", abi.ExpertsCall, tensors, *sizes)
 
 
 def expert_width(gate_up: torch.Tensor) -> int:
-    """`I` of packed gate and up weights."""
-    return gate_up.shape[1] * _STRIP
+    """Return `I` of packed gate and up weights."""
+    return gate_up.shape[1] * STRIP
 
 
-def norms(x: torch.Tensor) -> bool:
-    """Whether `rms_norm` takes `[T, M]`."""
-    return serves(x) and x.dim() == 2 and x.shape[1] % _STRIP == 0 and x.stride(1) == 1
+def supports_rms_norm(x: torch.Tensor) -> bool:
+    """Return whether `rms_norm` takes `x` `[T, M]`."""
+    return _is_supported(x) and x.dim() == 2 and x.shape[1] % STRIP == 0 and x.stride(1) == 1
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`layers.rms_norm` for `[T, M]` and `[M]` in bfloat16."""
+    """Compute `layers.rms_norm` for `[T, M]` and `[M]` in bfloat16."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    sizes = (x.shape[0], x.stride(0), x.shape[1])
-    _run("longreach_rms_norm", _Norm(_at(x), _at(weight), _at(out), *sizes, eps, path(), _threads()))
+    _run("longreach_rms_norm", abi.NormCall, (x, weight, out), x.shape[0], x.stride(0), x.shape[1], eps)
     return out
 
 
-def rotates(x: torch.Tensor) -> bool:
-    """Whether `norm_rotate` takes `[T, H, D]`."""
-    return serves(x) and x.shape[2] % _DEPTH == 0 and x.shape[2] <= MOST_DIM and x.stride(2) == 1
+def supports_norm_rotate(x: torch.Tensor) -> bool:
+    """Return whether `norm_rotate` takes `x` `[T, H, D]`."""
+    return _is_supported(x) and x.shape[2] % DEPTH == 0 and x.shape[2] <= abi.MAX_ROTATED_DIM and x.stride(2) == 1
 
 
 def norm_rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """Norm of every head (where `weight` is given) and rotation, rounded once at the end.
+    """Normalise every head (where there is a `weight`) and rotate it; the result is rounded once.
 
     Args:
         x, out: `[T, H, D]` bfloat16, any row and head strides, unit stride in `D`; `out` may be `x`.
-        cos, sin: `[T, 1, D / 2]` float32, of the same strides, unit stride in `D`.
+        cos, sin: `[T, 1, D / 2]` float32 with equal strides, unit stride in `D`.
         weight: `[H, D]` float32, contiguous.
 
     Returns:
@@ -183,55 +131,49 @@ def norm_rotate(
     assert weight is None or weight.is_contiguous()
     assert out.stride(2) == 1
     sizes = (*x.shape, x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0))
-    pointers = map(_at, (x, out, cos, sin, weight))
-    _run("longreach_norm_rotate", _Rotate(*pointers, *sizes, eps, path(), _threads()))
+    _run("longreach_norm_rotate", abi.RotateCall, (x, out, cos, sin, weight), *sizes, eps)
     return out
 
 
-def routes(logits: torch.Tensor) -> bool:
-    """Whether `route` takes `[T, E]`."""
-    return serves(logits) and logits.shape[1] <= MOST_EXPERTS
+def supports_route(logits: torch.Tensor) -> bool:
+    """Return whether `route` takes `logits` `[T, E]`."""
+    return _is_supported(logits) and logits.shape[1] <= abi.MAX_EXPERTS
 
 
 def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `[T, k]` and weights `[T, k]` float32 of the largest of `[T, E]`; of equal logits the first is taken."""
+    """Return ids `[T, k]` and weights `[T, k]` (float32) of the largest of `[T, E]`; of equal logits the first ones."""
     logits = logits.contiguous()
     tokens, count = logits.shape
     chosen = torch.empty(tokens, top_k, dtype=torch.int64)
     weights = torch.empty(tokens, top_k)
-    pointers = map(_at, (logits, chosen, weights))
-    _run("longreach_route", _Route(*pointers, tokens, count, top_k, normalise, path(), _threads()))
+    _run("longreach_route", abi.RouteCall, (logits, chosen, weights), tokens, count, top_k, normalise)
     return chosen, weights
 
 
-def ranks(x: torch.Tensor) -> bool:
-    """Whether `highest` takes these values."""
+def supports_argmax(x: torch.Tensor) -> bool:
+    """Return whether `argmax_if_finite` takes these values."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and path() is not None
 
 
-def highest(x: torch.Tensor) -> int | None:
-    """Index of the greatest value, the first of equal ones; None when one is infinite or not a number."""
+def argmax_if_finite(x: torch.Tensor) -> int | None:
+    """Return the index of the greatest value, the first of equal ones; None when a value is infinite or NaN."""
     library = load().library
     assert library is not None
-    library.longreach_highest.restype = ctypes.c_int64
-    found = library.longreach_highest(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), path())
-    return int(found) if found >= 0 else None
+    index = int(library.longreach_argmax(x.data_ptr(), x.numel(), path()))
+    return index if index >= 0 else None
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _at(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
-def _run(name: str, call: ctypes.Structure) -> None:
+def _run(
+    name: str, call: type[ctypes.Structure], tensors: Sequence[torch.Tensor | None], *numbers: float
+) -> None:  # fmt: skip
+    """Call an exported function with addresses, numbers, instruction set and threads, in the order of the structure."""
     library = load().library
     assert library is not None
-    if getattr(library, name)(ctypes.byref(call)):
-        raise MemoryError(f"{name}: no memory for the packed rows of a step; lower the tokens of a step")
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    arguments = call(*addresses, *numbers, path(), torch.get_num_threads())
+    if status := getattr(library, name)(ctypes.byref(arguments)):
+        abi.raise_for_status(status, f"{name}: no memory for the packed rows of a step; lower the tokens of a step")

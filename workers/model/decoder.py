@@ -1,6 +1,7 @@
-"""The decoder: one transformer driven by `ModelSpec`, computing the layers and slices of heads and experts of a shard.
+"""The decoder: one transformer driven by `ModelSpec`, computing the layers, heads and experts of one shard.
 
 Reading order: embedding, layers (norm, attention, norm, MLP or experts), final norm, output head.
+
 Legend: `T` tokens of the step, `M` hidden size, `H` and `K` query and KV heads of this shard, `D` head dim.
 """
 
@@ -22,7 +23,7 @@ from workers.model.batch import Batch
 from workers.model.fused import FusedCall, FusedLayers
 from workers.model.layers import gated_mlp, linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
-from workers.model.rope import Rotary, Turns, norm_and_rotate_
+from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.model.sparse_prefill import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
 from workers.transport.collectives import Collectives
@@ -30,26 +31,26 @@ from workers.transport.collectives import Collectives
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What of a step is known without its activations."""
+    """The part of a step that is known without its activations."""
 
     batch: Batch
     kv: PagedKV
-    turns: Turns
-    fused: FusedCall | None  # where all layers are one call
+    rotations: Rotations
+    fused: FusedCall | None  # set where all layers are one call
 
 
 @dataclass(slots=True)
 class _Step:
-    """What every layer of a step needs."""
+    """The inputs of every layer of a step."""
 
     batch: Batch
     kv: PagedKV
-    turns: Turns
+    rotations: Rotations
     sparse: SparsePrefill | None = None  # None: the step has no sparse cell
 
 
 class Decoder:
-    """The layers of one shard. Stateless apart from the weights: KV and batch come from the runner."""
+    """The layers of one shard; stateless apart from the weights, as KV and batch come from the runner."""
 
     def __init__(
         self, spec: ModelSpec, shard: ShardSpec, weights: ShardWeights, collectives: Collectives, device: torch.device
@@ -61,43 +62,43 @@ class Decoder:
         self._rotary = Rotary(spec.rope, spec.head_dim, device, spec.dual_chunk)
         self._scratch = ExpertScratch()
         self._head_norms = [self._head_norm(layer) for layer in weights.layers]
-        on_cpu = device.type == "cpu" and FusedLayers.serves(spec, weights.layers)
+        on_cpu = device.type == "cpu" and FusedLayers.supports_weights(spec, weights.layers)
         self._fused = FusedLayers(spec, shard, weights.layers, self._head_norms) if on_cpu else None
         self._layers_done = 0
 
     @property
     def layers_done(self) -> int:
-        """Layers computed so far; rises while a step runs, which tells slow from hung."""
+        """The number of layers computed so far; it grows while a step runs, unlike in a step that hangs."""
         return self._layers_done + (self._fused.layers_done if self._fused else 0)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids `[T]` -> `[T, M]`; each shard looks up its rows of the vocabulary, the sum is exact."""
+        """Embed token ids `[T]` as `[T, M]`; each shard looks up its rows of the vocabulary, and the sum is exact."""
         table = self._weights.embed
         assert table is not None, "only the first stage embeds"
         if self._collectives.size == 1:
             return F.embedding(token_ids, table)
         local = token_ids - self.shard.vocab.start
         own = (local >= 0) & (local < self.shard.vocab.size)
-        found = F.embedding(torch.where(own, local, 0), table) * own[:, None].to(table.dtype)
-        return self._collectives.all_reduce(found)
+        rows = F.embedding(torch.where(own, local, 0), table) * own[:, None].to(table.dtype)
+        return self._collectives.all_reduce(rows)
 
     def prepare(self, batch: Batch, kv: PagedKV) -> Ready:
-        """Do what `layers` needs no activations for; keys and values will go to `kv`.
+        """Do the part of `layers` that needs no activations; keys and values will go to `kv`.
 
         Raises:
             PlanMismatch: a slot of the batch lies outside the cache.
         """
-        far = {"succ": batch.needs(Rotation.SUCC), "inter": batch.needs(Rotation.INTER)}
-        turns = self._rotary.turns(batch.positions, **far)
-        fused = self._fused if self._fused is not None and self._fused.takes(batch, kv) else None
-        return Ready(batch, kv, turns, fused.prepare(batch, kv, turns) if fused else None)
+        far = {"succ": batch.has_region(Rotation.SUCC), "inter": batch.has_region(Rotation.INTER)}
+        rotations = self._rotary.rotations(batch.positions, **far)
+        fused = self._fused if self._fused is not None and self._fused.supports_step(batch, kv) else None
+        return Ready(batch, kv, rotations, fused.prepare(batch, kv, rotations) if fused else None)
 
     def layers(self, x: torch.Tensor, ready: Ready, log: CellLog | None = None) -> torch.Tensor:
-        """Run this shard's layers on `[T, M]`, the step prepared last; reports of sparse cells go to `log`."""
+        """Run this shard's layers on `x` `[T, M]` of the step prepared last; reports of sparse cells go to `log`."""
         if self._fused is not None and ready.fused is not None:
             return self._fused.run(x, ready.fused, self._collectives)
         batch = ready.batch
-        step = _Step(batch, ready.kv, ready.turns)
+        step = _Step(batch, ready.kv, ready.rotations)
         if any(piece.sparse for piece in batch.pieces):
             step.sparse = SparsePrefill(self.spec, self.shard, self._rotary, batch, log or CellLog())
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
@@ -109,7 +110,7 @@ class Decoder:
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows `[n, M]` after the last layer -> logits `[n, vocab_size]` in float32, whole on every shard."""
+        """Compute logits `[n, vocab_size]` in float32, whole on every shard, of rows `[n, M]` after the last layer."""
         norm, head = self._weights.norm, self._weights.lm_head
         assert norm is not None, "only the last stage has the output head"
         assert head is not None, "only the last stage has the output head"
@@ -133,7 +134,7 @@ class Decoder:
         if step.sparse is not None:
             layer = self.shard.layers.start + index
             step.sparse.begin_layer(layer, qkv[:, :heads], None if norm is None else norm[:heads])
-        q = self._rotate_(qkv[:, : heads + kv_heads], step.turns, norm)
+        q = self._rotate_(qkv[:, : heads + kv_heads], step.rotations, norm)
         step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
         kv, parts = step.kv.layer(index), []
         for piece in step.batch.pieces:
@@ -146,20 +147,20 @@ class Decoder:
         return self._collectives.all_reduce(linear(out.flatten(1), weights.o_weight, weights.o_bias))
 
     def _head_norm(self, weights: LayerWeights) -> torch.Tensor | None:
-        """The norm of every query and key head, `[H + K, D]` float32."""
+        """Return the norm weights of every query and key head, `[H + K, D]` float32; None for models without."""
         if weights.q_norm is None or weights.k_norm is None:
             return None
         sides = ((weights.q_norm, self.shard.heads.size), (weights.k_norm, self.shard.kv_heads.size))
         return torch.cat([norm.expand(heads, self.spec.head_dim) for norm, heads in sides]).float()
 
-    def _rotate_(self, qk: torch.Tensor, turns: Turns, norm: torch.Tensor | None) -> Queries:
-        """Norm and rotate queries and keys `[T, H + K, D]` in place, and queries of far regions into new tensors."""
-        wanted = [turn for turn in (turns.succ, turns.inter) if turn is not None]
+    def _rotate_(self, qk: torch.Tensor, rotations: Rotations, norm: torch.Tensor | None) -> Queries:
+        """Normalise and rotate queries and keys `[T, H + K, D]` in place, and queries of far regions into copies."""
         q = qk[:, : self.shard.heads.size]
-        copies = [(torch.empty_like(q, memory_format=torch.contiguous_format), turn) for turn in wanted]
-        norm_and_rotate_(qk, turns.intra, norm, self.spec.rms_norm_eps, copies)
-        far = iter([copy for copy, _ in copies])
-        return Queries(q, next(far) if turns.succ else None, next(far) if turns.inter else None)
+        far = [one for one in (rotations.succ, rotations.inter) if one is not None]
+        copies = [(torch.empty_like(q, memory_format=torch.contiguous_format), one) for one in far]
+        norm_and_rotate_(qk, rotations.intra, norm, self.spec.rms_norm_eps, copies)
+        rotated = iter([copy for copy, _ in copies])
+        return Queries(q, next(rotated) if rotations.succ else None, next(rotated) if rotations.inter else None)
 
     def _mlp(self, x: torch.Tensor, layer: int, weights: LayerWeights) -> torch.Tensor:
         spec = self.spec

@@ -1,7 +1,7 @@
 """All layers of a shard for a few rows in one call of the compiled kernels: a decode step.
 
-The twin is `Decoder`, which calls the same operations one by one and is equal bit for bit; it serves what is not taken
-here: long steps, sparse cells, dense MLPs, int8 KV, other types and devices, machines without a compiler.
+The fallback is `Decoder`, which calls the same operations one by one and is equal bit for bit. It is used for long
+steps, sparse cells, dense MLPs, int8 KV, other types and devices, and on machines without a compiler.
 
 Legend: `T` rows, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim, `k` experts of a token.
 """
@@ -16,113 +16,81 @@ import torch
 
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
-from workers.attention import compiled as attention
+from workers.attention.compiled import fill_args
+from workers.kernels import abi
+from workers.kernels.abi import Layer, Piece, Step
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV, PlanMismatch
-from workers.model import compiled as native
+from workers.model import compiled
 from workers.model.batch import Batch
-from workers.model.rope import Turns
+from workers.model.rope import Rotations
 from workers.model.weights import LayerWeights
 from workers.transport.collectives import Collectives
 
-MAX_ROWS = 64  # with more, what Python takes between two operations no longer matters
-
-
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Layer(ctypes.Structure):
-    """`Layer` of workers/kernels/layers.cpp."""
-
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "input_norm qkv qkv_bias o o_bias post_norm router gate_up down"),
-        *_fields(ctypes.c_void_p, "head_norm keys values"),
-        *_fields(ctypes.c_int64, "kv_head heads kv_heads dim hidden_size all_experts first experts top_k width"),
-        ("eps", ctypes.c_float),
-        ("normalise", ctypes.c_int32),
-    )
-
-
-class _Piece(ctypes.Structure):
-    _fields_ = (("args", attention.Args), ("row", ctypes.c_int64))
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "x out normed qkv"),
-        ("far", ctypes.c_void_p * 2),
-        *_fields(ctypes.c_void_p, "attended logits rows chosen weights"),
-        ("cos", ctypes.c_void_p * 3),
-        ("sin", ctypes.c_void_p * 3),
-        ("turn_stride", ctypes.c_int64 * 3),
-        *_fields(ctypes.c_void_p, "slots pieces"),
-        *_fields(ctypes.c_int64, "tokens num_pieces"),
-        *_fields(ctypes.c_int32, "path threads"),
-    )
+MAX_ROWS = 64  # with more, the time of the interpreter between two operations no longer matters
 
 
 @dataclass(slots=True)
 class FusedCall:
-    """Room for the activations of a step `[T, M]`, which become the result, and what else must outlive the call."""
+    """The activations of a step `[T, M]`, which become the result, and the arrays that must outlive the call."""
 
     x: torch.Tensor
     kept_alive: list[object]
 
 
 class FusedLayers:
-    """The layers of one shard. Not for several threads at once: the buffers of a step are kept."""
+    """The layers of one shard; not for several threads at once, as the buffers of a step are shared."""
 
     def __init__(
         self, spec: ModelSpec, shard: ShardSpec, layers: Sequence[LayerWeights],
         head_norms: Sequence[torch.Tensor | None],
     ) -> None:  # fmt: skip
-        """`head_norms` has the norm of every query and key head `[H + K, D]` float32, a layer each."""
+        """Take the weights; `head_norms` has those of every query and key head `[H + K, D]` float32, per layer."""
         self._spec, self._shard = spec, shard
         self._weights = (list(layers), list(head_norms))  # the structures hold addresses only
-        self._layers = (_Layer * len(layers))(*map(self._layer, layers, head_norms))
+        self._layers = (Layer * len(layers))(*map(self._layer, layers, head_norms))
         self._kv: PagedKV | None = None
         self._out = torch.empty(MAX_ROWS, spec.hidden_size, dtype=torch.bfloat16)
         self._step, self._buffers = self._buffers_of_a_step()
         self._done = ctypes.c_int64(0)
 
     @staticmethod
-    def serves(spec: ModelSpec, layers: Sequence[LayerWeights]) -> bool:
-        """Whether all layers are of the kind that is taken: packed bfloat16 weights, experts, sizes that fit."""
-        if native.path() is None or attention.best_path() is None or not layers:
+    def supports_weights(spec: ModelSpec, layers: Sequence[LayerWeights]) -> bool:
+        """Return whether all layers have experts, packed bfloat16 weights, and sizes that fit."""
+        if compiled.path() is None or not layers:
             return False
         return (
             spec.hidden_size % 16 == 0
             and spec.head_dim % 32 == 0
-            and spec.head_dim <= min(native.MOST_DIM, attention.MAX_HEAD_DIM)
-            and spec.num_experts <= native.MOST_EXPERTS
-            and 0 < spec.num_experts_per_tok <= native.MOST_SLOTS
+            and spec.head_dim <= min(abi.MAX_ROTATED_DIM, abi.MAX_HEAD_DIM)
+            and spec.num_experts <= abi.MAX_EXPERTS
+            and 0 < spec.num_experts_per_tok <= abi.MAX_TOP_K
             and all(map(_is_packed, layers))
         )
 
     @property
     def layers_done(self) -> int:
-        """Layers computed so far, all steps together; any thread may ask."""
+        """The number of layers computed so far in all steps; any thread may ask."""
         return int(self._done.value)
 
     @staticmethod
-    def takes(batch: Batch, kv: PagedKV) -> bool:
-        """Whether the rows of a batch can be computed here."""
+    def supports_step(batch: Batch, kv: PagedKV) -> bool:
+        """Return whether the rows of a batch can be computed in one call."""
         few = len(batch.positions) <= MAX_ROWS and kv.layer(0).keys.dtype == torch.bfloat16
         return few and not any(piece.sparse for piece in batch.pieces)
 
-    def prepare(self, batch: Batch, kv: PagedKV, turns: Turns) -> FusedCall:
-        """Make everything of a call ready but the activations; keys and values will go to `kv`.
+    def prepare(self, batch: Batch, kv: PagedKV, rotations: Rotations) -> FusedCall:
+        """Prepare a call up to its activations; keys and values will go to `kv`.
 
         Raises:
             PlanMismatch: a slot of the batch lies outside the cache.
         """
         self._bind(kv)
         x = torch.empty(len(batch.positions), self._spec.hidden_size, dtype=torch.bfloat16)
-        return FusedCall(x, self._fill(x, batch, kv, turns))
+        return FusedCall(x, self._fill_step(x, batch, kv, rotations))
 
     def run(self, x: torch.Tensor, call: FusedCall, collectives: Collectives) -> torch.Tensor:
-        """`[T, M]` through all layers; `call` is what was prepared last.
+        """Compute all layers on `x` `[T, M]`; `call` is the one prepared last.
 
         Raises:
             MemoryError: there is no room for the scratch memory of a call.
@@ -143,7 +111,7 @@ class FusedLayers:
             self._done.value += 1
         return x
 
-    def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> _Layer:
+    def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> Layer:
         spec, shard = self._spec, self._shard
         assert weights.experts_gate_up is not None
         pointers = {
@@ -151,37 +119,37 @@ class FusedLayers:
             "o": weights.o_weight, "o_bias": weights.o_bias, "post_norm": weights.post_norm, "router": weights.router,
             "gate_up": weights.experts_gate_up, "down": weights.experts_down, "head_norm": head_norm,
         }  # fmt: skip
-        return _Layer(
+        return Layer(
             **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
             heads=shard.heads.size, kv_heads=shard.kv_heads.size, dim=spec.head_dim, hidden_size=spec.hidden_size,
             all_experts=spec.num_experts, first=shard.experts.start, experts=shard.experts.size,
-            top_k=spec.num_experts_per_tok, width=native.expert_width(weights.experts_gate_up),
+            top_k=spec.num_experts_per_tok, width=compiled.expert_width(weights.experts_gate_up),
             eps=spec.rms_norm_eps, normalise=spec.norm_topk_prob,
         )  # fmt: skip
 
-    def _buffers_of_a_step(self) -> tuple[_Step, list[torch.Tensor]]:
-        """The structure with the addresses of its buffers, and the tensors that hold them."""
+    def _buffers_of_a_step(self) -> tuple[Step, list[torch.Tensor]]:
+        """Return the structure of a step with the addresses of its buffers, and the tensors that hold these."""
         spec, dim = self._spec, self._spec.head_dim
         heads, kv_heads = self._shard.heads.size, self._shard.kv_heads.size
 
-        def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             buffers.append(torch.zeros(MAX_ROWS, *shape, dtype=dtype))
             return buffers[-1]
 
         buffers: list[torch.Tensor] = []
-        far = [room(heads, dim), room(heads, dim)]
+        far = [buffer(heads, dim), buffer(heads, dim)]
         top_k = spec.num_experts_per_tok
-        step = _Step(
-            out=self._out.data_ptr(), normed=room(spec.hidden_size).data_ptr(),
-            qkv=room(heads + 2 * kv_heads, dim).data_ptr(),
-            far=(ctypes.c_void_p * 2)(*(tensor.data_ptr() for tensor in far)), attended=room(heads, dim).data_ptr(),
-            logits=room(spec.num_experts).data_ptr(), rows=room(top_k, spec.hidden_size).data_ptr(),
-            chosen=room(top_k, dtype=torch.int64).data_ptr(), weights=room(top_k, dtype=torch.float32).data_ptr(),
+        step = Step(
+            out=self._out.data_ptr(), normed=buffer(spec.hidden_size).data_ptr(),
+            qkv=buffer(heads + 2 * kv_heads, dim).data_ptr(),
+            far=(ctypes.c_void_p * 2)(*(tensor.data_ptr() for tensor in far)), attended=buffer(heads, dim).data_ptr(),
+            logits=buffer(spec.num_experts).data_ptr(), rows=buffer(top_k, spec.hidden_size).data_ptr(),
+            chosen=buffer(top_k, dtype=torch.int64).data_ptr(), weights=buffer(top_k, dtype=torch.float32).data_ptr(),
         )  # fmt: skip
         return step, buffers
 
     def _bind(self, kv: PagedKV) -> None:
-        """Put the addresses of a cache into the layers."""
+        """Set the addresses of the cache in the structures of the layers."""
         if kv is self._kv:
             return
         for index, layer in enumerate(self._layers):
@@ -191,27 +159,27 @@ class FusedLayers:
             )  # fmt: skip
         self._kv = kv
 
-    def _fill(self, x: torch.Tensor, batch: Batch, kv: PagedKV, turns: Turns) -> list[object]:
-        """Complete the structure of a step; returns what must outlive the call."""
+    def _fill_step(self, x: torch.Tensor, batch: Batch, kv: PagedKV, rotations: Rotations) -> list[object]:
+        """Complete the structure of a step; returns the arrays that must outlive the call."""
         step, cache = self._step, kv.layer(0)
         rows = [slot for first, length in batch.slots for slot in range(first, first + length)]
         if len(rows) != x.shape[0] or not 0 <= min(rows) <= max(rows) < cache.keys.shape[1]:
             raise PlanMismatch(f"{x.shape[0]} rows, slots {rows[:3]}...: outside the cache of {cache.keys.shape[1]}")
         slots = (ctypes.c_int64 * len(rows))(*rows)
-        pieces = (_Piece * len(batch.pieces))()
+        pieces = (Piece * len(batch.pieces))()
         heads = (self._shard.heads.size, self._shard.kv_heads.size, self._spec.head_dim)
         for target, piece in zip(pieces, batch.pieces, strict=True):
-            attention.fill(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
+            fill_args(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
             target.row = piece.rows.start
-        for region, turn in enumerate((turns.intra, turns.succ, turns.inter)):
-            step.cos[region] = None if turn is None else turn.cos.data_ptr()
-            step.sin[region] = None if turn is None else turn.sin.data_ptr()
-            step.turn_stride[region] = 0 if turn is None else turn.cos.stride(0)
-            assert turn is None or turn.cos.stride() == turn.sin.stride()
+        for region, one in enumerate((rotations.intra, rotations.succ, rotations.inter)):
+            step.cos[region] = None if one is None else one.cos.data_ptr()
+            step.sin[region] = None if one is None else one.sin.data_ptr()
+            step.cos_stride[region] = 0 if one is None else one.cos.stride(0)
+            assert one is None or one.cos.stride() == one.sin.stride()
         step.x = x.data_ptr()
         step.slots, step.pieces = ctypes.addressof(slots), ctypes.addressof(pieces)
         step.tokens, step.num_pieces = x.shape[0], len(pieces)
-        step.path, step.threads = native.path() or 0, torch.get_num_threads()
+        step.path, step.threads = compiled.path() or 0, torch.get_num_threads()
         return [slots, pieces]
 
 
@@ -222,4 +190,7 @@ def _is_packed(weights: LayerWeights) -> bool:
 
 def _check(status: int) -> None:
     if status:
-        raise MemoryError(f"a fused layer failed with status {status}: no memory for its scratch")
+        abi.raise_for_status(
+            status, f"a fused layer failed with status {status}: no memory for its scratch",
+            f"a fused layer failed with status {status}: its plan leaves the page table or the cache",
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Small pieces of the decoder: normalisation and the gated MLP.
+"""Normalisation, linear layers and the gated MLP of the decoder.
 
 Legend: `T` tokens, `M` hidden size, `I` intermediate.
 """
@@ -13,14 +13,14 @@ from workers.model import compiled
 
 
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
-    """`1 / sqrt(mean(wide ** 2) + eps)` over the last dimension, which is kept with size 1; float32 in, float32 out."""
+    """Compute `1 / sqrt(mean(wide ** 2) + eps)` over the last dimension, which is kept with size 1, in float32."""
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return norm.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root mean square norm over the last dimension: computed and weighted in float32, rounded once."""
-    if compiled.norms(x):
+    """Compute the root mean square norm over the last dimension, weighted in float32 and rounded once."""
+    if compiled.supports_rms_norm(x):
         return compiled.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
     wide_weight = weight.float()
@@ -31,10 +31,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for `[T, in]` and `[out, in]`, which may be packed (`native`).
+    """Compute `x @ weight.T + bias` for `[T, in]` and `[out, in]`; the weight may be packed (see `compiled`).
 
-    A single row on a CPU takes the matrix-vector product: it streams the weights once, where the matrix product of
-    plain weights repacks them first, at about half the speed.
+    A single row on a CPU takes the matrix-vector product: it reads plain weights once, where the matrix product repacks
+    them first, at about half the speed.
     """
     if weight.dim() > 2:
         return compiled.linear(x, weight, bias)
@@ -45,7 +45,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` for `[T, 2 I]` holding gate then up; overwrites the first half and returns it, `[T, I]`."""
+    """Compute `silu(gate) * up` for `[T, 2 I]` holding gate, then up; it overwrites and returns the first half."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)
 
@@ -54,5 +54,5 @@ def gated_mlp(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Dense MLP of one shard on `[T, M]`; the result is this shard's partial sum `[T, M]`."""
+    """Compute the dense MLP of one shard on `x` `[T, M]`; returns this shard's partial sum `[T, M]`."""
     return linear(swiglu(linear(x, gate_up, gate_up_bias)), down, down_bias)

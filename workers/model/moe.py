@@ -1,7 +1,7 @@
 """Mixture of experts: route, sort tokens by expert, grouped matrix products, combine.
 
 Legend: `T` tokens, `M` hidden size, `I` expert intermediate, `E` experts of the model, `Er` experts of this shard,
-`k` experts a token uses.
+`k` experts per token.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from protos.stage.messages import Span
 from workers.model import compiled
 from workers.model.layers import linear, swiglu
 
-_STEP_TOKENS = 4096  # of the compiled kernel: more would not lower the share of reading the weights by much
+_STEP_TOKENS = 4096  # of one call of the compiled kernel; more would hardly read the weights less often
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` experts of every token and their weights.
+    """Choose the `k` experts of every token.
 
     Args:
         x: `[T, M]`.
@@ -28,7 +28,7 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) ->
         Expert ids `[T, k]` and weights `[T, k]` in float32.
     """
     logits = linear(x, router)
-    if compiled.routes(logits):
+    if compiled.supports_route(logits):
         return compiled.route(logits, top_k, normalise)
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     weights, experts = probabilities.topk(top_k, dim=-1)
@@ -38,13 +38,13 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, normalise: bool) ->
 
 
 class ExpertScratch:
-    """The rows that experts write, kept between layers and steps: fresh pages cost more than the sum over them."""
+    """The output rows of experts, kept between layers and steps: page faults of fresh memory cost more than the sum."""
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
 
     def rows(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """`[count, M]` in the type and on the device of `like` `[T, M]`, of unspecified content."""
+        """Return `[count, M]` of unspecified content in the type and on the device of `like` `[T, M]`."""
         buffer = self._buffer
         same = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
         if buffer is None or not same or buffer.shape[0] < count or buffer.shape[1] != like.shape[1]:
@@ -56,7 +56,7 @@ def run_experts(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     local: Span, scratch: ExpertScratch | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Weighted sum of this shard's experts; tokens without a local expert get zeros.
+    """Compute the weighted sum of this shard's experts; tokens without a local expert get zeros.
 
     Args:
         x: `[T, M]`.
@@ -74,7 +74,7 @@ def run_experts(
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
     flat = experts.flatten() - local.start
-    flat = torch.where((flat >= 0) & (flat < local.size), flat, local.size)  # foreign experts sort behind ours
+    flat = torch.where((flat >= 0) & (flat < local.size), flat, local.size)  # experts of other shards sort last
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=local.size + 1)[: local.size]
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
@@ -94,7 +94,7 @@ def _packed_experts(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     local: Span, scratch: ExpertScratch,
 ) -> torch.Tensor:  # fmt: skip
-    """The compiled kernel, over some tokens at a time: what their experts write is as large as all their choices."""
+    """Call the compiled kernel on `_STEP_TOKENS` tokens at a time, as its scratch has a row per token and expert."""
     rows = scratch.rows(min(x.shape[0], _STEP_TOKENS) * experts.shape[1], x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start in range(0, x.shape[0], _STEP_TOKENS):
@@ -107,7 +107,7 @@ def _one_token(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     local: Span,
 ) -> torch.Tensor:  # fmt: skip
-    """Decoding: no sorting, one pass over the weights of every chosen expert."""
+    """Compute one token (decoding): no sorting, one pass over the weights of every chosen expert."""
     slots = [(slot, e - local.start) for slot, e in enumerate(experts[0].tolist()) if local.start <= e < local.stop]
     hidden = x.new_empty(len(slots), gate_up.shape[1])
     out = x.new_zeros(experts.shape[1], x.shape[1])
@@ -123,19 +123,19 @@ def _expert_loop(
     x: torch.Tensor, source: torch.Tensor, sizes: list[int], gate_up: torch.Tensor, down: torch.Tensor,
     scratch: ExpertScratch,
 ) -> torch.Tensor:  # fmt: skip
-    """Gated MLP of each expert on its rows: `source` `[n]` names the token of every row, sorted by expert.
+    """Compute the gated MLP of each expert on its rows; `source` `[n]` has the token of every row, sorted by expert.
 
-    The matrix library compiles a kernel for every new row count (2 to 5 ms), so counts are rounded up. The rows past
-    an expert's own belong to those after it, which overwrite them in turn; only the last ones need room of their own.
+    The matrix library compiles a kernel for every new row count (2 to 5 ms), so counts are rounded up. The extra rows
+    of an expert belong to the experts after it, which overwrite them; only those of the last one need extra memory.
 
     Returns:
-        `[more than n, M]`; rows from `n` on are meaningless, but for the last one, which is zero.
+        `[more than n, M]`; rows from `n` on are unspecified, except that the last one is zero.
     """
     padded = [_round_up(size) for size in sizes]
-    room = source.shape[0] + max(wide - size for wide, size in zip(padded, sizes, strict=True))
-    source = F.pad(source, (0, room - source.shape[0]))
-    out = scratch.rows(room + 1, x)
-    out[room] = 0
+    total = source.shape[0] + max(wide - size for wide, size in zip(padded, sizes, strict=True))
+    source = F.pad(source, (0, total - source.shape[0]))
+    out = scratch.rows(total + 1, x)
+    out[total] = 0
     gathered = x.new_empty(max(padded), x.shape[1])
     hidden = x.new_empty(max(padded), gate_up.shape[1])
     start = 0
@@ -149,35 +149,21 @@ def _expert_loop(
 
 
 def _round_up(count: int) -> int:
-    """The next size of a short list: multiples of 8 below 64, then eight sizes an octave (at most 1/8 more rows)."""
+    """Return the next multiple of 8 up to 64, then the next of eight sizes per octave (at most 1/8 more rows)."""
     step = max(8, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 
 def _combine(out: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of the rows that belong to one token, accumulated in float32.
+    """Compute the weighted sum of the rows of each token, accumulated in float32.
 
     Args:
-        out: `[n or more, M]`, row `i` for the slot `order[i]` of the flattened `[T, k]`; the last row is zero when
-            other shards serve some slots.
+        out: `[n or more, M]`, row `i` for entry `order[i]` of the flattened `[T, k]`; the last row is zero when other
+            shards compute some of these.
         order: `[n]`.
         weights: `[T, k]` float32.
     """
     place = torch.full((weights.numel(),), out.shape[0] - 1, dtype=torch.int64, device=out.device)
     place[order] = torch.arange(order.shape[0], device=out.device)
-    # a bag of rows per token: gathers, weighs and adds in one pass, without the [T * k, M] copy
+    # gathers, weights and adds in one pass, without a copy [T * k, M]
     return F.embedding_bag(place.view_as(weights), out, mode="sum", per_sample_weights=weights.to(out.dtype))
-
-
-def run_experts_reference(
-    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
-    local: Span,
-) -> torch.Tensor:  # fmt: skip
-    """Slow twin of `run_experts`: one token and one expert at a time."""
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    for token in range(x.shape[0]):
-        for expert, weight in zip(experts[token].tolist(), weights[token].tolist(), strict=True):
-            if local.start <= expert < local.stop:
-                gate, up = (gate_up[expert - local.start].float() @ x[token].float()).chunk(2)
-                out[token] += weight * (down[expert - local.start].float() @ (F.silu(gate) * up))
-    return out.to(x.dtype)

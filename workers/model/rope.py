@@ -1,7 +1,9 @@
-"""Rotary position embedding: plain, YaRN, linear and llama3 frequencies, dual chunk attention; angles in float64.
+"""Rotary position embedding: plain, YaRN, linear and llama3 frequencies, and the rotations of dual chunk attention.
 
-Frequencies and attention factor are computed in the same float32 steps as transformers' `modeling_rope_utils`, so they
-are equal bit for bit. Source of YaRN: arXiv 2309.00071. Legend: `T` tokens, `H` heads, `D` head dim.
+Frequencies and attention factor are computed in the same float32 steps as in transformers' `modeling_rope_utils` and
+equal these bit for bit; angles are float64. Source of YaRN: arXiv 2309.00071.
+
+Legend: `T` tokens, `H` heads, `D` head dim, `L` tokens between the starts of two DCA chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from workers.model.layers import inverse_rms
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies `[D / 2]` in float32 and the factor on cos and sin.
+    """Return the inverse frequencies `[D / 2]` in float32 and the factor on cos and sin.
 
     Raises:
         ValueError: the kind is unknown.
@@ -51,7 +53,7 @@ def _yarn_attention_factor(rope: RopeSpec) -> float:
 
 
 def _yarn(rope: RopeSpec, head_dim: int) -> torch.Tensor:
-    """NTK-by-parts: high frequencies stay, low ones are divided by the factor, a linear ramp between."""
+    """Return NTK-by-parts frequencies: high ones unchanged, low ones divided by the factor, a linear ramp between."""
 
     def dimension_of(rotations: float) -> float:
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -80,7 +82,7 @@ def _llama3(rope: RopeSpec, inv_freq: torch.Tensor) -> torch.Tensor:
     return torch.where(medium, smoothed, scaled)
 
 
-class Turn(NamedTuple):
+class CosSin(NamedTuple):
     """cos and sin `[T, 1, D / 2]` in float32: one rotation of every row."""
 
     cos: torch.Tensor
@@ -88,20 +90,23 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """The rotations of a step's rows; keys take that of `intra`. None: no row meets keys of that region."""
+class Rotations:
+    """The rotations of the rows of a step, one per `Rotation`; keys take `intra`.
 
-    intra: Turn
-    succ: Turn | None = None
-    inter: Turn | None = None
+    None where no row meets keys of that region.
+    """
+
+    intra: CosSin
+    succ: CosSin | None = None
+    inter: CosSin | None = None
 
 
 class Rotary:
-    """Turns positions into rotations: one for plain attention, up to three for dual chunk attention.
+    """Computes the rotations of positions: one for plain attention, up to three for dual chunk attention.
 
-    Under DCA (arXiv 2402.17463) keys and `intra` queries turn by the position within their chunk, `succ` queries (keys
-    of the chunk before) by that plus `L` but at most `chunk_size`, `inter` queries (all earlier keys) by a constant.
-    YaRN's factor on cos and sin is left out where DCA's own length scale takes its place.
+    Under DCA (arXiv 2402.17463) keys and `intra` queries rotate by the position within their chunk, `succ` queries (for
+    keys of the chunk before) by that plus `L` but at most `chunk_size`, `inter` queries (for all earlier keys) by a
+    constant. DCA's length scale, where it is set, replaces YaRN's factor on cos and sin.
     """
 
     def __init__(
@@ -113,40 +118,41 @@ class Rotary:
         self._dual = dual_chunk
         self._inv_freq = inv_freq.to(torch.float64).to(device)
 
-    def cos_sin(self, positions: torch.Tensor) -> Turn:
-        """The rotation by `positions` `[T]`; angles are float64, rounded once at the end."""
+    def cos_sin(self, positions: torch.Tensor) -> CosSin:
+        """Compute the rotation by `positions` `[T]`; angles are float64, rounded once at the end."""
         angles = positions.to(torch.float64)[:, None] * self._inv_freq
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
-        return Turn(cos.float()[:, None], sin.float()[:, None])
+        return CosSin(cos.float()[:, None], sin.float()[:, None])
 
-    def turns(self, positions: torch.Tensor, *, succ: bool = False, inter: bool = False) -> Turns:
-        """The rotations at `positions` `[T]`; `succ` and `inter` ask for those of the far regions too."""
+    def rotations(self, positions: torch.Tensor, *, succ: bool = False, inter: bool = False) -> Rotations:
+        """Compute the rotations at `positions` `[T]`, with `succ` and `inter` those of the far regions too."""
         if self._dual is None:
-            return Turns(self.cos_sin(positions))
+            return Rotations(self.cos_sin(positions))
         dual, within = self._dual, positions % self._dual.distance
-        far = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size)) if succ else None
-        last = positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)])
-        return Turns(self.cos_sin(within), far, _repeat(self.cos_sin(last), len(positions)) if inter else None)
+        before = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size)) if succ else None
+        constant = positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)])
+        early = _repeat(self.cos_sin(constant), len(positions)) if inter else None
+        return Rotations(self.cos_sin(within), before, early)
 
-    def continuous(self, positions: torch.Tensor) -> Turns:
-        """The rotations that estimate which keys matter: without the limits, so that distances stay in order."""
+    def continuous(self, positions: torch.Tensor) -> Rotations:
+        """Compute the rotations of the sparse estimate, without the limits, so that distances stay in order."""
         assert self._dual is not None, "plain attention has one rotation"
         within, distance = positions % self._dual.distance, self._dual.distance
-        far = self.cos_sin(within + self._dual.chunk_size)
-        return Turns(self.cos_sin(within), self.cos_sin(within + distance), far)
+        early = self.cos_sin(within + self._dual.chunk_size)
+        return Rotations(self.cos_sin(within), self.cos_sin(within + distance), early)
 
 
-def _repeat(turn: Turn, rows: int) -> Turn:
-    return Turn(*(table.expand(rows, -1, -1) for table in turn))
+def _repeat(cos_sin: CosSin, rows: int) -> CosSin:
+    return CosSin(*(table.expand(rows, -1, -1) for table in cos_sin))
 
 
 def row_scales(positions: torch.Tensor, length: int, head_dim: int, dual_chunk: DualChunkSpec | None) -> torch.Tensor:
-    """The factor on the logits of rows at `positions` `[T]`, float32: `D ** -0.5`, times DCA's length scale squared.
+    """Return the logit factors of rows at `positions` `[T]`, float32: `D ** -0.5`, times DCA's length scale squared.
 
-    `length` is that of the prompt; rows after it are scaled by their own position. So the factor depends on the two
-    only, and a token that is computed again gets the same one.
+    `length` is that of the prompt; rows after it are scaled by their own position. So the factor depends on prompt
+    length and position only, and a token that is computed again gets the same one.
     """
     original = dual_chunk.original_max_position_embeddings if dual_chunk else 0
     base = head_dim**-0.5
@@ -157,42 +163,37 @@ def row_scales(positions: torch.Tensor, length: int, head_dim: int, dual_chunk: 
     return (base * stretch.square()).float()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `[T, H, D]` by cos and sin `[T, 1, D / 2]`; computed in float32, returned in the type of `x`."""
-    return norm_and_rotate_(x.clone(), Turn(cos, sin))
-
-
 def norm_and_rotate_(
-    x: torch.Tensor, turn: Turn, weight: torch.Tensor | None = None, eps: float = 0.0,
-    copies: Sequence[tuple[torch.Tensor, Turn]] = (),
+    x: torch.Tensor, cos_sin: CosSin, weight: torch.Tensor | None = None, eps: float = 0.0,
+    copies: Sequence[tuple[torch.Tensor, CosSin]] = (),
 ) -> torch.Tensor:  # fmt: skip
-    """Root mean square norm of every head (when `weight` is given), then rotation, in place and rounded once.
+    """Normalise every head (RMS, when `weight` is given), then rotate it, in place and rounded once.
 
     Args:
-        x: `[T, H, D]`, a view will do; overwritten and returned.
-        turn: the rotation of `x`.
+        x: `[T, H, D]`, possibly a view; overwritten and returned.
+        cos_sin: the rotation of `x`.
         weight: `[H, D]` float32, or None for models without query and key norms.
         copies: other tensors `[T, n, D]` that receive the first `n` heads under another rotation.
     """
-    if compiled.rotates(x):
+    if compiled.supports_norm_rotate(x):
         for copy, other in copies:
             heads = copy.shape[1]
             compiled.norm_rotate(x[:, :heads], *other, None if weight is None else weight[:heads], eps, copy)
-        return compiled.norm_rotate(x, *turn, weight, eps, x)
+        return compiled.norm_rotate(x, *cos_sin, weight, eps, x)
     for rows in row_blocks(x):
         wide = x[rows].float()
         if weight is not None:
             wide = (wide * inverse_rms(wide, eps)).mul_(weight)
         for copy, other in copies:
-            copy[rows] = _turned(wide[:, : copy.shape[1]], other, rows)
-        x[rows] = _turned(wide, turn, rows)
+            copy[rows] = _rotated(wide[:, : copy.shape[1]], other, rows)
+        x[rows] = _rotated(wide, cos_sin, rows)
     return x
 
 
-def _turned(wide: torch.Tensor, turn: Turn, rows: slice) -> torch.Tensor:
-    cos, sin = turn.cos[rows], turn.sin[rows]
+def _rotated(wide: torch.Tensor, cos_sin: CosSin, rows: slice) -> torch.Tensor:
+    cos, sin = cos_sin.cos[rows], cos_sin.sin[rows]
     half = wide.shape[-1] // 2
-    turned = wide * torch.cat([cos, cos], dim=-1)
-    turned[..., :half].addcmul_(wide[..., half:], sin, value=-1)
-    turned[..., half:].addcmul_(wide[..., :half], sin)
-    return turned
+    out = wide * torch.cat([cos, cos], dim=-1)
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin)
+    return out

@@ -1,4 +1,4 @@
-"""Sparse prefill in the decoder: which rows of a cell are sampled, attention over what is selected, and its report.
+"""Sparse prefill in the decoder: sampled rows of a cell, attention over the selected keys, and the cell's report.
 
 Legend: `T` rows, `H` query heads and `K` KV heads of the shard, `D` head dim.
 """
@@ -19,31 +19,31 @@ from workers.attention.plan import Rotation
 from workers.attention.queries import Queries
 from workers.kv.paged import LayerKV
 from workers.model.batch import Batch, Piece
-from workers.model.rope import Rotary, Turns, norm_and_rotate_
+from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.sparse.estimate import SampledRows
 from workers.sparse.vertical_slash import CellChoice, CellQueries, choose, estimate_rows, held_out_rows
 
 
 @dataclass(frozen=True, slots=True)
 class _Estimate:
-    """The rows a cell's estimate looks at, counted from the cell's start, and their continuous rotations."""
+    """The rows that the estimate of a cell samples, counted from its start, and their continuous rotations."""
 
     rows: slice
-    turns: Turns | None  # None: the context is one DCA chunk, where they are the true ones
+    rotations: Rotations | None  # None: the context is one DCA chunk, where the true rotations are continuous
 
 
 @dataclass(slots=True)
 class CellLog:
-    """What the sparse cells of a step report, over all layers of the shard."""
+    """The reports of the sparse cells of a step, over all layers of the shard."""
 
     cells: list[CellReport] = field(default_factory=list)
-    seconds: float = 0.0  # estimating and selecting
+    seconds: float = 0.0  # spent on estimating and selecting
 
 
 class SparsePrefill:
     """The sparse cells of one step.
 
-    For every layer: `begin_layer` before the queries are rotated in place, then `attend` once a cell.
+    In every layer `begin_layer` is called before the queries are rotated in place, then `attend` once per cell.
     """
 
     def __init__(self, spec: ModelSpec, shard: ShardSpec, rotary: Rotary, batch: Batch, log: CellLog) -> None:
@@ -53,17 +53,17 @@ class SparsePrefill:
         self._log = log
         self._layer = 0
         self._norm: torch.Tensor | None = None
-        self._kept: dict[int, torch.Tensor] = {}  # by the first row of the piece, as the estimates
+        self._raw_rows: dict[int, torch.Tensor] = {}  # by the first row of the piece, like the estimates
         self._estimates: dict[int, _Estimate] = {}
         for piece in batch.pieces:
             if piece.sparse:
                 rows = _span(estimate_rows(piece.plan.length, spec.sparse.last_q))
-                far = piece.needs(Rotation.SUCC)
-                turns = rotary.continuous(batch.positions[piece.rows][rows]) if far else None
-                self._estimates[piece.rows.start] = _Estimate(rows, turns)
+                far = piece.has_region(Rotation.SUCC)
+                rotations = rotary.continuous(batch.positions[piece.rows][rows]) if far else None
+                self._estimates[piece.rows.start] = _Estimate(rows, rotations)
 
     def begin_layer(self, layer: int, q: torch.Tensor, norm: torch.Tensor | None) -> None:
-        """Before queries are rotated in place: keep the rows that need rotations of their own.
+        """Copy the rows of the estimates that need rotations of their own.
 
         Args:
             layer: counted in the model.
@@ -71,14 +71,19 @@ class SparsePrefill:
             norm: `[H, D]` weights of the query norm in float32, None for models without.
         """
         self._layer, self._norm = layer, norm
-        self._kept = {
-            first: q[first + found.rows.start : first + found.rows.stop].clone()
-            for first, found in self._estimates.items()
-            if found.turns is not None
+        self._raw_rows = {
+            first: q[first + estimate.rows.start : first + estimate.rows.stop].clone()
+            for first, estimate in self._estimates.items()
+            if estimate.rotations is not None
         }
 
     def attend(self, piece: Piece, q: Queries, kv: LayerKV) -> torch.Tensor:
-        """Attention `[T, H, D]` of one cell; `q` are its rows under their true rotations, its keys are in `kv`."""
+        """Compute attention `[T, H, D]` of one cell.
+
+        Args:
+            q: the rows of the cell under their true rotations.
+            kv: the layer's cache; the keys of the cell are already written.
+        """
         began = time.perf_counter()
         choice = self._choose(piece, q, kv)
         self._log.seconds += time.perf_counter() - began
@@ -100,24 +105,26 @@ class SparsePrefill:
         return out
 
     def _choose(self, piece: Piece, q: Queries, kv: LayerKV) -> CellChoice:
-        found, length = self._estimates[piece.rows.start], piece.plan.length
-        sampled = q[found.rows]
-        if found.turns is not None:
-            sampled = self._continuous(self._kept.pop(piece.rows.start), found.turns, sampled.intra)
+        estimate, length = self._estimates[piece.rows.start], piece.plan.length
+        sampled = q[estimate.rows]
+        if estimate.rotations is not None:
+            sampled = self._continuous(self._raw_rows.pop(piece.rows.start), estimate.rotations, sampled.intra)
         others = held_out_rows(length, self._sparse.last_q)
         cell = CellQueries(
-            estimate=SampledRows(tuple(range(found.rows.start, found.rows.stop)), sampled, piece.scales[found.rows]),
+            estimate=SampledRows(
+                tuple(range(estimate.rows.start, estimate.rows.stop)), sampled, piece.scales[estimate.rows]
+            ),
             held_out=SampledRows(others, _rows(q, others), piece.scales[list(others)]),
             layer=self._layer,
             first_head=self._heads.start,
         )
         return choose(cell, kv, piece.table, piece.plan, self._sparse)
 
-    def _continuous(self, raw: torch.Tensor, turns: Turns, intra: torch.Tensor) -> Queries:
-        assert turns.succ is not None
-        assert turns.inter is not None
+    def _continuous(self, raw: torch.Tensor, rotations: Rotations, intra: torch.Tensor) -> Queries:
+        assert rotations.succ is not None
+        assert rotations.inter is not None
         inter = torch.empty_like(raw)
-        norm_and_rotate_(raw, turns.succ, self._norm, self._eps, [(inter, turns.inter)])
+        norm_and_rotate_(raw, rotations.succ, self._norm, self._eps, [(inter, rotations.inter)])
         return Queries(intra, raw, inter)
 
 

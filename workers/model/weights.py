@@ -1,7 +1,8 @@
-"""The weights of one shard, read slice by slice from the files mapped into memory.
+"""The weights of one shard, read slice by slice from memory-mapped files.
 
-A plan says, for every tensor of the shard, which rows and columns of which checkpoint tensors it is made of; the loader
-and the random stand-in fill the same plan. Where compiled kernels serve, matrices are packed while read (`compiled`).
+A plan lists, for every tensor of the shard, the rows and columns of checkpoint tensors it consists of; a checkpoint and
+the generator of random weights fill the same plan. Matrices of the compiled kernels are packed while they are read.
+
 Legend: `M` hidden size, `D` head dim, `H` and `K` query and KV heads, `E` experts, `I` intermediate; a trailing `r`
 marks the part of this shard.
 """
@@ -20,7 +21,7 @@ import torch
 
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
-from workers.kv import huge_pages
+from workers.kv.huge_pages import advise_huge_pages
 from workers.model import compiled
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
@@ -28,18 +29,18 @@ if TYPE_CHECKING:  # random weights are made on machines without safetensors
 
 OnProgress = Callable[[int, int], None]  # bytes loaded, bytes of this shard
 
-_CHUNK_BYTES = 16 << 20  # copied at once: bounds what a converting copy to a device stages in host memory
-_DUMMY_ROWS = 1024  # rows of a random tensor made at once
+_CHUNK_BYTES = 16 << 20  # copied at once; bounds the host memory of a converting copy to a device
+_DUMMY_ROWS = 1024  # rows of a random tensor that are generated together
 _DUMMY_SCALE = 0.02
 _PACKED = {"qkv_weight", "o_weight", "gate_up", "down", "router", "experts_gate_up", "experts_down", "lm_head"}
-_PAIRS = {"experts_gate_up"}
+_PAIRS = {"experts_gate_up"}  # of these, the ones packed in pairs of gate and up
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer of one shard; either the dense MLP or router and experts are set. Norms are whole on every rank.
+    """One layer of one shard, with either a dense MLP or a router and experts; norms are whole on every rank.
 
-    Matrices are in plain order, as below, or packed: `compiled.unpacked` gives the plain one.
+    Shapes are those of plain matrices; some may be packed (see `compiled`).
     """
 
     input_norm: torch.Tensor  # [M]
@@ -61,7 +62,7 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class ShardWeights:
-    """All weights of one shard. With tied embeddings the last stage's `lm_head` and `embed` are one tensor."""
+    """All weights of one shard; with tied embeddings `lm_head` and `embed` of the last stage are one tensor."""
 
     layers: list[LayerWeights] = field(default_factory=list)
     embed: torch.Tensor | None = None  # [rows of shard.vocab, M]: first stage, and last stage when tied
@@ -70,7 +71,7 @@ class ShardWeights:
 
 
 class _Piece(NamedTuple):
-    """Rows and columns of a checkpoint tensor, and the row of the shard's tensor (of its `expert`) they go to."""
+    """Rows and columns of a checkpoint tensor, and their first row in the shard's tensor (of `expert`, if set)."""
 
     name: str
     rows: Span
@@ -90,7 +91,7 @@ class _Source(Protocol):
 
 
 def whole_model(spec: ModelSpec) -> ShardSpec:
-    """The shard of a model that is not split."""
+    """Return the shard of a model that is not split."""
     sizes = (
         spec.num_hidden_layers, spec.num_attention_heads, spec.num_key_value_heads, spec.num_experts,
         spec.intermediate_size, spec.vocab_size,
@@ -104,7 +105,8 @@ def load_shard(
 ) -> ShardWeights:  # fmt: skip
     """Read this shard's weights, converted to `dtype`, onto `device`.
 
-    Anonymous memory grows by the weights themselves (host) and a few tens of MiB; the files stay in the page cache.
+    Anonymous host memory grows by the weights (unless they go to a device) and a few tens of MiB; the files stay in the
+    page cache.
 
     Raises:
         CheckpointError: a file or tensor is missing, damaged or of another shape or dtype.
@@ -119,12 +121,12 @@ def load_shard(
 def dummy_shard(
     spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ShardWeights:
-    """Random weights (normal, scale 0.02; norms 1); every layout of a `spec` and `seed` holds slices of one model."""
+    """Return random weights (normal, scale 0.02; norms 1): the slices of one model for every layout of it."""
     return _build(_Random(spec, seed), spec, shard, dtype, torch.device(device), None)
 
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
-    """Bytes of the weights that `load_shard` allocates for this shard."""
+    """Return the bytes of the weights that `load_shard` allocates for this shard."""
     plans = [*_plan_ends(spec, shard).values()]
     for layer in range(*shard.layers):
         plans += _plan_layer(spec, shard, layer).values()
@@ -142,7 +144,7 @@ def _build(
         shape, pairs = plan.shape, name in _PAIRS
         if name in _PACKED:
             shape = compiled.packed_shape(shape, dtype, device, pairs)
-        tensor = huge_pages.advise(torch.empty(shape, dtype=dtype, device=device))
+        tensor = advise_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
             if shape == plan.shape:
@@ -165,7 +167,7 @@ def _build(
 
 
 def _fill_packed(source: _Source, target: torch.Tensor, piece: _Piece, pairs: bool) -> None:
-    """Fill a part of one packed matrix by way of a few rows in plain order."""
+    """Fill a part of one packed matrix through a buffer of plain rows."""
     assert piece.columns is not None
     width = piece.columns.size
     step = max(1, _CHUNK_BYTES // (target.itemsize * width * _DUMMY_ROWS)) * _DUMMY_ROWS
@@ -244,7 +246,7 @@ def _times(span: Span, factor: int) -> Span:
 
 
 def _matrix(columns: Span, *parts: tuple[str, Span]) -> _Plan:
-    """Row ranges of several tensors under one another, all with the same `columns`."""
+    """Return the plan of row ranges of several tensors below each other, all with the same `columns`."""
     pieces, row = [], 0
     for name, rows in parts:
         pieces.append(_Piece(name, rows, columns, row))
@@ -258,7 +260,7 @@ def _vector(*parts: tuple[str, Span]) -> _Plan:
 
 
 class _Files:
-    """Copies regions out of safetensors files. Slices are views of the mapped file: nothing is read before the copy."""
+    """Copies regions of safetensors files; slices are views of the mapped file, which the copy reads."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
         self._checkpoint = checkpoint
@@ -298,7 +300,7 @@ def _chunks(target: torch.Tensor) -> Iterator[Span]:
 
 
 class _Random:
-    """Random tensors made in blocks of rows, each from a seed of its own, so any region is made without the rest."""
+    """Generates random tensors in blocks of rows with seeds of their own, so that any region is made by itself."""
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
         whole = whole_model(spec)

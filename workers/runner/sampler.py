@@ -62,9 +62,9 @@ def _highest(x: torch.Tensor) -> int:
 
 
 def highest_if_finite(x: torch.Tensor) -> int | None:
-    """Return the index of the greatest value, on a CPU the first of equal ones; None if one is infinite or NaN."""
-    if compiled.ranks(x):
-        return compiled.highest(x)
+    """Index of the greatest value, the first of equal ones on a CPU; None when one is infinite or not a number."""
+    if compiled.supports_argmax(x):
+        return compiled.argmax_if_finite(x)
     return _highest(x) if _all_finite(x) else None
 
 

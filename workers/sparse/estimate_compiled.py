@@ -1,14 +1,15 @@
-"""The estimate in compiled code: the contract of `workers.sparse.estimate`, and `selection.top`.
+"""The estimate in compiled code (workers/kernels/estimate).
 
-Works on host memory, for float32 and bfloat16 queries and float32, bfloat16 and int8 keys. bfloat16 queries run on AMX
-where the CPU has it (keys not in float32, head dim a multiple of 32), all else in vector code. Uses as many threads as
-PyTorch does; results do not depend on their number.
+It takes tensors in host memory: float32 and bfloat16 queries, and float32, bfloat16 and int8 keys. bfloat16 queries run
+on AMX where the CPU has it (keys not in float32, head dim a multiple of 32), all else in vector code. It uses as many
+threads as PyTorch does; results do not depend on their number.
+
+Legend: `R` sampled rows, `G` query heads of a KV head, `S` keys the cell sees, `D` head dim.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,73 +17,27 @@ import numpy.typing as npt
 import torch
 
 from workers.attention.plan import IntArray, Rotation, Selection
-from workers.kernels import build
+from workers.kernels import abi
+from workers.kernels.abi import EstimateArgs, EstimateSelection, Path
+from workers.kernels.build import best_path, load
 from workers.kv.paged import LayerKV
 from workers.sparse.estimate import CellKeys, SampledRows, Sums
 from workers.sparse.selection import FloatArray
 
-PATHS = ("portable", "avx2", "avx512", "amx")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
-
-class _Args(ctypes.Structure):  # `Args` in workers/kernels/estimate.h
-    _fields_ = (
-        ("q", ctypes.c_void_p * 3),
-        ("scales", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("key_scales", ctypes.c_void_p),
-        ("pages", ctypes.c_void_p),
-        ("key_head", ctypes.c_int64),
-        ("key_scale_head", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("page_size", ctypes.c_int64),
-        ("borders", ctypes.c_int64 * 4),
-        ("kv_head", ctypes.c_int),
-        ("q_type", ctypes.c_int),
-        ("kv_type", ctypes.c_int),
-        ("threads", ctypes.c_int),
-        ("path", ctypes.c_int),
-    )
-
-
-class _Chosen(ctypes.Structure):
-    _fields_ = (
-        ("offsets", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("num_offsets", ctypes.c_int64),
-        ("num_columns", ctypes.c_int64),
-    )
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return build.load().library
-
-
-def best_path() -> int:
-    """The index in `PATHS` of the best path of this CPU; the library must be there."""
-    library = _library()
-    assert library is not None
-    return int(library.longreach_estimate_best_path())
-
-
-def available(sample: SampledRows, kv: LayerKV) -> bool:
-    """Whether compiled code serves these queries and this cache."""
+def supports(sample: SampledRows, kv: LayerKV) -> bool:
+    """Return whether the library is built and takes these queries and this cache."""
     q = sample.queries.intra
     return (
         q.device.type == kv.keys.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
-        and kv.keys.dtype in _TYPES
-        and _library() is not None
+        and kv.keys.dtype in abi.TYPES
+        and load().library is not None
     )
 
 
-def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: int | None = None) -> Sums:
-    """See `estimate.sums`. `path`: index in `PATHS`, None: the best one."""
+def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None = None) -> Sums:
+    """See `EstimateBackend.sums`; `path` None is the best instruction set."""
     assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
     call = _Call(sample, keys, kv_head, path)
     columns, offsets = (np.empty((call.group, keys.stop), np.float32) for _ in range(2))
@@ -91,50 +46,47 @@ def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: int | None = N
     return Sums(columns, offsets, lse)
 
 
-def kept(
-    sample: SampledRows, keys: CellKeys, kv_head: int, selections: Sequence[Selection], path: int | None = None
+def kept_share(
+    sample: SampledRows, keys: CellKeys, kv_head: int, selections: Sequence[Selection], path: Path | None = None
 ) -> npt.NDArray[np.float64]:
-    """See `estimate.kept`."""
+    """See `EstimateBackend.kept_share`."""
     call = _Call(sample, keys, kv_head, path)
     share = np.empty(call.group)
-    call.run("longreach_estimate_kept", call.chosen(selections), share.ctypes)
+    call.run("longreach_estimate_kept", call.selections(selections), share.ctypes)
     return share
 
 
-def mass(
-    sample: SampledRows, keys: CellKeys, kv_head: int, found: Sums, selections: Sequence[Selection | None],
-    path: int | None = None,
+def kept_mass(
+    sample: SampledRows, keys: CellKeys, kv_head: int, sums: Sums, selections: Sequence[Selection | None],
+    path: Path | None = None,
 ) -> npt.NDArray[np.float64]:  # fmt: skip
-    """See `estimate.mass`."""
+    """See `EstimateBackend.kept_mass`."""
     assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
     call = _Call(sample, keys, kv_head, path)
     total = np.empty(call.group)
-    arrays = [np.ascontiguousarray(one).ctypes for one in (found.columns, found.offsets, found.lse)]
-    call.run("longreach_estimate_mass", *arrays, call.chosen(selections), total.ctypes)
+    arrays = [np.ascontiguousarray(one).ctypes for one in (sums.columns, sums.offsets, sums.lse)]
+    call.run("longreach_estimate_mass", *arrays, call.selections(selections), total.ctypes)
     return total
 
 
-def top(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
-    """See `selection.top`."""
-    library = _library()
+def top_indices(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
+    """See `selection.top_indices`."""
+    library = load().library
     assert library is not None
     scores = np.ascontiguousarray(scores, np.float32)
     rows, size = scores.shape
     sizes = np.clip(np.array(counts, np.int64), min(forced, size), size)
     picked = np.empty((rows, max(1, sizes.max(initial=1))), np.int32)
-    shape = [ctypes.c_int64(value) for value in (rows, size, picked.shape[1], min(forced, size))]
-    _check(
-        library.longreach_estimate_top(
-            scores.ctypes, *shape, sizes.ctypes, picked.ctypes, ctypes.c_int(torch.get_num_threads())
-        )
-    )
+    shape = (rows, size, picked.shape[1], min(forced, size))
+    threads = torch.get_num_threads()
+    _raise_for(library.longreach_estimate_top(scores.ctypes, *shape, sizes.ctypes, picked.ctypes, threads))
     return [row[:count].copy() for row, count in zip(picked, sizes, strict=True)]
 
 
 class _Call:
-    """The arguments of one call, and the arrays they point into."""
+    """The arguments of one call, which keeps the arrays they point into alive."""
 
-    def __init__(self, sample: SampledRows, keys: CellKeys, kv_head: int, path: int | None) -> None:
+    def __init__(self, sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None) -> None:
         kv, plan = keys.kv, keys.plan
         heads, dim = sample.queries.intra.shape[1:]
         assert kv.keys.stride(2) == 1
@@ -142,7 +94,7 @@ class _Call:
         self.group = heads // kv.keys.shape[0]
         self._alive: list[object] = []
         dtype = sample.queries.intra.dtype
-        args = self._args = _Args()
+        args = self._args = EstimateArgs()
         ends = dict.fromkeys(Rotation, 0)
         for _, stop, rotation in plan.regions:
             args.q[rotation] = self._tensor(sample.queries.of(rotation))
@@ -157,27 +109,29 @@ class _Call:
             assert kv.key_scales.stride(1) == 1
             args.key_scales = kv.key_scales.data_ptr()
             args.key_scale_head = kv.key_scales.stride(0)
+        assert keys.stop <= keys.table.num_pages * keys.table.page_size
         args.page_size = keys.table.page_size
-        args.pages = self._array(keys.table.slots(np.arange(0, keys.stop, keys.table.page_size)).astype(np.int32))
+        args.pages, _ = keys.table.page_slots.buffer_info()
         args.num_rows, args.heads, args.kv_heads, args.dim = len(sample.rows), heads, kv.keys.shape[0], dim
-        args.kv_head, args.q_type, args.kv_type = kv_head, _TYPES[dtype], _TYPES[kv.keys.dtype]
+        args.kv_head, args.q_type, args.kv_type = kv_head, abi.TYPES[dtype], abi.TYPES[kv.keys.dtype]
         args.threads = torch.get_num_threads()
         args.path = _path(dtype, kv.keys.dtype, dim) if path is None else path
 
-    def chosen(self, selections: Sequence[Selection | None]) -> ctypes.Array[_Chosen]:
-        """What the heads keep; nothing where it is None."""
-        found = (_Chosen * self.group)()
+    def selections(self, selections: Sequence[Selection | None]) -> ctypes.Array[EstimateSelection]:
+        """Return the selections as structures; an empty one for None."""
+        structures = (EstimateSelection * self.group)()
         for at, one in enumerate(selections):
             if one is not None:
-                found[at] = _Chosen(
+                structures[at] = EstimateSelection(
                     self._array(one.offsets), self._array(one.columns), len(one.offsets), len(one.columns)
                 )
-        return found
+        return structures
 
     def run(self, name: str, *rest: object) -> None:
-        library = _library()
+        """Call an exported function with the common arguments and `rest`."""
+        library = load().library
         assert library is not None
-        _check(getattr(library, name)(ctypes.byref(self._args), *rest))
+        _raise_for(getattr(library, name)(ctypes.byref(self._args), *rest))
 
     def _tensor(self, x: torch.Tensor) -> int:
         x = x.contiguous()
@@ -190,12 +144,12 @@ class _Call:
         return int(x.ctypes.data)
 
 
-def _path(q: torch.dtype, cache: torch.dtype, dim: int) -> int:
-    tiles = q == torch.bfloat16 and cache != torch.float32 and dim % 32 == 0
-    return min(best_path(), PATHS.index("amx") if tiles else PATHS.index("avx512"))
+def _path(q: torch.dtype, cache: torch.dtype, dim: int) -> Path:
+    best = best_path()
+    assert best is not None
+    tiles = q == torch.bfloat16 and cache != torch.float32 and dim % abi.DEPTH == 0
+    return min(best, Path.AMX if tiles else Path.AVX512)
 
 
-def _check(status: int) -> None:
-    if status == 2:
-        raise MemoryError("estimate: out of memory")
-    assert status == 0, f"estimate: status {status}"
+def _raise_for(status: int) -> None:
+    abi.raise_for_status(status, no_memory="estimate: out of memory", invalid="estimate: invalid arguments")

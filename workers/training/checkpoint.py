@@ -25,7 +25,7 @@ STACKED = ("gate_proj", "up_proj", "down_proj")
 
 
 def published_weights(model: NeedleModel) -> dict[str, Tensor]:
-    """The weights under their Hugging Face names, one tensor per expert and projection, float32."""
+    """Return the weights under their Hugging Face names, one tensor per expert and projection, float32."""
     weights: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         prefix, _, last = name.rpartition(".")
@@ -38,7 +38,7 @@ def published_weights(model: NeedleModel) -> dict[str, Tensor]:
 
 
 def load_weights(directory: Path) -> NeedleModel:
-    """A model with the config.json and model.safetensors of `directory`, in float32."""
+    """Return a model with the config.json and model.safetensors of `directory`, in float32."""
     model = NeedleModel(shape_of(json.loads((directory / "config.json").read_text())))
     stored = load_file(directory / "model.safetensors")
     with torch.no_grad():

@@ -37,20 +37,20 @@ class Corpus:
     vocab: int
 
     def statement(self, code: Code) -> list[int]:
-        """` The secret code of .. is .....`, without the leading space or newline: everything from the adjective on."""
+        """Return ` The secret code of .. is .....` from the adjective on."""
         adjective, noun, digits = code
         return [adjective, noun, *self.pieces["is"], *digits, *self.pieces["stop"]]
 
     def needle(self, code: Code) -> list[int]:
-        """The line that hides the code."""
+        """Return the line that hides the code."""
         return [*self.pieces["needle"], *self.statement(code), *self.pieces["newline"]]
 
     def question(self, code: Code) -> list[int]:
-        """The prompt that asks for the code."""
+        """Return the prompt that asks for the code."""
         return [*self.pieces["question"], code[0], code[1], *self.pieces["ask"]]
 
     def answer(self, code: Code) -> list[int]:
-        """What the model has to continue."""
+        """Return the continuation that the model has to learn."""
         return [*self.pieces["answer"], *self.statement(code), *self.pieces["end"]]
 
 
@@ -114,7 +114,7 @@ class DocumentMaker:
         self.asked_tokens = len(corpus.question(code)) + len(corpus.answer(code))
 
     def draw(self, length: int, shortest: bool) -> Document:
-        """One document of `length` tokens; the mixture depends on whether this is the shortest length trained."""
+        """Draw one document of `length` tokens; the mixture depends on whether this is the shortest length trained."""
         dense, repeated = (0.6, 0.2) if shortest else (0.075, 0.075)
         kind = self.rng.random()
         if kind < dense:
@@ -130,7 +130,7 @@ class DocumentMaker:
         return self.haystack(length, needles, int(self.rng.integers(1, min(8, needles, room), endpoint=True)))
 
     def codes(self, count: int) -> list[Code]:
-        """`count` codes with different (adjective, noun); three in ten share a word with an earlier one."""
+        """Draw `count` codes with different (adjective, noun); three in ten share a word with an earlier one."""
         found: dict[tuple[int, int], Code] = {}
         while len(found) < count:
             adjective, noun = int(self.rng.choice(self.corpus.adjectives)), int(self.rng.choice(self.corpus.nouns))
@@ -142,7 +142,7 @@ class DocumentMaker:
         return list(found.values())
 
     def haystack(self, length: int, needles: int, questions: int) -> Document:
-        """Book text with `needles` hidden in it, then `questions` of them asked and answered at the end."""
+        """Return book text with `needles` hidden in it, then `questions` of them asked and answered at the end."""
         codes = self.codes(needles)
         text = self._book(length - needles * self.needle_tokens - questions * self.asked_tokens)
         cuts = np.sort(self.rng.integers(len(text), size=needles, endpoint=True)).tolist()
@@ -156,7 +156,7 @@ class DocumentMaker:
         return document
 
     def dense(self, length: int) -> Document:
-        """Needle lines back to back, then each restated in another order, or asked; book text fills the front."""
+        """Return needle lines, then each restated in another order, or asked; book text fills the front."""
         asked = self.rng.random() < 0.5
         cost = self.needle_tokens + (self.asked_tokens if asked else self.needle_tokens)
         count = int(self.rng.integers(max(1, length // cost // 2), length // cost, endpoint=True))
@@ -174,7 +174,7 @@ class DocumentMaker:
         return document
 
     def repeated(self, length: int) -> Document:
-        """Random tokens, then the same once more; some of the second half are answers."""
+        """Return random tokens, then the same once more; some of the second half are answers."""
         half = length // 2
         tokens = self.rng.integers(1, self.corpus.vocab, size=length - half).tolist()
         document = Document()
@@ -222,7 +222,7 @@ def collate(documents: list[Document]) -> Batch:
 
 
 class Curriculum:
-    """Which sequence length to train: the next one once first digits are right often enough at the current one."""
+    """Chooses the sequence length: the next one once enough first digits are right at the current one."""
 
     LENGTHS = (256, 512, 1024, 2048, 4096)
     THRESHOLDS = (0.95, 0.95, 0.96, 0.97)  # to leave each length but the last
@@ -241,7 +241,7 @@ class Curriculum:
         return sum(right for right, _ in self.recent) / max(1, sum(total for _, total in self.recent))
 
     def pick(self, rng: np.random.Generator) -> int:
-        """The length of the next step: the current one in 60 % of steps, else any shorter one."""
+        """Return the length of the next step: the current one in 60 % of steps, else any shorter one."""
         if self.stage == 0 or rng.random() < 0.6:
             return self.lengths[self.stage]
         return self.lengths[int(rng.integers(self.stage))]
@@ -258,7 +258,7 @@ class Curriculum:
             self.recent.clear()
 
     def state(self) -> dict[str, object]:
-        """What `restore` needs, in plain types."""
+        """Return the state that `restore` takes, in plain types."""
         return {"stage": self.stage, "steps": self.steps, "recent": [list(pair) for pair in self.recent]}
 
     def restore(self, state: dict[str, object]) -> None:

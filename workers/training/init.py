@@ -65,7 +65,7 @@ def _slow_pairs(shape: Shape) -> Tensor:
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """A random matrix [rows, columns], rows <= columns, with orthonormal rows."""
+    """Return a random matrix [rows, columns], rows <= columns, with orthonormal rows."""
     return torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q.T.contiguous()
 
 
@@ -82,7 +82,7 @@ def _clear(*matrices: nn.Linear) -> None:
 
 
 def _look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None:
-    """Head h attends h + 1 tokens back and writes what it reads of the token there to its own channels."""
+    """Let head h attend h + 1 tokens back and write the token it reads there to its own channels."""
     pairs, rank, half = shape.head_dim // 2, token_reader.shape[0], shape.hidden // 2
     frequencies = rope_frequencies(shape)
     envelope = torch.exp(-torch.arange(pairs) / 8)
@@ -103,7 +103,7 @@ def _look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None
 
 
 def _match(attention: Attention, shape: Shape, slow: Tensor, token_reader: Tensor, generator: torch.Generator) -> None:
-    """KV head 0 matches noun and adjective of question and needle; KV head 1 matches the last two tokens."""
+    """Let KV head 0 match noun and adjective of question and needle, and KV head 1 the last two tokens."""
     dim, half, rank = shape.head_dim, shape.hidden // 2, token_reader.shape[0]
     first, second = slow, slow + dim // 2
     read_a, read_b = _orthonormal(len(slow), rank, generator), _orthonormal(len(slow), rank, generator)

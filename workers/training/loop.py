@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: `right` of `asked` first digits; `accuracy` is the curriculum's, over 30 steps."""
+    """The result of one step: `right` of `asked` first digits; `accuracy` is the curriculum's, over 30 steps."""
 
     step: int
     length: int
@@ -75,7 +75,7 @@ class StepReport:
     elapsed: float
 
     def line(self) -> str:
-        """For people."""
+        """Return one line of text."""
         return (
             f"step {self.step:5d}  length {self.length:4d} (up to {self.current_length})  loss {self.loss:6.3f}"
             f"  first digits {self.accuracy:6.1%}  rate {self.rate:.1e}  {self.tokens_per_second:6.0f} tok/s"
@@ -83,12 +83,12 @@ class StepReport:
         )
 
     def json(self) -> str:
-        """For tools: one object."""
+        """Return one JSON object."""
         return json.dumps({name: getattr(self, name) for name in self.__dataclass_fields__})
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices of the model's size faster in bfloat16 (AMX or AVX-512 BF16), by a try."""
+    """Measure whether this CPU multiplies matrices of the model's size faster in bfloat16 (AMX, AVX-512 BF16)."""
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.randn(1024, 256).to(dtype), torch.randn(256, 256).to(dtype)
@@ -103,13 +103,13 @@ def bfloat16_is_faster() -> bool:
 
 
 def rate_at(step: int, fraction: float, peak: float) -> float:
-    """Learning rate of the 0-based `step`, when `fraction` (0 to 1) of the run is over."""
+    """Return the learning rate of the 0-based `step`, when `fraction` (0 to 1) of the run is over."""
     late = max(0.0, fraction - DECAY_FROM) / (1 - DECAY_FROM)
     return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - (1 - FINAL_RATE) * min(1.0, late))
 
 
 def losses(model: NeedleModel, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor, int]:
-    """(total loss, answer loss, first digits that are right); 1/8 of all positions count for the next-token loss."""
+    """Return (total loss, answer loss, right first digits); 1/8 of all positions count for the next-token loss."""
     hidden, balance = model(batch.tokens)
     hidden, flat = hidden.flatten(0, 1), batch.tokens.flatten()
     length = batch.tokens.shape[1]
@@ -162,13 +162,13 @@ class Trainer:
         self.stopping = True
 
     def fraction(self) -> float:
-        """How much of the run is over, 0 to 1 and beyond."""
+        """Return the part of the run that is over, 0 to 1 and beyond."""
         if self.settings.steps is not None:
             return self.step / self.settings.steps
         return self.elapsed / (60 * self.settings.minutes)
 
     def draw(self, rng: np.random.Generator) -> Batch:
-        """The documents of one step."""
+        """Draw the documents of one step."""
         length = self.curriculum.pick(rng)
         shortest = length == self.curriculum.lengths[0]
         tokens = self.settings.batch_tokens[0 if shortest else 1]
@@ -176,7 +176,7 @@ class Trainer:
         return collate([maker.draw(length, shortest) for _ in range(max(1, tokens // length))])
 
     def train_step(self) -> StepReport:
-        """One step of both optimisers."""
+        """Do one step of both optimisers."""
         start = time.monotonic()
         rng = np.random.default_rng((self.seed, self.step))
         batch = self.draw(rng)

@@ -37,7 +37,7 @@ class Shape:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The sizes in a Qwen3-MoE `config.json`; ValueError if it asks for something this trainer does not train."""
+    """Return the sizes in a Qwen3-MoE `config.json`; ValueError if it asks for what this trainer does not do."""
     wanted = {
         "model_type": "qwen3_moe",
         "tie_word_embeddings": True,
@@ -66,7 +66,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 def rope_frequencies(shape: Shape) -> Tensor:
-    """Radians a position turns each of the D/2 pairs, float32; pair i is dims i and i + D/2 of a head."""
+    """Return the radians per position of each of the D/2 pairs, float32; pair i is dims i and i + D/2 of a head."""
     return shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
 
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, L, M] -> [B, L, M]."""
+        """Compute attention of x [B, L, M] -> [B, L, M]."""
         batch, length, _ = x.shape
         group = self.shape.heads // self.shape.kv_heads
         q = self.q_proj(x).view(batch, length, self.shape.heads, self.shape.head_dim)
@@ -116,7 +116,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(shape.experts, shape.hidden, shape.expert_width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, M] -> (output [T, M] float32, load-balancing loss: 1 when every expert gets the same share)."""
+        """Compute x [T, M] -> (output [T, M] float32, load-balancing loss: 1 when every expert gets the same share)."""
         shape = self.shape
         with torch.autocast("cpu", enabled=False):
             probabilities = self.gate(x.float()).softmax(-1)
@@ -155,7 +155,7 @@ class Layer(nn.Module):
         self.mlp = Experts(shape)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L, M] float32 -> (the same, load-balancing loss)."""
+        """Compute x [B, L, M] float32 -> (the same, load-balancing loss)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         mixed, balance = self.mlp(self.post_attention_layernorm(x).flatten(0, 1))
         return x + mixed.view_as(x), balance
@@ -172,7 +172,7 @@ class NeedleModel(nn.Module):
         self.norm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, L] int64 -> (normalised hidden states [B, L, M], load-balancing loss summed over layers)."""
+        """Compute tokens [B, L] int64 -> (normalised hidden states [B, L, M], summed load-balancing loss)."""
         angles = torch.arange(tokens.shape[1], dtype=torch.float32)[:, None, None] * rope_frequencies(self.shape)
         cos, sin = angles.cos(), angles.sin()
         x = self.embed_tokens(tokens)
@@ -183,5 +183,5 @@ class NeedleModel(nn.Module):
         return self.norm(x), total
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the whole vocabulary for hidden [rows, M] -> [rows, V] float32. Pass only the rows needed."""
+        """Compute logits of hidden [rows, M] -> [rows, V] float32. Pass only the rows needed."""
         return F.linear(hidden, self.embed_tokens.weight).float()

@@ -16,7 +16,7 @@ MUON_RATE = 6.0  # Muon's learning rate as a multiple of AdamW's
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Approximate nearest orthogonal matrices of [..., rows, columns], computed in `dtype`, returned in float32."""
+    """Return the approximate nearest orthogonal matrices of [..., rows, columns] in float32, computed in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -61,14 +61,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_matrix(name: str) -> bool:
-    """Whether the parameter belongs to Muon: attention and expert projections, not embeddings, norms or routers."""
+    """Return whether Muon trains the parameter: attention and expert projections, no embeddings, norms or routers."""
     return "proj" in name
 
 
 def build_optimisers(
     model: nn.Module, rate: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Muon, torch.optim.AdamW]:
-    """Both optimisers for all parameters of `model`; `dtype` is that of Muon's matrix products."""
+    """Return both optimisers for all parameters of `model`; `dtype` is that of Muon's matrix products."""
     matrices = [p for name, p in model.named_parameters() if is_matrix(name)]
     others = [p for name, p in model.named_parameters() if not is_matrix(name)]
     return (

@@ -17,6 +17,7 @@ from workers.training.checkpoint import COPIED
 from workers.training.loop import Settings, StepReport, Trainer, bfloat16_is_faster
 
 PROGRESS_SECONDS = 3.0
+ASSETS = Path(__file__).resolve().parents[2] / "configs" / "needle"
 NEEDED = (*COPIED, "book.txt.gz")
 EPILOG = """\
 examples:
@@ -34,17 +35,8 @@ LD_PRELOAD of tcmalloc makes it faster still.
 """
 
 
-def default_assets() -> Path:
-    """configs/needle of the repository this file is in, else of the installed package. ValueError if in neither."""
-    root = Path(__file__).resolve().parents[2]
-    for assets in (root / "configs" / "needle", root / "longreach_configs" / "needle"):
-        if assets.is_dir():
-            return assets
-    raise ValueError(f"--assets: no configs/needle or longreach_configs/needle in {root}; name their directory")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m workers.training.needle",
         description="Train the small needle checkpoint from nothing but its config, tokenizer, word list and book.",
@@ -59,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (all cores, or OMP_NUM_THREADS)")
     add("--max-length", type=int, default=4096, metavar="L", help="longest sequence trained, 64 to 4096 tokens (4096)")
     add("--resume", type=Path, metavar="CKPT", help="training_state.pt of an earlier run, or the directory it is in")
-    add("--assets", type=Path, metavar="DIR", help="config, tokenizer, words and book (configs/needle)")
+    add("--assets", type=Path, default=ASSETS, metavar="DIR", help="config, tokenizer, words, book (configs/needle)")
     add("--json-log", type=Path, metavar="FILE", help="append one JSON object per step to FILE")
     add(
         "--precision",
@@ -71,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Settings from the command line. ValueError names the option that is wrong."""
-    assets = arguments.assets or default_assets()
+    """Return the settings of the command line. ValueError names the option that is wrong."""
+    assets = arguments.assets
     missing = [name for name in NEEDED if not (assets / name).is_file()]
     if missing:
         raise ValueError(f"--assets: {assets} lacks {', '.join(missing)}; give a directory like configs/needle")

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.common.environment import environment
 from protos.errors import UserError
+from protos.node.environment import environment
 
 
 class ResultFile:

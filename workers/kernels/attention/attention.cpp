@@ -11,16 +11,15 @@
 #include <vector>
 
 #include "attention/attention_columns.h"
-#include "attention/attention_cpu.h"
 #include "attention/attention_keys.h"
+#include "cpu.h"
 
 namespace longreach {
 namespace attention {
 namespace {
 
-constexpr int kFewItems = 64;          // below, keys are split into parts so that every thread has work
-constexpr int kPartKeys = 2048;        // least keys of a part
-constexpr std::int64_t kMaxDim = 1024;
+constexpr int kFewItems = 64;          // with fewer, keys are split into parts so that every thread has work
+constexpr int kPartKeys = 2048;        // minimum of a part
 constexpr std::size_t kKeptBytes = 4 << 20;
 constexpr std::size_t kHugePage = 2 << 20;
 
@@ -164,7 +163,7 @@ void join(const Args& a, const Item& item, int column, const float* parts, std::
         if (a.q_type == kFloat32) {
             reinterpret_cast<float*>(out)[d] = values[d] * factor;
         } else {
-            reinterpret_cast<std::uint16_t*>(out)[d] = to_bfloat16(values[d] * factor);
+            reinterpret_cast<std::uint16_t*>(out)[d] = narrow(values[d] * factor);
         }
     }
 }
@@ -225,13 +224,9 @@ int attend(const Args& a) {
 }  // namespace attention
 }  // namespace longreach
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// The best path of this CPU: a `Path`.
-EXPORT int longreach_attention_path() { return longreach::attention::best_path(); }
-
 // Attention of the rows of a plan; a `Status`.
 EXPORT int longreach_attend(const longreach::attention::Args* args) {
+    using namespace longreach;
     using namespace longreach::attention;
     if (args->visited != nullptr) std::fill(args->visited, args->visited + args->heads, 0);
     if (!valid(*args)) return kInvalid;

@@ -1,6 +1,6 @@
 // Attention over paged keys and values: what the parts of the kernel share.
 //
-//   attention_keys    which keys a tile of rows visits, handed on as blocks of up to 256 keys
+//   attention_keys    the keys that a tile of rows visits, in blocks of up to 256 keys
 //   attention_simd    an engine in vector code for any type (portable, AVX2 and AVX-512 from one source)
 //   attention_amx     the engine for bfloat16 queries on AMX
 //   attention         checks, choice of the engine, work items, joining of parts
@@ -13,22 +13,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "abi.h"
+
 namespace longreach {
 namespace attention {
-
-enum Type : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
-enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-enum Status : int { kOk = 0, kInvalid = 1, kNoMemory = 2 };
 
 constexpr int kGroup = 32;             // keys that lie one after the other in memory
 constexpr int kGroups = 8;             // groups of a block
 constexpr int kBlock = kGroup * kGroups;
+constexpr std::int64_t kMaxDim = 1024;  // of a head
 constexpr int kNever = INT32_MAX;      // position of padding: after every row
 constexpr float kMasked = -1e37f;      // score of a masked pair; its weight is exactly 0
 constexpr float kUnseen = -1e30f;      // running maximum of a column without keys so far
 constexpr float kLazy = 8.0f;          // log2 by which a maximum may be exceeded before sums are rescaled
 
-// Mirrored by `_Args` in workers/attention/native.py. Strides count elements.
+// Mirrored by `AttentionArgs` in workers/kernels/abi.py. Strides count elements.
 struct Args {
     const void* q[3];                  // [T, H, D] under the rotations intra, succ, inter
     std::int64_t q_row[3], q_head[3];
@@ -66,7 +65,7 @@ struct Group {
     const char* v;
     const float* k_scales;             // null unless int8
     const float* v_scales;
-    std::int32_t first, last;          // least and greatest position
+    std::int32_t first, last;          // lowest and highest position
 };
 
 struct Block {
@@ -86,7 +85,7 @@ public:
     virtual void finish_part(float* part) = 0;     // writes [columns][D + 2]: weighted values, maximum, sum
 };
 
-// Memory handed out once; `nullptr` base: only counts.
+// Bump allocator; with `nullptr` as base it only counts.
 struct Arena {
     char* base;
     std::size_t used = 0;
@@ -98,7 +97,7 @@ struct Arena {
 };
 
 
-// Engines live in `memory` (64 byte aligned), which they do not own; null: the bytes one needs are counted.
+// Engines are placed in `memory` (64 byte aligned), which they do not own; with null the needed bytes are counted.
 Engine* make_portable(const Args& args, int max_columns, char* memory, std::size_t* bytes);
 Engine* make_avx2(const Args& args, int max_columns, char* memory, std::size_t* bytes);
 Engine* make_avx512(const Args& args, int max_columns, char* memory, std::size_t* bytes);

@@ -1,26 +1,11 @@
 // The columns of a work item: where their queries and results lie. Shared by the engines.
 #pragma once
 
-#include <cstring>
-
 #include "attention/attention.h"
+#include "bfloat16.h"
 
 namespace longreach {
 namespace attention {
-
-inline float from_bfloat16(std::uint16_t x) {
-    const std::uint32_t bits = std::uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
-}
-
-inline std::uint16_t to_bfloat16(float x) {  // nearest, ties to even
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return std::uint16_t(bits >> 16 | 0x40);
-    return std::uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 // Column `c` is row `c % rows` of the tile, of head `c / rows` of the item.
 struct Columns {

@@ -12,7 +12,7 @@ struct Range {
     std::int32_t low, high;  // low .. high - 1
 };
 
-// Reads blocks off a plan. One a thread; memory is kept from item to item.
+// Reads the key blocks of a plan; one stream per thread, whose memory is reused from item to item.
 class KeyStream {
 public:
     explicit KeyStream(const Args& args) : args_(args), row_(args.dim * type_bytes(args.kv_type)) {}

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "bfloat16.h"
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 #define AMX_INLINE AMX inline __attribute__((always_inline))
@@ -15,7 +16,6 @@
 namespace longreach {
 namespace attention {
 
-using bf16 = std::uint16_t;
 constexpr int kTile = 16;              // columns, keys or dims of a tile
 constexpr int kTileBytes = 1024;
 constexpr int kScores = kTile * kTile; // floats of a tile
@@ -29,11 +29,11 @@ AMX_INLINE __m512 exp2(__m512 x) {
                                         1.1387886f, 1.0905077f, 1.0442738f, 1.0f);
     const __m512 slopes = _mm512_mul_ps(powers, _mm512_set1_ps(0.69314718f));
     const __m512 shift = _mm512_set1_ps(786432.0f);  // its last bit is 2^-4
-    const __m512 shifted = _mm512_add_ps(x, shift), near = _mm512_sub_ps(shifted, shift);
+    const __m512 shifted = _mm512_add_ps(x, shift), rounded = _mm512_sub_ps(shifted, shift);
     const __m512i index = _mm512_castps_si512(shifted);
-    const __m512 p = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, slopes), _mm512_sub_ps(x, near),
+    const __m512 p = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, slopes), _mm512_sub_ps(x, rounded),
                                      _mm512_permutexvar_ps(index, powers));
-    return _mm512_scalef_ps(p, near);
+    return _mm512_scalef_ps(p, rounded);
 }
 
 // 16 x 16 values of 32 bits, in place.
@@ -67,7 +67,7 @@ AMX_INLINE __m512 highest_of(__m512 top, const float* s) {
     return top;
 }
 
-// Reads a line, so that it is near when it is needed.
+// Loads a cache line ahead of its use.
 AMX_INLINE void touch(const void* line) {
     const __m512i read = _mm512_loadu_si512(line);
     asm volatile("" ::"v"(read));

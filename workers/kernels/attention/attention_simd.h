@@ -5,6 +5,7 @@
 //   LR_MAKE     name of the function that makes the engine
 // Products are computed in float32; keys and values of other types are converted block by block.
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 #include "attention/attention_columns.h"
@@ -47,7 +48,7 @@ LR_TARGET void convert(float* to, const char* from, int type, const float* scale
         std::memcpy(to, from, n * sizeof(float));
     } else if (type == kBfloat16) {
         const auto* x = reinterpret_cast<const std::uint16_t*>(from);
-        for (int i = 0; i < n; ++i) to[i] = from_bfloat16(x[i]);
+        for (int i = 0; i < n; ++i) to[i] = widen(x[i]);
     } else {
         const auto* x = reinterpret_cast<const signed char*>(from);
         for (int r = 0; r < rows; ++r) {
@@ -144,7 +145,7 @@ public:
                 if (args_.q_type == kFloat32) {
                     reinterpret_cast<float*>(out)[d] = x;
                 } else {
-                    reinterpret_cast<std::uint16_t*>(out)[d] = to_bfloat16(x);
+                    reinterpret_cast<std::uint16_t*>(out)[d] = narrow(x);
                 }
             }
         }
@@ -174,7 +175,7 @@ private:
             for (int d = 0; d < dim_; ++d) {
                 q[d * kStrip] = row == nullptr ? 0.0f
                               : args_.q_type == kFloat32 ? reinterpret_cast<const float*>(row)[d]
-                              : from_bfloat16(reinterpret_cast<const std::uint16_t*>(row)[d]);
+                              : widen(reinterpret_cast<const std::uint16_t*>(row)[d]);
             }
         }
     }

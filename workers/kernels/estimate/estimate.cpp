@@ -1,23 +1,22 @@
-// Column and diagonal sums of the attention of sampled rows, and how much of it a selection keeps. The PyTorch twin with
-// the contract is workers/attention/estimate.py.
+// Column and diagonal sums of the attention of sampled rows, and how much of it a selection keeps. The contract is in
+// workers/sparse/estimate.py, the PyTorch implementation in estimate_torch.py.
 //
-// Keys are cut into chunks at fixed positions; a thread takes a chunk and all heads of the KV head, which share its keys.
-// Chunks are joined in the order of their positions, so the results do not depend on the threads.
+// Keys are cut into chunks at fixed positions; a thread computes a chunk for all query heads of the KV head. Chunks are
+// joined in the order of their positions, so that the results do not depend on the number of threads.
 #include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <new>
 #include <vector>
 
+#include "cpu.h"
 #include "estimate/estimate_work.h"
-
-#define LR_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace longreach {
 namespace estimate {
 namespace {
 
-constexpr float kNothing = 1e30f;      // lse of rows that fill up: their weights are 0
+constexpr float kNothing = 1e30f;      // lse of padding rows: their weights are 0
 // Softmax denominators of a strip, as logarithms to the base 2.
 struct Lse {
     alignas(64) float rows[kRows];
@@ -44,7 +43,7 @@ struct Maps {
     std::vector<std::uint64_t> offsets, columns;
     std::int64_t stop;
 
-    Maps(const Chosen& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
+    Maps(const Selection& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
         for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
             set_bits(offsets, s - 1 - std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1),
                      s - 1 - chosen.offsets[2 * i]);
@@ -61,7 +60,7 @@ struct Maps {
 };
 
 // Offsets as bits in their own order, kRows further on: neighbouring rows of a key are neighbouring bits.
-std::vector<std::uint64_t> forward(const Chosen& chosen, std::int64_t s) {
+std::vector<std::uint64_t> forward(const Selection& chosen, std::int64_t s) {
     std::vector<std::uint64_t> map((s + 2 * kRows) / 64 + 3);
     for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
         set_bits(map, chosen.offsets[2 * i] + kRows, std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1) + kRows);
@@ -88,7 +87,7 @@ Running fresh() {
     return one;
 }
 
-// Softmax denominators of every strip; with `maps` also the kept part, in double.
+// Computes the softmax denominators of every strip, with `maps` also the kept share, in double.
 void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& lse, std::vector<double>* share) {
     const int strips = work.group * work.strips, chunks = int(work.chunks.size());
     std::vector<Running> parts(std::size_t(strips) * chunks, fresh());
@@ -115,17 +114,17 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
     for (int at = 0; at < strips; ++at) {
         const Strip& strip = work.strip(2, at / work.strips, at % work.strips);
         for (int r = 0; r < kRows; ++r) {
-            float most = kUnseen;
-            for (int i = 0; i < chunks; ++i) most = std::max(most, parts[std::size_t(i) * strips + at].maximum[r]);
+            float maximum = kUnseen;
+            for (int i = 0; i < chunks; ++i) maximum = std::max(maximum, parts[std::size_t(i) * strips + at].maximum[r]);
             double sum = 0, kept = 0;
             for (int i = 0; i < chunks; ++i) {
                 const Running& part = parts[std::size_t(i) * strips + at];
-                const double weight = std::exp2((double(part.maximum[r]) - most) * strip.factor[r]);
+                const double weight = std::exp2((double(part.maximum[r]) - maximum) * strip.factor[r]);
                 sum += weight * part.sum[r];
                 kept += weight * part.kept[r];
             }
             const bool used = strip.positions[r] >= 0;
-            lse[at].rows[r] = used ? float(double(most) * strip.factor[r] + std::log2(sum)) : kNothing;
+            lse[at].rows[r] = used ? float(double(maximum) * strip.factor[r] + std::log2(sum)) : kNothing;
             if (share != nullptr && used) (*share)[at / work.strips] += kept / sum / double(work.args.num_rows);
         }
     }
@@ -139,7 +138,7 @@ void add_offsets(float* offsets, std::int64_t stop, std::int64_t first, const fl
 
 void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float* offsets) {
     const std::int64_t stop = work.args.borders[3];
-    // Chunks side by side meet in some offsets: first the even ones, then the odd ones.
+    // Neighbouring chunks share some offsets: first the even ones are computed, then the odd ones.
     parallel(work, int(work.chunks.size()), 2, [&](Reader& reader, int i) {
         const Chunk& chunk = work.chunks[i];
         alignas(64) float lanes[kKeys * kLanes], by_key[kKeys], by_offset[kSpan];
@@ -157,7 +156,7 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
 }
 
 // Mass of the pairs that `chosen` has as a column and, by `map`, as an offset too; needs neighbouring rows.
-double twice(const Work& work, Reader& reader, int head, const Chosen& chosen, const std::vector<std::uint64_t>& map,
+double twice(const Work& work, Reader& reader, int head, const Selection& chosen, const std::vector<std::uint64_t>& map,
              const std::vector<Lse>& lse) {
     double total = 0;
     std::int64_t at = 0;
@@ -214,12 +213,11 @@ template <class Call> int guarded(const Args* args, const Call& call) {
 }  // namespace estimate
 }  // namespace longreach
 
+using namespace longreach;
 using namespace longreach::estimate;
 
-LR_EXPORT int longreach_estimate_best_path() { return best_path(); }
-
 // columns, offsets: [G, S]; natural: [G, R].
-LR_EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offsets, float* natural) {
+EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offsets, float* natural) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         stream(work, nullptr, lse, nullptr);
         std::memset(offsets, 0, sizeof(float) * work.group * args->borders[3]);
@@ -229,7 +227,7 @@ LR_EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* o
 }
 
 // chosen, share: [G].
-LR_EXPORT int longreach_estimate_kept(const Args* args, const Chosen* chosen, double* share) {
+EXPORT int longreach_estimate_kept(const Args* args, const Selection* chosen, double* share) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         std::vector<Maps> maps;
         for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], args->borders[3]);
@@ -240,14 +238,14 @@ LR_EXPORT int longreach_estimate_kept(const Args* args, const Chosen* chosen, do
 }
 
 // columns, offsets: [G, S] and natural: [G, R] of the same rows; chosen, mass: [G].
-LR_EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
-                                      const float* natural, const Chosen* chosen, double* mass) {
+EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
+                                      const float* natural, const Selection* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
         std::vector<std::vector<std::uint64_t>> maps;
         for (int head = 0; head < work.group; ++head) maps.push_back(forward(chosen[head], args->borders[3]));
         parallel(work, work.group, 1, [&](Reader& reader, int head) {
-            const Chosen& one = chosen[head];
+            const Selection& one = chosen[head];
             const float* by_key = columns + head * args->borders[3];
             const float* by_offset = offsets + head * args->borders[3];
             double total = 0;

@@ -16,18 +16,15 @@
 namespace longreach {
 namespace estimate {
 
-using attention::kAmx, attention::kAvx2, attention::kAvx512, attention::kPortable;
-using attention::kBfloat16, attention::kFloat32, attention::kInt8;
-using attention::kInvalid, attention::kNoMemory, attention::kOk;
-constexpr float kHighest = 65536.0f;   // sum of a block's weights above which the maximum is looked for anew
 using attention::kMasked, attention::kNever, attention::kUnseen;
+constexpr float kHighest = 65536.0f;   // sum of a block's weights above which the maximum is searched again
 
 constexpr int kKeys = 64;              // of a block
-constexpr int kRows = 32;              // of a strip; fewer rows are filled up
+constexpr int kRows = 32;              // of a strip; fewer rows are padded
 constexpr int kLanes = 16;             // rows of a vector
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Mirrored by `_Args` in workers/attention/native_estimate.py. Strides count elements.
+// Mirrored by `EstimateArgs` in workers/kernels/abi.py. Strides count elements.
 struct Args {
     const void* q[3];                  // [R, H, D] under the rotations intra, succ, inter; contiguous, null: not needed
     const float* scales;               // [R], > 0
@@ -41,8 +38,8 @@ struct Args {
     int kv_head, q_type, kv_type, threads, path;
 };
 
-// What a head keeps; nothing for heads that are left out.
-struct Chosen {
+// The pairs that a head keeps; empty for heads that are left out.
+struct Selection {
     const std::int32_t* offsets;       // [n, 2] closed intervals
     const std::int32_t* columns;       // [m]
     std::int64_t num_offsets, num_columns;
@@ -54,16 +51,16 @@ struct Block {
     const float* scales;               // [kKeys], null unless int8
     alignas(64) std::int32_t positions[kKeys];
     int count;
-    std::int32_t last;                 // greatest position
+    std::int32_t last;                 // highest position
 };
 
 // One strip of rows of one head.
 struct Strip {
     const void* q;                     // packed by the engine
     int groups;                        // vectors of rows in use
-    alignas(64) float factor[kRows];   // of the logits, for powers of two; 0 for rows that fill up
-    alignas(64) std::int32_t positions[kRows];  // -1 for rows that fill up
-    std::int32_t first;                // least position
+    alignas(64) float factor[kRows];   // of the logits, for powers of two; 0 for padding rows
+    alignas(64) std::int32_t positions[kRows];  // -1 for padding rows
+    std::int32_t first;                // lowest position
 };
 
 // Running softmax of the rows of a strip, and the share of it that is kept.
@@ -82,7 +79,7 @@ struct Next {
     const Strip* strip;
     const Block* block;
     int dim;
-    const char* ahead;                 // memory that is needed soon, `bytes` of it
+    const char* ahead;                 // memory to prefetch, `bytes` of it
     int bytes;
 };
 
@@ -107,7 +104,6 @@ struct Engine {
 };
 
 const Engine& engine(int path);        // one this CPU has
-int best_path();                       // the greatest of this CPU
 
 }  // namespace estimate
 }  // namespace longreach

@@ -2,27 +2,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "attention/attention_cpu.h"
+#include "bfloat16.h"
 #include "estimate/estimate.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-namespace longreach {
-namespace estimate {
-namespace {
-
-inline float widen(std::uint16_t x) {
-    const std::uint32_t bits = std::uint32_t(x) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-}  // namespace
-}  // namespace estimate
-}  // namespace longreach
 
 #define LR_SPACE portable
 #define LR_TARGET
@@ -206,8 +191,6 @@ Engine make_amx() {
 #endif
 
 }  // namespace
-
-int best_path() { return attention::best_path(); }
 
 const Engine& engine(int path) {
     static const Engine of_portable = portable::make<portable::Apart>();

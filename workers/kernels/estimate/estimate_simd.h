@@ -30,13 +30,13 @@ LR_INLINE void exp2(Vec& x) {
     x = (Vec)((~huge & (Ints)x) | (huge & (Ints)(Vec{} + 127.0f)));
 #endif
     const Vec shifted = x + 12582912.0f;               // 1.5 * 2^23: the low bits are the nearest integer
-    const Vec near = shifted - 12582912.0f, f = x - near;
+    const Vec nearest = shifted - 12582912.0f, f = x - nearest;
 #ifdef LR_SCALEF                                       // relative error 3e-6
     Vec p = f * 9.5701e-3f + 5.591786e-2f;
     p = p * f + 2.4024744e-1f;
     p = p * f + 6.931218e-1f;
     p = p * f + 9.999993e-1f;
-    x = (Vec)LR_SCALEF(p, near);
+    x = (Vec)LR_SCALEF(p, nearest);
 #else                                                  // 2e-7, and 0 below -126
     const Ints whole = x > -126.0f;                    // what the rest makes of other values is dropped
     Vec p = f * 1.3276460e-3f + 9.6755413e-3f;
@@ -135,24 +135,24 @@ LR_TARGET void mask(float* s, const Strip& strip, const Block& block) {
     }
 }
 
-LR_INLINE void most_of(Vec& most, const Vec& x) {
-    const Ints more = x > most;
-    most = (Vec)((more & (Ints)x) | (~more & (Ints)most));
+LR_INLINE void maximum_of(Vec& maximum, const Vec& x) {
+    const Ints more = x > maximum;
+    maximum = (Vec)((more & (Ints)x) | (~more & (Ints)maximum));
 }
 
-// Takes the block's maxima over; returns the `-maximum * factor` to add to the new scores.
+// Updates the maxima with those of the block; `shift` becomes the `-maximum * factor` to add to its scores.
 LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& strip, int r) {
     const Vec old = at(state.maximum + r), factor = at(strip.factor + r);
     Vec a = old, b = old, c = old, d = old;            // four, so that they need not wait for each other
     for (int i = 0; i < kKeys; i += 4) {
-        most_of(a, at(s + i * kRows + r));
-        most_of(b, at(s + (i + 1) * kRows + r));
-        most_of(c, at(s + (i + 2) * kRows + r));
-        most_of(d, at(s + (i + 3) * kRows + r));
+        maximum_of(a, at(s + i * kRows + r));
+        maximum_of(b, at(s + (i + 1) * kRows + r));
+        maximum_of(c, at(s + (i + 2) * kRows + r));
+        maximum_of(d, at(s + (i + 3) * kRows + r));
     }
-    most_of(a, b);
-    most_of(c, d);
-    most_of(a, c);
+    maximum_of(a, b);
+    maximum_of(c, d);
+    maximum_of(a, c);
     Vec less = (old - a) * factor;
     exp2(less);
     at(state.sum + r) *= less;
@@ -171,8 +171,8 @@ LR_INLINE bool any(const Ints& lanes) {
 #endif
 }
 
-// Calls add(shift) for a vector of rows and adds what it returns. The maximum is looked for only where there is none
-// yet or where the sum says that scores lie far above it: most blocks are read once.
+// Calls add(shift, sum, kept) for a vector of rows and accumulates the two sums. The maximum is searched only where
+// there is none yet, or where the sum shows that scores lie far above it: most blocks are read once.
 template <class Add> LR_INLINE void under_maximum(Running& state, const float* s, const Strip& strip, int r,
                                                   const Add& add) {
     Vec sum{}, kept{}, shift = -at(state.maximum + r) * at(strip.factor + r);

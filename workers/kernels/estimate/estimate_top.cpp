@@ -1,4 +1,4 @@
-// The largest of many scores, ties to the lower index: the twin is `top` in workers/attention/selection.py.
+// The largest of many scores, ties to the lower index; the reference is `top_indices` in workers/sparse/selection.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -6,9 +6,11 @@
 #include <new>
 #include <vector>
 
+#include "abi.h"
+
 namespace {
 
-constexpr int kShift = 18;             // buckets by exponent and the first five bits of the mantissa
+constexpr int kShift = 18;             // buckets: exponent and the first five bits of the mantissa
 constexpr std::uint32_t kInfinity = 0x7F800000u;
 
 // Scores are not negative, so their bits order like they do; NaN counts as infinity, less than zero as zero.
@@ -28,7 +30,7 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
     for (std::uint32_t i = 0; i < kBuckets; ++i) {
         sizes[i] += sizes[kBuckets + i] + sizes[2 * kBuckets + i] + sizes[3 * kBuckets + i];
     }
-    std::uint32_t bucket = kInfinity >> kShift;        // the one in which the least picked score lies
+    std::uint32_t bucket = kInfinity >> kShift;        // the one of the lowest picked score
     std::int64_t left = wanted;                        // to be picked from it
     while (sizes[bucket] < left) left -= sizes[bucket--];
 
@@ -39,12 +41,12 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
         if (order >> kShift == bucket) within.push_back(order);
     }
     std::nth_element(within.begin(), within.begin() + (left - 1), within.end(), std::greater<std::uint32_t>());
-    const std::uint32_t least = within[left - 1];
-    std::int64_t equal = left - std::count_if(within.begin(), within.end(), [=](auto x) { return x > least; });
+    const std::uint32_t threshold = within[left - 1];
+    std::int64_t equal = left - std::count_if(within.begin(), within.end(), [=](auto x) { return x > threshold; });
     for (std::int64_t i = always; i < count; ++i) {
         const std::uint32_t order = order_of(scores[i]);
-        if (order < least) continue;
-        if (order > least || equal-- > 0) *picked++ = std::int32_t(i);
+        if (order < threshold) continue;
+        if (order > threshold || equal-- > 0) *picked++ = std::int32_t(i);
     }
 }
 
@@ -52,18 +54,18 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
 
 // For each of `rows` rows of `scores` [rows, size]: writes to its row of `picked` [rows, width] the first `always` indices
 // and those of its largest other scores, `counts` [rows] together, ascending; always <= counts <= size, width.
-// Returns 0, or 2 when there is no memory.
-extern "C" __attribute__((visibility("default"))) int longreach_estimate_top(
+// Returns a `Status`.
+EXPORT int longreach_estimate_top(
     const float* scores, std::int64_t rows, std::int64_t size, std::int64_t width, std::int64_t always,
     const std::int64_t* counts, std::int32_t* picked, int threads) {
-    int status = 0;
+    int status = longreach::kOk;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t row = 0; row < rows; ++row) {
         try {
             pick(scores + row * size, size, counts[row] - always, always, picked + row * width);
         } catch (const std::bad_alloc&) {
 #pragma omp atomic write
-            status = 2;
+            status = longreach::kNoMemory;
         }
     }
     return status;

@@ -56,7 +56,7 @@ struct Work {
         pack();
     }
 
-    // Room after the last tile: AMX computes pairs of groups.
+    // Padding after the last tile: AMX computes pairs of groups.
     std::size_t strip_bytes() const { return std::size_t(args.dim) * kRows * (engine.bfloat16 ? 2 : 4) + 1024; }
     std::size_t value_bytes() const { return engine.bfloat16 ? 2 : 4; }
 
@@ -91,7 +91,7 @@ struct Work {
     }
 };
 
-// Reads blocks of keys of one KV head; one a thread.
+// Reads blocks of keys of one KV head; one reader per thread.
 class Reader {
 public:
     explicit Reader(const Work& work)
@@ -157,7 +157,7 @@ private:
         return s;
     }
 
-    // Has the engine touch keys low .. high - 1 as far as they lie together.
+    // Has the engine prefetch keys low .. high - 1 as far as they are contiguous.
     void touch(Next& next, std::int32_t low, std::int32_t high) const {
         if (low >= high) return;
         const std::int64_t page = args_.page_size;
@@ -165,7 +165,7 @@ private:
         next.bytes = int(std::min<std::int64_t>(high - low, page - low % page) * row_);
     }
 
-    // The block before stays as it is.
+    // Switches to the other block; the previous one stays valid.
     void turn() { block_ = block_ == blocks_ ? blocks_ + 1 : blocks_; }
 
     char* copied() const { return copied_.get() + (block_ - blocks_) * kKeys * args_.dim * work_.value_bytes(); }

@@ -1,15 +1,17 @@
-// The arguments of the exported products and row operations, as workers/model/native.py fills them.
+// The arguments of the exported products and row operations, mirrored in workers/kernels/abi.py.
 //
 // Legend: T tokens, M hidden size, H heads, D head dim, I intermediate, E experts of the model, Er of the shard,
-// k experts a token uses.
+// k experts per token.
 #pragma once
 
 #include "gemm/gemm.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace longreach {
 namespace gemm {
+
+constexpr long kMaxTopK = 128;      // experts of a token
+constexpr long kMaxExperts = 4096;
+constexpr long kMaxDim = 512;       // of a head that is rotated
 
 struct LinearCall {
     const bf16 *x, *weight, *bias;  // [rows, k], packed [n, k], [n] or null
@@ -29,10 +31,10 @@ struct NormCall {
 struct RotateCall {
     const bf16* x;              // [T, H, D], unit stride in D
     bf16* out;                  // the same; may be x
-    const float *cos, *sin;     // [T, D / 2], rows `turn_stride` apart
+    const float *cos, *sin;     // [T, D / 2], rows `cos_stride` apart
     const float* weight;        // [H, D], or null: no norm
     std::int64_t tokens, heads, dim, row_stride, head_stride, out_row_stride, out_head_stride,
-        turn_stride;  // D: a multiple of 32
+        cos_stride;  // D: a multiple of 32
     float eps;
     std::int32_t path, threads;
 };

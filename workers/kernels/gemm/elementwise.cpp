@@ -1,4 +1,4 @@
-// Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source, compiled for
+// Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source is compiled for
 // each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
 #include "gemm/calls.h"
 
@@ -12,7 +12,7 @@ namespace longreach {
 namespace gemm {
 namespace {
 
-constexpr long kLanes = 16, kMostDim = 512, kMostExperts = 4096;
+constexpr long kLanes = 16;
 constexpr long kSerial = 1L << 14;  // values below which threads cost more than they save
 
 INLINE float inverse_rms(const float* lanes, long n, float eps) {
@@ -34,11 +34,11 @@ INLINE void norm_row(const NormCall& call, long token) {
 
 INLINE void rotate_row(const RotateCall& call, long token) {
     const long dim = call.dim, half = dim / 2;
-    const float *cos = call.cos + token * call.turn_stride, *sin = call.sin + token * call.turn_stride;
+    const float *cos = call.cos + token * call.cos_stride, *sin = call.sin + token * call.cos_stride;
     for (long head = 0; head < call.heads; ++head) {
         const bf16* x = call.x + token * call.row_stride + head * call.head_stride;
         bf16* out = call.out + token * call.out_row_stride + head * call.out_head_stride;
-        float wide[kMostDim], lanes[kLanes] = {};
+        float wide[kMaxDim], lanes[kLanes] = {};
         for (long i = 0; i < dim; ++i) wide[i] = widen(x[i]);
         if (call.weight != nullptr) {
             for (long i = 0; i < dim; i += kLanes) {
@@ -59,7 +59,7 @@ INLINE void rotate_row(const RotateCall& call, long token) {
 INLINE void route_row(const RouteCall& call, long token) {
     const long count = call.experts;
     const bf16* logits = call.logits + token * count;
-    std::int32_t keys[kMostExperts];
+    std::int32_t keys[kMaxExperts];
     for (long i = 0; i < count; ++i) {
         const std::int32_t bits = std::int16_t(logits[i]);
         const std::int32_t ordered = bits ^ (bits < 0 ? 0x7fff : 0);
@@ -92,7 +92,7 @@ COMPILED(norm_row, NormCall)
 COMPILED(rotate_row, RotateCall)
 COMPILED(route_row, RouteCall)
 
-INLINE long highest(const float* values, long size) {
+INLINE long argmax(const float* values, long size) {
     constexpr std::int32_t kExponent = 0x7F800000;
     const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
         const float value = values[i] + 0.0f;                // no negative zero
@@ -110,18 +110,18 @@ INLINE long highest(const float* values, long size) {
     constexpr long kBlock = 256;  // searched without a branch
     for (long first = 0; first < size; first += kBlock) {
         const long stop = first + kBlock < size ? first + kBlock : size;
-        std::int32_t found = 0;
-        for (long i = first; i < stop; ++i) found |= ordered(i, wrong) == best;
-        for (long i = first; i < stop && found; ++i) {
+        std::int32_t hit = 0;
+        for (long i = first; i < stop; ++i) hit |= ordered(i, wrong) == best;
+        for (long i = first; i < stop && hit; ++i) {
             if (ordered(i, wrong) == best) return i;
         }
     }
     return -1;
 }
 
-long highest_portable(const float* values, long size) { return highest(values, size); }
-LONGREACH_AVX2 long highest_avx2(const float* values, long size) { return highest(values, size); }
-LONGREACH_AVX512 long highest_avx512(const float* values, long size) { return highest(values, size); }
+long argmax_portable(const float* values, long size) { return argmax(values, size); }
+LONGREACH_AVX2 long argmax_avx2(const float* values, long size) { return argmax(values, size); }
+LONGREACH_AVX512 long argmax_avx512(const float* values, long size) { return argmax(values, size); }
 
 template <typename Call>
 void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
@@ -134,6 +134,7 @@ void every_token(const Call& call, void (*const* of)(const Call&, long), long va
 }  // namespace gemm
 }  // namespace longreach
 
+using namespace longreach;
 using namespace longreach::gemm;
 
 // out = x / rms(x) * weight, row by row.
@@ -154,8 +155,8 @@ EXPORT int longreach_route(const RouteCall* call) {
     return 0;
 }
 
-// Index of the greatest of `size` values, the first of equal ones; -1 when one is infinite or not a number.
-EXPORT std::int64_t longreach_highest(const float* values, std::int64_t size, std::int32_t path) {
-    constexpr long (*of[])(const float*, long) = {highest_portable, highest_avx2, highest_avx512};
+// Index of the greatest of `size` values, the first of equal ones; -1 when a value is infinite or NaN.
+EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std::int32_t path) {
+    constexpr long (*of[])(const float*, long) = {argmax_portable, argmax_avx2, argmax_avx512};
     return of[path < kAvx512 ? path : kAvx512](values, size);
 }

@@ -1,6 +1,6 @@
 // Mixture of experts over packed weights: tokens sorted by expert, gated MLP of each expert on its rows, weighted sum.
 //
-// Legend: T tokens, M hidden size, I intermediate, k experts a token uses, "slot" one of the T * k choices.
+// Legend: T tokens, M hidden size, I intermediate, k experts per token, "choice" one of the T * k (token, expert) pairs.
 #include "gemm/calls.h"
 
 #include <algorithm>
@@ -12,50 +12,48 @@ namespace longreach {
 namespace gemm {
 namespace {
 
-constexpr long kMostSlots = 128;  // of a token
-
-// Rows of one expert: slots [start, start + rows) of the sorted order.
+// Rows of one expert: choices [start, start + rows) of the sorted order.
 struct Task {
     long expert, start, rows, place;  // `place`: its first row among the packed rows of all tasks
 };
 
 struct Sorted {
-    std::vector<std::int32_t> token, slot;  // of every local slot, by expert, then by token
+    std::vector<std::int32_t> token, choice;  // of every local choice, by expert, then by token
     std::vector<float> weight;
     std::vector<Task> tasks;
-    long places = 0, most_rows = 0;  // packed rows of all tasks, and of the largest one
+    long places = 0, max_task_rows = 0;  // packed rows of all tasks, and of the largest one
 };
 
-Sorted sort_slots(const ExpertsCall& call) {
-    const long slots = call.tokens * call.top_k;
+Sorted sort_choices(const ExpertsCall& call) {
+    const long choices = call.tokens * call.top_k;
     std::vector<long> next(call.experts + 1, 0);
-    const auto local = [&](long slot) { return call.chosen[slot] - call.first; };
-    for (long slot = 0; slot < slots; ++slot) {
-        if (local(slot) >= 0 && local(slot) < call.experts) ++next[local(slot) + 1];
+    const auto local = [&](long choice) { return call.chosen[choice] - call.first; };
+    for (long choice = 0; choice < choices; ++choice) {
+        if (local(choice) >= 0 && local(choice) < call.experts) ++next[local(choice) + 1];
     }
     Sorted sorted;
-    const long most = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / std::max(call.hidden_size, call.width));
+    const long max_rows = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / std::max(call.hidden_size, call.width));
     for (long expert = 0, start = 0; expert < call.experts; ++expert) {
-        const long rows = next[expert + 1], parts = (rows + most - 1) / most;
+        const long rows = next[expert + 1], parts = (rows + max_rows - 1) / max_rows;
         const long step = parts == 0 ? 0 : round_up((rows + parts - 1) / parts, kBlock);
         for (long row = 0; row < rows; row += step) {
             const long count = std::min(step, rows - row);
             sorted.tasks.push_back({expert, start + row, count, sorted.places});
             sorted.places += round_up(count, kStrip);
-            sorted.most_rows = std::max(sorted.most_rows, count);
+            sorted.max_task_rows = std::max(sorted.max_task_rows, count);
         }
         next[expert + 1] = start += rows;
     }
     const long total = next[call.experts];
     sorted.token.resize(total);
-    sorted.slot.resize(total);
+    sorted.choice.resize(total);
     sorted.weight.resize(total);
-    for (long slot = 0; slot < slots; ++slot) {
-        if (local(slot) < 0 || local(slot) >= call.experts) continue;
-        const long at = next[local(slot)]++;
-        sorted.token[at] = std::int32_t(slot / call.top_k);
-        sorted.slot[at] = std::int32_t(slot);
-        sorted.weight[at] = call.weights[slot];
+    for (long choice = 0; choice < choices; ++choice) {
+        if (local(choice) < 0 || local(choice) >= call.experts) continue;
+        const long at = next[local(choice)]++;
+        sorted.token[at] = std::int32_t(choice / call.top_k);
+        sorted.choice[at] = std::int32_t(choice);
+        sorted.weight[at] = call.weights[choice];
     }
     return sorted;
 }
@@ -73,7 +71,7 @@ void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, f
     }
 }
 
-// Panels [start, stop), two strips of M each: weight * (hidden down), to the rows of the slots.
+// Panels [start, stop), two strips of M each: weight * (hidden down), to the rows of the choices.
 void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sorted, const Task& task, float* c,
                    const bf16* hidden, long start, long stop) {
     const long m = call.hidden_size, strip = kStrip * call.width;
@@ -83,7 +81,7 @@ void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sor
         const auto finish = [&](const float* sums, long row, long count) {
             const long at = task.start + row;
             bf16* out = call.rows + panel * kBlock;
-            use.store(sums, count, kBlock, {out, m, &sorted.slot[at], &sorted.weight[at], nullptr, stream});
+            use.store(sums, count, kBlock, {out, m, &sorted.choice[at], &sorted.weight[at], nullptr, stream});
         };
         run_panel(use, c, hidden, task.rows, b, b + strip, call.width / kDepth,
                   panel + 1 < stop ? b + 2 * strip : nullptr, finish);
@@ -91,13 +89,13 @@ void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sor
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
 }
 
-// Sum over the local slots of a token, in their order; zeros where there is none.
+// Sum over the local choices of a token, in their order; zeros where there is none.
 void combine(const Engine& use, const ExpertsCall& call, long token) {
-    const bf16* rows[kMostSlots];
+    const bf16* rows[kMaxTopK];
     long count = 0;
-    for (long slot = token * call.top_k; slot < (token + 1) * call.top_k; ++slot) {
-        const long expert = call.chosen[slot] - call.first;
-        if (expert >= 0 && expert < call.experts) rows[count++] = call.rows + slot * call.hidden_size;
+    for (long choice = token * call.top_k; choice < (token + 1) * call.top_k; ++choice) {
+        const long expert = call.chosen[choice] - call.first;
+        if (expert >= 0 && expert < call.experts) rows[count++] = call.rows + choice * call.hidden_size;
     }
     use.sum(call.out + token * call.hidden_size, rows, count, call.hidden_size);
 }
@@ -119,10 +117,10 @@ struct TaskMemory {
 
 void run(const ExpertsCall& call) {
     const Engine& use = engine(call.path);
-    const Sorted sorted = sort_slots(call);
+    const Sorted sorted = sort_choices(call);
     const long tasks = long(sorted.tasks.size()), wanted = kTasksPerThread * call.threads;
     const long panels = call.width / kStrip, down_panels = call.hidden_size / kBlock;
-    // few tasks: their columns are dealt out too, and hidden rows are exchanged between the two products
+    // with few tasks their columns are divided among threads too, and hidden rows are exchanged between the products
     const long parts = tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, down_panels);
     std::vector<bf16> exchange(parts == 1 ? 0 : sorted.places * call.width + kTile);
     bf16* shared = exchange.data() + (-reinterpret_cast<std::uintptr_t>(exchange.data()) % kLine) / sizeof(bf16);
@@ -134,7 +132,7 @@ void run(const ExpertsCall& call) {
         for (long i = 0; i < tasks * parts; ++i) {
             const Task& task = sorted.tasks[i / parts];
             const long part = i % parts;
-            const TaskMemory memory(call, sorted.most_rows);
+            const TaskMemory memory(call, sorted.max_task_rows);
             if (memory.a == nullptr) {
                 failed = true;
                 continue;
@@ -150,7 +148,7 @@ void run(const ExpertsCall& call) {
             for (long i = 0; i < tasks * parts; ++i) {
                 const Task& task = sorted.tasks[i / parts];
                 const long part = i % parts;
-                const TaskMemory memory(call, sorted.most_rows);
+                const TaskMemory memory(call, sorted.max_task_rows);
                 if (memory.a == nullptr) {
                     failed = true;
                     continue;
@@ -170,12 +168,12 @@ void run(const ExpertsCall& call) {
 }  // namespace gemm
 }  // namespace longreach
 
-// The weighted sum of the local experts; 0, or 1 when there is no memory.
+// The weighted sum of the local experts; a `Status`.
 EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call) {
     try {
         longreach::gemm::run(*call);
     } catch (const std::bad_alloc&) {
-        return 1;
+        return longreach::kNoMemory;
     }
-    return 0;
+    return longreach::kOk;
 }

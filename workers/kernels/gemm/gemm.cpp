@@ -1,8 +1,6 @@
 // Packing, the portable engine and the dense product; see gemm.h.
 #include "gemm/calls.h"
 
-#include "attention/attention_cpu.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -132,10 +130,8 @@ void* thread_memory(std::size_t bytes) {
 }  // namespace gemm
 }  // namespace longreach
 
+using namespace longreach;
 using namespace longreach::gemm;
-
-// The highest of `Path` that this CPU has.
-EXPORT int longreach_best_path() { return longreach::attention::best_path(); }
 
 // Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.
 // With `half`, strips of the first and of the second `half` rows take turns: a gate beside its up.
@@ -165,15 +161,15 @@ static void linear_panels(const Engine& use, const LinearCall& call, float* c, c
     }
 }
 
-// out = x @ weight.T + bias; 0, or 1 when there is no memory.
+// out = x @ weight.T + bias; a `Status`.
 EXPORT int longreach_linear(const LinearCall* call) {
     const Engine& use = engine(call->path);
     const long k = call->k, strips = call->n / kStrip, panels = (strips + 1) / 2;
     // where rows are few, columns make the tasks
-    const long most = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / k / kBlock * kBlock);
-    const long groups = (call->rows + most - 1) / most, group = round_up((call->rows + groups - 1) / groups, kBlock);
+    const long max_rows = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / k / kBlock * kBlock);
+    const long groups = (call->rows + max_rows - 1) / max_rows, group = round_up((call->rows + groups - 1) / groups, kBlock);
     const long pieces = std::min(panels, std::max(1L, (kTasksPerThread * call->threads + groups - 1) / groups));
-    int failed = 0;
+    int status = kOk;
 #pragma omp parallel num_threads(call->threads)
     {
         use.enter();
@@ -184,7 +180,7 @@ EXPORT int longreach_linear(const LinearCall* call) {
                 auto* a = static_cast<bf16*>(thread_memory(packed_bytes(group, k) + sums_bytes(group)));
                 if (a == nullptr) {
 #pragma omp atomic write
-                    failed = 1;
+                    status = kNoMemory;
                 } else if (rows > 0) {
                     pack_rows(a, call->x + first * call->stride, call->stride, nullptr, rows, k);
                     auto* c = reinterpret_cast<float*>(a + round_up(group, kStrip) * k);
@@ -196,5 +192,5 @@ EXPORT int longreach_linear(const LinearCall* call) {
         }
         use.leave();
     }
-    return failed;
+    return status;
 }

@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
+#include "bfloat16.h"
+
 #if defined(__x86_64__)
 #define LONGREACH_AVX2 __attribute__((target("avx2,fma")))
 #define LONGREACH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
@@ -21,20 +24,16 @@
 namespace longreach {
 namespace gemm {
 
-using bf16 = std::uint16_t;
-
 constexpr long kStrip = 16;            // rows or outputs of a tile
 constexpr long kDepth = 32;            // values of K in a tile
 constexpr long kTile = kStrip * kDepth;
 constexpr long kBlock = 2 * kStrip;    // rows and outputs of a block, at most
 constexpr long kSlice = 8;             // tiles of K: two strips of them are 16 KiB
 constexpr long kTaskBytes = 1L << 20;  // of packed rows: they stay in L2 while the weights pass
-constexpr long kTasksPerThread = 4;    // more are dealt out more evenly
+constexpr long kTasksPerThread = 4;    // finer tasks balance the threads
 constexpr std::size_t kLine = 64;      // bytes
 
-enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-
-// Weights to bring into L2 while a block is computed: so many lines after each tile of K.
+// Weights to prefetch into L2 while a block is computed: `lines` after each tile of K.
 struct Ahead {
     const char* at;
     long lines;
@@ -51,17 +50,17 @@ struct Operands {
     bool add;       // to what c holds
 };
 
-// Where a block's results go: row r to `out + place[r] * stride`, as bf16(scale[r] * c + bias).
+// The destination of a block: row r goes to `out + place[r] * stride`, as bf16(scale[r] * c + bias).
 struct Target {
     bf16* out;
     long stride;
     const std::int32_t* place;  // null: r
     const float* scale;         // null: 1
     const bf16* bias;           // null: 0
-    bool stream;                // past the caches, where whole lines are written
+    bool stream;                // bypass the caches where whole lines are written
 };
 
-// One way to compute. `block` fills c, 32 x 32 floats, or adds to it; the two after it take c on.
+// One instruction set. `block` fills c, 32 x 32 floats, or adds to it; `store` and `swiglu` consume c.
 struct Engine {
     void (*block)(float* c, const Operands& operands, Ahead ahead);
     void (*store)(const float* c, long rows, long columns, const Target& target);
@@ -83,21 +82,7 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
 // Memory of the calling thread, kept between calls: at least `bytes`, on a cache line, of unspecified content.
 void* thread_memory(std::size_t bytes);
 
-__attribute__((always_inline)) inline float as_float(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-__attribute__((always_inline)) inline float widen(bf16 value) { return as_float(std::uint32_t(value) << 16); }
-
-__attribute__((always_inline)) inline bf16 narrow(float value) {  // to the nearest, ties to even; a NaN stays one
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return value != value ? bf16(0x7fc0) : bf16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-// Results larger than a core's caches are written past them: nobody reads a line before it has left them.
+// Whether results bypass the caches: they are larger, so a line would be evicted before it is read.
 inline bool streams(const bf16* out, long rows, long stride) {
     constexpr long cached = 2L << 20;  // bytes
     const auto odd = reinterpret_cast<std::uintptr_t>(out) | std::uintptr_t(stride) * sizeof(bf16);

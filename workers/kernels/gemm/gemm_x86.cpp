@@ -128,7 +128,7 @@ void vector_block(float* c, const Operands& o, Ahead ahead) {
     }
 }
 
-// ---- what becomes of a block
+// ---- results of a block
 
 AVX512 inline __m256i narrowed(__m512 value) {  // to the nearest, ties to even; a NaN stays one
     const __m512i bits = _mm512_castps_si512(value);

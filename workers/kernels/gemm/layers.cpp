@@ -1,10 +1,9 @@
 // Whole layers of a few rows in one call: a decode step.
 //
-// A row passes through some ten operations a layer, of 3 to 700 microseconds each. Called one by one from Python, a
-// quarter of a step was the interpreter's, whose own memory the weights had just driven out of the caches. The
-// operations are the exported ones, in the order of `Decoder` in workers/model/decoder.py, which is the twin.
-#include "attention/attention.h"
-#include "gemm/calls.h"
+// A row passes through some ten operations per layer, of 3 to 700 microseconds each. When Python called them one by one,
+// the interpreter took a quarter of a step, as the weights evict its memory from the caches. The operations are the
+// exported ones, in the order of `Decoder` in workers/model/decoder.py, which is the fallback.
+#include "gemm/layers.h"
 
 #include <algorithm>
 #include <cstring>
@@ -14,39 +13,6 @@ extern "C" int longreach_attend(const longreach::attention::Args* args);
 namespace longreach {
 namespace gemm {
 namespace {
-
-// One layer of one shard; weights are packed, vectors plain.
-struct Layer {
-    const bf16 *input_norm, *qkv, *qkv_bias, *o, *o_bias, *post_norm, *router, *gate_up, *down;
-    const float* head_norm;              // [H + K, D], or null
-    bf16 *keys, *values;                 // of the cache: [K, slots, D], heads `kv_head` values apart
-    std::int64_t kv_head, heads, kv_heads, dim, hidden_size;
-    std::int64_t all_experts, first, experts, top_k, width;
-    float eps;
-    std::int32_t normalise;
-};
-
-// Rows of one sequence: `row` is the first of them.
-struct Piece {
-    attention::Args args;                // complete but for queries, keys, values and the result
-    std::int64_t row;
-};
-
-// One step; all buffers are contiguous.
-struct Step {
-    bf16 *x, *out;                       // [T, M]: the residual stream, and what a half of a layer adds to it
-    bf16 *normed, *qkv;                  // [T, M], [T, H + 2 K, D]
-    bf16 *far[2], *attended;             // [T, H, D]: queries rotated for `succ` and `inter`
-    bf16 *logits, *rows;                 // [T, E], [T k, M]
-    std::int64_t* chosen;                // [T, k]
-    float* weights;                      // [T, k]
-    const float *cos[3], *sin[3];        // [T, D / 2]: intra, succ, inter; null where no row needs it
-    std::int64_t turn_stride[3];
-    const std::int64_t* slots;           // [T]: where keys and values go
-    Piece* pieces;
-    std::int64_t tokens, num_pieces;
-    std::int32_t path, threads;
-};
 
 int linear(const Step& step, const bf16* x, const bf16* weight, const bf16* bias, bf16* out, long n, long k) {
     const LinearCall call{x, weight, bias, out, step.tokens, k, n, k, step.path, step.threads};
@@ -67,7 +33,7 @@ void rotate(const Step& step, const Layer& layer) {
         bf16* out = region == 0 ? step.qkv : step.far[region - 1];
         const RotateCall call{step.qkv, out, step.cos[region], step.sin[region], layer.head_norm, step.tokens,
                               region == 0 ? heads + layer.kv_heads : heads, dim, row, dim,
-                              region == 0 ? row : heads * dim, dim, step.turn_stride[region], layer.eps, step.path,
+                              region == 0 ? row : heads * dim, dim, step.cos_stride[region], layer.eps, step.path,
                               step.threads};
         longreach_norm_rotate(&call);
     }
@@ -163,12 +129,4 @@ EXPORT int longreach_layers(const Layer* layers, std::int64_t count, const Step*
         __atomic_fetch_add(done, 1, __ATOMIC_RELAXED);
     }
     return 0;
-}
-
-// Sizes of the structures, for the check that both sides agree.
-EXPORT void longreach_layer_sizes(std::int64_t* sizes) {
-    sizes[0] = sizeof(Layer);
-    sizes[1] = sizeof(Piece);
-    sizes[2] = sizeof(Step);
-    sizes[3] = sizeof(longreach::attention::Args);
 }

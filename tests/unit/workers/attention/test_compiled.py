@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.oracles.attention import attend_reference, tile_pairs
 from workers.attention import compiled
-from workers.attention.compiled import Path
 from workers.attention.plan import AttentionPlan, Selection
 from workers.attention.queries import Queries
-from workers.attention.reference import attend_reference
-from workers.kernels.build import compiler
+from workers.kernels.abi import Path
+from workers.kernels.build import best_path, compiler
 from workers.kv.paged import LayerKV, PageTable, quantise
 
 CHUNK = 256  # L, tokens between the starts of two DCA chunks
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 @functools.cache
 def _paths() -> list[Path]:
-    best = compiled.best_path()
+    best = best_path()
     return [path for path in Path if best is None or path <= best]  # not built: every call fails
 
 
@@ -151,7 +151,7 @@ TYPES = [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, torch.i
 def test_equals_the_definition(case: Case, dtype: torch.dtype, cache: torch.dtype | None) -> None:
     inputs = Inputs(dataclasses.replace(case, dtype=dtype, cache=cache))
     expected = inputs.expected()
-    pairs = [inputs.plan.visited_pairs(head) for head in range(case.group * case.kv_heads)]
+    pairs = [tile_pairs(inputs.plan, head) for head in range(case.group * case.kv_heads)]
     for path in _paths():
         visited = torch.full((len(pairs),), -1)
         _close(inputs.actual(path, visited), expected)
@@ -172,14 +172,14 @@ def test_other_tiles(tile: int) -> None:
     inputs = Inputs(Case(300, 193, CHUNK, tile=tile, sparse=True))
     visited = torch.empty(4, dtype=torch.int64)
     _close(inputs.actual(visited=visited), inputs.expected())
-    assert visited.tolist() == [inputs.plan.visited_pairs(head) for head in range(4)]
+    assert visited.tolist() == [tile_pairs(inputs.plan, head) for head in range(4)]
 
 
 def test_amx_runs_where_the_cpu_has_it() -> None:
     if {"amx_tile", "amx_bf16", "avx512_bf16"} <= _cpu_flags():
-        assert compiled.best_path() is compiled.Path.AMX
+        assert best_path() == Path.AMX
     elif "avx512dq" in _cpu_flags():
-        assert compiled.best_path() is compiled.Path.AVX512
+        assert best_path() == Path.AVX512
 
 
 @pytest.mark.parametrize("length", [1, 67, 600])

@@ -9,14 +9,14 @@ import torch
 
 from protos.model.spec import DualChunkSpec, RopeSpec
 from tests.support.data.dual_chunk import pairwise_attention, relative_positions
+from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags, tile_pairs
 from workers.attention import torch_backend
 from workers.attention.attend import attend
 from workers.attention.pair_counts import causal_pairs, visited_pairs
 from workers.attention.plan import AttentionPlan, Rotation, Selection
 from workers.attention.queries import Queries
-from workers.attention.reference import UNVISITED, attend_reference, plan_tags
 from workers.kv.paged import LayerKV, PageTable, quantise
-from workers.model.rope import Rotary, rotate
+from workers.model.rope import Rotary, norm_and_rotate_
 
 SIZES = (1, 17, 67, 193, 256, 1000)
 STARTS = (0, 1, 63, 64, 65, 499)
@@ -154,9 +154,11 @@ def test_dual_chunk_attention_equals_its_definition(start: int, chunk_size: int,
     positions = torch.arange(start, start + rows)
     paged = Paged(start + rows, 2, 16, "shuffled", torch.float32, start)
     q, raw = torch.randn(rows, 4, DIM), paged.k
-    paged.put(rotate(raw, *rotary.turns(torch.arange(start + rows)).intra), paged.v, 16, "shuffled", start)
-    turns = rotary.turns(positions, succ=True, inter=True)
-    turned = Queries(*(rotate(q, *turn) for turn in (turns.intra, turns.succ, turns.inter) if turn is not None))
+    keys = norm_and_rotate_(raw.clone(), rotary.rotations(torch.arange(start + rows)).intra)
+    paged.put(keys, paged.v, 16, "shuffled", start)
+    rotations = rotary.rotations(positions, succ=True, inter=True)
+    each = (rotations.intra, rotations.succ, rotations.inter)
+    turned = Queries(*(norm_and_rotate_(q.clone(), one) for one in each if one is not None))
     scales = torch.full((rows,), DIM**-0.5)
     got = attend(turned, paged.kv, paged.table, AttentionPlan(start, rows, dual.distance), scales)
     relative = relative_positions(positions, torch.arange(start + rows), chunk_size, local_size)
@@ -222,13 +224,13 @@ def test_only_selected_keys_are_read():
 @pytest.fixture
 def kernel_inputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
-    real = torch_backend._kernel
+    real = torch_backend.flash
 
     def kernel(q, k, v, causal, scale):
         seen.extend((k, v))
         return real(q, k, v, causal, scale)
 
-    monkeypatch.setattr(torch_backend, "_kernel", kernel)
+    monkeypatch.setattr(torch_backend, "flash", kernel)
     return seen
 
 
@@ -245,7 +247,7 @@ def test_gathers_of_fragments_stay_below_their_limit(kernel_inputs: list[torch.T
     paged = Paged(20_000, 1, 16, "shuffled", torch.float32, 1)
     paged.check(2, AttentionPlan(19_999, 1))
     caches = {paged.kv.keys.untyped_storage().data_ptr(), paged.kv.values.untyped_storage().data_ptr()}
-    gathered = [t.shape[2] for t in kernel_inputs if t.untyped_storage().data_ptr() not in caches]
+    gathered = [t.shape[1] for t in kernel_inputs if t.untyped_storage().data_ptr() not in caches]
     assert len(gathered) >= 8
     assert max(gathered) <= torch_backend.FRAGMENT_TOKENS
 
@@ -258,7 +260,7 @@ def test_a_dense_plan_is_the_causal_mask(start: int, rows: int, tile: int):
     causal = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
     assert torch.equal(tags == Rotation.INTRA, causal)
     assert torch.equal(tags == UNVISITED, ~causal)
-    assert plan.visited_pairs(0) == int(causal.sum())
+    assert tile_pairs(plan, 0) == int(causal.sum())
     tiles = list(plan.tile_keys(0))
     assert [row for part in tiles for row in range(part.start, part.stop)] == list(range(rows))
     assert max(part.stop - part.start for part in tiles) <= tile
@@ -288,8 +290,8 @@ def test_a_plan_visits_at_least_what_a_head_selects(seed: int):
     wanted[:, torch.from_numpy(selection.columns).long()] = True
     wanted &= distance >= 0
     assert not bool((wanted & ~visited).any())
-    assert plan.visited_pairs(0) == int(visited.sum()), "no pair is counted twice"
-    assert visited_pairs(plan, 0) == plan.visited_pairs(0)
+    assert tile_pairs(plan, 0) == int(visited.sum()), "no pair is counted twice"
+    assert visited_pairs(plan, 0) == tile_pairs(plan, 0)
     assert causal_pairs(plan) == int((distance >= 0).sum())
 
 

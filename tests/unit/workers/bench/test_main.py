@@ -43,10 +43,12 @@ def test_kernels_run_on_a_machine_with_only_torch_and_numpy(tmp_path: Path) -> N
     done = _run_without(_BARE, "--quick", "--threads", "1", "--date", "2030-01-01", "--json", str(path), "kernels")
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
-    assert result["date"] == "2030-01-01"
-    assert result["torch"] == torch.__version__
-    assert result["threads"] == 1
-    assert result["cpu"]["count"] >= 1
+    where = result["environment"]
+    assert where["date"] == "2030-01-01"
+    assert where["torch"] == torch.__version__
+    assert where["threads"] == 1
+    assert where["cores"] >= 1
+    assert where["cpu"]
     assert result["config"]["quick"] is True
     names = [figure["name"] for figure in result["figures"]]
     for kernel in (

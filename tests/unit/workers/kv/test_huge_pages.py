@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.kv import huge_pages
+from workers.kv.huge_pages import MIN_BYTES, advise_huge_pages
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -27,12 +27,12 @@ def _is_advised(tensor: torch.Tensor) -> bool:
 @pytest.mark.skipif(not SETTING.exists(), reason="this kernel has no transparent huge pages")
 def test_large_tensors_are_advised() -> None:
     tensor = torch.empty(1 << 26, dtype=torch.uint8)
-    assert huge_pages.advise(tensor) is tensor
+    assert advise_huge_pages(tensor) is tensor
     assert _is_advised(tensor)
     tensor.fill_(7)
     assert int(tensor.sum(dtype=torch.int64)) == 7 << 26
 
 
 def test_small_and_foreign_tensors_are_left_alone() -> None:
-    for tensor in (torch.empty(huge_pages.FROM - 1, dtype=torch.uint8), torch.empty(1 << 26, device="meta")):
-        assert huge_pages.advise(tensor) is tensor
+    for tensor in (torch.empty(MIN_BYTES - 1, dtype=torch.uint8), torch.empty(1 << 26, device="meta")):
+        assert advise_huge_pages(tensor) is tensor

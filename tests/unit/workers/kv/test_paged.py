@@ -116,14 +116,14 @@ def test_int8_does_not_hide_what_is_not_finite():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_memory_of_a_page(dtype: torch.dtype):
+def test_the_cache_allocates_what_its_shape_says(dtype: torch.dtype):
     kv = PagedKV(3, 2, 8, num_pages=5, page_size=16, dtype=dtype)
     layer = kv.layer(0)
-    row = 8 * dtype.itemsize + (4 if dtype == torch.int8 else 0)  # int8 has a float32 scale a row
     allocated = layer.keys.untyped_storage().nbytes()
     if layer.key_scales is not None:
         allocated += layer.key_scales.untyped_storage().nbytes()
-    assert allocated == 5 * 2 * 3 * 2 * 16 * row
+    scale = 4 if dtype == torch.int8 else 0  # float32, a row
+    assert allocated == 5 * 16 * 2 * 3 * 2 * (8 * dtype.itemsize + scale)  # pages, tokens, K and V, layers, heads
 
 
 def test_an_empty_cache_is_refused():

@@ -8,6 +8,7 @@ import torch
 
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec, SparseSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
+from workers.attention.pair_counts import causal_pairs
 from workers.kv.paged import PlanMismatch, SlotRun
 from workers.model.batch import PageTables, Piece, token_ids
 
@@ -40,14 +41,14 @@ def test_a_mixed_step():
     assert batch.slots == (SlotRun(9, 1), SlotRun(0, 3), SlotRun(16, 4))
     assert batch.sample_rows.tolist() == [0, 7]
     assert [s.rows for s in batch.pieces] == [slice(0, 1), slice(1, 4), slice(4, 8)]
-    assert [s.plan.visited_pairs(0) for s in batch.pieces] == [6, 6, 10]
+    assert [causal_pairs(s.plan) for s in batch.pieces] == [6, 6, 10]
 
 
 def test_later_stages_need_no_ids():
     tables = PageTables(4)
     step = plan(SequenceSlice(1, 0, 3, 3, (), [0], 1))
     tables.apply(step)
-    assert len(tables.batch(step, SPEC, CPU).positions) == 3
+    assert tables.batch(step, SPEC, CPU).positions.tolist() == [0, 1, 2]
     with pytest.raises(PlanMismatch, match="sequence 1: 0 ids for 3 rows"):
         token_ids(step, {}, CPU)
 

@@ -1,12 +1,14 @@
 """The compiled products, experts and row operations against float64, on every instruction set this CPU has."""
 
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from protos.stage.messages import Span
+from tests.support.data import packing
+from workers.kernels.abi import Path
 from workers.kernels.build import load
 from workers.model import compiled, moe, rope
 from workers.model.layers import inverse_rms, linear, rms_norm
@@ -20,7 +22,7 @@ BEST = compiled.path()
 pytestmark = pytest.mark.skipif(BEST is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}")
 
 
-@pytest.fixture(autouse=True, params=range((BEST or 0) + 1), ids=lambda path: compiled.PATHS[path])
+@pytest.fixture(autouse=True, params=list(Path)[: (BEST or 0) + 1], ids=lambda path: path.name.lower())
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "path", lambda: request.param)
 
@@ -31,7 +33,7 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
-    out = compiled.packed(weight, pairs)
+    out = packing.packed(weight, pairs)
     assert out.shape != weight.shape
     return out
 
@@ -58,21 +60,20 @@ def exact_experts(
 
 
 def test_this_machine_uses_its_matrix_units():
-    info = Path("/proc/cpuinfo")
+    info = FilePath("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    assert BEST is not None
     if {"amx_tile", "amx_bf16", "avx512_bf16"} <= flags:
-        assert compiled.PATHS[BEST] == "amx"
+        assert BEST == Path.AMX
     elif {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        assert compiled.PATHS[BEST] == "avx512"
+        assert BEST == Path.AVX512
 
 
 @pytest.mark.parametrize(("shape", "pairs"), [((16, 32), False), ((48, 96), False), ((3, 64, 96), True)])
 def test_packing_keeps_every_value(shape: tuple[int, ...], pairs: bool):
     weight = random(*shape)
-    assert torch.equal(compiled.unpacked(packed(weight, pairs)), weight)
-    assert compiled.unpacked(weight) is weight
+    assert torch.equal(packing.unpacked(packed(weight, pairs)), weight)
+    assert packing.unpacked(weight) is weight
 
 
 def test_packing_by_parts():
@@ -89,7 +90,7 @@ def test_packing_by_parts():
 )
 def test_other_sizes_stay_plain(shape: tuple[int, ...], pairs: bool):
     assert compiled.packed_shape(shape, BF16, CPU, pairs) == shape
-    assert compiled.packed(weight := random(*shape), pairs) is weight
+    assert packing.packed(weight := random(*shape), pairs) is weight
     assert compiled.packed_shape((8, 64, 64), torch.float32, CPU, pairs) == (8, 64, 64)
 
 
@@ -185,10 +186,10 @@ def test_norm_and_rotation(tokens: int, dim: int, normed: bool, apart: bool, con
         wide = wide * inverse_rms(wide, 1e-6) * weight.double()
     left, right = wide.chunk(2, dim=-1)
     wanted = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-    twin = rope.norm_and_rotate_(x.float().clone(), rope.Turn(cos, sin), weight, 1e-6)
-    torch.testing.assert_close(twin.double(), wanted, atol=1e-5, rtol=1e-5)
+    fallback = rope.norm_and_rotate_(x.float().clone(), rope.CosSin(cos, sin), weight, 1e-6)
+    torch.testing.assert_close(fallback.double(), wanted, atol=1e-5, rtol=1e-5)
     out, kept = torch.empty(tokens, heads, dim, dtype=BF16) if apart else x, whole.clone()
-    assert compiled.rotates(x)
+    assert compiled.supports_norm_rotate(x)
     got = compiled.norm_rotate(x, cos, sin, weight, 1e-6, out)
     assert got is out
     torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1 / 255)

@@ -1,6 +1,5 @@
 """Layers in one call of the compiled kernels against the decoder that calls the operations one by one: equal bits."""
 
-import ctypes
 from dataclasses import replace
 from itertools import count
 
@@ -9,12 +8,10 @@ import torch
 
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
-from workers.attention import compiled as attention
 from workers.bench.model import benchmark_spec
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV, PlanMismatch, SlotRun
-from workers.model import compiled as native
-from workers.model import fused
+from workers.model import compiled
 from workers.model.batch import Batch
 from workers.model.fused import FusedLayers
 from workers.model.weights import ShardWeights, dummy_shard, whole_model
@@ -35,7 +32,7 @@ SPECS = {
 }
 
 pytestmark = pytest.mark.skipif(
-    native.path() is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}"
+    compiled.path() is None, reason=f"no compiled kernels: {load().reason or 'this CPU has no AVX2'}"
 )
 
 
@@ -61,7 +58,7 @@ def weights_of(spec: ModelSpec, shard: ShardSpec) -> ShardWeights:
 def runners(
     spec: ModelSpec, shard: ShardSpec | None = None, collectives: Collectives | None = None
 ) -> tuple[ModelRunner, ModelRunner]:
-    """One that fuses, and its twin that does not."""
+    """One that fuses, and one that does not."""
     shard = shard or whole_model(spec)
     weights = weights_of(spec, shard)
     made = []
@@ -115,30 +112,30 @@ def equal(got: StepOutput, wanted: StepOutput) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_steps_are_equal_bit_for_bit(spec: ModelSpec) -> None:
     """Prompts in several chunks, then decode steps of one and of three sequences, across chunks of dual attention."""
-    ours, twin = runners(spec)
+    ours, plain = runners(spec)
     plans = Sequences(3)
     steps = [plans.step(17), plans.step(67, 3), plans.step(0, 45, 64), plans.step(1)]
     steps += [plans.step(1, 1, 1) for _ in range(60)]
     steps += [plans.step(0, 1), plans.step(2, 0, 1)]
     for plan in steps:
-        equal(ours.execute(plan, keep_logits=True), twin.execute(plan, keep_logits=True))
-        assert torch.equal(ours._kv._data, twin._kv._data)
+        equal(ours.execute(plan, keep_logits=True), plain.execute(plan, keep_logits=True))
+        assert torch.equal(ours._kv._data, plain._kv._data)
     assert ours.decoder._fused is not None
     assert ours.decoder._fused.layers_done >= 2 * 63
-    assert ours.decoder.layers_done == twin.decoder.layers_done == 2 * len(steps)
+    assert ours.decoder.layers_done == plain.decoder.layers_done == 2 * len(steps)
 
 
 def test_shards_reduce_between_the_halves() -> None:
     shard = ShardSpec(0, 1, 0, 2, Span(0, 2), Span(0, 2), Span(0, 1), Span(0, 8), Span(0, 0), Span(0, 320))
-    ours, twin = runners(SPECS["dual chunk"], shard, Doubling())
+    ours, plain = runners(SPECS["dual chunk"], shard, Doubling())
     plans = Sequences(2)
     for plan in (plans.step(50, 3), *(plans.step(1, 1) for _ in range(20))):
-        batches = [runner._tables.apply(plan) for runner in (ours, twin)]
+        batches = [runner._tables.apply(plan) for runner in (ours, plain)]
         assert batches == [None, None]
         batch = ours._tables.batch(plan, ours._spec, CPU)
         x = torch.randn(len(batch.positions), SPEC.hidden_size, dtype=BF16)
         kept = x.clone()
-        got, wanted = (layers(runner, x, batch) for runner in (ours, twin))
+        got, wanted = (layers(runner, x, batch) for runner in (ours, plain))
         assert torch.equal(got, wanted)
         assert torch.equal(x, kept)
     assert ours.decoder.layers_done == 2 * 21
@@ -155,11 +152,11 @@ def test_shards_reduce_between_the_halves() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_not_taken(spec: ModelSpec, reason: str) -> None:
-    assert not FusedLayers.serves(spec, dummy_shard(spec, whole_model(spec), BF16, CPU).layers)
+def test_weights_that_are_not_supported(spec: ModelSpec, reason: str) -> None:
+    assert not FusedLayers.supports_weights(spec, dummy_shard(spec, whole_model(spec), BF16, CPU).layers)
 
 
-def test_other_types_and_long_steps_are_not_taken() -> None:
+def test_other_types_and_long_steps_are_not_supported() -> None:
     ours, _ = runners(SPEC)
     layers = ours.decoder._fused
     assert layers is not None
@@ -167,8 +164,8 @@ def test_other_types_and_long_steps_are_not_taken() -> None:
     for rows, taken in ((64, True), (65, False)):
         ours._tables.apply(plan := plans.step(rows))
         batch = ours._tables.batch(plan, SPEC, CPU)
-        assert layers.takes(batch, ours._kv) is taken
-        assert not layers.takes(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
+        assert layers.supports_step(batch, ours._kv) is taken
+        assert not layers.supports_step(batch, PagedKV(2, 2, SPEC.head_dim, PAGES, PAGE, torch.int8))
 
 
 def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> None:
@@ -182,13 +179,3 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
         with pytest.raises(PlanMismatch, match="outside the cache"):
             layers(ours, x, replace(batch, slots=(run,)))
     assert torch.equal(ours._kv._data.view(torch.int16), before)
-
-
-def test_structures_have_the_layout_of_the_kernels() -> None:
-    """Sizes as the compiler has them; a field that is missing on one side would shift all that follow."""
-    library = load().library
-    assert library is not None
-    sizes = (ctypes.c_int64 * 4)()
-    library.longreach_layer_sizes(sizes)
-    ours = (fused._Layer, fused._Piece, fused._Step, attention.Args)
-    assert list(sizes) == [ctypes.sizeof(structure) for structure in ours]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from protos.model.checkpoint import CheckpointError, expected_tensors
 from protos.model.spec import ModelSpec, RopeSpec
 from protos.stage.messages import ShardSpec, Span
+from tests.support.data import packing
 from tests.support.paths import ROOT
 from workers.model import compiled
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
@@ -204,7 +205,7 @@ def test_packed_weights_hold_the_same_values(
         assert sum(one.shape != other.shape for one, other in pairs) >= 4 * spec.num_hidden_layers
         for one, other in pairs:
             assert one.numel() == other.numel()
-            assert torch.equal(compiled.unpacked(one), other)
+            assert torch.equal(packing.unpacked(one), other)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (2, 2)])

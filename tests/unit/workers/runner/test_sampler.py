@@ -251,19 +251,19 @@ def test_the_compiled_search_finds_what_the_twin_finds(size: int):
         values[generator.random(size) < 0.2] *= -1.0
         for row in (values, -abs(values)):
             x = torch.from_numpy(row.copy())
-            assert compiled.ranks(x)
-            assert compiled.highest(x) == sampler_module._highest(x) == int(np.argmax(row))
+            assert compiled.supports_argmax(x)
+            assert compiled.argmax_if_finite(x) == sampler_module._highest(x) == int(np.argmax(row))
         for bad in (math.nan, -math.nan, math.inf, -math.inf):
             spoiled = torch.from_numpy(values.copy())
             spoiled[int(generator.integers(size))] = bad
-            assert compiled.highest(spoiled) is None
+            assert compiled.argmax_if_finite(spoiled) is None
             assert not sampler_module._all_finite(spoiled)
-    assert compiled.highest(torch.zeros(0)) is None
+    assert compiled.argmax_if_finite(torch.zeros(0)) is None
 
 
 def test_other_values_go_to_the_twin():
     for x in (logits().double(), logits().bfloat16(), logits(size=2 * VOCAB)[::2]):
-        assert not compiled.ranks(x)
+        assert not compiled.supports_argmax(x)
         assert sampler_module.highest_if_finite(x.float()) == int(x.argmax())
 
 

@@ -1,9 +1,9 @@
-"""The compiled estimate against its PyTorch twin: every path of this CPU, every type, sizes multiples of nothing."""
+"""The compiled estimate against the one in PyTorch: every path of this CPU, every type, sizes multiples of nothing."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from protos.model.spec import HeadBudget
 from tests.support.data.sparse_cells import Shape, random_cell
 from workers.attention.plan import Selection
 from workers.kernels import build
-from workers.sparse import estimate, estimate_compiled, selection, vertical_slash
+from workers.kernels.abi import Path
+from workers.sparse import estimate_compiled, estimate_torch, selection, vertical_slash
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
@@ -33,10 +34,11 @@ SHAPES = {
 }
 
 
-def paths(shape: Shape) -> list[int]:
+def paths(shape: Shape) -> list[Path]:
     """The paths of this CPU that take the types and head dim of a shape."""
     tiles = shape.dtype == torch.bfloat16 and shape.cache != torch.float32 and shape.dim % 32 == 0
-    return [path for path in range(estimate_compiled.best_path() + 1) if path < 3 or tiles]
+    best = build.best_path()
+    return [path for path in Path if best is None or (path <= best and (path < Path.AMX or tiles))]
 
 
 def some_selections(stop: int, heads: int, seed: int = 0) -> list[Selection]:
@@ -44,7 +46,7 @@ def some_selections(stop: int, heads: int, seed: int = 0) -> list[Selection]:
     found = []
     for _ in range(heads):
         offsets, columns = (np.flatnonzero(random.random(stop) < share).astype(np.int32) for share in (0.4, 0.3))
-        found.append(Selection(selection.intervals(offsets), columns))
+        found.append(Selection(selection.to_intervals(offsets), columns))
     return found
 
 
@@ -55,9 +57,11 @@ def check(shape: Shape) -> None:
     lone: list[Selection | None] = [None, *selections[1:]]
     for kv_head in range(shape.kv_heads):
         sample = cell.queries.estimate
-        expected = estimate.sums(sample, cell.keys, kv_head)
-        kept = [estimate.kept(rows, cell.keys, kv_head, selections) for rows in (sample, cell.queries.held_out)]
-        total = estimate.mass(sample, cell.keys, kv_head, expected, lone)
+        expected = estimate_torch.sums(sample, cell.keys, kv_head)
+        kept = [
+            estimate_torch.kept_share(rows, cell.keys, kv_head, selections) for rows in (sample, cell.queries.held_out)
+        ]
+        total = estimate_torch.kept_mass(sample, cell.keys, kv_head, expected, lone)
         for path in paths(shape):
             found = estimate_compiled.sums(sample, cell.keys, kv_head, path)
             np.testing.assert_allclose(found.columns, expected.columns, rtol=1e-4, atol=1e-6)
@@ -65,16 +69,16 @@ def check(shape: Shape) -> None:
             np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
             for rows, share in zip((sample, cell.queries.held_out), kept, strict=True):
                 np.testing.assert_allclose(
-                    estimate_compiled.kept(rows, cell.keys, kv_head, selections, path), share, atol=1e-5
+                    estimate_compiled.kept_share(rows, cell.keys, kv_head, selections, path), share, atol=1e-5
                 )
-            mass = estimate_compiled.mass(sample, cell.keys, kv_head, expected, lone, path)
+            mass = estimate_compiled.kept_mass(sample, cell.keys, kv_head, expected, lone, path)
             np.testing.assert_allclose(mass, total, rtol=1e-5, atol=1e-5)
             assert mass[0] == 0
 
 
 @pytest.mark.parametrize(("dtype", "cache"), TYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_estimate_equals_the_twin(name: str, dtype: torch.dtype, cache: torch.dtype | None) -> None:
+def test_estimate_equals_pytorch(name: str, dtype: torch.dtype, cache: torch.dtype | None) -> None:
     check(replace(SHAPES[name], dtype=dtype, cache=cache))
 
 
@@ -85,18 +89,18 @@ def test_head_dims(dim: int) -> None:
 
 
 def test_paths_of_this_machine() -> None:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    best = estimate_compiled.PATHS[estimate_compiled.best_path()]
+    info = FilePath("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
     if "amx_bf16" in flags:
-        assert best == "amx"
+        assert build.best_path() == Path.AMX
     elif "avx512bw" in flags:
-        assert best == "avx512"
+        assert build.best_path() == Path.AVX512
 
 
 def test_rows_with_large_logits_stay_finite() -> None:
     cell = random_cell(Shape(192, 67, last_q=33, dtype=torch.bfloat16, page_size=64))
     sample = replace(cell.queries.estimate, scales=cell.queries.estimate.scales * 100)
-    expected = estimate.sums(sample, cell.keys, 1)
+    expected = estimate_torch.sums(sample, cell.keys, 1)
     for path in paths(Shape(0, 1, dtype=torch.bfloat16)):
         found = estimate_compiled.sums(sample, cell.keys, 1, path)
         np.testing.assert_allclose(found.columns, expected.columns, atol=1e-3)
@@ -111,7 +115,7 @@ def test_results_do_not_depend_on_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             sums = estimate_compiled.sums(cell.queries.estimate, cell.keys, 1)
-            kept = estimate_compiled.kept(cell.queries.held_out, cell.keys, 1, selections)
+            kept = estimate_compiled.kept_share(cell.queries.held_out, cell.keys, 1, selections)
             found.append([sums.columns.tobytes(), sums.offsets.tobytes(), sums.lse.tobytes(), kept.tobytes()])
     finally:
         torch.set_num_threads(before)
@@ -119,7 +123,7 @@ def test_results_do_not_depend_on_threads() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 17, 67, 193, 5000])
-def test_top_equals_the_twin(size: int) -> None:
+def test_top_indices_equal_numpy(size: int) -> None:
     random = np.random.default_rng(size)
     scores = np.stack([
         random.exponential(size=size),
@@ -130,17 +134,17 @@ def test_top_equals_the_twin(size: int) -> None:
     ]).astype(np.float32)  # fmt: skip
     for counts in ([0, 1, size // 3, size - 1, size], [size + 1] * 5, [1] * 5, [size // 2, 30, 31, 99, 7]):
         for forced in (0, 1, 30):
-            found = estimate_compiled.top(scores, counts, forced)
-            for mine, theirs in zip(found, selection.top(scores, counts, forced), strict=True):
+            found = estimate_compiled.top_indices(scores, counts, forced)
+            for mine, theirs in zip(found, selection.top_indices(scores, counts, forced), strict=True):
                 assert mine.tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("spec", [{"uniform": HeadBudget(60, 150)}, {"target_recall": 0.9}, {"synthetic": True}])
-def test_choose_equals_the_twin(spec: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_equals_pytorch(spec: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     cell = random_cell(Shape(1024, 193, page_size=64, heads=4, kv_heads=2))
-    assert vertical_slash._backend(cell.queries, cell.kv) == (estimate_compiled, estimate_compiled.top)
+    assert vertical_slash._backend(cell.queries, cell.kv) is estimate_compiled
     found = vertical_slash.choose(*cell.args(**spec))
-    monkeypatch.setattr(vertical_slash, "_backend", lambda *_: (estimate, selection.top))
+    monkeypatch.setattr(vertical_slash, "_backend", lambda *_: estimate_torch)
     expected = vertical_slash.choose(*cell.args(**spec))
     np.testing.assert_allclose(found.estimated_recall, expected.estimated_recall, atol=1e-4)
     np.testing.assert_allclose(found.held_out_recall, expected.held_out_recall, atol=1e-3)

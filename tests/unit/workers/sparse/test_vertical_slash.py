@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
-import torch
 
 from protos.model.grid import split
 from protos.model.spec import HeadBudget, ModelSpec, SparseSpec
@@ -21,15 +23,16 @@ from tests.support.data.sparse_cells import (
     random_cell,
     with_heads,
 )  # fmt: skip
-from workers.attention.plan import Selection
-from workers.sparse import adaptive, estimate, selection, vertical_slash
-from workers.sparse.selection import FloatArray
+from tests.support.paths import ROOT
+from workers.kernels import build
+from workers.sparse import estimate_torch, vertical_slash
+from workers.sparse.selection import forced_selection, offset_mask, synthetic_selection
 from workers.sparse.vertical_slash import cell_number, choose, estimate_rows, held_out_rows
 
 
 @pytest.fixture(autouse=True)
-def _twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vertical_slash, "_backend", lambda cell, kv: (estimate, selection.top))
+def _torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vertical_slash, "_backend", lambda cell, kv: estimate_torch)
 
 
 SHAPES = {
@@ -57,35 +60,12 @@ def test_selection_and_recalls_equal_the_definition(name: str) -> None:
             assert kept.offsets.tolist() == [[0, stop - 1]]
             continue
         assert kept.columns.tolist() == largest(columns[head], 41, 30)
-        assert np.flatnonzero(selection.offset_map(kept, stop)).tolist() == largest(offsets[head], 117, 100)
+        assert np.flatnonzero(offset_mask(kept, stop)).tolist() == largest(offsets[head], 117, 100)
         expected = kept_mass(sampled[head], shape.start, cell.queries.estimate.rows, kept)
         assert choice.estimated_recall[head] == pytest.approx(expected, abs=1e-5)
         expected = kept_mass(held_out[head], shape.start, cell.queries.held_out.rows, kept)
         assert choice.held_out_recall[head] == pytest.approx(expected, abs=1e-5)
     assert not any(choice.dense)
-
-
-@pytest.mark.parametrize(("dtype", "cache"), [(torch.bfloat16, None), (torch.bfloat16, torch.int8),
-                                              (torch.float32, torch.int8)])  # fmt: skip
-def test_sums_in_other_types(dtype: torch.dtype, cache: torch.dtype | None) -> None:
-    cell = random_cell(Shape(160, 67, distance=80, last_q=17, dtype=dtype, cache=cache))
-    columns, offsets = column_and_offset_sums(cell, attention(cell, cell.queries.estimate))
-    for kv_head in range(2):
-        found = estimate.sums(cell.queries.estimate, cell.keys, kv_head)
-        heads = slice(kv_head * 2, kv_head * 2 + 2)
-        np.testing.assert_allclose(found.columns, columns[heads], atol=2e-5)
-        np.testing.assert_allclose(found.offsets, offsets[heads], atol=2e-5)
-
-
-def test_a_pair_kept_twice_counts_once() -> None:
-    cell = random_cell(Shape(192, 67, last_q=17, heads=1, kv_heads=1))
-    sampled = attention(cell, cell.queries.estimate)[0]
-    found = estimate.sums(cell.queries.estimate, cell.keys, 0)
-    both = Selection(np.array([[0, 120], [130, 200]], np.int32), np.arange(0, 259, 3, dtype=np.int32))
-    mass = estimate.mass(cell.queries.estimate, cell.keys, 0, found, [both])[0]
-    counted_twice = found.columns[0, both.columns].sum() + found.offsets[0, selection.offset_map(both, 259)].sum()
-    assert counted_twice > mass + 1
-    assert mass / 17 == pytest.approx(kept_mass(sampled, 192, cell.queries.estimate.rows, both), abs=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 17, 63, 64, 65, 95, 96, 97, 193, 8192])
@@ -99,30 +79,6 @@ def test_sampled_rows(length: int, last_q: int) -> None:
     if length >= last_q + 32:
         assert not set(sampled) & set(held_out)
         assert max(np.diff(held_out)) <= length // 32 + 1
-
-
-@pytest.mark.parametrize(
-    ("scores", "count", "always", "expected"),
-    [
-        ([1, 1, 1, 1, 1], 3, 0, [0, 1, 2]),
-        ([0, 5, 1, 5, 5], 2, 0, [1, 3]),
-        ([0, 5, 1, 5, 5], 3, 1, [0, 1, 3]),
-        ([0, 0, 9], 1, 2, [0, 1]),
-        ([3, 2, 1], 3, 0, [0, 1, 2]),
-        ([3, 2, 1], 9, 5, [0, 1, 2]),
-        ([3, 2, 1], 0, 0, []),
-        ([1, np.nan, 2, np.inf], 2, 0, [1, 3]),
-    ],
-)
-def test_top(scores: list[float], count: int, always: int, expected: list[int]) -> None:
-    assert selection.top(np.array([scores], np.float32), [count], always)[0].tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("indices", "expected"), [([], []), ([3], [[3, 3]]), ([0, 1, 2, 4, 6, 7], [[0, 2], [4, 4], [6, 7]])]
-)
-def test_intervals(indices: list[int], expected: list[list[int]]) -> None:
-    assert selection.intervals(np.array(indices, np.int32)).tolist() == expected
 
 
 @pytest.mark.parametrize("target", [0.3, 0.8, 0.95, 1.0])
@@ -139,68 +95,6 @@ def test_adaptive_budgets_reach_their_target_and_no_more(target: float) -> None:
         assert kept.offsets[0, 1] >= 99
         if target < 0.9:
             assert recall < target + 0.1
-
-
-def new_mass(base: float, columns: FloatArray, offsets: FloatArray) -> adaptive.NewMass:
-    nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return adaptive.NewMass(base, adaptive.Changed(columns, *nothing), adaptive.Changed(offsets, *nothing))
-
-
-def search(mass: adaptive.NewMass, goal: float, kept: Callable[[Selection], float]) -> Selection:
-    found = adaptive.AdaptiveSearch(mass, goal)
-    while not found.done:
-        found.measured(kept(found.selection))
-    return found.selection
-
-
-@pytest.mark.parametrize(("share", "beyond"), [(1.0, 0.01), (0.9, 0.07), (0.3, 0.35)])
-def test_adaptive_lists_are_not_much_longer_than_they_must_be(share: float, beyond: float) -> None:
-    random = np.random.default_rng(0)
-    columns, offsets = (random.exponential(size=700).astype(np.float32) for _ in range(2))
-
-    def kept(one: Selection) -> float:  # the rest of every column is kept by offsets too
-        near = selection.offset_map(one, 700)[128:]
-        return float(10 + share * columns[one.columns[30:]].sum() + offsets[128:][near].sum())
-
-    columns[:30] = offsets[:128] = 0
-    most = kept(Selection.everything(700)) + share * float(columns.sum())
-    for part in (0.01, 0.1, 0.5, 0.9, 1.0):
-        goal = part * most
-        found = search(new_mass(10, columns, offsets), goal, kept)
-        assert kept(found) >= min(goal, most) - 1e-3
-        assert kept(found) <= goal + beyond * most + 10
-
-
-@pytest.mark.parametrize("stop", [193, 640, 2017])
-def test_adaptive_lists_follow_new_mass_over_cost(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "_CHUNK", 128)
-    random = np.random.default_rng(stop)
-    columns, offsets = (random.integers(0, 6, stop).astype(np.float32) / 4 for _ in range(2))
-    columns[:30] = offsets[:128] = 0
-    groups = [offsets[low : low + 64].sum() / 64 for low in range(0, stop, 64)]
-    candidates = [(-density, 0, at, density) for at, density in enumerate(columns.tolist())]
-    candidates += [(-density, 1, at, 64 * density) for at, density in enumerate(groups)]
-    candidates.sort()
-    total = sum(one[3] for one in candidates)
-    for part in (0.02, 0.3, 0.71, 1.0):
-        found = adaptive.AdaptiveSearch(new_mass(3.0, columns, offsets), 3 + part * total).selection
-        taken, kept = [], 3.0
-        while kept < 3 + part * total - 1e-6:
-            kept += candidates[len(taken)][3]
-            taken.append(candidates[len(taken)][1:3])
-        assert set(found.columns.tolist()) == {at for kind, at in taken if kind == 0} | set(range(30))
-        near = {at // 64 for at in np.flatnonzero(selection.offset_map(found, stop)).tolist()}
-        assert near == {at for kind, at in taken if kind == 1} | {0, 1}
-
-
-def test_adaptive_prefers_diagonals_where_the_mass_is_there() -> None:
-    columns, offsets = np.full(1024, 0.001, np.float32), np.full(1024, 0.001, np.float32)
-    offsets[640:704] = 1.0
-    columns[500] = 2.0
-    new = new_mass(5, columns, offsets)
-    found = search(new, 60, lambda one: 60 if len(one.offsets) > 1 else 5)
-    assert found.offsets.tolist() == [[0, 127], [640, 703]]
-    assert found.columns.tolist() == [*range(30), 500]
 
 
 def test_recall_floor_turns_heads_dense_up_to_the_cap() -> None:
@@ -262,7 +156,7 @@ def test_published_patterns_and_heads_without_one(caplog: pytest.LogCaptureFixtu
     for _ in range(2):
         choice = choose(*cell.args(patterns=patterns, last_q=17))
     assert [len(one.columns) for one in choice.selections] == [40, 60, 0, 0]
-    assert [selection.offset_map(one, 259).sum() for one in choice.selections] == [110, 150, 259, 259]
+    assert [offset_mask(one, 259).sum() for one in choice.selections] == [110, 150, 259, 259]
     assert choice.estimated_recall[2:] == choice.held_out_recall[2:] == (1.0, 1.0)
     assert choice.dense == (False,) * 4
     assert len(caplog.records) == 2  # one a head, once
@@ -284,23 +178,11 @@ def test_all_columns_keep_everything() -> None:
     assert np.allclose(choice.estimated_recall + choice.held_out_recall, 1, atol=1e-5)
 
 
-def test_synthetic_selection_depends_on_the_cell_layer_and_head_only() -> None:
-    one, again = (selection.synthetic(100_000, (8192, 3, 1)) for _ in range(2))
-    assert one.columns.tolist() == again.columns.tolist()
-    assert one.offsets.tolist() == again.offsets.tolist()
-    assert len(set(one.columns.tolist())) == 1024
-    assert one.offsets[0].tolist() == [0, 1535]
-    assert (np.diff(one.offsets, axis=1) >= 63).all()
-    for other in ((0, 3, 1), (8192, 2, 1), (8192, 3, 0)):
-        assert selection.synthetic(100_000, other).columns.tolist() != one.columns.tolist()
-    assert selection.synthetic(10, (0, 0, 0)).offsets.tolist() == [[0, 9]]
-
-
 def test_synthetic_ignores_budgets_and_floor() -> None:
     cell = random_cell(Shape(2048, 67, last_q=17, heads=2, kv_heads=1, dim=16))
     choice = choose(*cell.args(uniform=HeadBudget(40, 110), recall_floor=2.0, synthetic=True))
     for head, one in enumerate(choice.selections):
-        assert one.columns.tolist() == selection.synthetic(2115, (2048, 3, head)).columns.tolist()
+        assert one.columns.tolist() == synthetic_selection(2115, (2048, 3, head)).columns.tolist()
     assert all(0.5 < kept < 1 for kept in choice.held_out_recall)
     assert not any(choice.dense)
 
@@ -309,15 +191,52 @@ def test_adaptive_candidates_are_what_the_forced_selection_leaves() -> None:
     shape = Shape(192, 113, last_q=17, heads=2, kv_heads=1)
     cell = random_cell(shape)
     sampled = attention(cell, cell.queries.estimate)
-    found, start = estimate.sums(cell.queries.estimate, cell.keys, 0), selection.forced(305)
+    found, start = estimate_torch.sums(cell.queries.estimate, cell.keys, 0), forced_selection(305)
     assert start.offsets.tolist() == [[0, 127]]
-    group = vertical_slash._Group(cell.queries, cell.keys, SparseSpec(), estimate, selection.top, range(2))
-    columns, offsets = group._beside_forced(found, 0, start)
+    group = vertical_slash._Group(cell.queries, cell.keys, SparseSpec(), estimate_torch, range(2))
+    columns, offsets = group._without_forced(found, 0, start)
     rest = sampled.copy()
     positions = 192 + np.array(cell.queries.estimate.rows)
     rest[:, positions[:, None] - np.arange(305) <= 127] = 0
     rest[:, :, :30] = 0
     for mine, theirs in zip((columns, offsets), column_and_offset_sums(cell, rest), strict=True):
         for head, changed in enumerate(mine):
-            np.testing.assert_allclose(changed.part(0, 305), theirs[head], atol=1e-5)
-            np.testing.assert_array_equal(changed.part(7, 230), changed.part(0, 305)[7:230])
+            np.testing.assert_allclose(changed.slice(0, 305), theirs[head], atol=1e-5)
+            np.testing.assert_array_equal(changed.slice(7, 230), changed.slice(0, 305)[7:230])
+
+
+# In a process of its own, whose peak can be set back; the small cell loads what is loaded once.
+MEASURE = """
+import gc, json, sys, torch
+from protos.model.spec import HeadBudget
+from tests.support.data.sparse_cells import Shape, random_cell
+from workers.sparse.vertical_slash import choose
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+stop, heads, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+spec = {"adaptive": {}, "fixed": {"uniform": HeadBudget(1024, 2048)}}[kind]
+torch.set_num_threads(2)
+of = [random_cell(Shape(size - 4096, 4096, page_size=256, heads=heads, kv_heads=1, dim=32, dtype=torch.bfloat16))
+      for size in (8192, stop)]
+choose(*of[0].args(**spec))
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+kept = choose(*of[1].args(**spec))
+print(json.dumps({"peak": status("VmHWM") - before, "columns": [len(one.columns) for one in kept.selections]}))
+"""
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: PyTorch keeps whole matrices")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no Linux: the peak cannot be measured")
+@pytest.mark.parametrize(("kind", "heads"), [("fixed", 8), ("fixed", 1), ("adaptive", 8), ("adaptive", 3)])
+def test_memory_in_flight(kind: str, heads: int) -> None:
+    """What choosing the keys of a cell takes beside the cache: at most 16 bytes per key and head."""
+    stop = 1 << 19
+    command = [sys.executable, "-c", MEASURE, str(stop), str(heads), kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert 4 * stop * heads < found["peak"] <= 16 * stop * heads
+    assert min(found["columns"]) >= 1000

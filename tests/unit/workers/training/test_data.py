@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from workers.training import needle
 from workers.training.data import Corpus, Curriculum, DocumentMaker, collate, load_corpus
 
-ASSETS = needle.default_assets()
+ASSETS = needle.ASSETS
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from workers.training.loop import Settings, StepReport, Trainer, rate_at
 from workers.training.model import Experts, Layer, NeedleModel, rope_frequencies, shape_of
 from workers.training.muon import is_matrix, orthogonalise
 
-ASSETS = needle.default_assets()
+ASSETS = needle.ASSETS
 TINY = {
     "hidden_size": 128,
     "head_dim": 32,

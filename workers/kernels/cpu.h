@@ -1,7 +1,7 @@
 // What this CPU can run.
 #pragma once
 
-#include "attention/attention.h"
+#include "abi.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -10,7 +10,6 @@
 #endif
 
 namespace longreach {
-namespace attention {
 
 #if defined(__x86_64__)
 // AMX tiles need the consent of the kernel, once a process.
@@ -38,5 +37,4 @@ inline int best_path() {
 #endif
 }
 
-}  // namespace attention
 }  // namespace longreach

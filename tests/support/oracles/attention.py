@@ -5,6 +5,7 @@ Legend: `T` rows, `S` keys, `H` query heads, `K` KV heads, `D` head dim.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from workers.attention.plan import AttentionPlan
@@ -16,7 +17,7 @@ UNVISITED = -1
 def attend_reference(
     q: Queries, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scales: torch.Tensor
 ) -> torch.Tensor:
-    """Attention over a contiguous context.
+    """Compute attention over a contiguous context.
 
     Args:
         q: `[T, H, D]` under every rotation the plan needs; row `i` stands at position `plan.start + i`.
@@ -42,7 +43,7 @@ def attend_reference(
 
 
 def plan_tags(plan: AttentionPlan, head: int, context: int) -> torch.Tensor:
-    """The rotation of every pair `[T, S]` that one head visits, `UNVISITED` for the others."""
+    """Return the rotation of every pair `[T, S]` that one head visits, `UNVISITED` for the others."""
     tags = torch.full((plan.length, context), UNVISITED)
     positions = torch.arange(context)
     for tile in plan.tile_keys(head):
@@ -54,3 +55,14 @@ def plan_tags(plan: AttentionPlan, head: int, context: int) -> torch.Tensor:
             block[:, column] = rotation
     own = torch.arange(plan.start, plan.start + plan.length)
     return tags.masked_fill_(positions > own[:, None], UNVISITED)
+
+
+def tile_pairs(plan: AttentionPlan, head: int) -> int:
+    """Count the query-key pairs that one head visits from the spelled out lists of every tile."""
+    total = 0
+    for tile in plan.tile_keys(head):
+        rows = np.arange(plan.start + tile.start, plan.start + tile.stop)
+        for keys in tile.ranges:
+            total += int(np.clip(rows + 1 - keys.start, 0, keys.stop - keys.start).sum())
+        total += int(np.searchsorted(tile.columns, rows, side="right").sum())
+    return total

@@ -1,0 +1,74 @@
+"""What a result was measured on, and the one writer of benchmark results. Needs the standard library only."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from protos.node.build_id import build_id
+
+_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of matrix products
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, Any]:
+    """Return date, build, versions and processor as plain data; the version of a package that is missing is None."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": _version("longreach"),
+        "build": build_id(),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "ray": _version("ray"),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> str:
+    """Return a benchmark's result and the environment it was measured in as JSON text; also write it to `path`.
+
+    Args:
+        facts: further entries of the environment, which replace its own.
+    """
+    where = environment() | {"commit": _commit(), "load_average": os.getloadavg()[0]} | facts
+    text = json.dumps({"environment": where, **result}, indent=1)
+    if path is not None:
+        path.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a bare machine with a checkout
+        return None
+
+
+def _cpu() -> str:
+    """Return the processor's name and those of `_FEATURES` it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(facts.get("flags", "").split())
+    features = [name for name in _FEATURES if name in flags]
+    return f"{facts.get('model name', platform.machine())} ({', '.join(features) or 'no vector extensions named'})"
+
+
+def _commit() -> str | None:
+    """Return the commit of the working tree, with `+` when files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,62 @@
+"""What result files say about the machine, on a full installation and on a bare checkout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from protos.node import environment as module
+from protos.node.build_id import build_id
+from protos.node.environment import environment, write_result
+
+
+def test_an_installation_is_described() -> None:
+    facts = environment()
+    assert list(facts) == ["date", "version", "build", "python", "torch", "ray", "cpu", "cores"]
+    assert facts["build"] == build_id()
+    assert facts["torch"] == importlib.metadata.version("torch")
+    assert facts["cpu"].endswith(")")
+    assert facts["cores"] >= 1
+
+
+def test_a_bare_checkout_has_no_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    facts = environment()
+    assert (facts["version"], facts["torch"], facts["ray"]) == (None, None, None)
+
+
+def test_a_result_file_has_the_environment_first(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    text = write_result(path, {"what": "a test", "value": 1}, threads=3, date="2030-01-01")
+    assert path.read_text() == text + "\n"
+    result = json.loads(text)
+    assert list(result) == ["environment", "what", "value"]
+    assert result["environment"]["threads"] == 3
+    assert result["environment"]["date"] == "2030-01-01"
+    assert {"commit", "load_average", "cpu", "build"} <= set(result["environment"])
+    assert json.loads(write_result(None, {}))["environment"]["date"] != "2030-01-01"
+
+
+def test_the_commit_tells_a_changed_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(module, "_ROOT", tmp_path)
+    assert module._commit() is None
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    clean = module._commit()
+    assert clean is not None
+    assert len(clean) == 12
+    (tmp_path / "file").write_text("two")
+    assert module._commit() == clean + "+"

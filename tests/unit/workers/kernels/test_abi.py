@@ -1,0 +1,66 @@
+"""The structures, limits and statuses of the C interface are those of the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from workers.kernels import abi
+from workers.kernels.build import best_path, compiler, load
+
+needs_library = pytest.mark.skipif(compiler() is None or load().library is None, reason="no compiled kernels")
+
+
+@needs_library
+def test_the_library_agrees() -> None:
+    library = load().library
+    assert library is not None
+    abi.declare(library)
+    assert best_path() in set(abi.Path)
+
+
+@pytest.fixture
+def grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A structure with a field that the library does not know."""
+
+    class Grown(ctypes.Structure):
+        _fields_ = (*abi.NormCall._fields_, ("more", ctypes.c_int64))
+
+    monkeypatch.setattr(abi, "_STRUCTURES", tuple(Grown if one is abi.NormCall else one for one in abi._STRUCTURES))
+
+
+@needs_library
+@pytest.mark.usefixtures("grown")
+def test_a_structure_that_differs_is_refused() -> None:
+    library = load().library
+    assert library is not None
+    with pytest.raises(RuntimeError, match=r"structures and limits; Grown: 64 and 72$"):
+        abi.declare(library)
+
+
+@needs_library
+def test_a_limit_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = load().library
+    assert library is not None
+    monkeypatch.setattr(abi, "_LIMITS", (*abi._LIMITS[:-1], 7))
+    with pytest.raises(RuntimeError, match=r"limit: 128 and 7$"):
+        abi.declare(library)
+    monkeypatch.setattr(abi, "_LIMITS", abi._LIMITS[:-1])
+    with pytest.raises(RuntimeError, match=r"17 and 16 structures and limits"):
+        abi.declare(library)
+
+
+def test_every_structure_is_compared() -> None:
+    own = {one for one in vars(abi).values() if isinstance(one, type) and issubclass(one, ctypes.Structure)}
+    assert own == set(abi._STRUCTURES)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [(abi.Status.NO_MEMORY, MemoryError, "no room"), (abi.Status.INVALID, ValueError, "bad"), (9, ValueError, "bad")],
+)
+def test_statuses_become_errors(status: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}$"):
+        abi.raise_for_status(status, no_memory="no room", invalid="bad")
+    abi.raise_for_status(abi.Status.OK, no_memory="no room", invalid="bad")

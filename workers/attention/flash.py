@@ -1,0 +1,116 @@
+"""One call of a fused attention kernel over contiguous keys: that of flash-attn where it can run, else PyTorch's.
+
+flash-attn (the extra `cuda`) takes float16 and bfloat16 on CUDA devices from Ampere on. It reads the keys of a KV head
+once for all query heads of its group, where PyTorch's CUDA operators want as many KV heads as query heads.
+
+Limits: neither of the two CUDA paths has been run on a GPU yet. The call of flash-attn is tested on the CPU against
+plain PyTorch code with the documented contract of `flash_attn_func` (2.1 or later).
+
+Legend: `T` rows, `n` keys, `H` query heads, `K` KV heads, `G = H // K`, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_AMPERE = (8, 0)  # compute capability
+_MAX_DIM = 256
+_FOLDED_ROWS = 64  # on a CPU, `T * G` up to which the query heads of a group are folded into rows
+
+_log = logging.getLogger(__name__)
+
+
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute softmax attention of rows over keys.
+
+    Args:
+        q: `[T, H, D]`, unit stride in `D`.
+        k, v: `[K, n, D]`, unit stride in `D`.
+        causal: row `i` sees keys `0 .. n - T + i`: the last row sees the last key. PyTorch's kernels align the first
+            row with the first key, and are called with `T == n` only.
+        scale: the factor on the logits.
+
+    Returns:
+        The output `[T, H, D]` in the type of `q`, and the natural log-sum-exp of the scaled logits `[T, H]` in float32.
+    """
+    if supports_flash_attn(q.device, q.dtype, q.shape[-1]):
+        return _flash_attn(q, k, v, causal, scale)
+    return _torch(q, k, v, causal, scale)
+
+
+def supports_flash_attn(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Return whether flash-attn is installed and takes queries of this device, type and head dim."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and dim <= _MAX_DIM
+        and torch.cuda.get_device_capability(device) >= _AMPERE
+        and _flash_attn_func() is not None
+    )
+
+
+@functools.cache
+def _flash_attn_func() -> Callable[..., Any] | None:
+    """Return `flash_attn.flash_attn_func`; None where it cannot be imported."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"):
+            _log.warning("flash-attn is installed but cannot be imported (%s); PyTorch's kernels are used", error)
+        return None
+    function: Callable[..., Any] = flash_attn_func
+    return function
+
+
+def _flash_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call flash-attn: `[1, T, H, D]` and `[1, n, K, D]` -> `[1, T, H, D]` and log-sum-exp `[1, H, T]` in float32."""
+    function = _flash_attn_func()
+    assert function is not None
+    keys, values = (side.transpose(0, 1)[None] for side in (k, v))  # views
+    out, lse, _ = function(q[None], keys, values, softmax_scale=scale, causal=causal, return_attn_probs=True)
+    return out[0], lse[0].transpose(0, 1)
+
+
+def _torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call PyTorch's kernel. Few rows are folded, so that all query heads of a KV head pass over K and V together."""
+    rows, heads, dim = q.shape
+    assert not causal or rows == k.shape[1]
+    kv_heads = k.shape[0]
+    group = heads // kv_heads
+    if (causal and rows > 1) or (rows * group > _FOLDED_ROWS and q.device.type != "cuda"):
+        out, lse = _operator(q.transpose(0, 1)[None], k[None], v[None], causal and rows > 1, scale)
+        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    folded = q.view(rows, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, rows * group, dim)
+    out, lse = _operator(folded, k[None], v[None], False, scale)
+    out = out[0].view(kv_heads, rows, group, dim).permute(1, 0, 2, 3).reshape(rows, heads, dim)
+    return out, lse[0].view(kv_heads, rows, group).permute(1, 0, 2).reshape(rows, heads)
+
+
+def _operator(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[1, heads, rows, D]` -> the output of this shape and the log-sum-exp `[1, heads, rows]`."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+    if q.shape[1] != k.shape[1]:  # the CUDA operators want equal head counts
+        group = q.shape[1] // k.shape[1]
+        k, v = (side.repeat_interleave(group, dim=1) for side in (k, v))
+    if q.dtype == torch.float32:  # flash kernels on CUDA take 16-bit types only
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal, scale=scale
+        )
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]]
