@@ -6,6 +6,7 @@ are over cells, weighted by their tokens; a prefix from the cache has no cells h
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from protos.model import grid
 from protos.model.spec import ModelSpec
 
 Floats = NDArray[np.float64]
-_DIGITS = 4  # of the figures in JSON
 # of one head: tokens; density, estimated and held-out recall times tokens; smallest recalls; dense cells
 _EMPTY: Floats = np.array([[0.0], [0.0], [0.0], [0.0], [1.0], [1.0], [0.0]])
 
@@ -54,7 +54,7 @@ class AttentionSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as plain data, figures rounded."""
-        plain: dict[str, Any] = _rounded(asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_float=lambda text: round(float(text), 4))
         return plain
 
 
@@ -146,13 +146,3 @@ def describe_sparsity(spec: ModelSpec) -> str:
         f"vertical-slash above {sparse.threshold} tokens, cells of {sparse.cell}, last {sparse.last_q}, {budget}{floor}"
         + (", synthetic" if sparse.synthetic else "")
     )
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, _DIGITS)
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
-    return value

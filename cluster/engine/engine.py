@@ -115,24 +115,17 @@ class Engine:
         for shard in self._shards:
             shard.close()
 
-    def submit(
-        self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None
-    ) -> RequestHandle:
-        """Queue one prompt and return its handle; `on_event` is called on the engine's thread and must not block.
-
-        Raises:
-            ValueError: the prompt is empty, or can never fit into the KV cache.
-            EngineError: the cluster has failed.
-        """
-        return self.submit_all([(spec, on_event)])[0]
-
     def submit_all(
         self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
     ) -> list[RequestHandle]:
-        """Queue several prompts at once; either all are accepted or none.
+        """Queue prompts, each with a callback that runs on the engine's thread and must not block; all or none.
 
         Args:
             after: the number before that of their first token; the tokens of all of them are numbered together.
+
+        Raises:
+            ValueError: a prompt is empty, or can never fit into the KV cache.
+            EngineError: the pipeline has failed, or was stopped.
         """
         numbers = itertools.count(after + 1)
         handles = [self._handle(spec, on_event, numbers) for spec, on_event in items]

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 OnEvent = Callable[[int, EngineEvent], None]  # index of a prompt, and what happened to it
 
 
-def _ignore(_index: int, _event: EngineEvent) -> None:
-    pass
-
-
 class ClusterRuntime:
     """Runs one deployment; usable as a context manager.
 
@@ -102,14 +98,14 @@ class ClusterRuntime:
 
     def ask(
         self, document: str | os.PathLike[str], question: str, options: AnswerOptions | None = None,
-        on_event: OnEvent = _ignore,
+        on_event: OnEvent | None = None,
     ) -> Generation:  # fmt: skip
         """Answer one question about a document: a text, or the path object of a UTF-8 file. Raises as `ask_all`."""
         return self.ask_all(document, [question], options, on_event)[0]
 
     def ask_all(
         self, document: str | os.PathLike[str], questions: Sequence[str], options: AnswerOptions | None = None,
-        on_event: OnEvent = _ignore,
+        on_event: OnEvent | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Answer several questions about one document, which is computed once; results in their order.
 
@@ -202,7 +198,7 @@ class ClusterRuntime:
             check_ids(prompt, self.deployment.spec.vocab_size)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent = _ignore,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
         reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Raises as `ask_all`."""
@@ -215,7 +211,7 @@ class ClusterRuntime:
             raise
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent = _ignore,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
         reasoning_opened: bool = False,
     ) -> list[RequestHandle]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_all`."""
@@ -226,7 +222,7 @@ class ClusterRuntime:
                 prompt, options.max_tokens, options.sampling, options.stop, options.stop_token_ids, options.ignore_eos,
                 reasoning_opened, question=index,
             )  # fmt: skip
-            items.append((spec, partial(on_event, index)))
+            items.append((spec, partial(on_event, index) if on_event is not None else lambda event: None))
         return self.engine.submit_all(items)
 
 

@@ -43,10 +43,7 @@ TRANSITIONS: dict[tuple[PipelineState, PipelineEvent], PipelineState] = {
     (PipelineState.RESTARTING, "started"): PipelineState.RUNNING,
     (PipelineState.RESTARTING, "start failed"): PipelineState.RESTARTING,
     (PipelineState.RESTARTING, "given up"): PipelineState.DOWN,
-    (PipelineState.RUNNING, "closed"): PipelineState.STOPPED,
-    (PipelineState.RESTARTING, "closed"): PipelineState.STOPPED,
-    (PipelineState.DOWN, "closed"): PipelineState.STOPPED,
-    (PipelineState.STOPPED, "closed"): PipelineState.STOPPED,
+    **{(state, "closed"): PipelineState.STOPPED for state in PipelineState if state is not PipelineState.STARTING},
 }
 
 

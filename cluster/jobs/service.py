@@ -222,10 +222,6 @@ class JobService:
         uptime = self._clock() - self._started
         return self._runtime.status() | {"queued": waiting, "running": running, "uptime_s": uptime}
 
-    def check_integrity(self) -> None:
-        """Verify the engine's pages (tests, debugging)."""
-        self._runtime.engine.check_integrity()
-
     # --- internals ---------------------------------------------------------------------------------------------------
 
     def _document_expires(self) -> float:

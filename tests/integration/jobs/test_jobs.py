@@ -59,7 +59,7 @@ def served(serve: Callable[..., Served]) -> Served:
 
 def check_idle(served: Served) -> None:
     until(lambda: not served.service._live and not served.runtime.kv_usage, "all pages are back")
-    served.service.check_integrity()
+    served.runtime.engine.check_integrity()
 
 
 def follow(address: str, job_id: str, after: int = 0) -> subprocess.Popen[str]:

@@ -84,7 +84,7 @@ def run_half(served: Served, half: int) -> Counter[str]:
         callers = [threads.submit(Caller(served.address, half, number).run) for number in range(CLIENTS)]
         ends = Counter(state for caller in callers for state in caller.result())
     until(lambda: not served.service._live and not served.runtime.kv_usage, "all pages are back")
-    served.service.check_integrity()
+    served.runtime.engine.check_integrity()
     return ends
 
 

@@ -41,7 +41,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with Served(runtime, tmp_path / "data", max_queued_jobs=100_000) as head:
         yield head.address
         assert head.client.submit(token_ids=[1, 2], max_tokens=2).wait(60).state == "succeeded"
-        head.service.check_integrity()
+        head.runtime.engine.check_integrity()
     runtime.close()
 
 

@@ -21,6 +21,7 @@ from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import SamplingParams
 from tests.support.fakes.pipeline import Pipeline
+from tests.support.fakes.stage import submit
 from tests.support.rigs.stage_processes import (
     CHUNK,
     NEEDLE,
@@ -73,10 +74,10 @@ def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
     """A stage that sleeps 97 % of the time: a step takes several times as long as would be late."""
     engine = running.run_engine()
     spec = GenerationSpec([(5 * i) % 4000 + 5 for i in range(CHUNK * 7)], 2, ignore_eos=True)
-    expected = engine.submit(spec).wait(60).token_ids
+    expected = submit(engine, spec).wait(60).token_ids
     again = GenerationSpec([7, *spec.prompt], 2, ignore_eos=True)
     with Watch(running):
-        handle = engine.submit(again)
+        handle = submit(engine, again)
         began = time.monotonic()
         while not handle.done.is_set():
             running.processes[0].send_signal(signal.SIGSTOP)
@@ -183,7 +184,7 @@ def test_a_killed_process_ends_the_running_request(links: str, stage: int, reque
         handle.wait(5)
     assert time.monotonic() - began < 5
     with pytest.raises(EngineError):
-        engine.submit(GenerationSpec([1], 1))
+        submit(engine, GenerationSpec([1], 1))
     other = running.handles[1 - stage]
     eventually(lambda: bool(other.probe().steps_done), 5)  # it answers, and does not wait for what will never come
     engine.close()

@@ -103,6 +103,14 @@ class FakeShard:
         return () if part.sample.params.logprobs is None else (-0.5, (TokenLogprob(1, -0.5),))
 
 
+def submit(
+    engine: Engine, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None
+) -> RequestHandle:
+    """Queue one prompt."""
+    (handle,) = engine.submit_all([(spec, on_event)])
+    return handle
+
+
 class Rig:
     """An engine over fake stages."""
 
@@ -134,7 +142,7 @@ class Rig:
 
     def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[RequestHandle, list[EngineEvent]]:
         events: list[EngineEvent] = []
-        return self.engine.submit(GenerationSpec(prompt, max_tokens, **spec), events.append), events
+        return submit(self.engine, GenerationSpec(prompt, max_tokens, **spec), events.append), events
 
     def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[EngineEvent]]:
         handle, events = self.submit(prompt, max_tokens, **spec)

@@ -58,4 +58,4 @@ class Bench:
         eventually(lambda: not self.service._live and not self.runtime.kv_usage)
         assert not self.service._handles
         assert not self.service._queued_tokens
-        self.service.check_integrity()
+        self.runtime.engine.check_integrity()

@@ -19,6 +19,7 @@ from cluster.stages.handle import GrpcStageHandle
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
+from tests.support.fakes.stage import submit
 from tests.support.paths import ROOT
 from workers.stage.server import TOKEN_VARIABLE
 
@@ -101,6 +102,6 @@ def eventually(condition: Callable[[], bool], limit_s: float) -> None:
 
 def long_request(engine: Engine) -> RequestHandle:
     """A request that goes on for many steps; returns when it has begun to answer."""
-    handle = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
+    handle = submit(engine, GenerationSpec([5, 6, 7], 900, ignore_eos=True))
     eventually(lambda: len(handle.request.output) > 2, 30)
     return handle

@@ -9,7 +9,7 @@ from cluster.scheduler.request import FinishReason
 from cluster.scheduler.scheduler import DoesNotFit
 from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SamplingParams
-from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually
+from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually, submit
 
 
 def test_events_come_in_order_and_progress_rises():
@@ -136,7 +136,7 @@ def test_the_next_plan_leaves_before_anybody_hears_of_the_last_result(stages: in
         sent: list[int] = []
         spec = GenerationSpec([1, 2, 3], 5)
         token = lambda event: sent.append(len(rig.last.plans)) if isinstance(event, OutputToken) else None  # noqa: E731
-        rig.engine.submit(spec, token).wait(WAIT)
+        submit(rig.engine, spec, token).wait(WAIT)
     assert sent[:4] == sorted(sent[:4])
     assert all(plans >= index + 2 for index, plans in enumerate(sent[:4]))
 

@@ -53,10 +53,10 @@ def test_a_repeated_action_goes_on_after_a_failure(
 
     timers.every(60, action)
     for count in (1, 2, 3):
-        eventually(lambda count=count: len(times) == count and len(timers._due) == 1)  # type: ignore[misc]
+        eventually(lambda count=count: len(times) == count and len(timers._scheduler.queue) == 1)  # type: ignore[misc]
         clock.now += 59
         timers.at(clock.now, lambda: None)
-        eventually(lambda: len(timers._due) == 1)
+        eventually(lambda: len(timers._scheduler.queue) == 1)
         assert len(times) == count, "not before it is due"
         clock.now += 1
         timers.at(clock.now, lambda: None)
