@@ -73,6 +73,8 @@ class Engine:
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.latency = LatencyModel(scheduler.spec)
+        self.error = ""  # why the pipeline failed; "" while it works
+        self.oldest_plan: StepPlan | None = None  # of those in flight; set by the engine's thread only
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
         self.on_failure: Callable[[], None] | None = None  # called once, when every request has ended with `error`
         self._shards = list(shards)
@@ -83,11 +85,9 @@ class Engine:
         self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._in_flight = InFlightSteps([shard.shard for shard in self._shards], scheduler.is_sparse)
-        self._oldest_plan: StepPlan | None = None
         self._decode_s = 0.0  # of one decode step through all stages, smoothed; 0 before the first
         self._handles: dict[int, RequestHandle] = {}
         self._sequences = itertools.count(1)
-        self._error = ""
         self._closed = False
         self._accepting = threading.Lock()  # no submission is queued after `close`
         self._thread: threading.Thread | None = None
@@ -132,24 +132,14 @@ class Engine:
         for handle in handles:
             self.scheduler.prepare(handle.request)
         with self._accepting:
-            if self._error or self._closed:
-                raise EngineError(self._error or _STOPPED)
+            if self.error or self._closed:
+                raise EngineError(self.error or _STOPPED)
             self._inbox.put(lambda: self._add(handles))
         return handles
 
     def cancel(self, handle: RequestHandle) -> None:
         """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
         self._inbox.put(lambda: self._cancel(handle))
-
-    @property
-    def error(self) -> str:
-        """Why the pipeline failed; "" while it works."""
-        return self._error
-
-    @property
-    def oldest_plan(self) -> StepPlan | None:
-        """The oldest plan in flight; any thread may ask."""
-        return self._oldest_plan
 
     def fail(self, reason: str) -> None:
         """Give the pipeline up, as if a shard were lost; any thread may call this."""
@@ -177,7 +167,7 @@ class Engine:
             try:
                 action()
                 self._schedule_and_send()
-                self._oldest_plan = next(iter(self._in_flight.plans), None)
+                self.oldest_plan = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
                 self._fail(f"the engine failed: {describe_error(error)}")
@@ -185,7 +175,7 @@ class Engine:
     def _schedule_and_send(self) -> None:
         """Send new plans to every shard until as many are in flight as the pipeline should have."""
         plans: list[StepPlan] = []
-        depth = 0 if self._error else self._target_depth()
+        depth = 0 if self.error else self._target_depth()
         while len(self._in_flight) < depth and (self._num_stages > 1 or not self._has_long_step()):
             plan = self.scheduler.schedule()
             if plan is None:
@@ -217,7 +207,7 @@ class Engine:
 
     def _receive(self, results: Sequence[StepResult]) -> None:
         """Commit the steps that `results` complete, send the next plans, then notify callers."""
-        if self._error:
+        if self.error:
             return
         outcomes: list[StepOutcome] = []
         error = ""
@@ -305,8 +295,8 @@ class Engine:
     def _add(self, handles: Sequence[RequestHandle]) -> None:
         for handle in handles:
             self._handles[handle.request.sequence] = handle
-            if self._error:
-                self._finish(handle, self._error)
+            if self.error:
+                self._finish(handle, self.error)
             elif handle.request.finish_reason is not None:  # it ended with the tokens that it resumes after
                 handle.text.flush()
                 self._finish(handle)
@@ -328,10 +318,10 @@ class Engine:
 
     def _fail(self, error: str) -> None:
         """End every request with `error`; the first error stays."""
-        is_first, self._error = not self._error, self._error or error
+        is_first, self.error = not self.error, self.error or error
         self._in_flight.clear()
         for handle in list(self._handles.values()):
-            self._finish(handle, self._error)
+            self._finish(handle, self.error)
         if is_first and self.on_failure is not None and not self._closed:
             self.on_failure()
 

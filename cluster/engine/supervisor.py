@@ -67,11 +67,10 @@ class PipelineSupervisor:
     its engine ends every unfinished request with the error, emits no token afterwards, and wakes the supervisor.
     Requests live in memory and are lost; who submitted them submits them again.
 
-    Without a listener that is all: submissions raise EngineError until the runtime is closed or started again. With one
-    (`supervise`), a thread replaces the failed pipeline. It calls `pipeline_failed`, in which the listener makes tokens
-    durable; stops what is left and starts anew, after a pause that grows while pipelines fail soon after their start;
-    and calls `pipeline_restarted`. After `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`; then only
-    `close` and `start` help, in practice a new head process.
+    Without a listener that is all: submissions raise EngineError until the runtime is started anew. With one
+    (`supervise`), a thread calls `pipeline_failed`, in which the listener makes tokens durable; stops what is left;
+    starts another pipeline, after pauses that grow while they fail soon; and calls `pipeline_restarted`. After
+    `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`, and only a new head process helps.
 
     Failures are read from the engine of the current pipeline, not from a message: one that is reported twice, or by a
     pipeline that has been replaced meanwhile, changes nothing.

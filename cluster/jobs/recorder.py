@@ -7,7 +7,6 @@ transaction: a token is on disk before anybody sees it, and a slow disk makes tr
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import sqlite3
 import threading
@@ -60,12 +59,8 @@ class Recorder:
         self._store = store
         self._changes = changes
         self._closing = threading.Event()
-        self._queue: queue.SimpleQueue[_Item | int | None] = (
-            queue.SimpleQueue()
-        )  # int: a mark of `flush`; None: the end
-        self._flushed = threading.Condition()
-        self._num_marks = 0  # queued so far
-        self._last_mark: float = 0  # reached; infinite once the thread has ended
+        # events of jobs; Event: set when all before it is committed; None: the end
+        self._queue: queue.SimpleQueue[_Item | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.commit_seconds = 0.0
         self.num_commits = 0
@@ -85,30 +80,23 @@ class Recorder:
 
     def flush(self) -> None:
         """Return once every event queued so far is committed, or the recorder has ended."""
-        with self._flushed:
-            self._num_marks += 1
-            mark = self._num_marks
-            self._queue.put(mark)
-            self._flushed.wait_for(lambda: self._last_mark >= mark)
+        committed = threading.Event()
+        self._queue.put(committed)
+        while not committed.wait(1.0) and self._thread.is_alive():
+            pass
 
     def _run(self) -> None:
-        try:
-            is_open = True
-            while is_open:
-                items = [self._queue.get()]
-                while not self._queue.empty():
-                    items.append(self._queue.get())
-                if events := [item for item in items if isinstance(item, tuple)]:
-                    self._commit_events(events)
-                self._reach(max((item for item in items if isinstance(item, int)), default=0))
-                is_open = None not in items
-        finally:
-            self._reach(math.inf)
-
-    def _reach(self, mark: float) -> None:
-        with self._flushed:
-            self._last_mark = max(self._last_mark, mark)
-            self._flushed.notify_all()
+        is_open = True
+        while is_open:
+            items = [self._queue.get()]
+            while not self._queue.empty():
+                items.append(self._queue.get())
+            if events := [item for item in items if isinstance(item, tuple)]:
+                self._commit_events(events)
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
+            is_open = None not in items
 
     def _commit_events(self, items: Sequence[_Item]) -> None:
         tokens: list[tuple[str, OutputToken]] = []

@@ -22,8 +22,8 @@ SPARSE = long_spec(100, 64)
 
 
 def report(sequence: int = 1, layer: int = 0, head: int = 0, start: int = 0, length: int = 64, **figures) -> CellReport:
-    given = {"density": (0.5,), "estimated_recall": (0.99,), "held_out_recall": (0.9,), "dense": (False,)} | figures
-    return CellReport(sequence, layer, head, start, length, **given)
+    values = {"density": (0.5,), "estimated_recall": (0.99,), "held_out_recall": (0.9,), "dense": (False,)} | figures
+    return CellReport(sequence, layer, head, start, length, **values)
 
 
 def summed(*reports: CellReport):
@@ -33,7 +33,7 @@ def summed(*reports: CellReport):
 
 
 def test_means_are_weighted_by_tokens_and_worst_cells_are_kept():
-    found = summed(
+    summary = summed(
         report(start=0, length=64, density=(1.0, 0.5), estimated_recall=(1.0, 0.9), held_out_recall=(1.0, 0.6),
                dense=(True, False)),
         report(start=64, length=32, density=(0.1, 0.2), estimated_recall=(0.7, 0.6), held_out_recall=(0.4, 0.9),
@@ -41,31 +41,31 @@ def test_means_are_weighted_by_tokens_and_worst_cells_are_kept():
         report(layer=2, density=(0.25,), held_out_recall=(1.0,), estimated_recall=(1.0,)),
         report(sequence=2, layer=5),
     )  # fmt: skip
-    first, second = found.layers
-    assert (first.layer, second.layer, found.cells, found.fallbacks) == (0, 2, 2, 2)
+    first, second = summary.layers
+    assert (first.layer, second.layer, summary.cells, summary.fallbacks) == (0, 2, 2, 2)
     assert first.density == pytest.approx(((64 + 3.2) / 96, (32 + 6.4) / 96))
     assert first.estimated_recall == pytest.approx(((64 + 22.4) / 96, (57.6 + 19.2) / 96))
     assert (first.estimated_recall_min, first.held_out_recall_min) == ((0.7, 0.6), (0.4, 0.6))
     assert first.fallbacks == (1, 1)
-    assert found.density == pytest.approx((67.2 + 38.4 + 16) / 256)
-    assert (found.estimated_recall_min, found.held_out_recall_min, found.estimate_share) == (0.6, 0.4, 0.25)
-    assert (found.mode, found.scale_len) == ("sparse", 300)
+    assert summary.density == pytest.approx((67.2 + 38.4 + 16) / 256)
+    assert (summary.estimated_recall_min, summary.held_out_recall_min, summary.estimate_share) == (0.6, 0.4, 0.25)
+    assert (summary.mode, summary.scale_len) == ("sparse", 300)
 
 
 def test_heads_of_different_shards_stand_side_by_side():
-    found = summed(
+    summary = summed(
         report(head=2, density=(0.3, 0.4), estimated_recall=(1, 1), held_out_recall=(1, 1), dense=(False, False)),
         report(head=0, density=(0.1, 0.2), estimated_recall=(1, 1), held_out_recall=(1, 1), dense=(False, False)),
     )
-    assert found.layers[0].density == pytest.approx((0.1, 0.2, 0.3, 0.4))
-    assert found.cells == 1
+    assert summary.layers[0].density == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    assert summary.cells == 1
 
 
 @pytest.mark.parametrize(("prompt", "mode"), [(100, "dense"), (101, "sparse")])
 def test_a_prompt_without_reports(prompt: int, mode: str):
-    found = AttentionReport().summary(SPARSE, prompt, 7)
-    assert found is not None
-    assert (found.mode, found.scale_len, found.cells, found.density, found.layers) == (mode, 7, 0, 1.0, ())
+    summary = AttentionReport().summary(SPARSE, prompt, 7)
+    assert summary is not None
+    assert (summary.mode, summary.scale_len, summary.cells, summary.density, summary.layers) == (mode, 7, 0, 1.0, ())
     assert AttentionReport().summary(None, prompt, 0) is None
 
 
@@ -120,14 +120,14 @@ def run_rig(size: int) -> tuple[Generation, list]:
 
 def test_a_generation_says_how_it_attended():
     result, events = run_rig(1000)
-    found = result.attention
-    assert found is not None
-    assert (found.mode, found.cells, found.scale_len, found.fallbacks) == ("sparse", 16, 1000, 0)
-    assert [layer.layer for layer in found.layers] == [0, 1]
-    assert all(len(layer.density) == 2 for layer in found.layers)
-    assert found.estimate_share == pytest.approx(0.2)
+    summary = result.attention
+    assert summary is not None
+    assert (summary.mode, summary.cells, summary.scale_len, summary.fallbacks) == ("sparse", 16, 1000, 0)
+    assert [layer.layer for layer in summary.layers] == [0, 1]
+    assert all(len(layer.density) == 2 for layer in summary.layers)
+    assert summary.estimate_share == pytest.approx(0.2)
     expected = sum(64 * 64 / stop for stop in range(64, 961, 64)) + 40 * 64 / 1000
-    assert found.density == pytest.approx(expected / 1000)
+    assert summary.density == pytest.approx(expected / 1000)
     assert result.to_json()["attention"]["mode"] == "sparse"
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert [event.processed for event in progress] == [*range(0, 961, 64), 1000]
@@ -137,9 +137,9 @@ def test_a_generation_says_how_it_attended():
 
 
 def test_a_dense_prompt_of_the_same_deployment():
-    found = run_rig(100)[0].attention
-    assert found is not None
-    assert (found.mode, found.cells, found.layers) == ("dense", 0, ())
+    summary = run_rig(100)[0].attention
+    assert summary is not None
+    assert (summary.mode, summary.cells, summary.layers) == ("dense", 0, ())
 
 
 def test_a_cancelled_prompt_keeps_what_it_had():

@@ -234,8 +234,8 @@ def test_tokens_of_one_submission_are_numbered_together():
         events: list[OutputToken] = []
         keep = lambda event: events.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
         specs = [GenerationSpec([1] * (index + 1), 2 + index, question=index) for index in (0, 3, 5)]
-        for ticket in rig.engine.submit_all([(spec, keep) for spec in specs], after=7):
-            ticket.wait(WAIT)
+        for handle in rig.engine.submit_all([(spec, keep) for spec in specs], after=7):
+            handle.wait(WAIT)
         assert [token.number for token in events] == list(range(8, 8 + sum(spec.max_tokens for spec in specs)))
         for spec in specs:
             ids = [token.token_id for token in events if token.question == spec.question]
@@ -257,8 +257,8 @@ def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened:
         resume = whole.samples[:done]
         rest: list[OutputToken] = []
         keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
-        (ticket,) = rig.engine.submit_all([(GenerationSpec([1], len(ids), resume=resume, **spec), keep)], after=done)
-        again = ticket.wait(WAIT)
+        (handle,) = rig.engine.submit_all([(GenerationSpec([1], len(ids), resume=resume, **spec), keep)], after=done)
+        again = handle.wait(WAIT)
     assert rest == tokens[done:]
     assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")
     assert "".join(token.reasoning for token in tokens) == whole.reasoning
