@@ -166,7 +166,7 @@ def encode_job(
     record: JobRecord, tokens: Sequence[OutputToken] | None = None,
     progress: Mapping[int, PrefillProgress] | None = None,
 ) -> pb.Job:  # fmt: skip
-    """A job with one answer a question.
+    """Return a job with one answer a question.
 
     Args:
         tokens: all of its tokens; without them there are no token lists, no figures of layers, and no text of an
@@ -213,7 +213,7 @@ def _encode_answer(answer: JobAnswer, tokens: Sequence[OutputToken], with_logpro
 
 
 def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
-    """The job's seconds: the first of its answers to begin and to speak, the longest of the rest."""
+    """Set the seconds of a job: until the first of its answers began and had a token, else of the longest answer."""
     known = [answer.timings for answer in answers if answer.timings]
     for key, choose in (("queued_s", min), ("ttft_s", min), ("prefill_s", max), ("decode_s", max), ("total_s", max)):
         values = [timings[key] for timings in known if key in timings and math.isfinite(timings[key])]
@@ -222,6 +222,7 @@ def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
 
 
 def encode_token(token: OutputToken) -> pb.Token:
+    """Return a token as part of an answer; in a stream, `encode_tokens` adds the part it belongs to."""
     top = [pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
     return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
 
@@ -231,13 +232,13 @@ def encode_progress(progress: PrefillProgress) -> pb.Progress:
 
 
 def encode_progress_event(update: ProgressUpdate, number: int) -> pb.JobEvent:
-    """`number` is that of the token before it."""
+    """Return a progress event; `number` is that of the token before it."""
     event = pb.ProgressEvent(question=update.question, progress=encode_progress(update.progress))
     return pb.JobEvent(number=number, progress=event)
 
 
 def encode_tokens(tokens: Sequence[OutputToken], grouped: bool) -> Iterator[pb.JobEvent]:
-    """Tokens of a stream (at least one): several as one event when they may be `grouped`, else an event each."""
+    """Yield tokens of a stream (at least one): several as one event if they may be `grouped`, else an event each."""
     if grouped and len(tokens) > 1:
         yield pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=map(_token_event, tokens)))
     else:
@@ -252,5 +253,5 @@ def _token_event(token: OutputToken) -> pb.TokenEvent:
 
 
 def encode_status(status: Mapping[str, Any]) -> pb.ClusterStatusReply:
-    """The fields of ClusterStatusReply by name; an unknown one is our bug (ParseError)."""
+    """Return a reply from its fields by name; an unknown one is our bug (ParseError)."""
     return json_format.ParseDict(dict(status), pb.ClusterStatusReply())
