@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.client.async_client import AsyncClient, AsyncJob
-    from cluster.client.client import Client, Job
+    from cluster.client.async_client import AsyncClient, AsyncDocuments, AsyncJob
+    from cluster.client.client import Client, Documents, Job
+    from cluster.client.connection import ConnectionOptions
     from cluster.client.errors import (
         Busy,
         Conflict,
@@ -22,42 +23,42 @@ if TYPE_CHECKING:
         Unauthenticated,
         Unavailable,
     )
-    from cluster.client.models import JobEnded, ProgressEvent, TokenEvent
-    from cluster.engine.local_cluster import LocalCluster
+    from cluster.client.models import (
+        Answer,
+        ClusterStatus,
+        DocumentInfo,
+        JobData,
+        JobEnded,
+        Progress,
+        ProgressEvent,
+        StageStatus,
+        Token,
+        TokenEvent,
+    )
+    from cluster.client.requests import SubmitOptions
+    from cluster.client.retry import RetryPolicy
+    from cluster.engine.runtime import LocalCluster
+    from protos.jobs.sampling import AnswerOptions, SamplingParams
 
 __all__ = [
-    "AsyncClient",
-    "AsyncJob",
-    "Busy",
-    "Client",
-    "Conflict",
-    "InvalidRequest",
-    "Job",
-    "JobEnded",
-    "JobFailed",
-    "LocalCluster",
-    "LongreachError",
-    "NotFound",
-    "ProgressEvent",
-    "TlsError",
-    "TokenEvent",
-    "Unauthenticated",
+    "Answer", "AnswerOptions", "AsyncClient", "AsyncDocuments", "AsyncJob", "Busy", "Client", "ClusterStatus",
+    "Conflict", "ConnectionOptions", "DocumentInfo", "Documents", "InvalidRequest", "Job", "JobData", "JobEnded",
+    "JobFailed", "LocalCluster", "LongreachError", "NotFound", "Progress", "ProgressEvent", "RetryPolicy",
+    "SamplingParams", "StageStatus", "SubmitOptions", "TlsError", "Token", "TokenEvent", "Unauthenticated",
     "Unavailable",
-]
+]  # fmt: skip
 
-_HOMES = {
-    "AsyncClient": "cluster.client.async_client",
-    "AsyncJob": "cluster.client.async_client",
-    "Client": "cluster.client.client",
-    "Job": "cluster.client.client",
-    "JobEnded": "cluster.client.models",
-    "LocalCluster": "cluster.engine.local_cluster",
-    "ProgressEvent": "cluster.client.models",
-    "TokenEvent": "cluster.client.models",
-}
+# the modules of the names, light ones first
+_MODULES = [
+    "cluster.client.errors", "cluster.client.models", "cluster.client.retry", "cluster.client.connection",
+    "cluster.client.requests", "cluster.client.client", "cluster.client.async_client", "protos.jobs.sampling",
+    "cluster.engine.runtime",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "cluster.client.errors")), name)
+    if name in __all__:
+        for module in map(importlib.import_module, _MODULES):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

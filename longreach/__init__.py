@@ -1,20 +1,25 @@
-"""What users of Longreach import: `from longreach import Client`. Every name lives in `cluster`."""
+"""What users of Longreach import: the clients of a running head, what they return and raise, and `LocalCluster`.
+
+>>> from longreach import Client
+>>> with Client("127.0.0.1:7777") as client:
+...     print(client.submit("... a long document ...", "What was decided?").result.text)
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cluster
 
-if TYPE_CHECKING:
-    from cluster import *  # noqa: F403
-
-__all__ = cluster.__all__
+__docformat__ = "google"  # of the docstrings, for pdoc
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # for `import *` and for tools that look at the names in the module afterwards
+        globals().update({name: getattr(cluster, name) for name in cluster.__all__})
+        return cluster.__all__
     return getattr(cluster, name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(cluster.__all__)

@@ -1,4 +1,4 @@
-"""Which tests run: those of the structure and the units by default, everything with `--all` or where a path is named."""
+"""Which tests run: structure and units by default; everything with `--all` or where a path is named."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ import click
 from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
 from cluster.bench.peers import SPARSE, Setup, measure_peers
-from cluster.bench.rig import head, one_actor, random_ids, token_times
+from cluster.bench.rig import one_actor, random_ids, running_head, token_times
 from cluster.client.client import Client
 from cluster.common.units import parse_count
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from protos.node.environment import write_result
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
@@ -51,8 +51,11 @@ class _BareRunner:
 @contextlib.contextmanager
 def _service(
     model: Path, sections: dict[str, dict[str, object]], model_settings: dict[str, object] | None = None
-) -> Iterator[tuple[Client, Session]]:
-    with tempfile.TemporaryDirectory() as folder, head(model, Path(folder), model_settings, **sections) as started:
+) -> Iterator[tuple[Client, ClusterRuntime]]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_head(model, Path(folder), model_settings, **sections) as started,
+    ):
         yield started
 
 
@@ -156,9 +159,9 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
 def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int, count: int) -> None:
     """First token of short jobs beside long prefills that follow each other without a pause."""
     stop = threading.Event()
-    with _service(model, one_actor(chunk, threads=2)) as (client, session):
+    with _service(model, one_actor(chunk, threads=2)) as (client, runtime):
         chunks = Chunks(short)
-        session.engine.on_step = chunks.note
+        runtime.engine.on_step = chunks.note
 
         def long_jobs() -> None:
             seed = 1000
@@ -196,8 +199,8 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
 def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rounds: int) -> None:
     """Memory and descriptors of head and stage before and after rounds of many small jobs."""
     sections = one_actor(chunk, threads=1, kv_bytes="256MiB", cpus=0.5)
-    with _service(model, sections, {"max_model_len": "4k"}) as (client, session):
-        result = measure_load(client, session, clients, jobs, rounds)
+    with _service(model, sections, {"max_model_len": "4k"}) as (client, runtime):
+        result = measure_load(client, runtime, clients, jobs, rounds)
     _write(out, what="memory and descriptors under load", chunk=chunk, **result)
 
 

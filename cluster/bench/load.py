@@ -14,16 +14,16 @@ from typing import Any
 import psutil
 
 from cluster.client.client import Client
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 
 _SIZES = (20, 21, 63, 64, 65, 300, 1009, 3000)  # prompt tokens
 
 
-def measure_load(client: Client, session: Session, clients: int, jobs: int, rounds: int) -> dict[str, Any]:
-    """Run rounds of jobs from another process; returns resident memory and open files of head and stages after each."""
-    assert session.launched is not None
+def measure_load(client: Client, runtime: ClusterRuntime, clients: int, jobs: int, rounds: int) -> dict[str, Any]:
+    """Run rounds of jobs from another process; resident bytes and open files of head and stages after each."""
+    assert runtime.launched is not None
     processes = {"head": psutil.Process(os.getpid())}
-    processes |= {f"stage {n}": psutil.Process(pid) for n, pid in enumerate(session.launched.pids)}
+    processes |= {f"stage {n}": psutil.Process(pid) for n, pid in enumerate(runtime.launched.pids)}
     states = [_footprint(processes)]
     seconds = []
     for number in range(rounds):
@@ -31,7 +31,7 @@ def measure_load(client: Client, session: Session, clients: int, jobs: int, roun
         command = [sys.executable, "-m", "cluster.bench.load", client.address, str(clients), str(jobs), str(number)]
         subprocess.run(command, check=True)
         seconds.append(round(time.perf_counter() - began, 2))
-        session.engine.check_integrity()
+        runtime.engine.check_integrity()
         states.append(_footprint(processes))
     return {"clients": clients, "jobs_a_round": jobs, "round_s": seconds, "after_round": states}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.rig import head, one_actor, random_ids, token_times
+from cluster.bench.rig import one_actor, random_ids, running_head, token_times
 from protos.node.peers import Engine, Run, compare, run_peer
 
 _WARM_UP = 4096  # tokens
@@ -35,7 +35,7 @@ class Setup:
         """Answer one prompt through the client of a new cluster; with sparse attention the result has its summary."""
         sections = one_actor(max(self.chunk, self.cell or 0), self.threads, kv_bytes="4GiB")
         sections["sparse"] = {"enabled": False} if self.cell is None else SPARSE | {"cell": self.cell}
-        with tempfile.TemporaryDirectory() as folder, head(self.model, Path(folder), **sections) as (client, _):
+        with tempfile.TemporaryDirectory() as folder, running_head(self.model, Path(folder), **sections) as (client, _):
             client.submit(token_ids=random_ids(_WARM_UP, 0), max_tokens=4, ignore_eos=True).wait()
             began = time.perf_counter()
             job = client.submit(token_ids=random_ids(length, seed), max_tokens=1 + self.decode, ignore_eos=True)

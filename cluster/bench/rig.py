@@ -1,33 +1,27 @@
-"""A head in this process, for measuring: session, store, service and door over a bare checkpoint."""
+"""A head in this process, for measuring: the one that `longreach serve` runs, over a bare checkpoint."""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-
-import yaml
 
 from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
-from cluster.jobs.documents import Documents
-from cluster.jobs.service import JobService, ServiceLimits
-from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import Gateway
-from cluster.server.head import SWITCH_INTERVAL_S
+from cluster.engine.runtime import ClusterRuntime
+from cluster.server.head import Head
 from cluster.tools.assets import needle_dir
 
 
 @contextmanager
-def head(
+def running_head(
     model: Path, folder: Path, model_settings: dict[str, object] | None = None, **settings: dict[str, object]
-) -> Iterator[tuple[Client, Session]]:
+) -> Iterator[tuple[Client, ClusterRuntime]]:
     """Start a head for token-id prompts; yields a client of it. `settings` are sections of the YAML."""
     linked = folder / "model"
     linked.mkdir()
@@ -39,21 +33,11 @@ def head(
             shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
     config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    deployment = load_deployment(path)
-    with ExitStack() as steps:
-        session = steps.enter_context(Session(deployment))
-        data = deployment.config.data_dir
-        store = JobStore(data / "jobs.sqlite")
-        steps.callback(store.close)
-        documents = Documents(data / "documents", store, 86400.0)
-        service = JobService(session, store, documents, ServiceLimits())
-        gateway = Gateway(service, deployment.config.server, deployment.config.security, port_override=0)
-        steps.callback(gateway.close)
-        steps.callback(service.close)
-        service.start()
-        yield steps.enter_context(Client(gateway.start())), session
+    path.write_text(json.dumps(config))  # which is YAML too
+    with closing(Head(load_deployment(path), port=0)) as head:
+        head.start()
+        with Client(head.address) as client:
+            yield client, head.runtime
 
 
 def one_actor(

@@ -6,17 +6,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cluster.common.text_format import one_line
+from protos.jobs.sampling import OPTIONS
+
+if TYPE_CHECKING:
+    from cluster.tools.display import Display
 
 EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 
 class Verbs(click.Group):
-    """A command whose misuse is one line too: what was wrong, and where to read how it is used."""
+    """A group of commands whose misuse is one line too: what was wrong, and where to read how it is used."""
 
     def main(
         self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
@@ -42,8 +46,8 @@ class Verbs(click.Group):
         return code
 
 
-class Count(click.ParamType):
-    """A human integer such as 32k or 1M."""
+class Count(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # not generic before click 8.2
+    """A count as people write it, such as 32k or 1M."""
 
     name = "count"
 
@@ -77,34 +81,33 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:
-    """One line on stderr, and out."""
+    """Print one line on stderr and exit with `code`."""
     click.echo(f"longreach: error: {one_line(error)}", err=True)
     sys.exit(code)
 
 
+# what the command line adds to the declarations of the options
+_SPELLINGS = {"stop_token_ids": "--stop-token-id", "enable_thinking": "--thinking/--no-thinking"}
+_ADDED: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": Count(), "show_default": True},
+    "temperature": {"show_default": True},
+    "seed": {"show_default": True},
+    "ignore_eos": {"is_flag": True},
+    "logprobs": {"metavar": "K"},
+}
+
+
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How to sample and when to stop; the same for every verb that asks."""
-    options = [
-        click.option("--max-tokens", type=Count(), default="256", show_default=True, help="Most tokens of an answer."),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens (0: all)."),
-        click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens up to this mass."),
-        click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest."),
-        click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same samples."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text (repeatable)."),
-        click.option("--stop-token-id", type=int, multiple=True, help="End the answer at this id (repeatable)."),
-        click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's end token."),
-        click.option("--logprobs", type=int, metavar="K", help="Report log-probabilities of the K best tokens."),
-        click.option("--thinking/--no-thinking", default=None, help="enable_thinking for the chat template."),
-    ]
-    for option in reversed(options):
-        command = option(command)
+    """Add the options of sampling and stopping, named as in `OPTIONS`; the same for every verb that asks."""
+    for name, option in reversed(OPTIONS.items()):
+        spelling = _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
+        values = {"type": option.kind, "default": option.default, "multiple": option.is_list, "help": option.meaning}
+        command = click.option(spelling, name, **(values | _ADDED.get(name, {})))(command)
     return command
 
 
-def open_display(quiet: bool) -> Any:
-    """A Display on stderr."""
+def open_display(quiet: bool) -> Display:
+    """Return a Display on stderr."""
     from rich.console import Console
 
     from cluster.tools.display import Display

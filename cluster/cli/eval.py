@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-class Counts(click.ParamType):
+class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # not generic before click 8.2
     """Token counts such as 4K,16K,64K."""
 
     name = "counts"
@@ -29,13 +29,13 @@ class Counts(click.ParamType):
         return tuple(Count().convert(part.strip(), param, ctx) for part in str(value).split(","))
 
 
-class Setting(click.ParamType):
-    """KEY=VALUE over a key of the YAML file."""
+class Setting(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """KEY=VALUE over a key of the YAML file; the value is read as YAML."""
 
     name = "key=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, object]:
-        import yaml
+        from cluster.config.yaml_source import read_value
 
         if isinstance(value, tuple):
             return value
@@ -43,8 +43,8 @@ class Setting(click.ParamType):
         if not equals or not key.strip():
             self.fail(f"{value!r}: must be KEY=VALUE such as sparse.target_recall=0.99", param, ctx)
         try:
-            return key.strip(), yaml.safe_load(text)
-        except yaml.YAMLError:
+            return key.strip(), read_value(text)
+        except ValueError:
             self.fail(f"{value!r}: its value is not YAML", param, ctx)
 
 
@@ -62,7 +62,8 @@ def evaluate() -> None:
     """
 
 
-def _common(command: Callable[..., None]) -> Callable[..., None]:
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of both evaluations."""
     options = [
         click.option("--config", type=_PATH, help="A YAML file: its model, layout, and all else not asked for here."),
         click.option("--model", type=_PATH, help="A checkpoint folder, in place of the YAML's (default: one process)."),
@@ -115,7 +116,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first document.")
 @click.option("--max-tokens", type=Count(), default="24", show_default=True, help="Most tokens of an answer.")
 @click.option("--thinking/--no-thinking", default=False, help="enable_thinking for the chat template.")
-@_common
+@_shared_options
 def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     """Hide facts in documents of several lengths and ask for all of them.
 
@@ -164,7 +165,7 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     help="auto: dca if the checkpoint has its settings, else plain as far as it was trained, else yarn.",
 )  # fmt: skip
 @click.option("--sparse/--no-sparse", default=True, show_default=True, help="Whether sparse prefill is compared.")
-@_common
+@_shared_options
 def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     """Read one document dense and sparsely (with --kv int8 also in int8), and compare what comes next.
 
@@ -212,7 +213,7 @@ def show(result: Path, picture: Path | None) -> None:
 
 
 def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: bool) -> None:
-    """Table or JSON on standard output; the picture; where the files are."""
+    """Print the table or JSON, draw the picture, and say where the files are."""
     from cluster.tools.eval.plots import draw, has_matplotlib
 
     if as_json:

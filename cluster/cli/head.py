@@ -35,24 +35,24 @@ def serve(config: Path, notify_fd: int | None) -> None:
         from cluster.stages.socket_dirs import clean_run_dirs
 
         clean_run_dirs()
-        loaded = _load(config, needs_door=True)
+        loaded = _load(config, needs_port=True)
         files = _files(loaded)
         if other := files.running():
             fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
         files.claim()
         display = open_display(False)
         try:
-            with _notifier(notify_fd) as tell, display:
+            with _open_progress(notify_fd) as progress, display:
 
                 def on_status(status: LaunchStatus) -> None:
                     display.launch(status)
-                    tell(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
+                    progress.send(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
 
                 def on_ready(address: str) -> None:
                     files.announce(address, loaded.security)
                     display.clear()
                     display.say(f"head ready at {address}")
-                    tell(address=address)
+                    progress.send(address=address)
 
                 code = run_head(config, on_status, on_ready)
         finally:
@@ -60,12 +60,13 @@ def serve(config: Path, notify_fd: int | None) -> None:
     sys.exit(code)
 
 
-def _load(config: Path, needs_door: bool = False) -> Config:
+def _load(config: Path, needs_port: bool = False) -> Config:
+    """Return a configuration; with `needs_port`, port 0 raises UserError."""
     from cluster.config.deployment import load_config
     from protos.errors import UserError
 
     loaded = load_config(config)
-    if needs_door and not loaded.server.port:
+    if needs_port and not loaded.server.port:
         raise UserError(f"{config}: server.port: 0: a head without a port hears no one; must be such as 7777")
     return loaded
 
@@ -76,13 +77,14 @@ def _files(loaded: Config) -> HeadFiles:
     return HeadFiles(loaded.data_dir)
 
 
-class _Tell:
-    """Reports to `up` as long as it listens."""
+class _Progress:
+    """Reports progress to `up`, if it started this head and still reads."""
 
     def __init__(self, pipe: TextIO | None) -> None:
         self._pipe = pipe
 
-    def __call__(self, **values: Any) -> None:
+    def send(self, **values: Any) -> None:
+        """Write one JSON object on a line."""
         if self._pipe is None:
             return
         try:
@@ -92,14 +94,14 @@ class _Tell:
 
 
 @contextmanager
-def _notifier(descriptor: int | None) -> Iterator[_Tell]:
+def _open_progress(descriptor: int | None) -> Iterator[_Progress]:
     if descriptor is None:
-        yield _Tell(None)
+        yield _Progress(None)
         return
     os.set_inheritable(descriptor, False)  # `up` must see the end when this process ends, not its children
     pipe = os.fdopen(descriptor, "w")
     try:
-        yield _Tell(pipe)
+        yield _Progress(pipe)
     finally:
         try:
             pipe.close()
@@ -115,13 +117,14 @@ def up(config: Path, as_json: bool) -> None:
 
     Its log is log/head.log under the data directory. A head that already runs is left alone.
     """
-    from cluster.client.errors import Unavailable, read_state
+    from cluster.client.errors import Unavailable
+    from cluster.client.state_file import read_state
 
     with one_line_errors():
-        files = _files(_load(config, needs_door=True))
+        files = _files(_load(config, needs_port=True))
         if other := files.running():
             try:
-                _report(files, read_state(files.data_dir), "already running", as_json)
+                _print_state(files, read_state(files.data_dir), "already running", as_json)
             except Unavailable:
                 fail(f"a head is starting already (pid {other.pid}), see {files.log}", EXIT_CLUSTER)
             return
@@ -136,11 +139,11 @@ def up(config: Path, as_json: bool) -> None:
             sys.exit(EXIT_INTERRUPTED)
         if not ready:
             _give_up(child, files, before)
-        _report(files, read_state(files.data_dir), "ready", as_json)
+        _print_state(files, read_state(files.data_dir), "ready", as_json)
 
 
 def _spawn(files: HeadFiles, config: Path) -> tuple[subprocess.Popen[bytes], TextIO]:
-    """`serve` in its own session, and the reading end of its reports."""
+    """Start `serve` in its own session; return the process and the reading end of its progress."""
     files.log.parent.mkdir(parents=True, exist_ok=True)
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "cluster.cli", "serve", str(config.absolute()), "--notify-fd", str(writing)]
@@ -153,7 +156,7 @@ def _spawn(files: HeadFiles, config: Path) -> tuple[subprocess.Popen[bytes], Tex
 
 
 def _follow(progress: TextIO, display: Any) -> bool:
-    """Show what the head reports until it is ready; false when it ended before."""
+    """Show the progress of the head until it is ready; return false when it ended before."""
     from cluster.stages.launcher import LaunchStatus
 
     for line in progress:
@@ -174,7 +177,7 @@ def _stop_child(child: subprocess.Popen[bytes]) -> None:
 
 
 def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -> None:
-    """Pass on why the head ended, with its exit code; its log begins at byte `log_start`."""
+    """Exit with the reason why the head ended, and its exit code; its log begins at byte `log_start`."""
     code = child.wait()
     lines = files.log.read_bytes()[log_start:].decode(errors="replace").splitlines()
     reasons = [line for line in lines if line.startswith("longreach: error: ")]
@@ -182,7 +185,7 @@ def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -
     fail(f"{reason} (log: {files.log})", code if code in (EXIT_INPUT, EXIT_INTERRUPTED) else EXIT_CLUSTER)
 
 
-def _report(files: HeadFiles, state: dict[str, Any], what: str, as_json: bool) -> None:
+def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(state | {"log": str(files.log)}))
     else:
@@ -199,15 +202,15 @@ def _report(files: HeadFiles, state: dict[str, Any], what: str, as_json: bool) -
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bool) -> None:
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
-    from cluster.client.errors import DEFAULT_DATA_DIR
+    from cluster.client.state_file import DEFAULT_DATA_DIR
     from cluster.server.state_files import HeadFiles
     from cluster.stages.socket_dirs import clean_run_dirs
 
     with one_line_errors():
         if config is not None and data_dir is not None:
             fail("CONFIG, --data-dir: give one of them", EXIT_INPUT)
-        given = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
-        files = HeadFiles(given) if config is None else _files(_load(config))
+        default = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
+        files = HeadFiles(default) if config is None else _files(_load(config))
         process = files.running()
         if process is None:
             outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"
@@ -222,7 +225,7 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
 
 
 def _stop(process: psutil.Process, timeout_s: float) -> str:
-    """SIGTERM, time to drain, SIGKILL; with a killed head go the processes it had started."""
+    """Stop a head by SIGTERM, or after `timeout_s` by SIGKILL with all it has started; return what happened."""
     import psutil
 
     try:

@@ -36,7 +36,7 @@ _STATES = ("queued", "prefilling", "decoding", "recovering", "succeeded", "faile
 
 
 def head_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Which head, and how to print; `--data-dir` given in words goes before the environment."""
+    """Add the options of the head's address and TLS, and of printing."""
     options = [
         click.option(
             "--address", metavar="HOST:PORT",
@@ -64,8 +64,9 @@ def head_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
     """Address and TLS of the head. Raises Unavailable when `--data-dir` was given and no head is ready there."""
-    from cluster.client.connection import state_connection
-    from cluster.client.errors import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Unavailable
+    from cluster.client.connection import DEFAULT_ADDRESS, state_connection
+    from cluster.client.errors import Unavailable
+    from cluster.client.state_file import DEFAULT_DATA_DIR
 
     names = ("ca_file", "cert_file", "key_file", "server_name", "allow_plaintext_key")
     given: Any = {name: options[name] for name in names if options[name] is not None}
@@ -83,7 +84,7 @@ def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
 
 @contextmanager
 def open_client(options: dict[str, Any]) -> Iterator[Client]:
-    """A client by the options of `head_options`; its errors become one line and an exit code."""
+    """Open a client by the options of `head_options`; its errors become one line and an exit code."""
     from cluster.client.client import Client
     from cluster.client.errors import InvalidRequest, JobFailed, LongreachError, NotFound
 
@@ -253,7 +254,7 @@ def status(**options: Any) -> None:
 
 
 def parse_labels(pairs: Sequence[str]) -> dict[str, str]:
-    """`KEY=VALUE` words as a mapping; exits with 2 on anything else."""
+    """Return `KEY=VALUE` words as a mapping; exits with 2 on anything else."""
     labels = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -18,6 +18,7 @@ from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
 from cluster.cli.common import EXIT_WRONG, Count, Verbs, one_line_errors, open_display, sampling_options
+from protos.jobs.sampling import AnswerOptions
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,8 +64,8 @@ def run(
 
     with one_line_errors():
         clean_run_dirs()
-        given = RunInput(document, question, prompt_file, token_ids)
-        report = run_once(config, given, _ask(sampling), open_display(as_json))
+        source = RunInput(document, question, prompt_file, token_ids)
+        report = run_once(config, source, AnswerOptions.from_values(sampling), open_display(as_json))
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))
             return
@@ -73,23 +74,8 @@ def run(
                 click.secho(result["question"], bold=True)
             if result["reasoning"]:
                 click.secho(result["reasoning"], dim=True)
-            click.echo(result["text"].strip())
+            click.echo(result["token_ids"] if result["text"] is None else result["text"].strip())
         click.echo(_summary(report), err=True)
-
-
-def _ask(options: dict[str, Any]) -> Any:
-    from cluster.engine.runtime import Ask
-    from protos.stage.messages import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
-    return Ask(
-        max_tokens=options["max_tokens"],
-        sampling=SamplingParams(**{name: options[name] for name in names}),
-        stop=options["stop"],
-        stop_token_ids=options["stop_token_id"],
-        ignore_eos=options["ignore_eos"],
-        enable_thinking=options["thinking"],
-    )
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -145,14 +131,16 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
 
 def _print_demo(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+
+    from cluster.tools.display import plain_table
 
     click.echo(f'Asked: "{report["questions"][0]["question"]}" and so on.\n')
-    table = Table("depth", "truth", "answer", "", box=None, pad_edge=False, header_style="bold")
+    table = plain_table("depth", "truth", "answer", "")
     for row in report["questions"]:
         mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
         truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))
-        table.add_row(f"{row['depth']:.0%}", truth, answer[:40], mark)
+        table.add_row(f"{row['depth']:.0%}", truth, escape(answer[:40]), mark)
     console = Console()
     console.print(table)
     console.print(

@@ -1,4 +1,4 @@
-"""What the job verbs read from files and print: answers, tokens as they come, tables."""
+"""Input files and output of the job verbs: answers, tokens as they come, tables."""
 
 from __future__ import annotations
 
@@ -20,25 +20,22 @@ from cluster.client.client import Client, Job
 from cluster.client.errors import InvalidRequest
 from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
 from cluster.client.requests import too_large
-from cluster.client.validation import MAX_REQUEST_BYTES
+from cluster.tools.token_ids import parse_token_ids
+from protos.jobs.limits import MAX_REQUEST_BYTES
+from protos.jobs.sampling import OPTIONS
 
-_SAMPLING = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "stop",
-    "ignore_eos",
-)  # fmt: skip
+_ANY_WIDTH = 1 << 14  # columns; wider than any table
 
 
 def submit_given(client: Client, options: dict[str, Any]) -> Job:
     """Queue the job that the options of `submit` describe. Raises LongreachError."""
     prompt_file, ids_file = options["prompt_file"], options["token_ids"]
-    extra: dict[str, Any] = {name: options[name] for name in (*_SAMPLING, "priority", "labels", "idempotency_key")}
+    extra: dict[str, Any] = {name: options[name] for name in (*OPTIONS, "priority", "labels", "idempotency_key")}
     return client.submit(
         options["document"],
         list(options["question"]) or None,
         prompt=None if prompt_file is None else _read(prompt_file, _as_text),
-        token_ids=None if ids_file is None else _read(ids_file, _as_ids),
-        stop_token_ids=options["stop_token_id"],
-        enable_thinking=options["thinking"],
+        token_ids=None if ids_file is None else _read(ids_file, parse_token_ids),
         deadline_s=options["deadline"],
         **extra,
     )
@@ -55,7 +52,7 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         raise
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from error
 
 
@@ -66,19 +63,9 @@ def _as_text(data: bytes) -> str:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
 
 
-def _as_ids(data: bytes) -> list[int]:
-    try:
-        ids = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error}): must be a list of token ids such as [1, 2, 3]") from error
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError("must be a JSON list of whole numbers such as [1, 2, 3]")
-    return ids
-
-
 @contextmanager
 def detaching(job: Job, command: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C leaves the job alone and says how to come back."""
+    """On Ctrl-C leave the job alone, say how to come back, and exit with 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -87,7 +74,7 @@ def detaching(job: Job, command: Callable[[], str]) -> Iterator[None]:
 
 
 def wait_job(job: Job, timeout_s: float | None) -> Job:
-    """Wait; exits with 1 when the time is over."""
+    """Wait until a job has ended and return it; exits with 1 when the time is over."""
     with detaching(job, lambda: f"longreach wait {job.id}"):
         job.wait(timeout_s)
         if not job.done:
@@ -117,7 +104,7 @@ def _check(job: Job) -> None:
 class TokenPrinter:
     """Writes tokens to stdout: one answer as it comes; of several, whole lines with the question's number.
 
-    Reasoning stands before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
+    Reasoning comes before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
     """
 
     def __init__(self, questions: int) -> None:
@@ -127,7 +114,7 @@ class TokenPrinter:
         self._part = "answer"
 
     def push(self, event: TokenEvent) -> None:
-        """Write what has become a whole line, or anything when there is one question."""
+        """Write the text of a token; of several questions, only what has become a whole line."""
         token = event.token
         parts = {"reasoning": token.reasoning, "answer": token.answer} if token.part else {"answer": token.text}
         for part, text in parts.items():
@@ -168,28 +155,28 @@ class TokenPrinter:
         self._ends_line = text.endswith("\n")
 
 
-class HeldInterrupts:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not inside `held`: what is shown and what is counted agree."""
+class DeferredInterrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, inside `deferred` at its end: what is shown and counted agree."""
 
     def __init__(self) -> None:
-        self._is_held = self._is_pending = False
+        self._is_deferred = self._is_pending = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Put an interrupt off until the end of the block."""
-        self._is_held = True
+    def deferred(self) -> Iterator[None]:
+        """Raise an interrupt that comes inside the block at its end."""
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._is_held = False
+            self._is_deferred = False
         if self._is_pending:
             raise KeyboardInterrupt
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         again, self._is_pending = self._is_pending, True
-        if again or not self._is_held:  # a second one also ends a write that nobody reads
+        if again or not self._is_deferred:  # a second one also ends a write that nobody reads
             raise KeyboardInterrupt
 
 
@@ -198,13 +185,13 @@ def stream_job(job: Job, after: int, as_json: bool) -> None:
     printer = TokenPrinter(len(job.answers))
     display = open_display(as_json)
     last = after
-    interrupts = HeldInterrupts()
+    interrupts = DeferredInterrupts()
 
     with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
         try:
             with display:
                 for event in job.stream(after):
-                    with interrupts.held():
+                    with interrupts.deferred():
                         if as_json:
                             print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
                         elif isinstance(event, ProgressEvent) and last == after:
@@ -227,7 +214,7 @@ def _event_json(event: ProgressEvent | TokenEvent | JobEnded) -> dict[str, Any]:
 
 
 def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
-    """A table of jobs, or one JSON list."""
+    """Print a table of jobs, or one JSON list."""
     if as_json:
         click.echo(json.dumps([job.data.to_json() for job in jobs], ensure_ascii=False))
         return
@@ -243,7 +230,7 @@ def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
 
 
 def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
-    """A table of documents, or one JSON list."""
+    """Print a table of documents, or one JSON list."""
     from cluster.common.units import format_bytes
 
     if as_json:
@@ -254,7 +241,7 @@ def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
 
 
 def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
-    """The cluster in two lines and a table of its stages, or one JSON object."""
+    """Print the cluster in two lines and a table of its stages, or one JSON object."""
     from cluster.common.units import format_bytes
     from cluster.tools.display import format_duration
 
@@ -275,8 +262,13 @@ def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; ids must stay whole to be copied, so nothing is ever cut."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns; ids must stay whole to be copied, so a line is as wide as its cells."""
+    from rich.console import Console
+
+    from cluster.tools.display import plain_table
+
+    table = plain_table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=_ANY_WIDTH, markup=False, emoji=False, highlight=False).print(table)

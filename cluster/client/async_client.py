@@ -1,7 +1,7 @@
-"""The client library for asyncio: the twin of `cluster.client.client`, whose blocking calls are coroutines here.
+"""The client library for asyncio: documents and jobs of a running head, from anywhere.
 
 >>> from pathlib import Path
->>> from cluster import AsyncClient
+>>> from longreach import AsyncClient
 >>> async with AsyncClient("127.0.0.1:7777") as client:
 ...     job = await client.submit(Path("report.txt"), ["What was decided?", "By whom?"])
 ...     for answer in await job.result():
@@ -13,28 +13,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from cluster.client.connection import Connection, ConnectionOptions, state_connection
-from cluster.client.errors import (
-    CALL_RETRIES,
-    DEFAULT_ADDRESS,
-    DEFAULT_DATA_DIR,
-    REATTACH_RETRIES,
-    RetryPolicy,
-    Unavailable,
-)
-from cluster.client.models import (
-    ClusterStatus,
-    DocumentInfo,
-    Event,
-    JobData,
-    JobEnded,
-    JobView,
-    StreamCursor,
-)
+from cluster.client.connection import DEFAULT_ADDRESS, Connection, ConnectionOptions, state_connection
+from cluster.client.errors import NotFound, Unavailable
+from cluster.client.models import BaseJob, ClusterStatus, DocumentInfo, Event, JobData, JobEnded, StreamCursor
 from cluster.client.requests import (
     SubmitOptions,
     build_submit,
@@ -47,15 +32,83 @@ from cluster.client.requests import (
     list_request,
     needs_upload,
 )
+from cluster.client.retry import CALL_RETRIES, REATTACH_RETRIES, RetryPolicy
+from cluster.client.state_file import DEFAULT_DATA_DIR
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs.convert import read_message
 
 if TYPE_CHECKING:
-    from cluster.client.transport import AsyncWire
+    from cluster.client.transport import Transport
 
+DocumentList = list[DocumentInfo]  # `list` is a method below
 _WAIT_PIECE_S = 30.0  # a long wait is many calls, so that a vanished head is noticed
 
 
-class AsyncJob(JobView):
+class _AsyncCalls:
+    """Calls to the head, tried again while it cannot be reached; the first one opens the connection.
+
+    gRPC's own retry policy would not do: it ends after 5 attempts, does not repeat an upload larger than its buffer,
+    and hides that a Delete which finds nothing is a second try.
+    """
+
+    def __init__(self, connection: Connection, retries: RetryPolicy) -> None:
+        self._connection = connection
+        self._retries = retries
+        self._transport: Transport | None = None
+
+    async def call(self, method: str, request: Any, extra_s: float = 0.0) -> Any:
+        """Make a unary call; `extra_s` is the time the head is asked to take. Raises LongreachError."""
+        return await self._retry(lambda transport: transport.call(method, request, extra_s), method)
+
+    async def upload(self, pieces: Callable[[], Iterator[pb.DocumentPiece]]) -> pb.Document:
+        """Send a document; `pieces` is called for each try. Raises LongreachError."""
+        document: pb.Document = await self._retry(lambda transport: transport.upload(pieces()))
+        return document
+
+    async def stream(self, request: pb.StreamRequest) -> AsyncIterator[pb.JobEvent]:
+        """Yield events until the connection drops (Unavailable) or the head ends the stream."""
+        transport = self._open()
+        call = transport.stream(request)
+        try:
+            async for message in call:
+                yield message
+        except transport.RpcError as error:
+            raise transport.typed_error(error) from error
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        """Close the connection; the next call opens another one."""
+        if self._transport is not None:
+            await self._transport.close()
+            self._transport = None
+
+    async def _retry(self, start: Callable[[Transport], Any], method: str = "") -> Any:
+        transport = self._open()
+        for tries, delay in enumerate((*self._retries.delays(), None)):
+            try:
+                reply = await start(transport)
+            except transport.RpcError as error:
+                if delay is None or not transport.is_transient(error):
+                    problem = transport.typed_error(error)
+                    if tries and method.startswith("Delete") and isinstance(problem, NotFound):
+                        return pb.Empty()  # deleted by an earlier try whose reply was lost
+                    raise problem from error
+            else:
+                transport.has_answered = True
+                return reply
+            await asyncio.sleep(delay)
+        raise AssertionError("the last try returns or raises")
+
+    def _open(self) -> Transport:
+        from cluster.client.transport import open_async_transport
+
+        if self._transport is None:
+            self._transport = open_async_transport(self._connection)
+        return self._transport
+
+
+class AsyncJob(BaseJob):
     """A job of the head; its properties are as of the last call.
 
     The job does not need this object: it survives clients and heads. `client.job(id)` finds it again.
@@ -65,16 +118,21 @@ class AsyncJob(JobView):
     ...     print(event)
     """
 
-    def __init__(self, wire: Callable[[], AsyncWire], data: JobData, many: bool | None = None) -> None:
+    def __init__(self, calls: _AsyncCalls, data: JobData, many: bool | None = None) -> None:
         super().__init__(data, many)
-        self._wire = wire
+        self._calls = calls
 
     async def refresh(self) -> AsyncJob:
-        """Ask for the newest state; returns this job. `(await job.refresh()).progress` is where it stands."""
-        return self._take(await self._wire().call("Get", pb.JobRequest(id=self.id)))
+        """Ask for the newest state; return this job. Raises NotFound when it was deleted or has expired.
+
+        >>> (await job.refresh()).progress
+        """
+        return self._take(await self._calls.call("Get", pb.JobRequest(id=self.id)))
 
     async def wait(self, timeout_s: float | None = None) -> AsyncJob:
-        """Until the job has ended or `timeout_s` have passed; `job.done` tells which. Does not raise JobFailed.
+        """Wait until the job has ended or `timeout_s` seconds have passed; return this job, whose `done` tells which.
+
+        A job that fails raises nothing here. A head that restarts meanwhile is waited for, over a minute.
 
         >>> if not (await job.wait(60)).done:
         ...     print(job.progress)
@@ -87,7 +145,7 @@ class AsyncJob(JobView):
             if end is not None:
                 left = min(_WAIT_PIECE_S, max(0.0, end - time.monotonic()))
             try:
-                self._take(await self._wire().call("Wait", pb.WaitRequest(id=self.id, timeout_s=left), extra_s=left))
+                self._take(await self._calls.call("Wait", pb.WaitRequest(id=self.id, timeout_s=left), extra_s=left))
                 cursor = StreamCursor()
             except Unavailable as error:
                 pause = cursor.pause(error)
@@ -98,11 +156,15 @@ class AsyncJob(JobView):
                 break
         return self
 
+    # sync: @property
     async def result(self) -> Any:
-        """Wait, then the Answer; a list of them when a list of questions was asked. Raises JobFailed.
+        """Wait for the end; return the Answer, or a list of them when a list of questions was asked.
+
+        Raises:
+            JobFailed: the job failed or was cancelled.
 
         >>> job = await client.submit("... a document ...", "What was decided?")
-        >>> print((await job.result()).text)
+        >>> (await job.result()).text
         """
         if not (await self.wait()).done:
             raise AssertionError("a wait without a timeout ends with the job")
@@ -111,12 +173,13 @@ class AsyncJob(JobView):
         return self._result()
 
     async def stream(self, after: int = 0, retries: RetryPolicy = REATTACH_RETRIES) -> AsyncIterator[Event]:
-        """Progress and tokens as they come, then JobEnded; begins after token number `after`.
+        """Yield progress and tokens as they come, then JobEnded; begin after token number `after`.
 
         When the connection drops it attaches again by itself after the last token: none is lost or repeated.
 
         Raises:
-            Unavailable: the head did not come back. NotFound: no such job.
+            InvalidRequest: `after` is no token of the job.
+            Unavailable: the head did not come back within `retries`, over a minute if not given.
 
         >>> async for event in job.stream():
         ...     if isinstance(event, TokenEvent):
@@ -124,7 +187,7 @@ class AsyncJob(JobView):
         """
         cursor = StreamCursor(check_after(after), retries)
         while True:
-            messages = self._wire().stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
+            messages = self._calls.stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
             try:
                 async for message in messages:
                     for event in cursor.events(message):
@@ -142,48 +205,63 @@ class AsyncJob(JobView):
             await asyncio.sleep(delay)
 
     async def cancel(self) -> AsyncJob:
-        """Cancel the job; one that has ended stays as it is. `(await job.cancel()).state`"""
-        return self._take(await self._wire().call("Cancel", pb.JobRequest(id=self.id)))
+        """Cancel the job; one that has ended stays as it is. Return this job.
+
+        >>> (await job.cancel()).state
+        """
+        return self._take(await self._calls.call("Cancel", pb.JobRequest(id=self.id)))
 
     async def delete(self) -> None:
-        """Forget the ended job with its results; Conflict while it runs. `await job.delete()`"""
-        await self._wire().call("Delete", pb.JobRequest(id=self.id))
+        """Forget the ended job with its results. Raises Conflict while it runs."""
+        await self._calls.call("Delete", pb.JobRequest(id=self.id))
 
     def _take(self, message: pb.Job) -> AsyncJob:
-        self.data = JobData.read(message)
+        self.data = read_message(JobData, message)
         return self
 
 
 class AsyncDocuments:
     """The documents the head keeps: `client.documents`. The same bytes give the same document."""
 
-    def __init__(self, wire: Callable[[], AsyncWire]) -> None:
-        self._wire = wire
+    def __init__(self, calls: _AsyncCalls) -> None:
+        self._calls = calls
 
     async def upload(self, source: str | bytes | os.PathLike[str], name: str | None = None) -> DocumentInfo:
-        """Store the file of a path object, a text (`str`) or bytes, sent in pieces of 1 MiB.
+        """Store the file of a path object, a text (`str`) or bytes of UTF-8, sent in pieces of 1 MiB.
+
+        The `name` is for people, at most 256 characters; by default that of the file.
+
+        Raises:
+            InvalidRequest: the file cannot be read, or the document is empty or too large.
 
         >>> document = await client.documents.upload(Path("report.txt"))
+        >>> job = await client.submit(document, "What was decided?")
         """
         check_source(source, name)
-        return DocumentInfo.read(await self._wire().upload(lambda: document_pieces(source, name)))
+        return read_message(DocumentInfo, await self._calls.upload(lambda: document_pieces(source, name)))
 
-    async def list(self) -> list[DocumentInfo]:
-        """All documents. `[document.name for document in await client.documents.list()]`"""
-        reply = await self._wire().call("ListDocuments", pb.ListDocumentsRequest())
-        return [DocumentInfo.read(document) for document in reply.documents]
+    async def list(self) -> DocumentList:
+        """Return all documents, newest first.
+
+        >>> [document.name for document in await client.documents.list()]
+        """
+        reply = await self._calls.call("ListDocuments", pb.ListDocumentsRequest())
+        return [read_message(DocumentInfo, document) for document in reply.documents]
 
     async def get(self, document_id: str) -> DocumentInfo:
-        """One document; NotFound when there is none. `await client.documents.get("doc_...")`"""
-        return DocumentInfo.read(await self._wire().call("GetDocument", document_request(document_id)))
+        """Return one document. Raises NotFound when there is none of this id."""
+        return read_message(DocumentInfo, await self._calls.call("GetDocument", document_request(document_id)))
 
     async def delete(self, document_id: str) -> None:
-        """Forget a document; Conflict while a job needs it. `await client.documents.delete("doc_...")`"""
-        await self._wire().call("DeleteDocument", document_request(document_id))
+        """Forget a document. Raises Conflict while a job needs it, NotFound when there is none of this id."""
+        await self._calls.call("DeleteDocument", document_request(document_id))
 
 
 class AsyncClient:
-    """A head's documents and jobs. Connects at the first call, and belongs to its event loop.
+    """Documents and jobs of a head. Connects at the first call and belongs to its event loop.
+
+    Besides the errors named below, every call raises Unavailable (the head cannot be reached, or does not answer in
+    time), Unauthenticated and TlsError; LongreachError is the base of all.
 
     >>> async with AsyncClient() as client:
     ...     job = await client.submit("... a document ...", "What was decided?")
@@ -194,23 +272,26 @@ class AsyncClient:
         self, address: str = DEFAULT_ADDRESS, api_key: str | None = None, *,
         retries: RetryPolicy = CALL_RETRIES, **options: Unpack[ConnectionOptions],
     ) -> None:  # fmt: skip
-        """Args:
-        api_key: default: the environment variable LONGREACH_API_KEY.
-        options: TLS files and more, see `ConnectionOptions`. Raises InvalidRequest.
+        """Check the arguments (raises InvalidRequest); nothing is sent yet.
+
+        Args:
+            address: `host:port` of the head, or `unix:/path`.
+            api_key: default: the environment variable LONGREACH_API_KEY.
+            retries: of calls while the head cannot be reached. Default: for about a second.
+            options: TLS files and more, see `ConnectionOptions`.
         """
-        self._connection = Connection(address, api_key, **options)
-        self._retries = retries
-        self._wire: AsyncWire | None = None
-        self.documents = AsyncDocuments(self._open)
+        self._calls = _AsyncCalls(Connection(address, api_key, **options), retries)
+        self._address = address
+        self.documents = AsyncDocuments(self._calls)
 
     @classmethod
     def from_state(
         cls, data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR, api_key: str | None = None, *,
         retries: RetryPolicy = CALL_RETRIES, **options: Unpack[ConnectionOptions],
     ) -> AsyncClient:  # fmt: skip
-        """The client of the head that `longreach up` started on this machine; Unavailable when there is none.
+        """Return the client of the head that `longreach up` started on this machine.
 
-        With TLS it trusts the certificate that the head's state names.
+        With TLS it trusts the certificate that the head's state names. Raises Unavailable when no head is ready.
 
         >>> async with AsyncClient.from_state() as client:
         ...     print((await client.status()).model)
@@ -229,13 +310,11 @@ class AsyncClient:
     @property
     def address(self) -> str:
         """Where the head is, `host:port`."""
-        return self._connection.address
+        return self._address
 
     async def close(self) -> None:
         """Close the connection; may be called twice. Jobs go on."""
-        if self._wire is not None:
-            await self._wire.close()
-            self._wire = None
+        await self._calls.close()
 
     async def submit(
         self, document: str | os.PathLike[str] | DocumentInfo | None = None,
@@ -243,10 +322,16 @@ class AsyncClient:
     ) -> AsyncJob:  # fmt: skip
         """Queue a job: questions about a document, token ids, chat messages, or a raw prompt.
 
-        A `str` document is its text; a path object is a file, uploaded first. For `options` see `SubmitOptions`.
+        Args:
+            document: a `str` is the text itself; a path object is a file, uploaded first; or one of `documents`.
+            question: one, or a list of them, which share the reading of the document.
+            options: the input when there is no document, sampling and more, see `SubmitOptions`.
 
         Raises:
-            InvalidRequest, NotFound (document), Conflict (idempotency key), Busy, Unauthenticated, Unavailable.
+            InvalidRequest: the input or an option cannot be used.
+            NotFound: the document has been deleted or has expired.
+            Conflict: the idempotency key was used with another request.
+            Busy: the queue is full.
 
         >>> job = await client.submit(Path("report.txt"), "What was decided?", max_tokens=64, labels={"team": "law"})
         """
@@ -254,18 +339,20 @@ class AsyncClient:
         if document is not None and not isinstance(document, DocumentInfo) and needs_upload(document):
             document = await self.documents.upload(document)
         assert not isinstance(document, os.PathLike)
-        message = await self._open().call("Submit", build_submit(document, question, options))
+        message = await self._calls.call("Submit", build_submit(document, question, options))
         many = question is not None and not isinstance(question, str)
-        return AsyncJob(self._open, JobData.read(message), many)
+        return AsyncJob(self._calls, read_message(JobData, message), many)
 
     async def job(self, job_id: str) -> AsyncJob:
-        """Find a job again; NotFound when there is none. `await client.job("job_...")`"""
-        return AsyncJob(self._open, JobData.read(await self._open().call("Get", job_request(job_id))))
+        """Find a job again. Raises NotFound when there is none of this id."""
+        return AsyncJob(self._calls, read_message(JobData, await self._calls.call("Get", job_request(job_id))))
 
     async def jobs(
         self, states: Collection[str] = (), labels: Mapping[str, str] | None = None, limit: int | None = None
     ) -> AsyncIterator[AsyncJob]:
-        """Jobs, newest first, fetched page by page; without token ids until `refresh`.
+        """Yield jobs, newest first, fetched page by page; without token ids until `refresh`.
+
+        Only those in one of `states` and with all of `labels`, at most `limit`. Raises InvalidRequest.
 
         >>> async for job in client.jobs(states=["failed"], limit=10):
         ...     print(job.id, job.error)
@@ -273,21 +360,17 @@ class AsyncClient:
         request = list_request(states, labels, limit)
         left = limit
         while left is None or left > 0:
-            page = await self._open().call("List", request)
+            page = await self._calls.call("List", request)
             for message in page.jobs[:left]:
-                yield AsyncJob(self._open, JobData.read(message))
+                yield AsyncJob(self._calls, read_message(JobData, message))
             left = None if left is None else left - len(page.jobs)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
     async def status(self) -> ClusterStatus:
-        """Stages, queue and memory of the cluster. `(await client.status()).kv_usage`"""
-        return ClusterStatus.read(await self._open().call("ClusterStatus", pb.ClusterStatusRequest()))
+        """Return stages, queue and memory of the cluster.
 
-    def _open(self) -> AsyncWire:
-        from cluster.client.transport import AsyncWire
-
-        if self._wire is None:
-            self._wire = AsyncWire(self._connection, self._retries)
-        return self._wire
+        >>> (await client.status()).kv_usage
+        """
+        return read_message(ClusterStatus, await self._calls.call("ClusterStatus", pb.ClusterStatusRequest()))

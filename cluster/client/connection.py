@@ -10,21 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from cluster.client.errors import DEFAULT_ADDRESS, InvalidRequest, read_state
+from cluster.client.errors import InvalidRequest
+from cluster.client.state_file import read_state
 from cluster.common.addresses import is_loopback, split_address
 
+DEFAULT_ADDRESS = "127.0.0.1:7777"
 FileName = str | os.PathLike[str] | None
 
 
 class ConnectionOptions(TypedDict, total=False):
-    """Keyword arguments of the clients besides address and key. An empty file name means none at all."""
+    """Keyword arguments of the clients besides address and key. An empty file name means none at all.
 
-    ca_file: FileName  # PEM of the authority, or of the head's own certificate; turns TLS on
-    cert_file: FileName  # PEM of this client, for a head that wants one (mutual TLS); turns TLS on
-    key_file: FileName  # PEM of its key
-    server_name: str  # in the head's certificate, when it is not the host of the address
-    allow_plaintext_key: bool  # send the API key to another machine although nothing is encrypted
-    timeout_s: float  # for one call, without the time a job takes; 30 s
+    Attributes:
+        ca_file: PEM of the authority, or of the head's own certificate; turns TLS on. Default: LONGREACH_CA_FILE.
+        cert_file: PEM of this client, for a head that wants one (mutual TLS). Default: LONGREACH_CERT_FILE.
+        key_file: PEM of its key. Default: LONGREACH_KEY_FILE.
+        server_name: a name in the head's certificate, when the host of the address is none.
+        allow_plaintext_key: send the API key to another machine although nothing is encrypted.
+        timeout_s: seconds for one call, without the time a job takes. Default: 30.
+    """
+
+    ca_file: FileName
+    cert_file: FileName
+    key_file: FileName
+    server_name: str
+    allow_plaintext_key: bool
+    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +49,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """The arguments of a client, checked (InvalidRequest); files are not opened yet."""
+    """The arguments of a client, checked (InvalidRequest) but for the files, which are not opened yet."""
 
     address: str = DEFAULT_ADDRESS
     api_key: str | None = None
@@ -56,8 +67,8 @@ class Connection:
             raise InvalidRequest(f"timeout_s: {self.timeout_s!r}: must be a number of seconds above 0")
         files = self.tls
         if files is not None and (files.cert is None) != (files.key is None):
-            lacking, given = ("cert_file", files.key) if files.cert is None else ("key_file", files.cert)
-            raise InvalidRequest(f"{lacking}: (missing): goes with {given}: give both or neither")
+            lacking, other = ("cert_file", files.key) if files.cert is None else ("key_file", files.cert)
+            raise InvalidRequest(f"{lacking}: (missing): goes with {other}: give both or neither")
         self._check_key()
 
     def _check_key(self) -> None:
@@ -76,7 +87,7 @@ class Connection:
 
     @property
     def is_local(self) -> bool:
-        """Whether the address is on this machine."""
+        """Whether the address is one of this machine."""
         where = split_address(self.address)
         return self.is_unix or (where is not None and is_loopback(where[0]))
 
@@ -89,23 +100,23 @@ class Connection:
 
     @property
     def secret(self) -> str:
-        """The API key given, else that of the environment variable LONGREACH_API_KEY, else empty."""
+        """The API key of the argument, else of the environment variable LONGREACH_API_KEY, else empty."""
         return self.api_key if self.api_key is not None else os.environ.get("LONGREACH_API_KEY", "")
 
 
-def _file(given: FileName, variable: str) -> Path | None:
-    name = os.environ.get(variable, "") if given is None else os.fspath(given)
+def _file(argument: FileName, variable: str) -> Path | None:
+    name = os.environ.get(variable, "") if argument is None else os.fspath(argument)
     return Path(name).expanduser() if name else None
 
 
 def state_connection(data_dir: str | os.PathLike[str], options: ConnectionOptions) -> tuple[str, ConnectionOptions]:
-    """(address, options) of the head that is ready under a data directory.
+    """Return (address, options) of the head that is ready under a data directory.
 
     What `options` leaves out is taken from the state the head wrote: a plaintext head is met in plaintext whatever the
     environment says, a TLS head is trusted by its own certificate. Raises Unavailable when no head is ready there.
     """
     state = read_state(data_dir)
-    given: ConnectionOptions = {"ca_file": state["ca_file"], "server_name": state["server_name"]}
+    from_state: ConnectionOptions = {"ca_file": state["ca_file"], "server_name": state["server_name"]}
     if not state["ca_file"]:
-        given |= {"cert_file": "", "key_file": ""}
-    return state["address"], given | options
+        from_state |= {"cert_file": "", "key_file": ""}
+    return state["address"], from_state | options

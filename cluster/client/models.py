@@ -1,4 +1,7 @@
-"""What clients hand out: jobs, answers, documents, events and the cluster's status, as plain frozen values."""
+"""What clients hand out: jobs, answers, documents, events and the cluster's status, as plain frozen values.
+
+The fields are those of the messages in jobs.proto, which `read_message` reads by name.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster.client.errors import REATTACH_RETRIES, JobFailed, LongreachError, RetryPolicy, Unavailable
+from cluster.client.errors import JobFailed, LongreachError, Unavailable
+from cluster.client.retry import REATTACH_RETRIES, RetryPolicy
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs.convert import read_message
 
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
-_PARTS = {pb.REASONING: "reasoning", pb.ANSWER: "answer"}
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentInfo:
-    """A stored document; times are seconds since 1970."""
+    """A document that the head keeps: the same bytes give the same `id`, `name` is for people.
+
+    Times are seconds since 1970; every use moves `expires` on.
+    """
 
     id: str
     name: str
@@ -23,32 +30,27 @@ class DocumentInfo:
     created: float
     expires: float
 
-    @classmethod
-    def read(cls, message: pb.Document) -> DocumentInfo:
-        return cls(message.id, message.name, message.size_bytes, message.created, message.expires)
-
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Prefill of one question in tokens; `processed` counts cached ones too."""
+    """How far the prompt of one question has been read (prefill), in tokens; `processed` counts cached ones too.
+
+    `eta_ms` are the milliseconds expected until the first token of the answer, None when there is no estimate.
+    """
 
     total: int = 0
     cached: int = 0
     processed: int = 0
     eta_ms: int | None = None
 
-    @classmethod
-    def read(cls, message: pb.Progress) -> Progress:
-        eta = message.eta_ms if message.HasField("eta_ms") else None
-        return cls(message.total, message.cached, message.processed, eta)
-
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token and the text that became certain with it (often empty); `top` has (token id, log-probability).
+    """A token and the text that became certain with it, often empty since a character may need several tokens.
 
-    In streams `part` says whether the output is "reasoning" or "answer" now, and `reasoning` and `answer` are `text`
-    apart, without tags. Elsewhere, and from a head that does not know parts, `part` is empty.
+    `logprob` and `top`, pairs of (token id, log-probability), are there when `logprobs` was asked for. In streams
+    `part` says whether the output is "reasoning" or "answer" now, and `reasoning` and `answer` are `text` apart,
+    without tags. Elsewhere, and from a head that does not know parts, `part` is empty.
     """
 
     token_id: int
@@ -59,17 +61,16 @@ class Token:
     reasoning: str = ""
     answer: str = ""
 
-    @classmethod
-    def read(cls, message: pb.Token) -> Token:
-        logprob = message.logprob if message.HasField("logprob") else None
-        top = tuple((t.token_id, t.logprob) for t in message.top)
-        part = _PARTS.get(message.part, "")
-        return cls(message.token_id, message.text, logprob, top, part, message.reasoning, message.answer)
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question's answer as far as it has come; `finish_reason` is empty while it runs."""
+    """The answer to one question as far as it has come.
+
+    `finish_reason` is "stop", "length", "cancelled" or "error", and empty while it runs. `text` is without the
+    `reasoning` of a thinking model, which is None when there is none; `token_ids` has both. `tokens` are there when
+    `logprobs` was asked for. `attention` says how the prompt attended, once the answer has ended: mode, density,
+    recall and figures of every layer. Listings leave `token_ids`, `tokens` and the layers out.
+    """
 
     question: str
     text: str
@@ -80,24 +81,21 @@ class Answer:
     cached_tokens: int
     progress: Progress
     tokens: tuple[Token, ...] = ()
-    attention: Mapping[str, Any] = field(default_factory=dict)  # how the prompt attended, once it has ended
-
-    @classmethod
-    def read(cls, message: pb.Answer) -> Answer:
-        return cls(
-            message.question, message.text, message.reasoning if message.HasField("reasoning") else None,
-            message.finish_reason, tuple(message.token_ids), message.prompt_tokens, message.cached_tokens,
-            Progress.read(message.progress), tuple(map(Token.read, message.tokens)),
-            _attention(message.attention) if message.HasField("attention") else {},
-        )  # fmt: skip
+    attention: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class JobData:
-    """A job as the head last described it; times are seconds since 1970, timings are seconds."""
+    """A job as the head last described it.
+
+    `state` is queued, prefilling, decoding, recovering, succeeded, failed or cancelled; `error` says why a job failed.
+    Times are seconds since 1970, None for what has not happened yet; `timings` (`queued_s`, `prefill_s`, `ttft_s`,
+    `decode_s`, `total_s`) are seconds. `last_event` is the number of the newest token, `restarts` counts how often
+    another head took the job up, and `reproducibility` is what the same tokens need: model, versions, seed and so on.
+    """
 
     id: str
-    state: str  # queued, prefilling, decoding, recovering, succeeded, failed, cancelled
+    state: str
     created: float
     started: float | None
     finished: float | None
@@ -111,46 +109,14 @@ class JobData:
     timings: Mapping[str, float] = field(default_factory=dict)
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def read(cls, message: pb.Job) -> JobData:
-        return cls(
-            message.id, pb.State.Name(message.state).lower(), message.created,
-            message.started if message.HasField("started") else None,
-            message.finished if message.HasField("finished") else None,
-            message.priority, message.document_id, tuple(map(Answer.read, message.answers)), message.error,
-            dict(message.labels), message.last_event, message.restarts,
-            _plain(message.timings) if message.HasField("timings") else {},
-            _plain(message.reproducibility) if message.HasField("reproducibility") else {},
-        )  # fmt: skip
-
     def to_json(self) -> dict[str, Any]:
-        """The job as plain data, for `--json`."""
+        """Return the job as plain data that `json.dumps` takes."""
         return asdict(self)
-
-
-def _attention(message: pb.AttentionSummary) -> dict[str, Any]:
-    """As `longreach run --json` shows it; the figures of the layers in the precision they were sent in."""
-    values = {item.name: getattr(message, item.name) for item in message.DESCRIPTOR.fields}
-    layers = [
-        {"layer": layer.layer}
-        | {
-            item.name: [round(value, 4) for value in getattr(layer, item.name)]
-            for item in layer.DESCRIPTOR.fields
-            if item.name != "layer"
-        }
-        for layer in message.layers
-    ]
-    return values | {"layers": layers}
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    values = {item.name: getattr(message, item.name) for item in message.DESCRIPTOR.fields}
-    return {name: value if isinstance(value, (int, float, str)) else dict(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One process of the pipeline."""
+    """One process of the pipeline: its `stage` and its `rank` within it, both from 0, and its memory in bytes."""
 
     stage: int
     rank: int
@@ -161,7 +127,10 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """The cluster at one moment; `kv_usage` is a share from 0 to 1."""
+    """The cluster at one moment: `queued` and `running` count jobs, `kv_usage` is a share from 0 to 1.
+
+    `max_model_len` bounds a prompt and its answer together, `kv_tokens` is what the KV cache holds, both in tokens.
+    """
 
     model: str
     max_model_len: int
@@ -173,18 +142,10 @@ class ClusterStatus:
     uptime_s: float
     version: str
 
-    @classmethod
-    def read(cls, message: pb.ClusterStatusReply) -> ClusterStatus:
-        stages = tuple(StageStatus(s.stage, s.rank, s.state, s.steps_done, s.resident_bytes) for s in message.stages)
-        return cls(
-            message.model, message.max_model_len, message.queued, message.running, message.kv_usage,
-            message.kv_tokens, stages, message.uptime_s, message.version,
-        )  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """Prefill of one question (index) went on."""
+    """The prompt of one question (its index) has been read further."""
 
     question: int
     progress: Progress
@@ -201,7 +162,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """The last event of a stream."""
+    """The last event of a stream, with the job and its answers, whether it succeeded or not."""
 
     job: JobData
 
@@ -209,10 +170,11 @@ class JobEnded:
 Event = ProgressEvent | TokenEvent | JobEnded
 
 
-class JobView:
+class BaseJob:
     """What is known of a job without asking the head; the base of both clients' jobs."""
 
     def __init__(self, data: JobData, many: bool | None = None) -> None:
+        """Take what the head said; `many`: whether the result is a list (None: when there are several answers)."""
         self.data = data
         self._many = many
 
@@ -221,23 +183,27 @@ class JobView:
 
     @property
     def id(self) -> str:
+        """`job_` and 32 hexadecimal digits; `client.job(id)` finds the job again."""
         return self.data.id
 
     @property
     def state(self) -> str:
-        """queued, prefilling, decoding, recovering, succeeded, failed or cancelled; as of the last answer."""
+        """queued, prefilling, decoding, recovering, succeeded, failed or cancelled; as of the last call."""
         return self.data.state
 
     @property
     def done(self) -> bool:
+        """Whether the job has succeeded, failed or been cancelled."""
         return self.state in FINAL
 
     @property
     def error(self) -> str:
+        """Why the job failed, else empty."""
         return self.data.error
 
     @property
     def labels(self) -> Mapping[str, str]:
+        """The labels that were submitted."""
         return self.data.labels
 
     @property
@@ -247,13 +213,13 @@ class JobView:
 
     @property
     def progress(self) -> Progress:
-        """Of the first unfinished question, else of the last one."""
-        open_answers = [answer for answer in self.data.answers if not answer.finish_reason]
-        chosen = open_answers[:1] or self.data.answers[-1:]
+        """Progress of the first unfinished question, else of the last one."""
+        unfinished = [answer for answer in self.data.answers if not answer.finish_reason]
+        chosen = unfinished[:1] or self.data.answers[-1:]
         return chosen[0].progress if chosen else Progress()
 
     def _result(self) -> Answer | list[Answer]:
-        """The answers of an ended job: a list when several were asked for. Raises JobFailed."""
+        """Return the answers of an ended job: a list when several were asked for. Raises JobFailed."""
         if self.state != "succeeded":
             raise JobFailed(self)
         many = self._many if self._many is not None else len(self.data.answers) != 1
@@ -261,52 +227,47 @@ class JobView:
 
 
 class StreamCursor:
-    """Where a stream of events stands: hands out every token once, and says how long to pause before re-attaching."""
+    """Position in a job's stream of events: yields every token once, and says how long to pause before re-attaching."""
 
     def __init__(self, after: int = 0, retries: RetryPolicy = REATTACH_RETRIES) -> None:
+        """Begin after token number `after`."""
         self.after = after
         self._retries = retries
         self._delays: Iterator[float] = retries.delays()
         self._processed: dict[int, int] = {}
 
     def events(self, message: pb.JobEvent) -> Iterator[Event | JobData]:
-        """What a message says that is new, as `accept` says it; a group of tokens one by one."""
-        if message.WhichOneof("event") != "tokens":
-            messages = [message]
-        else:
-            first = message.number - len(message.tokens.tokens) + 1
-            messages = [pb.JobEvent(number=n, token=token) for n, token in enumerate(message.tokens.tokens, first)]
-        return (event for event in map(self.accept, messages) if event is not None)
-
-    def accept(self, message: pb.JobEvent) -> Event | JobData | None:
-        """The event of a message; JobData for a change of state, None for a token that was seen before.
+        """Yield what a message says that is new, JobData for a change of state; nothing of kinds of a newer head.
 
         Raises:
-            Unavailable: tokens are missing before this one; re-attach after the last.
+            Unavailable: tokens are missing before those of the message; re-attach after the last.
         """
         kind = message.WhichOneof("event")
-        if kind == "token":
-            if message.number <= self.after:
-                return None
-            if message.number != self.after + 1:
-                raise Unavailable(f"stream: token {message.number} came after {self.after}: some are missing")
-            self.after = message.number
-            self._delays = self._retries.delays()
-            return TokenEvent(message.token.question, Token.read(message.token.token), message.number)
-        if kind == "progress":
-            event = ProgressEvent(message.progress.question, Progress.read(message.progress.progress))
+        if kind == "token" or kind == "tokens":
+            tokens = message.tokens.tokens if kind == "tokens" else [message.token]
+            for number, event in enumerate(tokens, message.number - len(tokens) + 1):
+                if number > self.after:
+                    self._advance(number)
+                    yield TokenEvent(event.question, read_message(Token, event.token), number)
+        elif kind == "progress":
+            progress = read_message(Progress, message.progress.progress)
             # progress that does not move does not count: a head that dies right after it must not be tried forever
-            if event.progress.processed > self._processed.get(event.question, -1):
-                self._processed[event.question] = event.progress.processed
+            if progress.processed > self._processed.get(message.progress.question, -1):
+                self._processed[message.progress.question] = progress.processed
                 self._delays = self._retries.delays()
-            return event
-        if kind == "job":
-            data = JobData.read(message.job)
-            return JobEnded(data) if data.state in FINAL else data
-        return None  # a kind that a newer head knows
+            yield ProgressEvent(message.progress.question, progress)
+        elif kind == "job":
+            data = read_message(JobData, message.job)
+            yield JobEnded(data) if data.state in FINAL else data
+
+    def _advance(self, number: int) -> None:
+        if number != self.after + 1:
+            raise Unavailable(f"stream: token {number} came after {self.after}: some are missing")
+        self.after = number
+        self._delays = self._retries.delays()
 
     def pause(self, error: LongreachError) -> float:
-        """Seconds to sleep before the next try; raises `error` when there were enough or it is not about reaching."""
+        """Return the seconds to sleep before the next try; raise `error` when no further one is due or of use."""
         if not isinstance(error, Unavailable):
             raise error
         delay = next(self._delays, None)

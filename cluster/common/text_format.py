@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
 
 MAX_SHOWN = 60  # characters of a value or key in an error
+_YAML_LITERAL = re.compile(  # unquoted text that YAML 1.1 reads as a null, boolean or number
+    r"~|null|Null|NULL|yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
+    r"|[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(:[0-5]?[0-9])*|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+    r"|[-+]?[0-9][0-9_]*(\.[0-9_]*([eE][-+][0-9]+)?|(:[0-5]?[0-9])+\.[0-9_]*)|\.[0-9][0-9_]*([eE][-+][0-9]+)?"
+)
 
 
 def one_line(value: object, limit: int | None = None) -> str:
@@ -16,11 +21,6 @@ def one_line(value: object, limit: int | None = None) -> str:
 def describe_error(error: BaseException) -> str:
     """Return `TypeName: message` on one line, for errors whose message alone may say nothing."""
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def tls_reason(error: Exception) -> str:
-    """Return what OpenSSL says is wrong, in plain words: `KEY_VALUES_MISMATCH` as `key values mismatch`."""
-    return (getattr(error, "reason", None) or str(error) or type(error).__name__).replace("_", " ").lower()
 
 
 def escape_unprintable(text: str) -> str:
@@ -46,15 +46,6 @@ def show_value(value: object) -> str:
     if not isinstance(value, (str, int, float)):
         return f"({type(value).__name__})"
     text = escape_unprintable(str(value)[: 2 * MAX_SHOWN])
-    if isinstance(value, str) and (not value or value != value.strip() or _is_yaml_literal(value)):
+    if isinstance(value, str) and (not value or value != value.strip() or _YAML_LITERAL.fullmatch(value[:MAX_SHOWN])):
         text = f'"{text}"'
     return shorten(text)
-
-
-def _is_yaml_literal(text: str) -> bool:
-    """Whether YAML would read the unquoted text as a number, boolean or null."""
-    import yaml  # here: the client library uses this module, and needs no YAML
-
-    loader: Any = yaml.SafeLoader("")
-    tag: str = loader.resolve(yaml.ScalarNode, text[:MAX_SHOWN], (True, False))
-    return tag.rpartition(":")[2] in ("int", "float", "bool", "null")

@@ -1,4 +1,4 @@
-"""The configuration of positions and attention: what of the model's own settings the YAML file replaces."""
+"""Sections of positions and attention: what the YAML file replaces of the model's own settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.common.units import COUNT_RULE
-from cluster.config.section import FLAG, POSITIVE, Count, Section, broken_rule
+from cluster.config.section import FLAG, POSITIVE, Count, Section, broken_rule, optional
+from protos.model.spec import DUAL_CHUNK_SETTINGS, SPARSE_SETTINGS
 
+_DUAL_CHUNK, _SPARSE = DUAL_CHUNK_SETTINGS, SPARSE_SETTINGS  # by name: Field
 _SHARE = "must be a number from 0 to 1"
 
 
@@ -36,10 +38,6 @@ class RopeScaling(Section):
             raise broken_rule("factor", f"required with rope_type {self.rope_type}; it is never inferred")
         return self
 
-    def as_mapping(self) -> Mapping[str, Any]:
-        """The keys that were given, as config.json would have them."""
-        return self.model_dump(exclude_none=True)
-
 
 def _no_number(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool):  # 1 would pass for true
@@ -48,12 +46,14 @@ def _no_number(value: object) -> object:
 
 
 class DualChunk(Section):
-    """Dual chunk attention; what is not given comes from the model's file. `false` stands for `{enabled: false}`."""
+    """Dual chunk attention; what is null comes from the model's file. `false` stands for `{enabled: false}`."""
 
     enabled: bool | None = Field(default=None, description=FLAG)
-    chunk_size: Count | None = Field(default=None, ge=2, le=1 << 30, description=f"{COUNT_RULE}, at least 2")
-    local_size: Count | None = Field(default=None, ge=1, le=1 << 30, description=COUNT_RULE)
-    original_max_position_embeddings: Count | None = Field(default=None, ge=0, le=1 << 30, description=COUNT_RULE)
+    chunk_size: Count | None = optional(_DUAL_CHUNK["chunk_size"], f"{COUNT_RULE}, at least 2")
+    local_size: Count | None = optional(_DUAL_CHUNK["local_size"], COUNT_RULE)
+    original_max_position_embeddings: Count | None = optional(
+        _DUAL_CHUNK["original_max_position_embeddings"], COUNT_RULE
+    )
 
     @model_validator(mode="after")
     def _local_is_smaller(self) -> DualChunk:
@@ -61,25 +61,21 @@ class DualChunk(Section):
             raise broken_rule("local_size", f"must be below chunk_size ({self.chunk_size})")
         return self
 
-    def as_mapping(self) -> Mapping[str, Any]:
-        """The keys that were given."""
-        return self.model_dump(exclude_none=True)
-
 
 class SparseSection(Section):
-    """Sparse prefill of long prompts; what is not given comes from the model's file."""
+    """Sparse prefill of long prompts; what is null comes from the model's file."""
 
     enabled: Annotated[Literal["auto", True, False], BeforeValidator(_no_number)] = Field(
         default="auto", description="must be one of auto, true, false"
     )
-    threshold: Count | None = Field(default=None, ge=0, le=1 << 30, description=COUNT_RULE)
-    last_q: int | None = Field(default=None, ge=1, le=1024, description="must be a whole number from 1 to 1024")
-    cell: Count | None = Field(default=None, ge=1, le=1 << 20, description=f"{COUNT_RULE}, at most 1M")
-    n_vertical: Count | None = Field(default=None, ge=1, le=1 << 24, description=POSITIVE)
-    n_slash: Count | None = Field(default=None, ge=1, le=1 << 24, description=POSITIVE)
-    target_recall: float | None = Field(default=None, gt=0, le=1, description="must be a number above 0 and at most 1")
-    recall_floor: float | None = Field(default=None, ge=0, le=1, description=f"{_SHARE} (0: off)")
-    max_dense_share: float | None = Field(default=None, ge=0, le=1, description=_SHARE)
+    threshold: Count | None = optional(_SPARSE["threshold"], COUNT_RULE)
+    last_q: int | None = optional(_SPARSE["last_q"], "must be a whole number from 1 to 1024")
+    cell: Count | None = optional(_SPARSE["cell"], f"{COUNT_RULE}, at most 1M")
+    n_vertical: Count | None = optional(_SPARSE["n_vertical"], POSITIVE)
+    n_slash: Count | None = optional(_SPARSE["n_slash"], POSITIVE)
+    target_recall: float | None = optional(_SPARSE["target_recall"], "must be a number above 0 and at most 1")
+    recall_floor: float | None = optional(_SPARSE["recall_floor"], f"{_SHARE} (0: off)")
+    max_dense_share: float | None = optional(_SPARSE["max_dense_share"], _SHARE)
     synthetic: bool = Field(default=False, description=FLAG)
 
     @model_validator(mode="after")
@@ -92,6 +88,5 @@ class SparseSection(Section):
         return self
 
     def as_mapping(self) -> Mapping[str, Any]:
-        """The keys that were given; `enabled: auto` is left out."""
-        given = self.model_dump(exclude_none=True)
-        return {key: value for key, value in given.items() if (key, value) != ("enabled", "auto")}
+        """Return the keys that are not null; `enabled: auto` is left out."""
+        return {key: value for key, value in super().as_mapping().items() if (key, value) != ("enabled", "auto")}

@@ -1,4 +1,4 @@
-"""Memory of a shard besides its weights: KV pages, and what a step of the largest size needs while it runs.
+"""Memory of a shard beside its weights: KV pages, and scratch of a step of the largest size.
 
 Legend: `T` tokens of the largest step, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim,
 `k` experts a token uses, `I` their intermediate size.
@@ -25,7 +25,7 @@ _FIXED = 64 << 20  # compiled kernels and their own buffers, stacks
 
 
 def compute_dtype(deployment: Deployment) -> str:
-    """The type of weights and hidden states: as configured; `auto` keeps float32 and computes 16-bit checkpoints in
+    """Return the type of weights and hidden states: as configured; `auto` is float32 for a float32 checkpoint, else
     bfloat16."""
     wanted = deployment.config.model.dtype
     if wanted != "auto":
@@ -34,12 +34,12 @@ def compute_dtype(deployment: Deployment) -> str:
 
 
 def kv_dtype(deployment: Deployment) -> str:
-    """The type of keys and values: int8 where it is configured, else that of the weights."""
+    """Return the type of keys and values: int8 where it is configured, else that of the weights."""
     return "int8" if deployment.config.kv_cache.dtype == "int8" else compute_dtype(deployment)
 
 
 def kv_token_bytes(deployment: Deployment) -> int:
-    """Bytes one token takes on the shard whose tokens are largest."""
+    """Return the bytes of one token on the shard whose tokens are largest."""
     width = DTYPE_BYTES.get(kv_dtype(deployment), _INT8_BYTES)
     scale = _INT8_SCALE_BYTES if kv_dtype(deployment) == "int8" else 0
     return max(kv_bytes_per_token(deployment.spec, shard, width, scale) for shard in deployment.shards)
@@ -48,11 +48,11 @@ def kv_token_bytes(deployment: Deployment) -> int:
 def scratch_bytes(
     spec: ModelSpec, shard: ShardSpec, tokens: int, sequences: int, width: int, context: int = 0
 ) -> int:  # fmt: skip
-    """Most bytes one step of `tokens` rows needs on a shard beside weights and KV; an upper estimate.
+    """Return an upper estimate of the bytes that a step of `tokens` rows needs on a shard beside weights and KV.
 
     Args:
         context: tokens of the longest context; a sparse cell sums over its columns and diagonals.
-        sequences: most rows of the step that are sampled.
+        sequences: rows of the step that are sampled, at most.
         width: bytes of an activation.
     """
     hidden, dim = spec.hidden_size, spec.head_dim
@@ -76,7 +76,7 @@ def scratch_bytes(
 
 
 def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: int) -> int:
-    """Bytes of KV one shard may allocate.
+    """Return the bytes of KV that one shard may allocate.
 
     Args:
         loaded: what every shard reported after loading.

@@ -1,13 +1,10 @@
 """The configuration as frozen pydantic models: one class a section, and beside each key the rule an error shows.
 
 A field's `description` is that rule; `config.deployment` prints it whatever the way in which the value is wrong.
-Types are strict (`"64"` is not 64), except for the human integers of `cluster.common.units`.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -15,7 +12,20 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from cluster.common.addresses import is_loopback
 from cluster.common.units import BYTES_RULE, COUNT_RULE
 from cluster.config.attention import DualChunk, RopeScaling, SparseSection
-from cluster.config.section import FLAG, POSITIVE, Bytes, Count, PathValue, Section, broken_rule
+from cluster.config.section import (
+    FLAG,
+    POSITIVE,
+    Bytes,
+    Count,
+    FileName,
+    Host,
+    PathValue,
+    PowerOfTwo,
+    RayAddress,
+    Section,
+    broken_rule,
+)
+from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
 
 DEFAULT_KV_FRACTION = 0.5
 FILE_RULE = "must be the path of a file"
@@ -23,46 +33,14 @@ MAX_TTL_S = 10 * 366 * 86400.0
 TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (ten years)"
 
 
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError("not a power of two")
-    return value
-
-
-def _host(value: str) -> str:
-    try:
-        ipaddress.ip_address(value)
-    except ValueError:
-        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value):
-            raise ValueError("not a host") from None
-    return value
-
-
-def _address(value: str) -> str:
-    if value in ("local", "auto"):
-        return value
-    host, _, port = value.rpartition(":")
-    if not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
-        raise ValueError("no port")
-    _host(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-    return value
-
-
-def _file_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or value in (".", ".."):
-        raise ValueError("not a file name")
-    return value
-
-
-def _has_both_fields(value: str) -> str:
-    at, after = value.find("{document}"), value.find("{question}")
-    if value.count("{document}") != 1 or value.count("{question}") != 1 or after < at:
+def _document_prompt(value: str) -> str:
+    if not is_document_prompt(value):
         raise ValueError("not the two fields")
     return value
 
 
 class ModelSection(Section):
-    """Which checkpoint, and how long a context it is asked to hold."""
+    """The checkpoint, and the length of its context."""
 
     path: PathValue = Field(description="must be the path of a directory with config.json")
     served_model_name: str = Field(
@@ -80,15 +58,15 @@ class ModelSection(Section):
     rope_scaling: RopeScaling | None = Field(
         default=None, description="must be a mapping such as {rope_type: yarn, factor: 4.0}"
     )
-    config_file: Annotated[str, AfterValidator(_file_name)] = Field(
+    config_file: FileName = Field(
         default="config.json", description="must be the name of a file in model.path, such as config_1m.json"
     )
     dual_chunk_attention: DualChunk | None = Field(
         default=None, description="must be false, or a mapping such as {chunk_size: 256K, local_size: 8K}"
     )
     allow_beyond_positions: bool = Field(default=False, description=FLAG)
-    document_prompt: Annotated[str, AfterValidator(_has_both_fields)] = Field(
-        default="{document}\nQuestion: {question}",
+    document_prompt: Annotated[str, AfterValidator(_document_prompt)] = Field(
+        default=DEFAULT_DOCUMENT_PROMPT,
         description="must contain {document} once and after it {question} once",
     )
 
@@ -105,11 +83,9 @@ class ModelSection(Section):
 
 
 class ClusterSection(Section):
-    """Where the actors run and how the model is split over them."""
+    """Where the stage processes run and how the model is split over them."""
 
-    address: Annotated[str, AfterValidator(_address)] = Field(
-        default="local", description="must be local, auto, or the host:port of a Ray head"
-    )
+    address: RayAddress = Field(default="local", description="must be local, auto, or the host:port of a Ray head")
     pipeline_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
     expert_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="must be one of cpu, cuda")
@@ -133,19 +109,20 @@ class ClusterSection(Section):
 
     @property
     def num_actors(self) -> int:
+        """Stage processes in all: stages x shards."""
         return self.pipeline_parallel_size * self.expert_parallel_size
 
     def threads(self, cores: int) -> int:
-        """Threads of one actor when all actors share `cores` cores."""
+        """Return the threads of one actor when all actors share `cores` cores."""
         return self.threads_per_actor or max(1, cores // self.num_actors)
 
     def cpus(self, cores: int) -> float:
-        """Ray CPUs reserved for one actor when all actors share `cores` cores."""
+        """Return the Ray CPUs reserved for one actor when all actors share `cores` cores."""
         return self.cpus_per_actor or min(float(self.threads(cores)), cores / self.num_actors)
 
 
 class PrefillSection(Section):
-    """The budget of one step."""
+    """Limits of one step."""
 
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
     max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
@@ -158,9 +135,7 @@ class KvCacheSection(Section):
     fraction: float | None = Field(
         default=None, validate_default=True, gt=0, le=1, description="must be a number above 0 and at most 1"
     )
-    page_size: Annotated[int, AfterValidator(_power_of_two)] = Field(
-        default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024"
-    )
+    page_size: PowerOfTwo = Field(default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024")
     dtype: Literal["auto", "int8"] = Field(default="auto", description="must be one of auto, int8")
 
     @field_validator("fraction", mode="before")
@@ -176,16 +151,12 @@ class KvCacheSection(Section):
 
 
 class ServerSection(Section):
-    """The door for clients, port 0 opens none, and the limits of what they may ask."""
+    """Where clients and Prometheus connect (port 0: no listener), and the limits of what clients may ask."""
 
-    host: Annotated[str, AfterValidator(_host)] = Field(
-        default="127.0.0.1", description="must be a host name or an IP address"
-    )
+    host: Host = Field(default="127.0.0.1", description="must be a host name or an IP address")
     port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (no door) to 65535")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
-    metrics_host: Annotated[str, AfterValidator(_host)] = Field(
-        default="127.0.0.1", description="must be a host name or an IP address"
-    )
+    metrics_host: Host = Field(default="127.0.0.1", description="must be a host name or an IP address")
     max_queued_jobs: int = Field(default=256, ge=1, le=1 << 20, description=f"{POSITIVE} and at most {1 << 20}")
     max_document_bytes: Bytes = Field(
         default=64 << 20, ge=1, le=16 << 30, description=f"{BYTES_RULE}, from 1 byte to 16GiB"
@@ -199,6 +170,7 @@ class ServerSection(Section):
 
     @property
     def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
         return is_loopback(self.host)
 
     @model_validator(mode="after")
@@ -209,7 +181,7 @@ class ServerSection(Section):
 
 
 class SecuritySection(Section):
-    """Who may come in, and what must be said in words before it is allowed."""
+    """API keys and TLS of the server, and the permission to do without them on a public address."""
 
     api_keys_file: PathValue | None = Field(default=None, description=FILE_RULE)
     tls_cert_file: PathValue | None = Field(default=None, description=FILE_RULE)
@@ -230,7 +202,7 @@ class SecuritySection(Section):
 
 
 class Config(Section):
-    """Everything the YAML file says. Validate with context `{"base_dir": Path}` so that relative paths resolve."""
+    """A whole YAML file. Validate with context `{"base_dir": Path}`, to which relative paths are resolved."""
 
     model: ModelSection = Field(description="must be a mapping with at least path")
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="must be a mapping")
@@ -249,7 +221,7 @@ class Config(Section):
         return {} if value is None else value  # `server:` with nothing under it
 
     @model_validator(mode="after")
-    def _door_is_safe(self) -> Config:
+    def _public_bind_is_authenticated(self) -> Config:
         security = self.security
         guarded = security.api_keys_file is not None and security.tls_cert_file is not None
         if not (self.server.is_loopback or guarded or security.allow_insecure_bind):

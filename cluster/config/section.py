@@ -1,27 +1,37 @@
-"""What every section of the configuration is made of: strict frozen models, and values as people write them."""
+"""What every section of the configuration is made of: a strict frozen base model, and types of values as people write
+them. A validator only refuses; the rule that an error shows is the description of the field."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
+from collections.abc import Mapping
+from dataclasses import Field as Setting
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from cluster.common.units import parse_bytes, parse_count
 
 POSITIVE = "must be a whole number of at least 1"
 FLAG = "must be true or false"
+RULE_BETWEEN_KEYS = "longreach_rule"  # type of the errors that `broken_rule` makes
 
 
 def broken_rule(key: str, rule: str) -> PydanticCustomError:
-    """An error between several keys, reported at `key` (relative to the model that raises it)."""
-    return PydanticCustomError("longreach_rule", "{rule}", {"key": key, "rule": rule})
+    """Return the error of a rule between several keys, reported at `key` (relative to the model that raises it)."""
+    return PydanticCustomError(RULE_BETWEEN_KEYS, "{rule}", {"key": key, "rule": rule})
+
+
+def optional(setting: Setting[Any], rule: str) -> Any:
+    """Return a field that is null by default and has the range of a setting of the model."""
+    return Field(default=None, description=rule, **setting.metadata)
 
 
 def _resolve(value: object, info: ValidationInfo) -> Path:
-    """An absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
         raise ValueError("not a path")
     expanded = os.path.expanduser(os.fspath(value))
@@ -31,10 +41,52 @@ def _resolve(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(os.path.join(base, expanded)))
 
 
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("not a power of two")
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value):
+            raise ValueError("not a host") from None
+    return value
+
+
+def _ray_address(value: str) -> str:
+    if value in ("local", "auto"):
+        return value
+    host, _, port = value.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
+        raise ValueError("no port")
+    _host(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    return value
+
+
+def _file_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or value in (".", ".."):
+        raise ValueError("not a file name")
+    return value
+
+
+# an absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)
 PathValue = Annotated[Path, BeforeValidator(_resolve)]
-Count = Annotated[int, BeforeValidator(parse_count)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Count = Annotated[int, BeforeValidator(parse_count)]  # 256K
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]  # 1.5GB
+PowerOfTwo = Annotated[int, AfterValidator(_power_of_two)]
+Host = Annotated[str, AfterValidator(_host)]  # a name or an IP address
+RayAddress = Annotated[str, AfterValidator(_ray_address)]  # local, auto or host:port
+FileName = Annotated[str, AfterValidator(_file_name)]  # without folders
 
 
 class Section(BaseModel):
+    """Base of all sections: types are strict (`"64"` is not 64), unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def as_mapping(self) -> Mapping[str, Any]:
+        """Return the keys that are not null."""
+        return self.model_dump(exclude_none=True)

@@ -1,4 +1,4 @@
-"""Which process holds which part of the model: pure arithmetic over a ModelSpec.
+"""Split of a model over stages and shards: arithmetic over a ModelSpec.
 
 Legend: `H` query heads, `K` KV heads, `D` head dim, `M` hidden size, `E` experts, `I` intermediate, `R` ranks (shards)
 of a stage. Sizes are parameters unless a name says bytes.
@@ -16,7 +16,7 @@ from protos.stage.messages import ShardSpec, Span
 
 
 class LayoutError(UserError):
-    """A split the model does not allow; `key` and `value` say which, `allowed` lists every size that would do."""
+    """A split that the model does not allow: `key`, `value`, and `allowed` with every size that would do."""
 
     def __init__(self, key: str, value: int, allowed: Sequence[int], rule: str) -> None:
         shown = value if value.bit_length() <= 200 else "(huge)"
@@ -28,9 +28,10 @@ class LayoutError(UserError):
 
 
 def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_size: int) -> tuple[ShardSpec, ...]:
-    """Split the model into stages of contiguous layers and each stage into shards, ordered by stage, then rank.
+    """Return the shards of every stage, ordered by stage, then rank; a stage is a contiguous span of layers.
 
-    Raises LayoutError when the model has too few layers or its heads, experts or MLP columns do not divide.
+    Raises:
+        LayoutError: the model has too few layers, or its heads, experts or MLP columns do not divide.
     """
     stages, ranks = pipeline_parallel_size, expert_parallel_size
     layers = spec.num_hidden_layers
@@ -61,7 +62,7 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
 
 
 def layer_cost(spec: ModelSpec, layer: int) -> int:
-    """The work of one layer per token: its attention weights and the MLP weights that are active for a token.
+    """Return the work of one layer per token: its attention weights and the MLP weights active for a token.
 
     The output head is left out: in prefill it runs for one row of a prompt, only in decode for every token. So is
     attention over the context, which is the same for every layer.
@@ -77,7 +78,7 @@ def layer_cost(spec: ModelSpec, layer: int) -> int:
 
 
 def balance(costs: Sequence[int], parts: int) -> list[Span]:
-    """Cut `costs` into `parts` contiguous, non-empty spans with the smallest possible largest sum.
+    """Return `costs` cut into `parts` contiguous, non-empty spans with the smallest possible largest sum.
 
     Among those the most even one (least sum of squares), and among equals the one whose last parts are smaller: the
     last stage has the output head as well. Needs `1 <= parts <= len(costs)`; time is parts * len(costs) ** 2.
@@ -90,7 +91,7 @@ def balance(costs: Sequence[int], parts: int) -> list[Span]:
 
 
 def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) -> int:
-    """Bytes of the weights one shard holds; norms, routers and output biases are held by every rank."""
+    """Return the bytes of the weights of one shard; every rank holds norms, routers and output biases."""
     total = sum(_layer_params(spec, shard, layer) for layer in range(*shard.layers))
     table = shard.vocab.size * spec.hidden_size
     if shard.is_first:
@@ -102,8 +103,11 @@ def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) 
 
 
 def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, scale_bytes: int = 0) -> int:
-    """Bytes of keys and values that one token occupies on one shard; `scale_bytes` are those a key or value of a head
-    has beside its numbers (4 for int8)."""
+    """Return the bytes of keys and values of one token on one shard.
+
+    Args:
+        scale_bytes: of a key or value of one head, beside its numbers (4 for int8).
+    """
     return 2 * shard.layers.size * shard.kv_heads.size * (spec.head_dim * bytes_per_value + scale_bytes)
 
 
@@ -137,11 +141,11 @@ def _part(size: int, rank: int, ranks: int) -> Span:
 
 
 def _kv_heads(spec: ModelSpec, rank: int, ranks: int) -> Span:
-    """The KV heads that the query heads of `rank` read: query head h reads h // (H // K)."""
+    """Return the KV heads that the query heads of `rank` read: query head h reads h // (H // K)."""
     group = spec.num_attention_heads // spec.num_key_value_heads
     heads = _part(spec.num_attention_heads, rank, ranks)
     span = Span(heads.start // group, (heads.stop - 1) // group + 1)
-    # each KV head of the rank serves equally many of its query heads, as the kernels index them
+    # equally many query heads of the rank read each KV head, as the kernels index them
     assert heads.size % span.size == 0, (heads, span)
     return span
 
@@ -173,7 +177,7 @@ def _cut(
     weigh: Callable[[int], float],
     join: Callable[[float, float], float],
 ) -> tuple[float, list[int]]:
-    """Dynamic programme over prefixes: the least joined weight of `parts` spans, and their boundaries."""
+    """Return the least joined weight of `parts` spans and their boundaries, by dynamic programming over prefixes."""
     count = len(sums) - 1
     best: list[float] = [weigh(total) for total in sums]  # of the first n costs in one part
     choices: list[list[int]] = []

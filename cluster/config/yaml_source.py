@@ -1,6 +1,6 @@
-"""A YAML file as plain values plus the line of every key, and the one-line errors made from them.
+"""A YAML file as plain values, the line of every key, and the one-line errors made from them.
 
-Deliberately less than YAML: no tags, no anchors or merge keys (a few hundred bytes of them expand to gigabytes), no
+Deliberately less than YAML: no tags, no aliases or merge keys (a few hundred bytes of them expand to gigabytes), no
 base-60 or octal integers (`1:30`, `010`) and no dates; such scalars stay the text they were written as.
 """
 
@@ -11,8 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
 
 from cluster.common.text_format import escape_unprintable, shorten, show_value
 from protos.errors import UserError
@@ -22,9 +30,19 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16  # a configuration nests three levels
 
-_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]{0,29})", re.ASCII)
-_FLOAT = re.compile(r"[-+]?(\.(inf|nan)|[0-9][0-9_]*\.[0-9_]*(e[-+][0-9]{1,5})?|\.[0-9_]+(e[-+][0-9]{1,5})?)", re.I)
 _TAG = "tag:yaml.org,2002:"
+_SCALARS = ("str", "int", "float", "bool", "null", "timestamp", "value")
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as in YAML 1.1
+_EXPONENT = r"([eE][-+][0-9]{1,5})?"
+_PLAIN = {  # what a scalar without quotes is unless text
+    "null": re.compile(r"|~|null|Null|NULL"),
+    "bool": re.compile("|".join(spelt for word in _BOOLS for spelt in (word, word.capitalize(), word.upper()))),
+    "int": re.compile(r"[-+]?(0|[1-9][0-9_]{0,29})"),
+    "float": re.compile(
+        rf"[-+]?([0-9][0-9_]*\.[0-9_]*{_EXPONENT}|\.(inf|Inf|INF))|\.[0-9][0-9_]*{_EXPONENT}|\.(nan|NaN|NAN)"
+    ),
+    "merge": re.compile(r"<<"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +63,7 @@ class ConfigError(UserError):
 
     @classmethod
     def from_problems(cls, file: str, problems: Iterable[Problem]) -> ConfigError:
-        """The first problem by line (overrides come before the file), and how many more there are."""
+        """Return the error of the first problem by line (overrides come before the file) with the number of others."""
         ordered = sorted(problems, key=lambda problem: problem.line or 0)
         first = ordered[0]
         where = "<override>" if first.line is None else f"{file}:{first.line}"
@@ -53,55 +71,161 @@ class ConfigError(UserError):
         return cls(f"{where}: {first.key}: {first.value}: {first.rule}{more}")
 
 
-@dataclass(frozen=True, slots=True)
-class YamlSource:
-    """What a file says: `data` as plain values, `lines` from key path to 1-based line, `problems` found on the way."""
+class ConfigSource:
+    """A YAML mapping of at most 1 MiB with overrides applied to it, and where each of its values comes from.
 
-    name: str
-    data: dict[str, object]
-    lines: Mapping[KeyPath, int]
-    problems: tuple[Problem, ...]
-
-    def line(self, path: KeyPath) -> int:
-        """The line of `path`, or of the nearest enclosing key that is in the file."""
-        while path and path not in self.lines:
-            path = path[:-1]
-        return self.lines.get(path, 1)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> YamlSource:
-    """Read a YAML mapping of at most 1 MiB.
-
-    Raises ConfigError when there is no tree to speak of (no file, not UTF-8, syntax, aliases, root not a mapping);
-    problems of single keys (duplicates, tags) are listed in the result instead.
+    Attributes:
+        name: the file as it was given.
+        data: plain values.
+        problems: what is wrong with single keys of the file, such as duplicates and tags.
     """
-    name = os.fspath(path)
+
+    def __init__(self, path: str | os.PathLike[str], overrides: Mapping[str, object]) -> None:
+        """Read `path` and apply `overrides` with dotted keys, each of which replaces a value or adds one.
+
+        Raises:
+            ConfigError: there is no mapping to speak of (no file, not UTF-8, syntax, aliases), or an override is
+                below a key that is no mapping.
+        """
+        self.name = os.fspath(path)
+        tree = _Tree()
+        self.data = tree.mapping(_read_root(self.name), ())
+        self.problems = tree.problems
+        self._lines = tree.lines  # None: an override
+        for key, value in overrides.items():
+            self._override(tuple(key.split(".")), value)
+
+    def problem(self, path: KeyPath, rule: str) -> Problem:
+        """Return the problem that the value at `path` breaks `rule`, located at the nearest key that is there."""
+        value: object = self.data
+        shown = None
+        for part in path:
+            if not isinstance(value, Mapping) or part not in value:
+                shown = "(missing)"
+                break
+            value = value[part]
+        known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in self._lines), ())
+        return Problem(self._lines.get(known, 1), dotted(path), shown or show_value(value), rule)
+
+    def error(self, path: KeyPath, rule: str) -> ConfigError:
+        """Return the error of one key whose value is fine by itself but not with the rest."""
+        return ConfigError.from_problems(self.name, [self.problem(path, rule)])
+
+    def _override(self, path: tuple[str, ...], value: object) -> None:
+        parent = self.data
+        for depth, part in enumerate(path[:-1], start=1):
+            child = parent.get(part)
+            if child is None:
+                child = parent[part] = {}
+                self._lines.setdefault(path[:depth], None)
+            elif not isinstance(child, dict):
+                rule = f"cannot be overridden: {dotted(path[:depth])} is {show_value(child)}, not a mapping"
+                raise ConfigError.from_problems(self.name, [Problem(None, dotted(path), show_value(value), rule)])
+            parent = child
+        parent[path[-1]] = _plain(value)
+        self._lines = {key: line for key, line in self._lines.items() if key[: len(path)] != path} | {path: None}
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """Return a key path as people write it, `model.rope_scaling.factor`; a long key is cut."""
+    return ".".join(shorten(str(part)) for part in path)
+
+
+def read_value(text: str) -> object:
+    """Return the plain value that `text` is in YAML. Raises ValueError when it is none."""
+    tree = _Tree()
+    try:
+        root = _compose(text)
+    except YAMLError as error:
+        raise ValueError("not YAML") from error
+    value = None if root is None else tree.value(root, ())
+    if tree.problems:
+        raise ValueError(tree.problems[0].rule)
+    return value
+
+
+def _plain(value: object) -> object:
+    """Return an override as YAML would have given it: mutable mappings, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@dataclass(slots=True)
+class _Tree:
+    """Converts nodes to plain values; collects the line of every key and the problems of some."""
+
+    lines: dict[KeyPath, int | None] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, ScalarNode):
+                self._report(line, (*path, "?"), "(a collection)", "a key must be plain text")
+                continue
+            here = (*path, key_node.value)
+            if key_node.tag == _TAG + "merge":
+                self._report(line, here, "(a merge key)", "merge keys are not supported; write the values out")
+            elif key_node.value in values:
+                shown = show_value(_Tree().value(value_node, here))  # what is wrong inside does not matter
+                self._report(line, here, shown, f"given twice; the first is on line {self.lines[here]}")
+            else:
+                self.lines[here] = line
+                values[key_node.value] = self.value(value_node, here)
+        return values
+
+    def value(self, node: Any, path: KeyPath) -> object:
+        kind, line = node.tag.removeprefix(_TAG), node.start_mark.line + 1
+        if isinstance(node, MappingNode) and kind == "map":
+            return self.mapping(node, path)
+        if isinstance(node, SequenceNode) and kind == "seq":
+            return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        if not isinstance(node, ScalarNode) or kind not in _SCALARS:
+            self._report(line, path, node.tag, "tags are not supported; write a plain value")
+            return None
+        if any("\ud800" <= c <= "\udfff" for c in node.value):
+            self._report(line, path, show_value(node.value), "must not contain half of a surrogate pair")
+        return _scalar(kind, node.value)
+
+    def _report(self, line: int, path: KeyPath, value: str, rule: str) -> None:
+        self.problems.append(Problem(line, dotted(path), value, rule))
+
+
+def _scalar(kind: str, text: str) -> object:
+    """Return the value of a scalar; what is not written as its kind asks stays text."""
+    if kind == "null":
+        return None
+    if kind not in _PLAIN or not _PLAIN[kind].fullmatch(text):
+        return text
+    if kind == "bool":
+        return _BOOLS[text.lower()]
+    plain = text.lower().replace("_", "")
+    return int(plain) if kind == "int" else float(plain.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _read_root(name: str) -> MappingNode:
+    """Return the mapping at the root of a file. Raises ConfigError."""
     text = _read_text(name)
     try:
-        loader = _Composer(text)
-        try:
-            root = loader.get_single_node()
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
+        root = _compose(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.reader.ReaderError as error:
+        reason = re.sub(
+            r"\(('.*'),\)", r"\1", error.problem or error.context
+        )  # ruamel.yaml shows some tokens as a tuple
+        raise ConfigError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
+    except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        character = error.character if isinstance(error.character, int) else ord(error.character)
-        raise ConfigError(f"{name}:{line}: not valid YAML: character #x{character:04x} is not allowed") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # e.g. an escape beyond Unicode: "\UFFFFFFFF"
-        raise ConfigError(f"{name}:{loader.line + 1}: not valid YAML: {error}") from None
+        raise ConfigError(f"{name}:{line}: not valid YAML: character #x{error.character:04x} is not allowed") from None
     if root is None:
         raise ConfigError(f"{name}:1: empty file: must be a mapping with at least model.path")
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(root, MappingNode):
+        shown = "a list" if isinstance(root, SequenceNode) else show_value(root.value)
         line = root.start_mark.line + 1
-        found = "a list" if isinstance(root, yaml.SequenceNode) else show_value(root.value)
-        raise ConfigError(f"{name}:{line}: {found}: the file must be a mapping with at least model.path")
-    builder = _Builder()
-    data = builder.mapping(root, ())
-    return YamlSource(name, data, builder.lines, tuple(builder.problems))
+        raise ConfigError(f"{name}:{line}: {shown}: the file must be a mapping with at least model.path")
+    return root
 
 
 def _read_text(name: str) -> str:
@@ -124,87 +248,38 @@ def _read_text(name: str) -> str:
         raise ConfigError(f"{name}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
 
 
-class _Composer(yaml.SafeLoader):
-    """SafeLoader up to its node tree, refusing aliases and deep nesting before they cost anything."""
+def _compose(text: str) -> Any:
+    """Return the node tree of one YAML document, None for an empty one. Raises MarkedYAMLError or ReaderError."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer, yaml.Resolver = _Composer, _Resolver
+    yaml.version = (1, 1)
+    return yaml.compose(text)
 
-    depth = 0
 
-    def refusal(self, problem: str) -> yaml.MarkedYAMLError:
-        return yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+class _Composer(Composer):
+    """Refuses aliases and deep nesting before they cost anything."""
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise self.refusal(f"*{event.anchor}: anchors and aliases are not supported; write the value out")
-        if self.depth >= MAX_DEPTH:
-            raise self.refusal(f"nested deeper than {MAX_DEPTH} levels")
-        self.depth += 1
+    def get_single_node(self) -> Any:
         try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
+            return super().get_single_node()
+        except (AssertionError, ValueError, OverflowError) as error:  # %YAML 1.3, an escape beyond Unicode
+            raise ComposerError(problem=str(error), problem_mark=self.loader.reader.get_mark()) from None
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if isinstance(event, AliasEvent):
+            problem = f"*{event.anchor}: anchors and aliases are not supported; write the value out"
+            raise ComposerError(problem=problem, problem_mark=event.start_mark)
+        if self.depth >= MAX_DEPTH:
+            raise ComposerError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+        self.anchors.clear()  # nothing refers to them, so they need not be unique
+        return super().compose_node(parent, index)
 
 
-@dataclass(slots=True)
-class _Builder:
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+class _Resolver(VersionedResolver):
+    """Resolves the types of plain scalars by `_PLAIN`."""
 
-    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, object]:
-        values: dict[str, object] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.problem(line, (*path, "?"), "(a collection)", "a key must be plain text")
-                continue
-            key = key_node.value
-            here = (*path, key)
-            if key_node.tag == _TAG + "merge":
-                self.problem(line, here, "(a merge key)", "merge keys are not supported; write the values out")
-            elif key in values:
-                rule = f"given twice; the first is on line {self.lines[here]}"
-                self.problem(line, here, show_value(self.value(value_node, here, False)), rule)
-            else:
-                self.lines[here] = line
-                values[key] = self.value(value_node, here)
-        return values
-
-    def value(self, node: yaml.Node, path: KeyPath, record: bool = True) -> object:
-        if not record:  # a duplicate: only shown, so what is inside must not be reported
-            return _Builder().value(node, path)
-        kind = node.tag.removeprefix(_TAG)
-        line = node.start_mark.line + 1
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            return self.mapping(node, path)
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
-        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
-            self.problem(line, path, node.tag, "tags are not supported; write a plain value")
-            return None
-        if any("\ud800" <= c <= "\udfff" for c in node.value):
-            self.problem(line, path, show_value(node.value), "must not contain half of a surrogate pair")
-        return _scalar(kind, node.value)
-
-    def problem(self, line: int, path: KeyPath, value: str, rule: str) -> None:
-        self.problems.append(Problem(line, dotted(path), value, rule))
-
-
-_SCALARS = ("str", "int", "float", "bool", "null", "timestamp", "value")
-
-
-def dotted(path: Iterable[str | int]) -> str:
-    """A key path as people write it: `model.rope_scaling.factor`; a long key is cut."""
-    return ".".join(shorten(str(key)) for key in path)
-
-
-def _scalar(kind: str, text: str) -> object:
-    if kind == "null":
-        return None
-    if kind == "bool" and text.lower() in yaml.SafeLoader.bool_values:
-        return yaml.SafeLoader.bool_values[text.lower()]
-    if kind == "int" and _DECIMAL.fullmatch(text):
-        return int(text.replace("_", ""))
-    if kind == "float" and _FLOAT.fullmatch(text):
-        plain = text.lower().replace("_", "")
-        return float(plain.replace(".", "", 1) if plain.endswith(("inf", "nan")) else plain)
-    return text
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is not ScalarNode or not implicit[0]:
+            return super().resolve(kind, value, implicit)
+        return Tag(suffix=_TAG + next((name for name, form in _PLAIN.items() if form.fullmatch(value)), "str"))

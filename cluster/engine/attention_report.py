@@ -1,25 +1,30 @@
-"""How the prefill of one prompt attended, for its result: what the shards report of every sparse cell, added up.
+"""Summarize how the prefill of one prompt attended, from what the shards report of every sparse cell.
 
-Recall is the share of the attention mass that the selected keys keep; density the share of causal pairs visited. Means
-are over cells, weighted by their tokens; a prefix that came from the cache has no cells here.
+Recall is the share of attention mass that the selected keys keep; density is the share of causal pairs visited. Means
+are over cells, weighted by their tokens; a prefix from the cache has no cells here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cluster.engine.in_flight import Step
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.engine.in_flight import InFlightStep
 from protos.model import grid
 from protos.model.spec import ModelSpec
 
-_DIGITS = 4  # of the figures in JSON
+Floats = NDArray[np.float64]
+# of one head: tokens; density, estimated and held-out recall times tokens; smallest recalls; dense cells
+_EMPTY: Floats = np.array([[0.0], [0.0], [0.0], [0.0], [1.0], [1.0], [0.0]])
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """One layer over all sparse cells of a prompt; every sequence has an entry a query head."""
+    """One layer over all sparse cells of a prompt; every tuple has one entry per query head."""
 
     layer: int
     density: tuple[float, ...]
@@ -32,111 +37,90 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSummary:
-    """Attention of one prompt: its mode, and for sparse prompts what was kept, over all layers and heads."""
+    """Attention of one prompt: its mode and, for sparse prompts, what was kept, over all layers and heads."""
 
-    mode: str  # dense, sparse
-    positions: str
-    scale_len: int  # length the temperature was taken at
-    cells: int = 0  # that were computed for this prompt
+    mode: str  # dense or sparse
+    positions: str  # see `describe_positions`
+    scale_len: int  # prompt length behind the length scale
+    cells: int = 0  # computed for this prompt
     density: float = 1.0
     estimated_recall: float = 1.0
     estimated_recall_min: float = 1.0
     held_out_recall: float = 1.0
     held_out_recall_min: float = 1.0
     fallbacks: int = 0  # head-cells that turned dense
-    estimate_share: float = 0.0  # of the compute time of its sparse steps
+    estimate_share: float = 0.0  # share of the compute time of its sparse steps that selected keys
     layers: tuple[LayerAttention, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The summary as plain data, figures rounded."""
-        plain: dict[str, Any] = _rounded(asdict(self))
+        """Return the summary as plain data, figures rounded."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_float=lambda text: round(float(text), 4))
         return plain
 
 
-@dataclass(slots=True)
-class _Head:
-    """Sums of one head of one layer; weights are tokens."""
+class AttentionReport:
+    """The reports about one prompt, added up."""
 
-    tokens: int = 0
-    density: float = 0.0
-    estimated: float = 0.0
-    estimated_min: float = 1.0
-    held_out: float = 0.0
-    held_out_min: float = 1.0
-    fallbacks: int = 0
+    def __init__(self) -> None:
+        self._sums: dict[int, Floats] = {}  # layer -> [7, query heads], see `_EMPTY`
+        self._cells: set[int] = set()  # by first position
+        self._estimate_us = 0
+        self._compute_us = 0
 
-    def add(self, tokens: int, density: float, estimated: float, held_out: float, dense: bool) -> None:
-        self.tokens += tokens
-        self.density += tokens * density
-        self.estimated += tokens * estimated
-        self.held_out += tokens * held_out
-        self.estimated_min = min(self.estimated_min, estimated)
-        self.held_out_min = min(self.held_out_min, held_out)
-        self.fallbacks += dense
-
-
-@dataclass(slots=True)
-class AttentionLog:
-    """Adds up the reports of one prompt."""
-
-    _heads: dict[int, dict[int, _Head]] = field(default_factory=dict)  # layer -> head
-    _cells: set[int] = field(default_factory=set)  # first positions
-    _estimate_us: int = 0
-    _compute_us: int = 0
-
-    def add(self, sequence: int, step: Step) -> None:
-        """Take what all shards report of a step; the time of a step counts whole for each of its sparse prompts."""
+    def add(self, sequence: int, step: InFlightStep) -> None:
+        """Add what all shards report of a step; its time counts in full for each of its sparse prompts."""
         reports = [report for report in step.cells if report.sequence == sequence]
         for report in reports:
             self._cells.add(report.start)
-            heads = self._heads.setdefault(report.layer, {})
-            columns = (report.density, report.estimated_recall, report.held_out_recall, report.dense)
-            for index, (density, estimated, held_out, dense) in enumerate(zip(*columns, strict=True)):
-                head = heads.setdefault(report.first_head + index, _Head())
-                head.add(report.length, density, estimated, held_out, dense)
+            last = report.first_head + len(report.density)
+            sums = self._sums.get(report.layer, _EMPTY[:, :0])
+            if sums.shape[1] < last:
+                sums = self._sums[report.layer] = np.hstack([sums, _EMPTY.repeat(last - sums.shape[1], axis=1)])
+            heads = sums[:, report.first_head : last]
+            columns = np.array([report.density, report.estimated_recall, report.held_out_recall])
+            heads[0] += report.length
+            heads[1:4] += report.length * columns
+            heads[4:6] = np.minimum(heads[4:6], columns[1:])
+            heads[6] += report.dense
         if reports:
             self._compute_us += step.compute_us
             self._estimate_us += step.estimate_us
 
     def summary(self, spec: ModelSpec | None, prompt_len: int, scale_len: int) -> AttentionSummary | None:
-        """What is known so far; None when the spec of the model is not known. `scale_len` 0 means `prompt_len`."""
+        """Return the summary so far, None without the spec of the model. `scale_len` 0 means `prompt_len`."""
         if spec is None:
             return None
         mode = "sparse" if grid.is_sparse(spec, 0, prompt_len) else "dense"
         base = AttentionSummary(mode, describe_positions(spec), scale_len or prompt_len)
-        heads = [head for layer in self._heads.values() for head in layer.values()]
-        tokens = sum(head.tokens for head in heads)
-        if not tokens:
+        layers = {layer: sums[:, sums[0] > 0] for layer, sums in sorted(self._sums.items())}
+        every = np.hstack([_EMPTY[:, :0], *layers.values()])
+        if not every.size:
             return base
+        density, estimated, held_out = (every[1:4].sum(axis=1) / every[0].sum()).tolist()
+        estimated_min, held_out_min = every[4:6].min(axis=1).tolist()
         return replace(
             base,
             cells=len(self._cells),
-            density=sum(head.density for head in heads) / tokens,
-            estimated_recall=sum(head.estimated for head in heads) / tokens,
-            estimated_recall_min=min(head.estimated_min for head in heads),
-            held_out_recall=sum(head.held_out for head in heads) / tokens,
-            held_out_recall_min=min(head.held_out_min for head in heads),
-            fallbacks=sum(head.fallbacks for head in heads),
+            density=density,
+            estimated_recall=estimated,
+            estimated_recall_min=estimated_min,
+            held_out_recall=held_out,
+            held_out_recall_min=held_out_min,
+            fallbacks=int(every[6].sum()),
             estimate_share=self._estimate_us / self._compute_us if self._compute_us else 0.0,
-            layers=tuple(self._layers()),
+            layers=tuple(_layer(layer, sums) for layer, sums in layers.items()),
         )
 
-    def _layers(self) -> Iterator[LayerAttention]:
-        for layer, by_head in sorted(self._heads.items()):
-            heads = [head for _, head in sorted(by_head.items()) if head.tokens]
-            yield LayerAttention(
-                layer=layer,
-                density=tuple(head.density / head.tokens for head in heads),
-                estimated_recall=tuple(head.estimated / head.tokens for head in heads),
-                estimated_recall_min=tuple(head.estimated_min for head in heads),
-                held_out_recall=tuple(head.held_out / head.tokens for head in heads),
-                held_out_recall_min=tuple(head.held_out_min for head in heads),
-                fallbacks=tuple(head.fallbacks for head in heads),
-            )
+
+def _layer(layer: int, sums: Floats) -> LayerAttention:
+    density, estimated, held_out = (sums[1:4] / sums[0]).tolist()
+    estimated_min, held_out_min, fallbacks = sums[4:7].tolist()
+    columns = (density, estimated, estimated_min, held_out, held_out_min, map(int, fallbacks))
+    return LayerAttention(layer, *map(tuple, columns))
 
 
 def describe_positions(spec: ModelSpec) -> str:
-    """The position settings in one line."""
+    """Return the position settings in one line."""
     text = f"{spec.rope.kind}, theta {spec.rope.theta:g}, factor {spec.rope.factor:g}"
     if spec.dual_chunk is not None:
         dual = spec.dual_chunk
@@ -147,7 +131,7 @@ def describe_positions(spec: ModelSpec) -> str:
 
 
 def describe_sparsity(spec: ModelSpec) -> str:
-    """The sparse mode of a deployment in one line."""
+    """Return the sparse mode of a deployment in one line."""
     if spec.sparse is None:
         return "dense"
     sparse = spec.sparse
@@ -162,13 +146,3 @@ def describe_sparsity(spec: ModelSpec) -> str:
         f"vertical-slash above {sparse.threshold} tokens, cells of {sparse.cell}, last {sparse.last_q}, {budget}{floor}"
         + (", synthetic" if sparse.synthetic else "")
     )
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, _DIGITS)
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
-    return value

@@ -1,8 +1,8 @@
-"""The main loop: schedule, send, receive, commit. One thread; everything else talks to it through one queue.
+"""The main loop: schedule, send, receive, commit. One thread; other threads reach it through one queue of actions.
 
 Failure contract: requests live in memory. When a shard is lost or a step fails, every unfinished request ends with the
-error, and the engine answers later submissions with it. So does an error of the engine itself. A callback that raises
-is logged and not called again; its request goes on.
+error, no token follows, and later submissions raise it. The same holds for an error of the engine itself. A callback
+that raises is logged and not called again; its request goes on.
 """
 
 from __future__ import annotations
@@ -13,51 +13,58 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
-from cluster.engine.in_flight import InFlight, Step
+from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
-from cluster.engine.outputs import GenerationSpec, Progress, TokenEvent
-from cluster.engine.request_handle import Event, Ticket
+from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
-from cluster.stages.handle import StageHandle
 from cluster.text.detokenizer import OutputText
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
 
+if TYPE_CHECKING:
+    from cluster.stages.handle import StageHandle
+
 _STOPPED = "the cluster was stopped"
-_LONG_STEP_S = 0.25  # the pause between two steps is 1 to 2 ms
-_BURST = 12  # decode steps in flight at most: no more than half of what a request has answered, which may end soon,
-_BURST_AT_FIRST = 6  # but this many from the start,
-_BURST_S = 0.25  # and how long they may take together: a new request and a cancel wait for them
+_LONG_STEP_S = 0.25  # no step waits behind one this long; the 1 to 2 ms until its successor arrives do not matter
+_MAX_BURST = 12  # upper bound on decode steps in flight
+_MIN_BURST = 6  # lower bound, while an answer is so short that half of its tokens are fewer
+_BURST_S = 0.25  # upper bound on their total time: a cancel or a new request waits this long
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _News:
-    """What one step meant for one request; told when the next steps are on their way."""
+class StepOutcome:
+    """What a committed step changed for one request.
 
-    ticket: Ticket
-    step: Step
-    token: TokenEvent | None
-    progress: bool
-    ended: bool
+    Delivered after the next plans are sent, so that callbacks overlap with the compute of the stages.
+    """
+
+    handle: RequestHandle
+    step: InFlightStep
+    token: OutputToken | None
+    has_progress: bool  # of the prefill
+    has_ended: bool
 
 
 class Engine:
     """Drives the shards of one pipeline with the plans of one scheduler.
 
-    About one plan per stage is in flight, so that stage 0 works on the next chunk while stage 1 works on this one. With
-    a single stage there are two, so that it does not wait for the head between steps; but nothing is queued behind a
-    chunk that takes long, since a new request would wait for that too. While the stages only decode there are more, a
-    burst of a quarter of a second: tokens go from the last stage to the first without the head, plans and results
-    travel together, so that head and client, who share the cores with the stages, wake once for several tokens. The
-    next plans leave before anybody hears of the last results: progress and callbacks are dealt with while the stages
-    compute.
+    About one plan per stage is in flight, so that stage 0 computes the next chunk while stage 1 computes this one. A
+    single stage gets two, so that it need not wait for the head process between steps; but nothing is queued behind a
+    step that takes long, since a new request would wait for it too.
+
+    In pure decode a burst of up to `_BURST_S` seconds is in flight: sampled tokens go from the last stage to the first
+    without the head process, and plans and results travel together, so that the head process and its clients, who
+    share the cores with the stages, wake up once for several tokens.
     """
 
     def __init__(
@@ -66,34 +73,34 @@ class Engine:
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.latency = LatencyModel(scheduler.spec)
+        self.error = ""  # why the pipeline failed; "" while it works
+        self.oldest_plan: StepPlan | None = None  # of those in flight; set by the engine's thread only
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
-        self.on_broken: Callable[[str], None] | None = None  # called once, after every request has heard of it
+        self.on_failure: Callable[[], None] | None = None  # called once, when every request has ended with `error`
         self._shards = list(shards)
         self._tokenizer = tokenizer
         self._eos = tuple(eos_token_ids)
         self._clock = clock
-        self._num_stages = 1 + max(handle.shard.stage for handle in self._shards)
+        self._num_stages = 1 + max(shard.shard.stage for shard in self._shards)
         self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._in_flight = InFlight([handle.shard for handle in self._shards], scheduler.is_sparse)
-        self._oldest: StepPlan | None = None
-        self._decode_s = 0.0  # of a decode step, smoothed; 0 before the first
-        self._tickets: dict[int, Ticket] = {}
+        self._in_flight = InFlightSteps([shard.shard for shard in self._shards], scheduler.is_sparse)
+        self._decode_s = 0.0  # of one decode step through all stages, smoothed; 0 before the first
+        self._handles: dict[int, RequestHandle] = {}
         self._sequences = itertools.count(1)
-        self._error = ""
         self._closed = False
-        self._accepting = threading.Lock()  # no submission comes after the end of the queue
+        self._accepting = threading.Lock()  # no submission is queued after `close`
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Connect to the shards and begin to work."""
-        for handle in self._shards:
-            handle.connect(self._on_results, self._on_lost)
+        """Connect to the shards and start the thread."""
+        for shard in self._shards:
+            shard.connect(lambda results: self._inbox.put(lambda: self._receive(results)), self.fail)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Cancel what is unfinished, end the run; may be called twice."""
+        """End every unfinished request with an error and leave the shards; may be called twice."""
         with self._accepting:
             first, self._closed = not self._closed, True
         if first:
@@ -102,65 +109,56 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        elif first:  # never started: what was submitted ends here
+        elif first:  # it was never started: what was submitted ends here
             self._fail(_STOPPED)
             self._loop()
-        for handle in self._shards:
-            handle.close()
+        for shard in self._shards:
+            shard.close()
 
-    def submit(self, spec: GenerationSpec, on_event: Callable[[Event], None] = lambda event: None) -> Ticket:
-        """Queue one prompt; `on_event` is called on the engine's thread and must not block.
+    def submit_all(
+        self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
+    ) -> list[RequestHandle]:
+        """Queue prompts, each with a callback that runs on the engine's thread and must not block; all or none.
+
+        Args:
+            after: the number before that of their first token; the tokens of all of them are numbered together.
 
         Raises:
-            ValueError: the prompt is empty, or can never fit into the KV cache.
-            EngineError: the cluster has failed.
+            ValueError: a prompt is empty, or can never fit into the KV cache.
+            EngineError: the pipeline has failed, or was stopped.
         """
-        return self.submit_all([(spec, on_event)])[0]
-
-    def submit_all(self, items: Sequence[tuple[GenerationSpec, Callable[[Event], None]]]) -> list[Ticket]:
-        """Queue several prompts at once; either all are accepted or none."""
-        tickets = [self._ticket(spec, on_event) for spec, on_event in items]
-        for ticket in tickets:
-            self.scheduler.prepare(ticket.request)
+        numbers = itertools.count(after + 1)
+        handles = [self._handle(spec, on_event, numbers) for spec, on_event in items]
+        for handle in handles:
+            self.scheduler.prepare(handle.request)
         with self._accepting:
-            if self._error or self._closed:
-                raise EngineError(self._error or _STOPPED)
-            self._inbox.put(lambda: self._add(tickets))
-        return tickets
+            if self.error or self._closed:
+                raise EngineError(self.error or _STOPPED)
+            self._inbox.put(lambda: self._add(handles))
+        return handles
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Stop a request; its result comes with finish reason `cancelled`, its step in flight is dropped."""
-        self._inbox.put(lambda: self._cancel(ticket))
+    def cancel(self, handle: RequestHandle) -> None:
+        """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
+        self._inbox.put(lambda: self._cancel(handle))
 
-    @property
-    def error(self) -> str:
-        """Why the cluster failed; empty while it works."""
-        return self._error
-
-    @property
-    def oldest_plan(self) -> StepPlan | None:
-        """The step the pipeline owes longest; any thread may ask."""
-        return self._oldest
-
-    def break_down(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """Give the pipeline up, as if a shard were lost; any thread may call this."""
-        self._on_lost(reason)
+        self._inbox.put(lambda: self._fail(reason))
 
     def check_integrity(self) -> None:
-        """Verify pages against requests, on the engine's own thread; raises AssertionError."""
-        answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        """Verify pages against requests, on the engine's thread; raises AssertionError."""
+        done: Future[None] = Future()
 
         def check() -> None:
             try:
                 self.scheduler.check_integrity()
             except AssertionError as error:
-                answer.put(error)
+                done.set_exception(error)
             else:
-                answer.put(None)
+                done.set_result(None)
 
         self._inbox.put(check)
-        if (error := answer.get(timeout=30)) is not None:
-            raise error
+        done.result(timeout=30)
 
     # --- the loop (engine thread) ------------------------------------------------------------------------------------
 
@@ -168,18 +166,17 @@ class Engine:
         while (action := self._inbox.get()) is not None:
             try:
                 action()
-                self._fill_pipeline()
-                self._oldest = next(iter(self._in_flight.plans), None)
+                self._schedule_and_send()
+                self.oldest_plan = next(iter(self._in_flight.plans), None)
             except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
                 self._fail(f"the engine failed: {describe_error(error)}")
 
-    def _fill_pipeline(self) -> None:
-        if self._error:
-            return
-        plans = []
-        depth = self._depth_now()
-        while len(self._in_flight) < depth and (self._num_stages > 1 or not self._is_long_underway()):
+    def _schedule_and_send(self) -> None:
+        """Send new plans to every shard until as many are in flight as the pipeline should have."""
+        plans: list[StepPlan] = []
+        depth = 0 if self.error else self._target_depth()
+        while len(self._in_flight) < depth and (self._num_stages > 1 or not self._has_long_step()):
             plan = self.scheduler.schedule()
             if plan is None:
                 break
@@ -187,147 +184,150 @@ class Engine:
             self._note_start(plan)
             plans.append(plan)
         if plans:
-            for handle in self._shards:
-                handle.send(plans)
+            for shard in self._shards:
+                shard.send(plans)
 
-    def _depth_now(self) -> int:
-        """Steps to have in flight: while the stages only decode, as many as `_BURST_S` holds."""
+    def _target_depth(self) -> int:
+        """Return how many steps to have in flight: one per stage (at least two); in pure decode, a burst of them.
+
+        At most half of the tokens of the shortest answer are in a burst, since an answer may end in any of them.
+        """
         if not self._decode_s or not self.scheduler.is_decoding:
             return self._depth
-        if not all(plan.decodes for plan in self._in_flight.plans):
+        if not all(plan.is_decode for plan in self._in_flight.plans):
             return self._depth
-        answered = min((len(ticket.request.output) for ticket in self._tickets.values()), default=0)
-        most = min(_BURST, max(_BURST_AT_FIRST, answered // 2))
-        return max(self._depth, min(most, int(_BURST_S / self._decode_s)))
+        shortest = min((len(handle.request.output) for handle in self._handles.values()), default=0)
+        limit = min(_MAX_BURST, max(_MIN_BURST, shortest // 2))
+        return max(self._depth, min(limit, int(_BURST_S / self._decode_s)))
 
-    def _is_long_underway(self) -> bool:
-        return any(map(self._is_long, self._in_flight.plans))
+    def _has_long_step(self) -> bool:
+        """Return whether a prefill step in flight is long, or of unknown length."""
+        prefill = [plan for plan in self._in_flight.plans if not plan.is_decode]
+        return any(not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S for plan in prefill)
 
-    def _is_long(self, plan: StepPlan) -> bool:
-        """Whether a step takes so long that the pause until its successor arrives does not count."""
-        if plan.decodes:
-            return False
-        return not self.latency.num_steps or self.latency.predict(plan) > _LONG_STEP_S
-
-    def _results(self, results: Sequence[StepResult]) -> None:
-        if self._error:
+    def _receive(self, results: Sequence[StepResult]) -> None:
+        """Commit the steps that `results` complete, send the next plans, then notify callers."""
+        if self.error:
             return
-        news: list[_News] = []
+        outcomes: list[StepOutcome] = []
         error = ""
         for result in results:
             if error := result.error:
                 break
             for step in self._in_flight.take(result):
-                news += self._commit(step)
+                outcomes += self._commit(step)
         if not error:
-            self._fill_pipeline()
-        for item in news:
-            self._tell(item)
+            self._schedule_and_send()
+        for outcome in outcomes:
+            self._notify(outcome)
         if error:
             self._fail(error)
 
-    def _commit(self, step: Step) -> Iterator[_News]:
+    def _commit(self, step: InFlightStep) -> Iterator[StepOutcome]:
+        """Apply a finished step to scheduler and requests; yields what it changed for each of its requests."""
         self.latency.observe(step.plan, step.slowest_s, step.cells)
-        if step.plan.decodes:
-            took = self._in_flight.decode_s(self._num_stages)
-            self._decode_s += (took - self._decode_s) * (0.2 if self._decode_s else 1.0)
+        if step.plan.is_decode:
+            seconds = self._in_flight.decode_s(self._num_stages)
+            self._decode_s += (seconds - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
-            ticket = self._tickets[request.sequence]
-            token = self._token(ticket) if request.sequence in sampled else None
-            is_first = token is not None and ticket.first_token is None
+            handle = self._handles[request.sequence]
+            token = self._token(handle) if request.sequence in sampled else None
+            is_first = token is not None and handle.first_token is None
             if is_first:
-                ticket.first_token = self._clock()
-            ended = request.finish_reason is not None
-            yield _News(ticket, step, token, is_first or (token is None and not ended), ended)
+                handle.first_token = self._clock()
+            has_ended = request.finish_reason is not None
+            yield StepOutcome(handle, step, token, is_first or (token is None and not has_ended), has_ended)
 
-    def _token(self, ticket: Ticket) -> TokenEvent:
+    def _token(self, handle: RequestHandle) -> OutputToken:
         """The newest token with its text; a stop string in it ends the request."""
-        request = ticket.request
-        text, stopped = ticket.text.push(request.output[-1])
-        if stopped:
+        request = handle.request
+        text, reasoning, answer = handle.text.push(request.output[-1], is_last=request.finish_reason is not None)
+        if handle.text.stopped:
             self.scheduler.stop(request, FinishReason.STOP)
             request.finish_reason = FinishReason.STOP
-        elif request.finish_reason is not None:
-            text += ticket.text.flush()
-        return TokenEvent(request.samples[-1], text)
+        sample = request.samples[-1]
+        return OutputToken(
+            next(handle.numbers), handle.spec.question, sample.token_id, text, sample.logprob, sample.top,
+            handle.text.part, reasoning, answer,
+        )  # fmt: skip
 
-    def _tell(self, news: _News) -> None:
-        ticket = news.ticket
-        ticket.attention.add(ticket.request.sequence, news.step)
-        if news.progress:
-            ticket.tell(self._progress(ticket.request))
-        if news.token is not None:
-            ticket.tell(news.token)
-        if news.ended:
-            self._finish(ticket)
+    def _notify(self, outcome: StepOutcome) -> None:
+        """Call the submitter of a request with what a step changed for it."""
+        handle = outcome.handle
+        handle.attention.add(handle.request.sequence, outcome.step)
+        if outcome.has_progress:
+            handle.notify(self._progress(handle.request))
+        if outcome.token is not None:
+            handle.notify(outcome.token)
+        if outcome.has_ended:
+            self._finish(handle)
 
-    def _progress(self, request: Request) -> Progress:
+    def _progress(self, request: Request) -> PrefillProgress:
         processed = min(request.num_computed, request.num_prompt)
         eta = self.latency.predict_chunks(self.scheduler.chunks_left(request))
-        return Progress(request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000))
+        return PrefillProgress(
+            request.num_prompt, request.num_cached, processed, None if eta is None else round(eta * 1000)
+        )
 
     # --- requests (engine thread) ------------------------------------------------------------------------------------
 
-    def _ticket(self, spec: GenerationSpec, on_event: Callable[[Event], None]) -> Ticket:
+    def _handle(
+        self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], numbers: Iterator[int]
+    ) -> RequestHandle:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(spec.max_tokens, stops)
         request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, spec.priority)
-        text = OutputText(self._tokenizer, spec.stop)
+        text = OutputText(self._tokenizer, spec.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)
-            if text.push(sample.token_id)[1]:
+            text.push(sample.token_id)
+            if text.stopped:
                 request.finish_reason = FinishReason.STOP
-        return Ticket(request, spec, text, on_event, now)
+        return RequestHandle(request, spec, text, on_event, now, numbers)
 
-    def _add(self, tickets: Sequence[Ticket]) -> None:
-        for ticket in tickets:
-            self._tickets[ticket.request.sequence] = ticket
-            if self._error:
-                self._finish(ticket, self._error)
-            elif ticket.request.finish_reason is not None:  # it had ended with the tokens it resumes after
-                ticket.text.flush()
-                self._finish(ticket)
+    def _add(self, handles: Sequence[RequestHandle]) -> None:
+        for handle in handles:
+            self._handles[handle.request.sequence] = handle
+            if self.error:
+                self._finish(handle, self.error)
+            elif handle.request.finish_reason is not None:  # it ended with the tokens that it resumes after
+                handle.text.flush()
+                self._finish(handle)
             else:
-                self.scheduler.add(ticket.request)
+                self.scheduler.add(handle.request)
 
     def _note_start(self, plan: StepPlan) -> None:
+        """Notify the submitters of requests that begin with this plan."""
         for part in plan.slices:
-            ticket = self._tickets[part.sequence]
-            if ticket.started is None:
-                ticket.started = self._clock()
-                ticket.tell(self._progress(ticket.request))
+            handle = self._handles[part.sequence]
+            if handle.started is None:
+                handle.started = self._clock()
+                handle.notify(self._progress(handle.request))
 
-    def _cancel(self, ticket: Ticket) -> None:
-        if not ticket.done.is_set():
-            self.scheduler.stop(ticket.request, FinishReason.CANCELLED)
-            self._finish(ticket)
+    def _cancel(self, handle: RequestHandle) -> None:
+        if not handle.done.is_set():
+            self.scheduler.stop(handle.request, FinishReason.CANCELLED)
+            self._finish(handle)
 
     def _fail(self, error: str) -> None:
-        first, self._error = not self._error, self._error or error
+        """End every request with `error`; the first error stays."""
+        is_first, self.error = not self.error, self.error or error
         self._in_flight.clear()
-        for ticket in list(self._tickets.values()):
-            self._finish(ticket, self._error)
-        if first and self.on_broken is not None and not self._closed:
-            self.on_broken(error)
+        for handle in list(self._handles.values()):
+            self._finish(handle, self.error)
+        if is_first and self.on_failure is not None and not self._closed:
+            self.on_failure()
 
-    def _finish(self, ticket: Ticket, error: str = "") -> None:
-        request = ticket.request
-        self._tickets.pop(request.sequence, None)
+    def _finish(self, handle: RequestHandle, error: str = "") -> None:
+        request = handle.request
+        self._handles.pop(request.sequence, None)
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
-        ticket.end(reason, self._clock(), self.scheduler.spec, error)
-
-    # --- other threads -----------------------------------------------------------------------------------------------
-
-    def _on_results(self, results: Sequence[StepResult]) -> None:
-        self._inbox.put(lambda: self._results(results))
-
-    def _on_lost(self, reason: str) -> None:
-        self._inbox.put(lambda: self._fail(reason))
+        handle.end(reason, self._clock(), self.scheduler.spec, error)

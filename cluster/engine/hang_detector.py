@@ -1,8 +1,8 @@
-"""Tells a hung pipeline from a slow one.
+"""Distinguish a hung pipeline from a slow one.
 
-Late is a step that takes longer than max(20 s, 5 x predicted). A late step is hung when meanwhile no shard's layer
-counter has moved for 20 s either; a shard that does not answer does not move. Loading and warm-up happen before the
-engine has any step in flight, so they are exempt.
+A step is late after max(20 s, 5 x predicted). A late step is hung if, in addition, no shard's layer counter has moved
+for 20 s; the counter of a shard that does not answer does not move. Loading and warm-up end before the engine has a
+step in flight, so they are exempt.
 """
 
 from __future__ import annotations
@@ -12,44 +12,40 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from cluster.common.errors import StageError
 from cluster.engine.engine import Engine
-from protos.stage import stage_pb2 as pb
+
+if TYPE_CHECKING:
+    from cluster.stages.handle import GrpcStageHandle
 
 FLOOR_S = 20.0
 FACTOR = 5.0
-_LOOKS = 5  # while a step becomes late
+_CHECKS = 5  # within the floor
 _log = logging.getLogger(__name__)
 
 
-class Probed(Protocol):
-    """A shard that can be asked how far it is."""
+class HangDetector:
+    """Checks the engine's oldest step every few seconds and fails the engine when it hangs.
 
-    name: str
-
-    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
-        """Raises StageError when it does not answer."""
-
-
-class Watchdog:
-    """Looks at the engine's oldest step now and then; `close` may be called twice."""
+    `close` may be called twice.
+    """
 
     def __init__(
-        self, engine: Engine, shards: Sequence[Probed], floor_s: float = FLOOR_S,
+        self, engine: Engine, shards: Sequence[GrpcStageHandle], floor_s: float = FLOOR_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._shards = shards
         self._floor_s = floor_s
         self._clock = clock
-        self._step = 0
-        self._since = 0.0  # when this step was first seen as the oldest
+        self._step = 0  # the oldest at the last check
+        self._since = 0.0  # when it was first seen to be the oldest
         self._moved = 0.0  # when a counter was last seen to have moved
         self._counters: tuple[int | None, ...] = ()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hang detector", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -59,18 +55,18 @@ class Watchdog:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def look(self) -> str:
-        """Look once; why the pipeline is hung, or nothing."""
+    def check(self) -> str:
+        """Check once; returns why the pipeline is hung, or ""."""
         now, plan = self._clock(), self._engine.oldest_plan
         if plan is None or plan.step != self._step:
             self._step, self._since, self._moved, self._counters = plan.step if plan else 0, now, now, ()
             return ""
-        if now - self._since < self._floor_s / _LOOKS:
+        if now - self._since < self._floor_s / _CHECKS:
             return ""
-        read = self._read()
+        answers = self._read()
         now = self._clock()  # shards that do not answer take time
-        before = self._counters or read
-        counters = tuple(old if new is None else new for new, old in zip(read, before, strict=True))
+        before = self._counters or answers
+        counters = tuple(old if new is None else new for new, old in zip(answers, before, strict=True))
         if counters != before:
             self._moved = now
         self._counters = counters
@@ -78,23 +74,23 @@ class Watchdog:
         waited, still = now - self._since, now - self._moved
         if waited <= max(self._floor_s, FACTOR * predicted) or still <= self._floor_s:
             return ""
-        silent = [shard.name for shard, count in zip(self._shards, read, strict=True) if count is None]
+        silent = [shard.name for shard, count in zip(self._shards, answers, strict=True) if count is None]
         who = f"{', '.join(silent)} does not answer" if silent else "no shard has finished a layer"
         return f"hung: {who}: step {plan.step} takes {waited:.0f} s where {predicted:.1f} s were predicted"
 
     def _read(self) -> tuple[int | None, ...]:
-        with ThreadPoolExecutor(len(self._shards)) as threads:  # silent ones cost their time-out once, not each
-            return tuple(threads.map(self._count, self._shards))
+        with ThreadPoolExecutor(len(self._shards)) as threads:  # shards that do not answer cost one time-out together
+            return tuple(threads.map(self._layers_done, self._shards))
 
-    def _count(self, shard: Probed) -> int | None:
+    def _layers_done(self, shard: GrpcStageHandle) -> int | None:
         try:
-            return int(shard.probe(self._floor_s / _LOOKS).layers_done)
+            return int(shard.probe(self._floor_s / _CHECKS).layers_done)
         except StageError:
             return None
 
     def _run(self) -> None:
-        while not self._closing.wait(self._floor_s / _LOOKS):
-            if reason := self.look():
+        while not self._closing.wait(self._floor_s / _CHECKS):
+            if reason := self.check():
                 _log.error("%s", reason)
-                self._engine.break_down(reason)
+                self._engine.fail(reason)
                 return

@@ -1,4 +1,4 @@
-"""Steps the stages work on: who has answered, and which of them may be committed, in order. Pure Python, no I/O."""
+"""Steps sent to the stages and not yet committed: which shards have answered, and what may be committed, in order."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ from protos.stage.messages import CellReport, SampledToken, SequenceSlice, Shard
 
 
 @dataclass(slots=True)
-class Step:
-    """A plan and what came back; `awaited` are the shards it cannot be committed without, as (stage, rank)."""
+class InFlightStep:
+    """A plan with the results so far; `awaited` are the shards, as (stage, rank), that a commit still needs."""
 
     plan: StepPlan
     awaited: set[tuple[int, int]]
-    stage_s: dict[int, float] = field(default_factory=dict)  # of the slowest shard of every stage that has answered
+    stage_s: dict[int, float] = field(default_factory=dict)  # seconds of the slowest shard so far, by stage
     compute_us: int = 0  # of all shards
-    estimate_us: int = 0
+    estimate_us: int = 0  # the part of it that selected keys
     samples: tuple[SampledToken, ...] = ()
     cells: list[CellReport] = field(default_factory=list)
 
     @property
     def slowest_s(self) -> float:
-        """Seconds of the slowest shard, of those that have answered."""
+        """Seconds of the slowest shard that has answered."""
         return max(self.stage_s.values(), default=0.0)
 
 
-class InFlight:
-    """The steps between `send` and commit.
+class InFlightSteps:
+    """The steps between send and commit, in order.
 
-    A step is done with the answer of the shard that samples. With sparse cells it takes every shard's answer, as each
-    reports its own layers and heads. Other answers may come much later, of decode steps only: their compute time counts
-    for the next step that is done.
+    A step is complete with the result of the shard that samples; one with sparse cells needs the result of every shard,
+    as each reports its own layers and heads. Other shards send the results of decode steps much later; their compute
+    time is added to the next step that completes.
     """
 
     def __init__(self, shards: Sequence[ShardSpec], is_sparse: Callable[[SequenceSlice], bool]) -> None:
         self._all = {(shard.stage, shard.rank) for shard in shards}
         self._last = {(max(stage for stage, _ in self._all), 0)}
         self._is_sparse = is_sparse
-        self._steps: dict[int, Step] = {}  # in the order of their numbers
-        self._decode_s: dict[tuple[int, int], float] = {}  # how long each shard took for its newest decode step
-        self._late_us = 0
+        self._steps: dict[int, InFlightStep] = {}  # in the order of their numbers
+        self._decode_s: dict[tuple[int, int], float] = {}  # of the newest decode step of each shard
+        self._late_us = 0  # compute time of late results
 
     def __len__(self) -> int:
         return len(self._steps)
 
     @property
     def plans(self) -> list[StepPlan]:
-        """What the stages owe, the oldest first."""
+        """Plans in flight, the oldest first."""
         return [step.plan for step in self._steps.values()]
 
     def add(self, plan: StepPlan) -> None:
         awaited = self._all if any(map(self._is_sparse, plan.slices)) else self._last
-        self._steps[plan.step] = Step(plan, set(awaited))
+        self._steps[plan.step] = InFlightStep(plan, set(awaited))
 
-    def take(self, result: StepResult) -> list[Step]:
-        """Take the answer of one shard; returns the steps to commit now, none after a late answer."""
+    def take(self, result: StepResult) -> list[InFlightStep]:
+        """Take the result of one shard; returns the steps that are complete with it, in order."""
         step = self._steps.get(result.step)
-        if step is None or step.plan.decodes:
+        if step is None or step.plan.is_decode:
             self._decode_s[result.stage, result.rank] = result.compute_us / 1e6
         if step is None:
             self._late_us += result.compute_us
@@ -75,7 +75,7 @@ class InFlight:
         return done
 
     def decode_s(self, num_stages: int) -> float:
-        """Seconds of a decode step through all stages, one after the other; those unheard of count like the others."""
+        """Return the seconds of a decode step through all stages; one without a result counts as the mean of others."""
         slowest: dict[int, float] = {}
         for (stage, _), seconds in self._decode_s.items():
             slowest[stage] = max(slowest.get(stage, 0.0), seconds)

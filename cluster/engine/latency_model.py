@@ -1,8 +1,8 @@
-"""How long a step takes: `t = c + g * S + b * T + a * visited`, fitted online from measured steps.
+"""Predict how long a step takes: `t = c + g * S + b * T + a * visited`, fitted online from measured steps.
 
 Per stage: `T` tokens of the step, `S` longest context it touches, `visited` query-key pairs. Dense rows visit all
-pairs; for sparse cells the shards report the share they visited, and a second small fit says how it goes on as the
-context grows. The model sizes nothing by itself; it answers "how long will the rest of this prefill take".
+pairs; for sparse cells the shards report the share they visited, and a second small fit extrapolates it to longer
+contexts. No size of a step depends on the model: it serves the predicted end of a prefill and the hang detector.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.scheduler.chunking import Chunk
 from protos.model import grid
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 
-_FORGET = 0.98  # weight of the past at each new step: about 50 steps are remembered
+_FORGET = 0.98  # weight of the past at each new step: a memory of about 50 steps
 _SCALE = (1.0, 1e5, 1e3, 1e8)  # typical sizes of (1, S, T, visited): keeps the equations well scaled
 _RIDGE = 1e-6
-_SLOPE = 0.5  # assumed growth of visited keys, as a power of the context, until cells have shown it
-_SLOPE_WEIGHT = 0.5  # of that assumption, in cells at twice the context
+_SLOPE = 0.5  # prior exponent: visited keys grow as this power of the context
+_SLOPE_WEIGHT = 0.5  # weight of the prior, as a number of cells at twice the context
 
 Features = tuple[float, float, float, float]
+Floats = NDArray[np.float64]
 
 
 def causal_pairs(start: int, length: int) -> int:
-    """Pairs of query and key that plain causal attention of these rows visits."""
+    """Return the number of query-key pairs that plain causal attention of these rows visits."""
     return length * start + length * (length + 1) // 2
 
 
 def visited_share(part: SequenceSlice, reports: Sequence[CellReport]) -> float | None:
-    """Share of the causal pairs of a slice that were visited, over layers and heads; None without reports."""
+    """Return the share of a slice's causal pairs that were visited, over layers and heads; None without reports."""
     visited = pairs = 0.0
     for report in reports:
         if report.sequence == part.sequence and len(report.density):
@@ -43,14 +45,14 @@ def visited_share(part: SequenceSlice, reports: Sequence[CellReport]) -> float |
 
 
 class LatencyModel:
-    """Four non-negative coefficients by recursive least squares with forgetting."""
+    """Fits four non-negative coefficients by recursive least squares with forgetting."""
 
     def __init__(self, spec: ModelSpec | None = None) -> None:
         self._spec = spec
         self._sparsity = _Sparsity()
-        self._gram = [[0.0] * 4] * 4  # plain numbers: arrays this small cost more than the sums
+        self._gram = [[0.0] * 4] * 4  # lists, as numpy costs more than 16 sums
         self._moment = [0.0] * 4
-        self._coefficients: np.ndarray | None = None
+        self._coefficients: Floats | None = None
         self.num_steps = 0
 
     def observe(self, plan: StepPlan, seconds: float, reports: Sequence[CellReport] = ()) -> None:
@@ -69,7 +71,7 @@ class LatencyModel:
         self.num_steps += 1
 
     def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> Features:
-        """(1, S, T, visited pairs) of a plan; sparse slices without reports are estimated."""
+        """Return (1, S, T, visited pairs) of a plan; sparse slices without reports are estimated."""
         context = max((part.start + part.length for part in plan.slices), default=0)
         visited = sum(self._visited(part, reports) for part in plan.slices)
         return 1.0, context, plan.num_tokens, visited
@@ -79,18 +81,18 @@ class LatencyModel:
         """(c, g, b, a) in seconds, seconds per context token, per token, per visited pair; zeros before any step."""
         if not self.num_steps:
             return 0.0, 0.0, 0.0, 0.0
-        fitted = self._coefficients  # once: other threads ask while the engine's observes
+        fitted = self._coefficients  # read once: other threads ask while the engine's thread observes
         if fitted is None:
             fitted = self._coefficients = _non_negative(np.array(self._gram), np.array(self._moment)) / _SCALE
         c, g, b, a = fitted.tolist()
         return c, g, b, a
 
     def predict(self, plan: StepPlan) -> float:
-        """Seconds a step would take."""
+        """Return the seconds that a step would take."""
         return sum(x * c for x, c in zip(self.features(plan), self.coefficients, strict=True))
 
     def predict_chunks(self, chunks: Sequence[Chunk]) -> float | None:
-        """Seconds for steps of one chunk each; None before any step was measured."""
+        """Return the seconds of steps of one chunk each; None before any step was measured."""
         if not self.num_steps:
             return None
         if not chunks:
@@ -113,10 +115,10 @@ class LatencyModel:
 
 
 class _Sparsity:
-    """Keys a sparse row visits as a power of its context, `k = A * S ** slope` with a slope from 0 to 1.
+    """Fits the keys that a sparse row visits as a power of its context: `k = A * S ** slope`, slope from 0 to 1.
 
-    Published budgets are the same at every length (slope 0 once they bind), adaptive ones grow; nothing is known before
-    the first cell, and dense is assumed.
+    Published budgets are the same at every length (slope 0 once they bind), adaptive ones grow. Before the first cell
+    rows count as dense.
     """
 
     def __init__(self) -> None:
@@ -127,8 +129,8 @@ class _Sparsity:
         x, y = math.log(context), math.log(context * share)
         self._sums = _FORGET * self._sums + np.array([1.0, x, y, x * x, x * y])
 
-    def keys(self, contexts: np.ndarray) -> np.ndarray:
-        """Keys visited by rows with these mean contexts."""
+    def keys(self, contexts: Floats) -> Floats:
+        """Return the keys visited by rows with these mean contexts."""
         count, x, y, xx, xy = self._sums.tolist()
         if not count:
             return contexts
@@ -136,13 +138,14 @@ class _Sparsity:
         slope = (xy - x * y / count + prior * _SLOPE) / (xx - x * x / count + prior)
         slope = min(max(slope, 0.0), 1.0)
         logs = np.log(np.maximum(contexts, 1.0))
-        return np.minimum(contexts, np.exp(y / count + slope * (logs - x / count)))
+        keys: Floats = np.minimum(contexts, np.exp(y / count + slope * (logs - x / count)))
+        return keys
 
 
-def _non_negative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """Least squares with coefficients >= 0: solve, drop the most negative one, repeat (four unknowns at most)."""
+def _non_negative(gram: Floats, moment: Floats) -> Floats:
+    """Solve least squares with coefficients >= 0: solve, drop the most negative one, repeat (four unknowns at most)."""
     active: Sequence[int] = range(4)
-    # Unit diagonal first: short decode steps weigh 1e6 times more than chunks, and the ridge must not hide the chunks.
+    # Unit diagonal first: decode steps weigh 1e6 times more than chunks, which the ridge would outweigh otherwise.
     size = np.sqrt(np.diag(gram))
     size[size == 0] = 1.0
     gram, moment = gram / np.outer(size, size), moment / size

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine and what comes back: text in and out, progress, timings."""
+"""Requests to the engine and what comes back: progress, tokens, results with their timings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
-from protos.stage.messages import SampledToken, SamplingParams
+from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,12 @@ class GenerationSpec:
     reasoning_opened: bool = False  # the prompt ends inside <think>
     priority: int = 0  # higher is admitted earlier
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
+    question: int = 0  # index of the prompt among those of its caller
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Prefill of one prompt in tokens: `cached` came for nothing, `processed` counts them too."""
+class PrefillProgress:
+    """Prefill of one prompt in tokens; `processed` includes the `cached` ones."""
 
     total: int
     cached: int
@@ -38,11 +39,22 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """A sampled token and the text that became certain with it (often empty)."""
+class OutputToken:
+    """A sampled token with the text that became certain with it (often empty), as it is stored and streamed.
 
-    token: SampledToken
+    `part` is the part of the output after it, "reasoning" or "answer"; `reasoning` and `answer` are what it adds to
+    each: together `text` without tags and the white space around them.
+    """
+
+    number: int  # consecutive over all questions of one submission, in the order of sampling
+    question: int
+    token_id: int
     text: str
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    part: str = "answer"
+    reasoning: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

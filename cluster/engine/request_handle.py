@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.common.errors import EngineError
-from cluster.engine.attention_report import AttentionLog
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, Timings, TokenEvent
+from cluster.engine.attention_report import AttentionReport
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.request import FinishReason, Request
 from cluster.text.detokenizer import OutputText
 from protos.model.spec import ModelSpec
 
-Event = Progress | TokenEvent | Generation
+EngineEvent = PrefillProgress | OutputToken | Generation
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class RequestHandle:
     """A submitted request. `wait` returns its result; events also go to the submitter's callback."""
 
     request: Request
     spec: GenerationSpec
     text: OutputText
-    on_event: Callable[[Event], None]
+    on_event: Callable[[EngineEvent], None]
     submitted: float
-    attention: AttentionLog = field(default_factory=AttentionLog)
+    numbers: Iterator[int]  # for the next tokens of its submission
+    attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
     result: Generation | None = None
 
     def wait(self, timeout_s: float | None = None) -> Generation:
-        """The result; raises TimeoutError, or EngineError when the cluster failed."""
+        """Return the result; raises TimeoutError, or EngineError when the cluster failed."""
         if not self.done.wait(timeout_s):
             raise TimeoutError(f"no result within {timeout_s} s")
         assert self.result is not None
@@ -42,8 +43,8 @@ class Ticket:
             raise EngineError(self.result.error)
         return self.result
 
-    def tell(self, event: Event) -> None:
-        """Call the submitter; one that raises hears nothing more."""
+    def notify(self, event: EngineEvent) -> None:
+        """Call the submitter; a callback that raises is not called again."""
         try:
             self.on_event(event)
         except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
@@ -51,11 +52,11 @@ class Ticket:
             self.on_event = _ignore
 
     def end(self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "") -> None:
-        """Make the result, tell the submitter, let `wait` return."""
+        """Set the result, notify the submitter and let `wait` return."""
         request = self.request
         started = self.started if self.started is not None else now
         first = self.first_token if self.first_token is not None else now
-        reasoning, answer = self.text.split(self.spec.reasoning_opened)
+        reasoning, answer = self.text.result()
         self.result = Generation(
             token_ids=tuple(request.output),
             text=answer,
@@ -74,9 +75,9 @@ class Ticket:
             error=error,
             attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
         )
-        self.tell(self.result)
+        self.notify(self.result)
         self.done.set()
 
 
-def _ignore(_event: Event) -> None:
+def _ignore(_event: EngineEvent) -> None:
     pass

@@ -1,69 +1,60 @@
-"""A running cluster with its tokenizer: documents and questions in, answers out."""
+"""A deployment that runs in this process: documents and questions in, answers out."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.common.errors import EngineError, StageError
-from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import compute_dtype, kv_dtype
+from cluster.config.deployment import Deployment, load_deployment
+from cluster.config.memory_budget import kv_dtype
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
-from cluster.engine.hang_detector import FLOOR_S, Watchdog
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.request_handle import Event, Ticket
-from cluster.scheduler.page_pool import PagePool
-from cluster.scheduler.scheduler import Scheduler
-from cluster.stages.launcher import Launched, Launcher, LaunchStatus
+from cluster.engine.pipeline import Pipeline, launch_pipeline
+from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.engine.supervisor import PipelineSupervisor
 from cluster.text.chat_template import opens_thinking, render_chat
 from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
-from protos.stage.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from cluster.stages.handle import GrpcStageHandle
+    from cluster.stages.launcher import Launched, LaunchStatus
+
+OnEvent = Callable[[int, EngineEvent], None]  # index of a prompt, and what happened to it
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """How to answer: the same for every question of a call."""
+class ClusterRuntime:
+    """Runs one deployment; usable as a context manager.
 
-    max_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    enable_thinking: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
-        if not all(self.stop):
-            raise UserError('stop: "": a stop string must have at least one character')
-
-
-class Session:
-    """One deployment from start to stop; usable as a context manager.
-
-    Failure contract: nothing is durable. A lost shard ends every question with EngineError; `close` always cleans up.
+    Failure contract: nothing is durable. A failed pipeline ends every question with EngineError; see
+    `PipelineSupervisor` for who starts it again. `close` always cleans up.
     """
 
-    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
-        self.deployment = deployment
-        self.tokenizer = TextTokenizer.open(deployment.config.model.path)
-        self._on_status = on_status
-        self._launcher = Launcher(deployment, on_status)
-        self._engine: Engine | None = None
-        self.launched: Launched | None = None
-        self.hung_after_s = FLOOR_S
-        self._watchdog: Watchdog | None = None
-        self.on_broken: Callable[[Callable[[], str]], None] = lambda report: None  # from the engine's thread
+    def __init__(
+        self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None,
+        ids_only: bool = False,
+    ) -> None:  # fmt: skip
+        """Check the model's tokenizer; `start` does the rest.
 
-    def __enter__(self) -> Session:
+        Args:
+            on_status: called at every start of the pipeline with what is being started.
+            ids_only: take and give token ids without text, so that the model needs no tokenizer.
+        """
+        self.deployment = deployment
+        self._tokenizer = None if ids_only else TextTokenizer.open(deployment.config.model.path)
+        self.supervisor = PipelineSupervisor(self._launch)
+        self._on_status = on_status
+
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -71,97 +62,93 @@ class Session:
         self.close()
 
     def start(self) -> None:
-        """Start the cluster and wait until it answers; whatever fails, nothing is left running."""
-        config = self.deployment.config
-        self.launched = launched = self._launcher.start()
-        try:
-            root = cache_root(self.deployment, launched.fingerprint)
-            prefill, page_size = config.prefill, config.kv_cache.page_size
-            pool = PagePool(launched.num_pages)
-            scheduler = Scheduler(
-                pool, page_size, prefill.max_num_batched_tokens, prefill.max_num_seqs, root, spec=self.deployment.spec,
-                runs_ahead=True, num_stages=config.cluster.pipeline_parallel_size,
-            )  # fmt: skip
-            self._begin(Engine(scheduler, launched.shards, self.tokenizer, self.deployment.spec.eos_token_ids))
-        except BaseException:
-            self.close()
-            raise
-
-    def _begin(self, engine: Engine) -> None:
-        """Work with this engine from now on; a report about an earlier one is void."""
-        self._engine = engine
-        engine.on_broken = lambda error: self.on_broken(lambda: error if self._engine is engine else "")
-        engine.start()
-        if self.launched is not None:
-            self._watchdog = Watchdog(engine, self.launched.shards, self.hung_after_s)
-            self._watchdog.start()
+        """Start the pipeline and wait until it answers; whatever fails, nothing is left running."""
+        self.supervisor.start()
 
     def close(self) -> None:
-        """Stop in order: engine, actors, Ray; may be called twice."""
-        try:
-            if self._watchdog is not None:
-                self._watchdog.close()
-                self._watchdog = None
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
-        finally:
-            self._launcher.close()
+        """Stop the pipeline; may be called twice."""
+        self.supervisor.close()
 
     def restart(self) -> None:
-        """Stop what is left of a broken cluster and start a new one; requests of the old one are lost."""
+        """Stop what is left of a failed pipeline and start a new one; requests of the old one are lost."""
         self.close()
-        self._launcher = Launcher(self.deployment, self._on_status)
         self.start()
+
+    def _launch(self) -> Pipeline:
+        return launch_pipeline(self.deployment, self._tokenizer, self._on_status)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer; there is none with `ids_only`."""
+        assert self._tokenizer is not None, "this runtime takes and gives token ids only"
+        return self._tokenizer
 
     @property
     def engine(self) -> Engine:
-        if self._engine is None:
+        """The engine of the running pipeline; raises EngineError while there is none."""
+        if (pipeline := self.supervisor.running) is None:
             raise EngineError("the cluster is not running: call start() first")
-        return self._engine
+        return pipeline.engine
 
-    def document_prompts(self, document: str, questions: Sequence[str], ask: Ask) -> list[list[int]]:
-        """Prompts that share the document as their common beginning; the cluster need not run yet.
+    @property
+    def launched(self) -> Launched:
+        """The newest stage processes, running or not; raises EngineError before the first start."""
+        if (pipeline := self.supervisor.newest) is None:
+            raise EngineError("the cluster is not running: call start() first")
+        return pipeline.launched
+
+    def document_prompts(self, document: str, questions: Sequence[str], options: AnswerOptions) -> list[list[int]]:
+        """Return prompts that share the document as their common prefix; the cluster need not run yet.
 
         Raises:
             PromptError: an empty document or question, or one that does not fit.
         """
         prompts = build_document_prompts(
             self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
-            enable_thinking=ask.enable_thinking, max_model_len=self.deployment.max_model_len,
-            max_tokens=ask.max_tokens,
+            enable_thinking=options.enable_thinking, max_model_len=self.deployment.max_model_len,
+            max_tokens=options.max_tokens,
         )  # fmt: skip
-        check_ids(ask.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
+        check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         return prompts
 
-    def ask_document(
-        self, document: str, questions: Sequence[str], ask: Ask, on_event: Callable[[int, Event], None] | None = None
-    ) -> list[Generation]:
-        """Answer several questions about one document; it is computed once.
+    def ask(
+        self, document: str | os.PathLike[str], question: str, options: AnswerOptions | None = None,
+        on_event: OnEvent | None = None,
+    ) -> Generation:  # fmt: skip
+        """Answer one question about a document: a text, or the path object of a UTF-8 file. Raises as `ask_all`."""
+        return self.ask_all(document, [question], options, on_event)[0]
+
+    def ask_all(
+        self, document: str | os.PathLike[str], questions: Sequence[str], options: AnswerOptions | None = None,
+        on_event: OnEvent | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Answer several questions about one document, which is computed once; results in their order.
 
         Args:
-            on_event: called with the index of the question, on the engine's thread; must not block.
+            on_event: called with the index of a question and its `PrefillProgress`, `OutputToken` or `Generation`; runs
+                on the engine's thread and must not block.
 
         Raises:
             PromptError, DoesNotFit: before anything is computed. EngineError: the cluster failed.
         """
-        prompts = self.document_prompts(document, questions, ask)
-        opened = opens_thinking(self.tokenizer, ask.enable_thinking)
-        return self.generate(prompts, ask, on_event, reasoning_opened=opened)
+        options = options or AnswerOptions()
+        text = document if isinstance(document, str) else self.check_document(Path(document).read_bytes())
+        prompts = self.document_prompts(text, questions, options)
+        opened = opens_thinking(self.tokenizer, options.enable_thinking)
+        return self.generate(prompts, options, on_event, reasoning_opened=opened)
 
     def check_document(self, data: bytes) -> str:
-        """The text of a document; raises PromptError when it is empty, not UTF-8 or too long whatever its tokens."""
+        """Return the text of a document; raises PromptError for one that is empty, not UTF-8 or certainly too long."""
         return check_document(data, self.tokenizer, self.deployment.max_model_len)
 
-    def chat_prompt(self, messages: Sequence[tuple[str, str]], ask: Ask) -> list[int]:
-        """Token ids of (role, content) messages through the chat template; raises ChatTemplateError."""
+    def chat_prompt(self, messages: Sequence[tuple[str, str]], options: AnswerOptions) -> list[int]:
+        """Return token ids of (role, content) messages through the chat template; raises PromptError."""
         conversation = [{"role": role, "content": content} for role, content in messages]
-        text = render_chat(self.tokenizer, conversation, enable_thinking=ask.enable_thinking)
+        text = render_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking)
         return self.tokenizer.encode(text)
 
     def reproducibility(self, seed: int) -> dict[str, Any]:
-        """What is needed to get the same tokens again."""
-        assert self.launched is not None
+        """Return what is needed to get the same tokens again."""
         config, spec, facts = self.deployment.config, self.deployment.spec, environment()
         return {
             "model": config.model.served_model_name,
@@ -181,71 +168,94 @@ class Session:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV pages some request owns, 0..1."""
-        return self.engine.scheduler.pool.usage if self._engine is not None else 0.0
+        """Share of the KV pages that requests own, 0 to 1."""
+        pipeline = self.supervisor.running
+        return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
 
     @property
     def latency_coefficients(self) -> tuple[float, float, float, float]:
-        """The fitted cost of a step; see `LatencyModel`."""
-        return self.engine.latency.coefficients if self._engine is not None else (0.0, 0.0, 0.0, 0.0)
+        """Fitted cost of a step; see `LatencyModel`."""
+        pipeline = self.supervisor.running
+        return pipeline.engine.latency.coefficients if pipeline is not None else (0.0, 0.0, 0.0, 0.0)
 
     def status(self) -> dict[str, Any]:
-        """The cluster as it is now: sizes, use of KV, and every shard's state."""
-        launched, config = self.launched, self.deployment.config
-        pages = self._engine.scheduler.pool.num_pages if self._engine is not None else 0  # none while it restarts
-        stages = []
-        for handle in launched.shards if launched else ():
-            entry: dict[str, Any] = {"stage": handle.shard.stage, "rank": handle.shard.rank, "state": "unreachable"}
-            with contextlib.suppress(StageError):
-                reply = handle.probe()
-                entry |= {
-                    "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
-                }  # fmt: skip
-            stages.append(entry)
+        """Return sizes, use of KV, and the state of every shard."""
+        config, newest, running = self.deployment.config, self.supervisor.newest, self.supervisor.running
+        num_pages = running.engine.scheduler.pool.num_pages if running is not None else 0
         return {
             "model": config.model.served_model_name,
             "max_model_len": self.deployment.max_model_len,
             "kv_usage": self.kv_usage,
-            "kv_tokens": pages * config.kv_cache.page_size,
-            "stages": stages,
+            "kv_tokens": num_pages * config.kv_cache.page_size,
+            "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
             "version": self.version,
         }
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]], ask: Ask) -> None:
+    def _shard_status(self, shard: GrpcStageHandle) -> dict[str, Any]:
+        place = {"stage": shard.shard.stage, "rank": shard.shard.rank}
+        if self.supervisor.running is None:
+            return place | {"state": self.supervisor.state.value}
+        try:
+            reply = shard.probe()
+        except StageError:
+            return place | {"state": "unreachable"}
+        return place | {
+            "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
+        }  # fmt: skip
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:
         """Refuse prompts and stops this model cannot take (UserError); the cluster need not run yet."""
-        check_ids(ask.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
+        check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         for prompt in prompts:
             if not len(prompt):
                 raise UserError("prompt: 0 tokens: must have at least one")
-            check_length(len(prompt), ask.max_tokens, self.deployment.max_model_len)
+            check_length(len(prompt), options.max_tokens, self.deployment.max_model_len)
             check_ids(prompt, self.deployment.spec.vocab_size)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, Event], None] | None = None,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
         reasoning_opened: bool = False,
     ) -> list[Generation]:  # fmt: skip
-        """Continue token ids as they are; results in the order of the prompts. Raises as `ask_document`."""
-        tickets = self.submit(prompts, ask, on_event, reasoning_opened)
+        """Continue token ids as they are; results in the order of the prompts. Raises as `ask_all`."""
+        handles = self.submit(prompts, options, on_event, reasoning_opened)
         try:
-            return [ticket.wait() for ticket in tickets]
+            return [handle.wait() for handle in handles]
         except BaseException:
-            for ticket in tickets:
-                self.engine.cancel(ticket)
+            for handle in handles:
+                self.engine.cancel(handle)
             raise
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], ask: Ask, on_event: Callable[[int, Event], None] | None = None,
+        self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
         reasoning_opened: bool = False,
-    ) -> list[Ticket]:  # fmt: skip
-        """Queue prompts and return at once. Raises as `ask_document`."""
-        self.check_prompts(prompts, ask)
+    ) -> list[RequestHandle]:  # fmt: skip
+        """Queue prompts and return at once. Raises as `ask_all`."""
+        self.check_prompts(prompts, options)
         items = []
         for index, prompt in enumerate(prompts):
             spec = GenerationSpec(
-                prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, reasoning_opened
-            )
-            items.append((spec, _for_index(on_event, index)))
+                prompt, options.max_tokens, options.sampling, options.stop, options.stop_token_ids, options.ignore_eos,
+                reasoning_opened, question=index,
+            )  # fmt: skip
+            items.append((spec, partial(on_event, index) if on_event is not None else lambda event: None))
         return self.engine.submit_all(items)
+
+
+class LocalCluster(ClusterRuntime):
+    """A cluster in this process, from a YAML file; loads neither ray nor torch before it is started.
+
+    >>> with LocalCluster("configs/demo.yaml") as cluster:
+    ...     answer = cluster.ask("... a long document ...", "What was decided?")
+    ...     print(answer.text)
+    """
+
+    def __init__(self, config: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> None:
+        """Check the configuration; `overrides` has dotted keys over it, such as `{"model.max_model_len": "128k"}`."""
+        super().__init__(load_deployment(config, overrides))
+
+    # named again so that the API reference, which leaves inherited members out, describes them
+    start, close = ClusterRuntime.start, ClusterRuntime.close
+    ask, ask_all = ClusterRuntime.ask, ClusterRuntime.ask_all
 
 
 def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") -> None:
@@ -254,17 +264,3 @@ def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") ->
         return
     at = next(i for i, token in enumerate(prompt) if not 0 <= token < vocab_size)
     raise UserError(f"{key}: {prompt[at]} at index {at}: must be between 0 and {vocab_size - 1}")
-
-
-def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
-    """What the content of a KV page depends on besides its tokens."""
-    spec = deployment.spec
-    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
-    parts = (fingerprint, *kv, *map(repr, positions))
-    return hashlib.sha256("\0".join(parts).encode()).digest()
-
-
-def _for_index(on_event: Callable[[int, Event], None] | None, index: int) -> Callable[[Event], None]:
-    if on_event is None:
-        return lambda event: None
-    return lambda event: on_event(index, event)

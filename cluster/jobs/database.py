@@ -1,4 +1,4 @@
-"""The SQLite file of the job store: opening it, bringing its schema up to date, one writer and many readers.
+"""The SQLite file of the job store: its schema and migrations, one writing connection and a pool of reading ones.
 
 Write-ahead logging: readers never block the writer and see whole transactions. A commit survives the death of the
 process; with `synchronous=NORMAL` the newest commits may be lost (whole, never in part) when the machine loses power.
@@ -20,8 +20,8 @@ _BUSY_TIMEOUT_S = 10.0  # another process (a backup, sqlite3 on the command line
 _WAL_LIMIT_BYTES = 64 << 20
 
 
-# What changes with every step lives apart from what is written once: SQLite rewrites a row as a whole, and a
-# spec may hold a million token ids.
+# What changes with every step is in another table than what is written once: SQLite rewrites a row as a whole, and a
+# spec may have a million token ids.
 _V1 = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -81,7 +81,7 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _name_documents(connection: sqlite3.Connection) -> None:
-    """Whether a document is in use is asked at every sweep: keep its id beside the state."""
+    """Keep the id of the document beside the state: every sweep asks whether a document is in use."""
     connection.execute("ALTER TABLE jobs ADD COLUMN document_id TEXT")
     connection.execute(
         "UPDATE jobs SET document_id = (SELECT nullif(json_extract(spec, '$.input.document_id'), '')"
@@ -94,8 +94,18 @@ def _keep_attention(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE answers ADD COLUMN attention TEXT NOT NULL DEFAULT '{}'")
 
 
-# by version reached
-MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _create, 2: _name_documents, 3: _keep_attention}
+def _keep_parts(connection: sqlite3.Connection) -> None:
+    """Store tokens with reasoning split off; `JobStore.split_old_tokens` does it for those stored before (part '')."""
+    connection.execute("ALTER TABLE tokens ADD COLUMN part TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN reasoning TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN answer TEXT NOT NULL DEFAULT ''")
+    connection.execute("CREATE INDEX tokens_unsplit ON tokens (job) WHERE part = ''")
+
+
+# by the version they lead to
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
+    1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts,
+}  # fmt: skip
 VERSION = max(MIGRATIONS)
 
 
@@ -119,7 +129,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: committed at the end of the block, rolled back when anything is raised in it."""
+        """Run a transaction: committed at the end of the block, rolled back when anything is raised in it."""
         with self._write_lock, self._errors():
             self._check_open()
             try:
@@ -132,7 +142,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """One consistent view of the last commit; never waits for writers, never delays them."""
+        """Read one consistent view of the last commit; never waits for writers, never delays them."""
         with self._errors():
             connection = self._take_reader()
             try:
@@ -188,8 +198,8 @@ class Database:
             raise InvalidJob(f"text: {error.object[error.start]!r} at {error.start}: must be valid Unicode") from error
         except sqlite3.Error as error:
             full = getattr(error, "sqlite_errorname", "") == "SQLITE_FULL"  # absent on errors of the Python layer
-            way_out = "free space on its disk" if full else "check its disk and its permissions, or name another file"
-            raise JobStoreError(f"job store {self.path}: {error}: {way_out}") from error
+            remedy = "free space on its disk" if full else "check its disk and its permissions, or name another file"
+            raise JobStoreError(f"job store {self.path}: {error}: {remedy}") from error
         except OSError as error:
             raise JobStoreError(
                 f"job store {self.path}: {error.strerror}: must be a file in a folder that we may write"
@@ -197,7 +207,7 @@ class Database:
 
 
 def _make_private(path: Path) -> None:
-    """Give the file mode 0600 before SQLite opens it; its `-wal` and `-shm` files take the same mode."""
+    """Create the file with mode 0600 before SQLite opens it; its `-wal` and `-shm` files get the same mode."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))

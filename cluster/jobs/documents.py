@@ -1,7 +1,7 @@
 """Documents on disk: one file each, named by its content, beside its record in the job store.
 
-Owner: this class alone writes the folder. The record is written after the file and removed before it, so a crash can
-leave only a file without a record, which the next sweep removes.
+Only this module writes the folder. The record is written after the file and removed before it, so a crash can leave
+only a file without a record, which the next sweep removes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.common.errors import JobStoreError
-from cluster.jobs.model import DocumentRecord, InvalidJob, NotAllowedNow, NotFound, check_id
+from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, NotAllowedNow, check_id
 from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
@@ -25,10 +25,15 @@ _TEMPORARY = ".upload-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Documents:
-    """Stores, reads and forgets documents; all methods may be called from any thread. `clock`: seconds since 1970."""
+class DocumentStore:
+    """Stores, reads and deletes documents; all methods may be called from any thread."""
 
     def __init__(self, folder: Path, store: JobStore, ttl_s: float, clock: Callable[[], float] = time.time) -> None:
+        """
+        Args:
+            ttl_s: seconds after its upload at which an unused document expires.
+            clock: gives seconds since 1970.
+        """
         self._folder = folder
         self._store = store
         self._ttl_s = ttl_s
@@ -39,17 +44,20 @@ class Documents:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
-        """Store a document as it arrives; the same bytes give the same document with a new expiry (and its old name).
+        """Store a document as it arrives; the same bytes give the same document with a new expiry and its old name.
 
-        Raises InvalidJob (empty, or above `max_bytes`: at once), JobStoreError (disk), and whatever `pieces` raises.
-        Nothing is left behind then.
+        Raises:
+            InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). JobStoreError: the disk.
+            And whatever `pieces` raises. Nothing is left behind then.
         """
         with self._temporary() as (descriptor, path):
             digest, size = hashlib.sha256(), 0
             for piece in pieces:
                 size += len(piece)
                 if size > max_bytes:
-                    raise InvalidJob(f"document: {size} bytes so far: must be at most {max_bytes}: send a shorter one")
+                    raise InvalidJob(
+                        f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)"
+                    )
                 digest.update(piece)
                 with self._errors():
                     _write(descriptor, piece)
@@ -58,17 +66,17 @@ class Documents:
             with self._errors():
                 os.fsync(descriptor)
             now = self._clock()
-            identity = f"doc_{digest.hexdigest()[:32]}"
-            return self._keep(path, DocumentRecord(identity, display_name(name), size, now, now + self._ttl_s))
+            document_id = f"doc_{digest.hexdigest()[:32]}"
+            return self._keep(path, DocumentRecord(document_id, display_name(name), size, now, now + self._ttl_s))
 
     def read(self, document_id: str) -> bytes:
-        """The bytes. Raises NotFound, and JobStoreError when the file has another size than its record."""
+        """Return the bytes. Raises JobNotFound, and JobStoreError when the file has another size than its record."""
         record = self.get(document_id)
         with self._errors():
             try:
                 content = self._path(document_id).read_bytes()
             except FileNotFoundError as error:
-                raise NotFound(f"document: {document_id}: its file is gone: upload it again") from error
+                raise JobNotFound(f"document: {document_id}: its file is gone: upload it again") from error
         if len(content) != record.size_bytes:
             raise JobStoreError(
                 f"document: {document_id}: {len(content)} bytes: must be {record.size_bytes}: upload it again"
@@ -76,26 +84,26 @@ class Documents:
         return content
 
     def get(self, document_id: str) -> DocumentRecord:
-        """The record. Raises InvalidJob (not an id) and NotFound."""
+        """Return the record. Raises InvalidJob (not an id) and JobNotFound."""
         record = self._store.get_document(check_id(document_id, "doc"))
         if record is None:
-            raise NotFound(f"document: {document_id}: not found: upload it again")
+            raise JobNotFound(f"document: {document_id}: not found: upload it again")
         return record
 
     def list(self) -> Sequence[DocumentRecord]:
-        """All documents, newest first."""
+        """Return all documents, newest first."""
         return self._store.list_documents()
 
     def delete(self, document_id: str) -> None:
-        """Forget a document. Raises NotFound, and NotAllowedNow while a job that has not ended uses it."""
+        """Delete a document. Raises JobNotFound, and NotAllowedNow while an unfinished job uses it."""
         path = self._path(document_id)
         with self._lock, self._errors():
             if not self._store.delete_document(document_id):
-                raise NotFound(f"document: {document_id}: not found")
+                raise JobNotFound(f"document: {document_id}: not found")
             path.unlink(missing_ok=True)
 
     def sweep(self, now: float) -> int:
-        """Remove expired documents that no unfinished job uses (returns how many), and files that a crash left."""
+        """Delete expired documents that no unfinished job uses (returns how many), and files that a crash left."""
         removed = 0
         for record in self._store.expired_documents(now):
             try:
@@ -123,7 +131,7 @@ class Documents:
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[int, Path]]:
-        """A new file with mode 0600, gone at the end unless it was renamed."""
+        """Make a file with mode 0600 that is deleted at the end of the block unless it was renamed."""
         with self._lock, self._errors():
             descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
             path = Path(name)
@@ -137,10 +145,10 @@ class Documents:
                 self._uploading.discard(path.name)
 
     def _keep(self, temporary: Path, record: DocumentRecord) -> DocumentRecord:
-        """Give the file its name and the document its record, or neither."""
+        """Give the file its name and the document its record, or do neither."""
         path = self._path(record.id)
         with self._lock, self._errors():
-            is_new = self._store.get_document(record.id) is None
+            is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:
                 _sync_folder(self._folder)
@@ -155,18 +163,18 @@ class Documents:
         try:
             yield
         except OSError as error:
-            way_out = "free space on its disk" if error.errno in _NO_SPACE else "check its disk and its permissions"
-            raise JobStoreError(f"documents {self._folder}: {error.strerror}: {way_out}") from error
+            remedy = "free space on its disk" if error.errno in _NO_SPACE else "check its disk and its permissions"
+            raise JobStoreError(f"documents {self._folder}: {error.strerror}: {remedy}") from error
 
 
 def display_name(name: str) -> str:
-    """A name that can be shown on one line: printable characters, 1 to MAX_NAME of them. It never becomes a path."""
+    """Return a name that can be shown on one line: 1 to MAX_NAME printable characters. It never becomes a path."""
     return "".join(c for c in " ".join(name.split()) if c.isprintable())[:MAX_NAME].strip() or "document"
 
 
 def _write(descriptor: int, piece: bytes) -> None:
     rest = memoryview(piece)
-    while rest:  # a disk that fills up takes a part first
+    while rest:  # a disk that fills up accepts a part first
         rest = rest[os.write(descriptor, rest) :]
 
 

@@ -1,7 +1,16 @@
 """A job as the control plane keeps it: what was asked, how far it has come, what came out. Plain values, no I/O.
 
-A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in order
-of commitment: the number is where a stream can begin again.
+A job asks one or more questions; each has an answer. Tokens of all answers of a job are numbered 1, 2, 3, ... in the
+order they are committed in: the number is where a stream can begin again.
+
+A token has five forms between sampler and client:
+
+1. `protos.stage.messages.SampledToken`, from the last stage to the engine (on the wire as the message of that name);
+2. `cluster.engine.outputs.OutputToken`, made once by the engine: numbered, decoded, reasoning split off; the recorder,
+   the store, subscriptions and the gRPC server pass it on as it is;
+3. the row of table `tokens` (`cluster.jobs.database`);
+4. the message `TokenEvent` of protos/jobs/jobs.proto, alone or in a `TokenGroup`;
+5. `TokenEvent` of the client.
 """
 
 from __future__ import annotations
@@ -15,8 +24,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster.engine.runtime import Ask
-from protos.stage.messages import SamplingParams, TokenLogprob
+from pydantic import TypeAdapter
+
+from protos.jobs.limits import MAX_QUESTIONS
+from protos.jobs.sampling import AnswerOptions
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
@@ -37,21 +48,22 @@ class JobState(enum.StrEnum):
 
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 ACTIVE = frozenset(JobState) - FINAL
+WAITING = frozenset({JobState.QUEUED, JobState.RECOVERING})
 
 
 class JobError(Exception):
-    """A request about a job or document that cannot be granted; one line for the user."""
+    """A request about a job or document that is refused; one line for the user."""
 
 
 class InvalidJob(JobError, ValueError):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
 
 
-class NotFound(JobError):
+class JobNotFound(JobError):
     """No such job or document (gRPC NOT_FOUND)."""
 
 
-class Conflict(JobError):
+class JobConflict(JobError):
     """An idempotency key used with another body, or a state that does not allow it (gRPC ALREADY_EXISTS)."""
 
 
@@ -59,8 +71,8 @@ class NotAllowedNow(JobError):
     """The state of the job or document does not allow it (gRPC FAILED_PRECONDITION)."""
 
 
-class Busy(JobError):
-    """The queue is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
+class ServiceBusy(JobError):
+    """The queue or another bound is full; try again after `retry_after_s` (gRPC RESOURCE_EXHAUSTED)."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -68,12 +80,12 @@ class Busy(JobError):
 
 
 def new_id(kind: str) -> str:
-    """`job_` or `doc_` and 32 hexadecimal digits."""
+    """Return a new id of a kind ("job", "doc"): its name, `_` and 32 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 
 def check_id(value: str, kind: str) -> str:
-    """Refuse anything that is not an id of this kind (raises InvalidJob); ids become file names and SQL parameters."""
+    """Return an id of this kind, or raise InvalidJob; ids become file names and SQL parameters."""
     if not _ID.fullmatch(value) or not value.startswith(kind):
         raise InvalidJob(f"{kind} id: {value[:60]!r}: must be {kind}_ and 32 hexadecimal digits")
     return value
@@ -81,7 +93,7 @@ def check_id(value: str, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JobInput:
-    """Exactly one of: a stored document with questions, token ids, chat messages, a raw prompt."""
+    """What a job is about: exactly one of a stored document with questions, token ids, chat messages, a raw prompt."""
 
     document_id: str = ""
     questions: tuple[str, ...] = ()
@@ -90,13 +102,13 @@ class JobInput:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        given = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
-        if sum(given) != 1:
+        kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
+        if sum(kinds) != 1:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
         if self.document_id and not self.questions:
             raise InvalidJob("questions: 0: must have at least one")
-        if len(self.questions) > 1024:
-            raise InvalidJob(f"questions: {len(self.questions)}: must be at most 1024")
+        if len(self.questions) > MAX_QUESTIONS:
+            raise InvalidJob(f"questions: {len(self.questions)}: must be at most {MAX_QUESTIONS}")
 
     @property
     def num_answers(self) -> int:
@@ -105,10 +117,10 @@ class JobInput:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """Everything the client asked for. `deadline` is in seconds since 1970."""
+    """Everything a client asked for; `deadline` is in seconds since 1970."""
 
     input: JobInput
-    ask: Ask
+    ask: AnswerOptions
     priority: int = 0
     deadline: float | None = None
     attached: bool = False
@@ -120,38 +132,18 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
-        """Inverse of `to_json`."""
-        values: dict[str, Any] = json.loads(text)
-        given = values["input"]
-        messages = given["messages"]
-        given |= {
-            "questions": tuple(given["questions"]),
-            "token_ids": None if given["token_ids"] is None else tuple(given["token_ids"]),
-            "messages": None if messages is None else tuple((role, content) for role, content in messages),
-        }
-        ask = values["ask"]
-        ask |= {"stop": tuple(ask["stop"]), "stop_token_ids": tuple(ask["stop_token_ids"])}
-        ask["sampling"] = SamplingParams(**ask["sampling"])
-        return cls(**(values | {"input": JobInput(**given), "ask": Ask(**ask)}))
+        """Read what `to_json` wrote."""
+        return _SPEC.validate_json(text)
 
     def body_hash(self) -> str:
-        """SHA-256 of what makes two submissions the same: everything but the key and the (relative) deadline."""
+        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline."""
         values = asdict(self)
         for key in ("idempotency_key", "deadline"):
             del values[key]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class JobToken:
-    """A committed token: `number` within the job, `question` (index) it answers, and the text it made certain."""
-
-    number: int
-    question: int
-    token_id: int
-    text: str
-    logprob: float | None = None
-    top: tuple[TokenLogprob, ...] = ()
+_SPEC = TypeAdapter(JobSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +179,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRecord:
-    """A stored document; times are seconds since 1970, `expires` is moved on by every use."""
+    """A stored document; times are seconds since 1970, every use renews `expires`."""
 
     id: str
     name: str

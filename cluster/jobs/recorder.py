@@ -1,33 +1,32 @@
-"""Writes what the engine produces into the job store, then wakes those who follow.
+"""The thread that commits the engine's events to the job store, then notifies the subscribers.
 
-The engine's callbacks only put events into a queue. One thread takes all that wait, commits them in one transaction and
-then tells the followers: a token is on disk before anybody sees it, and a busy disk makes transactions larger, not
-more.
+The engine's callbacks only put events into a queue. The thread takes all that are queued and commits them in one
+transaction: a token is on disk before anybody sees it, and a slow disk makes transactions larger, not more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.outputs import Generation, Progress, TokenEvent
-from cluster.engine.request_handle import Event
-from cluster.jobs.model import ACTIVE, JobAnswer, JobState, JobToken
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent
+from cluster.jobs.model import ACTIVE, JobAnswer, JobState
 from cluster.jobs.store import JobStore, StateChange
+from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
 from protos.stage.messages import SampledToken
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0  # between attempts to write to a disk that refuses
-_DETAILED = 16  # answers of a job that keep figures of every layer and head: tens of kilobytes each
-_PAGE = 1000  # tokens read at once when a job is taken up again
+_DETAILED = 16  # answers of a job that keep figures of every layer and attention head: tens of kilobytes each
+_PAGE = 1000  # tokens read at once when a job is resumed
 
 
 @dataclass(slots=True)
@@ -36,107 +35,32 @@ class LiveJob:
 
     job_id: str
     num_answers: int
-    last_event: int
     on_end: Callable[[JobState], None]
     cancelled: bool = False  # somebody wants it to end
-    generation: int = 0  # rises with every pipeline; events of an earlier one are dropped
-    decodes: bool = False  # the store has heard of its first token
-    progress: dict[int, Progress] = field(default_factory=dict)
+    decodes: bool = False  # its first token since it was queued is committed
+    progress: dict[int, PrefillProgress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
 
     def restore(self, finished: Mapping[int, str]) -> None:
-        """Begin again with the answers that had ended before."""
+        """Start again with the answers that had ended before."""
         self.ended = {question: FinishReason(reason) for question, reason in finished.items()}
         self.progress = {}
         self.decodes = False
 
 
-class Follower:
-    """One who follows a job: `wait` returns at the next commit about this job, and at no other."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._changed = threading.Condition(lock)
-        self._news = False
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for news since the last `wait`; False after the timeout."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._news, timeout_s)
-            news, self._news = self._news, False
-            return news
-
-    def wake(self) -> None:
-        """Say that there is news (lock held)."""
-        self._news = True
-        self._changed.notify_all()
-
-
-class Watch:
-    """Who waits for news about which job. Keeps nothing about jobs that nobody follows."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._followers: dict[str, set[Follower]] = {}
-        self._closed = False
-
-    @contextlib.contextmanager
-    def follow(self, job_id: str) -> Iterator[Follower]:
-        """A follower inside the block: no commit that comes after its beginning is missed."""
-        follower = Follower(self._lock)
-        with self._lock:
-            self._followers.setdefault(job_id, set()).add(follower)
-        try:
-            yield follower
-        finally:
-            with self._lock:
-                others = self._followers[job_id]
-                others.discard(follower)
-                if not others:
-                    del self._followers[job_id]
-
-    def touch(self, job_ids: Sequence[str]) -> None:
-        """Something about these jobs was committed."""
-        with self._lock:
-            for job_id in job_ids:
-                for follower in self._followers.get(job_id, ()):
-                    follower.wake()
-
-    def forget(self, job_id: str) -> None:
-        """The job was deleted: its followers find that out now."""
-        self.touch([job_id])
-
-    def close(self) -> None:
-        """Wake everybody for the last time."""
-        with self._lock:
-            self._closed = True
-            for followers in self._followers.values():
-                for follower in followers:
-                    follower.wake()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    @property
-    def num_jobs(self) -> int:
-        """How many jobs are followed."""
-        return len(self._followers)
-
-
-_Item = tuple[LiveJob, int, int, Event]  # job, its generation, question, event
-_Report = Callable[[], str]  # why the pipeline failed, or nothing when another one runs by now
+_Item = tuple[LiveJob, int, EngineEvent]  # job, question, event
 
 
 class Recorder:
     """The committing thread. `close` commits what is queued and ends it; may be called twice."""
 
-    def __init__(self, store: JobStore, watch: Watch, on_broken: Callable[[str], None]) -> None:
+    def __init__(self, store: JobStore, changes: ChangeNotifier) -> None:
         self._store = store
-        self._watch = watch
-        self._on_broken = on_broken
+        self._changes = changes
         self._closing = threading.Event()
-        self._queue: queue.SimpleQueue[_Item | _Report | None] = queue.SimpleQueue()
+        # events of jobs; Event: set when all before it is committed; None: the end
+        self._queue: queue.SimpleQueue[_Item | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.commit_seconds = 0.0
         self.num_commits = 0
@@ -150,54 +74,46 @@ class Recorder:
         if self._thread.is_alive():
             self._thread.join()
 
-    def callback(self, job: LiveJob, question: int) -> Callable[[Event], None]:
-        """What the engine calls for one question of a job."""
-        generation = job.generation
-        return lambda event: self._queue.put((job, generation, question, event))
+    def callback(self, job: LiveJob, question: int) -> Callable[[EngineEvent], None]:
+        """Return what the engine calls for one question of a job."""
+        return lambda event: self._queue.put((job, question, event))
 
-    def report(self, failure: _Report) -> None:
-        """The pipeline failed, maybe while no job ran; asked for the error when its last tokens are committed."""
-        self._queue.put(failure)
+    def flush(self) -> None:
+        """Return once every event queued so far is committed, or the recorder has ended."""
+        committed = threading.Event()
+        self._queue.put(committed)
+        while not committed.wait(1.0) and self._thread.is_alive():
+            pass
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            items: list[_Item | _Report] = [item]
+        is_open = True
+        while is_open:
+            items = [self._queue.get()]
             while not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
-                    self._commit(items)
-                    return
-                items.append(following)
-            self._commit(items)
-
-    def _commit(self, queued: Sequence[_Item | _Report]) -> None:
-        if events := [item for item in queued if isinstance(item, tuple)]:
-            self._commit_events(events)
-        for report in queued:
-            if not isinstance(report, tuple) and (error := report()):
-                self._on_broken(error)
+                items.append(self._queue.get())
+            if events := [item for item in items if isinstance(item, tuple)]:
+                self._commit_events(events)
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
+            is_open = None not in items
 
     def _commit_events(self, items: Sequence[_Item]) -> None:
-        tokens: list[tuple[str, JobToken]] = []
+        tokens: list[tuple[str, OutputToken]] = []
         states: list[StateChange] = []
         answers: list[tuple[str, JobAnswer]] = []
         ended: list[tuple[LiveJob, JobState]] = []
-        for job, generation, question, event in items:
-            if generation != job.generation:
-                continue  # of a pipeline that is gone
-            if isinstance(event, Progress):
+        for job, question, event in items:
+            if isinstance(event, PrefillProgress):
                 job.progress[question] = event
                 states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
-            elif isinstance(event, TokenEvent):
-                job.last_event += 1
+            elif isinstance(event, OutputToken):
                 job.generated[question] = job.generated.get(question, 0) + 1
-                sample = event.token
-                token = JobToken(job.last_event, question, sample.token_id, event.text, sample.logprob, sample.top)
-                tokens.append((job.job_id, token))
+                tokens.append((job.job_id, event))
                 if not job.decodes:
                     job.decodes = True
                     states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
-            elif event.finish_reason is not FinishReason.ERROR:  # of a failure there is a report
+            elif event.finish_reason is not FinishReason.ERROR:  # a failed pipeline is replaced, its questions go on
                 answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
                 job.ended[question] = event.finish_reason
                 if len(job.ended) == job.num_answers:
@@ -210,10 +126,10 @@ class Recorder:
         self.num_commits += 1
         for job, final in ended:
             job.on_end(final)
-        self._watch.touch(list({job.job_id for job, *_ in items}))
+        self._changes.notify(list({job.job_id for job, *_ in items}))
 
     def _write(
-        self, tokens: Sequence[tuple[str, JobToken]], states: Sequence[StateChange],
+        self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
     ) -> None:  # fmt: skip
         """Commit, however long the disk refuses: jobs wait for it and lose nothing. Raises only when closing."""
@@ -252,7 +168,7 @@ def _final_state(job: LiveJob) -> JobState:
 
 
 def committed_tokens(store: JobStore, job_id: str) -> dict[int, list[SampledToken]]:
-    """What a job has already, by question: it is queued again after them."""
+    """Return the committed tokens of a job by question, after which it is resumed."""
     done: dict[int, list[SampledToken]] = {}
     after = 0
     while page := store.tokens(job_id, after, _PAGE):

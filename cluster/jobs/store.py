@@ -17,107 +17,122 @@ from pathlib import Path
 from typing import Any
 
 from cluster.common.errors import JobStoreError
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.database import Database
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
-    Conflict,
+    WAITING,
     DocumentRecord,
     InvalidJob,
     JobAnswer,
+    JobConflict,
+    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
-    NotFound,
+    ServiceBusy,
     check_id,
 )
+from cluster.text.reasoning import ReasoningSplitter
+from protos.jobs.limits import MAX_INT64, MAX_PAGE
 from protos.stage.messages import TokenLogprob
 
-MAX_PAGE = 1000  # jobs in one page of a list
-_MAX_INTEGER = (1 << 63) - 1  # of SQLite
 _CURSOR = re.compile(r"j[0-9a-f]{15}")  # the seq of the last job of a page
 _RECORD = (
     "SELECT seq, id, state, created, started, finished, error, last_event, restarts, spec, reproducibility"
     " FROM jobs JOIN specs ON job = seq"
 )
+_TOKEN = "number, question, token_id, text, logprob, top, part, reasoning, answer"
 _IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
 
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
-Records = list[JobRecord]  # `list` is a method below
-Tokens = list[JobToken]
-DocumentRecords = list[DocumentRecord]
-Values = list[object]
 
 
 class JobStore:
-    """The durable state of the head; all methods may be called from any thread. `clock` gives seconds since 1970."""
+    """Durable state of the head process; all methods may be called from any thread."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """
+        Args:
+            clock: gives seconds since 1970.
+        """
         self._db = Database(path)
         self._clock = clock
 
     def close(self) -> None:
         self._db.close()
 
-    def create(
-        self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any]
-    ) -> tuple[JobRecord, bool]:
-        """Store a queued job; with an idempotency key in use, the job that has it and False.
+    def admission(self, spec: JobSpec) -> tuple[JobRecord | None, int]:
+        """Return the job that an earlier submission with this idempotency key made, and how many jobs wait.
 
-        Raises Conflict (the key came with another body), NotFound (the document), InvalidJob (id, text not Unicode).
+        Raises JobConflict as `create` does.
+        """
+        with self._db.reading() as db:
+            return _by_key(db, spec), _count(db, WAITING)
+
+    def create(
+        self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any],
+        max_queued: int | None = None, document_expires: float | None = None,
+    ) -> tuple[JobRecord, bool]:  # fmt: skip
+        """Store a queued job and return it, and True; with an idempotency key in use, the job that has it, and False.
+
+        Args:
+            max_queued: how many jobs may wait; None for any number.
+            document_expires: the new expiry of its document, in seconds since 1970; None leaves it as it is.
+
+        Raises:
+            JobConflict: the key came with another body. ServiceBusy: too many jobs wait. JobNotFound: the document.
+            InvalidJob: id, or text that is not Unicode.
         """
         check_id(job_id, "job")
         assert num_answers >= 1, num_answers
         document, key = spec.input.document_id or None, spec.idempotency_key or None
         with self._db.writing() as db:
-            body_hash, text = spec.body_hash(), spec.to_json()
             if (known := _by_key(db, spec)) is not None:
                 return known, False
+            if max_queued is not None:
+                check_queue(_count(db, WAITING), max_queued)
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
-                raise Conflict(f"job id: {job_id}: is in use: take a new one")
-            if document and not db.execute("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
-                raise NotFound(f"document: {document}: not found: upload it again")
+                raise JobConflict(f"job id: {job_id}: is in use: take a new one")
+            touch = "UPDATE documents SET expires = coalesce(?, expires) WHERE id = ?"
+            if document and not db.execute(touch, (document_expires, document)).rowcount:
+                raise JobNotFound(f"document: {document}: not found: upload it again")
+            created = self._clock()
             seq = db.execute(
                 "INSERT INTO jobs (id, state, idempotency_key, body_hash, num_answers, created, document_id)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (job_id, JobState.QUEUED, key, body_hash, num_answers, self._clock(), document),
+                (job_id, JobState.QUEUED, key, spec.body_hash(), num_answers, created, document),
             ).lastrowid
-            db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, text, json.dumps(dict(reproducibility))))
+            db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, spec.to_json(), json.dumps(dict(reproducibility))))
             db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
             db.executemany("INSERT INTO answers (job, question) VALUES (?, ?)", [(seq, q) for q in range(num_answers)])
-            return _one(db, job_id), True
-
-    def find(self, spec: JobSpec) -> JobRecord | None:
-        """The job an earlier submission with this idempotency key made. Raises Conflict as `create`."""
-        with self._db.reading() as db:
-            return _by_key(db, spec)
+        answers = tuple(map(JobAnswer, range(num_answers)))
+        return JobRecord(job_id, JobState.QUEUED, spec, created, answers=answers, reproducibility=reproducibility), True
 
     def transition(
         self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
     ) -> bool:
-        """Change the state if it is one of `expected`; False, and nothing changed, if it is not or the job is gone."""
+        """Change the state if it is one of `expected`; returns False if it is not, or the job is gone."""
         with self._db.writing() as db:
             return _transition(db, (job_id, expected, new), error, self._clock() if now is None else now)
 
     def commit_step(
-        self,
-        tokens: Sequence[tuple[str, JobToken]],
-        states: Sequence[StateChange],
+        self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
-    ) -> Sequence[bool]:
-        """Everything one step of the engine made certain, in one transaction: tokens, then answers, then states.
+    ) -> Sequence[bool]:  # fmt: skip
+        """Store what steps of the engine produced, in one transaction: tokens, then answers, then states.
 
-        The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are
-        dropped; late answers only of a deleted one, so a cancelled job can still keep what it had.
+        The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are dropped;
+        late answers only of a deleted one, so a cancelled job keeps what it had.
 
         Returns:
             For each change of state whether it took place.
         """
         if not (tokens or states or answers):
             return []
-        by_job: dict[str, Tokens] = {}
+        by_job: dict[str, list[OutputToken]] = {}
         for job_id, token in tokens:
             by_job.setdefault(job_id, []).append(token)
         with self._db.writing() as db:
@@ -129,46 +144,62 @@ class JobStore:
             return [_transition(db, change, "", now) for change in states]
 
     def get(self, job_id: str) -> JobRecord | None:
-        """The job with its answers, without tokens."""
+        """Return the job with its answers, without tokens."""
         with self._db.reading() as db:
-            return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
+            return _one(db, job_id)
 
     def state(self, job_id: str) -> JobState | None:
-        """The state of a job, cheaper than all of it; None for an unknown one."""
+        """Return the state of a job, without reading its spec; None for an unknown one."""
         with self._db.reading() as db:
             row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else JobState(row[0])
 
-    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Tokens:
-        """At most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> list[OutputToken]:
+        """Return at most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
         if after < 0 or limit < 1:
             raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
         with self._db.reading() as db:
             rows = db.execute(
-                "SELECT number, question, token_id, text, logprob, top FROM tokens"
+                f"SELECT {_TOKEN} FROM tokens"
                 " WHERE job = (SELECT seq FROM jobs WHERE id = ?) AND number > ? ORDER BY number LIMIT ?",
-                (job_id, min(after, _MAX_INTEGER), min(limit, _MAX_INTEGER)),
+                (job_id, min(after, MAX_INT64), min(limit, MAX_INT64)),
             ).fetchall()
         return [_token(row) for row in rows]
 
-    def list(
-        self,
-        states: Collection[JobState] = (),
-        labels: Mapping[str, str] | None = None,
-        limit: int = 100,
-        cursor: str = "",
-    ) -> tuple[Records, str]:
-        """Jobs in any of `states` (none: all) that have all `labels`, newest first, and the cursor of the next page.
+    def split_old_tokens(self, reasoning_opened: Callable[[JobSpec], bool]) -> None:
+        """Split reasoning off the tokens that were stored before schema 4; later ones come with it."""
+        while True:
+            with self._db.writing() as db:  # one job at a time: others read in between
+                row = db.execute("SELECT job FROM tokens WHERE part = '' LIMIT 1").fetchone()
+                if row is None:
+                    return
+                (spec,) = db.execute("SELECT spec FROM specs WHERE job = ?", row).fetchone()
+                opened = reasoning_opened(JobSpec.from_json(spec))
+                splitters: dict[int, ReasoningSplitter] = {}
+                query = "SELECT number, question, text FROM tokens WHERE job = ? ORDER BY number"
+                for number, question, text in db.execute(query, row).fetchall():
+                    splitter = splitters.setdefault(question, ReasoningSplitter(opened))
+                    parts = splitter.push(text)
+                    db.execute(
+                        "UPDATE tokens SET part = ?, reasoning = ?, answer = ? WHERE job = ? AND number = ?",
+                        (splitter.part, *parts, *row, number),
+                    )
 
-        A cursor stays good while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
+    def list_jobs(
+        self, states: Collection[JobState] = (), labels: Mapping[str, str] | None = None, limit: int = 100,
+        cursor: str = "",
+    ) -> tuple[list[JobRecord], str]:  # fmt: skip
+        """Return jobs in any of `states` (none: all) with all `labels`, newest first, and the cursor of the next page.
+
+        A cursor stays valid while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
         """
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidJob(f"page_size: {limit}: must be between 1 and {MAX_PAGE}")
         if cursor and not _CURSOR.fullmatch(cursor):
             raise InvalidJob(f"page_token: {cursor[:60]!r}: must be one that a list gave, or empty")
-        below = int(cursor[1:], 16) if cursor else _MAX_INTEGER
+        below = int(cursor[1:], 16) if cursor else MAX_INT64
         where = ["seq < ?"]
-        values: Values = [below]
+        values: list[object] = [below]
         if states:
             where.append("state IN (SELECT value FROM json_each(?))")
             values.append(_array(states))
@@ -182,20 +213,19 @@ class JobStore:
             records = _records(db, rows[:limit])
         return records, f"j{rows[limit - 1][0]:015x}" if len(rows) > limit else ""
 
-    def unfinished(self) -> Records:
-        """Every job that has not ended, oldest first."""
+    def unfinished(self) -> list[JobRecord]:
+        """Return every job that has not ended, oldest first."""
         with self._db.reading() as db:
             query = f"{_RECORD} WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
             return _records(db, db.execute(query, (_array(ACTIVE),)).fetchall())
 
     def count(self, states: Collection[JobState] = ()) -> int:
-        """How many jobs are in any of `states` (none: all)."""
+        """Count the jobs in any of `states` (none: all)."""
         with self._db.reading() as db:
-            query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
-            return int(db.execute(query, (_array(states or JobState),)).fetchone()[0])
+            return _count(db, states or JobState)
 
     def delete(self, job_id: str) -> bool:
-        """Forget an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
+        """Delete an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
         with self._db.writing() as db:
             query = "DELETE FROM jobs WHERE id = ? AND state IN (SELECT value FROM json_each(?))"
             return db.execute(query, (job_id, _array(FINAL))).rowcount > 0
@@ -208,7 +238,7 @@ class JobStore:
         return sum(self.delete(job_id) for job_id in ids)  # one transaction each: steps commit in between
 
     def put_document(self, record: DocumentRecord) -> DocumentRecord:
-        """Add a document, or move on the expiry of the one with this id; returns what is stored."""
+        """Add a document, or renew the expiry of the one with this id; returns what is stored."""
         with self._db.writing() as db:
             db.execute(
                 "INSERT INTO documents (id, name, size_bytes, created, expires) VALUES (?, ?, ?, ?, ?)"
@@ -227,35 +257,37 @@ class JobStore:
             query = "UPDATE documents SET expires = ? WHERE id = ?"
             return db.execute(query, (expires, document_id)).rowcount > 0
 
-    def list_documents(self) -> DocumentRecords:
-        """All documents, newest first."""
+    def list_documents(self) -> list[DocumentRecord]:
+        """Return all documents, newest first."""
         with self._db.reading() as db:
             return _documents(db, "ORDER BY created DESC, rowid DESC")
 
     def delete_document(self, document_id: str) -> bool:
-        """Remove the record; False if there is none. Raises NotAllowedNow while a job that has not ended uses it."""
+        """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
         with self._db.writing() as db:
             if _documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, _array(ACTIVE)):
                 raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
             return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
 
-    def expired_documents(self, now: float) -> DocumentRecords:
-        """Documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
+    def expired_documents(self, now: float) -> list[DocumentRecord]:
+        """Return the documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
         with self._db.reading() as db:
             return _documents(db, f"WHERE expires <= ? AND NOT {_IN_USE} ORDER BY expires", now, _array(ACTIVE))
 
 
-def _token(row: Sequence[Any]) -> JobToken:
-    number, question, token_id, text, logprob, top = row
-    top = () if top == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(top))
-    return JobToken(number, question, token_id, text, logprob, top)
+def _token(row: Sequence[Any]) -> OutputToken:
+    """Read a row of _TOKEN, whose columns are the fields of OutputToken."""
+    values = list(row)
+    values[5] = () if row[5] == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(row[5]))
+    return OutputToken(*values)
 
 
-def _top(token: JobToken) -> str:
-    return json.dumps(token.top) if token.top else "[]"  # almost always
+def _token_row(job: int, t: OutputToken) -> tuple[object, ...]:
+    top = json.dumps(t.top) if t.top else "[]"  # almost always
+    return (job, t.number, t.question, t.token_id, t.text, t.logprob, top, t.part, t.reasoning, t.answer)
 
 
-def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
+def _append(db: sqlite3.Connection, job_id: str, tokens: list[OutputToken]) -> None:
     row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or row[1] in FINAL:
         return
@@ -266,8 +298,8 @@ def _append(db: sqlite3.Connection, job_id: str, tokens: Tokens) -> None:
         if not 0 <= token.question < num_answers:
             raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
     db.executemany(
-        "INSERT INTO tokens (job, number, question, token_id, text, logprob, top) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(seq, t.number, t.question, t.token_id, t.text, t.logprob, _top(t)) for t in tokens],
+        f"INSERT INTO tokens (job, {_TOKEN}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [_token_row(seq, token) for token in tokens],
     )
     db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
 
@@ -307,20 +339,31 @@ def _transition(db: sqlite3.Connection, change: StateChange, error: str, now: fl
     return cursor.rowcount > 0
 
 
+def check_queue(waiting: int, max_queued: int) -> None:
+    """Refuse one more job when `max_queued` wait already (raises ServiceBusy)."""
+    if waiting >= max_queued:
+        raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
+
+
+def _count(db: sqlite3.Connection, states: Iterable[JobState]) -> int:
+    query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
+    return int(db.execute(query, (_array(states),)).fetchone()[0])
+
+
 def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
     key = spec.idempotency_key
     row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
     if row is not None and row[1] != spec.body_hash():
-        raise Conflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
+        raise JobConflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
     return None if row is None else _one(db, row[0])
 
 
-def _one(db: sqlite3.Connection, job_id: str) -> JobRecord:
-    return _records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())[0]
+def _one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
+    return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
 
 
-def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:
-    """Rows of _RECORD as records, with the answers of all of them from one query."""
+def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobRecord]:
+    """Turn rows of _RECORD into records, with the answers of all of them from one query."""
     answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
     query = (
         "SELECT job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention"
@@ -341,7 +384,7 @@ def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> Records:
     ]
 
 
-def _documents(db: sqlite3.Connection, rest: str, *values: object) -> DocumentRecords:
+def _documents(db: sqlite3.Connection, rest: str, *values: object) -> list[DocumentRecord]:
     rows = db.execute(f"SELECT id, name, size_bytes, created, expires FROM documents {rest}", values)
     return [DocumentRecord(*row) for row in rows]
 

@@ -1,65 +1,131 @@
-"""Following jobs: streams that begin at any token, and waiting. Followers read the store; nothing is kept for them."""
+"""Streams of a job's events that begin at any token, and waiting for its end.
+
+Subscribers read the store: a slow one holds one position in it, and no memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from cluster.engine.outputs import Progress
-from cluster.jobs.api import JobEvent, ProgressUpdate
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import JobRecord, JobState
-from cluster.jobs.recorder import Follower, Watch
 from cluster.jobs.store import JobStore
 
 HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
 _PAGE = 500  # tokens read at once
 
 
-class Following:
-    """Who follows which job. A slow reader holds one position in the store, and no memory."""
+@dataclass(frozen=True, slots=True)
+class ProgressUpdate:
+    """Prefill of one question of a job."""
+
+    question: int
+    progress: PrefillProgress
+
+
+JobEvent = ProgressUpdate | Sequence[OutputToken] | JobRecord
+
+
+class ChangeNotifier:
+    """Wakes the subscribers of the jobs that changed. Keeps nothing about jobs without subscribers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._subscribers: dict[str, set[threading.Event]] = {}
+        self.closed = False
+
+    @contextlib.contextmanager
+    def subscribe(self, job_id: str) -> Iterator[threading.Event]:
+        """Yield an event that is set at every change of the job; the subscriber clears it, then reads the store."""
+        changed = threading.Event()
+        with self._lock:
+            self._subscribers.setdefault(job_id, set()).add(changed)
+        try:
+            yield changed
+        finally:
+            with self._lock:
+                others = self._subscribers[job_id]
+                others.discard(changed)
+                if not others:
+                    del self._subscribers[job_id]
+
+    def notify(self, job_ids: Sequence[str]) -> None:
+        """Wake the subscribers of these jobs: something about them was committed, or they were deleted."""
+        with self._lock:
+            for job_id in job_ids:
+                for changed in self._subscribers.get(job_id, ()):
+                    changed.set()
+
+    def close(self) -> None:
+        """Wake everybody for the last time."""
+        with self._lock:
+            self.closed = True
+            job_ids = list(self._subscribers)
+        self.notify(job_ids)
+
+
+class Subscriptions:
+    """Serves streams and waits of many clients on many jobs; all methods may be called from any thread."""
 
     def __init__(
-        self, store: JobStore, watch: Watch, get: Callable[[str], JobRecord],
-        progress: Callable[[str], Mapping[int, Progress]], on_alone: Callable[[str], None],
+        self, store: JobStore, changes: ChangeNotifier, get: Callable[[str], JobRecord],
+        progress: Callable[[str], Mapping[int, PrefillProgress]], on_unfollowed: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """Args: `on_alone` is called when the last follower of an attached job has gone."""
+        """
+        Args:
+            get: reads a job; raises JobNotFound.
+            progress: newest prefill progress of a job by question.
+            on_unfollowed: called when the last stream of an attached job has ended.
+        """
         self._store = store
-        self._watch = watch
+        self._changes = changes
         self._get = get
         self._progress = progress
-        self._on_alone = on_alone
+        self._on_unfollowed = on_unfollowed
         self._lock = threading.Lock()
-        self._followers: dict[str, int] = {}
+        self._num_streams: dict[str, int] = {}  # by job
 
     def is_followed(self, job_id: str) -> bool:
-        return job_id in self._followers
+        """Whether a stream of the job is open."""
+        return job_id in self._num_streams
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        """The job once it has ended, or as it is after `timeout_s`."""
+        """Return the job once it has ended, or as it is after `timeout_s`."""
         until = time.monotonic() + timeout_s
-        with self._watch.follow(job_id) as follower:
+        with self._changes.subscribe(job_id) as changed:
             while True:
+                changed.clear()
                 record = self._get(job_id)
                 left = until - time.monotonic()
-                if record.state.is_final or left <= 0 or self._watch.closed:
+                if record.state.is_final or left <= 0 or self._changes.closed:
                     return record
-                follower.wait(min(left, HEARTBEAT_S))
+                changed.wait(min(left, HEARTBEAT_S))
 
-    def events(self, job_id: str, after: int, attached: bool) -> Iterator[JobEvent]:
-        """Tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
+    def events(self, job_id: str, after: int, attached: bool) -> Generator[JobEvent]:
+        """Yield tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
         with self._lock:
-            self._followers[job_id] = self._followers.get(job_id, 0) + 1
+            self._num_streams[job_id] = self._num_streams.get(job_id, 0) + 1
         try:
-            with self._watch.follow(job_id) as follower:
-                yield from self._news(job_id, after, follower)
+            with self._changes.subscribe(job_id) as changed:
+                yield from self._follow(job_id, after, changed)
         finally:
-            self._leave(job_id, attached)
+            with self._lock:
+                self._num_streams[job_id] -= 1
+                is_last = not self._num_streams[job_id]
+                if is_last:
+                    del self._num_streams[job_id]
+            if attached and is_last and not self._changes.closed:
+                self._on_unfollowed(job_id)
 
-    def _news(self, job_id: str, after: int, follower: Follower) -> Iterator[JobEvent]:
+    def _follow(self, job_id: str, after: int, changed: threading.Event) -> Iterator[JobEvent]:
         state: JobState | None = None
-        shown: dict[int, Progress] = {}
+        shown: dict[int, PrefillProgress] = {}
         while True:
+            changed.clear()
             record = None
             if self._store.state(job_id) is not state:  # the whole record has the prompt in it
                 record = self._get(job_id)  # before the tokens: when it has ended, they are all there
@@ -78,16 +144,7 @@ class Following:
                 yield record
                 if state.is_final:
                     return
-            if self._watch.closed:
+            if self._changes.closed:
                 return
-            if not follower.wait(HEARTBEAT_S):
+            if not changed.wait(HEARTBEAT_S):
                 shown.clear()
-
-    def _leave(self, job_id: str, attached: bool) -> None:
-        with self._lock:
-            self._followers[job_id] -= 1
-            alone = not self._followers[job_id]
-            if alone:
-                del self._followers[job_id]
-        if attached and alone and not self._watch.closed:
-            self._on_alone(job_id)

@@ -95,7 +95,7 @@ class PrefixKeys:
     def _length_scale(self, length: int) -> float:
         if self._spec is None or self._spec.dual_chunk is None or not length:
             return 1.0
-        return self._spec.dual_chunk.temperature(length)
+        return self._spec.dual_chunk.length_scale(length)
 
     def _is_sparse(self, prompt_len: int) -> bool:
         return self._spec is not None and grid.is_sparse(self._spec, 0, prompt_len)

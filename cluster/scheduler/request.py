@@ -6,7 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from protos.errors import UserError
+from protos.jobs.sampling import OPTIONS
 from protos.stage.messages import SampledToken, SamplingParams
 
 
@@ -38,8 +38,7 @@ class StopRules:
     token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens: {self.max_tokens}: must be at least 1")
+        OPTIONS["max_tokens"].check(self.max_tokens)
 
 
 @dataclass(slots=True, eq=False)

@@ -30,14 +30,14 @@ class Scheduler:
     Args:
         cache_root: what the content of KV depends on besides tokens and positions.
         spec: says where attention lets a step be cut; None: anywhere (plain dense attention).
-        runs_ahead: plan the step after a sample before the token is known: its slice has a length of 1 and no ids,
-            and the first stage takes the token that the last one of `num_stages` has sampled. Several stages run
-            ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
+        num_stages: stages of the pipeline. The step after a sample is planned before the token is known: its slice has
+            a length of 1 and no ids, and the first stage takes the token that the last one has sampled. Several stages
+            run ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
     """
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        epoch: int = 1, spec: ModelSpec | None = None, runs_ahead: bool = False, num_stages: int = 1,
+        spec: ModelSpec | None = None, num_stages: int = 1,
     ) -> None:  # fmt: skip
         if spec is not None and spec.sparse is not None:
             cell, distance = spec.sparse.cell, spec.chunk_distance
@@ -48,8 +48,6 @@ class Scheduler:
         self._page_size = page_size
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
-        self._epoch = epoch
-        self._runs_ahead = runs_ahead
         self._num_stages = num_stages
         self._prefixes = PrefixCache(pool, page_size, cache_root, spec)
         self._step = 0
@@ -116,7 +114,7 @@ class Scheduler:
             return None
         released, self._released = tuple(self._released), []
         self._step += 1
-        return StepPlan(self._epoch, self._step, slices, released)
+        return StepPlan(self._step, slices, released)
 
     def commit(self, plan: StepPlan, samples: Iterable[SampledToken]) -> list[Request]:
         """Take the result of a plan; returns the requests it advanced. Finished ones have given their pages back."""
@@ -186,7 +184,7 @@ class Scheduler:
         one stage computes the next tokens of one group, another stage has another group, and none waits.
         """
         wanted = [self._remaining(request) for request in running]
-        if not self._runs_ahead or self._num_stages == 1:
+        if self._num_stages == 1:
             return wanted
         known = [request.remaining for request in running]
         if max(known, default=0) > 1:
@@ -201,7 +199,7 @@ class Scheduler:
     def _remaining(self, request: Request) -> int:
         """Return the tokens to schedule; one that is being sampled counts if the stages can go on by themselves."""
         ahead = request.samples_in_flight
-        if self._runs_ahead and ahead and len(request.output) + ahead < request.stop.max_tokens:
+        if ahead and len(request.output) + ahead < request.stop.max_tokens:
             return request.remaining + ahead
         return request.remaining
 

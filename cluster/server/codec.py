@@ -1,4 +1,4 @@
-"""Jobs and documents between `cluster.jobs.model` and the messages of `protos/jobs.proto`.
+"""Jobs and documents between `cluster.jobs.model` and the messages of jobs.proto.
 
 Requests are decoded strictly: whatever is out of range raises InvalidJob of one line with key, value and range.
 """
@@ -8,16 +8,15 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from google.protobuf import json_format
 
 from cluster.common.text_format import show_value
-from cluster.engine.outputs import Progress
-from cluster.engine.runtime import Ask
-from cluster.jobs.api import ProgressUpdate
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -26,29 +25,29 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     check_id,
 )
-from cluster.text.reasoning import ReasoningStream
+from cluster.jobs.subscriptions import ProgressUpdate
+from protos.errors import UserError
 from protos.jobs import jobs_pb2 as pb
-from protos.stage.messages import SamplingParams
+from protos.jobs import validate
+from protos.jobs.limits import MAX_CHARS, MAX_INT64, MAX_PAGE, MAX_WAIT_S
 
-MAX_QUESTIONS = 1024
-MAX_LABELS = 32
-MAX_CHARS = 256  # of a label, a key, a name
-MAX_STOPS = 64  # strings and ids each
-MAX_MESSAGES = 4096
-MAX_DEADLINE_S = 30 * 86400.0
-MAX_WAIT_S = 3600.0
-MAX_PAGE = 1000
 _DEFAULT_PAGE = 100
-_LARGEST = (1 << 63) - 1  # what the store holds
 _ROLES = ("system", "user", "assistant", "tool")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
+
+
+@contextmanager
+def _invalid_jobs() -> Iterator[None]:
+    """Turn the errors of `protos.jobs.validate` into InvalidJob."""
+    try:
+        yield
+    except UserError as error:
+        raise InvalidJob(str(error)) from error
 
 
 def decode_submit(request: pb.SubmitRequest, now: float, store_text: Callable[[str], str]) -> JobSpec:
-    """What a client asked for. A document given as text is stored last, when all else is known to be right.
+    """Return what a client asked for. A document given as text is stored last, when all else is known to be right.
 
     Args:
         now: seconds since 1970; the deadline is counted from it.
@@ -57,42 +56,20 @@ def decode_submit(request: pb.SubmitRequest, now: float, store_text: Callable[[s
     Raises:
         InvalidJob; and whatever `store_text` raises.
     """
-    ask = decode_ask(request.sampling)
-    deadline = None
-    if request.HasField("deadline_s"):
-        deadline = now + _seconds("deadline_s", request.deadline_s, MAX_DEADLINE_S, above_zero=True)
-    key = _text("idempotency_key", request.idempotency_key)
-    labels = decode_labels(request.labels)
+    with _invalid_jobs():
+        options = validate.check_submit(request)
+    deadline = now + request.deadline_s if request.HasField("deadline_s") else None
+    key, labels = request.idempotency_key, dict(request.labels)
     if not request.sampling.HasField("seed"):
-        ask = replace(ask, sampling=replace(ask.sampling, seed=_fresh_seed(key)))
-    given = _decode_input(request, store_text)
-    return JobSpec(given, ask, request.priority, deadline, request.attached, key, labels)
+        options = replace(options, sampling=replace(options.sampling, seed=_fresh_seed(key)))
+    source = _decode_input(request, store_text)
+    return JobSpec(source, options, request.priority, deadline, request.attached, key, labels)
 
 
 def _fresh_seed(idempotency_key: str) -> int:
-    """A seed nobody asked for: another one for every job, the same one when a submission is repeated."""
+    """Return a seed nobody asked for: another one for every job, the same one when a submission is repeated."""
     digest = hashlib.sha256(idempotency_key.encode()).digest() if idempotency_key else secrets.token_bytes(8)
-    return int.from_bytes(digest[:8]) & _LARGEST
-
-
-def decode_ask(sampling: pb.Sampling) -> Ask:
-    """How to answer; what is absent keeps the defaults of Ask and SamplingParams. Raises InvalidJob."""
-    _at_most("stop", len(sampling.stop), MAX_STOPS)
-    _at_most("stop_token_ids", len(sampling.stop_token_ids), MAX_STOPS)
-    for text in sampling.stop:
-        _text("stop", text, least=1)
-    given = {key: getattr(sampling, key) for key in _SAMPLING if sampling.HasField(key)}
-    rest = {key: getattr(sampling, key) for key in ("max_tokens", "enable_thinking") if sampling.HasField(key)}
-    try:
-        return Ask(
-            sampling=SamplingParams(**given),
-            stop=tuple(sampling.stop),
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-            **rest,
-        )
-    except ValueError as error:
-        raise InvalidJob(str(error)) from error
+    return int.from_bytes(digest[:8]) & MAX_INT64
 
 
 def _decode_input(request: pb.SubmitRequest, store_text: Callable[[str], str]) -> JobInput:
@@ -105,7 +82,6 @@ def _decode_input(request: pb.SubmitRequest, store_text: Callable[[str], str]) -
     if kind == "chat":
         messages = request.chat.messages
         _at_least_one("chat.messages", len(messages))
-        _at_most("chat.messages", len(messages), MAX_MESSAGES)
         for message in messages:
             if message.role not in _ROLES:
                 raise InvalidJob(f"chat.messages.role: {show_value(message.role)}: must be one of {', '.join(_ROLES)}")
@@ -116,79 +92,20 @@ def _decode_input(request: pb.SubmitRequest, store_text: Callable[[str], str]) -
     raise InvalidJob("input: (missing): must be one of document with questions, token_ids, chat, prompt")
 
 
-def _decode_document(given: pb.DocumentQuestions, store_text: Callable[[str], str]) -> JobInput:
-    _at_least_one("document.questions", len(given.questions))
-    _at_most("document.questions", len(given.questions), MAX_QUESTIONS)
-    for index, question in enumerate(given.questions):
+def _decode_document(source: pb.DocumentQuestions, store_text: Callable[[str], str]) -> JobInput:
+    _at_least_one("document.questions", len(source.questions))
+    for index, question in enumerate(source.questions):
         if not question.strip():
             raise InvalidJob(f"document.questions: {show_value(question)} at index {index}: must not be empty")
-    kind = given.WhichOneof("document")
+    kind = source.WhichOneof("document")
     if kind is None:
         raise InvalidJob("document: (missing): must have text or document_id")
     if kind == "text":
-        _at_least_one("document.text", len(given.text))
-        document_id = store_text(given.text)
+        _at_least_one("document.text", len(source.text))
+        document_id = store_text(source.text)
     else:
-        document_id = check_id(given.document_id, "doc")
-    return JobInput(document_id=document_id, questions=tuple(given.questions))
-
-
-def decode_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels of a job or of a search. Raises InvalidJob."""
-    _at_most("labels", len(labels), MAX_LABELS)
-    return {_text("labels", key, least=1): _text(f"labels.{show_value(key)}", labels[key]) for key in labels}
-
-
-def decode_list(request: pb.ListRequest) -> tuple[list[JobState], dict[str, str], int, str]:
-    """(states, labels, page size, cursor) of a search. Raises InvalidJob."""
-    _at_most("states", len(request.states), 4 * len(_STATES))
-    states = [decode_state(value) for value in request.states]
-    _at_most("page_size", request.page_size, MAX_PAGE)
-    cursor = _text("page_token", request.page_token)
-    return list(dict.fromkeys(states)), decode_labels(request.labels), request.page_size or _DEFAULT_PAGE, cursor
-
-
-def decode_state(value: int) -> JobState:
-    """A state by its number on the wire. Raises InvalidJob for numbers without a meaning."""
-    if value not in _BY_NUMBER:
-        names = ", ".join(state.name for state in JobState)
-        raise InvalidJob(f"states: {value}: must be one of {names}")
-    return _BY_NUMBER[value]
-
-
-def decode_timeout(request: pb.WaitRequest) -> float:
-    """Seconds to wait, 0 to 3600. Raises InvalidJob."""
-    return _seconds("timeout_s", request.timeout_s, MAX_WAIT_S)
-
-
-def decode_after(request: pb.StreamRequest) -> int:
-    """The number after which events follow. Raises InvalidJob."""
-    _at_most("after", request.after, _LARGEST)
-    return request.after
-
-
-def decode_name(header: pb.DocumentHeader) -> str:
-    """The name of a document, for people. Raises InvalidJob."""
-    return _text("name", header.name)
-
-
-def _seconds(key: str, value: float, most: float, above_zero: bool = False) -> float:
-    if not 0 <= value <= most or (above_zero and value == 0):  # NaN fails too
-        low = "above 0 and at most" if above_zero else "from 0 to"
-        raise InvalidJob(f"{key}: {value}: must be a number of seconds {low} {most:.0f}")
-    return value
-
-
-def _text(key: str, value: str, least: int = 0) -> str:
-    if not least <= len(value) <= MAX_CHARS:
-        shown = f"{len(value)} characters"
-        raise InvalidJob(f"{key}: {shown}: must have {f'{least} to' if least else 'at most'} {MAX_CHARS} characters")
-    return value
-
-
-def _at_most(key: str, count: int, most: int) -> None:
-    if count > most:
-        raise InvalidJob(f"{key}: {count}: must be at most {most}")
+        document_id = check_id(source.document_id, "doc")
+    return JobInput(document_id=document_id, questions=tuple(source.questions))
 
 
 def _at_least_one(key: str, count: int) -> None:
@@ -196,68 +113,107 @@ def _at_least_one(key: str, count: int) -> None:
         raise InvalidJob(f"{key}: empty: must have at least one")
 
 
+def decode_list(request: pb.ListRequest) -> tuple[list[JobState], dict[str, str], int, str]:
+    """Return (states, labels, page size, cursor) of a search. Raises InvalidJob."""
+    with _invalid_jobs():
+        validate.check_count("states", len(request.states), 4 * len(_STATES))
+        validate.check_count("page_size", request.page_size, MAX_PAGE)
+        cursor = validate.check_text("page_token", request.page_token, MAX_CHARS)
+        labels = validate.check_labels(request.labels)
+    states = [decode_state(value) for value in request.states]
+    return list(dict.fromkeys(states)), labels, request.page_size or _DEFAULT_PAGE, cursor
+
+
+def decode_state(value: int) -> JobState:
+    """Return a state by its number in the messages. Raises InvalidJob for numbers without a meaning."""
+    if value not in _BY_NUMBER:
+        names = ", ".join(state.name for state in JobState)
+        raise InvalidJob(f"states: {value}: must be one of {names}")
+    return _BY_NUMBER[value]
+
+
+def decode_timeout(request: pb.WaitRequest) -> float:
+    """Return the seconds to wait, 0 to 3600. Raises InvalidJob."""
+    with _invalid_jobs():
+        return validate.check_number("timeout_s", request.timeout_s, 0.0, MAX_WAIT_S, unit=" of seconds")
+
+
+def decode_after(request: pb.StreamRequest) -> int:
+    """Return the number after which events follow. Raises InvalidJob."""
+    with _invalid_jobs():
+        validate.check_count("after", request.after, MAX_INT64)
+    return request.after
+
+
+def decode_name(header: pb.DocumentHeader) -> str:
+    """Return the name of a document, for people. Raises InvalidJob."""
+    with _invalid_jobs():
+        return validate.check_text("name", header.name, MAX_CHARS)
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 _STATES: dict[JobState, pb.State] = {state: getattr(pb, state.name) for state in JobState}
+_PARTS = {"reasoning": pb.REASONING, "answer": pb.ANSWER}
 _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STATES.items()}
 
 
 def encode_document(record: DocumentRecord) -> pb.Document:
-    return pb.Document(
-        id=record.id, name=record.name, size_bytes=record.size_bytes, created=record.created, expires=record.expires
-    )
+    return pb.Document(**asdict(record))
 
 
 def encode_job(
-    record: JobRecord, tokens: Sequence[JobToken] | None = None, progress: Mapping[int, Progress] | None = None
-) -> pb.Job:
-    """A job with one answer a question; token lists, figures of layers and the text so far only when `tokens` (all of
-    them) are given."""
+    record: JobRecord, tokens: Sequence[OutputToken] | None = None,
+    progress: Mapping[int, PrefillProgress] | None = None,
+) -> pb.Job:  # fmt: skip
+    """Return a job with one answer a question.
+
+    Args:
+        tokens: all of its tokens; without them there are no token lists, no figures of layers, and no text of an
+            answer that still runs.
+        progress: by question.
+    """
     spec = record.spec
     job = pb.Job(
         id=record.id, state=_STATES[record.state], created=record.created, started=record.started,
         finished=record.finished, priority=spec.priority, document_id=spec.input.document_id, error=record.error,
         labels=dict(spec.labels), last_event=record.last_event, restarts=record.restarts,
     )  # fmt: skip
-    ended = {answer.question: answer for answer in record.answers}
-    by_question: dict[int, list[JobToken]] = {}
+    answers = {answer.question: answer for answer in record.answers}
+    by_question: dict[int, list[OutputToken]] = {}
     for token in tokens or ():
         by_question.setdefault(token.question, []).append(token)
     with_logprobs = spec.ask.sampling.logprobs is not None
     for index in range(spec.input.num_answers):
-        answer = _encode_answer(ended.get(index), by_question.get(index, []), with_logprobs)
-        if tokens is None and answer.HasField("attention"):
-            answer.attention.ClearField("layers")
+        answer = answers.get(index, JobAnswer(index))
+        message = _encode_answer(answer, by_question.get(index, []), with_logprobs)
+        if tokens is None and answer.attention:
+            message.attention.ClearField("layers")
         if spec.input.questions:
-            answer.question = spec.input.questions[index]
+            message.question = spec.input.questions[index]
         if progress and index in progress:
-            answer.progress.CopyFrom(encode_progress(progress[index]))
-        job.answers.append(answer)
+            message.progress.CopyFrom(encode_progress(progress[index]))
+        job.answers.append(message)
     _add_timings(job, record.answers)
     if record.reproducibility:  # a later head may have stored more than this one knows
         json_format.ParseDict(dict(record.reproducibility), job.reproducibility, ignore_unknown_fields=True)
     return job
 
 
-def _encode_answer(ended: JobAnswer | None, tokens: Sequence[JobToken], with_logprobs: bool) -> pb.Answer:
-    answer = pb.Answer(token_ids=[token.token_id for token in tokens])
-    if with_logprobs:
-        answer.tokens.extend(map(encode_token, tokens))
-    if ended is None:
-        answer.text = "".join(token.text for token in tokens)
-        return answer
-    answer.finish_reason = ended.finish_reason
-    answer.prompt_tokens, answer.cached_tokens = ended.prompt_tokens, ended.cached_tokens
-    answer.text = ended.text if ended.finish_reason else "".join(token.text for token in tokens)
-    if ended.reasoning is not None:
-        answer.reasoning = ended.reasoning
-    if ended.attention:
-        json_format.ParseDict(dict(ended.attention), answer.attention, ignore_unknown_fields=True)
-    return answer
+def _encode_answer(answer: JobAnswer, tokens: Sequence[OutputToken], with_logprobs: bool) -> pb.Answer:
+    message = pb.Answer(
+        token_ids=[token.token_id for token in tokens], tokens=map(encode_token, tokens) if with_logprobs else (),
+        text=answer.text if answer.finish_reason else "".join(token.text for token in tokens),
+        reasoning=answer.reasoning, finish_reason=answer.finish_reason, prompt_tokens=answer.prompt_tokens,
+        cached_tokens=answer.cached_tokens,
+    )  # fmt: skip
+    if answer.attention:
+        json_format.ParseDict(dict(answer.attention), message.attention, ignore_unknown_fields=True)
+    return message
 
 
 def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
-    """The job's seconds: the first of its answers to begin and to speak, the longest of the rest."""
+    """Set the seconds of a job: until the first of its answers began and had a token, else of the longest answer."""
     known = [answer.timings for answer in answers if answer.timings]
     for key, choose in (("queued_s", min), ("ttft_s", min), ("prefill_s", max), ("decode_s", max), ("total_s", max)):
         values = [timings[key] for timings in known if key in timings and math.isfinite(timings[key])]
@@ -265,37 +221,37 @@ def _add_timings(job: pb.Job, answers: Sequence[JobAnswer]) -> None:
             setattr(job.timings, key, choose(values))
 
 
-def encode_token(token: JobToken) -> pb.Token:
+def encode_token(token: OutputToken) -> pb.Token:
+    """Return a token as part of an answer; in a stream, `encode_tokens` adds the part it belongs to."""
     top = [pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
     return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
 
 
-def encode_progress(progress: Progress) -> pb.Progress:
-    return pb.Progress(
-        total=progress.total, cached=progress.cached, processed=progress.processed, eta_ms=progress.eta_ms
-    )
+def encode_progress(progress: PrefillProgress) -> pb.Progress:
+    return pb.Progress(**asdict(progress))
 
 
 def encode_progress_event(update: ProgressUpdate, number: int) -> pb.JobEvent:
-    """`number` is the token event before it."""
+    """Return a progress event; `number` is that of the token before it."""
     event = pb.ProgressEvent(question=update.question, progress=encode_progress(update.progress))
     return pb.JobEvent(number=number, progress=event)
 
 
-def encode_token_event(token: JobToken, split: ReasoningStream) -> pb.JobEvent:
-    """A token of a stream; `split` has had the texts of the question's tokens before it."""
+def encode_tokens(tokens: Sequence[OutputToken], grouped: bool) -> Iterator[pb.JobEvent]:
+    """Yield tokens of a stream (at least one): several as one event if they may be `grouped`, else an event each."""
+    if grouped and len(tokens) > 1:
+        yield pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=map(_token_event, tokens)))
+    else:
+        for token in tokens:
+            yield pb.JobEvent(number=token.number, token=_token_event(token))
+
+
+def _token_event(token: OutputToken) -> pb.TokenEvent:
     message = encode_token(token)
-    message.reasoning, message.answer = split.push(token.text)
-    message.part = pb.REASONING if split.part == "reasoning" else pb.ANSWER
-    return pb.JobEvent(number=token.number, token=pb.TokenEvent(question=token.question, token=message))
-
-
-def encode_token_group(tokens: Sequence[JobToken], splits: Mapping[int, ReasoningStream]) -> pb.JobEvent:
-    """Tokens of a stream (at least one) as one event; `splits` by question."""
-    events = [encode_token_event(token, splits[token.question]).token for token in tokens]
-    return pb.JobEvent(number=tokens[-1].number, tokens=pb.TokenGroup(tokens=events))
+    message.part, message.reasoning, message.answer = _PARTS[token.part], token.reasoning, token.answer
+    return pb.TokenEvent(question=token.question, token=message)
 
 
 def encode_status(status: Mapping[str, Any]) -> pb.ClusterStatusReply:
-    """The fields of ClusterStatusReply by name; an unknown one is our bug (ParseError)."""
+    """Return a reply from its fields by name; an unknown one is our bug (ParseError)."""
     return json_format.ParseDict(dict(status), pb.ClusterStatusReply())

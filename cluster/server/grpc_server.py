@@ -1,14 +1,16 @@
-"""The gRPC door of the job service on `server.host:server.port`, with health checking and reflection.
+"""The job service over gRPC on `server.host:server.port`, with health checking and reflection.
 
-Around every method are the API key (`security`) and the boundary (`interceptors`): bounded long calls,
-strict parsing, one table from errors to status codes.
+Two interceptors wrap every method: the API key (`security`) and `CallGuard` (`interceptors`), which bounds long calls,
+parses strictly and turns errors into status codes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,27 +18,30 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.api import JobServiceApi, ProgressUpdate
-from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, JobToken, check_id
+from cluster.engine.outputs import OutputToken
+from cluster.jobs.model import InvalidJob, JobRecord, check_id
+from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
-from cluster.server.interceptors import Boundary, Places
+from cluster.server.interceptors import CallGuard, ConcurrencyLimit
 from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
-from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
 
 JOBS_SERVICE: str = pb.DESCRIPTOR.services_by_name["Jobs"].full_name
 SERVICES = (JOBS_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 MAX_PIECE = 4 << 20  # bytes of one message of an upload
 _SHORT_CALLS = 32  # threads for calls that answer at once, besides those of long calls
-_WAITING_CALLS = 64  # more than threads: they wait for one
-_WATCHERS = 16  # health watchers: they need no key, so they have places and threads of their own
-_SLICE_S = 2.0  # how soon a waiting call notices that its client has gone
-_TOKENS_PAGE = 1000
+_QUEUED_CALLS = 64  # calls accepted beyond the threads: they wait for one
+_WATCHERS = 16  # health watchers: they need no key, so they have a limit and threads of their own
+_POLL_S = 2.0  # how soon a waiting call notices that its client has gone
+_TOKENS_PAGE = 1000  # tokens read at once
 
 
-class Gateway:
+class GrpcServer:
     """Serves one job service from `start` to `close`.
 
     Failure contract: holds no state of jobs. A lost connection ends the call and, for attached jobs, closes the stream
@@ -44,51 +49,47 @@ class Gateway:
     """
 
     def __init__(
-        self, service: JobServiceApi, server: ServerSection, security: SecuritySection,
-        port_override: int | None = None, reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False,
-    ) -> None:  # fmt: skip
+        self, service: JobService, server: ServerSection, security: SecuritySection, port_override: int | None = None
+    ) -> None:
         """
         Args:
-            port_override: replaces `server.port`; there, 0 binds any free port.
-            reasoning_opened: whether the answers of a job start as reasoning, without an opening tag.
+            port_override: replaces `server.port`; 0 binds any free port.
         """
         self._service = service
-        self._reasoning_opened = reasoning_opened
         self._config = server
         self._security = security
         self._port = server.port if port_override is None else port_override
-        self._has_door = bool(server.port) or port_override is not None
+        self._is_enabled = bool(server.port) or port_override is not None
         self._health = health.HealthServicer(experimental_non_blocking=False)  # the other mode sends under its lock
         self._server: grpc.Server | None = None
         self._pools: list[ThreadPoolExecutor] = []
         self.set_serving(True)
 
     def start(self) -> str:
-        """Bind and answer; returns `host:port`, or "" when the configuration opens no door.
+        """Bind and answer calls; returns `host:port`, or "" when `server.port` is 0.
 
-        Raises PreflightError: the port is taken, or keys or certificates cannot be used.
+        Raises:
+            PreflightError: the port is taken, or keys or certificates cannot be used.
         """
-        if not self._has_door:
+        if not self._is_enabled:
             return ""
         keys = load_api_keys(self._security.api_keys_file) if self._security.api_keys_file else None
         credentials = server_credentials(self._security)
-        calls = ThreadPoolExecutor(self._config.max_streams + _SHORT_CALLS, thread_name_prefix="gateway")
-        watches = ThreadPoolExecutor(_WATCHERS + 4, thread_name_prefix="gateway-health")
+        calls = ThreadPoolExecutor(self._config.max_streams + _SHORT_CALLS, thread_name_prefix="grpc")
+        watches = ThreadPoolExecutor(_WATCHERS + 4, thread_name_prefix="grpc-health")
         self._pools = [calls, watches]
-        watch_places = Places(_WATCHERS, "of health watchers")
-        boundary = Boundary(
-            Places(self._config.max_streams, "server.max_streams"),
-            waiting={f"/{JOBS_SERVICE}/Wait"},
-            own={health.SERVICE_NAME: (watch_places, watches)},
+        guard = CallGuard(
+            ConcurrencyLimit(self._config.max_streams, "server.max_streams"),
+            long_methods={f"/{JOBS_SERVICE}/Wait"},
+            own={health.SERVICE_NAME: (ConcurrencyLimit(_WATCHERS, "of health watchers"), watches)},
         )
         server = grpc.server(
             calls,
-            interceptors=[*([KeyInterceptor(keys)] if keys else []), boundary],
+            interceptors=[*([KeyInterceptor(keys)] if keys else []), guard],
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
-            maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _WAITING_CALLS,
+            maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _QUEUED_CALLS,
         )
-        jobs = _Jobs(self._service, self._config.max_document_bytes, self._reasoning_opened)
-        rpc.add_JobsServicer_to_server(jobs, server)
+        rpc.add_JobsServicer_to_server(_Jobs(self._service), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -102,7 +103,7 @@ class Gateway:
         return f"{host}:{port}"
 
     def set_serving(self, serving: bool) -> None:
-        """What health checks answer: SERVING or NOT_SERVING; calls are taken either way."""
+        """Set what health checks answer: SERVING or NOT_SERVING; calls are accepted either way."""
         status = health_pb2.HealthCheckResponse
         for name in ("", JOBS_SERVICE):
             self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
@@ -118,14 +119,10 @@ class Gateway:
 
 
 class _Jobs(rpc.JobsServicer):
-    """The methods of jobs.proto; they raise the errors of `jobs.model`, the boundary turns them into status codes."""
+    """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
 
-    def __init__(
-        self, service: JobServiceApi, max_document_bytes: int, reasoning_opened: Callable[[JobSpec], bool]
-    ) -> None:
+    def __init__(self, service: JobService) -> None:
         self._service = service
-        self._max_document = max_document_bytes
-        self._reasoning_opened = reasoning_opened
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
@@ -135,29 +132,17 @@ class _Jobs(rpc.JobsServicer):
         return codec.encode_document(self._service.upload(name, self._pieces(requests, context)))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
-        size = 0
         for request in requests:
             if request.WhichOneof("part") != "data":
                 raise InvalidJob("document: messages after the header must have data")
             if len(request.data) > MAX_PIECE:
                 raise InvalidJob(f"data: {len(request.data)} bytes: must be at most {MAX_PIECE} in one message")
-            size += len(request.data)
-            self._check_size(size)
             yield request.data
         if not context.is_active():  # half a document would be stored as a whole one
             raise InvalidJob("document: the upload was cut off")
 
-    def _check_size(self, size: int) -> None:
-        if size > self._max_document:
-            raise InvalidJob(
-                f"document: {size} bytes or more: must be at most {self._max_document} (server.max_document_bytes)"
-            )
-
     def _store_text(self, text: str) -> str:
-        data = text.encode()
-        self._check_size(len(data))
-        pieces = (data[at : at + MAX_PIECE] for at in range(0, len(data), MAX_PIECE))
-        return self._service.upload("", pieces).id
+        return self._service.upload("", [text.encode()]).id
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
         return codec.encode_document(self._service.document(check_id(request.id, "doc")))
@@ -180,48 +165,29 @@ class _Jobs(rpc.JobsServicer):
         return pb.JobList(jobs=map(codec.encode_job, records), next_page_token=cursor)
 
     def Stream(self, request: pb.StreamRequest, context: grpc.ServicerContext) -> Iterator[pb.JobEvent]:
+        """Closing the events, also when the client has gone, ends an attached job."""
         number = codec.decode_after(request)
-        events = self._service.stream(check_id(request.id, "job"), number)
-        try:
-            splits: dict[int, ReasoningStream] | None = None
+        with contextlib.closing(self._service.stream(check_id(request.id, "job"), number)) as events:
             for event in events:
                 if not context.is_active():
                     return
                 if isinstance(event, Sequence):
-                    if splits is None:
-                        splits = self._splits(request.id, number)
                     number = event[-1].number
-                    if request.grouped and len(event) > 1:
-                        yield codec.encode_token_group(event, splits)
-                    else:
-                        yield from (codec.encode_token_event(token, splits[token.question]) for token in event)
+                    yield from codec.encode_tokens(event, request.grouped)
                 elif isinstance(event, ProgressUpdate):
                     yield codec.encode_progress_event(event, number)
                 else:
                     job = self._whole(event) if event.state.is_final else codec.encode_job(event)
                     yield pb.JobEvent(number=number, job=job)
-        finally:  # also when the client has gone: an attached job ends with its stream
-            close = getattr(events, "close", None)
-            if close is not None:
-                close()
-
-    def _splits(self, job_id: str, after: int) -> dict[int, ReasoningStream]:
-        """Where the text of every question stands after a token: reasoning or answer."""
-        record = self._service.get(job_id)
-        opened = self._reasoning_opened(record.spec)
-        splits = {question: ReasoningStream(opened) for question in range(record.spec.input.num_answers)}
-        for token in self._tokens(job_id, after):
-            splits[token.question].push(token.text)
-        return splits
 
     def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.Job:
         job_id = check_id(request.id, "job")
         left = codec.decode_timeout(request)
         while True:
-            began, part = time.monotonic(), min(left, _SLICE_S)
-            record = self._service.wait(job_id, part)
-            left -= part
-            ended_early = time.monotonic() - began < part * 0.9  # the service is closing
+            began, poll = time.monotonic(), min(left, _POLL_S)
+            record = self._service.wait(job_id, poll)
+            left -= poll
+            ended_early = time.monotonic() - began < poll * 0.9  # the service is closing
             if record.state.is_final or left <= 0 or ended_early or not context.is_active():
                 return self._whole(record)
 
@@ -236,13 +202,13 @@ class _Jobs(rpc.JobsServicer):
         return codec.encode_status(self._service.status())
 
     def _whole(self, record: JobRecord) -> pb.Job:
-        """The job with its tokens and, while it runs, its progress."""
+        """Return the job with its tokens and, while it runs, its progress."""
         tokens = list(self._tokens(record.id, record.last_event))
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
 
-    def _tokens(self, job_id: str, last: int) -> Iterator[JobToken]:
-        """The tokens of a job up to number `last`."""
+    def _tokens(self, job_id: str, last: int) -> Iterator[OutputToken]:
+        """Yield the tokens of a job up to number `last`."""
         number = 0
         while number < last:
             batch = self._service.tokens(job_id, number, min(_TOKENS_PAGE, last - number))

@@ -1,4 +1,4 @@
-"""The head: one process that holds the session, the job service and the door, from start to drain."""
+"""The head process: runtime, job service, gRPC server and metrics of one deployment, from start to drain."""
 
 from __future__ import annotations
 
@@ -6,31 +6,86 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 
-from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.documents import Documents
-from cluster.jobs.prompts import reasoning_opened
+from cluster.config.deployment import Deployment, load_deployment
+from cluster.engine.runtime import ClusterRuntime
+from cluster.jobs.documents import DocumentStore
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import Gateway
-from cluster.server.metrics import MetricsDoor
+from cluster.server.grpc_server import GrpcServer
+from cluster.server.metrics import MetricsServer
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
-SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
+_SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
 _log = logging.getLogger(__name__)
 
 
-def run_head(
-    config_path: Path,
-    on_status: Callable[[LaunchStatus], None],
-    on_ready: Callable[[str], None],
-) -> int:
+class Head:
+    """Composes all parts of a head process; `close` undoes `start` and may be called twice.
+
+    After `start` it has `service`, `store`, and the `address` that clients connect to.
+    """
+
+    def __init__(
+        self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None, *,
+        runtime: ClusterRuntime | None = None, port: int | None = None, clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            on_status: called at every start of the pipeline with what is being started.
+            runtime: one that runs already and goes on after `close`, instead of one of its own.
+            port: replaces `server.port`; here 0 binds any free port.
+            clock: seconds since 1970.
+        """
+        self.runtime = runtime or ClusterRuntime(deployment, on_status)
+        self._owns_runtime = runtime is None
+        self._config = deployment.config
+        self._port = port
+        self._clock = clock
+        self._steps = ExitStack()
+
+    def start(self) -> None:
+        """Start pipeline, job service, metrics and gRPC server; raises as `run_head`, with nothing left running."""
+        server, data_dir = self._config.server, self._config.data_dir
+        if self._port is None:
+            check_port(server.host, server.port)
+        check_port(server.metrics_host, server.metrics_port)
+        with ExitStack() as steps:  # closed in the opposite order
+            steps.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(_SWITCH_INTERVAL_S)
+            if self._owns_runtime:
+                steps.enter_context(self.runtime)
+            self.store = JobStore(data_dir / "jobs.sqlite", self._clock)
+            steps.callback(self.store.close)
+            documents = DocumentStore(data_dir / "documents", self.store, server.document_ttl_s, self._clock)
+            self.service = JobService(self.runtime, self.store, documents, server, self._clock)
+            metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
+            steps.callback(metrics.close)
+            self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
+            steps.callback(self._grpc.close, 1.0)
+            steps.callback(self.service.close)
+            self.service.start()
+            metrics.start()
+            self.address = self._grpc.start()
+            self._steps = steps.pop_all()
+
+    def drain(self) -> None:
+        """Refuse new jobs and wait for the running ones, for `server.drain_timeout_s`; the next head goes on."""
+        self._grpc.set_serving(False)
+        self.service.drain(self._config.server.drain_timeout_s)
+
+    def close(self) -> None:
+        """Stop without touching the state of unfinished jobs: service, gRPC, metrics, store, pipeline."""
+        self._steps.close()
+
+
+def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT, then drain; returns the exit code.
 
     Args:
@@ -41,51 +96,24 @@ def run_head(
         UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
             running.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    deployment = load_deployment(config_path)
-    config = deployment.config
-    check_port(config.server.host, config.server.port)
-    check_port(config.server.metrics_host, config.server.metrics_port)
     signals = _Signals()
 
     def on_launch(status: LaunchStatus) -> None:
         on_status(status)
         signals.renew()
 
-    session = Session(deployment, on_launch)
-    with session:
-        store = JobStore(config.data_dir / "jobs.sqlite")
-        documents = Documents(config.data_dir / "documents", store, config.server.document_ttl_s)
-        limits = ServiceLimits(
-            config.server.max_queued_jobs, config.server.max_document_bytes, config.server.result_ttl_s,
-            config.server.document_ttl_s,
-        )  # fmt: skip
-        service = JobService(session, store, documents, limits)
-        gateway = Gateway(
-            service, config.server, config.security,
-            reasoning_opened=lambda spec: reasoning_opened(session.tokenizer, spec),
-        )  # fmt: skip
-        metrics = MetricsDoor(service, session, config.server.metrics_host, config.server.metrics_port)
-        try:
-            service.start()
-            metrics.start()
-            address = gateway.start()
-            signals.install()
-            on_ready(address)
-            signals.wait()
-            _log.info("draining")
-            gateway.set_serving(False)
-            service.drain(config.server.drain_timeout_s)
-        finally:
-            service.close()
-            gateway.close(1.0)
-            metrics.close()
-            store.close()
+    with closing(Head(load_deployment(config_path), on_launch)) as head:
+        head.start()
+        signals.install()
+        on_ready(head.address)
+        signals.wait()
+        _log.info("draining")
+        head.drain()
     return 0
 
 
 class _Signals:
-    """SIGTERM and SIGINT as a wish to stop. Ray replaces their handlers, so each start of the pipeline renews ours."""
+    """Waits for SIGTERM or SIGINT. Ray replaces the handlers, so each start of the pipeline renews ours."""
 
     def __init__(self) -> None:
         self._changed = threading.Event()

@@ -1,4 +1,4 @@
-"""What stands around every method of a gRPC server: strict parsing, a bound on long calls, errors as status codes.
+"""The interceptor around every method of the gRPC server: strict parsing, a bound on long calls, status codes.
 
 Nothing else reaches clients: no traceback, no UNKNOWN; INTERNAL only with a reference to the log.
 """
@@ -11,29 +11,28 @@ import secrets
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.common.text_format import escape_unprintable
-from cluster.jobs.model import Busy, Conflict, InvalidJob, JobError, NotAllowedNow, NotFound
+from cluster.jobs.model import InvalidJob, JobConflict, JobError, JobNotFound, NotAllowedNow, ServiceBusy
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
 _CODES: dict[type[JobError], grpc.StatusCode] = {
     InvalidJob: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Conflict: grpc.StatusCode.ALREADY_EXISTS,
+    JobNotFound: grpc.StatusCode.NOT_FOUND,
+    JobConflict: grpc.StatusCode.ALREADY_EXISTS,
     NotAllowedNow: grpc.StatusCode.FAILED_PRECONDITION,
-    Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ServiceBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _log = logging.getLogger(__name__)
 
 
-class Places:
-    """A bounded number of calls at a time; a context manager for any thread that raises Busy when all are taken."""
+class ConcurrencyLimit:
+    """Bounds the number of calls at a time: a context manager for any thread that raises ServiceBusy at the limit."""
 
     def __init__(self, count: int, what: str) -> None:
         self._free = threading.BoundedSemaphore(count)
@@ -41,26 +40,27 @@ class Places:
 
     def __enter__(self) -> None:
         if not self._free.acquire(blocking=False):
-            raise Busy(self._message, 1.0)
+            raise ServiceBusy(self._message, 1.0)
 
     def __exit__(self, *_: object) -> None:
         self._free.release()
 
 
-class Boundary(grpc.ServerInterceptor):
-    """Wraps every method of every service."""
+class CallGuard(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Wraps every method of every service; see the module."""
 
     def __init__(
-        self, streams: Places, waiting: Collection[str], own: Mapping[str, tuple[Places, ThreadPoolExecutor]]
-    ) -> None:
+        self, streams: ConcurrencyLimit, long_methods: Collection[str],
+        own: Mapping[str, tuple[ConcurrencyLimit, ThreadPoolExecutor]],
+    ) -> None:  # fmt: skip
         """
         Args:
-            streams: taken by calls with streams of messages, which may last for hours.
-            waiting: methods of one message each way that may last for hours too.
-            own: services with places and threads of their own, by name.
+            streams: the limit of calls with streams of messages, which may last for hours.
+            long_methods: methods of one message each way that may last for hours too.
+            own: services with a limit and threads of their own, by name.
         """
         self._streams = streams
-        self._waiting = frozenset(waiting)
+        self._long_methods = frozenset(long_methods)
         self._own = own
 
     def intercept_service(
@@ -70,17 +70,17 @@ class Boundary(grpc.ServerInterceptor):
         if handler is None:
             return None  # UNIMPLEMENTED
         method = details.method
-        places, pool = self._own.get(method.split("/")[1], (self._streams, None))
-        is_long = handler.request_streaming or handler.response_streaming or method in self._waiting
-        return _guard(handler, method, places if is_long else contextlib.nullcontext(), pool)
+        limit, pool = self._own.get(method.split("/")[1], (self._streams, None))
+        is_long = handler.request_streaming or handler.response_streaming or method in self._long_methods
+        return _guard(handler, method, limit if is_long else contextlib.nullcontext(), pool)
 
 
 def _guard(
-    handler: Any, method: str, places: contextlib.AbstractContextManager[None], pool: ThreadPoolExecutor | None
+    handler: Any, method: str, limit: contextlib.AbstractContextManager[None], pool: ThreadPoolExecutor | None
 ) -> Any:
-    """A handler of the same kind that takes bytes: gRPC itself would answer broken ones with INTERNAL."""
+    """Return a handler of the same kind that parses requests itself: gRPC would answer broken ones with INTERNAL."""
     name = "_".join("stream" if many else "unary" for many in (handler.request_streaming, handler.response_streaming))
-    behave = getattr(handler, name)
+    behavior = getattr(handler, name)
 
     def parse(raw: bytes) -> Any:
         try:
@@ -92,12 +92,12 @@ def _guard(
         return map(parse, raw) if handler.request_streaming else parse(raw)
 
     def unary(raw: Any, context: grpc.ServicerContext) -> Any:
-        with _StatusCodes(method, context), places:
-            return behave(argument(raw), context)
+        with _status_codes(method, context), limit:
+            return behavior(argument(raw), context)
 
     def stream(raw: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with _StatusCodes(method, context), places:
-            yield from behave(argument(raw), context)
+        with _status_codes(method, context), limit:
+            yield from behavior(argument(raw), context)
 
     guarded: Any = stream if handler.response_streaming else unary
     if pool is not None:
@@ -106,33 +106,26 @@ def _guard(
     return make(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
 
 
-class _StatusCodes:
-    """Ends the call with the status of the error that leaves the block."""
+@contextlib.contextmanager
+def _status_codes(method: str, context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of the error that leaves the block."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - clients get a status whatever it is; closing a generator is none
+        if isinstance(error, ServiceBusy):
+            retry_ms = max(1, round(error.retry_after_s * 1000))
+            context.set_trailing_metadata((("retry-after-ms", str(retry_ms)),))
+        context.abort(*_status(error, method, context))  # raises
 
-    def __init__(self, method: str, context: grpc.ServicerContext) -> None:
-        self._method = method
-        self._context = context
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception):  # not when the generator is closed
-            code, details = self._status(error)
-            if isinstance(error, Busy):
-                retry_ms = max(1, round(error.retry_after_s * 1000))
-                self._context.set_trailing_metadata((("retry-after-ms", str(retry_ms)),))
-            self._context.abort(code, details)  # raises
-
-    def _status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
-        for kind, code in _CODES.items():
-            if isinstance(error, kind):
-                return code, escape_unprintable(str(error))[:_MAX_DETAILS]
-        if isinstance(error, NotImplementedError):
-            return grpc.StatusCode.UNIMPLEMENTED, "this method is not implemented here"
-        if not self._context.is_active():
-            return grpc.StatusCode.CANCELLED, "the client has gone"
-        reference = secrets.token_hex(4)
-        _log.error("%s failed, reference %s", self._method, reference, exc_info=error)
-        return grpc.StatusCode.INTERNAL, f"internal error, reference {reference}: see the log of the head"
+def _status(error: Exception, method: str, context: grpc.ServicerContext) -> tuple[grpc.StatusCode, str]:
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return code, escape_unprintable(str(error))[:_MAX_DETAILS]
+    if isinstance(error, NotImplementedError):
+        return grpc.StatusCode.UNIMPLEMENTED, "this method is not implemented here"
+    if not context.is_active():
+        return grpc.StatusCode.CANCELLED, "the client has gone"
+    reference = secrets.token_hex(4)
+    _log.error("%s failed, reference %s", method, reference, exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"internal error, reference {reference}: see the log of the head"

@@ -1,4 +1,4 @@
-"""Prometheus metrics with the conventional names: vLLM's suffixes under `longreach_`, buckets that reach hours."""
+"""Prometheus metrics of the job service: vLLM's names under `longreach_`, with buckets that reach hours."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from cluster.common.errors import PreflightError
 from cluster.jobs.model import JobRecord
 
 if TYPE_CHECKING:
-    from cluster.engine.runtime import Session
+    from cluster.engine.runtime import ClusterRuntime
     from cluster.jobs.service import JobService
 
+# bucket bounds of the histograms
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (128, 1024, 8192, 32768, 65536, 131072, 262144, 524288, 1048576)
@@ -55,7 +56,11 @@ class JobMetrics:
         )
 
     def observe(self, record: JobRecord, generated: dict[int, int]) -> None:
-        """Count an ended job; `generated` is the number of tokens by question."""
+        """Count an ended job.
+
+        Args:
+            generated: tokens by question, as far as this head generated them.
+        """
         self._jobs.labels(record.state.value).inc()
         for answer in record.answers:
             tokens, timings = generated.get(answer.question, 0), answer.timings
@@ -77,7 +82,7 @@ class JobMetrics:
                 self._per_token.observe(timings["decode_s"] / (tokens - 1))
 
     def _observe_layer(self, layer: Mapping[str, Any]) -> None:
-        """Fields of `LayerAttention`; every head counts once a prompt."""
+        """Count one layer (fields of `LayerAttention`); every attention head counts once a prompt."""
         label = str(layer["layer"])
         for density, recall in zip(layer["density"], layer["held_out_recall"], strict=True):
             self._density.labels(label).observe(density)
@@ -85,42 +90,42 @@ class JobMetrics:
         self._fallbacks.labels(label).inc(sum(layer["fallbacks"]))
 
 
-class _Live(Collector):
-    """Gauges read at the moment of the scrape."""
+class _Gauges(Collector):
+    """Values of the moment: read when metrics are collected."""
 
-    def __init__(self, service: JobService, session: Session) -> None:
+    def __init__(self, service: JobService, runtime: ClusterRuntime) -> None:
         self._service = service
-        self._session = session
+        self._runtime = runtime
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         waiting, running = self._service.counts()
         for name, text, value in (
             ("num_requests_waiting", "Jobs that wait.", waiting),
             ("num_requests_running", "Jobs that run.", running),
-            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", self._session.kv_usage),
+            ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", self._runtime.kv_usage),
         ):
             yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
-        c, g, b, a = self._session.latency_coefficients
         family = GaugeMetricFamily("longreach_step_model_seconds", "Fitted cost of a step.", labels=["per"])
-        for label, value in (("step", c), ("context_token", g), ("token", b), ("pair", a)):
+        coefficients = self._runtime.latency_coefficients
+        for label, value in zip(("step", "context_token", "token", "pair"), coefficients, strict=True):
             family.add_metric([label], value)
         yield family
 
 
-class MetricsDoor:
-    """`/metrics` over HTTP on `server.metrics_port`; nothing is opened for port 0."""
+class MetricsServer:
+    """Serves `/metrics` over HTTP on `server.metrics_port`; port 0 means that there is no server."""
 
-    def __init__(self, service: JobService, session: Session, host: str, port: int) -> None:
+    def __init__(self, service: JobService, runtime: ClusterRuntime, host: str, port: int) -> None:
         self.registry = CollectorRegistry()
         self.jobs = JobMetrics(self.registry)
-        self.registry.register(_Live(service, session))
-        Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(session.version).set(1)
+        self.registry.register(_Gauges(service, runtime))
+        Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(runtime.version).set(1)
         self._host, self._port = host, port
         self._server: WSGIServer | None = None
         service.on_ended(self.jobs.observe)
 
     def start(self) -> None:
-        """Open the port. Raises PreflightError when it is taken."""
+        """Bind the port and answer. Raises PreflightError when it is taken."""
         if not self._port:
             return
         try:
@@ -129,7 +134,7 @@ class MetricsDoor:
             raise PreflightError(f"server.metrics_port: {self._port}: cannot be bound ({error.strerror})") from error
 
     def close(self) -> None:
-        """Close the port; may be called twice."""
+        """Stop answering; may be called twice."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -1,7 +1,7 @@
-"""The files by which a head is found on its machine: `head.pid` from its start, `head.json` once it is ready.
+"""The files by which a head process is found on its machine: `head.pid` from its start, `head.json` once it is ready.
 
-Both are under the data directory, written atomically by the head itself and removed when it stops. A pid file outlives
-a head that was killed: it counts only when that process runs, is a head, and is no younger than the file.
+Both are in the data directory, written atomically by the head itself and removed when it stops. A pid file outlives a
+head that was killed: it counts only if that process runs, is a head, and is no younger than the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.client.errors import STATE_FILE
+from cluster.client.state_file import STATE_FILE
+from cluster.common.certificates import certificate_names
 from cluster.config.schema import SecuritySection
 
 PID_FILE = "head.pid"
@@ -31,13 +32,13 @@ class HeadFiles:
         return self.data_dir / "log" / "head.log"
 
     def claim(self) -> None:
-        """Say that this process is the head of the data directory."""
+        """Write the pid file: this process is the head of the data directory."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         (self.data_dir / STATE_FILE).unlink(missing_ok=True)  # of a head that was killed
         _write(self.data_dir / PID_FILE, f"{os.getpid()}\n")
 
     def announce(self, address: str, security: SecuritySection | None = None) -> None:
-        """Say that this process is ready at an address, and by which certificate to know it."""
+        """Write `head.json`: this process is ready at an address, with this certificate."""
         here = reachable(address)
         state = {
             "address": here, "pid": os.getpid(), "started": psutil.Process().create_time(),
@@ -48,7 +49,7 @@ class HeadFiles:
         _write(self.data_dir / STATE_FILE, json.dumps(state) + "\n")
 
     def release(self) -> None:
-        """Remove the files if they are of this process."""
+        """Remove the files if this process wrote them."""
         if self._read_pid() == os.getpid():
             self.remove()
 
@@ -58,7 +59,7 @@ class HeadFiles:
             (self.data_dir / name).unlink(missing_ok=True)
 
     def running(self) -> psutil.Process | None:
-        """The head that wrote the pid file, if it still runs."""
+        """Return the head that wrote the pid file, if it still runs."""
         pid = self._read_pid()
         if pid is None:
             return None
@@ -72,9 +73,8 @@ class HeadFiles:
             return None  # gone, or another user's: not ours
 
     def is_stale(self) -> bool:
-        """Whether files are left of a head that no longer runs."""
-        left = any((self.data_dir / name).exists() for name in (STATE_FILE, PID_FILE))
-        return left and self.running() is None
+        """Whether a head that no longer runs has left files."""
+        return any((self.data_dir / name).exists() for name in (STATE_FILE, PID_FILE)) and self.running() is None
 
     def _read_pid(self) -> int | None:
         try:
@@ -94,23 +94,22 @@ def _is_head(command: list[str]) -> bool:
 
 def name_for(security: SecuritySection, address: str) -> str:
     """The name by which to check the certificate at an address of this machine; empty when it is the address's own."""
-    from cluster.server.security import certificate_names  # grpc comes with it
-
+    assert security.tls_cert_file is not None
     host, _, _ = address.rpartition(":")
-    names = certificate_names(security)
+    names = certificate_names(security.tls_cert_file.read_bytes())
     return "" if not names or host.strip("[]") in names else names[0].replace("*", "head", 1)
 
 
 def reachable(address: str) -> str:
-    """The address by which a process of this machine reaches one that is bound to all interfaces."""
-    for everywhere, here in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:"), (":::", "[::1]:")):
-        if address.startswith(everywhere):
-            return here + address[len(everywhere) :]
+    """Return the address at which this machine reaches a server; bound to all interfaces, that is the loopback."""
+    for wildcard, loopback in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:"), (":::", "[::1]:")):
+        if address.startswith(wildcard):
+            return loopback + address[len(wildcard) :]
     return address
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole; a reader sees the old or the new text."""
+    """Replace a file atomically: a reader sees the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -1,8 +1,4 @@
-"""The engine's end of a shard: a small protocol, and its implementation over gRPC.
-
-Plans and results of a shard on the engine's node go through a Unix socket beside the call that runs it; the call says
-who may, and how the run ends.
-"""
+"""The engine's handle of a shard: a protocol, and its implementation over gRPC."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -22,10 +17,8 @@ from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import LoadProgress, ShardSpec, StepPlan, StepResult
-from protos.stage.pipe import STEPS_KEY, Pipe, PipeDoor
 
 _CLOSE_TIMEOUT_S = 2.0
-_ACCEPT_S = 0.1  # how often it is asked whether the shard has refused
 
 
 class StageHandle(Protocol):
@@ -34,9 +27,11 @@ class StageHandle(Protocol):
     shard: ShardSpec
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        """Begin a run: plans may be sent. Results come in order, several at once while it decodes.
+        """Begin a run, after which plans may be sent.
 
-        `on_lost` is called at most once, when the shard can no longer answer.
+        Args:
+            on_results: called with results in the order of their plans, several at once while the shard decodes.
+            on_lost: called at most once, with the reason, when the shard can no longer answer.
         """
 
     def send(self, plans: Sequence[StepPlan]) -> None:
@@ -49,20 +44,15 @@ class StageHandle(Protocol):
 class GrpcStageHandle:
     """A shard in another process."""
 
-    def __init__(self, shard: ShardSpec, address: str, token: str, near: bool | None = None) -> None:
-        """Args: `near` says whether plans and results go through a Unix socket; None: where `address` is one."""
+    def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
         self.shard = shard
-        self._door = ""
-        if near or (near is None and address.startswith("unix:")):
-            self._door = str(Path(address.removeprefix("unix:")).with_suffix(".steps"))
         self.name = f"stage {shard.stage} shard {shard.rank}"
         self._channel = open_channel(address)
-        self._stub = rpc.StageStub(self._channel)
+        self._stub = rpc.StageStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
         self._metadata = token_metadata(token)
         self._plans: queue.SimpleQueue[pb.StepPlans | None] = queue.SimpleQueue()
         self._results: threading.Thread | None = None
         self._call: grpc.Call | None = None
-        self._pipe: Pipe | None = None
         self._closing = False
 
     def load(self, request: pb.LoadRequest, timeout_s: float) -> Iterator[LoadProgress]:
@@ -83,26 +73,23 @@ class GrpcStageHandle:
             raise StageError(f"{self.name} while loading: {_details(error)}") from error
         raise StageError(f"{self.name} stopped loading without a word")
 
-    def start(
-        self, num_pages: int, page_size: int, downstream: str, timeout_s: float, kv_dtype: str = "",
-        near: tuple[str, str] = ("", ""),
-    ) -> None:  # fmt: skip
-        """Allocate KV (`kv_dtype` empty: of the type of the weights), connect to the next stage. Raises StageError.
+    def start(self, request: pb.StartRequest, timeout_s: float) -> None:
+        """Allocate KV and listen for the previous stage.
 
-        Of several stages the last one is connected to the first: `downstream` is the address of the same rank there.
-        `near` has Unix sockets for links with the stage before and the one after that need not go over gRPC.
+        Raises:
+            StageError: the shard refused, failed or vanished.
         """
-        request = pb.StartRequest(
-            num_pages=num_pages, page_size=page_size, downstream=downstream, kv_dtype=kv_dtype,
-            near_before=near[0], near_after=near[1],
-        )  # fmt: skip
         try:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:
             raise StageError(f"{self.name} while starting: {_details(error)}") from error
 
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
-        """State, counters and memory of the process. Raises StageError."""
+        """Return state, counters and memory of the process.
+
+        Raises:
+            StageError: it does not answer.
+        """
         try:
             reply: pb.ProbeReply = self._stub.Probe(pb.ProbeRequest(), metadata=self._metadata, timeout=timeout_s)
         except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
@@ -110,22 +97,13 @@ class GrpcStageHandle:
         return reply
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        metadata = self._metadata
-        door = PipeDoor(self._door) if self._door else None
-        if door is not None:
-            metadata = [*metadata, (STEPS_KEY, door.path)]
-        results = self._call = self._stub.Run(iter(self._plans.get, None), metadata=metadata)
-        if door is not None:
-            self._pipe = _accept(door, results)
+        results = self._call = self._stub.Run(iter(self._plans.get, None), metadata=self._metadata)
 
         def read() -> None:
             try:
-                if self._pipe is not None:
-                    for data in self._pipe.messages():
-                        on_results(codec.results_from_pb(pb.StepResults.FromString(data)))
-                for message in results:  # through a pipe: only how the call ends
+                for message in results:
                     on_results(codec.results_from_pb(message))
-            except Exception as error:  # noqa: BLE001 - without this thread nobody would notice the shard's silence
+            except Exception as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
                 if not self._closing:
                     on_lost(f"{self.name} is gone: {_details(error)}")
                 return
@@ -136,36 +114,18 @@ class GrpcStageHandle:
         self._results.start()
 
     def send(self, plans: Sequence[StepPlan]) -> None:
-        message = codec.plans_to_pb(plans, with_tokens=self.shard.is_first)
-        if self._pipe is None:
-            self._plans.put(message)
-            return
-        with contextlib.suppress(OSError):  # the thread that reads tells
-            self._pipe.send(message.SerializeToString())
+        self._plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
 
     def close(self) -> None:
         self._closing = True
         self._plans.put(None)
         if self._results is not None and self._call is not None:
             self._call.cancel()  # a long step is not waited for
-            if self._pipe is not None:
-                self._pipe.close()
             self._results.join(timeout=5.0)
             self._results = self._call = None
         with contextlib.suppress(grpc.RpcError, ValueError):  # it is gone, or was closed before
             self._stub.Close(pb.CloseRequest(), metadata=self._metadata, timeout=_CLOSE_TIMEOUT_S)
         self._channel.close()
-
-
-def _accept(door: PipeDoor, call: grpc.Call) -> Pipe | None:
-    """The pipe of a call that has begun; None when it is refused, for reasons it will tell."""
-    try:
-        while call.is_active():
-            with contextlib.suppress(TimeoutError):
-                return door.accept(_ACCEPT_S)
-    finally:
-        door.close()
-    return None
 
 
 def _details(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """Starts and stops a pipeline: places the stage actors, loads weights, connects stages, hands the shards to the engine.
 
-Order of starting: checks on the head, Ray, placement, actors listen, checks on every node, weights, KV and links.
+Order of starting: checks on the head node, Ray, placement, actors listen, checks on every node, weights, KV and links.
 Whatever fails, everything that was started is stopped before the error leaves `start`. Order of stopping: the engine's
-runs, the actors, their place, Ray. This is the only module of the control plane that reaches into `workers`, and it
-does so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
+runs, the actors, their placement, Ray. This is the only module of the control plane that imports `workers`, and it does
+so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,16 @@ from protos.node.build_id import build_id
 from protos.node.node_check import NodeCheck
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import LoadProgress
+from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StageProcessSpec
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
 _START_TIMEOUT_S = 180.0
-_LONGEST_RUN_DIR = 80  # the kernel allows 107 characters for the path of a socket in it
+_MAX_RUN_DIR_LENGTH = 80  # the kernel allows 107 characters for the path of a socket in it
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchStatus:
-    """What the launcher is doing; bytes are summed over all shards while weights load."""
+    """Progress of a launch; bytes are summed over all shards while weights load."""
 
     phase: str
     loaded_bytes: int = 0
@@ -71,7 +72,7 @@ class Launcher:
         self._run_dir: Path | None = None
 
     def start(self) -> Launched:
-        """Bring everything up.
+        """Start the pipeline.
 
         Raises:
             PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
@@ -104,8 +105,8 @@ class Launcher:
         addresses = self._open(fingerprint)
         loaded = self._load()
         self._on_status(LaunchStatus("connecting stages"))
-        sharing = max(Counter(address.node for address in addresses).values())
-        num_pages = count_pages(self._deployment, loaded, sharing)
+        max_shards_per_node = max(Counter(address.node for address in addresses).values())
+        num_pages = count_pages(self._deployment, loaded, max_shards_per_node)
         self._connect(addresses, num_pages)
         pids = tuple(address.pid for address in addresses)
         return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids)
@@ -114,24 +115,22 @@ class Launcher:
         cluster = self._deployment.config.cluster
         self._ray = RayCluster(cluster.address)
         self._ray.connect()
-        from workers.stage.actor import StageActor  # the bridge to the data plane; no torch behind it yet
+        from workers.stage.actor import StageActor  # imports no torch yet
 
         cores = self._ray.cores_of_a_pipeline(cluster.pipeline_parallel_size)
         gpus = 1.0 if cluster.device == "cuda" else 0.0
         stage = ActorRequest(cluster.expert_parallel_size, cluster.cpus(cores), gpus)
         self._actors = self._ray.place(StageActor, [stage] * cluster.pipeline_parallel_size)
 
-    def _open(self, fingerprint: str) -> list[Any]:
+    def _open(self, fingerprint: str) -> list[StageAddress]:
         """Make every shard listen and check its node; returns the addresses in shard order."""
-        from workers.stage.server import StageProcessSpec
-
         assert self._ray is not None
         config = self._deployment.config
         self._run_dir = make_run_dir()
-        if len(str(self._run_dir)) > _LONGEST_RUN_DIR:
+        if len(str(self._run_dir)) > _MAX_RUN_DIR_LENGTH:
             raise PreflightError(
                 f"TMPDIR: {tempfile.gettempdir()}: too long for Unix sockets: must be at most "
-                f"{_LONGEST_RUN_DIR - 19} characters"
+                f"{_MAX_RUN_DIR_LENGTH - 19} characters"
             )
         token = secrets.token_hex(32)
         threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
@@ -148,7 +147,7 @@ class Launcher:
                 orphan_timeout_s=config.cluster.load_timeout_s + _START_TIMEOUT_S,  # others may still load
             )
             calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
-        addresses = self._ray.call(calls, _OPEN_TIMEOUT_S)
+        addresses: list[StageAddress] = self._ray.call(calls, _OPEN_TIMEOUT_S)
         self._ray.serve()
         here = self._ray.node_id()
         for shard, address in zip(self._deployment.shards, addresses, strict=True):
@@ -178,9 +177,8 @@ class Launcher:
         config, shard = self._deployment.config, handle.shard
         assert self._run_dir is not None
         return pb.LoadRequest(
-            epoch=1,
             model_path=str(config.model.path),
-            model_spec_json=codec.model_spec_to_json(self._deployment.spec),
+            model_spec_json=self._deployment.spec.to_json(),
             shard=codec.shard_to_pb(shard),
             dtype=compute_dtype(self._deployment),
             device=config.cluster.device,
@@ -191,41 +189,46 @@ class Launcher:
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )
 
-    def _connect(self, addresses: list[Any], num_pages: int) -> None:
+    def _connect(self, addresses: list[StageAddress], num_pages: int) -> None:
         """Start every shard; all at once, since the shards of a stage warm up together."""
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
-        where = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
-        errors: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        by_rank = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
+        assert self._run_dir is not None
+        run_dir = self._run_dir
 
-        def link(stage: int, rank: int) -> str:
-            """The socket between a shard and the same rank of the next stage, when they can do without gRPC."""
-            after = (stage + 1) % self._deployment.config.cluster.pipeline_parallel_size
-            near = after != stage and where[stage, rank].node == where[after, rank].node
-            on_cpu = self._deployment.config.cluster.device == "cpu"
-            return str(self._run_dir / f"link{stage}r{rank}.sock") if near and on_cpu and self._run_dir else ""
+        def request(shard: ShardSpec) -> pb.StartRequest:
+            links = links_of(shard, by_rank, run_dir)
+            return pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
 
-        def begin(handle: GrpcStageHandle) -> None:
-            stage, stages, rank = handle.shard.stage, handle.shard.num_stages, handle.shard.rank
-            after = where[(stage + 1) % stages, rank]  # a ring: the last one hands its tokens to the first
-            downstream = _reach(where[stage, rank].node, after) if stages > 1 else ""
-            near = link((stage - 1) % stages, rank), link(stage, rank)
-            try:
-                handle.start(num_pages, page_size, downstream, _START_TIMEOUT_S, dtype, near)
-            except Exception as error:  # noqa: BLE001 - the launcher waits for exactly one word of each thread
-                errors.put(error)
-            else:
-                errors.put(None)
-
-        for handle in self._shards:
-            threading.Thread(target=begin, args=(handle,), daemon=True).start()
-        for _ in self._shards:
-            if (error := errors.get()) is not None:
-                raise error
+        threads = ThreadPoolExecutor(len(self._shards))
+        started = [threads.submit(handle.start, request(handle.shard), _START_TIMEOUT_S) for handle in self._shards]
+        threads.shutdown(wait=False)  # after an error, `close` ends the calls of the others
+        for future in as_completed(started):
+            future.result()
 
 
-def _reach(node: str, address: Any) -> str:
-    """How a process on `node` reaches a shard: its Unix socket on the same node, else TCP."""
-    return str(address.unix if address.node == node else address.tcp)
+def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], run_dir: Path) -> dict[str, str]:
+    """Return the fields of a StartRequest that say how a shard is linked to the same rank of its neighbours.
+
+    Stages form a ring: the last one sends its tokens to the first. Shards of one node share a Unix socket in `run_dir`,
+    which every node has; others are linked over gRPC. `addresses` are those of all shards by stage and rank.
+    """
+    if shard.num_stages == 1:
+        return {}
+
+    def socket(stage: int) -> str:
+        """Return the path of the socket between a stage and the one after it; empty if they are on two nodes."""
+        same_node = addresses[stage, shard.rank].node == addresses[(stage + 1) % shard.num_stages, shard.rank].node
+        return str(run_dir / f"link{stage}r{shard.rank}.sock") if same_node else ""
+
+    before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
+    links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}
+    return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
+
+
+def _reach(node: str, address: StageAddress) -> str:
+    """Return the gRPC address of a shard for a process on `node`: a Unix socket on the same node, else TCP."""
+    return address.unix if address.node == node else address.tcp
 
 
 def _follow(
@@ -235,5 +238,5 @@ def _follow(
     try:
         for progress in handle.load(request, limit_s):
             updates.put((index, progress))
-    except Exception as error:  # noqa: BLE001 - the launcher waits for this thread's word
+    except Exception as error:  # noqa: BLE001 - `_load` waits for the last update of each shard
         updates.put((index, error))

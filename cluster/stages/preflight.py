@@ -1,6 +1,6 @@
 """Checks made before anything is started: everything that can be refused in seconds is refused here.
 
-Legend: "head" is this process, a "node" is a machine that will hold stages.
+Legend: the head is this process; a node is a machine that will hold stages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from protos.stage.messages import LoadProgress
 
 
 def check_head(deployment: Deployment) -> str:
-    """Checkpoint, data directory and port, as seen from the head; returns the checkpoint's fingerprint
-    (empty with dummy weights).
+    """Check data directory, KV size and checkpoint on the head; return the checkpoint's fingerprint, empty with dummy
+    weights.
 
     Raises:
         PreflightError, NodeError, or CheckpointError naming file and tensor.
@@ -33,7 +33,7 @@ def check_head(deployment: Deployment) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port another process holds; port 0 opens no door."""
+    """Raise PreflightError when another process holds the port; port 0 means no listener."""
     if not port:
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -48,7 +48,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_room(deployment: Deployment, budget: int) -> int:
-    """Pages that `budget` bytes hold on the shard whose tokens are largest.
+    """Return the pages that `budget` bytes hold on the shard whose tokens are largest.
 
     Raises:
         PreflightError: one context of max_model_len would not fit.
@@ -66,7 +66,7 @@ def check_room(deployment: Deployment, budget: int) -> int:
 
 
 def count_pages(deployment: Deployment, loaded: list[LoadProgress], shards_per_node: int) -> int:
-    """KV pages every shard allocates: what the tightest shard affords, at most what all sequences can use.
+    """Return the KV pages that every shard allocates: what the tightest one affords, at most what sequences can use.
 
     Raises:
         PreflightError: one context of max_model_len would not fit beside what a step needs while it runs.

@@ -1,8 +1,6 @@
-"""Every call to Ray, in one place: connect, place, start, stop.
+"""All calls to Ray, in one place: connect, place actors, stop.
 
-The local cluster is started with small settings (no dashboard, a small object store, no memory monitor: our own
-admission budgets memory, and the monitor would count mapped weight files and kill actors). Token authentication is
-Ray's default for a local cluster.
+A local cluster has no dashboard, a small object store, and token authentication, which is Ray's default there.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,28 +22,19 @@ from protos.node.node_check import NodeError
 _log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MB; nothing of ours goes through it
 _CLOSE_TIMEOUT_S = 5.0  # an actor in the middle of a step is killed after this
+# Every setting of a local Ray that is made in its environment, with the reason. Ray documents the first three; all else
+# stays as Ray has it.
 _LOCAL_ENVIRONMENT = {
-    "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # What Ray does while nothing is asked of it takes a core's time from steps that run: no idle workers (each wakes a
-    # hundred times a second), and timers that matter only to other loads run rarely.
-    "RAY_num_workers_soft_limit": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # it counts mapped weights and would kill stages; preflight budgets memory
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing about this machine is sent to anybody
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: Ray's processes listen on loopback only
     "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs on the machine would go before the stages
-    "RAY_object_manager_timer_freq_ms": "10000",
-    "RAY_raylet_check_gc_period_milliseconds": "10000",
-    "RAY_kill_idle_workers_interval_ms": "5000",
-    "RAY_io_context_monitor_probe_interval_ms": "600000",
-    "RAY_raylet_report_resources_period_milliseconds": "1000",
-    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ActorRequest:
-    """One stage to place: its shards on one node, `cpus` and `gpus` for each."""
+    """One stage to place: `shards` actors on one node, each with `cpus` and `gpus`."""
 
     shards: int
     cpus: float
@@ -52,6 +42,7 @@ class ActorRequest:
 
     @property
     def bundle(self) -> dict[str, float]:
+        """What the whole stage reserves, as Ray names it."""
         bundle = {"CPU": self.cpus * self.shards}
         return bundle | ({"GPU": self.gpus * self.shards} if self.gpus else {})
 
@@ -66,7 +57,7 @@ class RayCluster:
         self._actors: list[Any] = []
         self._serving: list[Any] = []
         self._connected = False
-        self._left = threading.Event()
+        self._closed = threading.Event()
 
     @property
     def is_local(self) -> bool:
@@ -79,8 +70,7 @@ class RayCluster:
             logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
         elif ":" in self._address:
             _check_reachable(self._address)
-        import ray  # after the environment is set: Ray reads it at import
-
+        ray = _ray()  # after the environment is set
         if ray.is_initialized():
             raise PlacementError("this process is connected to a Ray cluster already: close that connection first")
 
@@ -100,18 +90,15 @@ class RayCluster:
             reason = one_line(error, 300)
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
-        if self.is_local:
-            _end_idle_processes()
         if on_terminate is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
     def place(self, actor_class: Callable[[], Any], stages: Sequence[ActorRequest]) -> list[list[Any]]:
-        """Reserve one bundle a stage and start its actors; returns actor handles by stage and rank.
+        """Reserve one bundle a stage and start its actors; return actor handles by stage and rank.
 
         Raises:
             PlacementError: the cluster has no room; says what is needed and what is free.
         """
-        import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -124,17 +111,18 @@ class RayCluster:
         handles = []
         for index, stage in enumerate(stages):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            remote = ray.remote(actor_class).options(
-                num_cpus=stage.cpus, num_gpus=stage.gpus, scheduling_strategy=strategy
+            remote = (
+                _ray()
+                .remote(actor_class)
+                .options(num_cpus=stage.cpus, num_gpus=stage.gpus, scheduling_strategy=strategy)
             )
             handles.append([remote.remote() for _ in range(stage.shards)])
             self._actors.extend(handles[-1])
         return handles
 
     def call(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Wait for the answers of actor calls. Raises PlacementError when one fails or does not come in time."""
-        import ray
-
+        """Return the answers of actor calls. Raises PlacementError when one fails or does not come in time."""
+        ray = _ray()
         try:
             answers: list[Any] = ray.get(list(calls), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
@@ -148,35 +136,31 @@ class RayCluster:
         return answers
 
     def serve(self) -> None:
-        """Have every actor that was placed serve, which ends when it is told to close."""
+        """Start the serving call of every actor; it returns once the actor has closed."""
         self._serving = [actor.serve.remote() for actor in self._actors]
 
     @staticmethod
     def node_id() -> str:
-        """Ray's name for the node this process runs on."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
+        """Return Ray's name for the node this process runs on."""
+        return str(_ray().get_runtime_context().get_node_id())
 
     @staticmethod
     def cores_of_a_pipeline(num_stages: int) -> int:
-        """CPUs that the stages of a pipeline share when they are spread evenly, at least 1.
+        """Return the CPUs, at least 1, that stages share when they are spread evenly over the nodes.
 
-        What unset thread counts are divided from: the cores of the smallest node with CPUs, times the nodes in use.
+        Thread counts that are not configured divide them: cores of the smallest node with CPUs, times nodes in use.
         """
-        import ray
-
-        cores = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]
+        cores = [int(resources.get("CPU", 0)) for resources in _nodes()]
         usable = [count for count in cores if count > 0]
         return max(1, min(usable, default=1) * min(len(usable), num_stages))
 
     def close(self) -> None:
-        """Wait for actors that were told to close, end all, give their place back, leave (or end) Ray."""
+        """Wait for actors that are closing, kill the rest, free their place, and leave (or end) Ray."""
         if not self._connected:
             return
-        import ray
         from ray.util.placement_group import remove_placement_group
 
+        ray = _ray()
         try:
             if self._serving:
                 ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
@@ -190,7 +174,7 @@ class RayCluster:
             self._actors, self._serving, self._groups = [], [], []
             ray.shutdown()
             self._connected = False
-            self._left.set()
+            self._closed.set()
 
     def _in_lasting_thread(self, start: Callable[[], object]) -> None:
         """Call `start` on a thread that lives until `close`: the kernel ends Ray's processes with their thread."""
@@ -206,17 +190,15 @@ class RayCluster:
                 result.put(error)
             else:
                 result.put(None)
-                self._left.wait()
+                self._closed.wait()
 
         threading.Thread(target=run, name="ray", daemon=True).start()
         if (error := result.get()) is not None:
             raise error
 
     def _check_room(self, stages: Sequence[ActorRequest]) -> None:
-        """Refuse at once what no state of the cluster could place."""
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        """Raise PlacementError for stages that would not fit even into the empty cluster."""
+        nodes = _nodes()
         for key in ("CPU", "GPU"):
             needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
             widest = max(stage.bundle.get(key, 0.0) for stage in stages)
@@ -226,14 +208,12 @@ class RayCluster:
 
     @staticmethod
     def _no_room(stages: Sequence[ActorRequest]) -> str:
-        import ray
-
-        free = ray.available_resources()
+        free = _ray().available_resources()
         parts = []
         for key in ("CPU", "GPU"):
             needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
             if needed:
-                total = sum(n["Resources"].get(key, 0.0) for n in ray.nodes() if n["Alive"])
+                total = sum(resources.get(key, 0.0) for resources in _nodes())
                 parts.append(f"{needed:g} {key} needed, {free.get(key, 0.0):g} of {total:g} free")
         actors = sum(stage.shards for stage in stages)
         return (
@@ -242,28 +222,20 @@ class RayCluster:
         )
 
 
-def _end_idle_processes() -> None:
-    """End what Ray starts beside a local cluster and nobody here asks: log monitor, autoscaler and dashboard.
+def _ray() -> Any:
+    """Return the module `ray`; imported late, as it reads the environment then."""
+    import ray
 
-    Ray has no setting for it, and together they wake some hundred times a second, on cores that compute. Should
-    its internals change, they stay.
-    """
-    try:
-        from ray._private import worker
+    return ray
 
-        node = worker.global_worker.node
-        if node is not None:
-            node.kill_log_monitor(check_alive=False)
-            node.kill_monitor(check_alive=False)
-            node.kill_dashboard(check_alive=False)
-    except Exception:  # noqa: BLE001 - it only costs time
-        _log.debug("some of Ray's idle processes keep running", exc_info=True)
+
+def _nodes() -> list[dict[str, float]]:
+    """Return the resources of every node that is alive."""
+    return [node["Resources"] for node in _ray().nodes() if node["Alive"]]
 
 
 def _check_reachable(address: str) -> None:
-    """Fail in seconds where Ray itself would retry for minutes."""
-    import socket
-
+    """Raise PlacementError within seconds where Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()

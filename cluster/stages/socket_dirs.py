@@ -1,8 +1,8 @@
 """Run directories: a folder `longreach-...` under TMPDIR with the sockets of one pipeline, removed when it stops.
 
-A head that was killed leaves its folder behind; the next start removes it. A folder is dead when the process that owns
-it is gone, or, without the name of an owner, when it has been there for a while and nobody answers on its sockets.
-Folders of other users are never touched.
+A head process that was killed leaves its folder behind; the next start removes it. A folder is unused if the process
+that owns it is gone, or, where no owner is named, if it is some minutes old and nobody listens on its sockets. Folders
+of other users are never touched.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import psutil
 
 PREFIX = "longreach-"
 OWNER_FILE = "owner.json"
-_SETTLED_S = 120.0  # a younger folder without an owner may be one whose sockets are about to open
+_MIN_AGE_S = 120.0  # the sockets of a younger folder without an owner may be about to open
 _CLOCK_SLACK_S = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 def make_run_dir() -> Path:
-    """A new folder that names this process as its owner."""
+    """Return a new folder that names this process as its owner."""
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     process = psutil.Process()
     (folder / OWNER_FILE).write_text(json.dumps({"pid": process.pid, "started": process.create_time()}))
@@ -37,15 +37,15 @@ def make_run_dir() -> Path:
 
 
 def clean_run_dirs(parent: Path | None = None) -> list[Path]:
-    """Remove the folders of dead heads of this user under `parent` (default: TMPDIR); returns what was removed."""
+    """Remove this user's unused folders under `parent` (default: TMPDIR); returns those that were removed."""
     removed = []
     try:
-        found = sorted((parent or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"))
+        folders = sorted((parent or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"))
     except OSError:
         return []
-    for folder in found:
+    for folder in folders:
         with contextlib.suppress(OSError):  # another start may remove it at the same time
-            if _is_ours(folder) and _is_dead(folder):
+            if _is_ours(folder) and _is_unused(folder):
                 shutil.rmtree(folder)
                 removed.append(folder)
     if removed:
@@ -54,23 +54,23 @@ def clean_run_dirs(parent: Path | None = None) -> list[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """A real folder of this user that nobody else can write to."""
+    """Return whether it is a folder of this user, not a link to one, that nobody else can write to."""
     status = folder.lstat()  # not what a link points to
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
-def _is_dead(folder: Path) -> bool:
+def _is_unused(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
     if not all(name == OWNER_FILE or name.endswith((".sock", ".store")) for name in names):
         return False  # something else of this user with such a name
     if OWNER_FILE in names:
-        return not _owner_lives(folder / OWNER_FILE)
-    if time.time() - folder.lstat().st_mtime < _SETTLED_S:
+        return not _is_owner_alive(folder / OWNER_FILE)
+    if time.time() - folder.lstat().st_mtime < _MIN_AGE_S:
         return False
-    return not any(_answers(folder / name) for name in names if name.endswith(".sock"))
+    return not any(map(_is_listening, folder.glob("s*.sock")))  # of the gRPC servers; links take one connection only
 
 
-def _owner_lives(path: Path) -> bool:
+def _is_owner_alive(path: Path) -> bool:
     try:
         owner = json.loads(path.read_text())
         process = psutil.Process(int(owner["pid"]))
@@ -79,11 +79,11 @@ def _owner_lives(path: Path) -> bool:
     except psutil.NoSuchProcess:
         return False
     except (psutil.AccessDenied, ValueError, KeyError, TypeError):
-        return True  # when in doubt, it lives
+        return True  # in doubt, it is kept
 
 
-def _answers(path: Path) -> bool:
-    """Whether a process listens on a socket file."""
+def _is_listening(path: Path) -> bool:
+    """Return whether a process listens on a socket file."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:

@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Sequence
 
-from cluster.text.reasoning import split_reasoning
+from cluster.text.reasoning import ReasoningSplitter, split_reasoning
 from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
@@ -92,30 +92,53 @@ class StopMatcher:
 
 
 class OutputText:
-    """Turns the tokens of one request into text, up to the first stop string. Without a tokenizer there is no text."""
+    """Turns the tokens of one request into text: up to the first stop string, with reasoning and answer apart.
 
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str]) -> None:
+    Without a tokenizer there is no text.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
+        """
+        Args:
+            reasoning_opened: the prompt ended inside `<think>`.
+        """
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
         self._matcher = StopMatcher(stop)
-        self._parts: list[str] = []
+        self._splitter = ReasoningSplitter(reasoning_opened)
+        self._reasoning_opened = reasoning_opened
+        self._pieces: list[str] = []
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """Return the new text, and whether a stop string ended the output."""
-        if self._decoder is None:
-            return "", False
-        text, stopped = self._matcher.push(self._decoder.push(token_id))
-        self._parts.append(text)
-        return text, stopped
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the output."""
+        return self._matcher.stopped
 
-    def flush(self) -> str:
-        """Return the withheld rest, once the output has ended without a stop string."""
+    @property
+    def part(self) -> str:
+        """The part that the newest text belongs to: "reasoning" or "answer"."""
+        return self._splitter.part
+
+    def push(self, token_id: int, is_last: bool = False) -> tuple[str, str, str]:
+        """Return the text that became certain with a token, and what it adds to reasoning and to the answer.
+
+        Args:
+            is_last: the output ends with this token: nothing is withheld.
+        """
+        text = ""
+        if self._decoder is not None:
+            text = self._matcher.push(self._decoder.push(token_id))[0] + (self._rest() if is_last else "")
+        self._pieces.append(text)
+        return text, *self._splitter.push(text)
+
+    def flush(self) -> None:
+        """Add what is withheld: the output has ended with the last token that was pushed."""
+        self._pieces.append(self._rest())
+
+    def result(self) -> tuple[str | None, str]:
+        """Return (reasoning, answer) of everything so far; see `split_reasoning`."""
+        return split_reasoning("".join(self._pieces), opened=self._reasoning_opened)
+
+    def _rest(self) -> str:
         if self._decoder is None or self._matcher.stopped:
             return ""
-        text, _ = self._matcher.push(self._decoder.flush())
-        text += self._matcher.flush()
-        self._parts.append(text)
-        return text
-
-    def split(self, opened: bool) -> tuple[str | None, str]:
-        """Return (reasoning, answer) of everything so far; `opened`: the prompt ended inside `<think>`."""
-        return split_reasoning("".join(self._parts), opened=opened)
+        return self._matcher.push(self._decoder.flush())[0] + self._matcher.flush()

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from cluster.text.chat_template import ChatTemplateError, render_user_message
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
-
-DEFAULT_TEMPLATE = "{document}\nQuestion: {question}"
+from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
 
 
 class PromptError(UserError):
@@ -80,7 +79,7 @@ def build_document_prompts(
     tokenizer: TextTokenizer,
     document: str,
     questions: Sequence[str],
-    template: str = DEFAULT_TEMPLATE,
+    template: str = DEFAULT_DOCUMENT_PROMPT,
     *,
     enable_thinking: bool | None,
     max_model_len: int,

@@ -26,8 +26,8 @@ def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str
     return reasoning.strip() or None, answer.lstrip()
 
 
-class ReasoningStream:
-    """Splits the text of one answer as it comes.
+class ReasoningSplitter:
+    """Splits the text of one output as it comes.
 
     What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
     its end that the next text must decide, and for a `</think>` without its start, which stays answer.

@@ -9,10 +9,10 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def configs_dir() -> Path:
-    """The folder of shipped configurations.
+    """Return the folder of shipped configurations: `configs/` of a source checkout, else `longreach_configs`.
 
-    In a source checkout it is `configs/` beside the packages, in an installation `longreach_configs` in
-    site-packages. Raises FileNotFoundError when neither is there.
+    Raises:
+        FileNotFoundError: neither is there.
     """
     site_packages = Path(sysconfig.get_paths()["purelib"])
     candidates = [_PACKAGE_ROOT / "configs", _PACKAGE_ROOT / "longreach_configs", site_packages / "longreach_configs"]
@@ -23,5 +23,5 @@ def configs_dir() -> Path:
 
 
 def needle_dir() -> Path:
-    """The demo model, its tokenizer, and the book and words that its documents are made of."""
+    """Return the folder of the demo model, with its tokenizer and the book and words its documents are made of."""
     return configs_dir() / "needle"

@@ -1,4 +1,4 @@
-"""The demonstration: needles in a book, found by a real cluster. `longreach demo` is this module with a face."""
+"""The demonstration behind `longreach demo`: needles in a book, found by a real cluster."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.outputs import Generation
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
 from cluster.tools.memory_watch import MemoryWatch
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
 
 ANSWER_TOKENS = 20  # an answer has 15
@@ -26,22 +27,18 @@ _KV_TOKEN_BYTES = 512  # of one token in one actor
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """How to run it.
-
-    `positions`: `dca` (dual chunk attention) and `yarn` stretch the trained window over the document, `plain` does not
-    and fails beyond it. `sparse`: prompts beyond the threshold of the checkpoint select the keys they read.
-    """
+    """Size of the document, and how the model attends."""
 
     tokens: int = 128_000
     needles: int = 8
-    positions: str = "dca"
-    sparse: bool = True
+    positions: str = "dca"  # dca and yarn stretch the trained window over the document; plain fails beyond it
+    sparse: bool = True  # prompts beyond the threshold of the checkpoint select the keys they read
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Answers beside the truth, and what the run cost. Seconds and tokens per second."""
+    """Answers beside the truth, and what the run cost (seconds, bytes)."""
 
     haystack: Haystack
     answers: tuple[Generation, ...]
@@ -53,10 +50,11 @@ class DemoResult:
 
     @property
     def right(self) -> tuple[bool, ...]:
+        """Whether each answer is exactly the hidden sentence."""
         return tuple(is_right(a.text, n) for a, n in zip(self.answers, self.haystack.needles, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain data; `answer` is what the model said, `truth` what is in the document."""
+        """Return plain data; `answer` is what the model said, `truth` what is in the document."""
         first = min(self.answers, key=lambda answer: answer.timings.ttft_s)
         decoded = sum(len(answer.token_ids) - 1 for answer in self.answers)
         ends = [answer.timings.ttft_s + answer.timings.decode_s for answer in self.answers]
@@ -92,7 +90,7 @@ class DemoResult:
 
 
 def demo_deployment(options: DemoOptions) -> Deployment:
-    """`configs/demo.yaml`, stretched to the wanted length. Raises ConfigError."""
+    """Return the deployment of `configs/demo.yaml` for a document of `options.tokens`. Raises UserError."""
     length = options.tokens + _ROOM
     if not _SHORTEST <= options.tokens <= _LONGEST:
         raise UserError(f"tokens: {options.tokens}: must be between {_SHORTEST} and {_LONGEST}")
@@ -122,16 +120,16 @@ def run_demo(options: DemoOptions, display: Display) -> DemoResult:
     """
     began = time.monotonic()
     deployment = demo_deployment(options)
-    session = Session(deployment, display.launch)
-    haystack = build_haystack(session.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
+    runtime = ClusterRuntime(deployment, display.launch)
+    haystack = build_haystack(runtime.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
     questions = [needle.question for needle in haystack.needles]
     parallel = deployment.config.cluster
     layout = (parallel.pipeline_parallel_size, parallel.expert_parallel_size)
-    with MemoryWatch() as memory, session:
+    with MemoryWatch() as memory, runtime:
         ready = time.monotonic() - began
         display.say(f"cluster ready in {ready:.1f} s: {layout[0]} stages x {layout[1]} shards")
-        answers = session.ask_document(
-            haystack.document, questions, Ask(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
+        answers = runtime.ask_all(
+            haystack.document, questions, AnswerOptions(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
         )
     took = time.monotonic() - began
     return DemoResult(haystack, tuple(answers), options, layout, ready, took, memory.peak_bytes)

@@ -1,4 +1,5 @@
-"""What a person sees while a cluster starts and reads, on stderr: bars on a terminal, now and then a line elsewhere."""
+"""Progress for people while a cluster starts and reads, on stderr: bars on a terminal, a line every few seconds
+elsewhere. And what tables and durations look like."""
 
 from __future__ import annotations
 
@@ -7,28 +8,19 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
 
 from cluster.common.units import format_bytes
-from cluster.engine.outputs import Generation, TokenEvent
-from cluster.engine.outputs import Progress as Prefill
-from cluster.engine.request_handle import Event
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent
 from cluster.stages.launcher import LaunchStatus
 
 _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal
 
 
-class _Eta(ProgressColumn):
-    """Time left as the engine predicts it."""
-
-    def render(self, task: Task) -> Text:
-        eta = task.fields.get("eta_ms")
-        return Text("" if eta is None else f"{format_duration(eta / 1000)} left", style="cyan")
-
-
 class Display:
-    """Shows starting, reading and answering; silent with `quiet`. Used as a context manager."""
+    """Progress of starting, reading and answering; silent with `quiet`. Used as a context manager."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self._console = console
@@ -36,7 +28,7 @@ class Display:
         self._live = console.is_terminal and not quiet
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32),
-            TextColumn("{task.fields[figures]}"), _Eta(), console=console, transient=True, disable=not self._live,
+            TextColumn("{task.fields[figures]}"), console=console, transient=True, disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
         self._label = ""
@@ -54,16 +46,16 @@ class Display:
         self._progress.stop()
 
     def clear(self) -> None:
-        """Take the bar away before the end; may be called twice."""
+        """Remove the bar before the end; may be called twice."""
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays."""
         if not self._quiet:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def label(self, text: str) -> None:
-        """What the following phases belong to, shown before their names; empty for none."""
+        """Show `text` before the names of the following phases; empty for none."""
         self._label = text
 
     def status(self, phase: str) -> None:
@@ -77,14 +69,14 @@ class Display:
             figures = f"{format_bytes(status.loaded_bytes)} of {format_bytes(status.total_bytes)}"
         self._show(status.phase, status.loaded_bytes, status.total_bytes or None, figures, None)
 
-    def reading(self, num_questions: int) -> Callable[[int, Event], None]:
-        """A callback for `Session.submit`: follows the first prompt's prefill, then counts tokens of all answers."""
+    def reading(self, num_questions: int) -> Callable[[int, EngineEvent], None]:
+        """Return a callback for `ClusterRuntime.submit`: the first prompt's prefill, then tokens of all answers."""
         self._answered = {}
 
-        def on_event(index: int, event: Event) -> None:
-            if isinstance(event, Prefill) and index == 0 and not self._answered:
+        def on_event(index: int, event: EngineEvent) -> None:
+            if isinstance(event, PrefillProgress) and index == 0 and not self._answered:
                 self.prefill(event.processed, event.total, event.eta_ms)
-            elif isinstance(event, TokenEvent):
+            elif isinstance(event, OutputToken):
                 self._answered[index] = self._answered.get(index, 0) + 1
                 written = sum(self._answered.values())
                 what = "answering" if num_questions == 1 else f"answering {num_questions} questions"
@@ -106,24 +98,28 @@ class Display:
         if self._quiet:
             return
         phase = f"{self._label}: {phase}" if self._label else phase
+        figures += "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
+        is_new, self._phase = phase != self._phase, phase
         if not self._live:
             now = time.monotonic()
-            if phase != self._phase or now - self._last_line >= _LINE_EVERY_S:
-                eta = "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
-                self._console.print(f"{phase}: {figures}{eta}" if figures else phase, highlight=False)
+            if is_new or now - self._last_line >= _LINE_EVERY_S:
+                self._console.print(f"{phase}: {figures}" if figures else phase, highlight=False)
                 self._last_line = now
-            self._phase = phase
             return
-        if self._task is None or phase != self._phase:
+        if self._task is None or is_new:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(phase, total=total, figures=figures, eta_ms=eta_ms)
-            self._phase = phase
-        self._progress.update(self._task, completed=done, total=total, figures=figures, eta_ms=eta_ms)
+            self._task = self._progress.add_task(phase, total=total, figures=figures)
+        self._progress.update(self._task, completed=done, total=total, figures=figures)
+
+
+def plain_table(*columns: str) -> Table:
+    """Return a table of aligned columns without a frame."""
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
 
 
 def format_duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 20 s`, `1 h 5 min`."""
+    """Return a time as people write it: `0.4 s`, `12 s`, `3 min 20 s`, `1 h 5 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""Diagnosis of this machine: what is there, what is missing, what will be slow and why."""
+"""Diagnosis of this machine: what it has, what is missing, what will be slow and why."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.common.text_format import one_line
+from protos.node.compiler import COMPILERS, compiler
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
-_PACKAGES = ("ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "pyyaml")
+_PACKAGES = (
+    "ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "ruamel.yaml",
+)  # fmt: skip
 _CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 _MIN_MEMORY = 2 * GIB  # the head, Ray and one worker with the demo model
 _MIN_SHM = GIB // 4  # Ray's object store only carries small control messages here
@@ -46,6 +49,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """All findings, in the order in which they are shown."""
+
     checks: tuple[Check, ...]
 
     @property
@@ -53,14 +58,15 @@ class Report:
         return all(check.status != "error" for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """`{"ok": bool, "checks": [{"name", "status", "detail", "advice"}]}`."""
+        """Return `{"ok": bool, "checks": [{"name", "status", "detail", "advice"}]}`."""
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
 def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> Report:
-    """Look at this machine; takes seconds, most of them for torch in a process of its own.
+    """Check this machine; takes seconds, most of them for torch in a process of its own. Nothing is changed.
 
-    `data_dir` is where jobs and KV will be stored (default: the current folder). Nothing is created or changed.
+    Args:
+        data_dir: where jobs and KV will be stored; default: the current folder.
     """
     flags = cpu_flags(Path("/proc/cpuinfo"))
     facts, torch_check = torch_facts([sys.executable, "-m", "workers.doctor"], torch_timeout)
@@ -70,15 +76,15 @@ def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> R
             check_python(sys.version_info[:2]),
             check_packages(),
             torch_check,
-            *(check_communication(facts) if facts else ()),
+            *([check_communication(facts)] if facts else []),
             check_cores(Path("/sys/fs/cgroup")),
             check_cpu_features(flags, platform.machine()),
             check_memory(Path("/sys/fs/cgroup")),
             check_disk(data_dir or Path.cwd()),
             check_shm(Path("/dev/shm")),
             gpu,
-            *(check_cuda_build(facts) if facts and gpu.status == "ok" else ()),
-            check_compiler(has_gpu=gpu.status == "ok"),
+            *([check_cuda_build(facts)] if facts and gpu.status == "ok" else []),
+            check_compiler(),
             check_ray(os.environ.get("RAY_ADDRESS", "")),
             check_open_files(),
         )
@@ -98,27 +104,27 @@ def render(report: Report, console: Console) -> None:
 
 
 def check_python(version: tuple[int, ...]) -> Check:
-    found = ".".join(map(str, version))
+    name = ".".join(map(str, version))
     if version < (3, 11):
-        return Check("python", "error", found, "install Python 3.11 or newer")
-    return Check("python", "ok", f"{found} ({sys.executable})")
+        return Check("python", "error", name, "install Python 3.11 or newer")
+    return Check("python", "ok", f"{name} ({sys.executable})")
 
 
 def check_packages() -> Check:
-    """Versions of what Longreach depends on, from their metadata: nothing is imported."""
-    found, absent = [], []
+    """Report the versions of what Longreach depends on, from their metadata: nothing is imported."""
+    present, absent = [], []
     for name in _PACKAGES:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            present.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             absent.append(name)
     if absent:
         return Check("packages", "error", f"not installed: {', '.join(absent)}", f"pip install {' '.join(absent)}")
-    return Check("packages", "ok", ", ".join(found))
+    return Check("packages", "ok", ", ".join(present))
 
 
 def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | None, Check]:
-    """Run the worker's own diagnosis; (None, an error) if it fails, hangs or prints something else."""
+    """Run `workers.doctor`; return its facts and a finding, no facts if it fails, hangs or prints something else."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
@@ -144,15 +150,16 @@ def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | No
     return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
 
 
-def check_communication(facts: Mapping[str, Any]) -> tuple[Check, ...]:
+def check_communication(facts: Mapping[str, Any]) -> Check:
+    """Report the collective libraries of torch."""
     have = [name for name in ("gloo", "nccl") if facts.get(name)]
     if "gloo" not in have:
-        return (Check("collectives", "missing", "torch has no gloo", "shards of a stage on CPU need it"),)
-    return (Check("collectives", "ok", ", ".join(have)),)
+        return Check("collectives", "missing", "torch has no gloo", "shards of a stage on CPU need it")
+    return Check("collectives", "ok", ", ".join(have))
 
 
 def check_cores(cgroup: Path) -> Check:
-    """Cores of the machine, of this process (affinity), and the container's quota in cores."""
+    """Report the cores of the machine, of this process (affinity), and the container's quota in cores."""
     total = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     detail = f"{total} logical, {usable} usable by this process"
@@ -168,7 +175,7 @@ def check_cores(cgroup: Path) -> Check:
 
 
 def cpu_flags(cpuinfo: Path) -> frozenset[str] | None:
-    """Feature names of the first core; None where there is no such file (other systems)."""
+    """Return the feature names of the first core, None where there is no such file (other systems)."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -210,7 +217,7 @@ def check_memory(cgroup: Path) -> Check:
 
 
 def check_disk(data_dir: Path) -> Check:
-    """Free space at `data_dir`, or at the nearest folder above it that exists."""
+    """Report the free space at `data_dir`, or at the nearest folder above it that exists."""
     folder = data_dir.absolute()
     while not os.path.exists(folder):  # unlike Path.exists, False where a parent may not be read
         folder = folder.parent
@@ -248,24 +255,26 @@ def check_gpu() -> Check:
     return Check("gpu", "ok", "; ".join(gpus))
 
 
-def check_cuda_build(facts: Mapping[str, Any]) -> tuple[Check, ...]:
-    """Whether torch can use the GPU that nvidia-smi shows."""
+def check_cuda_build(facts: Mapping[str, Any]) -> Check:
+    """Report whether torch can use the GPU that nvidia-smi shows."""
     devices = [f"{device['name']} (compute {device['capability']})" for device in facts.get("devices", [])]
     if devices:
-        return (Check("cuda", "ok", f"CUDA {facts.get('cuda_build')}: {', '.join(devices)}"),)
+        return Check("cuda", "ok", f"CUDA {facts.get('cuda_build')}: {', '.join(devices)}")
     build = facts.get("cuda_build") or "none"
-    return (Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it"),)
+    return Check("cuda", "missing", f"torch sees no GPU (CUDA build: {build})", "install torch with CUDA to use it")
 
 
-def check_compiler(*, has_gpu: bool) -> Check:
-    found = next((path for name in ("g++", "c++", "gcc", "cc", "clang") if (path := shutil.which(name))), None)
-    if has_gpu and found is None:
-        return Check("compiler", "missing", "no C or C++ compiler", "Triton needs one at its first run: install gcc")
-    return Check("compiler", "ok", found or "none, and none is needed without a GPU")
+def check_compiler() -> Check:
+    """Report the compiler that builds the CPU kernels at their first use."""
+    path = compiler()
+    if path is None:
+        advice = "device: cpu runs PyTorch's slower kernels: install g++"
+        return Check("compiler", "slow", f"no {', '.join(COMPILERS)} or CXX", advice)
+    return Check("compiler", "ok", path)
 
 
 def check_ray(address: str) -> Check:
-    """Ray's version and, with RAY_ADDRESS set, whether its port accepts connections (nothing is sent)."""
+    """Report Ray's version and, with RAY_ADDRESS set, whether its port accepts connections (nothing is sent)."""
     try:
         version = metadata.version("ray")
     except metadata.PackageNotFoundError:
@@ -295,7 +304,7 @@ def check_open_files() -> Check:
 
 
 def _cgroup_cores(cgroup: Path) -> float | None:
-    """The CPU quota in cores (cgroup 2: `cpu.max`; cgroup 1: `cpu/cpu.cfs_*`); None without one."""
+    """Return the CPU quota in cores (cgroup 2: `cpu.max`; cgroup 1: `cpu/cpu.cfs_*`), None without one."""
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()[:2]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The memory of this process and everything it started, as proportional set size (shared pages are counted once)."""
+"""Memory of this process and everything it started, as proportional set size: shared pages are counted once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 
 def tree_pss_bytes() -> int:
-    """Bytes of this process and all its descendants (Linux: PSS; elsewhere resident memory)."""
+    """Return the bytes of this process and all its descendants (Linux: PSS; elsewhere resident memory)."""
     total = 0
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
@@ -22,13 +22,13 @@ def tree_pss_bytes() -> int:
 
 
 class MemoryWatch:
-    """Remembers the largest size seen while it is entered; looks every `every_s` seconds."""
+    """Largest size seen while it is entered; it is sampled every `every_s` seconds."""
 
     def __init__(self, every_s: float = 5.0) -> None:
         self.peak_bytes = 0
         self._every_s = every_s
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
+        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
 
     def __enter__(self) -> MemoryWatch:
         self._thread.start()
@@ -40,7 +40,7 @@ class MemoryWatch:
         self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while True:
             self.peak_bytes = max(self.peak_bytes, tree_pss_bytes())
             if self._stop.wait(self._every_s):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.text.chat_template import opens_thinking
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
+from cluster.tools.token_ids import parse_token_ids
+from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
 
 
 @dataclass(frozen=True, slots=True)
 class RunInput:
-    """Exactly one of: a document with questions, a raw prompt, token ids."""
+    """What is asked. Exactly one of: a document with questions, a raw prompt, token ids."""
 
     document: Path | None = None
     questions: tuple[str, ...] = ()
@@ -26,8 +29,8 @@ class RunInput:
     token_ids: Path | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("document", "prompt_file", "token_ids") if getattr(self, name) is not None]
-        if len(given) != 1:
+        sources = [name for name in ("document", "prompt_file", "token_ids") if getattr(self, name) is not None]
+        if len(sources) != 1:
             raise PromptError("input: give one of --document (with --question), --prompt-file and --token-ids")
         if self.document is not None and not self.questions:
             raise PromptError("--document: needs at least one --question")
@@ -35,64 +38,62 @@ class RunInput:
             raise PromptError("--question: needs a --document")
 
 
-def run_once(config: Path, given: RunInput, ask: Ask, display: Display) -> dict[str, Any]:
-    """Start the cluster of a YAML file, answer, stop it; returns the report that `--json` prints.
+def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Display) -> dict[str, Any]:
+    """Start the cluster of a YAML file, answer, stop it; return the report that `--json` prints.
+
+    Token ids need no tokenizer: without the model's tokenizer.json the answer is token ids too, its `text` null.
 
     Raises:
-        UserError: bad configuration, checkpoint or input; nothing was started. Otherwise as `Session`.
+        UserError: bad configuration, checkpoint or input; nothing was started. Otherwise as `ClusterRuntime`.
     """
     began = time.monotonic()
     deployment = load_deployment(config)
+    ids_only = source.token_ids is not None and not (deployment.config.model.path / "tokenizer.json").exists()
+    if ids_only and ask.stop:
+        raise UserError(f"stop: {ask.stop[0]!r}: needs tokenizer.json in {deployment.config.model.path}: use stop ids")
     with display:
-        session = Session(deployment, display.launch)
-        prompts = _prompts(session, given, ask)
-        opened = given.document is not None and opens_thinking(session.tokenizer, ask.enable_thinking)
-        with session:
+        runtime = ClusterRuntime(deployment, display.launch, ids_only=ids_only)
+        prompts = _prompts(runtime, source, ask)
+        opened = source.document is not None and opens_thinking(runtime.tokenizer, ask.enable_thinking)
+        with runtime:
             ready = time.monotonic() - began
-            results = session.generate(prompts, ask, display.reading(len(prompts)), reasoning_opened=opened)
-    questions: Sequence[str | None] = given.questions or (None,)
+            results = runtime.generate(prompts, ask, display.reading(len(prompts)), reasoning_opened=opened)
+    answers = [result.to_json(None if ids_only else runtime.tokenizer) for result in results]
+    questions: Sequence[str | None] = source.questions or (None,)
     return {
         "model": deployment.config.model.served_model_name,
         "results": [
-            {"question": question} | result.to_json(session.tokenizer)
-            for question, result in zip(questions, results, strict=True)
+            {"question": question} | answer | ({"text": None} if ids_only else {})
+            for question, answer in zip(questions, answers, strict=True)
         ],
         "timings": {"ready_s": round(ready, 2), "total_s": round(time.monotonic() - began, 2)},
     }
 
 
-def _prompts(session: Session, given: RunInput, ask: Ask) -> list[list[int]]:
-    if given.document is not None:
-        text = _read_text(given.document, session)
-        return session.document_prompts(text, given.questions, ask)
-    if given.prompt_file is not None:
-        prompts = [session.tokenizer.encode(_read_text(given.prompt_file, session), add_special=True)]
+def _prompts(runtime: ClusterRuntime, source: RunInput, ask: AnswerOptions) -> list[list[int]]:
+    """Return the token ids of every prompt, checked against the model. Raises UserError."""
+    if source.token_ids is not None:
+        with _named(source.token_ids) as path:
+            prompts = [parse_token_ids(path.read_bytes())]
     else:
-        assert given.token_ids is not None
-        prompts = [_read_ids(given.token_ids)]
-    session.check_prompts(prompts, ask)
+        limit = runtime.deployment.max_model_len
+        with _named(source.document or source.prompt_file) as path:
+            check_size(path.stat().st_size, runtime.tokenizer, limit)  # before it is read
+            text = check_document(path.read_bytes(), runtime.tokenizer, limit)
+        if source.document is not None:
+            return runtime.document_prompts(text, source.questions, ask)
+        prompts = [runtime.tokenizer.encode(text, add_special=True)]
+    runtime.check_prompts(prompts, ask)
     return prompts
 
 
-def _read_text(path: Path, session: Session) -> str:
-    """A text file, refused by its size before it is read when no tokenisation could make it fit."""
-    limit = session.deployment.max_model_len
+@contextmanager
+def _named(path: Path | None) -> Iterator[Path]:
+    """Have errors about the content of a file begin with its path."""
+    assert path is not None
     try:
-        check_size(path.stat().st_size, session.tokenizer, limit)
-        return check_document(path.read_bytes(), session.tokenizer, limit)
+        yield path
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    except PromptError as error:
+    except ValueError as error:
         raise PromptError(f"{path}: {error}") from error
-
-
-def _read_ids(path: Path) -> list[int]:
-    try:
-        ids = json.loads(path.read_bytes())
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path}: not JSON ({error}): must be a list of token ids such as [1, 2, 3]") from error
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise PromptError(f"{path}: must be a JSON list of whole numbers such as [1, 2, 3]")
-    return ids

@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face checkpoint: where each is stored, verified against `ModelSpec`. No torch.
+"""Index of the tensors of a Hugging Face checkpoint, verified against `ModelSpec`. No torch.
 
 Only headers are read. Names are the canonical ones of Hugging Face (`model.layers.0.self_attn.q_proj.weight`); experts
-stored as one stack a layer appear under their per-expert names. Legend: `M` hidden, `E` experts, `I` expert width.
+stored as one stack a layer have their per-expert names. Legend: `M` hidden size, `E` experts, `I` expert width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protos.model.spec import ModelSpec
 
 DTYPES = ("F32", "BF16", "F16")
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SAMPLE = 64 * 1024  # bytes of a file's data in the fingerprint, three times
@@ -33,7 +33,7 @@ class CheckpointError(UserError):
 
 
 class StoredTensor(NamedTuple):
-    """Where a canonical tensor lies: all of `name`, or, in a stack of experts, part of one of its matrices."""
+    """Where a canonical tensor is stored: all of `name`, or in a stack of experts part of one of its matrices."""
 
     file: str
     name: str
@@ -50,7 +50,7 @@ class _Header(NamedTuple):
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Canonical names and shapes of every tensor the model needs, in layer order; `lm_head.weight` unless tied."""
+    """Return name and shape of every tensor the model needs, in layer order; `lm_head.weight` unless tied."""
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -59,7 +59,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         tensors.update({prefix + name: shape for name, shape in mlp})
     tensors["model.norm.weight"] = (spec.hidden_size,)
     if not spec.tie_word_embeddings:
-        tensors[HEAD] = (spec.vocab_size, spec.hidden_size)
+        tensors[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
     return tensors
 
 
@@ -106,7 +106,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model_dir: Path, spec: ModelSpec) -> Checkpoint:
-        """Index the safetensors files of `model_dir` and check all names, shapes and dtypes.
+        """Return the index of the safetensors files of `model_dir`; all names, shapes and dtypes are checked.
 
         Raises:
             CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
@@ -125,7 +125,7 @@ class Checkpoint:
                 continue
             header = headers.get(name)
             if header is None:
-                hint = "; config.json sets tie_word_embeddings to false" if name == HEAD else ""
+                hint = "; config.json sets tie_word_embeddings to false" if name == LM_HEAD else ""
                 raise CheckpointError(f"{model_dir}: {name}: missing from the checkpoint: {_AGAIN}{hint}")
             _check(model_dir, name, header, (shape,))
             tensors[name] = StoredTensor(header.file, name, header.dtype)
@@ -134,29 +134,29 @@ class Checkpoint:
         return cls(model_dir, tensors)
 
     def fingerprint(self) -> str:
-        """`fingerprint_of` this checkpoint's folder."""
+        """Return `fingerprint_of` this checkpoint's folder."""
         return fingerprint_of(self.model_dir)
 
 
 def _index_stack(
     model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int, tensors: dict[str, StoredTensor]
 ) -> tuple[str, str]:
-    """Add the experts of a fused layer to `tensors`; the names of its two stacks.
+    """Add the experts of a fused layer to `tensors`; return the names of its two stacks.
 
-    The two shapes together always tell the orientation: both matrices are square only when `I == M` and `2I == M`.
+    The two shapes together always determine the orientation: both matrices are square only when `I == M` and `2I == M`.
     """
     prefix = f"model.layers.{layer}.mlp.experts."
     names = (prefix + "gate_up_proj", prefix + "down_proj")
     if names[1] not in headers:
         raise CheckpointError(f"{model_dir}: {names[1]}: missing from the checkpoint: {_AGAIN}")
     count, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
-    straight = ((count, 2 * width, hidden), (count, hidden, width))
-    turned = ((count, hidden, 2 * width), (count, width, hidden))
+    plain = ((count, 2 * width, hidden), (count, hidden, width))
+    transposed_shapes = ((count, hidden, 2 * width), (count, width, hidden))
     gate_up, down = headers[names[0]], headers[names[1]]
-    transposed = (gate_up.shape, down.shape) == turned
+    transposed = (gate_up.shape, down.shape) == transposed_shapes
     if not transposed:
-        _check(model_dir, names[0], gate_up, (straight[0], turned[0]))
-        _check(model_dir, names[1], down, (straight[1],) if gate_up.shape == straight[0] else (turned[1],))
+        _check(model_dir, names[0], gate_up, (plain[0], transposed_shapes[0]))
+        _check(model_dir, names[1], down, (plain[1],) if gate_up.shape == plain[0] else (transposed_shapes[1],))
     _check(model_dir, names[0], gate_up, (gate_up.shape,))
     _check(model_dir, names[1], down, (down.shape,))
     for expert in range(count):
@@ -178,9 +178,9 @@ def _check(model_dir: Path, name: str, header: _Header, allowed: tuple[tuple[int
 
 
 def _refuse_foreign(model_dir: Path, headers: dict[str, _Header], claimed: set[str]) -> None:
-    """Tensors the decoder would leave out change the output; only what is recomputed or tied may be left."""
+    """Raise CheckpointError for a tensor that the decoder would leave out, unless it is recomputed or tied."""
     for name in headers.keys() - claimed:
-        if name.startswith(("model.", "lm_head.")) and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+        if name.startswith(("model.", "lm_head.")) and name != LM_HEAD and not name.endswith("rotary_emb.inv_freq"):
             raise _error(model_dir, headers[name].file, name, "not a tensor of the model in config.json")
 
 
@@ -190,7 +190,7 @@ def _error(model_dir: Path, file: str, name: str, problem: str) -> CheckpointErr
 
 
 def _read_headers(model_dir: Path) -> dict[str, _Header]:
-    """Name -> file, dtype and shape; with an index, each tensor is taken from the file the index names."""
+    """Return file, dtype and shape by name; with an index, each tensor is taken from the file the index names."""
     weight_map = _weight_map(model_dir)
     headers: dict[str, _Header] = {}
     for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
@@ -214,7 +214,7 @@ def _read_headers(model_dir: Path) -> dict[str, _Header]:
 
 
 def _weight_map(model_dir: Path) -> dict[str, str] | None:
-    """`weight_map` of the index; None for a checkpoint in a single file, which comes first as in transformers."""
+    """Return the `weight_map` of the index, None for a checkpoint in one file, which goes first as in transformers."""
     path = model_dir / _INDEX
     if (model_dir / _SINGLE).exists():
         return None
@@ -230,16 +230,16 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map: must be an object of tensor name to file name")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
-        if not plain:
+        is_plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        if not is_plain:
             raise CheckpointError(f"{path}: weight_map: {name!r}: {file!r}: must be a .safetensors file of this folder")
     return weight_map
 
 
 def fingerprint_of(model_dir: Path) -> str:
-    """SHA-256 (hex) of `config.json` and, of each weight file, its name, size, header and three samples of its data.
+    """Return the SHA-256 (hex) of `config.json` and of each weight file's name, size, header and three data samples.
 
-    The samples (64 KiB at the start, middle and end) tell fine-tunes of one model apart without reading it whole.
+    The samples (64 KiB at the start, middle and end) distinguish fine-tunes of one model without reading it whole.
 
     Raises:
         CheckpointError: a file is missing or no safetensors file.
@@ -272,6 +272,6 @@ def _add_file(digest: hashlib._Hash, path: Path) -> None:
 
 
 def _add(digest: hashlib._Hash, value: bytes) -> None:
-    """Length first, so that no two sequences of values hash alike."""
+    """Add a value with its length first, so that no two sequences of values hash alike."""
     digest.update(len(value).to_bytes(8, "little"))
     digest.update(value)

@@ -1,4 +1,4 @@
-"""Reads `config.json` (and `generation_config.json`) of a Hugging Face checkpoint into a `ModelSpec`.
+"""`config.json` and `generation_config.json` of a Hugging Face checkpoint as a `ModelSpec`.
 
 Both spellings are read: the old one (`rope_theta`, `rope_scaling`, `num_experts`) and that of transformers 5
 (`rope_parameters`, `num_local_experts`). What would silently change the output is refused by name, never guessed.
@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from protos.model.json_fields import Fields, ModelConfigError, read_json
+from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
 from protos.model.long_context import dual_chunk_spec, sparse_spec
 from protos.model.spec import ModelSpec, RopeSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
-_MAX_POSITIONS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def load_model_spec(
     model_dir: Path, rope_scaling: Mapping[str, object] | None = None, *, config_file: str = "config.json",
     dual_chunk: Mapping[str, object] | None = None, sparse: Mapping[str, object] | None = None,
 ) -> ModelSpec:  # fmt: skip
-    """The architecture of the checkpoint in `model_dir`.
+    """Return the architecture of the checkpoint in `model_dir`.
 
     Args:
         rope_scaling: replaces the rope settings of the file (`rope_theta` stays unless given here).
@@ -79,7 +78,7 @@ def load_model_spec(
         raise config.error("num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})")
     attention_bias = config.boolean("attention_bias", default=False)
     vocab = config.integer("vocab_size")
-    positions = config.integer("max_position_embeddings", high=_MAX_POSITIONS)
+    positions = config.integer("max_position_embeddings", high=MAX_POSITIONS)
     plain = ModelSpec(
         model_type=model_type,
         vocab_size=vocab,
@@ -113,12 +112,12 @@ def _family(config: Fields) -> tuple[str, _Family]:
         raise config.error("architectures", architectures, "must be a list of class names")
     model_type = config.get("model_type")
     if model_type is None:
-        found = [name for name, family in _FAMILIES.items() if family.architecture in architectures]
-        if not found:
+        named = [name for name, family in _FAMILIES.items() if family.architecture in architectures]
+        if not named:
             if architectures:
                 raise config.error("architectures", architectures, supported)
             raise config.missing("model_type", supported)
-        model_type = found[0]
+        model_type = named[0]
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise config.error("model_type", model_type, supported)
@@ -183,7 +182,7 @@ def _dtype(config: Fields) -> str:
 
 
 def _eos(model_dir: Path, config: Fields, vocab: int) -> tuple[int, ...]:
-    """Ids that end a generation: `generation_config.json` first, then `config.json`; empty when neither names one."""
+    """Return the ids that end a generation: of `generation_config.json`, else of `config.json`, else none."""
     fields = config
     generation = model_dir / "generation_config.json"
     if generation.exists():
@@ -226,7 +225,7 @@ def _rope(config: Fields, family: _Family, positions: int, override: Mapping[str
 
 
 def _original_positions(config: Fields, fields: Fields, stored: Fields, positions: int) -> int:
-    """Positions of pretraining, as in transformers: the top-level key, the rope settings', max_position_embeddings.
+    """Return the positions of pretraining, as in transformers: top-level key, rope settings, max_position_embeddings.
 
     An override that leaves out what the replaced settings knew is refused: transformers would take the stretched value.
     """
@@ -235,21 +234,21 @@ def _original_positions(config: Fields, fields: Fields, stored: Fields, position
         raise fields.missing(key, f"must be given, as config.json's own rope settings say {stored.get(key)}")
     own_first = (fields, config) if fields is not stored else (config, fields)
     source = next((f for f in own_first if f.get(key) is not None), fields)
-    return source.integer(key, default=positions, high=_MAX_POSITIONS)
+    return source.integer(key, default=positions, high=MAX_POSITIONS)
 
 
 def _stored_rope(config: Fields) -> Fields:
-    """The rope settings of `config.json` under either name; empty when there are none."""
-    found: dict[str, Mapping[str, object]] = {}
+    """Return the rope settings of `config.json` under either name; empty when there are none."""
+    settings: dict[str, Mapping[str, object]] = {}
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)
         if value is not None and not isinstance(value, dict):
             raise config.error(key, value, 'must be an object such as {"rope_type": "yarn", "factor": 4.0}')
         if value:
-            found[key] = value
-    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
-        raise config.error("rope_scaling", found["rope_scaling"], "differs from rope_parameters; keep one of them")
-    key, value = next(iter(found.items()), ("rope_scaling", {}))
+            settings[key] = value
+    if len(settings) == 2 and settings["rope_parameters"] != settings["rope_scaling"]:
+        raise config.error("rope_scaling", settings["rope_scaling"], "differs from rope_parameters; keep one of them")
+    key, value = next(iter(settings.items()), ("rope_scaling", {}))
     return Fields(f"{config.source}: {key}", value)
 
 

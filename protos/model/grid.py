@@ -1,4 +1,4 @@
-"""The absolute grid of a prompt: where steps may be cut. Pure arithmetic that both planes must agree on.
+"""The absolute grid of a prompt: where prefill steps may be cut. Scheduler and stages must agree on it.
 
 Cells are `sparse.cell` tokens from position 0 on, cut at the boundaries of DCA chunks and at the end of the prompt.
 """
@@ -9,12 +9,12 @@ from protos.model.spec import ModelSpec
 
 
 def is_sparse(spec: ModelSpec, position: int, prompt_len: int) -> bool:
-    """Whether the row at `position` of a prompt of `prompt_len` tokens selects its keys."""
+    """Return whether the row at `position` of a prompt of `prompt_len` tokens selects its keys."""
     return spec.sparse is not None and prompt_len > spec.sparse.threshold and position < prompt_len
 
 
 def next_cut(spec: ModelSpec, position: int, prompt_len: int) -> int | None:
-    """The first position after `position` that no attention plan crosses; None: there is none.
+    """Return the first position after `position` that no attention plan crosses, None when there is none.
 
     Dense rows are cut at the boundaries of DCA chunks only, and where the sparse rows of the prompt end.
     """
@@ -28,7 +28,7 @@ def next_cut(spec: ModelSpec, position: int, prompt_len: int) -> int | None:
 
 
 def split(spec: ModelSpec, start: int, stop: int, prompt_len: int) -> list[tuple[int, int]]:
-    """Cut positions `start .. stop - 1` into the pieces of one attention plan each."""
+    """Return positions `start .. stop - 1` as half-open pieces of one attention plan each."""
     pieces = []
     while start < stop:
         cut = next_cut(spec, start, prompt_len)
@@ -39,7 +39,7 @@ def split(spec: ModelSpec, start: int, stop: int, prompt_len: int) -> list[tuple
 
 
 def whole_cells(spec: ModelSpec, start: int, budget: int, prompt_len: int) -> int:
-    """Tokens from `start` (the start of a cell) that fill as many whole cells as `budget` holds, but at least one."""
+    """Return the tokens from `start` (of a cell) that fill as many whole cells as `budget` holds, at least one."""
     total = 0
     while is_sparse(spec, start + total, prompt_len):
         cut = next_cut(spec, start + total, prompt_len)
@@ -51,7 +51,7 @@ def whole_cells(spec: ModelSpec, start: int, budget: int, prompt_len: int) -> in
 
 
 def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
-    """The last position up to `position` at which a step of the prompt may start: any when its rows are dense."""
+    """Return the last position up to `position` at which a step of the prompt may start: any when rows are dense."""
     if not is_sparse(spec, 0, prompt_len):
         return position
     assert spec.sparse is not None
@@ -62,12 +62,12 @@ def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
 
 
 def stable_prefix(spec: ModelSpec, prompt_len: int) -> int:
-    """Positions of a prompt whose KV does not depend on where the prompt ends (but for the length scale)."""
+    """Return the positions of a prompt whose KV does not depend on its end (but for the length scale)."""
     return last_cut(spec, prompt_len, prompt_len)
 
 
 def largest_cell(spec: ModelSpec) -> int:
-    """Tokens of the largest cell of any prompt; 0 when every row is dense."""
+    """Return the tokens of the largest cell of any prompt, 0 when every row is dense."""
     if spec.sparse is None:
         return 0
     return min(spec.sparse.cell, spec.chunk_distance or spec.sparse.cell)

@@ -1,4 +1,4 @@
-"""JSON objects read by type, with errors that name the file, the key, the value and the way out."""
+"""JSON objects whose fields are read by type."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from protos.errors import UserError
 
 MAX_SIZE = 1 << 24  # no published width, vocabulary or expert count comes near
+MAX_POSITIONS = 1 << 30  # positions and token counts stay below it everywhere
 
 
 class ModelConfigError(UserError):
@@ -24,19 +25,22 @@ class Fields:
         self.values = values
 
     def error(self, key: str, value: object, requirement: str) -> ModelConfigError:
+        """Return the error of a field with this value."""
         shown = ascii(value)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         key = key if key.isprintable() else ascii(key)
         return ModelConfigError(f"{self.source}: {key}: {shown}: {requirement}")
 
     def missing(self, key: str, requirement: str) -> ModelConfigError:
+        """Return the error of a field that is not there."""
         return ModelConfigError(f"{self.source}: {key}: missing: {requirement}")
 
     def get(self, key: str) -> object:
+        """Return the value of a field, None for a missing or null one."""
         return self.values.get(key)
 
     def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
-        """A whole number in `low..high`; `default` stands for a missing or null field."""
+        """Return a whole number in `low..high`; `default` stands for a missing or null field."""
         value, requirement = self.get(key), f"must be a whole number from {low} to {high}"
         if value is None:
             if default is None:
@@ -50,7 +54,7 @@ class Fields:
         self, key: str, *, default: float | None = None, above: float = -math.inf, at_least: float = -math.inf,
         at_most: float = 1e12,
     ) -> float:  # fmt: skip
-        """A finite number with `above < x`, `at_least <= x` and `x <= at_most`."""
+        """Return a finite number with `above < x`, `at_least <= x` and `x <= at_most`."""
         bound = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
         value, requirement = self.get(key), f"must be a number {bound} and at most {at_most:g}"
         if value is None:
@@ -63,9 +67,11 @@ class Fields:
         return float(value)  # type: ignore[arg-type]
 
     def optional_number(self, key: str, **bounds: float) -> float | None:
+        """Return a number as `number` does, None for a missing or null field."""
         return None if self.get(key) is None else self.number(key, **bounds)
 
     def boolean(self, key: str, *, default: bool) -> bool:
+        """Return a boolean; `default` stands for a missing field."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, value, "must be true or false")
@@ -73,7 +79,7 @@ class Fields:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file; raises ModelConfigError for anything else."""
+    """Return the object in a JSON file. Raises ModelConfigError for anything else."""
 
     def reject(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")

@@ -1,59 +1,57 @@
-"""Reads what `config.json` and the YAML say of long contexts: dual chunk attention, and sparse prefill.
+"""Long contexts as `config.json` and the YAML say: dual chunk attention, and sparse prefill.
 
 Both live in `dual_chunk_attention_config` of published models. The YAML goes before the file, key by key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, fields
+from typing import Any
 
-from protos.model.json_fields import MAX_SIZE, Fields
-from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
+from protos.model.json_fields import MAX_POSITIONS, MAX_SIZE, Fields
+from protos.model.spec import DUAL_CHUNK_SETTINGS, SPARSE_SETTINGS, DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
 
 SECTION = "dual_chunk_attention_config"
 ADAPTIVE_RECALL_FLOOR = 0.90  # held-out recall that budgets without a published pattern must reach
-_MAX_POSITIONS = 1 << 30
-_DUAL_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
 _SPARSE_FILE_KEYS = (
     "sparse_attention_enabled", "sparse_attention_threshold", "sparse_attention_last_q", "sparse_attention_config",
-)  # fmt: skip
-_SPARSE_KEYS = (
-    "enabled", "threshold", "last_q", "cell", "n_vertical", "n_slash", "target_recall", "recall_floor",
-    "max_dense_share", "synthetic",
 )  # fmt: skip
 _PATTERN = "vertical_and_slash"
 _PUBLISHED_30 = 130  # what the published code makes of a budget of 30 columns
 
 
 def dual_chunk_spec(config: Fields, override: Mapping[str, object] | None, plain: ModelSpec) -> DualChunkSpec | None:
-    """Dual chunk attention of a model; None: plain attention.
+    """Return the dual chunk attention of a model, None for plain attention.
 
     Args:
         config: the whole `config.json`.
-        override: `enabled`, `chunk_size`, `local_size`, `original_max_position_embeddings`; what is missing or null
-            comes from the file. `enabled: false` switches it off.
+        override: `enabled` and fields of `DualChunkSpec`; what is missing or null comes from the file.
+            `enabled: false` switches it off.
         plain: the model without it.
 
     Raises:
         ModelConfigError: a value is out of range, or a key is not known: it could change the output.
     """
     stored = _section(config)
-    given = _override("model.dual_chunk", override, ("enabled", *_DUAL_KEYS))
-    named = any(fields.get(key) is not None for fields in (stored, given) for key in _DUAL_KEYS)
-    if not given.boolean("enabled", default=named):
+    yaml = _override("model.dual_chunk", override, DUAL_CHUNK_SETTINGS)
+    named = any(source.get(key) is not None for source in (stored, yaml) for key in DUAL_CHUNK_SETTINGS)
+    if not yaml.boolean("enabled", default=named):
         return None
-    size_from, local_from, original_from = (given if given.get(key) is not None else stored for key in _DUAL_KEYS)
-    chunk = size_from.integer("chunk_size", low=2, high=_MAX_POSITIONS)
+    origin = {key: yaml if yaml.get(key) is not None else stored for key in DUAL_CHUNK_SETTINGS}
+    chunk = _read(origin["chunk_size"], DUAL_CHUNK_SETTINGS["chunk_size"])
     if chunk > plain.max_context:
-        raise size_from.error("chunk_size", chunk, f"must be at most {plain.max_context}, which the positions cover")
-    local = local_from.integer("local_size", high=chunk - 1)
+        requirement = f"must be at most {plain.max_context}, which the positions cover"
+        raise origin["chunk_size"].error("chunk_size", chunk, requirement)
+    local = origin["local_size"].integer("local_size", high=chunk - 1)
     # without it there is no length scale, as in the published code
-    original = original_from.integer("original_max_position_embeddings", default=0, low=0, high=_MAX_POSITIONS)
-    return DualChunkSpec(chunk, local, original)
+    key = "original_max_position_embeddings"
+    return DualChunkSpec(chunk, local, _read(origin[key], DUAL_CHUNK_SETTINGS[key]))
 
 
 def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: ModelSpec) -> SparseSpec | None:
-    """Sparse prefill of a model; None: every row is dense.
+    """Return the sparse prefill of a model, None when every row is dense.
 
     Args:
         config: the whole `config.json`; its sparse settings are used with or without dual chunk attention.
@@ -66,47 +64,50 @@ def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: Mo
         ModelConfigError: a value is out of range, or a key is not known.
     """
     stored, usual = _section(config), SparseSpec()
-    given = _override("model.sparse", override, _SPARSE_KEYS)
+    yaml = _override("model.sparse", override, SPARSE_SETTINGS)
     published = stored.boolean("sparse_attention_enabled", default=False)
-    threshold = stored.integer("sparse_attention_threshold", default=usual.threshold, low=0, high=_MAX_POSITIONS)
+    threshold = stored.integer("sparse_attention_threshold", default=usual.threshold, low=0, high=MAX_POSITIONS)
     last_q = stored.integer("sparse_attention_last_q", default=usual.last_q, high=MAX_SIZE)
     patterns = _patterns(stored, plain)
-    if not given.boolean("enabled", default=published):
+    if not yaml.boolean("enabled", default=published):
         return None
-    uniform = _uniform(given)
-    adaptive = given.get("target_recall") is not None
-    if uniform is not None or adaptive:
+    uniform = _uniform(yaml)
+    if uniform is not None or yaml.get("target_recall") is not None:
         patterns = None
-    synthetic = given.boolean("synthetic", default=False)
-    settled = patterns is not None or uniform is not None or synthetic
-    return SparseSpec(
-        threshold=given.integer("threshold", default=threshold, low=0, high=_MAX_POSITIONS),
-        last_q=given.integer("last_q", default=last_q, high=MAX_SIZE),
-        cell=given.integer("cell", default=usual.cell, high=MAX_SIZE),
-        patterns=patterns,
-        uniform=uniform,
-        target_recall=given.number("target_recall", default=usual.target_recall, above=0.0, at_most=1.0),
-        recall_floor=given.number(
-            "recall_floor", default=0.0 if settled else ADAPTIVE_RECALL_FLOOR, at_least=0.0, at_most=1.0
-        ),
-        max_dense_share=given.number("max_dense_share", default=usual.max_dense_share, at_least=0.0, at_most=1.0),
-        synthetic=synthetic,
-    )
+    synthetic = yaml.boolean("synthetic", default=False)
+    is_settled = patterns is not None or uniform is not None or synthetic
+    defaults = {
+        "threshold": threshold, "last_q": last_q, "recall_floor": 0.0 if is_settled else ADAPTIVE_RECALL_FLOOR,
+    }  # fmt: skip
+    ranged = [setting for setting in fields(SparseSpec) if setting.metadata]
+    values = {setting.name: _read(yaml, setting, defaults.get(setting.name)) for setting in ranged}
+    return SparseSpec(patterns=patterns, uniform=uniform, synthetic=synthetic, **values)
+
+
+def _read(source: Fields, setting: Field[Any], default: float | None = None) -> Any:
+    """Return a number within the range of its setting; `default`, else that of the setting, stands for null."""
+    if default is None and isinstance(setting.default, (int, float)):
+        default = setting.default
+    bounds = setting.metadata
+    if setting.type == "int":
+        return source.integer(setting.name, default=default, low=bounds["ge"], high=bounds["le"])  # type: ignore[arg-type]
+    above, at_least = bounds.get("gt", -math.inf), bounds.get("ge", -math.inf)
+    return source.number(setting.name, default=default, above=above, at_least=at_least, at_most=bounds["le"])
 
 
 def _section(config: Fields) -> Fields:
     value = config.get(SECTION)
     if value is not None and not isinstance(value, dict):
-        raise config.error(SECTION, value, f"must be an object with {', '.join(_DUAL_KEYS)}")
+        raise config.error(SECTION, value, f"must be an object with {', '.join(DUAL_CHUNK_SETTINGS)}")
     section = Fields(f"{config.source}: {SECTION}", value or {})
-    _refuse_unknown(section, (*_DUAL_KEYS, *_SPARSE_FILE_KEYS))
+    _refuse_unknown(section, (*DUAL_CHUNK_SETTINGS, *_SPARSE_FILE_KEYS))
     return section
 
 
-def _override(source: str, values: Mapping[str, object] | None, known: tuple[str, ...]) -> Fields:
-    given = Fields(source, {key: value for key, value in (values or {}).items() if value is not None})
-    _refuse_unknown(given, known)
-    return given
+def _override(source: str, values: Mapping[str, object] | None, settings: Iterable[str]) -> Fields:
+    yaml = Fields(source, {key: value for key, value in (values or {}).items() if value is not None})
+    _refuse_unknown(yaml, ("enabled", *settings))
+    return yaml
 
 
 def _refuse_unknown(fields: Fields, known: tuple[str, ...]) -> None:
@@ -115,13 +116,12 @@ def _refuse_unknown(fields: Fields, known: tuple[str, ...]) -> None:
             raise fields.error(key, value, f"not a setting that is computed; known are {', '.join(known)}")
 
 
-def _uniform(given: Fields) -> HeadBudget | None:
-    numbers = [key for key in ("n_vertical", "n_slash") if given.get(key) is not None]
-    if not numbers:
+def _uniform(yaml: Fields) -> HeadBudget | None:
+    if all(yaml.get(setting.name) is None for setting in fields(HeadBudget)):
         return None
-    if given.get("target_recall") is not None:
-        raise given.error("target_recall", given.get("target_recall"), "goes without n_vertical and n_slash")
-    return HeadBudget(given.integer("n_vertical"), given.integer("n_slash"))
+    if yaml.get("target_recall") is not None:
+        raise yaml.error("target_recall", yaml.get("target_recall"), "goes without n_vertical and n_slash")
+    return HeadBudget(*(_read(yaml, setting) for setting in fields(HeadBudget)))
 
 
 def _patterns(stored: Fields, plain: ModelSpec) -> tuple[tuple[HeadBudget | None, ...], ...] | None:
@@ -130,8 +130,8 @@ def _patterns(stored: Fields, plain: ModelSpec) -> tuple[tuple[HeadBudget | None
         return None
     layers, heads = plain.num_hidden_layers, plain.num_attention_heads
     if not isinstance(value, list) or len(value) != layers:
-        found = f"has {len(value)}" if isinstance(value, list) else "is no list"
-        raise stored.error(key, value, f"must be a list of {layers} objects, one a layer; {found}")
+        problem = f"has {len(value)}" if isinstance(value, list) else "is no list"
+        raise stored.error(key, value, f"must be a list of {layers} objects, one a layer; {problem}")
     return tuple(_layer(stored, layer, heads, entries) for layer, entries in enumerate(value))
 
 
@@ -139,12 +139,12 @@ def _layer(stored: Fields, layer: int, heads: int, entries: object) -> tuple[Hea
     name = f"sparse_attention_config[{layer}]"
     if not isinstance(entries, dict):
         raise stored.error(name, entries, f"must be an object of heads from 0 to {heads - 1}")
-    found: list[HeadBudget | None] = [None] * heads
+    budgets: list[HeadBudget | None] = [None] * heads
     for head, entry in entries.items():
         if head not in map(str, range(heads)):
             raise stored.error(name, head, f"must be a head from 0 to {heads - 1}")
-        found[int(head)] = _budget(stored, f"{name}[{head}]", entry)
-    return tuple(found)
+        budgets[int(head)] = _budget(stored, f"{name}[{head}]", entry)
+    return tuple(budgets)
 
 
 def _budget(stored: Fields, name: str, entry: object) -> HeadBudget:

@@ -1,14 +1,22 @@
-"""The architecture of a checkpoint, read from its `config.json`. Pure Python: both planes use it.
+"""The architecture of a checkpoint as plain values; head and stages share it.
 
 Legend of the sizes: `H` query heads, `K` KV heads, `D` head dim, `M` hidden size, `E` experts, `I` intermediate.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-UNBOUNDED_CONTEXT = 1 << 30  # positions and token counts stay below it everywhere
+from protos.model.json_fields import MAX_POSITIONS, MAX_SIZE
+
+
+def _setting(default: Any = None, **bounds: float) -> Any:
+    """Return a field that `config.json` and YAML may set, with its range as pydantic names it: ge, gt, le."""
+    return field(metadata=bounds) if default is None else field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +41,17 @@ class RopeSpec:
 class DualChunkSpec:
     """Dual chunk attention (arXiv 2402.17463). `original_max_position_embeddings == 0`: no length scaling."""
 
-    chunk_size: int
-    local_size: int
-    original_max_position_embeddings: int = 0
+    chunk_size: int = _setting(ge=2, le=MAX_POSITIONS)
+    local_size: int = _setting(ge=1, le=MAX_POSITIONS)
+    original_max_position_embeddings: int = _setting(0, ge=0, le=MAX_POSITIONS)
 
     @property
     def distance(self) -> int:
         """Tokens between the starts of two chunks."""
         return self.chunk_size - self.local_size
 
-    def temperature(self, length: int) -> float:
-        """The length scale `s(n)`; logits are multiplied by its square."""
+    def length_scale(self, length: int) -> float:
+        """Return `s(n)` of a prompt of `length` tokens; logits are multiplied by its square."""
         if self.original_max_position_embeddings <= 0:
             return 1.0
         return max(1.0, 0.1 * math.log(length / self.original_max_position_embeddings) + 1.0)
@@ -53,8 +61,8 @@ class DualChunkSpec:
 class HeadBudget:
     """The published pattern of one head; forced columns and offsets count inside the two numbers."""
 
-    n_vertical: int
-    n_slash: int
+    n_vertical: int = _setting(ge=1, le=MAX_SIZE)
+    n_slash: int = _setting(ge=1, le=MAX_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +73,31 @@ class SparseSpec:
     else adaptive: columns and offsets are added until `target_recall` of the estimate is kept.
     """
 
-    threshold: int = 32768
-    last_q: int = 64  # rows at the end of a cell that the estimate looks at
-    cell: int = 8192  # tokens of a cell of the absolute grid
+    threshold: int = _setting(32768, ge=0, le=MAX_POSITIONS)
+    last_q: int = _setting(64, ge=1, le=1024)  # rows at the end of a cell that the estimate looks at
+    cell: int = _setting(8192, ge=1, le=1 << 20)  # tokens of a cell of the absolute grid
     patterns: tuple[tuple[HeadBudget | None, ...], ...] | None = None
     uniform: HeadBudget | None = None
-    target_recall: float = 0.95
-    recall_floor: float = 0.0  # held-out recall below it turns a head's cell dense; 0: off
-    max_dense_share: float = 0.25  # most head-cells of a layer and prompt that may turn dense
+    target_recall: float = _setting(0.95, gt=0, le=1)
+    recall_floor: float = _setting(0.0, ge=0, le=1)  # held-out recall below it turns a head's cell dense; 0: off
+    max_dense_share: float = _setting(0.25, ge=0, le=1)  # most head-cells of a layer and prompt that may turn dense
     synthetic: bool = False  # benchmarks on random weights: compute the estimate, select a fixed pattern
 
     @property
-    def adaptive(self) -> bool:
+    def is_adaptive(self) -> bool:
+        """Whether every head gets as many columns and offsets as the recall needs."""
         return self.patterns is None and self.uniform is None
+
+
+# What `config.json` and YAML may set of dual chunk attention and of sparse prefill, by key, with its range. A budget in
+# YAML is that of every head; published patterns come from the file alone.
+DUAL_CHUNK_SETTINGS = {setting.name: setting for setting in fields(DualChunkSpec)}
+SPARSE_SETTINGS = {
+    setting.name: setting
+    for entry in fields(SparseSpec)
+    if entry.name != "patterns"
+    for setting in (fields(HeadBudget) if entry.name == "uniform" else (entry,))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +137,7 @@ class ModelSpec:
         return self.dual_chunk.distance if self.dual_chunk else 0
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` has experts (Qwen3-MoE: `mlp_only_layers`, `decoder_sparse_step`)."""
+        """Return whether `layer` has experts (Qwen3-MoE: `mlp_only_layers`, `decoder_sparse_step`)."""
         return (
             self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )
@@ -126,7 +146,7 @@ class ModelSpec:
     def max_context(self) -> int:
         """The context length, in tokens, that the positions cover; dual chunk attention sets no bound."""
         if self.dual_chunk is not None:
-            return UNBOUNDED_CONTEXT
+            return MAX_POSITIONS
         if self.rope.kind == "yarn":
             stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
             return max(self.max_position_embeddings, stretched)
@@ -141,3 +161,27 @@ class ModelSpec:
             return self.max_context
         chunk = self.dual_chunk.chunk_size
         return self.max_position_embeddings if self.max_position_embeddings > chunk else 4 * chunk
+
+    def to_json(self) -> str:
+        """Return the spec as JSON, for stages and other processes."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Return the spec that `to_json` wrote. Raises ValueError or TypeError for anything else."""
+        spec: ModelSpec = _from_plain(cls, json.loads(text))
+        return spec
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """Return a value of an annotated type from what `asdict` and JSON made of it."""
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _from_plain(get_args(kind)[0], value)
+    if get_origin(kind) is tuple:  # tuple[X, ...]
+        return tuple(_from_plain(get_args(kind)[0], item) for item in value)
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind.__name__}: {type(value).__name__}: must be an object")
+    kinds = get_type_hints(kind)
+    return kind(**{key: _from_plain(kinds.get(key), item) for key, item in value.items()})

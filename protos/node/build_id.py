@@ -11,7 +11,7 @@ _PACKAGES = ("cluster", "protos", "workers")
 
 @cache
 def build_id() -> str:
-    """SHA-256 (hex, 16 digits) over the names and contents of the installed sources."""
+    """Return 16 hexadecimal digits of the SHA-256 over names and contents of the installed sources."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for package in _PACKAGES:

@@ -1,4 +1,4 @@
-"""Checks of one machine, made by the head on its own and by an actor on every other node. No torch."""
+"""Checks of one machine: the head makes them on its own, an actor on every other node. No torch."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class NodeCheck:
             config = Path(self.model_path) / "config.json"
             if not config.is_file():
                 raise NodeError(f"node {node}: model.path: {self.model_path}: no config.json there: copy the model")
-            if (found := fingerprint_of(Path(self.model_path))) != self.fingerprint:
+            if (fingerprint := fingerprint_of(Path(self.model_path))) != self.fingerprint:
                 raise NodeError(
-                    f"node {node}: model.path: {self.model_path}: its checkpoint is {found[:12]}, the head's "
+                    f"node {node}: model.path: {self.model_path}: its checkpoint is {fingerprint[:12]}, the head's "
                     f"{self.fingerprint[:12]}: copy the same files to every node"
                 )
         try:
@@ -58,7 +58,7 @@ def check_writable(data_dir: Path) -> None:
 
 
 def interface_address(name: str) -> str:
-    """The IPv4 address of a network interface of this machine. Raises NodeError."""
+    """Return the IPv4 address of a network interface of this machine. Raises NodeError."""
     interfaces = psutil.net_if_addrs()
     if name not in interfaces:
         known = ", ".join(sorted(interfaces))

@@ -1,7 +1,7 @@
-"""What the control plane and the data plane say to each other, as frozen dataclasses.
+"""Messages between the control plane and the data plane, as frozen dataclasses.
 
-These are plain Python: `protos.stage.codec` turns them into protobuf for the wire, and a process without generated
-code (a bare GPU machine running `workers.bench`) uses them as they are.
+`protos.stage.codec` turns them into protobuf for the wire; a process without generated code (a bare GPU machine that
+runs `workers.bench`) uses them as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from protos.errors import UserError
+from protos.jobs.sampling import SamplingParams as SamplingParams  # the part of a plan that a job asks for
 
 
 class Span(NamedTuple):
@@ -49,41 +49,8 @@ class ShardSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one token is chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    logprobs: int | None = None  # None: no log-probabilities; K >= 0: of the chosen token and of the K best
-
-    def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0.0, 100.0)
-        _in_range("top_k", self.top_k, 0, 1 << 30)
-        _in_range("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise UserError("top_p: 0: must be above 0 and at most 1")
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _in_range("seed", self.seed, 0, (1 << 63) - 1)
-        if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-
-
-MAX_LOGPROBS = 100
-
-
-def _in_range(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN fails too
-        raise UserError(f"{key}: {value}: must be between {low:g} and {high:g}")
-
-
-@dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """Ask the last stage for one token after the last row of a slice."""
+    """A request to the last stage for one token after the last row of a slice."""
 
     params: SamplingParams
     token_index: int  # 0 for the first generated token; with the seed it fixes the noise
@@ -92,30 +59,25 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """The tokens of one sequence computed in one step: positions `start .. start + length - 1`.
-
-    `token_ids` is read by the first stage only; there, none for a length of 1 stands for the token the last stage has
-    sampled last for the sequence, which it hands to the first one directly.
-    `new_pages` extends the page table the stages keep; `num_pages` is its length afterwards, so that a stage
-    whose table differs refuses the step instead of reading foreign KV.
-    """
+    """The tokens of one sequence computed in one step: positions `start .. start + length - 1`."""
 
     sequence: int
     start: int
     length: int
     prompt_len: int
+    # Read by stage 0 only. Empty with length 1: use the token that the last stage sampled for this sequence and sent
+    # to stage 0.
     token_ids: Sequence[int]
-    new_pages: Sequence[int]
-    num_pages: int
+    new_pages: Sequence[int]  # extend the page table that the stages keep
+    num_pages: int  # of the table afterwards; a stage whose table differs refuses the step
     sample: SampleSpec | None = None
     scale_len: int = 0  # length the DCA temperature is taken at; 0: prompt_len
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of the whole pipeline. Plans are executed in the order of `step`, without gaps, within one epoch."""
+    """One step of the whole pipeline. Plans are executed in the order of `step`, without gaps."""
 
-    epoch: int
     step: int
     slices: tuple[SequenceSlice, ...]
     released: tuple[int, ...] = ()  # sequences whose tables are dropped before this step
@@ -125,7 +87,7 @@ class StepPlan:
         return sum(s.length for s in self.slices)
 
     @property
-    def decodes(self) -> bool:
+    def is_decode(self) -> bool:
         """Whether every slice is a single token."""
         return all(part.length == 1 for part in self.slices)
 
@@ -145,7 +107,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class CellReport:
-    """How one layer of a shard attended in one sparse cell; the sequences have an entry a query head of the shard."""
+    """How one layer of a shard attended in one sparse cell; lists have one entry for each query head of the shard."""
 
     sequence: int
     layer: int
@@ -160,9 +122,8 @@ class CellReport:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a shard reports of a step. Samples come from rank 0 of the last stage only."""
+    """The result of a step on one shard. Samples come from rank 0 of the last stage only."""
 
-    epoch: int
     step: int
     stage: int
     rank: int
@@ -175,11 +136,34 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """Weight loading of one shard, in bytes; `ready` closes the stream and carries what memory is left."""
+    """Progress of loading the weights of one shard; the last message has `ready` or `error`."""
 
     loaded_bytes: int
     total_bytes: int
     ready: bool = False
     anonymous_growth_bytes: int = 0  # growth of anonymous memory since before loading
-    available_bytes: int = 0  # what the device or host can still give
+    available_bytes: int = 0  # memory left on the device or host
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageProcessSpec:
+    """Arguments of a shard's process before it answers: where to listen, its share of the CPU, limits."""
+
+    token: str
+    socket: str  # path of the Unix socket it listens on
+    listen_tcp: bool = False  # also on a TCP port, if stages live on several nodes
+    network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
+    threads: int = 1
+    step_timeout_s: float = 300.0
+    orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
+
+
+@dataclass(frozen=True, slots=True)
+class StageAddress:
+    """Where a shard listens, as gRPC addresses."""
+
+    unix: str
+    tcp: str  # empty: nowhere
+    node: str  # Ray's id of the machine; shards of one node share Unix sockets
+    pid: int

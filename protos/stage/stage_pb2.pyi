@@ -39,8 +39,7 @@ class ShardSpec(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., layers: _Optional[_Union[Span, _Mapping]] = ..., heads: _Optional[_Union[Span, _Mapping]] = ..., kv_heads: _Optional[_Union[Span, _Mapping]] = ..., experts: _Optional[_Union[Span, _Mapping]] = ..., intermediate: _Optional[_Union[Span, _Mapping]] = ..., vocab: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("epoch", "model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_address", "group_timeout_s")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_address", "group_timeout_s")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -50,7 +49,6 @@ class LoadRequest(_message.Message):
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     GROUP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GROUP_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
     model_path: str
     model_spec_json: str
     shard: ShardSpec
@@ -60,7 +58,7 @@ class LoadRequest(_message.Message):
     store_path: str
     group_address: str
     group_timeout_s: float
-    def __init__(self, epoch: _Optional[int] = ..., model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_address: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_address: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error")
@@ -79,20 +77,20 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "downstream", "kv_dtype", "near_before", "near_after")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
-    DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    NEAR_BEFORE_FIELD_NUMBER: _ClassVar[int]
-    NEAR_AFTER_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
-    downstream: str
     kv_dtype: str
-    near_before: str
-    near_after: str
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., downstream: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., near_before: _Optional[str] = ..., near_after: _Optional[str] = ...) -> None: ...
+    downstream: str
+    downstream_socket: str
+    upstream_socket: str
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -155,16 +153,14 @@ class SequenceSlice(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "step", "slices", "released")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("step", "slices", "released")
     STEP_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
     step: int
     slices: _containers.RepeatedCompositeFieldContainer[SequenceSlice]
     released: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepPlans(_message.Message):
     __slots__ = ("plans",)
@@ -215,8 +211,7 @@ class CellReport(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., layer: _Optional[int] = ..., first_head: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ..., estimated_recall: _Optional[_Iterable[float]] = ..., held_out_recall: _Optional[_Iterable[float]] = ..., dense: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -225,7 +220,6 @@ class StepResult(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CELLS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_US_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
     step: int
     stage: int
     rank: int
@@ -234,7 +228,7 @@ class StepResult(_message.Message):
     error: str
     cells: _containers.RepeatedCompositeFieldContainer[CellReport]
     estimate_us: int
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
 
 class StepResults(_message.Message):
     __slots__ = ("results",)
@@ -243,24 +237,10 @@ class StepResults(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("epoch", "step", "index", "count", "dtype", "shape", "crc32", "payload")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    COUNT_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    step: int
-    index: int
-    count: int
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
-    crc32: int
-    payload: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., index: _Optional[int] = ..., count: _Optional[int] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., crc32: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ActivationsEnd(_message.Message):
     __slots__ = ()
@@ -279,17 +259,15 @@ class ProbeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ProbeReply(_message.Message):
-    __slots__ = ("epoch", "state", "layers_done", "steps_done", "resident_bytes", "error")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("state", "layers_done", "steps_done", "resident_bytes", "error")
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_DONE_FIELD_NUMBER: _ClassVar[int]
     STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
     state: str
     layers_done: int
     steps_done: int
     resident_bytes: int
     error: str
-    def __init__(self, epoch: _Optional[int] = ..., state: _Optional[str] = ..., layers_done: _Optional[int] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., layers_done: _Optional[int] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...

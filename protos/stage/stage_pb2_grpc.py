@@ -77,7 +77,7 @@ class StageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Start(self, request, context):
-        """Allocate KV pages, connect to the next stage, run one warm-up step.
+        """Allocate KV pages, run one warm-up step, listen for the previous stage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,14 +93,14 @@ class StageServicer:
 
     def Activations(self, request_iterator, context):
         """Hidden states from the previous stage, and at the first stage sampled tokens from the last one (int64, a tensor for
-        every step that samples), cut into frames of at most 2 MiB.
+        every step that samples), cut into frames with payloads of at most 2 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Probe(self, request, context):
-        """Cheap facts for health checks; answered while a step runs.
+        """State and counters for health checks; answered while a step runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -117,7 +117,7 @@ def test_whole_model_equals_cpu() -> None:
             sample = SampleSpec(SamplingParams(), 0) if last else None
             piece = SequenceSlice(1, start, len(part), len(ids), part, range(known, needed), needed, sample)
             known = needed
-            out = runner.execute(StepPlan(1, step, (piece,)), keep_logits=True)
+            out = runner.execute(StepPlan(step, (piece,)), keep_logits=True)
         assert out.logits is not None
         logits.append(out.logits.cpu())
     assert (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()

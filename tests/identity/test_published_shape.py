@@ -27,7 +27,7 @@ def test_loads_and_runs(tmp_path: Path) -> None:
     runner = ModelRunner(spec, shard, weights, kv, SingleShard())
     ids = [1, 17, 67, 193, 151935]
     part = SequenceSlice(1, 0, len(ids), len(ids), ids, [0], 1, SampleSpec(SamplingParams(), 0))
-    out = runner.execute(StepPlan(1, 1, (part,)), keep_logits=True)
+    out = runner.execute(StepPlan(1, (part,)), keep_logits=True)
     assert out.logits is not None
     assert out.logits.shape == (1, 151936)
     assert torch.isfinite(out.logits).all()

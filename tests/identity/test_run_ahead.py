@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.scheduler.request import Request
+from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints
 from tests.support.fakes.pipeline import Pipeline
@@ -34,8 +36,16 @@ def specs(vocab: int, stops: Sequence[int] = ()) -> list[GenerationSpec]:
     ]
 
 
+class WaitingScheduler(Scheduler):
+    """The reference: no step is planned before the tokens it continues are known."""
+
+    def _wanted(self, running: list[Request]) -> list[int]:
+        return [request.remaining for request in running]
+
+
 def answers(folder: Path, stages: int, ranks: int, ahead: bool, stops: Sequence[int] = ()) -> list[Generation]:
-    with Pipeline(folder, stages, ranks, chunk=64, pages=128, runs_ahead=ahead) as pipeline:
+    scheduler = Scheduler if ahead else WaitingScheduler
+    with Pipeline(folder, stages, ranks, chunk=64, pages=128, scheduler=scheduler) as pipeline:
         found = pipeline.generate(*specs(pipeline.spec.vocab_size, stops))
         again = pipeline.generate(*specs(pipeline.spec.vocab_size, stops)[3:4])  # alone, on what is left behind
         blind = sum(not part.token_ids for plan in pipeline.plans for part in plan.slices)
@@ -71,12 +81,12 @@ def test_cancelled_sequences_leave_no_token_behind(checkpoint: Checkpoints) -> N
     with Pipeline(folder, 2, 1, chunk=64, pages=128) as pipeline:
         for _ in range(3):
             wanted = specs(pipeline.spec.vocab_size)
-            tickets = pipeline.engine.submit_all([(spec, lambda event: None) for spec in wanted])
-            while len(tickets[4].request.output) < 6:
-                assert not tickets[4].done.wait(0.001)
+            handles = pipeline.engine.submit_all([(spec, lambda event: None) for spec in wanted])
+            while len(handles[4].request.output) < 6:
+                assert not handles[4].done.wait(0.001)
             for at in (3, 4, 6):
-                pipeline.engine.cancel(tickets[at])
-            found = [ticket.wait(60) for ticket in tickets]
+                pipeline.engine.cancel(handles[at])
+            found = [handle.wait(60) for handle in handles]
             for at, (got, whole) in enumerate(zip(found, plain, strict=True)):
                 assert got.token_ids == whole.token_ids[: len(got.token_ids)]
                 assert len(got.token_ids) == len(whole.token_ids) or at in (3, 4, 6)

@@ -154,15 +154,15 @@ def _frames(setup: KernelSetup) -> Iterator[Figure]:
     from workers.transport.frames import Assembler, split
 
     tensor = torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype)
-    frames = list(split(tensor, 0, 0))
+    frames = [b"".join(frame) for frame in split(tensor, 0)]
 
     def assemble() -> None:
-        assembler = Assembler(0)
+        assembler = Assembler()
         for frame in frames:
             assembler.add(frame)
 
     host = KernelSetup(torch.device("cpu"), setup.dtype, setup.tokens, setup.keys, setup.repeats)
-    yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0, 0)))
+    yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0)))
     yield host.time(f"frames, assemble {list(tensor.shape)}", assemble)
 
 

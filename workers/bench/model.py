@@ -110,14 +110,14 @@ class OneProcess:
                 continue
             tables = PageTables(PAGE)
             part = SequenceSlice(0, 0, 1, len(ids), ids[:1], range(whole), whole, None)
-            tables.apply(StepPlan(0, 0, (part,)))
+            tables.apply(StepPlan(0, (part,)))
             yield statistics.fmean(self._decode(tables, ids, ids[-1], decode))
 
     def _step(self, tables: PageTables, start: int, ids: list[int], prompt_len: int) -> int:
         have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
         sample = SampleSpec(SamplingParams(), 0)
         part = SequenceSlice(0, start, len(ids), prompt_len, ids, range(have, need), need, sample)
-        plan = StepPlan(0, 0, (part,))
+        plan = StepPlan(0, (part,))
         tables.apply(plan)
         batch = tables.batch(plan, self.spec, self._device)
         embedded = self._decoder.embed(token_ids(plan, {}, self._device))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from protos.stage import codec
+from protos.model.spec import ModelSpec
 from workers.eval.recall import Setup, Variant, evaluate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
@@ -46,7 +46,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("cluster.device: cuda: torch finds no GPU here; use cpu")
     setup = Setup(
         model=Path(request["model"]),
-        spec=codec.model_spec_from_json(json.dumps(request["spec"])),
+        spec=ModelSpec.from_json(json.dumps(request["spec"])),
         dtype=DTYPES[request["dtype"]],
         device=device,
         chunk=request["chunk"],

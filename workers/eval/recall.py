@@ -129,7 +129,7 @@ class _Steps:
         have, need = -(-self._position // self._page_size), -(-stop // self._page_size)
         wanted = SampleSpec(SamplingParams(), len(self.tokens)) if sample else None
         part = SequenceSlice(0, self._position, len(ids), self._prompt_len, list(ids), range(have, need), need, wanted)
-        out = self._runner.execute(StepPlan(0, self._step, (part,)), keep_logits=True)
+        out = self._runner.execute(StepPlan(self._step, (part,)), keep_logits=True)
         self.cells += out.cells
         if out.logits is not None:
             self.logits.append(out.logits.cpu())

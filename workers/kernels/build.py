@@ -17,13 +17,13 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from protos.node.compiler import compiler
 from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
 
 _FOLDER = Path(__file__).parent
@@ -61,14 +61,6 @@ def best_path() -> abi.Path | None:
     """Return the best instruction set of this CPU; None where the library is not built."""
     library = load().library
     return None if library is None else abi.Path(library.longreach_best_path())
-
-
-def compiler() -> str | None:
-    """Return the path of the C++ compiler; None when there is none."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
 
 
 def library_path(build: bool = False) -> Path:

@@ -132,7 +132,7 @@ def token_ids(plan: StepPlan, sampled: Mapping[int, int], device: torch.device) 
 
 def _positions(plan: StepPlan) -> torch.Tensor:
     """Return `[T]` int64 in host memory; a decode step makes one tensor for any number of sequences."""
-    if plan.decodes:
+    if plan.is_decode:
         return torch.tensor([part.start for part in plan.slices])
     return torch.cat([torch.arange(part.start, part.start + part.length) for part in plan.slices])
 

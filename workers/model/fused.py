@@ -26,7 +26,6 @@ from workers.model.batch import Batch
 from workers.model.rope import Rotations
 from workers.model.weights import LayerWeights
 from workers.transport.collectives import Collectives
-from workers.transport.unix_link_compiled import Early
 
 MAX_ROWS = 64  # with more, the time of the interpreter between two operations no longer matters
 
@@ -37,7 +36,6 @@ class FusedCall:
 
     x: torch.Tensor
     kept_alive: list[object]
-    then: Early | None = None  # the message that carries the result to the next stage
 
 
 class FusedLayers:
@@ -103,8 +101,7 @@ class FusedLayers:
         step = ctypes.byref(self._step)
         if collectives.size == 1:
             count, done = ctypes.c_int64(len(self._layers)), ctypes.byref(self._done)
-            then = (ctypes.byref(call.then.call), ctypes.byref(call.then.sent)) if call.then else (None, None)
-            _check(library.longreach_layers(self._layers, count, step, done, *then))
+            _check(library.longreach_layers(self._layers, count, step, done))
             return x
         out = self._out[: x.shape[0]]
         for layer in self._layers:

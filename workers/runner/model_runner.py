@@ -20,19 +20,19 @@ from workers.transport.collectives import Collectives
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Activations for the next stage `[T, M]`, or from the last stage the sampled tokens (and logits on request)."""
+    """The result of a step on one shard: hidden states, or at the last stage sampled tokens."""
 
-    hidden: torch.Tensor | None = None
-    samples: tuple[SampledToken, ...] = ()
-    tokens: tuple[int, ...] = ()  # the sampled ids once more, at every rank of the last stage
-    logits: torch.Tensor | None = None
-    cells: tuple[CellReport, ...] = ()  # how the sparse cells of the step were attended, layer by layer
-    estimate_us: int = 0  # spent on estimating and selecting their keys
+    hidden: torch.Tensor | None = None  # [T, M], for the next stage
+    samples: tuple[SampledToken, ...] = ()  # at rank 0 of the last stage
+    tokens: tuple[int, ...] = ()  # the sampled ids, at every rank of the last stage
+    logits: torch.Tensor | None = None  # [samples, V] float32, at rank 0 of the last stage, on request
+    cells: tuple[CellReport, ...] = ()  # of the sparse cells of the step, layer by layer
+    estimate_us: int = 0  # time for estimating and selecting their keys
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What of a step is known without its tokens or activations."""
+class PreparedStep:
+    """What can be computed of a step without its tokens or activations."""
 
     plan: StepPlan
     batch: Batch
@@ -59,46 +59,48 @@ class ModelRunner:
         self._collectives = collectives
         self._tables = PageTables(kv.page_size)
         self._sampler = Sampler(spec.vocab_size)
-        self._sampled: dict[int, int] = {}  # newest token of each sequence: the input of plans that bring none
+        self._newest: dict[int, int] = {}  # token of each sequence: the input of plans without ids
 
     def reset(self) -> None:
-        """Forget every sequence; the pages become free for other plans."""
+        """Forget every sequence; its pages may be used by other plans."""
         self._tables.clear()
         self._sampler.clear()
-        self._sampled.clear()
+        self._newest.clear()
 
     def execute(self, plan: StepPlan, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
-        """Compute one step: `prepare` and `compute`."""
-        ready = self.prepare(plan)
-        return StepOutput() if ready is None else self.compute(ready, hidden, keep_logits)
+        """Execute one step: `prepare` and `compute`."""
+        prepared = self.prepare(plan)
+        return StepOutput() if prepared is None else self.compute(prepared, hidden, keep_logits)
 
     @torch.inference_mode()
-    def prepare(self, plan: StepPlan) -> Prepared | None:
-        """Do what needs neither tokens nor activations; None when the plan has nothing to compute.
+    def prepare(self, plan: StepPlan) -> PreparedStep | None:
+        """Do what needs neither tokens nor activations; returns None if the plan has nothing to compute.
 
         Raises:
             PlanMismatch: the plan does not continue what this shard has seen.
         """
         for sequence in plan.released:
             self._sampler.forget(sequence)
-            self._sampled.pop(sequence, None)
+            self._newest.pop(sequence, None)
         self._tables.apply(plan)
         if not plan.slices:
             return None
         batch = self._tables.batch(plan, self._spec, self.device)
-        return Prepared(plan, batch, self.decoder.prepare(batch, self._kv))
+        return PreparedStep(plan, batch, self.decoder.prepare(batch, self._kv))
 
-    def learn(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
-        """Take the newest tokens of sequences, the input of plans that bring none; of unknown ones they are dropped."""
+    def set_newest(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
+        """Note the newest token of each sequence, the input of plans without ids; unknown sequences are skipped."""
         newest = zip(sequences, tokens, strict=True)
-        self._sampled.update((sequence, token) for sequence, token in newest if sequence in self._tables)
+        self._newest.update((sequence, token) for sequence, token in newest if sequence in self._tables)
 
     @torch.inference_mode()
-    def compute(self, ready: Prepared, hidden: torch.Tensor | None = None, keep_logits: bool = False) -> StepOutput:
-        """Compute a step, the one prepared last.
+    def compute(
+        self, prepared: PreparedStep, hidden: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> StepOutput:
+        """Compute a step.
 
         Args:
-            ready: the step; the token ids of its plan are used on the first stage.
+            prepared: the step that was prepared last; the first stage embeds the token ids of its plan.
             hidden: `[T, M]` from the previous stage (ignored on the first).
             keep_logits: also return the float32 logits `[samples, V]` (tests and tools).
 
@@ -106,27 +108,27 @@ class ModelRunner:
             PlanMismatch: token ids are missing.
             RuntimeError: logits are not finite, or a member of the stage is gone.
         """
-        plan, batch = ready.plan, ready.batch
+        plan, batch = prepared.plan, prepared.batch
         if self.shard.is_first:
-            hidden = self.decoder.embed(token_ids(plan, self._sampled, self.device))
+            hidden = self.decoder.embed(token_ids(plan, self._newest, self.device))
         assert hidden is not None, "a later stage needs activations"
         log = CellLog()
-        hidden = self.decoder.layers(hidden, ready.layers, log)
+        hidden = self.decoder.layers(hidden, prepared.layers, log)
         reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
         if not self.shard.is_last:
             return replace(reports, hidden=hidden)
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
-        wanted = [part for part in plan.slices if part.sample is not None]
-        samples = tuple(  # at every rank, from the same logits: each tells its own part of the first stage
+        sampled = [part for part in plan.slices if part.sample is not None]
+        samples = tuple(  # every rank samples the same tokens, and sends them to its peer in the first stage
             self._sampler.sample(part.sequence, row, part.sample)
-            for part, row in zip(wanted, logits, strict=True)
+            for part, row in zip(sampled, logits, strict=True)
             if part.sample is not None
         )
         tokens = tuple(sample.token_id for sample in samples)
         if self.shard.is_first:
-            self.learn((sample.sequence for sample in samples), tokens)
+            self.set_newest((sample.sequence for sample in samples), tokens)
         if self._collectives.rank != 0:
             return replace(reports, tokens=tokens)
         return replace(reports, samples=samples, tokens=tokens, logits=logits if keep_logits else None)

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits. Legend: `V` vocabulary.
+"""Choosing tokens from logits. Legend: `V` vocabulary.
 
 The random part is a pure function of (seed, token index): Gumbel noise per vocabulary id, from a counter-based
 generator. So a job resumed on another layout, or after a crash, samples the same tokens.
@@ -16,7 +16,7 @@ from workers.model import compiled
 
 
 def gumbel_noise(seed: int, token_index: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise `[size]` in float64, fixed by seed and token index (Philox4x64, key = seed)."""
+    """Return standard Gumbel noise `[size]` in float64, fixed by seed and token index (Philox4x64, key = seed)."""
     bits = np.random.Philox(key=seed, counter=[0, 0, token_index, 0]).random_raw(size)
     uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, so in (0, 1), never 0 or 1
     return torch.from_numpy(-np.log(-np.log(uniform)))
@@ -46,18 +46,18 @@ def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Repetition penalty on the ids in `seen` (bool `[V]`): positive logits divided, negative multiplied."""
+    """Apply the repetition penalty to the ids in `seen` (bool `[V]`): divide positive logits, multiply others."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _all_finite(x: torch.Tensor) -> bool:
-    """Whether no value is infinite or not a number; every step waits for it, so first by one sum."""
+    """Return whether no value is infinite or NaN. Every step waits for this, so one sum decides if it can."""
     total = float(x.numpy().sum()) if x.device.type == "cpu" else float(x.sum())
     return math.isfinite(total) or bool(torch.isfinite(x).all())  # finite values may add up to infinity
 
 
 def _highest(x: torch.Tensor) -> int:
-    """Index of the greatest value, the first of equal ones on a CPU; numpy does it without waking other threads."""
+    """Return the index of the greatest value, on a CPU the first of equal ones; NumPy wakes no other threads."""
     return int(x.numpy().argmax()) if x.device.type == "cpu" else int(x.argmax())
 
 
@@ -69,7 +69,7 @@ def highest_if_finite(x: torch.Tensor) -> int | None:
 
 
 class Sampler:
-    """Samples the rows of a step; remembers only which ids a penalised sequence has seen."""
+    """Samples tokens; keeps only which ids a penalised sequence has seen."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size

@@ -132,14 +132,14 @@ class _Group:
     def choose(self, kv_head: int) -> CellChoice:
         budgets = [self._budget(head) for head in self.heads]
         everything = Selection.everything(self.keys.stop)
-        if all(budget is None for budget in budgets) and not self.spec.adaptive and not self.spec.synthetic:
+        if all(budget is None for budget in budgets) and not self.spec.is_adaptive and not self.spec.synthetic:
             ones = (1.0,) * len(budgets)
             return CellChoice((everything,) * len(budgets), ones, ones, (False,) * len(budgets))
         sums = self.backend.sums(self.cell.estimate, self.keys, kv_head)
         if self.spec.synthetic:
             seeds = [(self.keys.plan.start, self.cell.layer, self.cell.first_head + head) for head in self.heads]
             selections = [synthetic_selection(self.keys.stop, seed) for seed in seeds]
-        elif self.spec.adaptive:
+        elif self.spec.is_adaptive:
             selections = self._adaptive(sums, kv_head)
         else:
             chosen = select_by_budget(sums.columns, sums.offsets, budgets, self.backend.top_indices)

@@ -1,24 +1,25 @@
-"""The Ray actor around a stage process: Ray places it, starts it and notices its death; all talk goes over gRPC."""
+"""The Ray actor of a stage process: Ray places and starts it and notices its death; calls and data go over gRPC."""
 
 from __future__ import annotations
 
 import os
 
 from protos.node.node_check import NodeCheck, interface_address
-from workers.stage.server import StageAddress, StageProcessSpec, StageServer, limit_threads
+from protos.stage.messages import StageAddress, StageProcessSpec
+from workers.stage.server import StageServer, limit_threads
 
 
 class StageActor:
-    """One shard of one stage. `open` is called once, then `serve`; a restarted actor is a new one with a new epoch."""
+    """One shard of one stage. `open` is called once, then `serve`; a restarted actor is a new one."""
 
     def __init__(self) -> None:
         self._server: StageServer | None = None
 
     def open(self, spec: StageProcessSpec, check: NodeCheck) -> StageAddress:
-        """Check this node and listen; torch is not imported yet, so thread counts can still be set.
+        """Check this node and listen. Torch is not imported yet, so thread counts can still be set.
 
         Raises:
-            NodeError: this node differs from the head.
+            NodeError: this node differs from that of the head process.
         """
         import ray
 
@@ -26,12 +27,12 @@ class StageActor:
         limit_threads(spec.threads)
         bind = ""
         if spec.listen_tcp:
-            named = spec.network_interface
-            bind = interface_address(named) if named else ray.util.get_node_ip_address()
+            interface = spec.network_interface
+            bind = interface_address(interface) if interface else ray.util.get_node_ip_address()
         self._server = StageServer(spec, on_orphan=lambda: os._exit(3))
         return self._server.start(str(ray.get_runtime_context().get_node_id()), bind)
 
     def serve(self) -> None:
-        """Block until the shard is told to close. Ray's loop looks for signals a hundred times a second otherwise."""
+        """Block until the shard is closed; Ray's own loop would poll for signals a hundred times a second."""
         assert self._server is not None, "open comes first"
         self._server.wait()

@@ -1,4 +1,4 @@
-"""The one thread of a process that works with tensors.
+"""The only thread of a process that computes with tensors.
 
 OpenMP keeps a pool of threads for every thread that ever opened a parallel region. As soon as a process has more of
 them than cores, libgomp lets all of them sleep between regions instead of spinning, and waking them costs more than a
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class ComputeThread:
-    """Runs what it is given, one after the other; a daemon, so that a hung step cannot keep a process alive."""
+    """Runs calls one after the other; a daemon thread, so that a hung step cannot keep a process alive."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queue a call; the future has its result or its exception."""
+        """Queue a call; returns the future of its result."""
         future: Future[T] = Future()
         self._calls.put((call, future))
         return future

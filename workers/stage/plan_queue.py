@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from protos.stage.messages import StepPlan
 
@@ -15,41 +15,46 @@ class UnreadablePlan(ValueError):
 
 
 class PlanQueue:
-    """Takes plans off the wire by a thread of its own, so that the next one is at hand when a step ends."""
+    """Reads plans on a thread of its own, so that the next one is at hand when a step ends."""
 
     def __init__(self, bursts: Iterable[Sequence[StepPlan]]) -> None:
-        self._arrived: queue.SimpleQueue[Sequence[StepPlan] | UnreadablePlan | None] = queue.SimpleQueue()
-        self._waiting: deque[StepPlan | UnreadablePlan | None] = deque()
-        threading.Thread(target=self._take, args=(bursts,), name="plans", daemon=True).start()
+        self._plans: deque[StepPlan] = deque()
+        self._ended = False
+        self._error: UnreadablePlan | None = None
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, args=(bursts,), name="plans", daemon=True).start()
 
     def __iter__(self) -> Iterator[StepPlan]:
-        """The plans in order, until the stream ends. Raises UnreadablePlan."""
+        """Yield the plans in order until the stream ends.
+
+        Raises:
+            UnreadablePlan: after the plans before it.
+        """
         while True:
-            if not self._waiting:
-                self._add(self._arrived.get())
-                continue
-            plan = self._waiting.popleft()
-            if plan is None:
-                return
-            if isinstance(plan, UnreadablePlan):
-                raise plan
+            with self._changed:
+                self._changed.wait_for(lambda: self._plans or self._ended)
+                if not self._plans:
+                    break
+                plan = self._plans.popleft()
             yield plan
+        if self._error is not None:
+            raise self._error
 
     def decodes_ahead(self, count: int) -> bool:
-        """Whether the next `count` plans are here already, and all of them decode."""
-        while not self._arrived.empty():
-            self._add(self._arrived.get())
-        ahead = [self._waiting[index] for index in range(min(count, len(self._waiting)))]
-        return len(ahead) == count and all(isinstance(plan, StepPlan) and plan.decodes for plan in ahead)
+        """Return whether the next `count` plans are here already, and all of them decode."""
+        with self._changed:
+            ahead = list(islice(self._plans, count))
+        return len(ahead) == count and all(plan.is_decode for plan in ahead)
 
-    def _add(self, burst: Sequence[StepPlan] | UnreadablePlan | None) -> None:
-        self._waiting.extend([burst] if burst is None or isinstance(burst, UnreadablePlan) else burst)
-
-    def _take(self, bursts: Iterable[Sequence[StepPlan]]) -> None:
+    def _read(self, bursts: Iterable[Sequence[StepPlan]]) -> None:
         try:
             for burst in bursts:
-                self._arrived.put(burst)
+                with self._changed:
+                    self._plans.extend(burst)
+                    self._changed.notify()
         except (ValueError, TypeError, KeyError) as error:
-            self._arrived.put(UnreadablePlan(f"a plan cannot be read: {' '.join(str(error).split())}"))
+            self._error = UnreadablePlan(f"a plan cannot be read: {' '.join(str(error).split())}")
         finally:
-            self._arrived.put(None)
+            with self._changed:
+                self._ended = True
+                self._changed.notify()

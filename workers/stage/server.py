@@ -1,8 +1,8 @@
 """The process of one shard: a gRPC server around a `StageWorker`. Imports torch only when weights are loaded.
 
 Failure contract: nothing here is durable. A step that fails makes the shard answer every later plan with the same
-error; recovery is a new process with a new epoch. When no engine has been connected for `orphan_timeout_s`, the process
-ends by itself, so that no memory stays occupied behind a dead head.
+error; recovery is a new process. When no engine has been connected for `orphan_timeout_s`, the process ends by itself,
+so that it keeps no memory after the head process died.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,43 +25,19 @@ from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor
-from protos.stage.messages import LoadProgress
+from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
 from workers.stage.compute_thread import ComputeThread
-from workers.transport.run_stream import RunStream
 
 if TYPE_CHECKING:
     from workers.stage.worker import StageWorker
 
 TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
-_PROGRESS_EVERY_S = 0.1  # between messages while weights load
+_PROGRESS_INTERVAL_S = 0.1  # between messages while weights load
 _RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
 
 
-@dataclass(frozen=True, slots=True)
-class StageProcessSpec:
-    """What a shard's process needs before it can answer: where to listen, and its share of the CPU."""
-
-    token: str
-    socket: str  # path of the Unix socket other processes of the node use
-    listen_tcp: bool = False  # also on a TCP port, when stages live on several nodes
-    network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
-    threads: int = 1
-    step_timeout_s: float = 300.0
-    orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
-
-
-@dataclass(frozen=True, slots=True)
-class StageAddress:
-    """Where a shard listens."""
-
-    unix: str
-    tcp: str
-    node: str  # Ray's id of the machine; equal ids share Unix sockets
-    pid: int
-
-
 def limit_threads(threads: int) -> None:
-    """Set thread counts and how threads wait; must run before torch is imported in this process.
+    """Set the number of compute threads and how they wait; must run before torch is imported in this process.
 
     Threads spin for some 50 us before they sleep: a decode step has hundreds of short parallel regions, and waking a
     sleeping thread for each costs half of it. An idle process sleeps.
@@ -76,7 +51,7 @@ def limit_threads(threads: int) -> None:
 
 
 class StageServer:
-    """Listens for the engine and for the previous stage."""
+    """The gRPC server of a shard, for the engine and for the previous stage."""
 
     def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
         self._spec = spec
@@ -86,7 +61,7 @@ class StageServer:
         self._closed = threading.Event()
 
     def start(self, node: str = "", bind: str = "") -> StageAddress:
-        """Open the socket, with `bind` (an IP address) a TCP port too, and answer.
+        """Listen on the Unix socket, and on a TCP port of the IP address `bind` if it is given.
 
         Raises:
             RuntimeError: an address cannot be bound.
@@ -100,16 +75,14 @@ class StageServer:
         rpc.add_StageServicer_to_server(self._servicer, server)
         unix = f"unix:{self._spec.socket}"
         server.add_insecure_port(unix)
-        tcp = ""
-        if bind:
-            tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}"
+        tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}" if bind else ""
         server.start()
         self._server = server
-        self._servicer.begin()
+        self._servicer.await_engine()
         return StageAddress(unix, tcp, node, os.getpid())
 
     def wait(self) -> None:
-        """Block until `close`, without waking up in between."""
+        """Block until `close`."""
         self._closed.wait()
 
     def close(self) -> None:
@@ -132,6 +105,8 @@ class StageServer:
 
 
 class _StageServicer(rpc.StageServicer):
+    """Answers the calls of one shard, whose state is `created`, `loading`, `loaded`, `running` or `failed`."""
+
     def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None], on_close: Callable[[], None]) -> None:
         self._spec = spec
         self._on_orphan = on_orphan
@@ -145,10 +120,6 @@ class _StageServicer(rpc.StageServicer):
         self._connected = False  # while that stream's call lives
         self._timer = threading.Lock()  # guards the orphan timer
         self._orphan: threading.Timer | None = None
-
-    def begin(self) -> None:
-        """From now on a head must show up in time."""
-        self._arm()
 
     def close(self) -> None:
         self._closed = True
@@ -164,18 +135,17 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state} already")
         self._disarm()
         self._state = "loading"
-        context.add_callback(self._arm)  # when the call ends, however it ends
+        context.add_callback(self.await_engine)  # when the call ends, however it ends
         updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
         self._compute.submit(lambda: self._load(request, updates))
-        last = -_PROGRESS_EVERY_S
-        while True:
+        last = -_PROGRESS_INTERVAL_S
+        is_final = False
+        while not is_final:
             update = updates.get()
-            over, now = update.ready or bool(update.error), time.monotonic()
-            if over or now - last >= _PROGRESS_EVERY_S:
+            is_final, now = update.ready or bool(update.error), time.monotonic()
+            if is_final or now - last >= _PROGRESS_INTERVAL_S:
                 yield codec.progress_to_pb(update)
                 last = now
-            if over:
-                return
 
     def _load(self, request: pb.LoadRequest, updates: queue.SimpleQueue[LoadProgress]) -> None:
         try:
@@ -196,15 +166,13 @@ class _StageServicer(rpc.StageServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
             raise AssertionError("abort raises")
         try:
-            worker, near = self._worker, (request.near_before, request.near_after)
-            self._compute.submit(
-                lambda: worker.start(request.num_pages, request.page_size, request.downstream, request.kv_dtype, near)
-            ).result()
+            worker = self._worker
+            self._compute.submit(lambda: worker.start(request)).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
         self._state = "running"
-        self._arm()  # anew: the engine has this long to connect
+        self.await_engine()  # anew: it has this long to connect
         return pb.StartReply()
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -219,36 +187,32 @@ class _StageServicer(rpc.StageServicer):
         self._connected = True
         self._disarm()
         context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
-        try:
-            stream = RunStream(bursts, context)
-        except OSError as error:
-            self._running.release()
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the engine's socket cannot be reached: {error}")
-            raise AssertionError("abort raises") from error
+        results: queue.SimpleQueue[pb.StepResults | None] = queue.SimpleQueue()
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
-                for group in worker.run(map(codec.plans_from_pb, stream.bursts)):
-                    stream.answer(codec.results_to_pb(group))
+                for group in worker.run(_plans(bursts)):
+                    results.put(codec.results_to_pb(group))
             finally:
                 self._running.release()
-                stream.end()
+                results.put(None)
 
         self._compute.submit(compute)
-        yield from stream.through_call()
+        yield from iter(results.get, None)
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
         from workers.transport.frames import FrameError
-        from workers.transport.grpc_link import LinkClosed, receive_frames
+        from workers.transport.grpc_link import GrpcInbox
+        from workers.transport.interface import LinkClosed
 
-        worker = self._worker
-        if worker is None or worker.inbox is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
+        inbox = self._worker.inbox if self._worker is not None else None
+        if not isinstance(inbox, GrpcInbox):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not waiting for frames")
             raise AssertionError("abort raises")
-        reason = f"{worker.inbox.source} is gone"
+        reason = f"{inbox.source} is gone"
         try:
-            receive_frames(frames, worker.inbox)
-            reason = f"{worker.inbox.source} ended the stream"
+            inbox.receive(frames)
+            reason = f"{inbox.source} ended the stream"
         except FrameError as error:
             reason = str(error)
             context.abort(grpc.StatusCode.DATA_LOSS, reason)
@@ -256,14 +220,14 @@ class _StageServicer(rpc.StageServicer):
             reason = str(error)
             context.abort(grpc.StatusCode.CANCELLED, reason)
         finally:
-            worker.inbox.close(reason)
+            inbox.close(reason)
         return pb.ActivationsEnd()
 
     def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeReply:
         worker = self._worker
         reply = pb.ProbeReply(state=self._state, error=self._error)
         if worker is not None:
-            reply.epoch, reply.layers_done, reply.steps_done = worker.epoch, worker.layers_done, worker.steps_done
+            reply.layers_done, reply.steps_done = worker.layers_done, worker.steps_done
             reply.resident_bytes = worker.resident_bytes()
         return reply
 
@@ -273,7 +237,8 @@ class _StageServicer(rpc.StageServicer):
 
     # --- orphans -----------------------------------------------------------------------------------------------------
 
-    def _arm(self) -> None:
+    def await_engine(self) -> None:
+        """Start the timer anew that ends this process unless an engine connects."""
         with self._timer:
             if self._orphan is not None:
                 self._orphan.cancel()
@@ -294,15 +259,22 @@ class _StageServicer(rpc.StageServicer):
 
     def _engine_left(self) -> None:
         self._connected = False
-        self._arm()
+        self.await_engine()
 
     def _fail(self, error: Exception) -> None:
         self._state = "failed"
         self._error = " ".join(f"{error}".split()) or type(error).__name__
 
 
+def _plans(bursts: Iterator[pb.StepPlans]) -> Iterator[list[StepPlan]]:
+    """Decode the plans of a call until it ends, however it ends. Raises ValueError for what is no plan."""
+    with contextlib.suppress(grpc.RpcError):
+        for burst in bursts:
+            yield codec.plans_from_pb(burst)
+
+
 def main() -> None:
-    """Run one shard as a plain process, without Ray: prints its address as soon as it listens."""
+    """Run one shard as a plain process, without Ray; it prints its address as soon as it listens."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
     parser.add_argument("--threads", type=int, default=1, help="compute threads (default 1)")

@@ -1,4 +1,4 @@
-"""What a shard's process does with torch: load, allocate, execute plans, hand activations on."""
+"""The work of a shard's process with torch: load weights, allocate KV, execute plans."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
 from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
-from workers.stage.step import Stepper, most_owed
+from workers.stage.step import Stepper, max_unread
 from workers.transport.collectives import Collectives, file_store, join_group
-from workers.transport.grpc_link import DEPTH, GrpcSender, Inbox, Sender
-from workers.transport.unix_link import NearInbox, NearSender
+from workers.transport.grpc_link import GrpcInbox, GrpcSender
+from workers.transport.interface import DEPTH, Inbox, Sender
+from workers.transport.unix_link import UnixInbox, UnixSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
-# Results of decode steps are held back while more of them are planned: every message wakes threads here and at the
-# head, and what they take from a core delays the step that runs.
-_HELD = 8
-_HELD_S = 0.2
-_UNHEARD, _UNHEARD_S = 64, 2.0  # of the shards whose results no step waits for
-_SLOW_S = 0.02  # a step that lasts while results reach the engine and plans come back
-_TOKENS = 1 << 16  # steps; far fewer are ever in flight
+# Results of decode steps a message, and the longest time one is held back for it: every message wakes threads here and
+# in the head process, on the cores that compute.
+_BATCH, _BATCH_S = 8, 0.2
+_LAZY_BATCH, _LAZY_BATCH_S = 64, 2.0  # the same of the shards whose results complete no step
+_SLOW_S = 0.02  # a step that lasts as long as results take to the engine and plans back
+_TOKEN_DEPTH = 1 << 16  # steps whose tokens the first stage's inbox holds: far more than are ever in flight
 
 
 class StageWorker:
@@ -47,11 +47,8 @@ class StageWorker:
     def __init__(self, token: str, threads: int, step_timeout_s: float) -> None:
         self._token = token
         self._step_timeout_s = step_timeout_s
-        self.epoch = 0
         self.steps_done = 0
         self.inbox: Inbox | None = None
-        self._near: NearInbox | None = None
-        self._near_after = ""
         self._sender: Sender | None = None
         self._runner: ModelRunner | None = None
         self._stepper: Stepper | None = None
@@ -64,13 +61,12 @@ class StageWorker:
         return self._runner.decoder.layers_done if self._runner else 0
 
     def load(self, request: pb.LoadRequest, on_progress: Callable[[LoadProgress], None]) -> LoadProgress:
-        """Read the weights and join the stage's group; returns the closing progress message.
+        """Read the weights and join the stage's group; returns the last progress message.
 
         Raises:
             ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
         """
-        self.epoch = request.epoch
-        self._spec: ModelSpec = codec.model_spec_from_json(request.model_spec_json)
+        self._spec = ModelSpec.from_json(request.model_spec_json)
         self._shard: ShardSpec = codec.shard_from_pb(request.shard)
         self._dtype = DTYPES[request.dtype]
         self._device = torch.device(request.device)
@@ -86,10 +82,6 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
-        if self._shard.num_stages > 1:  # before anyone starts: the previous stage connects as soon as it has
-            self.inbox = Inbox(self.epoch)
-            if self._shard.is_first:  # nobody may wait here, or the ring stands still
-                self.inbox = Inbox(self.epoch, "tokens", "the last stage", depth=_TOKENS)
         store = file_store(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
@@ -97,123 +89,124 @@ class StageWorker:
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
-    def start(
-        self, num_pages: int, page_size: int, downstream: str, kv_dtype: str = "", near: tuple[str, str] = ("", "")
-    ) -> None:
-        """Allocate KV pages (of the compute type unless `kv_dtype` names another) and connect to the next stage.
-
-        After the last of several stages comes the first, which takes the sampled tokens. `near` has the sockets of
-        the links with the stage before and with the one after, each empty when that link goes over gRPC.
+    def start(self, request: pb.StartRequest) -> None:
+        """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
 
         Raises:
-            ValueError: the type is unknown, or there is no next stage.
+            ValueError: the type of the KV cache is unknown, or there is no next stage.
         """
         assert self._weights is not None, "load comes first"
+        kv_dtype, downstream = request.kv_dtype, request.downstream or request.downstream_socket
         if kv_dtype and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
         if bool(downstream) != (self._shard.num_stages > 1):
             raise ValueError(f"downstream: {downstream!r}: must be set with several stages, and only then")
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
-        kv = PagedKV(layers, kv_heads, self._spec.head_dim, num_pages, page_size, dtype, self._device)
+        kv = PagedKV(layers, kv_heads, self._spec.head_dim, request.num_pages, request.page_size, dtype, self._device)
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
-        self._warm_up(page_size)
-        self._near_after = near[1]
-        if near[0]:
-            of = ("tokens", "the last stage") if self._shard.is_first else ()
-            self._near = NearInbox(near[0], self.epoch, *of)
-        if downstream and not near[1]:
-            self._sender = GrpcSender(downstream, self._token)
+        self._warm_up(request.page_size)
+        self._links = request
+        if downstream:
+            self.inbox = self._listen(request.upstream_socket)
 
     def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
-        """Execute plans in order; yields a result for each, several at once while decode steps follow each other."""
+        """Execute plans in order and yield their results, several at once while decode steps follow each other."""
         try:
-            stepper = self._stepper = self._stepper or self._connect()
-            stepper.reset()
+            self._stepper = self._stepper or self._connect()
+            self._stepper.reset()
         except RuntimeError as error:
-            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: links: {' '.join(str(error).split())}"
+            self._fail(f": links: {' '.join(str(error).split())}")
         plans = PlanQueue(bursts)
         held: list[StepResult] = []
-        most, longest = (_HELD, _HELD_S) if self._samples() else (_UNHEARD, _UNHEARD_S)
+        batch, batch_s = (_BATCH, _BATCH_S) if self._completes_steps else (_LAZY_BATCH, _LAZY_BATCH_S)
         expected: int | None = None
         began = 0.0
         try:
             for plan in plans:
-                if not self._error and plan.epoch != self.epoch:
-                    self._error = f"plan of epoch {plan.epoch} at a shard of epoch {self.epoch}"
                 if not self._error and expected is not None and plan.step != expected:
                     self._error = f"plan {plan.step} came where {expected} was due"
                 expected = plan.step + 1
                 if not held:
                     began = time.monotonic()
                 held.append(self._step(plan))
-                full = len(held) == most or time.monotonic() - began >= longest
-                if full or not self._may_wait(plan, held[-1], plans):
+                is_full = len(held) == batch or time.monotonic() - began >= batch_s
+                if is_full or not self._may_hold(plan, held[-1], plans):
                     yield held
                     held = []
         except UnreadablePlan as error:
-            self._error = f"stage {self._shard.stage} shard {self._shard.rank}: {error}"
-            yield [*held, self._step(StepPlan(self.epoch, 0, ()))]
+            self._fail(f": {error}")
+            yield [*held, self._step(StepPlan(0, ()))]
 
-    def _may_wait(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
-        """Whether the result of a plan may be held back: all stages have something to do until the engine hears it."""
-        if self._error or not plan.decodes:
+    def _may_hold(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
+        """Return whether a result may be held back: all stages have work until the engine receives it."""
+        if self._error or not plan.is_decode:
             return False
-        if not self._samples():
+        if not self._completes_steps:
             return plans.decodes_ahead(1)
         is_first = any(part.sample is not None and part.sample.token_index == 0 for part in plan.slices)
         stages = self._shard.num_stages
         is_slow = stages * result.compute_us >= 1e6 * _SLOW_S
         return not is_first and plans.decodes_ahead(stages if is_slow else stages + 1)
 
-    def _samples(self) -> bool:
-        """Whether this shard reports the sampled tokens, without which no step is done."""
+    @property
+    def _completes_steps(self) -> bool:
+        """Whether this shard reports the sampled tokens, which complete a step."""
         return self._shard.is_last and self._shard.rank == 0
 
     def close(self) -> None:
         """Drop links, group, weights and KV; may be called twice."""
         if self.inbox is not None:
             self.inbox.close("this shard is closing")
-        if self._near is not None:
-            self._near.close()
         if self._sender is not None:
             self._sender.close()
         if self._runner is not None:
             self._collectives.close()
-        self._runner = self._stepper = self._weights = self._sender = self._near = None
+        self._runner = self._stepper = self._weights = self._sender = None
 
     @staticmethod
     def resident_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
     def _step(self, plan: StepPlan) -> StepResult:
+        """Execute a plan; once one has failed, every later one fails with the same error."""
         shard = self._shard
-        if self._error:
-            return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
-        stepper = self._stepper
-        assert stepper is not None
-        try:
-            out, seconds = stepper.step(plan)
-        except Exception as error:  # noqa: BLE001 - the engine must hear of whatever stopped the step
-            self._error = f"stage {shard.stage} shard {shard.rank}, step {plan.step}: {' '.join(str(error).split())}"
-            return StepResult(plan.epoch, plan.step, shard.stage, shard.rank, 0, error=self._error)
-        self.steps_done += 1
-        return StepResult(
-            plan.epoch, plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
-            cells=out.cells, estimate_us=out.estimate_us,
-        )  # fmt: skip
+        if not self._error:
+            assert self._stepper is not None
+            try:
+                out, seconds = self._stepper.step(plan)
+                self.steps_done += 1
+                return StepResult(
+                    plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
+                    cells=out.cells, estimate_us=out.estimate_us,
+                )  # fmt: skip
+            except Exception as error:  # noqa: BLE001 - the engine must learn what stopped the step
+                self._fail(f", step {plan.step}: {' '.join(str(error).split())}")
+        return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
+
+    def _fail(self, reason: str) -> None:
+        self._error = f"stage {self._shard.stage} shard {self._shard.rank}{reason}"
+
+    def _listen(self, path: str) -> Inbox:
+        """Return the inbox for the previous stage, which comes to a Unix socket at `path`, or over gRPC."""
+        content, source, depth = "activations", "the previous stage", DEPTH
+        if self._shard.is_first:  # the last stage must never wait for this one, or the ring would stand still
+            content, source, depth = "tokens", "the last stage", _TOKEN_DEPTH
+        return UnixInbox(path, content, source) if path else GrpcInbox(content, source, depth)
 
     def _connect(self) -> Stepper:
-        """Reach the stage after, now that every stage listens."""
+        """Reach the next stage, now that every stage listens."""
         assert self._runner is not None, "start comes first"
-        if self._near_after:
-            # the oldest message to the first stage has been taken by then
-            depth = most_owed(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
-            self._sender = NearSender(self._near_after, depth)
-        return Stepper(self._runner, self._near or self.inbox, self._sender, self._step_timeout_s)
+        if self._links.downstream_socket:
+            # to the first stage: the oldest message has been read by then
+            depth = max_unread(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
+            self._sender = UnixSender(self._links.downstream_socket, depth)
+        elif self._links.downstream:
+            self._sender = GrpcSender(self._links.downstream, self._token)
+        return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:
-        """One small step, so that the first real one does not pay for first-use initialisation."""
+        """Run one small step, so that the first real one does not pay for first-use initialisation."""
         runner, shard = self._runner, self._shard
         assert runner is not None
         length = min(page_size, 16)
@@ -222,7 +215,7 @@ class StageWorker:
         hidden = None
         if not shard.is_first:
             hidden = torch.zeros(length, self._spec.hidden_size, dtype=self._dtype, device=self._device)
-        runner.execute(StepPlan(self.epoch, 0, (part,)), hidden)
+        runner.execute(StepPlan(0, (part,)), hidden)
         runner.reset()
 
     def _available_bytes(self) -> int:
@@ -232,12 +225,6 @@ class StageWorker:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process (Linux `RssAnon`); elsewhere all resident memory."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return StageWorker.resident_bytes()
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return StageWorker.resident_bytes()
+    """Return the anonymous resident memory of this process; elsewhere than on Linux all resident memory."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))

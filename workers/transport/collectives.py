@@ -1,7 +1,7 @@
 """Reductions among the shards of one stage.
 
-All shards of a stage run on one node; they meet through a file, form one group per epoch and have a bounded timeout,
-so that a dead member becomes an error instead of a hang.
+All shards of a stage run on one node. They form one group through a rendezvous file, and every operation has a time
+limit, so that a dead member is an error instead of a hang.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ GLOO: Any = dist.ProcessGroupGloo
 
 
 class Collectives(Protocol):
-    """What the decoder needs from its stage."""
+    """Reductions over the shards of a stage."""
 
     rank: int
     size: int
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the shards, in the tensor's own type; may work in place. Every shard gets the same bits."""
+        """Return the sum over the shards, in the tensor's own type and maybe in place; the same bits on every shard."""
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all shards, by rank; shapes are equal."""
+        """Return the tensors of all shards, by rank; their shapes are equal."""
 
     def close(self) -> None:
         """Leave the group; may be called twice."""
 
 
 class SingleShard:
-    """A stage of one shard: nothing to reduce."""
+    """The group of a stage of one shard: nothing to reduce."""
 
     rank = 0
     size = 1
@@ -73,16 +73,16 @@ class GroupCollectives:
 def join_group(
     store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float, address: str = "127.0.0.1"
 ) -> Collectives:
-    """Form the group of a stage; blocks until all `size` shards have come.
+    """Return the group of a stage; blocks until all `size` shards have joined.
 
     Args:
-        store: rendezvous shared by the shards, fresh for every epoch.
-        device: cpu takes gloo, cuda NCCL.
-        timeout_s: limit for the meeting and for every later reduction.
+        store: rendezvous shared by the shards, fresh for every launch.
+        device: gloo on a CPU, NCCL on a GPU.
+        timeout_s: limit for the rendezvous and for every later reduction.
         address: IP address gloo binds to.
 
     Raises:
-        RuntimeError: a member did not come or went away within the timeout.
+        RuntimeError: a member did not join in time.
     """
     if size == 1:
         return SingleShard()
@@ -96,7 +96,7 @@ def join_group(
 
 
 def gloo_options(timeout_s: float, address: str) -> Any:
-    """How a gloo group is formed: the limit for every operation, and the IP address it binds to."""
+    """Return the options of a gloo group: the limit for every operation, and the IP address it binds to."""
     options = GLOO._Options()
     options._timeout = datetime.timedelta(seconds=timeout_s)
     options._devices = [_device(address)]
@@ -105,10 +105,10 @@ def gloo_options(timeout_s: float, address: str) -> Any:
 
 @functools.cache
 def _device(address: str) -> Any:
-    """One for all groups of the process: each has a thread that looks for news every 10 ms, also when idle."""
+    """Return one device for all groups of the process: each has a thread that polls every 10 ms, also when idle."""
     return GLOO.create_device(hostname=address)
 
 
 def file_store(path: str, size: int) -> dist.Store:
-    """A rendezvous through a file of the node; the path must not have been used before."""
+    """Return a rendezvous through a file of the node, whose path must not have been used before."""
     return dist.FileStore(path, size)

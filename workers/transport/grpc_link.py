@@ -1,17 +1,16 @@
-"""Links carry hidden states from one stage to the next, and sampled tokens from the last one to the first.
+"""Links over gRPC, between nodes.
 
-They work in one process or over gRPC.
-
-A link is a bounded queue: when the next stage is behind by `DEPTH` steps, `send` waits. gRPC's own flow control extends
-this across processes, since the receiver stops reading while its inbox is full.
+The sender streams frames, the receiver's `Activations` call puts them into an inbox. gRPC's own flow control extends
+the bound of the link across processes, since a receiver stops reading while its inbox is full.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 import torch
@@ -20,26 +19,9 @@ from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
 from workers.transport.frames import Assembler, Frame, split
+from workers.transport.interface import DEPTH, LinkClosed, check_due, overdue
 
-DEPTH = 4  # steps in flight on a link before the sender waits
 T = TypeVar("T")
-
-
-class LinkClosed(RuntimeError):
-    """The other end is gone or the link was closed."""
-
-
-class Sender(Protocol):
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        """Queue the activations of a step; waits while the link is full, raises LinkClosed when it is broken."""
-
-    def close(self) -> None:
-        """Stop; may be called twice."""
-
-
-class Source(Protocol):
-    def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """What the stage before made of a step, of the shape and type the plan tells. Raises LinkClosed."""
 
 
 class Mailbox(Generic[T]):
@@ -52,7 +34,11 @@ class Mailbox(Generic[T]):
         self._reason: str | None = None
 
     def put(self, item: T) -> None:
-        """Add an item; waits while `depth` items are unread. Raises LinkClosed when closed."""
+        """Add an item; waits while `depth` items are unread.
+
+        Raises:
+            LinkClosed: the box is closed.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._reason is not None or len(self._items) < self._depth)
             if self._reason is not None:
@@ -61,7 +47,11 @@ class Mailbox(Generic[T]):
             self._changed.notify_all()
 
     def get(self, timeout_s: float | None = None) -> T:
-        """The oldest item. Raises TimeoutError, or LinkClosed when closed and empty."""
+        """Return the oldest item.
+
+        Raises:
+            TimeoutError: none came. LinkClosed: the box is closed and empty.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self._items or self._reason is not None, timeout_s):
                 raise TimeoutError
@@ -72,92 +62,77 @@ class Mailbox(Generic[T]):
             return item
 
     def close(self, reason: str = "closed") -> None:
-        """No more items come; the first reason stays."""
+        """Refuse further items; the first reason stays."""
         with self._changed:
             if self._reason is None:
                 self._reason = reason
             self._changed.notify_all()
 
 
-class Inbox:
-    """Where a stage takes what the stage before it made of its steps, in order."""
+class GrpcInbox:
+    """The receiving end: tensors wait here for the stage that takes them."""
 
-    def __init__(
-        self, epoch: int, what: str = "activations", source: str = "the previous stage", depth: int = DEPTH
-    ) -> None:
-        """Args: `what` it takes and from whom, for messages; `depth` steps are held before the sender waits."""
-        self.epoch = epoch
+    def __init__(self, content: str = "activations", source: str = "the previous stage", depth: int = DEPTH) -> None:
+        """Args: `content` and `source` are for error messages; `depth` tensors are held before the sender waits."""
         self.source = source
-        self._what = what
-        self._steps: Mailbox[tuple[int, torch.Tensor]] = Mailbox(depth)
+        self._content = content
+        self._tensors: Mailbox[tuple[int, torch.Tensor]] = Mailbox(depth)
 
     def put(self, step: int, tensor: torch.Tensor) -> None:
-        """Deliver a step; waits while the stage is behind. Raises LinkClosed."""
-        self._steps.put((step, tensor))
-
-    def take(
-        self, step: int, timeout_s: float, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """What came of `step`; a shape and a type are checked when given.
+        """Deliver the tensor of a step; waits while the stage is behind.
 
         Raises:
-            LinkClosed: the link broke, the step did not come in time, or something else came.
+            LinkClosed: the inbox is closed.
         """
+        self._tensors.put((step, tensor))
+
+    def receive(self, frames: Iterator[pb.Frame]) -> None:
+        """Assemble and deliver what a stream brings until it ends.
+
+        Raises:
+            FrameError: a frame is damaged. LinkClosed: the inbox is closed.
+        """
+        assembler = Assembler()
+        for frame in frames:
+            if (complete := assembler.add(frame.data)) is not None:
+                self.put(*complete)
+
+    def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Inbox`."""
         try:
-            came, tensor = self._steps.get(timeout_s)
+            received = self._tensors.get(timeout_s)
         except TimeoutError:
-            raise LinkClosed(f"{self._what} of step {step} did not come within {timeout_s:g} s") from None
-        if came != step:
-            raise LinkClosed(f"{self._what} of step {came} came where step {step} was due")
-        if (shape and tuple(shape) != tuple(tensor.shape)) or (dtype and dtype != tensor.dtype):
-            raise LinkClosed(
-                f"{self._what} of step {step} are {tensor.dtype} {list(tensor.shape)} where "
-                f"{dtype} {list(shape or ())} were due"
-            )
-        return tensor
+            raise overdue(self._content, step, timeout_s) from None
+        return check_due(self._content, *received, step, shape, dtype)
 
     def close(self, reason: str = "closed") -> None:
-        self._steps.close(reason)
-
-
-class InProcessSender:
-    """The link between stages that live in one process (tests, single-process tools)."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        if epoch == self._inbox.epoch:
-            self._inbox.put(step, tensor)
-
-    def close(self) -> None:
-        pass
+        """See `Inbox`; what is here can still be taken."""
+        self._tensors.close(reason)
 
 
 class GrpcSender:
-    """Streams to the same rank of the next stage (after the last: the first); compute goes on while bytes travel."""
+    """The sending end: streams to the same rank of the next stage; compute goes on while bytes travel."""
 
     def __init__(self, address: str, token: str) -> None:
         self._channel = open_channel(address)
-        self._outbox: Mailbox[tuple[int, int, torch.Tensor]] = Mailbox()
+        self._outbox: Mailbox[Iterator[Frame]] = Mailbox()
         call = rpc.StageStub(self._channel).Activations.future(self._frames(), metadata=token_metadata(token))
         call.add_done_callback(self._on_done)
 
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        self._outbox.put((epoch, step, tensor))
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        """See `Sender`."""
+        self._outbox.put(split(tensor, step))
 
     def close(self) -> None:
+        """See `Sender`."""
         self._outbox.close()
         self._channel.close()
 
     def _frames(self) -> Iterator[pb.Frame]:
-        while True:
-            try:
-                epoch, step, tensor = self._outbox.get()
-            except LinkClosed:
-                return
-            for frame in split(tensor, epoch, step):
-                yield frame_to_pb(frame)
+        with contextlib.suppress(LinkClosed):
+            while True:
+                for frame in self._outbox.get():
+                    yield pb.Frame(data=b"".join(frame))
 
     def _on_done(self, call: grpc.Future) -> None:
         if call.cancelled():
@@ -167,30 +142,3 @@ class GrpcSender:
             self._outbox.close(f"link to the next stage broke: {details}")
         else:
             self._outbox.close("the next stage ended the stream")
-
-
-def receive_frames(frames: Iterator[pb.Frame], inbox: Inbox) -> None:
-    """Feed a stream of frames into an inbox until the stream ends.
-
-    Raises:
-        FrameError: a frame is damaged; LinkClosed: the inbox was closed.
-    """
-    assembler = Assembler(inbox.epoch)
-    for message in frames:
-        done = assembler.add(frame_from_pb(message))
-        if done is not None:
-            inbox.put(*done)
-
-
-def frame_to_pb(frame: Frame) -> pb.Frame:
-    return pb.Frame(
-        epoch=frame.epoch, step=frame.step, index=frame.index, count=frame.count, dtype=frame.dtype,
-        shape=frame.shape, crc32=frame.crc32, payload=frame.payload,
-    )  # fmt: skip
-
-
-def frame_from_pb(message: pb.Frame) -> Frame:
-    return Frame(
-        message.epoch, message.step, message.index, message.count, message.dtype, tuple(message.shape),
-        message.crc32, message.payload,
-    )  # fmt: skip

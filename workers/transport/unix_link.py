@@ -1,48 +1,54 @@
-"""Links between neighbours on one node: Unix sockets in the launch's private folder, read by the thread that computes.
+"""Links between stages of one node: Unix sockets in the launch's private folder.
 
-A message is a header (epoch, step and CRC-32 as int64) and the bytes of one tensor. The receiver knows type and
-shape from its plan: a step takes one message and wakes no other thread of ours. A peer that dies is an error at once,
-and closing an end wakes whoever waits at it. Short messages go through compiled functions (`unix_link_compiled`); what
-is here in Python is their twin.
+The thread that computes reads and writes them itself, so a decode step wakes no other thread. A peer that dies is an
+error at once, and closing an end wakes whoever waits at it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import socket
-import struct
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from workers.transport import unix_link_compiled
-from workers.transport.grpc_link import DEPTH, LinkClosed
-
-_HEADER = 64  # bytes, of which 24 are used: what follows stays aligned
-_FIELDS = struct.Struct("<3q")
-_INT64 = 8
+from workers.transport.frames import HEADER_BYTES, Assembler, Frame, FrameError, split
+from workers.transport.interface import DEPTH, LinkClosed, check_due, overdue
 
 
-class NearSender:
-    """The sending end; what the socket does not take at once follows by itself, compute goes on meanwhile."""
+class _Message:
+    """The frames of a tensor as far as they are not written yet."""
+
+    def __init__(self, step: int, tensor: torch.Tensor) -> None:
+        self._frames = split(tensor, step)
+        self._frame: Frame | None = None  # written in part or not at all
+
+    def write(self, end: socket.socket, flags: int = 0) -> None:
+        """Write the rest. Raises OSError: BlockingIOError where the socket takes no more now."""
+        while (frame := self._frame or next(self._frames, None)) is not None:
+            self._frame = frame
+            written = end.sendmsg(frame, (), flags | socket.MSG_NOSIGNAL)
+            in_payload = max(0, written - len(frame.header))
+            rest = Frame(frame.header[written:], frame.payload[in_payload:])
+            self._frame = rest if any(rest) else None
+
+
+class UnixSender:
+    """The sending end; what the socket does not take at once is written by a thread while compute goes on."""
 
     def __init__(self, path: str, depth: int = DEPTH) -> None:
-        """Connect to the `NearInbox` that listens at `path`; `depth` messages may be under way before `send` waits.
+        """Connect to the `UnixInbox` that listens at `path`; `depth` tensors may be unwritten before `send` waits.
 
         Raises:
             LinkClosed: nobody listens there.
         """
         self._depth = depth
         self._changed = threading.Condition()
-        self._left: deque[memoryview] = deque()  # what is still to be written, the oldest of it perhaps in part
+        self._unwritten: deque[_Message] = deque()
         self._error = ""
         self._writer: threading.Thread | None = None
         self._socket = socket.socket(socket.AF_UNIX)
@@ -52,148 +58,95 @@ class NearSender:
             self._socket.close()
             raise LinkClosed(f"the next stage does not listen: {error}") from error
 
-    def early(self, epoch: int, step: int, tensor: torch.Tensor) -> unix_link_compiled.Early | None:
-        """The message of a step, for whoever fills `tensor` to send; None where it must take the usual way."""
-        size = _HEADER + tensor.numel() * tensor.element_size()
-        if self._left or self._error or not unix_link_compiled.serves(size):
-            return None
-        return unix_link_compiled.Early(self._socket.fileno(), tensor, epoch, step, _seed(tensor.dtype, tensor.shape))
-
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        """Send the tensor of a step. Raises LinkClosed when the other end is gone."""
-        tensor = tensor.detach().contiguous()
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        """See `Sender`."""
+        message = _Message(step, tensor)
         with self._changed:
-            if len(self._left) >= self._depth:
-                self._changed.wait_for(lambda: self._error or len(self._left) < self._depth)
+            self._changed.wait_for(lambda: self._error or len(self._unwritten) < self._depth)
+            if not self._unwritten and self._write(message, socket.MSG_DONTWAIT):
+                return
             if self._error:
                 raise LinkClosed(self._error)
-            if (message := self.early(epoch, step, tensor)) is not None:
-                unix_link_compiled.send(message)
-                self._finish(message)
-                return
-            data = _message(tensor, epoch, step, _seed(tensor.dtype, tensor.shape))
-            self._queue(data if self._left else data[self._write(data, socket.MSG_DONTWAIT) :])
-
-    def finish(self, message: unix_link_compiled.Early) -> None:
-        """See to what of an early message is not on its way yet. Raises LinkClosed when the other end is gone."""
-        with self._changed:
-            self._finish(message)
-
-    def _finish(self, message: unix_link_compiled.Early) -> None:
-        with self._breaking():
-            written = unix_link_compiled.sent(message)
-        if written < _HEADER + message.call.bytes:
-            self._queue(_message(message.body, message.epoch, message.step, message.seed)[written:])
-
-    def _queue(self, rest: memoryview) -> None:
-        """Have the rest of a message written by a thread; the condition is held."""
-        if not rest:
-            return
-        self._left.append(rest)
-        self._changed.notify_all()
-        if self._writer is None:
-            self._writer = threading.Thread(target=self._write_rest, name="near link", daemon=True)
-            self._writer.start()
+            self._unwritten.append(message)
+            self._changed.notify_all()
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_rest, name="link", daemon=True)
+                self._writer.start()
 
     def close(self) -> None:
+        """See `Sender`."""
         with self._changed:
             self._error = self._error or "closed"
-            self._left.clear()
             self._changed.notify_all()
         _wake(self._socket)
 
     def __del__(self) -> None:
         self._socket.close()  # not earlier: the number could be another file's while a step still sends
 
-    def _write(self, data: memoryview, flags: int = 0) -> int:
-        with self._breaking():
-            try:
-                return self._socket.send(data, flags | socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                return 0
-
-    @contextlib.contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """An error of the socket ends the link."""
+    def _write(self, message: _Message, flags: int = 0) -> bool:
+        """Write a message; returns whether it is written as a whole. An error of the socket ends the link."""
+        if self._error:
+            return False
         try:
-            yield
+            message.write(self._socket, flags)
+        except BlockingIOError:
+            return False
         except OSError as error:
             self._error = self._error or f"link to the next stage broke: {error}"
-            raise LinkClosed(self._error) from error
+            return False
+        return True
 
     def _write_rest(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._error or self._left)
+                self._changed.wait_for(lambda: self._error or self._unwritten)
                 if self._error:
+                    self._changed.notify_all()
                     return
-                data = self._left[0]
-            try:
-                written = self._write(data)
-            except LinkClosed:
-                written = 0
+            self._write(self._unwritten[0])
             with self._changed:
-                if self._left and written < len(data):
-                    self._left[0] = data[written:]
-                elif self._left:
-                    self._left.popleft()
+                self._unwritten.popleft()
                 self._changed.notify_all()
 
 
-class NearInbox:
+class UnixInbox:
     """The receiving end, which listens from the start."""
 
-    def __init__(self, path: str, epoch: int, what: str = "activations", source: str = "the previous stage") -> None:
-        """Args: `path` of the socket, which must be new; `what` it takes and from whom, for messages.
+    def __init__(self, path: str, content: str = "activations", source: str = "the previous stage") -> None:
+        """Listen at `path`, which must be new; `content` and `source` are for error messages.
 
         Raises:
             OSError: the socket cannot be made.
         """
-        self.epoch = epoch
-        self._what = what
+        self._content = content
         self._source = source
         self._path = path
         self._link: socket.socket | None = None
-        self._closed = False
+        self._reason = ""
         self._taking = threading.Lock()
-        self._rhythm = unix_link_compiled.Rhythm()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen(1)
 
     def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """What came of `step`, which has this shape and type.
-
-        Raises:
-            LinkClosed: the other end is gone, nothing came in time, something else came, or this end was closed.
-        """
-        message = torch.empty(_HEADER + math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        body = message[_HEADER:].view(dtype).view(tuple(shape))
-        seed = _seed(dtype, tuple(shape))
+        """See `Inbox`."""
         until = time.monotonic() + timeout_s
         try:
             with self._taking:
-                link = self._connected(timeout_s)
-                if unix_link_compiled.serves(message.numel()):
-                    fits = unix_link_compiled.take(
-                        link.fileno(), message, self.epoch, step, seed, until - time.monotonic(), self._rhythm
-                    )
-                else:
-                    _fill(link, message.numpy().data, until)
-                    fits = False  # as far as is known
+                received = self._receive(until)
         except TimeoutError as error:
-            raise LinkClosed(f"{self._what} of step {step} did not come within {timeout_s:g} s") from error
+            raise overdue(self._content, step, timeout_s) from error
+        except FrameError as error:
+            raise LinkClosed(f"{self._content}: {error}") from error
         except OSError as error:
-            raise LinkClosed("closed" if self._closed else f"{self._source} is gone: {error}") from error
-        if not fits:
-            self._check(message.numpy(), step, seed)
-        return body
+            raise LinkClosed(self._reason or f"{self._source} is gone: {error}") from error
+        return check_due(self._content, *received, step, shape, dtype)
 
-    def close(self) -> None:
-        """End the link and wake who waits at it; may be called twice."""
-        if self._closed:
+    def close(self, reason: str = "closed") -> None:
+        """See `Inbox`."""
+        if self._reason:
             return
-        self._closed = True
+        self._reason = reason
         if self._link is not None:
             _wake(self._link)
         else:
@@ -205,53 +158,33 @@ class NearInbox:
                 self._link.close()
         Path(self._path).unlink(missing_ok=True)
 
-    def _connected(self, timeout_s: float) -> socket.socket:
+    def _receive(self, until: float) -> tuple[int, torch.Tensor]:
+        """Read one tensor and its step."""
         if self._link is None:
-            self._listener.settimeout(timeout_s)
+            self._listener.settimeout(max(1e-3, until - time.monotonic()))
             self._link, _ = self._listener.accept()
-        if self._closed:
+        if self._reason:
             raise ConnectionAbortedError
-        return self._link
-
-    def _check(self, message: np.ndarray, step: int, seed: int) -> None:
-        epoch, came, crc = _FIELDS.unpack_from(message)  # type: ignore[arg-type]
-        if (epoch, came) != (self.epoch, step):
-            raise LinkClosed(
-                f"{self._what} of step {came}, epoch {epoch} came where step {step}, epoch {self.epoch} was due"
-            )
-        if _checksum(message, seed) != crc:
-            raise LinkClosed(f"{self._what} of step {step} are damaged (checksum differs)")
+        assembler = Assembler()
+        header = bytearray(HEADER_BYTES)
+        complete = None
+        while complete is None:
+            _fill(self._link, memoryview(header), until)
+            _fill(self._link, assembler.begin(header), until)
+            complete = assembler.end()
+        return complete
 
 
-def _fill(link: socket.socket, rest: memoryview, until: float) -> None:
-    while rest:
+def _fill(link: socket.socket, room: memoryview, until: float) -> None:
+    """Read until `room` is full. Raises OSError: TimeoutError at `until`, the monotonic clock's."""
+    while room:
         link.settimeout(max(1e-3, until - time.monotonic()))
-        count = link.recv_into(rest)
+        count = link.recv_into(room)
         if not count:
             raise ConnectionResetError("it ended the link")
-        rest = rest[count:]
+        room = room[count:]
 
 
 def _wake(end: socket.socket) -> None:
     with contextlib.suppress(OSError):  # not connected, or closed before
         end.shutdown(socket.SHUT_RDWR)
-
-
-def _message(tensor: torch.Tensor, epoch: int, step: int, seed: int) -> memoryview:
-    body = tensor.view(-1).view(torch.uint8).numpy()
-    message = np.empty(_HEADER + body.size, np.uint8)
-    message[_HEADER:] = body
-    _FIELDS.pack_into(message, 0, epoch, step, 0)  # type: ignore[arg-type]
-    _FIELDS.pack_into(message, 0, epoch, step, _checksum(message, seed))  # type: ignore[arg-type]
-    return message.data
-
-
-def _checksum(message: np.ndarray, seed: int) -> int:
-    """CRC-32 over epoch, step and body, begun with what the bytes are."""
-    return zlib.crc32(message[_HEADER:], zlib.crc32(message[: 2 * _INT64], seed))  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=64)
-def _seed(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """A payload taken for another type or shape does not pass."""
-    return zlib.crc32(f"{dtype} {tuple(shape)}".encode())

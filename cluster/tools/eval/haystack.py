@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.text.chat_template import opens_thinking
-from cluster.text.prompts import DEFAULT_TEMPLATE, PromptError, build_document_prompts, check_length
+from cluster.text.prompts import PromptError, build_document_prompts, check_length
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
+from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
 
 _MIN_TOKENS_PER_NEEDLE = 64  # below this the document is hardly more than its needles
 _LONG_LINE = 1000  # characters: a text with longer lines is cut between words
@@ -21,34 +22,34 @@ _LONG_LINE = 1000  # characters: a text with longer lines is cut between words
 
 @dataclass(frozen=True, slots=True)
 class Needle:
-    """One hidden sentence; `depth` is where it starts, as a fraction of the document's characters."""
+    """One hidden sentence (`answer`) and the question about it."""
 
     adjective: str
     noun: str
     code: str
     question: str
     answer: str
-    depth: float
+    depth: float  # where it starts, as a fraction of the document's characters
 
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """A document with its needles in order of depth; `num_tokens` is the size of the longest prompt about it."""
+    """A document with its needles in order of depth."""
 
     document: str
     needles: tuple[Needle, ...]
-    num_tokens: int
+    num_tokens: int  # of the longest prompt about it
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What haystacks are made of: a text to hide in, and the adjectives and nouns that codes are named by."""
+    """Material of haystacks: a text to hide in, and the adjectives and nouns that codes are named by."""
 
     text: str
     words: Mapping[str, Sequence[str]]
 
-    def turned(self, seed: int) -> Source:
-        """The same text from another line on, so that documents of different seeds have different beginnings."""
+    def rotate(self, seed: int) -> Source:
+        """Return the same text from another line on, so that documents of different seeds begin differently."""
         at = self.text.find("\n", random.Random(f"{seed} start").randrange(len(self.text))) + 1
         return replace(self, text=self.text[at:] + self.text[:at])
 
@@ -57,11 +58,11 @@ class Source:
 class Form:
     """How questions become prompts.
 
-    `begun`: the prompt ends with the answer up to its code, so that the first digit is looked up in the last row of the
+    A prompt that is `begun` ends with the answer up to its code: the first digit is looked up in the last row of the
     prompt. Otherwise the model writes the whole answer, and looks the code up in rows that are decoded.
     """
 
-    template: str = DEFAULT_TEMPLATE
+    template: str = DEFAULT_DOCUMENT_PROMPT
     enable_thinking: bool | None = None
     begun: bool = False
 
@@ -69,7 +70,7 @@ class Form:
         self, tokenizer: TextTokenizer, document: str, needles: Sequence[Needle], max_model_len: int,
         max_tokens: int = 1,
     ) -> list[list[int]]:  # fmt: skip
-        """One prompt a needle, the document first in all of them. Raises PromptError."""
+        """Return one prompt a needle, the document first in all of them. Raises PromptError."""
         prompts = build_document_prompts(
             tokenizer, document, [needle.question for needle in needles], self.template,
             enable_thinking=self.enable_thinking, max_model_len=max_model_len, max_tokens=max_tokens,
@@ -87,7 +88,7 @@ class Form:
 
 
 def read_source(assets: Path, document: Path | None = None) -> Source:
-    """The words of `assets` with its book, or with the text of `document`. Raises UserError."""
+    """Return the words of `assets` with its book, or with the text of `document`. Raises UserError."""
     try:
         words = json.loads((assets / "words.json").read_bytes())
         book = "" if document else gzip.decompress((assets / "book.txt.gz").read_bytes()).decode("utf-8")
@@ -113,11 +114,10 @@ def build_haystack(
     share_words: bool = False,
     form: Form | None = None,
 ) -> Haystack:
-    """Hide `num_needles` sentences evenly in as much of the text as fits prompts of `total_tokens`.
-
-    Beyond its end the text starts again. `source` may be the folder with the book and the words.
+    """Return a document: `num_needles` sentences hidden evenly in as much text as fits prompts of `total_tokens`.
 
     Args:
+        source: the text, which starts again beyond its end; or the folder with the book and the words.
         share_words: half of the needles share their adjective or their noun with another; otherwise every word is used
             once. No two needles have both in common.
         form: of the prompts; by default a question with the default template.
@@ -156,14 +156,14 @@ def build_haystack(
 
 
 def is_right(answer_text: str, needle: Needle, begun: bool = False) -> bool:
-    """Whether the answer is exactly the hidden sentence, or its code if the prompt has `begun` it (and white space)."""
+    """Return whether the answer is exactly the hidden sentence, or its code if the prompt has `begun` the answer."""
     return answer_text.strip() == (f"{needle.code}." if begun else needle.answer.strip())
 
 
 def finds_code(answer_text: str, needle: Needle) -> bool:
-    """Whether the first number of five digits in the answer is the code; what surrounds it is free."""
-    found = re.search(r"(?<![0-9])[0-9]{5}(?![0-9])", answer_text)
-    return found is not None and found[0] == needle.code
+    """Return whether the first number of five digits in the answer is the code; what surrounds it is free."""
+    number = re.search(r"(?<![0-9])[0-9]{5}(?![0-9])", answer_text)
+    return number is not None and number[0] == needle.code
 
 
 def _fact(adjective: str, noun: str, code: int) -> str:
@@ -179,9 +179,9 @@ def _choose_words(
 ) -> list[tuple[str, str]]:
     adjectives = sorted(words["adjectives"])
     nouns = sorted(set(words["nouns"]) - set(adjectives))  # "copper" is both
-    most = min(len(adjectives), len(nouns))
-    if not 1 <= num_needles <= most:
-        raise UserError(f"num_needles: {num_needles}: must be between 1 and {most}")
+    max_needles = min(len(adjectives), len(nouns))
+    if not 1 <= num_needles <= max_needles:
+        raise UserError(f"num_needles: {num_needles}: must be between 1 and {max_needles}")
     draw = random.Random(f"{seed} words")
     firsts, seconds = draw.sample(adjectives, num_needles), draw.sample(nouns, num_needles)
     pairs = list(zip(firsts, seconds, strict=True))
@@ -198,9 +198,9 @@ def _choose_words(
 
 
 def _cut(tokenizer: TextTokenizer, book: str, num_tokens: int) -> str:
-    """The longest run of whole lines from the start of the text within `num_tokens` (of words where lines are long).
+    """Return the longest run of whole lines (of words where lines are long) from the start within `num_tokens`.
 
-    Cut by characters first: 32K tokens do not need the tokens of all 4 MB.
+    It is cut by characters first: 32K tokens do not need the tokens of all 4 MB.
     """
     size = 5 * num_tokens  # English has about 4 characters a token
     while True:
@@ -213,7 +213,7 @@ def _cut(tokenizer: TextTokenizer, book: str, num_tokens: int) -> str:
 
 
 def _hide(text: str, facts: list[str]) -> tuple[str, list[int]]:
-    """Put each fact on a line of its own, in the middle of its equal part of the text, and tell where it starts."""
+    """Put each fact on a line of its own, in the middle of its equal part of the text; return where each starts too."""
     pieces, offsets = [], []
     done = length = 0
     for index, fact in enumerate(facts):
@@ -227,7 +227,7 @@ def _hide(text: str, facts: list[str]) -> tuple[str, list[int]]:
 
 
 def _break_before(text: str, stop: int, reach: int) -> int:
-    """Where the last line that ends before `stop` ends, or else the last word, at most `reach` characters back."""
+    """Return where the last line before `stop` ends, or else the last word, at most `reach` characters back."""
     low = max(0, stop - reach)
     for mark in ("\n", " "):
         at = text.rfind(mark, low, stop)

@@ -22,13 +22,14 @@ LONG_CONFIG = "config_1m.json"  # beside config.json: the published recipe for l
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is evaluated: a YAML file, with another checkpoint in it when `model` is given."""
+    """The deployment to evaluate: a YAML file, with another checkpoint in it when `model` is given."""
 
     config: Path
     model: Path | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
+        """Dotted keys that put the checkpoint in place of the YAML's, without its settings of positions."""
         if self.model is None:
             return {}
         return {
@@ -38,25 +39,23 @@ class Target:
 
     @property
     def model_dir(self) -> Path:
+        """The folder of the checkpoint. Raises ConfigError."""
         return self.model or load_config(self.config).model.path
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What all modes of an evaluation have in common; lengths in tokens.
-
-    `extra_tokens`: KV beside one context of `max_len`, for what questions about one document do not share.
-    """
+    """What all modes of an evaluation have in common; lengths in tokens."""
 
     max_len: int
-    extra_tokens: int = 0
+    extra_tokens: int = 0  # KV beside one context, for what questions about one document do not share
     sparse_threshold: int | None = 0
     kv: str = "auto"
-    more: Mapping[str, object] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
 
 def find_target(config: Path | None, model: Path | None) -> Target:
-    """The YAML of the demo, a given one, or for a bare checkpoint one process on this machine. Raises UserError."""
+    """Return a given YAML, that of the demo, or for a bare checkpoint one process on this machine. Raises UserError."""
     if model is not None and not (model / "config.json").is_file():
         raise UserError(f"--model: {model}: must be a directory with config.json")
     if config is not None:
@@ -65,7 +64,7 @@ def find_target(config: Path | None, model: Path | None) -> Target:
 
 
 def load_mode(target: Target, mode: str, conditions: Conditions) -> Deployment:
-    """The deployment of one mode, with room for what it reads. Raises ConfigError or UserError."""
+    """Return the deployment of one mode, with room for what it reads. Raises ConfigError or UserError."""
     overrides = target.overrides | mode_overrides(target, mode, conditions)
     overrides |= {"model.max_model_len": conditions.max_len}
     if conditions.kv != "auto":
@@ -86,7 +85,7 @@ def load_mode(target: Target, mode: str, conditions: Conditions) -> Deployment:
 
 
 def mode_overrides(target: Target, mode: str, conditions: Conditions) -> dict[str, object]:
-    """Dotted keys that turn one checkpoint to `mode`; a context of `conditions.max_len` must be covered."""
+    """Return the dotted keys that make one checkpoint attend by `mode` up to `conditions.max_len`. Raises UserError."""
     dense: dict[str, object] = {"sparse.enabled": False}
     if mode in ("plain", "yarn") and load_config(target.config).model.config_file == LONG_CONFIG:
         dense["model.config_file"] = "config.json"
@@ -119,18 +118,18 @@ def mode_overrides(target: Target, mode: str, conditions: Conditions) -> dict[st
 
 
 def dual_chunk_overrides(target: Target) -> dict[str, object] | None:
-    """What switches dual chunk attention on: the YAML's settings, else the published file; None: there are neither."""
+    """Return what switches dual chunk attention on, the YAML's settings or the published file; None without either."""
     section = load_config(target.config).model.dual_chunk_attention
     if target.model is None and section is not None and section.enabled is not False:
         return {}
-    found: dict[str, object] = {"model.rope_scaling": None, "model.dual_chunk_attention": None}
+    from_file: dict[str, object] = {"model.rope_scaling": None, "model.dual_chunk_attention": None}
     if (target.model_dir / LONG_CONFIG).is_file():
-        return found | {"model.config_file": LONG_CONFIG}
-    return found if load_model_spec(target.model_dir).dual_chunk is not None else None
+        return from_file | {"model.config_file": LONG_CONFIG}
+    return from_file if load_model_spec(target.model_dir).dual_chunk is not None else None
 
 
 def trained_window(model_dir: Path) -> int:
-    """Positions the checkpoint was trained on, by its config.json; YaRN stretches from there."""
+    """Return the positions the checkpoint was trained on, by its config.json; YaRN stretches from there."""
     spec = load_model_spec(model_dir)
     if spec.dual_chunk is not None and spec.dual_chunk.original_max_position_embeddings > 0:
         return spec.dual_chunk.original_max_position_embeddings

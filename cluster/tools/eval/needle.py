@@ -1,7 +1,7 @@
-"""Needles over depth and length: facts hidden in documents of several lengths, asked for under several ways to attend.
+"""Needles over depth and length: facts hidden in documents of several lengths, asked for in several modes of attention.
 
 Each mode is one cluster; each cell of its grid is one document, read once, with all its questions. A cell that fails
-says why and leaves the others as they are.
+holds the reason and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.common.units import format_count
 from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
 from cluster.engine.outputs import Generation
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.text.chat_template import opens_thinking
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
@@ -26,35 +26,33 @@ from cluster.tools.display import Display, format_duration
 from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
 from cluster.tools.eval.modes import MODES, Conditions, Target, load_mode
 from protos.errors import UserError
+from protos.jobs.sampling import AnswerOptions
+from protos.model.spec import ModelSpec
 from protos.node.node_check import NodeError
 
 _BROKEN = (ClusterError, NodeError)  # the cluster's fault, not the input's
 _PRIVATE_TOKENS = 8192 + 512  # KV that a question may need beside its document: a sparse cell, question and answer
 
-OpenSession = Callable[[Deployment, Display], Session]
+OpenRuntime = Callable[[Deployment, Display], ClusterRuntime]
 
 
 @dataclass(frozen=True, slots=True)
 class NeedleOptions:
-    """What is hidden and how it is asked. A length counts the prompt and `max_tokens` of answer.
-
-    `form`: `answer`, or `prompt` with the answer begun up to its code. `trials` documents a length, with seeds that
-    follow each other. `thinking` None leaves the choice to the chat template.
-    """
+    """What is hidden and how it is asked. A length counts the prompt and `max_tokens` of answer."""
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
     needles: int = 8
     modes: tuple[str, ...] = MODES
-    form: str = "answer"
+    form: str = "answer"  # or prompt: the answer is begun up to its code
     shared_words: bool = False
-    trials: int = 1
+    trials: int = 1  # documents a length, with seeds that follow each other
     seed: int = 0
     max_tokens: int = 24
-    thinking: bool | None = False
+    thinking: bool | None = False  # None leaves the choice to the chat template
     sparse_threshold: int | None = 0
     kv: str = "auto"
     document: Path | None = None
-    more: Mapping[str, object] = field(default_factory=dict)  # further keys of the YAML, dotted
+    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
         for name, values in (("--lengths", self.lengths), ("--modes", self.modes)):
@@ -73,17 +71,17 @@ class Document:
 
 
 class NeedleRun:
-    """One evaluation: prepared and checked when made, run once by `run`; `report` is whole at any time."""
+    """One evaluation: checked and prepared when made, run once by `run`; `report` can be written at any time."""
 
     def __init__(
         self, target: Target, options: NeedleOptions, display: Display,
-        open_session: OpenSession = lambda deployment, display: Session(deployment, display.launch),
+        open_runtime: OpenRuntime = lambda deployment, display: ClusterRuntime(deployment, display.launch),
     ) -> None:  # fmt: skip
-        """Raises UserError for anything that cannot be."""
+        """Load every mode and hide the needles. Raises UserError for anything that cannot be."""
         self.options = options
         self._display = display
         self._on_cell: Callable[[dict[str, Any]], None] = lambda report: None
-        self._open = open_session
+        self._open = open_runtime
         conditions = Conditions(
             max(options.lengths), options.needles * _PRIVATE_TOKENS, options.sparse_threshold, options.kv, options.more
         )
@@ -97,10 +95,10 @@ class NeedleRun:
         self.report = self._heading(first)
 
     def run(self, on_cell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Run every mode; returns the report.
+        """Run every mode and return the report.
 
         Args:
-            on_cell: gets the report after every cell, and once it is complete.
+            on_cell: called with the report after every cell, and once it is complete.
 
         Raises:
             UserError: a checkpoint cannot be loaded. A cluster that fails is reported in its cells.
@@ -120,7 +118,7 @@ class NeedleRun:
                 self._display.status(f"hiding needles in {format_count(length)} tokens")
                 seed = options.seed + trial
                 haystack = build_haystack(
-                    tokenizer, length - options.max_tokens, options.needles, seed, source.turned(seed),
+                    tokenizer, length - options.max_tokens, options.needles, seed, source.rotate(seed),
                     share_words=options.shared_words, form=self._form,
                 )  # fmt: skip
                 prompts = self._form.prompts(tokenizer, haystack.document, haystack.needles, length, options.max_tokens)
@@ -128,6 +126,7 @@ class NeedleRun:
 
     def _heading(self, deployment: Deployment) -> dict[str, Any]:
         config, options = deployment.config, self.options
+        specs = {mode: each.spec for mode, each in self.deployments.items()}
         return {
             "what": "needle",
             "model": config.model.served_model_name,
@@ -138,7 +137,7 @@ class NeedleRun:
             "needles": options.needles,
             "trials": options.trials,
             "lengths": list(options.lengths),
-            "modes": {mode: _positions(found) for mode, found in self.deployments.items()},
+            "modes": {mode: _positions(spec) for mode, spec in specs.items()},
             "kv": options.kv,
             "text": "book" if options.document is None else options.document.name,
             "seed": options.seed,
@@ -149,34 +148,34 @@ class NeedleRun:
     def _run_mode(self, mode: str, deployment: Deployment) -> None:
         waiting = list(self.documents)
         self._display.label(f"{mode}")
-        session = self._open(deployment, self._display)
+        runtime = self._open(deployment, self._display)
         try:
-            session.start()
+            runtime.start()
             while waiting:
                 self._display.label(f"{mode} {format_count(waiting[0].length)}")
                 try:
-                    cell = self._ask(session, waiting[0])
+                    cell = self._ask(runtime, waiting[0])
                 except UserError as error:
                     cell = {"error": str(error)}
                 except _BROKEN as error:
                     self._add(mode, waiting.pop(0), {"error": str(error)})
                     if waiting:
-                        session.restart()
+                        runtime.restart()
                     continue
                 self._add(mode, waiting.pop(0), cell)
         except _BROKEN as error:
             for document in waiting:
                 self._add(mode, document, {"error": f"the cluster did not start: {error}"})
         finally:
-            session.close()
+            runtime.close()
             self._display.label("")
 
-    def _ask(self, session: Session, document: Document) -> dict[str, Any]:
+    def _ask(self, runtime: ClusterRuntime, document: Document) -> dict[str, Any]:
         options = self.options
-        ask = Ask(max_tokens=options.max_tokens, enable_thinking=options.thinking)
+        ask = AnswerOptions(max_tokens=options.max_tokens, enable_thinking=options.thinking)
         began = time.monotonic()
         follow = self._display.reading(len(document.prompts))
-        answers = session.generate(document.prompts, ask, follow, reasoning_opened=self._opened)
+        answers = runtime.generate(document.prompts, ask, follow, reasoning_opened=self._opened)
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])
@@ -210,26 +209,25 @@ class NeedleRun:
 
 
 def measurements(answers: Sequence[Generation]) -> dict[str, Any]:
-    """What reading the document took, from the question that computed most of it (seconds, tokens a second)."""
+    """Return what reading the document took, by the question that computed most of it (seconds, tokens a second)."""
     reader = min(answers, key=lambda answer: answer.cached_tokens)
     computed, seconds = reader.prompt_tokens - reader.cached_tokens, reader.timings.prefill_s
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "ttft_s": round(min(answer.timings.ttft_s for answer in answers), 3),
         "prefill_tokens_per_s": round(computed / seconds, 1) if seconds > 0 else None,
         "cached_tokens": sum(answer.cached_tokens for answer in answers),
     }
     if reader.attention is not None and reader.attention.mode == "sparse":
-        found["attention"] = reader.attention.to_json()
-        del found["attention"]["layers"]  # `eval recall` is for the figures of single heads
-    return found
+        figures["attention"] = reader.attention.to_json()
+        del figures["attention"]["layers"]  # `eval recall` is for the figures of single heads
+    return figures
 
 
-def _positions(deployment: Deployment) -> dict[str, Any]:
-    """What tells a mode from the others, as the model will compute it."""
-    spec = deployment.spec
-    found: dict[str, Any] = {"rope": spec.rope.kind, "factor": spec.rope.factor}
+def _positions(spec: ModelSpec) -> dict[str, Any]:
+    """Return what distinguishes a mode from the others, as the model will compute it."""
+    facts: dict[str, Any] = {"rope": spec.rope.kind, "factor": spec.rope.factor}
     if spec.dual_chunk is not None:
-        found["dual_chunk"] = asdict(spec.dual_chunk)
+        facts["dual_chunk"] = asdict(spec.dual_chunk)
     if spec.sparse is not None:
-        found["sparse"] = describe_sparsity(spec)
-    return found
+        facts["sparse"] = describe_sparsity(spec)
+    return facts

@@ -1,4 +1,4 @@
-"""Pictures of evaluation results: depth x length for needles, layer x head for recall. Needs matplotlib, late."""
+"""Pictures of evaluation results: depth x length for needles, layer x head for recall. matplotlib is imported late."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SCORES = "RdYlBu"  # red is lost, blue is found; told apart by colour-blind readers too
+_SCORES = "RdYlBu"  # red is lost, blue is found; colour-blind readers can distinguish them
 _SHARES = "viridis"
 _FAILED = "#d9d9d9"
 _DPI = 150
-_MOST_LABELS = 16  # on one axis
+_MAX_LABELS = 16  # on one axis
 
 Grid = npt.NDArray[np.float64]
 
@@ -37,13 +37,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def has_matplotlib() -> bool:
+    """Return whether pictures can be drawn here."""
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure in inches that belongs to no window and no global state."""
+    """Return an empty figure, in inches, that belongs to no window and no global state. Raises UserError."""
     if not has_matplotlib():
         raise UserError("picture: needs matplotlib: pip install 'longreach[eval]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -108,19 +109,19 @@ def _recall(report: dict[str, Any]) -> Figure:
 
 
 def _title(figure: Figure, name: str, details: str) -> None:
-    fitting = int(figure.get_figwidth() * 10)  # characters of this size on a line
-    figure.suptitle("\n".join([*wrap(name, fitting), *wrap(details, fitting)]), fontsize=12)
+    width = int(figure.get_figwidth() * 10)  # characters of this size on a line
+    figure.suptitle("\n".join([*wrap(name, width), *wrap(details, width)]), fontsize=12)
 
 
 def _finish(figure: Figure, axes: Any, image: Any, label: str) -> None:
-    """One scale for all panels, whose inner vertical axes say nothing new."""
+    """Add one colour scale for all panels; their inner vertical axes lose their ticks."""
     for axis in axes[1:]:
         axis.tick_params(axis="y", left=False)
     figure.colorbar(image, ax=list(axes), label=label, fraction=0.03, pad=0.015, aspect=25)
 
 
 def _heat_map(axis: Axes, values: Grid, colours: str) -> Any:
-    """Values 0..1 as coloured fields, those that are missing in grey; thin white lines between them."""
+    """Draw values 0..1 as coloured fields, those that are missing in grey, with thin white lines between them."""
     from matplotlib import colormaps
 
     palette = colormaps[colours].with_extremes(bad=_FAILED)
@@ -136,7 +137,7 @@ def _heat_map(axis: Axes, values: Grid, colours: str) -> Any:
 
 
 def _label(axis: Any, names: list[str], rotate: bool = False) -> None:
-    """Tick labels, every n-th where all of them would touch."""
-    step = -(-len(names) // _MOST_LABELS)
+    """Set the labels of the ticks, every n-th where all of them would touch."""
+    step = -(-len(names) // _MAX_LABELS)
     shown = range(0, len(names), step)
     axis.set_ticks(list(shown), [names[index] for index in shown], rotation=60 if rotate else 0, fontsize=9)

@@ -1,4 +1,4 @@
-"""Sparse prefill and int8 KV against dense on one document. Tensors stay in a process of their own (`workers`)."""
+"""Compare sparse prefill and int8 KV with dense attention on one document; a process of `workers.eval` computes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype
+from cluster.engine.attention_report import describe_sparsity
 from cluster.stages.preflight import check_head
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
@@ -21,7 +22,6 @@ from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
 from cluster.tools.eval.modes import Conditions, Target, dual_chunk_overrides, load_mode, trained_window
 from protos.errors import UserError
-from protos.stage import codec
 
 
 class EvaluationFailed(RuntimeError):
@@ -30,16 +30,16 @@ class EvaluationFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RecallOptions:
-    """`tokens` of the document are read, `num_next` positions compared. `positions`: auto, plain, yarn, dca."""
+    """What is compared."""
 
-    tokens: int = 65536
-    num_next: int = 64
-    positions: str = "auto"
+    tokens: int = 65536  # of the document, from its beginning
+    num_next: int = 64  # positions after them at which next tokens are compared
+    positions: str = "auto"  # auto, plain, yarn, dca
     sparse: bool = True
     kv: str = "auto"
     sparse_threshold: int | None = 0
     document: Path | None = None
-    more: Mapping[str, object] = field(default_factory=dict)
+    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
         if not self.sparse and self.kv == "auto":
@@ -48,19 +48,20 @@ class RecallOptions:
     @property
     def variants(self) -> list[dict[str, Any]]:
         """What is compared with dense attention over KV in the computing type."""
-        found = [{"name": "sparse", "sparse": True, "kv": "auto"}] if self.sparse else []
+        variants = [{"name": "sparse", "sparse": True, "kv": "auto"}] if self.sparse else []
         if self.kv != "auto":
-            found.append({"name": f"{self.kv} KV", "sparse": False, "kv": self.kv})
+            variants.append({"name": f"{self.kv} KV", "sparse": False, "kv": self.kv})
             if self.sparse:
-                found.append({"name": f"sparse, {self.kv} KV", "sparse": True, "kv": self.kv})
-        return found
+                variants.append({"name": f"sparse, {self.kv} KV", "sparse": True, "kv": self.kv})
+        return variants
 
 
 def run_recall(target: Target, options: RecallOptions, display: Display) -> dict[str, Any]:
-    """Read, compare, report.
+    """Read the document in every variant and return the report.
 
     Raises:
-        UserError: the request cannot be carried out. EvaluationFailed: the computing process died.
+        UserError: the request cannot be carried out.
+        EvaluationFailed: the computing process died.
     """
     positions = _positions(target, options)
     more = dict(options.more)
@@ -97,7 +98,7 @@ def _positions(target: Target, options: RecallOptions) -> str:
 
 
 def _prompt(deployment: Deployment, options: RecallOptions) -> list[int]:
-    """The first tokens of the document, as they are: no question, no chat template."""
+    """Return the first tokens of the document, as they are: no question, no chat template. Raises UserError."""
     tokenizer = TextTokenizer.open(deployment.config.model.path)
     text = read_source(needle_dir(), options.document).text
     ids = tokenizer.encode(text[: 8 * options.tokens], add_special=True, literal=True)  # mostly more than enough
@@ -113,7 +114,7 @@ def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "model": str(config.model.path),
-        "spec": json.loads(codec.model_spec_to_json(deployment.spec)),
+        "spec": json.loads(deployment.spec.to_json()),
         "dtype": compute_dtype(deployment),
         "device": config.cluster.device,
         "threads": cores,  # one process has all of them, whatever the actors of the YAML would get
@@ -127,7 +128,7 @@ def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) 
 
 
 def _compute(request: dict[str, Any], display: Display) -> dict[str, Any]:
-    """Run the request in a process that may load torch; it is stopped when this one is interrupted."""
+    """Return what a process that may load torch makes of the request; it is stopped when this one is interrupted."""
     with tempfile.TemporaryDirectory(prefix="longreach-eval-") as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
@@ -159,8 +160,6 @@ def _compute(request: dict[str, Any], display: Display) -> dict[str, Any]:
 
 
 def _sparse(deployment: Deployment) -> dict[str, Any]:
-    from cluster.engine.attention_report import describe_sparsity
-
     sparse = deployment.spec.sparse
     assert sparse is not None
     return {"description": describe_sparsity(deployment.spec), "threshold": sparse.threshold, "cell": sparse.cell}

@@ -12,7 +12,7 @@ from protos.node.environment import environment
 
 
 class ResultFile:
-    """`STEM-DATE.json` in a folder, and the picture beside it; an older result is never overwritten."""
+    """`STEM-DATE.json` in a folder, and the path of the picture beside it; an older result is never overwritten."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         self.environment = environment()
@@ -30,10 +30,11 @@ class ResultFile:
 
     @property
     def picture(self) -> Path:
+        """The path of the picture."""
         return self.path.with_suffix(".png")
 
     def write(self, report: dict[str, Any]) -> None:
-        """Replace the file by `report` and the environment it was made in."""
+        """Replace the file by `report` with the environment it was made in."""
         text = json.dumps(report | {"environment": self.environment}, indent=1, ensure_ascii=False)
         partial = self.path.with_suffix(".json.part")
         partial.write_text(text + "\n", encoding="utf-8")
@@ -41,7 +42,7 @@ class ResultFile:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file. Raises UserError when it is none."""
+    """Return the report in a result file. Raises UserError when it is none."""
     try:
         report = json.loads(path.read_bytes())
     except OSError as error:

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from cluster.common.text_format import one_line
 from cluster.common.units import format_count
+from cluster.tools.display import plain_table
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def depth_scores(report: dict[str, Any], mode: str, length: int) -> list[float | None]:
-    """Share of right answers a needle, from the top of the document down; None where no trial has ended well."""
+    """Return the share of right answers a needle, from the top of the document down; None without a result."""
     rows = [
         [outcome["right"] for outcome in cell["outcomes"]]
         for cell in report["cells"]
@@ -28,11 +29,8 @@ def depth_scores(report: dict[str, Any], mode: str, length: int) -> list[float |
 
 
 def needle_table(report: dict[str, Any]) -> Table:
-    """A line a mode and length: the score, where in the document it was lost, and what reading took."""
-    table = Table(
-        "attention", "tokens", "right", "by depth", "first token", "prefill", "density", "recall",
-        box=None, pad_edge=False, header_style="bold",
-    )  # fmt: skip
+    """Return a line a mode and length: the score, where in the document it was lost, and what reading took."""
+    table = plain_table("attention", "tokens", "right", "by depth", "first token", "prefill", "density", "recall")
     for column in table.columns[1:3] + table.columns[4:]:
         column.justify = "right"
     for mode in report["modes"]:
@@ -47,7 +45,7 @@ def needle_table(report: dict[str, Any]) -> Table:
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """A line for every cell that has no result."""
+    """Return a line for every cell that has no result."""
     return [
         f"{cell['mode']} {format_count(cell['length'])}: {one_line(cell['error'])}"
         for cell in report["cells"]
@@ -74,15 +72,15 @@ def _attention(cells: Sequence[dict[str, Any]], key: str) -> str:
 
 
 def strip(scores: Sequence[float | None]) -> str:
-    """Scores as a strip of bars, the beginning of the document first: full is all right, a dot is all wrong."""
+    """Return scores as a strip of bars, the beginning of the document first: full is all right, a dot is all wrong."""
     return "".join("?" if score is None else "·" if score == 0 else _LEVELS[round(score * 7)] for score in scores)
 
 
 def recall_table(report: dict[str, Any]) -> Table:
-    """A column a variant: how far its next tokens and logits are from the dense reading's, and what it visited."""
+    """Return a column a variant: how far its next tokens and logits are from the dense ones, and what it visited."""
     variants = report["variants"]
     names = [variant["name"] for variant in variants]
-    table = Table("", "dense", *names, box=None, pad_edge=False, header_style="bold")
+    table = plain_table("", "dense", *names)
     for column in table.columns[1:]:
         column.justify = "right"
     seconds = [entry["prefill_s"] for entry in (report["reference"], *variants)]
@@ -90,9 +88,9 @@ def recall_table(report: dict[str, Any]) -> Table:
     table.add_row("largest logit error", "", *(f"{variant['logit_error_max']:.2g}" for variant in variants))
     table.add_row("mean KL, nats", "", *(f"{variant['kl_mean']:.2g}" for variant in variants))
     table.add_row("prefill", *(f"{value:.1f} s" for value in seconds))
-    everything = ("100%", "", "", "")
-    figures = [_head_figures(variant["heads"]) if variant.get("heads") else everything for variant in variants]
-    rows = zip(everything, *figures, strict=True)
+    dense = ("100%", "", "", "")
+    figures = [_head_figures(variant["heads"]) if variant.get("heads") else dense for variant in variants]
+    rows = zip(dense, *figures, strict=True)
     for name, row in zip(("pairs visited", "recall", "lowest recall", "head-cells made dense"), rows, strict=True):
         table.add_row(name, *row)
     return table
@@ -110,7 +108,7 @@ def _head_figures(heads: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The table of any evaluation, and how to read it."""
+    """Print the table of any evaluation, and how to read it."""
     if report["what"] == "needle":
         asked = "answer in the prompt up to its code" if report["form"] == "prompt" else "question, then the answer"
         console.print(f"{report['model']}, {report['needles']} needles a document, {asked}", highlight=False)

@@ -6,14 +6,17 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Ask, Session
+from cluster.engine.runtime import ClusterRuntime
+from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.eval.haystack import build_haystack, is_right
+from protos.jobs.sampling import AnswerOptions
 from tests.integration.conftest import ROOT, CommandLine
 from tests.support.fakes.pipeline import Pipeline
 
@@ -55,13 +58,52 @@ def test_interrupt_while_running_stops_everything(longreach: CommandLine, number
     longreach.assert_nothing_left()
 
 
+def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The same ids with and without tokenizer.json; without it every text is null, or the ids stand in its place."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).symlink_to(NEEDLE / name)
+    ids = TextTokenizer.open(NEEDLE).encode("The secret code of dark river is 48213. " * 3)
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    arguments = ("--token-ids", tmp_path / "ids.json", "--max-tokens", "6", "--logprobs", "2")
+    config = write_config(model_path=model)
+
+    done = longreach("run", config, *arguments, "--json")
+    assert done.code == 0, done.err
+    (bare,) = json.loads(done.out)["results"]
+    assert bare["text"] is bare["reasoning"] is bare["question"] is None
+    assert [entry["token"] for entry in bare["logprobs"]] == [None] * 6
+    assert {token["token"] for entry in bare["logprobs"] for token in entry["top"]} == {None}
+    assert bare["usage"]["prompt_tokens"] == len(ids)
+
+    done = longreach("run", config, *arguments)
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == bare["token_ids"]
+    done = longreach("run", config, *arguments, "--stop", "x")
+    assert (done.code, done.out) == (2, "")
+    assert f"stop: 'x': needs tokenizer.json in {model}" in done.err
+    done = longreach("run", config, "--prompt-file", tmp_path / "ids.json")
+    assert done.code == 2
+    assert "tokenizer.json: cannot be read" in done.err
+
+    (model / "tokenizer.json").symlink_to(NEEDLE / "tokenizer.json")
+    done = longreach("run", config, *arguments, "--json")
+    assert done.code == 0, done.err
+    (full,) = json.loads(done.out)["results"]
+    assert full["token_ids"] == bare["token_ids"]
+    assert full["text"]
+    assert all(isinstance(entry["token"], str) for entry in full["logprobs"])
+    longreach.assert_nothing_left()
+
+
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRuntime]:
     overrides = {
         "model.dtype": "float32",
         "data_dir": str(tmp_path_factory.mktemp("data")),
     }
-    running = Session(load_deployment(ROOT / "configs" / "demo.yaml", overrides))
+    running = ClusterRuntime(load_deployment(ROOT / "configs" / "demo.yaml", overrides))
     began = time.monotonic()
     running.start()
     try:
@@ -73,18 +115,20 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     assert not [c for c in psutil.Process().children(recursive=True) if "raylet" in " ".join(c.cmdline())]
 
 
-def test_answers_equal_one_process(session: Session) -> None:
+def test_answers_equal_one_process(runtime: ClusterRuntime) -> None:
     """2 x 2 over Ray and gRPC in float32: the same tokens as one shard in this process."""
-    haystack = build_haystack(session.tokenizer, 3000, 4, 3, NEEDLE)
-    prompts = session.document_prompts(haystack.document, [n.question for n in haystack.needles], Ask(max_tokens=16))
-    answers = session.generate(prompts, Ask(max_tokens=16))
+    haystack = build_haystack(runtime.tokenizer, 3000, 4, 3, NEEDLE)
+    prompts = runtime.document_prompts(
+        haystack.document, [n.question for n in haystack.needles], AnswerOptions(max_tokens=16)
+    )
+    answers = runtime.generate(prompts, AnswerOptions(max_tokens=16))
     assert all(is_right(a.text, n) for a, n in zip(answers, haystack.needles, strict=True))
     from cluster.engine.outputs import GenerationSpec
 
-    with Pipeline(NEEDLE, 1, 1, chunk=512, pages=128, page_size=64, spec=session.deployment.spec, eos=(0,)) as single:
+    with Pipeline(NEEDLE, 1, 1, chunk=512, pages=128, page_size=64, spec=runtime.deployment.spec, eos=(0,)) as single:
         expected = single.generate(*[GenerationSpec(prompt, 16) for prompt in prompts])
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
-    session.engine.check_integrity()
+    runtime.engine.check_integrity()
 
 
 def test_head_has_no_torch(longreach: CommandLine) -> None:
@@ -101,10 +145,10 @@ def test_head_has_no_torch(longreach: CommandLine) -> None:
     assert out.split() == ["True", "False"]
 
 
-def test_idle_cluster_is_quiet(session: Session) -> None:
+def test_idle_cluster_is_quiet(runtime: ClusterRuntime) -> None:
     """Head and stage processes together below 5 % of a core while nothing is asked."""
-    assert session.launched is not None
-    ours = [psutil.Process(pid) for pid in session.launched.pids] + [psutil.Process()]
+    assert runtime.launched is not None
+    ours = [psutil.Process(pid) for pid in runtime.launched.pids] + [psutil.Process()]
     shares = []
     for _ in range(4):  # the quietest window counts: ends of earlier tests and a busy machine only add
         before = sum(sum(p.cpu_times()[:2]) for p in ours)

@@ -18,12 +18,10 @@ from click.testing import CliRunner
 import cluster
 from cluster import Client
 from cluster.cli.main import main
-from cluster.client.requests import MAX_DEADLINE_S, MAX_QUESTIONS
-from cluster.client.validation import MAX_REQUEST_BYTES
-from cluster.jobs.api import ServiceLimits
 from cluster.jobs.model import new_id
+from protos.jobs.limits import MAX_DEADLINE_S, MAX_QUESTIONS, MAX_REQUEST_BYTES
 from protos.stage.channel import MAX_MESSAGE
-from tests.support.fakes.runtime import FakeSession
+from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served
 
 NAN, INF = float("nan"), float("inf")
@@ -34,11 +32,11 @@ TRAVERSAL = ["../../etc/passwd", "job_../../x", "doc_" + "0" * 31 + "/", "..", "
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("head")
-    session = FakeSession(folder / "session")
-    session.start()
-    with Served(session, folder / "data", ServiceLimits(max_document_bytes=8 << 20)) as served:
+    runtime = FakeRuntime(folder / "runtime")
+    runtime.start()
+    with Served(runtime, folder / "data", max_document_bytes=8 << 20) as served:
         yield served
-    session.close()
+    runtime.close()
 
 
 def refusal(call: Callable[[], object], kind: type[Exception] = cluster.InvalidRequest) -> str:
@@ -196,7 +194,7 @@ def test_bad_arguments_of_a_job(head: Served) -> None:
 
 
 def test_cancel_twice_and_delete_while_it_runs(head: Served) -> None:
-    shard = head.session.shard  # type: ignore[attr-defined]
+    shard = head.runtime.shard  # type: ignore[attr-defined]
     shard.hold()
     try:
         job = head.client.submit(token_ids=[1] * 8, max_tokens=50)
@@ -212,7 +210,7 @@ def test_cancel_twice_and_delete_while_it_runs(head: Served) -> None:
 
 
 def test_a_deadline_that_expires(head: Served) -> None:
-    shard = head.session.shard  # type: ignore[attr-defined]
+    shard = head.runtime.shard  # type: ignore[attr-defined]
     shard.hold()
     try:
         job = head.client.submit(token_ids=[1] * 8, max_tokens=50, deadline_s=0.3)

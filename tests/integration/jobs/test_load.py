@@ -14,7 +14,7 @@ import pytest
 
 from cluster import Client, JobEnded, TokenEvent
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import Session
+from cluster.engine.runtime import ClusterRuntime
 from tests.support.rigs.head import LONG, ROOT, Served, free_port, until
 
 CLIENTS = 20
@@ -73,8 +73,8 @@ def served(tmp_path: Path) -> Any:
         "prefill.max_num_batched_tokens": 1024,
     }  # fmt: skip
     with (
-        Session(load_deployment(ROOT / "configs" / "single.yaml", overrides)) as session,
-        Served(session, tmp_path) as running,
+        ClusterRuntime(load_deployment(ROOT / "configs" / "single.yaml", overrides)) as runtime,
+        Served(runtime, tmp_path) as running,
     ):
         yield running
 
@@ -83,8 +83,8 @@ def run_half(served: Served, half: int) -> Counter[str]:
     with ThreadPoolExecutor(CLIENTS) as threads:
         callers = [threads.submit(Caller(served.address, half, number).run) for number in range(CLIENTS)]
         ends = Counter(state for caller in callers for state in caller.result())
-    until(lambda: not served.service._live and not served.session.kv_usage, "all pages are back")
-    served.service.check_integrity()
+    until(lambda: not served.service._live and not served.runtime.kv_usage, "all pages are back")
+    served.runtime.engine.check_integrity()
     return ends
 
 

@@ -1,6 +1,6 @@
-"""Broken bytes for every method of the gRPC door: it lives on, and each failure is a status that says what is wrong.
+"""Broken bytes for every method of the gRPC server: it lives on, and each failure is a status that says what is wrong.
 
-2,000 requests each to a door over a service in memory and to a whole head over a fake pipeline;
+2,000 requests each to a server over a service in memory and to a whole head over a fake pipeline;
 `LONGREACH_FUZZ=10000` sends as many, `LONGREACH_FUZZ_SEED` others.
 """
 
@@ -17,13 +17,12 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from cluster.jobs.api import ServiceLimits
 from cluster.jobs.model import new_id
 from cluster.server.grpc_server import JOBS_SERVICE
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving
-from tests.support.fakes.runtime import FakeSession
+from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served
 
 Code = grpc.StatusCode
@@ -31,19 +30,19 @@ ID = new_id("job")
 PROMPT = pb.SubmitRequest(prompt="hello")
 
 
-@pytest.fixture(params=["door", "head"])
+@pytest.fixture(params=["server", "head"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "door":
+    if request.param == "server":
         with serving(FakeJobService(), max_streams=4) as (_, made):
             yield made
         return
-    session = FakeSession(tmp_path / "session")
-    session.start()
-    with Served(session, tmp_path / "data", ServiceLimits(max_queued_jobs=100_000)) as head:
+    runtime = FakeRuntime(tmp_path / "runtime")
+    runtime.start()
+    with Served(runtime, tmp_path / "data", max_queued_jobs=100_000) as head:
         yield head.address
         assert head.client.submit(token_ids=[1, 2], max_tokens=2).wait(60).state == "succeeded"
-        head.service.check_integrity()
-    session.close()
+        head.runtime.engine.check_integrity()
+    runtime.close()
 
 
 REQUESTS = {
@@ -90,7 +89,7 @@ def mutate(noise: random.Random, raw: bytes) -> bytes:
     return bytes(data)
 
 
-def test_mutated_requests_never_break_the_door(address: str):
+def test_mutated_requests_never_break_the_server(address: str):
     assert set(REQUESTS) == {method.name for method in pb.DESCRIPTOR.services_by_name["Jobs"].methods}
     noise = random.Random(os.environ.get("LONGREACH_FUZZ_SEED", "20"))
     seen: dict[grpc.StatusCode, int] = {}
@@ -115,7 +114,7 @@ def status_of(channel: grpc.Channel, path: str, raw: list[bytes]) -> grpc.Status
     return Code.OK
 
 
-def test_noise_on_the_socket_leaves_the_door_open(address: str):
+def test_noise_on_the_socket_leaves_the_server_up(address: str):
     host, _, port = address.rpartition(":")
     noise = random.Random(1)
     for head in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00"):

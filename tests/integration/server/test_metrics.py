@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.common.errors import PreflightError
 from cluster.config.deployment import Config
 from cluster.jobs.model import JobState
-from cluster.server.metrics import MetricsDoor
+from cluster.server.metrics import MetricsServer
 from tests.support.fakes.runtime import CHUNK
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.head import free_port
@@ -61,11 +61,11 @@ class Endpoint:
 def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
     bench = Bench(tmp_path)
     port = free_port()
-    door = MetricsDoor(bench.service, bench.session, "127.0.0.1", port)
-    door.start()
+    server = MetricsServer(bench.service, bench.runtime, "127.0.0.1", port)
+    server.start()
     yield Endpoint(bench, port)
-    door.close()
-    door.close()
+    server.close()
+    server.close()
     bench.close()
 
 
@@ -128,13 +128,13 @@ def test_counters_move_after_jobs(endpoint: Endpoint) -> None:
     bench.reaches(bench.submit(tokens=20, max_tokens=5), JobState.SUCCEEDED)  # the same prompt: 16 tokens a page
     eventually(lambda: endpoint.value("jobs_total", state="succeeded") == 2)
     assert endpoint.value("prefix_cache_hits_total") == 16
-    bench.session.shard.hold()
+    bench.runtime.shard.hold()
     running = [bench.submit(tokens=3 * CHUNK, first=10 + i) for i in range(3)]
-    bench.session.shard.let(1)
+    bench.runtime.shard.let(1)
     eventually(lambda: endpoint.value("num_requests_running") >= 1)
     assert endpoint.value("num_requests_running") + endpoint.value("num_requests_waiting") == 3
     assert 0 < endpoint.value("kv_cache_usage_perc") <= 1
-    bench.session.shard.let(10_000)
+    bench.runtime.shard.let(10_000)
     for job_id in running:
         bench.service.cancel(job_id)
     eventually(lambda: endpoint.value("num_requests_running") + endpoint.value("num_requests_waiting") == 0)
@@ -169,11 +169,11 @@ def test_only_this_machine_can_read_it(endpoint: Endpoint) -> None:
 
 
 def test_a_taken_port_and_no_port(endpoint: Endpoint) -> None:
-    second = MetricsDoor(endpoint.bench.service, endpoint.bench.session, "127.0.0.1", endpoint.port)
+    second = MetricsServer(endpoint.bench.service, endpoint.bench.runtime, "127.0.0.1", endpoint.port)
     with pytest.raises(PreflightError, match=rf"server\.metrics_port: {endpoint.port}: cannot be bound"):
         second.start()
     second.close()
-    MetricsDoor(endpoint.bench.service, endpoint.bench.session, "127.0.0.1", 0).start()
+    MetricsServer(endpoint.bench.service, endpoint.bench.runtime, "127.0.0.1", 0).start()
 
 
 def test_what_is_no_scrape_does_not_close_it(endpoint: Endpoint) -> None:

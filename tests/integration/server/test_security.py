@@ -1,4 +1,4 @@
-"""API keys and TLS of the gRPC door: every method of every service, every way to be without the right key."""
+"""API keys and TLS of the gRPC server: every method of every service, every way to be without the right key."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
 from cluster.server.grpc_server import SERVICES
-from cluster.server.security import OPEN_METHODS, key_metadata
+from cluster.server.security import OPEN_METHODS
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.data.certificates import Authority
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving, write_secret
 
 Code = grpc.StatusCode
+
+
 KEY, OTHER = "k" * 32, "o" * 16
+
+
+def key_metadata(key: str) -> list[tuple[str, str]]:
+    """What a client sends with every call."""
+    return [("authorization", f"Bearer {key}")]
+
+
 WRONG: list[list[tuple[str, str]]] = [
     [],
     [("authorization", "")],

@@ -16,7 +16,7 @@ TOKEN = "f" * 64
 CALLS = {  # one method of each kind
     "Probe": pb.ProbeRequest(),
     "Load": pb.LoadRequest(),
-    "Activations": [pb.Frame(step=1), pb.Frame(step=2)],
+    "Activations": [pb.Frame(data=b"1"), pb.Frame(data=b"2")],
     "Run": [pb.StepPlans(plans=[pb.StepPlan(step=step)]) for step in (1, 2)],
 }
 
@@ -38,7 +38,7 @@ class Echo(rpc.StageServicer):
 
     def Activations(self, frames, context):
         self.calls += 1
-        self.frame_bytes = sum(len(frame.payload) for frame in frames)
+        self.frame_bytes = sum(len(frame.data) for frame in frames)
         return pb.ActivationsEnd()
 
     def Run(self, plans, context):
@@ -99,7 +99,7 @@ def test_a_token_under_another_name_is_refused(server: tuple[Echo, grpc.Channel]
 @pytest.mark.parametrize(("size", "ok"), [(MAX_MESSAGE - 1024, True), (MAX_MESSAGE + 1, False)])
 def test_messages_have_a_limit(server: tuple[Echo, grpc.Channel], size: int, ok: bool):
     echo, channel = server
-    frames = iter([pb.Frame(payload=bytes(size))])
+    frames = iter([pb.Frame(data=bytes(size))])
     stub = rpc.StageStub(channel)
     if ok:
         stub.Activations(frames, metadata=token_metadata(TOKEN), timeout=30)

@@ -17,8 +17,9 @@ NEEDLE = ROOT / "configs" / "needle"
 
 
 @pytest.fixture
-def two_nodes(longreach: CommandLine, tmp_path: Path) -> Iterator[str]:
+def two_nodes(longreach: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two Ray nodes of one CPU each on this machine; yields the head's address."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

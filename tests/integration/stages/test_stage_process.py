@@ -1,6 +1,7 @@
 """Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import pytest
 import torch
 
 from cluster.common.errors import EngineError, StageError
-from cluster.engine.hang_detector import Watchdog
+from cluster.engine.hang_detector import HangDetector
 from cluster.engine.outputs import GenerationSpec
+from cluster.stages.handle import GrpcStageHandle
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import SamplingParams
 from tests.support.fakes.pipeline import Pipeline
+from tests.support.fakes.stage import submit
 from tests.support.rigs.stage_processes import (
     CHUNK,
     NEEDLE,
@@ -33,8 +36,7 @@ from tests.support.rigs.stage_processes import (
     long_request,
 )
 from workers.stage.server import TOKEN_VARIABLE
-from workers.transport.frames import split
-from workers.transport.grpc_link import frame_to_pb
+from workers.transport.frames import Header, split
 
 SPECS = [
     GenerationSpec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
@@ -44,28 +46,28 @@ SPECS = [
 
 
 class Watch:
-    """A watchdog of one second over the stages."""
+    """A hang detector of one second over the stages."""
 
     def __init__(self, stages: Stages) -> None:
         assert stages.engine is not None
-        self.dog = Watchdog(stages.engine, stages.handles, floor_s=1.0)
-        self.dog.start()
+        self.detector = HangDetector(stages.engine, stages.handles, floor_s=1.0)
+        self.detector.start()
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self.dog.close()
+        self.detector.close()
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_that_stops_is_hung(running: Stages, stage: int):
     engine = running.run_engine()
     with Watch(running):
-        ticket = long_request(engine)
+        handle = long_request(engine)
         running.processes[stage].send_signal(signal.SIGSTOP)
         with pytest.raises(EngineError, match=f"hung: stage {stage} shard 0 does not answer: step"):
-            ticket.wait(30)
+            handle.wait(30)
         running.processes[stage].send_signal(signal.SIGCONT)
 
 
@@ -73,29 +75,31 @@ def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
     """A stage that sleeps 97 % of the time: a step takes several times as long as would be late."""
     engine = running.run_engine()
     spec = GenerationSpec([(5 * i) % 4000 + 5 for i in range(CHUNK * 7)], 2, ignore_eos=True)
-    expected = engine.submit(spec).wait(60).token_ids
+    expected = submit(engine, spec).wait(60).token_ids
     again = GenerationSpec([7, *spec.prompt], 2, ignore_eos=True)
     with Watch(running):
-        ticket = engine.submit(again)
+        handle = submit(engine, again)
         began = time.monotonic()
-        while not ticket.done.is_set():
+        while not handle.done.is_set():
             running.processes[0].send_signal(signal.SIGSTOP)
             time.sleep(0.3)
             running.processes[0].send_signal(signal.SIGCONT)
             time.sleep(0.01)
             assert time.monotonic() - began < 120
-        assert len(ticket.wait(0).token_ids) == len(expected) == 2
+        assert len(handle.wait(0).token_ids) == len(expected) == 2
     assert time.monotonic() - began > 2.0
 
 
-@pytest.mark.parametrize(("first_to_last", "near", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)])
-def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, near: bool, count: int):
-    stages.spawn(count=count, near=near)
+@pytest.mark.parametrize(
+    ("first_to_last", "same_node", "count"), [(False, False, 2), (True, False, 2), (True, True, 3)]
+)
+def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last: bool, same_node: bool, count: int):
+    stages.spawn(count=count)
     stages.load()
-    stages.start(first_to_last=first_to_last, near=near)  # the first one may open its link before the next has started
+    stages.start(first_to_last=first_to_last, same_node=same_node)
     engine = stages.run_engine()
-    tickets = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
-    results = [ticket.wait(60) for ticket in tickets]
+    handles = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
+    results = [handle.wait(60) for handle in handles]
     engine.check_integrity()
     with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, pages=PAGES, page_size=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
         expected = pipeline.generate(*SPECS)
@@ -103,7 +107,7 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
     assert [result.finish_reason for result in results] == [result.finish_reason for result in expected]
     for handle in stages.handles:
         reply = handle.probe()
-        assert (reply.state, reply.error, reply.epoch) == ("running", "", 1)
+        assert (reply.state, reply.error) == ("running", "")
         assert reply.layers_done > reply.steps_done > 0
         assert reply.resident_bytes > 1 << 20
 
@@ -155,7 +159,7 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
     handle = bare.handles[0]
     assert handle.probe().state == "created"
     with pytest.raises(StageError, match=r"this shard is created, not loaded \(FAILED_PRECONDITION\)"):
-        handle.start(PAGES, PAGE, "", 10)
+        handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE), 10)
     stub = rpc.StageStub(handle._channel)
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
@@ -164,10 +168,10 @@ def test_steps_out_of_order_of_life_are_refused(bare: Stages):
 
 @pytest.fixture
 def far(stages: Stages) -> Stages:
-    """Two stages whose links, plans and results go over gRPC, as between nodes."""
-    stages.spawn(near=False)
+    """Two stages whose links go over gRPC, as between nodes."""
+    stages.spawn()
     stages.load()
-    stages.start(near=False)
+    stages.start(same_node=False)
     return stages
 
 
@@ -176,14 +180,14 @@ def far(stages: Stages) -> Stages:
 def test_a_killed_process_ends_the_running_request(links: str, stage: int, request: pytest.FixtureRequest):
     running: Stages = request.getfixturevalue(links)
     engine = running.run_engine()
-    ticket = long_request(engine)
+    handle = long_request(engine)
     running.processes[stage].send_signal(signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"stage \d shard 0"):
-        ticket.wait(5)
+        handle.wait(5)
     assert time.monotonic() - began < 5
     with pytest.raises(EngineError):
-        engine.submit(GenerationSpec([1], 1))
+        submit(engine, GenerationSpec([1], 1))
     other = running.handles[1 - stage]
     eventually(lambda: bool(other.probe().steps_done), 5)  # it answers, and does not wait for what will never come
     engine.close()
@@ -193,33 +197,63 @@ def test_a_killed_process_ends_the_running_request(links: str, stage: int, reque
 @pytest.mark.parametrize("damage", ["payload", "shape"])
 def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: str):
     running, engine = far, far.run_engine()
-    ticket = long_request(engine)
-    frame = frame_to_pb(next(split(torch.zeros(1, 256), 1, 1)))
+    handle = long_request(engine)
     if damage == "payload":
-        frame.payload = b"?" + frame.payload[1:]
+        frame = b"".join(next(split(torch.zeros(1, 256), 1)))[:-1] + b"?"
     else:
-        frame.shape[:] = [2**63, 0]
+        frame = Header(1, 0, 1, 0, (2**63, 0), 0).pack(b"")
     stub = rpc.StageStub(running.handles[1]._channel)
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Activations(iter([frame]), metadata=token_metadata(TOKEN), timeout=10)
+        stub.Activations(iter([pb.Frame(data=frame)]), metadata=token_metadata(TOKEN), timeout=10)
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     with pytest.raises(EngineError, match="stage"):
-        ticket.wait(10)
+        handle.wait(10)
+
+
+def is_refused(handle: GrpcStageHandle) -> bool:
+    """Whether a shard serves another engine."""
+    try:
+        list(rpc.StageStub(handle._channel).Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
+    except grpc.RpcError as error:
+        return error.code() is grpc.StatusCode.ALREADY_EXISTS
+    return False
 
 
 def test_one_engine_at_a_time(running: Stages):
     running.run_engine()
     eventually(lambda: running.handles[0].probe().state == "running", 10)
-    stub = rpc.StageStub(running.handles[0]._channel)
+    eventually(lambda: is_refused(running.handles[0]), 10)
 
-    def refused() -> bool:
-        try:
-            list(stub.Run(iter(()), metadata=token_metadata(TOKEN), timeout=10))
-        except grpc.RpcError as error:
-            return error.code() is grpc.StatusCode.ALREADY_EXISTS
-        return False
 
-    eventually(refused, 10)
+def test_a_plan_that_cannot_be_read_ends_the_request(running: Stages):
+    engine = running.run_engine()
+    ticket = long_request(engine)
+    sample = pb.SampleSpec(params=pb.SamplingParams(temperature=-1))
+    running.handles[0]._plans.put(pb.StepPlans(plans=[pb.StepPlan(slices=[pb.SequenceSlice(sample=sample)])]))
+    with pytest.raises(EngineError, match=r"stage 0 shard 0.*: a plan cannot be read: temperature"):
+        ticket.wait(10)
+
+
+@pytest.mark.parametrize("message", [b"\xff\xff", b"\x0a\x02\x08"], ids=["no message", "cut short"])
+def test_bytes_that_are_no_message_end_the_run(running: Stages, message: bytes):
+    """The engine hears of it at once, and the shard is free for another one."""
+    run = running.handles[0]._channel.stream_stream("/longreach.stage.v1.Stage/Run")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(run(iter([message]), metadata=token_metadata(TOKEN), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    eventually(lambda: not is_refused(running.handles[0]), 10)
+    assert len(long_request(running.run_engine()).request.output) > 2
+
+
+def test_a_second_engine_is_lost_at_once(running: Stages):
+    """It hears why; the first goes on."""
+    first = running.run_engine()
+    other = GrpcStageHandle(running.handles[0].shard, f"unix:{running.socket(0)}", TOKEN)
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    other.connect(lambda results: None, lost.put)
+    assert "an engine is connected already (ALREADY_EXISTS)" in lost.get(timeout=10)
+    other._channel.close()
+    assert len(long_request(first).request.output) > 2
 
 
 def test_an_orphan_ends_by_itself(stages: Stages):
@@ -227,11 +261,11 @@ def test_an_orphan_ends_by_itself(stages: Stages):
     stages.load()
     stages.start()
     engine = stages.run_engine()
-    ticket = long_request(engine)
+    handle = long_request(engine)
     time.sleep(1.5)
     assert stages.processes[0].poll() is None, "it lives while an engine is connected"
-    engine.cancel(ticket)
-    ticket.wait(10)
+    engine.cancel(handle)
+    handle.wait(10)
     stages.handles[0]._channel.close()  # as when the head is killed
     assert stages.processes[0].wait(10) == 3
 

@@ -1,4 +1,4 @@
-"""A JobServiceApi in memory, and a gateway over it on a loopback port."""
+"""A job service in memory, and a gRPC server over it on a loopback port."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,19 @@ from typing import Any
 import grpc
 
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.engine.outputs import Progress
-from cluster.jobs.api import JobEvent, ProgressUpdate
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
     JobAnswer,
+    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
-    NotFound,
     new_id,
 )
-from cluster.server.grpc_server import Gateway
+from cluster.jobs.subscriptions import JobEvent, ProgressUpdate
+from cluster.server.grpc_server import GrpcServer
 from protos.stage.channel import CHANNEL_OPTIONS
 
 
@@ -40,7 +39,7 @@ class FakeJobService:
         self.contents: dict[str, bytes] = {}
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
-        self.committed: dict[str, list[JobToken]] = {}  # what `tokens` gives, instead of made-up ones
+        self.committed: dict[str, list[OutputToken]] = {}  # what `tokens` gives, instead of made-up ones
         self.endless = False
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
@@ -54,7 +53,7 @@ class FakeJobService:
 
     def document(self, document_id: str) -> DocumentRecord:
         if document_id not in self.stored:
-            raise NotFound(f"document {document_id}: not found")
+            raise JobNotFound(f"document {document_id}: not found")
         return self.stored[document_id]
 
     def documents(self) -> Sequence[DocumentRecord]:
@@ -79,17 +78,17 @@ class FakeJobService:
 
     def get(self, job_id: str) -> JobRecord:
         if job_id not in self.records:
-            raise NotFound(f"job {job_id}: not found")
+            raise JobNotFound(f"job {job_id}: not found")
         return self.records[job_id]
 
-    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobToken]:
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
         if job_id in self.committed:
             return self.committed[job_id][after : after + limit]
         last = self.get(job_id).last_event
-        return [JobToken(n, 0, 64 + n, chr(96 + n)) for n in range(after + 1, min(last, after + limit) + 1)]
+        return [OutputToken(n, 0, 64 + n, chr(96 + n)) for n in range(after + 1, min(last, after + limit) + 1)]
 
-    def progress(self, job_id: str) -> Mapping[int, Progress]:
-        return {0: Progress(100, 10, 20, 5000)}
+    def progress(self, job_id: str) -> Mapping[int, PrefillProgress]:
+        return {0: PrefillProgress(100, 10, 20, 5000)}
 
     def jobs(
         self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
@@ -109,8 +108,8 @@ class FakeJobService:
             while self.endless:
                 number += 1
                 self.pulled += 1
-                yield [JobToken(number, 0, 1, "x" * 100)]
-            yield ProgressUpdate(0, Progress(100, 0, 50, None))
+                yield [OutputToken(number, 0, 1, "x" * 100)]
+            yield ProgressUpdate(0, PrefillProgress(100, 0, 50, None))
             for event in self.events:
                 self.pulled += 1
                 yield event
@@ -141,17 +140,16 @@ class FakeJobService:
 
 @contextlib.contextmanager
 def serving(
-    service: FakeJobService, security: SecuritySection | None = None,
-    reasoning_opened: Callable[[JobSpec], bool] = lambda spec: False, **limits: object,
-) -> Iterator[tuple[Gateway, str]]:  # fmt: skip
-    """A gateway on a free port and its address."""
-    server = ServerSection(**limits)  # type: ignore[arg-type]
-    gateway = Gateway(service, server, security or SecuritySection(), 0, reasoning_opened)
-    address = gateway.start()
+    service: FakeJobService, security: SecuritySection | None = None, **limits: object
+) -> Iterator[tuple[GrpcServer, str]]:
+    """A server on a free port and its address."""
+    section = ServerSection(**limits)  # type: ignore[arg-type]
+    server = GrpcServer(service, section, security or SecuritySection(), 0)  # type: ignore[arg-type]
+    address = server.start()
     try:
-        yield gateway, address
+        yield server, address
     finally:
-        gateway.close(0.0)
+        server.close(0.0)
 
 
 @contextlib.contextmanager

@@ -24,13 +24,27 @@ from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner, StepOutput
 from workers.stage.step import Stepper
 from workers.transport.collectives import Collectives, join_group
-from workers.transport.grpc_link import DEPTH, Inbox, InProcessSender
+from workers.transport.grpc_link import GrpcInbox
+from workers.transport.interface import DEPTH
+
+
+class InProcessSender:
+    """The link between stages that live in one process."""
+
+    def __init__(self, inbox: GrpcInbox) -> None:
+        self._inbox = inbox
+
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        self._inbox.put(step, tensor)
+
+    def close(self) -> None:
+        pass
 
 
 class InProcessShard:
     """A `StageHandle` whose shard is a thread of this process."""
 
-    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: InProcessSender | None) -> None:
+    def __init__(self, runner: ModelRunner, inbox: GrpcInbox | None, sender: InProcessSender | None) -> None:
         self._stepper = Stepper(runner, inbox, sender, 60.0)
         self.shard: ShardSpec = runner.shard
         self.runner = runner
@@ -73,7 +87,7 @@ class InProcessShard:
             except Exception as problem:  # noqa: BLE001 - reported like a stage does
                 error = str(problem) or repr(problem)
             result = StepResult(
-                plan.epoch, plan.step, self.shard.stage, self.shard.rank, 1000, out.samples, error, out.cells,
+                plan.step, self.shard.stage, self.shard.rank, 1000, out.samples, error, out.cells,
                 out.estimate_us,
             )  # fmt: skip
             on_results([result])
@@ -85,12 +99,12 @@ class Pipeline:
     def __init__(
         self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, pages: int = 64, page_size: int = 16,
         seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
-        kv_dtype: torch.dtype | None = None, runs_ahead: bool = True,
+        kv_dtype: torch.dtype | None = None, scheduler: type[Scheduler] = Scheduler,
     ) -> None:  # fmt: skip
         self.spec = spec or load_model_spec(model_dir)
         shards = plan_shards(self.spec, stages, ranks)
         stores = [dist.HashStore() for _ in range(stages)]
-        inboxes = {(s.stage, s.rank): Inbox(1, depth=DEPTH if s.stage else 1000) for s in shards if stages > 1}
+        inboxes = {(s.stage, s.rank): GrpcInbox(depth=DEPTH if s.stage else 1000) for s in shards if stages > 1}
         self._groups: list[Collectives] = []
 
         def build(shard: ShardSpec) -> InProcessShard:
@@ -107,9 +121,7 @@ class Pipeline:
 
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
             self.shards = list(threads.map(build, shards))
-        self.scheduler = Scheduler(
-            PagePool(pages), page_size, chunk, seqs, spec=self.spec, runs_ahead=runs_ahead, num_stages=stages
-        )
+        self.scheduler = scheduler(PagePool(pages), page_size, chunk, seqs, spec=self.spec, num_stages=stages)
         self.engine = Engine(self.scheduler, self.shards, None, eos)
 
     def __enter__(self) -> Pipeline:
@@ -141,7 +153,7 @@ class Pipeline:
 
     def generate(self, *specs: GenerationSpec, timeout_s: float = 120.0) -> list[Generation]:
         """Run prompts together; checks the page pool afterwards."""
-        tickets = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
-        results = [ticket.wait(timeout_s) for ticket in tickets]
+        handles = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
+        results = [handle.wait(timeout_s) for handle in handles]
         self.engine.check_integrity()
         return results

@@ -1,4 +1,4 @@
-"""A session whose pipeline is a fake shard that a test lets go step by step; it can break and be started again."""
+"""A runtime whose pipeline is a fake shard that a test lets go step by step; it can fail and be started again."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from typing import Any
 
 from cluster.config.deployment import load_deployment
 from cluster.engine.engine import Engine
-from cluster.engine.runtime import Session
+from cluster.engine.pipeline import Pipeline
+from cluster.engine.runtime import ClusterRuntime
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
-from tests.support.fakes.stage import Clock, FakeShard
+from tests.support.fakes.stage import Clock, FakeShard, Script
 from tests.support.paths import CONFIGS
 
 CHUNK = 64  # tokens of a step
 
 
-class FakeSession(Session):
+class FakeRuntime(ClusterRuntime):
     """Token `index` of every answer is `100 + index`; no model, no processes."""
 
-    def __init__(self, data_dir: Path, seqs: int = 2) -> None:
-        config = CONFIGS / "single.yaml"
-        super().__init__(load_deployment(config, {"data_dir": str(data_dir)}))
+    script: Script = staticmethod(lambda sequence, index: 100 + index)
+
+    def __init__(self, data_dir: Path, seqs: int = 2, **server: object) -> None:
+        """Args: `server` are keys of that section of the configuration."""
+        overrides = {"data_dir": str(data_dir)} | {f"server.{key}": value for key, value in server.items()}
+        super().__init__(load_deployment(CONFIGS / "single.yaml", overrides))
         self._seqs = seqs
         self.starts = 0
         self.before_start: Callable[[], Any] = lambda: None  # what happens while the cluster is down
 
-    def start(self) -> None:
+    def _launch(self) -> Pipeline:
         self.before_start()
         self.starts += 1
-        self.shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
-        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs, runs_ahead=True)
-        self._begin(Engine(scheduler, [self.shard], self.tokenizer))
-        self.launched: Any = SimpleNamespace(shards=(), fingerprint="f", dtype="float32")
+        self.shard = FakeShard(0, 1, self.script, Clock())
+        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
+        launched: Any = SimpleNamespace(shards=(self.shard,), fingerprint="f", dtype="float32")
+        engine = Engine(scheduler, [self.shard], self.tokenizer)
+        engine.start()
+        return Pipeline(engine, launched, engine.close)
 
-    def break_down(self) -> None:
-        """The shard is lost: with it every request."""
+    def fail(self) -> None:
+        """Lose the shard, and every request with it."""
         self.shard.lose("stage 0 shard 0 is gone")

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.request_handle import Event, Ticket
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
+from cluster.stages.handle import StageError
 from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
+from protos.stage import stage_pb2 as pb
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
 from tests.support.paths import NEEDLE
 
@@ -37,6 +39,7 @@ class FakeShard:
 
     def __init__(self, stage: int, stages: int, script: Script, clock: Clock, rank: int = 0) -> None:
         self.shard = ShardSpec(stage, stages, rank, 1, Span(0, 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+        self.name = f"stage {stage} shard {rank}"
         self.script = script
         self.plans: list[StepPlan] = []
         self.bursts: list[int] = []  # how many of them came together
@@ -64,6 +67,11 @@ class FakeShard:
         self._gate.release(1000)
         self._queue.put(None)
 
+    def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
+        if self.closed:
+            raise StageError(f"{self.name} does not answer")
+        return pb.ProbeReply(state="running", steps_done=len(self.plans), layers_done=len(self.plans))
+
     def hold(self) -> None:
         self._gate = threading.Semaphore(0)
 
@@ -85,7 +93,7 @@ class FakeShard:
             cells = self.report(plan)
             estimate_us = 100_000 if cells else 0
             took_us = round(self.step_s * 1e6)
-            results.append(StepResult(plan.epoch, plan.step, *where, took_us, samples, error, cells, estimate_us))
+            results.append(StepResult(plan.step, *where, took_us, samples, error, cells, estimate_us))
             if len(results) >= self.group or self._queue.empty():
                 on_results(results)
                 results = []
@@ -95,13 +103,20 @@ class FakeShard:
         return () if part.sample.params.logprobs is None else (-0.5, (TokenLogprob(1, -0.5),))
 
 
+def submit(
+    engine: Engine, spec: GenerationSpec, on_event: Callable[[EngineEvent], None] = lambda event: None
+) -> RequestHandle:
+    """Queue one prompt."""
+    (handle,) = engine.submit_all([(spec, on_event)])
+    return handle
+
+
 class Rig:
     """An engine over fake stages."""
 
     def __init__(
         self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
         pages: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
-        ahead: bool = True,
     ) -> None:  # fmt: skip
         self.clock = Clock()
         self.shards = [
@@ -110,7 +125,7 @@ class Rig:
             for rank in reversed(range(ranks))
         ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        scheduler = Scheduler(PagePool(pages), 16, budget, 8, spec=spec, runs_ahead=ahead, num_stages=stages)
+        scheduler = Scheduler(PagePool(pages), 16, budget, 8, spec=spec, num_stages=stages)
         self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
 
     def __enter__(self) -> Rig:
@@ -124,13 +139,13 @@ class Rig:
     def last(self) -> FakeShard:
         return self.shards[-1]
 
-    def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Ticket, list[Event]]:
-        events: list[Event] = []
-        return self.engine.submit(GenerationSpec(prompt, max_tokens, **spec), events.append), events
+    def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[RequestHandle, list[EngineEvent]]:
+        events: list[EngineEvent] = []
+        return submit(self.engine, GenerationSpec(prompt, max_tokens, **spec), events.append), events
 
-    def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[Event]]:
-        ticket, events = self.submit(prompt, max_tokens, **spec)
-        result = ticket.wait(WAIT)
+    def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[EngineEvent]]:
+        handle, events = self.submit(prompt, max_tokens, **spec)
+        result = handle.wait(WAIT)
         self.engine.check_integrity()
         return result, events
 

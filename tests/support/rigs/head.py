@@ -1,4 +1,4 @@
-"""Heads for tests: one in a process of its own that may be killed, and one in this process over any session."""
+"""Heads for tests: one in a process of its own that may be killed, and one in this process over any runtime."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
 from cluster.client.client import Client, Job
-from cluster.client.errors import RetryPolicy, Unavailable, read_state
-from cluster.config.schema import SecuritySection, ServerSection
-from cluster.engine.runtime import Session
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.documents import Documents
-from cluster.jobs.service import JobService
-from cluster.jobs.store import JobStore
-from cluster.server.grpc_server import Gateway
+from cluster.client.errors import Unavailable
+from cluster.client.retry import RetryPolicy
+from cluster.client.state_file import read_state
+from cluster.engine.runtime import ClusterRuntime
+from cluster.server.head import Head
 from tests.support.paths import ROOT
 
 NEEDLE = ROOT / "configs" / "needle"
@@ -147,26 +145,21 @@ def _title(process: psutil.Process) -> str:
 
 
 class Served:
-    """Store, job service and gateway in this process, over a session that runs already. `close` keeps the session."""
+    """A head in this process on a free port, with a client, over a runtime that runs already and goes on afterwards."""
 
-    def __init__(
-        self, session: Session, folder: Path, limits: ServiceLimits | None = None,
-        clock: Callable[[], float] = time.time, max_streams: int = 64,
-    ) -> None:  # fmt: skip
-        self.session = session
+    def __init__(self, runtime: ClusterRuntime, folder: Path, **server: object) -> None:
+        """Args: `folder` is the data directory; `server` are keys of that section of the configuration."""
+        self.runtime = runtime
         self.folder = folder
-        limits = limits or ServiceLimits()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.store = JobStore(folder / "jobs.sqlite")
-        self.documents = Documents(folder / "documents", self.store, limits.document_ttl_s)
-        self.service = JobService(session, self.store, self.documents, limits, clock)
-        server = ServerSection(max_streams=max_streams, max_document_bytes=limits.max_document_bytes)
-        self._gateway = Gateway(self.service, server, SecuritySection(), port_override=0)
+        config = runtime.deployment.config
+        section = config.server.model_copy(update=server)
+        config = config.model_copy(update={"server": section, "data_dir": folder})
+        self._head = Head(replace(runtime.deployment, config=config), runtime=runtime, port=0)
         self._client: Client | None = None
 
     def __enter__(self) -> Served:
-        self.service.start()
-        self.address = self._gateway.start()
+        self._head.start()
+        self.service, self.store, self.address = self._head.service, self._head.store, self._head.address
         self._client = Client(self.address)
         return self
 
@@ -174,15 +167,9 @@ class Served:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for record in self.store.unfinished():
-            self.service.cancel(record.id)  # the session goes on with the next service
-        self.leave()
-
-    def leave(self) -> None:
-        """Close as a head does that stops: unfinished jobs stay unfinished."""
+            self.service.cancel(record.id)  # the runtime goes on with the next service
         self.client.close()
-        self.service.close()
-        self._gateway.close(0.1)
-        self.store.close()
+        self._head.close()
 
     @property
     def client(self) -> Client:

@@ -105,7 +105,7 @@ class FakeStage:
             stop = grid.next_cut(self.spec, position, part.prompt_len) or stop
             tokens = self.truth[part.sequence].tokens(0, stop)
         if self.spec.dual_chunk:
-            scale = self.spec.dual_chunk.temperature(max(part.scale_len or part.prompt_len, position + 1))
+            scale = self.spec.dual_chunk.length_scale(max(part.scale_len or part.prompt_len, position + 1))
         return (scale, *tokens[:stop])
 
 
@@ -114,14 +114,11 @@ class Harness:
 
     def __init__(
         self, pages: int = 64, page_size: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
-        runs_ahead: bool = False, num_stages: int = 1,
+        num_stages: int = 1,
     ) -> None:  # fmt: skip
         self.pool = PagePool(pages)
         self.budget = budget
-        self.scheduler = Scheduler(
-            self.pool, page_size, budget, seqs, b"root", epoch=3, spec=spec, runs_ahead=runs_ahead,
-            num_stages=num_stages,
-        )  # fmt: skip
+        self.scheduler = Scheduler(self.pool, page_size, budget, seqs, b"root", spec=spec, num_stages=num_stages)
         self.requests: dict[int, Request] = {}
         self.early, self.late = (FakeStage(page_size, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()
@@ -186,4 +183,4 @@ def check_cells(harness: Harness, spec: ModelSpec) -> None:
 def s2(length: int, spec: ModelSpec = SCALED) -> float:
     """Return the factor that the length scale puts on logits."""
     assert isinstance(spec.dual_chunk, DualChunkSpec)
-    return spec.dual_chunk.temperature(length) ** 2
+    return spec.dual_chunk.length_scale(length) ** 2

@@ -1,4 +1,4 @@
-"""A job service over a fake session, and the death of its head."""
+"""A head over a fake runtime, for tests of its job service, and the death of the head."""
 
 from __future__ import annotations
 
@@ -6,43 +6,35 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.engine.runtime import Ask
-from cluster.jobs.api import ServiceLimits
-from cluster.jobs.documents import Documents
-from cluster.jobs.model import (
-    JobInput,
-    JobSpec,
-    JobState,
-)
-from cluster.jobs.service import JobService
-from cluster.jobs.store import JobStore
-from tests.support.fakes.runtime import FakeSession
+from cluster.jobs.model import JobInput, JobSpec, JobState
+from cluster.server.head import Head
+from protos.jobs.sampling import AnswerOptions
+from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
 
 
 class Bench:
-    """A service over a fake session and a folder; `restart` is the death of a head and the start of the next."""
+    """A head without a port over a fake runtime; `restart` is its death and the start of the next."""
 
-    def __init__(self, folder: Path, seqs: int = 2, limits: ServiceLimits | None = None) -> None:
-        self.folder, self.seqs, self.limits = folder, seqs, limits or ServiceLimits()
+    def __init__(self, folder: Path, seqs: int = 2, **server: object) -> None:
+        """Args: `server` are keys of that section of the configuration."""
+        self.folder, self.seqs, self.server = folder, seqs, server
         self.ahead = 0.0  # the clock of the service runs ahead of this machine's by so many seconds
         self.open()
 
     def open(self) -> None:
-        self.session = FakeSession(self.folder, self.seqs)
-        self.session.start()
-        self.store = JobStore(self.folder / "jobs.sqlite")
-        self.documents = Documents(self.folder / "documents", self.store, 100.0, self.clock)
-        self.service = JobService(self.session, self.store, self.documents, self.limits, self.clock)
-        self.service.start()
+        self.runtime = FakeRuntime(self.folder, self.seqs, **self.server)
+        self.runtime.start()
+        self.head = Head(self.runtime.deployment, runtime=self.runtime, clock=self.clock)
+        self.head.start()
+        self.store, self.service = self.head.store, self.head.service
 
     def clock(self) -> float:
         return time.time() + self.ahead
 
     def close(self) -> None:
-        self.service.close()
-        self.session.close()
-        self.store.close()
+        self.head.close()
+        self.runtime.close()
 
     def restart(self) -> None:
         self.close()
@@ -50,7 +42,7 @@ class Bench:
 
     def submit(self, tokens: int = 5, max_tokens: int = 3, first: int = 7, **spec: object) -> str:
         given = JobInput(token_ids=(first,) * tokens)
-        return self.service.submit(replace(JobSpec(given, Ask(max_tokens=max_tokens)), **spec)).id  # type: ignore[arg-type]
+        return self.service.submit(replace(JobSpec(given, AnswerOptions(max_tokens=max_tokens)), **spec)).id  # type: ignore[arg-type]
 
     def state(self, job_id: str) -> JobState:
         return self.service.get(job_id).state
@@ -63,7 +55,7 @@ class Bench:
 
     def check_idle(self) -> None:
         """Every page is back, and nothing is kept for a job."""
-        eventually(lambda: not self.service._live and not self.session.kv_usage)
-        assert not self.service._tickets
+        eventually(lambda: not self.service._live and not self.runtime.kv_usage)
+        assert not self.service._handles
         assert not self.service._queued_tokens
-        self.service.check_integrity()
+        self.runtime.engine.check_integrity()

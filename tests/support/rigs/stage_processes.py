@@ -12,13 +12,16 @@ from pathlib import Path
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import GenerationSpec
-from cluster.engine.request_handle import Ticket
+from cluster.engine.request_handle import RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
+from cluster.stages.launcher import links_of
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
+from protos.stage.messages import StageAddress
+from tests.support.fakes.stage import submit
 from tests.support.paths import ROOT
 from workers.stage.server import TOKEN_VARIABLE
 
@@ -36,7 +39,7 @@ class Stages:
         self.handles: list[GrpcStageHandle] = []
         self.engine: Engine | None = None
 
-    def spawn(self, *options: str, count: int = 2, near: bool | None = None) -> None:
+    def spawn(self, *options: str, count: int = 2) -> None:
         shards = plan_shards(load_model_spec(NEEDLE), count, 1)
         environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
         for shard in shards:
@@ -48,16 +51,16 @@ class Stages:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
             assert address == f"unix:{self.socket(shard.stage)}"
-            self.handles.append(GrpcStageHandle(shard, address, TOKEN, near))
+            self.handles.append(GrpcStageHandle(shard, address, TOKEN))
 
     def socket(self, stage: int) -> Path:
         return self.folder / f"s{stage}.sock"
 
     def load(self) -> None:
-        spec = codec.model_spec_to_json(load_model_spec(NEEDLE))
+        spec = load_model_spec(NEEDLE).to_json()
         for handle in self.handles:
             request = pb.LoadRequest(
-                epoch=1, model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
+                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
                 dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
                 store_path=str(self.folder / f"{handle.shard.stage}.store"),
             )  # fmt: skip
@@ -65,17 +68,19 @@ class Stages:
             assert updates[-1].ready
             assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
 
-    def start(self, *, first_to_last: bool = False, near: bool = True) -> None:
-        count = len(self.handles)
-        links = [str(self.folder / f"link{stage}.sock") if near and count > 1 else "" for stage in range(count)]
-        order = self.handles if first_to_last else reversed(self.handles)
-        for handle in order:
-            after = f"unix:{self.socket((handle.shard.stage + 1) % len(self.handles))}"
-            ends = links[handle.shard.stage - 1], links[handle.shard.stage]
-            handle.start(PAGES, PAGE, after if count > 1 else "", 60, near=ends)
+    def start(self, *, first_to_last: bool = False, same_node: bool = True) -> None:
+        """Link the stages by Unix sockets, or over gRPC as if each had a node of its own."""
+        for handle in self.handles if first_to_last else reversed(self.handles):
+            shard = handle.shard
+            addresses = {
+                (stage, 0): StageAddress("", f"unix:{self.socket(stage)}", "" if same_node else str(stage), 0)
+                for stage in range(shard.num_stages)
+            }
+            links = links_of(shard, addresses, self.folder)
+            handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE, **links), 60)
 
     def run_engine(self) -> Engine:
-        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, runs_ahead=True, num_stages=len(self.handles))
+        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, num_stages=len(self.handles))
         self.engine = Engine(scheduler, self.handles, None, (0,))
         self.engine.start()
         return self.engine
@@ -99,8 +104,8 @@ def eventually(condition: Callable[[], bool], limit_s: float) -> None:
         time.sleep(0.02)
 
 
-def long_request(engine: Engine) -> Ticket:
+def long_request(engine: Engine) -> RequestHandle:
     """A request that goes on for many steps; returns when it has begun to answer."""
-    ticket = engine.submit(GenerationSpec([5, 6, 7], 900, ignore_eos=True))
-    eventually(lambda: len(ticket.request.output) > 2, 30)
-    return ticket
+    handle = submit(engine, GenerationSpec([5, 6, 7], 900, ignore_eos=True))
+    eventually(lambda: len(handle.request.output) > 2, 30)
+    return handle

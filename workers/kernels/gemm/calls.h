@@ -59,16 +59,8 @@ struct ExpertsCall {
 
 }  // namespace gemm
 
-// A message of a near link (link.cpp).
-struct SendCall {
-    const std::uint8_t* body;
-    std::int64_t bytes, epoch, step, seed;  // bytes of the body
-    std::int32_t socket;
-};
-
 }  // namespace longreach
 
-EXPORT std::int64_t longreach_send(const longreach::SendCall* call);
 EXPORT int longreach_linear(const longreach::gemm::LinearCall* call);
 EXPORT int longreach_rms_norm(const longreach::gemm::NormCall* call);
 EXPORT int longreach_norm_rotate(const longreach::gemm::RotateCall* call);

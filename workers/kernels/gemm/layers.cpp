@@ -119,10 +119,8 @@ EXPORT int longreach_half_layer(const Layer* layer, const Step* step, int half) 
     return half == 0 ? attention_half(*step, *layer) : experts_half(*step, *layer);
 }
 
-// Layers of a stage of one shard: x becomes the result. `done` counts the finished ones. Where the next stage waits for
-// the result, `then` has the message for it, and `sent` what came of sending it.
-EXPORT int longreach_layers(const Layer* layers, std::int64_t count, const Step* step, std::int64_t* done,
-                            const longreach::SendCall* then, std::int64_t* sent) {
+// Layers of a stage of one shard: x becomes the result. `done` counts the finished ones.
+EXPORT int longreach_layers(const Layer* layers, std::int64_t count, const Step* step, std::int64_t* done) {
     for (std::int64_t i = 0; i < count; ++i) {
         if (const int status = attention_half(*step, layers[i])) return status;
         add(*step, layers[i]);
@@ -130,6 +128,5 @@ EXPORT int longreach_layers(const Layer* layers, std::int64_t count, const Step*
         add(*step, layers[i]);
         __atomic_fetch_add(done, 1, __ATOMIC_RELAXED);
     }
-    if (then != nullptr) *sent = longreach_send(then);
     return 0;
 }

@@ -7,7 +7,7 @@ from protos.stage.messages import SequenceSlice, StepPlan
 
 
 def plan(*lengths: int) -> StepPlan:
-    return StepPlan(1, 1, tuple(SequenceSlice(n, 0, length, length, (), (), 1) for n, length in enumerate(lengths)))
+    return StepPlan(1, tuple(SequenceSlice(n, 0, length, length, (), (), 1) for n, length in enumerate(lengths)))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
-import subprocess
-import sys
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +13,6 @@ from cluster.common.text_format import (
     one_line,
     shorten,
     show_value,
-    tls_reason,
 )
 
 
@@ -30,14 +25,6 @@ def test_one_line() -> None:
 def test_describe_error_names_the_type() -> None:
     assert describe_error(KeyError("no\nkey")) == "KeyError: 'no\\nkey'"
     assert describe_error(AssertionError()) == "AssertionError: "
-
-
-def test_tls_reason() -> None:
-    error = ssl.SSLError(1, "text")
-    error.reason = "KEY_VALUES_MISMATCH"
-    assert tls_reason(error) == "key values mismatch"
-    assert tls_reason(ValueError("Not PEM")) == "not pem"
-    assert tls_reason(ValueError()) == "valueerror"
 
 
 def test_escape_unprintable() -> None:
@@ -69,8 +56,3 @@ def test_any_value_is_shown_on_one_short_line(value: object) -> None:
     shown = show_value(value)
     assert shown.isprintable()
     assert 0 < len(shown) <= MAX_SHOWN
-
-
-def test_importing_it_does_not_load_yaml() -> None:
-    code = "import sys, cluster.common.text_format; print('yaml' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

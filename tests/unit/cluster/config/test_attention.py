@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.common.errors import PreflightError
+from cluster.config.attention import DualChunk, SparseSection
 from cluster.config.deployment import ConfigError, Deployment, load_config, load_deployment
 from cluster.config.memory_budget import kv_dtype, kv_token_bytes
 from cluster.config.topology import kv_bytes_per_token, plan_shards
-from cluster.engine.runtime import Session, cache_root
+from cluster.engine.pipeline import cache_root
+from cluster.engine.runtime import ClusterRuntime
 from cluster.stages.preflight import check_room
-from protos.model.spec import DualChunkSpec, HeadBudget
+from protos.model.spec import DUAL_CHUNK_SETTINGS, SPARSE_SETTINGS, DualChunkSpec, HeadBudget
 from tests.support.paths import NEEDLE
 from tests.support.rigs.scheduler import PLAIN
 
@@ -55,6 +57,11 @@ def test_defaults(tmp_path: Path) -> None:
     assert config.sparse.as_mapping() == {"synthetic": False}
 
 
+def test_every_setting_of_the_model_has_a_key() -> None:
+    assert list(SparseSection.model_fields) == ["enabled", *SPARSE_SETTINGS]
+    assert list(DualChunk.model_fields) == ["enabled", *DUAL_CHUNK_SETTINGS]
+
+
 def test_what_the_yaml_says_goes_before_the_file(tmp_path: Path) -> None:
     assert deploy(tmp_path, sparse__enabled=False).spec.sparse is None
     off = deploy(tmp_path, model__dual_chunk_attention=False, sparse__cell="4K", prefill__max_num_batched_tokens=4096)
@@ -67,7 +74,11 @@ def test_what_the_yaml_says_goes_before_the_file(tmp_path: Path) -> None:
     added = deploy(tmp_path, plain, model__dual_chunk_attention=DUAL, sparse={"enabled": True, "threshold": 0})
     assert (added.spec.dual_chunk, added.max_model_len) == (DualChunkSpec(4096, 512), 4 * 4096)
     assert added.spec.sparse is not None
-    assert (added.spec.sparse.threshold, added.spec.sparse.adaptive, added.spec.sparse.recall_floor) == (0, True, 0.9)
+    assert (added.spec.sparse.threshold, added.spec.sparse.is_adaptive, added.spec.sparse.recall_floor) == (
+        0,
+        True,
+        0.9,
+    )
     fixed = deploy(tmp_path, sparse={"n_vertical": 1000, "n_slash": 6096}).spec.sparse
     assert fixed is not None
     assert fixed.uniform == HeadBudget(1000, 6096)
@@ -182,10 +193,10 @@ def test_cache_root_names_everything_kv_depends_on(tmp_path: Path) -> None:
     assert cache_root(longer, "f") == roots[0]
 
 
-def test_a_result_names_positions_sparse_mode_and_kv_type(tmp_path: Path) -> None:
-    session = Session(deploy(tmp_path, kv_cache__dtype="int8"))
-    session.launched = SimpleNamespace(fingerprint="f", dtype="bfloat16")  # type: ignore[assignment]
-    facts = session.reproducibility(7)
+def test_a_result_names_positions_sparse_mode_and_kv_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = ClusterRuntime(deploy(tmp_path, kv_cache__dtype="int8"))
+    monkeypatch.setattr(ClusterRuntime, "launched", SimpleNamespace(fingerprint="f", dtype="bfloat16"))
+    facts = runtime.reproducibility(7)
     assert facts["positions"] == "default, theta 200000, factor 1, dual chunk 4096/512 of 4096"
     assert facts["sparse_mode"].startswith("vertical-slash above 8192 tokens, cells of 8192, last 64, recall 0.95")
     assert (facts["dtype"], facts["kv_dtype"], facts["seed"]) == ("bfloat16", "int8", 7)

@@ -4,20 +4,20 @@ import time
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
 from cluster.scheduler.request import FinishReason
 from cluster.scheduler.scheduler import DoesNotFit
 from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SamplingParams
-from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually
+from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually, submit
 
 
 def test_events_come_in_order_and_progress_rises():
     with Rig(budget=64) as rig:
         result, events = rig.run(range(200), 3)
     kinds = [type(event) for event in events]
-    progress = [event for event in events if isinstance(event, Progress)]
-    assert kinds == [Progress] * len(progress) + [TokenEvent] * 3 + [Generation]
+    progress = [event for event in events if isinstance(event, PrefillProgress)]
+    assert kinds == [PrefillProgress] * len(progress) + [OutputToken] * 3 + [Generation]
     assert [event.processed for event in progress] == [0, 64, 128, 192, 200]
     assert all((event.total, event.cached) == (200, 0) for event in progress)
     assert progress[0].eta_ms is None
@@ -25,7 +25,7 @@ def test_events_come_in_order_and_progress_rises():
     assert etas == sorted(etas, reverse=True)
     assert etas[-1] == 0
     assert events[-1] == result
-    assert [event.token.token_id for event in events if isinstance(event, TokenEvent)] == [1000, 1001, 1002]
+    assert [event.token_id for event in events if isinstance(event, OutputToken)] == [1000, 1001, 1002]
     assert result.token_ids == (1000, 1001, 1002)
     assert result.finish_reason is FinishReason.LENGTH
     assert result.prompt_tokens == 200
@@ -36,7 +36,7 @@ def test_a_second_question_reports_what_was_cached():
         rig.run(range(100))
         result, events = rig.run([*range(96), 5])
     assert result.cached_tokens == 96
-    assert isinstance(events[0], Progress)
+    assert isinstance(events[0], PrefillProgress)
     assert (events[0].cached, events[0].processed) == (96, 96)
 
 
@@ -89,8 +89,8 @@ def test_stop_strings(stop: tuple[str, ...], text: str, reason: FinishReason):
     with Rig(lambda _, index: ids[index], text=True) as rig:
         result, events = rig.run([1], len(ids), stop=stop)
     assert (result.text, result.finish_reason) == (text, reason)
-    assert "".join(event.text for event in events if isinstance(event, TokenEvent)) == text
-    assert len(result.token_ids) == len(result.samples) == sum(isinstance(event, TokenEvent) for event in events)
+    assert "".join(event.text for event in events if isinstance(event, OutputToken)) == text
+    assert len(result.token_ids) == len(result.samples) == sum(isinstance(event, OutputToken) for event in events)
 
 
 def test_logprobs_reach_the_result():
@@ -103,7 +103,7 @@ def test_logprobs_reach_the_result():
 def test_about_one_plan_per_stage_is_in_flight(stages: int):
     with Rig(stages=stages, budget=16, pages=200) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit(range(1600))
+        handle, _ = rig.submit(range(1600))
         depth = max(2, stages)
         eventually(lambda: len(rig.last.plans) == depth)
         rig.last.let(3)
@@ -111,13 +111,13 @@ def test_about_one_plan_per_stage_is_in_flight(stages: int):
         time.sleep(0.02)
         assert len(rig.shards[0].plans) == depth + 3
         rig.last.let(1 << 20)
-        ticket.wait(WAIT)
+        handle.wait(WAIT)
 
 
 def test_a_single_stage_gets_decode_steps_ahead_but_nothing_behind_a_long_chunk():
     with Rig(stages=1, budget=16, pages=200) as rig:  # a fake step takes half a second of the fake clock
         rig.last.hold()
-        ticket, _ = rig.submit(range(48), 9)
+        handle, _ = rig.submit(range(48), 9)
         for sent in (1, 2, 3):
             eventually(lambda sent=sent: len(rig.last.plans) == sent)
             time.sleep(0.02)
@@ -126,7 +126,7 @@ def test_a_single_stage_gets_decode_steps_ahead_but_nothing_behind_a_long_chunk(
         eventually(lambda: len(rig.last.plans) == 5)
         assert [list(plan.slices[0].token_ids) for plan in rig.last.plans[3:]] == [[1000], []]
         rig.last.let(1 << 20)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1009))
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1009))
         assert len(rig.last.plans) == 3 + 8
 
 
@@ -135,8 +135,8 @@ def test_the_next_plan_leaves_before_anybody_hears_of_the_last_result(stages: in
     with Rig(stages=stages) as rig:
         sent: list[int] = []
         spec = GenerationSpec([1, 2, 3], 5)
-        token = lambda event: sent.append(len(rig.last.plans)) if isinstance(event, TokenEvent) else None  # noqa: E731
-        rig.engine.submit(spec, token).wait(WAIT)
+        token = lambda event: sent.append(len(rig.last.plans)) if isinstance(event, OutputToken) else None  # noqa: E731
+        submit(rig.engine, spec, token).wait(WAIT)
     assert sent[:4] == sorted(sent[:4])
     assert all(plans >= index + 2 for index, plans in enumerate(sent[:4]))
 
@@ -148,7 +148,7 @@ def test_a_stop_string_drops_the_step_in_flight(stages: int):
         result, events = rig.run([1], len(ids), stop=("ran",))
         again, _ = rig.run([1], 3)
     assert (result.text, result.finish_reason) == ("the river ", FinishReason.STOP)
-    assert len(result.token_ids) == sum(isinstance(event, TokenEvent) for event in events) < len(ids)
+    assert len(result.token_ids) == sum(isinstance(event, OutputToken) for event in events) < len(ids)
     assert list(again.token_ids) == ids[:3]
 
 
@@ -172,14 +172,14 @@ def test_cancel_a_queued_request():
 def test_cancel_while_prefilling():
     with Rig(budget=16) as rig:
         rig.last.hold()
-        ticket, events = rig.submit(range(400))
+        handle, events = rig.submit(range(400))
         eventually(lambda: len(rig.last.plans) == 2)
-        rig.engine.cancel(ticket)
-        rig.engine.cancel(ticket)
+        rig.engine.cancel(handle)
+        rig.engine.cancel(handle)
         rig.last.let(1000)
-        result = ticket.wait(WAIT)
+        result = handle.wait(WAIT)
         assert result.finish_reason is FinishReason.CANCELLED
-        assert not any(isinstance(event, TokenEvent) for event in events)
+        assert not any(isinstance(event, OutputToken) for event in events)
         assert sum(isinstance(event, Generation) for event in events) == 1
         assert len(rig.last.plans) == 2, "nothing is computed for it any more"
         rig.engine.check_integrity()
@@ -190,25 +190,25 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
     with Rig() as rig:
         rig.last.hold()
         rig.last.let(3)
-        ticket, events = rig.submit(range(10), 50)
+        handle, events = rig.submit(range(10), 50)
         eventually(lambda: len(rig.last.plans) == 5)
-        rig.engine.cancel(ticket)
+        rig.engine.cancel(handle)
         rig.engine.check_integrity()  # the cancel has been seen
         rig.last.let(1000)
-        result = ticket.wait(WAIT)
+        result = handle.wait(WAIT)
     assert result.finish_reason is FinishReason.CANCELLED
     assert result.token_ids == (1000, 1001, 1002)
-    tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
+    tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
     assert tokens == [1000, 1001, 1002]
 
 
 def test_cancel_after_the_end_changes_nothing():
     with Rig() as rig:
-        ticket, events = rig.submit([1])
-        result = ticket.wait(WAIT)
-        rig.engine.cancel(ticket)
+        handle, events = rig.submit([1])
+        result = handle.wait(WAIT)
+        rig.engine.cancel(handle)
         rig.engine.check_integrity()
-        assert ticket.wait(0) == result
+        assert handle.wait(0) == result
         assert sum(isinstance(event, Generation) for event in events) == 1
 
 
@@ -229,19 +229,55 @@ def test_all_are_accepted_or_none():
         assert all(not shard.plans for shard in rig.shards)
 
 
+def test_tokens_of_one_submission_are_numbered_together():
+    with Rig(pages=200) as rig:
+        events: list[OutputToken] = []
+        keep = lambda event: events.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
+        specs = [GenerationSpec([1] * (index + 1), 2 + index, question=index) for index in (0, 3, 5)]
+        for handle in rig.engine.submit_all([(spec, keep) for spec in specs], after=7):
+            handle.wait(WAIT)
+        assert [token.number for token in events] == list(range(8, 8 + sum(spec.max_tokens for spec in specs)))
+        for spec in specs:
+            ids = [token.token_id for token in events if token.question == spec.question]
+            assert ids == [1000 + index for index in range(spec.max_tokens)]
+
+
+THOUGHT = TextTokenizer.open(NEEDLE).encode("<think>why not</think>\n\nso it is")
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("stop", [(), ("it",)])
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 8, 12, len(THOUGHT) - 1])
+def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened: bool, stop: tuple[str, ...]):
+    ids = THOUGHT[5:] if opened else THOUGHT
+    spec = {"stop": stop, "reasoning_opened": opened, "sampling": SamplingParams(logprobs=1)}
+    with Rig(lambda _, index: ids[index], text=True) as rig:
+        whole, events = rig.run([1], len(ids), **spec)
+        tokens = [event for event in events if isinstance(event, OutputToken)]
+        resume = whole.samples[:done]
+        rest: list[OutputToken] = []
+        keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
+        (handle,) = rig.engine.submit_all([(GenerationSpec([1], len(ids), resume=resume, **spec), keep)], after=done)
+        again = handle.wait(WAIT)
+    assert rest == tokens[done:]
+    assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")
+    assert "".join(token.reasoning for token in tokens) == whole.reasoning
+    assert "".join(token.answer for token in tokens) == whole.text
+
+
 def test_waiting_has_a_limit():
     with Rig() as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1])
+        handle, _ = rig.submit([1])
         with pytest.raises(TimeoutError):
-            ticket.wait(0.01)
+            handle.wait(0.01)
 
 
 def test_many_requests_at_once():
     with Rig(lambda sequence, index: sequence * 10 + index, pages=200) as rig:
         specs = [(GenerationSpec([i] * (i + 1), 1 + i % 4), lambda event: None) for i in range(40)]
-        tickets = rig.engine.submit_all(specs)
-        for ticket, (spec, _) in zip(tickets, specs, strict=True):
-            sequence = ticket.request.sequence
-            assert ticket.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.max_tokens))
+        handles = rig.engine.submit_all(specs)
+        for handle, (spec, _) in zip(handles, specs, strict=True):
+            sequence = handle.request.sequence
+            assert handle.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.max_tokens))
         rig.engine.check_integrity()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import EngineError
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
 from cluster.jobs.model import JobState
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
@@ -33,7 +33,7 @@ def burst_rig(step_s: float = 0.02, group: int = 4, stages: int = 1, **options) 
 def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: float, depth: int):
     with burst_rig(step_s, group=1) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1, 2, 3], 60)
+        handle, _ = rig.submit([1, 2, 3], 60)
         eventually(lambda: len(rig.last.plans) == 1)
         time.sleep(0.02)
         assert len(rig.last.plans) == 1, "nobody knows yet how long a step takes"
@@ -45,7 +45,7 @@ def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: floa
         time.sleep(0.02)
         assert len(rig.last.plans) == done + depth
         rig.last.let(1000)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1060))
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert len(rig.last.plans) == 60, "no step for nothing"
 
 
@@ -53,7 +53,7 @@ def test_as_many_steps_are_in_flight_as_a_quarter_of_a_second_holds(step_s: floa
 def test_long_answers_have_longer_bursts(step_s: float, depth: int):
     with burst_rig(step_s, group=1) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1, 2, 3], 60)
+        handle, _ = rig.submit([1, 2, 3], 60)
         for done in range(40):
             rig.last.let(1)
             ahead = min(depth, max(6, (done - 1) // 2))
@@ -61,7 +61,7 @@ def test_long_answers_have_longer_bursts(step_s: float, depth: int):
         time.sleep(0.02)
         assert len(rig.last.plans) == 40 + depth
         rig.last.let(1000)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1060))
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert len(rig.last.plans) == 60
 
 
@@ -70,11 +70,11 @@ def test_long_answers_have_longer_bursts(step_s: float, depth: int):
 def test_groups_of_any_size_give_the_same_events(group: int, max_tokens: int):
     with burst_rig(group=group) as rig:
         result, events = rig.run([1, 2, 3], max_tokens)
-    tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
+    tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
     assert tokens == list(result.token_ids) == list(range(1000, 1000 + max_tokens))
-    assert [type(event) for event in events[:2]] == [Progress] * 2
-    assert [type(event) for event in events[-2:]] == [TokenEvent, Generation]
-    assert sum(isinstance(event, Progress) for event in events) == 2
+    assert [type(event) for event in events[:2]] == [PrefillProgress] * 2
+    assert [type(event) for event in events[-2:]] == [OutputToken, Generation]
+    assert sum(isinstance(event, PrefillProgress) for event in events) == 2
     assert len(rig.last.plans) == max_tokens
 
 
@@ -94,7 +94,7 @@ def test_an_end_inside_a_burst(at: int, group: int, stages: int):
         result, events = rig.run([1], 40)
         again, _ = rig.run([2], 3)
         assert (result.finish_reason, len(result.token_ids)) == (FinishReason.STOP, at + 1)
-        assert sum(isinstance(event, TokenEvent) for event in events) == at + 1
+        assert sum(isinstance(event, OutputToken) for event in events) == at + 1
         assert len(rig.last.plans) <= at + 1 + 6 + 3
     assert again.token_ids == (1000, 1001, 1002)
 
@@ -109,10 +109,10 @@ def test_a_stop_string_inside_a_burst(stop: str, text: str, group: int):
         plain.last.script = lambda _, index: ids[index]
         result, events = plain.run([1], len(ids), stop=(stop,))
         again, _ = plain.run([1], 3)
-    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    tokens = [event for event in events if isinstance(event, OutputToken)]
     assert (result.text, result.finish_reason) == (text, FinishReason.STOP)
     assert "".join(event.text for event in tokens) == text
-    assert [event.token.token_id for event in tokens] == list(result.token_ids) == ids[: len(tokens)]
+    assert [event.token_id for event in tokens] == list(result.token_ids) == ids[: len(tokens)]
     assert list(again.token_ids) == ids[:3]
 
 
@@ -120,16 +120,16 @@ def decoding(rig: Rig, max_tokens: int = 60) -> tuple:
     """A request with a whole burst in flight: five steps of it are done."""
     rig.last.hold()
     rig.last.let(5)
-    ticket, events = rig.submit([1, 2, 3], max_tokens)
+    handle, events = rig.submit([1, 2, 3], max_tokens)
     eventually(lambda: len(rig.last.plans) == 10)
-    return ticket, events
+    return handle, events
 
 
 def test_cancel_inside_a_burst():
     with burst_rig(0.049, group=1) as rig:
-        ticket, events = decoding(rig)
-        rig.engine.cancel(ticket)
-        assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1005))
+        handle, events = decoding(rig)
+        rig.engine.cancel(handle)
+        assert handle.wait(WAIT).token_ids == tuple(range(1000, 1005))
         rig.last.let(1000)
         again, _ = rig.run([4], 3)
         assert sum(isinstance(event, Generation) for event in events) == 1
@@ -162,10 +162,10 @@ def test_a_new_request_waits_for_no_more_than_the_burst():
 def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, stages: int):
     with burst_rig(group=group, stages=stages) as rig:
         rig.last.fail_at = 8
-        ticket, events = rig.submit([1], 40)
+        handle, events = rig.submit([1], 40)
         with pytest.raises(EngineError, match="broken"):
-            ticket.wait(WAIT)
-        tokens = [event.token.token_id for event in events if isinstance(event, TokenEvent)]
+            handle.wait(WAIT)
+        tokens = [event.token_id for event in events if isinstance(event, OutputToken)]
         assert tokens == list(range(1000, 1007))
         assert isinstance(events[-1], Generation)
         assert sum(isinstance(event, Generation) for event in events) == 1
@@ -175,9 +175,9 @@ def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, sta
 def test_many_requests_of_different_lengths(stages: int):
     with burst_rig(pages=400, group=3, stages=stages) as rig:
         specs = [(GenerationSpec([i] * (1 + 5 * i), 1 + 3 * i), lambda event: None) for i in range(12)]
-        tickets = rig.engine.submit_all(specs)
-        for ticket, (spec, _) in zip(tickets, specs, strict=True):
-            assert ticket.wait(WAIT).token_ids == tuple(range(1000, 1000 + spec.max_tokens))
+        handles = rig.engine.submit_all(specs)
+        for handle, (spec, _) in zip(handles, specs, strict=True):
+            assert handle.wait(WAIT).token_ids == tuple(range(1000, 1000 + spec.max_tokens))
         rig.engine.check_integrity()
 
 
@@ -190,15 +190,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("steps", [5, 6, 7, 9])
 def test_a_job_goes_on_where_a_burst_broke_off(bench: Bench, steps: int):
-    shard = bench.session.shard
+    shard = bench.runtime.shard
     shard.step_s, shard.group = 0.01, 4
     shard.hold()
     shard.let(steps)
     job_id = bench.submit(max_tokens=30)
     eventually(lambda: len(shard.plans) > 5)
-    bench.session.break_down()
+    bench.runtime.fail()
     assert bench.service.wait(job_id, WAIT).state is JobState.SUCCEEDED
     assert bench.ids(job_id) == list(range(100, 130))
     assert bench.service.get(job_id).restarts == 1
-    assert bench.session.shard is not shard
+    assert bench.runtime.shard is not shard
     bench.check_idle()

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import pytest
 
 from cluster.common.errors import EngineError
-from cluster.engine.outputs import Generation, GenerationSpec, Progress, TokenEvent
-from cluster.engine.request_handle import Event, Ticket
+from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason
-from tests.support.fakes.stage import WAIT, Rig, eventually
+from tests.support.fakes.stage import WAIT, Rig, eventually, submit
 
 
 def test_a_failed_step_ends_every_request_with_its_error():
     with Rig(pages=5) as rig:
         rig.shards[0].fail_at = 2
-        tickets = [rig.submit([i] * 40, 20)[0] for i in range(3)]
-        for ticket in tickets:
+        handles = [rig.submit([i] * 40, 20)[0] for i in range(3)]
+        for handle in handles:
             with pytest.raises(EngineError, match="stage 0 shard 0, step 1: broken"):
-                ticket.wait(WAIT)
-            assert ticket.result is not None
-            assert ticket.result.finish_reason is FinishReason.ERROR
+                handle.wait(WAIT)
+            assert handle.result is not None
+            assert handle.result.finish_reason is FinishReason.ERROR
         with pytest.raises(EngineError, match="broken"):
             rig.submit([1])
 
@@ -29,12 +29,12 @@ def test_a_failed_step_ends_every_request_with_its_error():
 def test_a_lost_shard_ends_every_request_and_the_first_reason_stays():
     with Rig() as rig:
         rig.last.hold()
-        ticket, events = rig.submit([1])
+        handle, events = rig.submit([1])
         eventually(lambda: bool(rig.last.plans))
         rig.shards[0].lose("stage 0 shard 0 is gone")
         rig.shards[1].lose("stage 1 shard 0 is gone")
         with pytest.raises(EngineError, match="stage 0 shard 0 is gone"):
-            ticket.wait(WAIT)
+            handle.wait(WAIT)
         assert isinstance(events[-1], Generation)
         eventually(lambda: raises(EngineError, lambda: rig.submit([1])))
         with pytest.raises(EngineError, match="stage 0 shard 0 is gone"):
@@ -53,12 +53,12 @@ def test_close_while_running_ends_what_is_unfinished():
     rig = Rig()
     rig.engine.start()
     rig.last.hold()
-    tickets = [rig.submit([i])[0] for i in range(3)]
+    handles = [rig.submit([i])[0] for i in range(3)]
     rig.engine.close()
     rig.engine.close()
-    for ticket in tickets:
+    for handle in handles:
         with pytest.raises(EngineError, match="the cluster was stopped"):
-            ticket.wait(WAIT)
+            handle.wait(WAIT)
     with pytest.raises(EngineError, match="the cluster was stopped"):
         rig.submit([1])
     assert all(shard.closed for shard in rig.shards)
@@ -78,18 +78,18 @@ def test_submissions_race_with_close_and_none_hangs():
     for _ in range(20):
         rig = Rig()
         rig.engine.start()
-        tickets: list[Ticket] = []
+        handles: list[RequestHandle] = []
 
-        def submit(rig: Rig = rig, tickets: list[Ticket] = tickets) -> None:
-            while not raises(EngineError, lambda: tickets.append(rig.submit([1], 1)[0])):
+        def submit(rig: Rig = rig, handles: list[RequestHandle] = handles) -> None:
+            while not raises(EngineError, lambda: handles.append(rig.submit([1], 1)[0])):
                 pass
 
         thread = threading.Thread(target=submit, daemon=True)
         thread.start()
-        eventually(lambda tickets=tickets: bool(tickets))
+        eventually(lambda handles=handles: bool(handles))
         rig.engine.close()
         thread.join(WAIT)
-        assert all(ticket.done.wait(WAIT) for ticket in tickets)
+        assert all(handle.done.wait(WAIT) for handle in handles)
 
 
 def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.MonkeyPatch):
@@ -101,29 +101,29 @@ def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.Mo
 
     with Rig(script) as rig:
         rig.last.hold()
-        ticket, _ = rig.submit([1])
+        handle, _ = rig.submit([1])
         monkeypatch.setattr(rig.engine.scheduler, "add", broken_add)
         broken, _ = rig.submit([1] * 20)
-        for waiting in (ticket, broken):
+        for waiting in (handle, broken):
             with pytest.raises(EngineError, match="engine"):
                 waiting.wait(WAIT)
         with pytest.raises(EngineError):
             rig.submit([1])
 
 
-@pytest.mark.parametrize("kind", [Progress, TokenEvent, Generation])
+@pytest.mark.parametrize("kind", [OutputToken, PrefillProgress, Generation])
 def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptureFixture):
-    calls: list[Event] = []
+    calls: list[EngineEvent] = []
 
-    def bad(event: Event) -> None:
+    def bad(event: EngineEvent) -> None:
         calls.append(event)
         if isinstance(event, kind):
             raise KeyError("broken pipe of the caller")
 
     with Rig() as rig:
-        ticket = rig.engine.submit(GenerationSpec(range(100), 3), bad)
+        handle = submit(rig.engine, GenerationSpec(range(100), 3), bad)
         other, events = rig.submit(range(200, 300), 3)
-        assert ticket.wait(WAIT).token_ids == (1000, 1001, 1002)
+        assert handle.wait(WAIT).token_ids == (1000, 1001, 1002)
         assert other.wait(WAIT).token_ids == (1000, 1001, 1002)
         assert isinstance(events[-1], Generation)
         assert sum(isinstance(event, kind) for event in calls) == 1, "it is not called again"
@@ -132,13 +132,13 @@ def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptu
 
 
 def test_the_last_event_comes_before_wait_returns():
-    events: list[Event] = []
+    events: list[EngineEvent] = []
 
-    def slow(event: Event) -> None:
+    def slow(event: EngineEvent) -> None:
         if isinstance(event, Generation):
             time.sleep(0.05)
         events.append(event)
 
     with Rig() as rig:
-        rig.engine.submit(GenerationSpec([1], 1), slow).wait(WAIT)
+        submit(rig.engine, GenerationSpec([1], 1), slow).wait(WAIT)
         assert isinstance(events[-1], Generation)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.common.errors import StageError
-from cluster.engine.hang_detector import Watchdog
+from cluster.engine.hang_detector import HangDetector
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import StepPlan
 
@@ -32,8 +32,8 @@ class Scene:
         self.now = 0.0
         self.shards = [Shard("stage 0 shard 0"), Shard("stage 1 shard 0")]
         latency = SimpleNamespace(predict=lambda plan: predicted)
-        self.engine: Any = SimpleNamespace(oldest_plan=StepPlan(1, 1, ()), latency=latency)
-        self.dog = Watchdog(self.engine, self.shards, clock=lambda: self.now)
+        self.engine: Any = SimpleNamespace(oldest_plan=StepPlan(1, ()), latency=latency)
+        self.detector = HangDetector(self.engine, self.shards, clock=lambda: self.now)
 
     def pass_time(self, seconds: float, every: float = 4.0, moving: int | None = None) -> str:
         end = self.now + seconds
@@ -41,7 +41,7 @@ class Scene:
             self.now += every
             if moving is not None:
                 self.shards[moving].layers += 1
-            if reason := self.dog.look():
+            if reason := self.detector.check():
                 return reason
         return ""
 
@@ -88,6 +88,6 @@ def test_steps_that_follow_each_other_start_the_watch_anew():
     scene = Scene()
     for step in range(2, 9):
         assert scene.pass_time(18) == ""
-        scene.engine.oldest_plan = StepPlan(1, step, ())
+        scene.engine.oldest_plan = StepPlan(step, ())
     scene.engine.oldest_plan = None
     assert scene.pass_time(600) == ""

@@ -14,7 +14,7 @@ from tests.support.rigs.scheduler import long_spec
 def plan(*parts: tuple[int, int]) -> StepPlan:
     """A step of (start, length) slices."""
     slices = [SequenceSlice(i, start, length, 1 << 20, (), (), 1) for i, (start, length) in enumerate(parts)]
-    return StepPlan(1, 1, tuple(slices))
+    return StepPlan(1, tuple(slices))
 
 
 @pytest.mark.parametrize(

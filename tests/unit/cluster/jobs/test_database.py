@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.database import MIGRATIONS, VERSION
 from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
 from cluster.jobs.store import JobStore
+from protos.jobs.sampling import AnswerOptions
+from protos.stage.messages import TokenLogprob
 from tests.support.paths import ROOT
 from tests.unit.cluster.jobs.test_store import DOCUMENT, PLAIN, commit, submit, tokens
 
@@ -84,7 +86,7 @@ def test_an_old_file_is_upgraded(path: Path) -> None:
     MIGRATIONS[1](old)
     old.execute("INSERT INTO meta VALUES ('schema_version', 1)")
     old.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (DOCUMENT.id, "d", 1, 1.0, 2.0))
-    specs = [JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()), PLAIN]
+    specs = [JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()), PLAIN]
     for seq, spec in enumerate(specs, 1):
         values = (seq, f"job_{seq:032x}", "queued", spec.body_hash())
         columns = "seq, id, state, body_hash, num_answers, created"
@@ -101,6 +103,58 @@ def test_an_old_file_is_upgraded(path: Path) -> None:
             assert db.execute("SELECT document_id FROM jobs ORDER BY seq").fetchall() == [(DOCUMENT.id,), (None,)]
             assert db.execute("SELECT value FROM meta").fetchall() == [(VERSION,)]
         store.close()
+
+
+def test_tokens_of_an_old_file_are_split_once(path: Path) -> None:
+    """A file of version 3: an ended job and one to be resumed, with two answers, one of which began as reasoning."""
+    path.parent.mkdir()
+    old = sqlite3.connect(path, isolation_level=None)
+    for version in (1, 2, 3):
+        MIGRATIONS[version](old)
+    old.execute("INSERT INTO meta VALUES ('schema_version', 3)")
+    specs = [replace(PLAIN, priority=1), replace(PLAIN, priority=2), PLAIN]
+    texts = [
+        [(0, "<think>why"), (1, "yes"), (0, " not</thi"), (0, "nk>"), (1, "."), (0, "\n\nso")],
+        [(0, "why"), (0, " \n</think>"), (0, "so")],
+        [],
+    ]
+    for seq, (spec, state, rows) in enumerate(zip(specs, ("succeeded", "decoding", "queued"), texts, strict=True), 1):
+        columns = "seq, id, state, body_hash, num_answers, created, last_event"
+        values = (seq, f"job_{seq:032x}", state, spec.body_hash(), len(rows))
+        old.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, 2, 1, ?)", values)
+        old.execute("INSERT INTO specs VALUES (?, ?, '{}')", (seq, spec.to_json()))
+        old.executemany(
+            "INSERT INTO tokens (job, number, question, token_id, text, logprob, top) VALUES (?, ?, ?, 9, ?, -0.5, ?)",
+            [(seq, number, question, text, "[[9, -0.5]]") for number, (question, text) in enumerate(rows, 1)],
+        )
+    old.close()
+    asked: list[JobSpec] = []
+
+    def opened(spec: JobSpec) -> bool:
+        asked.append(spec)
+        return spec.priority == 2
+
+    for _ in range(2):  # the second time there is nothing to do
+        store = JobStore(path)
+        store.split_old_tokens(opened)
+        first, second = (store.tokens(f"job_{seq:032x}") for seq in (1, 2))
+        assert [(t.question, t.text) for t in first] == texts[0]
+        assert [(t.part, t.reasoning, t.answer) for t in first] == [
+            ("reasoning", "why", ""), ("answer", "", "yes"), ("reasoning", " not", ""), ("answer", "", ""),
+            ("answer", "", "."), ("answer", "", "so"),
+        ]  # fmt: skip
+        assert [(t.part, t.reasoning, t.answer) for t in second] == [
+            ("reasoning", "why", ""), ("answer", "", ""), ("answer", "", "so"),
+        ]  # fmt: skip
+        assert {(t.logprob, t.top) for t in first + second} == {(-0.5, (TokenLogprob(9, -0.5),))}
+        assert asked == specs[:2], "jobs without tokens of that time are not looked at"
+        store.close()
+    store = JobStore(path)
+    commit(store, f"job_{2:032x}", [OutputToken(4, 0, 9, "!", answer="!")])
+    store.split_old_tokens(opened)
+    assert [token.answer for token in store.tokens(f"job_{2:032x}")] == ["", "", "so", "!"]
+    assert len(asked) == 2
+    store.close()
 
 
 def newer(path: Path) -> None:
@@ -149,16 +203,17 @@ WRITER = """
 import sys
 from pathlib import Path
 from cluster.jobs.store import JobStore
-from cluster.jobs.model import ACTIVE, JobAnswer, JobInput, JobSpec, JobState, JobToken, new_id
-from cluster.engine.runtime import Ask
+from cluster.jobs.model import ACTIVE, JobAnswer, JobInput, JobSpec, JobState, new_id
+from cluster.engine.outputs import OutputToken
+from protos.jobs.sampling import AnswerOptions
 
 store = JobStore(Path(sys.argv[1]))
 jobs = [record.id for record in store.unfinished()]
 while len(jobs) < 4:
-    jobs.append(store.create(JobSpec(JobInput(prompt="p"), Ask()), new_id("job"), 1, {})[0].id)
+    jobs.append(store.create(JobSpec(JobInput(prompt="p"), AnswerOptions()), new_id("job"), 1, {})[0].id)
 last = [store.get(job).last_event for job in jobs]
 while True:
-    step = [(job, JobToken(n + k, 0, k, "word " * 200)) for job, n in zip(jobs, last) for k in (1, 2, 3, 4)]
+    step = [(job, OutputToken(n + k, 0, k, "word " * 200)) for job, n in zip(jobs, last) for k in (1, 2, 3, 4)]
     last = [n + 4 for n in last]
     answers = [(job, JobAnswer(0, text=str(n))) for job, n in zip(jobs, last)]
     store.commit_step(step, [(job, ACTIVE, JobState.DECODING) for job in jobs], answers)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.runtime import Ask
-from cluster.jobs.documents import MAX_NAME, Documents, display_name
-from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobSpec, JobState, NotAllowedNow, NotFound, new_id
+from cluster.jobs.documents import MAX_NAME, DocumentStore, display_name
+from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobNotFound, JobSpec, JobState, NotAllowedNow, new_id
 from cluster.jobs.store import JobStore
+from protos.jobs.sampling import AnswerOptions
 
 
 class Clock:
@@ -44,8 +44,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def documents(folder: Path, store: JobStore, clock: Clock) -> Documents:
-    return Documents(folder, store, ttl_s=60.0, clock=clock)
+def documents(folder: Path, store: JobStore, clock: Clock) -> DocumentStore:
+    return DocumentStore(folder, store, ttl_s=60.0, clock=clock)
 
 
 def names(folder: Path) -> list[str]:
@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 97, 100_003])
-def test_content_is_the_name(documents: Documents, folder: Path, size: int) -> None:
+def test_content_is_the_name(documents: DocumentStore, folder: Path, size: int) -> None:
     content = os.urandom(size)
     record = documents.put("a.txt", (content[i : i + 16] for i in range(0, size, 16)), max_bytes=size)
     assert record.id == "doc_" + hashlib.sha256(content).hexdigest()[:32]
@@ -64,7 +64,7 @@ def test_content_is_the_name(documents: Documents, folder: Path, size: int) -> N
     assert (folder / record.id).stat().st_mode & 0o777 == 0o600
 
 
-def test_the_same_bytes_are_one_document(documents: Documents, folder: Path, clock: Clock) -> None:
+def test_the_same_bytes_are_one_document(documents: DocumentStore, folder: Path, clock: Clock) -> None:
     first = documents.put("one", [b"ab", b"", b"c"], 10)
     clock.now = 1030.0
     assert documents.put("two", [b"abc"], 10) == replace(first, expires=1090.0)
@@ -76,7 +76,7 @@ def test_the_same_bytes_are_one_document(documents: Documents, folder: Path, clo
     assert documents.read(first.id) == b"abc", "a new upload repairs a damaged file"
 
 
-def test_too_long_is_refused_at_once(documents: Documents, folder: Path) -> None:
+def test_too_long_is_refused_at_once(documents: DocumentStore, folder: Path) -> None:
     taken: list[None] = []
 
     def endless() -> Iterator[bytes]:
@@ -84,7 +84,7 @@ def test_too_long_is_refused_at_once(documents: Documents, folder: Path) -> None
             taken.append(None)
             yield b"x" * 10
 
-    with pytest.raises(InvalidJob, match="40 bytes so far: must be at most 39"):
+    with pytest.raises(InvalidJob, match=r"40 bytes or more: must be at most 39 \(server\.max_document_bytes\)"):
         documents.put("a", endless(), 39)
     assert len(taken) == 4
     with pytest.raises(InvalidJob, match="0 bytes"):
@@ -95,7 +95,7 @@ def test_too_long_is_refused_at_once(documents: Documents, folder: Path) -> None
 @pytest.mark.parametrize(
     "raised", [ConnectionResetError("gone"), RuntimeError("bad"), KeyboardInterrupt(), GeneratorExit()]
 )
-def test_a_client_that_goes_away(documents: Documents, folder: Path, raised: BaseException) -> None:
+def test_a_client_that_goes_away(documents: DocumentStore, folder: Path, raised: BaseException) -> None:
     def pieces() -> Iterator[bytes]:
         yield b"half"
         assert len(names(folder)) == 1
@@ -117,7 +117,7 @@ def test_a_client_that_goes_away(documents: Documents, folder: Path, raised: Bas
 )
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_full_disk(
-    documents: Documents, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str, call: str
+    documents: DocumentStore, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str, call: str
 ) -> None:
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
@@ -131,7 +131,7 @@ def test_a_full_disk(
     assert documents.read(documents.put("a", [b"abc"], 100).id) == b"abc"
 
 
-def test_a_short_write_is_continued(documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_continued(documents: DocumentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:3]))
@@ -139,7 +139,7 @@ def test_a_short_write_is_continued(documents: Documents, monkeypatch: pytest.Mo
     assert documents.read(record.id) == b"0123456789abc"
 
 
-def test_a_record_that_cannot_be_written(documents: Documents, store: JobStore, folder: Path) -> None:
+def test_a_record_that_cannot_be_written(documents: DocumentStore, store: JobStore, folder: Path) -> None:
     kept = documents.put("a", [b"kept"], 100)
 
     def fail(_: object) -> None:
@@ -159,19 +159,19 @@ def test_a_record_that_cannot_be_written(documents: Documents, store: JobStore, 
     "document_id",
     ["", "..", "../jobs.db", "/etc/passwd", "doc_../../x", "doc_" + "A" * 32, "job_" + "0" * 32, "doc_\0"],
 )
-def test_ids_are_no_paths(documents: Documents, call: str, document_id: str) -> None:
+def test_ids_are_no_paths(documents: DocumentStore, call: str, document_id: str) -> None:
     with pytest.raises(InvalidJob, match="doc id"):
         getattr(documents, call)(document_id)
 
 
-def test_absent_documents(documents: Documents, folder: Path) -> None:
+def test_absent_documents(documents: DocumentStore, folder: Path) -> None:
     call: Callable[[str], object]
     for call in (documents.read, documents.get, documents.delete):
-        with pytest.raises(NotFound):
+        with pytest.raises(JobNotFound):
             call(new_id("doc"))
     record = documents.put("a", [b"abc"], 100)
     (folder / record.id).unlink()
-    with pytest.raises(NotFound, match="its file is gone"):
+    with pytest.raises(JobNotFound, match="its file is gone"):
         documents.read(record.id)
     documents.delete(record.id)
     assert documents.list() == []
@@ -190,16 +190,16 @@ def test_absent_documents(documents: Documents, folder: Path) -> None:
         *[("é" * size, "é" * min(size, MAX_NAME)) for size in (MAX_NAME - 1, MAX_NAME, MAX_NAME + 1)],
     ],
 )
-def test_names_are_only_shown(documents: Documents, name: str, shown: str) -> None:
+def test_names_are_only_shown(documents: DocumentStore, name: str, shown: str) -> None:
     assert display_name(name) == shown
     assert documents.put(name, [b"abc"], 100).name == shown
 
 
-def test_sweep(documents: Documents, store: JobStore, folder: Path, clock: Clock) -> None:
+def test_sweep(documents: DocumentStore, store: JobStore, folder: Path, clock: Clock) -> None:
     used, old = documents.put("used", [b"used"], 100), documents.put("old", [b"old"], 100)
     clock.now = 1030.0
     young = documents.put("young", [b"young"], 100)
-    spec = JobSpec(JobInput(document_id=used.id, questions=("?",)), Ask())
+    spec = JobSpec(JobInput(document_id=used.id, questions=("?",)), AnswerOptions())
     job, _ = store.create(spec, new_id("job"), 1, {})
     (folder / ".upload-left").write_bytes(b"x")
     (folder / new_id("doc")).write_bytes(b"a crash between file and record")
@@ -208,7 +208,7 @@ def test_sweep(documents: Documents, store: JobStore, folder: Path, clock: Clock
         documents.delete(used.id)
     assert documents.sweep(1060.0) == 1
     assert names(folder) == sorted(["README", used.id, young.id])
-    with pytest.raises(NotFound):
+    with pytest.raises(JobNotFound):
         documents.get(old.id)
     assert store.transition(job.id, ACTIVE, JobState.SUCCEEDED)
     assert documents.sweep(1060.0) == 1
@@ -216,7 +216,7 @@ def test_sweep(documents: Documents, store: JobStore, folder: Path, clock: Clock
     assert names(folder) == ["README"]
 
 
-def test_sweep_leaves_running_uploads(documents: Documents, folder: Path) -> None:
+def test_sweep_leaves_running_uploads(documents: DocumentStore, folder: Path) -> None:
     half, swept = threading.Event(), threading.Event()
 
     def pieces() -> Iterator[bytes]:
@@ -236,7 +236,7 @@ def test_sweep_leaves_running_uploads(documents: Documents, folder: Path) -> Non
     assert names(folder) == [records[0].id]
 
 
-def test_parallel_uploads_of_one_document(documents: Documents, folder: Path) -> None:
+def test_parallel_uploads_of_one_document(documents: DocumentStore, folder: Path) -> None:
     threads = [threading.Thread(target=documents.put, args=("a", [b"x" * 1000] * 20, 1 << 20)) for _ in range(16)]
     for thread in threads:
         thread.start()

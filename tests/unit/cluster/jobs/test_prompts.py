@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.engine.runtime import Ask
 from cluster.jobs.model import JobInput, JobSpec
 from cluster.jobs.prompts import reasoning_opened
 from cluster.text.tokenizer import TextTokenizer
+from protos.jobs.sampling import AnswerOptions
 from tests.support.paths import NEEDLE
 
 THINKING = "{{ messages[0]['content'] }}<assistant>{% if enable_thinking is not false %}<think>\n{% endif %}"
@@ -28,10 +28,17 @@ THINKING = "{{ messages[0]['content'] }}<assistant>{% if enable_thinking is not 
 def test_prompts_that_end_inside_the_tag(given: JobInput, thinking: bool | None, opened: bool):
     tokenizer = TextTokenizer.open(NEEDLE)
     tokenizer.chat_template = THINKING
-    assert reasoning_opened(tokenizer, JobSpec(given, Ask(enable_thinking=thinking))) is opened
+    assert reasoning_opened(tokenizer, JobSpec(given, AnswerOptions(enable_thinking=thinking))) is opened
 
 
 def test_token_ids_that_end_inside_the_tag():
     tokenizer = TextTokenizer.open(NEEDLE)
     ids = tuple(tokenizer.encode("why? <think>\n"))
-    assert reasoning_opened(tokenizer, JobSpec(JobInput(token_ids=ids), Ask()))
+    assert reasoning_opened(tokenizer, JobSpec(JobInput(token_ids=ids), AnswerOptions()))
+
+
+def test_a_template_that_cannot_be_rendered_opens_nothing():
+    tokenizer = TextTokenizer.open(NEEDLE)
+    tokenizer.chat_template = "{{ raise_exception('no') }}<think>"
+    spec = JobSpec(JobInput(messages=(("user", "hi"),)), AnswerOptions())
+    assert not reasoning_opened(tokenizer, spec), "of a job that another model has answered"

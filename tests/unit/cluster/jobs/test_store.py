@@ -11,27 +11,28 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.engine.runtime import Ask
+from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
-    Conflict,
     DocumentRecord,
     InvalidJob,
     JobAnswer,
+    JobConflict,
     JobInput,
+    JobNotFound,
     JobSpec,
     JobState,
-    JobToken,
     NotAllowedNow,
-    NotFound,
+    ServiceBusy,
     new_id,
 )
 from cluster.jobs.store import MAX_PAGE, JobStore
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams, TokenLogprob
 
 DOCUMENT = DocumentRecord("doc_" + "0" * 32, "report.txt", 7, created=1.0, expires=100.0)
-PLAIN = JobSpec(JobInput(prompt="Once"), Ask())
+PLAIN = JobSpec(JobInput(prompt="Once"), AnswerOptions())
 
 
 class Clock:
@@ -68,17 +69,19 @@ def run_to(store: JobStore, job_id: str, *states: JobState) -> str:
     return job_id
 
 
-def tokens(first: int, count: int, question: int = 0) -> list[JobToken]:
-    return [JobToken(number, question, number * 3, f"t{number} ") for number in range(first, first + count)]
+def tokens(first: int, count: int, question: int = 0) -> list[OutputToken]:
+    return [OutputToken(number, question, number * 3, f"t{number} ") for number in range(first, first + count)]
 
 
-def commit(store: JobStore, job_id: str, batch: list[JobToken]) -> None:
+def commit(store: JobStore, job_id: str, batch: list[OutputToken]) -> None:
     store.commit_step([(job_id, token) for token in batch], [], [])
 
 
 def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     store.put_document(DOCUMENT)
-    ask = Ask(9, SamplingParams(0.5, seed=(1 << 63) - 1, logprobs=2), stop=("\n\n", "é"), stop_token_ids=(1, 2))
+    ask = AnswerOptions(
+        9, SamplingParams(0.5, seed=(1 << 63) - 1, logprobs=2), stop=("\n\n", "é"), stop_token_ids=(1, 2)
+    )
     given = JobInput(document_id=DOCUMENT.id, questions=("Who?", "Warum?"))
     spec = JobSpec(given, ask, priority=-3, deadline=5.5, attached=True, idempotency_key="k", labels={"team": "a'b"})
     record, is_new = store.create(spec, new_id("job"), 2, {"model": "m", "versions": {"torch": "2"}})
@@ -86,7 +89,7 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     assert (record.state, record.created, record.spec) == (JobState.QUEUED, 1000.0, spec)
     assert record.answers == (JobAnswer(0), JobAnswer(1))
     top = (TokenLogprob(5, -0.25), TokenLogprob(6, -math.inf))
-    token = JobToken(1, 1, 5, "a\0\U0001f600", -0.25, top)
+    token = OutputToken(1, 1, 5, "a\0\U0001f600", -0.25, top, "reasoning", "a\0", "\U0001f600")
     attention = {"mode": "sparse", "layers": [{"layer": 0, "density": [0.5]}]}
     answer = JobAnswer(1, 10, 4, "stop", "text", "why", {"queued_s": 0.5}, attention)
     assert store.commit_step([(record.id, token)], [], [(record.id, answer)]) == []
@@ -102,7 +105,7 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     [JobInput(token_ids=(1, 2)), JobInput(token_ids=()), JobInput(messages=(("user", "hi"),)), JobInput(prompt="")],
 )
 def test_every_kind_of_input(store: JobStore, given: JobInput) -> None:
-    record = store.get(submit(store, JobSpec(given, Ask())))
+    record = store.get(submit(store, JobSpec(given, AnswerOptions())))
     assert record is not None
     assert record.spec.input == given
 
@@ -114,26 +117,53 @@ def test_one_key_is_one_job(store: JobStore) -> None:
     assert len({record.id for record, _ in made}) == store.count() == 1
     assert sum(is_new for _, is_new in made) == 1
     assert store.create(replace(spec, deadline=9.0), new_id("job"), 1, {}) == (made[0][0], False)
-    with pytest.raises(Conflict, match=f"'key': used by {made[0][0].id} with another body"):
+    with pytest.raises(JobConflict, match=f"'key': used by {made[0][0].id} with another body"):
         store.create(replace(spec, input=JobInput(prompt="Twice")), new_id("job"), 1, {})
     run_to(store, made[0][0].id, JobState.CANCELLED)
     assert store.delete(made[0][0].id)
     assert store.create(spec, new_id("job"), 1, {})[1], "a deleted job gives its key back"
 
 
+def test_admission_says_what_is_known_and_how_many_wait(store: JobStore) -> None:
+    spec = replace(PLAIN, idempotency_key="key")
+    assert store.admission(spec) == (None, 0)
+    record, _ = store.create(spec, new_id("job"), 1, {})
+    waiting = run_to(store, submit(store), JobState.PREFILLING, JobState.RECOVERING)
+    run_to(store, submit(store), JobState.PREFILLING, JobState.DECODING)
+    assert store.admission(spec) == (record, 2)
+    assert store.admission(PLAIN) == (None, 2)
+    with pytest.raises(JobConflict, match="another body"):
+        store.admission(replace(spec, priority=1))
+    with pytest.raises(ServiceBusy, match=r"queue: 2 jobs wait, the limit is server\.max_queued_jobs") as caught:
+        store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)
+    assert caught.value.retry_after_s == 10.0
+    assert store.create(spec, new_id("job"), 1, {}, max_queued=2) == (record, False), "a repeated one is answered"
+    run_to(store, waiting, JobState.CANCELLED)
+    assert store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)[1]
+
+
+def test_a_submission_moves_on_the_expiry_of_its_document(store: JobStore) -> None:
+    store.put_document(DOCUMENT)
+    spec = JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions())
+    store.create(spec, new_id("job"), 1, {})
+    assert store.get_document(DOCUMENT.id) == DOCUMENT
+    store.create(spec, new_id("job"), 1, {}, document_expires=170.0)
+    assert store.get_document(DOCUMENT.id) == replace(DOCUMENT, expires=170.0)
+
+
 def test_refused_submissions_leave_nothing(store: JobStore) -> None:
     job_id = submit(store)
-    with pytest.raises(Conflict, match="is in use"):
+    with pytest.raises(JobConflict, match="is in use"):
         store.create(PLAIN, job_id, 1, {})
     with pytest.raises(InvalidJob, match="job id"):
         store.create(PLAIN, "doc_" + "0" * 32, 1, {})
-    with pytest.raises(NotFound, match="upload it again"):
-        submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()))
+    with pytest.raises(JobNotFound, match="upload it again"):
+        submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
     for broken in (JobInput(prompt="a\ud800"), JobInput(messages=(("user", "\udfff"),))):
         with pytest.raises(InvalidJob, match="must be valid Unicode"):
-            submit(store, JobSpec(broken, Ask()))
+            submit(store, JobSpec(broken, AnswerOptions()))
     with pytest.raises(InvalidJob, match="must be valid Unicode"):
-        store.list(labels={"\ud800": ""})
+        store.list_jobs(labels={"\ud800": ""})
     assert store.count() == 1
 
 
@@ -197,7 +227,7 @@ def test_tokens_are_numbered_and_read_from_anywhere(store: JobStore, count: int)
         (tokens(3, 1, question=-1), "question -1: must be"),
     ],
 )
-def test_a_wrong_step_writes_nothing(store: JobStore, batch: list[JobToken], message: str) -> None:
+def test_a_wrong_step_writes_nothing(store: JobStore, batch: list[OutputToken], message: str) -> None:
     good, bad = submit(store), submit(store)
     commit(store, bad, tokens(1, 2))
     step = [(good, token) for token in tokens(1, 3)] + [(bad, token) for token in batch]
@@ -237,13 +267,13 @@ def test_late_tokens_are_dropped(store: JobStore) -> None:
 @pytest.mark.parametrize("limit", [1, 6, 7, 8])
 def test_pages_are_stable(store: JobStore, limit: int) -> None:
     made = [submit(store) for _ in range(7)]  # all at the same second: order is that of submission
-    page, cursor = store.list(limit=limit)
+    page, cursor = store.list_jobs(limit=limit)
     seen = [record.id for record in page]
     run_to(store, made[6], JobState.FAILED)
     assert store.delete(made[6])
     submit(store)
     while cursor:
-        page, cursor = store.list(limit=limit, cursor=cursor)
+        page, cursor = store.list_jobs(limit=limit, cursor=cursor)
         seen += [record.id for record in page]
     assert seen == made[::-1]
 
@@ -265,7 +295,7 @@ def test_lists_are_filtered(store: JobStore) -> None:
         (set(), {"k": "' OR 1=1 --"}, []),
     ]
     for states, labels, names in cases:
-        records, cursor = store.list(states, labels)
+        records, cursor = store.list_jobs(states, labels)
         assert ([record.id for record in records], cursor) == ([jobs[name] for name in names], "")
     assert [record.id for record in store.unfinished()] == [jobs["none"], jobs["x"], jobs["z"]]
     assert [store.count(), store.count(FINAL), store.count({JobState.QUEUED})] == [4, 1, 2]
@@ -276,10 +306,10 @@ def test_lists_are_filtered(store: JobStore) -> None:
 )
 def test_forged_cursors(store: JobStore, cursor: str) -> None:
     with pytest.raises(InvalidJob, match="page_token"):
-        store.list(cursor=cursor)
+        store.list_jobs(cursor=cursor)
     for limit in (0, -1, MAX_PAGE + 1):
         with pytest.raises(InvalidJob, match="page_size"):
-            store.list(limit=limit)
+            store.list_jobs(limit=limit)
 
 
 def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
@@ -309,7 +339,7 @@ def test_documents_in_use_stay(store: JobStore) -> None:
     assert [record.id for record in store.list_documents()] == [other.id, DOCUMENT.id]
     assert [record.id for record in store.expired_documents(60.0)] == [other.id, DOCUMENT.id]
     assert store.expired_documents(49.9) == []
-    job_id = submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), Ask()))
+    job_id = submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
     assert store.expired_documents(60.0) == [other]
     with pytest.raises(NotAllowedNow, match="an unfinished job uses it"):
         store.delete_document(DOCUMENT.id)

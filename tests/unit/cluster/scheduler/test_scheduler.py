@@ -29,7 +29,6 @@ def test_chunks_cover_the_prompt_once(size: int, budget: int):
     assert item.finish_reason is FinishReason.LENGTH
     assert [part.sample.token_index for part in parts if part.sample] == [0, 1, 2, 3]
     assert harness.pool.usage == 0
-    assert all(plan.epoch == 3 for plan in harness.plans)
 
 
 @pytest.mark.parametrize(
@@ -183,16 +182,16 @@ def random_prompt(rng: random.Random) -> list[int]:
     return [document * 1000 + i for i in range(shared)] + [rng.randrange(50) for _ in range(own)]
 
 
-@pytest.mark.parametrize(("runs_ahead", "num_stages"), [(False, 1), (True, 1), (True, 2), (True, 3)])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(40))
-def test_random_lives(seed: int, runs_ahead: bool, num_stages: int):
+def test_random_lives(seed: int, num_stages: int):
     rng = random.Random(seed)
     page_size = rng.choice((1, 4, PAGE))
     harness = Harness(
         pages=rng.choice((180, 400)) * PAGE // page_size // 8,
         page_size=page_size, budget=rng.choice((1, 7, 16, 64, 500)),
         seqs=rng.choice((1, 2, 5, 16)),
-        runs_ahead=runs_ahead, num_stages=num_stages,
+        num_stages=num_stages,
     )  # fmt: skip
     waiting = [request(i, random_prompt(rng), rng.choice((1, 2, 7, 17))) for i in range(30)]
     depth = rng.choice((1, 2, 4))

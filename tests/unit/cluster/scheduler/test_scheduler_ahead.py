@@ -20,7 +20,7 @@ def drain(harness: Harness, depth: int) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 7])
 def test_running_ahead_gives_the_same_tokens_and_no_step_more(depth: int, max_tokens: int):
-    harness = Harness(runs_ahead=True)
+    harness = Harness()
     harness.add(item := request(1, range(PAGE + 3), max_tokens))
     drain(harness, depth)
     assert item.output == expected_output(item.prompt, max_tokens)
@@ -32,7 +32,7 @@ def test_running_ahead_gives_the_same_tokens_and_no_step_more(depth: int, max_to
 def test_an_end_wastes_the_step_in_flight_and_others_get_its_pages():
     prompt = list(range(20))
     third = expected_output(prompt, 3)[2]
-    harness = Harness(pages=3, runs_ahead=True)
+    harness = Harness(pages=3)
     harness.add(item := request(1, prompt, 20, [third]), heir := request(2, [8] * 30, 9))
     for _ in range(3):
         harness.schedule()
@@ -58,7 +58,7 @@ def sequences(plan: StepPlan) -> list[int]:
 
 def decoding(num_stages: int, count: int, max_tokens: int = 9) -> Harness:
     """A harness whose requests are all in the prompt step, which is in flight."""
-    harness = Harness(pages=400, budget=500, runs_ahead=True, num_stages=num_stages)
+    harness = Harness(pages=400, budget=500, num_stages=num_stages)
     harness.add(*(request(number, [number] * 5, max_tokens) for number in range(1, count + 1)))
     assert sequences(harness.schedule()) == list(range(1, count + 1))
     return harness
@@ -86,7 +86,7 @@ def test_decoding_sequences_take_turns_in_as_many_groups_as_stages(stages: int, 
 
 @pytest.mark.parametrize("stages", [2, 3])
 def test_several_stages_do_not_run_ahead_beside_a_prompt(stages: int):
-    harness = Harness(pages=400, budget=16, runs_ahead=True, num_stages=stages)
+    harness = Harness(pages=400, budget=16, num_stages=stages)
     harness.add(short := request(1, [1] * 5, 9), request(2, [2] * 60, 9))
     assert sequences(harness.schedule()) == [1, 2]
     assert sequences(harness.schedule()) == [2], "a chunk does not wait for the token of another sequence"
@@ -102,7 +102,7 @@ def test_several_stages_do_not_run_ahead_beside_a_prompt(stages: int):
 @pytest.mark.parametrize("depth", [1, 2, 3, 6])
 @pytest.mark.parametrize("lengths", [[1], [7], [3, 9], [1, 2, 9], [4, 4, 4, 12, 1]])
 def test_several_stages_take_no_step_for_nothing(depth: int, lengths: list[int]):
-    harness = Harness(pages=400, budget=500, runs_ahead=True, num_stages=2)
+    harness = Harness(pages=400, budget=500, num_stages=2)
     harness.add(*(request(number, [number] * 5, length) for number, length in enumerate(lengths, 1)))
     drain(harness, depth)
     for item in harness.requests.values():
@@ -112,7 +112,7 @@ def test_several_stages_take_no_step_for_nothing(depth: int, lengths: list[int])
 
 def test_an_end_among_several_leaves_the_others_their_turns():
     third = expected_output([1] * 5, 3)[2]
-    harness = Harness(pages=400, budget=500, runs_ahead=True, num_stages=2)
+    harness = Harness(pages=400, budget=500, num_stages=2)
     harness.add(request(1, [1] * 5, 20, [third]), request(2, [2] * 5, 12))
     for _ in range(2):
         harness.schedule()

@@ -9,9 +9,7 @@ from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.outputs import Progress
-from cluster.engine.runtime import Ask
-from cluster.jobs.api import ProgressUpdate
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
@@ -20,12 +18,13 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    JobToken,
     new_id,
 )
+from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
-from cluster.text.reasoning import ReasoningStream
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs import limits
+from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams
 
 DOC = new_id("doc")
@@ -56,7 +55,7 @@ def test_everything_that_was_asked_arrives() -> None:
         attached=True, idempotency_key="k", labels={"team": ""},
     )  # fmt: skip
     params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, (1 << 63) - 1, 0)
-    assert spec.ask == Ask(7, params, ("x",), (5,), True, False)
+    assert spec.ask == AnswerOptions(7, params, ("x",), (5,), True, False)
     assert spec.input == JobInput(document_id=DOC, questions=("a", "b"))
     assert (spec.priority, spec.deadline, spec.attached, spec.idempotency_key) == (-3, NOW + 5, True, "k")
     assert spec.labels == {"team": ""}
@@ -65,7 +64,7 @@ def test_everything_that_was_asked_arrives() -> None:
 
 def test_what_is_absent_keeps_its_default() -> None:
     sampling = pb.Sampling(seed=0)
-    assert decode(prompt="a", sampling=sampling) == JobSpec(JobInput(prompt="a"), Ask())
+    assert decode(prompt="a", sampling=sampling) == JobSpec(JobInput(prompt="a"), AnswerOptions())
 
 
 def test_a_seed_nobody_asked_for_is_another_one_for_every_job() -> None:
@@ -89,16 +88,16 @@ def test_inputs(fields: dict[str, Any], expected: JobInput) -> None:
 
 
 LIMITS: list[tuple[Callable[[int], dict[str, Any]], int]] = [
-    (lambda n: document(text="t", questions=["q"] * n), codec.MAX_QUESTIONS),
-    (lambda n: {"prompt": "a", "labels": {str(i): "" for i in range(n)}}, codec.MAX_LABELS),
-    (lambda n: {"prompt": "a", "labels": {"k": "v" * n}}, codec.MAX_CHARS),
-    (lambda n: {"prompt": "a", "labels": {"k" * n: "v"}}, codec.MAX_CHARS),
-    (lambda n: {"prompt": "a", "idempotency_key": "ü" * n}, codec.MAX_CHARS),
-    (lambda n: sampling(stop=["s"] * n), codec.MAX_STOPS),
-    (lambda n: sampling(stop=["s" * n]), codec.MAX_CHARS),
-    (lambda n: sampling(stop_token_ids=[1] * n), codec.MAX_STOPS),
-    (lambda n: {"chat": pb.Chat(messages=[pb.Message(role="user")] * n)}, codec.MAX_MESSAGES),
-    (lambda n: {"prompt": "a", "deadline_s": float(n)}, int(codec.MAX_DEADLINE_S)),
+    (lambda n: document(text="t", questions=["q"] * n), limits.MAX_QUESTIONS),
+    (lambda n: {"prompt": "a", "labels": {str(i): "" for i in range(n)}}, limits.MAX_LABELS),
+    (lambda n: {"prompt": "a", "labels": {"k": "v" * n}}, limits.MAX_CHARS),
+    (lambda n: {"prompt": "a", "labels": {"k" * n: "v"}}, limits.MAX_CHARS),
+    (lambda n: {"prompt": "a", "idempotency_key": "ü" * n}, limits.MAX_CHARS),
+    (lambda n: sampling(stop=["s"] * n), limits.MAX_STOPS),
+    (lambda n: sampling(stop=["s" * n]), limits.MAX_CHARS),
+    (lambda n: sampling(stop_token_ids=[1] * n), limits.MAX_STOPS),
+    (lambda n: {"chat": pb.Chat(messages=[pb.Message(role="user")] * n)}, limits.MAX_MESSAGES),
+    (lambda n: {"prompt": "a", "deadline_s": float(n)}, int(limits.MAX_DEADLINE_S)),
 ]
 
 
@@ -189,7 +188,9 @@ def test_every_state_has_a_number() -> None:
     numbers = [number for number in pb.State.values() if number]
     assert {codec.decode_state(number) for number in numbers} == set(JobState)
     for number in numbers:
-        record = JobRecord(new_id("job"), codec.decode_state(number), JobSpec(JobInput(prompt="a"), Ask()), 1.0)
+        record = JobRecord(
+            new_id("job"), codec.decode_state(number), JobSpec(JobInput(prompt="a"), AnswerOptions()), 1.0
+        )
         assert codec.encode_job(record).state == number
 
 
@@ -212,7 +213,7 @@ def test_stream_numbers_fit_the_store() -> None:
 
 
 def test_a_job_with_one_answer_ended_and_one_running() -> None:
-    ask = Ask(sampling=SamplingParams(logprobs=1))
+    ask = AnswerOptions(sampling=SamplingParams(logprobs=1))
     spec = JobSpec(JobInput(document_id=DOC, questions=("a", "b")), ask, 2, labels={"k": "v"})
     timings = [{"queued_s": 2.0, "total_s": 3.0}, {"queued_s": 1.0, "total_s": 9.0}]
     layer = {"layer": 7, "density": [0.25, 0.5], "fallbacks": [0, 2]}
@@ -220,8 +221,8 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
     answers = (JobAnswer(0, 9, 4, "stop", "out", "why", timings[0], attention), JobAnswer(1, 8, 0, timings=timings[1]))
     facts = {"model": "m", "seed": 1 << 62, "versions": {"ray": "2"}, "added_later": 1}
     record = JobRecord(new_id("job"), JobState.DECODING, spec, 1.0, 2.0, None, "", 3, 1, answers, facts)
-    tokens = [JobToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), JobToken(2, 1, 6, "x"), JobToken(3, 1, 7, "y")]
-    job = codec.encode_job(record, tokens, {1: Progress(8, 0, 8, None)})
+    tokens = [OutputToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), OutputToken(2, 1, 6, "x"), OutputToken(3, 1, 7, "y")]
+    job = codec.encode_job(record, tokens, {1: PrefillProgress(8, 0, 8, None)})
     assert (job.started, job.HasField("finished"), job.priority, job.restarts) == (2.0, False, 2, 1)
     ended, running = job.answers
     assert (ended.question, ended.text, ended.reasoning, ended.finish_reason) == ("a", "out", "why", "stop")
@@ -241,9 +242,20 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
 
 
 def test_events_and_documents() -> None:
-    event = codec.encode_token_event(JobToken(4, 1, 9, "t"), ReasoningStream(False))
-    assert (event.number, event.token.question, event.token.token.HasField("logprob")) == (4, 1, False)
-    event = codec.encode_progress_event(ProgressUpdate(2, Progress(10, 1, 5, 70)), 4)
+    tokens = [
+        OutputToken(4, 1, 9, "t", part="reasoning", reasoning="t"),
+        OutputToken(5, 0, 8, "</think>so", -0.5, reasoning="", answer="so"),
+    ]
+    one, other = codec.encode_tokens(tokens, grouped=False)
+    assert (one.number, one.token.question, one.token.token.HasField("logprob")) == (4, 1, False)
+    assert (one.token.token.part, one.token.token.reasoning, one.token.token.answer) == (pb.REASONING, "t", "")
+    assert (other.number, other.token.token.text, other.token.token.logprob) == (5, "</think>so", -0.5)
+    assert (other.token.token.part, other.token.token.reasoning, other.token.token.answer) == (pb.ANSWER, "", "so")
+    (group,) = codec.encode_tokens(tokens, grouped=True)
+    assert (group.number, list(group.tokens.tokens)) == (5, [one.token, other.token])
+    assert list(codec.encode_tokens(tokens[:1], grouped=True)) == [one]
+    assert not codec.encode_token(tokens[0]).part, "only streams say where a token belongs"
+    event = codec.encode_progress_event(ProgressUpdate(2, PrefillProgress(10, 1, 5, 70)), 4)
     assert (event.number, event.progress.question, event.progress.progress.eta_ms) == (4, 2, 70)
     found = codec.encode_document(DocumentRecord(DOC, "n", 5, 1.0, 2.0))
     assert (found.id, found.name, found.size_bytes, found.created, found.expires) == (DOC, "n", 5, 1.0, 2.0)
@@ -267,7 +279,7 @@ def test_status_by_name() -> None:
 def test_any_sampling_is_read_or_refused_in_one_line(given_: pb.Sampling) -> None:
     message = ""
     try:
-        assert codec.decode_ask(given_).max_tokens == given_.max_tokens
+        assert decode(prompt="a", sampling=given_).ask.max_tokens == given_.max_tokens
     except InvalidJob as error:
         message = str(error)
     assert len(message.splitlines()) <= 1

@@ -1,13 +1,21 @@
-"""The keys file, the comparison of keys, the rule of open hosts; the interceptor in full is in tests/integration."""
+"""The keys file, the comparison of keys, names of certificates, the rule of public hosts; the interceptor in full is in
+tests/integration."""
 
+import datetime
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
+from cluster.common.certificates import certificate_names
 from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, load_config
 from cluster.config.schema import SecuritySection
 from cluster.server.security import MIN_KEY_CHARS, ApiKeys, load_api_keys, server_credentials
+from tests.support.data.certificates import Authority
 
 KEY = "0123456789abcdef"
 
@@ -79,7 +87,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_keys_are_not_kept_as_text() -> None:
-    keys = ApiKeys([("team", KEY)])
+    keys = ApiKeys([KEY])
     assert KEY not in repr(vars(keys))
     assert KEY not in repr(keys)
     assert len(KEY) == MIN_KEY_CHARS
@@ -87,6 +95,35 @@ def test_keys_are_not_kept_as_text() -> None:
 
 def test_without_tls_there_are_no_credentials() -> None:
     assert server_credentials(SecuritySection()) is None
+
+
+@pytest.mark.parametrize(
+    ("hosts", "hours", "names"),
+    [
+        (("localhost", "127.0.0.1"), 1.0, ["localhost", "127.0.0.1"]),
+        (("127.0.0.1", "b.example.org", "a.example.org", "*.c.org"), 1.0,
+         ["b.example.org", "a.example.org", "*.c.org", "127.0.0.1"]),
+        ((), 1.0, []),
+        (("localhost",), -1.0, []),
+    ],
+)  # fmt: skip
+def test_names_of_a_certificate(tmp_path: Path, hosts: tuple[str, ...], hours: float, names: list[str]) -> None:
+    certificate, _ = Authority(tmp_path, "authority").issue("head", hosts, hours)
+    assert certificate_names(certificate.read_bytes()) == names
+    issuer = Authority(tmp_path, "issuer")
+    certificate.write_bytes(certificate.read_bytes() + issuer.certificate)  # a chain: the first one counts
+    assert certificate_names(certificate.read_bytes()) == names
+
+
+def test_a_certificate_without_names(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "head")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(hours=1))
+    path = tmp_path / "head.pem"
+    path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    assert certificate_names(path.read_bytes()) == []
 
 
 @pytest.mark.parametrize(

@@ -85,44 +85,53 @@ def test_an_empty_stop_string_is_refused() -> None:
         StopMatcher(["a", ""])
 
 
-def feed(text: str, stop: tuple[str, ...] = ()) -> tuple[str, bool, OutputText]:
-    output = OutputText(NEEDLE, stop)
+def feed(text: str, stop: tuple[str, ...] = (), opened: bool = False) -> tuple[str, OutputText]:
+    output = OutputText(NEEDLE, stop, opened)
     joined = ""
-    for token in NEEDLE.encode(text):
-        piece, stopped = output.push(token)
-        joined += piece
-        if stopped:
-            return joined, True, output
-    return joined + output.flush(), False, output
+    ids = NEEDLE.encode(text)
+    for index, token in enumerate(ids):
+        joined += output.push(token, is_last=index == len(ids) - 1)[0]
+        if output.stopped:
+            break
+    return joined, output
 
 
 @pytest.mark.parametrize("text", ["", "a", "the river ran", "naïve 漢字 🙂 end", "line\nline", "  spaces  "])
 def test_pieces_join_to_the_text(text: str):
-    joined, stopped, output = feed(text)
-    assert (joined, stopped) == (text, False)
-    assert output.split(False) == (None, text)
+    joined, output = feed(text)
+    assert (joined, output.stopped) == (text, False)
+    assert output.result() == (None, text)
 
 
 @pytest.mark.parametrize(
     ("stop", "text"), [(("漢",), "naïve "), (("字 🙂",), "naïve 漢"), (("n",), ""), (("🙂 end", "ve"), "naï")]
 )
 def test_stop_strings_cut_inside_tokens(stop: tuple[str, ...], text: str):
-    joined, stopped, output = feed("naïve 漢字 🙂 end", stop)
-    assert (joined, stopped) == (text, True)
-    assert output.flush() == ""
-    assert output.split(False) == (None, text)
+    joined, output = feed("naïve 漢字 🙂 end", stop)
+    assert (joined, output.stopped) == (text, True)
+    output.flush()
+    assert output.result() == (None, text)
+
+
+def test_a_withheld_beginning_of_a_stop_string_comes_with_the_last_token():
+    joined, output = feed("the river ra", ("ran by",))
+    assert (joined, output.stopped) == ("the river ra", False)
 
 
 def test_a_withheld_beginning_of_a_stop_string_comes_with_the_flush():
-    joined, stopped, _ = feed("the river ra", ("ran by",))
-    assert (joined, stopped) == ("the river ra", False)
+    output = OutputText(NEEDLE, ("ran by",))
+    for token in NEEDLE.encode("the river ra"):
+        output.push(token)
+    assert output.result() == (None, "the river ")
+    output.flush()
+    assert output.result() == (None, "the river ra")
 
 
 def test_without_a_tokenizer_there_is_no_text():
     output = OutputText(None, ("x",))
-    assert output.push(5) == ("", False)
-    assert output.flush() == ""
-    assert output.split(False) == (None, "")
+    assert output.push(5) == output.push(6, is_last=True) == ("", "", "")
+    output.flush()
+    assert (output.stopped, output.part, output.result()) == (False, "answer", (None, ""))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +143,21 @@ def test_without_a_tokenizer_there_is_no_text():
     ],
 )
 def test_reasoning_is_split_off(text: str, opened: bool, expected: tuple[str | None, str]):
-    _, _, output = feed(text)
-    reasoning, answer = output.split(opened)
-    assert (reasoning.strip() if reasoning else reasoning, answer.strip()) == expected
+    _, output = feed(text, opened=opened)
+    assert output.result() == expected
+
+
+def test_each_token_says_what_it_adds_to_reasoning_and_answer():
+    output = OutputText(NEEDLE, ("!",))
+    pieces = []
+    for token in NEEDLE.encode("<think>why not</think>\n\nso it is!"):
+        text, reasoning, answer = output.push(token)
+        pieces.append((text, reasoning, answer, output.part))
+    assert "".join(text for text, *_ in pieces) == "<think>why not</think>\n\nso it is"
+    assert "".join(reasoning for _, reasoning, *_ in pieces) == "why not"
+    assert "".join(answer for _, _, answer, _ in pieces) == "so it is"
+    parts = [part for *_, part in pieces]
+    begin, end = parts.index("reasoning"), len(parts) - parts[::-1].index("reasoning")
+    assert parts == ["answer"] * begin + ["reasoning"] * (end - begin) + ["answer"] * (len(parts) - end)
+    assert "".join(text for text, *_ in pieces[: begin + 1]).startswith("<think>")
+    assert "".join(text for text, *_ in pieces[: end + 1]).endswith("</think>")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.text.reasoning import ReasoningStream, split_reasoning
+from cluster.text.reasoning import ReasoningSplitter, split_reasoning
 
 TEXTS = [
     "", " ", "answer", "  answer ", "<", "<b>bold</b>", "<thin", "<thing> is a word", "say <think> and </think>",
@@ -30,7 +30,7 @@ def test_pieces_join_to_the_split_of_the_whole(text: str, opened: bool):
     expected_reasoning, expected_answer = split_reasoning(text, opened=opened)
     noise = random.Random(7)
     for cut in [[text], list(text), *(pieces(text, noise) for _ in range(50))]:
-        stream = ReasoningStream(opened)
+        stream = ReasoningSplitter(opened)
         parts = [stream.push(piece) for piece in cut]
         reasoning, answer = "".join(r for r, _ in parts), "".join(a for _, a in parts)
         held = stream._held
@@ -51,7 +51,7 @@ def test_random_texts():
         if not opened and not text.lstrip().startswith("<think>") and "</think>" in text:
             continue  # only the whole text can tell that this was reasoning
         reasoning, answer = "", ""
-        stream = ReasoningStream(opened)
+        stream = ReasoningSplitter(opened)
         for piece in pieces(text, noise):
             more = stream.push(piece)
             reasoning, answer = reasoning + more[0], answer + more[1]
@@ -72,7 +72,7 @@ def test_random_texts():
     ],
 )  # fmt: skip
 def test_each_token_belongs_to_a_part(texts: list[str], opened: bool, parts: list[str]):
-    stream = ReasoningStream(opened)
+    stream = ReasoningSplitter(opened)
     seen = []
     for text in texts:
         stream.push(text)

@@ -152,14 +152,24 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, output: str, code: int, status: st
     assert doctor.check_gpu().status == status
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert doctor.check_gpu().status == "missing"
-    assert doctor.check_compiler(has_gpu=False).status == "ok"
-    assert doctor.check_compiler(has_gpu=True).status == "missing"
+
+
+def test_the_compiler_is_the_one_that_builds_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "my-c++")
+    (tmp_path / "gcc").touch(0o755)  # no C++
+    check = doctor.check_compiler()
+    assert (check.status, check.detail) == ("slow", "no c++, g++, clang++ or CXX")
+    assert "install g++" in check.advice
+    for name in ("clang++", "my-c++"):
+        (tmp_path / name).touch(0o755)
+        assert doctor.check_compiler() == Check("compiler", "ok", str(tmp_path / name))
 
 
 def test_cuda_build() -> None:
     device = {"name": "H200", "capability": "9.0", "memory_bytes": 1}
-    assert doctor.check_cuda_build({"devices": [device], "cuda_build": "12.8"})[0].status == "ok"
-    assert doctor.check_cuda_build({"devices": [], "cuda_build": None})[0].status == "missing"
+    assert doctor.check_cuda_build({"devices": [device], "cuda_build": "12.8"}).status == "ok"
+    assert doctor.check_cuda_build({"devices": [], "cuda_build": None}).status == "missing"
 
 
 def test_report_and_table() -> None:

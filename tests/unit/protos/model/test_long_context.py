@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import pytest
 
 from protos.model.config_json import ModelConfigError, load_model_spec
-from protos.model.long_context import _SPARSE_KEYS
-from protos.model.spec import DualChunkSpec, HeadBudget, SparseSpec
-from protos.stage import codec
+from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
 
 LAYERS, HEADS = 3, 4
 MODEL: dict[str, Any] = {
@@ -43,7 +40,7 @@ def test_published_constants(tmp_path: Path) -> None:
     assert spec.chunk_distance == 253952
     assert spec.sparse is None
     assert (spec.max_context, spec.default_context) == (1 << 30, 1010000)
-    assert codec.model_spec_from_json(codec.model_spec_to_json(spec)) == spec
+    assert ModelSpec.from_json(spec.to_json()) == spec
 
 
 def test_published_patterns(tmp_path: Path) -> None:
@@ -57,7 +54,7 @@ def test_published_patterns(tmp_path: Path) -> None:
         )
     )
     assert (spec.sparse.threshold, spec.sparse.last_q, spec.sparse.recall_floor) == (32768, 64, 0.0)
-    assert codec.model_spec_from_json(codec.model_spec_to_json(spec)) == spec
+    assert ModelSpec.from_json(spec.to_json()) == spec
 
 
 def test_patterns_alone_do_not_switch_sparse_prefill_on(tmp_path: Path) -> None:
@@ -189,8 +186,3 @@ def test_refused_in_the_yaml(tmp_path: Path, keyword: str, given: dict[str, Any]
     with pytest.raises(ModelConfigError) as caught:
         load(tmp_path, None, **{keyword: given})
     assert message in str(caught.value)
-
-
-def test_every_sparse_field_can_be_set() -> None:
-    fields = {field.name for field in dataclasses.fields(SparseSpec)} - {"patterns", "uniform"}
-    assert fields | {"enabled", "n_vertical", "n_slash"} == set(_SPARSE_KEYS)

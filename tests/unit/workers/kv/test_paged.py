@@ -122,7 +122,7 @@ def test_the_cache_allocates_what_its_shape_says(dtype: torch.dtype):
     allocated = layer.keys.untyped_storage().nbytes()
     if layer.key_scales is not None:
         allocated += layer.key_scales.untyped_storage().nbytes()
-    scale = 4 if dtype == torch.int8 else 0
+    scale = 4 if dtype == torch.int8 else 0  # float32, a row
     assert allocated == 5 * 16 * 2 * 3 * 2 * (8 * dtype.itemsize + scale)  # pages, tokens, K and V, layers, heads
 
 

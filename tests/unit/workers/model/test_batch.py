@@ -27,7 +27,7 @@ def part(sequence: int, start: int, length: int, new: list[int], total: int, sam
 
 
 def plan(*parts: SequenceSlice, released: tuple[int, ...] = (), step: int = 1) -> StepPlan:
-    return StepPlan(1, step, parts, released)
+    return StepPlan(step, parts, released)
 
 
 def test_a_mixed_step():

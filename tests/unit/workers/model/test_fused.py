@@ -95,7 +95,7 @@ class Sequences:
             ids = torch.randint(5, 320, (length,), generator=self.generator).tolist()
             sample = SampleSpec(SamplingParams(), 0, ())
             slices.append(SequenceSlice(sequence, start, length, 40, ids, new, self.pages[sequence], sample))
-        return StepPlan(1, next(self.steps), tuple(slices))
+        return StepPlan(next(self.steps), tuple(slices))
 
 
 def layers(runner: ModelRunner, x: torch.Tensor, batch: Batch) -> torch.Tensor:

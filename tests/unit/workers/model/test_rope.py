@@ -104,7 +104,7 @@ def test_length_scales(prompt: int, original: int):
     for position, scale in zip(positions, found.tolist(), strict=True):
         length = max(prompt, position + 1)
         stretch = max(1.0, 0.1 * math.log(length / original) + 1) if original else 1.0
-        assert dual.temperature(length) == stretch
+        assert dual.length_scale(length) == stretch
         assert scale == pytest.approx(DIM**-0.5 * stretch**2, rel=1e-7)
         alone = row_scales(torch.tensor([position]), prompt, DIM, dual)
         assert alone.tolist() == [scale], "alone and among others"

@@ -11,7 +11,8 @@ import torch
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from workers.runner.model_runner import StepOutput
 from workers.stage.step import Stepper
-from workers.transport.grpc_link import Inbox, LinkClosed
+from workers.transport.grpc_link import GrpcInbox
+from workers.transport.interface import LinkClosed
 
 NONE = Span(0, 0)
 
@@ -33,7 +34,7 @@ class FakeRunner:
     def prepare(self, plan: StepPlan) -> StepPlan | None:
         return plan if plan.slices else None
 
-    def learn(self, sequences: list[int], tokens: list[int]) -> None:
+    def set_newest(self, sequences: list[int], tokens: list[int]) -> None:
         self.learned += list(zip(sequences, tokens, strict=True))
 
     def compute(self, ready: StepPlan, hidden: torch.Tensor | None, keep_logits: bool) -> StepOutput:
@@ -44,10 +45,10 @@ class Sent:
     """A link that remembers."""
 
     def __init__(self) -> None:
-        self.items: list[tuple[int, int, torch.Tensor]] = []
+        self.items: list[tuple[int, torch.Tensor]] = []
 
-    def send(self, epoch: int, step: int, tensor: torch.Tensor) -> None:
-        self.items.append((epoch, step, tensor))
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        self.items.append((step, tensor))
 
     def close(self) -> None:
         pass
@@ -58,14 +59,14 @@ def part(sequence: int, *ids: int, sample: bool = True) -> SequenceSlice:
 
 
 def plan(step: int, *parts: SequenceSlice) -> StepPlan:
-    return StepPlan(1, step, parts)
+    return StepPlan(step, parts)
 
 
 class First:
     """The first of several stages, with the inbox the last one writes to."""
 
     def __init__(self, stages: int = 2, timeout_s: float = 5.0) -> None:
-        self.runner, self.inbox, self.sent = FakeRunner(0, stages), Inbox(1, "tokens", "the last stage", 100), Sent()
+        self.runner, self.inbox, self.sent = FakeRunner(0, stages), GrpcInbox("tokens", "the last stage", 100), Sent()
         self.stepper = Stepper(self.runner, self.inbox, self.sent, timeout_s)  # type: ignore[arg-type]
 
     def tell(self, step: int, *tokens: int) -> None:
@@ -83,7 +84,7 @@ def test_a_plan_without_ids_waits_for_its_token_and_for_no_other():
     first.tell(3, 14)
     first.stepper.step(plan(4, part(2)))
     assert first.runner.learned[2:] == [(3, 13), (2, 14)]
-    assert [step for _, step, _ in first.sent.items] == [1, 2, 3, 4]
+    assert [step for step, _ in first.sent.items] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
@@ -143,19 +144,19 @@ def test_tokens_of_an_earlier_run_reach_nobody():
 
 def test_a_plan_of_releases_only_touches_no_link():
     first = First(timeout_s=0.01)
-    assert first.stepper.step(StepPlan(1, 1, (), released=(1,)))[0] == StepOutput()
+    assert first.stepper.step(StepPlan(1, (), released=(1,)))[0] == StepOutput()
     assert not first.sent.items
 
 
 def test_the_last_stage_tells_its_tokens():
-    runner, inbox, sent = FakeRunner(1), Inbox(1), Sent()
+    runner, inbox, sent = FakeRunner(1), GrpcInbox(), Sent()
     stepper = Stepper(runner, inbox, sent, 1.0)  # type: ignore[arg-type]
     for step, tokens in ((1, ()), (2, (7, 8))):
         inbox.put(step, torch.zeros(1, 4))
         runner.out = StepOutput(tokens=tokens)
         stepper.step(plan(step, part(1, 5)))
-    ((epoch, step, tensor),) = sent.items
-    assert (epoch, step, tensor.tolist(), tensor.dtype) == (1, 2, [7, 8], torch.int64)
+    ((step, tensor),) = sent.items
+    assert (step, tensor.tolist(), tensor.dtype) == (2, [7, 8], torch.int64)
 
 
 def test_one_stage_alone_has_no_links():

@@ -30,7 +30,7 @@ SHARD = ShardSpec(
 def loaded(folder: Path, spec: ModelSpec = SPEC) -> StageWorker:
     worker = StageWorker("", 1, 10.0)
     request = pb.LoadRequest(
-        epoch=1, model_spec_json=codec.model_spec_to_json(spec), shard=codec.shard_to_pb(SHARD), dtype="float32",
+        model_spec_json=spec.to_json(), shard=codec.shard_to_pb(SHARD), dtype="float32",
         device="cpu", load_format="dummy", store_path=str(folder / "store"), group_timeout_s=10,
     )  # fmt: skip
     assert worker.load(request, lambda progress: None).ready
@@ -48,7 +48,7 @@ def prefill(length: int, sequence: int = 1) -> StepPlan:
     pages = -(-length // PAGE)
     ids = [7 * at % 100 for at in range(length)]
     sample = SampleSpec(SamplingParams(logprobs=0), 0)
-    return StepPlan(1, 1, (SequenceSlice(sequence, 0, length, length, ids, range(pages), pages, sample),))
+    return StepPlan(1, (SequenceSlice(sequence, 0, length, length, ids, range(pages), pages, sample),))
 
 
 def result(worker: StageWorker, plan: StepPlan) -> StepResult:
@@ -60,19 +60,19 @@ def result(worker: StageWorker, plan: StepPlan) -> StepResult:
 
 def test_sparse_cells_are_reported(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
-    worker.start(20, PAGE, "")
+    worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
     found = result(worker, prefill(150))
     assert [(cell.layer, cell.start, cell.length) for cell in found.cells] == [
         (layer, start, length) for layer in range(LAYERS) for start, length in ((0, 64), (64, 16), (80, 48), (128, 22))
     ]
     assert all(cell.sequence == 1 and cell.first_head == 0 and len(cell.density) == HEADS for cell in found.cells)
     assert 0 < found.estimate_us <= found.compute_us
-    assert codec.result_from_pb(codec.result_to_pb(found)).samples == found.samples
+    assert codec.results_from_pb(codec.results_to_pb([found]))[0].samples == found.samples
 
 
 def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
-    worker.start(20, PAGE, "")
+    worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
     found = result(worker, prefill(100))
     assert (found.cells, found.estimate_us) == ((), 0)
 
@@ -83,7 +83,7 @@ def test_types_of_the_kv_cache(kv_dtype: str, close: float, tmp_path: Path) -> N
     for folder, kind in (("plain", ""), ("other", kv_dtype)):
         (tmp_path / folder).mkdir()
         worker = loaded(tmp_path / folder, replace(SPEC, sparse=None))
-        worker.start(20, PAGE, "", kind)
+        worker.start(pb.StartRequest(num_pages=20, page_size=PAGE, kv_dtype=kind))
         logprobs.append(result(worker, prefill(150)).samples[0].logprob)
     assert logprobs[0] is not None
     assert logprobs[1] == pytest.approx(logprobs[0], abs=close)
@@ -93,7 +93,7 @@ def test_types_of_the_kv_cache(kv_dtype: str, close: float, tmp_path: Path) -> N
 def test_an_unknown_type_of_the_kv_cache_is_refused(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
     with pytest.raises(ValueError, match="kv_dtype: 'int4': must be one of bfloat16, float32, int8"):
-        worker.start(20, PAGE, "", "int4")
+        worker.start(pb.StartRequest(num_pages=20, page_size=PAGE, kv_dtype="int4"))
     worker.close()
 
 
@@ -107,14 +107,14 @@ def decode(index: int, step: int | None = None, sequence: int = 1, prompt: int =
     new = [pages - 1] if at % PAGE == 0 else []
     sample = SampleSpec(SamplingParams(), index)
     part = SequenceSlice(sequence, at, 1, prompt, (), new, pages, sample)
-    return StepPlan(1, index + 1 if step is None else step, (part,))
+    return StepPlan(index + 1 if step is None else step, (part,))
 
 
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageWorker]:
-    monkeypatch.setattr(stage_worker, "_HELD_S", 60.0)
+    monkeypatch.setattr(stage_worker, "_BATCH_S", 60.0)
     worker = loaded(tmp_path)
-    worker.start(20, PAGE, "")
+    worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
     yield worker
     worker.close()
 
@@ -147,19 +147,19 @@ def test_slow_steps_leave_time_for_new_plans(
 def test_results_no_step_waits_for_are_held_longer(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [prefill(20), *map(decode, range(1, 12))]
     monkeypatch.setattr(ready, "_shard", replace(SHARD, num_stages=2))
-    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 60.0)
+    monkeypatch.setattr(stage_worker, "_LAZY_BATCH_S", 60.0)
     assert [len(group) for group in ready.run([plans])] == [1, 11]
-    monkeypatch.setattr(stage_worker, "_UNHEARD", 5)
+    monkeypatch.setattr(stage_worker, "_LAZY_BATCH", 5)
     assert [len(group) for group in ready.run([plans])] == [1, 5, 5, 1]
-    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 0.0)
+    monkeypatch.setattr(stage_worker, "_LAZY_BATCH_S", 0.0)
     assert [len(group) for group in ready.run([plans])] == [1] * 12
     broken = [prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]
-    monkeypatch.setattr(stage_worker, "_UNHEARD_S", 60.0)
+    monkeypatch.setattr(stage_worker, "_LAZY_BATCH_S", 60.0)
     assert [len(group) for group in ready.run([broken])] == [1, 3, 1], "an error is told at once"
 
 
 def test_nothing_is_held_for_long(ready: StageWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_worker, "_HELD_S", 0.0)
+    monkeypatch.setattr(stage_worker, "_BATCH_S", 0.0)
     groups = list(ready.run([[prefill(20), *map(decode, range(1, 8))]]))
     assert [len(group) for group in groups] == [1] * 8
 

@@ -8,18 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from protos.stage import stage_pb2 as pb
+from tests.support.data.frames import DAMAGED
 from workers.transport.frames import FrameError, split
-from workers.transport.grpc_link import (
-    DEPTH,
-    Inbox,
-    InProcessSender,
-    LinkClosed,
-    Mailbox,
-    frame_from_pb,
-    frame_to_pb,
-    receive_frames,
-)
-from workers.transport.unix_link_compiled import Rhythm
+from workers.transport.grpc_link import GrpcInbox, Mailbox
+from workers.transport.interface import DEPTH, LinkClosed
 
 
 class Background(threading.Thread):
@@ -108,101 +101,70 @@ def test_a_closed_box_is_read_to_its_end_and_keeps_its_first_reason():
         box.get()
 
 
+def take(inbox: GrpcInbox, step: int, tensor: torch.Tensor, timeout_s: float = 1.0) -> torch.Tensor:
+    return inbox.take(step, timeout_s, tensor.shape, tensor.dtype)
+
+
 def test_an_inbox_gives_the_step_that_is_due():
-    inbox = Inbox(1)
+    inbox = GrpcInbox()
     tensor = torch.ones(2, 3)
     inbox.put(4, tensor)
-    assert inbox.take(4, 1.0) is tensor
+    assert take(inbox, 4, tensor) is tensor
 
 
 def test_an_inbox_refuses_another_step():
-    inbox = Inbox(1)
+    inbox = GrpcInbox()
     inbox.put(5, torch.ones(1))
     with pytest.raises(LinkClosed, match="activations of step 5 came where step 4 was due"):
-        inbox.take(4, 1.0)
+        take(inbox, 4, torch.ones(1))
 
 
 def test_an_inbox_does_not_wait_for_ever():
     with pytest.raises(LinkClosed, match=r"step 4 did not come within 0\.01 s"):
-        Inbox(1).take(4, 0.01)
+        take(GrpcInbox(), 4, torch.ones(1), 0.01)
 
 
 def test_closing_an_inbox_wakes_the_stage():
-    inbox = Inbox(1)
-    stage = Background(lambda: inbox.take(1, 60.0))
+    inbox = GrpcInbox()
+    stage = Background(lambda: take(inbox, 1, torch.ones(1), 60.0))
     assert stage.waits()
     inbox.close("the previous stage is gone")
     assert isinstance(stage.end().error, LinkClosed)
 
 
-def test_a_sender_in_the_process_waits_and_drops_other_epochs():
-    inbox = Inbox(2)
-    sender = InProcessSender(inbox)
-    sender.send(1, 0, torch.zeros(1))
-    for step in range(DEPTH):
-        sender.send(2, step, torch.zeros(1))
-    late = Background(lambda: sender.send(2, DEPTH, torch.zeros(1)))
-    assert late.waits()
-    assert inbox.take(0, 1.0) is not None
-    assert late.end().error is None
-    sender.close()
-    sender.close()
+def messages(frames: list[bytes]) -> list[pb.Frame]:
+    """As they are after the wire."""
+    return [pb.Frame.FromString(pb.Frame(data=frame).SerializeToString()) for frame in frames]
 
 
 def test_frames_reach_the_inbox():
-    inbox = Inbox(1)
+    inbox = GrpcInbox()
     tensors = [torch.randn(5, 7), torch.randn(1, 7).bfloat16(), torch.empty(0, 7)]
-    messages = [
-        frame_to_pb(frame) for step, tensor in enumerate(tensors) for frame in split(tensor, 1, step, max_payload=16)
-    ]
-    receive_frames(iter(messages), inbox)
+    frames = [b"".join(frame) for step, tensor in enumerate(tensors) for frame in split(tensor, step, max_payload=16)]
+    inbox.receive(iter(messages(frames)))
     for step, tensor in enumerate(tensors):
-        assert torch.equal(inbox.take(step, 1.0), tensor)
+        assert torch.equal(take(inbox, step, tensor), tensor)
 
 
-def test_a_damaged_stream_ends_with_a_frame_error():
-    inbox = Inbox(1)
-    message = frame_to_pb(next(split(torch.randn(5), 1, 0)))
-    message.payload = b"?" + message.payload[1:]
-    with pytest.raises(FrameError, match="checksum differs"):
-        receive_frames(iter([message]), inbox)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_stream_ends_with_a_frame_error(name: str):
+    inbox = GrpcInbox()
+    with pytest.raises(FrameError):
+        inbox.receive(iter(messages(DAMAGED[name])))
+    if name == "duplicate last":  # the tensor before it was whole
+        take(inbox, 5, torch.ones(80))
+    with pytest.raises(LinkClosed, match="did not come within"):
+        take(inbox, 5, torch.ones(80), 0.001)
 
 
 def test_a_closed_inbox_ends_the_stream():
-    inbox = Inbox(1)
+    inbox = GrpcInbox()
     inbox.close("the stage is closing")
+    frame = b"".join(next(split(torch.randn(5), 0)))
     with pytest.raises(LinkClosed, match="the stage is closing"):
-        receive_frames(iter([frame_to_pb(next(split(torch.randn(5), 1, 0)))]), inbox)
-
-
-def test_frames_survive_the_wire():
-    for frame in split(torch.randn(3, 5), 2, (1 << 40), max_payload=7):
-        message = frame_to_pb(frame)
-        assert frame_from_pb(type(message).FromString(message.SerializeToString())) == frame
+        inbox.receive(iter(messages([frame])))
 
 
 def test_unit_tests_cannot_open_sockets():
     with socket.socket() as probe, pytest.raises(AssertionError, match="forbidden in unit tests"):
         probe.connect(("127.0.0.1", 9))
-
-
-@pytest.mark.parametrize(
-    ("waits", "awake"),
-    [
-        ([], (0, 0)),
-        ([9000, 9100], (0, 0)),  # too few to tell
-        ([9000, 9100, 9050], (8500, 9600)),
-        ([50_000, 9000, 9100, 12_000], (8500, 12_500)),  # what is long ago does not count
-        ([9000, 9100, 13_001], (0, 0)),  # no rhythm
-        ([400, 800, 600], (300, 900)),  # never more than a quarter of the wait too early
-        ([0, 0, 0], (0, 0)),
-        ([0, 3000, 0], (0, 3000)),
-    ],
-)
-def test_a_wait_is_told_from_the_last_ones(waits: list[int], awake: tuple[int, int]):
-    rhythm = Rhythm()
-    for wait in waits:
-        rhythm.awake()
-        rhythm.last_us.value = wait
-    assert rhythm.awake() == awake
-    assert rhythm.awake() == awake  # nothing came in between

@@ -172,6 +172,6 @@ def test_documents_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_turned_text_starts_at_another_line() -> None:
     source = Source("one\ntwo\nthree\n", {})
-    turns = {source.turned(seed).text for seed in range(30)}
+    turns = {source.rotate(seed).text for seed in range(30)}
     assert turns == {"one\ntwo\nthree\n", "two\nthree\none\n", "three\none\ntwo\n"}
-    assert source.turned(3) == source.turned(3)
+    assert source.rotate(3) == source.rotate(3)

@@ -1,4 +1,4 @@
-"""The needle evaluation without a cluster: modes, grids, scores, failures, the result file."""
+"""The needle evaluation without a cluster: grids, scores, failures, what an interrupt leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.common.errors import EngineError
-from cluster.config.deployment import Deployment, load_config
+from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import AttentionSummary
 from cluster.engine.outputs import Generation, Timings
 from cluster.scheduler.request import FinishReason
@@ -18,12 +18,11 @@ from cluster.text.prompts import PromptError
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
-from cluster.tools.eval.modes import Conditions, Target, find_target, load_mode, trained_window
+from cluster.tools.eval.modes import Target, find_target
 from cluster.tools.eval.needle import NeedleOptions, NeedleRun, measurements
 from cluster.tools.eval.results import ResultFile, read_result
 from cluster.tools.eval.tables import depth_scores
 from protos.errors import UserError
-from tests.support.data.checkpoints import make_checkpoint
 
 DEMO = Target(configs_dir() / "demo.yaml")
 TOKENIZER = TextTokenizer.open(needle_dir())
@@ -36,7 +35,7 @@ def answer(text: str, prompt: int = 100, cached: int = 0, **more: Any) -> Genera
 
 
 class Oracle:
-    """A session that knows the documents: it answers what `reply` makes of the truth, or raises what it raises."""
+    """A runtime that knows the documents: it answers what `reply` makes of the truth, or raises what it raises."""
 
     def __init__(self, deployment: Deployment, log: list[Event], reply: Callable[[str, int], str]) -> None:
         self.name = f"{deployment.spec.rope.kind} {deployment.max_model_len}"
@@ -171,57 +170,6 @@ def test_an_interrupt_closes_the_cluster_and_keeps_what_there_is(tmp_path: Path)
     assert not kept["complete"]
 
 
-def test_result_files_are_dated_and_never_replaced(tmp_path: Path) -> None:
-    first = ResultFile(tmp_path, "eval-x")
-    first.write({"what": "needle"})
-    second = ResultFile(tmp_path, "eval-x")
-    date = first.environment["date"][:10]
-    assert (first.path.name, second.path.name) == (f"eval-x-{date}.json", f"eval-x-{date}-2.json")
-    assert read_result(first.path)["environment"]["cores"] >= 1
-    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]  # no half-written file stays
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(UserError, match="--out"):
-        ResultFile(blocked / "below", "eval-x")
-
-
-@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a result"), ("{}", "not a result")])
-def test_other_files_are_no_results(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_result(tmp_path / "x.json")
-
-
-def test_modes_are_settings_of_one_checkpoint() -> None:
-    conditions = Conditions(16384, 4096)
-    plain, yarn, dca, sparse = (load_mode(DEMO, mode, conditions) for mode in ("plain", "yarn", "dca", "sparse"))
-    assert (plain.spec.rope.kind, plain.spec.dual_chunk, plain.spec.sparse) == ("default", None, None)
-    assert (yarn.spec.rope.kind, yarn.spec.rope.factor, yarn.spec.sparse) == ("yarn", 4.0, None)
-    assert yarn.spec.rope.original_max_position_embeddings == trained_window(needle_dir()) == 4096
-    assert dca.spec.rope.kind == "default"
-    assert dca.spec.dual_chunk is not None
-    assert dca.spec.sparse is None
-    assert sparse.spec.dual_chunk == dca.spec.dual_chunk
-    assert sparse.spec.sparse is not None
-    assert sparse.spec.sparse.threshold == 0
-    assert sparse.config.prefill.max_num_batched_tokens >= 3584  # a whole cell
-    for deployment in (plain, yarn, dca, sparse):
-        assert deployment.max_model_len == 16384
-        assert deployment.config.kv_cache.bytes is not None
-    more = Conditions(16384, sparse_threshold=None, kv="int8", more={"sparse.cell": "2K"})
-    published = load_mode(DEMO, "sparse", more)
-    assert published.spec.sparse is not None
-    assert (published.spec.sparse.threshold, published.spec.sparse.cell) == (8192, 2048)
-    assert published.config.kv_cache.dtype == "int8"
-
-
-def test_kv_grows_with_the_longest_length() -> None:
-    loaded = [load_mode(DEMO, "yarn", Conditions(length, 1000)) for length in (4096, 1 << 20)]
-    small, large = (deployment.config.kv_cache.bytes for deployment in loaded)
-    assert small == load_config(DEMO.config).kv_cache.bytes  # of the YAML, when that is enough
-    assert large == ((1 << 20) + 1000 + 128) * 512  # what an actor keeps a token
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,15 +186,6 @@ def test_kv_grows_with_the_longest_length() -> None:
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         NeedleRun(DEMO, NeedleOptions(**options), Display(Console(quiet=True), quiet=True))
-
-
-def test_targets(tmp_path: Path) -> None:
-    assert find_target(None, None).config.name == "demo.yaml"
-    model = make_checkpoint(tmp_path / "tiny", "qwen3")
-    assert find_target(None, model).config.name == "single.yaml"
-    assert find_target(tmp_path / "x.yaml", model) == Target(tmp_path / "x.yaml", model)
-    with pytest.raises(UserError, match="--model"):
-        find_target(None, tmp_path)
 
 
 def test_measurements_are_of_the_question_that_read_the_document() -> None:

@@ -20,7 +20,6 @@ from cluster.tools.eval.recall import EvaluationFailed, RecallOptions, run_recal
 from protos.errors import UserError
 from protos.model.config_json import load_model_spec
 from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
-from protos.stage import codec
 from protos.stage.messages import CellReport
 from tests.support.data.checkpoints import make_checkpoint
 from workers.eval.__main__ import main
@@ -120,7 +119,7 @@ def test_heads_are_weighted_by_their_cells(checkpoint: Path) -> None:
 
 
 def request(checkpoint: Path, **changes: Any) -> dict[str, Any]:
-    spec = json.loads(codec.model_spec_to_json(setup(checkpoint).spec))
+    spec = json.loads(setup(checkpoint).spec.to_json())
     return {
         "model": str(checkpoint), "spec": spec, "dtype": "float32", "device": "cpu", "threads": 1, "chunk": 96,
         "page_size": 16, "dummy": False, "prompt": PROMPT, "next": 3,

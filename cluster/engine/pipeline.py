@@ -1,0 +1,66 @@
+"""One start of a deployment: its stage processes, an engine over them, and a hang detector over both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import compute_dtype, kv_dtype
+from cluster.engine.engine import Engine
+from cluster.engine.hang_detector import HangDetector
+from cluster.scheduler.page_pool import PagePool
+from cluster.scheduler.scheduler import Scheduler
+from cluster.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from cluster.stages.launcher import Launched, LaunchStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A running pipeline; `close` stops it and may be called twice. A failed one is replaced by another `Pipeline`."""
+
+    engine: Engine
+    launched: Launched
+    close: Callable[[], None]
+
+
+def launch_pipeline(
+    deployment: Deployment, tokenizer: TextTokenizer | None, on_status: Callable[[LaunchStatus], None]
+) -> Pipeline:
+    """Start the stages of a deployment and an engine over them; returns the running pipeline.
+
+    Raises:
+        PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
+    """
+    from cluster.stages.launcher import Launcher  # loads grpc
+
+    config, spec = deployment.config, deployment.spec
+    launcher = Launcher(deployment, on_status)
+    with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes, Ray
+        steps.callback(launcher.close)
+        launched = launcher.start()
+        scheduler = Scheduler(
+            PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
+            config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec,
+            num_stages=config.cluster.pipeline_parallel_size,
+        )  # fmt: skip
+        engine = Engine(scheduler, launched.shards, tokenizer, spec.eos_token_ids)
+        steps.callback(engine.close)
+        engine.start()
+        hang_detector = HangDetector(engine, launched.shards)
+        steps.callback(hang_detector.close)
+        hang_detector.start()
+        return Pipeline(engine, launched, steps.pop_all().close)
+
+
+def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
+    """Return a digest of what the content of a KV page depends on besides its tokens."""
+    spec = deployment.spec
+    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
+    parts = (fingerprint, *kv, *map(repr, positions))
+    return hashlib.sha256("\0".join(parts).encode()).digest()

@@ -1,0 +1,2 @@
+# What type checkers see: every name of `cluster`.
+from cluster import *  # noqa: F403

@@ -1,0 +1,171 @@
+"""Checks of requests to the job service. An error (UserError) names key, value and what is allowed.
+
+Clients check what callers hand over value by value and then the whole message, the head checks the message again. The
+input itself (text, token ids, chat) is judged by the head alone, which knows the model.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from protos.errors import UserError
+from protos.jobs import jobs_pb2 as pb
+from protos.jobs.limits import (
+    MAX_CHARS,
+    MAX_DEADLINE_S,
+    MAX_LABELS,
+    MAX_MESSAGES,
+    MAX_QUESTIONS,
+    MAX_STOPS,
+    MAX_UINT32,
+)
+from protos.jobs.sampling import OPTIONS, AnswerOptions
+
+_MAX_SHOWN = 60  # characters of a value in an error
+
+
+def check_submit(request: pb.SubmitRequest) -> AnswerOptions:
+    """Return the options of a submission that keeps the limits. Raises UserError."""
+    options = read_options(request.sampling)
+    if request.HasField("deadline_s"):
+        check_number("deadline_s", request.deadline_s, 0.0, MAX_DEADLINE_S, above=True, unit=" of seconds")
+    check_text("idempotency_key", request.idempotency_key, MAX_CHARS)
+    check_labels(request.labels)
+    check_count("document.questions", len(request.document.questions), MAX_QUESTIONS)
+    check_count("chat.messages", len(request.chat.messages), MAX_MESSAGES)
+    return options
+
+
+def read_options(sampling: pb.Sampling) -> AnswerOptions:
+    """Return the options in a message; what is absent keeps its default. Raises UserError."""
+    check_count("stop", len(sampling.stop), MAX_STOPS)
+    check_count("stop_token_ids", len(sampling.stop_token_ids), MAX_STOPS)
+    for stop in sampling.stop:
+        check_text("stop", stop, MAX_CHARS, min_chars=1)
+    present = {item.name: value for item, value in sampling.ListFields()}
+    return AnswerOptions.from_values({name: tuple(v) if OPTIONS[name].is_list else v for name, v in present.items()})
+
+
+def check_option(name: str, value: object) -> Any:
+    """Return a generation option as the type it is declared with. Raises UserError."""
+    option = OPTIONS[name]
+    if option.is_list:
+        values = value or ()
+        return check_texts(name, values, min_chars=1) if option.kind is str else check_token_ids(name, values)
+    if option.kind is bool:
+        return check_flag(name, value)
+    if option.kind is int:
+        return check_integer(name, value, int(option.low), MAX_UINT32 if option.high == math.inf else int(option.high))
+    return check_number(name, value, option.low, option.high)
+
+
+def show(value: object) -> str:
+    """Return a value as an error shows it: on one line, shortened."""
+    is_long = isinstance(value, (str, bytes)) and len(value) > _MAX_SHOWN
+    try:
+        shown = repr(value[:_MAX_SHOWN] if is_long else value)  # type: ignore[index]
+    except ValueError:  # an integer of thousands of digits
+        shown = f"({type(value).__name__})"
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= _MAX_SHOWN + 2 else f"{shown[:_MAX_SHOWN]}..."
+
+
+def check_count(key: str, count: int, limit: int) -> None:
+    """Refuse more than `limit` elements."""
+    if count > limit:
+        raise UserError(f"{key}: {count}: must be at most {limit}")
+
+
+def check_integer(key: str, value: object, low: int, high: int) -> int:
+    """Return a whole number of any type, numpy's included, as an `int`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise UserError(f"{key}: {show(value)}: must be a whole number from {low} to {high}")
+    return number
+
+
+def check_number(key: str, value: object, low: float, high: float, *, above: bool = False, unit: str = "") -> float:
+    """Return a number as a `float`; `above`: greater than `low`; `unit` follows the word in the error."""
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not low <= number <= high or (above and number == low):  # NaN fails too
+        top = f"{high:.0f}" if unit else f"{high:g}"
+        allowed = f"above {low:g} and at most {top}" if above else f"from {low:g} to {top}"
+        raise UserError(f"{key}: {show(value)}: must be a number{unit} {allowed}")
+    return number
+
+
+def check_flag(key: str, value: object) -> bool:
+    """Return True or False; numbers are neither."""
+    if not isinstance(value, bool):
+        raise UserError(f"{key}: {show(value)}: must be True or False")
+    return value
+
+
+def check_text(key: str, value: object, max_chars: int | None = None, min_chars: int = 0) -> str:
+    """Return a text of `min_chars` to `max_chars` characters that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise UserError(f"{key}: {show(value)}: must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        at = f"character {value[error.start]!a} at {error.start}"
+        raise UserError(f"{key}: {at}: must be text that UTF-8 can hold") from error
+    if len(value) < min_chars or (max_chars is not None and len(value) > max_chars):
+        allowed = f"{min_chars} to {max_chars} characters" if max_chars is not None else f"at least {min_chars}"
+        raise UserError(f"{key}: {len(value)} characters: must have {allowed}")
+    return value
+
+
+def check_texts(key: str, values: object, min_chars: int = 0) -> list[str]:
+    """Return a list of texts; one text stands for a list of it."""
+    if isinstance(values, str):
+        values = [values]
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        raise UserError(f"{key}: {show(values)}: must be a list of texts")
+    return [check_text(f"{key}[{index}]", value, min_chars=min_chars) for index, value in enumerate(values)]
+
+
+def check_token_ids(key: str, values: object) -> list[int]:
+    """Return ids from 0; the head knows how many the model has."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise UserError(f"{key}: {show(values)}: must be a list of whole numbers")
+    ids = list(values)
+    if all(type(value) is int for value in ids) and min(ids, default=0) >= 0 and max(ids, default=0) <= MAX_UINT32:
+        return ids  # a million of them in a few milliseconds
+    return [check_integer(f"{key}[{index}]", value, 0, MAX_UINT32) for index, value in enumerate(ids)]
+
+
+def check_labels(values: object) -> dict[str, str]:
+    """Return labels, of a job or of a search for some."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"labels: {show(values)}: must be a mapping of text to text")
+    check_count("labels", len(values), MAX_LABELS)
+    for key, value in values.items():
+        check_text("labels", key, MAX_CHARS, min_chars=1)
+        check_text(f"labels.{show(key)}", value, MAX_CHARS)
+    return dict(values)
+
+
+def check_messages(values: object) -> list[pb.Message]:
+    """Return chat messages given as (role, content) or as a mapping of both."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)) or not values:
+        raise UserError(f"messages: {show(values)}: must be a list of at least one message")
+    messages = []
+    for index, value in enumerate(values):
+        key, pair = f"messages[{index}]", value
+        if isinstance(value, Mapping) and value.keys() == {"role", "content"}:
+            pair = value["role"], value["content"]
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise UserError(f"{key}: {show(value)}: must have role and content and nothing else")
+        role, content = check_text(f"{key}.role", pair[0]), check_text(f"{key}.content", pair[1])
+        messages.append(pb.Message(role=role, content=content))
+    return messages

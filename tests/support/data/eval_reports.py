@@ -1,0 +1,38 @@
+"""Reports of evaluations as their result files hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODES = ("plain", "yarn", "dca", "sparse")
+
+
+def needle_report(lengths: list[int], modes: tuple[str, ...] = MODES, needles: int = 8) -> dict[str, Any]:
+    cells: list[dict[str, Any]] = []
+    for mode in modes:
+        for length in lengths:
+            outcomes = [{"right": mode != "plain" or index > 2, "depth": index / needles} for index in range(needles)]
+            cells.append({
+                "mode": mode, "length": length, "trial": 0, "total": needles, "outcomes": outcomes,
+                "right": sum(outcome["right"] for outcome in outcomes), "ttft_s": 1.25, "prefill_tokens_per_s": 5000.0,
+            })  # fmt: skip
+            if mode == "sparse":
+                cells[-1]["attention"] = {"density": 0.2, "held_out_recall": 0.97}
+    return {
+        "what": "needle", "model": "some-model", "form": "answer", "shared_words": True, "needles": needles,
+        "trials": 1, "lengths": lengths, "modes": {mode: {} for mode in modes}, "complete": True, "cells": cells,
+    }  # fmt: skip
+
+
+def recall_report(layers: int, heads: int) -> dict[str, Any]:
+    share = [[(layer + head) / (layers + heads) for head in range(heads)] for layer in range(layers)]
+    names = ("density", "estimated_recall", "held_out_recall", "held_out_recall_min", "dense_share")
+    variant = {
+        "name": "sparse", "same_top1": 63, "logit_error_max": 0.0125, "kl_mean": 0.00031, "prefill_s": 3.0,
+        "heads": dict.fromkeys(names, share),
+    }  # fmt: skip
+    int8 = {key: value for key, value in variant.items() if key != "heads"} | {"name": "int8 KV"}
+    return {
+        "what": "recall", "model": "some-model", "text": "book", "tokens": 65536, "next": 64,
+        "reference": {"prefill_s": 9.0}, "variants": [variant, int8],
+    }  # fmt: skip

@@ -1,0 +1,74 @@
+"""`longreach eval` without a cluster: result files shown again, input that cannot be used, help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from cluster.cli.eval import Counts, Setting
+from cluster.cli.main import main
+from cluster.tools.assets import needle_dir
+from tests.support.data.eval_reports import needle_report
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+def test_show_prints_and_draws_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(needle_report([4096])))
+    done = invoke("show", path)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert invoke("show", path, "--picture", tmp_path / "other.png").exit_code == 0
+    assert (tmp_path / "other.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["needle", "--lengths", "4K,x"], "must be a whole number such as 4096"),
+        (["needle", "--lengths", ""], "must be a whole number such as 4096"),
+        (["needle", "--modes", "plain,fast"], "--modes: fast: must be among plain, yarn, dca, sparse"),
+        (["needle", "--model", "/nowhere"], "--model: /nowhere: must be a directory with config.json"),
+        (["needle", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["needle", "--set", "sparse.cell"], "must be KEY=VALUE"),
+        (["needle", "--set", "sparse.cell=[", "--modes", "plain"], "is not YAML"),
+        (["needle", "--set", "sparse.size=1", "--lengths", "1K"], "sparse.size"),
+        (["needle", "--depths", "0"], "0 is not in the range"),
+        (["needle", "--lengths", "300", "--depths", "8"], "total_tokens"),
+        (["recall", "--no-sparse"], "--no-sparse: leaves nothing to compare: add --kv int8"),
+        (["recall", "--document", str(needle_dir() / "words.json")], "--tokens: 65536: the document has 1"),
+        (["recall", "--document", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
+        (["show", "/nowhere.json"], "/nowhere.json: cannot be read"),
+    ],
+)
+def test_input_that_cannot_be_used(arguments: list[str], message: str) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ")
+
+
+def test_every_option_of_every_evaluation_has_help() -> None:
+    group = main.commands["eval"]
+    assert isinstance(group, click.Group)
+    assert set(group.commands) == {"needle", "recall", "show"}
+    for verb in group.commands.values():
+        assert verb.help
+        assert all(isinstance(option, click.Argument) or option.help for option in verb.params), verb.name
+
+
+def test_values_of_options() -> None:
+    assert Counts().convert("4K, 16k", None, None) == (4096, 16_000)
+    assert Counts().convert((1, 2), None, None) == (1, 2)
+    for text, value in [
+        ("sparse.cell=2K", ("sparse.cell", "2K")), ("a.b=0.99", ("a.b", 0.99)), ("a=off", ("a", False)),
+        ("a=", ("a", None)),
+        ("a={b: 1}", ("a", {"b": 1})), (" a = x=y", ("a", "x=y")), ("a=010", ("a", "010")),
+    ]:  # fmt: skip
+        assert Setting().convert(text, None, None) == value

@@ -1,0 +1,74 @@
+"""Tables of the job verbs: aligned, never cut, plain in a pipe; and `--json` beside them."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.cli.output import print_documents, print_jobs, print_status
+from cluster.client.models import DocumentInfo
+
+ID = "job_" + "0" * 60
+
+
+def job(**changes: Any) -> Any:
+    data = SimpleNamespace(created=0.0, to_json=lambda: {"id": ID})
+    values = {
+        "id": ID, "state": "prefilling", "done": False, "data": data, "labels": {},
+        "answers": [SimpleNamespace(prompt_tokens=12_345)], "progress": SimpleNamespace(total=0, processed=0),
+    }  # fmt: skip
+    return SimpleNamespace(**(values | changes))
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    return [line.rstrip() for line in out.splitlines()]
+
+
+def test_jobs_keep_their_ids_and_labels_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    labels = {"team": "[red]law[/]", "note": ":smile: " + "x" * 100}
+    running = job(progress=SimpleNamespace(total=20_000, processed=1_000), labels=labels)
+    print_jobs([running, job(state="succeeded", done=True)], as_json=False)
+    header, first, second = lines(capsys)
+    columns = [header.index(name) for name in ("id", "state", "created", "answers", "tokens read", "labels")]
+    assert first[columns[0] : columns[1]].rstrip() == ID
+    assert first[columns[4] :].startswith("1,000 of 20,000")
+    assert first[columns[5] :] == f"note=:smile: {'x' * 100} team=[red]law[/]"
+    assert second[columns[1] :].startswith("succeeded  ")
+    assert second[columns[4] :] == "12,345"
+    print_jobs([running], as_json=True)
+    assert json.loads(capsys.readouterr().out) == [{"id": ID}]
+
+
+def test_no_jobs_are_a_header(capsys: pytest.CaptureFixture[str]) -> None:
+    print_jobs([], as_json=False)
+    assert lines(capsys) == ["id  state  created  answers  tokens read  labels"]
+
+
+def test_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    document = DocumentInfo("doc_1", "a report.txt", 3 << 20, 0.0, 0.0)
+    print_documents([document], as_json=False)
+    assert lines(capsys) == ["id     name          size  created  expires", "doc_1  a report.txt  3MiB"]
+    print_documents([document], as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["size_bytes"] == 3 << 20
+
+
+def test_status(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = SimpleNamespace(stage=0, rank=1, state="running", steps_done=1234, resident_bytes=3 << 20)
+    status: Any = SimpleNamespace(
+        model="m", version="1", uptime_s=200.0, running=1, queued=2, kv_usage=0.25, kv_tokens=8192, max_model_len=4096,
+        stages=[stage],
+    )  # fmt: skip
+    print_status(status, "h:1", as_json=False)
+    assert lines(capsys) == [
+        "m at h:1, version 1, up 3 min 20 s",
+        "1 running, 2 queued; KV 25% of 8,192 tokens; contexts up to 4,096 tokens", "",
+        "stage  rank  state    steps  memory", "0      1     running  1,234  3MiB",
+    ]  # fmt: skip

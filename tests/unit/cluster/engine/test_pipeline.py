@@ -1,0 +1,80 @@
+"""A pipeline from its launcher to its end: in order, and with nothing left when a part of it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.common.errors import StageError
+from cluster.config.deployment import load_deployment
+from cluster.engine.outputs import GenerationSpec
+from cluster.engine.pipeline import Pipeline, launch_pipeline
+from cluster.stages import launcher as launcher_module
+from cluster.text.tokenizer import TextTokenizer
+from tests.support.fakes.stage import WAIT, Clock, FakeShard, submit
+from tests.support.paths import CONFIGS, NEEDLE
+
+
+class FakeLauncher:
+    """Launches one fake shard, or fails; writes down what happens."""
+
+    log: list[str]
+    fails_at = ""
+
+    def __init__(self, deployment: object, on_status: object) -> None:
+        type(self).log = []
+
+    def start(self) -> Any:
+        if self.fails_at == "launch":
+            raise StageError("no stage")
+        shard = FakeShard(0, 1, lambda sequence, index: 100 + index, Clock())
+        close, connect = shard.close, shard.connect
+
+        def closing() -> None:
+            self.log.append("shard closed")
+            close()
+
+        def connecting(*callbacks: Any) -> None:
+            if self.fails_at == "connect":
+                raise StageError("no connection")
+            connect(*callbacks)
+
+        shard.close, shard.connect = closing, connecting  # type: ignore[method-assign]
+        return SimpleNamespace(shards=(shard,), num_pages=64, fingerprint="f", dtype="float32", pids=(1,))
+
+    def close(self) -> None:
+        self.log.append("launcher closed")
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setattr(launcher_module, "Launcher", FakeLauncher)
+    deployment = load_deployment(CONFIGS / "single.yaml", {"data_dir": str(tmp_path)})
+
+    def start(fails_at: str = "") -> Pipeline:
+        monkeypatch.setattr(FakeLauncher, "fails_at", fails_at)
+        return launch_pipeline(deployment, TextTokenizer.open(NEEDLE), lambda status: None)
+
+    return start
+
+
+def test_a_pipeline_answers_and_stops_in_order(launch: Any) -> None:
+    pipeline: Pipeline = launch()
+    assert submit(pipeline.engine, GenerationSpec([5, 6], 3)).wait(WAIT).token_ids == (100, 101, 102)
+    assert (pipeline.engine.scheduler.pool.num_pages, pipeline.launched.fingerprint) == (64, "f")
+    pipeline.close()
+    assert FakeLauncher.log == ["shard closed", "launcher closed"]
+    pipeline.close()
+    assert FakeLauncher.log == ["shard closed", "launcher closed"]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "log"), [("launch", ["launcher closed"]), ("connect", ["shard closed", "launcher closed"])]
+)
+def test_nothing_is_left_of_a_start_that_fails(launch: Any, fails_at: str, log: list[str]) -> None:
+    with pytest.raises(StageError):
+        launch(fails_at)
+    assert FakeLauncher.log == log

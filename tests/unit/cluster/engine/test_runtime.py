@@ -1,0 +1,107 @@
+"""The runtime over a fake pipeline: questions, states, failures, and the cluster that users import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.common.errors import EngineError
+from cluster.config.deployment import ConfigError
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
+from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.engine.runtime import ClusterRuntime, LocalCluster
+from cluster.text.prompts import PromptError
+from protos.jobs.sampling import AnswerOptions
+from tests.support.fakes.runtime import FakeRuntime
+from tests.support.fakes.stage import eventually
+from tests.support.paths import CONFIGS
+
+TEXT = "The code of dark river is 12345. The grass is green. "
+THREE = AnswerOptions(max_tokens=3)
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[FakeRuntime]:
+    made = FakeRuntime(tmp_path)
+    with made:
+        yield made
+
+
+def test_questions_about_a_text_and_about_a_file(runtime: FakeRuntime, tmp_path: Path) -> None:
+    events: list[tuple[int, EngineEvent]] = []
+    first, second = runtime.ask_all(
+        TEXT, ["What?", "Where?"], THREE, lambda index, event: events.append((index, event))
+    )
+    assert first.token_ids == second.token_ids == (100, 101, 102)
+    assert first.prompt_tokens == len(runtime.document_prompts(TEXT, ["What?"], THREE)[0])
+    for index, result in enumerate((first, second)):
+        mine = [event for which, event in events if which == index]
+        assert isinstance(mine[0], PrefillProgress)
+        assert [event.token_id for event in mine if isinstance(event, OutputToken)] == [100, 101, 102]
+        assert mine[-1] is result
+    path = tmp_path / "document.txt"
+    path.write_text(TEXT)
+    again = runtime.ask(path, "What?", THREE)
+    assert (again.prompt_tokens, again.token_ids) == (first.prompt_tokens, first.token_ids)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PromptError, match="UTF-8"):
+        runtime.ask(path, "What?")
+    assert isinstance(runtime.ask(TEXT, "What?"), Generation), "options may be left out"
+    runtime.engine.check_integrity()
+
+
+def test_a_wait_that_is_interrupted_cancels_every_question(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(handle: RequestHandle) -> Generation:
+        raise KeyboardInterrupt
+
+    runtime.shard.hold()
+    monkeypatch.setattr(RequestHandle, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runtime.generate([[5] * 100, [6] * 100], THREE)
+    runtime.shard.let(1000)
+    eventually(lambda: runtime.kv_usage == 0)
+    runtime.engine.check_integrity()
+
+
+def test_states_from_start_to_close(tmp_path: Path) -> None:
+    runtime = FakeRuntime(tmp_path)
+    assert (runtime.status()["stages"], runtime.status()["kv_tokens"], runtime.kv_usage) == ([], 0, 0.0)
+    for call in (lambda: runtime.engine, lambda: runtime.launched, lambda: runtime.generate([[5]], THREE)):
+        with pytest.raises(EngineError, match="the cluster is not running"):
+            call()
+    with runtime:
+        runtime.generate([[5, 6]], THREE)
+        (stage,) = runtime.status()["stages"]
+        assert stage == {"stage": 0, "rank": 0, "state": "running", "steps_done": 3, "resident_bytes": 0}
+        assert runtime.status()["kv_tokens"] == 512 * 64
+        assert any(runtime.latency_coefficients)
+        runtime.shard.close()
+        assert runtime.status()["stages"] == [{"stage": 0, "rank": 0, "state": "unreachable"}]
+    assert runtime.status()["stages"] == [{"stage": 0, "rank": 0, "state": "stopped"}]
+    assert runtime.latency_coefficients == (0.0, 0.0, 0.0, 0.0)
+    assert runtime.launched.fingerprint == "f", "what it was is still known"
+
+
+def test_a_failed_pipeline_until_it_is_started_again(runtime: FakeRuntime) -> None:
+    runtime.shard.hold()
+    (handle,) = runtime.submit([[5, 6]], THREE)
+    runtime.fail()
+    with pytest.raises(EngineError, match="stage 0 shard 0 is gone"):
+        handle.wait(20)
+    with pytest.raises(EngineError, match="stage 0 shard 0 is gone"):
+        runtime.submit([[5, 6]], THREE)
+    runtime.restart()
+    assert runtime.generate([[5, 6]], THREE)[0].token_ids == (100, 101, 102)
+    assert runtime.starts == 2
+
+
+def test_a_local_cluster_is_a_runtime_from_a_file(tmp_path: Path) -> None:
+    cluster = LocalCluster(CONFIGS / "single.yaml", {"model.max_model_len": "2k", "data_dir": str(tmp_path)})
+    assert isinstance(cluster, ClusterRuntime)
+    assert cluster.deployment.max_model_len == 2000
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        LocalCluster(tmp_path / "missing.yaml")

@@ -1,0 +1,90 @@
+"""Values of jobs: ids, inputs, what makes two submissions the same, and the way through JSON."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.jobs.model import ACTIVE, FINAL, WAITING, InvalidJob, JobInput, JobSpec, JobState, check_id, new_id
+from protos.jobs.sampling import AnswerOptions
+from protos.stage.messages import SamplingParams
+
+DOC = new_id("doc")
+OPTIONS = AnswerOptions(9, SamplingParams(0.5, seed=(1 << 63) - 1, logprobs=2), ("\n\n", "é"), (1, 2), True, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "is_good"),
+    [
+        (new_id("job"), "job", True),
+        (DOC, "doc", True),
+        (DOC, "job", False),
+        (DOC + "0", "doc", False),
+        (DOC.upper(), "doc", False),
+        (f"{DOC}\n", "doc", False),
+        ("", "doc", False),
+    ],
+)
+def test_ids(value: str, kind: str, is_good: bool) -> None:
+    if is_good:
+        assert check_id(value, kind) == value
+    else:
+        with pytest.raises(InvalidJob, match=f"{kind} id: .*: must be {kind}_ and 32 hexadecimal digits"):
+            check_id(value, kind)
+
+
+def test_every_state_is_waiting_running_or_final() -> None:
+    running = {JobState.PREFILLING, JobState.DECODING}
+    assert WAITING | running == ACTIVE
+    assert frozenset(JobState) == ACTIVE | FINAL
+    assert {state for state in JobState if state.is_final} == FINAL
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"prompt": "a", "token_ids": (1,)},
+        {"document_id": DOC, "questions": ("q",), "messages": (("user", "hi"),)},
+    ],
+)
+def test_an_input_is_exactly_one_thing(values: dict[str, object]) -> None:
+    with pytest.raises(InvalidJob, match="must be exactly one of"):
+        JobInput(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 1025])
+def test_the_number_of_questions_is_bounded(count: int) -> None:
+    with pytest.raises(InvalidJob, match=f"questions: {count}: must"):
+        JobInput(document_id=DOC, questions=("q",) * count)
+    assert JobInput(document_id=DOC, questions=("q",) * 1024).num_answers == 1024
+    assert JobInput(prompt="a").num_answers == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        JobInput(document_id=DOC, questions=("Who?", "Warum?")),
+        JobInput(token_ids=(1, 2)),
+        JobInput(token_ids=()),
+        JobInput(messages=(("user", "hi"), ("assistant", ""))),
+        JobInput(prompt=""),
+    ],
+)
+def test_a_spec_goes_through_json(source: JobInput) -> None:
+    spec = JobSpec(source, OPTIONS, -3, 5.5, True, "key", {"team": "a'b", "ü": ""})
+    assert JobSpec.from_json(spec.to_json()) == spec
+
+
+def test_only_key_and_deadline_do_not_count_as_body() -> None:
+    spec = JobSpec(JobInput(prompt="a"), OPTIONS, idempotency_key="key", deadline=1.0, labels={"a": "1", "b": "2"})
+    same = [
+        replace(spec, deadline=2.0), replace(spec, idempotency_key="other"), replace(spec, labels={"b": "2", "a": "1"}),
+    ]  # fmt: skip
+    assert {other.body_hash() for other in same} == {spec.body_hash()}
+    others = [
+        replace(spec, input=JobInput(prompt="b")), replace(spec, ask=replace(OPTIONS, max_tokens=8)),
+        replace(spec, priority=1), replace(spec, attached=True), replace(spec, labels={}),
+    ]  # fmt: skip
+    assert len({spec.body_hash(), *(other.body_hash() for other in others)}) == 1 + len(others)

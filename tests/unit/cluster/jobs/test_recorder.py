@@ -1,0 +1,139 @@
+"""The committing thread: what events become in the store, in which order, and who hears of it when."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress, Timings
+from cluster.jobs import recorder as recorder_module
+from cluster.jobs.model import JobInput, JobSpec, JobState, new_id
+from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
+from cluster.jobs.store import JobStore
+from cluster.jobs.subscriptions import ChangeNotifier
+from cluster.scheduler.request import FinishReason
+from protos.jobs.sampling import AnswerOptions
+from protos.stage.messages import SampledToken, TokenLogprob
+
+PROGRESS = PrefillProgress(8, 0, 8, None)
+TOP = (TokenLogprob(5, -0.5),)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    store = JobStore(tmp_path / "jobs.sqlite")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def changes() -> ChangeNotifier:
+    return ChangeNotifier()
+
+
+@pytest.fixture
+def recorder(store: JobStore, changes: ChangeNotifier) -> Iterator[Recorder]:
+    recorder = Recorder(store, changes)
+    yield recorder
+    recorder.close()
+    recorder.close()
+
+
+def live(store: JobStore, ended: list[JobState], num_answers: int = 1) -> LiveJob:
+    spec = JobSpec(JobInput(prompt="p"), AnswerOptions())
+    return LiveJob(store.create(spec, new_id("job"), num_answers, {})[0].id, num_answers, ended.append)
+
+
+def result(reason: FinishReason, error: str = "") -> Generation:
+    timings = Timings(0.1, 0.2, 0.3, 0.4, 0.5)
+    return Generation((5,), "so", "why", reason, (SampledToken(1, 5),), 8, 4, timings, error)
+
+
+def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(store: JobStore, recorder: Recorder) -> None:
+    ended: list[JobState] = []
+    job = live(store, ended, num_answers=2)
+    first, second = recorder.callback(job, 0), recorder.callback(job, 1)
+    tokens = [
+        OutputToken(1, 0, 5, "<think>why", -0.5, TOP, "reasoning", "why", ""),
+        OutputToken(2, 1, 6, "yes", answer="yes"),
+        OutputToken(3, 0, 7, "</think>so", answer="so"),
+    ]
+    for callback, event in (
+        (first, PROGRESS), (first, tokens[0]), (second, PROGRESS), (second, tokens[1]), (first, tokens[2]),
+        (first, result(FinishReason.LENGTH)), (second, result(FinishReason.STOP)),
+    ):  # fmt: skip
+        callback(event)  # type: ignore[arg-type]
+    assert store.tokens(job.job_id) == []
+    recorder.start()
+    recorder.flush()
+    record = store.get(job.job_id)
+    assert record is not None
+    assert (record.state, record.last_event, recorder.num_commits) == (JobState.SUCCEEDED, 3, 1)
+    assert store.tokens(job.job_id) == tokens
+    assert [(answer.text, answer.reasoning, answer.finish_reason) for answer in record.answers] == [
+        ("so", "why", "length"), ("so", "why", "stop"),
+    ]  # fmt: skip
+    assert record.answers[0].timings["ttft_s"] == 0.3
+    assert (ended, job.generated, job.progress) == ([JobState.SUCCEEDED], {0: 2, 1: 1}, {0: PROGRESS, 1: PROGRESS})
+
+
+def test_states_follow_the_first_progress_and_the_first_token(store: JobStore, recorder: Recorder) -> None:
+    job = live(store, [])
+    callback = recorder.callback(job, 0)
+    recorder.start()
+    seen = []
+    for event in (PROGRESS, OutputToken(1, 0, 5, "a"), OutputToken(2, 0, 6, "b"), result(FinishReason.CANCELLED)):
+        callback(event)  # type: ignore[arg-type]
+        recorder.flush()
+        seen.append(store.state(job.job_id))
+    assert seen == [JobState.PREFILLING, JobState.DECODING, JobState.DECODING, JobState.CANCELLED]
+
+
+def test_the_error_of_a_pipeline_is_no_answer(store: JobStore, recorder: Recorder) -> None:
+    ended: list[JobState] = []
+    job = live(store, ended)
+    recorder.callback(job, 0)(result(FinishReason.ERROR, "stage 0 is gone"))
+    recorder.start()
+    recorder.flush()
+    assert (store.state(job.job_id), ended, job.ended) == (JobState.QUEUED, [], {})
+
+
+def test_subscribers_hear_of_a_token_that_is_committed(
+    store: JobStore, changes: ChangeNotifier, recorder: Recorder
+) -> None:
+    job, other = live(store, []), live(store, [])
+    recorder.start()
+    with changes.subscribe(job.job_id) as changed, changes.subscribe(other.job_id) as stranger:
+        recorder.callback(job, 0)(OutputToken(1, 0, 5, "a"))
+        assert changed.wait(20)
+        assert len(store.tokens(job.job_id)) == 1
+        assert not stranger.wait(0)
+
+
+def test_close_commits_what_is_queued(store: JobStore) -> None:
+    recorder = Recorder(store, ChangeNotifier())
+    job = live(store, [])
+    recorder.start()
+    for number in range(1, 200):
+        recorder.callback(job, 0)(OutputToken(number, 0, number, "x"))
+    recorder.close()
+    assert len(store.tokens(job.job_id)) == 199
+    waiting = threading.Thread(target=recorder.flush)
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive(), "a closed recorder has nothing to wait for"
+
+
+def test_committed_tokens_by_question(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_PAGE", 2)
+    job = live(store, [], num_answers=2)
+    assert committed_tokens(store, job.job_id) == {}
+    tokens = [OutputToken(number, number % 2, number * 3, "x", -0.5, TOP) for number in range(1, 6)]
+    store.commit_step([(job.job_id, token) for token in tokens], [], [])
+    assert committed_tokens(store, job.job_id) == {
+        1: [SampledToken(0, number * 3, -0.5, TOP) for number in (1, 3, 5)],
+        0: [SampledToken(0, number * 3, -0.5, TOP) for number in (2, 4)],
+    }

@@ -1,0 +1,267 @@
+"""Calls to Ray without Ray: what is asked of it, and what is said of its failures. The real one: tests/integration."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.common.errors import PlacementError
+from cluster.stages.ray_cluster import _LOCAL_ENVIRONMENT, ActorRequest, RayCluster
+from protos.node.node_check import NodeError
+
+
+class FakeRay(ModuleType):
+    """Records what was called; one node with four CPUs unless `resources` says else."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.calls: list[str] = []
+        self.started: dict[str, Any] = {}
+        self.thread: threading.Thread | None = None
+        self.is_running = False
+        self.error: BaseException | None = None
+        self.has_place = True
+        self.resources: list[dict[str, float]] = [{"CPU": 4.0}]
+        self.exceptions = SimpleNamespace(
+            RayError=type("RayError", (Exception,), {}), GetTimeoutError=type("GetTimeoutError", (Exception,), {}),
+            RayTaskError=type("RayTaskError", (Exception,), {"cause": None}),
+        )  # fmt: skip
+
+    def init(self, **options: Any) -> None:
+        self.started, self.thread = options, threading.current_thread()
+        self.is_running = True
+        if self.error is not None:
+            raise self.error
+
+    def is_initialized(self) -> bool:
+        return self.is_running
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+        self.is_running = False
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": one} for one in self.resources] + [
+            {"Alive": False, "Resources": {"CPU": 99.0}}
+        ]
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 1.0}
+
+    def get(self, calls: list[Any], timeout: float) -> list[Any]:
+        if self.error is not None:
+            raise self.error
+        return calls
+
+    def wait(self, calls: list[Any], num_returns: int, timeout: float) -> None:
+        self.calls.append(f"wait for {num_returns}")
+
+    def kill(self, actor: str) -> None:
+        self.calls.append(f"kill {actor}")
+        if self.error is not None:
+            raise self.error
+
+    def remote(self, actor_class: type) -> Any:
+        def options(**given: Any) -> Any:
+            self.calls.append(
+                f"{given['num_cpus']:g} CPU, {given['num_gpus']:g} GPU, bundle {given['scheduling_strategy']}"
+            )
+            return SimpleNamespace(remote=actor_class)
+
+        return SimpleNamespace(options=options)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    groups, strategies = ModuleType("groups"), ModuleType("strategies")
+
+    def placement_group(bundles: list[dict[str, float]], strategy: str) -> Any:
+        fake.calls.append(f"{strategy} {bundles}")
+        return SimpleNamespace(wait=lambda timeout_s: fake.has_place)
+
+    groups.placement_group = placement_group  # type: ignore[attr-defined]
+    groups.remove_placement_group = lambda group: fake.calls.append("remove group")  # type: ignore[attr-defined]
+    strategies.PlacementGroupSchedulingStrategy = (  # type: ignore[attr-defined]
+        lambda group, placement_group_bundle_index: placement_group_bundle_index
+    )
+    modules = {
+        "ray": fake, "ray.util": ModuleType("util"), "ray.util.placement_group": groups,
+        "ray.util.scheduling_strategies": strategies,
+    }  # fmt: skip
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in _LOCAL_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+def connected(ray: FakeRay) -> RayCluster:
+    cluster = RayCluster("local", 0.1)
+    cluster.connect()
+    return cluster
+
+
+def test_a_local_ray_is_private_and_small(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    assert ray.started["include_dashboard"] is False
+    assert ray.started["address"] == "local"
+    assert ray.started["num_cpus"] >= 1
+    assert {name: os.environ[name] for name in _LOCAL_ENVIRONMENT} == _LOCAL_ENVIRONMENT
+    assert "RAY_worker_niceness" in _LOCAL_ENVIRONMENT
+    cluster.close()
+    cluster.close()
+    assert ray.calls == ["shutdown"]
+
+
+def test_an_existing_ray_is_joined_as_it_is(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: reached.append(address) or io.BytesIO())
+    RayCluster("[::1]:6379").connect()
+    assert reached == [("::1", 6379)]
+    assert set(ray.started) == {"address", "log_to_driver", "logging_level", "namespace"}
+    assert not set(_LOCAL_ENVIRONMENT) & set(os.environ)
+
+
+def test_a_port_that_nobody_holds_fails_at_once(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ECONNREFUSED, "refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(PlacementError, match=r"^cluster.address: node:6379: Ray cannot be reached: refused$"):
+        RayCluster("node:6379").connect()
+    assert ray.started == {}
+
+
+def test_a_failed_start_leaves_nothing(ray: FakeRay) -> None:
+    ray.error = RuntimeError("no\n  luck")
+    with pytest.raises(PlacementError, match=r"^cluster.address: local: Ray cannot be reached: no luck$"):
+        connected(ray)
+    assert ray.calls == ["shutdown"]
+    ray.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        connected(ray)
+    ray.is_running = True
+    with pytest.raises(PlacementError, match="connected to a Ray cluster already"):
+        connected(ray)
+
+
+def test_our_own_stop_on_sigterm_stays(ray: FakeRay) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init = lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN)  # type: ignore[method-assign]
+    connected(ray)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_thread_that_starts_ray_lives_until_close(ray: FakeRay) -> None:
+    made: list[RayCluster] = []
+    starter = threading.Thread(target=lambda: made.append(connected(ray)))
+    starter.start()
+    starter.join(10)
+    assert ray.thread is not None
+    assert ray.thread is not starter
+    assert ray.thread.is_alive()
+    made[0].close()
+    ray.thread.join(10)
+    assert not ray.thread.is_alive()
+
+
+def test_actors_are_placed_by_stage_and_released(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    names = iter("abcd")
+
+    def actor() -> Any:
+        return SimpleNamespace(name=next(names), serve=SimpleNamespace(remote=lambda: "serving"))
+
+    handles = cluster.place(actor, [ActorRequest(2, 0.5, 0.0), ActorRequest(1, 1.0, 0.0)])
+    assert [[handle.name for handle in stage] for stage in handles] == [["a", "b"], ["c"]]
+    assert ray.calls == [
+        "PACK [{'CPU': 1.0}, {'CPU': 1.0}]", "0.5 CPU, 0 GPU, bundle 0", "1 CPU, 0 GPU, bundle 1",
+    ]  # fmt: skip
+    cluster.serve()
+    ray.calls.clear()
+    cluster.close()
+    assert ray.calls[0] == "wait for 3"
+    assert [call.startswith("kill") for call in ray.calls[1:4]] == [True] * 3
+    assert ray.calls[4:] == ["remove group", "shutdown"]
+
+
+def test_close_goes_on_when_ray_is_gone(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = connected(ray)
+    cluster.place(object, [ActorRequest(1, 1.0, 0.0)])
+    ray.error = ray.exceptions.RayError("gone")
+    cluster.close()
+    assert ray.calls[-1] == "shutdown"
+    assert "Ray was gone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([ActorRequest(1, 5.0, 0.0)], "1 actors in 1 stages (each on one node) do not fit: 5 CPU needed, 1 of 4 free"),
+        (
+            [ActorRequest(2, 1.5, 0.0)] * 2,
+            "4 actors in 2 stages (each on one node) do not fit: 6 CPU needed, 1 of 4 free",
+        ),
+        ([ActorRequest(1, 1.0, 1.0)], "1 CPU needed, 1 of 4 free; 1 GPU needed, 0 of 0 free: lower cluster.cpus_per"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_numbers(ray: FakeRay, stages: list[ActorRequest], said: str) -> None:
+    with pytest.raises(PlacementError) as caught:
+        connected(ray).place(object, stages)
+    assert said in str(caught.value)
+    assert not any(call.startswith("PACK") for call in ray.calls)
+
+
+def test_a_place_that_does_not_come_is_given_up(ray: FakeRay) -> None:
+    ray.has_place = False
+    with pytest.raises(PlacementError, match="do not fit"):
+        connected(ray).place(object, [ActorRequest(1, 1.0, 0.0)])
+    assert ray.calls[-1] == "remove group"
+
+
+def test_failed_calls_say_what_the_actor_said(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    assert cluster.call([1, 2], 1.0) == [1, 2]
+
+    def failure(error: Exception) -> str:
+        ray.error = error
+        with pytest.raises(PlacementError) as caught:
+            cluster.call([1], 1.5)
+        return str(caught.value)
+
+    def task_error(cause: Exception) -> Exception:
+        error: Exception = ray.exceptions.RayTaskError()
+        error.cause = cause  # type: ignore[attr-defined]
+        return error
+
+    assert failure(ray.exceptions.GetTimeoutError()) == "actors did not answer within 1.5 s"
+    assert failure(task_error(NodeError("node a:\n no model"))) == "node a: no model"
+    assert failure(task_error(KeyError("x"))) == "an actor failed: KeyError: 'x'"
+    assert failure(ray.exceptions.RayError("it\ndied")) == "an actor died: it died"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stages", "cores"),
+    [
+        ([4.0], 1, 4),
+        ([4.0], 3, 4),
+        ([4.0, 8.0], 2, 8),
+        ([4.0, 8.0], 1, 4),
+        ([4.0, 0.0], 2, 4),
+        ([], 2, 1),
+        ([0.5], 1, 1),
+    ],
+)
+def test_cores_of_a_pipeline(ray: FakeRay, nodes: list[float], stages: int, cores: int) -> None:
+    ray.resources = [{"CPU": cpus} for cpus in nodes]
+    assert RayCluster.cores_of_a_pipeline(stages) == cores

@@ -1,0 +1,76 @@
+"""The declared options: ranges, defaults, and who takes their names from them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cluster.cli.main import main
+from protos.errors import UserError
+from protos.jobs import jobs_pb2 as pb
+from protos.jobs.sampling import OPTIONS, AnswerOptions, SamplingParams
+from protos.stage import messages, stage_pb2
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside", "allowed"),
+    [
+        ("temperature", (0, 100), (-0.1, 100.1, math.nan), "between 0 and 100"),
+        ("top_k", (0, 1 << 30), (-1, (1 << 30) + 1), "between 0 and 1.07374e+09"),
+        ("top_p", (1e-9, 1), (-0.1, 1.1, math.nan), "between 0 and 1"),
+        ("min_p", (0, 1), (-0.1, 1.1), "between 0 and 1"),
+        ("repetition_penalty", (0.01, 100), (0.0, 101.0), "between 0.01 and 100"),
+        ("seed", (0, (1 << 63) - 1), (-1, 1 << 63), "between 0 and 9.22337e+18"),
+        ("logprobs", (0, 100, None), (-1, 101), "between 0 and 100"),
+    ],
+)
+def test_ranges_of_sampling(name: str, inside: tuple[float, ...], outside: tuple[float, ...], allowed: str) -> None:
+    for value in inside:
+        assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]
+    for value in outside:
+        with pytest.raises(UserError) as caught:
+            SamplingParams(**{name: value})  # type: ignore[arg-type]
+        assert str(caught.value) == f"{name}: {value}: must be {allowed}"
+
+
+def test_a_probability_mass_of_zero_keeps_no_token() -> None:
+    with pytest.raises(UserError, match=r"^top_p: 0: must be above 0 and at most 1$"):
+        SamplingParams(top_p=0.0)
+
+
+def test_ranges_of_answers() -> None:
+    assert AnswerOptions(max_tokens=1 << 40).max_tokens == 1 << 40
+    with pytest.raises(UserError, match=r"^max_tokens: 0: must be at least 1$"):
+        AnswerOptions(max_tokens=0)
+    with pytest.raises(UserError, match=r'^stop: "": a stop string must have at least one character$'):
+        AnswerOptions(stop=("a", ""))
+
+
+def test_options_by_name_go_where_they_belong() -> None:
+    options = AnswerOptions.from_values({"max_tokens": 3, "top_k": 5, "seed": 7, "stop": ("x",), "ignore_eos": True})
+    assert options == AnswerOptions(3, SamplingParams(top_k=5, seed=7), ("x",), ignore_eos=True)
+    assert AnswerOptions.from_values({}) == AnswerOptions()
+    assert AnswerOptions.from_values({name: option.default for name, option in OPTIONS.items()}) == AnswerOptions()
+
+
+def test_declarations_say_type_and_meaning() -> None:
+    kinds = {name: (option.kind, option.is_list) for name, option in OPTIONS.items()}
+    assert kinds["temperature"] == (float, False)
+    assert kinds["logprobs"] == kinds["max_tokens"] == (int, False)
+    assert kinds["stop"] == (str, True)
+    assert kinds["stop_token_ids"] == (int, True)
+    assert kinds["enable_thinking"] == kinds["ignore_eos"] == (bool, False)
+    assert all(option.meaning.endswith(".") for option in OPTIONS.values())
+
+
+def test_messages_and_command_line_have_the_declared_names() -> None:
+    assert {item.name for item in pb.Sampling.DESCRIPTOR.fields} == set(OPTIONS)
+    sampling = {item.name for item in stage_pb2.SamplingParams.DESCRIPTOR.fields}
+    assert sampling == set(SamplingParams.__dataclass_fields__)
+    assert messages.SamplingParams is SamplingParams
+    for verb in ("run", "submit"):
+        options = {parameter.name: parameter for parameter in main.commands[verb].params}
+        for name, option in OPTIONS.items():
+            assert options[name].multiple == option.is_list  # type: ignore[attr-defined]
+            assert options[name].help.startswith(option.meaning)  # type: ignore[attr-defined]
