@@ -1,6 +1,8 @@
 // What this CPU can run.
 #pragma once
 
+#include <cstdint>
+
 #include "abi.h"
 
 #if defined(__x86_64__)
@@ -19,6 +21,15 @@ inline bool has_amx() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
+
+// Configuration of eight AMX tiles of 16 rows of 64 bytes. A constant: compilers take the intrinsics that load it to
+// read no more than a word, and would drop the writes to a local one.
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr TileConfig kTileConfig;
 #endif
 
 inline int best_path() {

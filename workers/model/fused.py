@@ -3,7 +3,7 @@
 The fallback is `Decoder`, which calls the same operations one by one and is equal bit for bit. It is used for long
 steps, sparse cells, dense MLPs, int8 KV, other types and devices, and on machines without a compiler.
 
-Legend: `T` rows, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim, `k` experts of a token.
+Legend: `T` rows, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim, `k` experts per token.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class FusedLayers:
         x = call.x.copy_(x)
         step = ctypes.byref(self._step)
         if collectives.size == 1:
-            count, done = ctypes.c_int64(len(self._layers)), ctypes.byref(self._done)
-            _check(library.longreach_layers(self._layers, count, step, done))
+            _check(library.longreach_layers(self._layers, len(self._layers), step, ctypes.byref(self._done)))
             return x
         out = self._out[: x.shape[0]]
         for layer in self._layers:

@@ -18,8 +18,8 @@ namespace longreach {
 namespace attention {
 namespace {
 
-constexpr int kFewItems = 64;          // with fewer, keys are split into parts so that every thread has work
-constexpr int kPartKeys = 2048;        // minimum of a part
+constexpr int kFewItems = 64;    // with fewer, keys are split into parts so that every thread has work
+constexpr int kPartKeys = 2048;  // minimum of a part
 constexpr std::size_t kKeptBytes = 4 << 20;
 constexpr std::size_t kHugePage = 2 << 20;
 
@@ -56,7 +56,7 @@ thread_local Scratch engine_memory, part_memory;
 struct Work {
     std::vector<Item> items;
     int max_columns = 0;
-    int parts = 1;                     // of every tile; `items` has them one after the other
+    int parts = 1;  // of every tile; `items` has them one after the other
 };
 
 bool valid_selection(const std::int32_t* offsets, std::int64_t n, const std::int32_t* columns, std::int64_t m) {
@@ -114,7 +114,7 @@ Work plan_work(const Args& a) {
     const bool dense = a.offsets == nullptr;
     const int group = dense ? int(a.heads / a.kv_heads) : 1;
     std::int64_t rows = a.tile;
-    if (dense) {                       // keys are read once for many columns; results of 512 x 128 fit L2
+    if (dense) {  // keys are read once for many columns; results of 512 x 128 fit L2
         rows = std::max<std::int64_t>(1, std::min<std::int64_t>(512, 65536 / a.dim) / group);
         if (rows > 16) rows = rows / 16 * 16;
     }
@@ -138,10 +138,9 @@ Work plan_work(const Args& a) {
             }
         }
     }
-    if (dense && work.parts == 1) {    // the longest first
-        std::stable_sort(work.items.begin(), work.items.end(), [](const Item& x, const Item& y) {
-            return x.row > y.row;
-        });
+    if (dense && work.parts == 1) {  // the longest first
+        std::stable_sort(work.items.begin(), work.items.end(),
+                         [](const Item& x, const Item& y) { return x.row > y.row; });
     }
     return work;
 }

@@ -10,6 +10,7 @@
 
 #include "attention/attention_columns.h"
 #include "attention/attention_registers.h"
+#include "cpu.h"
 
 namespace longreach {
 namespace attention {
@@ -33,13 +34,14 @@ public:
     }
 
     AMX void attach() {
-        static const TileConfig config;
-        _tile_storeconfig(previous_);  // others (oneDNN) may rely on theirs
-        _tile_loadconfig(&config);
+        _tile_storeconfig(previous_);  // oneDNN may rely on it
+        _tile_loadconfig(&kTileConfig);
         attached_ = true;
     }
 
-    AMX ~Amx() override { if (attached_) _tile_loadconfig(previous_); }
+    AMX ~Amx() override {
+        if (attached_) _tile_loadconfig(previous_);
+    }
 
     void begin(const Item& item) override {
         at_.item = item;
@@ -52,7 +54,10 @@ public:
         std::fill(o_, o_ + std::size_t(padded) * dim(), 0.0f);
     }
 
-    void rotate(int rotation) override { rotation_ = rotation; packed_ = false; }
+    void rotate(int rotation) override {
+        rotation_ = rotation;
+        packed_ = false;
+    }
 
     AMX void block(const Block& block) override;
     AMX void finish() override;
@@ -75,9 +80,9 @@ private:
     int columns_ = 0, tiles_ = 0, rotation_ = 0;
     bool packed_ = false, attached_ = false;
     alignas(64) char previous_[64];
-    char* q_;       // [tile of columns][D / 32] tiles: line i holds dims 2i and 2i + 1 of 16 columns
-    float* o_;      // [tile of columns][D / 16] tiles: a line a column, dims in the order of `pair_rows`
-    bf16* keys_;    // [block][D], only for int8
+    char* q_;          // [tile of columns][D / 32] tiles: line i holds dims 2i and 2i + 1 of 16 columns
+    float* o_;         // [tile of columns][D / 16] tiles: a line a column, dims in the order of `pair_rows`
+    bf16* keys_;       // [block][D], only for int8
     char* values_[3];  // of the last three blocks: [group][D / 16] tiles: line i holds keys 2i and 2i + 1
     float* s_[2];
     char* p_[2];
@@ -180,7 +185,8 @@ template <int Dim> AMX void Amx<Dim>::advance() {
     AMX_FENCE();
 }
 
-template <int Dim> template <int N>
+template <int Dim>
+template <int N>
 AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const bf16* const* k, const int* active) {
     const int steps = dim() / 32, ticks = (127 + dim()) / dim();
     const std::size_t stride = dim() * sizeof(bf16);

@@ -48,7 +48,7 @@ void KeyStream::run(const Item& item, Engine& engine) {
     const std::int32_t* columns = args_.offsets ? args_.columns[item.head] : nullptr;
     const std::int32_t* columns_end = args_.offsets ? columns + args_.num_columns[item.head] : nullptr;
     columns_end = std::upper_bound(columns, columns_end, item.key_high - 1);
-    auto next = ranges_.cbegin();      // first range that ends after the column
+    auto next = ranges_.cbegin();  // first range that ends after the column
     const std::int32_t page = std::int32_t(args_.page_size);
     for (int region = 0; region < 3; ++region) {
         const auto low = std::int32_t(borders[region]), high = std::int32_t(borders[region + 1]);
@@ -120,7 +120,8 @@ void KeyStream::range(std::int32_t low, std::int32_t high) {
             const std::int64_t at = slot + i;
             const auto position = std::int32_t(low + i);
             add({keys_ + at * row_, values_ + at * row_, key_scales_ ? key_scales_ + at : nullptr,
-                 value_scales_ ? value_scales_ + at : nullptr, position, position + kGroup - 1}, nullptr);
+                 value_scales_ ? value_scales_ + at : nullptr, position, position + kGroup - 1},
+                nullptr);
         }
         if (whole < n) gather(std::int32_t(slot + whole), std::int32_t(low + whole), int(n - whole));
         low += std::int32_t(n);

@@ -16,17 +16,17 @@
 namespace longreach {
 namespace attention {
 
-constexpr int kTile = 16;              // columns, keys or dims of a tile
+constexpr int kTile = 16;  // columns, keys or dims of a tile
 constexpr int kTileBytes = 1024;
-constexpr int kScores = kTile * kTile; // floats of a tile
-constexpr float kHighest = 4096.0f;    // sum of a pass's weights above which the maximum is raised
+constexpr int kScores = kTile * kTile;  // floats of a tile
+constexpr float kHighest = 4096.0f;     // sum of a pass's weights above which the maximum is raised
 
 // 2^x, relative error 3e-4 (the result becomes a bfloat16); 0 below -2^18, above 2^18 of any sign and size. Beside tile
 // products only one port serves multiplications, conversions and maxima: the sixteenths come from a table.
 AMX_INLINE __m512 exp2(__m512 x) {
-    const __m512 powers = _mm512_set_ps(1.9152066f, 1.8340080f, 1.7562522f, 1.6817928f, 1.6104903f, 1.5422108f,
-                                        1.4768262f, 1.4142136f, 1.3542555f, 1.2968396f, 1.2418578f, 1.1892071f,
-                                        1.1387886f, 1.0905077f, 1.0442738f, 1.0f);
+    const __m512 powers =
+        _mm512_set_ps(1.9152066f, 1.8340080f, 1.7562522f, 1.6817928f, 1.6104903f, 1.5422108f, 1.4768262f, 1.4142136f,
+                      1.3542555f, 1.2968396f, 1.2418578f, 1.1892071f, 1.1387886f, 1.0905077f, 1.0442738f, 1.0f);
     const __m512 slopes = _mm512_mul_ps(powers, _mm512_set1_ps(0.69314718f));
     const __m512 shift = _mm512_set1_ps(786432.0f);  // its last bit is 2^-4
     const __m512 shifted = _mm512_add_ps(x, shift), rounded = _mm512_sub_ps(shifted, shift);
@@ -43,7 +43,7 @@ AMX_INLINE void transpose(__m512i* r) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
-    for (int i = 0; i < 4; ++i) {      // lane l of r[4 i + j]: rows 4 i .. 4 i + 3 of column 4 l + j
+    for (int i = 0; i < 4; ++i) {  // lane l of r[4 i + j]: rows 4 i .. 4 i + 3 of column 4 l + j
         r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
@@ -86,12 +86,6 @@ AMX_INLINE __m512i widen(const char* from, __m512 scale) {
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
-
-struct TileConfig {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // One block of keys against one or two tiles of columns, on its way through the engine.
 struct Pass {

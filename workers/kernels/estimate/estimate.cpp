@@ -16,7 +16,7 @@ namespace longreach {
 namespace estimate {
 namespace {
 
-constexpr float kNothing = 1e30f;      // lse of padding rows: their weights are 0
+constexpr float kNothing = 1e30f;  // lse of padding rows: their weights are 0
 // Softmax denominators of a strip, as logarithms to the base 2.
 struct Lse {
     alignas(64) float rows[kRows];
@@ -113,15 +113,15 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
     });
     for (int at = 0; at < strips; ++at) {
         const Strip& strip = work.strip(2, at / work.strips, at % work.strips);
+        const auto part = [&](int i) -> const Running& { return parts[std::size_t(i) * strips + at]; };
         for (int r = 0; r < kRows; ++r) {
             float maximum = kUnseen;
-            for (int i = 0; i < chunks; ++i) maximum = std::max(maximum, parts[std::size_t(i) * strips + at].maximum[r]);
+            for (int i = 0; i < chunks; ++i) maximum = std::max(maximum, part(i).maximum[r]);
             double sum = 0, kept = 0;
             for (int i = 0; i < chunks; ++i) {
-                const Running& part = parts[std::size_t(i) * strips + at];
-                const double weight = std::exp2((double(part.maximum[r]) - maximum) * strip.factor[r]);
-                sum += weight * part.sum[r];
-                kept += weight * part.kept[r];
+                const double weight = std::exp2((double(part(i).maximum[r]) - maximum) * strip.factor[r]);
+                sum += weight * part(i).sum[r];
+                kept += weight * part(i).kept[r];
             }
             const bool used = strip.positions[r] >= 0;
             lse[at].rows[r] = used ? float(double(maximum) * strip.factor[r] + std::log2(sum)) : kNothing;
@@ -238,8 +238,8 @@ EXPORT int longreach_estimate_kept(const Args* args, const Selection* chosen, do
 }
 
 // columns, offsets: [G, S] and natural: [G, R] of the same rows; chosen, mass: [G].
-EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
-                                      const float* natural, const Selection* chosen, double* mass) {
+EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets, const float* natural,
+                                   const Selection* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
         std::vector<std::vector<std::uint64_t>> maps;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bfloat16.h"
+#include "cpu.h"
 #include "estimate/estimate.h"
 
 #if defined(__x86_64__)
@@ -31,7 +32,7 @@ LR_AVX512 inline __m512 fold(const __m512* x) {
     for (int i = 0; i < 2; ++i) {
         const __m512 low = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88);
         const __m512 high = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd);
-        pairs[i] = _mm512_add_ps(low, high);           // quarters 0 + 1, 2 + 3 of each
+        pairs[i] = _mm512_add_ps(low, high);  // quarters 0 + 1, 2 + 3 of each
     }
     const __m512 low = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88);
     return _mm512_add_ps(low, _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
@@ -61,7 +62,7 @@ namespace {
 
 #if defined(__x86_64__)
 
-constexpr int kDepth = 32;             // values of D in a tile
+constexpr int kDepth = 32;  // values of D in a tile
 constexpr int kTileBytes = 1024;
 
 // Queries [D / 32, kRows / 16] tiles; line i of a tile holds values 2i and 2i + 1 of 16 rows.
@@ -110,7 +111,7 @@ private:
     LR_AVX512 inline __attribute__((always_inline)) void multiply() {
         const int row = next_.dim * 2;
         if (d_ == 0) {
-            if (open_) store();                        // late, so that nothing waits for the last products
+            if (open_) store();  // late, so that nothing waits for the last products
             to_ = next_.s + key_ * kRows + group_ * kLanes;
             open_ = true;
             _tile_zero(0);
@@ -133,7 +134,7 @@ private:
         d_ += kDepth;
         if (d_ < next_.dim) return;
         d_ = 0;
-        group_ += 2;                                   // an odd last group computes one that nobody reads
+        group_ += 2;  // an odd last group computes one that nobody reads
         if (group_ < next_.strip->groups) return;
         group_ = 0;
         key_ += 2 * kLanes;
@@ -150,7 +151,7 @@ private:
     const Next& next_;
     int key_, group_, d_;
     bool open_;
-    int left_, together_;              // products to do, and at a time
+    int left_, together_;  // products to do, and at a time
     const char *ahead_, *end_;
     int touched_;
     float* to_ = nullptr;
@@ -161,19 +162,11 @@ LR_AVX512 void scores_amx(float* s, const Strip& strip, const Block& block, int 
     Tiles(all).finish();
 }
 
-// All tiles have 16 rows of 64 bytes. Static: compilers take the intrinsic to read no more than a word of it.
-alignas(64) const std::uint8_t kTileConfig[64] = {
-    1,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,   // palette
-    64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,   // bytes of a row
-    0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-    16, 16, 16, 16, 16, 16, 16, 16, 0,  0,  0,  0,  0,  0,  0,  0,   // rows
-};
-
 alignas(64) thread_local char previous_config[64];  // of oneDNN, which may rely on it
 
 LR_AVX512 void enter_amx() {
     _tile_storeconfig(previous_config);
-    _tile_loadconfig(kTileConfig);
+    _tile_loadconfig(&kTileConfig);
 }
 
 LR_AVX512 void leave_amx() { _tile_loadconfig(previous_config); }

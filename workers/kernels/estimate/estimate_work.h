@@ -18,8 +18,8 @@ namespace estimate {
 constexpr std::int64_t kChunk = 4096;  // keys; a multiple of kKeys
 
 struct Chunk {
-    int region;                        // 0 inter, 1 succ, 2 intra
-    std::int32_t low, high;            // low .. high - 1
+    int region;              // 0 inter, 1 succ, 2 intra
+    std::int32_t low, high;  // low .. high - 1
 };
 
 struct Free {
@@ -37,9 +37,9 @@ template <class T> Memory<T> allocate(std::size_t count) {
 struct Work {
     const Args& args;
     const Engine& engine;
-    int group, strips;                 // heads of the KV head, strips of a head
+    int group, strips;  // heads of the KV head, strips of a head
     std::vector<Chunk> chunks;
-    std::vector<Strip> packed;         // [3 regions][group][strips]
+    std::vector<Strip> packed;  // [3 regions][group][strips]
     Memory<char> memory;
 
     explicit Work(const Args& a) : args(a), engine(estimate::engine(a.path)) {
@@ -73,8 +73,8 @@ struct Work {
                 const auto* q = static_cast<const char*>(args.q[2 - region]);
                 Strip& one = packed[region * group * strips + i];
                 char* to = memory.get() + bytes * (region * group * strips + i);
-                engine.pack(to, q + (first * args.heads + head) * args.dim * width, args.q_type,
-                            args.heads * args.dim, rows, int(args.dim));
+                engine.pack(to, q + (first * args.heads + head) * args.dim * width, args.q_type, args.heads * args.dim,
+                            rows, int(args.dim));
                 one.q = to;
                 one.groups = (rows + kLanes - 1) / kLanes;
                 one.first = args.rows[first];
@@ -117,8 +117,7 @@ public:
             const Block* following = nullptr;
             for (int at = 0; at < strips; ++at) {
                 Next next{later, at + 1 < strips ? all + at + 1 : nullptr, block, dim, nullptr, 0};
-                touch(next, low + kKeys + at * kKeys / strips,
-                      std::min(high, low + kKeys + (at + 1) * kKeys / strips));
+                touch(next, low + kKeys + at * kKeys / strips, std::min(high, low + kKeys + (at + 1) * kKeys / strips));
                 if (at + 1 == strips && low + kKeys < high) {
                     next.strip = all;
                     next.block = following = &range(low + kKeys, high);
@@ -218,7 +217,7 @@ private:
     const Args& args_;
     Memory<char> copied_;
     Memory<float> scores_;
-    std::int64_t row_ = 0;             // bytes of a key in the cache
+    std::int64_t row_ = 0;  // bytes of a key in the cache
     const char* keys_ = nullptr;
     const float* given_scales_ = nullptr;
     float scales_[2][kKeys] = {};

@@ -9,32 +9,32 @@
 namespace longreach {
 namespace gemm {
 
-constexpr long kMaxTopK = 128;      // experts of a token
+constexpr long kMaxTopK = 128;  // experts of a token
 constexpr long kMaxExperts = 4096;
-constexpr long kMaxDim = 512;       // of a head that is rotated
+constexpr long kMaxDim = 512;  // of a head that is rotated
 
+// Rows of x are `stride` values apart, here and below.
 struct LinearCall {
     const bf16 *x, *weight, *bias;  // [rows, k], packed [n, k], [n] or null
     bf16* out;                      // [rows, n], contiguous
-    std::int64_t rows, stride, n, k;  // stride of x
+    std::int64_t rows, stride, n, k;
     std::int32_t path, threads;
 };
 
 struct NormCall {
-    const bf16 *x, *weight;  // [T, M], rows `stride` apart; [M]
+    const bf16 *x, *weight;  // [T, M], [M]; M is a multiple of 16
     bf16* out;               // [T, M]
-    std::int64_t tokens, stride, size;  // size: a multiple of 16
+    std::int64_t tokens, stride, size;
     float eps;
     std::int32_t path, threads;
 };
 
 struct RotateCall {
-    const bf16* x;              // [T, H, D], unit stride in D
-    bf16* out;                  // the same; may be x
-    const float *cos, *sin;     // [T, D / 2], rows `cos_stride` apart
-    const float* weight;        // [H, D], or null: no norm
-    std::int64_t tokens, heads, dim, row_stride, head_stride, out_row_stride, out_head_stride,
-        cos_stride;  // D: a multiple of 32
+    const bf16* x;           // [T, H, D], unit stride in D, which is a multiple of 32
+    bf16* out;               // the same; may be x
+    const float *cos, *sin;  // [T, D / 2], rows `cos_stride` apart
+    const float* weight;     // [H, D], or null: no norm
+    std::int64_t tokens, heads, dim, row_stride, head_stride, out_row_stride, out_head_stride, cos_stride;
     float eps;
     std::int32_t path, threads;
 };
@@ -47,18 +47,18 @@ struct RouteCall {
     std::int32_t normalise, path, threads;
 };
 
+// The shard has Er `experts` from global id `first`.
 struct ExpertsCall {
-    const bf16* x;               // [T, M], rows `stride` apart
+    const bf16* x;               // [T, M]
     const std::int64_t* chosen;  // [T, k] global ids
     const float* weights;        // [T, k]
     const bf16 *gate_up, *down;  // packed [Er, 2 I, M] and [Er, M, I]
     bf16 *rows, *out;            // [T k, M] of unspecified content, [T, M]
-    std::int64_t tokens, stride, top_k, first, experts, hidden_size, width;  // Er experts from global id `first`
+    std::int64_t tokens, stride, top_k, first, experts, hidden_size, width;
     std::int32_t path, threads;
 };
 
 }  // namespace gemm
-
 }  // namespace longreach
 
 EXPORT int longreach_linear(const longreach::gemm::LinearCall* call);

@@ -1,5 +1,5 @@
-// Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source is compiled for
-// each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
+// Row operations in bfloat16, computed in float32 and rounded once: norms, rotation, routing. One source is compiled
+// for each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
 #include "gemm/calls.h"
 
 #include <climits>
@@ -82,9 +82,9 @@ INLINE void route_row(const RouteCall& call, long token) {
     for (long k = 0; k < call.top_k; ++k) weights[k] /= sum;
 }
 
-#define COMPILED(row, Call)                                                             \
-    void row##_portable(const Call& call, long token) { row(call, token); }             \
-    LONGREACH_AVX2 void row##_avx2(const Call& call, long token) { row(call, token); }  \
+#define COMPILED(row, Call)                                                                \
+    void row##_portable(const Call& call, long token) { row(call, token); }                \
+    LONGREACH_AVX2 void row##_avx2(const Call& call, long token) { row(call, token); }     \
     LONGREACH_AVX512 void row##_avx512(const Call& call, long token) { row(call, token); } \
     constexpr void (*row##_of[])(const Call&, long) = {row##_portable, row##_avx2, row##_avx512};
 
@@ -123,8 +123,7 @@ long argmax_portable(const float* values, long size) { return argmax(values, siz
 LONGREACH_AVX2 long argmax_avx2(const float* values, long size) { return argmax(values, size); }
 LONGREACH_AVX512 long argmax_avx512(const float* values, long size) { return argmax(values, size); }
 
-template <typename Call>
-void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
+template <typename Call> void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
     const auto row = of[call.path < kAvx512 ? call.path : kAvx512];
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (values > kSerial)
     for (long token = 0; token < call.tokens; ++token) row(call, token);

@@ -1,6 +1,6 @@
 // Mixture of experts over packed weights: tokens sorted by expert, gated MLP of each expert on its rows, weighted sum.
 //
-// Legend: T tokens, M hidden size, I intermediate, k experts per token, "choice" one of the T * k (token, expert) pairs.
+// Legend: T tokens, M hidden size, I intermediate, k experts per token; a choice is one of the T * k (token, expert).
 #include "gemm/calls.h"
 
 #include <algorithm>

@@ -24,8 +24,8 @@
 namespace longreach {
 namespace gemm {
 
-constexpr long kStrip = 16;            // rows or outputs of a tile
-constexpr long kDepth = 32;            // values of K in a tile
+constexpr long kStrip = 16;  // rows or outputs of a tile
+constexpr long kDepth = 32;  // values of K in a tile
 constexpr long kTile = kStrip * kDepth;
 constexpr long kBlock = 2 * kStrip;    // rows and outputs of a block, at most
 constexpr long kSlice = 8;             // tiles of K: two strips of them are 16 KiB

@@ -1,6 +1,8 @@
 // The engines of x86 with AVX-512 and AMX; see gemm.h.
 #include "gemm/gemm.h"
 
+#include "cpu.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <initializer_list>
@@ -20,8 +22,7 @@ void nothing() {}
 
 // ---- AMX: tiles 0 to 3 accumulate, 4 and 5 are rows, 6 and 7 weights
 
-template <bool TwoRows, bool TwoStrips>
-AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
+template <bool TwoRows, bool TwoStrips> AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
     const bf16 *a = o.a, *a1 = o.a + o.a_stride, *b0 = o.b0, *b1 = o.b1;
     constexpr long row_bytes = kBlock * long(sizeof(float));
     if (o.add) {
@@ -63,13 +64,6 @@ void amx_block(float* c, const Operands& o, Ahead ahead) {
     return o.rows > kStrip ? amx_tiles<true, false>(c, o, ahead) : amx_tiles<false, false>(c, o, ahead);
 }
 
-struct alignas(64) TileConfig {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-const TileConfig kTileConfig;
-
 AMX void amx_enter() { _tile_loadconfig(&kTileConfig); }
 
 AMX void amx_leave() { _tile_release(); }
@@ -81,8 +75,7 @@ AVX512 inline __m512 high(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
 }
 
-template <int Rows, bool TwoStrips>
-AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+template <int Rows, bool TwoStrips> AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
     __m512 left[Rows], right[Rows];
     for (int r = 0; r < Rows; ++r) {
         left[r] = o.add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
@@ -110,8 +103,7 @@ AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead)
     }
 }
 
-template <int Rows>
-void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+template <int Rows> void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
     o.b1 ? vector_rows<Rows, true>(c, a, o, ahead) : vector_rows<Rows, false>(c, a, o, ahead);
 }
 
