@@ -18,10 +18,23 @@ EXPORT int longreach_best_path() { return best_path(); }
 // how many there are.
 EXPORT std::int64_t longreach_abi(std::int64_t* numbers, std::int64_t room) {
     const std::int64_t all[] = {
-        sizeof(attention::Args), sizeof(estimate::Args), sizeof(estimate::Selection),
-        sizeof(gemm::LinearCall), sizeof(gemm::ExpertsCall), sizeof(gemm::NormCall), sizeof(gemm::RotateCall),
-        sizeof(gemm::RouteCall), sizeof(gemm::Layer), sizeof(gemm::Piece), sizeof(gemm::Step),
-        attention::kMaxDim, gemm::kStrip, gemm::kDepth, gemm::kMaxDim, gemm::kMaxExperts, gemm::kMaxTopK,
+        sizeof(attention::Args),
+        sizeof(estimate::Args),
+        sizeof(estimate::Selection),
+        sizeof(gemm::LinearCall),
+        sizeof(gemm::ExpertsCall),
+        sizeof(gemm::NormCall),
+        sizeof(gemm::RotateCall),
+        sizeof(gemm::RouteCall),
+        sizeof(gemm::Layer),
+        sizeof(gemm::Piece),
+        sizeof(gemm::Step),
+        attention::kMaxDim,
+        gemm::kStrip,
+        gemm::kDepth,
+        gemm::kMaxDim,
+        gemm::kMaxExperts,
+        gemm::kMaxTopK,
     };
     const std::int64_t count = sizeof(all) / sizeof(all[0]);
     std::copy(all, all + std::min(count, room), numbers);

@@ -139,9 +139,8 @@ Work plan_work(const Args& a) {
         }
     }
     if (dense && work.parts == 1) {    // the longest first
-        std::stable_sort(work.items.begin(), work.items.end(), [](const Item& x, const Item& y) {
-            return x.row > y.row;
-        });
+        std::stable_sort(work.items.begin(), work.items.end(),
+                         [](const Item& x, const Item& y) { return x.row > y.row; });
     }
     return work;
 }
@@ -232,7 +231,5 @@ EXPORT int longreach_attend(const longreach::attention::Args* args) {
     if (!valid(*args)) return kInvalid;
     try {
         return attend(*args);
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
+    } catch (const std::bad_alloc&) { return kNoMemory; }
 }

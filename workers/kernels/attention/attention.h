@@ -96,7 +96,6 @@ struct Arena {
     }
 };
 
-
 // Engines are placed in `memory` (64 byte aligned), which they do not own; with null the needed bytes are counted.
 Engine* make_portable(const Args& args, int max_columns, char* memory, std::size_t* bytes);
 Engine* make_avx2(const Args& args, int max_columns, char* memory, std::size_t* bytes);

@@ -39,7 +39,9 @@ public:
         attached_ = true;
     }
 
-    AMX ~Amx() override { if (attached_) _tile_loadconfig(previous_); }
+    AMX ~Amx() override {
+        if (attached_) _tile_loadconfig(previous_);
+    }
 
     void begin(const Item& item) override {
         at_.item = item;
@@ -52,7 +54,10 @@ public:
         std::fill(o_, o_ + std::size_t(padded) * dim(), 0.0f);
     }
 
-    void rotate(int rotation) override { rotation_ = rotation; packed_ = false; }
+    void rotate(int rotation) override {
+        rotation_ = rotation;
+        packed_ = false;
+    }
 
     AMX void block(const Block& block) override;
     AMX void finish() override;

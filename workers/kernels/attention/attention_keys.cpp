@@ -120,7 +120,8 @@ void KeyStream::range(std::int32_t low, std::int32_t high) {
             const std::int64_t at = slot + i;
             const auto position = std::int32_t(low + i);
             add({keys_ + at * row_, values_ + at * row_, key_scales_ ? key_scales_ + at : nullptr,
-                 value_scales_ ? value_scales_ + at : nullptr, position, position + kGroup - 1}, nullptr);
+                 value_scales_ ? value_scales_ + at : nullptr, position, position + kGroup - 1},
+                nullptr);
         }
         if (whole < n) gather(std::int32_t(slot + whole), std::int32_t(low + whole), int(n - whole));
         low += std::int32_t(n);

@@ -24,9 +24,9 @@ constexpr float kHighest = 4096.0f;    // sum of a pass's weights above which th
 // 2^x, relative error 3e-4 (the result becomes a bfloat16); 0 below -2^18, above 2^18 of any sign and size. Beside tile
 // products only one port serves multiplications, conversions and maxima: the sixteenths come from a table.
 AMX_INLINE __m512 exp2(__m512 x) {
-    const __m512 powers = _mm512_set_ps(1.9152066f, 1.8340080f, 1.7562522f, 1.6817928f, 1.6104903f, 1.5422108f,
-                                        1.4768262f, 1.4142136f, 1.3542555f, 1.2968396f, 1.2418578f, 1.1892071f,
-                                        1.1387886f, 1.0905077f, 1.0442738f, 1.0f);
+    const __m512 powers =
+        _mm512_set_ps(1.9152066f, 1.8340080f, 1.7562522f, 1.6817928f, 1.6104903f, 1.5422108f, 1.4768262f, 1.4142136f,
+                      1.3542555f, 1.2968396f, 1.2418578f, 1.1892071f, 1.1387886f, 1.0905077f, 1.0442738f, 1.0f);
     const __m512 slopes = _mm512_mul_ps(powers, _mm512_set1_ps(0.69314718f));
     const __m512 shift = _mm512_set1_ps(786432.0f);  // its last bit is 2^-4
     const __m512 shifted = _mm512_add_ps(x, shift), rounded = _mm512_sub_ps(shifted, shift);
@@ -43,7 +43,7 @@ AMX_INLINE void transpose(__m512i* r) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
-    for (int i = 0; i < 4; ++i) {      // lane l of r[4 i + j]: rows 4 i .. 4 i + 3 of column 4 l + j
+    for (int i = 0; i < 4; ++i) {  // lane l of r[4 i + j]: rows 4 i .. 4 i + 3 of column 4 l + j
         r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
@@ -96,9 +96,9 @@ struct TileConfig {
 // One block of keys against one or two tiles of columns, on its way through the engine.
 struct Pass {
     int tile = 0, tiles = 0, groups = 0;
-    const char* v[kGroups];            // packed values of the groups
-    float* s = nullptr;                // [2][block][16 columns]
-    char* p = nullptr;                 // [2][group] tiles: a line a column
+    const char* v[kGroups];  // packed values of the groups
+    float* s = nullptr;  // [2][block][16 columns]
+    char* p = nullptr;  // [2][group] tiles: a line a column
     alignas(64) float factors[2][16];  // of earlier sums, where `raised`
     bool raised[2] = {};
 };

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kWidth = LR_WIDTH;
 constexpr int kRows = LR_ROWS;
-constexpr int kStrip = 2 * kWidth;     // columns that are computed together
+constexpr int kStrip = 2 * kWidth;  // columns that are computed together
 typedef float Vec __attribute__((vector_size(4 * LR_WIDTH)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * LR_WIDTH)));
 
@@ -31,7 +31,7 @@ LR_INLINE void exp2(Vec& x) {
     const Vec floor_x = Vec{} - 200.0f;
     const Ints tiny = x < -125.0f;
     choose(x, tiny, floor_x, x);
-    const Vec shifted = x + 12582912.0f;               // 1.5 * 2^23: the low bits are the nearest integer
+    const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
     const Vec f = x - (shifted - 12582912.0f);
     Vec p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -120,7 +120,10 @@ public:
         std::fill(o_, o_ + std::size_t(padded) * dim_, 0.0f);
     }
 
-    void rotate(int rotation) override { rotation_ = rotation; packed_ = false; }
+    void rotate(int rotation) override {
+        rotation_ = rotation;
+        packed_ = false;
+    }
 
     LR_TARGET void block(const Block& block) override {
         if (!packed_) pack();
@@ -131,7 +134,7 @@ public:
             v[g] = wide(values_ + g * kGroup * dim_, group.v, group.v_scales);
         }
         for (int strip = 0; strip < strips_; ++strip) {
-            columns_ - strip * kStrip > kWidth ? pass<2>(block, k, v, strip) : pass<1>(block, k, v, strip);
+            columns_ - strip* kStrip > kWidth ? pass<2>(block, k, v, strip) : pass<1>(block, k, v, strip);
         }
     }
 
@@ -173,9 +176,9 @@ private:
             float* q = q_ + std::size_t(c / kStrip) * dim_ * kStrip + c % kStrip;
             const char* row = c < columns_ ? at_.query(c, rotation_) : nullptr;
             for (int d = 0; d < dim_; ++d) {
-                q[d * kStrip] = row == nullptr ? 0.0f
-                              : args_.q_type == kFloat32 ? reinterpret_cast<const float*>(row)[d]
-                              : widen(reinterpret_cast<const std::uint16_t*>(row)[d]);
+                q[d * kStrip] = row == nullptr             ? 0.0f
+                                : args_.q_type == kFloat32 ? reinterpret_cast<const float*>(row)[d]
+                                                           : widen(reinterpret_cast<const std::uint16_t*>(row)[d]);
             }
         }
     }
@@ -253,8 +256,8 @@ private:
     int columns_ = 0, strips_ = 0, rotation_ = 0;
     bool packed_ = false;
     float *q_, *o_, *keys_, *values_;  // [strip][D][columns of the strip] twice; [block][D] twice
-    float* s_;                         // [block][columns of a strip]: scores, then weights
-    float *highest_, *sums_, *scales_; // a column each; logits are in units of ln 2
+    float* s_;  // [block][columns of a strip]: scores, then weights
+    float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
     std::int32_t* positions_;
 };
 

@@ -16,7 +16,7 @@ namespace longreach {
 namespace estimate {
 namespace {
 
-constexpr float kNothing = 1e30f;      // lse of padding rows: their weights are 0
+constexpr float kNothing = 1e30f;  // lse of padding rows: their weights are 0
 // Softmax denominators of a strip, as logarithms to the base 2.
 struct Lse {
     alignas(64) float rows[kRows];
@@ -115,7 +115,8 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
         const Strip& strip = work.strip(2, at / work.strips, at % work.strips);
         for (int r = 0; r < kRows; ++r) {
             float maximum = kUnseen;
-            for (int i = 0; i < chunks; ++i) maximum = std::max(maximum, parts[std::size_t(i) * strips + at].maximum[r]);
+            for (int i = 0; i < chunks; ++i)
+                maximum = std::max(maximum, parts[std::size_t(i) * strips + at].maximum[r]);
             double sum = 0, kept = 0;
             for (int i = 0; i < chunks; ++i) {
                 const Running& part = parts[std::size_t(i) * strips + at];
@@ -203,9 +204,7 @@ template <class Call> int guarded(const Args* args, const Call& call) {
         Lse nothing;
         for (float& row : nothing.rows) row = kNothing;
         call(work, std::vector<Lse>(work.group * work.strips, nothing));
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
+    } catch (const std::bad_alloc&) { return kNoMemory; }
     return kOk;
 }
 
@@ -238,8 +237,8 @@ EXPORT int longreach_estimate_kept(const Args* args, const Selection* chosen, do
 }
 
 // columns, offsets: [G, S] and natural: [G, R] of the same rows; chosen, mass: [G].
-EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets,
-                                      const float* natural, const Selection* chosen, double* mass) {
+EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const float* offsets, const float* natural,
+                                   const Selection* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
         std::vector<std::vector<std::uint64_t>> maps;

@@ -85,8 +85,15 @@ void pack_tiles(void* to, const void* q, int, std::int64_t stride, int rows, int
 class Tiles {
 public:
     LR_AVX512 explicit Tiles(const Next& next)
-        : next_(next), key_(0), group_(0), d_(0), open_(false), left_(next.strip == nullptr ? 0 : steps(next)),
-          together_((left_ + avx512::kSteps - 1) / avx512::kSteps), ahead_(next.ahead), end_(next.ahead + next.bytes),
+        : next_(next),
+          key_(0),
+          group_(0),
+          d_(0),
+          open_(false),
+          left_(next.strip == nullptr ? 0 : steps(next)),
+          together_((left_ + avx512::kSteps - 1) / avx512::kSteps),
+          ahead_(next.ahead),
+          end_(next.ahead + next.bytes),
           touched_((next.bytes + avx512::kSteps - 1) / avx512::kSteps) {}
 
     LR_AVX512 inline __attribute__((always_inline)) void step() {
@@ -163,10 +170,10 @@ LR_AVX512 void scores_amx(float* s, const Strip& strip, const Block& block, int 
 
 // All tiles have 16 rows of 64 bytes. Static: compilers take the intrinsic to read no more than a word of it.
 alignas(64) const std::uint8_t kTileConfig[64] = {
-    1,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,   // palette
-    64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,   // bytes of a row
-    0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-    16, 16, 16, 16, 16, 16, 16, 16, 0,  0,  0,  0,  0,  0,  0,  0,   // rows
+    1,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,   // palette
+    64, 0,  64, 0,  64, 0,  64, 0,  64, 0, 64, 0, 64, 0, 64, 0,   // bytes of a row
+    0,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,
+    16, 16, 16, 16, 16, 16, 16, 16, 0,  0, 0,  0, 0,  0, 0,  0,   // rows
 };
 
 alignas(64) thread_local char previous_config[64];  // of oneDNN, which may rely on it

@@ -29,15 +29,15 @@ LR_INLINE void exp2(Vec& x) {
     const Ints huge = x > 127.0f;
     x = (Vec)((~huge & (Ints)x) | (huge & (Ints)(Vec{} + 127.0f)));
 #endif
-    const Vec shifted = x + 12582912.0f;               // 1.5 * 2^23: the low bits are the nearest integer
+    const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
     const Vec nearest = shifted - 12582912.0f, f = x - nearest;
-#ifdef LR_SCALEF                                       // relative error 3e-6
+#ifdef LR_SCALEF  // relative error 3e-6
     Vec p = f * 9.5701e-3f + 5.591786e-2f;
     p = p * f + 2.4024744e-1f;
     p = p * f + 6.931218e-1f;
     p = p * f + 9.999993e-1f;
     x = (Vec)LR_SCALEF(p, nearest);
-#else                                                  // 2e-7, and 0 below -126
+#else  // 2e-7, and 0 below -126
     const Ints whole = x > -126.0f;                    // what the rest makes of other values is dropped
     Vec p = f * 1.3276460e-3f + 9.6755413e-3f;
     p = p * f + 5.5507133e-2f;
@@ -49,11 +49,11 @@ LR_INLINE void exp2(Vec& x) {
 }
 
 LR_TARGET void pack(void* to, const void* q, int q_type, std::int64_t stride, int rows, int dim) {
-    float* packed = static_cast<float*>(to);           // [D, kRows]
+    float* packed = static_cast<float*>(to);  // [D, kRows]
     for (int d = 0; d < dim; ++d) {
         for (int r = 0; r < kRows; ++r) {
             const std::int64_t i = r * stride + d;
-            packed[d * kRows + r] = r >= rows ? 0.0f
+            packed[d * kRows + r] = r >= rows            ? 0.0f
                                     : q_type == kFloat32 ? static_cast<const float*>(q)[i]
                                                          : widen(static_cast<const std::uint16_t*>(q)[i]);
         }
@@ -143,7 +143,7 @@ LR_INLINE void maximum_of(Vec& maximum, const Vec& x) {
 // Updates the maxima with those of the block; `shift` becomes the `-maximum * factor` to add to its scores.
 LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& strip, int r) {
     const Vec old = at(state.maximum + r), factor = at(strip.factor + r);
-    Vec a = old, b = old, c = old, d = old;            // four, so that they need not wait for each other
+    Vec a = old, b = old, c = old, d = old;  // four, so that they need not wait for each other
     for (int i = 0; i < kKeys; i += 4) {
         maximum_of(a, at(s + i * kRows + r));
         maximum_of(b, at(s + (i + 1) * kRows + r));
@@ -173,8 +173,8 @@ LR_INLINE bool any(const Ints& lanes) {
 
 // Calls add(shift, sum, kept) for a vector of rows and accumulates the two sums. The maximum is searched only where
 // there is none yet, or where the sum shows that scores lie far above it: most blocks are read once.
-template <class Add> LR_INLINE void under_maximum(Running& state, const float* s, const Strip& strip, int r,
-                                                  const Add& add) {
+template <class Add>
+LR_INLINE void under_maximum(Running& state, const float* s, const Strip& strip, int r, const Add& add) {
     Vec sum{}, kept{}, shift = -at(state.maximum + r) * at(strip.factor + r);
     const bool fresh = any(at(state.maximum + r) <= kUnseen);
     if (!fresh) add(shift, sum, kept);
@@ -220,8 +220,8 @@ template <class Weave> LR_TARGET void running(Running& state, const float* s, co
     weave.finish();
 }
 
-template <class Weave> LR_TARGET void kept(Running& state, const float* s, const Strip& strip,
-                                           const std::int32_t* words, const Next& next) {
+template <class Weave>
+LR_TARGET void kept(Running& state, const float* s, const Strip& strip, const std::int32_t* words, const Next& next) {
     constexpr int kEvery = kKeys * kRows / kWidth / kSteps;
     Weave weave(next);
     for (int r = 0; r < strip.groups * kLanes; r += kWidth) {
@@ -285,7 +285,7 @@ template <int Groups, class Weave> LR_INLINE void add_up(const float* s, const S
             }
             at(lanes + (a * kWidth + b) * kWidth) += column;
         }
-        float* line = shifted + b * kPitch;            // a vector of zeros on either side
+        float* line = shifted + b * kPitch;  // a vector of zeros on either side
         at(line) = at(line + kPitch - kWidth) = Vec{};
 #pragma GCC unroll 8
         for (int w = 0; w < kDiagonals; ++w) at(line + (w + 1) * kWidth) = diagonal[w];

@@ -55,9 +55,8 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
 // For each of `rows` rows of `scores` [rows, size]: writes to its row of `picked` [rows, width] the first `always` indices
 // and those of its largest other scores, `counts` [rows] together, ascending; always <= counts <= size, width.
 // Returns a `Status`.
-EXPORT int longreach_estimate_top(
-    const float* scores, std::int64_t rows, std::int64_t size, std::int64_t width, std::int64_t always,
-    const std::int64_t* counts, std::int32_t* picked, int threads) {
+EXPORT int longreach_estimate_top(const float* scores, std::int64_t rows, std::int64_t size, std::int64_t width,
+                                  std::int64_t always, const std::int64_t* counts, std::int32_t* picked, int threads) {
     int status = longreach::kOk;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t row = 0; row < rows; ++row) {

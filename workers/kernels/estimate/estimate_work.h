@@ -73,8 +73,8 @@ struct Work {
                 const auto* q = static_cast<const char*>(args.q[2 - region]);
                 Strip& one = packed[region * group * strips + i];
                 char* to = memory.get() + bytes * (region * group * strips + i);
-                engine.pack(to, q + (first * args.heads + head) * args.dim * width, args.q_type,
-                            args.heads * args.dim, rows, int(args.dim));
+                engine.pack(to, q + (first * args.heads + head) * args.dim * width, args.q_type, args.heads * args.dim,
+                            rows, int(args.dim));
                 one.q = to;
                 one.groups = (rows + kLanes - 1) / kLanes;
                 one.first = args.rows[first];
@@ -95,7 +95,9 @@ struct Work {
 class Reader {
 public:
     explicit Reader(const Work& work)
-        : work_(work), args_(work.args), copied_(allocate<char>(2 * kKeys * work.args.dim * work.value_bytes())),
+        : work_(work),
+          args_(work.args),
+          copied_(allocate<char>(2 * kKeys * work.args.dim * work.value_bytes())),
           scores_(allocate<float>(2 * kKeys * kRows)) {
         const std::size_t width = args_.kv_type == kFloat32 ? 4 : args_.kv_type == kBfloat16 ? 2 : 1;
         row_ = args_.dim * width;
@@ -117,8 +119,7 @@ public:
             const Block* following = nullptr;
             for (int at = 0; at < strips; ++at) {
                 Next next{later, at + 1 < strips ? all + at + 1 : nullptr, block, dim, nullptr, 0};
-                touch(next, low + kKeys + at * kKeys / strips,
-                      std::min(high, low + kKeys + (at + 1) * kKeys / strips));
+                touch(next, low + kKeys + at * kKeys / strips, std::min(high, low + kKeys + (at + 1) * kKeys / strips));
                 if (at + 1 == strips && low + kKeys < high) {
                     next.strip = all;
                     next.block = following = &range(low + kKeys, high);

@@ -82,9 +82,9 @@ INLINE void route_row(const RouteCall& call, long token) {
     for (long k = 0; k < call.top_k; ++k) weights[k] /= sum;
 }
 
-#define COMPILED(row, Call)                                                             \
-    void row##_portable(const Call& call, long token) { row(call, token); }             \
-    LONGREACH_AVX2 void row##_avx2(const Call& call, long token) { row(call, token); }  \
+#define COMPILED(row, Call)                                                                \
+    void row##_portable(const Call& call, long token) { row(call, token); }                \
+    LONGREACH_AVX2 void row##_avx2(const Call& call, long token) { row(call, token); }     \
     LONGREACH_AVX512 void row##_avx512(const Call& call, long token) { row(call, token); } \
     constexpr void (*row##_of[])(const Call&, long) = {row##_portable, row##_avx2, row##_avx512};
 
@@ -95,7 +95,7 @@ COMPILED(route_row, RouteCall)
 INLINE long argmax(const float* values, long size) {
     constexpr std::int32_t kExponent = 0x7F800000;
     const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
-        const float value = values[i] + 0.0f;                // no negative zero
+        const float value = values[i] + 0.0f;  // no negative zero
         std::int32_t bits;
         std::memcpy(&bits, &value, sizeof bits);
         wrong |= (bits & kExponent) == kExponent;
@@ -123,8 +123,7 @@ long argmax_portable(const float* values, long size) { return argmax(values, siz
 LONGREACH_AVX2 long argmax_avx2(const float* values, long size) { return argmax(values, size); }
 LONGREACH_AVX512 long argmax_avx512(const float* values, long size) { return argmax(values, size); }
 
-template <typename Call>
-void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
+template <typename Call> void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
     const auto row = of[call.path < kAvx512 ? call.path : kAvx512];
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (values > kSerial)
     for (long token = 0; token < call.tokens; ++token) row(call, token);

@@ -13,8 +13,7 @@ namespace longreach {
 namespace gemm {
 namespace {
 
-template <int Rows>
-INLINE void some_rows(float* c, const bf16* a, const bf16* b, long k_tiles, bool add) {
+template <int Rows> INLINE void some_rows(float* c, const bf16* a, const bf16* b, long k_tiles, bool add) {
     float sum[Rows][kStrip] = {};
     for (int r = 0; add && r < Rows; ++r) std::memcpy(sum[r], c + r * kBlock, sizeof sum[r]);
     for (long k = 0; k < k_tiles; ++k, a += kTile, b += kTile) {
@@ -38,8 +37,10 @@ INLINE void any_block(float* c, const Operands& o) {
         for (const bf16* b : {o.b0, o.b1}) {
             float* to = c + row * kBlock + (b == o.b0 ? 0 : kStrip);
             if (b == nullptr) continue;
-            if (o.rows - row == 1) some_rows<1>(to, a, b, o.k_tiles, o.add);
-            else some_rows<4>(to, a, b, o.k_tiles, o.add);
+            if (o.rows - row == 1)
+                some_rows<1>(to, a, b, o.k_tiles, o.add);
+            else
+                some_rows<4>(to, a, b, o.k_tiles, o.add);
         }
     }
 }
@@ -167,7 +168,8 @@ EXPORT int longreach_linear(const LinearCall* call) {
     const long k = call->k, strips = call->n / kStrip, panels = (strips + 1) / 2;
     // where rows are few, columns make the tasks
     const long max_rows = std::max(kBlock, kTaskBytes / long(sizeof(bf16)) / k / kBlock * kBlock);
-    const long groups = (call->rows + max_rows - 1) / max_rows, group = round_up((call->rows + groups - 1) / groups, kBlock);
+    const long groups = (call->rows + max_rows - 1) / max_rows,
+               group = round_up((call->rows + groups - 1) / groups, kBlock);
     const long pieces = std::min(panels, std::max(1L, (kTasksPerThread * call->threads + groups - 1) / groups));
     int status = kOk;
 #pragma omp parallel num_threads(call->threads)

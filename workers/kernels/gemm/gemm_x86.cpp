@@ -20,8 +20,7 @@ void nothing() {}
 
 // ---- AMX: tiles 0 to 3 accumulate, 4 and 5 are rows, 6 and 7 weights
 
-template <bool TwoRows, bool TwoStrips>
-AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
+template <bool TwoRows, bool TwoStrips> AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
     const bf16 *a = o.a, *a1 = o.a + o.a_stride, *b0 = o.b0, *b1 = o.b1;
     constexpr long row_bytes = kBlock * long(sizeof(float));
     if (o.add) {
@@ -81,8 +80,7 @@ AVX512 inline __m512 high(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
 }
 
-template <int Rows, bool TwoStrips>
-AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+template <int Rows, bool TwoStrips> AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
     __m512 left[Rows], right[Rows];
     for (int r = 0; r < Rows; ++r) {
         left[r] = o.add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
@@ -110,8 +108,7 @@ AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead)
     }
 }
 
-template <int Rows>
-void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+template <int Rows> void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
     o.b1 ? vector_rows<Rows, true>(c, a, o, ahead) : vector_rows<Rows, false>(c, a, o, ahead);
 }
 
@@ -121,10 +118,14 @@ void vector_block(float* c, const Operands& o, Ahead ahead) {
         const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
         const long left = o.rows - row;
         float* to = c + row * kBlock;
-        if (left == 1) some_rows<1>(to, a, o, ahead);
-        else if (left == 2) some_rows<2>(to, a, o, ahead);
-        else if (left <= 4) some_rows<4>(to, a, o, ahead);
-        else some_rows<8>(to, a, o, ahead);
+        if (left == 1)
+            some_rows<1>(to, a, o, ahead);
+        else if (left == 2)
+            some_rows<2>(to, a, o, ahead);
+        else if (left <= 4)
+            some_rows<4>(to, a, o, ahead);
+        else
+            some_rows<8>(to, a, o, ahead);
     }
 }
 
@@ -157,8 +158,10 @@ AVX512 void store(const float* c, long rows, long columns, const Target& t) {
         }
         const __m256i right = narrowed(_mm512_fmadd_ps(scale, _mm512_loadu_ps(c + r * kBlock + kStrip), bias1));
         const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
-        if (t.stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);
-        else _mm512_storeu_si512(out, both);
+        if (t.stream)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);
+        else
+            _mm512_storeu_si512(out, both);
     }
 }
 

@@ -31,9 +31,21 @@ void rotate(const Step& step, const Layer& layer) {
     for (int region = 2; region >= 0; --region) {
         if (step.cos[region] == nullptr) continue;
         bf16* out = region == 0 ? step.qkv : step.far[region - 1];
-        const RotateCall call{step.qkv, out, step.cos[region], step.sin[region], layer.head_norm, step.tokens,
-                              region == 0 ? heads + layer.kv_heads : heads, dim, row, dim,
-                              region == 0 ? row : heads * dim, dim, step.cos_stride[region], layer.eps, step.path,
+        const RotateCall call{step.qkv,
+                              out,
+                              step.cos[region],
+                              step.sin[region],
+                              layer.head_norm,
+                              step.tokens,
+                              region == 0 ? heads + layer.kv_heads : heads,
+                              dim,
+                              row,
+                              dim,
+                              region == 0 ? row : heads * dim,
+                              dim,
+                              step.cos_stride[region],
+                              layer.eps,
+                              step.path,
                               step.threads};
         longreach_norm_rotate(&call);
     }
@@ -59,8 +71,9 @@ int attend(const Step& step, const Layer& layer) {
         attention::Args args = piece.args;
         for (int region = 0; region < 3; ++region) {
             const long stride = region == 0 ? row : heads * dim;
-            args.q[region] = step.cos[region] == nullptr ? nullptr
-                             : (region == 0 ? step.qkv : step.far[region - 1]) + piece.row * stride;
+            args.q[region] = step.cos[region] == nullptr
+                                 ? nullptr
+                                 : (region == 0 ? step.qkv : step.far[region - 1]) + piece.row * stride;
             args.q_row[region] = stride;
             args.q_head[region] = dim;
         }
@@ -77,8 +90,8 @@ int attend(const Step& step, const Layer& layer) {
 int attention_half(const Step& step, const Layer& layer) {
     const long m = layer.hidden_size, dim = layer.dim;
     norm(step, layer, layer.input_norm);
-    int status = linear(step, step.normed, layer.qkv, layer.qkv_bias, step.qkv,
-                        (layer.heads + 2 * layer.kv_heads) * dim, m);
+    int status =
+        linear(step, step.normed, layer.qkv, layer.qkv_bias, step.qkv, (layer.heads + 2 * layer.kv_heads) * dim, m);
     if (status) return status;
     rotate(step, layer);
     write(step, layer);
@@ -93,12 +106,12 @@ int experts_half(const Step& step, const Layer& layer) {
     if (const int status = linear(step, step.normed, layer.router, nullptr, step.logits, layer.all_experts, m)) {
         return status;
     }
-    const RouteCall route{step.logits, step.chosen, step.weights, step.tokens, layer.all_experts, layer.top_k,
-                          layer.normalise, step.path, step.threads};
+    const RouteCall route{step.logits, step.chosen,     step.weights, step.tokens, layer.all_experts,
+                          layer.top_k, layer.normalise, step.path,    step.threads};
     longreach_route(&route);
-    const ExpertsCall experts{step.normed, step.chosen, step.weights, layer.gate_up, layer.down, step.rows, step.out,
-                              step.tokens, m, layer.top_k, layer.first, layer.experts, m, layer.width, step.path,
-                              step.threads};
+    const ExpertsCall experts{
+        step.normed, step.chosen, step.weights, layer.gate_up, layer.down, step.rows,   step.out,  step.tokens,
+        m,           layer.top_k, layer.first,  layer.experts, m,          layer.width, step.path, step.threads};
     return longreach_experts(&experts);
 }
 
