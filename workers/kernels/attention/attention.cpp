@@ -231,7 +231,5 @@ EXPORT int longreach_attend(const longreach::attention::Args* args) {
     if (!valid(*args)) return kInvalid;
     try {
         return attend(*args);
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
+    } catch (const std::bad_alloc&) { return kNoMemory; }
 }

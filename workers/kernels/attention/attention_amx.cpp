@@ -185,8 +185,7 @@ template <int Dim> AMX void Amx<Dim>::advance() {
     AMX_FENCE();
 }
 
-template <int Dim>
-template <int N>
+template <int Dim> template <int N>
 AMX void Amx<Dim>::scores(Pass& pass, const Block& block, const bf16* const* k, const int* active) {
     const int steps = dim() / 32, ticks = (127 + dim()) / dim();
     const std::size_t stride = dim() * sizeof(bf16);

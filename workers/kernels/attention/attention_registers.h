@@ -90,9 +90,9 @@ AMX_INLINE __m512i widen(const char* from, __m512 scale) {
 // One block of keys against one or two tiles of columns, on its way through the engine.
 struct Pass {
     int tile = 0, tiles = 0, groups = 0;
-    const char* v[kGroups];            // packed values of the groups
-    float* s = nullptr;                // [2][block][16 columns]
-    char* p = nullptr;                 // [2][group] tiles: a line a column
+    const char* v[kGroups];  // packed values of the groups
+    float* s = nullptr;  // [2][block][16 columns]
+    char* p = nullptr;  // [2][group] tiles: a line a column
     alignas(64) float factors[2][16];  // of earlier sums, where `raised`
     bool raised[2] = {};
 };

@@ -177,9 +177,12 @@ private:
             float* q = q_ + std::size_t(c / kStrip) * dim_ * kStrip + c % kStrip;
             const char* row = c < columns_ ? at_.query(c, rotation_) : nullptr;
             for (int d = 0; d < dim_; ++d) {
-                if (row == nullptr) q[d * kStrip] = 0.0f;
-                else if (args_.q_type == kFloat32) q[d * kStrip] = reinterpret_cast<const float*>(row)[d];
-                else q[d * kStrip] = widen(reinterpret_cast<const std::uint16_t*>(row)[d]);
+                if (row == nullptr)
+                    q[d * kStrip] = 0.0f;
+                else if (args_.q_type == kFloat32)
+                    q[d * kStrip] = reinterpret_cast<const float*>(row)[d];
+                else
+                    q[d * kStrip] = widen(reinterpret_cast<const std::uint16_t*>(row)[d]);
             }
         }
     }
@@ -256,8 +259,8 @@ private:
     const int dim_;
     int columns_ = 0, strips_ = 0, rotation_ = 0;
     bool packed_ = false;
-    float *q_, *o_, *keys_, *values_;   // [strip][D][columns of the strip] twice; [block][D] twice
-    float* s_;                          // [block][columns of a strip]: scores, then weights
+    float *q_, *o_, *keys_, *values_;  // [strip][D][columns of the strip] twice; [block][D] twice
+    float* s_;  // [block][columns of a strip]: scores, then weights
     float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
     std::int32_t* positions_;
 };

@@ -203,9 +203,7 @@ template <class Call> int guarded(const Args* args, const Call& call) {
         Lse nothing;
         for (float& row : nothing.rows) row = kNothing;
         call(work, std::vector<Lse>(work.group * work.strips, nothing));
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
+    } catch (const std::bad_alloc&) { return kNoMemory; }
     return kOk;
 }
 

@@ -19,18 +19,18 @@ namespace estimate {
 using attention::kMasked, attention::kNever, attention::kUnseen;
 constexpr float kHighest = 65536.0f;  // sum of a block's weights above which the maximum is searched again
 
-constexpr int kKeys = 64;   // of a block
-constexpr int kRows = 32;   // of a strip; fewer rows are padded
+constexpr int kKeys = 64;  // of a block
+constexpr int kRows = 32;  // of a strip; fewer rows are padded
 constexpr int kLanes = 16;  // rows of a vector
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Mirrored by `EstimateArgs` in workers/kernels/abi.py. Strides count elements.
 struct Args {
-    const void* q[3];           // [R, H, D] under the rotations intra, succ, inter; contiguous, null: not needed
-    const float* scales;        // [R], > 0
-    const std::int32_t* rows;   // [R] positions, ascending; neighbours for the sums
-    const void* keys;           // [K, slots, D]
-    const float* key_scales;    // [K, slots], int8 only
+    const void* q[3];  // [R, H, D] under the rotations intra, succ, inter; contiguous, null: not needed
+    const float* scales;  // [R], > 0
+    const std::int32_t* rows;  // [R] positions, ascending; neighbours for the sums
+    const void* keys;  // [K, slots, D]
+    const float* key_scales;  // [K, slots], int8 only
     const std::int32_t* pages;  // first slot of every page
     std::int64_t key_head, key_scale_head;
     std::int64_t num_rows, heads, kv_heads, dim, page_size;
@@ -47,7 +47,7 @@ struct Selection {
 
 // `kKeys` keys in the type of the engine; those from `count` on are zero, and their position is `kNever`.
 struct Block {
-    const void* keys;     // [kKeys, D]
+    const void* keys;  // [kKeys, D]
     const float* scales;  // [kKeys], null unless int8
     alignas(64) std::int32_t positions[kKeys];
     int count;
@@ -56,11 +56,11 @@ struct Block {
 
 // One strip of rows of one head.
 struct Strip {
-    const void* q;                              // packed by the engine
-    int groups;                                 // vectors of rows in use
-    alignas(64) float factor[kRows];            // of the logits, for powers of two; 0 for padding rows
+    const void* q;  // packed by the engine
+    int groups;  // vectors of rows in use
+    alignas(64) float factor[kRows];  // of the logits, for powers of two; 0 for padding rows
     alignas(64) std::int32_t positions[kRows];  // -1 for padding rows
-    std::int32_t first;                         // lowest position
+    std::int32_t first;  // lowest position
 };
 
 // Running softmax of the rows of a strip, and the share of it that is kept.

@@ -86,8 +86,15 @@ void pack_tiles(void* to, const void* q, int, std::int64_t stride, int rows, int
 class Tiles {
 public:
     LR_AVX512 explicit Tiles(const Next& next)
-        : next_(next), key_(0), group_(0), d_(0), open_(false), left_(next.strip == nullptr ? 0 : steps(next)),
-          together_((left_ + avx512::kSteps - 1) / avx512::kSteps), ahead_(next.ahead), end_(next.ahead + next.bytes),
+        : next_(next),
+          key_(0),
+          group_(0),
+          d_(0),
+          open_(false),
+          left_(next.strip == nullptr ? 0 : steps(next)),
+          together_((left_ + avx512::kSteps - 1) / avx512::kSteps),
+          ahead_(next.ahead),
+          end_(next.ahead + next.bytes),
           touched_((next.bytes + avx512::kSteps - 1) / avx512::kSteps) {}
 
     LR_AVX512 inline __attribute__((always_inline)) void step() {

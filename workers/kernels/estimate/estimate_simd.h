@@ -264,9 +264,8 @@ LR_TARGET double mass(const float* s, const Strip& strip, const float* lse, cons
 
 // With vectors of w rows, key w a + b and vector g have the offsets (g - a) * w - b + lane from the first row's. For
 // one b, pairs (a, g) of the same g - a add up; only then the w values of b are shifted against each other.
-template <int Groups, class Weave>
-LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse, float* lanes, float* offsets,
-                      Weave& weave) {
+template <int Groups, class Weave> LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse,
+                                                         float* lanes, float* offsets, Weave& weave) {
     constexpr int kVectors = Groups * kLanes / kWidth, kTiles = kKeys / kWidth, kDiagonals = kVectors + kTiles - 1;
     constexpr int kPitch = (kDiagonals + 2) * kWidth;
     alignas(64) float shifted[kWidth * kPitch];
@@ -301,9 +300,8 @@ LR_INLINE void add_up(const float* s, const Strip& strip, const float* lse, floa
     }
 }
 
-template <class Weave>
-LR_TARGET void sums(const float* s, const Strip& strip, const float* lse, float* lanes, float* offsets,
-                    const Next& next) {
+template <class Weave> LR_TARGET void sums(const float* s, const Strip& strip, const float* lse, float* lanes,
+                                           float* offsets, const Next& next) {
     Weave weave(next);
     if (strip.groups == 1) add_up<1>(s, strip, lse, lanes, offsets, weave);
     if (strip.groups == 2) add_up<2>(s, strip, lse, lanes, offsets, weave);

@@ -95,7 +95,9 @@ struct Work {
 class Reader {
 public:
     explicit Reader(const Work& work)
-        : work_(work), args_(work.args), copied_(allocate<char>(2 * kKeys * work.args.dim * work.value_bytes())),
+        : work_(work),
+          args_(work.args),
+          copied_(allocate<char>(2 * kKeys * work.args.dim * work.value_bytes())),
           scores_(allocate<float>(2 * kKeys * kRows)) {
         const std::size_t width = args_.kv_type == kFloat32 ? 4 : args_.kv_type == kBfloat16 ? 2 : 1;
         row_ = args_.dim * width;

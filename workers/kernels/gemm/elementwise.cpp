@@ -95,7 +95,7 @@ COMPILED(route_row, RouteCall)
 INLINE long argmax(const float* values, long size) {
     constexpr std::int32_t kExponent = 0x7F800000;
     const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
-        const float value = values[i] + 0.0f;                // no negative zero
+        const float value = values[i] + 0.0f;  // no negative zero
         std::int32_t bits;
         std::memcpy(&bits, &value, sizeof bits);
         wrong |= (bits & kExponent) == kExponent;

@@ -172,8 +172,6 @@ void run(const ExpertsCall& call) {
 EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call) {
     try {
         longreach::gemm::run(*call);
-    } catch (const std::bad_alloc&) {
-        return longreach::kNoMemory;
-    }
+    } catch (const std::bad_alloc&) { return longreach::kNoMemory; }
     return longreach::kOk;
 }

@@ -37,8 +37,10 @@ INLINE void any_block(float* c, const Operands& o) {
         for (const bf16* b : {o.b0, o.b1}) {
             float* to = c + row * kBlock + (b == o.b0 ? 0 : kStrip);
             if (b == nullptr) continue;
-            if (o.rows - row == 1) some_rows<1>(to, a, b, o.k_tiles, o.add);
-            else some_rows<4>(to, a, b, o.k_tiles, o.add);
+            if (o.rows - row == 1)
+                some_rows<1>(to, a, b, o.k_tiles, o.add);
+            else
+                some_rows<4>(to, a, b, o.k_tiles, o.add);
         }
     }
 }

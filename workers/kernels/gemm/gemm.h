@@ -96,9 +96,9 @@ inline std::size_t packed_bytes(long rows, long k) { return std::size_t(round_up
 // The product of packed rows and one panel, one or two strips of a weight. K is cut into slices, so that a slice of the
 // panel stays in L1 while all rows pass by; c, 32 floats a row, holds the sums. Brings `next`, the panel to come, into
 // L2 meanwhile. Calls finish(c of the block, its first row, its rows) for every block of 32 rows.
-template <typename Finish>
-inline void run_panel(const Engine& engine, float* c, const bf16* a, long rows, const bf16* b0, const bf16* b1,
-                      long k_tiles, const bf16* next, const Finish& finish) {
+template <typename Finish> inline void run_panel(const Engine& engine, float* c, const bf16* a, long rows,
+                                                 const bf16* b0, const bf16* b1, long k_tiles, const bf16* next,
+                                                 const Finish& finish) {
     const long blocks = (rows + kBlock - 1) / kBlock, depth = blocks == 1 ? k_tiles : kSlice;
     const long lines = k_tiles * 2 * kStrip, steps = blocks * k_tiles;  // of two strips
     const long share = next == nullptr ? 0 : (lines + steps - 1) / steps;

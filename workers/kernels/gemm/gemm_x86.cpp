@@ -113,10 +113,14 @@ void vector_block(float* c, const Operands& o, Ahead ahead) {
         const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
         const long left = o.rows - row;
         float* to = c + row * kBlock;
-        if (left == 1) some_rows<1>(to, a, o, ahead);
-        else if (left == 2) some_rows<2>(to, a, o, ahead);
-        else if (left <= 4) some_rows<4>(to, a, o, ahead);
-        else some_rows<8>(to, a, o, ahead);
+        if (left == 1)
+            some_rows<1>(to, a, o, ahead);
+        else if (left == 2)
+            some_rows<2>(to, a, o, ahead);
+        else if (left <= 4)
+            some_rows<4>(to, a, o, ahead);
+        else
+            some_rows<8>(to, a, o, ahead);
     }
 }
 
@@ -149,8 +153,10 @@ AVX512 void store(const float* c, long rows, long columns, const Target& t) {
         }
         const __m256i right = narrowed(_mm512_fmadd_ps(scale, _mm512_loadu_ps(c + r * kBlock + kStrip), bias1));
         const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(left), right, 1);
-        if (t.stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);
-        else _mm512_storeu_si512(out, both);
+        if (t.stream)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(out), both);
+        else
+            _mm512_storeu_si512(out, both);
     }
 }
 
