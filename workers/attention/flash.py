@@ -100,7 +100,7 @@ def _torch(
 def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[1, heads, rows, D]` -> the output of this shape and the log-sum-exp `[1, heads, rows]`."""
+    """Call one operator on `[1, heads, rows, D]`; returns output of this shape and log-sum-exp `[1, heads, rows]`."""
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse

@@ -81,7 +81,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def reporter(screen: TextIO, log: TextIO | None) -> Callable[[StepReport], None]:
-    """Prints a progress line every few seconds and logs every step."""
+    """Return a callback that prints a progress line every few seconds and logs every step."""
     printed = 0.0
 
     def report(step: StepReport) -> None:
