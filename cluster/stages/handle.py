@@ -12,6 +12,7 @@ import grpc
 
 from cluster.common.errors import StageError
 from cluster.common.text_format import describe_error
+from protos.jobs.convert import read_message
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
@@ -63,7 +64,7 @@ class GrpcStageHandle:
         """
         try:
             for message in self._stub.Load(request, metadata=self._metadata, timeout=timeout_s):
-                progress = codec.progress_from_pb(message)
+                progress = read_message(LoadProgress, message)
                 if progress.error:
                     raise StageError(f"{self.name}: {progress.error}")
                 yield progress

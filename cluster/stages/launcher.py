@@ -179,7 +179,7 @@ class Launcher:
         return pb.LoadRequest(
             model_path=str(config.model.path),
             model_spec_json=self._deployment.spec.to_json(),
-            shard=codec.shard_to_pb(shard),
+            shard=codec.encode(shard),
             dtype=compute_dtype(self._deployment),
             device=config.cluster.device,
             load_format=config.model.load_format,

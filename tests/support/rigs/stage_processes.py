@@ -60,7 +60,7 @@ class Stages:
         spec = load_model_spec(NEEDLE).to_json()
         for handle in self.handles:
             request = pb.LoadRequest(
-                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
+                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.encode(handle.shard),
                 dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
                 store_path=str(self.folder / f"{handle.shard.stage}.store"),
             )  # fmt: skip
