@@ -10,7 +10,6 @@ import logging
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -62,8 +61,6 @@ class Recorder:
         # events of jobs; Event: set when all before it is committed; None: the end
         self._queue: queue.SimpleQueue[_Item | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self.commit_seconds = 0.0
-        self.num_commits = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -120,10 +117,7 @@ class Recorder:
                     final = _final_state(job)
                     states.append((job.job_id, ACTIVE, final))
                     ended.append((job, final))
-        began = time.perf_counter()
         self._write(tokens, states, answers)
-        self.commit_seconds += time.perf_counter() - began
-        self.num_commits += 1
         for job, final in ended:
             job.on_end(final)
         self._changes.notify(list({job.job_id for job, *_ in items}))

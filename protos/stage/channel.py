@@ -8,12 +8,13 @@ from typing import Any
 
 import grpc
 
-MAX_MESSAGE = 64 * 1024 * 1024  # bytes; frames of activations have 2 MiB, plans are smaller
+from protos.jobs.limits import MAX_REQUEST_BYTES
+
 _TOKEN_KEY = "longreach-launch-token"
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),

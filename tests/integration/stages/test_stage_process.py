@@ -24,6 +24,7 @@ from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import SamplingParams
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.fakes.stage import submit
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.stage_processes import (
     CHUNK,
     NEEDLE,
@@ -100,7 +101,7 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
     engine = stages.run_engine()
     handles = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
     results = [handle.wait(60) for handle in handles]
-    engine.check_integrity()
+    check_engine(engine)
     with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, pages=PAGES, page_size=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
         expected = pipeline.generate(*SPECS)
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]

@@ -10,6 +10,7 @@ from cluster.scheduler.scheduler import DoesNotFit
 from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SamplingParams
 from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually, submit
+from tests.support.oracles.integrity import check_engine
 
 
 def test_events_come_in_order_and_progress_rises():
@@ -166,7 +167,7 @@ def test_cancel_a_queued_request():
         assert (result.token_ids, events) == ((), [result])
         rig.last.let(1000)
         assert first.wait(WAIT).finish_reason is FinishReason.LENGTH
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
 
 
 def test_cancel_while_prefilling():
@@ -182,7 +183,7 @@ def test_cancel_while_prefilling():
         assert not any(isinstance(event, OutputToken) for event in events)
         assert sum(isinstance(event, Generation) for event in events) == 1
         assert len(rig.last.plans) == 2, "nothing is computed for it any more"
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert rig.run(range(30))[0].finish_reason is FinishReason.LENGTH
 
 
@@ -193,7 +194,7 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
         handle, events = rig.submit(range(10), 50)
         eventually(lambda: len(rig.last.plans) == 5)
         rig.engine.cancel(handle)
-        rig.engine.check_integrity()  # the cancel has been seen
+        check_engine(rig.engine)  # the cancel has been seen
         rig.last.let(1000)
         result = handle.wait(WAIT)
     assert result.finish_reason is FinishReason.CANCELLED
@@ -207,7 +208,7 @@ def test_cancel_after_the_end_changes_nothing():
         handle, events = rig.submit([1])
         result = handle.wait(WAIT)
         rig.engine.cancel(handle)
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert handle.wait(0) == result
         assert sum(isinstance(event, Generation) for event in events) == 1
 
@@ -225,7 +226,7 @@ def test_all_are_accepted_or_none():
             rig.submit([1], 0)
         with pytest.raises(ValueError, match="stop"):
             rig.submit([1], 1, stop=("",))
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert all(not shard.plans for shard in rig.shards)
 
 
@@ -280,4 +281,4 @@ def test_many_requests_at_once():
         for handle, (spec, _) in zip(handles, specs, strict=True):
             sequence = handle.request.sequence
             assert handle.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.max_tokens))
-        rig.engine.check_integrity()
+        check_engine(rig.engine)

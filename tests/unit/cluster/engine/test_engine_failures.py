@@ -11,6 +11,7 @@ from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, Pref
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason
 from tests.support.fakes.stage import WAIT, Rig, eventually, submit
+from tests.support.oracles.integrity import check_engine
 
 
 def test_a_failed_step_ends_every_request_with_its_error():
@@ -128,7 +129,7 @@ def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptu
         assert isinstance(events[-1], Generation)
         assert sum(isinstance(event, kind) for event in calls) == 1, "it is not called again"
         assert "broken pipe of the caller" in caplog.text
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
 
 
 def test_the_last_event_comes_before_wait_returns():

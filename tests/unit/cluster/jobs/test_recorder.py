@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -52,7 +53,11 @@ def result(reason: FinishReason, error: str = "") -> Generation:
     return Generation((5,), "so", "why", reason, (SampledToken(1, 5),), 8, 4, timings, error)
 
 
-def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(store: JobStore, recorder: Recorder) -> None:
+def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(
+    store: JobStore, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = Mock(wraps=store.commit_step)
+    monkeypatch.setattr(store, "commit_step", commits)
     ended: list[JobState] = []
     job = live(store, ended, num_answers=2)
     first, second = recorder.callback(job, 0), recorder.callback(job, 1)
@@ -71,7 +76,7 @@ def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(store: JobS
     recorder.flush()
     record = store.get(job.job_id)
     assert record is not None
-    assert (record.state, record.last_event, recorder.num_commits) == (JobState.SUCCEEDED, 3, 1)
+    assert (record.state, record.last_event, commits.call_count) == (JobState.SUCCEEDED, 3, 1)
     assert store.tokens(job.job_id) == tokens
     assert [(answer.text, answer.reasoning, answer.finish_reason) for answer in record.answers] == [
         ("so", "why", "length"), ("so", "why", "stop"),
