@@ -221,3 +221,15 @@ def test_no_pickle_on_our_wires() -> None:
         if path.parent.name != "training":  # its state files stay on one machine
             named = {module.split(".")[0] for module, _ in imports(path)}
             assert not named & {"pickle", "cloudpickle", "dill"}, path
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name
+)
+def test_links_of_documents_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text())
+    assert [t for t in targets if "://" not in t and not (path.parent / t).exists()] == []
