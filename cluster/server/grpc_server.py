@@ -18,7 +18,6 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
@@ -38,7 +37,6 @@ _SHORT_CALLS = 32  # threads for calls that answer at once, besides those of lon
 _QUEUED_CALLS = 64  # calls accepted beyond the threads: they wait for one
 _WATCHERS = 16  # health watchers: they need no key, so they have a limit and threads of their own
 _POLL_S = 2.0  # how soon a waiting call notices that its client has gone
-_TOKENS_PAGE = 1000  # tokens read at once
 
 
 class GrpcServer:
@@ -85,7 +83,7 @@ class GrpcServer:
         )
         server = grpc.server(
             calls,
-            interceptors=[*([KeyInterceptor(keys)] if keys else []), guard],
+            interceptors=[*([KeyInterceptor(keys)] if keys is not None else []), guard],
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
             maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _QUEUED_CALLS,
         )
@@ -203,16 +201,6 @@ class _Jobs(rpc.JobsServicer):
 
     def _whole(self, record: JobRecord) -> pb.Job:
         """Return the job with its tokens and, while it runs, its progress."""
-        tokens = list(self._tokens(record.id, record.last_event))
+        tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
-
-    def _tokens(self, job_id: str, last: int) -> Iterator[OutputToken]:
-        """Yield the tokens of a job up to number `last`."""
-        number = 0
-        while number < last:
-            batch = self._service.tokens(job_id, number, min(_TOKENS_PAGE, last - number))
-            if not batch:
-                return
-            yield from batch
-            number = batch[-1].number

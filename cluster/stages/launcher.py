@@ -151,7 +151,8 @@ class Launcher:
         self._ray.serve()
         here = self._ray.node_id()
         for shard, address in zip(self._deployment.shards, addresses, strict=True):
-            self._shards.append(GrpcStageHandle(shard, _reach(here, address), token))
+            reachable = address.unix if address.node == here else address.tcp
+            self._shards.append(GrpcStageHandle(shard, reachable, token))
         return addresses
 
     def _load(self) -> list[LoadProgress]:
@@ -224,11 +225,6 @@ def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], r
     before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
     links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}
     return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
-
-
-def _reach(node: str, address: StageAddress) -> str:
-    """Return the gRPC address of a shard for a process on `node`: a Unix socket on the same node, else TCP."""
-    return address.unix if address.node == node else address.tcp
 
 
 def _follow(

@@ -46,9 +46,14 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc, unused-ign
         token = dict(details.invocation_metadata).get(_TOKEN_KEY, "")
         if hmac.compare_digest(str(token).encode(), self._token):
             return continuation(details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)  # answers a call of any kind
+        return refusing_handler("this stage belongs to another launch (wrong token)")
 
 
-def _refuse(_requests: object, context: grpc.ServicerContext) -> Iterator[bytes]:
-    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this stage belongs to another launch (wrong token)")
-    yield b""  # makes this a generator; abort has raised
+def refusing_handler(reason: str) -> grpc.RpcMethodHandler:
+    """Return a handler that answers a call of any kind with UNAUTHENTICATED, without waiting for its message."""
+
+    def refuse(_requests: object, context: grpc.ServicerContext) -> Iterator[bytes]:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
+        yield b""  # makes this a generator; abort has raised
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import pytest
 
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress, Timings
-from cluster.jobs import recorder as recorder_module
 from cluster.jobs.model import JobInput, JobSpec, JobState, new_id
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore
@@ -132,8 +131,7 @@ def test_close_commits_what_is_queued(store: JobStore) -> None:
     assert not waiting.is_alive(), "a closed recorder has nothing to wait for"
 
 
-def test_committed_tokens_by_question(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_PAGE", 2)
+def test_committed_tokens_by_question(store: JobStore) -> None:
     job = live(store, [], num_answers=2)
     assert committed_tokens(store, job.job_id) == {}
     tokens = [OutputToken(number, number % 2, number * 3, "x", -0.5, TOP) for number in range(1, 6)]
