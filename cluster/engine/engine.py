@@ -264,11 +264,12 @@ class Engine:
     ) -> RequestHandle:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
-        stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
+        options = spec.options
+        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else frozenset(self._eos))
         now = self._clock()
-        rules = StopRules(spec.max_tokens, stops)
-        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, spec.priority)
-        text = OutputText(self._tokenizer, spec.stop, spec.reasoning_opened)
+        rules = StopRules(options.max_tokens, stops)
+        request = Request(next(self._sequences), spec.prompt, options.sampling, rules, spec.priority)
+        text = OutputText(self._tokenizer, options.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)
             text.push(sample.token_id)

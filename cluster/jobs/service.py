@@ -261,15 +261,12 @@ class JobService:
             self._live[record.id] = job
         job.restore(finished)
         self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
-        ask = record.spec.ask
         opened = reasoning_opened(self._runtime.tokenizer, record.spec)
         items = []
         for question, prompt in enumerate(prompts):
             if question not in finished:
-                spec = GenerationSpec(
-                    prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, opened,
-                    record.spec.priority, tuple(done.get(question, ())), question,
-                )  # fmt: skip
+                resume = tuple(done.get(question, ()))
+                spec = GenerationSpec(prompt, record.spec.ask, opened, record.spec.priority, resume, question)
                 items.append((spec, self._recorder.callback(job, question)))
         self._arm(record)
         try:

@@ -13,6 +13,7 @@ from cluster.scheduler.request import Request
 from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.oracles.integrity import check_engine
 
@@ -30,7 +31,7 @@ def specs(vocab: int, stops: Sequence[int] = ()) -> list[GenerationSpec]:
     draw = random.Random(5)
     counts = (1, 2, 9, 24, 40, 17, 33, 5)
     return [
-        GenerationSpec(
+        generation_spec(
             [draw.randrange(5, vocab) for _ in range(1 + 13 * at)], count, KINDS[at % 4], stop_token_ids=tuple(stops)
         )
         for at, count in enumerate(counts)

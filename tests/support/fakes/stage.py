@@ -17,6 +17,7 @@ from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+from tests.support.data.specs import generation_spec
 from tests.support.oracles.integrity import check_engine
 from tests.support.paths import NEEDLE
 
@@ -142,7 +143,7 @@ class Rig:
 
     def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[RequestHandle, list[EngineEvent]]:
         events: list[EngineEvent] = []
-        return submit(self.engine, GenerationSpec(prompt, max_tokens, **spec), events.append), events
+        return submit(self.engine, generation_spec(prompt, max_tokens, **spec), events.append), events
 
     def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[EngineEvent]]:
         handle, events = self.submit(prompt, max_tokens, **spec)
