@@ -87,7 +87,7 @@ class GrpcServer:
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
             maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _QUEUED_CALLS,
         )
-        rpc.add_JobsServicer_to_server(_Jobs(self._service), server)  # type: ignore[no-untyped-call, unused-ignore]
+        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -119,15 +119,17 @@ class GrpcServer:
 class _Jobs(rpc.JobsServicer):
     """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
 
-    def __init__(self, service: JobService) -> None:
+    def __init__(self, service: JobService, max_document_bytes: int) -> None:
         self._service = service
+        self._max_document_bytes = max_document_bytes
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidJob("document: the first message must have the header")
         name = codec.decode_name(first.header)
-        return codec.encode_document(self._service.upload(name, self._pieces(requests, context)))
+        pieces = self._pieces(requests, context)
+        return codec.encode_document(self._service.documents.put(name, pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         for request in requests:
@@ -140,16 +142,16 @@ class _Jobs(rpc.JobsServicer):
             raise InvalidJob("document: the upload was cut off")
 
     def _store_text(self, text: str) -> str:
-        return self._service.upload("", [text.encode()]).id
+        return self._service.documents.put("", [text.encode()], self._max_document_bytes).id
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
-        return codec.encode_document(self._service.document(check_id(request.id, "doc")))
+        return codec.encode_document(self._service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        return pb.DocumentList(documents=map(codec.encode_document, self._service.documents()))
+        return pb.DocumentList(documents=map(codec.encode_document, self._service.documents.list()))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
-        self._service.delete_document(check_id(request.id, "doc"))
+        self._service.documents.delete(request.id)
         return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:

@@ -174,13 +174,13 @@ def test_a_submission_takes_few_transactions(bench: Bench, monkeypatch: pytest.M
 
     for kind in ("reading", "writing"):
         monkeypatch.setattr(database, kind, counting(kind))
-    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    document = bench.service.documents.put("a", [b"The code of dark river is 1."], 1 << 20)
     assert taken == ["writing"]
     taken.clear()
     bench.ahead = 50.0
     bench.service.submit(JobSpec(JobInput(document_id=document.id, questions=("What?",)), AnswerOptions()))
     assert taken == ["reading", "reading", "writing"]
-    assert bench.service.document(document.id).expires > document.expires + 40
+    assert bench.service.documents.get(document.id).expires > document.expires + 40
     taken.clear()
     bench.submit()
     assert taken == ["reading", "writing"]
@@ -294,7 +294,7 @@ def test_tokens_of_an_earlier_version_are_split_at_the_start(bench: Bench) -> No
 
 def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     bench = make(result_ttl_s=100.0, document_ttl_s=100.0)
-    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    document = bench.service.documents.put("a", [b"The code of dark river is 1."], 1 << 20)
     bench.runtime.shard.hold()
     job_id = bench.submit()
     with pytest.raises(NotAllowedNow, match="cancel it first"):
@@ -316,7 +316,7 @@ def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     with pytest.raises(JobNotFound, match="may have expired"):
         bench.service.get(kept)
     with pytest.raises(JobNotFound):
-        bench.service.document(document.id)
+        bench.service.documents.get(document.id)
     assert not list((bench.folder / "documents").iterdir())
 
 
