@@ -24,7 +24,6 @@ from cluster.client.requests import (
     SubmitOptions,
     build_submit,
     check_after,
-    check_source,
     check_wait,
     document_pieces,
     document_request,
@@ -101,10 +100,10 @@ class _AsyncCalls:
         raise AssertionError("the last try returns or raises")
 
     def _open(self) -> Transport:
-        from cluster.client.transport import open_async_transport
+        from cluster.client.transport import Transport
 
         if self._transport is None:
-            self._transport = open_async_transport(self._connection)
+            self._transport = Transport(self._connection, is_async=True)
         return self._transport
 
 
@@ -237,7 +236,7 @@ class AsyncDocuments:
         >>> document = await client.documents.upload(Path("report.txt"))
         >>> job = await client.submit(document, "What was decided?")
         """
-        check_source(source, name)
+        next(document_pieces(source, name))  # refuses an unreadable file or text before a call is begun
         return read_message(DocumentInfo, await self._calls.upload(lambda: document_pieces(source, name)))
 
     async def list(self) -> DocumentList:

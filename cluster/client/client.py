@@ -24,7 +24,6 @@ from cluster.client.requests import (
     SubmitOptions,
     build_submit,
     check_after,
-    check_source,
     check_wait,
     document_pieces,
     document_request,
@@ -100,10 +99,10 @@ class _Calls:
         raise AssertionError("the last try returns or raises")
 
     def _open(self) -> Transport:
-        from cluster.client.transport import open_transport
+        from cluster.client.transport import Transport
 
         if self._transport is None:
-            self._transport = open_transport(self._connection)
+            self._transport = Transport(self._connection)
         return self._transport
 
 
@@ -236,7 +235,7 @@ class Documents:
         >>> document = client.documents.upload(Path("report.txt"))
         >>> job = client.submit(document, "What was decided?")
         """
-        check_source(source, name)
+        next(document_pieces(source, name))  # refuses an unreadable file or text before a call is begun
         return read_message(DocumentInfo, self._calls.upload(lambda: document_pieces(source, name)))
 
     def list(self) -> DocumentList:

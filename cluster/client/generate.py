@@ -24,7 +24,7 @@ _RULES = [
     (r"\basyncio\.sleep\b", "time.sleep"),
     (r"\baclose\b", "close"),
     (r"__a(enter|exit)__", r"__\1__"),
-    (r"\bopen_async_transport\b", "open_transport"),
+    (r", is_async=True", ""),
     (r"\b(_?)Async(?=[A-Z])", r"\1"),
     (r" for asyncio", ""),
     (r"and belongs to its event loop", "and may be used from several threads"),

@@ -246,8 +246,11 @@ class StreamCursor:
         if kind == "token" or kind == "tokens":
             tokens = message.tokens.tokens if kind == "tokens" else [message.token]
             for number, event in enumerate(tokens, message.number - len(tokens) + 1):
+                if number > self.after + 1:
+                    raise Unavailable(f"stream: token {number} came after {self.after}: some are missing")
                 if number > self.after:
-                    self._advance(number)
+                    self.after = number
+                    self._delays = self._retries.delays()
                     yield TokenEvent(event.question, read_message(Token, event.token), number)
         elif kind == "progress":
             progress = read_message(Progress, message.progress.progress)
@@ -259,12 +262,6 @@ class StreamCursor:
         elif kind == "job":
             data = read_message(JobData, message.job)
             yield JobEnded(data) if data.state in FINAL else data
-
-    def _advance(self, number: int) -> None:
-        if number != self.after + 1:
-            raise Unavailable(f"stream: token {number} came after {self.after}: some are missing")
-        self.after = number
-        self._delays = self._retries.delays()
 
     def pause(self, error: LongreachError) -> float:
         """Return the seconds to sleep before the next try; raise `error` when no further one is due or of use."""

@@ -230,8 +230,3 @@ def document_pieces(source: str | bytes | os.PathLike[str], name: str | None) ->
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a zero byte in the name
         raise InvalidRequest(f"document: {validate.show(str(path))}: cannot be read ({error})") from error
-
-
-def check_source(source: str | bytes | os.PathLike[str], name: str | None = None) -> None:
-    """Refuse an unreadable file or text before a call is begun (raises InvalidRequest)."""
-    next(document_pieces(source, name))

@@ -50,11 +50,15 @@ class Transport:
 
     RpcError = grpc.RpcError
 
-    def __init__(self, connection: Connection, api: Any) -> None:
-        """Open a channel of `api`, which is grpc or grpc.aio. Raises InvalidRequest: TLS files cannot be used."""
+    def __init__(self, connection: Connection, is_async: bool = False) -> None:
+        """Open a channel for the running event loop, or one whose calls block; that may be used from several threads.
+
+        Raises:
+            InvalidRequest: TLS files cannot be used.
+        """
         self._connection = connection
         self._metadata = [("authorization", f"Bearer {connection.secret}")] if connection.secret else []
-        self._channel = _open_channel(connection, api)
+        self._channel = _open_channel(connection, grpc.aio if is_async else grpc)
         self._stub = _Stub(self._channel)
         self.has_answered = False  # a head that has once answered is no matter of TLS
 
@@ -105,16 +109,6 @@ class Transport:
         if code == _Code.DEADLINE_EXCEEDED:
             return Unavailable(f"{address}: did not answer in time; a larger timeout_s waits longer")
         return LongreachError(f"{address}: {code.name}: {details}")
-
-
-def open_transport(connection: Connection) -> Transport:
-    """Open a channel whose calls block. May be used from several threads."""
-    return Transport(connection, grpc)
-
-
-def open_async_transport(connection: Connection) -> Transport:
-    """Open a channel for the running event loop."""
-    return Transport(connection, grpc.aio)
 
 
 def _open_channel(connection: Connection, api: Any) -> Any:

@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from cluster.stages.handle import StageHandle
+    from cluster.stages.handle import GrpcStageHandle
 
 _STOPPED = "the cluster was stopped"
 _LONG_STEP_S = 0.25  # no step waits behind one this long; the 1 to 2 ms until its successor arrives do not matter
@@ -68,7 +67,7 @@ class Engine:
     """
 
     def __init__(
-        self, scheduler: Scheduler, shards: Sequence[StageHandle], tokenizer: TextTokenizer | None,
+        self, scheduler: Scheduler, shards: Sequence[GrpcStageHandle], tokenizer: TextTokenizer | None,
         eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
@@ -144,21 +143,6 @@ class Engine:
     def fail(self, reason: str) -> None:
         """Give the pipeline up, as if a shard were lost; any thread may call this."""
         self._inbox.put(lambda: self._fail(reason))
-
-    def check_integrity(self) -> None:
-        """Verify pages against requests, on the engine's thread; raises AssertionError."""
-        done: Future[None] = Future()
-
-        def check() -> None:
-            try:
-                self.scheduler.check_integrity()
-            except AssertionError as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._inbox.put(check)
-        done.result(timeout=30)
 
     # --- the loop (engine thread) ------------------------------------------------------------------------------------
 
@@ -280,11 +264,12 @@ class Engine:
     ) -> RequestHandle:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
-        stops = frozenset(spec.stop_token_ids) | (frozenset() if spec.ignore_eos else frozenset(self._eos))
+        options = spec.options
+        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else frozenset(self._eos))
         now = self._clock()
-        rules = StopRules(spec.max_tokens, stops)
-        request = Request(next(self._sequences), spec.prompt, spec.sampling, rules, spec.priority)
-        text = OutputText(self._tokenizer, spec.stop, spec.reasoning_opened)
+        rules = StopRules(options.max_tokens, stops)
+        request = Request(next(self._sequences), spec.prompt, options.sampling, rules, spec.priority)
+        text = OutputText(self._tokenizer, options.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)
             text.push(sample.token_id)

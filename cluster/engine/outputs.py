@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
-from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
+from protos.jobs.sampling import AnswerOptions
+from protos.stage.messages import SampledToken, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """One prompt and how to continue it. `stop` are strings; the model's end ids stop too unless `ignore_eos`."""
+    """One prompt and how to continue it."""
 
     prompt: Sequence[int]
-    max_tokens: int
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    options: AnswerOptions
     reasoning_opened: bool = False  # the prompt ends inside <think>
     priority: int = 0  # higher is admitted earlier
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them

@@ -49,7 +49,7 @@ class RequestHandle:
             self.on_event(event)
         except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
             _log.exception("request %d: its callback raised and is not called again", self.request.sequence)
-            self.on_event = _ignore
+            self.on_event = lambda _event: None
 
     def end(self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "") -> None:
         """Set the result, notify the submitter and let `wait` return."""
@@ -77,7 +77,3 @@ class RequestHandle:
         )
         self.notify(self.result)
         self.done.set()
-
-
-def _ignore(_event: EngineEvent) -> None:
-    pass

@@ -233,10 +233,7 @@ class ClusterRuntime:
         self.check_prompts(prompts, options)
         items = []
         for index, prompt in enumerate(prompts):
-            spec = GenerationSpec(
-                prompt, options.max_tokens, options.sampling, options.stop, options.stop_token_ids, options.ignore_eos,
-                reasoning_opened, question=index,
-            )  # fmt: skip
+            spec = GenerationSpec(prompt, options, reasoning_opened, question=index)
             items.append((spec, partial(on_event, index) if on_event is not None else lambda event: None))
         return self.engine.submit_all(items)
 

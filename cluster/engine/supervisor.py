@@ -12,13 +12,8 @@ from typing import Literal, Protocol
 from cluster.common.text_format import one_line
 from cluster.engine.pipeline import Pipeline
 
-PAUSES_S = (
-    0.0,
-    1.0,
-    5.0,
-    20.0,
-    60.0,
-)  # before each attempt to start again; after as many failed ones in a row, give up
+# before each attempt to start again; after as many failed ones in a row, give up
+PAUSES_S = (0.0, 1.0, 5.0, 20.0, 60.0)
 SOUND_AFTER_S = 60.0  # a pipeline that has run this long starts the pauses anew when it fails
 _STOP_TIMEOUT_S = 60.0  # for a start under way when the supervision ends
 _log = logging.getLogger(__name__)

@@ -96,11 +96,11 @@ class DocumentStore:
 
     def delete(self, document_id: str) -> None:
         """Delete a document. Raises JobNotFound, and NotAllowedNow while an unfinished job uses it."""
-        path = self._path(document_id)
+        self.get(document_id)
         with self._lock, self._errors():
             if not self._store.delete_document(document_id):
                 raise JobNotFound(f"document: {document_id}: not found")
-            path.unlink(missing_ok=True)
+            self._path(document_id).unlink(missing_ok=True)
 
     def sweep(self, now: float) -> int:
         """Delete expired documents that no unfinished job uses (returns how many), and files that a crash left."""

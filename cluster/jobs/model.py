@@ -26,7 +26,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from protos.jobs.limits import MAX_QUESTIONS
 from protos.jobs.sampling import AnswerOptions
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
@@ -105,10 +104,6 @@ class JobInput:
         kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
         if sum(kinds) != 1:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
-        if self.document_id and not self.questions:
-            raise InvalidJob("questions: 0: must have at least one")
-        if len(self.questions) > MAX_QUESTIONS:
-            raise InvalidJob(f"questions: {len(self.questions)}: must be at most {MAX_QUESTIONS}")
 
     @property
     def num_answers(self) -> int:

@@ -10,7 +10,6 @@ import logging
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -21,12 +20,12 @@ from cluster.jobs.model import ACTIVE, JobAnswer, JobState
 from cluster.jobs.store import JobStore, StateChange
 from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
+from protos.jobs.limits import MAX_INT64
 from protos.stage.messages import SampledToken
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0  # between attempts to write to a disk that refuses
 _DETAILED = 16  # answers of a job that keep figures of every layer and attention head: tens of kilobytes each
-_PAGE = 1000  # tokens read at once when a job is resumed
 
 
 @dataclass(slots=True)
@@ -62,8 +61,6 @@ class Recorder:
         # events of jobs; Event: set when all before it is committed; None: the end
         self._queue: queue.SimpleQueue[_Item | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self.commit_seconds = 0.0
-        self.num_commits = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -117,13 +114,11 @@ class Recorder:
                 answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
                 job.ended[question] = event.finish_reason
                 if len(job.ended) == job.num_answers:
-                    final = _final_state(job)
+                    is_cancelled = FinishReason.CANCELLED in job.ended.values()
+                    final = JobState.CANCELLED if is_cancelled else JobState.SUCCEEDED
                     states.append((job.job_id, ACTIVE, final))
                     ended.append((job, final))
-        began = time.perf_counter()
         self._write(tokens, states, answers)
-        self.commit_seconds += time.perf_counter() - began
-        self.num_commits += 1
         for job, final in ended:
             job.on_end(final)
         self._changes.notify(list({job.job_id for job, *_ in items}))
@@ -161,18 +156,9 @@ def _answer(question: int, result: Generation, detailed: bool) -> JobAnswer:
     )
 
 
-def _final_state(job: LiveJob) -> JobState:
-    if FinishReason.CANCELLED in job.ended.values():
-        return JobState.CANCELLED
-    return JobState.SUCCEEDED
-
-
 def committed_tokens(store: JobStore, job_id: str) -> dict[int, list[SampledToken]]:
     """Return the committed tokens of a job by question, after which it is resumed."""
     done: dict[int, list[SampledToken]] = {}
-    after = 0
-    while page := store.tokens(job_id, after, _PAGE):
-        for token in page:
-            done.setdefault(token.question, []).append(SampledToken(0, token.token_id, token.logprob, token.top))
-        after = page[-1].number
+    for token in store.tokens(job_id, limit=MAX_INT64):
+        done.setdefault(token.question, []).append(SampledToken(0, token.token_id, token.logprob, token.top))
     return done

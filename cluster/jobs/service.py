@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from cluster.common.errors import EngineError
@@ -24,7 +24,6 @@ from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
     WAITING,
-    DocumentRecord,
     InvalidJob,
     JobNotFound,
     JobRecord,
@@ -60,13 +59,13 @@ class JobService:
     ) -> None:  # fmt: skip
         """
         Args:
-            limits: `max_queued_jobs`, `max_document_bytes`, `result_ttl_s` and `document_ttl_s` bound what is kept.
+            limits: `max_queued_jobs`, `result_ttl_s` and `document_ttl_s` bound what is kept.
             clock: gives seconds since 1970.
         """
         self._runtime = runtime
         self._supervisor = runtime.supervisor
         self._store = store
-        self._documents = documents
+        self.documents = documents
         self._limits = limits
         self._clock = clock
         self._changes = ChangeNotifier()
@@ -113,22 +112,6 @@ class JobService:
         self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._changes.close()
 
-    # --- documents ---------------------------------------------------------------------------------------------------
-
-    def upload(self, name: str, pieces: Iterable[bytes]) -> DocumentRecord:
-        """Store a document; refused early when it can never fit (InvalidJob)."""
-        return self._documents.put(name, pieces, self._limits.max_document_bytes)
-
-    def document(self, document_id: str) -> DocumentRecord:
-        return self._documents.get(document_id)
-
-    def documents(self) -> Sequence[DocumentRecord]:
-        return self._documents.list()
-
-    def delete_document(self, document_id: str) -> None:
-        self.document(document_id)
-        self._documents.delete(document_id)
-
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def submit(self, spec: JobSpec) -> JobRecord:
@@ -144,7 +127,7 @@ class JobService:
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
-        prompts = job_prompts(self._runtime, self._documents, spec)
+        prompts = job_prompts(self._runtime, self.documents, spec)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(self._queued_tokens.values())
@@ -233,7 +216,7 @@ class JobService:
         try:
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
-            prompts = job_prompts(self._runtime, self._documents, record.spec)
+            prompts = job_prompts(self._runtime, self.documents, record.spec)
             if document_id := record.spec.input.document_id:
                 self._store.touch_document(document_id, self._document_expires())
         except (InvalidJob, JobNotFound) as error:
@@ -261,15 +244,12 @@ class JobService:
             self._live[record.id] = job
         job.restore(finished)
         self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
-        ask = record.spec.ask
         opened = reasoning_opened(self._runtime.tokenizer, record.spec)
         items = []
         for question, prompt in enumerate(prompts):
             if question not in finished:
-                spec = GenerationSpec(
-                    prompt, ask.max_tokens, ask.sampling, ask.stop, ask.stop_token_ids, ask.ignore_eos, opened,
-                    record.spec.priority, tuple(done.get(question, ())), question,
-                )  # fmt: skip
+                resume = tuple(done.get(question, ()))
+                spec = GenerationSpec(prompt, record.spec.ask, opened, record.spec.priority, resume, question)
                 items.append((spec, self._recorder.callback(job, question)))
         self._arm(record)
         try:
@@ -321,7 +301,7 @@ class JobService:
 
     def _sweep(self, now: float) -> None:
         self._store.expire(now, self._limits.result_ttl_s)
-        self._documents.sweep(now)
+        self.documents.sweep(now)
 
     # --- callbacks of the supervisor ---------------------------------------------------------------------------------
 

@@ -282,11 +282,6 @@ def _token(row: Sequence[Any]) -> OutputToken:
     return OutputToken(*values)
 
 
-def _token_row(job: int, t: OutputToken) -> tuple[object, ...]:
-    top = json.dumps(t.top) if t.top else "[]"  # almost always
-    return (job, t.number, t.question, t.token_id, t.text, t.logprob, top, t.part, t.reasoning, t.answer)
-
-
 def _append(db: sqlite3.Connection, job_id: str, tokens: list[OutputToken]) -> None:
     row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or row[1] in FINAL:
@@ -299,7 +294,10 @@ def _append(db: sqlite3.Connection, job_id: str, tokens: list[OutputToken]) -> N
             raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
     db.executemany(
         f"INSERT INTO tokens (job, {_TOKEN}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [_token_row(seq, token) for token in tokens],
+        [
+            (seq, t.number, t.question, t.token_id, t.text, t.logprob, json.dumps(t.top), t.part, t.reasoning, t.answer)
+            for t in tokens
+        ],
     )
     db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
 

@@ -110,29 +110,3 @@ class PagePool:
             else:
                 self._state[page] = _FREE
                 self._num_free += 1
-
-    def check_integrity(self, owned: Iterable[Sequence[int]] = ()) -> None:
-        """Verify every invariant.
-
-        Args:
-            owned: the pages of each request that holds some.
-
-        Raises:
-            AssertionError: with the first page that is wrong.
-        """
-        readers = [0] * self.num_pages
-        for pages in owned:
-            for page in pages:
-                readers[page] += 1
-        for page in range(self.num_pages):
-            expected = _OWNED if readers[page] else (_CACHED if page in self._cached else _FREE)
-            assert self._readers[page] == readers[page], (
-                f"page {page}: {self._readers[page]} readers counted, {readers[page]} requests hold it"
-            )
-            assert self._state[page] == expected, f"page {page}: state {self._state[page]}, expected {expected}"
-            if expected == _FREE:
-                assert page not in self._hash_of, f"page {page} is free but has a hash"
-        assert self._num_free == self._state.count(_FREE), "free pages miscounted"
-        assert len(self._hash_of) == len(self._page_of), "hash index out of step"
-        for key, page in self._page_of.items():
-            assert self._hash_of.get(page) == key, f"page {page}: hash index out of step"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import islice, takewhile
 
 from cluster.scheduler.page_pool import PagePool
@@ -75,10 +75,6 @@ class PrefixCache:
     def end(self, request: Request) -> None:
         """Withdraw the pages that a running request will not compute any more."""
         self._withdraw(request, request.hashes[request.num_published :])
-
-    def check_integrity(self, running: Collection[int]) -> None:
-        """Verify that only running sequences have pending pages; raises AssertionError."""
-        assert set(self._pending.values()) <= set(running), "pages are pending for requests that do not run"
 
     def _withdraw(self, request: Request, hashes: Sequence[bytes]) -> None:
         for key in hashes:

@@ -6,7 +6,6 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from protos.jobs.sampling import OPTIONS
 from protos.stage.messages import SampledToken, SamplingParams
 
 
@@ -29,16 +28,13 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """When generation ends: after `max_tokens`, or with one of `token_ids`.
+    """When generation ends: after `max_tokens` (at least 1), or with one of `token_ids`.
 
     `token_ids` are the model's end-of-sequence ids, unless they are ignored, and the caller's.
     """
 
     max_tokens: int
     token_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        OPTIONS["max_tokens"].check(self.max_tokens)
 
 
 @dataclass(slots=True, eq=False)

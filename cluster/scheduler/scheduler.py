@@ -143,11 +143,6 @@ class Scheduler:
         request.finish_reason = reason
         self._finish(request)
 
-    def check_integrity(self) -> None:
-        """Verify pages and pending prefixes against the requests that run; raises AssertionError."""
-        self.pool.check_integrity(request.pages for request in self._running.values())
-        self._prefixes.check_integrity(self._running)
-
     # --- internals ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:

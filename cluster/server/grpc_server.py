@@ -18,7 +18,6 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
@@ -38,7 +37,6 @@ _SHORT_CALLS = 32  # threads for calls that answer at once, besides those of lon
 _QUEUED_CALLS = 64  # calls accepted beyond the threads: they wait for one
 _WATCHERS = 16  # health watchers: they need no key, so they have a limit and threads of their own
 _POLL_S = 2.0  # how soon a waiting call notices that its client has gone
-_TOKENS_PAGE = 1000  # tokens read at once
 
 
 class GrpcServer:
@@ -85,11 +83,11 @@ class GrpcServer:
         )
         server = grpc.server(
             calls,
-            interceptors=[*([KeyInterceptor(keys)] if keys else []), guard],
+            interceptors=[*([KeyInterceptor(keys)] if keys is not None else []), guard],
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
             maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _QUEUED_CALLS,
         )
-        rpc.add_JobsServicer_to_server(_Jobs(self._service), server)  # type: ignore[no-untyped-call, unused-ignore]
+        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -121,15 +119,17 @@ class GrpcServer:
 class _Jobs(rpc.JobsServicer):
     """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
 
-    def __init__(self, service: JobService) -> None:
+    def __init__(self, service: JobService, max_document_bytes: int) -> None:
         self._service = service
+        self._max_document_bytes = max_document_bytes
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidJob("document: the first message must have the header")
         name = codec.decode_name(first.header)
-        return codec.encode_document(self._service.upload(name, self._pieces(requests, context)))
+        pieces = self._pieces(requests, context)
+        return codec.encode_document(self._service.documents.put(name, pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         for request in requests:
@@ -142,16 +142,16 @@ class _Jobs(rpc.JobsServicer):
             raise InvalidJob("document: the upload was cut off")
 
     def _store_text(self, text: str) -> str:
-        return self._service.upload("", [text.encode()]).id
+        return self._service.documents.put("", [text.encode()], self._max_document_bytes).id
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
-        return codec.encode_document(self._service.document(check_id(request.id, "doc")))
+        return codec.encode_document(self._service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        return pb.DocumentList(documents=map(codec.encode_document, self._service.documents()))
+        return pb.DocumentList(documents=map(codec.encode_document, self._service.documents.list()))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
-        self._service.delete_document(check_id(request.id, "doc"))
+        self._service.documents.delete(request.id)
         return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
@@ -203,16 +203,6 @@ class _Jobs(rpc.JobsServicer):
 
     def _whole(self, record: JobRecord) -> pb.Job:
         """Return the job with its tokens and, while it runs, its progress."""
-        tokens = list(self._tokens(record.id, record.last_event))
+        tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
-
-    def _tokens(self, job_id: str, last: int) -> Iterator[OutputToken]:
-        """Yield the tokens of a job up to number `last`."""
-        number = 0
-        while number < last:
-            batch = self._service.tokens(job_id, number, min(_TOKENS_PAGE, last - number))
-            if not batch:
-                return
-            yield from batch
-            number = batch[-1].number

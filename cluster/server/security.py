@@ -15,6 +15,7 @@ import grpc
 from cluster.common.certificates import check_pair, load_certificates
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
+from protos.stage.channel import refusing_handler
 
 MIN_KEY_CHARS = 16
 _MAX_FILE_BYTES = 1 << 20
@@ -28,16 +29,10 @@ class ApiKeys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
 
-    def __len__(self) -> int:
-        return len(self._digests)
-
     def matches(self, key: str) -> bool:
         """Return whether this is one of the keys; takes as long for every key of the file."""
         digest = _digest(key)
-        is_known = False
-        for known in self._digests:
-            is_known |= hmac.compare_digest(known, digest)
-        return is_known
+        return sum(hmac.compare_digest(known, digest) for known in self._digests) > 0
 
 
 def load_api_keys(path: Path) -> ApiKeys:
@@ -137,7 +132,7 @@ class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignor
 
     def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
-        self._refusal = _refusal()
+        self._refusal = refusing_handler("an API key is needed: metadata `authorization: Bearer KEY`")
 
     def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
@@ -152,16 +147,6 @@ class KeyInterceptor(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignor
             return False
         scheme, _, key = values[0].partition(" ")
         return scheme.lower() == "bearer" and self._keys.matches(key.strip())
-
-
-def _refusal() -> grpc.RpcMethodHandler:
-    """Return a handler that refuses a call of any kind without waiting for its message."""
-
-    def refuse(_requests: object, context: grpc.ServicerContext) -> Iterator[bytes]:
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "an API key is needed: metadata `authorization: Bearer KEY`")
-        yield b""  # makes this a generator; abort has raised
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The engine's handle of a shard: a protocol, and its implementation over gRPC."""
+"""The engine's handle of a shard in another process, over gRPC."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import grpc
 
 from cluster.common.errors import StageError
 from cluster.common.text_format import describe_error
+from protos.jobs.convert import read_message
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
@@ -21,28 +21,8 @@ from protos.stage.messages import LoadProgress, ShardSpec, StepPlan, StepResult
 _CLOSE_TIMEOUT_S = 2.0
 
 
-class StageHandle(Protocol):
-    """One shard. Results and losses arrive on another thread than the caller's."""
-
-    shard: ShardSpec
-
-    def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
-        """Begin a run, after which plans may be sent.
-
-        Args:
-            on_results: called with results in the order of their plans, several at once while the shard decodes.
-            on_lost: called at most once, with the reason, when the shard can no longer answer.
-        """
-
-    def send(self, plans: Sequence[StepPlan]) -> None:
-        """Queue plans; never waits for the steps."""
-
-    def close(self) -> None:
-        """End the run and the shard; may be called twice."""
-
-
 class GrpcStageHandle:
-    """A shard in another process."""
+    """One shard. Results and losses arrive on another thread than the caller's."""
 
     def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
         self.shard = shard
@@ -63,7 +43,7 @@ class GrpcStageHandle:
         """
         try:
             for message in self._stub.Load(request, metadata=self._metadata, timeout=timeout_s):
-                progress = codec.progress_from_pb(message)
+                progress = read_message(LoadProgress, message)
                 if progress.error:
                     raise StageError(f"{self.name}: {progress.error}")
                 yield progress
@@ -97,6 +77,12 @@ class GrpcStageHandle:
         return reply
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
+        """Begin a run, after which plans may be sent.
+
+        Args:
+            on_results: called with results in the order of their plans, several at once while the shard decodes.
+            on_lost: called at most once, with the reason, when the shard can no longer answer.
+        """
         results = self._call = self._stub.Run(iter(self._plans.get, None), metadata=self._metadata)
 
         def read() -> None:
@@ -114,9 +100,11 @@ class GrpcStageHandle:
         self._results.start()
 
     def send(self, plans: Sequence[StepPlan]) -> None:
+        """Queue plans; never waits for the steps."""
         self._plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
 
     def close(self) -> None:
+        """End the run and the shard; may be called twice."""
         self._closing = True
         self._plans.put(None)
         if self._results is not None and self._call is not None:

@@ -151,7 +151,8 @@ class Launcher:
         self._ray.serve()
         here = self._ray.node_id()
         for shard, address in zip(self._deployment.shards, addresses, strict=True):
-            self._shards.append(GrpcStageHandle(shard, _reach(here, address), token))
+            reachable = address.unix if address.node == here else address.tcp
+            self._shards.append(GrpcStageHandle(shard, reachable, token))
         return addresses
 
     def _load(self) -> list[LoadProgress]:
@@ -179,7 +180,7 @@ class Launcher:
         return pb.LoadRequest(
             model_path=str(config.model.path),
             model_spec_json=self._deployment.spec.to_json(),
-            shard=codec.shard_to_pb(shard),
+            shard=codec.encode(shard),
             dtype=compute_dtype(self._deployment),
             device=config.cluster.device,
             load_format=config.model.load_format,
@@ -224,11 +225,6 @@ def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], r
     before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
     links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}
     return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
-
-
-def _reach(node: str, address: StageAddress) -> str:
-    """Return the gRPC address of a shard for a process on `node`: a Unix socket on the same node, else TCP."""
-    return address.unix if address.node == node else address.tcp
 
 
 def _follow(

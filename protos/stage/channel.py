@@ -8,12 +8,13 @@ from typing import Any
 
 import grpc
 
-MAX_MESSAGE = 64 * 1024 * 1024  # bytes; frames of activations have 2 MiB, plans are smaller
+from protos.jobs.limits import MAX_REQUEST_BYTES
+
 _TOKEN_KEY = "longreach-launch-token"
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -45,9 +46,14 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc, unused-ign
         token = dict(details.invocation_metadata).get(_TOKEN_KEY, "")
         if hmac.compare_digest(str(token).encode(), self._token):
             return continuation(details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)  # answers a call of any kind
+        return refusing_handler("this stage belongs to another launch (wrong token)")
 
 
-def _refuse(_requests: object, context: grpc.ServicerContext) -> Iterator[bytes]:
-    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this stage belongs to another launch (wrong token)")
-    yield b""  # makes this a generator; abort has raised
+def refusing_handler(reason: str) -> grpc.RpcMethodHandler:
+    """Return a handler that answers a call of any kind with UNAUTHENTICATED, without waiting for its message."""
+
+    def refuse(_requests: object, context: grpc.ServicerContext) -> Iterator[bytes]:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
+        yield b""  # makes this a generator; abort has raised
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -13,7 +13,9 @@ from cluster.scheduler.request import Request
 from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import SamplingParams
 from tests.identity.conftest import Checkpoints
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.integrity import check_engine
 
 GREEDY = SamplingParams()
 KINDS = [
@@ -29,7 +31,7 @@ def specs(vocab: int, stops: Sequence[int] = ()) -> list[GenerationSpec]:
     draw = random.Random(5)
     counts = (1, 2, 9, 24, 40, 17, 33, 5)
     return [
-        GenerationSpec(
+        generation_spec(
             [draw.randrange(5, vocab) for _ in range(1 + 13 * at)], count, KINDS[at % 4], stop_token_ids=tuple(stops)
         )
         for at, count in enumerate(counts)
@@ -90,4 +92,4 @@ def test_cancelled_sequences_leave_no_token_behind(checkpoint: Checkpoints) -> N
             for at, (got, whole) in enumerate(zip(found, plain, strict=True)):
                 assert got.token_ids == whole.token_ids[: len(got.token_ids)]
                 assert len(got.token_ids) == len(whole.token_ids) or at in (3, 4, 6)
-            pipeline.engine.check_integrity()
+            check_engine(pipeline.engine)

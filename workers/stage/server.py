@@ -144,7 +144,7 @@ class _StageServicer(rpc.StageServicer):
             update = updates.get()
             is_final, now = update.ready or bool(update.error), time.monotonic()
             if is_final or now - last >= _PROGRESS_INTERVAL_S:
-                yield codec.progress_to_pb(update)
+                yield codec.encode(update)
                 last = now
 
     def _load(self, request: pb.LoadRequest, updates: queue.SimpleQueue[LoadProgress]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from protos.jobs.convert import read_message
 from protos.model.spec import ModelSpec
-from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import (
     LoadProgress,
@@ -67,7 +67,7 @@ class StageWorker:
             ValueError: the checkpoint or the request is not usable. RuntimeError: the group did not form.
         """
         self._spec = ModelSpec.from_json(request.model_spec_json)
-        self._shard: ShardSpec = codec.shard_from_pb(request.shard)
+        self._shard = read_message(ShardSpec, request.shard)
         self._dtype = DTYPES[request.dtype]
         self._device = torch.device(request.device)
         if self._device.type == "cuda":

@@ -18,7 +18,9 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.eval.haystack import build_haystack, is_right
 from protos.jobs.sampling import AnswerOptions
 from tests.integration.conftest import ROOT, CommandLine
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
+from tests.support.oracles.integrity import check_engine
 
 NEEDLE = ROOT / "configs" / "needle"
 
@@ -123,12 +125,11 @@ def test_answers_equal_one_process(runtime: ClusterRuntime) -> None:
     )
     answers = runtime.generate(prompts, AnswerOptions(max_tokens=16))
     assert all(is_right(a.text, n) for a, n in zip(answers, haystack.needles, strict=True))
-    from cluster.engine.outputs import GenerationSpec
 
     with Pipeline(NEEDLE, 1, 1, chunk=512, pages=128, page_size=64, spec=runtime.deployment.spec, eos=(0,)) as single:
-        expected = single.generate(*[GenerationSpec(prompt, 16) for prompt in prompts])
+        expected = single.generate(*[generation_spec(prompt, 16) for prompt in prompts])
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
-    runtime.engine.check_integrity()
+    check_engine(runtime.engine)
 
 
 def test_head_has_no_torch(longreach: CommandLine) -> None:

@@ -25,6 +25,7 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs import service as service_module
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.head import LONG, ROOT, Served, free_port, tokens_of, until
 
 MIB = 1 << 20
@@ -59,7 +60,7 @@ def served(serve: Callable[..., Served]) -> Served:
 
 def check_idle(served: Served) -> None:
     until(lambda: not served.service._live and not served.runtime.kv_usage, "all pages are back")
-    served.runtime.engine.check_integrity()
+    check_engine(served.runtime.engine)
 
 
 def follow(address: str, job_id: str, after: int = 0) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ import pytest
 from cluster import Client, JobEnded, TokenEvent
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.head import LONG, ROOT, Served, free_port, until
 
 CLIENTS = 20
@@ -84,7 +85,7 @@ def run_half(served: Served, half: int) -> Counter[str]:
         callers = [threads.submit(Caller(served.address, half, number).run) for number in range(CLIENTS)]
         ends = Counter(state for caller in callers for state in caller.result())
     until(lambda: not served.service._live and not served.runtime.kv_usage, "all pages are back")
-    served.runtime.engine.check_integrity()
+    check_engine(served.runtime.engine)
     return ends
 
 

@@ -23,6 +23,7 @@ from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving
 from tests.support.fakes.runtime import FakeRuntime
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.head import Served
 
 Code = grpc.StatusCode
@@ -41,7 +42,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with Served(runtime, tmp_path / "data", max_queued_jobs=100_000) as head:
         yield head.address
         assert head.client.submit(token_ids=[1, 2], max_tokens=2).wait(60).state == "succeeded"
-        head.runtime.engine.check_integrity()
+        check_engine(head.runtime.engine)
     runtime.close()
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from protos.jobs.limits import MAX_REQUEST_BYTES
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import CHANNEL_OPTIONS, MAX_MESSAGE, TokenInterceptor, open_channel, token_metadata
+from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor, open_channel, token_metadata
 
 TOKEN = "f" * 64
 CALLS = {  # one method of each kind
@@ -96,7 +97,7 @@ def test_a_token_under_another_name_is_refused(server: tuple[Echo, grpc.Channel]
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-@pytest.mark.parametrize(("size", "ok"), [(MAX_MESSAGE - 1024, True), (MAX_MESSAGE + 1, False)])
+@pytest.mark.parametrize(("size", "ok"), [(MAX_REQUEST_BYTES - 1024, True), (MAX_REQUEST_BYTES + 1, False)])
 def test_messages_have_a_limit(server: tuple[Echo, grpc.Channel], size: int, ok: bool):
     echo, channel = server
     frames = iter([pb.Frame(data=bytes(size))])

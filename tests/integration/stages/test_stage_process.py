@@ -16,14 +16,15 @@ import torch
 
 from cluster.common.errors import EngineError, StageError
 from cluster.engine.hang_detector import HangDetector
-from cluster.engine.outputs import GenerationSpec
 from cluster.stages.handle import GrpcStageHandle
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
 from protos.stage.messages import SamplingParams
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.fakes.stage import submit
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.stage_processes import (
     CHUNK,
     NEEDLE,
@@ -39,9 +40,9 @@ from workers.stage.server import TOKEN_VARIABLE
 from workers.transport.frames import Header, split
 
 SPECS = [
-    GenerationSpec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
-    GenerationSpec([11, 12, 13], 5, SamplingParams(temperature=1.0, top_p=0.9, seed=5), ignore_eos=True),
-    GenerationSpec([(3 * i) % 4000 + 5 for i in range(PAGE)], 4, SamplingParams(repetition_penalty=1.3, logprobs=2)),
+    generation_spec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
+    generation_spec([11, 12, 13], 5, SamplingParams(temperature=1.0, top_p=0.9, seed=5), ignore_eos=True),
+    generation_spec([(3 * i) % 4000 + 5 for i in range(PAGE)], 4, SamplingParams(repetition_penalty=1.3, logprobs=2)),
 ]
 
 
@@ -74,9 +75,9 @@ def test_a_stage_that_stops_is_hung(running: Stages, stage: int):
 def test_a_stage_that_is_slow_but_moves_is_waited_for(running: Stages):
     """A stage that sleeps 97 % of the time: a step takes several times as long as would be late."""
     engine = running.run_engine()
-    spec = GenerationSpec([(5 * i) % 4000 + 5 for i in range(CHUNK * 7)], 2, ignore_eos=True)
+    spec = generation_spec([(5 * i) % 4000 + 5 for i in range(CHUNK * 7)], 2, ignore_eos=True)
     expected = submit(engine, spec).wait(60).token_ids
-    again = GenerationSpec([7, *spec.prompt], 2, ignore_eos=True)
+    again = generation_spec([7, *spec.prompt], 2, ignore_eos=True)
     with Watch(running):
         handle = submit(engine, again)
         began = time.monotonic()
@@ -100,7 +101,7 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
     engine = stages.run_engine()
     handles = engine.submit_all([(spec, lambda event: None) for spec in SPECS])
     results = [handle.wait(60) for handle in handles]
-    engine.check_integrity()
+    check_engine(engine)
     with Pipeline(NEEDLE, 2, 1, chunk=CHUNK, pages=PAGES, page_size=PAGE, dtype=torch.float32, eos=(0,)) as pipeline:
         expected = pipeline.generate(*SPECS)
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
@@ -187,7 +188,7 @@ def test_a_killed_process_ends_the_running_request(links: str, stage: int, reque
         handle.wait(5)
     assert time.monotonic() - began < 5
     with pytest.raises(EngineError):
-        submit(engine, GenerationSpec([1], 1))
+        submit(engine, generation_spec([1], 1))
     other = running.handles[1 - stage]
     eventually(lambda: bool(other.probe().steps_done), 5)  # it answers, and does not wait for what will never come
     engine.close()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
+    check_id,
     new_id,
 )
 from cluster.jobs.subscriptions import JobEvent, ProgressUpdate
@@ -37,6 +39,9 @@ class FakeJobService:
         self.records: dict[str, JobRecord] = {}
         self.stored: dict[str, DocumentRecord] = {}
         self.contents: dict[str, bytes] = {}
+        self.documents = SimpleNamespace(
+            put=self.upload, get=self.document, list=lambda: list(self.stored.values()), delete=self.delete_document
+        )
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
         self.committed: dict[str, list[OutputToken]] = {}  # what `tokens` gives, instead of made-up ones
@@ -44,7 +49,7 @@ class FakeJobService:
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
 
-    def upload(self, name: str, pieces: Iterable[bytes]) -> DocumentRecord:
+    def upload(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
         data = b"".join(pieces)
         document_id = f"doc_{hashlib.sha256(data).hexdigest()[:32]}"
         self.contents[document_id] = data
@@ -52,12 +57,10 @@ class FakeJobService:
         return self.stored[document_id]
 
     def document(self, document_id: str) -> DocumentRecord:
+        check_id(document_id, "doc")
         if document_id not in self.stored:
             raise JobNotFound(f"document {document_id}: not found")
         return self.stored[document_id]
-
-    def documents(self) -> Sequence[DocumentRecord]:
-        return list(self.stored.values())
 
     def delete_document(self, document_id: str) -> None:
         self.document(document_id)

@@ -19,6 +19,7 @@ from cluster.scheduler.scheduler import Scheduler
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec, StepPlan, StepResult
+from tests.support.oracles.integrity import check_engine
 from workers.kv.paged import PagedKV
 from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner, StepOutput
@@ -42,7 +43,7 @@ class InProcessSender:
 
 
 class InProcessShard:
-    """A `StageHandle` whose shard is a thread of this process."""
+    """A `GrpcStageHandle` whose shard is a thread of this process."""
 
     def __init__(self, runner: ModelRunner, inbox: GrpcInbox | None, sender: InProcessSender | None) -> None:
         self._stepper = Stepper(runner, inbox, sender, 60.0)
@@ -155,5 +156,5 @@ class Pipeline:
         """Run prompts together; checks the page pool afterwards."""
         handles = self.engine.submit_all([(spec, lambda event: None) for spec in specs])
         results = [handle.wait(timeout_s) for handle in handles]
-        self.engine.check_integrity()
+        check_engine(self.engine)
         return results

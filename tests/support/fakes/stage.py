@@ -17,6 +17,8 @@ from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+from tests.support.data.specs import generation_spec
+from tests.support.oracles.integrity import check_engine
 from tests.support.paths import NEEDLE
 
 EMPTY = Span(0, 0)
@@ -141,12 +143,12 @@ class Rig:
 
     def submit(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[RequestHandle, list[EngineEvent]]:
         events: list[EngineEvent] = []
-        return submit(self.engine, GenerationSpec(prompt, max_tokens, **spec), events.append), events
+        return submit(self.engine, generation_spec(prompt, max_tokens, **spec), events.append), events
 
     def run(self, prompt: Sequence[int], max_tokens: int = 3, **spec) -> tuple[Generation, list[EngineEvent]]:
         handle, events = self.submit(prompt, max_tokens, **spec)
         result = handle.wait(WAIT)
-        self.engine.check_integrity()
+        check_engine(self.engine)
         return result, events
 
 

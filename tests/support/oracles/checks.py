@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.engine.outputs import Generation
 from protos.stage.messages import SamplingParams, StepPlan
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.oracles.transformers import TOLERANCE, Oracle, Reference, random_prompt, relative_error
 
@@ -23,7 +24,7 @@ def run(
     pipeline: Pipeline, prompts: Sequence[Sequence[int]], count: int = NEW_TOKENS, sampling: SamplingParams = GREEDY
 ) -> list[Generation]:
     """Submit all prompts at once and wait for `count` tokens of each."""
-    return pipeline.generate(*[GenerationSpec(prompt, count, sampling) for prompt in prompts])
+    return pipeline.generate(*[generation_spec(prompt, count, sampling) for prompt in prompts])
 
 
 def check_same(pipeline: Pipeline, result: Generation, reference: Reference) -> None:

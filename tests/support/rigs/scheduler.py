@@ -14,6 +14,7 @@ from protos.model.config_json import load_model_spec
 from protos.model.grid import is_sparse, largest_cell, next_cut, split
 from protos.model.spec import DualChunkSpec, ModelSpec, SparseSpec
 from protos.stage.messages import SampledToken, SamplingParams, SequenceSlice, StepPlan
+from tests.support.oracles.integrity import check_scheduler
 from tests.support.paths import NEEDLE
 from workers.model.batch import PageTables
 
@@ -144,7 +145,7 @@ class Harness:
     def commit(self) -> list[Request]:
         plan = self.in_flight.popleft()
         touched = self.scheduler.commit(plan, self.late.execute(plan))
-        self.scheduler.check_integrity()
+        check_scheduler(self.scheduler)
         return touched
 
     def step(self) -> StepPlan | None:

@@ -11,6 +11,7 @@ from cluster.server.head import Head
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
+from tests.support.oracles.integrity import check_engine
 
 
 class Bench:
@@ -58,4 +59,4 @@ class Bench:
         eventually(lambda: not self.service._live and not self.runtime.kv_usage)
         assert not self.service._handles
         assert not self.service._queued_tokens
-        self.runtime.engine.check_integrity()
+        check_engine(self.runtime.engine)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
-from cluster.engine.outputs import GenerationSpec
 from cluster.engine.request_handle import RequestHandle
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
@@ -21,6 +20,7 @@ from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import StageAddress
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import submit
 from tests.support.paths import ROOT
 from workers.stage.server import TOKEN_VARIABLE
@@ -60,7 +60,7 @@ class Stages:
         spec = load_model_spec(NEEDLE).to_json()
         for handle in self.handles:
             request = pb.LoadRequest(
-                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.shard_to_pb(handle.shard),
+                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.encode(handle.shard),
                 dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
                 store_path=str(self.folder / f"{handle.shard.stage}.store"),
             )  # fmt: skip
@@ -106,6 +106,6 @@ def eventually(condition: Callable[[], bool], limit_s: float) -> None:
 
 def long_request(engine: Engine) -> RequestHandle:
     """A request that goes on for many steps; returns when it has begun to answer."""
-    handle = submit(engine, GenerationSpec([5, 6, 7], 900, ignore_eos=True))
+    handle = submit(engine, generation_spec([5, 6, 7], 900, ignore_eos=True))
     eventually(lambda: len(handle.request.output) > 2, 30)
     return handle

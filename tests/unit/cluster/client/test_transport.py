@@ -10,7 +10,7 @@ import pytest
 
 import cluster
 from cluster.client.connection import Connection
-from cluster.client.transport import Transport, open_async_transport, open_transport
+from cluster.client.transport import Transport
 
 Code = grpc.StatusCode
 CLOSED = "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:127.0.0.1:7777: Socket closed"
@@ -26,7 +26,7 @@ class Failure(grpc.RpcError):
 
 
 def transport(**arguments: Any) -> Transport:
-    return open_transport(Connection(**arguments))
+    return Transport(Connection(**arguments))
 
 
 ERRORS: list[tuple[Failure, type[Exception], str]] = [
@@ -101,7 +101,7 @@ def test_channels_by_kind() -> None:
     blocking.close()
 
     async def open_and_close() -> None:
-        opened = open_async_transport(Connection())
+        opened = Transport(Connection(), is_async=True)
         assert isinstance(opened._channel, grpc.aio.Channel)
         await opened.close()
 

@@ -17,6 +17,7 @@ from protos.model.grid import split
 from protos.model.spec import DualChunkSpec, HeadBudget, RopeSpec, SparseSpec
 from protos.stage.messages import CellReport, StepPlan
 from tests.support.fakes.stage import WAIT, Rig
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.scheduler import PLAIN, long_spec
 
 SPARSE = long_spec(100, 64)
@@ -155,7 +156,7 @@ def test_a_cancelled_prompt_keeps_what_it_had():
         for shard in rig.shards:
             shard.let(100)
         result = handle.wait(WAIT)
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
     assert result.finish_reason is FinishReason.CANCELLED
     assert result.attention is not None
     assert result.attention.cells <= 4

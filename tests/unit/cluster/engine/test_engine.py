@@ -4,12 +4,14 @@ import time
 
 import pytest
 
-from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.scheduler.request import FinishReason
 from cluster.scheduler.scheduler import DoesNotFit
 from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SamplingParams
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually, submit
+from tests.support.oracles.integrity import check_engine
 
 
 def test_events_come_in_order_and_progress_rises():
@@ -134,7 +136,7 @@ def test_a_single_stage_gets_decode_steps_ahead_but_nothing_behind_a_long_chunk(
 def test_the_next_plan_leaves_before_anybody_hears_of_the_last_result(stages: int):
     with Rig(stages=stages) as rig:
         sent: list[int] = []
-        spec = GenerationSpec([1, 2, 3], 5)
+        spec = generation_spec([1, 2, 3], 5)
         token = lambda event: sent.append(len(rig.last.plans)) if isinstance(event, OutputToken) else None  # noqa: E731
         submit(rig.engine, spec, token).wait(WAIT)
     assert sent[:4] == sorted(sent[:4])
@@ -166,7 +168,7 @@ def test_cancel_a_queued_request():
         assert (result.token_ids, events) == ((), [result])
         rig.last.let(1000)
         assert first.wait(WAIT).finish_reason is FinishReason.LENGTH
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
 
 
 def test_cancel_while_prefilling():
@@ -182,7 +184,7 @@ def test_cancel_while_prefilling():
         assert not any(isinstance(event, OutputToken) for event in events)
         assert sum(isinstance(event, Generation) for event in events) == 1
         assert len(rig.last.plans) == 2, "nothing is computed for it any more"
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert rig.run(range(30))[0].finish_reason is FinishReason.LENGTH
 
 
@@ -193,7 +195,7 @@ def test_cancel_while_decoding_keeps_the_tokens_so_far_and_repeats_none():
         handle, events = rig.submit(range(10), 50)
         eventually(lambda: len(rig.last.plans) == 5)
         rig.engine.cancel(handle)
-        rig.engine.check_integrity()  # the cancel has been seen
+        check_engine(rig.engine)  # the cancel has been seen
         rig.last.let(1000)
         result = handle.wait(WAIT)
     assert result.finish_reason is FinishReason.CANCELLED
@@ -207,7 +209,7 @@ def test_cancel_after_the_end_changes_nothing():
         handle, events = rig.submit([1])
         result = handle.wait(WAIT)
         rig.engine.cancel(handle)
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert handle.wait(0) == result
         assert sum(isinstance(event, Generation) for event in events) == 1
 
@@ -218,14 +220,14 @@ def test_cancel_after_the_end_changes_nothing():
 def test_all_are_accepted_or_none():
     with Rig(pages=4) as rig:
         with pytest.raises(DoesNotFit):
-            rig.engine.submit_all([(GenerationSpec([1], 1), print), (GenerationSpec(range(1000), 1), print)])
+            rig.engine.submit_all([(generation_spec([1], 1), print), (generation_spec(range(1000), 1), print)])
         with pytest.raises(ValueError, match="prompt: 0 tokens"):
             rig.submit([])
         with pytest.raises(ValueError, match="max_tokens: 0"):
             rig.submit([1], 0)
         with pytest.raises(ValueError, match="stop"):
             rig.submit([1], 1, stop=("",))
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert all(not shard.plans for shard in rig.shards)
 
 
@@ -233,13 +235,13 @@ def test_tokens_of_one_submission_are_numbered_together():
     with Rig(pages=200) as rig:
         events: list[OutputToken] = []
         keep = lambda event: events.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
-        specs = [GenerationSpec([1] * (index + 1), 2 + index, question=index) for index in (0, 3, 5)]
+        specs = [generation_spec([1] * (index + 1), 2 + index, question=index) for index in (0, 3, 5)]
         for handle in rig.engine.submit_all([(spec, keep) for spec in specs], after=7):
             handle.wait(WAIT)
-        assert [token.number for token in events] == list(range(8, 8 + sum(spec.max_tokens for spec in specs)))
+        assert [token.number for token in events] == list(range(8, 8 + sum(spec.options.max_tokens for spec in specs)))
         for spec in specs:
             ids = [token.token_id for token in events if token.question == spec.question]
-            assert ids == [1000 + index for index in range(spec.max_tokens)]
+            assert ids == [1000 + index for index in range(spec.options.max_tokens)]
 
 
 THOUGHT = TextTokenizer.open(NEEDLE).encode("<think>why not</think>\n\nso it is")
@@ -257,7 +259,7 @@ def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened:
         resume = whole.samples[:done]
         rest: list[OutputToken] = []
         keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
-        (handle,) = rig.engine.submit_all([(GenerationSpec([1], len(ids), resume=resume, **spec), keep)], after=done)
+        (handle,) = rig.engine.submit_all([(generation_spec([1], len(ids), resume=resume, **spec), keep)], after=done)
         again = handle.wait(WAIT)
     assert rest == tokens[done:]
     assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")
@@ -275,9 +277,9 @@ def test_waiting_has_a_limit():
 
 def test_many_requests_at_once():
     with Rig(lambda sequence, index: sequence * 10 + index, pages=200) as rig:
-        specs = [(GenerationSpec([i] * (i + 1), 1 + i % 4), lambda event: None) for i in range(40)]
+        specs = [(generation_spec([i] * (i + 1), 1 + i % 4), lambda event: None) for i in range(40)]
         handles = rig.engine.submit_all(specs)
         for handle, (spec, _) in zip(handles, specs, strict=True):
             sequence = handle.request.sequence
-            assert handle.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.max_tokens))
-        rig.engine.check_integrity()
+            assert handle.wait(WAIT).token_ids == tuple(sequence * 10 + i for i in range(spec.options.max_tokens))
+        check_engine(rig.engine)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import EngineError
-from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.jobs.model import JobState
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import NEEDLE, WAIT, Rig, eventually
+from tests.support.oracles.integrity import check_engine
 from tests.support.rigs.service import Bench
 
 TEXT = "the river ran by the old mill and the old mill stood by the river"
@@ -141,7 +143,7 @@ def test_a_new_request_waits_for_no_more_than_the_burst():
     with burst_rig(0.049, group=1) as rig:
         first, _ = decoding(rig)
         second, _ = rig.submit(range(50, 80), 4)
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
         assert len(rig.last.plans) == 10, "nothing is queued before the burst is almost over"
         rig.last.let(3)
         time.sleep(0.02)
@@ -154,7 +156,7 @@ def test_a_new_request_waits_for_no_more_than_the_burst():
         rig.last.let(1000)
         assert first.wait(WAIT).token_ids == tuple(range(1000, 1060))
         assert second.wait(WAIT).token_ids == tuple(range(1000, 1004))
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -174,11 +176,11 @@ def test_an_error_inside_a_group_ends_after_the_tokens_before_it(group: int, sta
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_many_requests_of_different_lengths(stages: int):
     with burst_rig(pages=400, group=3, stages=stages) as rig:
-        specs = [(GenerationSpec([i] * (1 + 5 * i), 1 + 3 * i), lambda event: None) for i in range(12)]
+        specs = [(generation_spec([i] * (1 + 5 * i), 1 + 3 * i), lambda event: None) for i in range(12)]
         handles = rig.engine.submit_all(specs)
         for handle, (spec, _) in zip(handles, specs, strict=True):
-            assert handle.wait(WAIT).token_ids == tuple(range(1000, 1000 + spec.max_tokens))
-        rig.engine.check_integrity()
+            assert handle.wait(WAIT).token_ids == tuple(range(1000, 1000 + spec.options.max_tokens))
+        check_engine(rig.engine)
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from cluster.common.errors import EngineError
-from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress
+from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import WAIT, Rig, eventually, submit
+from tests.support.oracles.integrity import check_engine
 
 
 def test_a_failed_step_ends_every_request_with_its_error():
@@ -121,14 +123,14 @@ def test_a_callback_that_raises_harms_nobody(kind: type, caplog: pytest.LogCaptu
             raise KeyError("broken pipe of the caller")
 
     with Rig() as rig:
-        handle = submit(rig.engine, GenerationSpec(range(100), 3), bad)
+        handle = submit(rig.engine, generation_spec(range(100), 3), bad)
         other, events = rig.submit(range(200, 300), 3)
         assert handle.wait(WAIT).token_ids == (1000, 1001, 1002)
         assert other.wait(WAIT).token_ids == (1000, 1001, 1002)
         assert isinstance(events[-1], Generation)
         assert sum(isinstance(event, kind) for event in calls) == 1, "it is not called again"
         assert "broken pipe of the caller" in caplog.text
-        rig.engine.check_integrity()
+        check_engine(rig.engine)
 
 
 def test_the_last_event_comes_before_wait_returns():
@@ -140,5 +142,5 @@ def test_the_last_event_comes_before_wait_returns():
         events.append(event)
 
     with Rig() as rig:
-        submit(rig.engine, GenerationSpec([1], 1), slow).wait(WAIT)
+        submit(rig.engine, generation_spec([1], 1), slow).wait(WAIT)
         assert isinstance(events[-1], Generation)

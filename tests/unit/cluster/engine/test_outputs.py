@@ -2,10 +2,11 @@
 
 import json
 
-from cluster.engine.outputs import Generation, GenerationSpec, Timings
+from cluster.engine.outputs import Generation, Timings
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
 from protos.stage.messages import SampledToken, SamplingParams, TokenLogprob
+from tests.support.data.specs import generation_spec
 from tests.support.paths import NEEDLE
 
 TOKENIZER = TextTokenizer.open(NEEDLE)
@@ -49,6 +50,6 @@ def test_json_without_logprobs_tokens_or_time():
 
 
 def test_defaults_of_a_spec_are_greedy_and_unrestricted():
-    spec = GenerationSpec([1], 1)
-    assert spec.sampling == SamplingParams()
-    assert (spec.stop, spec.stop_token_ids, spec.ignore_eos) == ((), (), False)
+    spec = generation_spec([1], 1)
+    assert spec.options.sampling == SamplingParams()
+    assert (spec.options.stop, spec.options.stop_token_ids, spec.options.ignore_eos) == ((), (), False)

@@ -10,10 +10,10 @@ import pytest
 
 from cluster.common.errors import StageError
 from cluster.config.deployment import load_deployment
-from cluster.engine.outputs import GenerationSpec
 from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.stages import launcher as launcher_module
 from cluster.text.tokenizer import TextTokenizer
+from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import WAIT, Clock, FakeShard, submit
 from tests.support.paths import CONFIGS, NEEDLE
 
@@ -63,7 +63,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_a_pipeline_answers_and_stops_in_order(launch: Any) -> None:
     pipeline: Pipeline = launch()
-    assert submit(pipeline.engine, GenerationSpec([5, 6], 3)).wait(WAIT).token_ids == (100, 101, 102)
+    assert submit(pipeline.engine, generation_spec([5, 6], 3)).wait(WAIT).token_ids == (100, 101, 102)
     assert (pipeline.engine.scheduler.pool.num_pages, pipeline.launched.fingerprint) == (64, "f")
     pipeline.close()
     assert FakeLauncher.log == ["shard closed", "launcher closed"]

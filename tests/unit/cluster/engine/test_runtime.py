@@ -16,6 +16,7 @@ from cluster.text.prompts import PromptError
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
+from tests.support.oracles.integrity import check_engine
 from tests.support.paths import CONFIGS
 
 TEXT = "The code of dark river is 12345. The grass is green. "
@@ -49,7 +50,7 @@ def test_questions_about_a_text_and_about_a_file(runtime: FakeRuntime, tmp_path:
     with pytest.raises(PromptError, match="UTF-8"):
         runtime.ask(path, "What?")
     assert isinstance(runtime.ask(TEXT, "What?"), Generation), "options may be left out"
-    runtime.engine.check_integrity()
+    check_engine(runtime.engine)
 
 
 def test_a_wait_that_is_interrupted_cancels_every_question(
@@ -64,7 +65,7 @@ def test_a_wait_that_is_interrupted_cancels_every_question(
         runtime.generate([[5] * 100, [6] * 100], THREE)
     runtime.shard.let(1000)
     eventually(lambda: runtime.kv_usage == 0)
-    runtime.engine.check_integrity()
+    check_engine(runtime.engine)
 
 
 def test_states_from_start_to_close(tmp_path: Path) -> None:

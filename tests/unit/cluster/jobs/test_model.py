@@ -54,10 +54,7 @@ def test_an_input_is_exactly_one_thing(values: dict[str, object]) -> None:
         JobInput(**values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [0, 1025])
-def test_the_number_of_questions_is_bounded(count: int) -> None:
-    with pytest.raises(InvalidJob, match=f"questions: {count}: must"):
-        JobInput(document_id=DOC, questions=("q",) * count)
+def test_an_answer_for_every_question() -> None:
     assert JobInput(document_id=DOC, questions=("q",) * 1024).num_answers == 1024
     assert JobInput(prompt="a").num_answers == 1
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress, Timings
-from cluster.jobs import recorder as recorder_module
 from cluster.jobs.model import JobInput, JobSpec, JobState, new_id
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore
@@ -52,7 +52,11 @@ def result(reason: FinishReason, error: str = "") -> Generation:
     return Generation((5,), "so", "why", reason, (SampledToken(1, 5),), 8, 4, timings, error)
 
 
-def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(store: JobStore, recorder: Recorder) -> None:
+def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(
+    store: JobStore, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = Mock(wraps=store.commit_step)
+    monkeypatch.setattr(store, "commit_step", commits)
     ended: list[JobState] = []
     job = live(store, ended, num_answers=2)
     first, second = recorder.callback(job, 0), recorder.callback(job, 1)
@@ -71,7 +75,7 @@ def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(store: JobS
     recorder.flush()
     record = store.get(job.job_id)
     assert record is not None
-    assert (record.state, record.last_event, recorder.num_commits) == (JobState.SUCCEEDED, 3, 1)
+    assert (record.state, record.last_event, commits.call_count) == (JobState.SUCCEEDED, 3, 1)
     assert store.tokens(job.job_id) == tokens
     assert [(answer.text, answer.reasoning, answer.finish_reason) for answer in record.answers] == [
         ("so", "why", "length"), ("so", "why", "stop"),
@@ -127,8 +131,7 @@ def test_close_commits_what_is_queued(store: JobStore) -> None:
     assert not waiting.is_alive(), "a closed recorder has nothing to wait for"
 
 
-def test_committed_tokens_by_question(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_PAGE", 2)
+def test_committed_tokens_by_question(store: JobStore) -> None:
     job = live(store, [], num_answers=2)
     assert committed_tokens(store, job.job_id) == {}
     tokens = [OutputToken(number, number % 2, number * 3, "x", -0.5, TOP) for number in range(1, 6)]

@@ -27,6 +27,7 @@ from cluster.text.tokenizer import TextTokenizer
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import CHUNK, FakeRuntime
 from tests.support.fakes.stage import eventually
+from tests.support.oracles.integrity import check_engine
 from tests.support.paths import NEEDLE
 from tests.support.rigs.service import Bench
 
@@ -64,7 +65,7 @@ def test_cancel_in_every_state(make: Callable[..., Bench], state: JobState) -> N
         assert bench.service.cancel(job_id).state is S.CANCELLED  # although the shard stands still
     bench.service._cancel(job_id)
     with contextlib.suppress(AssertionError):  # behind the cancellation in the engine's queue
-        bench.runtime.engine.check_integrity()
+        check_engine(bench.runtime.engine)
     shard.let(2)  # the steps in flight: no further one is needed
     record = bench.service.wait(job_id, 20)
     assert record.state is (S.SUCCEEDED if state is S.SUCCEEDED else S.CANCELLED)
@@ -173,13 +174,13 @@ def test_a_submission_takes_few_transactions(bench: Bench, monkeypatch: pytest.M
 
     for kind in ("reading", "writing"):
         monkeypatch.setattr(database, kind, counting(kind))
-    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    document = bench.service.documents.put("a", [b"The code of dark river is 1."], 1 << 20)
     assert taken == ["writing"]
     taken.clear()
     bench.ahead = 50.0
     bench.service.submit(JobSpec(JobInput(document_id=document.id, questions=("What?",)), AnswerOptions()))
     assert taken == ["reading", "reading", "writing"]
-    assert bench.service.document(document.id).expires > document.expires + 40
+    assert bench.service.documents.get(document.id).expires > document.expires + 40
     taken.clear()
     bench.submit()
     assert taken == ["reading", "writing"]
@@ -293,7 +294,7 @@ def test_tokens_of_an_earlier_version_are_split_at_the_start(bench: Bench) -> No
 
 def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     bench = make(result_ttl_s=100.0, document_ttl_s=100.0)
-    document = bench.service.upload("a", [b"The code of dark river is 1."])
+    document = bench.service.documents.put("a", [b"The code of dark river is 1."], 1 << 20)
     bench.runtime.shard.hold()
     job_id = bench.submit()
     with pytest.raises(NotAllowedNow, match="cancel it first"):
@@ -315,7 +316,7 @@ def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     with pytest.raises(JobNotFound, match="may have expired"):
         bench.service.get(kept)
     with pytest.raises(JobNotFound):
-        bench.service.document(document.id)
+        bench.service.documents.get(document.id)
     assert not list((bench.folder / "documents").iterdir())
 
 

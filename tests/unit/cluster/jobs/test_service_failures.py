@@ -26,7 +26,7 @@ S = JobState
 
 def test_next_head_goes_on(bench: Bench) -> None:
     bench.runtime.shard.hold()
-    document = bench.service.upload("a", [b"The code of dark river is 1. " * 20])
+    document = bench.service.documents.put("a", [b"The code of dark river is 1. " * 20], 1 << 20)
     given = JobInput(document_id=document.id, questions=("What?", "Where?"))
     jobs = [
         bench.submit(max_tokens=9),
@@ -53,7 +53,7 @@ def test_next_head_goes_on(bench: Bench) -> None:
 
 def test_job_whose_document_is_gone_fails(bench: Bench) -> None:
     bench.runtime.shard.hold()
-    document = bench.service.upload("a", [b"The code of dark river is 1. " * 20])
+    document = bench.service.documents.put("a", [b"The code of dark river is 1. " * 20], 1 << 20)
     job_id = bench.service.submit(JobSpec(JobInput(document_id=document.id, questions=("What?",)), AnswerOptions())).id
     (bench.folder / "documents" / document.id).unlink()
     bench.restart()

@@ -12,6 +12,7 @@ from cluster.scheduler.prefix_cache import PrefixCache
 from cluster.scheduler.request import FinishReason, Status
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampledToken
+from tests.support.oracles.integrity import check_prefixes, check_scheduler
 from tests.support.rigs.scheduler import (
     GRID,
     PAGE,
@@ -112,7 +113,7 @@ def test_a_follower_takes_over_from_a_cancelled_leader(in_flight: int):
     harness.run()
     assert follower.output == expected_output(follower.prompt, 2)
     assert last.num_cached == 80
-    harness.scheduler.check_integrity()
+    check_scheduler(harness.scheduler)
 
 
 # --- sparse cells and DCA chunks --------------------------------------------------------------------------------------
@@ -283,11 +284,11 @@ def test_pages_are_pending_from_admission_to_computation():
     assert cache.must_wait(second)
     cache.end(first)
     assert not cache.must_wait(second), "nobody computes the third page any more"
-    cache.check_integrity([])
+    check_prefixes(cache, [])
     second.pages = pool.allocate(2, cache.match(second)) or ()
     cache.begin(second, 2)
     with pytest.raises(AssertionError, match="pages are pending for requests that do not run"):
-        cache.check_integrity([])
+        check_prefixes(cache, [])
     assert cache.must_wait(third)
     second.num_computed = 3 * PAGE
     cache.publish(second)

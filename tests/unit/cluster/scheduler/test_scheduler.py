@@ -7,6 +7,7 @@ import pytest
 
 from cluster.scheduler.request import FinishReason, Status
 from cluster.scheduler.scheduler import DoesNotFit
+from tests.support.oracles.integrity import check_prefixes, check_scheduler
 from tests.support.rigs.scheduler import PAGE, Harness, expected_output, request
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
@@ -210,10 +211,10 @@ def test_random_lives(seed: int, num_stages: int):
             harness.commit()
         elif not waiting and harness.schedule() is None:
             break
-    harness.scheduler.check_integrity()
+    check_scheduler(harness.scheduler)
     assert harness.pool.usage == 0
     assert harness.count(Status.FINISHED) == len(harness.requests)
-    harness.scheduler._prefixes.check_integrity([])  # nothing is pending
+    check_prefixes(harness.scheduler._prefixes, [])  # nothing is pending
     for item in harness.requests.values():
         wanted = expected_output(item.prompt, item.stop.max_tokens)
         if item.sequence in cancelled and item.finish_reason is FinishReason.CANCELLED:

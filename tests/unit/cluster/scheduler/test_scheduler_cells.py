@@ -14,6 +14,7 @@ from cluster.scheduler.scheduler import Scheduler
 from protos.model.grid import stable_prefix
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampledToken
+from tests.support.oracles.integrity import check_scheduler
 from tests.support.rigs.scheduler import (
     GRID,
     PAGE,
@@ -129,7 +130,7 @@ def test_random_lives(spec: ModelSpec, seed: int):
         elif not waiting and harness.schedule() is None:
             break
     check_cells(harness, spec)
-    harness.scheduler.check_integrity()
+    check_scheduler(harness.scheduler)
     assert harness.pool.usage == 0
     assert harness.count(Status.FINISHED) == len(harness.requests)
     for item in harness.requests.values():

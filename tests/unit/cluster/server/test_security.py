@@ -39,7 +39,7 @@ def write(tmp_path: Path, content: str | bytes, mode: int = 0o600) -> Path:
 )
 def test_keys_are_read(tmp_path: Path, content: str, keys: list[str]) -> None:
     loaded = load_api_keys(write(tmp_path, content))
-    assert len(loaded) == len(keys)
+    assert len(loaded._digests) == len(keys)
     assert all(loaded.matches(key) for key in keys)
     assert not any(loaded.matches(key) for key in ("", KEY + "x", KEY[1:], KEY.upper(), f"team a:{KEY}", "\udc80"))
 
@@ -74,7 +74,7 @@ def test_bad_files_are_refused_in_one_line_without_keys(tmp_path: Path, content:
 def test_the_file_must_not_be_open_to_others(tmp_path: Path, mode: int, ok: bool) -> None:
     path = write(tmp_path, KEY, mode)
     if ok:
-        assert len(load_api_keys(path)) == 1
+        assert len(load_api_keys(path)._digests) == 1
     else:
         with pytest.raises(PreflightError, match=f"mode {mode:o}: must not be open to others; chmod 600"):
             load_api_keys(path)

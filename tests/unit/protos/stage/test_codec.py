@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protos.jobs.convert import read_message
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import (
@@ -121,13 +122,13 @@ def test_bursts_keep_their_order(plans: list[StepPlan], results: list[StepResult
 @settings(max_examples=50, deadline=None)
 @given(PROGRESS)
 def test_progress(progress: LoadProgress):
-    assert codec.progress_from_pb(wire(codec.progress_to_pb(progress))) == progress
+    assert read_message(LoadProgress, wire(codec.encode(progress))) == progress
 
 
 @settings(max_examples=50, deadline=None)
 @given(SHARDS)
 def test_shards(shard: ShardSpec):
-    assert codec.shard_from_pb(wire(codec.shard_to_pb(shard))) == shard
+    assert read_message(ShardSpec, wire(codec.encode(shard))) == shard
 
 
 def test_nothing_is_not_zero():

@@ -30,7 +30,7 @@ SHARD = ShardSpec(
 def loaded(folder: Path, spec: ModelSpec = SPEC) -> StageWorker:
     worker = StageWorker("", 1, 10.0)
     request = pb.LoadRequest(
-        model_spec_json=spec.to_json(), shard=codec.shard_to_pb(SHARD), dtype="float32",
+        model_spec_json=spec.to_json(), shard=codec.encode(SHARD), dtype="float32",
         device="cpu", load_format="dummy", store_path=str(folder / "store"), group_timeout_s=10,
     )  # fmt: skip
     assert worker.load(request, lambda progress: None).ready

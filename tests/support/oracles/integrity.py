@@ -1,0 +1,65 @@
+"""Invariants of the scheduler: its pages, its hash index and its pending prefixes against the requests that run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future
+
+from cluster.engine.engine import Engine
+from cluster.scheduler.page_pool import _CACHED, _FREE, _OWNED, PagePool
+from cluster.scheduler.prefix_cache import PrefixCache
+from cluster.scheduler.scheduler import Scheduler
+
+
+def check_engine(engine: Engine) -> None:
+    """Verify the scheduler of a running engine on the engine's thread; raises AssertionError."""
+    done: Future[None] = Future()
+
+    def check() -> None:
+        try:
+            check_scheduler(engine.scheduler)
+        except AssertionError as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    engine._inbox.put(check)
+    done.result(timeout=30)
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """Verify pages and pending prefixes against the requests that run; raises AssertionError."""
+    check_pool(scheduler.pool, (request.pages for request in scheduler._running.values()))
+    check_prefixes(scheduler._prefixes, scheduler._running)
+
+
+def check_prefixes(cache: PrefixCache, running: Collection[int]) -> None:
+    """Verify that only running sequences have pending pages; raises AssertionError."""
+    assert set(cache._pending.values()) <= set(running), "pages are pending for requests that do not run"
+
+
+def check_pool(pool: PagePool, owned: Iterable[Sequence[int]] = ()) -> None:
+    """Verify every invariant of a pool.
+
+    Args:
+        owned: the pages of each request that holds some.
+
+    Raises:
+        AssertionError: with the first page that is wrong.
+    """
+    readers = [0] * pool.num_pages
+    for pages in owned:
+        for page in pages:
+            readers[page] += 1
+    for page in range(pool.num_pages):
+        expected = _OWNED if readers[page] else (_CACHED if page in pool._cached else _FREE)
+        assert pool._readers[page] == readers[page], (
+            f"page {page}: {pool._readers[page]} readers counted, {readers[page]} requests hold it"
+        )
+        assert pool._state[page] == expected, f"page {page}: state {pool._state[page]}, expected {expected}"
+        if expected == _FREE:
+            assert page not in pool._hash_of, f"page {page} is free but has a hash"
+    assert pool._num_free == pool._state.count(_FREE), "free pages miscounted"
+    assert len(pool._hash_of) == len(pool._page_of), "hash index out of step"
+    for key, page in pool._page_of.items():
+        assert pool._hash_of.get(page) == key, f"page {page}: hash index out of step"
