@@ -12,6 +12,13 @@
 namespace longreach {
 
 #if defined(__x86_64__)
+// Tiles 0 to 7 have 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 // AMX tiles need the consent of the kernel, once a process.
 inline bool has_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;

@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "bfloat16.h"
+#include "cpu.h"
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 #define AMX_INLINE AMX inline __attribute__((always_inline))
@@ -86,12 +87,6 @@ AMX_INLINE __m512i widen(const char* from, __m512 scale) {
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
-
-struct TileConfig {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // One block of keys against one or two tiles of columns, on its way through the engine.
 struct Pass {

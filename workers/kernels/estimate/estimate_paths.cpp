@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bfloat16.h"
+#include "cpu.h"
 #include "estimate/estimate.h"
 
 #if defined(__x86_64__)
@@ -168,19 +169,13 @@ LR_AVX512 void scores_amx(float* s, const Strip& strip, const Block& block, int 
     Tiles(all).finish();
 }
 
-// All tiles have 16 rows of 64 bytes. Static: compilers take the intrinsic to read no more than a word of it.
-alignas(64) const std::uint8_t kTileConfig[64] = {
-    1,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,   // palette
-    64, 0,  64, 0,  64, 0,  64, 0,  64, 0, 64, 0, 64, 0, 64, 0,   // bytes of a row
-    0,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,
-    16, 16, 16, 16, 16, 16, 16, 16, 0,  0, 0,  0, 0,  0, 0,  0,   // rows
-};
+const TileConfig kTileConfig;  // static: compilers take the intrinsic to read no more than a word of it
 
 alignas(64) thread_local char previous_config[64];  // of oneDNN, which may rely on it
 
 LR_AVX512 void enter_amx() {
     _tile_storeconfig(previous_config);
-    _tile_loadconfig(kTileConfig);
+    _tile_loadconfig(&kTileConfig);
 }
 
 LR_AVX512 void leave_amx() { _tile_loadconfig(previous_config); }

@@ -1,6 +1,8 @@
 // The engines of x86 with AVX-512 and AMX; see gemm.h.
 #include "gemm/gemm.h"
 
+#include "cpu.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <initializer_list>
@@ -62,11 +64,6 @@ void amx_block(float* c, const Operands& o, Ahead ahead) {
     return o.rows > kStrip ? amx_tiles<true, false>(c, o, ahead) : amx_tiles<false, false>(c, o, ahead);
 }
 
-struct alignas(64) TileConfig {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 const TileConfig kTileConfig;
 
 AMX void amx_enter() { _tile_loadconfig(&kTileConfig); }
