@@ -21,7 +21,7 @@ from workers.kv.paged import PagedKV, PageTable, quantise
 from workers.model.moe import run_experts
 from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner
-from workers.transport.collectives import SingleShard
+from workers.transport.collectives import Collectives
 
 PAGE = 16
 
@@ -108,7 +108,7 @@ def test_whole_model_equals_cpu() -> None:
     for device in (torch.device("cpu"), torch.device("cuda")):
         weights = load_shard(NEEDLE, spec, shard, torch.float32, device)
         kv = PagedKV(spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim, 80, PAGE, torch.float32, device)
-        runner = ModelRunner(spec, shard, weights, kv, SingleShard(), device)
+        runner = ModelRunner(spec, shard, weights, kv, Collectives(), device)
         known = 0
         for step, start in enumerate(range(0, len(ids), 193), start=1):
             part = ids[start : start + 193]

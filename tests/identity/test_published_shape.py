@@ -14,7 +14,7 @@ from tests.unit.protos.model.test_config_json import QWEN3_30B
 from workers.kv.paged import PagedKV
 from workers.model.weights import dummy_shard
 from workers.runner.model_runner import ModelRunner
-from workers.transport.collectives import SingleShard
+from workers.transport.collectives import Collectives
 
 
 def test_loads_and_runs(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_loads_and_runs(tmp_path: Path) -> None:
     (shard,) = plan_shards(spec, 1, 1)
     weights = dummy_shard(spec, shard, torch.bfloat16, torch.device("cpu"))
     kv = PagedKV(1, spec.num_key_value_heads, spec.head_dim, 2, 64, torch.bfloat16)
-    runner = ModelRunner(spec, shard, weights, kv, SingleShard())
+    runner = ModelRunner(spec, shard, weights, kv, Collectives())
     ids = [1, 17, 67, 193, 151935]
     part = SequenceSlice(1, 0, len(ids), len(ids), ids, [0], 1, SampleSpec(SamplingParams(), 0))
     out = runner.execute(StepPlan(1, (part,)), keep_logits=True)

@@ -5,6 +5,7 @@ Legend: `T` rows, `H` query heads of the shard, `D` head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ class Queries:
         assert rows is not None, f"the plan needs {rotation.name} queries"
         return rows
 
-    def __getitem__(self, rows: slice) -> Queries:
-        succ, inter = self.succ, self.inter
-        return Queries(self.intra[rows], None if succ is None else succ[rows], None if inter is None else inter[rows])
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Queries:
+        """Return the rows under each rotation, changed by one function."""
+        succ, inter = (None if rows is None else change(rows) for rows in (self.succ, self.inter))
+        return Queries(change(self.intra), succ, inter)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Queries:
+        return self.map(lambda each: each[rows])

@@ -38,11 +38,7 @@ def _with_one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
     if bool((scales == first).all()):
         return q, first
     ratio = (scales / first).to(q.intra.device)[:, None, None]
-
-    def scaled(rows: torch.Tensor | None) -> torch.Tensor | None:
-        return None if rows is None else (rows.float() * ratio).to(rows.dtype)
-
-    return Queries((q.intra.float() * ratio).to(q.intra.dtype), scaled(q.succ), scaled(q.inter)), first
+    return q.map(lambda rows: (rows.float() * ratio).to(rows.dtype)), first
 
 
 def _dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:

@@ -21,7 +21,7 @@ from workers.kv.paged import PagedKV
 from workers.model.batch import PageTables, token_ids
 from workers.model.decoder import Decoder
 from workers.model.weights import dummy_shard, load_shard, whole_model
-from workers.transport.collectives import SingleShard
+from workers.transport.collectives import Collectives
 
 PAGE = 64  # tokens
 _WARM_UP = 256  # tokens
@@ -67,7 +67,7 @@ class OneProcess:
         pages = -(-tokens // PAGE)
         kv_heads, layers = self.spec.num_key_value_heads, self.spec.num_hidden_layers
         self._kv = PagedKV(layers, kv_heads, self.spec.head_dim, pages, PAGE, dtype, device)
-        self._decoder = Decoder(self.spec, shard, weights, SingleShard(), device)
+        self._decoder = Decoder(self.spec, shard, weights, Collectives(), device)
         self._device = device
         self._chunk = chunk
 

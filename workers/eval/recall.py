@@ -24,7 +24,7 @@ from protos.stage.messages import CellReport, SampleSpec, SamplingParams, Sequen
 from workers.kv.paged import PagedKV
 from workers.model.weights import dummy_shard, load_shard, whole_model
 from workers.runner.model_runner import ModelRunner
-from workers.transport.collectives import SingleShard
+from workers.transport.collectives import Collectives
 
 _DIGITS = 6  # significant digits of the figures in the result
 _WARM_UP = 256  # tokens
@@ -94,7 +94,7 @@ class Reader:
             kv_type,
             setup.device,
         )
-        steps = _Steps(ModelRunner(spec, self._shard, self._weights, kv, SingleShard(), setup.device), len(prompt), kv)
+        steps = _Steps(ModelRunner(spec, self._shard, self._weights, kv, Collectives(), setup.device), len(prompt), kv)
         began = time.perf_counter()
         position = 0
         while position < len(prompt):

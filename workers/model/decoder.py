@@ -39,16 +39,6 @@ class Ready:
     fused: FusedCall | None  # set where all layers are one call
 
 
-@dataclass(slots=True)
-class _Step:
-    """The inputs of every layer of a step."""
-
-    batch: Batch
-    kv: PagedKV
-    rotations: Rotations
-    sparse: SparsePrefill | None = None  # None: the step has no sparse cell
-
-
 class Decoder:
     """The layers of one shard; stateless apart from the weights, as KV and batch come from the runner."""
 
@@ -97,13 +87,12 @@ class Decoder:
         """Run this shard's layers on `x` `[T, M]` of the step prepared last; reports of sparse cells go to `log`."""
         if self._fused is not None and ready.fused is not None:
             return self._fused.run(x, ready.fused, self._collectives)
-        batch = ready.batch
-        step = _Step(batch, ready.kv, ready.rotations)
-        if any(piece.sparse for piece in batch.pieces):
-            step.sparse = SparsePrefill(self.spec, self.shard, self._rotary, batch, log or CellLog())
+        sparse = None
+        if any(piece.sparse for piece in ready.batch.pieces):
+            sparse = SparsePrefill(self.spec, self.shard, self._rotary, ready.batch, log or CellLog())
         for index, (layer, weights) in enumerate(zip(range(*self.shard.layers), self._weights.layers, strict=True)):
             normed = rms_norm(x, weights.input_norm, self.spec.rms_norm_eps)
-            x = self._attention(normed, index, weights, step).add_(x)
+            x = self._attention(normed, index, weights, ready, sparse).add_(x)
             normed = rms_norm(x, weights.post_norm, self.spec.rms_norm_eps)
             x = self._mlp(normed, layer, weights).add_(x)
             self._layers_done += 1
@@ -127,20 +116,22 @@ class Decoder:
         widths = (stop - start for start, stop in pairwise(bounds))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
-    def _attention(self, x: torch.Tensor, index: int, weights: LayerWeights, step: _Step) -> torch.Tensor:
+    def _attention(
+        self, x: torch.Tensor, index: int, weights: LayerWeights, step: Ready, sparse: SparsePrefill | None
+    ) -> torch.Tensor:
         dim, heads, kv_heads = self.spec.head_dim, self.shard.heads.size, self.shard.kv_heads.size
         qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
         norm = self._head_norms[index]
-        if step.sparse is not None:
+        if sparse is not None:
             layer = self.shard.layers.start + index
-            step.sparse.begin_layer(layer, qkv[:, :heads], None if norm is None else norm[:heads])
+            sparse.begin_layer(layer, qkv[:, :heads], None if norm is None else norm[:heads])
         q = self._rotate_(qkv[:, : heads + kv_heads], step.rotations, norm)
         step.kv.write(index, step.batch.slots, *qkv[:, heads:].chunk(2, dim=1))
         kv, parts = step.kv.layer(index), []
         for piece in step.batch.pieces:
             rows = q[piece.rows]
-            if piece.sparse and step.sparse is not None:
-                parts.append(step.sparse.attend(piece, rows, kv))
+            if piece.sparse and sparse is not None:
+                parts.append(sparse.attend(piece, rows, kv))
             else:
                 parts.append(attend(rows, kv, piece.table, piece.plan, piece.scales))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # pieces cover the rows in order

@@ -133,7 +133,7 @@ class Rotary:
         dual, within = self._dual, positions % self._dual.distance
         before = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size)) if succ else None
         constant = positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)])
-        early = _repeat(self.cos_sin(constant), len(positions)) if inter else None
+        early = CosSin(*(table.expand(len(positions), -1, -1) for table in self.cos_sin(constant))) if inter else None
         return Rotations(self.cos_sin(within), before, early)
 
     def continuous(self, positions: torch.Tensor) -> Rotations:
@@ -142,10 +142,6 @@ class Rotary:
         within, distance = positions % self._dual.distance, self._dual.distance
         early = self.cos_sin(within + self._dual.chunk_size)
         return Rotations(self.cos_sin(within), self.cos_sin(within + distance), early)
-
-
-def _repeat(cos_sin: CosSin, rows: int) -> CosSin:
-    return CosSin(*(table.expand(rows, -1, -1) for table in cos_sin))
 
 
 def row_scales(positions: torch.Tensor, length: int, head_dim: int, dual_chunk: DualChunkSpec | None) -> torch.Tensor:

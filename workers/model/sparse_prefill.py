@@ -114,7 +114,7 @@ class SparsePrefill:
             estimate=SampledRows(
                 tuple(range(estimate.rows.start, estimate.rows.stop)), sampled, piece.scales[estimate.rows]
             ),
-            held_out=SampledRows(others, _rows(q, others), piece.scales[list(others)]),
+            held_out=SampledRows(others, q[torch.tensor(others, device=q.intra.device)], piece.scales[list(others)]),
             layer=self._layer,
             first_head=self._heads.start,
         )
@@ -131,12 +131,3 @@ class SparsePrefill:
 def _span(rows: Sequence[int]) -> slice:
     assert list(rows) == list(range(rows[0], rows[-1] + 1))
     return slice(rows[0], rows[-1] + 1)
-
-
-def _rows(q: Queries, rows: Sequence[int]) -> Queries:
-    picked = torch.tensor(rows, device=q.intra.device)
-
-    def pick(side: torch.Tensor | None) -> torch.Tensor | None:
-        return None if side is None else side[picked]
-
-    return Queries(q.intra[picked], pick(q.succ), pick(q.inter))

@@ -127,10 +127,7 @@ def dummy_shard(
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
     """Return the bytes of the weights that `load_shard` allocates for this shard."""
-    plans = [*_plan_ends(spec, shard).values()]
-    for layer in range(*shard.layers):
-        plans += _plan_layer(spec, shard, layer).values()
-    return sum(math.prod(plan.shape) for plan in plans) * dtype.itemsize
+    return sum(math.prod(plan.shape) for plan in _plan_all(spec, shard)) * dtype.itemsize
 
 
 def _build(
@@ -176,6 +173,12 @@ def _fill_packed(source: _Source, target: torch.Tensor, piece: _Piece, pairs: bo
         plain = torch.empty(rows.size, width, dtype=target.dtype)
         source.fill(plain, piece._replace(rows=rows))
         compiled.pack_rows(target, piece.row + start - piece.rows.start, plain, pairs)
+
+
+def _plan_all(spec: ModelSpec, shard: ShardSpec) -> Iterator[_Plan]:
+    yield from _plan_ends(spec, shard).values()
+    for layer in range(*shard.layers):
+        yield from _plan_layer(spec, shard, layer).values()
 
 
 def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:
@@ -303,11 +306,8 @@ class _Random:
     """Generates random tensors in blocks of rows with seeds of their own, so that any region is made by itself."""
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
-        whole = whole_model(spec)
-        plans = [*_plan_ends(spec, whole).values()]
-        for layer in range(spec.num_hidden_layers):
-            plans += _plan_layer(spec, whole, layer).values()
-        self._shapes = {p.name: (p.rows.size, (p.columns or Span(0, 1)).size) for plan in plans for p in plan.pieces}
+        pieces = (piece for plan in _plan_all(spec, whole_model(spec)) for piece in plan.pieces)
+        self._shapes = {piece.name: (piece.rows.size, (piece.columns or Span(0, 1)).size) for piece in pieces}
         self._seed = seed
 
     def fill(self, target: torch.Tensor, piece: _Piece) -> None:

@@ -10,7 +10,7 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, StepPlan
 from workers.kv.paged import PagedKV
-from workers.model.batch import Batch, PageTables, token_ids
+from workers.model.batch import PageTables, token_ids
 from workers.model.decoder import Decoder, Ready
 from workers.model.sparse_prefill import CellLog
 from workers.model.weights import ShardWeights
@@ -35,7 +35,6 @@ class PreparedStep:
     """What can be computed of a step without its tokens or activations."""
 
     plan: StepPlan
-    batch: Batch
     layers: Ready
 
 
@@ -86,7 +85,7 @@ class ModelRunner:
         if not plan.slices:
             return None
         batch = self._tables.batch(plan, self._spec, self.device)
-        return PreparedStep(plan, batch, self.decoder.prepare(batch, self._kv))
+        return PreparedStep(plan, self.decoder.prepare(batch, self._kv))
 
     def set_newest(self, sequences: Iterable[int], tokens: Iterable[int]) -> None:
         """Note the newest token of each sequence, the input of plans without ids; unknown sequences are skipped."""
@@ -108,7 +107,7 @@ class ModelRunner:
             PlanMismatch: token ids are missing.
             RuntimeError: logits are not finite, or a member of the stage is gone.
         """
-        plan, batch = prepared.plan, prepared.batch
+        plan, batch = prepared.plan, prepared.layers.batch
         if self.shard.is_first:
             hidden = self.decoder.embed(token_ids(plan, self._newest, self.device))
         assert hidden is not None, "a later stage needs activations"

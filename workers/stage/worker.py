@@ -26,7 +26,7 @@ from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_b
 from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
-from workers.transport.collectives import Collectives, file_store, join_group
+from workers.transport.collectives import Collectives, join_group
 from workers.transport.grpc_link import GrpcInbox, GrpcSender
 from workers.transport.interface import DEPTH, Inbox, Sender
 from workers.transport.unix_link import UnixInbox, UnixSender
@@ -82,7 +82,7 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
-        store = file_store(request.store_path, self._shard.num_ranks)
+        store = torch.distributed.FileStore(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,39 +16,25 @@ import torch.distributed as dist
 GLOO: Any = dist.ProcessGroupGloo
 
 
-class Collectives(Protocol):
-    """Reductions over the shards of a stage."""
-
-    rank: int
-    size: int
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum over the shards, in the tensor's own type and maybe in place; the same bits on every shard."""
-
-    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors of all shards, by rank; their shapes are equal."""
-
-    def close(self) -> None:
-        """Leave the group; may be called twice."""
-
-
-class SingleShard:
-    """The group of a stage of one shard: nothing to reduce."""
+class Collectives:
+    """Reductions over the shards of a stage; this class is the group of one shard, which has nothing to reduce."""
 
     rank = 0
     size = 1
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the shards, in the tensor's own type and maybe in place; the same bits on every shard."""
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of all shards, by rank; their shapes are equal."""
         return [tensor]
 
     def close(self) -> None:
-        pass
+        """Leave the group; may be called twice."""
 
 
-class GroupCollectives:
+class GroupCollectives(Collectives):
     """gloo (CPU) or NCCL (CUDA) among the shards of a stage."""
 
     def __init__(self, backend: Any, rank: int, size: int) -> None:
@@ -85,30 +71,20 @@ def join_group(
         RuntimeError: a member did not join in time.
     """
     if size == 1:
-        return SingleShard()
+        return Collectives()
     timeout = datetime.timedelta(seconds=timeout_s)
     store.set_timeout(timeout)
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
         return GroupCollectives(dist.ProcessGroupNCCL(store, rank, size, nccl), rank, size)
-    return GroupCollectives(GLOO(store, rank, size, gloo_options(timeout_s, address)), rank, size)
-
-
-def gloo_options(timeout_s: float, address: str) -> Any:
-    """Return the options of a gloo group: the limit for every operation, and the IP address it binds to."""
     options = GLOO._Options()
-    options._timeout = datetime.timedelta(seconds=timeout_s)
+    options._timeout = timeout
     options._devices = [_device(address)]
-    return options
+    return GroupCollectives(GLOO(store, rank, size, options), rank, size)
 
 
 @functools.cache
 def _device(address: str) -> Any:
     """Return one device for all groups of the process: each has a thread that polls every 10 ms, also when idle."""
     return GLOO.create_device(hostname=address)
-
-
-def file_store(path: str, size: int) -> dist.Store:
-    """Return a rendezvous through a file of the node, whose path must not have been used before."""
-    return dist.FileStore(path, size)

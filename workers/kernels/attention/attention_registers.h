@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "bfloat16.h"
+#include "cpu.h"
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 #define AMX_INLINE AMX inline __attribute__((always_inline))

@@ -75,18 +75,13 @@ LR_TARGET void convert(void* to, const void* from, int kv_type, std::int64_t cou
 
 // int8 -> bfloat16 is exact
 LR_TARGET void convert_bfloat16(void* to, const void* from, int kv_type, std::int64_t count) {
-    auto* narrow = static_cast<std::uint16_t*>(to);
+    auto* to_bfloat16 = static_cast<std::uint16_t*>(to);
     if (kv_type == kBfloat16) {
-        std::memcpy(narrow, from, count * sizeof(std::uint16_t));
+        std::memcpy(to_bfloat16, from, count * sizeof(std::uint16_t));
         return;
     }
     const auto* x = static_cast<const std::int8_t*>(from);
-    for (std::int64_t i = 0; i < count; ++i) {
-        const float value = float(x[i]);
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        narrow[i] = std::uint16_t(bits >> 16);
-    }
+    for (std::int64_t i = 0; i < count; ++i) to_bfloat16[i] = narrow(float(x[i]));
 }
 
 LR_TARGET void scale(float* s, const Strip& strip, const Block& block) {

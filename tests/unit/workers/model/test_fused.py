@@ -16,7 +16,7 @@ from workers.model.batch import Batch
 from workers.model.fused import FusedLayers
 from workers.model.weights import ShardWeights, dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner, StepOutput
-from workers.transport.collectives import Collectives, SingleShard
+from workers.transport.collectives import Collectives
 
 PAGE, PAGES = 16, 60
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Doubling(SingleShard):
+class Doubling(Collectives):
     """Stands for a stage of two shards: the sum of what both compute is twice what one does."""
 
     size = 2
@@ -65,7 +65,7 @@ def runners(
     for _ in range(2):
         kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, PAGES, PAGE, BF16)
         kv._data.zero_()
-        made.append(ModelRunner(spec, shard, weights, kv, collectives or SingleShard(), CPU))
+        made.append(ModelRunner(spec, shard, weights, kv, collectives or Collectives(), CPU))
     assert made[0].decoder._fused is not None
     made[1].decoder._fused = None
     return made[0], made[1]
