@@ -7,10 +7,9 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from cluster.bench.peers import SPARSE, Setup, measure_peers
 from cluster.bench.rig import one_actor, random_ids, running_head, token_times
 from cluster.client.client import Client
 from cluster.common.units import parse_count
-from cluster.engine.runtime import ClusterRuntime
 from protos.node.environment import write_result
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
@@ -46,17 +44,6 @@ class _BareRunner:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-
-
-@contextlib.contextmanager
-def _service(
-    model: Path, sections: dict[str, dict[str, object]], model_settings: dict[str, object] | None = None
-) -> Iterator[tuple[Client, ClusterRuntime]]:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_head(model, Path(folder), model_settings, **sections) as started,
-    ):
-        yield started
 
 
 def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
@@ -110,7 +97,7 @@ def overhead(
     prefill: list[tuple[float, float]] = []  # bare, served: one after the other, as this machine's speed drifts
     decode: list[tuple[float, float]] = []
     with (
-        _service(model, one_actor(chunk, threads)) as (client, _),
+        running_head(model, one_actor(chunk, threads)) as (client, _),
         contextlib.closing(_BareRunner(model, length, chunk, threads)) as bare,
     ):
         bare.measure("decode")
@@ -139,7 +126,7 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
     seconds: dict[int, list[float]] = {1: [], stages: []}
     for seed in range(repeats):
         for number, measured in seconds.items():
-            with _service(model, one_actor(chunk, 1, cpus=0.5, stages=number)) as (client, _):
+            with running_head(model, one_actor(chunk, 1, cpus=0.5, stages=number)) as (client, _):
                 _served(client, 2 * chunk, 4, 1000 + seed)
                 measured.append(_served(client, length, _TOKENS, seed)[1])
     one, more = (statistics.median(measured) for measured in seconds.values())
@@ -159,7 +146,7 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
 def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int, count: int) -> None:
     """First token of short jobs beside long prefills that follow each other without a pause."""
     stop = threading.Event()
-    with _service(model, one_actor(chunk, threads=2)) as (client, runtime):
+    with running_head(model, one_actor(chunk, threads=2)) as (client, runtime):
         chunks = Chunks(short)
         runtime.engine.on_step = chunks.note
 
@@ -199,7 +186,7 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
 def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rounds: int) -> None:
     """Memory and descriptors of head and stage before and after rounds of many small jobs."""
     sections = one_actor(chunk, threads=1, kv_bytes="256MiB", cpus=0.5)
-    with _service(model, sections, {"max_model_len": "4k"}) as (client, runtime):
+    with running_head(model, sections, {"max_model_len": "4k"}) as (client, runtime):
         result = measure_load(client, runtime, clients, jobs, rounds)
     _write(out, what="memory and descriptors under load", chunk=chunk, **result)
 

@@ -6,7 +6,6 @@ Both start afresh for every run. Prefill is the time to the first token of a pro
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ class Setup:
         """Answer one prompt through the client of a new cluster; with sparse attention the result has its summary."""
         sections = one_actor(max(self.chunk, self.cell or 0), self.threads, kv_bytes="4GiB")
         sections["sparse"] = {"enabled": False} if self.cell is None else SPARSE | {"cell": self.cell}
-        with tempfile.TemporaryDirectory() as folder, running_head(self.model, Path(folder), **sections) as (client, _):
+        with running_head(self.model, sections) as (client, _):
             client.submit(token_ids=random_ids(_WARM_UP, 0), max_tokens=4, ignore_eos=True).wait()
             began = time.perf_counter()
             job = client.submit(token_ids=random_ids(length, seed), max_tokens=1 + self.decode, ignore_eos=True)

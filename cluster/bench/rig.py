@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,24 +21,26 @@ from cluster.tools.assets import needle_dir
 
 @contextmanager
 def running_head(
-    model: Path, folder: Path, model_settings: dict[str, object] | None = None, **settings: dict[str, object]
+    model: Path, sections: dict[str, dict[str, object]], model_settings: dict[str, object] | None = None
 ) -> Iterator[tuple[Client, ClusterRuntime]]:
-    """Start a head for token-id prompts; yields a client of it. `settings` are sections of the YAML."""
-    linked = folder / "model"
-    linked.mkdir()
-    for path in model.iterdir():
-        if path.suffix in (".json", ".safetensors"):
-            (linked / path.name).symlink_to(path.resolve())
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (linked / name).exists():
-            shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
-    config = {"model": {"path": str(linked), **(model_settings or {})}, "data_dir": str(folder / "data"), **settings}
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(config))  # which is YAML too
-    with closing(Head(load_deployment(path), port=0)) as head:
-        head.start()
-        with Client(head.address) as client:
-            yield client, head.runtime
+    """Start a head for token-id prompts with these sections of the YAML; yields a client and the cluster behind it."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        linked = folder / "model"
+        linked.mkdir()
+        for path in model.iterdir():
+            if path.suffix in (".json", ".safetensors"):
+                (linked / path.name).symlink_to(path.resolve())
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (linked / name).exists():
+                shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
+        settings = {"path": str(linked), **(model_settings or {})}
+        path = folder / "config.yaml"  # JSON is YAML too
+        path.write_text(json.dumps({"model": settings, "data_dir": str(folder / "data"), **sections}))
+        with closing(Head(load_deployment(path), port=0)) as head:
+            head.start()
+            with Client(head.address) as client:
+                yield client, head.runtime
 
 
 def one_actor(

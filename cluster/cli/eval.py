@@ -201,12 +201,15 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
 @click.option("--picture", type=_PATH, help="The PNG to write (default: beside RESULT).")
 def show(result: Path, picture: Path | None) -> None:
     """Print the table of a RESULT file (.json) and draw its picture again."""
+    from rich.console import Console
+
     from cluster.tools.eval.plots import draw
     from cluster.tools.eval.results import read_result
+    from cluster.tools.eval.tables import print_report
 
     with one_line_errors():
         report = read_result(result)
-        _print(report)
+        print_report(report, Console())
         path = picture or result.with_suffix(".png")
         draw(report, path)
         click.echo(f"picture: {path}", err=True)
@@ -214,12 +217,15 @@ def show(result: Path, picture: Path | None) -> None:
 
 def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: bool) -> None:
     """Print the table or JSON, draw the picture, and say where the files are."""
+    from rich.console import Console
+
     from cluster.tools.eval.plots import draw, has_matplotlib
+    from cluster.tools.eval.tables import print_report
 
     if as_json:
         click.echo(json.dumps(report | {"environment": result.environment}, ensure_ascii=False))
     else:
-        _print(report)
+        print_report(report, Console())
     click.echo(f"result: {result.path}", err=True)
     if not picture:
         return
@@ -228,14 +234,6 @@ def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: 
         return
     draw(report, result.picture)
     click.echo(f"picture: {result.picture}", err=True)
-
-
-def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from cluster.tools.eval.tables import print_report
-
-    print_report(report, Console())
 
 
 VERBS = (evaluate,)

@@ -32,11 +32,12 @@ def serve(config: Path, notify_fd: int | None) -> None:
     """Run the head of CONFIG in the foreground until SIGTERM or Ctrl-C, then let running jobs finish."""
     with one_line_errors():
         from cluster.server.head import run_head
+        from cluster.server.state_files import HeadFiles
         from cluster.stages.socket_dirs import clean_run_dirs
 
         clean_run_dirs()
         loaded = _load(config, needs_port=True)
-        files = _files(loaded)
+        files = HeadFiles(loaded.data_dir)
         if other := files.running():
             fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
         files.claim()
@@ -69,12 +70,6 @@ def _load(config: Path, needs_port: bool = False) -> Config:
     if needs_port and not loaded.server.port:
         raise UserError(f"{config}: server.port: 0: a head without a port hears no one; must be such as 7777")
     return loaded
-
-
-def _files(loaded: Config) -> HeadFiles:
-    from cluster.server.state_files import HeadFiles
-
-    return HeadFiles(loaded.data_dir)
 
 
 class _Progress:
@@ -119,9 +114,10 @@ def up(config: Path, as_json: bool) -> None:
     """
     from cluster.client.errors import Unavailable
     from cluster.client.state_file import read_state
+    from cluster.server.state_files import HeadFiles
 
     with one_line_errors():
-        files = _files(_load(config, needs_port=True))
+        files = HeadFiles(_load(config, needs_port=True).data_dir)
         if other := files.running():
             try:
                 _print_state(files, read_state(files.data_dir), "already running", as_json)
@@ -210,7 +206,7 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
         if config is not None and data_dir is not None:
             fail("CONFIG, --data-dir: give one of them", EXIT_INPUT)
         default = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
-        files = HeadFiles(default) if config is None else _files(_load(config))
+        files = HeadFiles(default if config is None else _load(config).data_dir)
         process = files.running()
         if process is None:
             outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"

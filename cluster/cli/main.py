@@ -119,8 +119,7 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
     with one_line_errors():
         display = open_display(as_json)
         with display:
-            result = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
-        report = result.to_json()
+            report = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))
         else:
@@ -173,7 +172,3 @@ def doctor(as_json: bool) -> None:
         render(report, Console())
     if not report.ok:
         sys.exit(EXIT_WRONG)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,14 +16,12 @@ from protos.stage.messages import ShardSpec, Span
 
 
 class LayoutError(UserError):
-    """A split that the model does not allow: `key`, `value`, and `allowed` with every size that would do."""
+    """A split that the model does not allow: `key`, and `rule` with every size that would do."""
 
-    def __init__(self, key: str, value: int, allowed: Sequence[int], rule: str) -> None:
+    def __init__(self, key: str, value: int, rule: str) -> None:
         shown = value if value.bit_length() <= 200 else "(huge)"
         super().__init__(f"{key}: {shown}: {rule}")
         self.key = key
-        self.value = value
-        self.allowed = tuple(allowed)
         self.rule = rule
 
 
@@ -37,11 +35,11 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
     layers = spec.num_hidden_layers
     if not 1 <= stages <= layers:
         rule = f"must be between 1 and {layers} (the model has {layers} layers)"
-        raise LayoutError("pipeline_parallel_size", stages, range(1, layers + 1), rule)
+        raise LayoutError("pipeline_parallel_size", stages, rule)
     if not _divides(spec, ranks):
         allowed = [size for size in range(1, spec.num_attention_heads + 1) if _divides(spec, size)]
         rule = f"must be one of {', '.join(map(str, allowed))} (the model has {_sizes(spec)})"
-        raise LayoutError("expert_parallel_size", ranks, allowed, rule)
+        raise LayoutError("expert_parallel_size", ranks, rule)
     spans = balance([layer_cost(spec, layer) for layer in range(layers)], stages)
     return tuple(
         ShardSpec(
@@ -68,13 +66,10 @@ def layer_cost(spec: ModelSpec, layer: int) -> int:
     attention over the context, which is the same for every layer.
     """
     if spec.is_moe_layer(layer):
-        active = spec.num_experts_per_tok * spec.moe_intermediate_size
-        return _attention(spec, spec.num_attention_heads, spec.num_key_value_heads) + spec.hidden_size * (
-            3 * active + spec.num_experts
-        )
-    return _attention(spec, spec.num_attention_heads, spec.num_key_value_heads) + 3 * (
-        spec.hidden_size * spec.intermediate_size
-    )
+        width = 3 * spec.num_experts_per_tok * spec.moe_intermediate_size + spec.num_experts
+    else:
+        width = 3 * spec.intermediate_size
+    return _attention(spec, spec.num_attention_heads, spec.num_key_value_heads) + spec.hidden_size * width
 
 
 def balance(costs: Sequence[int], parts: int) -> list[Span]:

@@ -11,7 +11,7 @@ from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import kv_budget, kv_dtype, kv_token_bytes
-from protos.model.checkpoint import Checkpoint
+from protos.model.checkpoint import Checkpoint, fingerprint_of
 from protos.node.node_check import check_writable
 from protos.stage.messages import LoadProgress
 
@@ -29,7 +29,8 @@ def check_head(deployment: Deployment) -> str:
         check_room(deployment, config.kv_cache.bytes)
     if config.model.load_format == "dummy":
         return ""
-    return Checkpoint.open(config.model.path, deployment.spec).fingerprint()
+    Checkpoint.open(config.model.path, deployment.spec)
+    return fingerprint_of(config.model.path)
 
 
 def check_port(host: str, port: int) -> None:

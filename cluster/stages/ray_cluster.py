@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.common.errors import PlacementError
 from cluster.common.text_format import describe_error, one_line
+from protos.node.environment import usable_cores
 from protos.node.node_check import NodeError
 
 _log = logging.getLogger(__name__)
@@ -77,8 +78,7 @@ class RayCluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
         if self.is_local:
             options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-            affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; absent on macOS
-            options |= {"num_cpus": len(affinity(0)) if affinity else os.cpu_count()}
+            options["num_cpus"] = usable_cores()
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
             self._in_lasting_thread(lambda: ray.init(address=self._address, **options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,57 +37,50 @@ class DemoOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """Answers beside the truth, and what the run cost (seconds, bytes)."""
+def demo_report(
+    options: DemoOptions, haystack: Haystack, answers: Sequence[Generation], layout: tuple[int, int], ready_s: float,
+    total_s: float, peak_memory_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return answers beside the truth, and what the run cost, as plain data.
 
-    haystack: Haystack
-    answers: tuple[Generation, ...]
-    options: DemoOptions
-    layout: tuple[int, int]
-    ready_s: float
-    total_s: float
-    peak_memory_bytes: int  # of all processes together
+    `answer` is what the model said, `truth` what is in the document; an answer is right when it is exactly that.
 
-    @property
-    def right(self) -> tuple[bool, ...]:
-        """Whether each answer is exactly the hidden sentence."""
-        return tuple(is_right(a.text, n) for a, n in zip(self.answers, self.haystack.needles, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data; `answer` is what the model said, `truth` what is in the document."""
-        first = min(self.answers, key=lambda answer: answer.timings.ttft_s)
-        decoded = sum(len(answer.token_ids) - 1 for answer in self.answers)
-        ends = [answer.timings.ttft_s + answer.timings.decode_s for answer in self.answers]
-        decoding = max(ends) - first.timings.ttft_s  # the later questions are read in this time, too
-        return {
-            "questions": [
-                {
-                    "question": needle.question,
-                    "truth": needle.answer.strip(),
-                    "answer": answer.text.strip(),
-                    "right": right,
-                    "depth": round(needle.depth, 3),
-                }
-                for needle, answer, right in zip(self.haystack.needles, self.answers, self.right, strict=True)
-            ],
-            "right": sum(self.right),
-            "total": len(self.answers),
-            "tokens": self.haystack.num_tokens,
-            "positions": self.options.positions,
-            "sparse": first.attention.to_json() if first.attention is not None else None,
-            "stages": self.layout[0],
-            "shards_per_stage": self.layout[1],
-            "ready_s": round(self.ready_s, 2),
-            "ttft_s": round(first.timings.ttft_s, 3),
-            "prefill_tokens_per_s": round((first.prompt_tokens - first.cached_tokens) / first.timings.prefill_s, 1),
-            "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
-            "cached_tokens": sum(answer.cached_tokens for answer in self.answers),
-            "total_s": round(self.total_s, 2),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "seed": self.options.seed,
-            "environment": environment(),
+    Args:
+        peak_memory_bytes: of all processes together.
+    """
+    first = min(answers, key=lambda answer: answer.timings.ttft_s)
+    decoded = sum(len(answer.token_ids) - 1 for answer in answers)
+    ends = [answer.timings.ttft_s + answer.timings.decode_s for answer in answers]
+    decoding = max(ends) - first.timings.ttft_s  # the later questions are read in this time, too
+    questions = [
+        {
+            "question": needle.question,
+            "truth": needle.answer.strip(),
+            "answer": answer.text.strip(),
+            "right": is_right(answer.text, needle),
+            "depth": round(needle.depth, 3),
         }
+        for needle, answer in zip(haystack.needles, answers, strict=True)
+    ]
+    return {
+        "questions": questions,
+        "right": sum(question["right"] for question in questions),
+        "total": len(answers),
+        "tokens": haystack.num_tokens,
+        "positions": options.positions,
+        "sparse": first.attention.to_json() if first.attention is not None else None,
+        "stages": layout[0],
+        "shards_per_stage": layout[1],
+        "ready_s": round(ready_s, 2),
+        "ttft_s": round(first.timings.ttft_s, 3),
+        "prefill_tokens_per_s": round((first.prompt_tokens - first.cached_tokens) / first.timings.prefill_s, 1),
+        "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
+        "cached_tokens": sum(answer.cached_tokens for answer in answers),
+        "total_s": round(total_s, 2),
+        "peak_memory_bytes": peak_memory_bytes,
+        "seed": options.seed,
+        "environment": environment(),
+    }
 
 
 def demo_deployment(options: DemoOptions) -> Deployment:
@@ -112,8 +106,8 @@ def demo_deployment(options: DemoOptions) -> Deployment:
     return load_deployment(configs_dir() / "demo.yaml", overrides)
 
 
-def run_demo(options: DemoOptions, display: Display) -> DemoResult:
-    """Start the cluster, hide needles, ask for all of them, stop the cluster.
+def run_demo(options: DemoOptions, display: Display) -> dict[str, Any]:
+    """Start the cluster, hide needles, ask for all of them, stop the cluster; return `demo_report`.
 
     Raises:
         UserError: options that cannot be. Whatever else starting and running a cluster raises.
@@ -131,5 +125,4 @@ def run_demo(options: DemoOptions, display: Display) -> DemoResult:
         answers = runtime.ask_all(
             haystack.document, questions, AnswerOptions(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
         )
-    took = time.monotonic() - began
-    return DemoResult(haystack, tuple(answers), options, layout, ready, took, memory.peak_bytes)
+    return demo_report(options, haystack, answers, layout, ready, time.monotonic() - began, memory.peak_bytes)

@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.common.addresses import split_address
 from cluster.common.text_format import one_line
 from protos.node.compiler import COMPILERS, compiler
+from protos.node.environment import cpu_facts, usable_cores
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
@@ -68,7 +70,6 @@ def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> R
     Args:
         data_dir: where jobs and KV will be stored; default: the current folder.
     """
-    flags = cpu_flags(Path("/proc/cpuinfo"))
     facts, torch_check = torch_facts([sys.executable, "-m", "workers.doctor"], torch_timeout)
     gpu = check_gpu()
     return Report(
@@ -78,7 +79,7 @@ def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> R
             torch_check,
             *([check_communication(facts)] if facts else []),
             check_cores(Path("/sys/fs/cgroup")),
-            check_cpu_features(flags, platform.machine()),
+            check_cpu_features(cpu_facts(), platform.machine()),
             check_memory(Path("/sys/fs/cgroup")),
             check_disk(data_dir or Path.cwd()),
             check_shm(Path("/dev/shm")),
@@ -161,7 +162,7 @@ def check_communication(facts: Mapping[str, Any]) -> Check:
 def check_cores(cgroup: Path) -> Check:
     """Report the cores of the machine, of this process (affinity), and the container's quota in cores."""
     total = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    usable = usable_cores()
     detail = f"{total} logical, {usable} usable by this process"
     quota = _cgroup_cores(cgroup)
     if quota is not None:
@@ -174,23 +175,11 @@ def check_cores(cgroup: Path) -> Check:
     return Check("cores", "ok", detail)
 
 
-def cpu_flags(cpuinfo: Path) -> frozenset[str] | None:
-    """Return the feature names of the first core, None where there is no such file (other systems)."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
-def check_cpu_features(flags: frozenset[str] | None, machine: str) -> Check:
+def check_cpu_features(facts: Mapping[str, str] | None, machine: str) -> Check:
     name = "cpu features"
-    if flags is None:
+    if facts is None:
         return Check(name, "ok", f"{machine}: not known on {platform.system()}")
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
     detail = f"{machine}: {', '.join(flag for flag in _CPU_FLAGS if flag in flags) or 'no vector extension known here'}"
     if machine not in ("x86_64", "AMD64"):
         return Check(name, "slow", detail, "only x86-64 has tuned CPU kernels: others use portable code")
@@ -279,13 +268,13 @@ def check_ray(address: str) -> Check:
         version = metadata.version("ray")
     except metadata.PackageNotFoundError:
         return Check("ray", "error", "not installed", "pip install ray")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if not address or address in ("auto", "local"):
         return Check("ray", "ok", f"{version}, no RAY_ADDRESS: a local cluster will be started")
-    if not host or not port.isdigit() or int(port) > 65535:
+    target = split_address(address.removeprefix("ray://"))
+    if target is None:
         return Check("ray", "error", f"RAY_ADDRESS {address!r}", "must be host:port, auto or local")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection(target, timeout=5).close()
     except OSError as error:
         return Check(
             "ray", "missing", f"{version}, no cluster at {address} (RAY_ADDRESS): {error}",

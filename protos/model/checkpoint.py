@@ -133,10 +133,6 @@ class Checkpoint:
         _refuse_foreign(model_dir, headers, claimed)
         return cls(model_dir, tensors)
 
-    def fingerprint(self) -> str:
-        """Return `fingerprint_of` this checkpoint's folder."""
-        return fingerprint_of(self.model_dir)
-
 
 def _index_stack(
     model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int, tensors: dict[str, StoredTensor]

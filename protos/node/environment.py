@@ -28,8 +28,22 @@ def environment() -> dict[str, Any]:
         "torch": _version("torch"),
         "ray": _version("ray"),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
     }
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use (all of the machine where there is no affinity, as on macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
+    """Return what Linux says of the last core, by its names for it; None where there is no such file."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> str:
@@ -54,11 +68,8 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> str:
     """Return the processor's name and those of `_FEATURES` it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    if (facts := cpu_facts()) is None:
         return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(facts.get("flags", "").split())
     features = [name for name in _FEATURES if name in flags]
     return f"{facts.get('model name', platform.machine())} ({', '.join(features) or 'no vector extensions named'})"

@@ -142,10 +142,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Read once for the reference and once per variant; returns `reference` and `variants` as plain data."""
     reader = Reader(setup)
-    for variant in (
-        Variant("dense"),
-        *variants,
-    ):  # warm up: kernels are built and see their shapes before anything is timed
+    for variant in (Variant("dense"), *variants):  # warm up: kernels are built and see their shapes before the timing
         reader.read(variant, prompt[:_WARM_UP], 1, lambda phase, done, total: None)
     reference = reader.read(Variant("dense"), prompt, num_next, on_progress)
     entries = []

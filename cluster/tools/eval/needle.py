@@ -33,8 +33,6 @@ from protos.node.node_check import NodeError
 _BROKEN = (ClusterError, NodeError)  # the cluster's fault, not the input's
 _PRIVATE_TOKENS = 8192 + 512  # KV that a question may need beside its document: a sparse cell, question and answer
 
-OpenRuntime = Callable[[Deployment, Display], ClusterRuntime]
-
 
 @dataclass(frozen=True, slots=True)
 class NeedleOptions:
@@ -73,15 +71,11 @@ class Document:
 class NeedleRun:
     """One evaluation: checked and prepared when made, run once by `run`; `report` can be written at any time."""
 
-    def __init__(
-        self, target: Target, options: NeedleOptions, display: Display,
-        open_runtime: OpenRuntime = lambda deployment, display: ClusterRuntime(deployment, display.launch),
-    ) -> None:  # fmt: skip
+    def __init__(self, target: Target, options: NeedleOptions, display: Display) -> None:
         """Load every mode and hide the needles. Raises UserError for anything that cannot be."""
         self.options = options
         self._display = display
         self._on_cell: Callable[[dict[str, Any]], None] = lambda report: None
-        self._open = open_runtime
         conditions = Conditions(
             max(options.lengths), options.needles * _PRIVATE_TOKENS, options.sparse_threshold, options.kv, options.more
         )
@@ -148,7 +142,7 @@ class NeedleRun:
     def _run_mode(self, mode: str, deployment: Deployment) -> None:
         waiting = list(self.documents)
         self._display.label(f"{mode}")
-        runtime = self._open(deployment, self._display)
+        runtime = ClusterRuntime(deployment, self._display.launch)
         try:
             runtime.start()
             while waiting:

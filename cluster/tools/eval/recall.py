@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
 from cluster.tools.eval.modes import Conditions, Target, dual_chunk_overrides, load_mode, trained_window
 from protos.errors import UserError
+from protos.node.environment import usable_cores
 
 
 class EvaluationFailed(RuntimeError):
@@ -111,13 +111,12 @@ def _prompt(deployment: Deployment, options: RecallOptions) -> list[int]:
 
 def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) -> dict[str, Any]:
     config = deployment.config
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "model": str(config.model.path),
         "spec": json.loads(deployment.spec.to_json()),
         "dtype": compute_dtype(deployment),
         "device": config.cluster.device,
-        "threads": cores,  # one process has all of them, whatever the actors of the YAML would get
+        "threads": usable_cores(),  # one process has all of them, whatever the actors of the YAML would get
         "chunk": config.prefill.max_num_batched_tokens,
         "page_size": config.kv_cache.page_size,
         "dummy": config.model.load_format == "dummy",

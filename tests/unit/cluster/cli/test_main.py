@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +86,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, right: int, code: int) -> None:
         "sparse": {"mode": "sparse", "density": 0.2, "held_out_recall": 0.97}, "ttft_s": 2.0, "total_s": 9.0,
         "prefill_tokens_per_s": 4000.0, "decode_tokens_per_s": 80.0, "peak_memory_bytes": 1 << 30,
     }  # fmt: skip
-    monkeypatch.setattr(demo, "run_demo", lambda *_: SimpleNamespace(to_json=lambda: report))
+    monkeypatch.setattr(demo, "run_demo", lambda *_: report)
     done = invoke("demo", "--tokens", "8k")
     assert done.exit_code == code, done.output
     lines = [line.rstrip() for line in done.stdout.splitlines()]

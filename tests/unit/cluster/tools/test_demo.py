@@ -9,7 +9,7 @@ import pytest
 from cluster.engine.attention_report import AttentionSummary
 from cluster.engine.outputs import Generation, Timings
 from cluster.scheduler.request import FinishReason
-from cluster.tools.demo import DemoOptions, DemoResult, demo_deployment
+from cluster.tools.demo import DemoOptions, demo_deployment, demo_report
 from cluster.tools.eval.haystack import Haystack, Needle
 from protos.errors import UserError
 
@@ -51,7 +51,7 @@ def test_report() -> None:
     summary = AttentionSummary("sparse", "default", 1000, cells=2, density=0.25, held_out_recall=0.97)
     answers = (answer(" The secret code of dark river is 12345.", 2.0, attention=summary), answer("no", 3.0))
     haystack = Haystack("text", tuple(needles), 7990)
-    report = DemoResult(haystack, answers, DemoOptions(8000), (2, 2), 4.0, 9.0, 1 << 30).to_json()
+    report = demo_report(DemoOptions(8000), haystack, answers, (2, 2), 4.0, 9.0, 1 << 30)
     assert (report["right"], report["total"], report["tokens"], report["positions"]) == (1, 2, 7990, "dca")
     assert [row["right"] for row in report["questions"]] == [True, False]
     assert report["questions"][0]["truth"] == report["questions"][0]["answer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from protos.node import environment as module
 from protos.node.build_id import build_id
-from protos.node.environment import environment, write_result
+from protos.node.environment import cpu_facts, environment, usable_cores, write_result
 
 
 def test_an_installation_is_described() -> None:
@@ -60,3 +61,18 @@ def test_the_commit_tells_a_changed_tree(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(clean) == 12
     (tmp_path / "file").write_text("two")
     assert module._commit() == clean + "+"
+
+
+def test_cpu_facts(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    assert cpu_facts(path) is None
+    path.write_text("processor\t: 0\nflags\t\t: fpu avx2 amx_tile\nprocessor\t: 1\nflags\t\t: fpu avx2 amx_tile\n")
+    assert cpu_facts(path) == {"processor": "1", "flags": "fpu avx2 amx_tile"}
+    path.write_text("nothing here")
+    assert "flags" not in (cpu_facts(path) or {})
+
+
+def test_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert usable_cores() == os.cpu_count()

@@ -18,6 +18,7 @@ from cluster.text.prompts import PromptError
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
+from cluster.tools.eval import needle
 from cluster.tools.eval.modes import Target, find_target
 from cluster.tools.eval.needle import NeedleOptions, NeedleRun, measurements
 from cluster.tools.eval.results import ResultFile, read_result
@@ -64,14 +65,20 @@ class Oracle:
         return found
 
 
+def oracles(monkeypatch: pytest.MonkeyPatch, log: list[Event], reply: Callable[[str, int], str]) -> None:
+    monkeypatch.setattr(needle, "ClusterRuntime", lambda deployment, _: Oracle(deployment, log, reply))
+
+
 def evaluate(
     options: NeedleOptions, reply: Callable[[str, int], str], target: Target = DEMO
 ) -> tuple[dict[str, Any], list[Event], list[int]]:
     log: list[Event] = []
     display = Display(Console(quiet=True), quiet=True)
-    run = NeedleRun(target, options, display, lambda deployment, _: Oracle(deployment, log, reply))  # type: ignore[arg-type,return-value]
+    run = NeedleRun(target, options, display)
     sizes: list[int] = []
-    report = run.run(lambda report: sizes.append(len(report["cells"])))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        oracles(monkeypatch, log, reply)
+        report = run.run(lambda report: sizes.append(len(report["cells"])))
     return report, log, sizes
 
 
@@ -150,7 +157,9 @@ def test_a_cluster_that_does_not_start_fails_its_mode_only(monkeypatch: pytest.M
     assert [cell.get("error") for cell in report["cells"]] == ["the cluster did not start: no room"] * 2 + [None] * 2
 
 
-def test_an_interrupt_closes_the_cluster_and_keeps_what_there_is(tmp_path: Path) -> None:
+def test_an_interrupt_closes_the_cluster_and_keeps_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = ResultFile(tmp_path / "new", "eval")
     log: list[Event] = []
 
@@ -161,7 +170,8 @@ def test_an_interrupt_closes_the_cluster_and_keeps_what_there_is(tmp_path: Path)
 
     display = Display(Console(quiet=True), quiet=True)
     options = NeedleOptions((1024, 2048), 2, ("plain",))
-    run = NeedleRun(DEMO, options, display, lambda deployment, _: Oracle(deployment, log, reply))  # type: ignore[arg-type,return-value]
+    oracles(monkeypatch, log, reply)
+    run = NeedleRun(DEMO, options, display)
     with pytest.raises(KeyboardInterrupt):
         run.run(result.write)
     assert log[-1][0] == "close"
