@@ -9,10 +9,10 @@ import torch
 
 from protos.model.spec import DualChunkSpec, RopeSpec
 from tests.support.data.dual_chunk import pairwise_attention, relative_positions
-from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags, tile_pairs
+from tests.support.data.selections import random_selection
+from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags
 from workers.attention import torch_backend
 from workers.attention.attend import attend
-from workers.attention.pair_counts import causal_pairs, visited_pairs
 from workers.attention.plan import AttentionPlan, Rotation, Selection
 from workers.attention.queries import Queries
 from workers.kv.paged import LayerKV, PageTable, quantise
@@ -66,15 +66,6 @@ def random_queries(heads: int, plan: AttentionPlan, dtype: torch.dtype) -> Queri
     """Unrelated rows for every region, so that meeting the wrong one shows; strided as slices of a product are."""
     found = {tag: torch.randn(plan.length, heads + 3, DIM).to(dtype)[:, :heads] for _, _, tag in plan.regions}
     return Queries(found[Rotation.INTRA], found.get(Rotation.SUCC), found.get(Rotation.INTER))
-
-
-def random_selection(stop: int, rng: random.Random) -> Selection:
-    """Near offsets, a few intervals far away, and columns of which some lie inside them."""
-    offsets, low = [(0, min(rng.choice((0, 5, 70)), stop - 1))], 0
-    while (low := offsets[-1][1] + rng.randint(2, 150)) < stop:
-        offsets.append((low, min(low + rng.choice((0, 3, 64, 90)), stop - 1)))
-    columns = sorted(rng.sample(range(stop), min(stop, rng.choice((1, 30, 200)))))
-    return Selection(np.array(offsets, np.int32), np.array(columns, np.int32))
 
 
 def page_ids(count: int, layout: str, rng: random.Random) -> list[int]:
@@ -250,62 +241,6 @@ def test_gathers_of_fragments_stay_below_their_limit(kernel_inputs: list[torch.T
     gathered = [t.shape[1] for t in kernel_inputs if t.untyped_storage().data_ptr() not in caches]
     assert len(gathered) >= 8
     assert max(gathered) <= torch_backend.FRAGMENT_TOKENS
-
-
-@pytest.mark.parametrize("tile", [1, 16, 67, 4096])
-@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 67), (1, 66), (64, 64), (65, 131)])
-def test_a_dense_plan_is_the_causal_mask(start: int, rows: int, tile: int):
-    plan = AttentionPlan(start, rows, tile=tile)
-    tags = plan_tags(plan, 0, start + rows)
-    causal = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
-    assert torch.equal(tags == Rotation.INTRA, causal)
-    assert torch.equal(tags == UNVISITED, ~causal)
-    assert tile_pairs(plan, 0) == int(causal.sum())
-    tiles = list(plan.tile_keys(0))
-    assert [row for part in tiles for row in range(part.start, part.stop)] == list(range(rows))
-    assert max(part.stop - part.start for part in tiles) <= tile
-
-
-@pytest.mark.parametrize(("start", "rows"), BORDERS)
-def test_tags_depend_on_the_chunks_of_both(start: int, rows: int):
-    tags = plan_tags(AttentionPlan(start, rows, DISTANCE), 0, start + rows)
-    for row in range(rows):
-        position = start + row
-        for key in range(start + rows):
-            behind = position // DISTANCE - key // DISTANCE
-            assert int(tags[row, key]) == (UNVISITED if key > position else min(behind, 2))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_plan_visits_at_least_what_a_head_selects(seed: int):
-    rng = random.Random(seed)
-    start, rows = rng.choice((0, 64, 333)), rng.choice((1, 64, 131))
-    selection = random_selection(start + rows, rng)
-    plan = AttentionPlan(start, rows, 500, (selection,))
-    visited = plan_tags(plan, 0, start + rows) != UNVISITED
-    distance = torch.arange(start, start + rows)[:, None] - torch.arange(start + rows)
-    wanted = torch.zeros_like(visited)
-    for low, high in selection.offsets.tolist():
-        wanted |= (distance >= low) & (distance <= high)
-    wanted[:, torch.from_numpy(selection.columns).long()] = True
-    wanted &= distance >= 0
-    assert not bool((wanted & ~visited).any())
-    assert tile_pairs(plan, 0) == int(visited.sum()), "no pair is counted twice"
-    assert visited_pairs(plan, 0) == tile_pairs(plan, 0)
-    assert causal_pairs(plan) == int((distance >= 0).sum())
-
-
-@pytest.mark.parametrize(
-    ("start", "length", "tile", "distance"), [(-1, 1, 1, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)]
-)
-def test_an_impossible_plan_is_refused(start: int, length: int, tile: int, distance: int):
-    with pytest.raises(ValueError, match="attention plan: start"):
-        AttentionPlan(start, length, distance, tile=tile)
-
-
-def test_a_plan_stays_in_one_chunk():
-    with pytest.raises(ValueError, match="rows 60 to 64 cross a DCA chunk of 64 tokens"):
-        AttentionPlan(60, 5, 64)
 
 
 def test_the_reference_is_softmax_attention():

@@ -1,0 +1,70 @@
+"""Plans spelled out as matrices of pairs: causal, tagged by DCA chunk, and with all that a head selects."""
+
+import random
+
+import pytest
+import torch
+
+from tests.support.data.selections import random_selection
+from tests.support.oracles.attention import UNVISITED, plan_tags, tile_pairs
+from workers.attention.pair_counts import causal_pairs, visited_pairs
+from workers.attention.plan import AttentionPlan, Rotation
+
+DISTANCE = 64
+BORDERS = [(0, 64), (63, 1), (64, 1), (64, 17), (127, 1), (128, 1), (128, 64), (130, 61), (448, 64), (455, 1)]
+
+
+@pytest.mark.parametrize("tile", [1, 16, 67, 4096])
+@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 67), (1, 66), (64, 64), (65, 131)])
+def test_a_dense_plan_is_the_causal_mask(start: int, rows: int, tile: int):
+    plan = AttentionPlan(start, rows, tile=tile)
+    tags = plan_tags(plan, 0, start + rows)
+    causal = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
+    assert torch.equal(tags == Rotation.INTRA, causal)
+    assert torch.equal(tags == UNVISITED, ~causal)
+    assert tile_pairs(plan, 0) == int(causal.sum())
+    tiles = list(plan.tile_keys(0))
+    assert [row for part in tiles for row in range(part.start, part.stop)] == list(range(rows))
+    assert max(part.stop - part.start for part in tiles) <= tile
+
+
+@pytest.mark.parametrize(("start", "rows"), BORDERS)
+def test_tags_depend_on_the_chunks_of_both(start: int, rows: int):
+    tags = plan_tags(AttentionPlan(start, rows, DISTANCE), 0, start + rows)
+    for row in range(rows):
+        position = start + row
+        for key in range(start + rows):
+            behind = position // DISTANCE - key // DISTANCE
+            assert int(tags[row, key]) == (UNVISITED if key > position else min(behind, 2))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_plan_visits_at_least_what_a_head_selects(seed: int):
+    rng = random.Random(seed)
+    start, rows = rng.choice((0, 64, 333)), rng.choice((1, 64, 131))
+    selection = random_selection(start + rows, rng)
+    plan = AttentionPlan(start, rows, 500, (selection,))
+    visited = plan_tags(plan, 0, start + rows) != UNVISITED
+    distance = torch.arange(start, start + rows)[:, None] - torch.arange(start + rows)
+    wanted = torch.zeros_like(visited)
+    for low, high in selection.offsets.tolist():
+        wanted |= (distance >= low) & (distance <= high)
+    wanted[:, torch.from_numpy(selection.columns).long()] = True
+    wanted &= distance >= 0
+    assert not bool((wanted & ~visited).any())
+    assert tile_pairs(plan, 0) == int(visited.sum()), "no pair is counted twice"
+    assert visited_pairs(plan, 0) == tile_pairs(plan, 0)
+    assert causal_pairs(plan) == int((distance >= 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "tile", "distance"), [(-1, 1, 1, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)]
+)
+def test_an_impossible_plan_is_refused(start: int, length: int, tile: int, distance: int):
+    with pytest.raises(ValueError, match="attention plan: start"):
+        AttentionPlan(start, length, distance, tile=tile)
+
+
+def test_a_plan_stays_in_one_chunk():
+    with pytest.raises(ValueError, match="rows 60 to 64 cross a DCA chunk of 64 tokens"):
+        AttentionPlan(60, 5, 64)

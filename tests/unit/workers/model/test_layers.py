@@ -1,0 +1,50 @@
+"""Norm, linear layers and the gated MLP against their definitions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workers.model.layers import gated_mlp, inverse_rms, linear, rms_norm, swiglu
+
+SIZES = (1, 17, 67, 193)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", SIZES)
+def test_rms_norm(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    x, weight = torch.randn(tokens, 193).to(dtype), torch.randn(193).to(dtype)
+    wide = x.double()
+    wanted = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    got = rms_norm(x, weight, 1e-6)
+    assert got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_eps_bounds_the_inverse() -> None:
+    assert inverse_rms(torch.zeros(1, 17), 1e-4).item() == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", SIZES)
+def test_linear(tokens: int, bias: bool) -> None:
+    torch.manual_seed(tokens)
+    x, weight, added = torch.randn(tokens, 67), torch.randn(17, 67), torch.randn(17)
+    wanted = x.double() @ weight.double().T + (added.double() if bias else 0)
+    torch.testing.assert_close(linear(x, weight, added if bias else None).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+def test_gated_mlp(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    x, gate_up, down = torch.randn(tokens, 17), torch.randn(134, 17), torch.randn(17, 67)
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    wanted = (gate * gate.sigmoid() * up) @ down.double().T
+    torch.testing.assert_close(gated_mlp(x, gate_up, down, None, None).double(), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_swiglu_overwrites_its_first_half() -> None:
+    x = torch.randn(17, 134)
+    assert swiglu(x).data_ptr() == x.data_ptr()
