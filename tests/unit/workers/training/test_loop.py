@@ -38,6 +38,7 @@ def train(run: Settings, after: Callable[[Trainer], None] = lambda _: None) -> t
     return trainer, reports
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_result_loads(assets: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     trainer, reports = train(settings(assets, tmp_path, steps=60))
@@ -52,6 +53,7 @@ def test_the_loss_falls_and_the_result_loads(assets: Path, tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*COPIED, "model.safetensors", STATE_FILE])
 
 
+@pytest.mark.slow
 def test_resuming_is_as_if_never_stopped(assets: Path, tmp_path: Path) -> None:
     whole, _ = train(settings(assets, tmp_path / "whole", steps=6))
 
