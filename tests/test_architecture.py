@@ -45,6 +45,19 @@ NEVER = {
     "client": {"config", "text", "scheduler", "stages", "engine", "jobs"},
     "scheduler": {"config", "text", "stages"},
 }
+TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
+    "protos/errors.py": "one class without code; tests/unit/cluster/client/test_errors.py",
+    "protos/generate.py": "test_generated_code_is_current, below",
+    "protos/jobs/limits.py": "constants; tests/unit/protos/jobs/test_validate.py",
+    "cluster/bench": "measurements of a running cluster, run by hand; what they compute is in test_chunks",
+    "cluster/stages/handle.py": "tests/integration/stages/test_stage_process.py: needs the other process",
+    "workers/bench": "tests/unit/workers/bench/test_main.py and test_peers.py",
+    "workers/eval/__main__.py": "tests/integration/cli/test_eval.py",
+    "workers/model/sparse_prefill.py": "tests/identity/test_sparse_prefill.py",
+    "workers/sparse/estimate.py": "dataclasses and a protocol; test_estimate_torch and test_estimate_compiled",
+    "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",
+    "workers/stage/server.py": "tests/integration/stages/test_stage_process.py: a process of its own",
+}
 SOURCES = sorted(p for d in ("cluster", "workers", "protos", "tests") for p in (ROOT / d).rglob("*.py"))
 
 
@@ -105,6 +118,28 @@ def test_folders_are_small() -> None:
         if "__pycache__" not in folder.parts
     }
     assert {name: size for name, size in sizes.items() if size > MAX_FILES} == {}
+
+
+def has_test(module: Path) -> bool:
+    """Whether a test file has the module's name, at the mirrored place or in a folder of tests/integration."""
+    name = f"test_{module.stem.strip('_')}.py"
+    at = [ROOT / "tests" / "unit" / module.parent / name]
+    if "__main__" not in module.name:
+        at += (ROOT / "tests" / "integration").glob(f"*/{name}")
+    return any(path.is_file() for path in at)
+
+
+def test_every_module_has_a_test() -> None:
+    modules = {
+        path.relative_to(ROOT)
+        for top in ("cluster", "workers", "protos")
+        for path in (ROOT / top).rglob("*.py")
+        if path.name != "__init__.py" and "_pb2" not in path.name
+    }
+    untested = {module for module in modules if not has_test(module)}
+    listed = {name: {module for module in untested if module.is_relative_to(name)} for name in TESTED_ELSEWHERE}
+    assert sorted(map(str, untested - set().union(*listed.values()))) == []
+    assert [name for name, missing in listed.items() if not missing] == [], "has a test by now: leave the list"
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

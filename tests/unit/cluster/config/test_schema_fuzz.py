@@ -78,6 +78,7 @@ def generate(number: int) -> str | bytes:
     return grown(noise) if kind < 4 else mutated(noise)
 
 
+@pytest.mark.slow
 def test_generated_files_load_or_fail_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     (tmp_path / "needle").symlink_to(CONFIGS / "needle")

@@ -99,6 +99,7 @@ SPECS = [
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(SPECS), st.integers(0, 1 << 30))
+@pytest.mark.slow
 def test_random_lives(spec: ModelSpec, seed: int):
     rng = random.Random(seed)
     page_size = rng.choice((4, PAGE))

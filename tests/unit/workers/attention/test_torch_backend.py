@@ -94,6 +94,7 @@ def _limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "fragmented", "shuffled"])
 @pytest.mark.parametrize("heads", HEADS, ids=lambda pair: f"{pair[0]}/{pair[1]}")
+@pytest.mark.slow
 def test_dense_attention_equals_its_definition(heads: tuple[int, int], layout: str, dtype: torch.dtype):
     for number, (rows, start) in enumerate((rows, start) for rows in SIZES for start in STARTS):
         if rows == 1000 and start not in (0, 499):

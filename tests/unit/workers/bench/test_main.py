@@ -60,6 +60,7 @@ def test_kernels_run_on_a_machine_with_only_torch_and_numpy(tmp_path: Path) -> N
         assert 0 < figure["low"] <= figure["value"] <= figure["high"]
 
 
+@pytest.mark.slow
 def test_decode_needs_only_torch_and_numpy(tmp_path: Path) -> None:
     path = tmp_path / "decode.json"
     arguments = ("--quick", "--threads", "1", "--json", str(path), "decode", "--lengths", "100")
@@ -69,6 +70,7 @@ def test_decode_needs_only_torch_and_numpy(tmp_path: Path) -> None:
     assert units == {"prefill 100": "tokens/s", "prefill 100, first run": "s", "decode at 100": "ms a token"}
 
 
+@pytest.mark.slow
 def test_rounds_answer_line_by_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", layers=1)
     command = [sys.executable, "-m", "workers.bench", "--threads", "1", "rounds", "--model", str(tmp_path / "model")]

@@ -1,42 +1,60 @@
-"""Norm, linear layers and gated MLP in float32, against float64."""
+"""Norm, linear layers and the gated MLP against their definitions in float64."""
+
+from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from workers.model.layers import gated_mlp, inverse_rms, linear, rms_norm, swiglu
 
 SIZES = (1, 17, 67, 193)
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", SIZES)
+def test_rms_norm(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    x, weight = torch.randn(tokens, 193).to(dtype), torch.randn(193).to(dtype)
+    wide = x.double()
+    wanted = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    got = rms_norm(x, weight, 1e-6)
+    assert got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", SIZES)
-def test_rms_norm(rows: int):
-    x, weight = torch.randn(rows, 67), torch.randn(67)
-    factor = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    close(inverse_rms(x, 1e-6), factor)
-    close(rms_norm(x, weight, 1e-6), x.double() * factor * weight.double())
+def test_eps_bounds_the_inverse() -> None:
+    assert inverse_rms(torch.zeros(1, 17), 1e-4).item() == pytest.approx(100.0)
 
 
-@pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(rows: int, bias: bool):
-    x, weight, added = torch.randn(rows, 17), torch.randn(67, 17), torch.randn(67) if bias else None
-    wanted = x.double() @ weight.double().T + (0.0 if added is None else added.double())
-    close(linear(x, weight, added), wanted)
+@pytest.mark.parametrize("tokens", SIZES)
+def test_linear(tokens: int, bias: bool) -> None:
+    torch.manual_seed(tokens)
+    x, weight, added = torch.randn(tokens, 67), torch.randn(17, 67), torch.randn(17)
+    wanted = x.double() @ weight.double().T + (added.double() if bias else 0)
+    torch.testing.assert_close(linear(x, weight, added if bias else None).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("bias", [False, True])
-def test_gated_mlp(rows: int, bias: bool):
-    x, gate_up, down = torch.randn(rows, 17), torch.randn(2 * 33, 17), torch.randn(17, 33)
-    biases = (torch.randn(66), torch.randn(17)) if bias else (None, None)
-    both = F.linear(*(None if one is None else one.double() for one in (x, gate_up, biases[0])))  # type: ignore[arg-type]
-    gate, up = both.chunk(2, dim=-1)
-    close(swiglu(both.float()), F.silu(gate) * up)
-    wanted = F.linear(F.silu(gate) * up, down.double(), None if biases[1] is None else biases[1].double())
-    torch.testing.assert_close(gated_mlp(x, gate_up, down, *biases).double(), wanted, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("tokens", SIZES)
+def test_gated_mlp(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    x, gate_up, down = torch.randn(tokens, 17), torch.randn(134, 17), torch.randn(17, 67)
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    wanted = (gate * gate.sigmoid() * up) @ down.double().T
+    torch.testing.assert_close(gated_mlp(x, gate_up, down, None, None).double(), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_swiglu_overwrites_its_first_half() -> None:
+    x = torch.randn(17, 134)
+    assert swiglu(x).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+def test_gated_mlp_with_biases(tokens: int) -> None:
+    x, gate_up, down = torch.randn(tokens, 17), torch.randn(2 * 33, 17), torch.randn(17, 33)
+    gate_up_bias, down_bias = torch.randn(66), torch.randn(17)
+    gate, up = torch.nn.functional.linear(x.double(), gate_up.double(), gate_up_bias.double()).chunk(2, dim=-1)
+    wanted = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down.double(), down_bias.double())
+    got = gated_mlp(x, gate_up, down, gate_up_bias, down_bias)
+    torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-4)

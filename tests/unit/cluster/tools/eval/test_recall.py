@@ -45,6 +45,7 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("dual", [None, DualChunkSpec(80, 32, 64)])
+@pytest.mark.slow
 def test_sparse_with_everything_kept_is_dense(checkpoint: Path, dual: DualChunkSpec | None) -> None:
     result = evaluate(setup(checkpoint, dual_chunk=dual), PROMPT, 5, [Variant("sparse", sparse=True)], silent)
     (variant,) = result["variants"]
@@ -143,6 +144,7 @@ def test_the_process_writes_a_result_and_lines_of_progress(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_recall_from_yaml_to_report() -> None:
     options = RecallOptions(tokens=300, num_next=3, more={"sparse.cell": 128}, kv="int8")
     display = Display(Console(quiet=True), quiet=True)

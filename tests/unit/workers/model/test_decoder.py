@@ -1,0 +1,75 @@
+"""The parts of the decoder that a stage cuts by rows of the vocabulary: embedding and output head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from protos.stage.messages import Span
+from workers.bench.model import benchmark_spec
+from workers.model.decoder import Decoder
+from workers.model.weights import dummy_shard, whole_model
+from workers.transport.collectives import SingleShard
+
+CPU = torch.device("cpu")
+SPEC = replace(
+    benchmark_spec(layers=1), vocab_size=193, hidden_size=96, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, num_experts=16, num_experts_per_tok=3, moe_intermediate_size=64,
+)  # fmt: skip
+
+
+class Parts(SingleShard):
+    """One rank of several: its part is kept, the others' come from `others`."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.own: torch.Tensor | None = None
+        self.others: list[torch.Tensor] = []
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.own = tensor
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.own = tensor
+        return self.others or [tensor] * self.size
+
+
+def shards(size: int) -> list[tuple[Decoder, Parts]]:
+    made = []
+    for rank in range(size):
+        vocab = Span(193 * rank // size, 193 * (rank + 1) // size)
+        shard = replace(whole_model(SPEC), rank=rank, num_ranks=size, vocab=vocab)
+        parts = Parts(rank, size)
+        made.append((Decoder(SPEC, shard, dummy_shard(SPEC, shard, torch.float32, CPU), parts, CPU), parts))
+    return made
+
+
+def whole() -> Decoder:
+    shard = whole_model(SPEC)
+    return Decoder(SPEC, shard, dummy_shard(SPEC, shard, torch.float32, CPU), SingleShard(), CPU)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 17, 67])
+def test_embeddings_of_shards_add_up(tokens: int, size: int) -> None:
+    ids = torch.randint(0, 193, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    assert torch.equal(sum(decoder.embed(ids) for decoder, _ in shards(size)), whole().embed(ids))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_logits_of_shards_stand_in_order(size: int) -> None:
+    x = torch.randn(17, 96, generator=torch.Generator().manual_seed(size))
+    ranks = shards(size)
+    padded = []
+    for decoder, parts in ranks:
+        decoder.logits(x)
+        assert parts.own is not None
+        padded.append(parts.own)
+    decoder, parts = ranks[0]
+    parts.others = padded
+    got = decoder.logits(x)
+    assert got.shape == (17, 193)
+    torch.testing.assert_close(got, whole().logits(x), rtol=1e-5, atol=1e-5)
