@@ -45,7 +45,6 @@ def test_a_sparse_step_waits_for_every_shard(order: tuple[tuple[int, int], ...])
         done = flight.take(
             StepResult(
                 1,
-                1,
                 *place,
                 1_000_000 + place[0],
                 samples,
