@@ -11,7 +11,7 @@ from protos.stage.messages import Span
 from workers.bench.model import benchmark_spec
 from workers.model.decoder import Decoder
 from workers.model.weights import dummy_shard, whole_model
-from workers.transport.collectives import SingleShard
+from workers.transport.collectives import Collectives
 
 CPU = torch.device("cpu")
 SPEC = replace(
@@ -20,7 +20,7 @@ SPEC = replace(
 )  # fmt: skip
 
 
-class Parts(SingleShard):
+class Parts(Collectives):
     """One rank of several: its part is kept, the others' come from `others`."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -49,7 +49,7 @@ def shards(size: int) -> list[tuple[Decoder, Parts]]:
 
 def whole() -> Decoder:
     shard = whole_model(SPEC)
-    return Decoder(SPEC, shard, dummy_shard(SPEC, shard, torch.float32, CPU), SingleShard(), CPU)
+    return Decoder(SPEC, shard, dummy_shard(SPEC, shard, torch.float32, CPU), Collectives(), CPU)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -12,7 +12,7 @@ from workers.bench.model import benchmark_spec
 from workers.kv.paged import PagedKV, PlanMismatch
 from workers.model.weights import dummy_shard, whole_model
 from workers.runner.model_runner import ModelRunner, StepOutput
-from workers.transport.collectives import SingleShard
+from workers.transport.collectives import Collectives
 
 PAGE, TOTAL, CPU = 16, 193, torch.device("cpu")
 SPEC = replace(
@@ -27,7 +27,7 @@ def runner(stage: int = 0, stages: int = 1) -> ModelRunner:
     if stages > 1:
         shard = replace(shard, stage=stage, num_stages=stages, layers=Span(stage, stage + 1))
     kv = PagedKV(shard.layers.size, 2, 32, -(-TOTAL // PAGE), PAGE, torch.float32)
-    return ModelRunner(SPEC, shard, dummy_shard(SPEC, shard, torch.float32, CPU), kv, SingleShard(), CPU)
+    return ModelRunner(SPEC, shard, dummy_shard(SPEC, shard, torch.float32, CPU), kv, Collectives(), CPU)
 
 
 def plans(chunk: int) -> list[StepPlan]:
