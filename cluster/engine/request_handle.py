@@ -15,6 +15,8 @@ from cluster.text.detokenizer import OutputText
 from protos.model.spec import ModelSpec
 
 EngineEvent = PrefillProgress | OutputToken | Generation
+# A signal just before the lock is taken does not interrupt the wait: its handler runs once this time is over.
+_SIGNAL_CHECK_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +38,8 @@ class RequestHandle:
 
     def wait(self, timeout_s: float | None = None) -> Generation:
         """Return the result; raises TimeoutError, or EngineError when the cluster failed."""
+        while timeout_s is None and not self.done.wait(_SIGNAL_CHECK_S):
+            pass
         if not self.done.wait(timeout_s):
             raise TimeoutError(f"no result within {timeout_s} s")
         assert self.result is not None

@@ -9,11 +9,12 @@ import threading
 import pytest
 
 from cluster.common.errors import EngineError
-from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.engine.outputs import Generation
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.text.detokenizer import OutputText
 from protos.stage.messages import SamplingParams
+from tests.support.data.specs import generation_spec
 
 PROMPT = list(range(67))
 
@@ -22,7 +23,7 @@ def handle(events: list[EngineEvent]) -> RequestHandle:
     request = Request(17, PROMPT, SamplingParams(), StopRules(max_tokens=3), output=[5, 6], num_cached=16)
     return RequestHandle(
         request,
-        GenerationSpec(PROMPT, 3),
+        generation_spec(PROMPT, 3),
         OutputText(None, ()),
         events.append,
         submitted=10.0,
@@ -82,3 +83,19 @@ def test_a_callback_that_raises_is_called_once(caplog: pytest.LogCaptureFixture)
         one.notify(one.wait(0))
     assert calls == 1
     assert "request 17: its callback raised and is not called again" in caplog.text
+
+
+def test_a_wait_without_end_returns_to_python_for_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of a signal runs between two waits, whenever the signal came."""
+    waiting, waits = handle([]), []
+
+    def wait(timeout_s: float | None = None) -> bool:
+        waits.append(timeout_s)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    monkeypatch.setattr(waiting.done, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        waiting.wait()
+    assert all(timeout_s is not None and timeout_s <= 1.0 for timeout_s in waits)
