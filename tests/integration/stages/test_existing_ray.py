@@ -19,11 +19,14 @@ NEEDLE = ROOT / "configs" / "needle"
 @pytest.fixture
 def two_nodes(longreach: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two Ray nodes of one CPU each on this machine; yields the head's address."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray = str(Path(sys.executable).with_name("ray"))
+    # without what a local cluster of an earlier test in this process has set
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
     environment = os.environ | {MARK: longreach.mark, "RAY_USAGE_STATS_ENABLED": "0"}
     common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
     address = f"127.0.0.1:{port}"
