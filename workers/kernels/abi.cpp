@@ -9,7 +9,7 @@
 #include "gemm/calls.h"
 #include "gemm/layers.h"
 
-using namespace longreach;
+namespace longreach {
 
 // The best instruction set of this CPU: a `Path`.
 EXPORT int longreach_best_path() { return best_path(); }
@@ -38,3 +38,5 @@ EXPORT std::int64_t longreach_abi(std::int64_t* numbers, std::int64_t room) {
     std::copy(all, all + std::min(count, room), numbers);
     return count;
 }
+
+}  // namespace longreach

@@ -14,8 +14,7 @@
 #include "attention/attention_keys.h"
 #include "cpu.h"
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 namespace {
 
 constexpr int kFewItems = 64;    // with fewer, keys are split into parts so that every thread has work
@@ -220,16 +219,13 @@ int attend(const Args& a) {
 }
 
 }  // namespace
-}  // namespace attention
-}  // namespace longreach
 
-// Attention of the rows of a plan; a `Status`.
-EXPORT int longreach_attend(const longreach::attention::Args* args) {
-    using namespace longreach;
-    using namespace longreach::attention;
+EXPORT int longreach_attend(const Args* args) {
     if (args->visited != nullptr) std::fill(args->visited, args->visited + args->heads, 0);
     if (!valid(*args)) return kInvalid;
     try {
         return attend(*args);
     } catch (const std::bad_alloc&) { return kNoMemory; }
 }
+
+}  // namespace longreach::attention

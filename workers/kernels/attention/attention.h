@@ -15,8 +15,7 @@
 
 #include "abi.h"
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 
 constexpr int kGroup = 32;  // keys that lie one after the other in memory
 constexpr int kGroups = 8;  // groups of a block
@@ -104,5 +103,7 @@ Engine* make_amx(const Args& args, int max_columns, char* memory, std::size_t* b
 
 inline std::size_t type_bytes(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
 
-}  // namespace attention
-}  // namespace longreach
+// Attention of the rows of a plan; a `Status`.
+EXPORT int longreach_attend(const Args* args);
+
+}  // namespace longreach::attention

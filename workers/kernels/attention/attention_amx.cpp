@@ -12,8 +12,7 @@
 #include "attention/attention_registers.h"
 #include "cpu.h"
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 namespace {
 
 template <int Dim> class Amx final : public Engine {
@@ -329,6 +328,5 @@ Engine* make_amx(const Args& args, int max_columns, char* memory, std::size_t* b
     return make(args, max_columns, memory, bytes);
 }
 
-}  // namespace attention
-}  // namespace longreach
+}  // namespace longreach::attention
 #endif

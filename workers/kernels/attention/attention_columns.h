@@ -4,8 +4,7 @@
 #include "attention/attention.h"
 #include "bfloat16.h"
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 
 // Column `c` is row `c % rows` of the tile, of head `c / rows` of the item.
 struct Columns {
@@ -32,5 +31,4 @@ struct Columns {
     }
 };
 
-}  // namespace attention
-}  // namespace longreach
+}  // namespace longreach::attention

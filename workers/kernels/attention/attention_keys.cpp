@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 namespace {
 
 constexpr int kPlaces = kGroups + 1;
@@ -190,5 +189,4 @@ void KeyStream::flush() {
     taken_ = 0;
 }
 
-}  // namespace attention
-}  // namespace longreach
+}  // namespace longreach::attention

@@ -5,8 +5,7 @@
 
 #include "attention/attention.h"
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 
 struct Range {
     std::int32_t low, high;  // low .. high - 1
@@ -46,5 +45,4 @@ private:
     int place_ = 0, filled_ = 0;
 };
 
-}  // namespace attention
-}  // namespace longreach
+}  // namespace longreach::attention

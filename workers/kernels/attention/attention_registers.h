@@ -14,8 +14,7 @@
 #define AMX_INLINE AMX inline __attribute__((always_inline))
 #define AMX_FENCE() __asm__ volatile("" ::: "memory")  // tile loads do not tell the compiler what they read
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 
 constexpr int kTile = 16;  // columns, keys or dims of a tile
 constexpr int kTileBytes = 1024;
@@ -196,6 +195,5 @@ private:
     int tile_ = 0, left_ = 0;
 };
 
-}  // namespace attention
-}  // namespace longreach
+}  // namespace longreach::attention
 #endif

@@ -12,8 +12,7 @@
 
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
-namespace longreach {
-namespace attention {
+namespace longreach::attention {
 namespace {
 
 constexpr int kWidth = LR_WIDTH;
@@ -276,5 +275,4 @@ Engine* LR_MAKE(const Args& args, int max_columns, char* memory, std::size_t* by
     return nullptr;
 }
 
-}  // namespace attention
-}  // namespace longreach
+}  // namespace longreach::attention

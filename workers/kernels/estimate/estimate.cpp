@@ -12,8 +12,7 @@
 #include "cpu.h"
 #include "estimate/estimate_work.h"
 
-namespace longreach {
-namespace estimate {
+namespace longreach::estimate {
 namespace {
 
 constexpr float kNothing = 1e30f;  // lse of padding rows: their weights are 0
@@ -208,11 +207,6 @@ template <class Call> int guarded(const Args* args, const Call& call) {
 }
 
 }  // namespace
-}  // namespace estimate
-}  // namespace longreach
-
-using namespace longreach;
-using namespace longreach::estimate;
 
 // columns, offsets: [G, S]; natural: [G, R].
 EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offsets, float* natural) {
@@ -255,3 +249,5 @@ EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const
         });
     });
 }
+
+}  // namespace longreach::estimate

@@ -13,8 +13,7 @@
 
 #include "attention/attention.h"
 
-namespace longreach {
-namespace estimate {
+namespace longreach::estimate {
 
 using attention::kMasked, attention::kNever, attention::kUnseen;
 constexpr float kHighest = 65536.0f;  // sum of a block's weights above which the maximum is searched again
@@ -105,5 +104,4 @@ struct Engine {
 
 const Engine& engine(int path);  // one this CPU has
 
-}  // namespace estimate
-}  // namespace longreach
+}  // namespace longreach::estimate

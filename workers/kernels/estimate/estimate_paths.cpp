@@ -56,8 +56,7 @@ LR_AVX512 inline __m512 fold(const __m512* x) {
 #include "estimate/estimate_simd.h"
 #endif
 
-namespace longreach {
-namespace estimate {
+namespace longreach::estimate {
 namespace {
 
 #if defined(__x86_64__)
@@ -205,5 +204,4 @@ const Engine& engine(int path) {
     return of_portable;
 }
 
-}  // namespace estimate
-}  // namespace longreach
+}  // namespace longreach::estimate

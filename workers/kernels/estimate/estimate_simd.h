@@ -8,9 +8,7 @@
 //   LR_FOLD     optional: (16 vectors) -> vector of the sums of each
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
-namespace longreach {
-namespace estimate {
-namespace LR_SPACE {
+namespace longreach::estimate::LR_SPACE {
 
 constexpr int kWidth = LR_WIDTH;
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
@@ -321,9 +319,7 @@ template <class Weave> Engine make() {
     return {false, pack, convert, scores, mask, running<Weave>, kept<Weave>, sums<Weave>, fold, mass, nothing, nothing};
 }
 
-}  // namespace LR_SPACE
-}  // namespace estimate
-}  // namespace longreach
+}  // namespace longreach::estimate::LR_SPACE
 
 #undef LR_INLINE
 #undef LR_SPACE

@@ -8,6 +8,7 @@
 
 #include "abi.h"
 
+namespace longreach::estimate {
 namespace {
 
 constexpr int kShift = 18;  // buckets: exponent and the first five bits of the mantissa
@@ -57,15 +58,17 @@ void pick(const float* scores, std::int64_t count, std::int64_t wanted, std::int
 // Returns a `Status`.
 EXPORT int longreach_estimate_top(const float* scores, std::int64_t rows, std::int64_t size, std::int64_t width,
                                   std::int64_t always, const std::int64_t* counts, std::int32_t* picked, int threads) {
-    int status = longreach::kOk;
+    int status = kOk;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t row = 0; row < rows; ++row) {
         try {
             pick(scores + row * size, size, counts[row] - always, always, picked + row * width);
         } catch (const std::bad_alloc&) {
 #pragma omp atomic write
-            status = longreach::kNoMemory;
+            status = kNoMemory;
         }
     }
     return status;
 }
+
+}  // namespace longreach::estimate

@@ -13,8 +13,7 @@
 
 #include "estimate/estimate.h"
 
-namespace longreach {
-namespace estimate {
+namespace longreach::estimate {
 constexpr std::int64_t kChunk = 4096;  // keys; a multiple of kKeys
 
 struct Chunk {
@@ -243,5 +242,4 @@ template <class Task> void parallel(const Work& work, int count, int parts, cons
     }
 }
 
-}  // namespace estimate
-}  // namespace longreach
+}  // namespace longreach::estimate

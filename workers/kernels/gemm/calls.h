@@ -6,8 +6,7 @@
 
 #include "gemm/gemm.h"
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 
 constexpr long kMaxTopK = 128;  // experts of a token
 constexpr long kMaxExperts = 4096;
@@ -58,11 +57,10 @@ struct ExpertsCall {
     std::int32_t path, threads;
 };
 
-}  // namespace gemm
-}  // namespace longreach
+EXPORT int longreach_linear(const LinearCall* call);
+EXPORT int longreach_rms_norm(const NormCall* call);
+EXPORT int longreach_norm_rotate(const RotateCall* call);
+EXPORT int longreach_route(const RouteCall* call);
+EXPORT int longreach_experts(const ExpertsCall* call);
 
-EXPORT int longreach_linear(const longreach::gemm::LinearCall* call);
-EXPORT int longreach_rms_norm(const longreach::gemm::NormCall* call);
-EXPORT int longreach_norm_rotate(const longreach::gemm::RotateCall* call);
-EXPORT int longreach_route(const longreach::gemm::RouteCall* call);
-EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call);
+}  // namespace longreach::gemm

@@ -8,8 +8,7 @@
 
 #define INLINE __attribute__((always_inline)) inline
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 namespace {
 
 constexpr long kLanes = 16;
@@ -130,11 +129,6 @@ template <typename Call> void every_token(const Call& call, void (*const* of)(co
 }
 
 }  // namespace
-}  // namespace gemm
-}  // namespace longreach
-
-using namespace longreach;
-using namespace longreach::gemm;
 
 // out = x / rms(x) * weight, row by row.
 EXPORT int longreach_rms_norm(const NormCall* call) {
@@ -159,3 +153,5 @@ EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std
     constexpr long (*of[])(const float*, long) = {argmax_portable, argmax_avx2, argmax_avx512};
     return of[path < kAvx512 ? path : kAvx512](values, size);
 }
+
+}  // namespace longreach::gemm

@@ -8,8 +8,7 @@
 #include <new>
 #include <vector>
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 namespace {
 
 // Rows of one expert: choices [start, start + rows) of the sorted order.
@@ -165,13 +164,13 @@ void run(const ExpertsCall& call) {
 }
 
 }  // namespace
-}  // namespace gemm
-}  // namespace longreach
 
 // The weighted sum of the local experts; a `Status`.
-EXPORT int longreach_experts(const longreach::gemm::ExpertsCall* call) {
+EXPORT int longreach_experts(const ExpertsCall* call) {
     try {
-        longreach::gemm::run(*call);
-    } catch (const std::bad_alloc&) { return longreach::kNoMemory; }
-    return longreach::kOk;
+        run(*call);
+    } catch (const std::bad_alloc&) { return kNoMemory; }
+    return kOk;
 }
+
+}  // namespace longreach::gemm

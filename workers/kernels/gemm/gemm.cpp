@@ -9,8 +9,7 @@
 
 #define INLINE __attribute__((always_inline)) inline
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 namespace {
 
 template <int Rows> INLINE void some_rows(float* c, const bf16* a, const bf16* b, long k_tiles, bool add) {
@@ -128,12 +127,6 @@ void* thread_memory(std::size_t bytes) {
     return memory.at;
 }
 
-}  // namespace gemm
-}  // namespace longreach
-
-using namespace longreach;
-using namespace longreach::gemm;
-
 // Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.
 // With `half`, strips of the first and of the second `half` rows take turns: a gate beside its up.
 EXPORT void longreach_pack(bf16* packed, const bf16* source, long first, long rows, long k, long stride, long half) {
@@ -196,3 +189,5 @@ EXPORT int longreach_linear(const LinearCall* call) {
     }
     return status;
 }
+
+}  // namespace longreach::gemm

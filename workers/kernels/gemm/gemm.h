@@ -21,8 +21,7 @@
 #define LONGREACH_AVX512
 #endif
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 
 constexpr long kStrip = 16;  // rows or outputs of a tile
 constexpr long kDepth = 32;  // values of K in a tile
@@ -116,5 +115,4 @@ template <typename Finish> inline void run_panel(const Engine& engine, float* c,
     }
 }
 
-}  // namespace gemm
-}  // namespace longreach
+}  // namespace longreach::gemm

@@ -10,8 +10,7 @@
 #define AVX512 LONGREACH_AVX512
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 namespace {
 
 inline void prefetch(Ahead& ahead) {
@@ -201,6 +200,5 @@ constexpr Engine kEngines[] = {
 
 const Engine& x86_engine(Path path) { return kEngines[path - kAvx512]; }
 
-}  // namespace gemm
-}  // namespace longreach
+}  // namespace longreach::gemm
 #endif

@@ -8,10 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
-extern "C" int longreach_attend(const longreach::attention::Args* args);
-
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 namespace {
 
 int linear(const Step& step, const bf16* x, const bf16* weight, const bf16* bias, bf16* out, long n, long k) {
@@ -73,7 +70,7 @@ int attend(const Step& step, const Layer& layer) {
         args.keys = layer.keys;
         args.values = layer.values;
         args.key_head = args.value_head = layer.kv_head;
-        if (const int status = longreach_attend(&args)) return status;
+        if (const int status = attention::longreach_attend(&args)) return status;
     }
     return 0;
 }
@@ -114,10 +111,6 @@ void add(const Step& step, const Layer& layer) {
 }
 
 }  // namespace
-}  // namespace gemm
-}  // namespace longreach
-
-using namespace longreach::gemm;
 
 // One half of a layer, attention (0) or experts (1), without the sum: shards reduce it first. A status of the calls.
 EXPORT int longreach_half_layer(const Layer* layer, const Step* step, int half) {
@@ -135,3 +128,5 @@ EXPORT int longreach_layers(const Layer* layers, std::int64_t count, const Step*
     }
     return 0;
 }
+
+}  // namespace longreach::gemm

@@ -6,8 +6,7 @@
 #include "attention/attention.h"
 #include "gemm/calls.h"
 
-namespace longreach {
-namespace gemm {
+namespace longreach::gemm {
 
 // One layer of one shard; weights are packed, vectors plain.
 struct Layer {
@@ -42,5 +41,4 @@ struct Step {
     std::int32_t path, threads;
 };
 
-}  // namespace gemm
-}  // namespace longreach
+}  // namespace longreach::gemm
