@@ -81,16 +81,6 @@ INLINE void route_row(const RouteCall& call, long token) {
     for (long k = 0; k < call.top_k; ++k) weights[k] /= sum;
 }
 
-#define COMPILED(row, Call)                                                                \
-    void row##_portable(const Call& call, long token) { row(call, token); }                \
-    LONGREACH_AVX2 void row##_avx2(const Call& call, long token) { row(call, token); }     \
-    LONGREACH_AVX512 void row##_avx512(const Call& call, long token) { row(call, token); } \
-    constexpr void (*row##_of[])(const Call&, long) = {row##_portable, row##_avx2, row##_avx512};
-
-COMPILED(norm_row, NormCall)
-COMPILED(rotate_row, RotateCall)
-COMPILED(route_row, RouteCall)
-
 INLINE long argmax(const float* values, long size) {
     constexpr std::int32_t kExponent = 0x7F800000;
     const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
@@ -118,40 +108,32 @@ INLINE long argmax(const float* values, long size) {
     return -1;
 }
 
-long argmax_portable(const float* values, long size) { return argmax(values, size); }
-LONGREACH_AVX2 long argmax_avx2(const float* values, long size) { return argmax(values, size); }
-LONGREACH_AVX512 long argmax_avx512(const float* values, long size) { return argmax(values, size); }
-
-template <typename Call> void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
-    const auto row = of[call.path < kAvx512 ? call.path : kAvx512];
+// Calls the function for every token of a call that has so many values.
+template <auto function, typename Call> int every_token(const Call& call, long values) {
+    const auto row = Compiled<function>::of[call.path];
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (values > kSerial)
     for (long token = 0; token < call.tokens; ++token) row(call, token);
+    return kOk;
 }
 
 }  // namespace
 
 // out = x / rms(x) * weight, row by row.
-EXPORT int longreach_rms_norm(const NormCall* call) {
-    every_token(*call, norm_row_of, call->tokens * call->size);
-    return 0;
-}
+EXPORT int longreach_rms_norm(const NormCall* call) { return every_token<norm_row>(*call, call->tokens * call->size); }
 
 // Norm of every head (where there is a weight), then rotation of its two halves.
 EXPORT int longreach_norm_rotate(const RotateCall* call) {
-    every_token(*call, rotate_row_of, call->tokens * call->heads * call->dim);
-    return 0;
+    return every_token<rotate_row>(*call, call->tokens * call->heads * call->dim);
 }
 
 // Softmax over the experts, the k largest of it, divided by their sum if asked.
 EXPORT int longreach_route(const RouteCall* call) {
-    every_token(*call, route_row_of, call->tokens * call->experts);
-    return 0;
+    return every_token<route_row>(*call, call->tokens * call->experts);
 }
 
 // Index of the greatest of `size` values, the first of equal ones; -1 when a value is infinite or NaN.
 EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std::int32_t path) {
-    constexpr long (*of[])(const float*, long) = {argmax_portable, argmax_avx2, argmax_avx512};
-    return of[path < kAvx512 ? path : kAvx512](values, size);
+    return Compiled<argmax>::of[path](values, size);
 }
 
 }  // namespace longreach::gemm

@@ -60,31 +60,24 @@ Sorted sort_choices(const ExpertsCall& call) {
 // Panels [start, stop), one strip of gate and one of up each: silu(x gate) * (x up), packed for the next product.
 void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, float* c, const bf16* a, bf16* hidden,
                  long start, long stop) {
-    const long m = call.hidden_size, width = call.width, strip = kStrip * m;
-    const bf16* b = call.gate_up + task.expert * 2 * width * m + start * 2 * strip;
-    for (long panel = start; panel < stop; ++panel, b += 2 * strip) {
-        const auto finish = [&](const float* sums, long row, long count) {
-            use.swiglu(sums, count, hidden + row * width + panel / 2 * kTile + panel % 2 * kStrip, kStrip * width);
-        };
-        run_panel(use, c, a, task.rows, b, b + strip, m / kDepth, panel + 1 < stop ? b + 2 * strip : nullptr, finish);
-    }
+    const long m = call.hidden_size, width = call.width, strips = 2 * width / kStrip;
+    const Panels panels{call.gate_up + task.expert * 2 * width * m, strips, m / kDepth, start, stop};
+    run_panels(use, c, a, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
+        use.swiglu(sums, count, hidden + row * width + panel / 2 * kTile + panel % 2 * kStrip, kStrip * width);
+    });
 }
 
 // Panels [start, stop), two strips of M each: weight * (hidden down), to the rows of the choices.
 void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sorted, const Task& task, float* c,
                    const bf16* hidden, long start, long stop) {
-    const long m = call.hidden_size, strip = kStrip * call.width;
+    const long m = call.hidden_size, width = call.width;
     const bool stream = streams(call.rows, call.tokens * call.top_k, m);
-    const bf16* b = call.down + task.expert * m * call.width + start * 2 * strip;
-    for (long panel = start; panel < stop; ++panel, b += 2 * strip) {
-        const auto finish = [&](const float* sums, long row, long count) {
-            const long at = task.start + row;
-            bf16* out = call.rows + panel * kBlock;
-            use.store(sums, count, kBlock, {out, m, &sorted.choice[at], &sorted.weight[at], nullptr, stream});
-        };
-        run_panel(use, c, hidden, task.rows, b, b + strip, call.width / kDepth,
-                  panel + 1 < stop ? b + 2 * strip : nullptr, finish);
-    }
+    const Panels panels{call.down + task.expert * m * width, m / kStrip, width / kDepth, start, stop};
+    run_panels(use, c, hidden, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
+        const long at = task.start + row;
+        bf16* out = call.rows + panel * kBlock;
+        use.store(sums, count, kBlock, {out, m, &sorted.choice[at], &sorted.weight[at], nullptr, stream});
+    });
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
 }
 
@@ -124,37 +117,31 @@ void run(const ExpertsCall& call) {
     std::vector<bf16> exchange(parts == 1 ? 0 : sorted.places * call.width + kTile);
     bf16* shared = exchange.data() + (-reinterpret_cast<std::uintptr_t>(exchange.data()) % kLine) / sizeof(bf16);
     std::atomic<bool> failed{false};
+    const auto each_part = [&](const auto& compute) {
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < tasks * parts; ++i) {
+            const TaskMemory memory(call, sorted.max_task_rows);
+            if (memory.a == nullptr)
+                failed = true;
+            else
+                compute(sorted.tasks[i / parts], i % parts, memory);
+        }
+    };
 #pragma omp parallel num_threads(call.threads)
     {
         use.enter();
-#pragma omp for schedule(dynamic)
-        for (long i = 0; i < tasks * parts; ++i) {
-            const Task& task = sorted.tasks[i / parts];
-            const long part = i % parts;
-            const TaskMemory memory(call, sorted.max_task_rows);
-            if (memory.a == nullptr) {
-                failed = true;
-                continue;
-            }
+        each_part([&](const Task& task, long part, const TaskMemory& memory) {
             bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
             pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);
             gate_and_up(use, call, task, memory.c, memory.a, hidden, panels * part / parts,
                         panels * (part + 1) / parts);
             if (parts == 1) weighted_down(use, call, sorted, task, memory.c, hidden, 0, down_panels);
-        }
+        });
         if (parts > 1) {
-#pragma omp for schedule(dynamic)
-            for (long i = 0; i < tasks * parts; ++i) {
-                const Task& task = sorted.tasks[i / parts];
-                const long part = i % parts;
-                const TaskMemory memory(call, sorted.max_task_rows);
-                if (memory.a == nullptr) {
-                    failed = true;
-                    continue;
-                }
+            each_part([&](const Task& task, long part, const TaskMemory& memory) {
                 weighted_down(use, call, sorted, task, memory.c, shared + task.place * call.width,
                               down_panels * part / parts, down_panels * (part + 1) / parts);
-            }
+            });
         }
 #pragma omp for schedule(static)
         for (long token = 0; token < call.tokens; ++token) combine(use, call, token);

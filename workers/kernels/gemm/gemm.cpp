@@ -30,7 +30,7 @@ template <int Rows> INLINE void some_rows(float* c, const bf16* a, const bf16* b
     for (int r = 0; r < Rows; ++r) std::memcpy(c + r * kBlock, sum[r], sizeof sum[r]);
 }
 
-INLINE void any_block(float* c, const Operands& o) {
+INLINE void block(float* c, const Operands& o, Ahead) {
     for (long row = 0; row < o.rows; row += 4) {
         const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
         for (const bf16* b : {o.b0, o.b1}) {
@@ -44,7 +44,7 @@ INLINE void any_block(float* c, const Operands& o) {
     }
 }
 
-INLINE void any_store(const float* c, long rows, long columns, const Target& t) {
+INLINE void store(const float* c, long rows, long columns, const Target& t) {
     for (long r = 0; r < rows; ++r) {
         bf16* out = t.out + (t.place ? t.place[r] : r) * t.stride;
         const float scale = t.scale ? t.scale[r] : 1.0f;
@@ -55,14 +55,14 @@ INLINE void any_store(const float* c, long rows, long columns, const Target& t) 
     }
 }
 
-INLINE void any_swiglu(const float* c, long rows, bf16* out, long stride) {
+INLINE void swiglu(const float* c, long rows, bf16* out, long stride) {
     for (long r = 0; r < rows; ++r, c += kBlock) {
         bf16* to = out + r / kStrip * stride + r % kStrip * kDepth;
         for (long n = 0; n < kStrip; ++n) to[n] = narrow(c[n] / (1.0f + std::exp(-c[n])) * c[n + kStrip]);
     }
 }
 
-INLINE void any_sum(bf16* out, const bf16* const* rows, long count, long n) {
+INLINE void sum_rows(bf16* out, const bf16* const* rows, long count, long n) {
     for (long i = 0; i < n; ++i) {
         float sum = 0.0f;
         for (long r = 0; r < count; ++r) sum += widen(rows[r][i]);
@@ -72,21 +72,12 @@ INLINE void any_sum(bf16* out, const bf16* const* rows, long count, long n) {
 
 void nothing() {}
 
-void portable_block(float* c, const Operands& o, Ahead) { any_block(c, o); }
-void portable_store(const float* c, long rows, long columns, const Target& t) { any_store(c, rows, columns, t); }
-void portable_swiglu(const float* c, long rows, bf16* out, long stride) { any_swiglu(c, rows, out, stride); }
-void portable_sum(bf16* out, const bf16* const* rows, long count, long n) { any_sum(out, rows, count, n); }
-LONGREACH_AVX2 void avx2_block(float* c, const Operands& o, Ahead) { any_block(c, o); }
-LONGREACH_AVX2 void avx2_store(const float* c, long rows, long columns, const Target& t) {
-    any_store(c, rows, columns, t);
-}
-LONGREACH_AVX2 void avx2_swiglu(const float* c, long rows, bf16* out, long stride) { any_swiglu(c, rows, out, stride); }
-LONGREACH_AVX2 void avx2_sum(bf16* out, const bf16* const* rows, long count, long n) { any_sum(out, rows, count, n); }
-
-constexpr Engine kEngines[] = {
-    {portable_block, portable_store, portable_swiglu, portable_sum, nothing, nothing},
-    {avx2_block, avx2_store, avx2_swiglu, avx2_sum, nothing, nothing},
-};
+template <Path path> constexpr Engine kEngine{Compiled<block>::of[path],
+                                              Compiled<store>::of[path],
+                                              Compiled<swiglu>::of[path],
+                                              Compiled<sum_rows>::of[path],
+                                              nothing,
+                                              nothing};
 
 struct Memory {
     void* at = nullptr;
@@ -100,7 +91,7 @@ const Engine& engine(int path) {
 #if defined(__x86_64__)
     if (path >= kAvx512) return x86_engine(Path(path));
 #endif
-    return kEngines[path];
+    return path == kAvx2 ? kEngine<kAvx2> : kEngine<kPortable>;
 }
 
 void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k) {
@@ -139,22 +130,6 @@ EXPORT void longreach_pack(bf16* packed, const bf16* source, long first, long ro
     }
 }
 
-static void linear_panels(const Engine& use, const LinearCall& call, float* c, const bf16* a, long first, long rows,
-                          long start, long stop) {
-    const long k = call.k, strips = call.n / kStrip;
-    const bool stream = streams(call.out, call.rows, call.n);
-    for (long panel = start; panel < stop; ++panel) {
-        const bf16* b = call.weight + panel * kBlock * k;
-        const bool two = 2 * panel + 1 < strips;
-        run_panel(use, c, a, rows, b, two ? b + kStrip * k : nullptr, k / kDepth,
-                  panel + 1 < stop ? b + kBlock * k : nullptr, [&](const float* sums, long row, long count) {
-                      bf16* out = call.out + (first + row) * call.n + panel * kBlock;
-                      const bf16* bias = call.bias ? call.bias + panel * kBlock : nullptr;
-                      use.store(sums, count, two ? kBlock : kStrip, {out, call.n, nullptr, nullptr, bias, stream});
-                  });
-    }
-}
-
 // out = x @ weight.T + bias; a `Status`.
 EXPORT int longreach_linear(const LinearCall* call) {
     const Engine& use = engine(call->path);
@@ -164,6 +139,7 @@ EXPORT int longreach_linear(const LinearCall* call) {
     const long groups = (call->rows + max_rows - 1) / max_rows;
     const long group = round_up((call->rows + groups - 1) / groups, kBlock);
     const long pieces = std::min(panels, std::max(1L, (kTasksPerThread * call->threads + groups - 1) / groups));
+    const bool stream = streams(call->out, call->rows, call->n);
     int status = kOk;
 #pragma omp parallel num_threads(call->threads)
     {
@@ -179,8 +155,14 @@ EXPORT int longreach_linear(const LinearCall* call) {
                 } else if (rows > 0) {
                     pack_rows(a, call->x + first * call->stride, call->stride, nullptr, rows, k);
                     auto* c = reinterpret_cast<float*>(a + round_up(group, kStrip) * k);
-                    linear_panels(use, *call, c, a, first, rows, panels * piece / pieces,
-                                  panels * (piece + 1) / pieces);
+                    const Panels some{call->weight, strips, k / kDepth, panels * piece / pieces,
+                                      panels * (piece + 1) / pieces};
+                    run_panels(use, c, a, rows, some, [&](long panel, const float* sums, long row, long count) {
+                        bf16* out = call->out + (first + row) * call->n + panel * kBlock;
+                        const bf16* bias = call->bias ? call->bias + panel * kBlock : nullptr;
+                        const long columns = std::min(kBlock, call->n - panel * kBlock);
+                        use.store(sums, count, columns, {out, call->n, nullptr, nullptr, bias, stream});
+                    });
                     std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
                 }
             }

@@ -59,6 +59,15 @@ struct Target {
     bool stream;                // bypass the caches where whole lines are written
 };
 
+// A function that is inlined always, compiled for every instruction set: `of[path]`.
+template <auto function> struct Compiled;
+template <typename R, typename... A, R (*function)(A...)> struct Compiled<function> {
+    static R portable(A... a) { return function(a...); }
+    LONGREACH_AVX2 static R avx2(A... a) { return function(a...); }
+    LONGREACH_AVX512 static R avx512(A... a) { return function(a...); }
+    static constexpr R (*of[])(A...) = {portable, avx2, avx512, avx512};
+};
+
 // One instruction set. `block` fills c, 32 x 32 floats, or adds to it; `store` and `swiglu` consume c.
 struct Engine {
     void (*block)(float* c, const Operands& operands, Ahead ahead);
@@ -92,25 +101,36 @@ inline long round_up(long value, long step) { return (value + step - 1) / step *
 inline std::size_t sums_bytes(long rows) { return std::size_t(round_up(rows, kBlock)) * kBlock * sizeof(float); }
 inline std::size_t packed_bytes(long rows, long k) { return std::size_t(round_up(rows, kStrip)) * k * sizeof(bf16); }
 
-// The product of packed rows and one panel, one or two strips of a weight. K is cut into slices, so that a slice of the
-// panel stays in L1 while all rows pass by; c, 32 floats a row, holds the sums. Brings `next`, the panel to come, into
-// L2 meanwhile. Calls finish(c of the block, its first row, its rows) for every block of 32 rows.
-template <typename Finish> inline void run_panel(const Engine& engine, float* c, const bf16* a, long rows,
-                                                 const bf16* b0, const bf16* b1, long k_tiles, const bf16* next,
-                                                 const Finish& finish) {
+// Some panels of a packed weight: a panel is two strips, the last one a single strip where their number is odd.
+struct Panels {
+    const bf16* weight;
+    long strips, k_tiles;
+    long start, stop;  // the panels to compute
+};
+
+// The products of packed rows and panels of a weight. K is cut into slices, so that a slice of the panel stays in L1
+// while all rows pass by; c, 32 floats a row, holds the sums. Brings the panel to come into L2 meanwhile. Calls
+// finish(panel, c of the block, its first row, its rows) for every block of 32 rows.
+template <typename Finish>
+void run_panels(const Engine& engine, float* c, const bf16* a, long rows, const Panels& panels, const Finish& finish) {
+    const long k_tiles = panels.k_tiles, strip = k_tiles * kTile;
     const long blocks = (rows + kBlock - 1) / kBlock, depth = blocks == 1 ? k_tiles : kSlice;
     const long lines = k_tiles * 2 * kStrip, steps = blocks * k_tiles;  // of two strips
-    const long share = next == nullptr ? 0 : (lines + steps - 1) / steps;
-    const char* ahead = reinterpret_cast<const char*>(next);
-    for (long k = 0; k < k_tiles; k += depth) {
-        const long slice = k_tiles - k < depth ? k_tiles - k : depth;
-        for (long block = 0; block < blocks; ++block, ahead += slice * share * long(kLine)) {
-            const long first = block * kBlock, count = rows - first < kBlock ? rows - first : kBlock;
-            const bf16* from = a + first * k_tiles * kDepth + k * kTile;
-            const bf16* second = b1 == nullptr ? nullptr : b1 + k * kTile;
-            float* sums = c + first * kBlock;
-            engine.block(sums, {from, count, b0 + k * kTile, second, slice, k_tiles * kTile, k > 0}, {ahead, share});
-            if (k + slice == k_tiles) finish(sums, first, count);
+    for (long panel = panels.start; panel < panels.stop; ++panel) {
+        const bf16* b = panels.weight + panel * 2 * strip;
+        const bool two = 2 * panel + 1 < panels.strips, last = panel + 1 == panels.stop;
+        const long share = last ? 0 : (lines + steps - 1) / steps;
+        const char* ahead = last ? nullptr : reinterpret_cast<const char*>(b + 2 * strip);
+        for (long k = 0; k < k_tiles; k += depth) {
+            const long slice = k_tiles - k < depth ? k_tiles - k : depth;
+            const bf16 *b0 = b + k * kTile, *b1 = two ? b0 + strip : nullptr;
+            for (long first = 0; first < rows; first += kBlock, ahead += slice * share * long(kLine)) {
+                const long count = rows - first < kBlock ? rows - first : kBlock;
+                const bf16* from = a + first * k_tiles * kDepth + k * kTile;
+                float* sums = c + first * kBlock;
+                engine.block(sums, {from, count, b0, b1, slice, strip, k > 0}, {ahead, share});
+                if (k + slice == k_tiles) finish(panel, sums, first, count);
+            }
         }
     }
 }
