@@ -1,54 +1,22 @@
 // Entry of the attention kernel; see attention.h.
 #include "attention/attention.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <new>
 #include <vector>
 
 #include "attention/attention_columns.h"
 #include "attention/attention_keys.h"
 #include "cpu.h"
+#include "memory.h"
 
 namespace longreach::attention {
 namespace {
 
 constexpr int kFewItems = 64;    // with fewer, keys are split into parts so that every thread has work
 constexpr int kPartKeys = 2048;  // minimum of a part
-constexpr std::size_t kKeptBytes = 4 << 20;
-constexpr std::size_t kHugePage = 2 << 20;
-
-// Memory of a thread, kept between calls unless it is large.
-class Scratch {
-public:
-    ~Scratch() { std::free(base_); }
-    char* get(std::size_t bytes) {
-        if (bytes > size_) {
-            std::free(base_);
-            size_ = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-            base_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
-            if (base_ == nullptr) size_ = 0;
-#if defined(MADV_HUGEPAGE)
-            if (base_ != nullptr) madvise(base_, size_, MADV_HUGEPAGE);  // advice: it may fail
-#endif
-        }
-        return base_;
-    }
-    void trim() {
-        if (size_ <= kKeptBytes) return;
-        std::free(base_);
-        base_ = nullptr;
-        size_ = 0;
-    }
-
-private:
-    char* base_ = nullptr;
-    std::size_t size_ = 0;
-};
+constexpr std::size_t kKeptBytes = 4 << 20;  // of a thread between calls
 
 thread_local Scratch engine_memory, part_memory;
 
@@ -212,9 +180,9 @@ int attend(const Args& a) {
                 join(a, item, column, first + column * (a.dim + 2), stride, work.parts);
             }
         }
-        engine_memory.trim();
+        engine_memory.free_above(kKeptBytes);
     }
-    part_memory.trim();
+    part_memory.free_above(kKeptBytes);
     return status;
 }
 

@@ -3,6 +3,7 @@
 //
 // Keys are cut into chunks at fixed positions; a thread computes a chunk for all query heads of the KV head. Chunks are
 // joined in the order of their positions, so that the results do not depend on the number of threads.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -15,13 +16,14 @@
 namespace longreach::estimate {
 namespace {
 
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kNothing = 1e30f;  // lse of padding rows: their weights are 0
+
 // Softmax denominators of a strip, as logarithms to the base 2.
 struct Lse {
     alignas(64) float rows[kRows];
+    Lse() { std::fill_n(rows, kRows, kNothing); }
 };
-
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Bits `i .. i + 63` of a map.
 std::uint64_t bits_from(const std::vector<std::uint64_t>& map, std::uint64_t i) {
@@ -36,35 +38,40 @@ void set_bits(std::vector<std::uint64_t>& map, std::int64_t low, std::int64_t hi
     }
 }
 
-// What a head keeps as bits. Offsets run backwards, bit S - 1 - offset, so that neighbouring keys of a row are
-// neighbouring bits; after them come zeros for keys after the row.
+// What a head keeps as bits. Offsets are there twice: backwards, bit S - 1 - offset, so that neighbouring keys of a row
+// are neighbouring bits, with zeros after them for keys after the row; and in their own order, kRows further on, so that
+// neighbouring rows of a key are.
 struct Maps {
-    std::vector<std::uint64_t> offsets, columns;
+    std::vector<std::uint64_t> backwards, forwards, columns;
     std::int64_t stop;
 
-    Maps(const Selection& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
+    Maps(const Selection& chosen, std::int64_t s)
+        : backwards(2 * s / 64 + 4), forwards((s + 2 * kRows) / 64 + 3), columns(s / 64 + 3), stop(s) {
         for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
-            set_bits(offsets, s - 1 - std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1),
-                     s - 1 - chosen.offsets[2 * i]);
+            const std::int64_t low = chosen.offsets[2 * i];
+            const std::int64_t high = std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1);
+            set_bits(backwards, s - 1 - high, s - 1 - low);
+            set_bits(forwards, low + kRows, high + kRows);
         }
-        for (std::int64_t i = 0; i < chosen.num_columns; ++i) {
-            columns[chosen.columns[i] / 64] |= 1ull << chosen.columns[i] % 64;
-        }
+        for (std::int64_t i = 0; i < chosen.num_columns; ++i) set_bits(columns, chosen.columns[i], chosen.columns[i]);
     }
 
-    // Bit i: whether the row at `position` keeps key `low` + i by its offset.
-    std::uint64_t row(std::int64_t position, std::int64_t low) const {
-        return bits_from(offsets, stop - 1 - position + low);
+    // Bit i: whether the row at `position` keeps key `low` + i.
+    std::uint64_t keys(std::int64_t position, std::int64_t low) const {
+        return bits_from(columns, low) | bits_from(backwards, stop - 1 - position + low);
+    }
+
+    // Bit i: whether row `first` + i keeps the key at `position` by its offset.
+    std::uint64_t rows(std::int64_t first, std::int64_t position) const {
+        const std::int64_t offset = first - position;
+        return offset <= -kRows ? 0 : bits_from(forwards, offset + kRows);
     }
 };
 
-// Offsets as bits in their own order, kRows further on: neighbouring rows of a key are neighbouring bits.
-std::vector<std::uint64_t> forward(const Selection& chosen, std::int64_t s) {
-    std::vector<std::uint64_t> map((s + 2 * kRows) / 64 + 3);
-    for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
-        set_bits(map, chosen.offsets[2 * i] + kRows, std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1) + kRows);
-    }
-    return map;
+std::vector<Maps> maps_of(const Work& work, const Selection* chosen) {
+    std::vector<Maps> maps;
+    for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], work.args.borders[3]);
+    return maps;
 }
 
 bool valid(const Args& a) {
@@ -77,43 +84,28 @@ bool valid(const Args& a) {
            a.kv_type <= kInt8 && (a.kv_type == kInt8) == (a.key_scales != nullptr);
 }
 
-Running fresh() {
-    Running one;
-    for (int r = 0; r < kRows; ++r) {
-        one.maximum[r] = kUnseen;
-        one.sum[r] = one.kept[r] = 0.0f;
-    }
-    return one;
-}
-
-// Computes the softmax denominators of every strip, with `maps` also the kept share, in double.
-void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& lse, std::vector<double>* share) {
+// Computes the softmax denominators of every strip, with `maps` also the kept share [G].
+void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& lse, double* share) {
     const int strips = work.group * work.strips, chunks = int(work.chunks.size());
-    std::vector<Running> parts(std::size_t(strips) * chunks, fresh());
+    std::vector<Running> parts(std::size_t(strips) * chunks);
     parallel(work, chunks, 1, [&](Reader& reader, int i) {
-        const Chunk& chunk = work.chunks[i];
-        reader.walk(chunk, [&](std::int32_t low, const Block&, int at, const float* s, const Next& next) {
-            const Strip& strip = work.strip(chunk.region, at / work.strips, at % work.strips);
-            Running& state = parts[std::size_t(i) * strips + at];
-            if (maps == nullptr) {
-                work.engine.running(state, s, strip, next);
-                return;
-            }
-            const Maps& map = (*maps)[at / work.strips];
-            alignas(64) std::int32_t words[2][kRows] = {};
-            const std::uint64_t columns = bits_from(map.columns, low);
-            for (int r = 0; r < kRows && strip.positions[r] >= 0; ++r) {
-                const std::uint64_t word = columns | map.row(strip.positions[r], low);
-                words[0][r] = std::int32_t(word);
-                words[1][r] = std::int32_t(word >> 32);
-            }
-            work.engine.kept(state, s, strip, words[0], next);
-        });
+        reader.walk(work.chunks[i],
+                    [&](std::int32_t low, const Block&, int at, const Strip& strip, const float* s, const Next& next) {
+                        Running& state = parts[std::size_t(i) * strips + at];
+                        if (maps == nullptr) return work.engine.running(state, s, strip, next);
+                        alignas(64) std::int32_t words[2][kRows] = {};
+                        for (int r = 0; r < kRows && strip.positions[r] >= 0; ++r) {
+                            const std::uint64_t word = (*maps)[at / work.strips].keys(strip.positions[r], low);
+                            words[0][r] = std::int32_t(word);
+                            words[1][r] = std::int32_t(word >> 32);
+                        }
+                        work.engine.kept(state, s, strip, words[0], next);
+                    });
     });
     for (int at = 0; at < strips; ++at) {
-        const Strip& strip = work.strip(2, at / work.strips, at % work.strips);
+        const Strip& strip = work.of(2)[at];
         const auto part = [&](int i) -> const Running& { return parts[std::size_t(i) * strips + at]; };
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows && strip.positions[r] >= 0; ++r) {
             float maximum = kUnseen;
             for (int i = 0; i < chunks; ++i) maximum = std::max(maximum, part(i).maximum[r]);
             double sum = 0, kept = 0;
@@ -122,9 +114,8 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
                 sum += weight * part(i).sum[r];
                 kept += weight * part(i).kept[r];
             }
-            const bool used = strip.positions[r] >= 0;
-            lse[at].rows[r] = used ? float(double(maximum) * strip.factor[r] + std::log2(sum)) : kNothing;
-            if (share != nullptr && used) (*share)[at / work.strips] += kept / sum / double(work.args.num_rows);
+            lse[at].rows[r] = float(double(maximum) * strip.factor[r] + std::log2(sum));
+            if (share != nullptr) share[at / work.strips] += kept / sum / double(work.args.num_rows);
         }
     }
 }
@@ -139,11 +130,10 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
     const std::int64_t stop = work.args.borders[3];
     // Neighbouring chunks share some offsets: first the even ones are computed, then the odd ones.
     parallel(work, int(work.chunks.size()), 2, [&](Reader& reader, int i) {
-        const Chunk& chunk = work.chunks[i];
         alignas(64) float lanes[kKeys * kLanes], by_key[kKeys], by_offset[kSpan];
-        reader.walk(chunk, [&](std::int32_t low, const Block& block, int at, const float* s, const Next& next) {
+        reader.walk(work.chunks[i], [&](std::int32_t low, const Block& block, int at, const Strip& strip,
+                                        const float* s, const Next& next) {
             const int head = at / work.strips, index = at % work.strips;
-            const Strip& strip = work.strip(chunk.region, head, index);
             if (index == 0) std::memset(lanes, 0, sizeof lanes);
             work.engine.sums(s, strip, lse[at].rows, lanes, by_offset, next);
             add_offsets(offsets + head * stop, stop, std::int64_t(strip.first) - low - (kKeys - 1), by_offset);
@@ -154,33 +144,27 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
     });
 }
 
-// Mass of the pairs that `chosen` has as a column and, by `map`, as an offset too; needs neighbouring rows.
-double twice(const Work& work, Reader& reader, int head, const Selection& chosen, const std::vector<std::uint64_t>& map,
+// Mass of the pairs that a head keeps both by a column and by an offset; needs neighbouring rows.
+double twice(const Work& work, Reader& reader, int head, const Selection& chosen, const Maps& map,
              const std::vector<Lse>& lse) {
     double total = 0;
-    std::int64_t at = 0;
+    const std::int32_t *column = chosen.columns, *end = column + chosen.num_columns;
     for (int region = 0; region < 3; ++region) {
-        while (at < chosen.num_columns && chosen.columns[at] < work.args.borders[region + 1]) {
-            std::int64_t end = at;
-            while (end < chosen.num_columns && end < at + kKeys &&
-                   chosen.columns[end] < work.args.borders[region + 1]) {
-                ++end;
-            }
-            const Block& block = reader.gather(chosen.columns + at, int(end - at));
-            for (int index = 0; index < work.strips; ++index) {
-                const Strip& strip = work.strip(region, head, index);
+        while (column < end && *column < work.args.borders[region + 1]) {
+            const std::int32_t* stop = std::min(end, column + kKeys);
+            const int count = int(std::lower_bound(column, stop, work.args.borders[region + 1]) - column);
+            const Block& block = reader.gather(column, count);
+            for (int at = head * work.strips; at < (head + 1) * work.strips; ++at) {
+                const Strip& strip = work.of(region)[at];
                 std::uint64_t words[kKeys] = {};
                 bool some = false;
-                for (int i = 0; i < block.count; ++i) {
-                    const std::int64_t offset = std::int64_t(strip.first) - block.positions[i];  // of the first row
-                    words[i] = offset <= -kRows ? 0 : bits_from(map, offset + kRows);
+                for (int i = 0; i < count; ++i) {
+                    words[i] = map.rows(strip.first, block.positions[i]);
                     some |= words[i] != 0;
                 }
-                if (!some) continue;
-                const float* of_rows = lse[head * work.strips + index].rows;
-                total += work.engine.mass(reader.scores(strip), strip, of_rows, words);
+                if (some) total += work.engine.mass(reader.scores(strip), strip, lse[at].rows, words);
             }
-            at = end;
+            column += count;
         }
     }
     return total;
@@ -199,9 +183,7 @@ template <class Call> int guarded(const Args* args, const Call& call) {
     if (!valid(*args)) return kInvalid;
     try {
         const Work work(*args);
-        Lse nothing;
-        for (float& row : nothing.rows) row = kNothing;
-        call(work, std::vector<Lse>(work.group * work.strips, nothing));
+        call(work, std::vector<Lse>(work.group * work.strips));
     } catch (const std::bad_alloc&) { return kNoMemory; }
     return kOk;
 }
@@ -221,11 +203,9 @@ EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offs
 // chosen, share: [G].
 EXPORT int longreach_estimate_kept(const Args* args, const Selection* chosen, double* share) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
-        std::vector<Maps> maps;
-        for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], args->borders[3]);
-        std::vector<double> shares(work.group, 0.0);
-        stream(work, &maps, lse, &shares);
-        std::memcpy(share, shares.data(), shares.size() * sizeof(double));
+        const std::vector<Maps> maps = maps_of(work, chosen);
+        std::fill_n(share, work.group, 0.0);
+        stream(work, &maps, lse, share);
     });
 }
 
@@ -234,8 +214,7 @@ EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const
                                    const Selection* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
-        std::vector<std::vector<std::uint64_t>> maps;
-        for (int head = 0; head < work.group; ++head) maps.push_back(forward(chosen[head], args->borders[3]));
+        const std::vector<Maps> maps = maps_of(work, chosen);
         parallel(work, work.group, 1, [&](Reader& reader, int head) {
             const Selection& one = chosen[head];
             const float* by_key = columns + head * args->borders[3];

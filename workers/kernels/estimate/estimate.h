@@ -9,6 +9,7 @@
 // holds neighbouring rows of one key, and maxima and sums of rows are sums of vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention/attention.h"
@@ -65,8 +66,9 @@ struct Strip {
 // Running softmax of the rows of a strip, and the share of it that is kept.
 struct Running {
     alignas(64) float maximum[kRows];  // of the scores, without the factor
-    alignas(64) float sum[kRows];
-    alignas(64) float kept[kRows];
+    alignas(64) float sum[kRows] = {};
+    alignas(64) float kept[kRows] = {};
+    Running() { std::fill_n(maximum, kRows, kUnseen); }
 };
 
 // Offsets of a strip with a block: offset (position of row 0) - (position of key 0) - (kKeys - 1) + i at index i.
@@ -83,7 +85,7 @@ struct Next {
 };
 
 struct Engine {
-    bool bfloat16;  // type of keys and queries, else float32
+    Type type;  // of keys and queries: float32 or bfloat16
     void (*pack)(void* to, const void* q, int q_type, std::int64_t stride, int rows, int dim);
     void (*convert)(void* to, const void* from, int kv_type, std::int64_t count);
     void (*scores)(float* s, const Strip& strip, const Block& block, int dim);

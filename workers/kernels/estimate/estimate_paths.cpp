@@ -179,7 +179,7 @@ LR_AVX512 void leave_amx() { _tile_loadconfig(previous_config); }
 
 Engine make_amx() {
     Engine one = avx512::make<Tiles>();
-    one.bfloat16 = true;
+    one.type = kBfloat16;
     one.pack = pack_tiles;
     one.convert = avx512::convert_bfloat16;
     one.scores = scores_amx;

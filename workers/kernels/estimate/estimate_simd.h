@@ -316,7 +316,8 @@ LR_TARGET void fold(float* columns, const float* lanes) {
 inline void nothing() {}
 
 template <class Weave> Engine make() {
-    return {false, pack, convert, scores, mask, running<Weave>, kept<Weave>, sums<Weave>, fold, mass, nothing, nothing};
+    return {kFloat32,    pack,        convert, scores, mask,    running<Weave>,
+            kept<Weave>, sums<Weave>, fold,    mass,   nothing, nothing};
 }
 
 }  // namespace longreach::estimate::LR_SPACE

@@ -5,15 +5,15 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "estimate/estimate.h"
+#include "memory.h"
 
 namespace longreach::estimate {
+using attention::type_bytes;
 constexpr std::int64_t kChunk = 4096;  // keys; a multiple of kKeys
 
 struct Chunk {
@@ -21,72 +21,56 @@ struct Chunk {
     std::int32_t low, high;  // low .. high - 1
 };
 
-struct Free {
-    void operator()(void* at) const { std::free(at); }
-};
-template <class T> using Memory = std::unique_ptr<T[], Free>;
-
-template <class T> Memory<T> allocate(std::size_t count) {
-    void* at = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64);
-    if (at == nullptr) throw std::bad_alloc();
-    return Memory<T>(static_cast<T*>(at));
-}
-
 // One call: what its parts share.
 struct Work {
     const Args& args;
     const Engine& engine;
-    int group, strips;  // heads of the KV head, strips of a head
+    const int group, strips;  // heads of the KV head, strips of a head
     std::vector<Chunk> chunks;
     std::vector<Strip> packed;  // [3 regions][group][strips]
-    Memory<char> memory;
+    Lines queries;              // of the strips
 
-    explicit Work(const Args& a) : args(a), engine(estimate::engine(a.path)) {
-        group = int(a.heads / a.kv_heads);
-        strips = int((a.num_rows + kRows - 1) / kRows);
+    explicit Work(const Args& a)
+        : args(a),
+          engine(estimate::engine(a.path)),
+          group(int(a.heads / a.kv_heads)),
+          strips(int((a.num_rows + kRows - 1) / kRows)),
+          packed(3 * group * strips) {
         const std::int64_t step = std::max(kChunk, (2 * a.num_rows + kKeys - 1) / kKeys * kKeys);
+        // padding after the last tile: AMX computes pairs of groups
+        const std::size_t lines = lines_of(a.dim * kRows * type_bytes(engine.type) + 1024);
+        queries.resize(lines * packed.size());
         for (int region = 0; region < 3; ++region) {
             for (std::int64_t low = a.borders[region]; low < a.borders[region + 1];) {
                 const std::int64_t high = std::min(a.borders[region + 1], (low / step + 1) * step);
                 chunks.push_back({region, std::int32_t(low), std::int32_t(high)});
                 low = high;
             }
-        }
-        pack();
-    }
-
-    // Padding after the last tile: AMX computes pairs of groups.
-    std::size_t strip_bytes() const { return std::size_t(args.dim) * kRows * (engine.bfloat16 ? 2 : 4) + 1024; }
-    std::size_t value_bytes() const { return engine.bfloat16 ? 2 : 4; }
-
-    void pack() {
-        const std::size_t bytes = strip_bytes();
-        const std::size_t width = args.q_type == kFloat32 ? 4 : 2;
-        packed.resize(3 * group * strips);
-        memory = allocate<char>(bytes * packed.size());
-        for (int region = 0; region < 3; ++region) {
-            if (args.borders[region] == args.borders[region + 1]) continue;
+            if (a.borders[region] == a.borders[region + 1]) continue;
             for (int i = 0; i < group * strips; ++i) {
-                const int head = args.kv_head * group + i / strips, first = i % strips * kRows;
-                const int rows = int(std::min<std::int64_t>(kRows, args.num_rows - first));
-                const auto* q = static_cast<const char*>(args.q[2 - region]);
-                Strip& one = packed[region * group * strips + i];
-                char* to = memory.get() + bytes * (region * group * strips + i);
-                engine.pack(to, q + (first * args.heads + head) * args.dim * width, args.q_type, args.heads * args.dim,
-                            rows, int(args.dim));
-                one.q = to;
-                one.groups = (rows + kLanes - 1) / kLanes;
-                one.first = args.rows[first];
-                for (int r = 0; r < kRows; ++r) {
-                    one.factor[r] = r < rows ? args.scales[first + r] * kLog2e : 0.0f;
-                    one.positions[r] = r < rows ? args.rows[first + r] : -1;
-                }
+                const int at = region * group * strips + i;
+                pack(packed[at], queries[at * lines].bytes, a.q[2 - region], i / strips, i % strips * kRows);
             }
         }
     }
 
-    const Strip& strip(int region, int head, int index) const {
-        return packed[(region * group + head) * strips + index];
+    // The strips of a region: [group][strips].
+    const Strip* of(int region) const { return &packed[region * group * strips]; }
+
+private:
+    // Rows of the `head`-th query head of the KV head, from row `first` on.
+    void pack(Strip& one, char* to, const void* q, int head, int first) const {
+        const std::int64_t from = (first * args.heads + args.kv_head * group + head) * args.dim;
+        const int rows = int(std::min<std::int64_t>(kRows, args.num_rows - first));
+        engine.pack(to, static_cast<const char*>(q) + from * type_bytes(args.q_type), args.q_type,
+                    args.heads * args.dim, rows, int(args.dim));
+        one.q = to;
+        one.groups = (rows + kLanes - 1) / kLanes;
+        one.first = args.rows[first];
+        for (int r = 0; r < kRows; ++r) {
+            one.factor[r] = r < rows ? args.scales[first + r] * kLog2e : 0.0f;
+            one.positions[r] = r < rows ? args.rows[first + r] : -1;
+        }
     }
 };
 
@@ -96,21 +80,21 @@ public:
     explicit Reader(const Work& work)
         : work_(work),
           args_(work.args),
-          copied_(allocate<char>(2 * kKeys * work.args.dim * work.value_bytes())),
-          scores_(allocate<float>(2 * kKeys * kRows)) {
-        const std::size_t width = args_.kv_type == kFloat32 ? 4 : args_.kv_type == kBfloat16 ? 2 : 1;
-        row_ = args_.dim * width;
-        keys_ = static_cast<const char*>(args_.keys) + args_.kv_head * args_.key_head * std::int64_t(width);
-        in_place_ = args_.kv_type == (work.engine.bfloat16 ? kBfloat16 : kFloat32);
-        if (args_.kv_type == kInt8) given_scales_ = args_.key_scales + args_.kv_head * args_.key_scale_head;
+          row_(args_.dim * type_bytes(args_.kv_type)),
+          key_(args_.dim * type_bytes(work.engine.type)),
+          keys_(static_cast<const char*>(args_.keys) + args_.kv_head * args_.key_head * type_bytes(args_.kv_type)),
+          scales_(args_.kv_type == kInt8 ? args_.key_scales + args_.kv_head * args_.key_scale_head : nullptr),
+          copies_(lines_of(2 * kKeys * key_)),
+          scores_(lines_of(2 * kKeys * kRows * sizeof(float))) {
+        for (int i = 0; i < 2; ++i) blocks_[i].copy = copies_[0].bytes + i * kKeys * key_;
     }
 
-    // Calls use(low, block, number of the strip, masked scores, next) for all blocks and strips of a chunk; `use` has
-    // the engine compute the scores that come next.
+    // Calls use(low, block, number of the strip, strip, masked scores, next) for all blocks and strips of a chunk; `use`
+    // has the engine compute the scores that come next.
     template <class Use> void walk(const Chunk& chunk, const Use& use) {
         const int strips = work_.group * work_.strips, dim = int(args_.dim);
-        const Strip* all = &work_.strip(chunk.region, 0, 0);
-        float *now = scores_.get(), *later = now + kKeys * kRows;
+        const Strip* all = work_.of(chunk.region);
+        float *now = scores(), *later = now + kKeys * kRows;
         const Block* block = &range(chunk.low, std::min(chunk.high, chunk.low + kKeys));
         work_.engine.scores(now, all[0], *block, dim);
         for (std::int32_t low = chunk.low; low < chunk.high; low += kKeys) {
@@ -123,7 +107,7 @@ public:
                     next.strip = all;
                     next.block = following = &range(low + kKeys, high);
                 }
-                use(low, *block, at, masked(now, all[at], *block), next);
+                use(low, *block, at, all[at], masked(now, all[at], *block), next);
                 std::swap(now, later);
             }
             block = following;
@@ -137,18 +121,25 @@ public:
             block_->positions[i] = columns[i];
             copy(i, slot(columns[i]), 1);
         }
-        close(count, columns[count - 1], false);
+        pad(count);
         return *block_;
     }
 
     // Masked scores of a strip with the block last read, [kKeys, kRows].
     const float* scores(const Strip& strip) {
-        work_.engine.scores(scores_.get(), strip, *block_, int(args_.dim));
-        return masked(scores_.get(), strip, *block_);
+        work_.engine.scores(scores(), strip, *block_, int(args_.dim));
+        return masked(scores(), strip, *block_);
     }
 
 private:
-    std::int64_t slot(std::int32_t position) const {
+    struct Buffered : Block {
+        char* copy;  // [kKeys, D] in the type of the engine
+        float copied_scales[kKeys];
+    };
+
+    float* scores() { return reinterpret_cast<float*>(scores_.data()); }
+
+    std::int64_t slot(std::int64_t position) const {
         return args_.pages[position / args_.page_size] + position % args_.page_size;
     }
 
@@ -168,62 +159,55 @@ private:
     // Switches to the other block; the previous one stays valid.
     void turn() { block_ = block_ == blocks_ ? blocks_ + 1 : blocks_; }
 
-    char* copied() const { return copied_.get() + (block_ - blocks_) * kKeys * args_.dim * work_.value_bytes(); }
-    float* scales() { return scales_[block_ - blocks_]; }
-
     // Keys `low .. high - 1`, at most kKeys.
     const Block& range(std::int32_t low, std::int32_t high) {
         turn();
         const int count = high - low;
-        std::int64_t slot = this->slot(low);
-        const std::int64_t page = args_.page_size;
-        bool together = in_place_ && count == kKeys;
+        const std::int64_t page = args_.page_size, first = slot(low);
+        bool together = args_.kv_type == work_.engine.type && count == kKeys;
         for (std::int64_t p = (low / page + 1) * page; together && p < high; p += page) {
-            together = this->slot(std::int32_t(p)) == slot + (p - low);
+            together = slot(p) == first + (p - low);
         }
         for (int i = 0; i < count; ++i) block_->positions[i] = low + i;
-        block_->keys = keys_ + slot * row_;
-        if (!together) {
-            for (int i = 0; i < count;) {
-                const int n = int(std::min<std::int64_t>(count - i, page - (low + i) % page));
-                copy(i, this->slot(low + i), n);
-                i += n;
-            }
+        if (together) {
+            block_->keys = keys_ + first * row_;
+            block_->scales = nullptr;
+            block_->count = count;
+            block_->last = high - 1;
+            return *block_;
         }
-        close(count, high - 1, together);
+        for (int i = 0; i < count;) {
+            const int n = int(std::min<std::int64_t>(count - i, page - (low + i) % page));
+            copy(i, slot(low + i), n);
+            i += n;
+        }
+        pad(count);
         return *block_;
     }
 
     void copy(int to, std::int64_t slot, int count) {
-        work_.engine.convert(copied() + to * args_.dim * work_.value_bytes(), keys_ + slot * row_, args_.kv_type,
-                             count * args_.dim);
-        if (given_scales_ != nullptr) std::memcpy(scales() + to, given_scales_ + slot, count * sizeof(float));
+        work_.engine.convert(block_->copy + to * key_, keys_ + slot * row_, args_.kv_type, count * args_.dim);
+        if (scales_ != nullptr) std::memcpy(block_->copied_scales + to, scales_ + slot, count * sizeof(float));
     }
 
-    void close(int count, std::int32_t last, bool together) {
+    // Completes a block of `count` copied keys.
+    void pad(int count) {
+        block_->keys = block_->copy;
+        block_->scales = scales_ != nullptr ? block_->copied_scales : nullptr;
         block_->count = count;
-        block_->last = last;
-        block_->scales = given_scales_ != nullptr ? scales() : nullptr;
-        if (together) return;
-        block_->keys = copied();
-        const std::size_t key = args_.dim * work_.value_bytes();
-        std::memset(copied() + count * key, 0, (kKeys - count) * key);
-        for (int i = count; i < kKeys; ++i) {
-            block_->positions[i] = kNever;
-            scales()[i] = 0.0f;
-        }
+        block_->last = block_->positions[count - 1];
+        std::memset(block_->copy + count * key_, 0, (kKeys - count) * key_);
+        std::fill(block_->positions + count, block_->positions + kKeys, kNever);
+        std::fill(block_->copied_scales + count, block_->copied_scales + kKeys, 0.0f);
     }
 
     const Work& work_;
     const Args& args_;
-    Memory<char> copied_;
-    Memory<float> scores_;
-    std::int64_t row_ = 0;  // bytes of a key in the cache
-    const char* keys_ = nullptr;
-    const float* given_scales_ = nullptr;
-    float scales_[2][kKeys] = {};
-    bool in_place_ = false;
-    Block blocks_[2] = {}, *block_ = blocks_;
+    const std::size_t row_, key_;  // bytes of a key in the cache and in the type of the engine
+    const char* keys_;
+    const float* scales_;
+    Lines copies_, scores_;  // of two blocks each
+    Buffered blocks_[2] = {}, *block_ = blocks_;
 };
 
 // Calls `task(reader, i)` for every i below `count` with i % parts == part, part after part.

@@ -8,6 +8,8 @@
 #include <new>
 #include <vector>
 
+#include "memory.h"
+
 namespace longreach::gemm {
 namespace {
 
@@ -100,7 +102,7 @@ struct TaskMemory {
 
     TaskMemory(const ExpertsCall& call, long rows) {
         const std::size_t x = packed_bytes(rows, call.hidden_size), sums = sums_bytes(rows);
-        auto* at = static_cast<char*>(thread_memory(x + sums + packed_bytes(rows, call.width)));
+        char* at = thread_memory(x + sums + packed_bytes(rows, call.width));
         a = reinterpret_cast<bf16*>(at);
         c = reinterpret_cast<float*>(at + x);
         hidden = reinterpret_cast<bf16*>(at + x + sums);
@@ -114,8 +116,8 @@ void run(const ExpertsCall& call) {
     const long panels = call.width / kStrip, down_panels = call.hidden_size / kBlock;
     // with few tasks their columns are divided among threads too, and hidden rows are exchanged between the products
     const long parts = tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, down_panels);
-    std::vector<bf16> exchange(parts == 1 ? 0 : sorted.places * call.width + kTile);
-    bf16* shared = exchange.data() + (-reinterpret_cast<std::uintptr_t>(exchange.data()) % kLine) / sizeof(bf16);
+    Lines exchange(parts == 1 ? 0 : lines_of(sorted.places * call.width * sizeof(bf16)));
+    bf16* shared = reinterpret_cast<bf16*>(exchange.data());
     std::atomic<bool> failed{false};
     const auto each_part = [&](const auto& compute) {
 #pragma omp for schedule(dynamic)

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
+
+#include "memory.h"
 
 #define INLINE __attribute__((always_inline)) inline
 
@@ -79,12 +80,6 @@ template <Path path> constexpr Engine kEngine{Compiled<block>::of[path],
                                               nothing,
                                               nothing};
 
-struct Memory {
-    void* at = nullptr;
-    std::size_t bytes = 0;
-    ~Memory() { std::free(at); }
-};
-
 }  // namespace
 
 const Engine& engine(int path) {
@@ -107,15 +102,9 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
     }
 }
 
-void* thread_memory(std::size_t bytes) {
-    thread_local Memory memory;
-    if (memory.bytes < bytes) {
-        std::free(memory.at);
-        memory.bytes = 0;
-        memory.at = std::aligned_alloc(kLine, std::size_t(round_up(long(bytes), long(kLine))));
-        if (memory.at != nullptr) memory.bytes = bytes;
-    }
-    return memory.at;
+char* thread_memory(std::size_t bytes) {
+    thread_local Scratch memory;
+    return memory.get(bytes);
 }
 
 // Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.
@@ -148,7 +137,7 @@ EXPORT int longreach_linear(const LinearCall* call) {
         for (long g = 0; g < groups; ++g) {
             for (long piece = 0; piece < pieces; ++piece) {
                 const long first = g * group, rows = std::min<long>(group, call->rows - first);
-                auto* a = static_cast<bf16*>(thread_memory(packed_bytes(group, k) + sums_bytes(group)));
+                auto* a = reinterpret_cast<bf16*>(thread_memory(packed_bytes(group, k) + sums_bytes(group)));
                 if (a == nullptr) {
 #pragma omp atomic write
                     status = kNoMemory;

@@ -88,7 +88,7 @@ const Engine& x86_engine(Path path);
 void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k);
 
 // Memory of the calling thread, kept between calls: at least `bytes`, on a cache line, of unspecified content.
-void* thread_memory(std::size_t bytes);
+char* thread_memory(std::size_t bytes);
 
 // Whether results bypass the caches: they are larger, so a line would be evicted before it is read.
 inline bool streams(const bf16* out, long rows, long stride) {
