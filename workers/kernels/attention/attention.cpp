@@ -6,7 +6,6 @@
 #include <new>
 #include <vector>
 
-#include "attention/attention_columns.h"
 #include "attention/attention_keys.h"
 #include "cpu.h"
 #include "memory.h"
@@ -66,15 +65,11 @@ int choose_path(const Args& a) {
     return path;
 }
 
-Engine* make(const Args& args, int path, int max_columns, char* memory, std::size_t* bytes) {
 #if defined(__x86_64__)
-    if (path == kAmx) return make_amx(args, max_columns, memory, bytes);
-    if (path == kAvx512) return make_avx512(args, max_columns, memory, bytes);
-    if (path == kAvx2) return make_avx2(args, max_columns, memory, bytes);
+constexpr Make* kMakes[] = {make_portable, make_avx2, make_avx512, make_amx};
+#else
+constexpr Make* kMakes[] = {make_portable};
 #endif
-    (void)path;
-    return make_portable(args, max_columns, memory, bytes);
-}
 
 Work plan_work(const Args& a) {
     Work work;
@@ -107,7 +102,7 @@ Work plan_work(const Args& a) {
     }
     if (dense && work.parts == 1) {  // the longest first
         std::stable_sort(work.items.begin(), work.items.end(),
-                         [](const Item& x, const Item& y) { return x.row > y.row; });
+                         [](const Item& x, const Item& y) { return x.first_row > y.first_row; });
     }
     return work;
 }
@@ -122,24 +117,16 @@ void join(const Args& a, const Item& item, int column, const float* parts, std::
         sum += factor * parts[dim + 1];
         for (std::int64_t d = 0; d < dim; ++d) values[d] += factor * parts[d];
     }
-    const Columns at{a, item};
-    char* out = at.out(column);
-    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-    for (std::int64_t d = 0; d < dim; ++d) {
-        if (a.q_type == kFloat32) {
-            reinterpret_cast<float*>(out)[d] = values[d] * factor;
-        } else {
-            reinterpret_cast<std::uint16_t*>(out)[d] = narrow(values[d] * factor);
-        }
-    }
+    write_row(a, item.out(a, column), values, 1, sum);
 }
 
 int attend(const Args& a) {
-    const int path = choose_path(a);
+    Make& make = *kMakes[choose_path(a)];
     const Work work = plan_work(a);
     const int items = int(work.items.size()), columns = work.max_columns;
-    std::size_t bytes = 0;
-    make(a, path, columns, nullptr, &bytes);
+    Arena counted{nullptr};
+    make(a, columns, counted);
+    KeyStream(a, counted);
     const std::size_t stride = columns * std::size_t(a.dim + 2);
     float* parts = nullptr;
     if (work.parts > 1) {
@@ -149,12 +136,9 @@ int attend(const Args& a) {
     int status = kOk;
 #pragma omp parallel num_threads(a.threads)
     {
-        KeyStream stream(a);
-        Engine* engine = nullptr;
-        if (char* memory = engine_memory.get(bytes + KeyStream::bytes(a))) {
-            engine = make(a, path, columns, memory, &bytes);
-            stream.use(memory + bytes);
-        }
+        Arena arena{engine_memory.get(counted.used)};
+        Engine* engine = arena.base == nullptr ? nullptr : make(a, columns, arena);
+        KeyStream stream(a, arena);
 #pragma omp for schedule(dynamic, 1)
         for (int i = 0; i < items; ++i) {
             const Item& item = work.items[i];

@@ -10,10 +10,13 @@
 // online softmax in float32.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 #include "abi.h"
+#include "bfloat16.h"
 
 namespace longreach::attention {
 
@@ -50,13 +53,39 @@ struct Args {
     int q_type, kv_type, threads, path;
 };
 
+inline std::size_t type_bytes(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
+
 // A tile of rows and the heads that share its keys. Keys outside `key_low .. key_high - 1` belong to another part.
+// Column `c` is row `c % rows` of the tile, of head `c / rows` of the item.
 struct Item {
     int head, heads, kv_head;
-    int row, rows;  // within the plan
+    int first_row, rows;  // within the plan
     int key_low, key_high;
+
     int columns() const { return heads * rows; }
+    int row(int c) const { return first_row + c % rows; }
+    const char* query(const Args& args, int c, int rotation) const {
+        const std::int64_t at = row(c) * args.q_row[rotation] + (head + c / rows) * args.q_head[rotation];
+        return static_cast<const char*>(args.q[rotation]) + at * type_bytes(args.q_type);
+    }
+    char* out(const Args& args, int c) const {
+        const std::int64_t at = (row(c) * args.heads + head + c / rows) * args.dim;
+        return static_cast<char*>(args.out) + at * type_bytes(args.q_type);
+    }
 };
+
+// A row of the result: weighted values, `step` apart, by the sum of their weights.
+inline void write_row(const Args& args, char* out, const float* values, int step, float sum) {
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (std::int64_t d = 0; d < args.dim; ++d) {
+        const float x = values[d * step] * factor;
+        if (args.q_type == kFloat32) {
+            reinterpret_cast<float*>(out)[d] = x;
+        } else {
+            reinterpret_cast<bf16*>(out)[d] = narrow(x);
+        }
+    }
+}
 
 // `kGroup` keys, some of which may be padding (position `kNever`, all zero).
 struct Group {
@@ -73,18 +102,7 @@ struct Block {
     int count;  // groups
 };
 
-// Computes one work item after the other: `begin`, `rotate` and `block` as the keys come, then one of the last two.
-class Engine {
-public:
-    virtual ~Engine() = default;
-    virtual void begin(const Item& item) = 0;
-    virtual void rotate(int rotation) = 0;  // the next blocks meet the queries under this rotation
-    virtual void block(const Block& block) = 0;
-    virtual void finish() = 0;                  // writes rows of the output
-    virtual void finish_part(float* part) = 0;  // writes [columns][D + 2]: weighted values, maximum, sum
-};
-
-// Bump allocator; with `nullptr` as base it only counts.
+// Bump allocator over memory aligned to 64 bytes; with `nullptr` as base it only counts.
 struct Arena {
     char* base;
     std::size_t used = 0;
@@ -95,13 +113,67 @@ struct Arena {
     }
 };
 
-// Engines are placed in `memory` (64 byte aligned), which they do not own; with null the needed bytes are counted.
-Engine* make_portable(const Args& args, int max_columns, char* memory, std::size_t* bytes);
-Engine* make_avx2(const Args& args, int max_columns, char* memory, std::size_t* bytes);
-Engine* make_avx512(const Args& args, int max_columns, char* memory, std::size_t* bytes);
-Engine* make_amx(const Args& args, int max_columns, char* memory, std::size_t* bytes);
+// Computes one work item after the other: `begin`, `rotate` and `block` as the keys come, then one of the last two.
+class Engine {
+public:
+    virtual ~Engine() = default;
+    virtual void block(const Block& block) = 0;
+    virtual void finish() = 0;                  // writes rows of the output
+    virtual void finish_part(float* part) = 0;  // writes [columns][D + 2]: weighted values, maximum, sum
 
-inline std::size_t type_bytes(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
+    void begin(const Item& item) {
+        item_ = item;
+        columns_ = item.columns();
+        strips_ = (columns_ + strip_ - 1) / strip_;
+        const int padded = strips_ * strip_;
+        for (int c = 0; c < padded; ++c) {  // those beyond the last column see every key
+            const bool real = c < columns_;
+            scales_[c] = real ? args_.scales[item.row(c)] * 1.44269504088896341f : 0.1f;
+            positions_[c] = real ? std::int32_t(args_.start + item.row(c)) : kNever - 1;
+        }
+        std::fill(highest_, highest_ + padded, kUnseen);
+        std::fill(sums_, sums_ + padded, 0.0f);
+        std::fill(o_, o_ + std::size_t(padded) * dim_, 0.0f);
+    }
+
+    // The next blocks meet the queries under this rotation.
+    void rotate(int rotation) {
+        rotation_ = rotation;
+        packed_ = false;
+    }
+
+protected:
+    Engine(const Args& args, int max_columns, int strip, Arena& arena)
+        : args_(args), dim_(int(args.dim)), strip_(strip) {
+        const std::size_t padded = (max_columns + strip - 1) / strip * strip;
+        o_ = arena.take<float>(padded * dim_);
+        highest_ = arena.take<float>(padded);
+        sums_ = arena.take<float>(padded);
+        scales_ = arena.take<float>(padded);
+        positions_ = arena.take<std::int32_t>(padded);
+    }
+
+    const Args& args_;
+    const int dim_;
+    const int strip_;  // columns that are computed together
+    Item item_{};
+    int columns_ = 0, strips_ = 0, rotation_ = 0;
+    bool packed_ = false;               // queries, under the rotation
+    float* o_;                          // weighted values of the columns, in the order of the engine
+    float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
+    std::int32_t* positions_;
+};
+
+// Makes an engine in the memory of the arena, which keeps it; null where the arena only counts.
+using Make = Engine*(const Args& args, int max_columns, Arena& arena);
+Make make_portable, make_avx2, make_avx512, make_amx;
+
+template <class Made> Engine* make(const Args& args, int max_columns, Arena& arena) {
+    void* place = arena.take<Made>(1);
+    if (arena.base != nullptr) return new (place) Made(args, max_columns, arena);
+    const Made counted(args, max_columns, arena);
+    return nullptr;
+}
 
 // Attention of the rows of a plan; a `Status`.
 EXPORT int longreach_attend(const Args* args);

@@ -6,9 +6,7 @@
 // Statistics of the softmax belong to columns, so they are vectors of 16 columns and never reduced across lanes.
 #if defined(__x86_64__)
 #include <algorithm>
-#include <new>
 
-#include "attention/attention_columns.h"
 #include "attention/attention_registers.h"
 #include "cpu.h"
 
@@ -17,45 +15,18 @@ namespace {
 
 template <int Dim> class Amx final : public Engine {
 public:
-    Amx(const Args& args, int max_columns, Arena& arena) : args_(args), at_{args}, any_dim_(int(args.dim)) {
-        const int dim_ = int(args.dim);
+    Amx(const Args& args, int max_columns, Arena& arena) : Engine(args, max_columns, kTile, arena) {
         const std::size_t padded = (max_columns + kTile - 1) / kTile * kTile;
         q_ = arena.take<char>(padded * dim_ * sizeof(bf16));
-        o_ = arena.take<float>(padded * dim_);
         keys_ = arena.take<bf16>(std::size_t(kBlock) * dim_);
         for (auto& each : values_) each = arena.take<char>(std::size_t(kBlock) * dim_ * sizeof(bf16));
         for (auto& each : s_) each = arena.take<float>(2 * kBlock * kTile);
         for (auto& each : p_) each = arena.take<char>(2 * kBlock * kTile * sizeof(bf16));
-        highest_ = arena.take<float>(padded);
-        sums_ = arena.take<float>(padded);
-        scales_ = arena.take<float>(padded);
-        positions_ = arena.take<std::int32_t>(padded);
-    }
-
-    AMX void attach() {
-        _tile_storeconfig(previous_);  // oneDNN may rely on it
-        _tile_loadconfig(&kTileConfig);
-        attached_ = true;
+        if (arena.base != nullptr) attach();
     }
 
     AMX ~Amx() override {
         if (attached_) _tile_loadconfig(previous_);
-    }
-
-    void begin(const Item& item) override {
-        at_.item = item;
-        columns_ = item.columns();
-        tiles_ = (columns_ + kTile - 1) / kTile;
-        const int padded = tiles_ * kTile;
-        at_.describe(padded, scales_, positions_);
-        std::fill(highest_, highest_ + padded, kUnseen);
-        std::fill(sums_, sums_ + padded, 0.0f);
-        std::fill(o_, o_ + std::size_t(padded) * dim(), 0.0f);
-    }
-
-    void rotate(int rotation) override {
-        rotation_ = rotation;
-        packed_ = false;
     }
 
     AMX void block(const Block& block) override;
@@ -63,7 +34,12 @@ public:
     AMX void finish_part(float* part) override;
 
 private:
-    int dim() const { return Dim ? Dim : any_dim_; }
+    int dim() const { return Dim ? Dim : dim_; }
+    AMX void attach() {
+        _tile_storeconfig(previous_);  // oneDNN may rely on it
+        _tile_loadconfig(&kTileConfig);
+        attached_ = true;
+    }
     AMX void pack_queries();
     AMX const bf16* prepare(const Group& group, int place);
     AMX void add(const Block& block, const bf16* const* k, int tile, int tiles);
@@ -73,14 +49,10 @@ private:
     template <int N> AMX void weigh(const Pass& pass);
     AMX void row(int c, float factor, float* to);
 
-    const Args& args_;
-    Columns at_;
-    const int any_dim_;
-    int columns_ = 0, tiles_ = 0, rotation_ = 0;
-    bool packed_ = false, attached_ = false;
+    bool attached_ = false;
     alignas(64) char previous_[64];
+    // `o_` is [tile of columns][D / 16] tiles: a line a column, dims in the order of `pair_rows`
     char* q_;          // [tile of columns][D / 32] tiles: line i holds dims 2i and 2i + 1 of 16 columns
-    float* o_;         // [tile of columns][D / 16] tiles: a line a column, dims in the order of `pair_rows`
     bf16* keys_;       // [block][D], only for int8
     char* values_[3];  // of the last three blocks: [group][D / 16] tiles: line i holds keys 2i and 2i + 1
     float* s_[2];
@@ -90,19 +62,17 @@ private:
     unsigned count_ = 0, blocks_ = 0;
     bool full_[3] = {};
     Softmax softmax_;
-    float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
-    std::int32_t* positions_;
 };
 
 template <int Dim> AMX void Amx<Dim>::pack_queries() {
     packed_ = true;
-    for (int tile = 0; tile < tiles_; ++tile) {
+    for (int tile = 0; tile < strips_; ++tile) {
         for (int d = 0; d < dim(); d += 32) {
             __m512i lines[16];
             for (int i = 0; i < 16; ++i) {
                 const int c = tile * kTile + i;
                 lines[i] = _mm512_setzero_si512();
-                if (c < columns_) lines[i] = _mm512_loadu_si512(at_.query(c, rotation_) + d * sizeof(bf16));
+                if (c < columns_) lines[i] = _mm512_loadu_si512(item_.query(args_, c, rotation_) + d * sizeof(bf16));
             }
             transpose(lines);
             char* to = q_ + (std::size_t(tile) * dim() / 32 + d / 32) * kTileBytes;
@@ -148,7 +118,7 @@ template <int Dim> AMX void Amx<Dim>::block(const Block& block) {
     ++blocks_;
     const bf16* k[kGroups];
     for (int g = 0; g < block.count; ++g) k[g] = prepare(block.groups[g], g);
-    for (int tile = 0; tile < tiles_; tile += 2) add(block, k, tile, std::min(2, tiles_ - tile));
+    for (int tile = 0; tile < strips_; tile += 2) add(block, k, tile, std::min(2, strips_ - tile));
 }
 
 template <int Dim> AMX void Amx<Dim>::add(const Block& block, const bf16* const* k, int tile, int tiles) {
@@ -290,7 +260,7 @@ template <int Dim> AMX void Amx<Dim>::finish() {
     float values[4096];
     for (int c = 0; c < columns_; ++c) {
         row(c, sums_[c] == 0.0f ? 0.0f : 1.0f / sums_[c], values);
-        char* out = at_.out(c);
+        char* out = item_.out(args_, c);
         for (int d = 0; d < dim(); d += 32) {
             const __m512 a = _mm512_loadu_ps(values + d), b = _mm512_loadu_ps(values + d + 16);
             _mm512_storeu_si512(out + d * sizeof(bf16), (__m512i)_mm512_cvtne2ps_pbh(b, a));
@@ -308,24 +278,11 @@ template <int Dim> AMX void Amx<Dim>::finish_part(float* part) {
     }
 }
 
-template <int Dim> Engine* make_dim(const Args& args, int max_columns, char* memory, std::size_t* bytes) {
-    Arena arena{memory};
-    void* place = arena.take<Amx<Dim>>(1);
-    if (memory == nullptr) {
-        const Amx<Dim> counted(args, max_columns, arena);
-        *bytes = arena.used;
-        return nullptr;
-    }
-    auto* engine = new (place) Amx<Dim>(args, max_columns, arena);
-    engine->attach();
-    return engine;
-}
-
 }  // namespace
 
-Engine* make_amx(const Args& args, int max_columns, char* memory, std::size_t* bytes) {
-    const auto make = args.dim == 128 ? make_dim<128> : args.dim == 64 ? make_dim<64> : make_dim<0>;
-    return make(args, max_columns, memory, bytes);
+Engine* make_amx(const Args& args, int max_columns, Arena& arena) {
+    const auto make_dim = args.dim == 128 ? make<Amx<128>> : args.dim == 64 ? make<Amx<64>> : make<Amx<0>>;
+    return make_dim(args, max_columns, arena);
 }
 
 }  // namespace longreach::attention

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "attention/attention.h"
-#include "bfloat16.h"
 #include "cpu.h"
 
 #define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))

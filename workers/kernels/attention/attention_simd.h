@@ -1,14 +1,11 @@
 // An engine in vector code, for any type and head dim. Included once for every instruction set by a source that defines
 //   LR_WIDTH    floats of a vector
-//   LR_ROWS     rows of a register block
 //   LR_TARGET   attribute that allows the instructions
 //   LR_MAKE     name of the function that makes the engine
 // Products are computed in float32; keys and values of other types are converted block by block.
-#include <algorithm>
 #include <cstring>
-#include <new>
 
-#include "attention/attention_columns.h"
+#include "attention/attention.h"
 
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
@@ -16,7 +13,7 @@ namespace longreach::attention {
 namespace {
 
 constexpr int kWidth = LR_WIDTH;
-constexpr int kRows = LR_ROWS;
+constexpr int kRows = kWidth == 16 ? 8 : 4;  // of a register block
 constexpr int kStrip = 2 * kWidth;  // columns that are computed together
 typedef float Vec __attribute__((vector_size(4 * LR_WIDTH)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * LR_WIDTH)));
@@ -95,33 +92,11 @@ LR_TARGET void weigh(float* o, const float* const* v, const float* p, int groups
 
 class Simd final : public Engine {
 public:
-    Simd(const Args& args, int max_columns, Arena& arena) : args_(args), at_{args}, dim_(int(args.dim)) {
-        const int padded = (max_columns + kStrip - 1) / kStrip * kStrip;
-        q_ = arena.take<float>(std::size_t(padded) * dim_);
-        o_ = arena.take<float>(std::size_t(padded) * dim_);
+    Simd(const Args& args, int max_columns, Arena& arena) : Engine(args, max_columns, kStrip, arena) {
+        q_ = arena.take<float>(std::size_t(max_columns + kStrip - 1) / kStrip * kStrip * dim_);
         keys_ = arena.take<float>(std::size_t(kBlock) * dim_);
         values_ = arena.take<float>(std::size_t(kBlock) * dim_);
         s_ = arena.take<float>(kBlock * kStrip);
-        highest_ = arena.take<float>(padded);
-        sums_ = arena.take<float>(padded);
-        scales_ = arena.take<float>(padded);
-        positions_ = arena.take<std::int32_t>(padded);
-    }
-
-    void begin(const Item& item) override {
-        at_.item = item;
-        columns_ = item.columns();
-        strips_ = (columns_ + kStrip - 1) / kStrip;
-        const int padded = strips_ * kStrip;
-        at_.describe(padded, scales_, positions_);
-        std::fill(highest_, highest_ + padded, kUnseen);
-        std::fill(sums_, sums_ + padded, 0.0f);
-        std::fill(o_, o_ + std::size_t(padded) * dim_, 0.0f);
-    }
-
-    void rotate(int rotation) override {
-        rotation_ = rotation;
-        packed_ = false;
     }
 
     LR_TARGET void block(const Block& block) override {
@@ -141,16 +116,7 @@ public:
     void finish() override {
         for (int c = 0; c < columns_; ++c) {
             const float* o = o_ + std::size_t(c / kStrip) * dim_ * kStrip + c % kStrip;
-            const float factor = sums_[c] == 0.0f ? 0.0f : 1.0f / sums_[c];
-            char* out = at_.out(c);
-            for (int d = 0; d < dim_; ++d) {
-                const float x = o[d * kStrip] * factor;
-                if (args_.q_type == kFloat32) {
-                    reinterpret_cast<float*>(out)[d] = x;
-                } else {
-                    reinterpret_cast<std::uint16_t*>(out)[d] = narrow(x);
-                }
-            }
+            write_row(args_, item_.out(args_, c), o, kStrip, sums_[c]);
         }
     }
 
@@ -174,7 +140,7 @@ private:
         packed_ = true;
         for (int c = 0; c < strips_ * kStrip; ++c) {
             float* q = q_ + std::size_t(c / kStrip) * dim_ * kStrip + c % kStrip;
-            const char* row = c < columns_ ? at_.query(c, rotation_) : nullptr;
+            const char* row = c < columns_ ? item_.query(args_, c, rotation_) : nullptr;
             for (int d = 0; d < dim_; ++d) {
                 if (row == nullptr)
                     q[d * kStrip] = 0.0f;
@@ -253,26 +219,12 @@ private:
         sum += total;
     }
 
-    const Args& args_;
-    Columns at_;
-    const int dim_;
-    int columns_ = 0, strips_ = 0, rotation_ = 0;
-    bool packed_ = false;
-    float *q_, *o_, *keys_, *values_;  // [strip][D][columns of the strip] twice; [block][D] twice
+    float *q_, *keys_, *values_;  // [strip][D][columns of the strip], as `o_`; [block][D] twice
     float* s_;  // [block][columns of a strip]: scores, then weights
-    float *highest_, *sums_, *scales_;  // a column each; logits are in units of ln 2
-    std::int32_t* positions_;
 };
 
 }  // namespace
 
-Engine* LR_MAKE(const Args& args, int max_columns, char* memory, std::size_t* bytes) {
-    Arena arena{memory};
-    void* place = arena.take<Simd>(1);
-    if (memory != nullptr) return new (place) Simd(args, max_columns, arena);
-    Simd counted(args, max_columns, arena);
-    *bytes = arena.used;
-    return nullptr;
-}
+Engine* LR_MAKE(const Args& args, int max_columns, Arena& arena) { return make<Simd>(args, max_columns, arena); }
 
 }  // namespace longreach::attention
