@@ -4,19 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
+#define INLINE __attribute__((always_inline)) inline  // into code for any instruction set
+
 namespace longreach {
 
 using bf16 = std::uint16_t;
 
-__attribute__((always_inline)) inline float as_float(std::uint32_t bits) {
+INLINE float as_float(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-__attribute__((always_inline)) inline float widen(bf16 value) { return as_float(std::uint32_t(value) << 16); }
+INLINE float widen(bf16 value) { return as_float(std::uint32_t(value) << 16); }
 
-__attribute__((always_inline)) inline bf16 narrow(float value) {  // to the nearest, ties to even; a NaN stays one
+INLINE bf16 narrow(float value) {  // to the nearest, ties to even; a NaN stays one
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return value != value ? bf16(0x7fc0) : bf16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);

@@ -13,46 +13,18 @@
 #define LR_SPACE portable
 #define LR_TARGET
 #define LR_WIDTH 4
-#define LR_BATCH 2
 #include "estimate/estimate_simd.h"
 
 #if defined(__x86_64__)
 #define LR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16")))
-namespace {
-
-// Sums of 16 vectors, one a lane. After the first step, lane 4 j + k of four[i] adds up quarter j of x[4 i + k].
-LR_AVX512 inline __m512 fold(const __m512* x) {
-    __m512 four[4], pairs[2];
-    for (int i = 0; i < 4; ++i) {
-        const __m512* at = x + 4 * i;
-        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(at[0], at[1]), _mm512_unpackhi_ps(at[0], at[1]));
-        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(at[2], at[3]), _mm512_unpackhi_ps(at[2], at[3]));
-        four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    }
-    for (int i = 0; i < 2; ++i) {
-        const __m512 low = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88);
-        const __m512 high = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd);
-        pairs[i] = _mm512_add_ps(low, high);  // quarters 0 + 1, 2 + 3 of each
-    }
-    const __m512 low = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88);
-    return _mm512_add_ps(low, _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
-}
-
-}  // namespace
-
 #define LR_SPACE avx2
 #define LR_TARGET __attribute__((target("avx2,fma")))
 #define LR_WIDTH 8
-#define LR_BATCH 2
 #include "estimate/estimate_simd.h"
 
 #define LR_SPACE avx512
 #define LR_TARGET LR_AVX512
 #define LR_WIDTH 16
-#define LR_BATCH 4
-#define LR_SCALEF(x, n) _mm512_scalef_ps((__m512)(x), (__m512)(n))
-#define LR_ANY(x) (_mm512_movepi32_mask((__m512i)(x)) != 0)
-#define LR_FOLD(x) ::fold(reinterpret_cast<const __m512*>(x))
 #include "estimate/estimate_simd.h"
 #endif
 
@@ -181,7 +153,7 @@ Engine make_amx() {
     Engine one = avx512::make<Tiles>();
     one.type = kBfloat16;
     one.pack = pack_tiles;
-    one.convert = avx512::convert_bfloat16;
+    one.convert = avx512::convert<bf16>;
     one.scores = scores_amx;
     one.enter = enter_amx;
     one.leave = leave_amx;
@@ -192,16 +164,12 @@ Engine make_amx() {
 }  // namespace
 
 const Engine& engine(int path) {
-    static const Engine of_portable = portable::make<portable::Apart>();
 #if defined(__x86_64__)
-    static const Engine of_avx2 = avx2::make<avx2::Apart>(), of_avx512 = avx512::make<avx512::Apart>();
-    static const Engine of_amx = make_amx();
-    if (path == kAmx) return of_amx;
-    if (path == kAvx512) return of_avx512;
-    if (path == kAvx2) return of_avx2;
+    static const Engine engines[] = {portable::make(), avx2::make(), avx512::make(), make_amx()};
+#else
+    static const Engine engines[] = {portable::make()};
 #endif
-    (void)path;
-    return of_portable;
+    return engines[path];
 }
 
 }  // namespace longreach::estimate

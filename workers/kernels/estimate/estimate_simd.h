@@ -1,16 +1,13 @@
 // The vector code of the estimate, in float32. Included once for every instruction set by a source that defines
 //   LR_SPACE    namespace of this copy
 //   LR_TARGET   attribute that allows the instructions
-//   LR_WIDTH    floats of a vector, at most kLanes
-//   LR_BATCH    keys whose products are computed together
-//   LR_SCALEF   optional: (x, n) -> x * 2^n for whole n, 0 where that is too small
-//   LR_ANY      optional: whether a lane of a comparison is set
-//   LR_FOLD     optional: (16 vectors) -> vector of the sums of each
+//   LR_WIDTH    floats of a vector, at most kLanes; 16 means AVX-512
 #define LR_INLINE LR_TARGET inline __attribute__((always_inline))
 
 namespace longreach::estimate::LR_SPACE {
 
 constexpr int kWidth = LR_WIDTH;
+constexpr int kBatch = kWidth == 16 ? 4 : 2;  // keys whose products are computed together
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef float Loose __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -21,7 +18,7 @@ LR_INLINE const Ints& at(const std::int32_t* x) { return *reinterpret_cast<const
 
 // 2^x; exactly 0 below -150, above 2^16 wherever x is above 17.
 LR_INLINE void exp2(Vec& x) {
-#ifdef LR_SCALEF
+#if LR_WIDTH == 16
     __asm__("" : "+v"(x));  // else f may be taken of a product before it is rounded, which is far off where x is large
 #else
     const Ints huge = x > 127.0f;
@@ -29,12 +26,12 @@ LR_INLINE void exp2(Vec& x) {
 #endif
     const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
     const Vec nearest = shifted - 12582912.0f, f = x - nearest;
-#ifdef LR_SCALEF  // relative error 3e-6
+#if LR_WIDTH == 16  // relative error 3e-6
     Vec p = f * 9.5701e-3f + 5.591786e-2f;
     p = p * f + 2.4024744e-1f;
     p = p * f + 6.931218e-1f;
     p = p * f + 9.999993e-1f;
-    x = (Vec)LR_SCALEF(p, nearest);
+    x = (Vec)_mm512_scalef_ps((__m512)p, (__m512)nearest);
 #else  // 2e-7, and 0 below -126
     const Ints whole = x > -126.0f;  // what the rest makes of other values is dropped
     Vec p = f * 1.3276460e-3f + 9.6755413e-3f;
@@ -58,28 +55,20 @@ LR_TARGET void pack(void* to, const void* q, int q_type, std::int64_t stride, in
     }
 }
 
-LR_TARGET void convert(void* to, const void* from, int kv_type, std::int64_t count) {
-    float* wide = static_cast<float*>(to);
-    if (kv_type == kFloat32) {
-        std::memcpy(wide, from, count * sizeof(float));
+// To float or bfloat16; int8 is exact in both.
+template <class T> LR_TARGET void convert(void* to, const void* from, int kv_type, std::int64_t count) {
+    T* converted = static_cast<T*>(to);
+    const auto* halves = static_cast<const bf16*>(from);
+    const auto* bytes = static_cast<const std::int8_t*>(from);
+    if (attention::type_bytes(kv_type) == sizeof(T)) {
+        std::memcpy(to, from, count * sizeof(T));
+    } else if constexpr (sizeof(T) == sizeof(bf16)) {
+        for (std::int64_t i = 0; i < count; ++i) converted[i] = narrow(float(bytes[i]));
     } else if (kv_type == kBfloat16) {
-        const auto* x = static_cast<const std::uint16_t*>(from);
-        for (std::int64_t i = 0; i < count; ++i) wide[i] = widen(x[i]);
+        for (std::int64_t i = 0; i < count; ++i) converted[i] = widen(halves[i]);
     } else {
-        const auto* x = static_cast<const std::int8_t*>(from);
-        for (std::int64_t i = 0; i < count; ++i) wide[i] = float(x[i]);
+        for (std::int64_t i = 0; i < count; ++i) converted[i] = float(bytes[i]);
     }
-}
-
-// int8 -> bfloat16 is exact
-LR_TARGET void convert_bfloat16(void* to, const void* from, int kv_type, std::int64_t count) {
-    auto* to_bfloat16 = static_cast<std::uint16_t*>(to);
-    if (kv_type == kBfloat16) {
-        std::memcpy(to_bfloat16, from, count * sizeof(std::uint16_t));
-        return;
-    }
-    const auto* x = static_cast<const std::int8_t*>(from);
-    for (std::int64_t i = 0; i < count; ++i) to_bfloat16[i] = narrow(float(x[i]));
 }
 
 LR_TARGET void scale(float* s, const Strip& strip, const Block& block) {
@@ -90,15 +79,15 @@ LR_TARGET void scale(float* s, const Strip& strip, const Block& block) {
 
 // N vectors of rows, from row `r` on.
 template <int N> LR_INLINE void products(float* s, const float* q, const float* keys, int dim, int r) {
-    for (int i = 0; i < kKeys; i += LR_BATCH) {
-        Vec sum[LR_BATCH][N] = {};
+    for (int i = 0; i < kKeys; i += kBatch) {
+        Vec sum[kBatch][N] = {};
         for (int d = 0; d < dim; ++d) {
-            for (int k = 0; k < LR_BATCH; ++k) {
+            for (int k = 0; k < kBatch; ++k) {
                 const float key = keys[(i + k) * dim + d];
                 for (int v = 0; v < N; ++v) sum[k][v] += at(q + d * kRows + r + v * kWidth) * key;
             }
         }
-        for (int k = 0; k < LR_BATCH; ++k) {
+        for (int k = 0; k < kBatch; ++k) {
             for (int v = 0; v < N; ++v) at(s + (i + k) * kRows + r + v * kWidth) = sum[k][v];
         }
     }
@@ -155,8 +144,8 @@ LR_INLINE void raise(Vec& shift, Running& state, const float* s, const Strip& st
 }
 
 LR_INLINE bool any(const Ints& lanes) {
-#ifdef LR_ANY
-    return LR_ANY(lanes);
+#if LR_WIDTH == 16
+    return _mm512_movepi32_mask((__m512i)lanes) != 0;
 #else
     std::int32_t all = 0;
     for (int lane = 0; lane < kWidth; ++lane) all |= lanes[lane];
@@ -301,23 +290,45 @@ template <class Weave> LR_TARGET void sums(const float* s, const Strip& strip, c
     weave.finish();
 }
 
+#if LR_WIDTH == 16
+// Sums of 16 vectors, one a lane. After the first step, lane 4 j + k of four[i] adds up quarter j of x[4 i + k].
+LR_INLINE __m512 sums_of(const __m512* x) {
+    __m512 four[4], pairs[2];
+    for (int i = 0; i < 4; ++i) {
+        const __m512* at = x + 4 * i;
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(at[0], at[1]), _mm512_unpackhi_ps(at[0], at[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(at[2], at[3]), _mm512_unpackhi_ps(at[2], at[3]));
+        four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512 low = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88);
+        const __m512 high = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd);
+        pairs[i] = _mm512_add_ps(low, high);  // quarters 0 + 1, 2 + 3 of each
+    }
+    const __m512 low = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88);
+    return _mm512_add_ps(low, _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
+}
+
 LR_TARGET void fold(float* columns, const float* lanes) {
-#ifdef LR_FOLD
-    for (int i = 0; i < kKeys; i += 16) at(columns + i) = (Vec)LR_FOLD(&at(lanes + i * kWidth));
+    for (int i = 0; i < kKeys; i += 16) {
+        at(columns + i) = (Vec)sums_of(reinterpret_cast<const __m512*>(lanes + i * kWidth));
+    }
+}
 #else
+LR_TARGET void fold(float* columns, const float* lanes) {
     for (int i = 0; i < kKeys; ++i) {
         float sum = 0.0f;
         for (int l = 0; l < kWidth; ++l) sum += lanes[i * kWidth + l];
         columns[i] = sum;
     }
-#endif
 }
+#endif
 
 inline void nothing() {}
 
-template <class Weave> Engine make() {
-    return {kFloat32,    pack,        convert, scores, mask,    running<Weave>,
-            kept<Weave>, sums<Weave>, fold,    mass,   nothing, nothing};
+template <class Weave = Apart> Engine make() {
+    return {kFloat32,    pack,        convert<float>, scores, mask,    running<Weave>,
+            kept<Weave>, sums<Weave>, fold,           mass,   nothing, nothing};
 }
 
 }  // namespace longreach::estimate::LR_SPACE
@@ -326,7 +337,3 @@ template <class Weave> Engine make() {
 #undef LR_SPACE
 #undef LR_TARGET
 #undef LR_WIDTH
-#undef LR_BATCH
-#undef LR_SCALEF
-#undef LR_ANY
-#undef LR_FOLD

@@ -6,8 +6,6 @@
 #include <cmath>
 #include <cstring>
 
-#define INLINE __attribute__((always_inline)) inline
-
 namespace longreach::gemm {
 namespace {
 

@@ -109,7 +109,11 @@ struct TaskMemory {
     }
 };
 
-void run(const ExpertsCall& call) {
+}  // namespace
+
+// The weighted sum of the local experts; a `Status`.
+EXPORT int longreach_experts(const ExpertsCall* arguments) try {
+    const ExpertsCall& call = *arguments;
     const Engine& use = engine(call.path);
     const Sorted sorted = sort_choices(call);
     const long tasks = long(sorted.tasks.size()), wanted = kTasksPerThread * call.threads;
@@ -149,17 +153,7 @@ void run(const ExpertsCall& call) {
         for (long token = 0; token < call.tokens; ++token) combine(use, call, token);
         use.leave();
     }
-    if (failed) throw std::bad_alloc();
-}
-
-}  // namespace
-
-// The weighted sum of the local experts; a `Status`.
-EXPORT int longreach_experts(const ExpertsCall* call) {
-    try {
-        run(*call);
-    } catch (const std::bad_alloc&) { return kNoMemory; }
-    return kOk;
-}
+    return failed ? kNoMemory : kOk;
+} catch (const std::bad_alloc&) { return kNoMemory; }
 
 }  // namespace longreach::gemm

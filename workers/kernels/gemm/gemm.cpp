@@ -8,8 +8,6 @@
 
 #include "memory.h"
 
-#define INLINE __attribute__((always_inline)) inline
-
 namespace longreach::gemm {
 namespace {
 

@@ -14,11 +14,11 @@
 #include "bfloat16.h"
 
 #if defined(__x86_64__)
-#define LONGREACH_AVX2 __attribute__((target("avx2,fma")))
-#define LONGREACH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define LR_AVX2 __attribute__((target("avx2,fma")))
+#define LR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #else
-#define LONGREACH_AVX2
-#define LONGREACH_AVX512
+#define LR_AVX2
+#define LR_AVX512
 #endif
 
 namespace longreach::gemm {
@@ -63,8 +63,8 @@ struct Target {
 template <auto function> struct Compiled;
 template <typename R, typename... A, R (*function)(A...)> struct Compiled<function> {
     static R portable(A... a) { return function(a...); }
-    LONGREACH_AVX2 static R avx2(A... a) { return function(a...); }
-    LONGREACH_AVX512 static R avx512(A... a) { return function(a...); }
+    LR_AVX2 static R avx2(A... a) { return function(a...); }
+    LR_AVX512 static R avx512(A... a) { return function(a...); }
     static constexpr R (*of[])(A...) = {portable, avx2, avx512, avx512};
 };
 

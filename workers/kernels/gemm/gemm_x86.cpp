@@ -7,7 +7,6 @@
 #include <immintrin.h>
 #include <initializer_list>
 
-#define AVX512 LONGREACH_AVX512
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 
 namespace longreach::gemm {
@@ -69,12 +68,13 @@ AMX void amx_leave() { _tile_release(); }
 
 // ---- AVX-512: up to 8 rows by 32 outputs in registers
 
-AVX512 inline __m512 low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-AVX512 inline __m512 high(__m512i pairs) {
+LR_AVX512 inline __m512 low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+LR_AVX512 inline __m512 high(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
 }
 
-template <int Rows, bool TwoStrips> AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+template <int Rows, bool TwoStrips>
+LR_AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
     __m512 left[Rows], right[Rows];
     for (int r = 0; r < Rows; ++r) {
         left[r] = o.add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
@@ -125,7 +125,7 @@ void vector_block(float* c, const Operands& o, Ahead ahead) {
 
 // ---- results of a block
 
-AVX512 inline __m256i narrowed(__m512 value) {  // to the nearest, ties to even; a NaN stays one
+LR_AVX512 inline __m256i narrowed(__m512 value) {  // to the nearest, ties to even; a NaN stays one
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -133,12 +133,12 @@ AVX512 inline __m256i narrowed(__m512 value) {  // to the nearest, ties to even;
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 }
 
-AVX512 inline __m512 widened(const bf16* values) {
+LR_AVX512 inline __m512 widened(const bf16* values) {
     const __m256i narrow_values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_values), 16));
 }
 
-AVX512 void store(const float* c, long rows, long columns, const Target& t) {
+LR_AVX512 void store(const float* c, long rows, long columns, const Target& t) {
     const __m512 zero = _mm512_setzero_ps();
     const __m512 bias0 = t.bias ? widened(t.bias) : zero;
     const __m512 bias1 = t.bias && columns > kStrip ? widened(t.bias + kStrip) : zero;
@@ -160,7 +160,7 @@ AVX512 void store(const float* c, long rows, long columns, const Target& t) {
 }
 
 // x / (1 + exp(-x)): 2 ** t by a polynomial on [-0.5, 0.5], 1 / y by an estimate and one Newton step
-AVX512 inline __m512 silu(__m512 x) {
+LR_AVX512 inline __m512 silu(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // 1e-36 from 0, and 2 ** t stays finite; a NaN stays one
     const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
     const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -175,7 +175,7 @@ AVX512 inline __m512 silu(__m512 x) {
     return _mm512_mul_ps(x, inverse);
 }
 
-AVX512 void swiglu(const float* c, long rows, bf16* out, long stride) {
+LR_AVX512 void swiglu(const float* c, long rows, bf16* out, long stride) {
     for (long r = 0; r < rows; ++r, c += kBlock) {
         const __m512 value = _mm512_mul_ps(silu(_mm512_loadu_ps(c)), _mm512_loadu_ps(c + kStrip));
         bf16* to = out + r / kStrip * stride + r % kStrip * kDepth;
@@ -183,7 +183,7 @@ AVX512 void swiglu(const float* c, long rows, bf16* out, long stride) {
     }
 }
 
-AVX512 void sum(bf16* out, const bf16* const* rows, long count, long n) {
+LR_AVX512 void sum(bf16* out, const bf16* const* rows, long count, long n) {
     for (long i = 0; i < n; i += kStrip) {
         __m512 total = _mm512_setzero_ps();
         for (long r = 0; r < count; ++r) total = _mm512_add_ps(total, widened(rows[r] + i));
