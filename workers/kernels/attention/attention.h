@@ -55,6 +55,10 @@ struct Args {
 
 inline std::size_t type_bytes(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
 
+INLINE float value_at(const void* values, int type, std::int64_t i) {  // float32 or bfloat16
+    return type == kFloat32 ? static_cast<const float*>(values)[i] : widen(static_cast<const bf16*>(values)[i]);
+}
+
 // A tile of rows and the heads that share its keys. Keys outside `key_low .. key_high - 1` belong to another part.
 // Column `c` is row `c % rows` of the tile, of head `c / rows` of the item.
 struct Item {

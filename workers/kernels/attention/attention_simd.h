@@ -141,14 +141,7 @@ private:
         for (int c = 0; c < strips_ * kStrip; ++c) {
             float* q = q_ + std::size_t(c / kStrip) * dim_ * kStrip + c % kStrip;
             const char* row = c < columns_ ? item_.query(args_, c, rotation_) : nullptr;
-            for (int d = 0; d < dim_; ++d) {
-                if (row == nullptr)
-                    q[d * kStrip] = 0.0f;
-                else if (args_.q_type == kFloat32)
-                    q[d * kStrip] = reinterpret_cast<const float*>(row)[d];
-                else
-                    q[d * kStrip] = widen(reinterpret_cast<const std::uint16_t*>(row)[d]);
-            }
+            for (int d = 0; d < dim_; ++d) { q[d * kStrip] = row == nullptr ? 0.0f : value_at(row, args_.q_type, d); }
         }
     }
 

@@ -47,10 +47,7 @@ LR_TARGET void pack(void* to, const void* q, int q_type, std::int64_t stride, in
     float* packed = static_cast<float*>(to);  // [D, kRows]
     for (int d = 0; d < dim; ++d) {
         for (int r = 0; r < kRows; ++r) {
-            const std::int64_t i = r * stride + d;
-            packed[d * kRows + r] = r >= rows            ? 0.0f
-                                    : q_type == kFloat32 ? static_cast<const float*>(q)[i]
-                                                         : widen(static_cast<const std::uint16_t*>(q)[i]);
+            packed[d * kRows + r] = r < rows ? attention::value_at(q, q_type, r * stride + d) : 0.0f;
         }
     }
 }

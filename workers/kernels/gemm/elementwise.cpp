@@ -12,8 +12,12 @@ namespace {
 constexpr long kLanes = 16;
 constexpr long kSerial = 1L << 14;  // values below which threads cost more than they save
 
-INLINE float inverse_rms(const float* lanes, long n, float eps) {
-    float sum = 0.0f;
+// 1 / rms of the values that `at` returns.
+template <typename At> INLINE float inverse_rms(long n, float eps, const At& at) {
+    float lanes[kLanes] = {}, sum = 0.0f;
+    for (long i = 0; i < n; i += kLanes) {
+        for (long l = 0; l < kLanes; ++l) lanes[l] += at(i + l) * at(i + l);
+    }
     for (long l = 0; l < kLanes; ++l) sum += lanes[l];
     return 1.0f / std::sqrt(sum / float(n) + eps);
 }
@@ -21,11 +25,7 @@ INLINE float inverse_rms(const float* lanes, long n, float eps) {
 INLINE void norm_row(const NormCall& call, long token) {
     const bf16* x = call.x + token * call.stride;
     bf16* out = call.out + token * call.size;
-    float lanes[kLanes] = {};
-    for (long i = 0; i < call.size; i += kLanes) {
-        for (long l = 0; l < kLanes; ++l) lanes[l] += widen(x[i + l]) * widen(x[i + l]);
-    }
-    const float factor = inverse_rms(lanes, call.size, call.eps);
+    const float factor = inverse_rms(call.size, call.eps, [&](long i) { return widen(x[i]); });
     for (long i = 0; i < call.size; ++i) out[i] = narrow(widen(x[i]) * factor * widen(call.weight[i]));
 }
 
@@ -35,13 +35,10 @@ INLINE void rotate_row(const RotateCall& call, long token) {
     for (long head = 0; head < call.heads; ++head) {
         const bf16* x = call.x + token * call.row_stride + head * call.head_stride;
         bf16* out = call.out + token * call.out_row_stride + head * call.out_head_stride;
-        float wide[kMaxDim], lanes[kLanes] = {};
+        float wide[kMaxDim];
         for (long i = 0; i < dim; ++i) wide[i] = widen(x[i]);
         if (call.weight != nullptr) {
-            for (long i = 0; i < dim; i += kLanes) {
-                for (long l = 0; l < kLanes; ++l) lanes[l] += wide[i + l] * wide[i + l];
-            }
-            const float factor = inverse_rms(lanes, dim, call.eps);
+            const float factor = inverse_rms(dim, call.eps, [&](long i) { return wide[i]; });
             const float* weight = call.weight + head * dim;
             for (long i = 0; i < dim; ++i) wide[i] = wide[i] * factor * weight[i];
         }

@@ -59,22 +59,22 @@ Sorted sort_choices(const ExpertsCall& call) {
     return sorted;
 }
 
-// Panels [start, stop), one strip of gate and one of up each: silu(x gate) * (x up), packed for the next product.
-void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, float* c, const bf16* a, bf16* hidden,
-                 long start, long stop) {
+// A part of the panels, one strip of gate and one of up each: silu(x gate) * (x up), packed for the next product.
+void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, const TaskMemory& memory, bf16* hidden,
+                 long part, long parts) {
     const long m = call.hidden_size, width = call.width, strips = 2 * width / kStrip;
-    const Panels panels{call.gate_up + task.expert * 2 * width * m, strips, m / kDepth, start, stop};
-    run_panels(use, c, a, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
+    const Panels panels{call.gate_up + task.expert * 2 * width * m, strips, m / kDepth, part, parts};
+    run_panels(use, memory.c, memory.a, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
         use.swiglu(sums, count, hidden + row * width + panel / 2 * kTile + panel % 2 * kStrip, kStrip * width);
     });
 }
 
-// Panels [start, stop), two strips of M each: weight * (hidden down), to the rows of the choices.
+// A part of the panels, two strips of M each: weight * (hidden down), to the rows of the choices.
 void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sorted, const Task& task, float* c,
-                   const bf16* hidden, long start, long stop) {
+                   const bf16* hidden, long part, long parts) {
     const long m = call.hidden_size, width = call.width;
     const bool stream = streams(call.rows, call.tokens * call.top_k, m);
-    const Panels panels{call.down + task.expert * m * width, m / kStrip, width / kDepth, start, stop};
+    const Panels panels{call.down + task.expert * m * width, m / kStrip, width / kDepth, part, parts};
     run_panels(use, c, hidden, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
         const long at = task.start + row;
         bf16* out = call.rows + panel * kBlock;
@@ -94,21 +94,6 @@ void combine(const Engine& use, const ExpertsCall& call, long token) {
     use.sum(call.out + token * call.hidden_size, rows, count, call.hidden_size);
 }
 
-// Memory of a task: packed rows of x, the sums of a panel, and the packed hidden rows. `a` is null when there is none.
-struct TaskMemory {
-    bf16* a;
-    float* c;
-    bf16* hidden;
-
-    TaskMemory(const ExpertsCall& call, long rows) {
-        const std::size_t x = packed_bytes(rows, call.hidden_size), sums = sums_bytes(rows);
-        char* at = thread_memory(x + sums + packed_bytes(rows, call.width));
-        a = reinterpret_cast<bf16*>(at);
-        c = reinterpret_cast<float*>(at + x);
-        hidden = reinterpret_cast<bf16*>(at + x + sums);
-    }
-};
-
 }  // namespace
 
 // The weighted sum of the local experts; a `Status`.
@@ -117,16 +102,16 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
     const Engine& use = engine(call.path);
     const Sorted sorted = sort_choices(call);
     const long tasks = long(sorted.tasks.size()), wanted = kTasksPerThread * call.threads;
-    const long panels = call.width / kStrip, down_panels = call.hidden_size / kBlock;
     // with few tasks their columns are divided among threads too, and hidden rows are exchanged between the products
-    const long parts = tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, down_panels);
+    const long parts =
+        tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, call.hidden_size / kBlock);
     Lines exchange(parts == 1 ? 0 : lines_of(sorted.places * call.width * sizeof(bf16)));
     bf16* shared = reinterpret_cast<bf16*>(exchange.data());
     std::atomic<bool> failed{false};
     const auto each_part = [&](const auto& compute) {
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < tasks * parts; ++i) {
-            const TaskMemory memory(call, sorted.max_task_rows);
+            const TaskMemory memory(sorted.max_task_rows, call.hidden_size, call.width);
             if (memory.a == nullptr)
                 failed = true;
             else
@@ -139,14 +124,13 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
         each_part([&](const Task& task, long part, const TaskMemory& memory) {
             bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
             pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);
-            gate_and_up(use, call, task, memory.c, memory.a, hidden, panels * part / parts,
-                        panels * (part + 1) / parts);
-            if (parts == 1) weighted_down(use, call, sorted, task, memory.c, hidden, 0, down_panels);
+            gate_and_up(use, call, task, memory, hidden, part, parts);
+            if (parts == 1) weighted_down(use, call, sorted, task, memory.c, hidden, part, parts);
         });
         if (parts > 1) {
             each_part([&](const Task& task, long part, const TaskMemory& memory) {
-                weighted_down(use, call, sorted, task, memory.c, shared + task.place * call.width,
-                              down_panels * part / parts, down_panels * (part + 1) / parts);
+                bf16* hidden = shared + task.place * call.width;
+                weighted_down(use, call, sorted, task, memory.c, hidden, part, parts);
             });
         }
 #pragma omp for schedule(static)

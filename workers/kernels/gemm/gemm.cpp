@@ -69,8 +69,6 @@ INLINE void sum_rows(bf16* out, const bf16* const* rows, long count, long n) {
     }
 }
 
-void nothing() {}
-
 template <Path path> constexpr Engine kEngine{Compiled<block>::of[path],
                                               Compiled<store>::of[path],
                                               Compiled<swiglu>::of[path],
@@ -100,9 +98,14 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
     }
 }
 
-char* thread_memory(std::size_t bytes) {
+TaskMemory::TaskMemory(long rows, long k, long width) {
     thread_local Scratch memory;
-    return memory.get(bytes);
+    const std::size_t strips = round_up(rows, kStrip) * sizeof(bf16);
+    const std::size_t sums = round_up(rows, kBlock) * kBlock * sizeof(float);
+    char* at = memory.get(strips * k + sums + strips * width);
+    a = reinterpret_cast<bf16*>(at);
+    c = reinterpret_cast<float*>(at + strips * k);
+    hidden = reinterpret_cast<bf16*>(at + strips * k + sums);
 }
 
 // Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.
@@ -135,21 +138,20 @@ EXPORT int longreach_linear(const LinearCall* call) {
         for (long g = 0; g < groups; ++g) {
             for (long piece = 0; piece < pieces; ++piece) {
                 const long first = g * group, rows = std::min<long>(group, call->rows - first);
-                auto* a = reinterpret_cast<bf16*>(thread_memory(packed_bytes(group, k) + sums_bytes(group)));
-                if (a == nullptr) {
+                const TaskMemory memory(group, k, 0);
+                if (memory.a == nullptr) {
 #pragma omp atomic write
                     status = kNoMemory;
                 } else if (rows > 0) {
-                    pack_rows(a, call->x + first * call->stride, call->stride, nullptr, rows, k);
-                    auto* c = reinterpret_cast<float*>(a + round_up(group, kStrip) * k);
-                    const Panels some{call->weight, strips, k / kDepth, panels * piece / pieces,
-                                      panels * (piece + 1) / pieces};
-                    run_panels(use, c, a, rows, some, [&](long panel, const float* sums, long row, long count) {
-                        bf16* out = call->out + (first + row) * call->n + panel * kBlock;
-                        const bf16* bias = call->bias ? call->bias + panel * kBlock : nullptr;
-                        const long columns = std::min(kBlock, call->n - panel * kBlock);
-                        use.store(sums, count, columns, {out, call->n, nullptr, nullptr, bias, stream});
-                    });
+                    pack_rows(memory.a, call->x + first * call->stride, call->stride, nullptr, rows, k);
+                    const Panels some{call->weight, strips, k / kDepth, piece, pieces};
+                    run_panels(use, memory.c, memory.a, rows, some,
+                               [&](long panel, const float* sums, long row, long count) {
+                                   bf16* out = call->out + (first + row) * call->n + panel * kBlock;
+                                   const bf16* bias = call->bias ? call->bias + panel * kBlock : nullptr;
+                                   const long columns = std::min(kBlock, call->n - panel * kBlock);
+                                   use.store(sums, count, columns, {out, call->n, nullptr, nullptr, bias, stream});
+                               });
                     std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
                 }
             }

@@ -68,6 +68,8 @@ template <typename R, typename... A, R (*function)(A...)> struct Compiled<functi
     static constexpr R (*of[])(A...) = {portable, avx2, avx512, avx512};
 };
 
+inline void nothing() {}
+
 // One instruction set. `block` fills c, 32 x 32 floats, or adds to it; `store` and `swiglu` consume c.
 struct Engine {
     void (*block)(float* c, const Operands& operands, Ahead ahead);
@@ -87,9 +89,6 @@ const Engine& x86_engine(Path path);
 // Rows of x, `rows` or (null) consecutive ones, packed; the last strip is filled up with zeros.
 void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k);
 
-// Memory of the calling thread, kept between calls: at least `bytes`, on a cache line, of unspecified content.
-char* thread_memory(std::size_t bytes);
-
 // Whether results bypass the caches: they are larger, so a line would be evicted before it is read.
 inline bool streams(const bf16* out, long rows, long stride) {
     constexpr long cached = 2L << 20;  // bytes
@@ -98,14 +97,20 @@ inline bool streams(const bf16* out, long rows, long stride) {
 }
 
 inline long round_up(long value, long step) { return (value + step - 1) / step * step; }
-inline std::size_t sums_bytes(long rows) { return std::size_t(round_up(rows, kBlock)) * kBlock * sizeof(float); }
-inline std::size_t packed_bytes(long rows, long k) { return std::size_t(round_up(rows, kStrip)) * k * sizeof(bf16); }
+
+// Memory of a task, of the thread, of unspecified content; `a` is null when there is no room.
+struct TaskMemory {
+    bf16* a;       // packed rows of x, [rows, k]
+    float* c;      // the sums of a panel
+    bf16* hidden;  // packed rows, [rows, width]
+    TaskMemory(long rows, long k, long width);
+};
 
 // Some panels of a packed weight: a panel is two strips, the last one a single strip where their number is odd.
 struct Panels {
     const bf16* weight;
     long strips, k_tiles;
-    long start, stop;  // the panels to compute
+    long part, parts;  // the panels to compute: one of equal parts
 };
 
 // The products of packed rows and panels of a weight. K is cut into slices, so that a slice of the panel stays in L1
@@ -116,9 +121,11 @@ void run_panels(const Engine& engine, float* c, const bf16* a, long rows, const 
     const long k_tiles = panels.k_tiles, strip = k_tiles * kTile;
     const long blocks = (rows + kBlock - 1) / kBlock, depth = blocks == 1 ? k_tiles : kSlice;
     const long lines = k_tiles * 2 * kStrip, steps = blocks * k_tiles;  // of two strips
-    for (long panel = panels.start; panel < panels.stop; ++panel) {
+    const long total = (panels.strips + 1) / 2;
+    const long start = total * panels.part / panels.parts, stop = total * (panels.part + 1) / panels.parts;
+    for (long panel = start; panel < stop; ++panel) {
         const bf16* b = panels.weight + panel * 2 * strip;
-        const bool two = 2 * panel + 1 < panels.strips, last = panel + 1 == panels.stop;
+        const bool two = 2 * panel + 1 < panels.strips, last = panel + 1 == stop;
         const long share = last ? 0 : (lines + steps - 1) / steps;
         const char* ahead = last ? nullptr : reinterpret_cast<const char*>(b + 2 * strip);
         for (long k = 0; k < k_tiles; k += depth) {

@@ -16,8 +16,6 @@ inline void prefetch(Ahead& ahead) {
     for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
 }
 
-void nothing() {}
-
 // ---- AMX: tiles 0 to 3 accumulate, 4 and 5 are rows, 6 and 7 weights
 
 template <bool TwoRows, bool TwoStrips> AMX void amx_tiles(float* c, const Operands& o, Ahead ahead) {
