@@ -25,12 +25,14 @@ struct Lse {
     Lse() { std::fill_n(rows, kRows, kNothing); }
 };
 
+using Bits = std::vector<std::uint64_t>;
+
 // Bits `i .. i + 63` of a map.
-std::uint64_t bits_from(const std::vector<std::uint64_t>& map, std::uint64_t i) {
+std::uint64_t bits_from(const Bits& map, std::uint64_t i) {
     return map[i / 64] >> i % 64 | map[i / 64 + 1] << 1 << (63 - i % 64);
 }
 
-void set_bits(std::vector<std::uint64_t>& map, std::int64_t low, std::int64_t high) {  // high is included
+void set_bits(Bits& map, std::int64_t low, std::int64_t high) {  // high is included
     while (low <= high) {
         const std::int64_t n = std::min<std::int64_t>(64 - low % 64, high + 1 - low);
         map[low / 64] |= (n == 64 ? ~0ull : (1ull << n) - 1) << low % 64;
@@ -38,40 +40,35 @@ void set_bits(std::vector<std::uint64_t>& map, std::int64_t low, std::int64_t hi
     }
 }
 
-// What a head keeps as bits. Offsets are there twice: backwards, bit S - 1 - offset, so that neighbouring keys of a row
-// are neighbouring bits, with zeros after them for keys after the row; and in their own order, kRows further on, so that
-// neighbouring rows of a key are.
+// What a head keeps of `stop` keys, as bits. Offsets run backwards, bit stop - 1 - offset, so that neighbouring keys of
+// a row are neighbouring bits; after them come zeros for keys after the row.
 struct Maps {
-    std::vector<std::uint64_t> backwards, forwards, columns;
+    Bits offsets, columns;
     std::int64_t stop;
 
-    Maps(const Selection& chosen, std::int64_t s)
-        : backwards(2 * s / 64 + 4), forwards((s + 2 * kRows) / 64 + 3), columns(s / 64 + 3), stop(s) {
+    Maps(const Selection& chosen, std::int64_t s) : offsets(2 * s / 64 + 4), columns(s / 64 + 3), stop(s) {
         for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
-            const std::int64_t low = chosen.offsets[2 * i];
-            const std::int64_t high = std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1);
-            set_bits(backwards, s - 1 - high, s - 1 - low);
-            set_bits(forwards, low + kRows, high + kRows);
+            const auto low = chosen.offsets[2 * i], high = chosen.offsets[2 * i + 1];
+            set_bits(offsets, s - 1 - std::min<std::int64_t>(high, s - 1), s - 1 - low);
         }
-        for (std::int64_t i = 0; i < chosen.num_columns; ++i) set_bits(columns, chosen.columns[i], chosen.columns[i]);
+        for (std::int64_t i = 0; i < chosen.num_columns; ++i) {
+            columns[chosen.columns[i] / 64] |= 1ull << chosen.columns[i] % 64;
+        }
     }
 
-    // Bit i: whether the row at `position` keeps key `low` + i.
-    std::uint64_t keys(std::int64_t position, std::int64_t low) const {
-        return bits_from(columns, low) | bits_from(backwards, stop - 1 - position + low);
-    }
-
-    // Bit i: whether row `first` + i keeps the key at `position` by its offset.
-    std::uint64_t rows(std::int64_t first, std::int64_t position) const {
-        const std::int64_t offset = first - position;
-        return offset <= -kRows ? 0 : bits_from(forwards, offset + kRows);
+    // Bit i: whether the row at `position` keeps key `low` + i by its offset.
+    std::uint64_t row(std::int64_t position, std::int64_t low) const {
+        return bits_from(offsets, stop - 1 - position + low);
     }
 };
 
-std::vector<Maps> maps_of(const Work& work, const Selection* chosen) {
-    std::vector<Maps> maps;
-    for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], work.args.borders[3]);
-    return maps;
+// Offsets as bits in their own order, kRows further on: neighbouring rows of a key are neighbouring bits.
+Bits forward(const Selection& chosen, std::int64_t s) {
+    Bits map((s + 2 * kRows) / 64 + 3);
+    for (std::int64_t i = 0; i < chosen.num_offsets; ++i) {
+        set_bits(map, chosen.offsets[2 * i] + kRows, std::min<std::int64_t>(chosen.offsets[2 * i + 1], s - 1) + kRows);
+    }
+    return map;
 }
 
 bool valid(const Args& a) {
@@ -93,9 +90,11 @@ void stream(const Work& work, const std::vector<Maps>* maps, std::vector<Lse>& l
                     [&](std::int32_t low, const Block&, int at, const Strip& strip, const float* s, const Next& next) {
                         Running& state = parts[std::size_t(i) * strips + at];
                         if (maps == nullptr) return work.engine.running(state, s, strip, next);
+                        const Maps& map = (*maps)[at / work.strips];
+                        const std::uint64_t columns = bits_from(map.columns, low);
                         alignas(64) std::int32_t words[2][kRows] = {};
                         for (int r = 0; r < kRows && strip.positions[r] >= 0; ++r) {
-                            const std::uint64_t word = (*maps)[at / work.strips].keys(strip.positions[r], low);
+                            const std::uint64_t word = columns | map.row(strip.positions[r], low);
                             words[0][r] = std::int32_t(word);
                             words[1][r] = std::int32_t(word >> 32);
                         }
@@ -145,7 +144,7 @@ void sum_up(const Work& work, const std::vector<Lse>& lse, float* columns, float
 }
 
 // Mass of the pairs that a head keeps both by a column and by an offset; needs neighbouring rows.
-double twice(const Work& work, Reader& reader, int head, const Selection& chosen, const Maps& map,
+double twice(const Work& work, Reader& reader, int head, const Selection& chosen, const Bits& map,
              const std::vector<Lse>& lse) {
     double total = 0;
     const std::int32_t *column = chosen.columns, *end = column + chosen.num_columns;
@@ -159,7 +158,8 @@ double twice(const Work& work, Reader& reader, int head, const Selection& chosen
                 std::uint64_t words[kKeys] = {};
                 bool some = false;
                 for (int i = 0; i < count; ++i) {
-                    words[i] = map.rows(strip.first, block.positions[i]);
+                    const std::int64_t offset = std::int64_t(strip.first) - block.positions[i];  // of the first row
+                    words[i] = offset <= -kRows ? 0 : bits_from(map, offset + kRows);
                     some |= words[i] != 0;
                 }
                 if (some) total += work.engine.mass(reader.scores(strip), strip, lse[at].rows, words);
@@ -203,7 +203,8 @@ EXPORT int longreach_estimate_sums(const Args* args, float* columns, float* offs
 // chosen, share: [G].
 EXPORT int longreach_estimate_kept(const Args* args, const Selection* chosen, double* share) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
-        const std::vector<Maps> maps = maps_of(work, chosen);
+        std::vector<Maps> maps;
+        for (int head = 0; head < work.group; ++head) maps.emplace_back(chosen[head], args->borders[3]);
         std::fill_n(share, work.group, 0.0);
         stream(work, &maps, lse, share);
     });
@@ -214,7 +215,8 @@ EXPORT int longreach_estimate_mass(const Args* args, const float* columns, const
                                    const Selection* chosen, double* mass) {
     return guarded(args, [&](const Work& work, std::vector<Lse> lse) {
         each_row(work, [&](int strip, int r, std::int64_t row) { lse[strip].rows[r] = natural[row] * kLog2e; });
-        const std::vector<Maps> maps = maps_of(work, chosen);
+        std::vector<Bits> maps;
+        for (int head = 0; head < work.group; ++head) maps.push_back(forward(chosen[head], args->borders[3]));
         parallel(work, work.group, 1, [&](Reader& reader, int head) {
             const Selection& one = chosen[head];
             const float* by_key = columns + head * args->borders[3];
