@@ -172,12 +172,9 @@ int attend(const Args& a) {
 
 }  // namespace
 
-EXPORT int longreach_attend(const Args* args) {
+EXPORT int longreach_attend(const Args* args) try {
     if (args->visited != nullptr) std::fill(args->visited, args->visited + args->heads, 0);
-    if (!valid(*args)) return kInvalid;
-    try {
-        return attend(*args);
-    } catch (const std::bad_alloc&) { return kNoMemory; }
-}
+    return valid(*args) ? attend(*args) : kInvalid;
+} catch (const std::bad_alloc&) { return kNoMemory; }
 
 }  // namespace longreach::attention
