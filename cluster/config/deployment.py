@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from cluster.common.units import format_count
 from cluster.config.schema import Config
-from cluster.config.section import RULE_BETWEEN_KEYS
+from cluster.config.section import RULE_BETWEEN_KEYS, rule_of
 from cluster.config.topology import LayoutError, plan_shards
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath, Problem
 from protos.model.config_json import load_model_spec
@@ -158,7 +158,8 @@ def _problem(source: ConfigSource, detail: ErrorDetails) -> Problem:
         return source.problem((*path, *detail["ctx"]["key"].split(".")), detail["ctx"]["rule"])
     if detail["type"] == "extra_forbidden":
         return source.problem(path, _unknown_key(str(path[-1]), _fields(path[:-1])))
-    rule = _fields(path[:-1])[str(path[-1])].description or "is not allowed"
+    key = str(path[-1])
+    rule = rule_of(key, _fields(path[:-1])[key])
     return source.problem(path, f"required; {rule}" if detail["type"] == "missing" else rule)
 
 

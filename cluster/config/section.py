@@ -1,5 +1,5 @@
 """What every section of the configuration is made of: a strict frozen base model, and types of values as people write
-them. A validator only refuses; the rule that an error shows is the description of the field."""
+them. A validator only refuses; the rule that an error shows is `rule_of` the field."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import Field as Setting
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from cluster.common.units import parse_bytes, parse_count
 
 POSITIVE = "must be a whole number of at least 1"
-FLAG = "must be true or false"
 RULE_BETWEEN_KEYS = "longreach_rule"  # type of the errors that `broken_rule` makes
 
 
@@ -26,9 +25,23 @@ def broken_rule(key: str, rule: str) -> PydanticCustomError:
     return PydanticCustomError(RULE_BETWEEN_KEYS, "{rule}", {"key": key, "rule": rule})
 
 
-def optional(setting: Setting[Any], rule: str) -> Any:
-    """Return a field that is null by default and has the range of a setting of the model."""
-    return Field(default=None, description=rule, **setting.metadata)
+def rule_of(key: str, field: FieldInfo) -> str:
+    """Return what the value of a field must be: the description of the field, else what its type and range say."""
+    if field.description is not None:
+        return field.description
+    kinds = get_args(field.annotation) or (field.annotation,)
+    if get_origin(field.annotation) is Literal:
+        return f"must be one of {', '.join(str(kind).lower() for kind in kinds)}"
+    if bool in kinds:
+        return "must be true or false"
+    if int not in kinds and float not in kinds:
+        return "must be a mapping"
+    number = "a whole number" if int in kinds else "a number of seconds" if key.endswith("_s") else "a number"
+    names = ("gt", "ge", "le")
+    limits = {name: getattr(bound, name) for bound in field.metadata for name in names if hasattr(bound, name)}
+    if "gt" in limits:
+        return f"must be {number} above {limits['gt']}" + (f" and at most {limits['le']}" if "le" in limits else "")
+    return f"must be {number} " + ("from {ge} to {le}" if "le" in limits else "of at least {ge}").format(**limits)
 
 
 def _resolve(value: object, info: ValidationInfo) -> Path:
@@ -88,5 +101,5 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def as_mapping(self) -> Mapping[str, Any]:
-        """Return the keys that are not null."""
-        return self.model_dump(exclude_none=True)
+        """Return the keys that are neither null nor `auto`."""
+        return {key: value for key, value in self.model_dump(exclude_none=True).items() if value != "auto"}
