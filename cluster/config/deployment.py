@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +31,8 @@ from protos.stage.messages import ShardSpec
 
 __all__ = ["Config", "ConfigError", "Deployment", "load_config", "load_deployment"]
 
-_OVERRIDE_KEYS: Mapping[str, KeyPath] = {
-    "rope_scaling": ("model", "rope_scaling"), "dual_chunk": ("model", "dual_chunk_attention"), "sparse": ("sparse",),
+_OVERRIDE_KEYS: Mapping[str, KeyPath] = {  # of `load_model_spec`; the last is checked against the others
+    "rope_scaling": ("model", "rope_scaling"), "sparse": ("sparse",), "dual_chunk": ("model", "dual_chunk_attention"),
 }  # fmt: skip
 
 
@@ -45,14 +47,11 @@ class Deployment:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Config:
-    """Return the checked configuration of one YAML file.
+    """Return the checked configuration of one YAML file. Raises ConfigError.
 
     Args:
         overrides: values by dotted key (`{"model.max_model_len": "32k"}`), applied over the file before any check;
             paths in it are relative to the file too.
-
-    Raises:
-        ConfigError: one line with file, line, key, value and rule.
     """
     return _validate(ConfigSource(path, overrides or {}))
 
@@ -83,12 +82,11 @@ def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
 
     KV is shared by the page, sparse rows are computed by the cell.
     """
-    page_size, cell = config.kv_cache.page_size, largest_cell(spec)
-    if spec.dual_chunk is not None and spec.chunk_distance % page_size:
-        dual = spec.dual_chunk
+    page_size, cell, dual = config.kv_cache.page_size, largest_cell(spec), spec.dual_chunk
+    if dual is not None and dual.distance % page_size:
         raise source.error(
             ("kv_cache", "page_size"),
-            f"must divide {spec.chunk_distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
+            f"must divide {dual.distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
             f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
         )
     if spec.sparse is not None and spec.sparse.cell % page_size:
@@ -116,29 +114,21 @@ def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:
         "sparse": config.sparse.as_mapping(),
     }
 
-    def load(*names: str) -> ModelSpec:
-        return load_model_spec(model.path, config_file=model.config_file, **{name: overrides[name] for name in names})
-
-    def fails(*names: str) -> bool:
-        try:
-            load(*names)
-        except ModelConfigError:
-            return True
-        return False
+    def load(**chosen: Mapping[str, object] | None) -> ModelSpec:
+        return load_model_spec(model.path, config_file=model.config_file, **chosen)
 
     try:
-        return load(*overrides)
+        return load(**overrides)
     except ModelConfigError as error:
-        if fails():
-            key = "path" if model.config_file == "config.json" else "config_file"
-            raise source.error(("model", key), str(error)) from error
-        name = next(filter(fails, overrides), "dual_chunk")  # the only one that is checked against another
-        rule = str(error).removeprefix(f"model.{name}: ")
-        raise source.error(_OVERRIDE_KEYS[name], rule) from error
+        at_fault: KeyPath = ("model", "path" if model.config_file == "config.json" else "config_file")
+        with suppress(ModelConfigError):  # the first step that fails is at fault
+            load()
+            for name, at_fault in _OVERRIDE_KEYS.items():  # noqa: B007 - of the last step
+                load(**{name: overrides[name]})
+        raise source.error(at_fault, re.sub(r"^model\.(rope_scaling|dual_chunk): ", "", str(error))) from error
 
 
 def _validate(source: ConfigSource) -> Config:
-    """Return the configuration of a source. Raises ConfigError."""
     problems = list(source.problems)
     try:
         config = Config.model_validate(source.data, context={"base_dir": Path(os.path.abspath(source.name)).parent})
