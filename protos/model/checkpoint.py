@@ -55,8 +55,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for layer in range(spec.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         tensors.update({prefix + name: shape for name, shape in _attention_tensors(spec)})
-        mlp = _expert_tensors(spec) if spec.is_moe_layer(layer) else _dense_tensors(spec)
-        tensors.update({prefix + name: shape for name, shape in mlp})
+        tensors.update({prefix + name: shape for name, shape in _mlp_tensors(spec, layer)})
     tensors["model.norm.weight"] = (spec.hidden_size,)
     if not spec.tie_word_embeddings:
         tensors[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
@@ -80,21 +79,16 @@ def _attention_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]
     yield "post_attention_layernorm.weight", (hidden,)
 
 
-def _dense_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = spec.hidden_size, spec.intermediate_size
-    for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-        yield f"mlp.{name}_proj.weight", shape
-        if spec.mlp_bias:
-            yield f"mlp.{name}_proj.bias", shape[:1]
-
-
-def _expert_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = spec.hidden_size, spec.moe_intermediate_size
-    yield "mlp.gate.weight", (spec.num_experts, hidden)
-    for expert in range(spec.num_experts):
-        yield f"mlp.experts.{expert}.gate_proj.weight", (width, hidden)
-        yield f"mlp.experts.{expert}.up_proj.weight", (width, hidden)
-        yield f"mlp.experts.{expert}.down_proj.weight", (hidden, width)
+def _mlp_tensors(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, width, owners = spec.hidden_size, spec.intermediate_size, ["mlp"]
+    if has_experts := spec.is_moe_layer(layer):
+        yield "mlp.gate.weight", (spec.num_experts, hidden)
+        width, owners = spec.moe_intermediate_size, [f"mlp.experts.{expert}" for expert in range(spec.num_experts)]
+    for owner in owners:
+        for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            yield f"{owner}.{part}_proj.weight", shape
+            if spec.mlp_bias and not has_experts:
+                yield f"{owner}.{part}_proj.bias", shape[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +102,14 @@ class Checkpoint:
     def open(cls, model_dir: Path, spec: ModelSpec) -> Checkpoint:
         """Return the index of the safetensors files of `model_dir`; all names, shapes and dtypes are checked.
 
-        Raises:
-            CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
+        Raises CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
         """
         model_dir = Path(model_dir)
         headers = _read_headers(model_dir)
         tensors: dict[str, StoredTensor] = {}
-        claimed: set[str] = set()
         for layer in range(spec.num_hidden_layers):
             if f"model.layers.{layer}.mlp.experts.gate_up_proj" in headers and spec.is_moe_layer(layer):
-                claimed.update(_index_stack(model_dir, headers, spec, layer, tensors))
+                tensors |= _index_stack(model_dir, headers, spec, layer)
         for name, shape in expected_tensors(spec).items():
             if name in tensors:
                 if name in headers:
@@ -129,15 +121,12 @@ class Checkpoint:
                 raise CheckpointError(f"{model_dir}: {name}: missing from the checkpoint: {_AGAIN}{hint}")
             _check(model_dir, name, header, (shape,))
             tensors[name] = StoredTensor(header.file, name, header.dtype)
-            claimed.add(name)
-        _refuse_foreign(model_dir, headers, claimed)
+        _refuse_foreign(model_dir, headers, {stored.name for stored in tensors.values()})
         return cls(model_dir, tensors)
 
 
-def _index_stack(
-    model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int, tensors: dict[str, StoredTensor]
-) -> tuple[str, str]:
-    """Add the experts of a fused layer to `tensors`; return the names of its two stacks.
+def _index_stack(model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int) -> dict[str, StoredTensor]:
+    """Return the experts of a fused layer.
 
     The two shapes together always determine the orientation: both matrices are square only when `I == M` and `2I == M`.
     """
@@ -146,23 +135,22 @@ def _index_stack(
     if names[1] not in headers:
         raise CheckpointError(f"{model_dir}: {names[1]}: missing from the checkpoint: {_AGAIN}")
     count, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
-    plain = ((count, 2 * width, hidden), (count, hidden, width))
-    transposed_shapes = ((count, hidden, 2 * width), (count, width, hidden))
     gate_up, down = headers[names[0]], headers[names[1]]
-    transposed = (gate_up.shape, down.shape) == transposed_shapes
-    if not transposed:
-        _check(model_dir, names[0], gate_up, (plain[0], transposed_shapes[0]))
-        _check(model_dir, names[1], down, (plain[1],) if gate_up.shape == plain[0] else (transposed_shapes[1],))
-    _check(model_dir, names[0], gate_up, (gate_up.shape,))
-    _check(model_dir, names[1], down, (down.shape,))
-    for expert in range(count):
-        own = f"{prefix}{expert}."
-        for part, first_row in (("gate", 0), ("up", width)):
-            tensors[f"{own}{part}_proj.weight"] = StoredTensor(
-                gate_up.file, names[0], gate_up.dtype, expert, first_row, transposed
-            )
-        tensors[f"{own}down_proj.weight"] = StoredTensor(down.file, names[1], down.dtype, expert, 0, transposed)
-    return names
+    gate_up_shapes = ((count, 2 * width, hidden), (count, hidden, 2 * width))  # plain, transposed
+    down_shapes = ((count, hidden, width), (count, width, hidden))
+    _check(model_dir, names[0], gate_up, gate_up_shapes)
+    transposed = gate_up.shape != gate_up_shapes[0] or (gate_up.shape, down.shape) == (
+        gate_up_shapes[1],
+        down_shapes[1],
+    )
+    _check(model_dir, names[1], down, (down_shapes[transposed],))
+    return {
+        f"{prefix}{expert}.{part}_proj.weight": StoredTensor(header.file, name, header.dtype, expert, row, transposed)
+        for expert in range(count)
+        for part, name, header, row in (
+            ("gate", names[0], gate_up, 0), ("up", names[0], gate_up, width), ("down", names[1], down, 0),
+        )
+    }  # fmt: skip
 
 
 def _check(model_dir: Path, name: str, header: _Header, allowed: tuple[tuple[int, ...], ...]) -> None:
@@ -189,7 +177,7 @@ def _read_headers(model_dir: Path) -> dict[str, _Header]:
     """Return file, dtype and shape by name; with an index, each tensor is taken from the file the index names."""
     weight_map = _weight_map(model_dir)
     headers: dict[str, _Header] = {}
-    for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
+    for file in _files(weight_map):
         path = model_dir / file
         try:
             with safe_open(path, framework="np") as handle:
@@ -201,7 +189,7 @@ def _read_headers(model_dir: Path) -> dict[str, _Header]:
             named = f": named by {_INDEX}" if weight_map is not None else ""
             raise CheckpointError(f"{path}: no such file{named}: {_AGAIN}") from error
         except (SafetensorError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{path}: damaged or truncated ({reason}): {_AGAIN}") from error
     for name, file in (weight_map or {}).items():
         if name not in headers:
@@ -232,20 +220,22 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
     return weight_map
 
 
+def _files(weight_map: dict[str, str] | None) -> list[str]:
+    return [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+
+
 def fingerprint_of(model_dir: Path) -> str:
     """Return the SHA-256 (hex) of `config.json` and of each weight file's name, size, header and three data samples.
 
     The samples (64 KiB at the start, middle and end) distinguish fine-tunes of one model without reading it whole.
-
-    Raises:
-        CheckpointError: a file is missing or no safetensors file.
+    Raises CheckpointError: a file is missing or no safetensors file.
     """
     model_dir = Path(model_dir)
     digest = hashlib.sha256()
     weight_map = _weight_map(model_dir)
     try:
         _add(digest, (model_dir / "config.json").read_bytes())
-        for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
+        for file in _files(weight_map):
             _add_file(digest, model_dir / file)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}): {_AGAIN}") from error
