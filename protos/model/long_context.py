@@ -79,10 +79,7 @@ def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: Mo
 
 
 def _section(config: Fields) -> Fields:
-    value = config.get(SECTION)
-    if value is not None and not isinstance(value, dict):
-        raise config.error(SECTION, value, f"must be an object with {', '.join(_DUAL_CHUNK_KEYS)}")
-    section = Fields(f"{config.source}: {SECTION}", value or {})
+    section = config.section(SECTION, f"must be an object with {', '.join(_DUAL_CHUNK_KEYS)}")
     known = (*_DUAL_CHUNK_KEYS, *_SPARSE_FILE_KEYS)
     for key, setting in section.values.items():
         if key not in known:
@@ -91,18 +88,17 @@ def _section(config: Fields) -> Fields:
 
 
 def _patterns(stored: Fields, plain: ModelSpec) -> tuple[tuple[HeadBudget | None, ...], ...] | None:
-    key, value = "sparse_attention_config", stored.get("sparse_attention_config")
+    key, layers, heads = "sparse_attention_config", plain.num_hidden_layers, plain.num_attention_heads
+    value = stored.get(key)
     if value is None:
         return None
-    layers, heads = plain.num_hidden_layers, plain.num_attention_heads
     if not isinstance(value, list) or len(value) != layers:
         problem = f"has {len(value)}" if isinstance(value, list) else "is no list"
         raise stored.error(key, value, f"must be a list of {layers} objects, one a layer; {problem}")
-    return tuple(_layer(stored, layer, heads, entries) for layer, entries in enumerate(value))
+    return tuple(_layer(stored, f"{key}[{layer}]", heads, entries) for layer, entries in enumerate(value))
 
 
-def _layer(stored: Fields, layer: int, heads: int, entries: object) -> tuple[HeadBudget | None, ...]:
-    name = f"sparse_attention_config[{layer}]"
+def _layer(stored: Fields, name: str, heads: int, entries: object) -> tuple[HeadBudget | None, ...]:
     if not isinstance(entries, dict):
         raise stored.error(name, entries, f"must be an object of heads from 0 to {heads - 1}")
     budgets: list[HeadBudget | None] = [None] * heads

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from protos.model.config_json import ModelConfigError, load_model_spec
+from protos.model.config_json import load_model_spec
+from protos.model.json_fields import ModelConfigError
 from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
 
 LAYERS, HEADS = 3, 4
@@ -68,9 +69,6 @@ def test_another_file_of_the_folder(tmp_path: Path) -> None:
     assert load_model_spec(tmp_path).dual_chunk is None
     assert load_model_spec(tmp_path).default_context == 262144
     assert load_model_spec(tmp_path, config_file="config_1m.json").dual_chunk == DualChunkSpec(262144, 8192, 262144)
-    for name in ("", "..", "../config.json", str(tmp_path / "config.json")):
-        with pytest.raises(ModelConfigError, match="must be the name of a file inside"):
-            load_model_spec(tmp_path, config_file=name)
     with pytest.raises(ModelConfigError, match=r"config_2m\.json: cannot be read"):
         load_model_spec(tmp_path, config_file="config_2m.json")
 
