@@ -10,10 +10,8 @@ OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str]:
     """Return (reasoning, answer) of a whole text; reasoning is None when there is none.
 
-    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it.
-
-    Args:
-        opened: the prompt ended inside `<think>`.
+    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it; `opened`
+    says that it did.
     """
     before, started, rest = text.partition(OPEN_TAG)
     if started and not before.strip():
@@ -30,10 +28,8 @@ class ReasoningSplitter:
     """Splits the text of one output as it comes.
 
     What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
-    its end that the next text must decide, and for a `</think>` without its start, which stays answer.
-
-    Args:
-        opened: the prompt ended inside `<think>`.
+    its end that the next text must decide, and for a `</think>` without its start, which stays answer. `opened` says
+    that the prompt ended inside `<think>`.
     """
 
     def __init__(self, opened: bool) -> None:
@@ -57,8 +53,7 @@ class ReasoningSplitter:
         answer = ""
         if self._state == "after":
             self._held = self._held.lstrip()
-            if self._held:
-                self._state = "answer"
+            self._state = "answer" if self._held else "after"
         if self._state == "answer":
             answer, self._held = self._held, ""
         return reasoning, answer
