@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.common.addresses import is_loopback
 from cluster.common.units import BYTES_RULE, COUNT_RULE
@@ -22,6 +22,7 @@ from cluster.config.section import (
     PowerOfTwo,
     RayAddress,
     Section,
+    accepts,
     broken_rule,
 )
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
@@ -31,12 +32,6 @@ FILE_RULE = "must be the path of a file"
 NAME_RULE = "must be text of 1 to 200 characters"
 MAX_TTL_S = 10 * 366 * 86400.0
 TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (ten years)"
-
-
-def _document_prompt(value: str) -> str:
-    if not is_document_prompt(value):
-        raise ValueError("not the two fields")
-    return value
 
 
 class ModelSection(Section):
@@ -59,7 +54,7 @@ class ModelSection(Section):
         default=None, description="must be false, or a mapping such as {chunk_size: 256K, local_size: 8K}"
     )
     allow_beyond_positions: bool = False
-    document_prompt: Annotated[str, AfterValidator(_document_prompt)] = Field(
+    document_prompt: Annotated[str, accepts(is_document_prompt)] = Field(
         default=DEFAULT_DOCUMENT_PROMPT, description="must contain {document} once and after it {question} once"
     )
 

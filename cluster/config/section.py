@@ -6,7 +6,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -54,45 +54,40 @@ def _resolve(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(os.path.join(base, expanded)))
 
 
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError("not a power of two")
-    return value
+def accepts(test: Callable[[Any], object]) -> AfterValidator:
+    """Return a validator that refuses the values for which `test` is false."""
+
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError("refused")
+        return value
+
+    return AfterValidator(check)
 
 
-def _host(value: str) -> str:
+def _is_host(value: str) -> bool:
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value):
-            raise ValueError("not a host") from None
-    return value
+        return re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value) is not None
+    return True
 
 
-def _ray_address(value: str) -> str:
-    if value in ("local", "auto"):
-        return value
+def _is_ray_address(value: str) -> bool:
     host, _, port = value.rpartition(":")
-    if not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
-        raise ValueError("no port")
-    _host(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-    return value
-
-
-def _file_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or value in (".", ".."):
-        raise ValueError("not a file name")
-    return value
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    has_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and 1 <= int(port) <= 65535
+    return value in ("local", "auto") or (has_port and _is_host(host))
 
 
 # an absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)
 PathValue = Annotated[Path, BeforeValidator(_resolve)]
 Count = Annotated[int, BeforeValidator(parse_count)]  # 256K
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]  # 1.5GB
-PowerOfTwo = Annotated[int, AfterValidator(_power_of_two)]
-Host = Annotated[str, AfterValidator(_host)]  # a name or an IP address
-RayAddress = Annotated[str, AfterValidator(_ray_address)]  # local, auto or host:port
-FileName = Annotated[str, AfterValidator(_file_name)]  # without folders
+PowerOfTwo = Annotated[int, accepts(lambda value: value & (value - 1) == 0)]
+Host = Annotated[str, accepts(_is_host)]  # a name or an IP address
+RayAddress = Annotated[str, accepts(_is_ray_address)]  # local, auto or host:port
+FileName = Annotated[str, accepts(re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}").fullmatch)]  # without folders
 
 
 class Section(BaseModel):

@@ -47,10 +47,9 @@ def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
 
 
 def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> str:
-    """Return a benchmark's result and the environment it was measured in as JSON text; also write it to `path`.
+    """Return a benchmark's result and the environment it was measured in, which `facts` replace, as JSON text.
 
-    Args:
-        facts: further entries of the environment, which replace its own.
+    Also writes it to `path`.
     """
     where = environment() | {"commit": _commit(), "load_average": os.getloadavg()[0]} | facts
     text = json.dumps({"environment": where, **result}, indent=1)
@@ -79,7 +78,7 @@ def _commit() -> str | None:
     """Return the commit of the working tree, with `+` when files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        output = subprocess.check_output(command, text=True, timeout=30, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return output.strip() or None
