@@ -144,11 +144,6 @@ class ServerSection(Section):
     drain_timeout_s: float = Field(default=30.0, ge=0, le=86400)
     max_streams: int = Field(default=128, ge=1, le=4096)
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
-        return is_loopback(self.host)
-
     @model_validator(mode="after")
     def _ports_differ(self) -> ServerSection:
         if self.metrics_port and self.metrics_port == self.port:
@@ -199,7 +194,7 @@ class Config(Section):
     def _public_bind_is_authenticated(self) -> Config:
         security = self.security
         guarded = security.api_keys_file is not None and security.tls_cert_file is not None
-        if not (self.server.is_loopback or guarded or security.allow_insecure_bind):
+        if not (is_loopback(self.server.host) or guarded or security.allow_insecure_bind):
             raise broken_rule(
                 "server.host",
                 "is not a loopback address; use 127.0.0.1, or give security.api_keys_file with tls_cert_file and "

@@ -38,7 +38,8 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
         raise LayoutError("pipeline_parallel_size", stages, rule)
     if not _divides(spec, ranks):
         allowed = [size for size in range(1, spec.num_attention_heads + 1) if _divides(spec, size)]
-        rule = f"must be one of {', '.join(map(str, allowed))} (the model has {_sizes(spec)})"
+        sizes = ", ".join(f"{size} {name}" for name, size in _sizes(spec).items())
+        rule = f"must be one of {', '.join(map(str, allowed))} (the model has {sizes})"
         raise LayoutError("expert_parallel_size", ranks, rule)
     spans = balance([layer_cost(spec, layer) for layer in range(layers)], stages)
     return tuple(
@@ -51,7 +52,7 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
             heads=_part(spec.num_attention_heads, rank, ranks),
             kv_heads=_kv_heads(spec, rank, ranks),
             experts=_part(spec.num_experts, rank, ranks),
-            intermediate=_part(spec.intermediate_size if _has_dense_mlp(spec) else 0, rank, ranks),
+            intermediate=_part(_sizes(spec).get("MLP columns", 0), rank, ranks),
             vocab=_part(spec.vocab_size, rank, ranks),
         )
         for stage, span in enumerate(spans)
@@ -116,28 +117,22 @@ def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, 
 
 
 def _divides(spec: ModelSpec, ranks: int) -> bool:
-    heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+    sizes = _sizes(spec)
+    heads, kv_heads = sizes["query heads"], sizes.pop("KV heads")  # these may be fewer than the ranks
     return (
         1 <= ranks <= heads
-        and heads % ranks == 0
         and heads % kv_heads == 0
         and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-        and spec.num_experts % ranks == 0
-        and (not _has_dense_mlp(spec) or spec.intermediate_size % ranks == 0)
+        and all(size % ranks == 0 for size in sizes.values())
     )
 
 
-def _sizes(spec: ModelSpec) -> str:
-    sizes = [f"{spec.num_attention_heads} query heads", f"{spec.num_key_value_heads} KV heads"]
-    if spec.num_experts:
-        sizes.append(f"{spec.num_experts} experts")
-    if _has_dense_mlp(spec):
-        sizes.append(f"{spec.intermediate_size} MLP columns")
-    return ", ".join(sizes)
-
-
-def _has_dense_mlp(spec: ModelSpec) -> bool:
-    return not all(spec.is_moe_layer(layer) for layer in range(spec.num_hidden_layers))
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """Return the sizes of a model that are split over ranks."""
+    has_dense_mlp = not all(spec.is_moe_layer(layer) for layer in range(spec.num_hidden_layers))
+    sizes = {"query heads": spec.num_attention_heads, "KV heads": spec.num_key_value_heads}
+    sizes |= {"experts": spec.num_experts} if spec.num_experts else {}
+    return sizes | ({"MLP columns": spec.intermediate_size} if has_dense_mlp else {})
 
 
 def _part(size: int, rank: int, ranks: int) -> Span:

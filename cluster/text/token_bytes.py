@@ -68,6 +68,13 @@ def is_byte_level(layout: Mapping[str, Any]) -> bool:
     return [step["type"] for step in flatten_steps(layout.get("decoder"))] == ["ByteLevel"]
 
 
+def adds_prefix_space(layout: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer puts a space or a mark before the first word of any text."""
+    steps = flatten_steps(layout.get("normalizer")) + flatten_steps(layout.get("pre_tokenizer"))
+    marks = ((step["type"] == "Prepend", step.get("prepend_scheme"), step.get("add_prefix_space")) for step in steps)
+    return any(prepends or scheme not in (None, "never") or adds for prepends, scheme, adds in marks)
+
+
 def has_canonical_normalizer(layout: Mapping[str, Any]) -> bool | None:
     """Return whether text is canonically normalized (NFC, NFD); None if text may shrink without a known bound."""
     canonical = False

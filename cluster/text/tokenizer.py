@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
-from cluster.text.token_bytes import flatten_steps, is_byte_level, longest_token_bytes
+from cluster.text.token_bytes import adds_prefix_space, is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
 
@@ -26,6 +26,8 @@ class TextTokenizer:
         self._definition = definition
         self._tokenizer = _load(definition)
         self._layout: dict[str, Any] = json.loads(definition)
+        self.is_byte_level = is_byte_level(self._layout)
+        self._adds_prefix_space = adds_prefix_space(self._layout)
         self.chat_template = chat_template
         self.special_tokens = _named_tokens(config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -98,11 +100,6 @@ class TextTokenizer:
         return entry
 
     @cached_property
-    def is_byte_level(self) -> bool:
-        """Whether the decoder only joins the bytes of the tokens (GPT-2, Qwen and Llama 3 families)."""
-        return is_byte_level(self._layout)
-
-    @cached_property
     def longest_token_bytes(self) -> int:
         """Upper bound of the UTF-8 bytes of text that one token stands for."""
         return longest_token_bytes(self._layout, self._tokenizer.get_vocab(with_added_tokens=True))
@@ -116,15 +113,6 @@ class TextTokenizer:
         tokenizer = _load(self._definition)  # a second one: the switch is not per call
         tokenizer.encode_special_tokens = True
         return tokenizer
-
-    @cached_property
-    def _adds_prefix_space(self) -> bool:
-        """Whether the tokenizer puts a space or a mark before the first word of any text."""
-        steps = flatten_steps(self._layout.get("normalizer")) + flatten_steps(self._layout.get("pre_tokenizer"))
-        return any(
-            step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" or step.get("add_prefix_space")
-            for step in steps
-        )
 
 
 def _load(definition: bytes) -> Tokenizer:

@@ -60,8 +60,7 @@ def load_model_spec(
         config_file: name of the file to read instead of `config.json`, such as the `config_1m.json` of long models.
         dual_chunk, sparse: settings that go before those of the file (see `protos.model.long_context`).
 
-    Raises:
-        ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
+    Raises ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
     """
     config = read_json(Path(model_dir) / config_file)
     model_type, family = _family(config)

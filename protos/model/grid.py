@@ -51,7 +51,10 @@ def whole_cells(spec: ModelSpec, start: int, budget: int, prompt_len: int) -> in
 
 
 def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
-    """Return the last position up to `position` at which a step of the prompt may start: any when rows are dense."""
+    """Return the last position up to `position` at which a step of the prompt may start: any when rows are dense.
+
+    KV before the last cut of a whole prompt does not depend on its end (but for the length scale).
+    """
     if not is_sparse(spec, 0, prompt_len):
         return position
     assert spec.sparse is not None
@@ -59,11 +62,6 @@ def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
     if spec.chunk_distance:
         grid = max(grid, position // spec.chunk_distance * spec.chunk_distance)
     return grid
-
-
-def stable_prefix(spec: ModelSpec, prompt_len: int) -> int:
-    """Return the positions of a prompt whose KV does not depend on its end (but for the length scale)."""
-    return last_cut(spec, prompt_len, prompt_len)
 
 
 def largest_cell(spec: ModelSpec) -> int:

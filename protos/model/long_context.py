@@ -30,8 +30,7 @@ def dual_chunk_spec(config: Fields, override: Mapping[str, object] | None, plain
         override: `enabled` and fields of `DualChunkSpec`; what is missing or null comes from the file.
         plain: the model without it.
 
-    Raises:
-        ModelConfigError: a value of the file is out of range or its key unknown, or the two do not fit together.
+    Raises ModelConfigError: a value of the file is out of range or its key unknown, or the two do not fit together.
     """
     stored, yaml = _section(config), Fields("model.dual_chunk", override or {})
     sources = {key: yaml if yaml.get(key) is not None else stored for key in _DUAL_CHUNK_KEYS}
@@ -58,8 +57,7 @@ def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: Mo
             adaptive budgets; both set the published patterns aside.
         plain: the model without it.
 
-    Raises:
-        ModelConfigError: a value of the file is out of range, or its key is not known.
+    Raises ModelConfigError: a value of the file is out of range, or its key is not known.
     """
     stored, usual = _section(config), SparseSpec()
     yaml: dict[str, Any] = {key: value for key, value in (override or {}).items() if value is not None}

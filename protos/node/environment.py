@@ -1,4 +1,4 @@
-"""What a result was measured on, and the one writer of benchmark results. Needs the standard library only."""
+"""What there is on a node, and the one writer of benchmark results. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from protos.node.build_id import build_id
 
+COMPILERS = ("c++", "g++", "clang++")  # that build the kernels
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of matrix products
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +37,14 @@ def environment() -> dict[str, Any]:
 def usable_cores() -> int:
     """Return the cores that this process may use (all of the machine where there is no affinity, as on macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compiler() -> str | None:
+    """Return the path of the C++ compiler, None without: what `CXX` names, else the first of `COMPILERS`."""
+    for name in (os.environ.get("CXX"), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
 
 
 def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
