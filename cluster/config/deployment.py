@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -146,23 +147,21 @@ def _problem(source: ConfigSource, detail: ErrorDetails) -> Problem:
     path: KeyPath = detail["loc"]
     if detail["type"] == RULE_BETWEEN_KEYS:  # names the key it is about
         return source.problem((*path, *detail["ctx"]["key"].split(".")), detail["ctx"]["rule"])
+    key, fields = str(path[-1]), _fields(path[:-1])
     if detail["type"] == "extra_forbidden":
-        return source.problem(path, _unknown_key(str(path[-1]), _fields(path[:-1])))
-    key = str(path[-1])
-    rule = rule_of(key, _fields(path[:-1])[key])
+        similar = difflib.get_close_matches(key[:100], fields, n=1)
+        hint = f"did you mean '{similar[0]}'?" if similar else f"valid keys: {', '.join(fields)}"
+        return source.problem(path, f"unknown key; {hint}")
+    rule = rule_of(key, fields[key])
     return source.problem(path, f"required; {rule}" if detail["type"] == "missing" else rule)
 
 
 def _fields(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the fields of the section at `path`."""
-    model: type[BaseModel] = Config
+    fields = Config.model_fields
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]  # RopeScaling | None
-        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
-    return model.model_fields
-
-
-def _unknown_key(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    similar = difflib.get_close_matches(key[:100], fields, n=1)
-    return f"unknown key; did you mean '{similar[0]}'?" if similar else f"unknown key; valid keys: {', '.join(fields)}"
+        annotation: Any = fields[str(part)].annotation
+        fields = (
+            annotation if hasattr(annotation, "model_fields") else get_args(annotation)[0]
+        ).model_fields  # X | None
+    return fields

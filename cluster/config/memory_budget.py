@@ -46,10 +46,8 @@ def scratch_bytes(
 ) -> int:  # fmt: skip
     """Return an upper estimate of the bytes that a step of `tokens` rows needs on a shard beside weights and KV.
 
-    Args:
-        context: tokens of the longest context; a sparse cell sums over its columns and diagonals.
-        sequences: rows of the step that are sampled, at most.
-        width: bytes of an activation.
+    At most `sequences` rows are sampled, an activation has `width` bytes, and a sparse cell sums over the columns and
+    diagonals of the longest `context` (tokens).
     """
     hidden, dim = spec.hidden_size, spec.head_dim
     heads, kv_heads = shard.heads.size, shard.kv_heads.size

@@ -18,11 +18,8 @@ def next_cut(spec: ModelSpec, position: int, prompt_len: int) -> int | None:
 
     Dense rows are cut at the boundaries of DCA chunks only, and where the sparse rows of the prompt end.
     """
-    cuts = []
-    if spec.chunk_distance:
-        cuts.append((position // spec.chunk_distance + 1) * spec.chunk_distance)
-    if is_sparse(spec, position, prompt_len):
-        assert spec.sparse is not None
+    cuts = [(position // spec.chunk_distance + 1) * spec.chunk_distance] if spec.chunk_distance else []
+    if spec.sparse is not None and is_sparse(spec, position, prompt_len):
         cuts += [(position // spec.sparse.cell + 1) * spec.sparse.cell, prompt_len]
     return min(cuts, default=None)
 
@@ -55,13 +52,10 @@ def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
 
     KV before the last cut of a whole prompt does not depend on its end (but for the length scale).
     """
-    if not is_sparse(spec, 0, prompt_len):
+    if spec.sparse is None or not is_sparse(spec, 0, prompt_len):
         return position
-    assert spec.sparse is not None
-    grid = position // spec.sparse.cell * spec.sparse.cell
-    if spec.chunk_distance:
-        grid = max(grid, position // spec.chunk_distance * spec.chunk_distance)
-    return grid
+    grids = (spec.sparse.cell, spec.chunk_distance or spec.sparse.cell)
+    return max(position // grid * grid for grid in grids)
 
 
 def largest_cell(spec: ModelSpec) -> int:

@@ -122,9 +122,8 @@ class ModelSpec:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether `layer` has experts (Qwen3-MoE: `mlp_only_layers`, `decoder_sparse_step`)."""
-        return (
-            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
-        )
+        has_turn = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and has_turn and layer not in self.mlp_only_layers
 
     @property
     def max_context(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,10 +11,9 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-from protos.node.build_id import build_id
 
 COMPILERS = ("c++", "g++", "clang++")  # that build the kernels
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of matrix products
@@ -37,6 +37,21 @@ def environment() -> dict[str, Any]:
 def usable_cores() -> int:
     """Return the cores that this process may use (all of the machine where there is no affinity, as on macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def build_id() -> str:
+    """Return 16 hexadecimal digits of the SHA-256 over names and contents of the installed sources.
+
+    Every node of a cluster must have the same.
+    """
+    digest = hashlib.sha256()
+    for package in ("cluster", "protos", "workers"):
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            if path.parent.name != "training":  # not in the wheel
+                digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def compiler() -> str | None:
