@@ -198,10 +198,10 @@ def _scalar(kind: str, text: str) -> object:
         return None
     if kind not in _PLAIN or not _PLAIN[kind].fullmatch(text):
         return text
-    if kind == "bool":
-        return _BOOLS[text.lower()]
     plain = text.lower().replace("_", "")
-    return int(plain) if kind == "int" else float(plain.replace(".inf", "inf").replace(".nan", "nan"))
+    if kind == "float":
+        return float(plain.replace(".inf", "inf").replace(".nan", "nan"))
+    return _BOOLS[plain] if kind == "bool" else int(plain)
 
 
 def _read_root(name: str) -> MappingNode:

@@ -46,6 +46,9 @@ _ROPE_KEYS = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
+_ROPE_BANDS: Mapping[str, Mapping[str, float | None]] = {  # ends of the blended band, the lower one first; usual values
+    "yarn": {"beta_slow": 1.0, "beta_fast": 32.0}, "llama3": {"low_freq_factor": None, "high_freq_factor": None},
+}  # fmt: skip
 _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
@@ -195,18 +198,12 @@ def _rope(config: Fields, family: _Family, positions: int, override: Mapping[str
     if kind in ("default", "linear"):
         return RopeSpec(theta, kind, factor)
     original = _original_positions(config, fields, stored, positions)
-    if kind == "llama3":
-        low = fields.number("low_freq_factor", above=0.0)
-        high = fields.number("high_freq_factor", above=0.0)
-        if high <= low:
-            raise fields.error("high_freq_factor", high, f"must be above low_freq_factor ({low:g})")
-        return RopeSpec(theta, kind, factor, original, low_freq_factor=low, high_freq_factor=high)
-    fast = fields.number("beta_fast", default=32.0, above=0.0)
-    slow = fields.number("beta_slow", default=1.0, above=0.0)
-    if fast <= slow:
-        raise fields.error("beta_fast", fast, f"must be above beta_slow ({slow:g})")
+    band = _ROPE_BANDS[kind].items()
+    (low, lower), (high, upper) = ((key, fields.number(key, default=usual, above=0.0)) for key, usual in band)
+    if upper <= lower:
+        raise fields.error(high, upper, f"must be above {low} ({lower:g})")
     return RopeSpec(
-        theta, kind, factor, original, fast, slow,
+        theta, kind, factor, original, **{low: lower, high: upper},
         attention_factor=fields.optional_number("attention_factor", above=0.0),
         mscale=fields.optional_number("mscale", at_least=0.0),
         mscale_all_dim=fields.optional_number("mscale_all_dim", at_least=0.0),
