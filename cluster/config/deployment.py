@@ -79,10 +79,7 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
 
 
 def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
-    """Raise ConfigError unless pages, cells and steps fit into each other.
-
-    KV is shared by the page, sparse rows are computed by the cell.
-    """
+    """Raise ConfigError unless pages, cells and steps fit: KV is shared by the page, sparse rows come by the cell."""
     page_size, cell, dual = config.kv_cache.page_size, largest_cell(spec), spec.dual_chunk
     if dual is not None and dual.distance % page_size:
         raise source.error(
@@ -91,17 +88,12 @@ def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
             f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
         )
     if spec.sparse is not None and spec.sparse.cell % page_size:
-        raise source.error(
-            ("sparse", "cell"),
-            f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}; use another cell, or a "
-            "smaller page",
-        )
+        rule = f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}"
+        raise source.error(("sparse", "cell"), f"{rule}; use another cell, or a smaller page")
     if config.prefill.max_num_batched_tokens < cell:
-        raise source.error(
-            ("prefill", "max_num_batched_tokens"),
-            f"must be at least {cell}, the largest cell of sparse prefill; raise it, lower sparse.cell, or say "
-            "sparse.enabled: false",
-        )
+        rule = f"must be at least {cell}, the largest cell of sparse prefill"
+        ways_out = "raise it, lower sparse.cell, or say sparse.enabled: false"
+        raise source.error(("prefill", "max_num_batched_tokens"), f"{rule}; {ways_out}")
 
 
 def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:

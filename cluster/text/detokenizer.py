@@ -70,19 +70,19 @@ class StopMatcher:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that no stop string can claim any more, and whether a stop string was found."""
+    def push(self, text: str) -> str:
+        """Return the text that no stop string can claim any more; `stopped` says whether one is complete."""
         if self.stopped:
-            return "", True
+            return ""
         buffer = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if matches:
             self._held, self.stopped = "", True
-            return buffer[: min(matches)[1]], True
+            return buffer[: min(matches)[1]]
         held = range(max(0, len(buffer) - self._longest + 1), len(buffer))  # may begin a stop string
         certain = next((at for at in held if any(stop.startswith(buffer[at:]) for stop in self._stops)), len(buffer))
         self._held = buffer[certain:]
-        return buffer[:certain], False
+        return buffer[:certain]
 
     def flush(self) -> str:
         """Return the withheld text of an output that ended without a stop string."""
@@ -120,7 +120,7 @@ class OutputText:
         """
         text = ""
         if self._decoder is not None:
-            text = self._matcher.push(self._decoder.push(token_id))[0] + (self._rest() if is_last else "")
+            text = self._matcher.push(self._decoder.push(token_id)) + (self._rest() if is_last else "")
         self._pieces.append(text)
         return text, *self._splitter.push(text)
 
@@ -135,4 +135,4 @@ class OutputText:
     def _rest(self) -> str:
         if self._decoder is None or self._matcher.stopped:
             return ""
-        return self._matcher.push(self._decoder.flush())[0] + self._matcher.flush()
+        return self._matcher.push(self._decoder.flush()) + self._matcher.flush()

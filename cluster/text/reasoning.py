@@ -47,8 +47,12 @@ class ReasoningSplitter:
     def push(self, text: str) -> tuple[str, str]:
         """Return (reasoning, answer) that became certain with this text, without tags and white space around them."""
         self._held += text
-        if self._state == "start":
-            self._find_opening()
+        if self._state == "start":  # until the text can no longer become an opening tag
+            start = self._held.lstrip()
+            if start.startswith(OPEN_TAG):
+                self._state, self._held = "reasoning", start[len(OPEN_TAG) :]
+            elif not OPEN_TAG.startswith(start):
+                self._state = "reasoning" if self._opened else "answer"
         reasoning = self._take_reasoning() if self._state == "reasoning" else ""
         answer = ""
         if self._state == "after":
@@ -57,14 +61,6 @@ class ReasoningSplitter:
         if self._state == "answer":
             answer, self._held = self._held, ""
         return reasoning, answer
-
-    def _find_opening(self) -> None:
-        """Leave the state `start` as soon as the text can no longer become an opening tag."""
-        start = self._held.lstrip()
-        if start.startswith(OPEN_TAG):
-            self._state, self._held = "reasoning", start[len(OPEN_TAG) :]
-        elif not OPEN_TAG.startswith(start):
-            self._state = "reasoning" if self._opened else "answer"
 
     def _take_reasoning(self) -> str:
         text, ended, rest = self._held.partition(CLOSE_TAG)

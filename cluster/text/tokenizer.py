@@ -51,9 +51,8 @@ class TextTokenizer:
         try:
             definition = path.read_bytes()
         except OSError as error:
-            raise TokenizerError(
-                f"{path}: cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
-            ) from error
+            problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
+            raise TokenizerError(f"{path}: {problem}") from error
         config = _read_json(folder / "tokenizer_config.json")
         template = _chat_template(folder, config)
         try:

@@ -53,16 +53,14 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor the model needs, in layer order; `lm_head.weight` unless tied."""
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        tensors.update({prefix + name: shape for name, shape in _attention_tensors(spec)})
-        tensors.update({prefix + name: shape for name, shape in _mlp_tensors(spec, layer)})
+        tensors |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_tensors(spec, layer)}
     tensors["model.norm.weight"] = (spec.hidden_size,)
     if not spec.tie_word_embeddings:
         tensors[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
     return tensors
 
 
-def _attention_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer_tensors(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     keys = spec.num_key_value_heads * spec.head_dim
     yield "input_layernorm.weight", (hidden,)
@@ -77,10 +75,7 @@ def _attention_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]
         yield "self_attn.q_norm.weight", (spec.head_dim,)
         yield "self_attn.k_norm.weight", (spec.head_dim,)
     yield "post_attention_layernorm.weight", (hidden,)
-
-
-def _mlp_tensors(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width, owners = spec.hidden_size, spec.intermediate_size, ["mlp"]
+    width, owners = spec.intermediate_size, ["mlp"]
     if has_experts := spec.is_moe_layer(layer):
         yield "mlp.gate.weight", (spec.num_experts, hidden)
         width, owners = spec.moe_intermediate_size, [f"mlp.experts.{expert}" for expert in range(spec.num_experts)]
@@ -104,7 +99,6 @@ class Checkpoint:
 
         Raises CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
         """
-        model_dir = Path(model_dir)
         headers = _read_headers(model_dir)
         tensors: dict[str, StoredTensor] = {}
         for layer in range(spec.num_hidden_layers):
@@ -230,12 +224,10 @@ def fingerprint_of(model_dir: Path) -> str:
     The samples (64 KiB at the start, middle and end) distinguish fine-tunes of one model without reading it whole.
     Raises CheckpointError: a file is missing or no safetensors file.
     """
-    model_dir = Path(model_dir)
     digest = hashlib.sha256()
-    weight_map = _weight_map(model_dir)
     try:
         _add(digest, (model_dir / "config.json").read_bytes())
-        for file in _files(weight_map):
+        for file in _files(_weight_map(model_dir)):
             _add_file(digest, model_dir / file)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}): {_AGAIN}") from error
