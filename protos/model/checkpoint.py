@@ -44,9 +44,24 @@ class StoredTensor(NamedTuple):
 
 
 class _Header(NamedTuple):
-    file: str
+    path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def error(self, problem: str) -> CheckpointError:
+        shown = self.name if self.name.isprintable() else ascii(self.name)  # names of foreign tensors are input
+        return CheckpointError(f"{self.path}: {shown}: {problem}")
+
+    def check(self, *allowed: tuple[int, ...]) -> None:
+        if self.shape not in allowed:
+            shapes = " or ".join(str(list(shape)) for shape in allowed)
+            raise self.error(f"shape {list(self.shape)}: config.json asks for {shapes}")
+        if self.dtype not in DTYPES:
+            raise self.error(f"dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+
+    def stored(self, expert: int | None = None, first_row: int = 0, transposed: bool = False) -> StoredTensor:
+        return StoredTensor(self.path.name, self.name, self.dtype, expert, first_row, transposed)
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -107,15 +122,15 @@ class Checkpoint:
         for name, shape in expected_tensors(spec).items():
             if name in tensors:
                 if name in headers:
-                    raise _error(model_dir, headers[name].file, name, "also stored in a stack of experts; keep one")
+                    raise headers[name].error("also stored in a stack of experts; keep one")
                 continue
             header = headers.get(name)
             if header is None:
                 hint = "; config.json sets tie_word_embeddings to false" if name == LM_HEAD else ""
                 raise CheckpointError(f"{model_dir}: {name}: missing from the checkpoint: {_AGAIN}{hint}")
-            _check(model_dir, name, header, (shape,))
-            tensors[name] = StoredTensor(header.file, name, header.dtype)
-        _refuse_foreign(model_dir, headers, {stored.name for stored in tensors.values()})
+            header.check(shape)
+            tensors[name] = header.stored()
+        _refuse_foreign(headers, {stored.name for stored in tensors.values()})
         return cls(model_dir, tensors)
 
 
@@ -132,39 +147,22 @@ def _index_stack(model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, 
     gate_up, down = headers[names[0]], headers[names[1]]
     gate_up_shapes = ((count, 2 * width, hidden), (count, hidden, 2 * width))  # plain, transposed
     down_shapes = ((count, hidden, width), (count, width, hidden))
-    _check(model_dir, names[0], gate_up, gate_up_shapes)
-    transposed = gate_up.shape != gate_up_shapes[0] or (gate_up.shape, down.shape) == (
-        gate_up_shapes[1],
-        down_shapes[1],
-    )
-    _check(model_dir, names[1], down, (down_shapes[transposed],))
+    gate_up.check(*gate_up_shapes)
+    is_square = gate_up_shapes[0] == gate_up_shapes[1]  # then the other matrix tells
+    transposed = down.shape == down_shapes[1] if is_square else gate_up.shape == gate_up_shapes[1]
+    down.check(down_shapes[transposed])
     return {
-        f"{prefix}{expert}.{part}_proj.weight": StoredTensor(header.file, name, header.dtype, expert, row, transposed)
+        f"{prefix}{expert}.{part}_proj.weight": header.stored(expert, first_row, transposed)
         for expert in range(count)
-        for part, name, header, row in (
-            ("gate", names[0], gate_up, 0), ("up", names[0], gate_up, width), ("down", names[1], down, 0),
-        )
-    }  # fmt: skip
+        for part, header, first_row in (("gate", gate_up, 0), ("up", gate_up, width), ("down", down, 0))
+    }
 
 
-def _check(model_dir: Path, name: str, header: _Header, allowed: tuple[tuple[int, ...], ...]) -> None:
-    if header.shape not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
-        raise _error(model_dir, header.file, name, f"shape {list(header.shape)}: config.json asks for {shapes}")
-    if header.dtype not in DTYPES:
-        raise _error(model_dir, header.file, name, f"dtype {header.dtype}: must be one of {', '.join(DTYPES)}")
-
-
-def _refuse_foreign(model_dir: Path, headers: dict[str, _Header], claimed: set[str]) -> None:
+def _refuse_foreign(headers: dict[str, _Header], claimed: set[str]) -> None:
     """Raise CheckpointError for a tensor that the decoder would leave out, unless it is recomputed or tied."""
     for name in headers.keys() - claimed:
         if name.startswith(("model.", "lm_head.")) and name != LM_HEAD and not name.endswith("rotary_emb.inv_freq"):
-            raise _error(model_dir, headers[name].file, name, "not a tensor of the model in config.json")
-
-
-def _error(model_dir: Path, file: str, name: str, problem: str) -> CheckpointError:
-    shown = name if name.isprintable() else ascii(name)  # names of foreign tensors are input
-    return CheckpointError(f"{model_dir / file}: {shown}: {problem}")
+            raise headers[name].error("not a tensor of the model in config.json")
 
 
 def _read_headers(model_dir: Path) -> dict[str, _Header]:
@@ -178,7 +176,7 @@ def _read_headers(model_dir: Path) -> dict[str, _Header]:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     if weight_map is None or weight_map.get(name) == file:
                         part = handle.get_slice(name)
-                        headers[name] = _Header(file, part.get_dtype(), tuple(part.get_shape()))
+                        headers[name] = _Header(path, name, part.get_dtype(), tuple(part.get_shape()))
         except FileNotFoundError as error:
             named = f": named by {_INDEX}" if weight_map is not None else ""
             raise CheckpointError(f"{path}: no such file{named}: {_AGAIN}") from error
@@ -187,7 +185,7 @@ def _read_headers(model_dir: Path) -> dict[str, _Header]:
             raise CheckpointError(f"{path}: damaged or truncated ({reason}): {_AGAIN}") from error
     for name, file in (weight_map or {}).items():
         if name not in headers:
-            raise _error(model_dir, file, name, f"not in the file that {_INDEX} names: {_AGAIN}")
+            raise _Header(model_dir / file, name, "", ()).error(f"not in the file that {_INDEX} names: {_AGAIN}")
     return headers
 
 
