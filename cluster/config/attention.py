@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.common.units import COUNT_RULE
-from cluster.config.section import POSITIVE, Count, Section, broken_rule
+from cluster.config.section import POSITIVE, Count, Section, accepts, broken_rule
 from protos.model.json_fields import MAX_POSITIONS, MAX_SIZE
+
+_NO_NUMBER = accepts(lambda value: type(value) is not int, BeforeValidator)  # 1 would pass for true
 
 
 class RopeScaling(Section):
@@ -33,12 +35,6 @@ class RopeScaling(Section):
         return self
 
 
-def _no_number(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):  # 1 would pass for true
-        raise ValueError("a number")
-    return value
-
-
 class DualChunk(Section):
     """Dual chunk attention; what is null comes from the model's file. `false` stands for `{enabled: false}`."""
 
@@ -57,7 +53,7 @@ class DualChunk(Section):
 class SparseSection(Section):
     """Sparse prefill of long prompts; what is null comes from the model's file."""
 
-    enabled: Annotated[Literal["auto", True, False], BeforeValidator(_no_number)] = "auto"
+    enabled: Annotated[Literal["auto", True, False], _NO_NUMBER] = "auto"
     threshold: Count | None = Field(default=None, le=MAX_POSITIONS, description=COUNT_RULE)
     last_q: int | None = Field(default=None, ge=1, le=1024)
     cell: Count | None = Field(default=None, ge=1, le=1 << 20, description=f"{COUNT_RULE}, at most 1M")

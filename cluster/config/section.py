@@ -54,15 +54,15 @@ def _resolve(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(os.path.join(base, expanded)))
 
 
-def accepts(test: Callable[[Any], object]) -> AfterValidator:
-    """Return a validator that refuses the values for which `test` is false."""
+def accepts(test: Callable[[Any], object], kind: type[Any] = AfterValidator) -> Any:
+    """Return a validator of a kind of pydantic that refuses the values for which `test` is false."""
 
     def check(value: Any) -> Any:
         if not test(value):
             raise ValueError("refused")
         return value
 
-    return AfterValidator(check)
+    return kind(check)
 
 
 def _is_host(value: str) -> bool:

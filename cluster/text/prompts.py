@@ -83,9 +83,8 @@ def build_document_prompts(
         template: the user message with `{document}` and, after it, `{question}` (`model.document_prompt`).
         enable_thinking: None leaves the choice to the chat template.
 
-    Raises:
-        PromptError: an empty document or question, or no room for `max_tokens` of answer.
-        ChatTemplateError: the chat template fails, or what it puts before the document depends on the question.
+    Raises PromptError: an empty document or question, or no room for `max_tokens` of answer; ChatTemplateError: the
+    template fails, or what it puts before the document depends on the question.
     """
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")

@@ -206,8 +206,7 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map: must be an object of tensor name to file name")
     for name, file in weight_map.items():
-        is_plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
-        if not is_plain:
+        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\\0"):
             raise CheckpointError(f"{path}: weight_map: {name!r}: {file!r}: must be a .safetensors file of this folder")
     return weight_map
 

@@ -41,10 +41,7 @@ def usable_cores() -> int:
 
 @cache
 def build_id() -> str:
-    """Return 16 hexadecimal digits of the SHA-256 over names and contents of the installed sources.
-
-    Every node of a cluster must have the same.
-    """
+    """Return 16 hexadecimal digits of the SHA-256 over names and contents of the sources, one for all nodes."""
     digest = hashlib.sha256()
     for package in ("cluster", "protos", "workers"):
         for path in sorted((_ROOT / package).rglob("*.py")):
@@ -72,10 +69,7 @@ def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
 
 
 def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> str:
-    """Return a benchmark's result and the environment it was measured in, which `facts` replace, as JSON text.
-
-    Also writes it to `path`.
-    """
+    """Return, and write to `path`, a benchmark's result and its environment (`facts` replace entries) as JSON text."""
     where = environment() | {"commit": _commit(), "load_average": os.getloadavg()[0]} | facts
     text = json.dumps({"environment": where, **result}, indent=1)
     if path is not None:
