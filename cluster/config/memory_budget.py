@@ -87,11 +87,8 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
         mapped = sharers * max(max(0, p.total_bytes - p.anonymous_growth_bytes) for p in loaded)
     free = (min(p.available_bytes for p in loaded) - mapped) // sharers - scratch
     page = kv.page_size * kv_token_bytes(deployment)
-    if kv.bytes is None:
-        assert kv.fraction is not None
-        wanted = max(0, int(free * kv.fraction))
-    else:  # no more is allocated than all sequences can use
-        wanted = min(kv.bytes, -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * page)
+    usable = -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * page  # by all sequences together
+    wanted = min(kv.bytes, usable) if kv.bytes is not None else max(0, int(free * (kv.fraction or 0.0)))
     if 0 < wanted <= free:
         return wanted
     fits = max(0, free) // page * kv.page_size

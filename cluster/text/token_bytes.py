@@ -13,19 +13,10 @@ from typing import Any
 UNBOUNDED = sys.maxsize  # for tokenizers in which one token may stand for any amount of text
 # The only characters whose canonical form is ASCII, hence shorter: KELVIN SIGN, GREEK QUESTION MARK, VARIA.
 _NFC_ASCII_BYTES = {"K": 3, ";": 2, "`": 3}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE (GPT-2).
-
-    Printable bytes stand for themselves, the rest for characters from U+0100 up.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+# Byte-level BPE (GPT-2) writes printable bytes as themselves, the others as characters from U+0100 up.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 def token_bytes(entry: str) -> bytes:

@@ -131,8 +131,7 @@ class ModelSpec:
         if self.dual_chunk is not None:
             return MAX_POSITIONS
         if self.rope.kind == "yarn":
-            stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
-            return max(self.max_position_embeddings, stretched)
+            return max(self.max_position_embeddings, int(self.rope.original_max_position_embeddings * self.rope.factor))
         if self.rope.kind == "linear":
             return int(self.max_position_embeddings * self.rope.factor)
         return self.max_position_embeddings
