@@ -9,8 +9,6 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
-from pydantic import TypeAdapter
-
 from protos.model.json_fields import MAX_POSITIONS
 
 
@@ -151,6 +149,8 @@ class ModelSpec:
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
         """Return the spec that `to_json` wrote. Raises ValueError for anything else."""
+        from pydantic import TypeAdapter  # here: kernels are measured on machines with torch and numpy alone
+
         spec = TypeAdapter(cls).validate_json(text)
         if json.loads(spec.to_json()) != json.loads(text):
             raise ValueError("not the spec of a model, as this build writes it")
