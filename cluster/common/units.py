@@ -18,15 +18,9 @@ BYTES_RULE = "must be a size in bytes such as 1073741824, 512MiB, 1GiB or 1.5GB"
 MAX_VALUE = (1 << 63) - 1
 
 _LETTERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_BYTE_UNITS = (
-    _LETTERS
-    | {"t": 10**12, "T": 1 << 40, "B": 1, "kB": 10**3, "KB": 10**3}
-    | {
-        f"{prefix}{tail}": base**power
-        for power, prefix in enumerate("KMGT", start=1)
-        for tail, base in (("iB", 1024), ("B", 1000))
-    }
-)
+_BYTE_UNITS = _LETTERS | {"t": 10**12, "T": 1 << 40, "B": 1, "kB": 10**3}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _BYTE_UNITS |= {f"{_prefix}iB": 1024**_power, f"{_prefix}B": 1000**_power}
 # At most 30 digits: more cannot be a size and would only make arithmetic slow.
 _NUMBER = re.compile(r"(?=[0-9_.]{1,30}(?![0-9_.]))([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
 
@@ -36,20 +30,12 @@ class UnitError(UserError):
 
 
 def parse_count(value: object) -> int:
-    """Return a count of tokens: of an integer, or of text such as `256k` (256,000), `256K` (262,144), `1_000`.
-
-    Raises:
-        UnitError: negatives, floats, NaN, booleans and anything else.
-    """
+    """Return a count of tokens: of an integer, or of text such as `256k`, `256K`, `1_000`. Else raises UnitError."""
     return _parse(value, _LETTERS, COUNT_RULE)
 
 
 def parse_bytes(value: object) -> int:
-    """Return a size in bytes: of an integer, or of text such as `512MiB`, `1.5GB`, `1G` (binary), `1g` (decimal).
-
-    Raises:
-        UnitError: negatives, floats, NaN, booleans and anything else.
-    """
+    """Return a size in bytes: of an integer, or of text such as `512MiB`, `1.5GB`, `1G`. Else raises UnitError."""
     return _parse(value, _BYTE_UNITS, BYTES_RULE)
 
 
@@ -61,9 +47,9 @@ def format_count(count: int) -> str:
 
 def format_bytes(size: int) -> str:
     """Return a size in the largest binary unit it fills, with up to two decimal places (`1.43GiB`)."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 1024**power:
-            return f"{size / 1024**power:.2f}".rstrip("0").rstrip(".") + unit
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size >= _BYTE_UNITS[unit]:
+            return f"{size / _BYTE_UNITS[unit]:.2f}".rstrip("0").rstrip(".") + unit
     return f"{size}B"
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from cluster.common.units import format_count
 from cluster.config.schema import Config
-from cluster.config.section import RULE_BETWEEN_KEYS
+from cluster.config.section import RULE_BETWEEN_KEYS, rule_of
 from cluster.config.topology import LayoutError, plan_shards
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath, Problem
 from protos.model.config_json import load_model_spec
@@ -29,8 +32,8 @@ from protos.stage.messages import ShardSpec
 
 __all__ = ["Config", "ConfigError", "Deployment", "load_config", "load_deployment"]
 
-_OVERRIDE_KEYS: Mapping[str, KeyPath] = {
-    "rope_scaling": ("model", "rope_scaling"), "dual_chunk": ("model", "dual_chunk_attention"), "sparse": ("sparse",),
+_OVERRIDE_KEYS: Mapping[str, KeyPath] = {  # of `load_model_spec`; the last is checked against the others
+    "rope_scaling": ("model", "rope_scaling"), "sparse": ("sparse",), "dual_chunk": ("model", "dual_chunk_attention"),
 }  # fmt: skip
 
 
@@ -45,14 +48,11 @@ class Deployment:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Config:
-    """Return the checked configuration of one YAML file.
+    """Return the checked configuration of one YAML file. Raises ConfigError.
 
     Args:
         overrides: values by dotted key (`{"model.max_model_len": "32k"}`), applied over the file before any check;
             paths in it are relative to the file too.
-
-    Raises:
-        ConfigError: one line with file, line, key, value and rule.
     """
     return _validate(ConfigSource(path, overrides or {}))
 
@@ -79,30 +79,21 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
 
 
 def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
-    """Raise ConfigError unless pages, cells and steps fit into each other.
-
-    KV is shared by the page, sparse rows are computed by the cell.
-    """
-    page_size, cell = config.kv_cache.page_size, largest_cell(spec)
-    if spec.dual_chunk is not None and spec.chunk_distance % page_size:
-        dual = spec.dual_chunk
+    """Raise ConfigError unless pages, cells and steps fit: KV is shared by the page, sparse rows come by the cell."""
+    page_size, cell, dual = config.kv_cache.page_size, largest_cell(spec), spec.dual_chunk
+    if dual is not None and dual.distance % page_size:
         raise source.error(
             ("kv_cache", "page_size"),
-            f"must divide {spec.chunk_distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
+            f"must divide {dual.distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
             f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
         )
     if spec.sparse is not None and spec.sparse.cell % page_size:
-        raise source.error(
-            ("sparse", "cell"),
-            f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}; use another cell, or a "
-            "smaller page",
-        )
+        rule = f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}"
+        raise source.error(("sparse", "cell"), f"{rule}; use another cell, or a smaller page")
     if config.prefill.max_num_batched_tokens < cell:
-        raise source.error(
-            ("prefill", "max_num_batched_tokens"),
-            f"must be at least {cell}, the largest cell of sparse prefill; raise it, lower sparse.cell, or say "
-            "sparse.enabled: false",
-        )
+        rule = f"must be at least {cell}, the largest cell of sparse prefill"
+        ways_out = "raise it, lower sparse.cell, or say sparse.enabled: false"
+        raise source.error(("prefill", "max_num_batched_tokens"), f"{rule}; {ways_out}")
 
 
 def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:
@@ -116,29 +107,21 @@ def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:
         "sparse": config.sparse.as_mapping(),
     }
 
-    def load(*names: str) -> ModelSpec:
-        return load_model_spec(model.path, config_file=model.config_file, **{name: overrides[name] for name in names})
-
-    def fails(*names: str) -> bool:
-        try:
-            load(*names)
-        except ModelConfigError:
-            return True
-        return False
+    def load(**chosen: Mapping[str, object] | None) -> ModelSpec:
+        return load_model_spec(model.path, config_file=model.config_file, **chosen)
 
     try:
-        return load(*overrides)
+        return load(**overrides)
     except ModelConfigError as error:
-        if fails():
-            key = "path" if model.config_file == "config.json" else "config_file"
-            raise source.error(("model", key), str(error)) from error
-        name = next(filter(fails, overrides), "dual_chunk")  # the only one that is checked against another
-        rule = str(error).removeprefix(f"model.{name}: ")
-        raise source.error(_OVERRIDE_KEYS[name], rule) from error
+        at_fault: KeyPath = ("model", "path" if model.config_file == "config.json" else "config_file")
+        with suppress(ModelConfigError):  # the first step that fails is at fault
+            load()
+            for name, at_fault in _OVERRIDE_KEYS.items():  # noqa: B007 - of the last step
+                load(**{name: overrides[name]})
+        raise source.error(at_fault, re.sub(r"^model\.(rope_scaling|dual_chunk): ", "", str(error))) from error
 
 
 def _validate(source: ConfigSource) -> Config:
-    """Return the configuration of a source. Raises ConfigError."""
     problems = list(source.problems)
     try:
         config = Config.model_validate(source.data, context={"base_dir": Path(os.path.abspath(source.name)).parent})
@@ -156,22 +139,21 @@ def _problem(source: ConfigSource, detail: ErrorDetails) -> Problem:
     path: KeyPath = detail["loc"]
     if detail["type"] == RULE_BETWEEN_KEYS:  # names the key it is about
         return source.problem((*path, *detail["ctx"]["key"].split(".")), detail["ctx"]["rule"])
+    key, fields = str(path[-1]), _fields(path[:-1])
     if detail["type"] == "extra_forbidden":
-        return source.problem(path, _unknown_key(str(path[-1]), _fields(path[:-1])))
-    rule = _fields(path[:-1])[str(path[-1])].description or "is not allowed"
+        similar = difflib.get_close_matches(key[:100], fields, n=1)
+        hint = f"did you mean '{similar[0]}'?" if similar else f"valid keys: {', '.join(fields)}"
+        return source.problem(path, f"unknown key; {hint}")
+    rule = rule_of(key, fields[key])
     return source.problem(path, f"required; {rule}" if detail["type"] == "missing" else rule)
 
 
 def _fields(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the fields of the section at `path`."""
-    model: type[BaseModel] = Config
+    fields = Config.model_fields
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]  # RopeScaling | None
-        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
-    return model.model_fields
-
-
-def _unknown_key(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    similar = difflib.get_close_matches(key[:100], fields, n=1)
-    return f"unknown key; did you mean '{similar[0]}'?" if similar else f"unknown key; valid keys: {', '.join(fields)}"
+        annotation: Any = fields[str(part)].annotation
+        fields = (
+            annotation if hasattr(annotation, "model_fields") else get_args(annotation)[0]
+        ).model_fields  # X | None
+    return fields

@@ -17,7 +17,7 @@ from protos.model.spec import ModelSpec
 from protos.stage.messages import LoadProgress, ShardSpec
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-_INT8_BYTES, _INT8_SCALE_BYTES = 1, 4  # of a number, and of the scale of a key or value of one head
+_KV_BYTES = {"bfloat16": (2, 0), "float32": (4, 0), "int8": (1, 4)}  # of a number; of the scale of one head
 _LINK_STEPS = 4  # steps a link to or from a neighbour holds
 _SLACK = 1.25  # what the allocator cannot give back
 _SUM_BYTES = 16  # of a key and query head, while a sparse cell is estimated
@@ -25,12 +25,9 @@ _FIXED = 64 << 20  # compiled kernels and their own buffers, stacks
 
 
 def compute_dtype(deployment: Deployment) -> str:
-    """Return the type of weights and hidden states: as configured; `auto` is float32 for a float32 checkpoint, else
-    bfloat16."""
-    wanted = deployment.config.model.dtype
-    if wanted != "auto":
-        return wanted
-    return "float32" if deployment.spec.dtype == "float32" else "bfloat16"
+    """Return the type of weights and hidden states; `auto` is float32 for a float32 checkpoint, else bfloat16."""
+    automatic = "float32" if deployment.spec.dtype == "float32" else "bfloat16"
+    return automatic if deployment.config.model.dtype == "auto" else deployment.config.model.dtype
 
 
 def kv_dtype(deployment: Deployment) -> str:
@@ -40,8 +37,7 @@ def kv_dtype(deployment: Deployment) -> str:
 
 def kv_token_bytes(deployment: Deployment) -> int:
     """Return the bytes of one token on the shard whose tokens are largest."""
-    width = DTYPE_BYTES.get(kv_dtype(deployment), _INT8_BYTES)
-    scale = _INT8_SCALE_BYTES if kv_dtype(deployment) == "int8" else 0
+    width, scale = _KV_BYTES[kv_dtype(deployment)]
     return max(kv_bytes_per_token(deployment.spec, shard, width, scale) for shard in deployment.shards)
 
 
@@ -50,10 +46,8 @@ def scratch_bytes(
 ) -> int:  # fmt: skip
     """Return an upper estimate of the bytes that a step of `tokens` rows needs on a shard beside weights and KV.
 
-    Args:
-        context: tokens of the longest context; a sparse cell sums over its columns and diagonals.
-        sequences: rows of the step that are sampled, at most.
-        width: bytes of an activation.
+    At most `sequences` rows are sampled, an activation has `width` bytes, and a sparse cell sums over the columns and
+    diagonals of the longest `context` (tokens).
     """
     hidden, dim = spec.hidden_size, spec.head_dim
     heads, kv_heads = shard.heads.size, shard.kv_heads.size
@@ -62,8 +56,7 @@ def scratch_bytes(
     row += heads * dim * (width + 2 * 4)  # attention's output and two partial ones in float32
     if spec.dual_chunk is not None:
         row += 2 * heads * dim * width  # queries under two more rotations
-    links = (not shard.is_first) + (not shard.is_last)
-    row += links * _LINK_STEPS * hidden * width
+    row += ((not shard.is_first) + (not shard.is_last)) * _LINK_STEPS * hidden * width
     widest = 0
     if spec.num_experts:
         chosen = spec.num_experts_per_tok
@@ -76,14 +69,9 @@ def scratch_bytes(
 
 
 def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: int) -> int:
-    """Return the bytes of KV that one shard may allocate.
+    """Return the bytes of KV that one shard may allocate, `loaded` being what every shard reported after loading.
 
-    Args:
-        loaded: what every shard reported after loading.
-        sharers: shards that share one memory.
-
-    Raises:
-        PreflightError: with the numbers, and the context that would fit.
+    `sharers` shards share one memory. Raises PreflightError with the numbers, and the context that would fit.
     """
     config, spec = deployment.config, deployment.spec
     prefill, kv = config.prefill, config.kv_cache
@@ -97,13 +85,10 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
     mapped = 0
     if config.cluster.device == "cpu":
         mapped = sharers * max(max(0, p.total_bytes - p.anonymous_growth_bytes) for p in loaded)
-    free = (min(progress.available_bytes for progress in loaded) - mapped) // sharers - scratch
+    free = (min(p.available_bytes for p in loaded) - mapped) // sharers - scratch
     page = kv.page_size * kv_token_bytes(deployment)
-    if kv.bytes is None:
-        assert kv.fraction is not None
-        wanted = max(0, int(free * kv.fraction))
-    else:  # no more is allocated than all sequences can use
-        wanted = min(kv.bytes, -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * page)
+    usable = -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * page  # by all sequences together
+    wanted = min(kv.bytes, usable) if kv.bytes is not None else max(0, int(free * (kv.fraction or 0.0)))
     if 0 < wanted <= free:
         return wanted
     fits = max(0, free) // page * kv.page_size

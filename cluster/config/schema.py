@@ -1,19 +1,18 @@
 """The configuration as frozen pydantic models: one class a section, and beside each key the rule an error shows.
 
-A field's `description` is that rule; `config.deployment` prints it whatever the way in which the value is wrong.
+`config.section.rule_of` is that rule; `config.deployment` prints it whatever the way in which the value is wrong.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.common.addresses import is_loopback
 from cluster.common.units import BYTES_RULE, COUNT_RULE
 from cluster.config.attention import DualChunk, RopeScaling, SparseSection
 from cluster.config.section import (
-    FLAG,
     POSITIVE,
     Bytes,
     Count,
@@ -23,20 +22,16 @@ from cluster.config.section import (
     PowerOfTwo,
     RayAddress,
     Section,
+    accepts,
     broken_rule,
 )
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
 
 DEFAULT_KV_FRACTION = 0.5
 FILE_RULE = "must be the path of a file"
+NAME_RULE = "must be text of 1 to 200 characters"
 MAX_TTL_S = 10 * 366 * 86400.0
 TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (ten years)"
-
-
-def _document_prompt(value: str) -> str:
-    if not is_document_prompt(value):
-        raise ValueError("not the two fields")
-    return value
 
 
 class ModelSection(Section):
@@ -44,17 +39,11 @@ class ModelSection(Section):
 
     path: PathValue = Field(description="must be the path of a directory with config.json")
     served_model_name: str = Field(
-        default=None,
-        validate_default=True,
-        min_length=1,
-        max_length=200,
-        description="must be text of 1 to 200 characters",
+        default=None, validate_default=True, min_length=1, max_length=200, description=NAME_RULE
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="must be one of auto, bfloat16, float32"
-    )
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_model_len: Count | None = Field(default=None, ge=1, description=COUNT_RULE)
-    load_format: Literal["auto", "dummy"] = Field(default="auto", description="must be one of auto, dummy")
+    load_format: Literal["auto", "dummy"] = "auto"
     rope_scaling: RopeScaling | None = Field(
         default=None, description="must be a mapping such as {rope_type: yarn, factor: 4.0}"
     )
@@ -64,10 +53,9 @@ class ModelSection(Section):
     dual_chunk_attention: DualChunk | None = Field(
         default=None, description="must be false, or a mapping such as {chunk_size: 256K, local_size: 8K}"
     )
-    allow_beyond_positions: bool = Field(default=False, description=FLAG)
-    document_prompt: Annotated[str, AfterValidator(_document_prompt)] = Field(
-        default=DEFAULT_DOCUMENT_PROMPT,
-        description="must contain {document} once and after it {question} once",
+    allow_beyond_positions: bool = False
+    document_prompt: Annotated[str, accepts(is_document_prompt)] = Field(
+        default=DEFAULT_DOCUMENT_PROMPT, description="must contain {document} once and after it {question} once"
     )
 
     @field_validator("served_model_name", mode="before")
@@ -86,26 +74,18 @@ class ClusterSection(Section):
     """Where the stage processes run and how the model is split over them."""
 
     address: RayAddress = Field(default="local", description="must be local, auto, or the host:port of a Ray head")
-    pipeline_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
-    expert_parallel_size: int = Field(default=1, ge=1, description=POSITIVE)
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="must be one of cpu, cuda")
-    threads_per_actor: int | None = Field(
-        default=None, ge=1, le=1024, description="must be a whole number from 1 to 1024"
-    )
-    cpus_per_actor: float | None = Field(
-        default=None, gt=0, le=1024, description="must be a number above 0 and at most 1024"
-    )
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    expert_parallel_size: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
+    cpus_per_actor: float | None = Field(default=None, gt=0, le=1024)
     network_interface: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9_.:-]{1,15}$",
         description="must be the name of a network interface such as eth0",
     )
-    load_timeout_s: float = Field(
-        default=600.0, gt=0, le=86400, description="must be a number of seconds above 0 and at most 86400"
-    )
-    step_timeout_s: float = Field(
-        default=300.0, gt=0, le=86400, description="must be a number of seconds above 0 and at most 86400"
-    )
+    load_timeout_s: float = Field(default=600.0, gt=0, le=86400)
+    step_timeout_s: float = Field(default=300.0, gt=0, le=86400)
 
     @property
     def num_actors(self) -> int:
@@ -132,11 +112,9 @@ class KvCacheSection(Section):
     """Memory of one actor for keys and values: a size, or a fraction of what the weights leave; exactly one is set."""
 
     bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
-    fraction: float | None = Field(
-        default=None, validate_default=True, gt=0, le=1, description="must be a number above 0 and at most 1"
-    )
+    fraction: float | None = Field(default=None, validate_default=True, gt=0, le=1)
     page_size: PowerOfTwo = Field(default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024")
-    dtype: Literal["auto", "int8"] = Field(default="auto", description="must be one of auto, int8")
+    dtype: Literal["auto", "int8"] = "auto"
 
     @field_validator("fraction", mode="before")
     @classmethod
@@ -163,15 +141,8 @@ class ServerSection(Section):
     )
     result_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
     document_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
-    drain_timeout_s: float = Field(
-        default=30.0, ge=0, le=86400, description="must be a number of seconds from 0 to 86400"
-    )
-    max_streams: int = Field(default=128, ge=1, le=4096, description="must be a whole number from 1 to 4096")
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
-        return is_loopback(self.host)
+    drain_timeout_s: float = Field(default=30.0, ge=0, le=86400)
+    max_streams: int = Field(default=128, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _ports_differ(self) -> ServerSection:
@@ -187,17 +158,16 @@ class SecuritySection(Section):
     tls_cert_file: PathValue | None = Field(default=None, description=FILE_RULE)
     tls_key_file: PathValue | None = Field(default=None, description=FILE_RULE)
     tls_client_ca_file: PathValue | None = Field(default=None, description=FILE_RULE)
-    allow_insecure_bind: bool = Field(default=False, description=FLAG)
+    allow_insecure_bind: bool = False
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> SecuritySection:
-        both = "security.tls_cert_file and security.tls_key_file go together; give both or neither"
+        both = "security.tls_cert_file and security.tls_key_file"
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise broken_rule("tls_cert_file" if self.tls_cert_file is None else "tls_key_file", both)
+            missing = "tls_cert_file" if self.tls_cert_file is None else "tls_key_file"
+            raise broken_rule(missing, f"{both} go together; give both or neither")
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
-            raise broken_rule(
-                "tls_client_ca_file", "needs TLS; give security.tls_cert_file and security.tls_key_file too"
-            )
+            raise broken_rule("tls_client_ca_file", f"needs TLS; give {both} too")
         return self
 
 
@@ -205,15 +175,15 @@ class Config(Section):
     """A whole YAML file. Validate with context `{"base_dir": Path}`, to which relative paths are resolved."""
 
     model: ModelSection = Field(description="must be a mapping with at least path")
-    cluster: ClusterSection = Field(default_factory=ClusterSection, description="must be a mapping")
-    prefill: PrefillSection = Field(default_factory=PrefillSection, description="must be a mapping")
-    sparse: SparseSection = Field(default_factory=SparseSection, description="must be a mapping")
-    kv_cache: KvCacheSection = Field(default_factory=KvCacheSection, description="must be a mapping")
-    server: ServerSection = Field(default_factory=ServerSection, description="must be a mapping")
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    prefill: PrefillSection = Field(default_factory=PrefillSection)
+    sparse: SparseSection = Field(default_factory=SparseSection)
+    kv_cache: KvCacheSection = Field(default_factory=KvCacheSection)
+    server: ServerSection = Field(default_factory=ServerSection)
     data_dir: PathValue = Field(
         default="~/.local/share/longreach", validate_default=True, description="must be the path of a directory"
     )
-    security: SecuritySection = Field(default_factory=SecuritySection, description="must be a mapping")
+    security: SecuritySection = Field(default_factory=SecuritySection)
 
     @field_validator("model", "cluster", "prefill", "sparse", "kv_cache", "server", "security", mode="before")
     @classmethod
@@ -224,16 +194,16 @@ class Config(Section):
     def _public_bind_is_authenticated(self) -> Config:
         security = self.security
         guarded = security.api_keys_file is not None and security.tls_cert_file is not None
-        if not (self.server.is_loopback or guarded or security.allow_insecure_bind):
-            rule = (
+        if not (is_loopback(self.server.host) or guarded or security.allow_insecure_bind):
+            raise broken_rule(
+                "server.host",
                 "is not a loopback address; use 127.0.0.1, or give security.api_keys_file with tls_cert_file and "
-                "tls_key_file, or say security.allow_insecure_bind: true"
+                "tls_key_file, or say security.allow_insecure_bind: true",
             )
-            raise broken_rule("server.host", rule)
         if not (is_loopback(self.server.metrics_host) or security.allow_insecure_bind):
-            rule = (
+            raise broken_rule(
+                "server.metrics_host",
                 "is not a loopback address, and metrics have neither keys nor TLS; use 127.0.0.1, or say "
-                "security.allow_insecure_bind: true"
+                "security.allow_insecure_bind: true",
             )
-            raise broken_rule("server.metrics_host", rule)
         return self

@@ -1,23 +1,22 @@
 """What every section of the configuration is made of: a strict frozen base model, and types of values as people write
-them. A validator only refuses; the rule that an error shows is the description of the field."""
+them. A validator only refuses; the rule that an error shows is `rule_of` the field."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import Field as Setting
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from cluster.common.units import parse_bytes, parse_count
 
 POSITIVE = "must be a whole number of at least 1"
-FLAG = "must be true or false"
 RULE_BETWEEN_KEYS = "longreach_rule"  # type of the errors that `broken_rule` makes
 
 
@@ -26,9 +25,23 @@ def broken_rule(key: str, rule: str) -> PydanticCustomError:
     return PydanticCustomError(RULE_BETWEEN_KEYS, "{rule}", {"key": key, "rule": rule})
 
 
-def optional(setting: Setting[Any], rule: str) -> Any:
-    """Return a field that is null by default and has the range of a setting of the model."""
-    return Field(default=None, description=rule, **setting.metadata)
+def rule_of(key: str, field: FieldInfo) -> str:
+    """Return what the value of a field must be: the description of the field, else what its type and range say."""
+    if field.description is not None:
+        return field.description
+    kinds = get_args(field.annotation) or (field.annotation,)
+    if get_origin(field.annotation) is Literal:
+        return f"must be one of {', '.join(str(kind).lower() for kind in kinds)}"
+    if bool in kinds:
+        return "must be true or false"
+    if int not in kinds and float not in kinds:
+        return "must be a mapping"
+    number = "a whole number" if int in kinds else "a number of seconds" if key.endswith("_s") else "a number"
+    names = ("gt", "ge", "le")
+    limits = {name: getattr(bound, name) for bound in field.metadata for name in names if hasattr(bound, name)}
+    if "gt" in limits:
+        return f"must be {number} above {limits['gt']}" + (f" and at most {limits['le']}" if "le" in limits else "")
+    return f"must be {number} " + ("from {ge} to {le}" if "le" in limits else "of at least {ge}").format(**limits)
 
 
 def _resolve(value: object, info: ValidationInfo) -> Path:
@@ -41,45 +54,40 @@ def _resolve(value: object, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(os.path.join(base, expanded)))
 
 
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError("not a power of two")
-    return value
+def accepts(test: Callable[[Any], object], kind: type[Any] = AfterValidator) -> Any:
+    """Return a validator of a kind of pydantic that refuses the values for which `test` is false."""
+
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError("refused")
+        return value
+
+    return kind(check)
 
 
-def _host(value: str) -> str:
+def _is_host(value: str) -> bool:
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value):
-            raise ValueError("not a host") from None
-    return value
+        return re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", value) is not None
+    return True
 
 
-def _ray_address(value: str) -> str:
-    if value in ("local", "auto"):
-        return value
+def _is_ray_address(value: str) -> bool:
     host, _, port = value.rpartition(":")
-    if not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
-        raise ValueError("no port")
-    _host(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-    return value
-
-
-def _file_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", value) or value in (".", ".."):
-        raise ValueError("not a file name")
-    return value
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    has_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and 1 <= int(port) <= 65535
+    return value in ("local", "auto") or (has_port and _is_host(host))
 
 
 # an absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)
 PathValue = Annotated[Path, BeforeValidator(_resolve)]
 Count = Annotated[int, BeforeValidator(parse_count)]  # 256K
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]  # 1.5GB
-PowerOfTwo = Annotated[int, AfterValidator(_power_of_two)]
-Host = Annotated[str, AfterValidator(_host)]  # a name or an IP address
-RayAddress = Annotated[str, AfterValidator(_ray_address)]  # local, auto or host:port
-FileName = Annotated[str, AfterValidator(_file_name)]  # without folders
+PowerOfTwo = Annotated[int, accepts(lambda value: value & (value - 1) == 0)]
+Host = Annotated[str, accepts(_is_host)]  # a name or an IP address
+RayAddress = Annotated[str, accepts(_is_ray_address)]  # local, auto or host:port
+FileName = Annotated[str, accepts(re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}").fullmatch)]  # without folders
 
 
 class Section(BaseModel):
@@ -88,5 +96,5 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def as_mapping(self) -> Mapping[str, Any]:
-        """Return the keys that are not null."""
-        return self.model_dump(exclude_none=True)
+        """Return the keys that are neither null nor `auto`."""
+        return {key: value for key, value in self.model_dump(exclude_none=True).items() if value != "auto"}

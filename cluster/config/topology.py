@@ -7,9 +7,12 @@ of a stage. Sizes are parameters unless a name says bytes.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 
+from cluster.common.text_format import show_value
 from protos.errors import UserError
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
@@ -19,8 +22,7 @@ class LayoutError(UserError):
     """A split that the model does not allow: `key`, and `rule` with every size that would do."""
 
     def __init__(self, key: str, value: int, rule: str) -> None:
-        shown = value if value.bit_length() <= 200 else "(huge)"
-        super().__init__(f"{key}: {shown}: {rule}")
+        super().__init__(f"{key}: {show_value(value)}: {rule}")
         self.key = key
         self.rule = rule
 
@@ -28,17 +30,16 @@ class LayoutError(UserError):
 def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_size: int) -> tuple[ShardSpec, ...]:
     """Return the shards of every stage, ordered by stage, then rank; a stage is a contiguous span of layers.
 
-    Raises:
-        LayoutError: the model has too few layers, or its heads, experts or MLP columns do not divide.
+    Raises LayoutError: the model has too few layers, or its heads, experts or MLP columns do not divide.
     """
-    stages, ranks = pipeline_parallel_size, expert_parallel_size
-    layers = spec.num_hidden_layers
+    stages, ranks, layers = pipeline_parallel_size, expert_parallel_size, spec.num_hidden_layers
     if not 1 <= stages <= layers:
         rule = f"must be between 1 and {layers} (the model has {layers} layers)"
         raise LayoutError("pipeline_parallel_size", stages, rule)
     if not _divides(spec, ranks):
         allowed = [size for size in range(1, spec.num_attention_heads + 1) if _divides(spec, size)]
-        rule = f"must be one of {', '.join(map(str, allowed))} (the model has {_sizes(spec)})"
+        sizes = ", ".join(f"{size} {name}" for name, size in _sizes(spec).items())
+        rule = f"must be one of {', '.join(map(str, allowed))} (the model has {sizes})"
         raise LayoutError("expert_parallel_size", ranks, rule)
     spans = balance([layer_cost(spec, layer) for layer in range(layers)], stages)
     return tuple(
@@ -51,7 +52,7 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
             heads=_part(spec.num_attention_heads, rank, ranks),
             kv_heads=_kv_heads(spec, rank, ranks),
             experts=_part(spec.num_experts, rank, ranks),
-            intermediate=_part(spec.intermediate_size if _has_dense_mlp(spec) else 0, rank, ranks),
+            intermediate=_part(_sizes(spec).get("MLP columns", 0), rank, ranks),
             vocab=_part(spec.vocab_size, rank, ranks),
         )
         for stage, span in enumerate(spans)
@@ -80,55 +81,58 @@ def balance(costs: Sequence[int], parts: int) -> list[Span]:
     """
     assert 1 <= parts <= len(costs), (parts, len(costs))
     sums = list(accumulate(costs, initial=0))
-    largest, _ = _cut(sums, parts, lambda cost: cost, max)
-    _, cuts = _cut(sums, parts, lambda cost: cost**2 if cost <= largest else math.inf, lambda a, b: a + b)
+
+    def lightest_cut(weigh: Callable[[int], float], join: Callable[[float, float], float]) -> tuple[float, list[int]]:
+        """Return the least joined weight of the spans, and their boundaries."""
+
+        @cache
+        def cut(stop: int, parts: int) -> tuple[float, list[int]]:
+            if parts == 1:
+                return weigh(sums[stop]), [0, stop]
+            starts = range(stop - 1, parts - 2, -1)  # from the shortest last part on, so that ties keep it
+            weights = {start: join(cut(start, parts - 1)[0], weigh(sums[stop] - sums[start])) for start in starts}
+            start = min(weights, key=weights.__getitem__)
+            return weights[start], [*cut(start, parts - 1)[1], stop]
+
+        return cut(len(costs), parts)
+
+    largest, _ = lightest_cut(lambda cost: cost, max)
+    _, cuts = lightest_cut(lambda cost: cost**2 if cost <= largest else math.inf, operator.add)
     return [Span(start, stop) for start, stop in pairwise(cuts)]
 
 
 def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) -> int:
     """Return the bytes of the weights of one shard; every rank holds norms, routers and output biases."""
-    total = sum(_layer_params(spec, shard, layer) for layer in range(*shard.layers))
     table = shard.vocab.size * spec.hidden_size
-    if shard.is_first:
-        total += table
-    if shard.is_last:
-        shares_embedding = spec.tie_word_embeddings and shard.is_first
-        total += spec.hidden_size + (0 if shares_embedding else table)
-    return total * bytes_per_param
+    tables = shard.is_first + shard.is_last
+    if spec.tie_word_embeddings and tables == 2:
+        tables = 1
+    total = sum(_layer_params(spec, shard, layer) for layer in range(*shard.layers))
+    return (total + tables * table + shard.is_last * spec.hidden_size) * bytes_per_param
 
 
 def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, scale_bytes: int = 0) -> int:
-    """Return the bytes of keys and values of one token on one shard.
-
-    Args:
-        scale_bytes: of a key or value of one head, beside its numbers (4 for int8).
-    """
+    """Return the bytes of keys and values of one token on one shard; each head's key and value may have a scale."""
     return 2 * shard.layers.size * shard.kv_heads.size * (spec.head_dim * bytes_per_value + scale_bytes)
 
 
 def _divides(spec: ModelSpec, ranks: int) -> bool:
-    heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+    sizes = _sizes(spec)
+    heads, kv_heads = sizes["query heads"], sizes.pop("KV heads")  # these may be fewer than the ranks
     return (
         1 <= ranks <= heads
-        and heads % ranks == 0
         and heads % kv_heads == 0
         and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-        and spec.num_experts % ranks == 0
-        and (not _has_dense_mlp(spec) or spec.intermediate_size % ranks == 0)
+        and all(size % ranks == 0 for size in sizes.values())
     )
 
 
-def _sizes(spec: ModelSpec) -> str:
-    sizes = [f"{spec.num_attention_heads} query heads", f"{spec.num_key_value_heads} KV heads"]
-    if spec.num_experts:
-        sizes.append(f"{spec.num_experts} experts")
-    if _has_dense_mlp(spec):
-        sizes.append(f"{spec.intermediate_size} MLP columns")
-    return ", ".join(sizes)
-
-
-def _has_dense_mlp(spec: ModelSpec) -> bool:
-    return not all(spec.is_moe_layer(layer) for layer in range(spec.num_hidden_layers))
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """Return the sizes of a model that are split over ranks."""
+    has_dense_mlp = not all(spec.is_moe_layer(layer) for layer in range(spec.num_hidden_layers))
+    sizes = {"query heads": spec.num_attention_heads, "KV heads": spec.num_key_value_heads}
+    sizes |= {"experts": spec.num_experts} if spec.num_experts else {}
+    return sizes | ({"MLP columns": spec.intermediate_size} if has_dense_mlp else {})
 
 
 def _part(size: int, rank: int, ranks: int) -> Span:
@@ -152,40 +156,10 @@ def _attention(spec: ModelSpec, heads: int, kv_heads: int) -> int:
 def _layer_params(spec: ModelSpec, shard: ShardSpec, layer: int) -> int:
     heads, kv_heads = shard.heads.size, shard.kv_heads.size
     total = _attention(spec, heads, kv_heads) + 2 * spec.hidden_size
-    if spec.qk_norm:
-        total += 2 * spec.head_dim
-    if spec.qkv_bias:
-        total += (heads + 2 * kv_heads) * spec.head_dim
-    if spec.o_bias:
-        total += spec.hidden_size
+    total += spec.qk_norm * 2 * spec.head_dim
+    total += spec.qkv_bias * (heads + 2 * kv_heads) * spec.head_dim + spec.o_bias * spec.hidden_size
     if spec.is_moe_layer(layer):
         expert = 3 * spec.hidden_size * spec.moe_intermediate_size
         return total + spec.hidden_size * spec.num_experts + shard.experts.size * expert
     columns = shard.intermediate.size
-    total += 3 * spec.hidden_size * columns
-    return total + (2 * columns + spec.hidden_size if spec.mlp_bias else 0)
-
-
-def _cut(
-    sums: Sequence[int],
-    parts: int,
-    weigh: Callable[[int], float],
-    join: Callable[[float, float], float],
-) -> tuple[float, list[int]]:
-    """Return the least joined weight of `parts` spans and their boundaries, by dynamic programming over prefixes."""
-    count = len(sums) - 1
-    best: list[float] = [weigh(total) for total in sums]  # of the first n costs in one part
-    choices: list[list[int]] = []
-    for part in range(2, parts + 1):
-        row, choice = [math.inf] * (count + 1), [0] * (count + 1)
-        for stop in range(part, count + 1):
-            for start in range(stop - 1, part - 2, -1):  # from the shortest last part on, so that ties keep it
-                weight = join(best[start], weigh(sums[stop] - sums[start]))
-                if weight < row[stop]:
-                    row[stop], choice[stop] = weight, start
-        best = row
-        choices.append(choice)
-    cuts = [count]
-    for choice in reversed(choices):
-        cuts.append(choice[cuts[-1]])
-    return best[count], [0, *reversed(cuts)]
+    return total + 3 * spec.hidden_size * columns + spec.mlp_bias * (2 * columns + spec.hidden_size)

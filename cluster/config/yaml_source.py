@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
@@ -28,6 +28,9 @@ from protos.errors import UserError
 KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 20
+_UNREADABLE: Mapping[type[Exception], str] = {
+    FileNotFoundError: "no such file", IsADirectoryError: "is a directory; name the YAML file inside it",
+}  # fmt: skip
 MAX_DEPTH = 16  # a configuration nests three levels
 
 _TAG = "tag:yaml.org,2002:"
@@ -45,8 +48,7 @@ _PLAIN = {  # what a scalar without quotes is unless text
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing wrong with one key. `line` is 1-based; None for a value given as an override."""
 
     line: int | None
@@ -74,18 +76,15 @@ class ConfigError(UserError):
 class ConfigSource:
     """A YAML mapping of at most 1 MiB with overrides applied to it, and where each of its values comes from.
 
-    Attributes:
-        name: the file as it was given.
-        data: plain values.
-        problems: what is wrong with single keys of the file, such as duplicates and tags.
+    `name` is the file as it was given, `data` has plain values, `problems` says what is wrong with single keys of the
+    file, such as duplicates and tags.
     """
 
     def __init__(self, path: str | os.PathLike[str], overrides: Mapping[str, object]) -> None:
         """Read `path` and apply `overrides` with dotted keys, each of which replaces a value or adds one.
 
-        Raises:
-            ConfigError: there is no mapping to speak of (no file, not UTF-8, syntax, aliases), or an override is
-                below a key that is no mapping.
+        Raises ConfigError: there is no mapping to speak of (no file, not UTF-8, syntax, aliases), or an override is
+        below a key that is no mapping.
         """
         self.name = os.fspath(path)
         tree = _Tree()
@@ -97,15 +96,15 @@ class ConfigSource:
 
     def problem(self, path: KeyPath, rule: str) -> Problem:
         """Return the problem that the value at `path` breaks `rule`, located at the nearest key that is there."""
-        value: object = self.data
-        shown = None
-        for part in path:
-            if not isinstance(value, Mapping) or part not in value:
-                shown = "(missing)"
-                break
-            value = value[part]
+        value: Any = self.data
+        try:
+            for part in path:
+                value = value[part]
+            shown = show_value(value)
+        except (LookupError, TypeError):  # a key that is not there, or below a value that is no mapping
+            shown = "(missing)"
         known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in self._lines), ())
-        return Problem(self._lines.get(known, 1), dotted(path), shown or show_value(value), rule)
+        return Problem(self._lines.get(known, 1), dotted(path), shown, rule)
 
     def error(self, path: KeyPath, rule: str) -> ConfigError:
         """Return the error of one key whose value is fine by itself but not with the rest."""
@@ -136,9 +135,9 @@ def read_value(text: str) -> object:
     tree = _Tree()
     try:
         root = _compose(text)
+        value = None if root is None else tree.value(root, ())
     except YAMLError as error:
         raise ValueError("not YAML") from error
-    value = None if root is None else tree.value(root, ())
     if tree.problems:
         raise ValueError(tree.problems[0].rule)
     return value
@@ -199,10 +198,10 @@ def _scalar(kind: str, text: str) -> object:
         return None
     if kind not in _PLAIN or not _PLAIN[kind].fullmatch(text):
         return text
-    if kind == "bool":
-        return _BOOLS[text.lower()]
     plain = text.lower().replace("_", "")
-    return int(plain) if kind == "int" else float(plain.replace(".inf", "inf").replace(".nan", "nan"))
+    if kind == "float":
+        return float(plain.replace(".inf", "inf").replace(".nan", "nan"))
+    return _BOOLS[plain] if kind == "bool" else int(plain)
 
 
 def _read_root(name: str) -> MappingNode:
@@ -212,9 +211,7 @@ def _read_root(name: str) -> MappingNode:
         root = _compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = re.sub(
-            r"\(('.*'),\)", r"\1", error.problem or error.context
-        )  # ruamel.yaml shows some tokens as a tuple
+        reason = re.sub(r"\(('.*'),\)", r"\1", error.problem or error.context)  # some tokens are shown as a tuple
         raise ConfigError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -232,13 +229,9 @@ def _read_text(name: str) -> str:
     try:
         with Path(name).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{name}: is a directory; name the YAML file inside it") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{name}: cannot be read: {reason}") from None
+        reason = _UNREADABLE.get(type(error), f"cannot be read: {getattr(error, 'strerror', error)}")
+        raise ConfigError(f"{name}: {reason}") from None
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{name}: larger than {MAX_BYTES} bytes: this is not a configuration file")
     try:

@@ -61,7 +61,7 @@ class PrefixKeys:
 
     def hashes(self, prompt: Sequence[int], key: int) -> Iterator[bytes]:
         """Yield the hashes of the pages whose KV does not depend on where the prompt ends, each computed when taken."""
-        stable = len(prompt) if self._spec is None else grid.stable_prefix(self._spec, len(prompt))
+        stable = len(prompt) if self._spec is None else grid.last_cut(self._spec, len(prompt), len(prompt))
         root, is_sparse = self._root, self._is_sparse(len(prompt))
         if is_sparse or key:
             root = hashlib.sha256(root + f"sparse {is_sparse} length {key}".encode()).digest()

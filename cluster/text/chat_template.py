@@ -22,15 +22,7 @@ from protos.errors import UserError
 _RENDER_SECONDS = 10.0
 _MAX_CHARS = 1 << 20  # of a chat template, and of what it may add to the messages
 _MAX_EXPONENT = 1000
-_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class ChatTemplateError(UserError):
@@ -42,11 +34,8 @@ def render_chat(
 ) -> str:
     """Return the prompt of a conversation under the model's chat template, as transformers renders it.
 
-    Args:
-        enable_thinking: None leaves the choice to the template.
-
-    Raises:
-        ChatTemplateError: there is no template, or it fails, runs too long or writes too much.
+    `enable_thinking` None leaves the choice to the template. Raises ChatTemplateError: there is no template, or it
+    fails, runs too long or writes too much.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -55,13 +44,8 @@ def render_chat(
         )
     if len(template) > _MAX_CHARS:
         raise ChatTemplateError(f"chat_template: {len(template)} characters: at most {_MAX_CHARS}")
-    variables: dict[str, Any] = {
-        **tokenizer.special_tokens,
-        "messages": [dict(message) for message in messages],
-        "add_generation_prompt": True,
-        "tools": None,
-        "documents": None,
-    }
+    variables: dict[str, Any] = {"messages": [dict(message) for message in messages], "add_generation_prompt": True}
+    variables |= {"tools": None, "documents": None, **tokenizer.special_tokens}
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
     limit = _MAX_CHARS + 2 * sum(len(str(message.get("content", ""))) for message in messages)

@@ -70,20 +70,19 @@ class StopMatcher:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that no stop string can claim any more, and whether a stop string was found."""
+    def push(self, text: str) -> str:
+        """Return the text that no stop string can claim any more; `stopped` says whether one is complete."""
         if self.stopped:
-            return "", True
+            return ""
         buffer = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if matches:
             self._held, self.stopped = "", True
-            return buffer[: min(matches)[1]], True
-        keep = min(self._longest - 1, len(buffer)) if self._stops else 0
-        while keep > 0 and not any(stop.startswith(buffer[-keep:]) for stop in self._stops):
-            keep -= 1
-        self._held = buffer[len(buffer) - keep :]
-        return buffer[: len(buffer) - keep], False
+            return buffer[: min(matches)[1]]
+        held = range(max(0, len(buffer) - self._longest + 1), len(buffer))  # may begin a stop string
+        certain = next((at for at in held if any(stop.startswith(buffer[at:]) for stop in self._stops)), len(buffer))
+        self._held = buffer[certain:]
+        return buffer[:certain]
 
     def flush(self) -> str:
         """Return the withheld text of an output that ended without a stop string."""
@@ -94,14 +93,10 @@ class StopMatcher:
 class OutputText:
     """Turns the tokens of one request into text: up to the first stop string, with reasoning and answer apart.
 
-    Without a tokenizer there is no text.
+    Without a tokenizer there is no text. `reasoning_opened` says that the prompt ended inside `<think>`.
     """
 
     def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
-        """
-        Args:
-            reasoning_opened: the prompt ended inside `<think>`.
-        """
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
         self._matcher = StopMatcher(stop)
         self._splitter = ReasoningSplitter(reasoning_opened)
@@ -121,12 +116,11 @@ class OutputText:
     def push(self, token_id: int, is_last: bool = False) -> tuple[str, str, str]:
         """Return the text that became certain with a token, and what it adds to reasoning and to the answer.
 
-        Args:
-            is_last: the output ends with this token: nothing is withheld.
+        With `is_last` the output ends with this token: nothing is withheld.
         """
         text = ""
         if self._decoder is not None:
-            text = self._matcher.push(self._decoder.push(token_id))[0] + (self._rest() if is_last else "")
+            text = self._matcher.push(self._decoder.push(token_id)) + (self._rest() if is_last else "")
         self._pieces.append(text)
         return text, *self._splitter.push(text)
 
@@ -141,4 +135,4 @@ class OutputText:
     def _rest(self) -> str:
         if self._decoder is None or self._matcher.stopped:
             return ""
-        return self._matcher.push(self._decoder.flush())[0] + self._matcher.flush()
+        return self._matcher.push(self._decoder.flush()) + self._matcher.flush()

@@ -20,11 +20,7 @@ class PromptError(UserError):
 
 
 def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) -> str:
-    """Return the text of an uploaded document.
-
-    Raises:
-        PromptError: it is empty, not UTF-8, or too long whatever its tokens are.
-    """
+    """Return the text of an uploaded document. Raises PromptError: empty, not UTF-8, or too long for any tokens."""
     if not data:
         raise PromptError("document: 0 bytes: must have at least one character")
     check_size(len(data), tokenizer, max_model_len)
@@ -41,11 +37,7 @@ def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) ->
 
 
 def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> None:
-    """Refuse a document that cannot fit whatever its tokens are; costs the same for any size.
-
-    Raises:
-        PromptError: it names the largest document that can fit.
-    """
+    """Refuse a document that cannot fit whatever its tokens are (PromptError); costs the same for any size."""
     min_tokens = tokenizer.min_tokens(num_bytes)
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
@@ -56,13 +48,10 @@ def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> 
 
 
 def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int, *, document_tokens: int = 0) -> None:
-    """Refuse a prompt that leaves no room for `max_tokens` of answer.
+    """Refuse a prompt that leaves no room for `max_tokens` of answer (PromptError with the numbers and the way out).
 
     Args:
         document_tokens: tokens of the prompt that are the document's; the message then names the document that fits.
-
-    Raises:
-        PromptError: with the numbers and the way out.
     """
     total = prompt_tokens + max_tokens
     if total <= max_model_len:
@@ -94,9 +83,8 @@ def build_document_prompts(
         template: the user message with `{document}` and, after it, `{question}` (`model.document_prompt`).
         enable_thinking: None leaves the choice to the chat template.
 
-    Raises:
-        PromptError: an empty document or question, or no room for `max_tokens` of answer.
-        ChatTemplateError: the chat template fails, or what it puts before the document depends on the question.
+    Raises PromptError: an empty document or question, or no room for `max_tokens` of answer; ChatTemplateError: the
+    template fails, or what it puts before the document depends on the question.
     """
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")
@@ -117,9 +105,8 @@ def build_document_prompts(
             head = this_head
             prefix, document_tokens = _encode_prefix(tokenizer, head, document)
         elif head != this_head:
-            raise ChatTemplateError(
-                "chat_template: the text before the document depends on the question: cannot be shared"
-            )
+            problem = "the text before the document depends on the question: cannot be shared"
+            raise ChatTemplateError(f"chat_template: {problem}")
         prompt = prefix + _encode_tail(tokenizer, tail, question_mark, question)
         check_length(len(prompt), max_tokens, max_model_len, document_tokens=document_tokens)
         prompts.append(prompt)
@@ -149,7 +136,6 @@ def _encode_tail(tokenizer: TextTokenizer, tail: str, mark: str, question: str) 
 def _split_once(text: str, mark: str) -> tuple[str, str]:
     parts = text.split(mark)
     if len(parts) != 2:
-        raise ChatTemplateError(
-            f"chat_template: shows the user message {len(parts) - 1} times: must show it exactly once"
-        )
+        problem = f"shows the user message {len(parts) - 1} times: must show it exactly once"
+        raise ChatTemplateError(f"chat_template: {problem}")
     return parts[0], parts[1]

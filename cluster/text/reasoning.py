@@ -10,10 +10,8 @@ OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str]:
     """Return (reasoning, answer) of a whole text; reasoning is None when there is none.
 
-    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it.
-
-    Args:
-        opened: the prompt ended inside `<think>`.
+    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it; `opened`
+    says that it did.
     """
     before, started, rest = text.partition(OPEN_TAG)
     if started and not before.strip():
@@ -30,10 +28,8 @@ class ReasoningSplitter:
     """Splits the text of one output as it comes.
 
     What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
-    its end that the next text must decide, and for a `</think>` without its start, which stays answer.
-
-    Args:
-        opened: the prompt ended inside `<think>`.
+    its end that the next text must decide, and for a `</think>` without its start, which stays answer. `opened` says
+    that the prompt ended inside `<think>`.
     """
 
     def __init__(self, opened: bool) -> None:
@@ -51,25 +47,20 @@ class ReasoningSplitter:
     def push(self, text: str) -> tuple[str, str]:
         """Return (reasoning, answer) that became certain with this text, without tags and white space around them."""
         self._held += text
-        if self._state == "start":
-            self._find_opening()
+        if self._state == "start":  # until the text can no longer become an opening tag
+            start = self._held.lstrip()
+            if start.startswith(OPEN_TAG):
+                self._state, self._held = "reasoning", start[len(OPEN_TAG) :]
+            elif not OPEN_TAG.startswith(start):
+                self._state = "reasoning" if self._opened else "answer"
         reasoning = self._take_reasoning() if self._state == "reasoning" else ""
         answer = ""
         if self._state == "after":
             self._held = self._held.lstrip()
-            if self._held:
-                self._state = "answer"
+            self._state = "answer" if self._held else "after"
         if self._state == "answer":
             answer, self._held = self._held, ""
         return reasoning, answer
-
-    def _find_opening(self) -> None:
-        """Leave the state `start` as soon as the text can no longer become an opening tag."""
-        start = self._held.lstrip()
-        if start.startswith(OPEN_TAG):
-            self._state, self._held = "reasoning", start[len(OPEN_TAG) :]
-        elif not OPEN_TAG.startswith(start):
-            self._state = "reasoning" if self._opened else "answer"
 
     def _take_reasoning(self) -> str:
         text, ended, rest = self._held.partition(CLOSE_TAG)

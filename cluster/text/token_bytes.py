@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 UNBOUNDED = sys.maxsize  # for tokenizers in which one token may stand for any amount of text
 # The only characters whose canonical form is ASCII, hence shorter: KELVIN SIGN, GREEK QUESTION MARK, VARIA.
 _NFC_ASCII_BYTES = {"K": 3, ";": 2, "`": 3}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE (GPT-2).
-
-    Printable bytes stand for themselves, the rest for characters from U+0100 up.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+# Byte-level BPE (GPT-2) writes printable bytes as themselves, the others as characters from U+0100 up.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 def token_bytes(entry: str) -> bytes:
@@ -50,10 +41,35 @@ def max_source_bytes(piece: bytes, canonical: bool) -> int:
     return sum(_NFC_ASCII_BYTES.get(c, 1) if c.isascii() else 4 for c in unicodedata.normalize("NFD", text))
 
 
+def longest_token_bytes(layout: Mapping[str, Any], vocabulary: Iterable[str]) -> int:
+    """Return an upper bound of the UTF-8 bytes of text that one token of `tokenizer.json` stands for.
+
+    `UNBOUNDED` where text can disappear: unknown tokens, normalizers or pre-tokenizers that remove text.
+    """
+    canonical = has_canonical_normalizer(layout)
+    if canonical is None or is_lossy(layout):
+        return UNBOUNDED
+    plain = {token["content"] for token in layout.get("added_tokens", [])} if is_byte_level(layout) else set(vocabulary)
+    pieces = (entry.encode() if entry in plain else token_bytes(entry) for entry in vocabulary)
+    return max((max_source_bytes(piece, canonical) for piece in pieces), default=UNBOUNDED)
+
+
+def is_byte_level(layout: Mapping[str, Any]) -> bool:
+    """Return whether the decoder only joins the bytes of the tokens (GPT-2, Qwen and Llama 3 families)."""
+    return [step["type"] for step in flatten_steps(layout.get("decoder"))] == ["ByteLevel"]
+
+
+def adds_prefix_space(layout: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer puts a space or a mark before the first word of any text."""
+    steps = flatten_steps(layout.get("normalizer")) + flatten_steps(layout.get("pre_tokenizer"))
+    marks = ((step["type"] == "Prepend", step.get("prepend_scheme"), step.get("add_prefix_space")) for step in steps)
+    return any(prepends or scheme not in (None, "never") or adds for prepends, scheme, adds in marks)
+
+
 def has_canonical_normalizer(layout: Mapping[str, Any]) -> bool | None:
     """Return whether text is canonically normalized (NFC, NFD); None if text may shrink without a known bound."""
     canonical = False
-    for step in flatten_steps(layout.get("normalizer"), "normalizers"):
+    for step in flatten_steps(layout.get("normalizer")):
         pattern = step.get("pattern", {}).get("String", "") if step["type"] == "Replace" else ""
         grows = pattern and len(step["content"].encode()) >= len(pattern.encode())
         if step["type"] in ("NFC", "NFD"):
@@ -67,22 +83,21 @@ def is_lossy(layout: Mapping[str, Any]) -> bool:
     """Return whether some text may leave no token: removed separators, unknown characters, swallowed spaces."""
     model, vocabulary = layout["model"], layout["model"].get("vocab", {})
     keeps = {"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation", "UnicodeScripts"}
-    steps = flatten_steps(layout.get("pre_tokenizer"), "pretokenizers")
-    if any(step["type"] not in keeps or step.get("behavior") == "Removed" for step in steps):
-        return True
-    if any(token["lstrip"] or token["rstrip"] for token in layout.get("added_tokens", [])):
-        return True
-    if model.get("type") not in (None, "BPE"):
+    steps = flatten_steps(layout.get("pre_tokenizer"))
+    if (
+        any(step["type"] not in keeps or step.get("behavior") == "Removed" for step in steps)
+        or any(token["lstrip"] or token["rstrip"] for token in layout.get("added_tokens", []))
+        or model.get("type") not in (None, "BPE")
+    ):
         return True
     if any(step["type"] == "ByteLevel" for step in steps):
         return not all(char in vocabulary for char in _BYTE_OF)
     return not (model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)))
 
 
-def flatten_steps(section: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def flatten_steps(section: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return the parts of a normalizer, pre-tokenizer or decoder, nested sequences flattened."""
-    if section is None:
-        return []
-    if section["type"] != "Sequence":
-        return [section]
-    return [step for part in section[key] for step in flatten_steps(part, key)]
+    if section is None or section["type"] != "Sequence":
+        return [section] if section else []
+    parts = next(value for key, value in section.items() if key != "type")
+    return [step for part in parts for step in flatten_steps(part)]

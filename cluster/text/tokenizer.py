@@ -11,14 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
-from cluster.text.token_bytes import (
-    UNBOUNDED,
-    flatten_steps,
-    has_canonical_normalizer,
-    is_lossy,
-    max_source_bytes,
-    token_bytes,
-)
+from cluster.text.token_bytes import adds_prefix_space, is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
 
@@ -33,13 +26,15 @@ class TextTokenizer:
         self._definition = definition
         self._tokenizer = _load(definition)
         self._layout: dict[str, Any] = json.loads(definition)
+        self.is_byte_level = is_byte_level(self._layout)
+        self._adds_prefix_space = adds_prefix_space(self._layout)
         self.chat_template = chat_template
         self.special_tokens = _named_tokens(config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._special_texts = tuple(token.content for token in added.values() if token.special)
-        self._bos_id = self._tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
+        self._bos_id: Any = self._tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
         add_bos = config.get("add_bos_token")
         if add_bos is None:  # then the post-processor of tokenizer.json decides
             add_bos = self._tokenizer.encode("").ids[:1] == [self._bos_id]
@@ -49,38 +44,32 @@ class TextTokenizer:
     def open(cls, model_dir: Path | str) -> TextTokenizer:
         """Read `tokenizer.json` and, where present, `tokenizer_config.json` and the chat template of `model_dir`.
 
-        Raises:
-            TokenizerError: a file is missing or unusable.
+        Raises TokenizerError: a file is missing or unusable.
         """
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
         try:
             definition = path.read_bytes()
         except OSError as error:
-            raise TokenizerError(
-                f"{path}: cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
-            ) from error
+            problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
+            raise TokenizerError(f"{path}: {problem}") from error
         config = _read_json(folder / "tokenizer_config.json")
         template = _chat_template(folder, config)
         try:
             return cls(definition, config, template)
         except Exception as error:  # the library raises bare Exception
-            reason = one_line(error, 200)
-            raise TokenizerError(f"{path}: not a usable tokenizer: {reason}: download the file again") from error
+            problem = f"not a usable tokenizer: {one_line(error, 200)}: download the file again"
+            raise TokenizerError(f"{path}: {problem}") from error
 
     def encode(
         self, text: str, add_special: bool = False, *, literal: bool = False, continues: bool = False
     ) -> list[int]:
-        """Return the token ids of `text`.
+        """Return the token ids of `text`. Raises TokenizerError: it has lone surrogates.
 
         Args:
             add_special: put the beginning-of-sequence token first if the model wants one.
-            literal: read special tokens in `text` as ordinary characters, so that a document cannot end its own
-                message.
+            literal: read special tokens as ordinary characters, so that a document cannot end its own message.
             continues: other tokens come before, so no word-start mark is added.
-
-        Raises:
-            TokenizerError: the text has lone surrogates.
         """
         source = self._literal_tokenizer if literal and self.has_special(text) else self._tokenizer
         encode = _encode_continuation if continues and self._adds_prefix_space else _encode
@@ -88,15 +77,13 @@ class TextTokenizer:
             ids = encode(source, text)
         except TypeError as error:  # lone surrogates, which JSON can carry
             raise TokenizerError("text: has lone surrogates (\\ud800 to \\udfff): must be valid Unicode") from error
-        bos = [self._bos_id] if self._bos_id is not None and self.adds_bos and add_special else []
-        if bos and ids[:1] != bos:
-            ids[:0] = bos
+        if add_special and self.adds_bos and ids[:1] != [self._bos_id]:
+            ids.insert(0, self._bos_id)
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary are skipped."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special)
-        return text
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special))
 
     def has_special(self, text: str) -> bool:
         """Return whether `text` spells a special token."""
@@ -112,23 +99,9 @@ class TextTokenizer:
         return entry
 
     @cached_property
-    def is_byte_level(self) -> bool:
-        """Whether the decoder only joins the bytes of the tokens (GPT-2, Qwen and Llama 3 families)."""
-        return [step["type"] for step in flatten_steps(self._layout.get("decoder"), "decoders")] == ["ByteLevel"]
-
-    @cached_property
     def longest_token_bytes(self) -> int:
-        """Upper bound of the UTF-8 bytes of text that one token stands for.
-
-        `UNBOUNDED` where text can disappear: unknown tokens, normalizers or pre-tokenizers that remove text.
-        """
-        canonical = has_canonical_normalizer(self._layout)
-        if canonical is None or is_lossy(self._layout):
-            return UNBOUNDED
-        added = {token["content"] for token in self._layout.get("added_tokens", [])}
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        pieces = (token_bytes(t) if self.is_byte_level and t not in added else t.encode() for t in vocabulary)
-        return max((max_source_bytes(piece, canonical) for piece in pieces), default=UNBOUNDED)
+        """Upper bound of the UTF-8 bytes of text that one token stands for."""
+        return longest_token_bytes(self._layout, self._tokenizer.get_vocab(with_added_tokens=True))
 
     def min_tokens(self, num_bytes: int) -> int:
         """Return the fewest tokens that `num_bytes` of UTF-8 text can have."""
@@ -139,17 +112,6 @@ class TextTokenizer:
         tokenizer = _load(self._definition)  # a second one: the switch is not per call
         tokenizer.encode_special_tokens = True
         return tokenizer
-
-    @cached_property
-    def _adds_prefix_space(self) -> bool:
-        """Whether the tokenizer puts a space or a mark before the first word of any text."""
-        return bool(
-            any(step["type"] == "Prepend" for step in flatten_steps(self._layout.get("normalizer"), "normalizers"))
-            or any(
-                step.get("prepend_scheme", "never") != "never" or step.get("add_prefix_space")
-                for step in flatten_steps(self._layout.get("pre_tokenizer"), "pretokenizers")
-            )
-        )
 
 
 def _load(definition: bytes) -> Tokenizer:
@@ -175,13 +137,9 @@ def _encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Return `bos_token`, `eos_token` and their like by name: strings, or objects with a `content`."""
-    named = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            named[key] = value
-    return named
+    values = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,7 +166,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
-    if value is not None and not isinstance(value, str):
-        kind = type(value).__name__
-        raise TokenizerError(f"{folder}: chat_template is a {kind}: must be text or a list of named templates")
-    return value
+    if isinstance(value, str | None):
+        return value
+    kind = type(value).__name__
+    raise TokenizerError(f"{folder}: chat_template is a {kind}: must be text or a list of named templates")

@@ -44,26 +44,38 @@ class StoredTensor(NamedTuple):
 
 
 class _Header(NamedTuple):
-    file: str
+    path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def error(self, problem: str) -> CheckpointError:
+        shown = self.name if self.name.isprintable() else ascii(self.name)  # names of foreign tensors are input
+        return CheckpointError(f"{self.path}: {shown}: {problem}")
+
+    def check(self, *allowed: tuple[int, ...]) -> None:
+        if self.shape not in allowed:
+            shapes = " or ".join(str(list(shape)) for shape in allowed)
+            raise self.error(f"shape {list(self.shape)}: config.json asks for {shapes}")
+        if self.dtype not in DTYPES:
+            raise self.error(f"dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+
+    def stored(self, expert: int | None = None, first_row: int = 0, transposed: bool = False) -> StoredTensor:
+        return StoredTensor(self.path.name, self.name, self.dtype, expert, first_row, transposed)
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor the model needs, in layer order; `lm_head.weight` unless tied."""
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        tensors.update({prefix + name: shape for name, shape in _attention_tensors(spec)})
-        mlp = _expert_tensors(spec) if spec.is_moe_layer(layer) else _dense_tensors(spec)
-        tensors.update({prefix + name: shape for name, shape in mlp})
+        tensors |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_tensors(spec, layer)}
     tensors["model.norm.weight"] = (spec.hidden_size,)
     if not spec.tie_word_embeddings:
         tensors[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
     return tensors
 
 
-def _attention_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer_tensors(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     keys = spec.num_key_value_heads * spec.head_dim
     yield "input_layernorm.weight", (hidden,)
@@ -78,23 +90,15 @@ def _attention_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]
         yield "self_attn.q_norm.weight", (spec.head_dim,)
         yield "self_attn.k_norm.weight", (spec.head_dim,)
     yield "post_attention_layernorm.weight", (hidden,)
-
-
-def _dense_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = spec.hidden_size, spec.intermediate_size
-    for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-        yield f"mlp.{name}_proj.weight", shape
-        if spec.mlp_bias:
-            yield f"mlp.{name}_proj.bias", shape[:1]
-
-
-def _expert_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = spec.hidden_size, spec.moe_intermediate_size
-    yield "mlp.gate.weight", (spec.num_experts, hidden)
-    for expert in range(spec.num_experts):
-        yield f"mlp.experts.{expert}.gate_proj.weight", (width, hidden)
-        yield f"mlp.experts.{expert}.up_proj.weight", (width, hidden)
-        yield f"mlp.experts.{expert}.down_proj.weight", (hidden, width)
+    width, owners = spec.intermediate_size, ["mlp"]
+    if has_experts := spec.is_moe_layer(layer):
+        yield "mlp.gate.weight", (spec.num_experts, hidden)
+        width, owners = spec.moe_intermediate_size, [f"mlp.experts.{expert}" for expert in range(spec.num_experts)]
+    for owner in owners:
+        for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            yield f"{owner}.{part}_proj.weight", shape
+            if spec.mlp_bias and not has_experts:
+                yield f"{owner}.{part}_proj.bias", shape[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,36 +112,30 @@ class Checkpoint:
     def open(cls, model_dir: Path, spec: ModelSpec) -> Checkpoint:
         """Return the index of the safetensors files of `model_dir`; all names, shapes and dtypes are checked.
 
-        Raises:
-            CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
+        Raises CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
         """
-        model_dir = Path(model_dir)
         headers = _read_headers(model_dir)
         tensors: dict[str, StoredTensor] = {}
-        claimed: set[str] = set()
         for layer in range(spec.num_hidden_layers):
             if f"model.layers.{layer}.mlp.experts.gate_up_proj" in headers and spec.is_moe_layer(layer):
-                claimed.update(_index_stack(model_dir, headers, spec, layer, tensors))
+                tensors |= _index_stack(model_dir, headers, spec, layer)
         for name, shape in expected_tensors(spec).items():
             if name in tensors:
                 if name in headers:
-                    raise _error(model_dir, headers[name].file, name, "also stored in a stack of experts; keep one")
+                    raise headers[name].error("also stored in a stack of experts; keep one")
                 continue
             header = headers.get(name)
             if header is None:
                 hint = "; config.json sets tie_word_embeddings to false" if name == LM_HEAD else ""
                 raise CheckpointError(f"{model_dir}: {name}: missing from the checkpoint: {_AGAIN}{hint}")
-            _check(model_dir, name, header, (shape,))
-            tensors[name] = StoredTensor(header.file, name, header.dtype)
-            claimed.add(name)
-        _refuse_foreign(model_dir, headers, claimed)
+            header.check(shape)
+            tensors[name] = header.stored()
+        _refuse_foreign(headers, {stored.name for stored in tensors.values()})
         return cls(model_dir, tensors)
 
 
-def _index_stack(
-    model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int, tensors: dict[str, StoredTensor]
-) -> tuple[str, str]:
-    """Add the experts of a fused layer to `tensors`; return the names of its two stacks.
+def _index_stack(model_dir: Path, headers: dict[str, _Header], spec: ModelSpec, layer: int) -> dict[str, StoredTensor]:
+    """Return the experts of a fused layer.
 
     The two shapes together always determine the orientation: both matrices are square only when `I == M` and `2I == M`.
     """
@@ -146,66 +144,48 @@ def _index_stack(
     if names[1] not in headers:
         raise CheckpointError(f"{model_dir}: {names[1]}: missing from the checkpoint: {_AGAIN}")
     count, hidden, width = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
-    plain = ((count, 2 * width, hidden), (count, hidden, width))
-    transposed_shapes = ((count, hidden, 2 * width), (count, width, hidden))
     gate_up, down = headers[names[0]], headers[names[1]]
-    transposed = (gate_up.shape, down.shape) == transposed_shapes
-    if not transposed:
-        _check(model_dir, names[0], gate_up, (plain[0], transposed_shapes[0]))
-        _check(model_dir, names[1], down, (plain[1],) if gate_up.shape == plain[0] else (transposed_shapes[1],))
-    _check(model_dir, names[0], gate_up, (gate_up.shape,))
-    _check(model_dir, names[1], down, (down.shape,))
-    for expert in range(count):
-        own = f"{prefix}{expert}."
-        for part, first_row in (("gate", 0), ("up", width)):
-            tensors[f"{own}{part}_proj.weight"] = StoredTensor(
-                gate_up.file, names[0], gate_up.dtype, expert, first_row, transposed
-            )
-        tensors[f"{own}down_proj.weight"] = StoredTensor(down.file, names[1], down.dtype, expert, 0, transposed)
-    return names
+    gate_up_shapes = ((count, 2 * width, hidden), (count, hidden, 2 * width))  # plain, transposed
+    down_shapes = ((count, hidden, width), (count, width, hidden))
+    gate_up.check(*gate_up_shapes)
+    is_square = gate_up_shapes[0] == gate_up_shapes[1]  # then the other matrix tells
+    transposed = down.shape == down_shapes[1] if is_square else gate_up.shape == gate_up_shapes[1]
+    down.check(down_shapes[transposed])
+    return {
+        f"{prefix}{expert}.{part}_proj.weight": header.stored(expert, first_row, transposed)
+        for expert in range(count)
+        for part, header, first_row in (("gate", gate_up, 0), ("up", gate_up, width), ("down", down, 0))
+    }
 
 
-def _check(model_dir: Path, name: str, header: _Header, allowed: tuple[tuple[int, ...], ...]) -> None:
-    if header.shape not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
-        raise _error(model_dir, header.file, name, f"shape {list(header.shape)}: config.json asks for {shapes}")
-    if header.dtype not in DTYPES:
-        raise _error(model_dir, header.file, name, f"dtype {header.dtype}: must be one of {', '.join(DTYPES)}")
-
-
-def _refuse_foreign(model_dir: Path, headers: dict[str, _Header], claimed: set[str]) -> None:
+def _refuse_foreign(headers: dict[str, _Header], claimed: set[str]) -> None:
     """Raise CheckpointError for a tensor that the decoder would leave out, unless it is recomputed or tied."""
     for name in headers.keys() - claimed:
         if name.startswith(("model.", "lm_head.")) and name != LM_HEAD and not name.endswith("rotary_emb.inv_freq"):
-            raise _error(model_dir, headers[name].file, name, "not a tensor of the model in config.json")
-
-
-def _error(model_dir: Path, file: str, name: str, problem: str) -> CheckpointError:
-    shown = name if name.isprintable() else ascii(name)  # names of foreign tensors are input
-    return CheckpointError(f"{model_dir / file}: {shown}: {problem}")
+            raise headers[name].error("not a tensor of the model in config.json")
 
 
 def _read_headers(model_dir: Path) -> dict[str, _Header]:
     """Return file, dtype and shape by name; with an index, each tensor is taken from the file the index names."""
     weight_map = _weight_map(model_dir)
     headers: dict[str, _Header] = {}
-    for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
+    for file in _files(weight_map):
         path = model_dir / file
         try:
             with safe_open(path, framework="np") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a mapping
                     if weight_map is None or weight_map.get(name) == file:
                         part = handle.get_slice(name)
-                        headers[name] = _Header(file, part.get_dtype(), tuple(part.get_shape()))
+                        headers[name] = _Header(path, name, part.get_dtype(), tuple(part.get_shape()))
         except FileNotFoundError as error:
             named = f": named by {_INDEX}" if weight_map is not None else ""
             raise CheckpointError(f"{path}: no such file{named}: {_AGAIN}") from error
         except (SafetensorError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{path}: damaged or truncated ({reason}): {_AGAIN}") from error
     for name, file in (weight_map or {}).items():
         if name not in headers:
-            raise _error(model_dir, file, name, f"not in the file that {_INDEX} names: {_AGAIN}")
+            raise _Header(model_dir / file, name, "", ()).error(f"not in the file that {_INDEX} names: {_AGAIN}")
     return headers
 
 
@@ -226,26 +206,25 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map: must be an object of tensor name to file name")
     for name, file in weight_map.items():
-        is_plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
-        if not is_plain:
+        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\\0"):
             raise CheckpointError(f"{path}: weight_map: {name!r}: {file!r}: must be a .safetensors file of this folder")
     return weight_map
+
+
+def _files(weight_map: dict[str, str] | None) -> list[str]:
+    return [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
 
 
 def fingerprint_of(model_dir: Path) -> str:
     """Return the SHA-256 (hex) of `config.json` and of each weight file's name, size, header and three data samples.
 
     The samples (64 KiB at the start, middle and end) distinguish fine-tunes of one model without reading it whole.
-
-    Raises:
-        CheckpointError: a file is missing or no safetensors file.
+    Raises CheckpointError: a file is missing or no safetensors file.
     """
-    model_dir = Path(model_dir)
     digest = hashlib.sha256()
-    weight_map = _weight_map(model_dir)
     try:
         _add(digest, (model_dir / "config.json").read_bytes())
-        for file in sorted(set(weight_map.values())) if weight_map is not None else [_SINGLE]:
+        for file in _files(_weight_map(model_dir)):
             _add_file(digest, model_dir / file)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}): {_AGAIN}") from error

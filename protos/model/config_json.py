@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
+from protos.model.json_fields import MAX_POSITIONS, Fields, read_json
 from protos.model.long_context import dual_chunk_spec, sparse_spec
 from protos.model.spec import ModelSpec, RopeSpec
 
@@ -46,6 +46,9 @@ _ROPE_KEYS = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
+_ROPE_BANDS: Mapping[str, Mapping[str, float | None]] = {  # ends of the blended band, the lower one first; usual values
+    "yarn": {"beta_slow": 1.0, "beta_fast": 32.0}, "llama3": {"low_freq_factor": None, "high_freq_factor": None},
+}  # fmt: skip
 _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
@@ -58,27 +61,20 @@ def load_model_spec(
     Args:
         rope_scaling: replaces the rope settings of the file (`rope_theta` stays unless given here).
         config_file: name of the file to read instead of `config.json`, such as the `config_1m.json` of long models.
-        dual_chunk: settings of dual chunk attention that go before those of the file (see `protos.model.long_context`).
-        sparse: settings of sparse prefill that go before those of the file (see `protos.model.long_context`).
+        dual_chunk, sparse: settings that go before those of the file (see `protos.model.long_context`).
 
-    Raises:
-        ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
+    Raises ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
     """
-    if Path(config_file).name != config_file or config_file in ("", ".."):
-        raise ModelConfigError(f"config_file: {config_file!r}: must be the name of a file inside {model_dir}")
-    path = Path(model_dir) / config_file
-    config = Fields(str(path), read_json(path))
+    config = read_json(Path(model_dir) / config_file)
     model_type, family = _family(config)
     _refuse_unsupported(config)
-    layers = config.integer("num_hidden_layers", high=10_000)
-    hidden = config.integer("hidden_size")
+    layers, hidden = config.integer("num_hidden_layers", high=10_000), config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise config.error("num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})")
     attention_bias = config.boolean("attention_bias", default=False)
-    vocab = config.integer("vocab_size")
-    positions = config.integer("max_position_embeddings", high=MAX_POSITIONS)
+    vocab, positions = config.integer("vocab_size"), config.integer("max_position_embeddings", high=MAX_POSITIONS)
     plain = ModelSpec(
         model_type=model_type,
         vocab_size=vocab,
@@ -111,13 +107,12 @@ def _family(config: Fields) -> tuple[str, _Family]:
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise config.error("architectures", architectures, "must be a list of class names")
     model_type = config.get("model_type")
+    if model_type is None and architectures:
+        model_type = next((name for name, family in _FAMILIES.items() if family.architecture in architectures), None)
+        if model_type is None:
+            raise config.error("architectures", architectures, supported)
     if model_type is None:
-        named = [name for name, family in _FAMILIES.items() if family.architecture in architectures]
-        if not named:
-            if architectures:
-                raise config.error("architectures", architectures, supported)
-            raise config.missing("model_type", supported)
-        model_type = named[0]
+        raise config.missing("model_type", supported)
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise config.error("model_type", model_type, supported)
@@ -183,13 +178,11 @@ def _dtype(config: Fields) -> str:
 
 def _eos(model_dir: Path, config: Fields, vocab: int) -> tuple[int, ...]:
     """Return the ids that end a generation: of `generation_config.json`, else of `config.json`, else none."""
-    fields = config
-    generation = model_dir / "generation_config.json"
-    if generation.exists():
-        read = Fields(str(generation), read_json(generation))
-        fields = read if read.get("eos_token_id") is not None else config
+    fields, generation = config, model_dir / "generation_config.json"
+    if generation.exists() and (read := read_json(generation)).get("eos_token_id") is not None:
+        fields = read
     value = fields.get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int and 0 <= token < vocab for token in ids):
         raise fields.error("eos_token_id", value, f"must be a token id, or a list of them, from 0 to {vocab - 1}")
     return tuple(ids)
@@ -205,18 +198,12 @@ def _rope(config: Fields, family: _Family, positions: int, override: Mapping[str
     if kind in ("default", "linear"):
         return RopeSpec(theta, kind, factor)
     original = _original_positions(config, fields, stored, positions)
-    if kind == "llama3":
-        low = fields.number("low_freq_factor", above=0.0)
-        high = fields.number("high_freq_factor", above=0.0)
-        if high <= low:
-            raise fields.error("high_freq_factor", high, f"must be above low_freq_factor ({low:g})")
-        return RopeSpec(theta, kind, factor, original, low_freq_factor=low, high_freq_factor=high)
-    fast = fields.number("beta_fast", default=32.0, above=0.0)
-    slow = fields.number("beta_slow", default=1.0, above=0.0)
-    if fast <= slow:
-        raise fields.error("beta_fast", fast, f"must be above beta_slow ({slow:g})")
+    band = _ROPE_BANDS[kind].items()
+    (low, lower), (high, upper) = ((key, fields.number(key, default=usual, above=0.0)) for key, usual in band)
+    if upper <= lower:
+        raise fields.error(high, upper, f"must be above {low} ({lower:g})")
     return RopeSpec(
-        theta, kind, factor, original, fast, slow,
+        theta, kind, factor, original, **{low: lower, high: upper},
         attention_factor=fields.optional_number("attention_factor", above=0.0),
         mscale=fields.optional_number("mscale", at_least=0.0),
         mscale_all_dim=fields.optional_number("mscale_all_dim", at_least=0.0),
@@ -239,22 +226,18 @@ def _original_positions(config: Fields, fields: Fields, stored: Fields, position
 
 def _stored_rope(config: Fields) -> Fields:
     """Return the rope settings of `config.json` under either name; empty when there are none."""
-    settings: dict[str, Mapping[str, object]] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        value = config.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise config.error(key, value, 'must be an object such as {"rope_type": "yarn", "factor": 4.0}')
-        if value:
-            settings[key] = value
-    if len(settings) == 2 and settings["rope_parameters"] != settings["rope_scaling"]:
-        raise config.error("rope_scaling", settings["rope_scaling"], "differs from rope_parameters; keep one of them")
-    key, value = next(iter(settings.items()), ("rope_scaling", {}))
-    return Fields(f"{config.source}: {key}", value)
+    new, old = (
+        config.section(key, 'must be an object such as {"rope_type": "yarn", "factor": 4.0}')
+        for key in ("rope_parameters", "rope_scaling")
+    )
+    if new.values and old.values and new.values != old.values:
+        raise config.error("rope_scaling", old.values, "differs from rope_parameters; keep one of them")
+    return new if new.values else old
 
 
 def _rope_kind(fields: Fields) -> str:
     old, new = fields.get("type"), fields.get("rope_type")
-    kind = new if new is not None else old if old is not None else "default"
+    kind = next((name for name in (new, old) if name is not None), "default")
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise fields.error("rope_type", kind, f"must be one of {', '.join(_ROPE_KEYS)}")
     if old is not None and old != kind:

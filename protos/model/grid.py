@@ -18,11 +18,8 @@ def next_cut(spec: ModelSpec, position: int, prompt_len: int) -> int | None:
 
     Dense rows are cut at the boundaries of DCA chunks only, and where the sparse rows of the prompt end.
     """
-    cuts = []
-    if spec.chunk_distance:
-        cuts.append((position // spec.chunk_distance + 1) * spec.chunk_distance)
-    if is_sparse(spec, position, prompt_len):
-        assert spec.sparse is not None
+    cuts = [(position // spec.chunk_distance + 1) * spec.chunk_distance] if spec.chunk_distance else []
+    if spec.sparse is not None and is_sparse(spec, position, prompt_len):
         cuts += [(position // spec.sparse.cell + 1) * spec.sparse.cell, prompt_len]
     return min(cuts, default=None)
 
@@ -51,19 +48,14 @@ def whole_cells(spec: ModelSpec, start: int, budget: int, prompt_len: int) -> in
 
 
 def last_cut(spec: ModelSpec, position: int, prompt_len: int) -> int:
-    """Return the last position up to `position` at which a step of the prompt may start: any when rows are dense."""
-    if not is_sparse(spec, 0, prompt_len):
+    """Return the last position up to `position` at which a step of the prompt may start: any when rows are dense.
+
+    KV before the last cut of a whole prompt does not depend on its end (but for the length scale).
+    """
+    if spec.sparse is None or not is_sparse(spec, 0, prompt_len):
         return position
-    assert spec.sparse is not None
-    grid = position // spec.sparse.cell * spec.sparse.cell
-    if spec.chunk_distance:
-        grid = max(grid, position // spec.chunk_distance * spec.chunk_distance)
-    return grid
-
-
-def stable_prefix(spec: ModelSpec, prompt_len: int) -> int:
-    """Return the positions of a prompt whose KV does not depend on its end (but for the length scale)."""
-    return last_cut(spec, prompt_len, prompt_len)
+    grids = (spec.sparse.cell, spec.chunk_distance or spec.sparse.cell)
+    return max(position // grid * grid for grid in grids)
 
 
 def largest_cell(spec: ModelSpec) -> int:

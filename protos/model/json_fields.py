@@ -39,6 +39,13 @@ class Fields:
         """Return the value of a field, None for a missing or null one."""
         return self.values.get(key)
 
+    def section(self, key: str, requirement: str) -> Fields:
+        """Return an object inside this one, empty for a missing or null field."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, value, requirement)
+        return Fields(f"{self.source}: {key}", value or {})
+
     def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
         """Return a whole number in `low..high`; `default` stands for a missing or null field."""
         value, requirement = self.get(key), f"must be a whole number from {low} to {high}"
@@ -78,7 +85,7 @@ class Fields:
         return value
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> Fields:
     """Return the object in a JSON file. Raises ModelConfigError for anything else."""
 
     def reject(constant: str) -> None:
@@ -92,4 +99,4 @@ def read_json(path: Path) -> dict[str, object]:
         raise ModelConfigError(f"{path}: not valid JSON ({error}): download the file again") from error
     if not isinstance(value, dict):
         raise ModelConfigError(f"{path}: a JSON {type(value).__name__}: must be an object")
-    return value
+    return Fields(str(path), value)

@@ -1,19 +1,21 @@
-"""What a result was measured on, and the one writer of benchmark results. Needs the standard library only."""
+"""What there is on a node, and the one writer of benchmark results. Needs the standard library only."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from protos.node.build_id import build_id
-
+COMPILERS = ("c++", "g++", "clang++")  # that build the kernels
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of matrix products
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +39,26 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@cache
+def build_id() -> str:
+    """Return 16 hexadecimal digits of the SHA-256 over names and contents of the sources, one for all nodes."""
+    digest = hashlib.sha256()
+    for package in ("cluster", "protos", "workers"):
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            if path.parent.name != "training":  # not in the wheel
+                digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> str | None:
+    """Return the path of the C++ compiler, None without: what `CXX` names, else the first of `COMPILERS`."""
+    for name in (os.environ.get("CXX"), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
 def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
     """Return what Linux says of the last core, by its names for it; None where there is no such file."""
     try:
@@ -47,11 +69,7 @@ def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
 
 
 def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> str:
-    """Return a benchmark's result and the environment it was measured in as JSON text; also write it to `path`.
-
-    Args:
-        facts: further entries of the environment, which replace its own.
-    """
+    """Return, and write to `path`, a benchmark's result and its environment (`facts` replace entries) as JSON text."""
     where = environment() | {"commit": _commit(), "load_average": os.getloadavg()[0]} | facts
     text = json.dumps({"environment": where, **result}, indent=1)
     if path is not None:
@@ -79,7 +97,7 @@ def _commit() -> str | None:
     """Return the commit of the working tree, with `+` when files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        output = subprocess.check_output(command, text=True, timeout=30, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return output.strip() or None

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from protos.model.checkpoint import fingerprint_of
-from protos.node.build_id import build_id
+from protos.node.environment import build_id
 
 
 class NodeError(RuntimeError):
@@ -29,22 +29,21 @@ class NodeCheck:
 
     def run(self) -> None:
         """Compare this machine with the head. Raises NodeError naming the machine, the key and both values."""
-        node = os.uname().nodename
-        if build_id() != self.build_id:
-            raise NodeError(f"node {node}: longreach build {build_id()}, the head has {self.build_id}: install one")
-        if self.fingerprint:
-            config = Path(self.model_path) / "config.json"
-            if not config.is_file():
-                raise NodeError(f"node {node}: model.path: {self.model_path}: no config.json there: copy the model")
-            if (fingerprint := fingerprint_of(Path(self.model_path))) != self.fingerprint:
-                raise NodeError(
-                    f"node {node}: model.path: {self.model_path}: its checkpoint is {fingerprint[:12]}, the head's "
-                    f"{self.fingerprint[:12]}: copy the same files to every node"
-                )
         try:
+            if build_id() != self.build_id:
+                raise NodeError(f"longreach build {build_id()}, the head has {self.build_id}: install one")
+            if self.fingerprint:
+                self._compare_model(Path(self.model_path))
             check_writable(Path(self.data_dir))
         except NodeError as error:
-            raise NodeError(f"node {node}: {error}") from error
+            raise NodeError(f"node {os.uname().nodename}: {error}") from error
+
+    def _compare_model(self, model: Path) -> None:
+        if not (model / "config.json").is_file():
+            raise NodeError(f"model.path: {model}: no config.json there: copy the model")
+        if (fingerprint := fingerprint_of(model)) != self.fingerprint:
+            both = f"its checkpoint is {fingerprint[:12]}, the head's {self.fingerprint[:12]}"
+            raise NodeError(f"model.path: {model}: {both}: copy the same files to every node")
 
 
 def check_writable(data_dir: Path) -> None:

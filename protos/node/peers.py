@@ -17,12 +17,9 @@ Engine = Callable[[int, int], Run]  # (prompt tokens, seed of the prompt), from 
 
 
 def compare(engines: Mapping[str, Engine], length: int, repeats: int) -> dict[str, Any]:
-    """Return an entry per engine (medians and single runs), and the ratios of the first to the second.
+    """Return an entry per engine (medians and single runs), and the ratios of the first to the second if there are two.
 
-    Args:
-        engines: one or two.
-        length: prompt tokens.
-        repeats: runs of every engine; their speed goes to standard error as they end.
+    Prompts have `length` tokens; the speed of each run goes to standard error as it ends.
     """
     runs: dict[str, list[Run]] = {name: [] for name in engines}
     for seed in range(1, repeats + 1):
@@ -39,8 +36,7 @@ def compare(engines: Mapping[str, Engine], length: int, repeats: int) -> dict[st
 
 
 def _summary(length: int, runs: list[Run]) -> dict[str, Any]:
-    first = [run["first_token_s"] for run in runs]
-    decode = [run["decode_s"] for run in runs]
+    first, decode = ([run[key] for run in runs] for key in ("first_token_s", "decode_s"))
     return {
         "prefill_tokens_per_s": round(length / statistics.median(first), 1),
         "decode_ms": round(statistics.median(decode) * 1e3, 2),
@@ -51,10 +47,9 @@ def _summary(length: int, runs: list[Run]) -> dict[str, Any]:
 
 
 def run_peer(name: str, command: Sequence[str], lines: str = "") -> list[str]:
-    """Run an engine in a process of its own, with `lines` on its standard input; returns the lines of its output.
+    """Run an engine in a process of its own, with `lines` on its standard input; return the lines of its output.
 
-    Raises:
-        UserError: it failed, or took more than an hour.
+    Raises UserError: it failed, or took more than an hour.
     """
     try:
         done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)

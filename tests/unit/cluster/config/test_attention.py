@@ -1,7 +1,7 @@
 """Configuration of long contexts: dual chunk attention, sparse prefill, int8 KV, and how they fit into each other."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from cluster.config.topology import kv_bytes_per_token, plan_shards
 from cluster.engine.pipeline import cache_root
 from cluster.engine.runtime import ClusterRuntime
 from cluster.stages.preflight import check_room
-from protos.model.spec import DUAL_CHUNK_SETTINGS, SPARSE_SETTINGS, DualChunkSpec, HeadBudget
+from protos.model.spec import DualChunkSpec, HeadBudget, SparseSpec
 from tests.support.paths import NEEDLE
 from tests.support.rigs.scheduler import PLAIN
 
@@ -58,8 +58,10 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_every_setting_of_the_model_has_a_key() -> None:
-    assert list(SparseSection.model_fields) == ["enabled", *SPARSE_SETTINGS]
-    assert list(DualChunk.model_fields) == ["enabled", *DUAL_CHUNK_SETTINGS]
+    sparse = {field.name for field in fields(SparseSpec)} - {"patterns", "uniform"}
+    budget = {field.name for field in fields(HeadBudget)}
+    assert set(SparseSection.model_fields) == {"enabled"} | sparse | budget
+    assert list(DualChunk.model_fields) == ["enabled", *(field.name for field in fields(DualChunkSpec))]
 
 
 def test_what_the_yaml_says_goes_before_the_file(tmp_path: Path) -> None:
@@ -94,6 +96,11 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"sparse.n_slash": 5}, "^.*: sparse.n_vertical: .missing.: sparse.n_vertical and sparse.n_slash go together; "),
     ({"sparse": {"n_vertical": 5, "n_slash": 5, "target_recall": 0.9}},
      "^<override>: sparse.target_recall: 0.9: give either a recall or n_vertical with n_slash, not both$"),
+    ({"sparse.n_vertical": 5}, "^.*: sparse.n_slash: .missing.: sparse.n_vertical and sparse.n_slash go together; "),
+    ({"sparse": {"n_vertical": 0, "n_slash": 5}}, "^<override>: sparse.n_vertical: 0: must be a whole number of at l"),
+    ({"sparse": {"n_vertical": 5, "n_slash": 1 << 25}}, "^<override>: sparse.n_slash: 33554432: must be a whole numb"),
+    ({"sparse.max_dense_share": -1}, "^<override>: sparse.max_dense_share: -1: must be a number from 0 to 1$"),
+    ({"sparse.target_recall": 1.1}, "^<override>: sparse.target_recall: 1.1: must be a number above 0 and at most 1$"),
     ({"sparse.target_recall": 0.0}, "^<override>: sparse.target_recall: 0.0: must be a number above 0 and at most 1$"),
     ({"sparse.recall_floor": 1.01}, "^<override>: sparse.recall_floor: 1.01: must be a number from 0 to 1 .0: off.$"),
     ({"sparse.max_dense_share": float("nan")}, "^<override>: sparse.max_dense_share: nan: must be a number from 0 to"),
@@ -110,6 +117,7 @@ BAD: list[tuple[dict[str, object], str]] = [
      "^<override>: model.dual_chunk_attention.local_size: 512: must be below chunk_size .512.$"),
     ({"model.dual_chunk_attention": {"chunk_size": "2M"}},
      "^<override>: model.dual_chunk_attention: .a mapping of 1.: chunk_size: 2097152: must be at most 1048576"),
+    ({"model.dual_chunk_attention": {"enabled": "yes"}}, "attention.enabled: \"?yes\"?: must be true or false$"),
     ({"model.dual_chunk_attention": {"chunk_sizes": 1}}, "unknown key; did you mean 'chunk_size'"),
     ({"model.dual_chunk_attention": {"local_size": 500}},
      "^.*:8: kv_cache.page_size: 64: must divide 3596, the distance of DCA chunks .chunk_size 4096 - local_size 500.; "

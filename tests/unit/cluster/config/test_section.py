@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from cluster.config.section import Bytes, Count, FileName, Host, PathValue, PowerOfTwo, RayAddress, Section, optional
-from protos.model.spec import SPARSE_SETTINGS
+from cluster.config.section import Bytes, Count, FileName, Host, PathValue, PowerOfTwo, RayAddress, Section, rule_of
 
 
 def accepts(kind: Any, value: object) -> bool:
@@ -47,14 +46,38 @@ def test_paths_are_relative_to_the_file(monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve("b") == Path.cwd() / "b"
 
 
-def test_a_section_is_strict_and_has_the_range_of_its_setting() -> None:
-    class Example(Section):
-        cell: int | None = optional(SPARSE_SETTINGS["cell"], "rule")
-        target_recall: float | None = optional(SPARSE_SETTINGS["target_recall"], "rule")
+class Example(Section):
+    described: int = Field(default=1, ge=1, description="must be odd")
+    size: int = Field(default=1, ge=1)
+    slots: int | None = Field(default=None, ge=0, le=9)
+    share: float = Field(default=0.5, gt=0, le=1)
+    scale: float | None = Field(default=None, gt=0)
+    wait_s: float = Field(default=2.0, ge=0, le=60)
+    mode: Literal["auto", True, False] = "auto"
+    on: bool | None = None
+    inner: Section = Field(default_factory=Section)
 
-    assert Example().as_mapping() == {}
-    assert Example(cell=1 << 20, target_recall=1.0).as_mapping() == {"cell": 1 << 20, "target_recall": 1.0}
-    assert Example.model_fields["cell"].description == "rule"
-    for bad in ({"cell": 0}, {"cell": (1 << 20) + 1}, {"cell": "1"}, {"target_recall": 0.0}, {"cells": 1}):
+
+def test_a_rule_follows_from_type_and_range() -> None:
+    assert {key: rule_of(key, field) for key, field in Example.model_fields.items()} == {
+        "described": "must be odd",
+        "size": "must be a whole number of at least 1",
+        "slots": "must be a whole number from 0 to 9",
+        "share": "must be a number above 0 and at most 1",
+        "scale": "must be a number above 0",
+        "wait_s": "must be a number of seconds from 0 to 60",
+        "mode": "must be one of auto, true, false",
+        "on": "must be true or false",
+        "inner": "must be a mapping",
+    }
+
+
+def test_a_section_is_strict() -> None:
+    assert Section().as_mapping() == {}
+    assert Example(slots=3, mode=True).as_mapping() == {
+        "described": 1, "size": 1, "slots": 3, "share": 0.5, "wait_s": 2.0, "mode": True, "inner": {},
+    }  # fmt: skip
+    assert "mode" not in Example().as_mapping()
+    for bad in ({"size": 0}, {"slots": 10}, {"size": "1"}, {"share": 0.0}, {"sizes": 1}):
         with pytest.raises(ValidationError):
             Example(**bad)

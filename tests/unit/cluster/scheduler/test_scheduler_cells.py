@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.scheduler.request import FinishReason, Status
 from cluster.scheduler.scheduler import Scheduler
-from protos.model.grid import stable_prefix
+from protos.model.grid import last_cut
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampledToken
 from tests.support.oracles.integrity import check_scheduler
@@ -138,6 +138,6 @@ def test_random_lives(spec: ModelSpec, seed: int):
         wanted = expected_output(item.prompt, item.stop.max_tokens)
         assert item.output == wanted[: len(item.output)]
         assert item.finish_reason is FinishReason.CANCELLED or len(item.output) == len(wanted)
-        assert item.num_cached <= stable_prefix(spec, item.num_prompt)
+        assert item.num_cached <= last_cut(spec, item.num_prompt, item.num_prompt)
         if item.scale_len:
             assert abs(s2(item.scale_len, spec) / s2(item.num_prompt, spec) - 1) < 0.005

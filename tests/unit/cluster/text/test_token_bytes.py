@@ -54,10 +54,10 @@ def test_canonical_normalizers(normalizer: dict[str, Any] | None, expected: bool
 
 def test_nested_steps_are_flattened() -> None:
     inner = {"type": "Sequence", "decoders": [{"type": "A"}, {"type": "B"}]}
-    assert [s["type"] for s in flatten_steps({"type": "Sequence", "decoders": [inner, {"type": "C"}]}, "decoders")] == [
+    assert [s["type"] for s in flatten_steps({"type": "Sequence", "decoders": [inner, {"type": "C"}]})] == [
         "A", "B", "C",
     ]  # fmt: skip
-    assert flatten_steps(None, "decoders") == []
+    assert flatten_steps(None) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.model.config_json import ModelConfigError, load_model_spec
+from protos.model.config_json import load_model_spec
+from protos.model.json_fields import ModelConfigError
 from protos.model.spec import RopeSpec
 
 # Qwen3-30B-A3B-Instruct-2507 as published, in the spelling before transformers 5

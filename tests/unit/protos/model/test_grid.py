@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.model.grid import is_sparse, largest_cell, last_cut, next_cut, split, stable_prefix, whole_cells
+from protos.model.grid import is_sparse, largest_cell, last_cut, next_cut, split, whole_cells
 from protos.model.spec import DualChunkSpec, ModelSpec, SparseSpec
 from tests.support.rigs.scheduler import PLAIN, long_spec
 
@@ -104,7 +104,7 @@ def test_whole_cells_across_a_chunk_and_at_the_end():
     ],
 )
 def test_stable_prefix(spec: ModelSpec, prompt: int, stable: int):
-    assert stable_prefix(spec, prompt) == stable
+    assert last_cut(spec, prompt, prompt) == stable
     assert last_cut(spec, stable, prompt) == stable
 
 
@@ -142,7 +142,7 @@ def test_whole_cells_walk_through_a_prompt(spec: ModelSpec, prompt: int, budget:
 def test_cells_of_the_stable_prefix_are_those_of_longer_prompts(spec: ModelSpec, prompt: int, longer: int):
     longer += prompt
     if is_sparse(spec, 0, prompt):
-        stable = stable_prefix(spec, prompt)
+        stable = last_cut(spec, prompt, prompt)
         assert split(spec, 0, stable, prompt) == split(spec, 0, stable, longer)
         assert prompt - largest_cell(spec) < stable <= prompt
         assert last_cut(spec, stable, longer) == stable, "the longer one can go on there"
