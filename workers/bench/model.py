@@ -1,7 +1,4 @@
-"""The one-process runner: prefill and decode by the decoder alone, without Ray, sockets or the sampler.
-
-Legend: `M` hidden size, `H` and `K` query and KV heads, `D` head dim, `E` experts, `I` expert width.
-"""
+"""The one-process runner: prefill and decode by the runner of a stage, without Ray and sockets; its model."""
 
 from __future__ import annotations
 
@@ -16,13 +13,8 @@ import torch
 
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec, RopeSpec
-from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
-from workers.bench.timing import Figure, median_figure, synchronize
-from workers.kv.paged import PagedKV
-from workers.model.batch import PageTables, token_ids
-from workers.model.decoder import Decoder
-from workers.model.weights import dummy_shard, load_shard, whole_model
-from workers.transport.collectives import Collectives
+from workers.bench.timing import Figure, median_figure
+from workers.eval.whole_model import SequenceFeed, WholeModel
 
 PAGE = 64  # tokens
 _WARM_UP = 256  # tokens
@@ -64,17 +56,8 @@ class OneProcess:
             tokens: capacity of the KV cache.
             chunk: upper bound on the tokens of a prefill step.
         """
-        self.spec = load_model_spec(model) if isinstance(model, Path) else model
-        shard = whole_model(self.spec)
-        if isinstance(model, Path):
-            weights = load_shard(model, self.spec, shard, dtype, device)
-        else:
-            weights = dummy_shard(self.spec, shard, dtype, device)
-        pages = -(-tokens // PAGE)
-        kv_heads, layers = self.spec.num_key_value_heads, self.spec.num_hidden_layers
-        self._kv = PagedKV(layers, kv_heads, self.spec.head_dim, pages, PAGE, dtype, device)
-        self._decoder = Decoder(self.spec, shard, weights, Collectives(), device)
-        self._device = device
+        path, self.spec = (model, load_model_spec(model)) if isinstance(model, Path) else (None, model)
+        self._runner = WholeModel(path, self.spec, dtype, device).runner(self.spec, tokens, PAGE)
         self._chunk = chunk
 
     def prompt(self, length: int) -> list[int]:
@@ -83,54 +66,41 @@ class OneProcess:
         generator = torch.Generator().manual_seed(1)
         return torch.randint(min(5, high - 1), high, (length,), generator=generator).tolist()
 
-    @torch.inference_mode()
     def run(self, ids: list[int], decode: int) -> Timings:
         """Prefill `ids` in chunks up to the first token, then decode greedily."""
-        tables = PageTables(PAGE)
+        feed = SequenceFeed(self._runner, PAGE, len(ids))
         began = time.perf_counter()
-        token = 0
         for start in range(0, len(ids), self._chunk):
-            token = self._step(tables, start, ids[start : start + self._chunk], len(ids))
-        prefill = time.perf_counter() - began
-        return Timings(prefill, self._decode(tables, ids, token, decode))
+            feed.take(ids[start : start + self._chunk])
+        return Timings(time.perf_counter() - began, _decode(feed, feed.tokens[-1], decode))
 
-    def _decode(self, tables: PageTables, ids: list[int], token: int, count: int) -> list[float]:
-        seconds = []
-        for index in range(count):
-            began = time.perf_counter()
-            token = self._step(tables, len(ids) + index, [token], len(ids))
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    @torch.inference_mode()
     def rounds(self, requests: Iterable[str], ids: list[int], decode: int) -> Iterator[float]:
         """Yield the seconds to the first token for every "prefill", and the mean seconds of a step for every "decode".
 
         So another program can measure in turns with this one, whose memory stays allocated.
         """
         self.run(ids[: 2 * self._chunk], 2)
-        whole = -(-len(ids) // PAGE)
+        computed = False
         for request in requests:
-            if request.strip() == "prefill":
-                yield self.run(ids, 0).prefill_s
-                continue
-            tables = PageTables(PAGE)
-            part = SequenceSlice(0, 0, 1, len(ids), ids[:1], range(whole), whole, None)
-            tables.apply(StepPlan(0, (part,)))
-            yield statistics.fmean(self._decode(tables, ids, ids[-1], decode))
+            is_decode = request.strip() == "decode"
+            if not is_decode or not computed:  # decode steps need the KV of the prompt
+                seconds = self.run(ids, 0).prefill_s
+                computed = True
+            if is_decode:
+                feed = SequenceFeed(self._runner, PAGE, len(ids))
+                feed.skip(ids)
+                seconds = statistics.fmean(_decode(feed, ids[-1], decode))
+            yield seconds
 
-    def _step(self, tables: PageTables, start: int, ids: list[int], prompt_len: int) -> int:
-        have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
-        sample = SampleSpec(SamplingParams(), 0)
-        part = SequenceSlice(0, start, len(ids), prompt_len, ids, range(have, need), need, sample)
-        plan = StepPlan(0, (part,))
-        tables.apply(plan)
-        batch = tables.batch(plan, self.spec, self._device)
-        embedded = self._decoder.embed(token_ids(plan, {}, self._device))
-        hidden = self._decoder.layers(embedded, self._decoder.prepare(batch, self._kv))
-        token = int(self._decoder.logits(hidden[batch.sample_rows])[0].argmax())
-        synchronize(self._device)
-        return token
+
+def _decode(feed: SequenceFeed, token: int, count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        began = time.perf_counter()
+        feed.take([token])
+        seconds.append(time.perf_counter() - began)
+        token = feed.tokens[-1]
+    return seconds
 
 
 def run_model(
