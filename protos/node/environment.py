@@ -22,11 +22,11 @@ def environment() -> dict[str, Any]:
     """Return date, build, versions and processor as plain data; the version of a package that is missing is None."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "version": _version("longreach"),
+        "version": version_of("longreach"),
         "build": build_id(),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "ray": _version("ray"),
+        "torch": version_of("torch"),
+        "ray": version_of("ray"),
         "cpu": _cpu(),
         "cores": usable_cores(),
     }
@@ -35,6 +35,14 @@ def environment() -> dict[str, Any]:
 def usable_cores() -> int:
     """Return the cores that this process may use (all of the machine where there is no affinity, as on macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None without it, as on a bare machine with a checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
@@ -57,13 +65,6 @@ def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> 
     if path is not None:
         path.write_text(text + "\n", encoding="utf-8")
     return text
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a bare machine with a checkout
-        return None
 
 
 def _cpu() -> str:
