@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.outputs import Generation
@@ -14,7 +17,6 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
-from cluster.tools.memory_watch import MemoryWatch
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
@@ -35,6 +37,42 @@ class DemoOptions:
     positions: str = "dca"  # dca and yarn stretch the trained window over the document; plain fails beyond it
     sparse: bool = True  # prompts beyond the threshold of the checkpoint select the keys they read
     seed: int = 0
+
+
+class MemoryWatch(threading.Thread):
+    """Samples the memory of this process and everything it started every `every_s` seconds while it is entered."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        super().__init__(name="memory", daemon=True)
+        self.peak_bytes = 0
+        self._every_s = every_s
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> MemoryWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self.join()
+
+    def run(self) -> None:
+        self.peak_bytes = tree_pss_bytes()
+        while not self._stopped.wait(self._every_s):
+            self.peak_bytes = max(self.peak_bytes, tree_pss_bytes())
+
+
+def tree_pss_bytes() -> int:
+    """Return the bytes of this process and all its descendants (on Linux PSS: shared pages count once)."""
+    total = 0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            memory = process.memory_full_info()
+        except psutil.Error:  # it ended meanwhile, or is not ours to look at
+            continue
+        total += getattr(memory, "pss", memory.rss)
+    return total
 
 
 def demo_report(
