@@ -24,7 +24,7 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
 from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
-from cluster.tools.eval.modes import MODES, Conditions, Target, load_mode
+from cluster.tools.eval.modes import MODES, Target, load_mode
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 from protos.model.spec import ModelSpec
@@ -76,10 +76,13 @@ class NeedleRun:
         self.options = options
         self._display = display
         self._on_cell: Callable[[dict[str, Any]], None] = lambda report: None
-        conditions = Conditions(
-            max(options.lengths), options.needles * _PRIVATE_TOKENS, options.sparse_threshold, options.kv, options.more
-        )
-        self.deployments = {mode: load_mode(target, mode, conditions) for mode in options.modes}
+        self.deployments = {
+            mode: load_mode(
+                target, mode, max(options.lengths), extra_tokens=options.needles * _PRIVATE_TOKENS,
+                sparse_threshold=options.sparse_threshold, kv=options.kv, more=options.more,
+            )
+            for mode in options.modes
+        }  # fmt: skip
         first = next(iter(self.deployments.values()))
         self.trained = (first.config.model.path / "words.json").is_file()  # on this task: it gives exact answers
         tokenizer = TextTokenizer.open(first.config.model.path)
@@ -141,21 +144,20 @@ class NeedleRun:
 
     def _run_mode(self, mode: str, deployment: Deployment) -> None:
         waiting = list(self.documents)
-        self._display.label(f"{mode}")
+        self._display.label(mode)
         runtime = ClusterRuntime(deployment, self._display.launch)
+        start: Callable[[], None] | None = runtime.start
         try:
-            runtime.start()
             while waiting:
+                if start is not None:
+                    start()
+                start = None
                 self._display.label(f"{mode} {format_count(waiting[0].length)}")
                 try:
                     cell = self._ask(runtime, waiting[0])
-                except UserError as error:
+                except (UserError, *_BROKEN) as error:
                     cell = {"error": str(error)}
-                except _BROKEN as error:
-                    self._add(mode, waiting.pop(0), {"error": str(error)})
-                    if waiting:
-                        runtime.restart()
-                    continue
+                    start = runtime.restart if isinstance(error, _BROKEN) else None
                 self._add(mode, waiting.pop(0), cell)
         except _BROKEN as error:
             for document in waiting:
