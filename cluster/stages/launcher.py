@@ -29,7 +29,7 @@ from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.preflight import check_head, count_pages
 from cluster.stages.ray_cluster import ActorRequest, RayCluster
 from cluster.stages.socket_dirs import make_run_dir
-from protos.node.build_id import build_id
+from protos.node.environment import build_id
 from protos.node.node_check import NodeCheck
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb

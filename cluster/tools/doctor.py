@@ -22,8 +22,7 @@ from rich.table import Table
 
 from cluster.common.addresses import split_address
 from cluster.common.text_format import one_line
-from protos.node.compiler import COMPILERS, compiler
-from protos.node.environment import cpu_facts, usable_cores, version_of
+from protos.node.environment import COMPILERS, compiler, cpu_facts, usable_cores, version_of
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30

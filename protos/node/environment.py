@@ -1,19 +1,25 @@
-"""What a result was measured on, and the one writer of benchmark results. Needs the standard library only."""
+"""What a node is: its build, versions, processor and compiler; and the one writer of benchmark results.
+
+Needs the standard library only.
+"""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from protos.node.build_id import build_id
-
+COMPILERS = ("c++", "g++", "clang++")
+_PACKAGES = ("cluster", "protos", "workers")
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of matrix products
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +36,30 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": usable_cores(),
     }
+
+
+@cache
+def build_id() -> str:
+    """Return a fingerprint of the installed code, so that every node of a cluster can be checked to run the same.
+
+    16 hexadecimal digits of the SHA-256 over names and contents of the sources.
+    """
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            if path.parent.name == "training":  # not in the wheel
+                continue
+            digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> str | None:
+    """Return the path of the C++ compiler, None without: what `CXX` names, else the first of `COMPILERS`."""
+    for name in (os.environ.get("CXX"), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
 
 
 def usable_cores() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from protos.model.checkpoint import fingerprint_of
-from protos.node.build_id import build_id
+from protos.node.environment import build_id
 
 
 class NodeError(RuntimeError):

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from protos.node.compiler import compiler
+from protos.node.environment import compiler
 from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
 
 _FOLDER = Path(__file__).parent

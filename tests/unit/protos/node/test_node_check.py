@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from protos.model.checkpoint import fingerprint_of
-from protos.node.build_id import build_id
+from protos.node.environment import build_id
 from protos.node.node_check import NodeCheck, NodeError, check_writable, interface_address
 from tests.support.paths import NEEDLE
 
