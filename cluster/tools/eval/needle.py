@@ -175,8 +175,13 @@ class NeedleRun:
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])
-        needles = document.haystack.needles
-        outcomes = [self._outcome(needle, answer) for needle, answer in zip(needles, answers, strict=True)]
+        outcomes = [
+            {
+                "depth": round(needle.depth, 4), "question": needle.question, "truth": needle.code,
+                "answer": answer.text.strip(), "right": self._is_right(answer.text, needle),
+            }
+            for needle, answer in zip(document.haystack.needles, answers, strict=True)
+        ]  # fmt: skip
         return {
             "right": sum(outcome["right"] for outcome in outcomes),
             **measurements(answers),
@@ -184,13 +189,8 @@ class NeedleRun:
             "outcomes": outcomes,
         }
 
-    def _outcome(self, needle: Needle, answer: Generation) -> dict[str, Any]:
-        begun = self.options.form == "prompt"
-        right = is_right(answer.text, needle, begun) if self.trained else finds_code(answer.text, needle)
-        return {
-            "depth": round(needle.depth, 4), "question": needle.question, "truth": needle.code,
-            "answer": answer.text.strip(), "right": right,
-        }  # fmt: skip
+    def _is_right(self, answer: str, needle: Needle) -> bool:
+        return is_right(answer, needle, self._form.begun) if self.trained else finds_code(answer, needle)
 
     def _add(self, mode: str, document: Document, cell: dict[str, Any]) -> None:
         place = {"mode": mode, "length": document.length, "trial": document.trial}
