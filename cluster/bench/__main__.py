@@ -17,9 +17,8 @@ from typing import Any
 
 import click
 
-from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
-from cluster.bench.rig import random_ids, running_head, serve
+from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
 from protos.node.peers import Engine, Run, compare, run_peer

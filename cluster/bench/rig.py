@@ -1,10 +1,14 @@
-"""A head in this process, for measuring: the one that `longreach serve` runs, over a bare checkpoint."""
+"""A head in this process, for measuring: the one that `longreach serve` runs, over a bare checkpoint.
+
+Its answers as a client sees them, and its steps that are chunks of long prompts.
+"""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +22,7 @@ from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.server.head import Head
 from cluster.tools.assets import needle_dir
+from protos.stage.messages import StepPlan
 
 
 class Served(NamedTuple):
@@ -79,3 +84,25 @@ def serve(client: Client, length: int, tokens: int, seed: int) -> Served:
     job = client.submit(token_ids=ids, max_tokens=tokens, ignore_eos=True)
     times = [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]
     return Served(times[0], (times[-1] - times[0]) / (len(times) - 1), job)
+
+
+class Chunks:
+    """Records the steps that have a chunk of one long prompt only; `around` gives their duration at a moment."""
+
+    def __init__(self, longer_than: int) -> None:
+        """Ignore steps of at most `longer_than` tokens, which are not chunks of a long prompt."""
+        self._longer_than = longer_than
+        self._ended: list[float] = []
+        self.seconds: list[float] = []
+
+    def note(self, plan: StepPlan, seconds: float, now: float | None = None) -> None:
+        """Record a step that has just ended, if it is such a chunk."""
+        if len(plan.slices) == 1 and plan.num_tokens > self._longer_than:
+            self._ended.append(time.perf_counter() if now is None else now)
+            self.seconds.append(seconds)
+
+    def around(self, start: float, stop: float) -> float:
+        """Return the median seconds of the chunks between two moments, with the last one before and the first after."""
+        first = sum(ended < start for ended in self._ended)
+        last = sum(ended - took < stop for ended, took in zip(self._ended, self.seconds, strict=True))
+        return statistics.median(self.seconds[max(0, first - 1) : last + 1])

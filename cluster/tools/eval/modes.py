@@ -85,35 +85,29 @@ def load_mode(
 
 def mode_overrides(target: Target, mode: str, max_len: int, sparse_threshold: int | None) -> dict[str, object]:
     """Return the dotted keys that make one checkpoint attend by `mode` up to `max_len`. Raises UserError."""
-    dense: dict[str, object] = {"sparse.enabled": False}
-    if mode in ("plain", "yarn") and load_config(target.config).model.config_file == LONG_CONFIG:
-        dense["model.config_file"] = "config.json"
-    if mode == "plain":
-        return dense | {
-            "model.rope_scaling": {"rope_type": "default"}, "model.dual_chunk_attention": False,
-            "model.allow_beyond_positions": True,
-        }  # fmt: skip
-    if mode == "yarn":
-        window = trained_window(target.model_dir)
-        scaling = {
-            "rope_type": "yarn", "factor": float(max(1, math.ceil(max_len / window))),
-            "original_max_position_embeddings": window,
-        }  # fmt: skip
-        return dense | {"model.rope_scaling": scaling, "model.dual_chunk_attention": False}
     if mode not in MODES:
         raise UserError(f"--modes: {mode}: must be among {', '.join(MODES)}")
+    overrides: dict[str, object] = {"sparse.enabled": mode == "sparse"}
+    if mode in ("plain", "yarn"):
+        scaling: dict[str, object] = {"rope_type": "default"}
+        if mode == "yarn":
+            window = trained_window(target.model_dir)
+            factor = float(max(1, math.ceil(max_len / window)))
+            scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": window}
+        else:
+            overrides["model.allow_beyond_positions"] = True
+        if load_config(target.config).model.config_file == LONG_CONFIG:
+            overrides["model.config_file"] = "config.json"
+        return overrides | {"model.rope_scaling": scaling, "model.dual_chunk_attention": False}
     long = dual_chunk_overrides(target)
     if long is None:
         raise UserError(
             f"--modes: {mode}: {target.model_dir} has neither {LONG_CONFIG} nor dual_chunk_attention_config in "
             "its config.json: add the file, or set model.dual_chunk_attention in the YAML, or leave dca and sparse out"
         )
-    if mode == "dca":
-        return dense | long
-    long["sparse.enabled"] = True
-    if sparse_threshold is not None:
-        long["sparse.threshold"] = sparse_threshold
-    return long
+    if mode == "sparse" and sparse_threshold is not None:
+        overrides["sparse.threshold"] = sparse_threshold
+    return overrides | long
 
 
 def dual_chunk_overrides(target: Target) -> dict[str, object] | None:
