@@ -140,12 +140,12 @@ def build_haystack(
     overhead = max(empty) + sum(len(tokenizer.encode(f"\n{fact}\n")) for fact in facts)
     budget = total_tokens - overhead
     while budget > 0:
-        document, offsets = _hide(_cut(tokenizer, source.text, budget), facts)
+        document = _hide(_cut(tokenizer, source.text, budget), facts)
         (prompt,) = form.prompts(tokenizer, document, [longest], 2 * total_tokens)
         if len(prompt) <= total_tokens:
-            depths = [offset / len(document) for offset in offsets]
-            placed = tuple(replace(needle, depth=depth) for needle, depth in zip(needles, depths, strict=True))
-            return Haystack(document, placed, len(prompt))
+            starts = [document.index(f"\n{fact}\n") + 1 for fact in facts]
+            placed = [replace(needle, depth=at / len(document)) for needle, at in zip(needles, starts, strict=True)]
+            return Haystack(document, tuple(placed), len(prompt))
         budget -= len(prompt) - total_tokens  # seams between book and needles cost a token here and there
     raise UserError(f"total_tokens: {total_tokens}: the needles and the question alone have {overhead}: raise it")
 
@@ -199,18 +199,16 @@ def _cut(tokenizer: TextTokenizer, book: str, num_tokens: int) -> str:
         size *= 2
 
 
-def _hide(text: str, facts: list[str]) -> tuple[str, list[int]]:
-    """Put each fact on a line of its own, in the middle of its equal part of the text; return where each starts too."""
-    pieces, offsets = [], []
-    done = length = 0
+def _hide(text: str, facts: list[str]) -> str:
+    """Put every fact on a line of its own near the middle of its equal part of the text."""
+    pieces = []
+    done = 0
     for index, fact in enumerate(facts):
         middle = len(text) * (2 * index + 1) // (2 * len(facts))
         at = max(done, _break_before(text, middle, len(text) // (4 * len(facts))) - 1)
         pieces += [text[done:at], f"\n{fact}\n"]
-        offsets.append(length + at - done + 1)
-        length += at - done + len(pieces[-1])
         done = at + 1 if text[at : at + 1] == "\n" else at  # the line break before the fact replaces the book's
-    return "".join([*pieces, text[done:]]), offsets
+    return "".join([*pieces, text[done:]])
 
 
 def _break_before(text: str, stop: int, reach: int) -> int:
