@@ -44,18 +44,14 @@ class Timings(NamedTuple):
 
 
 class OneProcess:
-    """A whole model and the KV of one sequence."""
+    """A model, from a folder or a shape with random weights, and the KV of one sequence of `tokens`.
+
+    A prefill step has at most `chunk` tokens.
+    """
 
     def __init__(
         self, model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, tokens: int, chunk: int
     ) -> None:
-        """Load the model.
-
-        Args:
-            model: a checkpoint folder, or a shape that gets random weights.
-            tokens: capacity of the KV cache.
-            chunk: upper bound on the tokens of a prefill step.
-        """
         path, self.spec = (model, load_model_spec(model)) if isinstance(model, Path) else (None, model)
         self._runner = WholeModel(path, self.spec, dtype, device).runner(self.spec, tokens, PAGE)
         self._chunk = chunk
