@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import random
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -25,8 +26,8 @@ def measure_load(client: Client, runtime: ClusterRuntime, clients: int, jobs: in
     seconds = []
     for number in range(rounds):
         began = time.perf_counter()
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            process.submit(_one_round, client.address, clients, jobs, number).result()
+        command = [sys.executable, "-m", "cluster.bench.load", client.address, str(clients), str(jobs), str(number)]
+        subprocess.run(command, check=True)
         seconds.append(round(time.perf_counter() - began, 2))
         assert not runtime.kv_usage, "pages of ended jobs are not free again"
         states.append(_footprint(processes))
@@ -42,13 +43,6 @@ def _footprint(processes: dict[str, psutil.Process]) -> dict[str, dict[str, floa
     }
 
 
-def _one_round(address: str, clients: int, jobs: int, seed: int) -> None:
-    with ThreadPoolExecutor(clients) as threads:
-        futures = [threads.submit(_one_client, address, n, jobs // clients, seed) for n in range(clients)]
-        for future in futures:
-            future.result()
-
-
 def _one_client(address: str, number: int, jobs: int, seed: int) -> None:
     draw = random.Random(f"{seed} {number}")
     with Client(address) as client:
@@ -62,3 +56,16 @@ def _one_client(address: str, number: int, jobs: int, seed: int) -> None:
                     pass
             else:
                 job.wait()
+
+
+def main() -> None:
+    """Run the clients' process, with the arguments ADDRESS CLIENTS JOBS SEED."""
+    address, clients, jobs, seed = sys.argv[1], *map(int, sys.argv[2:5])
+    with ThreadPoolExecutor(clients) as threads:
+        futures = [threads.submit(_one_client, address, n, jobs // clients, seed) for n in range(clients)]
+        for future in futures:
+            future.result()
+
+
+if __name__ == "__main__":
+    main()
