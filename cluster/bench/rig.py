@@ -1,15 +1,20 @@
-"""A head in this process, for measuring: the one that `longreach serve` runs, over a bare checkpoint."""
+"""A head in this process, for measuring: the one that `longreach serve` runs, over a bare checkpoint.
+
+Its answers as a client sees them, and its steps that are chunks of long prompts.
+"""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
@@ -17,13 +22,29 @@ from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.server.head import Head
 from cluster.tools.assets import needle_dir
+from protos.stage.messages import StepPlan
+
+
+class Served(NamedTuple):
+    """Seconds as the client sees them: to the first token, and of a decode step (the mean)."""
+
+    first_token_s: float
+    decode_s: float
+    job: Job
 
 
 @contextmanager
 def running_head(
-    model: Path, sections: dict[str, dict[str, object]], model_settings: dict[str, object] | None = None
-) -> Iterator[tuple[Client, ClusterRuntime]]:
-    """Start a head for token-id prompts with these sections of the YAML; yields a client and the cluster behind it."""
+    model: Path, chunk: int, threads: int, *, kv_bytes: str = "2GiB", cpus: float = 1.0, stages: int = 1,
+    max_model_len: str | None = None, sparse: dict[str, object] | None = None,
+) -> Iterator[tuple[Client, ClusterRuntime]]:  # fmt: skip
+    """Start a head for token-id prompts, of stages of one shard; yields a client and the cluster behind it.
+
+    Args:
+        chunk: upper bound on the tokens of a step.
+        threads: of an actor, which Ray counts as `cpus`.
+        sparse: the section of the YAML.
+    """
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         linked = folder / "model"
@@ -34,24 +55,20 @@ def running_head(
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (linked / name).exists():
                 shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
-        settings = {"path": str(linked), **(model_settings or {})}
-        path = folder / "config.yaml"  # JSON is YAML too
-        path.write_text(json.dumps({"model": settings, "data_dir": str(folder / "data"), **sections}))
+        settings = {
+            "model": {"path": str(linked), "max_model_len": max_model_len},
+            "data_dir": str(folder / "data"),
+            "cluster": {"pipeline_parallel_size": stages, "threads_per_actor": threads, "cpus_per_actor": cpus},
+            "kv_cache": {"bytes": kv_bytes},
+            "prefill": {"max_num_batched_tokens": chunk},
+            "sparse": sparse or {},
+        }
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(settings))  # JSON is YAML too
         with closing(Head(load_deployment(path), port=0)) as head:
             head.start()
             with Client(head.address) as client:
                 yield client, head.runtime
-
-
-def one_actor(
-    chunk: int, threads: int, kv_bytes: str = "2GiB", cpus: float = 1.0, stages: int = 1
-) -> dict[str, dict[str, object]]:
-    """Return sections of the YAML for stages of one shard, and steps of at most `chunk` tokens."""
-    return {
-        "cluster": {"pipeline_parallel_size": stages, "threads_per_actor": threads, "cpus_per_actor": cpus},
-        "kv_cache": {"bytes": kv_bytes},
-        "prefill": {"max_num_batched_tokens": chunk},
-    }
 
 
 def random_ids(length: int, seed: int) -> list[int]:
@@ -60,6 +77,32 @@ def random_ids(length: int, seed: int) -> list[int]:
     return [rng.randint(5, 31999) for _ in range(length)]
 
 
-def token_times(job: Job, began: float) -> list[float]:
-    """Return the seconds from `began` to every token of a job, as the client sees them."""
-    return [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]
+def serve(client: Client, length: int, tokens: int, seed: int) -> Served:
+    """Answer one random prompt with at least two tokens."""
+    ids = random_ids(length, seed)
+    began = time.perf_counter()
+    job = client.submit(token_ids=ids, max_tokens=tokens, ignore_eos=True)
+    times = [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]
+    return Served(times[0], (times[-1] - times[0]) / (len(times) - 1), job)
+
+
+class Chunks:
+    """Records the steps that have a chunk of one long prompt only; `around` gives their duration at a moment."""
+
+    def __init__(self, longer_than: int) -> None:
+        """Ignore steps of at most `longer_than` tokens, which are not chunks of a long prompt."""
+        self._longer_than = longer_than
+        self._ended: list[float] = []
+        self.seconds: list[float] = []
+
+    def note(self, plan: StepPlan, seconds: float, now: float | None = None) -> None:
+        """Record a step that has just ended, if it is such a chunk."""
+        if len(plan.slices) == 1 and plan.num_tokens > self._longer_than:
+            self._ended.append(time.perf_counter() if now is None else now)
+            self.seconds.append(seconds)
+
+    def around(self, start: float, stop: float) -> float:
+        """Return the median seconds of the chunks between two moments, with the last one before and the first after."""
+        first = sum(ended < start for ended in self._ended)
+        last = sum(ended - took < stop for ended, took in zip(self._ended, self.seconds, strict=True))
+        return statistics.median(self.seconds[max(0, first - 1) : last + 1])

@@ -196,7 +196,7 @@ def stream_job(job: Job, after: int, as_json: bool) -> None:
                             print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
                         elif isinstance(event, ProgressEvent) and last == after:
                             at = event.progress
-                            display.prefill(at.processed, at.total, at.eta_ms)
+                            display.tokens("reading", at.processed, at.total, at.eta_ms)
                         elif isinstance(event, TokenEvent):
                             display.clear()  # from here on the terminal belongs to the answer
                             printer.push(event)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config.deployment import Deployment, load_deployment
+import psutil
+
+from cluster.config.deployment import Deployment
 from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
-from cluster.tools.memory_watch import MemoryWatch
+from cluster.tools.eval.modes import Target, load_mode
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
@@ -23,7 +25,6 @@ ANSWER_TOKENS = 20  # an answer has 15
 _ROOM = 256  # tokens kept for the question and the answer
 _SHORTEST, _LONGEST = 1000, 1 << 20
 _TRAINED = 4096  # positions the checkpoint was trained on
-_KV_TOKEN_BYTES = 512  # of one token in one actor
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,42 @@ class DemoOptions:
     positions: str = "dca"  # dca and yarn stretch the trained window over the document; plain fails beyond it
     sparse: bool = True  # prompts beyond the threshold of the checkpoint select the keys they read
     seed: int = 0
+
+
+class MemoryWatch(threading.Thread):
+    """Samples the memory of this process and everything it started every `every_s` seconds while it is entered."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        super().__init__(name="memory", daemon=True)
+        self.peak_bytes = 0
+        self._every_s = every_s
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> MemoryWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self.join()
+
+    def run(self) -> None:
+        self.peak_bytes = tree_pss_bytes()
+        while not self._stopped.wait(self._every_s):
+            self.peak_bytes = max(self.peak_bytes, tree_pss_bytes())
+
+
+def tree_pss_bytes() -> int:
+    """Return the bytes of this process and all its descendants (on Linux PSS: shared pages count once)."""
+    total = 0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            memory = process.memory_full_info()
+        except psutil.Error:  # it ended meanwhile, or is not ours to look at
+            continue
+        total += getattr(memory, "pss", memory.rss)
+    return total
 
 
 def demo_report(
@@ -85,25 +122,15 @@ def demo_report(
 
 def demo_deployment(options: DemoOptions) -> Deployment:
     """Return the deployment of `configs/demo.yaml` for a document of `options.tokens`. Raises UserError."""
-    length = options.tokens + _ROOM
     if not _SHORTEST <= options.tokens <= _LONGEST:
         raise UserError(f"tokens: {options.tokens}: must be between {_SHORTEST} and {_LONGEST}")
-    room = length + options.needles * _TRAINED  # every question computes its last cell itself
-    kv_bytes = max(256 << 20, _KV_TOKEN_BYTES * room)
-    overrides: dict[str, object] = {
-        "model.max_model_len": length, "kv_cache.bytes": kv_bytes, "sparse.enabled": options.sparse,
-    }  # fmt: skip
+    more: dict[str, object] = {"sparse.enabled": options.sparse}
     if options.positions != "dca":
-        overrides["model.config_file"] = "config.json"
-        overrides["sparse.cell"] = _TRAINED  # a step holds it; dual chunk attention would have cut cells itself
-    if options.positions == "plain":
-        overrides["model.allow_beyond_positions"] = True
-    elif options.positions == "yarn":
-        factor = float(max(1, math.ceil(length / _TRAINED)))
-        overrides["model.rope_scaling"] = {
-            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": _TRAINED,
-        }  # fmt: skip
-    return load_deployment(configs_dir() / "demo.yaml", overrides)
+        more["sparse.cell"] = _TRAINED  # a step holds it; dual chunk attention would have cut cells itself
+    return load_mode(
+        Target(configs_dir() / "demo.yaml"), options.positions, options.tokens + _ROOM,
+        extra_tokens=options.needles * _TRAINED, more=more,  # every question computes its last cell itself
+    )  # fmt: skip
 
 
 def run_demo(options: DemoOptions, display: Display) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from cluster.common.units import format_bytes
-from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
+from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
 from cluster.stages.launcher import LaunchStatus
 
@@ -29,11 +29,8 @@ class Display:
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32),
             TextColumn("{task.fields[figures]}"), console=console, transient=True, disable=not self._live,
         )  # fmt: skip
-        self._task: TaskID | None = None
-        self._label = ""
-        self._phase = ""
+        self._label = self._phase = ""
         self._last_line = 0.0
-        self._answered: dict[int, int] = {}
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -57,45 +54,37 @@ class Display:
 
     def status(self, phase: str) -> None:
         """Show a phase without figures."""
-        self._show(phase, 0, None, "", None)
+        self._show(phase)
 
     def launch(self, status: LaunchStatus) -> None:
         """Show a step of starting."""
-        figures = ""
-        if status.total_bytes:
-            figures = f"{format_bytes(status.loaded_bytes)} of {format_bytes(status.total_bytes)}"
-        self._show(status.phase, status.loaded_bytes, status.total_bytes or None, figures, None)
+        loaded, total = status.loaded_bytes, status.total_bytes
+        self._show(status.phase, f"{format_bytes(loaded)} of {format_bytes(total)}" if total else "", loaded, total)
 
     def reading(self, num_questions: int) -> Callable[[int, EngineEvent], None]:
         """Return a callback for `ClusterRuntime.submit`: the first prompt's prefill, then tokens of all answers."""
-        self._answered = {}
+        written = 0
 
         def on_event(index: int, event: EngineEvent) -> None:
-            if isinstance(event, PrefillProgress) and index == 0 and not self._answered:
-                self.prefill(event.processed, event.total, event.eta_ms)
+            nonlocal written
+            if isinstance(event, PrefillProgress) and index == 0 and not written:
+                self.tokens("reading", event.processed, event.total, event.eta_ms)
             elif isinstance(event, OutputToken):
-                self._answered[index] = self._answered.get(index, 0) + 1
-                written = sum(self._answered.values())
+                written += 1
                 what = "answering" if num_questions == 1 else f"answering {num_questions} questions"
-                self._show(what, 0, None, f"{written} tokens", None)
-            elif isinstance(event, Generation):
-                self._progress.refresh()
+                self._show(what, f"{written} tokens")
 
         return on_event
 
-    def prefill(self, processed: int, total: int, eta_ms: int | None) -> None:
-        """Show how much of a prompt (tokens) is read."""
-        self._show("reading", processed, total, f"{processed:,} of {total:,} tokens", eta_ms)
-
-    def tokens(self, phase: str, done: int, total: int) -> None:
+    def tokens(self, phase: str, done: int, total: int, eta_ms: int | None = None) -> None:
         """Show how many tokens of a phase are done."""
-        self._show(phase, done, total, f"{done:,} of {total:,} tokens", None)
+        left = "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
+        self._show(phase, f"{done:,} of {total:,} tokens{left}", done, total)
 
-    def _show(self, phase: str, done: int, total: int | None, figures: str, eta_ms: int | None) -> None:
+    def _show(self, phase: str, figures: str = "", done: int = 0, total: int = 0) -> None:
         if self._quiet:
             return
         phase = f"{self._label}: {phase}" if self._label else phase
-        figures += "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
         is_new, self._phase = phase != self._phase, phase
         if not self._live:
             now = time.monotonic()
@@ -103,11 +92,11 @@ class Display:
                 self._console.print(f"{phase}: {figures}" if figures else phase, highlight=False)
                 self._last_line = now
             return
-        if self._task is None or is_new:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(phase, total=total, figures=figures)
-        self._progress.update(self._task, completed=done, total=total, figures=figures)
+        if is_new:
+            for task in self._progress.task_ids:
+                self._progress.remove_task(task)
+            self._progress.add_task(phase, total=total or None, figures=figures)
+        self._progress.update(self._progress.task_ids[0], completed=done, total=total or None, figures=figures)
 
 
 def plain_table(*columns: str) -> Table:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from cluster.common.addresses import split_address
 from cluster.common.text_format import one_line
-from protos.node.environment import COMPILERS, compiler, cpu_facts, usable_cores
+from protos.node.environment import COMPILERS, compiler, cpu_facts, usable_cores, version_of
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
@@ -103,6 +102,14 @@ def render(report: Report, console: Console) -> None:
     console.print("ready to run" if report.ok else "not ready: see the errors above")
 
 
+def judge(name: str, detail: str, *rules: tuple[object, Status, str]) -> Check:
+    """Return the finding of the first of `rules` (applies, status, advice) that applies, else `ok`."""
+    for applies, status, advice in rules:
+        if applies:
+            return Check(name, status, detail, advice)
+    return Check(name, "ok", detail)
+
+
 def check_python(version: tuple[int, ...]) -> Check:
     name = ".".join(map(str, version))
     if version < (3, 11):
@@ -112,42 +119,37 @@ def check_python(version: tuple[int, ...]) -> Check:
 
 def check_packages() -> Check:
     """Report the versions of what Longreach depends on, from their metadata: nothing is imported."""
-    present, absent = [], []
-    for name in _PACKAGES:
-        try:
-            present.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            absent.append(name)
+    versions = {name: version_of(name) for name in _PACKAGES}
+    absent = [name for name, version in versions.items() if version is None]
     if absent:
         return Check("packages", "error", f"not installed: {', '.join(absent)}", f"pip install {' '.join(absent)}")
-    return Check("packages", "ok", ", ".join(present))
+    return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | None, Check]:
     """Run `workers.doctor`; return its facts and a finding, no facts if it fails, hangs or prints something else."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
+    root = Path(__file__).resolve().parents[2]  # where `python -m` finds it
+    lines: list[str] = []
     try:
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        return None, Check("torch", "error", f"no answer within {timeout:g} s", advice)
-    except OSError as error:
-        return None, Check("torch", "error", f"cannot be started: {error}", advice)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=root)
+        lines = done.stdout.strip().splitlines()
+        if done.returncode == 0 and lines:
+            facts = json.loads(lines[-1])
+            detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
+            bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
+            if not facts.get("mkldnn"):
+                return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
+            return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
-        return None, Check("torch", "error", f"exit code {done.returncode}: {reason}", advice)
-    try:
-        facts = json.loads(lines[-1])
-        detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
+        problem = f"exit code {done.returncode}: {reason}"
+    except subprocess.TimeoutExpired:
+        problem = f"no answer within {timeout:g} s"
+    except OSError as error:
+        problem = f"cannot be started: {error}"
     except (ValueError, KeyError, TypeError):
-        return None, Check("torch", "error", f"unexpected output: {lines[-1][:100]}", advice)
-    if not facts.get("mkldnn"):
-        return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
-    bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
-    return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
+        problem = f"unexpected output: {lines[-1][:100]}"
+    advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
+    return None, Check("torch", "error", problem, advice)
 
 
 def check_communication(facts: Mapping[str, Any]) -> Check:
@@ -160,48 +162,44 @@ def check_communication(facts: Mapping[str, Any]) -> Check:
 
 def check_cores(cgroup: Path) -> Check:
     """Report the cores of the machine, of this process (affinity), and the container's quota in cores."""
-    total = os.cpu_count() or 1
-    usable = usable_cores()
-    detail = f"{total} logical, {usable} usable by this process"
-    quota = _cgroup_cores(cgroup)
+    usable, quota = usable_cores(), _cgroup_cores(cgroup)
+    detail = f"{os.cpu_count() or 1} logical, {usable} usable by this process"
     if quota is not None:
         detail += f", container limit {quota:g}"
-    if quota is not None and quota < usable:
-        advice = f"threads beyond the limit are throttled: use at most {max(1, int(quota))}"
-        return Check("cores", "slow", detail, advice)
-    if usable < 4:
-        return Check("cores", "slow", detail, "prefill on CPU scales with cores: expect the demo model, not 30B")
-    return Check("cores", "ok", detail)
+    limit = usable if quota is None else quota
+    return judge(
+        "cores", detail,
+        (limit < usable, "slow", f"threads beyond the limit are throttled: use at most {max(1, int(limit))}"),
+        (usable < 4, "slow", "prefill on CPU scales with cores: expect the demo model, not 30B"),
+    )  # fmt: skip
 
 
 def check_cpu_features(facts: Mapping[str, str] | None, machine: str) -> Check:
-    name = "cpu features"
     if facts is None:
-        return Check(name, "ok", f"{machine}: not known on {platform.system()}")
+        return Check("cpu features", "ok", f"{machine}: not known on {platform.system()}")
     flags = set(facts.get("flags", facts.get("Features", "")).split())
-    detail = f"{machine}: {', '.join(flag for flag in _CPU_FLAGS if flag in flags) or 'no vector extension known here'}"
-    if machine not in ("x86_64", "AMD64"):
-        return Check(name, "slow", detail, "only x86-64 has tuned CPU kernels: others use portable code")
-    if {"amx_bf16", "amx_tile"} <= flags:
-        return Check(name, "ok", detail)
-    if "avx512_bf16" in flags:
-        return Check(name, "slow", detail, "no AMX: bfloat16 products run on AVX-512 vectors, not on tiles")
-    if "avx512f" in flags or "avx2" in flags:
-        return Check(name, "slow", detail, "no bfloat16 instructions: products are converted to float32 first")
-    return Check(name, "slow", detail, "neither AVX2 nor AVX-512: portable code, for trying out only")
+    known = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no vector extension known here"
+    x86 = machine in ("x86_64", "AMD64")
+    return judge(
+        "cpu features", f"{machine}: {known}",
+        (not x86, "slow", "only x86-64 has tuned CPU kernels: others use portable code"),
+        ({"amx_bf16", "amx_tile"} <= flags, "ok", ""),
+        ("avx512_bf16" in flags, "slow", "no AMX: bfloat16 products run on AVX-512 vectors, not on tiles"),
+        (flags & {"avx512f", "avx2"}, "slow", "no bfloat16 instructions: products are converted to float32 first"),
+        (True, "slow", "neither AVX2 nor AVX-512: portable code, for trying out only"),
+    )  # fmt: skip
 
 
 def check_memory(cgroup: Path) -> Check:
     memory = psutil.virtual_memory()
-    limit = _cgroup_number(cgroup / "memory.max")
+    limit = min(_numbers(cgroup / "memory.max"), default=memory.total)
     detail = f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f}"
     available = memory.available
-    if limit is not None and limit < memory.total:
-        available = min(available, limit - (_cgroup_number(cgroup / "memory.current") or 0))
+    if limit < memory.total:
+        available = min(available, limit - sum(_numbers(cgroup / "memory.current")))
         detail += f", container limit {limit / GIB:.1f} GiB"
-    if available < _MIN_MEMORY:
-        return Check("memory", "error", detail, f"at least {_MIN_MEMORY / GIB:g} GiB must be free")
-    return Check("memory", "ok", detail)
+    too_little = f"at least {_MIN_MEMORY / GIB:g} GiB must be free"
+    return judge("memory", detail, (available < _MIN_MEMORY, "error", too_little))
 
 
 def check_disk(data_dir: Path) -> Check:
@@ -209,22 +207,19 @@ def check_disk(data_dir: Path) -> Check:
     folder = data_dir.absolute()
     while not os.path.exists(folder):  # unlike Path.exists, False where a parent may not be read
         folder = folder.parent
-    detail = f"{shutil.disk_usage(folder).free / GIB:.1f} GiB free at {folder}"
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         return Check("disk", "error", f"{folder}: not a writable folder", "choose another data_dir")
-    if shutil.disk_usage(folder).free < _MIN_DISK:
-        return Check("disk", "error", detail, f"stored KV and jobs need at least {_MIN_DISK / GIB:g} GiB")
-    return Check("disk", "ok", detail)
+    free = shutil.disk_usage(folder).free
+    too_little = f"stored KV and jobs need at least {_MIN_DISK / GIB:g} GiB"
+    return judge("disk", f"{free / GIB:.1f} GiB free at {folder}", (free < _MIN_DISK, "error", too_little))
 
 
 def check_shm(path: Path) -> Check:
     if not path.is_dir():
         return Check("shared memory", "ok", f"no {path} on {platform.system()}")
     size = shutil.disk_usage(path).total
-    detail = f"{size / GIB:.2f} GiB at {path}"
-    if size < _MIN_SHM:
-        return Check("shared memory", "slow", detail, "Ray falls back to the disk: run containers with --shm-size=1g")
-    return Check("shared memory", "ok", detail)
+    advice = "Ray falls back to the disk: run containers with --shm-size=1g"
+    return judge("shared memory", f"{size / GIB:.2f} GiB at {path}", (size < _MIN_SHM, "slow", advice))
 
 
 def check_gpu() -> Check:
@@ -254,18 +249,15 @@ def check_cuda_build(facts: Mapping[str, Any]) -> Check:
 
 def check_compiler() -> Check:
     """Report the compiler that builds the CPU kernels at their first use."""
-    path = compiler()
-    if path is None:
-        advice = "device: cpu runs PyTorch's slower kernels: install g++"
-        return Check("compiler", "slow", f"no {', '.join(COMPILERS)} or CXX", advice)
-    return Check("compiler", "ok", path)
+    if (path := compiler()) is not None:
+        return Check("compiler", "ok", path)
+    advice = "device: cpu runs PyTorch's slower kernels: install g++"
+    return Check("compiler", "slow", f"no {', '.join(COMPILERS)} or CXX", advice)
 
 
 def check_ray(address: str) -> Check:
     """Report Ray's version and, with RAY_ADDRESS set, whether its port accepts connections (nothing is sent)."""
-    try:
-        version = metadata.version("ray")
-    except metadata.PackageNotFoundError:
+    if (version := version_of("ray")) is None:
         return Check("ray", "error", "not installed", "pip install ray")
     if not address or address in ("auto", "local"):
         return Check("ray", "ok", f"{version}, no RAY_ADDRESS: a local cluster will be started")
@@ -275,35 +267,31 @@ def check_ray(address: str) -> Check:
     try:
         socket.create_connection(target, timeout=5).close()
     except OSError as error:
-        return Check(
-            "ray", "missing", f"{version}, no cluster at {address} (RAY_ADDRESS): {error}",
-            "matters only for cluster.address: auto; start it, or unset RAY_ADDRESS",
-        )  # fmt: skip
+        detail = f"{version}, no cluster at {address} (RAY_ADDRESS): {error}"
+        return Check("ray", "missing", detail, "matters only for cluster.address: auto; start it, or unset RAY_ADDRESS")
     return Check("ray", "ok", f"{version}, cluster reachable at {address}")
 
 
 def check_open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limits = ["unlimited" if value == resource.RLIM_INFINITY else str(value) for value in (soft, hard)]
-    detail = f"{limits[0]} (hard limit {limits[1]})"
-    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
-        return Check("open files", "slow", detail, f"many clients may be refused: ulimit -n {_MIN_OPEN_FILES}")
-    return Check("open files", "ok", detail)
+    few = soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES
+    advice = f"many clients may be refused: ulimit -n {_MIN_OPEN_FILES}"
+    return judge("open files", f"{limits[0]} (hard limit {limits[1]})", (few, "slow", advice))
 
 
 def _cgroup_cores(cgroup: Path) -> float | None:
     """Return the CPU quota in cores (cgroup 2: `cpu.max`; cgroup 1: `cpu/cpu.cfs_*`), None without one."""
+    old = [cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    match _numbers(cgroup / "cpu.max") or [number for path in old for number in _numbers(path)]:
+        case [quota, period] if quota > 0 and period > 0:
+            return quota / period
+    return None
+
+
+def _numbers(path: Path) -> list[int]:
+    """Return the numbers in a file; none where it cannot be read or says "max", which is no limit."""
     try:
-        quota, period = (cgroup / "cpu.max").read_text().split()[:2]
+        return [int(word) for word in path.read_text().split()]
     except (OSError, ValueError):
-        old_quota = _cgroup_number(cgroup / "cpu" / "cpu.cfs_quota_us")
-        old_period = _cgroup_number(cgroup / "cpu" / "cpu.cfs_period_us")
-        return old_quota / old_period if old_quota and old_period and old_quota > 0 else None
-    return int(quota) / int(period) if quota.isdigit() and int(period) > 0 else None
-
-
-def _cgroup_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max" means no limit
-        return None
+        return []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,28 +71,22 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
 
 def _prompts(runtime: ClusterRuntime, source: RunInput, ask: AnswerOptions) -> list[list[int]]:
     """Return the token ids of every prompt, checked against the model. Raises UserError."""
-    if source.token_ids is not None:
-        with _named(source.token_ids) as path:
-            prompts = [parse_token_ids(path.read_bytes())]
-    else:
-        limit = runtime.deployment.max_model_len
-        with _named(source.document or source.prompt_file) as path:
+    path = source.document or source.prompt_file or source.token_ids
+    assert path is not None
+    limit = runtime.deployment.max_model_len
+    text, ids = "", []
+    try:
+        if source.token_ids is not None:
+            ids = parse_token_ids(path.read_bytes())
+        else:
             check_size(path.stat().st_size, runtime.tokenizer, limit)  # before it is read
             text = check_document(path.read_bytes(), runtime.tokenizer, limit)
-        if source.document is not None:
-            return runtime.document_prompts(text, source.questions, ask)
-        prompts = [runtime.tokenizer.encode(text, add_special=True)]
-    runtime.check_prompts(prompts, ask)
-    return prompts
-
-
-@contextmanager
-def _named(path: Path | None) -> Iterator[Path]:
-    """Have errors about the content of a file begin with its path."""
-    assert path is not None
-    try:
-        yield path
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise PromptError(f"{path}: {error}") from error
+    if source.document is not None:
+        return runtime.document_prompts(text, source.questions, ask)
+    prompts = [ids if source.token_ids is not None else runtime.tokenizer.encode(text, add_special=True)]
+    runtime.check_prompts(prompts, ask)
+    return prompts

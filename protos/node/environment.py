@@ -1,4 +1,7 @@
-"""What there is on a node, and the one writer of benchmark results. Needs the standard library only."""
+"""What a node is: its build, versions, processor and compiler; and the one writer of benchmark results.
+
+Needs the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-COMPILERS = ("c++", "g++", "clang++")  # that build the kernels
+COMPILERS = ("c++", "g++", "clang++")
+_PACKAGES = ("cluster", "protos", "workers")
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of matrix products
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,30 +28,29 @@ def environment() -> dict[str, Any]:
     """Return date, build, versions and processor as plain data; the version of a package that is missing is None."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "version": _version("longreach"),
+        "version": version_of("longreach"),
         "build": build_id(),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "ray": _version("ray"),
+        "torch": version_of("torch"),
+        "ray": version_of("ray"),
         "cpu": _cpu(),
         "cores": usable_cores(),
     }
 
 
-def usable_cores() -> int:
-    """Return the cores that this process may use (all of the machine where there is no affinity, as on macOS)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @cache
 def build_id() -> str:
-    """Return 16 hexadecimal digits of the SHA-256 over names and contents of the sources, one for all nodes."""
+    """Return a fingerprint of the installed code, so that every node of a cluster can be checked to run the same.
+
+    16 hexadecimal digits of the SHA-256 over names and contents of the sources.
+    """
     digest = hashlib.sha256()
-    for package in ("cluster", "protos", "workers"):
+    for package in _PACKAGES:
         for path in sorted((_ROOT / package).rglob("*.py")):
-            if path.parent.name != "training":  # not in the wheel
-                digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            if path.parent.name == "training":  # not in the wheel
+                continue
+            digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
@@ -57,6 +60,19 @@ def compiler() -> str | None:
         if name and (path := shutil.which(name)):
             return path
     return None
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use (all of the machine where there is no affinity, as on macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None without it, as on a bare machine with a checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
@@ -75,13 +91,6 @@ def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> 
     if path is not None:
         path.write_text(text + "\n", encoding="utf-8")
     return text
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a bare machine with a checkout
-        return None
 
 
 def _cpu() -> str:

@@ -62,7 +62,7 @@ def interface_address(name: str) -> str:
     if name not in interfaces:
         known = ", ".join(sorted(interfaces))
         raise NodeError(f"cluster.network_interface: {name}: not on {os.uname().nodename}, which has {known}")
-    for address in interfaces[name]:
-        if address.family == socket.AF_INET:
-            return str(address.address)
-    raise NodeError(f"cluster.network_interface: {name}: has no IPv4 address on {os.uname().nodename}")
+    addresses = [str(each.address) for each in interfaces[name] if each.family == socket.AF_INET]
+    if not addresses:
+        raise NodeError(f"cluster.network_interface: {name}: has no IPv4 address on {os.uname().nodename}")
+    return addresses[0]

@@ -27,7 +27,7 @@ def compare(engines: Mapping[str, Engine], length: int, repeats: int) -> dict[st
             run = engine(length, seed)
             runs[name].append(run)
             print(f"{length}: {name}: {length / run['first_token_s']:.0f} tokens/s", file=sys.stderr)
-    entry: dict[str, Any] = {"length": length} | {name: _summary(length, found) for name, found in runs.items()}
+    entry: dict[str, Any] = {"length": length} | {name: _summary(length, done) for name, done in runs.items()}
     if len(engines) > 1:
         ours, theirs = (entry[name] for name in engines)
         for key in ("prefill_tokens_per_s", "decode_ms"):
@@ -36,23 +36,24 @@ def compare(engines: Mapping[str, Engine], length: int, repeats: int) -> dict[st
 
 
 def _summary(length: int, runs: list[Run]) -> dict[str, Any]:
-    first, decode = ([run[key] for run in runs] for key in ("first_token_s", "decode_s"))
+    first, decode = [run["first_token_s"] for run in runs], [run["decode_s"] * 1e3 for run in runs]
     return {
         "prefill_tokens_per_s": round(length / statistics.median(first), 1),
-        "decode_ms": round(statistics.median(decode) * 1e3, 2),
+        "decode_ms": round(statistics.median(decode), 2),
         "first_token_s": [round(value, 3) for value in first],
-        "decode_ms_runs": [round(value * 1e3, 2) for value in decode],
+        "decode_ms_runs": [round(value, 2) for value in decode],
         **{key: value for key, value in runs[-1].items() if key not in ("first_token_s", "decode_s")},
     }
 
 
-def run_peer(name: str, command: Sequence[str], lines: str = "") -> list[str]:
-    """Run an engine in a process of its own, with `lines` on its standard input; return the lines of its output.
+def run_peer(name: str, command: Sequence[object], lines: str = "") -> list[str]:
+    """Run an engine in a process of its own, with `lines` on its standard input; returns the lines of its output.
 
     Raises UserError: it failed, or took more than an hour.
     """
+    words = [str(word) for word in command]
     try:
-        done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(words, input=lines, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"peers: {name}: no result within {_TIMEOUT_S} s; use shorter --lengths") from error
     if done.returncode:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from protos.node.environment import write_result
-from workers.bench import kernels
-from workers.bench.checkpoint import write_checkpoint
-from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model
-from workers.bench.peers import Setup, measure_peers
+from workers.bench.kernels import KernelSetup, run_kernels
+from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
+from workers.bench.peers import measure_peers
 from workers.bench.timing import Figure
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
@@ -95,56 +94,53 @@ def main(argv: list[str] | None = None) -> int:
         if options.verb == "make-checkpoint":
             size = write_checkpoint(options.out, layers=options.layers)
             print(f"{options.out}: {size / 1e9:.2f} GB of weights")
-            return 0
-        _rounds(options) if options.verb == "rounds" else _run(options)
+        else:
+            _run(options)
     except (ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _device(options: argparse.Namespace) -> torch.device:
-    device = torch.device(options.device)
+def _run(options: argparse.Namespace) -> None:
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda: torch finds no GPU here; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    return device
-
-
-def _rounds(options: argparse.Namespace) -> None:
-    device, (size, *_), dtype = _device(options), options.lengths, DTYPES[options.dtype]
-    process = OneProcess(options.model, dtype, device, size + options.tokens + PAGE, options.chunk)
-    for seconds in process.rounds(sys.stdin, process.prompt(size), options.tokens):
-        print(seconds, flush=True)
-
-
-def _run(options: argparse.Namespace) -> None:
-    device = _device(options)
+    if options.verb == "rounds":
+        size = options.lengths[0]
+        process = OneProcess(options.model, dtype, device, size + options.tokens + PAGE, options.chunk)
+        for seconds in process.rounds(sys.stdin, process.prompt(size), options.tokens):
+            print(seconds, flush=True)
+        return
     if options.json and not options.json.parent.is_dir():
         raise ValueError(f"--json: {options.json}: its folder does not exist; create it first")
-    figures: list[Figure] = []
-
-    def show(measured: Iterable[Figure]) -> None:
-        for figure in measured:
-            print(figure.line(), flush=True)
-            figures.append(figure)
-
-    verbs: dict[str, Callable[[], Iterable[Figure]]] = {
-        "kernels": lambda: kernels.run_kernels(_kernel_setup(options, device)),
-        "prefill": lambda: _model(options, device, 0),
-        "decode": lambda: _model(options, device, _DECODE_TOKENS),
-        "peers": lambda: measure_peers(
-            Setup(options.model, options.chunk, torch.get_num_threads()), options.lengths, options.repeats or 3
-        ),
-    }
-    for verb in ("kernels", "decode") if options.verb == "all" else (options.verb,):
-        show(verbs[verb]())
+    figures = []
+    for figure in _figures(options, device, dtype):
+        print(figure.line(), flush=True)
+        figures.append(asdict(figure))
     if options.json:
         # only the names of folders are kept: their paths mean nothing on another machine
         config = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
-        result = {"what": options.verb, "config": config, "figures": [asdict(figure) for figure in figures]}
-        write_result(options.json, result, **_facts(device), **({"date": options.date} if options.date else {}))
+        facts = _facts(device) | ({"date": options.date} if options.date else {})
+        write_result(options.json, {"what": options.verb, "config": config, "figures": figures}, **facts)
+
+
+def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Figure]:
+    verb, quick = options.verb, options.quick
+    if verb in ("kernels", "all"):
+        keys = (256,) if quick else (4096, 16384, 65536)
+        repeats = options.repeats or (2 if quick else 10)
+        yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, keys, repeats))
+    if verb in ("prefill", "decode", "all"):
+        sizes = [min(options.lengths[0], 300)] if quick else options.lengths
+        decode = 0 if verb == "prefill" else 2 if quick else _DECODE_TOKENS
+        model = options.model or benchmark_spec(1 if quick else 8)
+        yield from run_model(model, dtype, device, sizes, options.chunk, decode, options.repeats or (1 if quick else 3))
+    if verb == "peers":
+        threads = torch.get_num_threads()
+        yield from measure_peers(options.model, options.chunk, threads, options.lengths, options.repeats or 3)
 
 
 def _facts(device: torch.device) -> dict[str, object]:
@@ -157,21 +153,6 @@ def _facts(device: torch.device) -> dict[str, object]:
             "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
         }  # fmt: skip
     return facts
-
-
-def _kernel_setup(options: argparse.Namespace, device: torch.device) -> kernels.KernelSetup:
-    keys = (256,) if options.quick else (4096, 16384, 65536)
-    repeats = options.repeats or (2 if options.quick else 10)
-    return kernels.KernelSetup(device, DTYPES[options.dtype], 64 if options.quick else 2048, keys, repeats)
-
-
-def _model(options: argparse.Namespace, device: torch.device, decode: int) -> list[Figure]:
-    sizes = [min(size, 300) for size in options.lengths[:1]] if options.quick else options.lengths
-    repeats = options.repeats or (1 if options.quick else 3)
-    dtype = DTYPES[options.dtype]
-    tokens = min(decode, 2) if options.quick else decode
-    model = options.model or benchmark_spec(1 if options.quick else 8)
-    return run_model(model, dtype, device, sizes, options.chunk, tokens, repeats)
 
 
 if __name__ == "__main__":

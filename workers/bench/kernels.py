@@ -6,9 +6,9 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 from __future__ import annotations
 
 import statistics
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,11 @@ from workers.kv.paged import LayerKV, PageTable
 from workers.model.layers import rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, norm_and_rotate_, row_scales
+from workers.runner.sampler import Sampler
 from workers.transport.collectives import join_group
+from workers.transport.frames import Assembler, split
 
+_SPEC = benchmark_spec()
 _VOCAB = 151936  # of the published Qwen3 models
 _RANKS = 2
 
@@ -66,10 +69,9 @@ def run_kernels(setup: KernelSetup) -> Iterator[Figure]:
 
 
 def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
-    spec = benchmark_spec()
-    rows, heads, dim = min(setup.tokens, keys), spec.num_attention_heads, spec.head_dim
+    rows, heads, dim = min(setup.tokens, keys), _SPEC.num_attention_heads, _SPEC.head_dim
     q = setup.random(rows, heads, dim)
-    kv = LayerKV(*setup.random(2, spec.num_key_value_heads, -(-keys // PAGE) * PAGE, dim))
+    kv = LayerKV(*setup.random(2, _SPEC.num_key_value_heads, -(-keys // PAGE) * PAGE, dim))
     table = PageTable(PAGE)
     table.append(range(-(-keys // PAGE)))
     plan, last = AttentionPlan(keys - rows, rows), AttentionPlan(keys - 1, 1)
@@ -88,16 +90,15 @@ def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
 
 
 def _experts(setup: KernelSetup) -> Iterator[Figure]:
-    spec = benchmark_spec()
-    hidden, width, count = spec.hidden_size, spec.moe_intermediate_size, spec.num_experts
+    hidden, width, count = _SPEC.hidden_size, _SPEC.moe_intermediate_size, _SPEC.num_experts
     router = setup.random(count, hidden)
     gate_up, down = setup.random(count, 2 * width, hidden) * 0.02, setup.random(count, hidden, width) * 0.02
     scratch = ExpertScratch()
     for tokens in (setup.tokens, 1):
         x = setup.random(tokens, hidden)
-        experts, weights = route(x, router, spec.num_experts_per_tok, True)
-        flop = 6.0 * tokens * spec.num_experts_per_tok * hidden * width
-        yield setup.time(f"route, {tokens} tokens", lambda x=x: route(x, router, spec.num_experts_per_tok, True))  # type: ignore[misc]
+        experts, weights = route(x, router, _SPEC.num_experts_per_tok, True)
+        flop = 6.0 * tokens * _SPEC.num_experts_per_tok * hidden * width
+        yield setup.time(f"route, {tokens} tokens", lambda x=x: route(x, router, _SPEC.num_experts_per_tok, True))  # type: ignore[misc]
         yield setup.time(
             f"experts, {tokens} tokens",
             lambda x=x, e=experts, w=weights: run_experts(x, e, w, gate_up, down, Span(0, count), scratch),  # type: ignore[misc]
@@ -106,14 +107,13 @@ def _experts(setup: KernelSetup) -> Iterator[Figure]:
 
 
 def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
-    spec = benchmark_spec()
-    hidden, heads, dim = spec.hidden_size, spec.num_attention_heads, spec.head_dim
+    hidden, heads, dim = _SPEC.hidden_size, _SPEC.num_attention_heads, _SPEC.head_dim
     x, weight = setup.random(setup.tokens, hidden), setup.random(hidden)
     yield setup.time(f"rms_norm [{setup.tokens}, {hidden}]", lambda: rms_norm(x, weight, 1e-6))
     q = setup.random(setup.tokens, heads, dim)
-    cos_sin = Rotary(spec.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
+    cos_sin = Rotary(_SPEC.rope, dim, setup.device).cos_sin(torch.arange(setup.tokens, device=setup.device))
     yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: norm_and_rotate_(q.clone(), cos_sin))
-    out = (heads + 2 * spec.num_key_value_heads) * dim
+    out = (heads + 2 * _SPEC.num_key_value_heads) * dim
     matrix = setup.random(out, hidden)
     flop = 2.0 * setup.tokens * hidden * out
     yield setup.time(f"linear [{setup.tokens}, {hidden}] -> {out}", lambda: F.linear(x, matrix), flop)
@@ -122,38 +122,26 @@ def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
 def _all_reduce(setup: KernelSetup) -> Figure:
     """Measure two ranks in this process, over gloo on the loopback interface, always in host memory."""
     store, device = dist.HashStore(), torch.device("cpu")
-    tensors = [torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype) for _ in range(_RANKS)]
-    go, done = threading.Barrier(_RANKS, timeout=120), threading.Event()
+    tensors = [torch.zeros(setup.tokens, _SPEC.hidden_size, dtype=setup.dtype) for _ in range(_RANKS)]
+    with ThreadPoolExecutor(1, "all-reduce") as other:
+        joining = other.submit(join_group, store, 1, _RANKS, device, 60.0)
+        groups = [join_group(store, 0, _RANKS, device, 60.0), joining.result()]
 
-    def member() -> None:
-        group = join_group(store, 1, _RANKS, device, 60.0)
-        while True:
-            go.wait()
-            if done.is_set():
-                return group.close()
-            group.all_reduce(tensors[1])
+        def call() -> None:
+            done = other.submit(groups[1].all_reduce, tensors[1])
+            groups[0].all_reduce(tensors[0])
+            done.result()
 
-    other = threading.Thread(target=member, name="all-reduce", daemon=True)
-    other.start()
-    group = join_group(store, 0, _RANKS, device, 60.0)
-
-    def call() -> None:
-        go.wait()
-        group.all_reduce(tensors[0])
-
-    seconds = measure(call, device, setup.repeats)
-    done.set()
-    go.wait()
-    other.join(timeout=60)
-    group.close()
+        seconds = measure(call, device, setup.repeats)
+        closing = other.submit(groups[1].close)
+        groups[0].close()
+        closing.result()
     shape = list(tensors[0].shape)
     return median_figure(f"all-reduce {shape}, gloo, {_RANKS} members", [s * 1e3 for s in seconds], "ms")
 
 
 def _frames(setup: KernelSetup) -> Iterator[Figure]:
-    from workers.transport.frames import Assembler, split
-
-    tensor = torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype)
+    tensor = torch.zeros(setup.tokens, _SPEC.hidden_size, dtype=setup.dtype)
     frames = [b"".join(frame) for frame in split(tensor, 0)]
 
     def assemble() -> None:
@@ -161,14 +149,12 @@ def _frames(setup: KernelSetup) -> Iterator[Figure]:
         for frame in frames:
             assembler.add(frame)
 
-    host = KernelSetup(torch.device("cpu"), setup.dtype, setup.tokens, setup.keys, setup.repeats)
+    host = replace(setup, device=torch.device("cpu"))
     yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0)))
     yield host.time(f"frames, assemble {list(tensor.shape)}", assemble)
 
 
 def _sampler(setup: KernelSetup) -> Iterator[Figure]:
-    from workers.runner.sampler import Sampler
-
     logits = setup.random(_VOCAB).float()
     sampler = Sampler(_VOCAB)
     for name, params in (

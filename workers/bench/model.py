@@ -1,10 +1,8 @@
-"""The one-process runner: prefill and decode by the decoder alone, without Ray, sockets or the sampler.
-
-Legend: `M` hidden size, `H` and `K` query and KV heads, `D` head dim, `E` experts, `I` expert width.
-"""
+"""The one-process runner: prefill and decode by the runner of a stage, without Ray and sockets; its model."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -15,16 +13,16 @@ import torch
 
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec, RopeSpec
-from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
-from workers.bench.timing import Figure, median_figure, synchronize
-from workers.kv.paged import PagedKV
-from workers.model.batch import PageTables, token_ids
-from workers.model.decoder import Decoder
-from workers.model.weights import dummy_shard, load_shard, whole_model
-from workers.transport.collectives import Collectives
+from workers.bench.timing import Figure, median_figure
+from workers.eval.whole_model import SequenceFeed, WholeModel
 
 PAGE = 64  # tokens
 _WARM_UP = 256  # tokens
+_SAME_IN_CONFIG = (  # fields of the spec that have the same name in `config.json`
+    "model_type", "dtype", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "decoder_sparse_step", "mlp_only_layers", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -46,29 +44,16 @@ class Timings(NamedTuple):
 
 
 class OneProcess:
-    """A whole model and the KV of one sequence."""
+    """A model, from a folder or a shape with random weights, and the KV of one sequence of `tokens`.
+
+    A prefill step has at most `chunk` tokens.
+    """
 
     def __init__(
         self, model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, tokens: int, chunk: int
     ) -> None:
-        """Load the model.
-
-        Args:
-            model: a checkpoint folder, or a shape that gets random weights.
-            tokens: capacity of the KV cache.
-            chunk: upper bound on the tokens of a prefill step.
-        """
-        self.spec = load_model_spec(model) if isinstance(model, Path) else model
-        shard = whole_model(self.spec)
-        if isinstance(model, Path):
-            weights = load_shard(model, self.spec, shard, dtype, device)
-        else:
-            weights = dummy_shard(self.spec, shard, dtype, device)
-        pages = -(-tokens // PAGE)
-        kv_heads, layers = self.spec.num_key_value_heads, self.spec.num_hidden_layers
-        self._kv = PagedKV(layers, kv_heads, self.spec.head_dim, pages, PAGE, dtype, device)
-        self._decoder = Decoder(self.spec, shard, weights, Collectives(), device)
-        self._device = device
+        path, self.spec = (model, load_model_spec(model)) if isinstance(model, Path) else (None, model)
+        self._runner = WholeModel(path, self.spec, dtype, device).runner(self.spec, tokens, PAGE)
         self._chunk = chunk
 
     def prompt(self, length: int) -> list[int]:
@@ -77,74 +62,92 @@ class OneProcess:
         generator = torch.Generator().manual_seed(1)
         return torch.randint(min(5, high - 1), high, (length,), generator=generator).tolist()
 
-    @torch.inference_mode()
     def run(self, ids: list[int], decode: int) -> Timings:
         """Prefill `ids` in chunks up to the first token, then decode greedily."""
-        tables = PageTables(PAGE)
+        feed = SequenceFeed(self._runner, PAGE, len(ids))
         began = time.perf_counter()
-        token = 0
         for start in range(0, len(ids), self._chunk):
-            token = self._step(tables, start, ids[start : start + self._chunk], len(ids))
-        prefill = time.perf_counter() - began
-        return Timings(prefill, self._decode(tables, ids, token, decode))
+            feed.take(ids[start : start + self._chunk])
+        return Timings(time.perf_counter() - began, _decode(feed, feed.tokens[-1], decode))
 
-    def _decode(self, tables: PageTables, ids: list[int], token: int, count: int) -> list[float]:
-        seconds = []
-        for index in range(count):
-            began = time.perf_counter()
-            token = self._step(tables, len(ids) + index, [token], len(ids))
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    @torch.inference_mode()
     def rounds(self, requests: Iterable[str], ids: list[int], decode: int) -> Iterator[float]:
         """Yield the seconds to the first token for every "prefill", and the mean seconds of a step for every "decode".
 
         So another program can measure in turns with this one, whose memory stays allocated.
         """
         self.run(ids[: 2 * self._chunk], 2)
-        whole = -(-len(ids) // PAGE)
+        computed = False
         for request in requests:
-            if request.strip() == "prefill":
-                yield self.run(ids, 0).prefill_s
-                continue
-            tables = PageTables(PAGE)
-            part = SequenceSlice(0, 0, 1, len(ids), ids[:1], range(whole), whole, None)
-            tables.apply(StepPlan(0, (part,)))
-            yield statistics.fmean(self._decode(tables, ids, ids[-1], decode))
+            is_decode = request.strip() == "decode"
+            if not is_decode or not computed:  # decode steps need the KV of the prompt
+                seconds = self.run(ids, 0).prefill_s
+                computed = True
+            if is_decode:
+                feed = SequenceFeed(self._runner, PAGE, len(ids))
+                feed.skip(ids)
+                seconds = statistics.fmean(_decode(feed, ids[-1], decode))
+            yield seconds
 
-    def _step(self, tables: PageTables, start: int, ids: list[int], prompt_len: int) -> int:
-        have, need = -(-start // PAGE), -(-(start + len(ids)) // PAGE)
-        sample = SampleSpec(SamplingParams(), 0)
-        part = SequenceSlice(0, start, len(ids), prompt_len, ids, range(have, need), need, sample)
-        plan = StepPlan(0, (part,))
-        tables.apply(plan)
-        batch = tables.batch(plan, self.spec, self._device)
-        embedded = self._decoder.embed(token_ids(plan, {}, self._device))
-        hidden = self._decoder.layers(embedded, self._decoder.prepare(batch, self._kv))
-        token = int(self._decoder.logits(hidden[batch.sample_rows])[0].argmax())
-        synchronize(self._device)
-        return token
+
+def _decode(feed: SequenceFeed, token: int, count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        began = time.perf_counter()
+        feed.take([token])
+        seconds.append(time.perf_counter() - began)
+        token = feed.tokens[-1]
+    return seconds
 
 
 def run_model(
     model: Path | ModelSpec, dtype: torch.dtype, device: torch.device, lengths: list[int], chunk: int, decode: int,
     repeats: int,
-) -> list[Figure]:  # fmt: skip
+) -> Iterator[Figure]:  # fmt: skip
     """Measure prefill and, when `decode` is above 0, decode steps at each length.
 
     A prompt of 256 tokens warms up; the first run at a length still has new shapes and counts as one of `repeats`.
     """
     process = OneProcess(model, dtype, device, max(*lengths, _WARM_UP) + decode + 1, chunk)
     process.run(process.prompt(_WARM_UP), 2)
-    figures = []
     for length in lengths:
         ids = process.prompt(length)
         runs = [process.run(ids, decode) for _ in range(repeats)]
         rates = [length / run.prefill_s for run in runs]
-        figures.append(median_figure(f"prefill {length}", rates, "tokens/s"))
-        figures.append(Figure(f"prefill {length}, first run", runs[0].prefill_s, "s"))
+        yield median_figure(f"prefill {length}", rates, "tokens/s")
+        yield Figure(f"prefill {length}, first run", runs[0].prefill_s, "s")
         if decode:
             times = [second * 1e3 for run in runs for second in run.decode_s]
-            figures.append(median_figure(f"decode at {length}", times, "ms a token"))
-    return figures
+            yield median_figure(f"decode at {length}", times, "ms a token")
+
+
+def write_checkpoint(folder: Path, seed: int = 0, layers: int = 8) -> int:
+    """Write the built-in model as a Hugging Face checkpoint; returns the bytes of the weights.
+
+    They are random bfloat16 numbers (normal, scale 0.02; norms 1).
+
+    Raises:
+        ValueError: the folder already holds a `config.json`.
+    """
+    from safetensors.torch import save_file
+
+    from protos.model.checkpoint import expected_tensors
+
+    if (folder / "config.json").exists():
+        raise ValueError(f"OUT: {folder}: already holds a config.json; name a new folder")
+    spec = benchmark_spec(layers)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_tensors(spec).items():
+        if name.endswith("norm.weight"):
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            tensors[name] = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {name: getattr(spec, name) for name in _SAME_IN_CONFIG} | {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_act": "silu", "attention_bias": False,
+        "use_sliding_window": False, "rope_theta": spec.rope.theta,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())

@@ -33,17 +33,12 @@ def median_figure(name: str, values: list[float], unit: str, note: str = "") -> 
     return Figure(name, statistics.median(values), unit, len(values), min(values), max(values), note)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the queued work of a CUDA device is done; return at once for a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 2) -> list[float]:
     """Return the seconds of each of `repeats` calls after `warm_up` unmeasured ones; by CUDA events on a GPU."""
     for _ in range(warm_up):
         call()
-    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = []
     for _ in range(repeats):
         if device.type == "cuda":

@@ -44,33 +44,26 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(request["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("cluster.device: cuda: torch finds no GPU here; use cpu")
+    spec = ModelSpec.from_json(json.dumps(request["spec"]))
     setup = Setup(
-        model=Path(request["model"]),
-        spec=ModelSpec.from_json(json.dumps(request["spec"])),
-        dtype=DTYPES[request["dtype"]],
-        device=device,
-        chunk=request["chunk"],
-        page_size=request["page_size"],
-        dummy=request["dummy"],
-    )
+        Path(request["model"]), spec, DTYPES[request["dtype"]], device, request["chunk"], request["page_size"],
+        request["dummy"],
+    )  # fmt: skip
     variants = [
         Variant(entry["name"], entry["sparse"], None if entry["kv"] == "auto" else DTYPES[entry["kv"]])
         for entry in request["variants"]
     ]
-    return evaluate(setup, request["prompt"], request["next"], variants, _Progress())
+    last = 0.0
 
-
-class _Progress:
-    """Writes progress to standard output: a few lines per second, and always the last one of a phase."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
+    def write_progress(phase: str, done: int, total: int) -> None:
+        """Print a line: a few a second, and always the last one of a phase."""
+        nonlocal last
         now = time.monotonic()
-        if done == total or now - self._last >= _MIN_INTERVAL_S:
-            self._last = now
+        if done == total or now - last >= _MIN_INTERVAL_S:
+            last = now
             print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
+
+    return evaluate(setup, request["prompt"], request["next"], variants, write_progress)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ import torch
 
 from protos.model.grid import is_sparse, whole_cells
 from protos.model.spec import ModelSpec
-from protos.stage.messages import CellReport, SampleSpec, SamplingParams, SequenceSlice, StepPlan
-from workers.kv.paged import PagedKV
-from workers.model.weights import dummy_shard, load_shard, whole_model
-from workers.runner.model_runner import ModelRunner
-from workers.transport.collectives import Collectives
+from protos.stage.messages import CellReport
+from workers.eval.whole_model import SequenceFeed, WholeModel
 
 _DIGITS = 6  # significant digits of the figures in the result
 _WARM_UP = 256  # tokens
+_HEAD_FIGURES = {  # names in the result, and in a report
+    "density": "density", "estimated_recall": "estimated_recall", "held_out_recall": "held_out_recall",
+    "dense_share": "dense",
+}  # fmt: skip
 
 OnProgress = Callable[[str, int, int], None]  # phase, tokens done, tokens in all
 
@@ -70,11 +71,7 @@ class Reader:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self._shard = whole_model(setup.spec)
-        if setup.dummy:
-            self._weights = dummy_shard(setup.spec, self._shard, setup.dtype, setup.device)
-        else:
-            self._weights = load_shard(setup.model, setup.spec, self._shard, setup.dtype, setup.device)
+        self._model = WholeModel(None if setup.dummy else setup.model, setup.spec, setup.dtype, setup.device)
 
     def read(
         self, variant: Variant, prompt: Sequence[int], num_next: int, on_progress: OnProgress,
@@ -83,58 +80,23 @@ class Reader:
         """Prefill `prompt`, then decode `num_next` tokens: those of `forced`, or greedily without it."""
         setup = self.setup
         spec = setup.spec if variant.sparse else replace(setup.spec, sparse=None)
-        pages = -(-(len(prompt) + num_next) // setup.page_size)
-        kv_type = variant.kv or setup.dtype
-        kv = PagedKV(
-            spec.num_hidden_layers,
-            spec.num_key_value_heads,
-            spec.head_dim,
-            pages,
-            setup.page_size,
-            kv_type,
-            setup.device,
-        )
-        steps = _Steps(ModelRunner(spec, self._shard, self._weights, kv, Collectives(), setup.device), len(prompt), kv)
+        runner = self._model.runner(spec, len(prompt) + num_next, setup.page_size, variant.kv)
+        feed = SequenceFeed(runner, setup.page_size, len(prompt), keep_logits=True)
         began = time.perf_counter()
         position = 0
         while position < len(prompt):
             length = min(setup.chunk, len(prompt) - position)
             if is_sparse(spec, position, len(prompt)):
                 length = whole_cells(spec, position, setup.chunk, len(prompt))
-            steps.take(prompt[position : position + length], position + length == len(prompt))
+            feed.take(prompt[position : position + length], sample=position + length == len(prompt))
             position += length
             on_progress(f"{variant.name}: reading", position, len(prompt))
         prefill_s = time.perf_counter() - began
-        while len(steps.tokens) < num_next:
-            newest = len(steps.tokens) - 1
-            steps.take([steps.tokens[newest] if forced is None else forced[newest]], True)
-            on_progress(f"{variant.name}: continuing", len(steps.tokens), num_next)
+        while len(feed.tokens) < num_next:
+            feed.take([(forced or feed.tokens)[len(feed.tokens) - 1]])
+            on_progress(f"{variant.name}: continuing", len(feed.tokens), num_next)
         decode_s = time.perf_counter() - began - prefill_s
-        return Reading(steps.tokens, torch.cat(steps.logits), steps.cells, prefill_s, decode_s)
-
-
-class _Steps:
-    """Feeds one sequence to a runner step by step."""
-
-    def __init__(self, runner: ModelRunner, prompt_len: int, kv: PagedKV) -> None:
-        self.tokens: list[int] = []
-        self.logits: list[torch.Tensor] = []
-        self.cells: list[CellReport] = []
-        self._runner, self._prompt_len, self._page_size = runner, prompt_len, kv.page_size
-        self._position = self._step = 0
-
-    def take(self, ids: Sequence[int], sample: bool) -> None:
-        """Compute the next rows; with `sample` keep the logits of the last one."""
-        stop = self._position + len(ids)
-        have, need = -(-self._position // self._page_size), -(-stop // self._page_size)
-        wanted = SampleSpec(SamplingParams(), len(self.tokens)) if sample else None
-        part = SequenceSlice(0, self._position, len(ids), self._prompt_len, list(ids), range(have, need), need, wanted)
-        out = self._runner.execute(StepPlan(self._step, (part,)), keep_logits=True)
-        self.cells += out.cells
-        if out.logits is not None:
-            self.logits.append(out.logits.cpu())
-            self.tokens.append(out.samples[0].token_id)
-        self._position, self._step = stop, self._step + 1
+        return Reading(feed.tokens, torch.cat(feed.logits), feed.cells, prefill_s, decode_s)
 
 
 def evaluate(
@@ -183,25 +145,25 @@ def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
 
 
 def head_figures(reports: Sequence[CellReport], spec: ModelSpec) -> dict[str, list[list[float]]]:
-    """Return figures `[layers][heads]` over all cells: density weighted by causal pairs, the others by tokens."""
+    """Return figures `[layers][heads]` over all cells: density weighted by causal pairs, the others by tokens.
+
+    Of heads without any cell everything was kept.
+    """
     shape = (spec.num_hidden_layers, spec.num_attention_heads)
-    names = ("density", "estimated_recall", "held_out_recall", "dense_share")
-    sums, weights = {name: np.zeros(shape) for name in names}, {name: np.zeros(shape) for name in names}
-    lowest = np.ones(shape)
-    for report in reports:
-        place = report.layer, slice(report.first_head, report.first_head + len(report.density))
-        pairs = report.length * report.start + report.length * (report.length + 1) // 2
-        columns = (report.density, report.estimated_recall, report.held_out_recall, report.dense)
-        for name, column in zip(names, columns, strict=True):
-            weight = pairs if name == "density" else report.length
-            sums[name][place] += weight * np.asarray(column, float)
-            weights[name][place] += weight
-        lowest[place] = np.minimum(lowest[place], report.held_out_recall)
+    places = [(report.layer, slice(report.first_head, report.first_head + len(report.density))) for report in reports]
     figures = {}
-    for name in names:
-        untouched = 0.0 if name == "dense_share" else 1.0  # of heads without any cell: everything was kept
-        share = np.where(weights[name] > 0, sums[name] / np.maximum(weights[name], 1), untouched)
+    for name, field in _HEAD_FIGURES.items():
+        sums, weights = np.zeros(shape), np.zeros(shape)
+        for report, place in zip(reports, places, strict=True):
+            pairs = report.length * report.start + report.length * (report.length + 1) // 2
+            weight = pairs if name == "density" else report.length
+            sums[place] += weight * np.asarray(getattr(report, field), float)
+            weights[place] += weight
+        share = np.where(weights > 0, sums / np.maximum(weights, 1), 0.0 if name == "dense_share" else 1.0)
         figures[name] = [_rounded(row) for row in share.tolist()]
+    lowest = np.ones(shape)
+    for report, place in zip(reports, places, strict=True):
+        lowest[place] = np.minimum(lowest[place], report.held_out_recall)
     return figures | {"held_out_recall_min": [_rounded(row) for row in lowest.tolist()]}
 
 

@@ -87,6 +87,9 @@ class Form:
         return prompts
 
 
+_QUESTION = Form()
+
+
 def read_source(assets: Path, document: Path | None = None) -> Source:
     """Return the words of `assets` with its book, or with the text of `document`. Raises UserError."""
     try:
@@ -105,15 +108,9 @@ def read_source(assets: Path, document: Path | None = None) -> Source:
 
 
 def build_haystack(
-    tokenizer: TextTokenizer,
-    total_tokens: int,
-    num_needles: int,
-    seed: int,
-    source: Source | Path,
-    *,
-    share_words: bool = False,
-    form: Form | None = None,
-) -> Haystack:
+    tokenizer: TextTokenizer, total_tokens: int, num_needles: int, seed: int, source: Source | Path, *,
+    share_words: bool = False, form: Form = _QUESTION,
+) -> Haystack:  # fmt: skip
     """Return a document: `num_needles` sentences hidden evenly in as much text as fits prompts of `total_tokens`.
 
     Args:
@@ -126,30 +123,28 @@ def build_haystack(
         UserError: for sizes that cannot be.
     """
     source = read_source(source) if isinstance(source, Path) else source
-    form = form or Form()
     pairs = _choose_words(source.words, num_needles, seed, share_words)
-    if total_tokens < _MIN_TOKENS_PER_NEEDLE * (num_needles + 1):
-        raise UserError(
-            f"total_tokens: {total_tokens}: must be at least {_MIN_TOKENS_PER_NEEDLE * (num_needles + 1)} "
-            f"for {num_needles} needles"
-        )
+    if total_tokens < (minimum := _MIN_TOKENS_PER_NEEDLE * (num_needles + 1)):
+        raise UserError(f"total_tokens: {total_tokens}: must be at least {minimum} for {num_needles} needles")
     codes = random.Random(f"{seed} codes").sample(range(10_000, 100_000), num_needles)
     needles = [
-        Needle(adjective, noun, str(code), _question(adjective, noun), f" {_fact(adjective, noun, code)}", 0.0)
+        Needle(
+            adjective, noun, str(code), f"What is the secret code of {adjective} {noun}?",
+            f" The secret code of {adjective} {noun} is {code}.", 0.0,
+        )
         for (adjective, noun), code in zip(pairs, codes, strict=True)
-    ]
+    ]  # fmt: skip
     facts = [needle.answer[1:] for needle in needles]
     empty = [len(prompt) for prompt in form.prompts(tokenizer, ".", needles, 2 * total_tokens)]
     longest = needles[empty.index(max(empty))]
     overhead = max(empty) + sum(len(tokenizer.encode(f"\n{fact}\n")) for fact in facts)
     budget = total_tokens - overhead
     while budget > 0:
-        document, offsets = _hide(_cut(tokenizer, source.text, budget), facts)
+        document = _hide(_cut(tokenizer, source.text, budget), facts)
         (prompt,) = form.prompts(tokenizer, document, [longest], 2 * total_tokens)
         if len(prompt) <= total_tokens:
-            placed = [
-                replace(needle, depth=offset / len(document)) for needle, offset in zip(needles, offsets, strict=True)
-            ]
+            starts = [document.index(f"\n{fact}\n") + 1 for fact in facts]
+            placed = [replace(needle, depth=at / len(document)) for needle, at in zip(needles, starts, strict=True)]
             return Haystack(document, tuple(placed), len(prompt))
         budget -= len(prompt) - total_tokens  # seams between book and needles cost a token here and there
     raise UserError(f"total_tokens: {total_tokens}: the needles and the question alone have {overhead}: raise it")
@@ -164,14 +159,6 @@ def finds_code(answer_text: str, needle: Needle) -> bool:
     """Return whether the first number of five digits in the answer is the code; what surrounds it is free."""
     number = re.search(r"(?<![0-9])[0-9]{5}(?![0-9])", answer_text)
     return number is not None and number[0] == needle.code
-
-
-def _fact(adjective: str, noun: str, code: int) -> str:
-    return f"The secret code of {adjective} {noun} is {code}."
-
-
-def _question(adjective: str, noun: str) -> str:
-    return f"What is the secret code of {adjective} {noun}?"
 
 
 def _choose_words(
@@ -212,18 +199,16 @@ def _cut(tokenizer: TextTokenizer, book: str, num_tokens: int) -> str:
         size *= 2
 
 
-def _hide(text: str, facts: list[str]) -> tuple[str, list[int]]:
-    """Put each fact on a line of its own, in the middle of its equal part of the text; return where each starts too."""
-    pieces, offsets = [], []
-    done = length = 0
+def _hide(text: str, facts: list[str]) -> str:
+    """Put every fact on a line of its own near the middle of its equal part of the text."""
+    pieces = []
+    done = 0
     for index, fact in enumerate(facts):
         middle = len(text) * (2 * index + 1) // (2 * len(facts))
         at = max(done, _break_before(text, middle, len(text) // (4 * len(facts))) - 1)
         pieces += [text[done:at], f"\n{fact}\n"]
-        offsets.append(length + at - done + 1)
-        length += at - done + len(pieces[-1])
         done = at + 1 if text[at : at + 1] == "\n" else at  # the line break before the fact replaces the book's
-    return "".join([*pieces, text[done:]]), offsets
+    return "".join([*pieces, text[done:]])
 
 
 def _break_before(text: str, stop: int, reach: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from cluster.config.deployment import Deployment, load_config, load_deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype
@@ -43,17 +44,6 @@ class Target:
         return self.model or load_config(self.config).model.path
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What all modes of an evaluation have in common; lengths in tokens."""
-
-    max_len: int
-    extra_tokens: int = 0  # KV beside one context, for what questions about one document do not share
-    sparse_threshold: int | None = 0
-    kv: str = "auto"
-    more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
-
-
 def find_target(config: Path | None, model: Path | None) -> Target:
     """Return a given YAML, that of the demo, or for a bare checkpoint one process on this machine. Raises UserError."""
     if model is not None and not (model / "config.json").is_file():
@@ -63,13 +53,22 @@ def find_target(config: Path | None, model: Path | None) -> Target:
     return Target(configs_dir() / ("demo.yaml" if model is None else "single.yaml"), model)
 
 
-def load_mode(target: Target, mode: str, conditions: Conditions) -> Deployment:
-    """Return the deployment of one mode, with room for what it reads. Raises ConfigError or UserError."""
-    overrides = target.overrides | mode_overrides(target, mode, conditions)
-    overrides |= {"model.max_model_len": conditions.max_len}
-    if conditions.kv != "auto":
-        overrides["kv_cache.dtype"] = conditions.kv
-    overrides |= conditions.more
+def load_mode(
+    target: Target, mode: str, max_len: int, *, extra_tokens: int = 0, sparse_threshold: int | None = 0,
+    kv: str = "auto", more: Mapping[str, object] = MappingProxyType({}),
+) -> Deployment:  # fmt: skip
+    """Return the deployment of one mode, with room for what it reads. Raises ConfigError or UserError.
+
+    Args:
+        max_len: tokens of a context.
+        extra_tokens: KV beside one context, for what questions about one document do not share.
+        more: further dotted keys of the YAML.
+    """
+    overrides = target.overrides | mode_overrides(target, mode, max_len, sparse_threshold)
+    overrides |= {"model.max_model_len": max_len}
+    if kv != "auto":
+        overrides["kv_cache.dtype"] = kv
+    overrides |= more
     dense = load_deployment(target.config, overrides | {"sparse.enabled": False})
     config = dense.config
     if overrides.get("sparse.enabled"):
@@ -79,42 +78,36 @@ def load_mode(target: Target, mode: str, conditions: Conditions) -> Deployment:
     if config.kv_cache.bytes is not None:
         width = DTYPE_BYTES[compute_dtype(dense)]  # what int8 takes less is left unused
         widest = max(kv_bytes_per_token(dense.spec, shard, width) for shard in dense.shards)
-        needed = (conditions.max_len + conditions.extra_tokens + 2 * config.kv_cache.page_size) * widest
+        needed = (max_len + extra_tokens + 2 * config.kv_cache.page_size) * widest
         overrides["kv_cache.bytes"] = max(config.kv_cache.bytes, needed)
     return load_deployment(target.config, overrides)
 
 
-def mode_overrides(target: Target, mode: str, conditions: Conditions) -> dict[str, object]:
-    """Return the dotted keys that make one checkpoint attend by `mode` up to `conditions.max_len`. Raises UserError."""
-    dense: dict[str, object] = {"sparse.enabled": False}
-    if mode in ("plain", "yarn") and load_config(target.config).model.config_file == LONG_CONFIG:
-        dense["model.config_file"] = "config.json"
-    if mode == "plain":
-        return dense | {
-            "model.rope_scaling": {"rope_type": "default"}, "model.dual_chunk_attention": False,
-            "model.allow_beyond_positions": True,
-        }  # fmt: skip
-    if mode == "yarn":
-        window = trained_window(target.model_dir)
-        scaling = {
-            "rope_type": "yarn", "factor": float(max(1, math.ceil(conditions.max_len / window))),
-            "original_max_position_embeddings": window,
-        }  # fmt: skip
-        return dense | {"model.rope_scaling": scaling, "model.dual_chunk_attention": False}
+def mode_overrides(target: Target, mode: str, max_len: int, sparse_threshold: int | None) -> dict[str, object]:
+    """Return the dotted keys that make one checkpoint attend by `mode` up to `max_len`. Raises UserError."""
     if mode not in MODES:
         raise UserError(f"--modes: {mode}: must be among {', '.join(MODES)}")
+    overrides: dict[str, object] = {"sparse.enabled": mode == "sparse"}
+    if mode in ("plain", "yarn"):
+        scaling: dict[str, object] = {"rope_type": "default"}
+        if mode == "yarn":
+            window = trained_window(target.model_dir)
+            factor = float(max(1, math.ceil(max_len / window)))
+            scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": window}
+        else:
+            overrides["model.allow_beyond_positions"] = True
+        if load_config(target.config).model.config_file == LONG_CONFIG:
+            overrides["model.config_file"] = "config.json"
+        return overrides | {"model.rope_scaling": scaling, "model.dual_chunk_attention": False}
     long = dual_chunk_overrides(target)
     if long is None:
         raise UserError(
             f"--modes: {mode}: {target.model_dir} has neither {LONG_CONFIG} nor dual_chunk_attention_config in "
             "its config.json: add the file, or set model.dual_chunk_attention in the YAML, or leave dca and sparse out"
         )
-    if mode == "dca":
-        return dense | long
-    long["sparse.enabled"] = True
-    if conditions.sparse_threshold is not None:
-        long["sparse.threshold"] = conditions.sparse_threshold
-    return long
+    if mode == "sparse" and sparse_threshold is not None:
+        overrides["sparse.threshold"] = sparse_threshold
+    return overrides | long
 
 
 def dual_chunk_overrides(target: Target) -> dict[str, object] | None:

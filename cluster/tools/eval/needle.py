@@ -24,7 +24,7 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
 from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
-from cluster.tools.eval.modes import MODES, Conditions, Target, load_mode
+from cluster.tools.eval.modes import MODES, Target, load_mode
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 from protos.model.spec import ModelSpec
@@ -76,10 +76,13 @@ class NeedleRun:
         self.options = options
         self._display = display
         self._on_cell: Callable[[dict[str, Any]], None] = lambda report: None
-        conditions = Conditions(
-            max(options.lengths), options.needles * _PRIVATE_TOKENS, options.sparse_threshold, options.kv, options.more
-        )
-        self.deployments = {mode: load_mode(target, mode, conditions) for mode in options.modes}
+        self.deployments = {
+            mode: load_mode(
+                target, mode, max(options.lengths), extra_tokens=options.needles * _PRIVATE_TOKENS,
+                sparse_threshold=options.sparse_threshold, kv=options.kv, more=options.more,
+            )
+            for mode in options.modes
+        }  # fmt: skip
         first = next(iter(self.deployments.values()))
         self.trained = (first.config.model.path / "words.json").is_file()  # on this task: it gives exact answers
         tokenizer = TextTokenizer.open(first.config.model.path)
@@ -141,21 +144,20 @@ class NeedleRun:
 
     def _run_mode(self, mode: str, deployment: Deployment) -> None:
         waiting = list(self.documents)
-        self._display.label(f"{mode}")
+        self._display.label(mode)
         runtime = ClusterRuntime(deployment, self._display.launch)
+        start: Callable[[], None] | None = runtime.start
         try:
-            runtime.start()
             while waiting:
+                if start is not None:
+                    start()
+                start = None
                 self._display.label(f"{mode} {format_count(waiting[0].length)}")
                 try:
                     cell = self._ask(runtime, waiting[0])
-                except UserError as error:
+                except (UserError, *_BROKEN) as error:
                     cell = {"error": str(error)}
-                except _BROKEN as error:
-                    self._add(mode, waiting.pop(0), {"error": str(error)})
-                    if waiting:
-                        runtime.restart()
-                    continue
+                    start = runtime.restart if isinstance(error, _BROKEN) else None
                 self._add(mode, waiting.pop(0), cell)
         except _BROKEN as error:
             for document in waiting:
@@ -173,8 +175,13 @@ class NeedleRun:
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])
-        needles = document.haystack.needles
-        outcomes = [self._outcome(needle, answer) for needle, answer in zip(needles, answers, strict=True)]
+        outcomes = [
+            {
+                "depth": round(needle.depth, 4), "question": needle.question, "truth": needle.code,
+                "answer": answer.text.strip(), "right": self._is_right(answer.text, needle),
+            }
+            for needle, answer in zip(document.haystack.needles, answers, strict=True)
+        ]  # fmt: skip
         return {
             "right": sum(outcome["right"] for outcome in outcomes),
             **measurements(answers),
@@ -182,13 +189,8 @@ class NeedleRun:
             "outcomes": outcomes,
         }
 
-    def _outcome(self, needle: Needle, answer: Generation) -> dict[str, Any]:
-        begun = self.options.form == "prompt"
-        right = is_right(answer.text, needle, begun) if self.trained else finds_code(answer.text, needle)
-        return {
-            "depth": round(needle.depth, 4), "question": needle.question, "truth": needle.code,
-            "answer": answer.text.strip(), "right": right,
-        }  # fmt: skip
+    def _is_right(self, answer: str, needle: Needle) -> bool:
+        return is_right(answer, needle, self._form.begun) if self.trained else finds_code(answer, needle)
 
     def _add(self, mode: str, document: Document, cell: dict[str, Any]) -> None:
         place = {"mode": mode, "length": document.length, "trial": document.trial}

@@ -19,7 +19,7 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
-from cluster.tools.eval.modes import Conditions, Target, dual_chunk_overrides, load_mode, trained_window
+from cluster.tools.eval.modes import Target, dual_chunk_overrides, load_mode, trained_window
 from protos.errors import UserError
 from protos.node.environment import usable_cores
 
@@ -68,14 +68,15 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
     if options.sparse:
         more = {"sparse.enabled": True, "sparse.threshold": options.sparse_threshold} | more
         more = {key: value for key, value in more.items() if value is not None}
-    deployment = load_mode(target, positions, Conditions(options.tokens + options.num_next, more=more))
+    deployment = load_mode(target, positions, options.tokens + options.num_next, more=more)
     if options.sparse and deployment.spec.sparse is None:
         raise UserError("--sparse: the configuration switches it off: leave sparse.enabled out of --set")
     check_head(deployment)
-    prompt = _prompt(deployment, options)
-    result = _compute(_request(deployment, options, prompt), display)
     tokenizer = TextTokenizer.open(deployment.config.model.path)
+    prompt = _prompt(tokenizer, options)
+    result = _compute(_request(deployment, options, prompt), display)
     result["reference"]["text"] = tokenizer.decode(result["reference"].pop("token_ids"))
+    sparse = deployment.spec.sparse
     return {
         "what": "recall",
         "model": deployment.config.model.served_model_name,
@@ -84,9 +85,11 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
         "next": options.num_next,
         "positions": positions,
         "dtype": compute_dtype(deployment),
-        "sparse": None if deployment.spec.sparse is None else _sparse(deployment),
+        "sparse": None if sparse is None else {
+            "description": describe_sparsity(deployment.spec), "threshold": sparse.threshold, "cell": sparse.cell,
+        },
         **result,
-    }
+    }  # fmt: skip
 
 
 def _positions(target: Target, options: RecallOptions) -> str:
@@ -97,9 +100,8 @@ def _positions(target: Target, options: RecallOptions) -> str:
     return "plain" if options.tokens + options.num_next <= trained_window(target.model_dir) else "yarn"
 
 
-def _prompt(deployment: Deployment, options: RecallOptions) -> list[int]:
+def _prompt(tokenizer: TextTokenizer, options: RecallOptions) -> list[int]:
     """Return the first tokens of the document, as they are: no question, no chat template. Raises UserError."""
-    tokenizer = TextTokenizer.open(deployment.config.model.path)
     text = read_source(needle_dir(), options.document).text
     ids = tokenizer.encode(text[: 8 * options.tokens], add_special=True, literal=True)  # mostly more than enough
     if len(ids) < options.tokens:
@@ -156,9 +158,3 @@ def _compute(request: dict[str, Any], display: Display) -> dict[str, Any]:
     if code == 130:
         raise KeyboardInterrupt
     raise EvaluationFailed(f"the computing process ended with status {code}: {said[-1]}")
-
-
-def _sparse(deployment: Deployment) -> dict[str, Any]:
-    sparse = deployment.spec.sparse
-    assert sparse is not None
-    return {"description": describe_sparsity(deployment.spec), "threshold": sparse.threshold, "cell": sparse.cell}

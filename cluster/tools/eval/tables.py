@@ -46,29 +46,23 @@ def needle_table(report: dict[str, Any]) -> Table:
 
 def failures(report: dict[str, Any]) -> list[str]:
     """Return a line for every cell that has no result."""
-    return [
-        f"{cell['mode']} {format_count(cell['length'])}: {one_line(cell['error'])}"
-        for cell in report["cells"]
-        if "error" in cell
-    ]
+    failed = [cell for cell in report["cells"] if "error" in cell]
+    return [f"{cell['mode']} {format_count(cell['length'])}: {one_line(cell['error'])}" for cell in failed]
 
 
 def _figures(report: dict[str, Any], mode: str, length: int, cells: Sequence[dict[str, Any]]) -> list[str]:
     right, total = sum(cell["right"] for cell in cells), sum(cell["total"] for cell in cells)
     colour = "green" if right == total else "red" if right < total / 2 else "yellow"
     rates = [cell["prefill_tokens_per_s"] for cell in cells if cell["prefill_tokens_per_s"]]
+    attention = [cell.get("attention", {}) for cell in cells]
+    shares = [[each[key] for each in attention if each.get(key) is not None] for key in ("density", "held_out_recall")]
     return [
         f"[{colour}]{right}/{total}[/]",
         strip(depth_scores(report, mode, length)),
         f"{np.mean([cell['ttft_s'] for cell in cells]):.1f} s",
         f"{np.mean(rates):,.0f}/s" if rates else "",
-        *(_attention(cells, key) for key in ("density", "held_out_recall")),
+        *(f"{np.mean(values):.0%}" if values else "" for values in shares),
     ]
-
-
-def _attention(cells: Sequence[dict[str, Any]], key: str) -> str:
-    values = [cell["attention"][key] for cell in cells if cell.get("attention", {}).get(key) is not None]
-    return f"{np.mean(values):.0%}" if values else ""
 
 
 def strip(scores: Sequence[float | None]) -> str:
@@ -79,32 +73,27 @@ def strip(scores: Sequence[float | None]) -> str:
 def recall_table(report: dict[str, Any]) -> Table:
     """Return a column a variant: how far its next tokens and logits are from the dense ones, and what it visited."""
     variants = report["variants"]
-    names = [variant["name"] for variant in variants]
-    table = plain_table("", "dense", *names)
+    table = plain_table("", "dense", *(variant["name"] for variant in variants))
     for column in table.columns[1:]:
         column.justify = "right"
-    seconds = [entry["prefill_s"] for entry in (report["reference"], *variants)]
     table.add_row("same next token", "", *(f"{variant['same_top1']}/{report['next']}" for variant in variants))
     table.add_row("largest logit error", "", *(f"{variant['logit_error_max']:.2g}" for variant in variants))
     table.add_row("mean KL, nats", "", *(f"{variant['kl_mean']:.2g}" for variant in variants))
-    table.add_row("prefill", *(f"{value:.1f} s" for value in seconds))
-    dense = ("100%", "", "", "")
-    figures = [_head_figures(variant["heads"]) if variant.get("heads") else dense for variant in variants]
-    rows = zip(dense, *figures, strict=True)
-    for name, row in zip(("pairs visited", "recall", "lowest recall", "head-cells made dense"), rows, strict=True):
-        table.add_row(name, *row)
+    table.add_row("prefill", *(f"{entry['prefill_s']:.1f} s" for entry in (report["reference"], *variants)))
+    names = ("pairs visited", "recall", "lowest recall", "head-cells made dense")
+    for row in zip(names, *(_head_figures(entry.get("heads")) for entry in ({}, *variants)), strict=True):
+        table.add_row(*row)
     return table
 
 
-def _head_figures(heads: dict[str, Any]) -> tuple[str, str, str, str]:
+def _head_figures(heads: dict[str, Any] | None) -> tuple[str, str, str, str]:
+    """Return the last four rows of a column; of a dense variant without `heads`."""
+    if not heads:
+        return "100%", "", "", ""
     recall = np.array(heads["held_out_recall"], float)
-    layer, head = (int(i) for i in np.unravel_index(int(recall.argmin()), recall.shape))
-    return (
-        f"{np.mean(heads['density']):.0%}",
-        f"{recall.mean():.1%}",
-        f"L{layer} H{head} {recall.min():.1%}",
-        f"{np.mean(heads['dense_share']):.0%}",
-    )
+    layer, head = np.unravel_index(int(recall.argmin()), recall.shape)
+    lowest = f"L{layer} H{head} {recall.min():.1%}"
+    return f"{np.mean(heads['density']):.0%}", f"{recall.mean():.1%}", lowest, f"{np.mean(heads['dense_share']):.0%}"
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

@@ -1,7 +1,10 @@
-"""The demonstration without a cluster: its deployment at every length, and the report."""
+"""The demonstration without a cluster: its deployment at every length, the report, and the memory of processes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -9,10 +12,11 @@ import pytest
 from cluster.engine.attention_report import AttentionSummary
 from cluster.engine.outputs import Generation, Timings
 from cluster.scheduler.request import FinishReason
-from cluster.tools.demo import DemoOptions, demo_deployment, demo_report
+from cluster.tools.demo import DemoOptions, MemoryWatch, demo_deployment, demo_report, tree_pss_bytes
 from cluster.tools.eval.haystack import Haystack, Needle
 from protos.errors import UserError
 
+MIB = 1 << 20
 LENGTHS = [1000, 4096, 128_000, 1 << 20]
 
 
@@ -58,3 +62,19 @@ def test_report() -> None:
     assert report["sparse"]["density"] == 0.25
     assert (report["ttft_s"], report["prefill_tokens_per_s"], report["decode_tokens_per_s"]) == (2.0, 4000.0, 20.0)
     assert (report["stages"], report["shards_per_stage"], report["peak_memory_bytes"]) == (2, 2, 1 << 30)
+
+
+def test_memory_of_a_child_counts_and_the_peak_stays() -> None:
+    before = tree_pss_bytes()
+    assert before > 5 * MIB
+    with MemoryWatch(every_s=0.05) as watch:
+        code = "data = bytearray(b'x') * (64 << 20); print('up', flush=True); input()"
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "up\n"
+        deadline = time.monotonic() + 20
+        while watch.peak_bytes < before + 60 * MIB and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.communicate("\n")
+    assert before + 60 * MIB < watch.peak_bytes < before + 200 * MIB
+    assert tree_pss_bytes() < before + 60 * MIB

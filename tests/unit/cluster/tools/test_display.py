@@ -40,7 +40,7 @@ def test_lines_come_at_a_new_phase_and_every_few_seconds(monkeypatch: pytest.Mon
         now[0] += 5.0
         progress.launch(LaunchStatus("loading weights", 3 << 20, 1 << 30))
         progress.label("yarn 4K")
-        progress.prefill(1000, 4096, 2500)
+        progress.tokens("reading", 1000, 4096, 2500)
         progress.say("done")
     assert out.getvalue().splitlines() == [
         "starting Ray", "loading weights: 1MiB of 1GiB", "loading weights: 3MiB of 1GiB",

@@ -12,7 +12,15 @@ import pytest
 
 from cluster.tools import doctor
 from protos.node import environment as module
-from protos.node.environment import COMPILERS, build_id, compiler, cpu_facts, environment, usable_cores, write_result
+from protos.node.environment import (
+    COMPILERS,
+    build_id,
+    compiler,
+    cpu_facts,
+    environment,
+    usable_cores,
+    write_result,
+)
 from workers.kernels import build
 
 
@@ -79,6 +87,32 @@ def test_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores() == os.cpu_count()
 
 
+def fingerprint(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(module, "_ROOT", root)
+    return build_id.__wrapped__()
+
+
+def test_the_build_follows_names_and_contents_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cluster/a.py", "protos/node/b.py", "workers/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    first = fingerprint(tmp_path, monkeypatch)
+    assert len(first) == 16
+    assert set(first) <= set("0123456789abcdef")
+    (tmp_path / "cluster" / "notes.txt").write_text("no source")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "x.py").write_text("not installed")
+    assert fingerprint(tmp_path, monkeypatch) == first
+    (tmp_path / "workers" / "c.py").write_text("other")
+    second = fingerprint(tmp_path, monkeypatch)
+    (tmp_path / "workers" / "c.py").rename(tmp_path / "workers" / "d.py")
+    assert len({first, second, fingerprint(tmp_path, monkeypatch)}) == 3
+
+
+def test_this_installation_has_a_build() -> None:
+    assert build_id() == build_id()
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder of PATH; CXX is unset."""
@@ -93,7 +127,7 @@ def install(folder: Path, name: str) -> str:
     return str(path)
 
 
-def test_the_first_name_counts(folder: Path) -> None:
+def test_the_first_compiler_counts(folder: Path) -> None:
     assert compiler() is None
     for name in ("gcc", "cc", "clang"):  # these do not link C++
         install(folder, name)
@@ -113,29 +147,3 @@ def test_cxx_goes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_build_and_doctor_ask_the_same_function() -> None:
     assert build.compiler is compiler
     assert doctor.compiler is compiler
-
-
-def fingerprint(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(module, "_ROOT", root)
-    return module.build_id.__wrapped__()
-
-
-def test_it_follows_names_and_contents_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cluster/a.py", "protos/node/b.py", "workers/c.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    first = fingerprint(tmp_path, monkeypatch)
-    assert len(first) == 16
-    assert set(first) <= set("0123456789abcdef")
-    (tmp_path / "cluster" / "notes.txt").write_text("no source")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "x.py").write_text("not installed")
-    assert fingerprint(tmp_path, monkeypatch) == first
-    (tmp_path / "workers" / "c.py").write_text("other")
-    second = fingerprint(tmp_path, monkeypatch)
-    (tmp_path / "workers" / "c.py").rename(tmp_path / "workers" / "d.py")
-    assert len({first, second, fingerprint(tmp_path, monkeypatch)}) == 3
-
-
-def test_this_installation_has_one() -> None:
-    assert module.build_id() == module.build_id()

@@ -16,8 +16,7 @@ from protos.model.checkpoint import Checkpoint
 from protos.model.config_json import load_model_spec
 from tests.support.paths import ROOT
 from workers.bench.__main__ import length, main
-from workers.bench.checkpoint import write_checkpoint
-from workers.bench.model import OneProcess, benchmark_spec
+from workers.bench.model import OneProcess, benchmark_spec, write_checkpoint
 from workers.bench.timing import measure, median_figure
 
 _BARE = ["ray", "grpc", "google.protobuf", "safetensors", "pydantic", "psutil", "transformers", "tokenizers", "yaml"]

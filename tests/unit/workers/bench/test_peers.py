@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from workers.bench.checkpoint import write_checkpoint
-from workers.bench.peers import Setup, measure_peers
+from workers.bench.model import write_checkpoint
+from workers.bench.peers import measure_peers
 
 
 def test_both_engines_are_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     write_checkpoint(tmp_path / "model", layers=1)
-    figures = {figure.name: figure for figure in measure_peers(Setup(tmp_path / "model", 64, 1), [100], 1)}
+    figures = {figure.name: figure for figure in measure_peers(tmp_path / "model", 64, 1, [100], 1)}
     assert list(figures) == [
         "longreach, prefill 100", "longreach, decode at 100",
         "transformers, prefill 100", "transformers, decode at 100",

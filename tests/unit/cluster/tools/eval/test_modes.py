@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config.deployment import load_config
 from cluster.tools.assets import configs_dir, needle_dir
-from cluster.tools.eval.modes import Conditions, Target, dual_chunk_overrides, find_target, load_mode, trained_window
+from cluster.tools.eval.modes import MODES, Target, dual_chunk_overrides, find_target, load_mode, trained_window
 from protos.errors import UserError
 from tests.support.data.checkpoints import make_checkpoint
 
@@ -17,8 +17,7 @@ DEMO = Target(configs_dir() / "demo.yaml")
 
 
 def test_modes_are_settings_of_one_checkpoint() -> None:
-    conditions = Conditions(16384, 4096)
-    plain, yarn, dca, sparse = (load_mode(DEMO, mode, conditions) for mode in ("plain", "yarn", "dca", "sparse"))
+    plain, yarn, dca, sparse = (load_mode(DEMO, mode, 16384, extra_tokens=4096) for mode in MODES)
     assert (plain.spec.rope.kind, plain.spec.dual_chunk, plain.spec.sparse) == ("default", None, None)
     assert (yarn.spec.rope.kind, yarn.spec.rope.factor, yarn.spec.sparse) == ("yarn", 4.0, None)
     assert yarn.spec.rope.original_max_position_embeddings == trained_window(needle_dir()) == 4096
@@ -32,15 +31,15 @@ def test_modes_are_settings_of_one_checkpoint() -> None:
     for deployment in (plain, yarn, dca, sparse):
         assert deployment.max_model_len == 16384
         assert deployment.config.kv_cache.bytes is not None
-    more = Conditions(16384, sparse_threshold=None, kv="int8", more={"sparse.cell": "2K"})
-    published = load_mode(DEMO, "sparse", more)
+    more = {"sparse.cell": "2K"}
+    published = load_mode(DEMO, "sparse", 16384, sparse_threshold=None, kv="int8", more=more)
     assert published.spec.sparse is not None
     assert (published.spec.sparse.threshold, published.spec.sparse.cell) == (8192, 2048)
     assert published.config.kv_cache.dtype == "int8"
 
 
 def test_kv_grows_with_the_longest_length() -> None:
-    loaded = [load_mode(DEMO, "yarn", Conditions(length, 1000)) for length in (4096, 1 << 20)]
+    loaded = [load_mode(DEMO, "yarn", length, extra_tokens=1000) for length in (4096, 1 << 20)]
     small, large = (deployment.config.kv_cache.bytes for deployment in loaded)
     assert small == load_config(DEMO.config).kv_cache.bytes  # of the YAML, when that is enough
     assert large == ((1 << 20) + 1000 + 128) * 512  # what an actor keeps a token
@@ -62,7 +61,7 @@ def test_dual_chunk_attention_comes_from_the_yaml_or_a_published_file(tmp_path: 
     model = make_checkpoint(tmp_path / "tiny", "qwen3")
     assert dual_chunk_overrides(Target(DEMO.config, model)) is None
     with pytest.raises(UserError, match=r"--modes: dca: .* has neither config_1m.json nor dual_chunk_attention_config"):
-        load_mode(Target(DEMO.config, model), "dca", Conditions(64))
+        load_mode(Target(DEMO.config, model), "dca", 64)
     given = tmp_path / "given.yaml"
     given.write_text(f"model: {{path: {model}, dual_chunk_attention: {{chunk_size: 64, local_size: 32}}}}\n")
     assert dual_chunk_overrides(Target(given)) == {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.bench.chunks import Chunks
+from cluster.bench.rig import Chunks
 from protos.stage.messages import SequenceSlice, StepPlan
 
 
