@@ -27,7 +27,7 @@ from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
 from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.preflight import check_head, count_pages
-from cluster.stages.ray_cluster import ActorRequest, RayCluster
+from cluster.stages.ray_cluster import RayCluster
 from cluster.stages.socket_dirs import make_run_dir
 from protos.node.build_id import build_id
 from protos.node.node_check import NodeCheck
@@ -119,8 +119,9 @@ class Launcher:
 
         cores = self._ray.cores_of_a_pipeline(cluster.pipeline_parallel_size)
         gpus = 1.0 if cluster.device == "cuda" else 0.0
-        stage = ActorRequest(cluster.expert_parallel_size, cluster.cpus(cores), gpus)
-        self._actors = self._ray.place(StageActor, [stage] * cluster.pipeline_parallel_size)
+        self._actors = self._ray.place(
+            StageActor, cluster.pipeline_parallel_size, cluster.expert_parallel_size, cluster.cpus(cores), gpus
+        )
 
     def _open(self, fingerprint: str) -> list[StageAddress]:
         """Make every shard listen and check its node; returns the addresses in shard order."""
