@@ -5,6 +5,7 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 
 from __future__ import annotations
 
+import io
 import statistics
 import threading
 from collections.abc import Callable, Iterator
@@ -151,15 +152,14 @@ def _all_reduce(setup: KernelSetup) -> Figure:
 
 
 def _frames(setup: KernelSetup) -> Iterator[Figure]:
-    from workers.transport.frames import Assembler, split
+    from workers.transport.frames import read_tensor, split
 
     tensor = torch.zeros(setup.tokens, benchmark_spec().hidden_size, dtype=setup.dtype)
-    frames = [b"".join(frame) for frame in split(tensor, 0)]
+    frames = b"".join(split(tensor, 0))
 
     def assemble() -> None:
-        assembler = Assembler()
-        for frame in frames:
-            assembler.add(frame)
+        stream = io.BytesIO(frames)
+        read_tensor(stream.readinto)
 
     host = KernelSetup(torch.device("cpu"), setup.dtype, setup.tokens, setup.keys, setup.repeats)
     yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0)))
