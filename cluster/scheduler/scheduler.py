@@ -216,15 +216,14 @@ class Scheduler:
         sample = None
         if stop >= request.num_tokens:  # beyond: the token in between is in flight
             history = None
-            if request.sampling.repetition_penalty != 1.0 and not request.history_sent:
+            if request.sampling.repetition_penalty != 1.0 and not request.sampled_at:
                 history = sorted(set(request.tokens(0, stop)))
-                request.history_sent = True
             sample = SampleSpec(request.sampling, len(request.output) + request.samples_in_flight, history)
             request.samples_in_flight += 1
             request.sampled_at = self._step + 1
         num_pages = -(-stop // self._page_size)
-        new_pages = request.pages[request.num_pages_sent : num_pages]
-        request.num_pages_sent = num_pages
+        is_first = start == request.num_cached  # the stages know none of its pages yet
+        new_pages = request.pages[0 if is_first else -(-start // self._page_size) : num_pages]
         request.num_scheduled = stop
         tokens = request.tokens(start, stop)
         return SequenceSlice(
