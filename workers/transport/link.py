@@ -140,6 +140,7 @@ class Inbox:
         self._reason = ""
         self._is_damaged = False
         self._closed = threading.Event()
+        self._taking = threading.Lock()
         self.entry: socket.socket | None = None
         self._listener: socket.socket | None = None
         self._link: socket.socket | None = None
@@ -158,7 +159,8 @@ class Inbox:
         """
         until = time.monotonic() + timeout_s
         try:
-            received, tensor = read_tensor(lambda room: self._fill(room, until))
+            with self._taking:
+                received, tensor = read_tensor(lambda room: self._fill(room, until))
         except TimeoutError as error:
             raise LinkClosed(f"{self._content} of step {step} did not come within {timeout_s:g} s") from error
         except FrameError as error:
@@ -198,17 +200,20 @@ class Inbox:
         self._reason = self._reason or reason
         if self._link is not None:
             _shut_down(self._link)
-        else:
+        elif not self._closed.is_set():
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
                 visitor.connect(self._path)
         self._closed.set()
+        with self._taking:  # nobody reads from a descriptor that may soon be another file
+            for end in (self._listener, self._link):
+                if end is not None:
+                    end.close()
         if self._path:
             Path(self._path).unlink(missing_ok=True)
 
     def __del__(self) -> None:
-        for end in (self.entry, self._listener, self._link):  # not earlier, see `Sender`
-            if end is not None:
-                end.close()
+        if self.entry is not None:
+            self.entry.close()  # not earlier, see `Sender`
 
     def _fill(self, room: memoryview, until: float) -> None:
         """Read until `room` is full. Raises OSError: TimeoutError at `until`, the monotonic clock's."""

@@ -2,9 +2,7 @@
 // for each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
 #include "gemm/calls.h"
 
-#include <climits>
 #include <cmath>
-#include <cstring>
 
 #define INLINE __attribute__((always_inline)) inline
 
@@ -92,37 +90,6 @@ COMPILED(norm_row, NormCall)
 COMPILED(rotate_row, RotateCall)
 COMPILED(route_row, RouteCall)
 
-INLINE long argmax(const float* values, long size) {
-    constexpr std::int32_t kExponent = 0x7F800000;
-    const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
-        const float value = values[i] + 0.0f;  // no negative zero
-        std::int32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        wrong |= (bits & kExponent) == kExponent;
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF);
-    };
-    std::int32_t best = INT_MIN, wrong = 0;
-    for (long i = 0; i < size; ++i) {
-        const std::int32_t at = ordered(i, wrong);
-        best = at > best ? at : best;
-    }
-    if (wrong) return -1;
-    constexpr long kBlock = 256;  // searched without a branch
-    for (long first = 0; first < size; first += kBlock) {
-        const long stop = first + kBlock < size ? first + kBlock : size;
-        std::int32_t hit = 0;
-        for (long i = first; i < stop; ++i) hit |= ordered(i, wrong) == best;
-        for (long i = first; i < stop && hit; ++i) {
-            if (ordered(i, wrong) == best) return i;
-        }
-    }
-    return -1;
-}
-
-long argmax_portable(const float* values, long size) { return argmax(values, size); }
-LONGREACH_AVX2 long argmax_avx2(const float* values, long size) { return argmax(values, size); }
-LONGREACH_AVX512 long argmax_avx512(const float* values, long size) { return argmax(values, size); }
-
 template <typename Call> void every_token(const Call& call, void (*const* of)(const Call&, long), long values) {
     const auto row = of[call.path < kAvx512 ? call.path : kAvx512];
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (values > kSerial)
@@ -152,10 +119,4 @@ EXPORT int longreach_norm_rotate(const RotateCall* call) {
 EXPORT int longreach_route(const RouteCall* call) {
     every_token(*call, route_row_of, call->tokens * call->experts);
     return 0;
-}
-
-// Index of the greatest of `size` values, the first of equal ones; -1 when a value is infinite or NaN.
-EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std::int32_t path) {
-    constexpr long (*of[])(const float*, long) = {argmax_portable, argmax_avx2, argmax_avx512};
-    return of[path < kAvx512 ? path : kAvx512](values, size);
 }
