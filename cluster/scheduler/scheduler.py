@@ -8,7 +8,7 @@ whoever gets the pages next writes them later, and pages that others can find ar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cluster.scheduler.chunking import Chunk, PrefillShare, chunks, fit_to_grid, share_budget
 from cluster.scheduler.page_pool import PagePool
@@ -215,7 +215,7 @@ class Scheduler:
         stop = start + length
         sample = None
         if stop >= request.num_tokens:  # beyond: the token in between is in flight
-            history = None
+            history: Sequence[int] = ()
             if request.sampling.repetition_penalty != 1.0 and not request.sampled_at:
                 history = sorted(set(request.tokens(0, stop)))
             sample = SampleSpec(request.sampling, len(request.output) + request.samples_in_flight, history)

@@ -186,7 +186,6 @@ class Launcher:
             device=config.cluster.device,
             load_format=config.model.load_format,
             store_path=str(self._run_dir / f"stage{shard.stage}.store"),
-            group_address="127.0.0.1",  # the shards of a stage share a node
             # ranks may finish loading that far apart
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )

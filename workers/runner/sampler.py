@@ -96,7 +96,7 @@ class Sampler:
         return self._with_logprobs(sequence, token, logits, params.logprobs)
 
     def _seen_mask(self, sequence: int, spec: SampleSpec, device: torch.device) -> torch.Tensor:
-        if spec.history is not None:
+        if spec.history:
             mask = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
             mask[torch.tensor(list(spec.history), dtype=torch.int64, device=device)] = True
             self._seen[sequence] = mask

@@ -81,7 +81,7 @@ class StageWorker:
         growth = max(0, anonymous_bytes() - before)
         store = torch.distributed.FileStore(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
-            store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
+            store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s
         )
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())

@@ -1,6 +1,7 @@
 """Sampling: reproducible noise, the right distribution, filters against NumPy and against transformers."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def logits(seed: int = 0, size: int = VOCAB) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def spec(index: int = 0, history: list[int] | None = None, **params: float) -> SampleSpec:
+def spec(index: int = 0, history: Sequence[int] = (), **params: float) -> SampleSpec:
     return SampleSpec(SamplingParams(**params), index, history)
 
 
@@ -184,7 +185,7 @@ def test_history_is_sent_once_and_grows_with_the_output():
     sampler = Sampler(4)
     scores = torch.tensor([1.0, 0.9, 0.8, 0.1])
     tokens = [
-        sampler.sample(1, scores, spec(index, [3] if index == 0 else None, repetition_penalty=20.0)).token_id
+        sampler.sample(1, scores, spec(index, [3] if index == 0 else [], repetition_penalty=20.0)).token_id
         for index in range(4)
     ]
     assert tokens == [0, 1, 2, 0], "3 is penalised from the beginning, and once all are, the best comes again"
@@ -194,7 +195,7 @@ def test_a_penalised_sequence_without_history_is_refused():
     sampler = Sampler(VOCAB)
     with pytest.raises(RuntimeError, match=r"sequence 9: .* brings no history"):
         sampler.sample(9, logits(), spec(1, repetition_penalty=1.5))
-    sampler.sample(9, logits(), spec(0, [], repetition_penalty=1.5))
+    sampler.sample(9, logits(), spec(0, [5], repetition_penalty=1.5))
     sampler.sample(9, logits(), spec(1, repetition_penalty=1.5))
     sampler.forget(9)
     with pytest.raises(RuntimeError, match="brings no history"):
@@ -209,7 +210,7 @@ def test_sequences_do_not_share_history():
     sampler = Sampler(2)
     scores = torch.tensor([1.0, 0.9])
     assert sampler.sample(1, scores, spec(0, [0], repetition_penalty=2.0)).token_id == 1
-    assert sampler.sample(2, scores, spec(0, [], repetition_penalty=2.0)).token_id == 0
+    assert sampler.sample(2, scores, spec(0, [1], repetition_penalty=2.0)).token_id == 0
 
 
 # --- log-probabilities and errors ------------------------------------------------------------------------------------
