@@ -2,8 +2,8 @@
 
 Order of starting: checks on the head node, Ray, placement, actors listen, checks on every node, weights, KV and links.
 Whatever fails, everything that was started is stopped before the error leaves `start`. Order of stopping: the engine's
-runs, the actors, their placement, Ray. This is the only module of the control plane that imports `workers`, and it does
-so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
+runs, the actors, their placement; Ray stays for the next pipeline. This is the only module of the control plane that
+imports `workers`, and it does so lazily: the actor class is imported in `start`, and imports torch only in the actor.
 """
 
 from __future__ import annotations
@@ -63,10 +63,16 @@ class Launched:
 class Launcher:
     """One pipeline of one deployment. `start` once; `close` undoes it and may be called twice, at any point."""
 
-    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
+    def __init__(
+        self, deployment: Deployment, ray: RayCluster, on_status: Callable[[LaunchStatus], None] = lambda status: None
+    ) -> None:
+        """
+        Args:
+            ray: connected by `start`; `close` only releases its actors.
+        """
         self._deployment = deployment
+        self._ray = ray
         self._on_status = on_status
-        self._ray: RayCluster | None = None
         self._actors: list[list[Any]] = []
         self._shards: list[GrpcStageHandle] = []
         self._run_dir: Path | None = None
@@ -88,11 +94,10 @@ class Launcher:
         with contextlib.ExitStack() as steps:  # each runs whatever happens in the others; last added, first run
             if self._run_dir is not None:
                 steps.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
-            if self._ray is not None:
-                steps.callback(self._ray.close)
+            steps.callback(self._ray.release)
             for handle in self._shards:
                 steps.callback(handle.close)
-            self._shards, self._ray, self._run_dir = [], None, None
+            self._shards, self._run_dir = [], None
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -113,7 +118,6 @@ class Launcher:
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
-        self._ray = RayCluster(cluster.address)
         self._ray.connect()
         from workers.stage.actor import StageActor  # imports no torch yet
 
@@ -125,7 +129,6 @@ class Launcher:
 
     def _open(self, fingerprint: str) -> list[StageAddress]:
         """Make every shard listen and check its node; returns the addresses in shard order."""
-        assert self._ray is not None
         config = self._deployment.config
         self._run_dir = make_run_dir()
         if len(str(self._run_dir)) > _MAX_RUN_DIR_LENGTH:

@@ -33,7 +33,12 @@ _LOCAL_ENVIRONMENT = {
 
 
 class RayCluster:
-    """A connection to Ray and the actors placed through it. `close` undoes everything, and may be called twice."""
+    """A connection to Ray and the actors of one pipeline at a time.
+
+    `release` stops the actors, `close` everything; both may be called twice. A pipeline that takes the place of another
+    uses the same connection: a process that serves clients already had better not start Ray's, since a fork beside
+    running threads may hang, and `ray.init` holds the interpreter lock while it waits for them.
+    """
 
     def __init__(self, address: str, start_timeout_s: float = 60.0) -> None:
         self._address = address
@@ -49,7 +54,9 @@ class RayCluster:
         return self._address == "local"
 
     def connect(self) -> None:
-        """Start a local Ray, or join the existing one. Raises PlacementError."""
+        """Start a local Ray or join the existing one, unless that is done. Raises PlacementError."""
+        if self._connected:
+            return
         if self.is_local:
             os.environ.update(_LOCAL_ENVIRONMENT)
             logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
@@ -74,6 +81,7 @@ class RayCluster:
             reason = one_line(error, 300)
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
+        self._closed.clear()
         if on_terminate is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
@@ -142,8 +150,8 @@ class RayCluster:
         usable = [count for count in cores if count > 0]
         return max(1, min(usable, default=1) * min(len(usable), num_stages))
 
-    def close(self) -> None:
-        """Wait for actors that are closing, kill the rest, free their place, and leave (or end) Ray."""
+    def release(self) -> None:
+        """Wait for actors that are closing, kill the rest, and free their place; without Ray, leave that too."""
         if not self._connected:
             return
         from ray.util.placement_group import remove_placement_group
@@ -158,10 +166,19 @@ class RayCluster:
                 remove_placement_group(self._group)
         except (ray.exceptions.RayError, RuntimeError, ValueError):
             _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
+            self._leave()
         finally:
             self._actors, self._serving, self._group = [], [], None
-            ray.shutdown()
+
+    def close(self) -> None:
+        """Release the actors, and leave (or end) Ray."""
+        self.release()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._connected:
             self._connected = False
+            _ray().shutdown()
             self._closed.set()
 
     def _in_lasting_thread(self, start: Callable[[], object]) -> None:

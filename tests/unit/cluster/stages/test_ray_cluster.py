@@ -123,6 +123,34 @@ def test_a_local_ray_is_private_and_small(ray: FakeRay) -> None:
     assert ray.calls == ["shutdown"]
 
 
+def test_the_next_pipeline_uses_the_same_ray(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    cluster.place(lambda: "actor", 1, 1, 1.0, 0.0)
+    cluster.release()
+    cluster.release()
+    assert ray.calls[-2:] == ["kill actor", "remove group"]
+    started, ray.started = ray.started, {}
+    cluster.connect()
+    assert started
+    assert not ray.started
+    cluster.place(lambda: "next", 1, 1, 1.0, 0.0)
+    cluster.close()
+    assert ray.calls[-3:] == ["kill next", "remove group", "shutdown"]
+
+
+def test_a_ray_that_is_gone_is_started_anew(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    cluster.place(lambda: "actor", 1, 1, 1.0, 0.0)
+    ray.error = ray.exceptions.RayError("gone")
+    cluster.release()
+    assert ray.calls[-2:] == ["kill actor", "shutdown"]
+    ray.error, ray.started = None, {}
+    cluster.connect()
+    assert ray.started["address"] == "local"
+    cluster.close()
+    assert ray.calls[-1] == "shutdown"
+
+
 def test_an_existing_ray_is_joined_as_it_is(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: reached.append(address) or io.BytesIO())
