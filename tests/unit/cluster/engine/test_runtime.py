@@ -113,8 +113,8 @@ def test_a_local_cluster_is_a_runtime_from_a_file(tmp_path: Path) -> None:
 
 
 def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    closed = []
-    monkeypatch.setattr(RayCluster, "close", closed.append)
+    closed: list[object] = []
+    monkeypatch.setattr(RayCluster, "close", lambda self: closed.append(self))
     outcomes: list[Exception | None] = [None, StageError("no stage")]
 
     def launch(*_: object) -> Pipeline:
