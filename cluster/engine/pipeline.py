@@ -18,6 +18,7 @@ from cluster.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from cluster.stages.launcher import Launched, LaunchStatus
+    from cluster.stages.ray_cluster import RayCluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +31,18 @@ class Pipeline:
 
 
 def launch_pipeline(
-    deployment: Deployment, tokenizer: TextTokenizer | None, on_status: Callable[[LaunchStatus], None]
+    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster, on_status: Callable[[LaunchStatus], None]
 ) -> Pipeline:
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
 
     Raises:
-        PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
+        PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running but Ray.
     """
     from cluster.stages.launcher import Launcher  # loads grpc
 
     config, spec = deployment.config, deployment.spec
-    launcher = Launcher(deployment, on_status)
-    with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes, Ray
+    launcher = Launcher(deployment, ray, on_status)
+    with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes
         steps.callback(launcher.close)
         launched = launcher.start()
         scheduler = Scheduler(

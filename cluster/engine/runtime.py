@@ -18,6 +18,7 @@ from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
+from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_template import opens_thinking, render_chat
 from cluster.text.prompts import build_document_prompts, check_document, check_length
 from cluster.text.tokenizer import TextTokenizer
@@ -52,6 +53,7 @@ class ClusterRuntime:
         self.deployment = deployment
         self._tokenizer = None if ids_only else TextTokenizer.open(deployment.config.model.path)
         self.supervisor = PipelineSupervisor(self._launch)
+        self._ray = RayCluster(deployment.config.cluster.address)
         self._on_status = on_status
 
     def __enter__(self) -> Self:
@@ -66,8 +68,9 @@ class ClusterRuntime:
         self.supervisor.start()
 
     def close(self) -> None:
-        """Stop the pipeline; may be called twice."""
+        """Stop the pipeline and Ray; may be called twice."""
         self.supervisor.close()
+        self._ray.close()
 
     def restart(self) -> None:
         """Stop what is left of a failed pipeline and start a new one; requests of the old one are lost."""
@@ -75,7 +78,11 @@ class ClusterRuntime:
         self.start()
 
     def _launch(self) -> Pipeline:
-        return launch_pipeline(self.deployment, self._tokenizer, self._on_status)
+        try:
+            return launch_pipeline(self.deployment, self._tokenizer, self._ray, self._on_status)
+        except BaseException:
+            self._ray.close()  # the next attempt starts it anew: it may be the cause
+            raise
 
     @property
     def tokenizer(self) -> TextTokenizer:

@@ -27,13 +27,12 @@ class PagePool:
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._num_free = num_pages
         self.num_releases = 0  # rises when pages may have become available
 
     @property
     def num_available(self) -> int:
         """Pages that can be allocated: free and cached ones."""
-        return self._num_free + len(self._cached)
+        return self._state.count(_FREE) + len(self._cached)
 
     @property
     def usage(self) -> float:
@@ -48,11 +47,10 @@ class PagePool:
         if count > self.num_available - sum(self._readers[page] == 0 for page in adopted):
             return None
         self.adopt(adopted)
-        while self._num_free < count:
+        for _ in range(count - self._state.count(_FREE)):
             page, _ = self._cached.popitem(last=False)
             del self._page_of[self._hash_of.pop(page)]
             self._state[page] = _FREE
-            self._num_free += 1
         pages = list(adopted)
         runs = sorted((run.end() - run.start(), run.start()) for run in _FREE_RUN.finditer(self._state))
         missing = count
@@ -64,7 +62,6 @@ class PagePool:
             self._readers[start : start + size] = [1] * size
             pages.extend(range(start, start + size))
             missing -= size
-        self._num_free -= count
         return tuple(pages)
 
     def match(self, hashes: Iterable[bytes]) -> tuple[int, ...]:
@@ -109,4 +106,3 @@ class PagePool:
                 self._cached[page] = None
             else:
                 self._state[page] = _FREE
-                self._num_free += 1

@@ -60,11 +60,9 @@ class Request:
     num_computed: int = 0
     num_scheduled: int = 0
     pages: tuple[int, ...] = ()
-    num_pages_sent: int = 0  # how many of `pages` the stages know
     deficit: int = 0  # tokens carried over to the next sparse cell, see `cluster.scheduler.chunking`
     samples_in_flight: int = 0  # tokens that steps in flight will sample
-    sampled_at: int = 0  # the newest step that samples one
-    history_sent: bool = False
+    sampled_at: int = 0  # the newest step that samples one; 0: none yet
 
     # Shared prefix, kept by `cluster.scheduler.prefix_cache`
     hashes: Sequence[bytes] = ()  # of the prompt's pages that can be shared, under the length scale of `length_key`

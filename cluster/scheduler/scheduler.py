@@ -8,7 +8,7 @@ whoever gets the pages next writes them later, and pages that others can find ar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cluster.scheduler.chunking import Chunk, PrefillShare, chunks, fit_to_grid, share_budget
 from cluster.scheduler.page_pool import PagePool
@@ -215,16 +215,15 @@ class Scheduler:
         stop = start + length
         sample = None
         if stop >= request.num_tokens:  # beyond: the token in between is in flight
-            history = None
-            if request.sampling.repetition_penalty != 1.0 and not request.history_sent:
+            history: Sequence[int] = ()
+            if request.sampling.repetition_penalty != 1.0 and not request.sampled_at:
                 history = sorted(set(request.tokens(0, stop)))
-                request.history_sent = True
             sample = SampleSpec(request.sampling, len(request.output) + request.samples_in_flight, history)
             request.samples_in_flight += 1
             request.sampled_at = self._step + 1
         num_pages = -(-stop // self._page_size)
-        new_pages = request.pages[request.num_pages_sent : num_pages]
-        request.num_pages_sent = num_pages
+        is_first = start == request.num_cached  # the stages know none of its pages yet
+        new_pages = request.pages[0 if is_first else -(-start // self._page_size) : num_pages]
         request.num_scheduled = stop
         tokens = request.tokens(start, stop)
         return SequenceSlice(

@@ -2,8 +2,8 @@
 
 Order of starting: checks on the head node, Ray, placement, actors listen, checks on every node, weights, KV and links.
 Whatever fails, everything that was started is stopped before the error leaves `start`. Order of stopping: the engine's
-runs, the actors, their placement, Ray. This is the only module of the control plane that imports `workers`, and it does
-so lazily: the actor class is imported in `start`, and imports torch only inside the actor.
+runs, the actors, their placement; Ray stays for the next pipeline. This is the only module of the control plane that
+imports `workers`, and it does so lazily: the actor class is imported in `start`, and imports torch only in the actor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
 from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.preflight import check_head, count_pages
-from cluster.stages.ray_cluster import ActorRequest, RayCluster
+from cluster.stages.ray_cluster import RayCluster
 from cluster.stages.socket_dirs import make_run_dir
 from protos.node.environment import build_id
 from protos.node.node_check import NodeCheck
@@ -63,10 +63,16 @@ class Launched:
 class Launcher:
     """One pipeline of one deployment. `start` once; `close` undoes it and may be called twice, at any point."""
 
-    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
+    def __init__(
+        self, deployment: Deployment, ray: RayCluster, on_status: Callable[[LaunchStatus], None] = lambda status: None
+    ) -> None:
+        """
+        Args:
+            ray: connected by `start`; `close` only releases its actors.
+        """
         self._deployment = deployment
+        self._ray = ray
         self._on_status = on_status
-        self._ray: RayCluster | None = None
         self._actors: list[list[Any]] = []
         self._shards: list[GrpcStageHandle] = []
         self._run_dir: Path | None = None
@@ -88,11 +94,10 @@ class Launcher:
         with contextlib.ExitStack() as steps:  # each runs whatever happens in the others; last added, first run
             if self._run_dir is not None:
                 steps.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
-            if self._ray is not None:
-                steps.callback(self._ray.close)
+            steps.callback(self._ray.release)
             for handle in self._shards:
                 steps.callback(handle.close)
-            self._shards, self._ray, self._run_dir = [], None, None
+            self._shards, self._run_dir = [], None
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -113,18 +118,17 @@ class Launcher:
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
-        self._ray = RayCluster(cluster.address)
         self._ray.connect()
         from workers.stage.actor import StageActor  # imports no torch yet
 
         cores = self._ray.cores_of_a_pipeline(cluster.pipeline_parallel_size)
         gpus = 1.0 if cluster.device == "cuda" else 0.0
-        stage = ActorRequest(cluster.expert_parallel_size, cluster.cpus(cores), gpus)
-        self._actors = self._ray.place(StageActor, [stage] * cluster.pipeline_parallel_size)
+        self._actors = self._ray.place(
+            StageActor, cluster.pipeline_parallel_size, cluster.expert_parallel_size, cluster.cpus(cores), gpus
+        )
 
     def _open(self, fingerprint: str) -> list[StageAddress]:
         """Make every shard listen and check its node; returns the addresses in shard order."""
-        assert self._ray is not None
         config = self._deployment.config
         self._run_dir = make_run_dir()
         if len(str(self._run_dir)) > _MAX_RUN_DIR_LENGTH:
@@ -185,7 +189,6 @@ class Launcher:
             device=config.cluster.device,
             load_format=config.model.load_format,
             store_path=str(self._run_dir / f"stage{shard.stage}.store"),
-            group_address="127.0.0.1",  # the shards of a stage share a node
             # ranks may finish loading that far apart
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any
 
 from cluster.common.errors import PlacementError
@@ -33,28 +32,18 @@ _LOCAL_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ActorRequest:
-    """One stage to place: `shards` actors on one node, each with `cpus` and `gpus`."""
-
-    shards: int
-    cpus: float
-    gpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What the whole stage reserves, as Ray names it."""
-        bundle = {"CPU": self.cpus * self.shards}
-        return bundle | ({"GPU": self.gpus * self.shards} if self.gpus else {})
-
-
 class RayCluster:
-    """A connection to Ray and the actors placed through it. `close` undoes everything, and may be called twice."""
+    """A connection to Ray and the actors of one pipeline at a time.
+
+    `release` stops the actors, `close` everything; both may be called twice. A pipeline that takes the place of another
+    uses the same connection: a process that serves clients already had better not start Ray's, since a fork beside
+    running threads may hang, and `ray.init` holds the interpreter lock while it waits for them.
+    """
 
     def __init__(self, address: str, start_timeout_s: float = 60.0) -> None:
         self._address = address
         self._timeout_s = start_timeout_s
-        self._groups: list[Any] = []
+        self._group: Any = None  # reserves the place of the actors
         self._actors: list[Any] = []
         self._serving: list[Any] = []
         self._connected = False
@@ -65,7 +54,9 @@ class RayCluster:
         return self._address == "local"
 
     def connect(self) -> None:
-        """Start a local Ray, or join the existing one. Raises PlacementError."""
+        """Start a local Ray or join the existing one, unless that is done. Raises PlacementError."""
+        if self._connected:
+            return
         if self.is_local:
             os.environ.update(_LOCAL_ENVIRONMENT)
             logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
@@ -90,11 +81,17 @@ class RayCluster:
             reason = one_line(error, 300)
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
         self._connected = True
+        self._closed.clear()
         if on_terminate is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
 
-    def place(self, actor_class: Callable[[], Any], stages: Sequence[ActorRequest]) -> list[list[Any]]:
-        """Reserve one bundle a stage and start its actors; return actor handles by stage and rank.
+    def place(
+        self, actor_class: Callable[[], Any], num_stages: int, num_ranks: int, cpus: float, gpus: float
+    ) -> list[list[Any]]:
+        """Start the actors, all those of a stage on one node; return actor handles by stage and rank.
+
+        Args:
+            cpus, gpus: what each actor reserves.
 
         Raises:
             PlacementError: the cluster has no room; says what is needed and what is free.
@@ -102,21 +99,20 @@ class RayCluster:
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._check_room(stages)
-        group = placement_group([stage.bundle for stage in stages], strategy="PACK")
+        bundle = {"CPU": cpus * num_ranks} | ({"GPU": gpus * num_ranks} if gpus else {})
+        if not _could_fit(bundle, num_stages):
+            raise PlacementError(_no_room(bundle, num_stages, num_ranks))
+        group = placement_group([bundle] * num_stages, strategy="PACK")
         if not group.wait(self._timeout_s):
             remove_placement_group(group)
-            raise PlacementError(self._no_room(stages))
-        self._groups.append(group)
+            raise PlacementError(_no_room(bundle, num_stages, num_ranks))
+        self._group = group
         handles = []
-        for index, stage in enumerate(stages):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            remote = (
-                _ray()
-                .remote(actor_class)
-                .options(num_cpus=stage.cpus, num_gpus=stage.gpus, scheduling_strategy=strategy)
-            )
-            handles.append([remote.remote() for _ in range(stage.shards)])
+        for stage in range(num_stages):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
+            remote = _ray().remote(actor_class)
+            actors = remote.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy)
+            handles.append([actors.remote() for _ in range(num_ranks)])
             self._actors.extend(handles[-1])
         return handles
 
@@ -154,8 +150,8 @@ class RayCluster:
         usable = [count for count in cores if count > 0]
         return max(1, min(usable, default=1) * min(len(usable), num_stages))
 
-    def close(self) -> None:
-        """Wait for actors that are closing, kill the rest, free their place, and leave (or end) Ray."""
+    def release(self) -> None:
+        """Wait for actors that are closing, kill the rest, and free their place; without Ray, leave that too."""
         if not self._connected:
             return
         from ray.util.placement_group import remove_placement_group
@@ -166,14 +162,23 @@ class RayCluster:
                 ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
             for actor in self._actors:
                 ray.kill(actor)
-            for group in self._groups:
-                remove_placement_group(group)
+            if self._group is not None:
+                remove_placement_group(self._group)
         except (ray.exceptions.RayError, RuntimeError, ValueError):
             _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
+            self._leave()
         finally:
-            self._actors, self._serving, self._groups = [], [], []
-            ray.shutdown()
+            self._actors, self._serving, self._group = [], [], None
+
+    def close(self) -> None:
+        """Release the actors, and leave (or end) Ray."""
+        self.release()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._connected:
             self._connected = False
+            _ray().shutdown()
             self._closed.set()
 
     def _in_lasting_thread(self, start: Callable[[], object]) -> None:
@@ -181,45 +186,19 @@ class RayCluster:
         if threading.current_thread() is threading.main_thread():
             start()
             return
-        result: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        started: Future[None] = Future()
 
         def run() -> None:
             try:
                 start()
             except BaseException as error:  # noqa: BLE001 - the caller raises it
-                result.put(error)
+                started.set_exception(error)
             else:
-                result.put(None)
+                started.set_result(None)
                 self._closed.wait()
 
         threading.Thread(target=run, name="ray", daemon=True).start()
-        if (error := result.get()) is not None:
-            raise error
-
-    def _check_room(self, stages: Sequence[ActorRequest]) -> None:
-        """Raise PlacementError for stages that would not fit even into the empty cluster."""
-        nodes = _nodes()
-        for key in ("CPU", "GPU"):
-            needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
-            widest = max(stage.bundle.get(key, 0.0) for stage in stages)
-            total, largest = sum(n.get(key, 0.0) for n in nodes), max((n.get(key, 0.0) for n in nodes), default=0.0)
-            if needed > total + 1e-6 or widest > largest + 1e-6:
-                raise PlacementError(self._no_room(stages))
-
-    @staticmethod
-    def _no_room(stages: Sequence[ActorRequest]) -> str:
-        free = _ray().available_resources()
-        parts = []
-        for key in ("CPU", "GPU"):
-            needed = sum(stage.bundle.get(key, 0.0) for stage in stages)
-            if needed:
-                total = sum(resources.get(key, 0.0) for resources in _nodes())
-                parts.append(f"{needed:g} {key} needed, {free.get(key, 0.0):g} of {total:g} free")
-        actors = sum(stage.shards for stage in stages)
-        return (
-            f"cluster: {actors} actors in {len(stages)} stages (each on one node) do not fit: {'; '.join(parts)}: "
-            "lower cluster.cpus_per_actor, pipeline_parallel_size or expert_parallel_size, or add nodes"
-        )
+        started.result()
 
 
 def _ray() -> Any:
@@ -232,6 +211,30 @@ def _ray() -> Any:
 def _nodes() -> list[dict[str, float]]:
     """Return the resources of every node that is alive."""
     return [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+
+
+def _could_fit(bundle: dict[str, float], num_stages: int) -> bool:
+    """Return whether the stages would fit into the empty cluster, each on one node."""
+    nodes = _nodes()
+    for key, needed in bundle.items():
+        sizes = [resources.get(key, 0.0) for resources in nodes]
+        if needed > max(sizes, default=0.0) + 1e-6 or needed * num_stages > sum(sizes) + 1e-6:
+            return False
+    return True
+
+
+def _no_room(bundle: dict[str, float], num_stages: int, num_ranks: int) -> str:
+    free, nodes = _ray().available_resources(), _nodes()
+    parts = []
+    for key, needed in bundle.items():
+        if needed:
+            total = sum(resources.get(key, 0.0) for resources in nodes)
+            parts.append(f"{needed * num_stages:g} {key} needed, {free.get(key, 0.0):g} of {total:g} free")
+    return (
+        f"cluster: {num_stages * num_ranks} actors in {num_stages} stages (each on one node) do not fit: "
+        f"{'; '.join(parts)}: "
+        "lower cluster.cpus_per_actor, pipeline_parallel_size or expert_parallel_size, or add nodes"
+    )
 
 
 def _check_reachable(address: str) -> None:

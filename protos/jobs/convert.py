@@ -66,9 +66,6 @@ def _reader(hint: Any, item: FieldDescriptor) -> Reader:
         return lambda message: tuple(map(values, read(message)))
     if item.is_repeated:
         return lambda message: tuple(read(message))
-    if item.message_type is not None:  # a message only because a repeated field cannot be absent
-        (wrapped,) = item.message_type.fields
-        return lambda message: tuple(getattr(read(message), wrapped.name))
     if item.enum_type is not None:
         names = {value.number: value.name.lower() for value in item.enum_type.values if value.number}
         return lambda message: names.get(read(message), "")

@@ -54,8 +54,6 @@ def _without_tokens(plan: StepPlan) -> StepPlan:
 def _encoder(name: str) -> _Encode:
     """Return the function that turns a dataclass of this name into its message; None values are left out."""
     message = getattr(pb, name)
-    if name == "History":  # a message only because a repeated field cannot be absent
-        return lambda token_ids: message(token_ids=token_ids)
     fields = [(field.name, _field_encoder(field)) for field in message.DESCRIPTOR.fields]
 
     def fill(value: Any) -> Any:

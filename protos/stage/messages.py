@@ -54,7 +54,7 @@ class SampleSpec:
 
     params: SamplingParams
     token_index: int  # 0 for the first generated token; with the seed it fixes the noise
-    history: Sequence[int] | None = None  # distinct ids so far; with the first sample of a penalised request
+    history: Sequence[int] = ()  # distinct ids so far; with the first sample of a penalised request, else empty
 
 
 @dataclass(frozen=True, slots=True)

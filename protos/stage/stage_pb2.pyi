@@ -39,7 +39,7 @@ class ShardSpec(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., layers: _Optional[_Union[Span, _Mapping]] = ..., heads: _Optional[_Union[Span, _Mapping]] = ..., kv_heads: _Optional[_Union[Span, _Mapping]] = ..., experts: _Optional[_Union[Span, _Mapping]] = ..., intermediate: _Optional[_Union[Span, _Mapping]] = ..., vocab: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_address", "group_timeout_s")
+    __slots__ = ("model_path", "model_spec_json", "shard", "dtype", "device", "load_format", "store_path", "group_timeout_s")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -47,7 +47,6 @@ class LoadRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
-    GROUP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GROUP_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     model_spec_json: str
@@ -56,9 +55,8 @@ class LoadRequest(_message.Message):
     device: str
     load_format: str
     store_path: str
-    group_address: str
     group_timeout_s: float
-    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_address: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error")
@@ -114,12 +112,6 @@ class SamplingParams(_message.Message):
     logprobs: int
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
-class History(_message.Message):
-    __slots__ = ("token_ids",)
-    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
-
 class SampleSpec(_message.Message):
     __slots__ = ("params", "token_index", "history")
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -127,8 +119,8 @@ class SampleSpec(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     params: SamplingParams
     token_index: int
-    history: History
-    def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
+    history: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
     __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len")

@@ -5,6 +5,7 @@ Legend: `T` tokens of a step, `S` keys, `H` and `K` query and KV heads, `D` head
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, norm_and_rotate_, row_scales
 from workers.runner.sampler import Sampler
 from workers.transport.collectives import join_group
-from workers.transport.frames import Assembler, split
+from workers.transport.frames import read_tensor, split
 
 _SPEC = benchmark_spec()
 _VOCAB = 151936  # of the published Qwen3 models
@@ -142,12 +143,11 @@ def _all_reduce(setup: KernelSetup) -> Figure:
 
 def _frames(setup: KernelSetup) -> Iterator[Figure]:
     tensor = torch.zeros(setup.tokens, _SPEC.hidden_size, dtype=setup.dtype)
-    frames = [b"".join(frame) for frame in split(tensor, 0)]
+    frames = b"".join(split(tensor, 0))
 
     def assemble() -> None:
-        assembler = Assembler()
-        for frame in frames:
-            assembler.add(frame)
+        stream = io.BytesIO(frames)
+        read_tensor(stream.readinto)
 
     host = replace(setup, device=torch.device("cpu"))
     yield host.time(f"frames, split {list(tensor.shape)}", lambda: list(split(tensor, 0)))

@@ -204,7 +204,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "longreach_rms_norm": (c_int, POINTER(NormCall)),
     "longreach_norm_rotate": (c_int, POINTER(RotateCall)),
     "longreach_route": (c_int, POINTER(RouteCall)),
-    "longreach_argmax": (c_int64, c_void_p, c_int64, c_int32),
     "longreach_half_layer": (c_int, POINTER(Layer), POINTER(Step), c_int),
     "longreach_layers": (c_int, POINTER(Layer), c_int64, POINTER(Step), POINTER(c_int64)),
 }  # fmt: skip

@@ -150,19 +150,6 @@ def route(logits: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tens
     return chosen, weights
 
 
-def supports_argmax(x: torch.Tensor) -> bool:
-    """Return whether `argmax_if_finite` takes these values."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and path() is not None
-
-
-def argmax_if_finite(x: torch.Tensor) -> int | None:
-    """Return the index of the greatest value, the first of equal ones; None when a value is infinite or NaN."""
-    library = load().library
-    assert library is not None
-    index = int(library.longreach_argmax(x.data_ptr(), x.numel(), path()))
-    return index if index >= 0 else None
-
-
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from protos.stage.messages import SampledToken, SampleSpec, SamplingParams, TokenLogprob
-from workers.model import compiled
 
 
 def gumbel_noise(seed: int, token_index: int, size: int) -> torch.Tensor:
@@ -61,13 +60,6 @@ def _highest(x: torch.Tensor) -> int:
     return int(x.numpy().argmax()) if x.device.type == "cpu" else int(x.argmax())
 
 
-def highest_if_finite(x: torch.Tensor) -> int | None:
-    """Index of the greatest value, the first of equal ones on a CPU; None when one is infinite or not a number."""
-    if compiled.supports_argmax(x):
-        return compiled.argmax_if_finite(x)
-    return _highest(x) if _all_finite(x) else None
-
-
 class Sampler:
     """Samples tokens; keeps only which ids a penalised sequence has seen."""
 
@@ -88,14 +80,13 @@ class Sampler:
             RuntimeError: the logits are not finite, or a penalised sequence arrives without its history.
         """
         params = spec.params
-        best = highest_if_finite(logits)
-        if best is None:
+        if not _all_finite(logits):
             raise RuntimeError(f"sequence {sequence}: logits of token {spec.token_index} are not finite")
         scores = logits
         if params.repetition_penalty != 1.0:
             scores = penalise(logits, self._seen_mask(sequence, spec, logits.device), params.repetition_penalty)
         if params.temperature == 0.0:
-            token = best if scores is logits else _highest(scores)
+            token = _highest(scores)
         else:
             filtered = filter_logits(scores, params)
             noise = gumbel_noise(params.seed, spec.token_index, filtered.numel()).to(filtered.device)
@@ -105,7 +96,7 @@ class Sampler:
         return self._with_logprobs(sequence, token, logits, params.logprobs)
 
     def _seen_mask(self, sequence: int, spec: SampleSpec, device: torch.device) -> torch.Tensor:
-        if spec.history is not None:
+        if spec.history:
             mask = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
             mask[torch.tensor(list(spec.history), dtype=torch.int64, device=device)] = True
             self._seen[sequence] = mask

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from protos.node.node_check import NodeCheck, interface_address
 from protos.stage.messages import StageAddress, StageProcessSpec
 from workers.stage.server import StageServer, limit_threads
@@ -29,7 +27,7 @@ class StageActor:
         if spec.listen_tcp:
             interface = spec.network_interface
             bind = interface_address(interface) if interface else ray.util.get_node_ip_address()
-        self._server = StageServer(spec, on_orphan=lambda: os._exit(3))
+        self._server = StageServer(spec)
         return self._server.start(str(ray.get_runtime_context().get_node_id()), bind)
 
     def serve(self) -> None:

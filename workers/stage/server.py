@@ -14,10 +14,10 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
@@ -26,7 +26,6 @@ from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor
 from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
-from workers.stage.compute_thread import ComputeThread
 
 if TYPE_CHECKING:
     from workers.stage.worker import StageWorker
@@ -50,14 +49,25 @@ def limit_threads(threads: int) -> None:
     os.environ["KMP_BLOCKTIME"] = "0"
 
 
-class StageServer:
-    """The gRPC server of a shard, for the engine and for the previous stage."""
+class StageServer(rpc.StageServicer):
+    """The gRPC server of a shard, which is `created`, `loading`, `loaded`, `running` or `failed`."""
 
-    def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None]) -> None:
+    def __init__(self, spec: StageProcessSpec) -> None:
         self._spec = spec
-        self._servicer = _StageServicer(spec, on_orphan, lambda: threading.Thread(target=self.close).start())
+        self._worker: StageWorker | None = None
+        # The only thread of this process that computes with tensors. OpenMP keeps a pool of threads for every thread
+        # that ever opened a parallel region. As soon as a process has more of them than cores, libgomp lets all of them
+        # sleep between regions instead of spinning, and waking them costs more than a short region does: loading,
+        # warming up and computing on three threads made a decode step take 1.6 times as long.
+        self._compute = futures.ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._state = "created"
+        self._error = ""
+        self._running = threading.Lock()  # held by the one Run stream
+        self._counting = threading.Lock()  # guards the next two
+        self._num_calls = 0  # Load and Run calls that live
+        self._orphan_timer = threading.Timer(0.0, os._exit)
         self._server: grpc.Server | None = None
-        self._closing = threading.Lock()
+        self._is_closing = False
         self._closed = threading.Event()
 
     def start(self, node: str = "", bind: str = "") -> StageAddress:
@@ -72,72 +82,45 @@ class StageServer:
             interceptors=[TokenInterceptor(self._spec.token)],
             options=CHANNEL_OPTIONS,
         )
-        rpc.add_StageServicer_to_server(self._servicer, server)
+        rpc.add_StageServicer_to_server(self, server)
         unix = f"unix:{self._spec.socket}"
         server.add_insecure_port(unix)
         tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}" if bind else ""
         server.start()
         self._server = server
-        self._servicer.await_engine()
+        self._count_calls()
         return StageAddress(unix, tcp, node, os.getpid())
 
     def wait(self) -> None:
-        """Block until `close`."""
+        """Block until the shard is closed."""
         self._closed.wait()
 
-    def close(self) -> None:
-        """Stop answering and free the model; may be called twice."""
-        with self._closing:
-            self._close()
-        self._closed.set()
-
     def _close(self) -> None:
-        self._servicer.close()
-        if self._server is not None:
-            self._server.stop(grace=1.0).wait()
-            self._server = None
+        """Stop answering and free the model."""
+        self._count_calls()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        assert self._server is not None, "a call came before"
+        self._server.stop(grace=1.0).wait()
         socket = Path(self._spec.socket)
         socket.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the last shard of this node to close removes the folder
             for store in socket.parent.glob("*.store"):
                 store.unlink(missing_ok=True)
             socket.parent.rmdir()
-
-
-class _StageServicer(rpc.StageServicer):
-    """Answers the calls of one shard, whose state is `created`, `loading`, `loaded`, `running` or `failed`."""
-
-    def __init__(self, spec: StageProcessSpec, on_orphan: Callable[[], None], on_close: Callable[[], None]) -> None:
-        self._spec = spec
-        self._on_orphan = on_orphan
-        self._on_close = on_close
-        self._worker: StageWorker | None = None
-        self._compute = ComputeThread()
-        self._state = "created"
-        self._error = ""
-        self._closed = False
-        self._running = threading.Lock()  # held by the one Run stream
-        self._connected = False  # while that stream's call lives
-        self._timer = threading.Lock()  # guards the orphan timer
-        self._orphan: threading.Timer | None = None
-
-    def close(self) -> None:
-        self._closed = True
-        self._disarm()
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        self._closed.set()
 
     # --- life of the shard -------------------------------------------------------------------------------------------
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> Iterator[pb.LoadProgress]:
         if self._state != "created":
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state} already")
-        self._disarm()
+            self._refuse(context, " already")
         self._state = "loading"
-        context.add_callback(self.await_engine)  # when the call ends, however it ends
+        self._count_calls(1)
+        context.add_callback(lambda: self._count_calls(-1))  # when the call ends, however it ends
         updates: queue.SimpleQueue[LoadProgress] = queue.SimpleQueue()
-        self._compute.submit(lambda: self._load(request, updates))
+        self._compute.submit(self._load, request, updates)
         last = -_PROGRESS_INTERVAL_S
         is_final = False
         while not is_final:
@@ -163,16 +146,14 @@ class _StageServicer(rpc.StageServicer):
 
     def Start(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartReply:
         if self._state != "loaded" or self._worker is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not loaded")
-            raise AssertionError("abort raises")
+            self._refuse(context, ", not loaded")
         try:
-            worker = self._worker
-            self._compute.submit(lambda: worker.start(request)).result()
+            self._compute.submit(self._worker.start, request).result()
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
         self._state = "running"
-        self.await_engine()  # anew: it has this long to connect
+        self._count_calls()  # the timer starts anew: an engine has this long to connect
         return pb.StartReply()
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -180,13 +161,11 @@ class _StageServicer(rpc.StageServicer):
     def Run(self, bursts: Iterator[pb.StepPlans], context: grpc.ServicerContext) -> Iterator[pb.StepResults]:
         worker = self._worker
         if self._state not in ("running", "failed") or worker is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not running")
-            raise AssertionError("abort raises")
+            self._refuse(context, ", not running")
         if not self._running.acquire(blocking=False):
             context.abort(grpc.StatusCode.ALREADY_EXISTS, "an engine is connected already")
-        self._connected = True
-        self._disarm()
-        context.add_callback(self._engine_left)  # when the call ends, even while a step still waits for activations
+        self._count_calls(1)
+        context.add_callback(lambda: self._count_calls(-1))  # even while a step still waits for activations
         results: queue.SimpleQueue[pb.StepResults | None] = queue.SimpleQueue()
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
@@ -201,26 +180,11 @@ class _StageServicer(rpc.StageServicer):
         yield from iter(results.get, None)
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
-        from workers.transport.frames import FrameError
-        from workers.transport.grpc_link import GrpcInbox
-        from workers.transport.interface import LinkClosed
-
         inbox = self._worker.inbox if self._worker is not None else None
-        if not isinstance(inbox, GrpcInbox):
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}, not waiting for frames")
-            raise AssertionError("abort raises")
-        reason = f"{inbox.source} is gone"
-        try:
-            inbox.receive(frames)
-            reason = f"{inbox.source} ended the stream"
-        except FrameError as error:
-            reason = str(error)
-            context.abort(grpc.StatusCode.DATA_LOSS, reason)
-        except LinkClosed as error:
-            reason = str(error)
-            context.abort(grpc.StatusCode.CANCELLED, reason)
-        finally:
-            inbox.close(reason)
+        if inbox is None or inbox.entry is None:
+            self._refuse(context, ", not waiting for frames")
+        reason, is_damaged = inbox.feed(frame.data for frame in frames)
+        context.abort(grpc.StatusCode.DATA_LOSS if is_damaged else grpc.StatusCode.CANCELLED, reason)
         return pb.ActivationsEnd()
 
     def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeReply:
@@ -232,34 +196,24 @@ class _StageServicer(rpc.StageServicer):
         return reply
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
-        self._on_close()
+        if not self._is_closing:
+            self._is_closing = True
+            threading.Thread(target=self._close).start()
         return pb.CloseReply()
 
-    # --- orphans -----------------------------------------------------------------------------------------------------
+    def _count_calls(self, change: int = 0) -> None:
+        """Note that a call of an engine begins or ends; without any, a timer starts that ends this process."""
+        with self._counting:
+            self._num_calls += change
+            self._orphan_timer.cancel()
+            if not self._num_calls and not self._is_closing:
+                self._orphan_timer = threading.Timer(self._spec.orphan_timeout_s, os._exit, [3])
+                self._orphan_timer.daemon = True
+                self._orphan_timer.start()
 
-    def await_engine(self) -> None:
-        """Start the timer anew that ends this process unless an engine connects."""
-        with self._timer:
-            if self._orphan is not None:
-                self._orphan.cancel()
-            if not self._closed:
-                self._orphan = threading.Timer(self._spec.orphan_timeout_s, self._check_orphan)
-                self._orphan.daemon = True
-                self._orphan.start()
-
-    def _disarm(self) -> None:
-        with self._timer:
-            if self._orphan is not None:
-                self._orphan.cancel()
-                self._orphan = None
-
-    def _check_orphan(self) -> None:
-        if not self._connected:  # a timer of Load may end beside a Run that began meanwhile
-            self._on_orphan()
-
-    def _engine_left(self) -> None:
-        self._connected = False
-        self.await_engine()
+    def _refuse(self, context: grpc.ServicerContext, why: str) -> NoReturn:
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}{why}")
+        raise AssertionError("abort raises")
 
     def _fail(self, error: Exception) -> None:
         self._state = "failed"
@@ -287,7 +241,7 @@ def main() -> None:
         parser.error(f"{TOKEN_VARIABLE}: not set: put the token of the launch into this environment variable")
     limit_threads(options.threads)
     spec = StageProcessSpec(token, options.socket, threads=options.threads, orphan_timeout_s=options.orphan_timeout)
-    server = StageServer(spec, on_orphan=lambda: os._exit(3))
+    server = StageServer(spec)
     print(server.start().unix, flush=True)
     server.wait()
 

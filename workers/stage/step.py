@@ -9,7 +9,7 @@ import torch
 
 from protos.stage.messages import StepPlan
 from workers.runner.model_runner import ModelRunner, StepOutput
-from workers.transport.interface import Inbox, Sender
+from workers.transport.link import Inbox, Sender
 
 _NO_SEQUENCE = -1  # no plan has it
 

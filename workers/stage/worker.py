@@ -27,9 +27,7 @@ from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
 from workers.transport.collectives import Collectives, join_group
-from workers.transport.grpc_link import GrpcInbox, GrpcSender
-from workers.transport.interface import DEPTH, Inbox, Sender
-from workers.transport.unix_link import UnixInbox, UnixSender
+from workers.transport.link import DEPTH, GrpcSender, Inbox, Sender, UnixSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
@@ -38,7 +36,6 @@ KV_DTYPES = DTYPES | {"int8": torch.int8}
 _BATCH, _BATCH_S = 8, 0.2
 _LAZY_BATCH, _LAZY_BATCH_S = 64, 2.0  # the same of the shards whose results complete no step
 _SLOW_S = 0.02  # a step that lasts as long as results take to the engine and plans back
-_TOKEN_DEPTH = 1 << 16  # steps whose tokens the first stage's inbox holds: far more than are ever in flight
 
 
 class StageWorker:
@@ -84,7 +81,7 @@ class StageWorker:
         growth = max(0, anonymous_bytes() - before)
         store = torch.distributed.FileStore(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
-            store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s, request.group_address
+            store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s
         )
         total = shard_bytes(self._spec, self._shard, self._dtype)
         return LoadProgress(total, total, True, growth, self._available_bytes())
@@ -108,7 +105,8 @@ class StageWorker:
         self._warm_up(request.page_size)
         self._links = request
         if downstream:
-            self.inbox = self._listen(request.upstream_socket)
+            names = ("tokens", "the last stage") if self._shard.is_first else ("activations", "the previous stage")
+            self.inbox = Inbox(*names, request.upstream_socket)
 
     def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
         """Execute plans in order and yield their results, several at once while decode steps follow each other."""
@@ -187,22 +185,16 @@ class StageWorker:
     def _fail(self, reason: str) -> None:
         self._error = f"stage {self._shard.stage} shard {self._shard.rank}{reason}"
 
-    def _listen(self, path: str) -> Inbox:
-        """Return the inbox for the previous stage, which comes to a Unix socket at `path`, or over gRPC."""
-        content, source, depth = "activations", "the previous stage", DEPTH
-        if self._shard.is_first:  # the last stage must never wait for this one, or the ring would stand still
-            content, source, depth = "tokens", "the last stage", _TOKEN_DEPTH
-        return UnixInbox(path, content, source) if path else GrpcInbox(content, source, depth)
-
     def _connect(self) -> Stepper:
         """Reach the next stage, now that every stage listens."""
         assert self._runner is not None, "start comes first"
+        # To the first stage: the oldest message has been read by then. It must never be waited for, or the ring would
+        # stand still.
+        depth = max_unread(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
         if self._links.downstream_socket:
-            # to the first stage: the oldest message has been read by then
-            depth = max_unread(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
             self._sender = UnixSender(self._links.downstream_socket, depth)
         elif self._links.downstream:
-            self._sender = GrpcSender(self._links.downstream, self._token)
+            self._sender = GrpcSender(self._links.downstream, self._token, depth)
         return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:

@@ -56,16 +56,13 @@ class GroupCollectives(Collectives):
         self._group = None
 
 
-def join_group(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float, address: str = "127.0.0.1"
-) -> Collectives:
+def join_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Collectives:
     """Return the group of a stage; blocks until all `size` shards have joined.
 
     Args:
         store: rendezvous shared by the shards, fresh for every launch.
         device: gloo on a CPU, NCCL on a GPU.
         timeout_s: limit for the rendezvous and for every later reduction.
-        address: IP address gloo binds to.
 
     Raises:
         RuntimeError: a member did not join in time.
@@ -80,11 +77,11 @@ def join_group(
         return GroupCollectives(dist.ProcessGroupNCCL(store, rank, size, nccl), rank, size)
     options = GLOO._Options()
     options._timeout = timeout
-    options._devices = [_device(address)]
+    options._devices = [_loopback()]
     return GroupCollectives(GLOO(store, rank, size, options), rank, size)
 
 
 @functools.cache
-def _device(address: str) -> Any:
+def _loopback() -> Any:
     """Return one device for all groups of the process: each has a thread that polls every 10 ms, also when idle."""
-    return GLOO.create_device(hostname=address)
+    return GLOO.create_device(hostname="127.0.0.1")

@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -29,13 +28,6 @@ HEADER_BYTES = _CRC.size + _FIELDS.size
 
 class FrameError(RuntimeError):
     """A frame is damaged or does not continue the tensor before it."""
-
-
-class Frame(NamedTuple):
-    """What travels: a header, and its payload, a view of the tensor in host memory."""
-
-    header: bytes
-    payload: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +48,7 @@ class Header:
         return _CRC.pack(_checksum(fields, payload)) + fields
 
     @classmethod
-    def unpack(cls, header: bytes | bytearray | memoryview) -> Header:
+    def unpack(cls, header: bytes | memoryview) -> Header:
         """Read a header.
 
         Raises:
@@ -68,10 +60,8 @@ class Header:
         return cls(step, index, count, dtype, tuple(shape[:dimensions]), size)
 
 
-def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD) -> Iterator[Frame]:
-    """Cut a tensor into frames; an empty tensor is one empty frame.
-
-    Payloads are views of the tensor if it is contiguous in host memory, so it must not change before they are sent.
+def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD) -> Iterator[bytes]:
+    """Cut a tensor into frames, each made when it is taken; an empty tensor is one empty frame.
 
     Raises:
         ValueError: links do not carry its type.
@@ -82,95 +72,66 @@ def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD) -> It
     dtype, shape, data = DTYPES.index(tensor.dtype), tuple(tensor.shape), _bytes_of(tensor.detach().cpu())
     count = max(1, -(-len(data) // max_payload))
 
-    def frame(index: int) -> Frame:
+    def frame(index: int) -> bytes:
         payload = data[index * max_payload : (index + 1) * max_payload]
-        return Frame(Header(step, index, count, dtype, shape, len(payload)).pack(payload), payload)
+        return b"".join((Header(step, index, count, dtype, shape, len(payload)).pack(payload), payload))
 
     return map(frame, range(count))
 
 
-class Assembler:
-    """Puts the frames of one link together again."""
+def read_tensor(fill: Callable[[memoryview], object]) -> tuple[int, torch.Tensor]:
+    """Read the frames of one tensor; returns its step and the tensor.
 
-    def __init__(self) -> None:
-        self._first: Header | None = None  # of the tensor that is incomplete
-        self._tensor = torch.empty(0)
-        self._room = memoryview(b"")  # the bytes of that tensor
-        self._filled = 0  # of them
-        self._next = 0  # index of the frame that is due
-        self._header = b""  # of the frame that is read
-        self._payload = memoryview(b"")
+    Args:
+        fill: reads as many bytes as there is room for in a buffer.
 
-    def begin(self, header: bytes | bytearray | memoryview) -> memoryview:
-        """Check a header and return the room for its payload, to be filled before `end`.
-
-        Raises:
-            FrameError: it does not continue what came before, or the tensor would be too large.
-        """
-        frame = Header.unpack(header)
-        if frame.index == 0:
-            self._begin_tensor(frame)
-        first = self._first
-        if first is None or frame.index != self._next:
-            raise FrameError(f"step {frame.step}: frame {frame.index} where {self._next} was due")
-        if (frame.step, frame.count, frame.dtype, frame.shape) != (first.step, first.count, first.dtype, first.shape):
-            raise FrameError(f"step {frame.step}: frame {frame.index} belongs to another tensor")
-        room = self._room[self._filled : self._filled + frame.size]
-        if len(room) < frame.size:
+    Raises:
+        FrameError: a frame does not continue the one before it or is damaged, or the tensor would be too large.
+    """
+    data = memoryview(bytearray(HEADER_BYTES))
+    fill(data)
+    frame = first = Header.unpack(data)
+    if frame.index:
+        raise FrameError(f"step {frame.step}: frame {frame.index} where 0 was due")
+    tensor = _allocate(first)
+    room = _bytes_of(tensor)
+    for index in range(first.count):
+        if index:
+            fill(data)
+            frame = Header.unpack(data)
+            _check_continues(frame, first, index)
+        payload, room = room[: frame.size], room[frame.size :]
+        if len(payload) < frame.size:
             raise FrameError(f"step {frame.step}: more bytes than the shape {list(frame.shape)} holds")
-        self._header, self._payload = bytes(header), room
-        return room
+        fill(payload)
+        if _CRC.unpack_from(data)[0] != _checksum(data[_CRC.size :], payload):
+            raise FrameError(f"step {frame.step}: frame {index} of {frame.count} is damaged (checksum differs)")
+    if len(room):
+        raise FrameError(f"step {first.step}: {len(room)} bytes fewer than the shape {list(first.shape)} holds")
+    return first.step, tensor
 
-    def end(self) -> tuple[int, torch.Tensor] | None:
-        """Check the payload; returns (step, tensor) with the last frame of a tensor.
 
-        Raises:
-            FrameError: the checksum differs, or bytes are missing.
-        """
-        first = self._first
-        assert first is not None, "begin comes first"
-        if _CRC.unpack_from(self._header)[0] != _checksum(self._header[_CRC.size :], self._payload):
-            raise FrameError(f"step {first.step}: frame {self._next} of {first.count} is damaged (checksum differs)")
-        self._filled, self._next = self._filled + len(self._payload), self._next + 1
-        if self._next < first.count:
-            return None
-        if self._filled != len(self._room):
-            raise FrameError(f"step {first.step}: {self._filled} bytes where the shape needs {len(self._room)}")
-        self._first = None
-        self._next = 0
-        return first.step, self._tensor
+def _check_continues(frame: Header, first: Header, index: int) -> None:
+    if frame.index == 0:
+        raise FrameError(f"step {frame.step} begins before step {first.step} is complete")
+    if frame.index != index:
+        raise FrameError(f"step {frame.step}: frame {frame.index} where {index} was due")
+    if (frame.step, frame.count, frame.dtype, frame.shape) != (first.step, first.count, first.dtype, first.shape):
+        raise FrameError(f"step {frame.step}: frame {frame.index} belongs to another tensor")
 
-    def add(self, frame: bytes) -> tuple[int, torch.Tensor] | None:
-        """Take a frame that is here as a whole: `begin` and `end`.
 
-        Raises:
-            FrameError: see there, or the payload has another length than its header says.
-        """
-        if len(frame) < HEADER_BYTES:
-            raise FrameError(f"a frame of {len(frame)} bytes: must be at least {HEADER_BYTES}")
-        payload = memoryview(frame)[HEADER_BYTES:]
-        room = self.begin(frame[:HEADER_BYTES])
-        if len(payload) != len(room):
-            raise FrameError(f"a frame of {len(payload)} bytes of payload where its header has {len(room)}")
-        room[:] = payload
-        return self.end()
-
-    def _begin_tensor(self, frame: Header) -> None:
-        if self._first is not None:
-            raise FrameError(f"step {frame.step} begins before step {self._first.step} is complete")
-        if frame.dtype >= len(DTYPES):
-            raise FrameError(f"step {frame.step}: unknown dtype {frame.dtype}")
-        dtype = DTYPES[frame.dtype]
-        # the largest dimension too: beside a zero, one of any size holds no bytes
-        size = max(math.prod(frame.shape) * dtype.itemsize, *frame.shape, 0)
-        if size > MAX_TENSOR or frame.count > MAX_TENSOR // MAX_PAYLOAD + 1:
-            raise FrameError(f"step {frame.step}: shape {list(frame.shape)} in {frame.count} frames is too large")
-        if not frame.count:
-            raise FrameError(f"step {frame.step}: a tensor in 0 frames: must be at least 1")
-        self._first = frame
-        self._tensor = torch.empty(frame.shape, dtype=dtype)
-        self._room = _bytes_of(self._tensor)
-        self._filled = 0
+def _allocate(first: Header) -> torch.Tensor:
+    """Return an empty tensor as its first frame describes it."""
+    if first.dtype >= len(DTYPES):
+        raise FrameError(f"step {first.step}: unknown dtype {first.dtype}")
+    dtype = DTYPES[first.dtype]
+    # the largest dimension too: beside a zero, one of any size holds no bytes
+    size = max(math.prod(first.shape) * dtype.itemsize, *first.shape, 0)
+    if size > MAX_TENSOR or first.count > MAX_TENSOR // MAX_PAYLOAD + 1:
+        raise FrameError(f"step {first.step}: shape {list(first.shape)} in {first.count} frames is too large")
+    if not first.count:
+        raise FrameError(f"step {first.step}: a tensor in 0 frames: must be at least 1")
+    return torch.empty(first.shape, dtype=dtype)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -178,5 +139,5 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _checksum(fields: bytes, payload: bytes | memoryview) -> int:
+def _checksum(fields: bytes | memoryview, payload: bytes | memoryview) -> int:
     return zlib.crc32(payload, zlib.crc32(fields))

@@ -200,7 +200,7 @@ def test_a_damaged_frame_is_data_loss_and_ends_the_request(far: Stages, damage: 
     running, engine = far, far.run_engine()
     handle = long_request(engine)
     if damage == "payload":
-        frame = b"".join(next(split(torch.zeros(1, 256), 1)))[:-1] + b"?"
+        frame = next(split(torch.zeros(1, 256), 1))[:-1] + b"?"
     else:
         frame = Header(1, 0, 1, 0, (2**63, 0), 0).pack(b"")
     stub = rpc.StageStub(running.handles[1]._channel)

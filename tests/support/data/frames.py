@@ -15,7 +15,7 @@ DIMENSIONS_AT = 25  # offset of the number of dimensions
 
 def frames_of(size: int = 100, payload: int = 64, step: int = 5) -> list[bytes]:
     """The frames of float32 0, 1, 2, ... with payloads of `payload` bytes, as they travel."""
-    return [b"".join(frame) for frame in split(torch.arange(size, dtype=torch.float32), step, payload)]
+    return list(split(torch.arange(size, dtype=torch.float32), step, payload))
 
 
 def sealed(frame: bytes) -> bytes:

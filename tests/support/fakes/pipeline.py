@@ -25,27 +25,13 @@ from workers.model.weights import load_shard
 from workers.runner.model_runner import ModelRunner, StepOutput
 from workers.stage.step import Stepper
 from workers.transport.collectives import Collectives, join_group
-from workers.transport.grpc_link import GrpcInbox
-from workers.transport.interface import DEPTH
-
-
-class InProcessSender:
-    """The link between stages that live in one process."""
-
-    def __init__(self, inbox: GrpcInbox) -> None:
-        self._inbox = inbox
-
-    def send(self, step: int, tensor: torch.Tensor) -> None:
-        self._inbox.put(step, tensor)
-
-    def close(self) -> None:
-        pass
+from workers.transport.link import DEPTH, Inbox, Sender
 
 
 class InProcessShard:
     """A `GrpcStageHandle` whose shard is a thread of this process."""
 
-    def __init__(self, runner: ModelRunner, inbox: GrpcInbox | None, sender: InProcessSender | None) -> None:
+    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: Sender | None) -> None:
         self._stepper = Stepper(runner, inbox, sender, 60.0)
         self.shard: ShardSpec = runner.shard
         self.runner = runner
@@ -105,7 +91,7 @@ class Pipeline:
         self.spec = spec or load_model_spec(model_dir)
         shards = plan_shards(self.spec, stages, ranks)
         stores = [dist.HashStore() for _ in range(stages)]
-        inboxes = {(s.stage, s.rank): GrpcInbox(depth=DEPTH if s.stage else 1000) for s in shards if stages > 1}
+        inboxes = {(s.stage, s.rank): Inbox() for s in shards if stages > 1}
         self._groups: list[Collectives] = []
 
         def build(shard: ShardSpec) -> InProcessShard:
@@ -117,7 +103,7 @@ class Pipeline:
             self._groups.append(group)
             runner = ModelRunner(self.spec, shard, weights, kv, group)
             after = inboxes.get(((shard.stage + 1) % stages, shard.rank))
-            sender = InProcessSender(after) if after else None
+            sender = Sender(after.entry, 1000 if shard.is_last else DEPTH) if after and after.entry else None
             return InProcessShard(runner, inboxes.get((shard.stage, shard.rank)), sender)
 
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way

@@ -61,7 +61,7 @@ class Stages:
         for handle in self.handles:
             request = pb.LoadRequest(
                 model_path=str(NEEDLE), model_spec_json=spec, shard=codec.encode(handle.shard),
-                dtype="float32", device="cpu", load_format="auto", group_address="127.0.0.1", group_timeout_s=10,
+                dtype="float32", device="cpu", load_format="auto", group_timeout_s=10,
                 store_path=str(self.folder / f"{handle.shard.stage}.store"),
             )  # fmt: skip
             updates = list(handle.load(request, 60))

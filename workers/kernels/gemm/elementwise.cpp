@@ -2,9 +2,7 @@
 // for each instruction set; sums run in 16 fixed lanes, so that a row's result does not depend on the rows beside it.
 #include "gemm/calls.h"
 
-#include <climits>
 #include <cmath>
-#include <cstring>
 
 namespace longreach::gemm {
 namespace {
@@ -76,33 +74,6 @@ INLINE void route_row(const RouteCall& call, long token) {
     for (long k = 0; k < call.top_k; ++k) weights[k] /= sum;
 }
 
-INLINE long argmax(const float* values, long size) {
-    constexpr std::int32_t kExponent = 0x7F800000;
-    const auto ordered = [&](long i, std::int32_t& wrong) {  // as integers, since these have a maximum that vectorizes
-        const float value = values[i] + 0.0f;  // no negative zero
-        std::int32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        wrong |= (bits & kExponent) == kExponent;
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF);
-    };
-    std::int32_t best = INT_MIN, wrong = 0;
-    for (long i = 0; i < size; ++i) {
-        const std::int32_t at = ordered(i, wrong);
-        best = at > best ? at : best;
-    }
-    if (wrong) return -1;
-    constexpr long kBlock = 256;  // searched without a branch
-    for (long first = 0; first < size; first += kBlock) {
-        const long stop = first + kBlock < size ? first + kBlock : size;
-        std::int32_t hit = 0;
-        for (long i = first; i < stop; ++i) hit |= ordered(i, wrong) == best;
-        for (long i = first; i < stop && hit; ++i) {
-            if (ordered(i, wrong) == best) return i;
-        }
-    }
-    return -1;
-}
-
 // Calls the function for every token of a call that has so many values.
 template <auto function, typename Call> int every_token(const Call& call, long values) {
     const auto row = Compiled<function>::of[call.path];
@@ -124,11 +95,6 @@ EXPORT int longreach_norm_rotate(const RotateCall* call) {
 // Softmax over the experts, the k largest of it, divided by their sum if asked.
 EXPORT int longreach_route(const RouteCall* call) {
     return every_token<route_row>(*call, call->tokens * call->experts);
-}
-
-// Index of the greatest of `size` values, the first of equal ones; -1 when a value is infinite or NaN.
-EXPORT std::int64_t longreach_argmax(const float* values, std::int64_t size, std::int32_t path) {
-    return Compiled<argmax>::of[path](values, size);
 }
 
 }  // namespace longreach::gemm

@@ -12,6 +12,7 @@ from cluster.common.errors import StageError
 from cluster.config.deployment import load_deployment
 from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.stages import launcher as launcher_module
+from cluster.stages.ray_cluster import RayCluster
 from cluster.text.tokenizer import TextTokenizer
 from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import WAIT, Clock, FakeShard, submit
@@ -24,7 +25,7 @@ class FakeLauncher:
     log: list[str]
     fails_at = ""
 
-    def __init__(self, deployment: object, on_status: object) -> None:
+    def __init__(self, deployment: object, ray: object, on_status: object) -> None:
         type(self).log = []
 
     def start(self) -> Any:
@@ -56,7 +57,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def start(fails_at: str = "") -> Pipeline:
         monkeypatch.setattr(FakeLauncher, "fails_at", fails_at)
-        return launch_pipeline(deployment, TextTokenizer.open(NEEDLE), lambda status: None)
+        return launch_pipeline(deployment, TextTokenizer.open(NEEDLE), RayCluster("local"), lambda status: None)
 
     return start
 

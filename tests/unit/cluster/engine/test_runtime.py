@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.common.errors import EngineError
+from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import ConfigError
+from cluster.engine import runtime as runtime_module
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
+from cluster.engine.pipeline import Pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.runtime import ClusterRuntime, LocalCluster
+from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
@@ -106,3 +110,25 @@ def test_a_local_cluster_is_a_runtime_from_a_file(tmp_path: Path) -> None:
     assert cluster.deployment.max_model_len == 2000
     with pytest.raises(ConfigError, match=r"missing\.yaml"):
         LocalCluster(tmp_path / "missing.yaml")
+
+
+def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(RayCluster, "close", lambda self: closed.append(self))
+    outcomes: list[Exception | None] = [None, StageError("no stage")]
+
+    def launch(*_: object) -> Pipeline:
+        if (error := outcomes.pop(0)) is not None:
+            raise error
+        return Pipeline(SimpleNamespace(error=""), SimpleNamespace(shards=()), lambda: None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime_module, "launch_pipeline", launch)
+    runtime = LocalCluster(CONFIGS / "single.yaml", {"data_dir": str(tmp_path)})
+    runtime.start()
+    runtime.supervisor.close()
+    assert not closed
+    with pytest.raises(StageError):
+        runtime.start()
+    assert len(closed) == 1
+    runtime.close()
+    assert len(closed) == 2

@@ -87,8 +87,8 @@ def test_penalised_requests_bring_their_history_once():
     harness.add(request(1, [5, 3, 5], 3, repetition_penalty=1.2), request(2, [4], 2))
     harness.run()
     of_first = [part.sample for plan in harness.plans for part in plan.slices if part.sequence == 1]
-    assert [sample.history for sample in of_first] == [[3, 5], None, None]
-    assert all(p.sample.history is None for plan in harness.plans for p in plan.slices if p.sequence == 2)
+    assert [sample.history for sample in of_first] == [[3, 5], (), ()]
+    assert all(p.sample.history == () for plan in harness.plans for p in plan.slices if p.sequence == 2)
 
 
 # --- admission -------------------------------------------------------------------------------------------------------

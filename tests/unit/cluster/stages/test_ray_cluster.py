@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.common.errors import PlacementError
-from cluster.stages.ray_cluster import _LOCAL_ENVIRONMENT, ActorRequest, RayCluster
+from cluster.stages.ray_cluster import _LOCAL_ENVIRONMENT, RayCluster
 from protos.node.node_check import NodeError
 
 
@@ -123,6 +123,34 @@ def test_a_local_ray_is_private_and_small(ray: FakeRay) -> None:
     assert ray.calls == ["shutdown"]
 
 
+def test_the_next_pipeline_uses_the_same_ray(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    cluster.place(lambda: "actor", 1, 1, 1.0, 0.0)
+    cluster.release()
+    cluster.release()
+    assert ray.calls[-2:] == ["kill actor", "remove group"]
+    started, ray.started = ray.started, {}
+    cluster.connect()
+    assert started
+    assert not ray.started
+    cluster.place(lambda: "next", 1, 1, 1.0, 0.0)
+    cluster.close()
+    assert ray.calls[-3:] == ["kill next", "remove group", "shutdown"]
+
+
+def test_a_ray_that_is_gone_is_started_anew(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    cluster.place(lambda: "actor", 1, 1, 1.0, 0.0)
+    ray.error = ray.exceptions.RayError("gone")
+    cluster.release()
+    assert ray.calls[-2:] == ["kill actor", "shutdown"]
+    ray.error, ray.started = None, {}
+    cluster.connect()
+    assert ray.started["address"] == "local"
+    cluster.close()
+    assert ray.calls[-1] == "shutdown"
+
+
 def test_an_existing_ray_is_joined_as_it_is(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
     monkeypatch.setattr(socket, "create_connection", lambda address, timeout: reached.append(address) or io.BytesIO())
@@ -182,22 +210,22 @@ def test_actors_are_placed_by_stage_and_released(ray: FakeRay) -> None:
     def actor() -> Any:
         return SimpleNamespace(name=next(names), serve=SimpleNamespace(remote=lambda: "serving"))
 
-    handles = cluster.place(actor, [ActorRequest(2, 0.5, 0.0), ActorRequest(1, 1.0, 0.0)])
-    assert [[handle.name for handle in stage] for stage in handles] == [["a", "b"], ["c"]]
+    handles = cluster.place(actor, 2, 2, 0.5, 0.0)
+    assert [[handle.name for handle in stage] for stage in handles] == [["a", "b"], ["c", "d"]]
     assert ray.calls == [
-        "PACK [{'CPU': 1.0}, {'CPU': 1.0}]", "0.5 CPU, 0 GPU, bundle 0", "1 CPU, 0 GPU, bundle 1",
+        "PACK [{'CPU': 1.0}, {'CPU': 1.0}]", "0.5 CPU, 0 GPU, bundle 0", "0.5 CPU, 0 GPU, bundle 1",
     ]  # fmt: skip
     cluster.serve()
     ray.calls.clear()
     cluster.close()
-    assert ray.calls[0] == "wait for 3"
-    assert [call.startswith("kill") for call in ray.calls[1:4]] == [True] * 3
-    assert ray.calls[4:] == ["remove group", "shutdown"]
+    assert ray.calls[0] == "wait for 4"
+    assert [call.startswith("kill") for call in ray.calls[1:5]] == [True] * 4
+    assert ray.calls[5:] == ["remove group", "shutdown"]
 
 
 def test_close_goes_on_when_ray_is_gone(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
     cluster = connected(ray)
-    cluster.place(object, [ActorRequest(1, 1.0, 0.0)])
+    cluster.place(object, 1, 1, 1.0, 0.0)
     ray.error = ray.exceptions.RayError("gone")
     cluster.close()
     assert ray.calls[-1] == "shutdown"
@@ -205,19 +233,19 @@ def test_close_goes_on_when_ray_is_gone(ray: FakeRay, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("place", "said"),
     [
-        ([ActorRequest(1, 5.0, 0.0)], "1 actors in 1 stages (each on one node) do not fit: 5 CPU needed, 1 of 4 free"),
+        ((1, 1, 5.0, 0.0), "1 actors in 1 stages (each on one node) do not fit: 5 CPU needed, 1 of 4 free"),
         (
-            [ActorRequest(2, 1.5, 0.0)] * 2,
+            (2, 2, 1.5, 0.0),
             "4 actors in 2 stages (each on one node) do not fit: 6 CPU needed, 1 of 4 free",
         ),
-        ([ActorRequest(1, 1.0, 1.0)], "1 CPU needed, 1 of 4 free; 1 GPU needed, 0 of 0 free: lower cluster.cpus_per"),
+        ((1, 1, 1.0, 1.0), "1 CPU needed, 1 of 4 free; 1 GPU needed, 0 of 0 free: lower cluster.cpus_per"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_numbers(ray: FakeRay, stages: list[ActorRequest], said: str) -> None:
+def test_what_cannot_fit_is_refused_with_numbers(ray: FakeRay, place: tuple[int, int, float, float], said: str) -> None:
     with pytest.raises(PlacementError) as caught:
-        connected(ray).place(object, stages)
+        connected(ray).place(object, *place)
     assert said in str(caught.value)
     assert not any(call.startswith("PACK") for call in ray.calls)
 
@@ -225,7 +253,7 @@ def test_what_cannot_fit_is_refused_with_numbers(ray: FakeRay, stages: list[Acto
 def test_a_place_that_does_not_come_is_given_up(ray: FakeRay) -> None:
     ray.has_place = False
     with pytest.raises(PlacementError, match="do not fit"):
-        connected(ray).place(object, [ActorRequest(1, 1.0, 0.0)])
+        connected(ray).place(object, 1, 1, 1.0, 0.0)
     assert ray.calls[-1] == "remove group"
 
 

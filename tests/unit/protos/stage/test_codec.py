@@ -39,7 +39,7 @@ PARAMS = st.builds(
     seed=st.integers(0, (1 << 63) - 1),
     logprobs=st.none() | st.integers(0, 100),
 )
-SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=st.none() | IDS)
+SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=IDS)
 SLICES = st.builds(
     SequenceSlice,
     sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_pages=IDS, num_pages=U32,
@@ -133,7 +133,7 @@ def test_shards(shard: ShardSpec):
 
 def test_nothing_is_not_zero():
     for logprobs in (None, 0):
-        sample = SampleSpec(SamplingParams(logprobs=logprobs), 0, None if logprobs is None else ())
+        sample = SampleSpec(SamplingParams(logprobs=logprobs), 0)
         part = SequenceSlice(1, 0, 1, 1, (), (), 1, sample)
         assert round_trip(StepPlan(1, (part,))).slices[0].sample == sample
 

@@ -11,8 +11,7 @@ import torch
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from workers.runner.model_runner import StepOutput
 from workers.stage.step import Stepper
-from workers.transport.grpc_link import GrpcInbox
-from workers.transport.interface import LinkClosed
+from workers.transport.link import Inbox, LinkClosed, Sender
 
 NONE = Span(0, 0)
 
@@ -66,11 +65,13 @@ class First:
     """The first of several stages, with the inbox the last one writes to."""
 
     def __init__(self, stages: int = 2, timeout_s: float = 5.0) -> None:
-        self.runner, self.inbox, self.sent = FakeRunner(0, stages), GrpcInbox("tokens", "the last stage", 100), Sent()
+        self.runner, self.inbox, self.sent = FakeRunner(0, stages), Inbox("tokens", "the last stage"), Sent()
+        assert self.inbox.entry is not None
+        self.last = Sender(self.inbox.entry)
         self.stepper = Stepper(self.runner, self.inbox, self.sent, timeout_s)  # type: ignore[arg-type]
 
     def tell(self, step: int, *tokens: int) -> None:
-        self.inbox.put(step, torch.tensor(tokens))
+        self.last.send(step, torch.tensor(tokens))
 
 
 def test_a_plan_without_ids_waits_for_its_token_and_for_no_other():
@@ -149,10 +150,12 @@ def test_a_plan_of_releases_only_touches_no_link():
 
 
 def test_the_last_stage_tells_its_tokens():
-    runner, inbox, sent = FakeRunner(1), GrpcInbox(), Sent()
+    runner, inbox, sent = FakeRunner(1), Inbox(), Sent()
+    assert inbox.entry is not None
+    before = Sender(inbox.entry)
     stepper = Stepper(runner, inbox, sent, 1.0)  # type: ignore[arg-type]
     for step, tokens in ((1, ()), (2, (7, 8))):
-        inbox.put(step, torch.zeros(1, 4))
+        before.send(step, torch.zeros(1, 4))
         runner.out = StepOutput(tokens=tokens)
         stepper.step(plan(step, part(1, 5)))
     ((step, tensor),) = sent.items

@@ -12,22 +12,21 @@ import torch
 
 from tests.support.data.frames import DAMAGED, frames_of
 from workers.transport.frames import DTYPES
-from workers.transport.interface import LinkClosed
-from workers.transport.unix_link import UnixInbox, UnixSender
+from workers.transport.link import Inbox, LinkClosed, UnixSender
 
 LARGE = 1 << 20  # beyond what sockets hold
 
 
 @pytest.fixture
-def inbox(tmp_path: Path) -> Iterator[UnixInbox]:
-    made = UnixInbox(str(tmp_path / "link"), "tokens", "the last stage")
+def inbox(tmp_path: Path) -> Iterator[Inbox]:
+    made = Inbox("tokens", "the last stage", str(tmp_path / "link"))
     yield made
     made.close()
     made.close()
 
 
 @pytest.fixture
-def sender(inbox: UnixInbox, tmp_path: Path) -> Iterator[UnixSender]:
+def sender(inbox: Inbox, tmp_path: Path) -> Iterator[UnixSender]:
     made = UnixSender(str(tmp_path / "link"), depth=2)
     yield made
     made.close()
@@ -35,7 +34,7 @@ def sender(inbox: UnixInbox, tmp_path: Path) -> Iterator[UnixSender]:
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.is_floating_point])
 @pytest.mark.parametrize("shape", [(0, 3), (1, 7), (1, 1024), (67, 13), (1 << 12, 193)])
-def test_tensors_arrive_as_they_are(inbox: UnixInbox, sender: UnixSender, shape: tuple[int, int], dtype: torch.dtype):
+def test_tensors_arrive_as_they_are(inbox: Inbox, sender: UnixSender, shape: tuple[int, int], dtype: torch.dtype):
     tensors = [torch.randn(shape).to(dtype) for _ in range(5)]
     with ThreadPoolExecutor(1) as threads:
         sent = threads.submit(lambda: [sender.send(at, each.T.contiguous().T) for at, each in enumerate(tensors)])
@@ -48,7 +47,7 @@ def test_tensors_arrive_as_they_are(inbox: UnixInbox, sender: UnixSender, shape:
         sender.send(3, tensors[0])
 
 
-def test_what_was_sent_before_anyone_took_is_kept(inbox: UnixInbox, sender: UnixSender):
+def test_what_was_sent_before_anyone_took_is_kept(inbox: Inbox, sender: UnixSender):
     for step in range(2):
         sender.send(step, torch.full((1, LARGE), step))
     for step in range(2):
@@ -57,7 +56,7 @@ def test_what_was_sent_before_anyone_took_is_kept(inbox: UnixInbox, sender: Unix
     assert torch.equal(inbox.take(2, 5.0, (3,), torch.float32), torch.ones(3))
 
 
-def test_nothing_overtakes_what_is_still_to_be_written(inbox: UnixInbox, sender: UnixSender):
+def test_nothing_overtakes_what_is_still_to_be_written(inbox: Inbox, sender: UnixSender):
     large = torch.arange(LARGE)
     sender.send(0, large)
     sender.send(1, torch.ones(3))
@@ -65,7 +64,7 @@ def test_nothing_overtakes_what_is_still_to_be_written(inbox: UnixInbox, sender:
     assert torch.equal(inbox.take(1, 5.0, (3,), torch.float32), torch.ones(3))
 
 
-def test_sending_waits_for_the_oldest_message_only(inbox: UnixInbox, sender: UnixSender):
+def test_sending_waits_for_the_oldest_message_only(inbox: Inbox, sender: UnixSender):
     large = torch.arange(LARGE)
     with ThreadPoolExecutor(1) as threads:
         for step in range(2):
@@ -87,17 +86,15 @@ def test_sending_waits_for_the_oldest_message_only(inbox: UnixInbox, sender: Uni
         (5, (4,), r"tokens of step 5 are torch.int64 \[3\] where torch.int64 \[4\] were due"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    inbox: UnixInbox, sender: UnixSender, step: int, shape: tuple[int, ...], error: str
-):
+def test_what_does_not_fit_is_refused(inbox: Inbox, sender: UnixSender, step: int, shape: tuple[int, ...], error: str):
     sender.send(step, torch.arange(3))
     with pytest.raises(LinkClosed, match=error):
         inbox.take(5, 5.0, shape, torch.int64)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_an_error(inbox: UnixInbox, sender: UnixSender, name: str):
-    sender._socket.sendall(b"".join(DAMAGED[name]))
+def test_damage_is_an_error(inbox: Inbox, sender: UnixSender, name: str):
+    sender._end.sendall(b"".join(DAMAGED[name]))
     if name == "duplicate last":  # the tensor before it is whole
         inbox.take(5, 5.0, (80,), torch.float32)
     with pytest.raises(LinkClosed, match=r"^tokens: .*step \d+") as caught:
@@ -109,8 +106,8 @@ FRAME = frames_of(4)[0]
 
 
 @pytest.mark.parametrize("sent", [0, 1, 63, 64, 65, len(FRAME) - 1])
-def test_what_does_not_come_is_an_error_in_time(inbox: UnixInbox, sender: UnixSender, sent: int):
-    sender._socket.sendall(FRAME[:sent])
+def test_what_does_not_come_is_an_error_in_time(inbox: Inbox, sender: UnixSender, sent: int):
+    sender._end.sendall(FRAME[:sent])
     began = time.monotonic()
     with pytest.raises(LinkClosed, match=r"tokens of step 5 did not come within 0\.2 s"):
         inbox.take(5, 0.2, (4,), torch.float32)
@@ -118,25 +115,25 @@ def test_what_does_not_come_is_an_error_in_time(inbox: UnixInbox, sender: UnixSe
 
 
 @pytest.mark.parametrize("sent", [1, 64, len(FRAME) - 1])
-def test_a_message_cut_short_is_an_error_at_once(inbox: UnixInbox, sender: UnixSender, sent: int):
-    sender._socket.sendall(FRAME[:sent])
+def test_a_message_cut_short_is_an_error_at_once(inbox: Inbox, sender: UnixSender, sent: int):
+    sender._end.sendall(FRAME[:sent])
     sender.close()
     with pytest.raises(LinkClosed, match="the last stage is gone: it ended the link"):
         inbox.take(5, 30.0, (4,), torch.float32)
 
 
-def test_a_message_in_pieces_is_put_together(inbox: UnixInbox, sender: UnixSender):
+def test_a_message_in_pieces_is_put_together(inbox: Inbox, sender: UnixSender):
     whole = b"".join(frames_of(100, 200))
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(inbox.take, 5, 5.0, (100,), torch.float32)
         for first in range(0, len(whole), 50):
             time.sleep(0.01)
-            sender._socket.sendall(whole[first : first + 50])
+            sender._end.sendall(whole[first : first + 50])
         assert torch.equal(waiting.result(5), torch.arange(100.0))
 
 
 @pytest.mark.parametrize("taken", [0, 1])  # before and after the first message
-def test_a_sender_that_ends_is_an_error_at_once(inbox: UnixInbox, sender: UnixSender, taken: int):
+def test_a_sender_that_ends_is_an_error_at_once(inbox: Inbox, sender: UnixSender, taken: int):
     for step in range(taken):
         sender.send(step, torch.arange(3))
         inbox.take(step, 5.0, (3,), torch.int64)
@@ -149,7 +146,7 @@ def test_a_sender_that_ends_is_an_error_at_once(inbox: UnixInbox, sender: UnixSe
 
 
 @pytest.mark.parametrize("connected", [False, True])
-def test_closing_wakes_who_waits(inbox: UnixInbox, connected: bool, tmp_path: Path):
+def test_closing_wakes_who_waits(inbox: Inbox, connected: bool, tmp_path: Path):
     sender = UnixSender(str(tmp_path / "link")) if connected else None
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(inbox.take, 0, 30.0, (3,), torch.int64)
@@ -164,7 +161,7 @@ def test_closing_wakes_who_waits(inbox: UnixInbox, connected: bool, tmp_path: Pa
         sender.close()
 
 
-def test_a_receiver_that_ends_is_an_error_for_the_sender(inbox: UnixInbox, sender: UnixSender):
+def test_a_receiver_that_ends_is_an_error_for_the_sender(inbox: Inbox, sender: UnixSender):
     with ThreadPoolExecutor(1) as threads:
         for step in range(2):
             sender.send(step, torch.arange(LARGE))
@@ -177,7 +174,7 @@ def test_a_receiver_that_ends_is_an_error_for_the_sender(inbox: UnixInbox, sende
         sender.send(3, torch.arange(3))
 
 
-def test_a_receiver_that_ended_is_an_error_for_a_short_message(inbox: UnixInbox, sender: UnixSender):
+def test_a_receiver_that_ended_is_an_error_for_a_short_message(inbox: Inbox, sender: UnixSender):
     sender.send(0, torch.zeros(3))
     inbox.take(0, 5.0, (3,), torch.float32)
     inbox.close()

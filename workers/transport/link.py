@@ -1,0 +1,236 @@
+"""Links between neighbouring stages: one-way streams of tensors, cut into frames.
+
+Links carry hidden states from one stage to the next, and sampled tokens from the last stage to the first. On one node
+a link is a Unix socket in the launch's private folder. Between nodes a gRPC stream carries the same bytes, from a
+socket in the sending process to one in the receiving process. The thread that computes reads and writes the sockets
+itself, so a decode step on one node wakes no other thread. A peer that dies is an error at once, closing an end wakes
+whoever waits at it, and a receiver that is behind makes `send` wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import torch
+
+from protos.stage import stage_pb2 as pb
+from protos.stage import stage_pb2_grpc as rpc
+from protos.stage.channel import open_channel, token_metadata
+from workers.transport.frames import FrameError, read_tensor, split
+
+DEPTH = 4  # tensors that may be unwritten before the sender waits
+_PIECE = 2 * 1024 * 1024  # largest number of bytes of a stream in one gRPC message
+
+
+class LinkClosed(RuntimeError):
+    """The other end is gone, something else than what was due came, or the link was closed."""
+
+
+class Sender:
+    """The sending end; what its socket does not take at once is written by a thread while compute goes on."""
+
+    def __init__(self, end: socket.socket, depth: int = DEPTH) -> None:
+        self._end = end
+        self._depth = depth
+        self._reason = ""
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="link")
+        self._unwritten: deque[Future[None]] = deque()
+
+    def send(self, step: int, tensor: torch.Tensor) -> None:
+        """Queue the tensor of a step, which must not change any more; waits while the link is full.
+
+        Raises:
+            LinkClosed: the receiver is gone.
+        """
+        if self._reason:
+            raise LinkClosed(self._reason)
+        frames = split(tensor, step)
+        try:
+            while self._unwritten and (len(self._unwritten) == self._depth or self._unwritten[0].done()):
+                self._unwritten.popleft().result()
+            frame, written = next(frames), 0
+            if not self._unwritten:
+                with contextlib.suppress(BlockingIOError):
+                    written = self._end.send(frame, socket.MSG_DONTWAIT)
+            if rest := frame[written:] or next(frames, b""):
+                self._unwritten.append(self._writer.submit(self._write, itertools.chain([rest], frames)))
+        except OSError as error:
+            raise LinkClosed(self._reason or f"link to the next stage broke: {error}") from error
+
+    def close(self, reason: str = "closed") -> None:
+        """Stop; may be called twice, the first reason stays."""
+        self._reason = self._reason or reason
+        _shut_down(self._end)
+
+    def __del__(self) -> None:
+        self._end.close()  # not earlier: the number could be another file's while a step still sends
+
+    def _write(self, frames: Iterable[bytes]) -> None:
+        for frame in frames:
+            self._end.sendall(frame)
+
+
+class UnixSender(Sender):
+    """The sender to a stage of this node."""
+
+    def __init__(self, path: str, depth: int = DEPTH) -> None:
+        """Connect to the `Inbox` that listens at `path`.
+
+        Raises:
+            LinkClosed: nobody listens there.
+        """
+        super().__init__(socket.socket(socket.AF_UNIX), depth)
+        try:
+            self._end.connect(path)
+        except OSError as error:
+            raise LinkClosed(f"the next stage does not listen: {error}") from error
+
+
+class GrpcSender(Sender):
+    """The sender to a stage of another node: an `Activations` call streams what is written to the socket."""
+
+    def __init__(self, address: str, token: str, depth: int = DEPTH) -> None:
+        end, self._exit = socket.socketpair()
+        super().__init__(end, depth)
+        self._channel = open_channel(address)
+        call = rpc.StageStub(self._channel).Activations.future(self._pieces(), metadata=token_metadata(token))
+        call.add_done_callback(self._on_done)
+
+    def close(self, reason: str = "closed") -> None:
+        """See `Sender`."""
+        super().close(reason)
+        self._channel.close()
+
+    def _pieces(self) -> Iterator[pb.Frame]:
+        while data := self._exit.recv(_PIECE):
+            yield pb.Frame(data=data)
+
+    def _on_done(self, call: grpc.Future) -> None:
+        reason = "link to the next stage cancelled"
+        if not call.cancelled():
+            error = call.exception()
+            reason = f"link to the next stage broke: {error.details() if isinstance(error, grpc.Call) else error}"
+        super().close(reason)
+
+
+class Inbox:
+    """The receiving end: takes what comes to the Unix socket it listens on, or to `entry`."""
+
+    def __init__(self, content: str = "activations", source: str = "the previous stage", path: str = "") -> None:
+        """Listen at `path`, which must be new, or read what is written to `entry`.
+
+        Args:
+            content, source: for error messages.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        self._content = content
+        self._source = source
+        self._path = path
+        self._reason = ""
+        self._is_damaged = False
+        self._closed = threading.Event()
+        self._taking = threading.Lock()
+        self.entry: socket.socket | None = None
+        self._listener: socket.socket | None = None
+        self._link: socket.socket | None = None
+        if path:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(path)
+            self._listener.listen(1)
+        else:
+            self._link, self.entry = socket.socketpair()
+
+    def take(self, step: int, timeout_s: float, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensor of a step, which must have this shape and type.
+
+        Raises:
+            LinkClosed: the sender is gone, nothing came in time, or something else came.
+        """
+        until = time.monotonic() + timeout_s
+        try:
+            with self._taking:
+                received, tensor = read_tensor(lambda room: self._fill(room, until))
+        except TimeoutError as error:
+            raise LinkClosed(f"{self._content} of step {step} did not come within {timeout_s:g} s") from error
+        except FrameError as error:
+            self._is_damaged = True
+            self.close(f"{self._content}: {error}")
+            raise LinkClosed(self._reason) from error
+        except OSError as error:
+            raise LinkClosed(self._reason or f"{self._source} is gone: {error}") from error
+        if received != step:
+            raise LinkClosed(f"{self._content} of step {received} came where step {step} was due")
+        if (tuple(shape), dtype) != (tuple(tensor.shape), tensor.dtype):
+            raise LinkClosed(
+                f"{self._content} of step {step} are {tensor.dtype} {list(tensor.shape)} "
+                f"where {dtype} {list(shape)} were due"
+            )
+        return tensor
+
+    def feed(self, pieces: Iterable[bytes]) -> tuple[str, bool]:
+        """Write what a gRPC stream brings to `entry`, and wait until this end is closed.
+
+        Returns:
+            Why it closed, and whether the reason is that something damaged came.
+        """
+        assert self.entry is not None, "it listens at a path"
+        try:
+            for piece in pieces:
+                self.entry.sendall(piece)
+        except OSError:
+            pass  # this end is closed
+        finally:
+            _shut_down(self.entry)
+        self._closed.wait()
+        return self._reason, self._is_damaged
+
+    def close(self, reason: str = "closed") -> None:
+        """End the link and wake who waits at it; may be called twice, the first reason stays."""
+        self._reason = self._reason or reason
+        if self._link is not None:
+            _shut_down(self._link)
+        elif not self._closed.is_set():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
+                visitor.connect(self._path)
+        self._closed.set()
+        with self._taking:  # nobody reads from a descriptor that may soon be another file
+            for end in (self._listener, self._link):
+                if end is not None:
+                    end.close()
+        if self._path:
+            Path(self._path).unlink(missing_ok=True)
+
+    def __del__(self) -> None:
+        if self.entry is not None:
+            self.entry.close()  # not earlier, see `Sender`
+
+    def _fill(self, room: memoryview, until: float) -> None:
+        """Read until `room` is full. Raises OSError: TimeoutError at `until`, the monotonic clock's."""
+        if self._link is None:
+            assert self._listener is not None
+            self._listener.settimeout(max(1e-3, until - time.monotonic()))
+            self._link, _ = self._listener.accept()
+            if self._reason:
+                raise ConnectionAbortedError
+        while room:
+            self._link.settimeout(max(1e-3, until - time.monotonic()))
+            count = self._link.recv_into(room)
+            if not count:
+                raise ConnectionResetError("it ended the link")
+            room = room[count:]
+
+
+def _shut_down(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # not connected, or shut down before
+        end.shutdown(socket.SHUT_RDWR)
