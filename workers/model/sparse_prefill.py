@@ -20,7 +20,7 @@ from workers.attention.queries import Queries
 from workers.kv.paged import LayerKV
 from workers.model.batch import Batch, Piece
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_
-from workers.sparse.estimate import SampledRows
+from workers.sparse.estimate import CellKeys, SampledRows
 from workers.sparse.vertical_slash import CellChoice, CellQueries, choose, estimate_rows, held_out_rows
 
 
@@ -118,7 +118,7 @@ class SparsePrefill:
             layer=self._layer,
             first_head=self._heads.start,
         )
-        return choose(cell, kv, piece.table, piece.plan, self._sparse)
+        return choose(cell, CellKeys(kv, piece.table, piece.plan), self._sparse)
 
     def _continuous(self, raw: torch.Tensor, rotations: Rotations, intra: torch.Tensor) -> Queries:
         assert rotations.succ is not None

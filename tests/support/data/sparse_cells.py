@@ -45,9 +45,9 @@ class Cell:
     def keys(self) -> CellKeys:
         return CellKeys(self.kv, self.table, self.plan)
 
-    def args(self, **spec: object) -> tuple[CellQueries, LayerKV, PageTable, AttentionPlan, SparseSpec]:
+    def args(self, **spec: object) -> tuple[CellQueries, CellKeys, SparseSpec]:
         """The arguments of `choose`."""
-        return self.queries, self.kv, self.table, self.plan, SparseSpec(**spec)  # type: ignore[arg-type]
+        return self.queries, self.keys, SparseSpec(**spec)  # type: ignore[arg-type]
 
 
 def random_cell(shape: Shape) -> Cell:
