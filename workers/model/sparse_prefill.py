@@ -14,7 +14,6 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec
 from workers.attention.attend import attend
-from workers.attention.pair_counts import causal_pairs
 from workers.attention.plan import Rotation
 from workers.attention.queries import Queries
 from workers.kv.paged import LayerKV
@@ -96,7 +95,7 @@ class SparsePrefill:
                 first_head=self._heads.start,
                 start=plan.start,
                 length=plan.length,
-                density=(visited / causal_pairs(plan)).tolist(),
+                density=(visited / plan.causal_pairs).tolist(),
                 estimated_recall=choice.estimated_recall,
                 held_out_recall=choice.held_out_recall,
                 dense=choice.dense,

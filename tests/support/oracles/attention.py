@@ -48,11 +48,8 @@ def plan_tags(plan: AttentionPlan, head: int, context: int) -> torch.Tensor:
     positions = torch.arange(context)
     for tile in plan.tile_keys(head):
         block = tags[tile.start : tile.stop]
-        for keys in tile.ranges:
-            block[:, keys.start : keys.stop] = keys.rotation
-        for column in tile.columns.tolist():
-            (rotation,) = (tag for start, stop, tag in plan.regions if start <= column < stop)
-            block[:, column] = rotation
+        for rotation, keys in tile.keys.items():
+            block[:, torch.from_numpy(keys).long()] = rotation
     own = torch.arange(plan.start, plan.start + plan.length)
     return tags.masked_fill_(positions > own[:, None], UNVISITED)
 
@@ -62,7 +59,6 @@ def tile_pairs(plan: AttentionPlan, head: int) -> int:
     total = 0
     for tile in plan.tile_keys(head):
         rows = np.arange(plan.start + tile.start, plan.start + tile.stop)
-        for keys in tile.ranges:
-            total += int(np.clip(rows + 1 - keys.start, 0, keys.stop - keys.start).sum())
-        total += int(np.searchsorted(tile.columns, rows, side="right").sum())
+        for keys in tile.keys.values():
+            total += int(np.searchsorted(np.sort(keys), rows, side="right").sum())
     return total
