@@ -17,6 +17,7 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
 from workers.attention.compiled import fill_args
+from workers.attention.plan import Rotation
 from workers.kernels import abi
 from workers.kernels.abi import Layer, Piece, Step
 from workers.kernels.build import load
@@ -170,7 +171,8 @@ class FusedLayers:
         for target, piece in zip(pieces, batch.pieces, strict=True):
             fill_args(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
             target.row = piece.rows.start
-        for region, one in enumerate((rotations.intra, rotations.succ, rotations.inter)):
+        for region in Rotation:
+            one = rotations.get(region)
             step.cos[region] = None if one is None else one.cos.data_ptr()
             step.sin[region] = None if one is None else one.sin.data_ptr()
             step.cos_stride[region] = 0 if one is None else one.cos.stride(0)

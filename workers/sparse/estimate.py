@@ -28,7 +28,7 @@ _BLOCK = 4096  # keys whose scores are in memory at a time
 class SampledRows:
     """Rows of a cell, ascending and counted from its start, with their queries `[R, H, D]` and logit factors `[R]`."""
 
-    rows: tuple[int, ...]
+    rows: Sequence[int]
     queries: Queries
     scales: torch.Tensor  # float32 in host memory: D**-0.5 times the square of the length scale
 

@@ -61,9 +61,9 @@ class CellChoice(NamedTuple):
     dense: tuple[bool, ...]
 
 
-def estimate_rows(length: int, last_q: int) -> tuple[int, ...]:
-    """Return the rows that the estimate samples in a cell of `length` rows: the last `last_q`, ascending."""
-    return tuple(range(max(0, length - last_q), length))
+def estimate_rows(length: int, last_q: int) -> range:
+    """Return the rows that the estimate samples in a cell of `length` rows: the last `last_q`."""
+    return range(max(0, length - last_q), length)
 
 
 def held_out_rows(length: int, last_q: int) -> tuple[int, ...]:

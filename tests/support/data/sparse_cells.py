@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,7 +65,7 @@ def random_cell(shape: Shape) -> Cell:
         small, scales = quantise(keys)
         kv = LayerKV(small, small, scales, scales)
 
-    def sample(rows: tuple[int, ...]) -> SampledRows:
+    def sample(rows: Sequence[int]) -> SampledRows:
         some = [torch.randn(len(rows), shape.heads, shape.dim, generator=random).to(shape.dtype) for _ in range(3)]
         scales = shape.dim**-0.5 * (1.5 + torch.rand(len(rows), generator=random))
         return SampledRows(rows, Queries(*some), scales)
@@ -134,7 +135,7 @@ def largest(scores: np.ndarray, count: int, always: int) -> list[int]:
     return sorted(order[: max(count, always)])
 
 
-def kept_mass(probabilities: np.ndarray, start: int, rows: tuple[int, ...], selection: Selection) -> float:
+def kept_mass(probabilities: np.ndarray, start: int, rows: Sequence[int], selection: Selection) -> float:
     """Mean over the rows `[R, S]` of the mass on kept pairs, as a set."""
     keys = np.arange(probabilities.shape[-1])
     offsets = start + np.array(rows)[:, None] - keys

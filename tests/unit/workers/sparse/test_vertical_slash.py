@@ -73,7 +73,7 @@ def test_selection_and_recalls_equal_the_definition(name: str) -> None:
 @pytest.mark.parametrize("last_q", [1, 64])
 def test_sampled_rows(length: int, last_q: int) -> None:
     sampled, held_out = estimate_rows(length, last_q), held_out_rows(length, last_q)
-    assert sampled == tuple(range(length))[-last_q:]
+    assert sampled == range(length)[-last_q:]
     assert list(held_out) == sorted(set(held_out))
     assert 0 <= held_out[0] <= held_out[-1] < length
     assert len(held_out) == min(32, length)
