@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from workers.attention import compiled, torch_backend
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.kv.paged import LayerKV, PageTable
 
 

@@ -1,4 +1,4 @@
-"""The attention plan: for every tile of queries, which keys it visits and under which rotation.
+"""The attention plan: for every tile of queries, which keys it visits and under which rotation; and the query rows.
 
 One data structure covers every kind of attention. Dense prefill visits every key up to the row's own; dual chunk
 attention (DCA, arXiv 2402.17463) tags key ranges with another rotation of the query; sparse prefill visits fewer ranges
@@ -7,19 +7,20 @@ and adds gathered columns. Kernels execute plans, they decide nothing.
 A plan is compact: the offsets (distances from query to key) and columns of a head determine the keys of any tile.
 `AttentionPlan.tile_keys` spells them out; the compiled kernel computes the same lists while it runs.
 
-Legend: `T` rows of the plan, `H` query heads of the shard, `L` tokens between the starts of two DCA chunks. Rows are
-counted within the plan, keys are absolute positions in the sequence.
+Legend: `T` rows of the plan, `H` query heads of the shard, `D` head dim, `L` tokens between the starts of two DCA
+chunks. Rows are counted within the plan, keys are absolute positions in the sequence.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 QUERY_TILE = 64  # rows that share one list of keys
 
@@ -32,6 +33,32 @@ class Rotation(enum.IntEnum):
     INTRA = 0
     SUCC = 1
     INTER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """The rows `[T, H, D]` under each rotation: unit stride in `D`, any strides of rows and heads.
+
+    None where the plan has no region of that rotation.
+    """
+
+    intra: torch.Tensor
+    succ: torch.Tensor | None = None
+    inter: torch.Tensor | None = None
+
+    def of(self, rotation: Rotation) -> torch.Tensor:
+        """Return the rows that meet keys tagged with `rotation`."""
+        rows = (self.intra, self.succ, self.inter)[rotation]
+        assert rows is not None, f"the plan needs {rotation.name} queries"
+        return rows
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Queries:
+        """Return the rows under each rotation, changed by one function."""
+        succ, inter = (None if rows is None else change(rows) for rows in (self.succ, self.inter))
+        return Queries(change(self.intra), succ, inter)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Queries:
+        return self.map(lambda each: each[rows])
 
 
 class TileKeys(NamedTuple):

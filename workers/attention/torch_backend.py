@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from workers.attention.flash import flash
-from workers.attention.plan import AttentionPlan, TileKeys
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, TileKeys
 from workers.kernels.blocking import row_blocks
 from workers.kv.paged import LayerKV, PageTable, SlotRun
 

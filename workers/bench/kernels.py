@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 from protos.stage.messages import SampleSpec, SamplingParams, Span
 from workers.attention.attend import attend
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.bench.model import PAGE, benchmark_spec
 from workers.bench.timing import Figure, measure, median_figure
 from workers.kv.paged import LayerKV, PageTable

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
 from workers.attention.attend import attend
-from workers.attention.plan import Rotation
-from workers.attention.queries import Queries
+from workers.attention.plan import Queries, Rotation
 from workers.kv.paged import PagedKV
 from workers.model.batch import Batch
 from workers.model.fused import FusedCall, FusedLayers

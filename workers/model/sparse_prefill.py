@@ -13,8 +13,7 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec
 from workers.attention.attend import attend
-from workers.attention.plan import Rotation
-from workers.attention.queries import Queries
+from workers.attention.plan import Queries, Rotation
 from workers.kv.paged import LayerKV
 from workers.model.batch import Batch, Piece
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_

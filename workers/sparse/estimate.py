@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.attention.plan import AttentionPlan, IntArray, Rotation, Selection
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, IntArray, Queries, Rotation, Selection
 from workers.kv.paged import LayerKV, PageTable
 from workers.sparse import selection
 from workers.sparse.selection import FloatArray, offset_mask

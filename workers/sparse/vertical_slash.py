@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from protos.model.spec import HeadBudget, SparseSpec
 from workers.attention.plan import Selection
-from workers.sparse.adaptive import AdaptiveSearch, NewMass, PatchedArray
+from workers.sparse.adaptive import AdaptiveSearch, PatchedArray
 from workers.sparse.estimate import CellKeys, Estimate, SampledRows, Sums
 from workers.sparse.estimate_compiled import CompiledEstimate
 from workers.sparse.selection import forced_selection, select_by_budget, synthetic_selection
@@ -152,12 +152,12 @@ class _Group:
     def _adaptive(self, sums: Sums) -> list[Selection]:
         start, goal = forced_selection(self.estimate.keys.stop), self.spec.target_recall * sums.lse.shape[1]
         base = self.estimate.kept_mass(sums, [start] * self.estimate.group)
-        masses = [NewMass(*one) for one in zip(base.tolist(), *self._without_forced(sums, start), strict=True)]
+        new = list(zip(base.tolist(), *self._without_forced(sums, start), strict=True))  # a head each
         chosen: list[Selection] = []
-        for first in range(0, len(masses), _SEARCHES):
-            searches = [AdaptiveSearch(mass, goal) for mass in masses[first : first + _SEARCHES]]
+        for first in range(0, len(new), _SEARCHES):
+            searches = [AdaptiveSearch(*head, goal) for head in new[first : first + _SEARCHES]]
             while not all(search.done for search in searches):
-                proposed: list[Selection | None] = [None] * len(masses)
+                proposed: list[Selection | None] = [None] * len(new)
                 proposed[first : first + len(searches)] = [None if one.done else one.selection for one in searches]
                 kept = self.estimate.kept_mass(sums, proposed)[first:]
                 for search, mass in zip(searches, kept.tolist(), strict=False):

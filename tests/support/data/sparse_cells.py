@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from protos.model.spec import SparseSpec
-from workers.attention.plan import AttentionPlan, Selection
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, Selection
 from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.sparse.estimate import CellKeys, SampledRows
 from workers.sparse.vertical_slash import CellQueries, estimate_rows, held_out_rows

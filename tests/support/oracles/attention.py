@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 
 UNVISITED = -1
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.data.selections import random_selection
 from tests.support.oracles.attention import UNVISITED, plan_tags, tile_pairs
-from workers.attention.plan import AttentionPlan, Rotation, Selection
+from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
 
 DISTANCE = 64
 BORDERS = [(0, 64), (63, 1), (64, 1), (64, 17), (127, 1), (128, 1), (128, 64), (130, 61), (448, 64), (455, 1)]
@@ -96,3 +96,20 @@ def test_pairs_of_selections(seed: int, tile: int):
     start, rows = rng.choice((0, 64, 333)), rng.choice((1, 64, 131))
     plan = AttentionPlan(start, rows, 500, tuple(random_selection(start + rows, rng) for _ in range(2)), tile)
     assert [plan.visited_pairs(head) for head in range(2)] == [tile_pairs(plan, head) for head in range(2)]
+
+
+def test_rows_by_rotation() -> None:
+    intra, succ, inter = torch.randn(3, 67, 4, 32)
+    queries = Queries(intra, succ, inter)
+    for rotation, rows in zip(Rotation, (intra, succ, inter), strict=True):
+        assert queries.of(rotation) is rows
+    part = queries[17:18]
+    assert torch.equal(part.of(Rotation.INTER), inter[17:18])
+    assert part.intra.data_ptr() == intra[17].data_ptr()
+
+
+def test_a_rotation_that_is_not_there_is_named() -> None:
+    queries = Queries(torch.randn(1, 4, 32))[0:1]
+    assert queries.succ is None
+    with pytest.raises(AssertionError, match="needs SUCC queries"):
+        queries.of(Rotation.SUCC)

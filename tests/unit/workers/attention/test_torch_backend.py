@@ -13,8 +13,7 @@ from tests.support.data.selections import random_selection
 from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags
 from workers.attention import torch_backend
 from workers.attention.attend import attend
-from workers.attention.plan import AttentionPlan, Rotation, Selection
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
 from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.model.rope import Rotary, norm_and_rotate_
 
