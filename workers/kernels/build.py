@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from protos.node.compiler import compiler
 from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
@@ -54,11 +55,17 @@ def load() -> Kernels:
     return Kernels(library)
 
 
+def exported(name: str) -> Any:
+    """Return an exported function of the library, which must be there."""
+    library = load().library
+    assert library is not None
+    return getattr(library, name)
+
+
 @functools.cache
 def best_path() -> abi.Path | None:
     """Return the best instruction set of this CPU; None where the library is not built."""
-    library = load().library
-    return None if library is None else abi.Path(library.longreach_best_path())
+    return None if load().library is None else abi.Path(exported("longreach_best_path")())
 
 
 def library_path(build: bool = False) -> Path:

@@ -74,12 +74,12 @@ class Estimate:
 
     def sums(self) -> Sums:
         """Compute the softmax of neighbouring rows over all visible keys, summed along columns and diagonals."""
-        parts = (torch.logsumexp(self._logits(*block), dim=-1) for block in self._blocks())
+        parts = (torch.logsumexp(logits, dim=-1) for _, _, logits in self._blocks())
         lse = functools.reduce(torch.logaddexp, parts)
         columns = torch.zeros(self.group, self.keys.stop, device=lse.device)
         offsets = torch.zeros_like(columns)
-        for start, stop, rotation in self._blocks():
-            mass = (self._logits(start, stop, rotation) - lse[..., None]).exp_()
+        for start, stop, logits in self._blocks():
+            mass = (logits - lse[..., None]).exp_()
             columns[:, start:stop] = mass.sum(dim=1)
             for row, position in enumerate(self._positions.tolist()):
                 seen = min(stop, position + 1) - start
@@ -95,8 +95,7 @@ class Estimate:
         for head, one in enumerate(selections):
             by_column[head, torch.from_numpy(one.columns).long()] = True
         all_lse, kept_lse = [], []  # of every block, [G, R]
-        for start, stop, rotation in self._blocks():
-            logits = self._logits(start, stop, rotation)
+        for start, stop, logits in self._blocks():
             distance = self._positions[:, None] - torch.arange(start, stop, device=device)
             keep = by_offset[:, distance.clamp_min(0)] | by_column[:, None, start:stop]
             all_lse.append(torch.logsumexp(logits, -1))
@@ -135,13 +134,12 @@ class Estimate:
                 parts.append(self._scores(inside, rotation))
         return (torch.cat(parts, dim=-1) - torch.from_numpy(lse).to(parts[0].device)[..., None]).exp_()
 
-    def _blocks(self) -> Iterator[tuple[int, int, Rotation]]:
-        for start, stop, rotation in self.keys.plan.regions:
-            for at in range(start, stop, _BLOCK):
-                yield at, min(at + _BLOCK, stop), rotation
-
-    def _logits(self, start: int, stop: int, rotation: Rotation) -> torch.Tensor:
-        return self._scores(np.arange(start, stop, dtype=np.int32), rotation)
+    def _blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield start and stop of every block of keys, and the logits of all rows with them."""
+        for first, last, rotation in self.keys.plan.regions:
+            for start in range(first, last, _BLOCK):
+                stop = min(start + _BLOCK, last)
+                yield start, stop, self._scores(np.arange(start, stop, dtype=np.int32), rotation)
 
     def _scores(self, columns: IntArray, rotation: Rotation) -> torch.Tensor:
         """Return logits `[G, R, n]` in float32, minus infinity for keys after the row."""

@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.attention import compiled
 from workers.attention.plan import IntArray, Rotation, Selection
 from workers.kernels import abi
 from workers.kernels.abi import EstimateArgs, EstimateSelection, Path
-from workers.kernels.build import best_path, load
+from workers.kernels.build import best_path, exported
 from workers.sparse.estimate import CellKeys, Estimate, SampledRows, Sums
 from workers.sparse.selection import FloatArray
 
@@ -54,23 +53,18 @@ class CompiledEstimate(Estimate):
         args.threads = torch.get_num_threads()
         args.path = _path(q.dtype, kv.keys.dtype, dim) if path is None else path
 
-    @staticmethod
-    def supports(sample: SampledRows, keys: CellKeys) -> bool:
-        """Return whether the library is built and takes these queries and this cache."""
-        return compiled.supports(sample.queries.intra, keys.kv)
-
     def sums(self) -> Sums:
         rows = self.sample.rows
         assert rows[-1] - rows[0] == len(rows) - 1
         columns, offsets = (np.empty((self.group, self.keys.stop), np.float32) for _ in range(2))
         lse = np.empty((self.group, len(rows)), np.float32)
-        self._run("longreach_estimate_sums", columns.ctypes, offsets.ctypes, lse.ctypes)
+        _run("longreach_estimate_sums", self._args, columns.ctypes, offsets.ctypes, lse.ctypes)
         return Sums(columns, offsets, lse)
 
     def kept_share(self, selections: Sequence[Selection]) -> npt.NDArray[np.float64]:
         share = np.empty(self.group)
         structures, kept_alive = _structures(selections)
-        self._run("longreach_estimate_kept", structures, share.ctypes)
+        _run("longreach_estimate_kept", self._args, structures, share.ctypes)
         del kept_alive
         return share
 
@@ -78,28 +72,20 @@ class CompiledEstimate(Estimate):
         total = np.empty(self.group)
         arrays = [np.ascontiguousarray(one).ctypes for one in (sums.columns, sums.offsets, sums.lse)]
         structures, kept_alive = _structures(selections)
-        self._run("longreach_estimate_mass", *arrays, structures, total.ctypes)
+        _run("longreach_estimate_mass", self._args, *arrays, structures, total.ctypes)
         del kept_alive
         return total
 
     @staticmethod
     def top_indices(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
-        library = load().library
-        assert library is not None
         scores = np.ascontiguousarray(scores, np.float32)
         rows, size = scores.shape
         sizes = np.clip(np.array(counts, np.int64), min(forced, size), size)
         picked = np.empty((rows, max(1, sizes.max(initial=1))), np.int32)
         shape = (rows, size, picked.shape[1], min(forced, size))
         threads = torch.get_num_threads()
-        _raise_for(library.longreach_estimate_top(scores.ctypes, *shape, sizes.ctypes, picked.ctypes, threads))
+        _run("longreach_estimate_top", scores.ctypes, *shape, sizes.ctypes, picked.ctypes, threads)
         return [row[:count].copy() for row, count in zip(picked, sizes, strict=True)]
-
-    def _run(self, name: str, *rest: object) -> None:
-        """Call an exported function with the common arguments and `rest`."""
-        library = load().library
-        assert library is not None
-        _raise_for(getattr(library, name)(ctypes.byref(self._args), *rest))
 
     def _tensor(self, x: torch.Tensor) -> int:
         """Return the address of `x`, made contiguous, which lives as long as this object."""
@@ -126,5 +112,6 @@ def _path(q: torch.dtype, cache: torch.dtype, dim: int) -> Path:
     return min(best, Path.AMX if tiles else Path.AVX512)
 
 
-def _raise_for(status: int) -> None:
+def _run(name: str, *arguments: object) -> None:
+    status = exported(name)(*arguments)
     abi.raise_for_status(status, no_memory="estimate: out of memory", invalid="estimate: invalid arguments")

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos.model.spec import HeadBudget, SparseSpec
+from workers.attention import compiled
 from workers.attention.plan import Selection
 from workers.sparse.adaptive import AdaptiveSearch, PatchedArray
 from workers.sparse.estimate import CellKeys, Estimate, SampledRows, Sums
@@ -207,7 +208,7 @@ def _keeps_everything(one: Selection, stop: int) -> bool:
 
 
 def _backend(cell: CellQueries, keys: CellKeys) -> type[Estimate]:
-    return CompiledEstimate if CompiledEstimate.supports(cell.estimate, keys) else Estimate
+    return CompiledEstimate if compiled.supports(cell.estimate.queries.intra, keys.kv) else Estimate
 
 
 @functools.cache  # once a process
