@@ -54,7 +54,6 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "workers/bench": "tests/unit/workers/bench/test_main.py and test_peers.py",
     "workers/eval/__main__.py": "tests/integration/cli/test_eval.py",
     "workers/model/sparse_prefill.py": "tests/identity/test_sparse_prefill.py",
-    "workers/sparse/estimate.py": "dataclasses and a protocol; test_estimate_torch and test_estimate_compiled",
     "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",
     "workers/stage/server.py": "tests/integration/stages/test_stage_process.py: a process of its own",
 }

@@ -14,8 +14,7 @@ from tests.support.oracles.experts import run_experts_reference
 from tests.support.paths import NEEDLE
 from workers.attention import flash as flash_module
 from workers.attention.flash import flash, supports_flash_attn
-from workers.attention.plan import AttentionPlan, Selection
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, Selection
 from workers.attention.torch_backend import attend
 from workers.kv.paged import PagedKV, PageTable, quantise
 from workers.model.moe import run_experts

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from workers.attention import compiled, torch_backend
-from workers.attention.pair_counts import visited_pairs
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.kv.paged import LayerKV, PageTable
 
 
@@ -31,5 +29,5 @@ def attend(
     if compiled.supports(q.intra, kv):
         return compiled.attend(q, kv, table, plan, scales, visited=visited)
     if visited is not None:
-        visited.copy_(torch.tensor([visited_pairs(plan, head) for head in range(len(visited))]))
+        visited.copy_(torch.tensor([plan.visited_pairs(head) for head in range(len(visited))]))
     return torch_backend.attend(q, kv, table, plan, scales)

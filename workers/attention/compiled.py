@@ -13,8 +13,7 @@ import ctypes
 import numpy as np
 import torch
 
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.kernels import abi
 from workers.kernels.abi import AttentionArgs, Path
 from workers.kernels.build import load

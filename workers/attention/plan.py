@@ -1,4 +1,4 @@
-"""The attention plan: for every tile of queries, which keys it visits and under which rotation.
+"""The attention plan: for every tile of queries, which keys it visits and under which rotation; and the query rows.
 
 One data structure covers every kind of attention. Dense prefill visits every key up to the row's own; dual chunk
 attention (DCA, arXiv 2402.17463) tags key ranges with another rotation of the query; sparse prefill visits fewer ranges
@@ -7,18 +7,20 @@ and adds gathered columns. Kernels execute plans, they decide nothing.
 A plan is compact: the offsets (distances from query to key) and columns of a head determine the keys of any tile.
 `AttentionPlan.tile_keys` spells them out; the compiled kernel computes the same lists while it runs.
 
-Legend: `T` rows of the plan, `H` query heads of the shard, `L` tokens between the starts of two DCA chunks. Rows are
-counted within the plan, keys are absolute positions in the sequence.
+Legend: `T` rows of the plan, `H` query heads of the shard, `D` head dim, `L` tokens between the starts of two DCA
+chunks. Rows are counted within the plan, keys are absolute positions in the sequence.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 QUERY_TILE = 64  # rows that share one list of keys
 
@@ -34,23 +36,37 @@ class Rotation(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class KeyRange:
-    """Keys `start .. stop - 1`; with `causal` some of them come after some row of the tile and are masked there."""
+class Queries:
+    """The rows `[T, H, D]` under each rotation: unit stride in `D`, any strides of rows and heads.
+
+    None where the plan has no region of that rotation.
+    """
+
+    intra: torch.Tensor
+    succ: torch.Tensor | None = None
+    inter: torch.Tensor | None = None
+
+    def of(self, rotation: Rotation) -> torch.Tensor:
+        """Return the rows that meet keys tagged with `rotation`."""
+        rows = (self.intra, self.succ, self.inter)[rotation]
+        assert rows is not None, f"the plan needs {rotation.name} queries"
+        return rows
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Queries:
+        """Return the rows under each rotation, changed by one function."""
+        succ, inter = (None if rows is None else change(rows) for rows in (self.succ, self.inter))
+        return Queries(change(self.intra), succ, inter)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Queries:
+        return self.map(lambda each: each[rows])
+
+
+class TileKeys(NamedTuple):
+    """Rows `start .. stop - 1` and the keys they visit, by rotation: each once, and masked in the rows before it."""
 
     start: int
     stop: int
-    rotation: Rotation = Rotation.INTRA
-    causal: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TileKeys:
-    """Rows `start .. stop - 1` and the keys they visit: ascending ranges, and ascending columns outside of these."""
-
-    start: int
-    stop: int
-    ranges: tuple[KeyRange, ...]
-    columns: IntArray
+    keys: dict[Rotation, IntArray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,25 +122,35 @@ class AttentionPlan:
         return tuple(region for region in regions if region[0] < region[1])
 
     def tile_keys(self, head: int) -> Iterator[TileKeys]:
-        """Yield the keys of one head, tile by tile."""
-        selection = None if self.heads is None else self.heads[head]
+        """Yield the keys of one head, tile by tile: per region those of offsets, ascending, then other columns."""
+        selection = self.heads[head] if self.heads else Selection.everything(self.start + self.length)
         for row in range(0, self.length, self.tile):
             stop = min(row + self.tile, self.length)
             first, last = self.start + row, self.start + stop - 1
-            if selection is None:
-                visited, columns = [(0, last + 1)], np.empty(0, np.int32)
-            else:
-                visited = _visited(selection.offsets, first, last)
-                columns = selection.columns[selection.columns <= last]
-                for low, high in visited:
-                    columns = columns[(columns < low) | (columns >= high)]
-            ranges = tuple(
-                KeyRange(max(low, start), min(high, end), rotation, min(high, end) - 1 > first)
-                for low, high in visited
-                for start, end, rotation in self.regions
-                if max(low, start) < min(high, end)
-            )
-            yield TileKeys(row, stop, ranges, columns)
+            visited = _visited(selection.offsets, first, last)
+            columns = selection.columns[selection.columns <= last]
+            for low, high in visited:
+                columns = columns[(columns < low) | (columns >= high)]
+            keys = {}
+            for low, high, rotation in self.regions:
+                ranges = [np.arange(max(low, begin), min(high, end), dtype=np.int32) for begin, end in visited]
+                keys[rotation] = np.concatenate([*ranges, columns[(columns >= low) & (columns < high)]])
+            yield TileKeys(row, stop, {rotation: positions for rotation, positions in keys.items() if len(positions)})
+
+    @property
+    def causal_pairs(self) -> int:
+        """The number of query-key pairs of causal attention of the rows."""
+        return self.length * (self.start + 1) + self.length * (self.length - 1) // 2
+
+    def visited_pairs(self, head: int) -> int:
+        """Return the number of pairs that one head visits, without those that the causal mask removes."""
+        if self.heads is None:
+            return self.causal_pairs
+        return sum(
+            int(np.minimum(self.start + tile.stop - keys, tile.stop - tile.start).sum(dtype=np.int64))
+            for tile in self.tile_keys(head)
+            for keys in tile.keys.values()
+        )
 
 
 def _visited(offsets: IntArray, first: int, last: int) -> list[tuple[int, int]]:

@@ -10,14 +10,14 @@ Legend: `T` rows, `H` query heads, `K` KV heads, `G = H // K`, `D` head dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from workers.attention.flash import flash
-from workers.attention.plan import AttentionPlan, IntArray, Rotation, TileKeys
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, TileKeys
 from workers.kernels.blocking import row_blocks
 from workers.kv.paged import LayerKV, PageTable, SlotRun
 
@@ -42,67 +42,68 @@ def _with_one_scale(q: Queries, scales: torch.Tensor) -> tuple[Queries, float]:
 
 
 def _dense(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
-    dtype = q.intra.dtype
-    parts = []  # of the rows, in order
+    outputs = []  # of the rows, in order
     for row in range(0, plan.length, DENSE_ROWS):
-        stop = min(row + DENSE_ROWS, plan.length)
-        first = plan.start + row
-        shared = first if stop - row > 1 else first + 1  # keys before it are visible to all of these rows
-        merger = _Merger()
-        for low, high, rotation in plan.regions:
-            rows = q.of(rotation)[row:stop]
-            for k, v in _key_blocks(kv, table.runs(low, min(high, shared)), dtype):
-                merger.add(*flash(rows, k, v, False, scale))
-        if stop - row > 1:
-            k, v = _whole(kv, table.runs(first, plan.start + stop), dtype)
-            merger.add(*flash(q.intra[row:stop], k, v, True, scale))
-        parts.append(merger.result(dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = _partial_results(q, kv, table, plan, scale, row, min(row + DENSE_ROWS, plan.length))
+        out, _ = functools.reduce(_merge, parts)
+        outputs.append(out.to(q.intra.dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _partial_results(
+    q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float, row: int, stop: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield output and log-sum-exp of rows `row .. stop - 1` over disjoint parts of their keys."""
+    dtype, first = q.intra.dtype, plan.start + row
+    shared = first if stop - row > 1 else first + 1  # keys before it are visible to all of these rows
+    for low, high, rotation in plan.regions:
+        rows = q.of(rotation)[row:stop]
+        for k, v in _key_blocks(kv, table.runs(low, min(high, shared)), dtype):
+            yield flash(rows, k, v, False, scale)
+    if stop - row > 1:
+        k, v = _whole(kv, table.runs(first, plan.start + stop), dtype)
+        yield flash(q.intra[row:stop], k, v, True, scale)
+
+
+def _merge(
+    old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight two results by their sums of exponentials, in float32 and block by block; may overwrite the old one."""
+    out, lse = old
+    weight = torch.sigmoid(new[1] - lse)[..., None]  # share of the new keys in the sum
+    merged = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    for rows in row_blocks(out):
+        merged[rows] = torch.lerp(out[rows].float(), new[0][rows].float(), weight[rows])
+    return merged, torch.logaddexp(lse, new[1])
 
 
 def _sparse(q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float) -> torch.Tensor:
     """Gather the keys of each head and tile, and compute one masked softmax over them in float32."""
     out = torch.empty(q.intra.shape, dtype=q.intra.dtype, device=q.intra.device)
-    heads, kv_heads = out.shape[1], kv.keys.shape[0]
-    for head in range(heads):
+    for head in range(out.shape[1]):
         for tile in plan.tile_keys(head):
-            out[tile.start : tile.stop, head] = _sparse_tile(
-                q, kv, table, plan, scale, tile, (head, head * kv_heads // heads)
-            )
+            out[tile.start : tile.stop, head] = _sparse_tile(q, kv, table, plan, scale, tile, head)
     return out
 
 
 def _sparse_tile(
-    q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float, tile: TileKeys,
-    heads: tuple[int, int],
-) -> torch.Tensor:  # fmt: skip
-    head, kv_head = heads
-    device = q.intra.device
-    logits, visited = [], []
-    for low, high, rotation in plan.regions:
-        positions = _positions(tile, rotation, low, high)
-        if not len(positions):
-            continue
-        slots = torch.from_numpy(table.slots(positions)).to(device)
-        k = _float(kv.keys[kv_head, slots], None if kv.key_scales is None else kv.key_scales[kv_head, slots])
+    q: Queries, kv: LayerKV, table: PageTable, plan: AttentionPlan, scale: float, tile: TileKeys, head: int
+) -> torch.Tensor:
+    kv_head, device = head * kv.keys.shape[0] // q.intra.shape[1], q.intra.device
+    logits, slots = [], []
+    for rotation, positions in tile.keys.items():
+        slots.append(torch.from_numpy(table.slots(positions)).to(device))
+        k = _float(kv.keys, kv.key_scales, kv_head, slots[-1])
         logits.append(q.of(rotation)[tile.start : tile.stop, head].float() @ k.T)
-        visited.append((torch.from_numpy(positions).to(device), slots))
-    keys, slots = (torch.cat(parts) for parts in zip(*visited, strict=True))
+    keys = torch.from_numpy(np.concatenate([*tile.keys.values()])).to(device)
     own = torch.arange(plan.start + tile.start, plan.start + tile.stop, device=device)
     scores = torch.cat(logits, dim=1).mul_(scale).masked_fill_(keys > own[:, None], -torch.inf)
-    v = _float(kv.values[kv_head, slots], None if kv.value_scales is None else kv.value_scales[kv_head, slots])
-    return torch.softmax(scores, dim=1) @ v
+    return torch.softmax(scores, dim=1) @ _float(kv.values, kv.value_scales, kv_head, torch.cat(slots))
 
 
-def _positions(tile: TileKeys, rotation: Rotation, low: int, high: int) -> IntArray:
-    """Return the keys of a tile in the region `low .. high - 1`: those of ranges, then columns."""
-    spans = [np.arange(keys.start, keys.stop, dtype=np.int32) for keys in tile.ranges if keys.rotation == rotation]
-    columns = tile.columns[(tile.columns >= low) & (tile.columns < high)]
-    return np.concatenate([*spans, columns])
-
-
-def _float(cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    return cache.float() if scales is None else cache.float() * scales[..., None]
+def _float(cache: torch.Tensor, scales: torch.Tensor | None, kv_head: int, slots: torch.Tensor) -> torch.Tensor:
+    rows = cache[kv_head, slots].float()
+    return rows if scales is None else rows * scales[kv_head, slots][..., None]
 
 
 def _key_blocks(kv: LayerKV, runs: list[SlotRun], dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -143,32 +144,3 @@ def _gather(cache: torch.Tensor, runs: list[SlotRun]) -> torch.Tensor:
         first, length = runs[0]
         return cache[:, first : first + length]
     return torch.cat([cache[:, first : first + length] for first, length in runs], dim=1)
-
-
-class _Merger:
-    """Merges partial attention results of the same rows over disjoint keys; only the last merge rounds."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most two of (output, log-sum-exp)
-
-    def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if len(self._parts) == 2:
-            self._parts = [_merge(self._parts[0], self._parts[1], torch.float32)]
-        self._parts.append((out, lse))
-
-    def result(self, dtype: torch.dtype) -> torch.Tensor:
-        assert self._parts, "rows without keys"
-        out = self._parts[0][0] if len(self._parts) == 1 else _merge(self._parts[0], self._parts[1], dtype)[0]
-        return out.to(dtype)
-
-
-def _merge(
-    old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight two results by their sums of exponentials, in float32 and block by block; may overwrite the old one."""
-    out, lse = old
-    weight = torch.sigmoid(new[1] - lse)[..., None]  # share of the new keys in the sum
-    merged = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    for rows in row_blocks(out):
-        merged[rows] = torch.lerp(out[rows].float(), new[0][rows].float(), weight[rows])
-    return merged, torch.logaddexp(lse, new[1])

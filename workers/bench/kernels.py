@@ -17,9 +17,7 @@ import torch.nn.functional as F
 
 from protos.stage.messages import SampleSpec, SamplingParams, Span
 from workers.attention.attend import attend
-from workers.attention.pair_counts import causal_pairs
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.bench.model import PAGE, benchmark_spec
 from workers.bench.timing import Figure, measure, median_figure
 from workers.kv.paged import LayerKV, PageTable
@@ -77,7 +75,7 @@ def _attention(setup: KernelSetup, keys: int) -> Iterator[Figure]:
     table.append(range(-(-keys // PAGE)))
     plan, last = AttentionPlan(keys - rows, rows), AttentionPlan(keys - 1, 1)
     scales = row_scales(torch.arange(rows), keys, dim, None)
-    flop = 4.0 * causal_pairs(plan) * heads * dim
+    flop = 4.0 * plan.causal_pairs * heads * dim
     name = f"{rows} queries at the end of {keys} keys"
     yield setup.time(f"attention, {name}", lambda: attend(Queries(q), kv, table, plan, scales), flop)
     query, k, v = q.transpose(0, 1)[None], kv.keys[None, :, :keys], kv.values[None, :, :keys]

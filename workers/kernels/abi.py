@@ -55,109 +55,95 @@ def raise_for_status(status: int, no_memory: str, invalid: str = "invalid argume
         raise ValueError(invalid)
 
 
-def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
+_KINDS: dict[str, Any] = {"void*": c_void_p, "int64": c_int64, "int32": c_int32, "int": c_int, "float": c_float}
+
+
+def _fields(*declarations: str) -> list[tuple[str, Any]]:
+    """Return the fields of declarations such as "int64 rows stride[3]"."""
+    fields = []
+    for declaration in declarations:
+        kind, *names = declaration.split()
+        for name in names:
+            name, _, size = name.rstrip("]").partition("[")
+            fields.append((name, _KINDS[kind] * int(size) if size else _KINDS[kind]))
+    return fields
 
 
 class AttentionArgs(ctypes.Structure):
     """`attention::Args`."""
 
-    _fields_ = (
-        ("q", c_void_p * 3),
-        ("q_row", c_int64 * 3),
-        ("q_head", c_int64 * 3),
-        *_fields(c_void_p, "out keys values"),
-        *_fields(c_int64, "key_head value_head"),
-        *_fields(c_void_p, "key_scales value_scales"),
-        *_fields(c_int64, "key_scale_head value_scale_head"),
-        ("pages", c_void_p),
-        *_fields(c_int64, "num_pages page_size slots"),
-        ("scales", c_void_p),
-        *_fields(c_int64, "heads kv_heads dim start length distance tile"),
-        *_fields(c_void_p, "offsets num_offsets columns num_columns visited"),
-        *_fields(c_int, "q_type kv_type threads path"),
-    )
+    _fields_ = _fields(
+        "void* q[3]", "int64 q_row[3] q_head[3]", "void* out keys values", "int64 key_head value_head",
+        "void* key_scales value_scales", "int64 key_scale_head value_scale_head",
+        "void* pages", "int64 num_pages page_size slots", "void* scales",
+        "int64 heads kv_heads dim start length distance tile", "void* offsets num_offsets columns num_columns visited",
+        "int q_type kv_type threads path",
+    )  # fmt: skip
 
 
 class EstimateArgs(ctypes.Structure):
     """`estimate::Args`."""
 
-    _fields_ = (
-        ("q", c_void_p * 3),
-        *_fields(c_void_p, "scales rows keys key_scales pages"),
-        *_fields(c_int64, "key_head key_scale_head num_rows heads kv_heads dim page_size"),
-        ("borders", c_int64 * 4),
-        *_fields(c_int, "kv_head q_type kv_type threads path"),
+    _fields_ = _fields(
+        "void* q[3] scales rows keys key_scales pages",
+        "int64 key_head key_scale_head num_rows heads kv_heads dim page_size borders[4]",
+        "int kv_head q_type kv_type threads path",
     )
 
 
 class EstimateSelection(ctypes.Structure):
     """`estimate::Selection`."""
 
-    _fields_ = (*_fields(c_void_p, "offsets columns"), *_fields(c_int64, "num_offsets num_columns"))
-
-
-_PATH_AND_THREADS = _fields(c_int32, "path threads")
+    _fields_ = _fields("void* offsets columns", "int64 num_offsets num_columns")
 
 
 class LinearCall(ctypes.Structure):
     """`gemm::LinearCall`."""
 
-    _fields_ = (*_fields(c_void_p, "x weight bias out"), *_fields(c_int64, "rows stride n k"), *_PATH_AND_THREADS)
+    _fields_ = _fields("void* x weight bias out", "int64 rows stride n k", "int32 path threads")
 
 
 class ExpertsCall(ctypes.Structure):
     """`gemm::ExpertsCall`."""
 
-    _fields_ = (
-        *_fields(c_void_p, "x chosen weights gate_up down rows out"),
-        *_fields(c_int64, "tokens stride top_k first experts hidden_size width"),
-        *_PATH_AND_THREADS,
+    _fields_ = _fields(
+        "void* x chosen weights gate_up down rows out",
+        "int64 tokens stride top_k first experts hidden_size width",
+        "int32 path threads",
     )
 
 
 class NormCall(ctypes.Structure):
     """`gemm::NormCall`."""
 
-    _fields_ = (
-        *_fields(c_void_p, "x weight out"),
-        *_fields(c_int64, "tokens stride size"),
-        ("eps", c_float),
-        *_PATH_AND_THREADS,
-    )
+    _fields_ = _fields("void* x weight out", "int64 tokens stride size", "float eps", "int32 path threads")
 
 
 class RotateCall(ctypes.Structure):
     """`gemm::RotateCall`."""
 
-    _fields_ = (
-        *_fields(c_void_p, "x out cos sin weight"),
-        *_fields(c_int64, "tokens heads dim row_stride head_stride out_row_stride out_head_stride cos_stride"),
-        ("eps", c_float),
-        *_PATH_AND_THREADS,
+    _fields_ = _fields(
+        "void* x out cos sin weight",
+        "int64 tokens heads dim row_stride head_stride out_row_stride out_head_stride cos_stride",
+        "float eps",
+        "int32 path threads",
     )
 
 
 class RouteCall(ctypes.Structure):
     """`gemm::RouteCall`."""
 
-    _fields_ = (
-        *_fields(c_void_p, "logits chosen weights"),
-        *_fields(c_int64, "tokens experts top_k"),
-        ("normalise", c_int32),
-        *_PATH_AND_THREADS,
-    )
+    _fields_ = _fields("void* logits chosen weights", "int64 tokens experts top_k", "int32 normalise path threads")
 
 
 class Layer(ctypes.Structure):
     """`gemm::Layer`."""
 
-    _fields_ = (
-        *_fields(c_void_p, "input_norm qkv qkv_bias o o_bias post_norm router gate_up down"),
-        *_fields(c_void_p, "head_norm keys values"),
-        *_fields(c_int64, "kv_head heads kv_heads dim hidden_size all_experts first experts top_k width"),
-        ("eps", c_float),
-        ("normalise", c_int32),
+    _fields_ = _fields(
+        "void* input_norm qkv qkv_bias o o_bias post_norm router gate_up down head_norm keys values",
+        "int64 kv_head heads kv_heads dim hidden_size all_experts first experts top_k width",
+        "float eps",
+        "int32 normalise",
     )
 
 
@@ -170,16 +156,12 @@ class Piece(ctypes.Structure):
 class Step(ctypes.Structure):
     """`gemm::Step`."""
 
-    _fields_ = (
-        *_fields(c_void_p, "x out normed qkv"),
-        ("far", c_void_p * 2),
-        *_fields(c_void_p, "attended logits rows chosen weights"),
-        ("cos", c_void_p * 3),
-        ("sin", c_void_p * 3),
-        ("cos_stride", c_int64 * 3),
-        *_fields(c_void_p, "slots pieces"),
-        *_fields(c_int64, "tokens num_pieces"),
-        *_PATH_AND_THREADS,
+    _fields_ = _fields(
+        "void* x out normed qkv far[2] attended logits rows chosen weights cos[3] sin[3]",
+        "int64 cos_stride[3]",
+        "void* slots pieces",
+        "int64 tokens num_pieces",
+        "int32 path threads",
     )
 
 

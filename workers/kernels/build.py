@@ -10,7 +10,6 @@ where the library is cached.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -19,9 +18,9 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from protos.node.environment import compiler
 from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
@@ -56,11 +55,17 @@ def load() -> Kernels:
     return Kernels(library)
 
 
+def exported(name: str) -> Any:
+    """Return an exported function of the library, which must be there."""
+    library = load().library
+    assert library is not None
+    return getattr(library, name)
+
+
 @functools.cache
 def best_path() -> abi.Path | None:
     """Return the best instruction set of this CPU; None where the library is not built."""
-    library = load().library
-    return None if library is None else abi.Path(library.longreach_best_path())
+    return None if load().library is None else abi.Path(exported("longreach_best_path")())
 
 
 def library_path(build: bool = False) -> Path:
@@ -86,7 +91,9 @@ def _compile(sources: list[Path], path: Path) -> None:
     if cxx is None:
         raise OSError("no C++ compiler found (c++, g++ or clang++, or CXX); install one for fast attention")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _build_lock(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    # All actors of a cluster start together, and one build is enough; the lock ends with the process, however it ends.
+    with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():  # built by another process while this one waited
             return
         built = Path(scratch) / path.name
@@ -96,11 +103,3 @@ def _compile(sources: list[Path], path: Path) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
             raise OSError(f"{cxx} failed with exit code {done.returncode}: {lines[0]}")
         os.replace(built, path)
-
-
-@contextlib.contextmanager
-def _build_lock(path: Path) -> Iterator[None]:
-    """Let one process at a time build `path`: all actors of a cluster start together, and one build is enough."""
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
-        yield

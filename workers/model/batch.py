@@ -30,10 +30,6 @@ class Piece:
     scales: torch.Tensor  # [rows] float32 in host memory, the factors on their logits
     sparse: bool = False  # the rows are one sparse cell, whose keys are selected per head
 
-    def has_region(self, rotation: Rotation) -> bool:
-        """Return whether the context has keys of this region."""
-        return any(tag == rotation for _, _, tag in self.plan.regions)
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -44,26 +40,18 @@ class Batch:
     slots: tuple[SlotRun, ...]  # for the step's keys and values, in row order
     sample_rows: torch.Tensor  # [samples] int64
 
-    def has_region(self, rotation: Rotation) -> bool:
-        """Return whether the context of any piece has keys of this region."""
-        return any(piece.has_region(rotation) for piece in self.pieces)
+    @property
+    def regions(self) -> set[Rotation]:
+        """The regions that the context of any piece has keys of."""
+        return {rotation for piece in self.pieces for _, _, rotation in piece.plan.regions}
 
 
-class PageTables:
+class PageTables(dict[int, PageTable]):
     """The page tables of the sequences in flight, updated by every plan."""
 
     def __init__(self, page_size: int) -> None:
+        super().__init__()
         self._page_size = page_size
-        self._tables: dict[int, PageTable] = {}
-
-    def __len__(self) -> int:
-        return len(self._tables)
-
-    def __contains__(self, sequence: int) -> bool:
-        return sequence in self._tables
-
-    def clear(self) -> None:
-        self._tables.clear()
 
     def apply(self, plan: StepPlan) -> None:
         """Drop released sequences and append new pages.
@@ -72,11 +60,9 @@ class PageTables:
             PlanMismatch: a table does not have the length that the plan states.
         """
         for sequence in plan.released:
-            self._tables.pop(sequence, None)
+            self.pop(sequence, None)
         for part in plan.slices:
-            table = self._tables.get(part.sequence)
-            if table is None:
-                table = self._tables[part.sequence] = PageTable(self._page_size)
+            table = self.setdefault(part.sequence, PageTable(self._page_size))
             table.append(part.new_pages)
             if table.num_pages != part.num_pages:
                 raise PlanMismatch(
@@ -95,7 +81,7 @@ class PageTables:
         positions = _positions(plan)
         row = 0
         for part in plan.slices:
-            table = self._tables[part.sequence]
+            table = self[part.sequence]
             stop = part.start + part.length
             slots.extend(table.runs(part.start, stop))
             pieces.extend(_pieces(part, spec, table, row, positions))

@@ -23,7 +23,7 @@ import torch
 from protos.stage.messages import Span
 from workers.kernels import abi
 from workers.kernels.abi import DEPTH, STRIP, Path
-from workers.kernels.build import best_path, load
+from workers.kernels.build import best_path, exported
 
 
 def path() -> Path | None:
@@ -52,13 +52,11 @@ def packed_shape(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool) -> None:
     """Write rows `[n, K]`, from row `first` of the weight on, into the packed `[N, K]` (of one expert, for experts)."""
-    library = load().library
-    assert library is not None
     assert packed.is_contiguous()
     assert rows.stride(1) == 1
     count, depth = rows.shape
     half = packed.numel() // depth // 2 if pairs else 0
-    library.longreach_pack(packed.data_ptr(), rows.data_ptr(), first, count, depth, rows.stride(0), half)
+    exported("longreach_pack")(packed.data_ptr(), rows.data_ptr(), first, count, depth, rows.stride(0), half)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -158,9 +156,7 @@ def _run(
     name: str, call: type[ctypes.Structure], tensors: Sequence[torch.Tensor | None], *numbers: float
 ) -> None:  # fmt: skip
     """Call an exported function with addresses, numbers, instruction set and threads, in the order of the structure."""
-    library = load().library
-    assert library is not None
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     arguments = call(*addresses, *numbers, path(), torch.get_num_threads())
-    if status := getattr(library, name)(ctypes.byref(arguments)):
+    if status := exported(name)(ctypes.byref(arguments)):
         abi.raise_for_status(status, f"{name}: no memory for the packed rows of a step; lower the tokens of a step")

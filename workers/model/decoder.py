@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
 from workers.attention.attend import attend
-from workers.attention.plan import Rotation
-from workers.attention.queries import Queries
+from workers.attention.plan import Queries, Rotation
 from workers.kv.paged import PagedKV
 from workers.model.batch import Batch
 from workers.model.fused import FusedCall, FusedLayers
@@ -78,8 +77,7 @@ class Decoder:
         Raises:
             PlanMismatch: a slot of the batch lies outside the cache.
         """
-        far = {"succ": batch.has_region(Rotation.SUCC), "inter": batch.has_region(Rotation.INTER)}
-        rotations = self._rotary.rotations(batch.positions, **far)
+        rotations = self._rotary.rotations(batch.positions, batch.regions)
         fused = self._fused if self._fused is not None and self._fused.supports_step(batch, kv) else None
         return Ready(batch, kv, rotations, fused.prepare(batch, kv, rotations) if fused else None)
 
@@ -147,11 +145,11 @@ class Decoder:
     def _rotate_(self, qk: torch.Tensor, rotations: Rotations, norm: torch.Tensor | None) -> Queries:
         """Normalise and rotate queries and keys `[T, H + K, D]` in place, and queries of far regions into copies."""
         q = qk[:, : self.shard.heads.size]
-        far = [one for one in (rotations.succ, rotations.inter) if one is not None]
-        copies = [(torch.empty_like(q, memory_format=torch.contiguous_format), one) for one in far]
-        norm_and_rotate_(qk, rotations.intra, norm, self.spec.rms_norm_eps, copies)
-        rotated = iter([copy for copy, _ in copies])
-        return Queries(q, next(rotated) if rotations.succ else None, next(rotated) if rotations.inter else None)
+        far = [rotation for rotation in rotations if rotation != Rotation.INTRA]
+        copies = {rotation: torch.empty_like(q, memory_format=torch.contiguous_format) for rotation in far}
+        rotated = [(copies[rotation], rotations[rotation]) for rotation in far]
+        norm_and_rotate_(qk, rotations[Rotation.INTRA], norm, self.spec.rms_norm_eps, rotated)
+        return Queries(q, copies.get(Rotation.SUCC), copies.get(Rotation.INTER))
 
     def _mlp(self, x: torch.Tensor, layer: int, weights: LayerWeights) -> torch.Tensor:
         spec = self.spec

@@ -17,9 +17,10 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec
 from workers.attention.compiled import fill_args
+from workers.attention.plan import Rotation
 from workers.kernels import abi
 from workers.kernels.abi import Layer, Piece, Step
-from workers.kernels.build import load
+from workers.kernels.build import exported
 from workers.kv.paged import PagedKV, PlanMismatch
 from workers.model import compiled
 from workers.model.batch import Batch
@@ -87,7 +88,27 @@ class FusedLayers:
         """
         self._bind(kv)
         x = torch.empty(len(batch.positions), self._spec.hidden_size, dtype=torch.bfloat16)
-        return FusedCall(x, self._fill_step(x, batch, kv, rotations))
+        step, cache = self._step, kv.layer(0)
+        rows = [slot for first, length in batch.slots for slot in range(first, first + length)]
+        if len(rows) != x.shape[0] or not 0 <= min(rows) <= max(rows) < cache.keys.shape[1]:
+            raise PlanMismatch(f"{x.shape[0]} rows, slots {rows[:3]}...: outside the cache of {cache.keys.shape[1]}")
+        slots = (ctypes.c_int64 * len(rows))(*rows)
+        pieces = (Piece * len(batch.pieces))()
+        heads = (self._shard.heads.size, self._shard.kv_heads.size, self._spec.head_dim)
+        for target, piece in zip(pieces, batch.pieces, strict=True):
+            fill_args(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
+            target.row = piece.rows.start
+        for region in Rotation:
+            one = rotations.get(region)
+            step.cos[region] = None if one is None else one.cos.data_ptr()
+            step.sin[region] = None if one is None else one.sin.data_ptr()
+            step.cos_stride[region] = 0 if one is None else one.cos.stride(0)
+            assert one is None or one.cos.stride() == one.sin.stride()
+        step.x = x.data_ptr()
+        step.slots, step.pieces = ctypes.addressof(slots), ctypes.addressof(pieces)
+        step.tokens, step.num_pieces = x.shape[0], len(pieces)
+        step.path, step.threads = compiled.path() or 0, torch.get_num_threads()
+        return FusedCall(x, [slots, pieces])
 
     def run(self, x: torch.Tensor, call: FusedCall, collectives: Collectives) -> torch.Tensor:
         """Compute all layers on `x` `[T, M]`; `call` is the one prepared last.
@@ -95,17 +116,15 @@ class FusedLayers:
         Raises:
             MemoryError: there is no room for the scratch memory of a call.
         """
-        library = load().library
-        assert library is not None
         x = call.x.copy_(x)
         step = ctypes.byref(self._step)
         if collectives.size == 1:
-            _check(library.longreach_layers(self._layers, len(self._layers), step, ctypes.byref(self._done)))
+            _check(exported("longreach_layers")(self._layers, len(self._layers), step, ctypes.byref(self._done)))
             return x
-        out = self._out[: x.shape[0]]
+        out, half_layer = self._out[: x.shape[0]], exported("longreach_half_layer")
         for layer in self._layers:
             for half in range(2):
-                _check(library.longreach_half_layer(ctypes.byref(layer), step, half))
+                _check(half_layer(ctypes.byref(layer), step, half))
                 x.copy_(collectives.all_reduce(out).add_(x))
             self._done.value += 1
         return x
@@ -157,29 +176,6 @@ class FusedLayers:
                 cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0)
             )  # fmt: skip
         self._kv = kv
-
-    def _fill_step(self, x: torch.Tensor, batch: Batch, kv: PagedKV, rotations: Rotations) -> list[object]:
-        """Complete the structure of a step; returns the arrays that must outlive the call."""
-        step, cache = self._step, kv.layer(0)
-        rows = [slot for first, length in batch.slots for slot in range(first, first + length)]
-        if len(rows) != x.shape[0] or not 0 <= min(rows) <= max(rows) < cache.keys.shape[1]:
-            raise PlanMismatch(f"{x.shape[0]} rows, slots {rows[:3]}...: outside the cache of {cache.keys.shape[1]}")
-        slots = (ctypes.c_int64 * len(rows))(*rows)
-        pieces = (Piece * len(batch.pieces))()
-        heads = (self._shard.heads.size, self._shard.kv_heads.size, self._spec.head_dim)
-        for target, piece in zip(pieces, batch.pieces, strict=True):
-            fill_args(target.args, cache, piece.table, piece.plan, piece.scales, *heads, torch.bfloat16)
-            target.row = piece.rows.start
-        for region, one in enumerate((rotations.intra, rotations.succ, rotations.inter)):
-            step.cos[region] = None if one is None else one.cos.data_ptr()
-            step.sin[region] = None if one is None else one.sin.data_ptr()
-            step.cos_stride[region] = 0 if one is None else one.cos.stride(0)
-            assert one is None or one.cos.stride() == one.sin.stride()
-        step.x = x.data_ptr()
-        step.slots, step.pieces = ctypes.addressof(slots), ctypes.addressof(pieces)
-        step.tokens, step.num_pieces = x.shape[0], len(pieces)
-        step.path, step.threads = compiled.path() or 0, torch.get_num_threads()
-        return [slots, pieces]
 
 
 def _is_packed(weights: LayerWeights) -> bool:

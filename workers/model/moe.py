@@ -45,9 +45,8 @@ class ExpertScratch:
 
     def rows(self, count: int, like: torch.Tensor) -> torch.Tensor:
         """Return `[count, M]` of unspecified content in the type and on the device of `like` `[T, M]`."""
-        buffer = self._buffer
-        same = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
-        if buffer is None or not same or buffer.shape[0] < count or buffer.shape[1] != like.shape[1]:
+        kind, buffer = (like.dtype, like.device, like.shape[1]), self._buffer
+        if buffer is None or (buffer.dtype, buffer.device, buffer.shape[1]) != kind or buffer.shape[0] < count:
             buffer = self._buffer = like.new_zeros(count, like.shape[1])
         return buffer[:count]
 

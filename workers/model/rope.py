@@ -9,13 +9,13 @@ Legend: `T` tokens, `H` heads, `D` head dim, `L` tokens between the starts of tw
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 
 from protos.model.spec import DualChunkSpec, RopeSpec
+from workers.attention.plan import Rotation
 from workers.kernels.blocking import row_blocks
 from workers.model import compiled
 from workers.model.layers import inverse_rms
@@ -89,16 +89,7 @@ class CosSin(NamedTuple):
     sin: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Rotations:
-    """The rotations of the rows of a step, one per `Rotation`; keys take `intra`.
-
-    None where no row meets keys of that region.
-    """
-
-    intra: CosSin
-    succ: CosSin | None = None
-    inter: CosSin | None = None
+Rotations = dict[Rotation, CosSin]  # of the rows of a step, for the regions whose keys they meet; keys take INTRA
 
 
 class Rotary:
@@ -126,22 +117,25 @@ class Rotary:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return CosSin(cos.float()[:, None], sin.float()[:, None])
 
-    def rotations(self, positions: torch.Tensor, *, succ: bool = False, inter: bool = False) -> Rotations:
-        """Compute the rotations at `positions` `[T]`, with `succ` and `inter` those of the far regions too."""
+    def rotations(self, positions: torch.Tensor, regions: Collection[Rotation] = (Rotation.INTRA,)) -> Rotations:
+        """Compute the rotations at `positions` `[T]` for keys of `regions`, which include INTRA."""
         if self._dual is None:
-            return Rotations(self.cos_sin(positions))
+            return {Rotation.INTRA: self.cos_sin(positions)}
         dual, within = self._dual, positions % self._dual.distance
-        before = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size)) if succ else None
-        constant = positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)])
-        early = CosSin(*(table.expand(len(positions), -1, -1) for table in self.cos_sin(constant))) if inter else None
-        return Rotations(self.cos_sin(within), before, early)
+        rotations = {Rotation.INTRA: self.cos_sin(within)}
+        if Rotation.SUCC in regions:
+            rotations[Rotation.SUCC] = self.cos_sin((within + dual.distance).clamp(max=dual.chunk_size))
+        if Rotation.INTER in regions:
+            constant = self.cos_sin(positions.new_tensor([min(2 * dual.distance - 1, dual.chunk_size)]))
+            rotations[Rotation.INTER] = CosSin(*(table.expand(len(positions), -1, -1) for table in constant))
+        return rotations
 
     def continuous(self, positions: torch.Tensor) -> Rotations:
         """Compute the rotations of the sparse estimate, without the limits, so that distances stay in order."""
         assert self._dual is not None, "plain attention has one rotation"
-        within, distance = positions % self._dual.distance, self._dual.distance
-        early = self.cos_sin(within + self._dual.chunk_size)
-        return Rotations(self.cos_sin(within), self.cos_sin(within + distance), early)
+        within = positions % self._dual.distance
+        shifts = {Rotation.INTRA: 0, Rotation.SUCC: self._dual.distance, Rotation.INTER: self._dual.chunk_size}
+        return {rotation: self.cos_sin(within + shift) for rotation, shift in shifts.items()}
 
 
 def row_scales(positions: torch.Tensor, length: int, head_dim: int, dual_chunk: DualChunkSpec | None) -> torch.Tensor:

@@ -6,7 +6,6 @@ Legend: `T` rows, `H` query heads and `K` KV heads of the shard, `D` head dim.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,22 +13,12 @@ import torch
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec
 from workers.attention.attend import attend
-from workers.attention.pair_counts import causal_pairs
-from workers.attention.plan import Rotation
-from workers.attention.queries import Queries
+from workers.attention.plan import Queries, Rotation
 from workers.kv.paged import LayerKV
 from workers.model.batch import Batch, Piece
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_
-from workers.sparse.estimate import SampledRows
+from workers.sparse.estimate import CellKeys, SampledRows
 from workers.sparse.vertical_slash import CellChoice, CellQueries, choose, estimate_rows, held_out_rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Estimate:
-    """The rows that the estimate of a cell samples, counted from its start, and their continuous rotations."""
-
-    rows: slice
-    rotations: Rotations | None  # None: the context is one DCA chunk, where the true rotations are continuous
 
 
 @dataclass(slots=True)
@@ -53,14 +42,15 @@ class SparsePrefill:
         self._log = log
         self._layer = 0
         self._norm: torch.Tensor | None = None
-        self._raw_rows: dict[int, torch.Tensor] = {}  # by the first row of the piece, like the estimates
-        self._estimates: dict[int, _Estimate] = {}
+        # By the first row of the cell, where its context is not one DCA chunk (else the true rotations are continuous):
+        # the sampled rows of the step with their continuous rotations, and in every layer a copy of these rows.
+        self._continuous: dict[int, tuple[slice, Rotations]] = {}
+        self._raw_rows: dict[int, torch.Tensor] = {}
         for piece in batch.pieces:
-            if piece.sparse:
-                rows = _span(estimate_rows(piece.plan.length, spec.sparse.last_q))
-                far = piece.has_region(Rotation.SUCC)
-                rotations = rotary.continuous(batch.positions[piece.rows][rows]) if far else None
-                self._estimates[piece.rows.start] = _Estimate(rows, rotations)
+            if piece.sparse and len(piece.plan.regions) > 1:
+                sampled, first = estimate_rows(piece.plan.length, spec.sparse.last_q), piece.rows.start
+                rows = slice(first + sampled.start, first + sampled.stop)
+                self._continuous[first] = rows, rotary.continuous(batch.positions[rows])
 
     def begin_layer(self, layer: int, q: torch.Tensor, norm: torch.Tensor | None) -> None:
         """Copy the rows of the estimates that need rotations of their own.
@@ -71,11 +61,7 @@ class SparsePrefill:
             norm: `[H, D]` weights of the query norm in float32, None for models without.
         """
         self._layer, self._norm = layer, norm
-        self._raw_rows = {
-            first: q[first + estimate.rows.start : first + estimate.rows.stop].clone()
-            for first, estimate in self._estimates.items()
-            if estimate.rotations is not None
-        }
+        self._raw_rows = {first: q[rows].clone() for first, (rows, _) in self._continuous.items()}
 
     def attend(self, piece: Piece, q: Queries, kv: LayerKV) -> torch.Tensor:
         """Compute attention `[T, H, D]` of one cell.
@@ -96,7 +82,7 @@ class SparsePrefill:
                 first_head=self._heads.start,
                 start=plan.start,
                 length=plan.length,
-                density=(visited / causal_pairs(plan)).tolist(),
+                density=(visited / plan.causal_pairs).tolist(),
                 estimated_recall=choice.estimated_recall,
                 held_out_recall=choice.held_out_recall,
                 dense=choice.dense,
@@ -105,29 +91,20 @@ class SparsePrefill:
         return out
 
     def _choose(self, piece: Piece, q: Queries, kv: LayerKV) -> CellChoice:
-        estimate, length = self._estimates[piece.rows.start], piece.plan.length
-        sampled = q[estimate.rows]
-        if estimate.rotations is not None:
-            sampled = self._continuous(self._raw_rows.pop(piece.rows.start), estimate.rotations, sampled.intra)
-        others = held_out_rows(length, self._sparse.last_q)
+        length, last_q, first = piece.plan.length, self._sparse.last_q, piece.rows.start
+        rows, others = estimate_rows(length, last_q), held_out_rows(length, last_q)
+        sampled = q[rows.start : rows.stop]
+        if first in self._continuous:
+            _, rotations = self._continuous[first]
+            succ = self._raw_rows.pop(first)
+            inter = torch.empty_like(succ)
+            copies = [(inter, rotations[Rotation.INTER])]
+            norm_and_rotate_(succ, rotations[Rotation.SUCC], self._norm, self._eps, copies)
+            sampled = Queries(sampled.intra, succ, inter)
         cell = CellQueries(
-            estimate=SampledRows(
-                tuple(range(estimate.rows.start, estimate.rows.stop)), sampled, piece.scales[estimate.rows]
-            ),
+            estimate=SampledRows(rows, sampled, piece.scales[rows.start : rows.stop]),
             held_out=SampledRows(others, q[torch.tensor(others, device=q.intra.device)], piece.scales[list(others)]),
             layer=self._layer,
             first_head=self._heads.start,
         )
-        return choose(cell, kv, piece.table, piece.plan, self._sparse)
-
-    def _continuous(self, raw: torch.Tensor, rotations: Rotations, intra: torch.Tensor) -> Queries:
-        assert rotations.succ is not None
-        assert rotations.inter is not None
-        inter = torch.empty_like(raw)
-        norm_and_rotate_(raw, rotations.succ, self._norm, self._eps, [(inter, rotations.inter)])
-        return Queries(intra, raw, inter)
-
-
-def _span(rows: Sequence[int]) -> slice:
-    assert list(rows) == list(range(rows[0], rows[-1] + 1))
-    return slice(rows[0], rows[-1] + 1)
+        return choose(cell, CellKeys(kv, piece.table, piece.plan), self._sparse)

@@ -9,13 +9,14 @@ marks the part of this shard.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -85,9 +86,7 @@ class _Plan(NamedTuple):
     pieces: tuple[_Piece, ...]
 
 
-class _Source(Protocol):
-    def fill(self, target: torch.Tensor, piece: _Piece) -> None:
-        """Copy the region of `piece` to `target`, which has its shape."""
+_Fill = Callable[[torch.Tensor, _Piece], None]  # copies the region of a piece to a tensor of its shape
 
 
 def whole_model(spec: ModelSpec) -> ShardSpec:
@@ -115,23 +114,23 @@ def load_shard(
 
     checkpoint = Checkpoint.open(model_dir, spec)
     with ExitStack() as stack:
-        return _build(_Files(checkpoint, stack), spec, shard, dtype, torch.device(device), on_progress)
+        return _build(_from_files(checkpoint, stack), spec, shard, dtype, torch.device(device), on_progress)
 
 
 def dummy_shard(
     spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ShardWeights:
     """Return random weights (normal, scale 0.02; norms 1): the slices of one model for every layout of it."""
-    return _build(_Random(spec, seed), spec, shard, dtype, torch.device(device), None)
+    return _build(_random(spec, seed), spec, shard, dtype, torch.device(device), None)
 
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
     """Return the bytes of the weights that `load_shard` allocates for this shard."""
-    return sum(math.prod(plan.shape) for plan in _plan_all(spec, shard)) * dtype.itemsize
+    return sum(math.prod(plan.shape) for plans in _plan_all(spec, shard) for plan in plans.values()) * dtype.itemsize
 
 
 def _build(
-    source: _Source, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device,
+    fill: _Fill, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device,
     on_progress: OnProgress | None,
 ) -> ShardWeights:  # fmt: skip
     total, loaded = shard_bytes(spec, shard, dtype), 0
@@ -145,25 +144,21 @@ def _build(
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
             if shape == plan.shape:
-                source.fill(part[piece.row : piece.row + piece.rows.size], piece)
+                fill(part[piece.row : piece.row + piece.rows.size], piece)
             else:
-                _fill_packed(source, part, piece, pairs)
+                _fill_packed(fill, part, piece, pairs)
             loaded += piece.rows.size * (piece.columns or Span(0, 1)).size * dtype.itemsize
             if on_progress is not None:
                 on_progress(loaded, total)
         return tensor
 
-    ends = {name: make(name, plan) for name, plan in _plan_ends(spec, shard).items()}
+    ends, *layers = ({name: make(name, plan) for name, plan in plans.items()} for plans in _plan_all(spec, shard))
     if spec.tie_word_embeddings and shard.is_last:
         ends["lm_head"] = ends["embed"]
-    layers = []
-    for layer in range(*shard.layers):
-        plans = _plan_layer(spec, shard, layer)
-        layers.append(LayerWeights(**{name: make(name, plan) for name, plan in plans.items()}))
-    return ShardWeights(layers, **ends)
+    return ShardWeights([LayerWeights(**layer) for layer in layers], **ends)
 
 
-def _fill_packed(source: _Source, target: torch.Tensor, piece: _Piece, pairs: bool) -> None:
+def _fill_packed(fill: _Fill, target: torch.Tensor, piece: _Piece, pairs: bool) -> None:
     """Fill a part of one packed matrix through a buffer of plain rows."""
     assert piece.columns is not None
     width = piece.columns.size
@@ -171,25 +166,26 @@ def _fill_packed(source: _Source, target: torch.Tensor, piece: _Piece, pairs: bo
     for start in range(piece.rows.start, piece.rows.stop, step):
         rows = Span(start, min(start + step, piece.rows.stop))
         plain = torch.empty(rows.size, width, dtype=target.dtype)
-        source.fill(plain, piece._replace(rows=rows))
+        fill(plain, piece._replace(rows=rows))
         compiled.pack_rows(target, piece.row + start - piece.rows.start, plain, pairs)
 
 
-def _plan_all(spec: ModelSpec, shard: ShardSpec) -> Iterator[_Plan]:
-    yield from _plan_ends(spec, shard).values()
+def _plan_all(spec: ModelSpec, shard: ShardSpec) -> Iterator[dict[str, _Plan]]:
+    """Yield the plans of the tensors of `ShardWeights` by name, then those of every layer."""
+    yield _plan_ends(spec, shard)
     for layer in range(*shard.layers):
-        yield from _plan_layer(spec, shard, layer).values()
+        yield _plan_layer(spec, shard, layer)
 
 
 def _plan_ends(spec: ModelSpec, shard: ShardSpec) -> dict[str, _Plan]:
     hidden, tied = Span(0, spec.hidden_size), spec.tie_word_embeddings
     plans = {}
     if shard.is_first or (shard.is_last and tied):
-        plans["embed"] = _matrix(hidden, ("model.embed_tokens.weight", shard.vocab))
+        plans["embed"] = _stacked(hidden, ("model.embed_tokens.weight", shard.vocab))
     if shard.is_last:
-        plans["norm"] = _vector(("model.norm.weight", hidden))
+        plans["norm"] = _stacked(None, ("model.norm.weight", hidden))
         if not tied:
-            plans["lm_head"] = _matrix(hidden, ("lm_head.weight", shard.vocab))
+            plans["lm_head"] = _stacked(hidden, ("lm_head.weight", shard.vocab))
     return plans
 
 
@@ -198,18 +194,22 @@ def _plan_layer(spec: ModelSpec, shard: ShardSpec, layer: int) -> dict[str, _Pla
     attention = prefix + "self_attn."
     queries, keys = _times(shard.heads, spec.head_dim), _times(shard.kv_heads, spec.head_dim)
     plans = {
-        "input_norm": _vector((prefix + "input_layernorm.weight", hidden)),
-        "post_norm": _vector((prefix + "post_attention_layernorm.weight", hidden)),
-        "qkv_weight": _matrix(hidden, *((f"{attention}{x}_proj.weight", queries if x == "q" else keys) for x in "qkv")),
-        "o_weight": _matrix(queries, (attention + "o_proj.weight", hidden)),
+        "input_norm": _stacked(None, (prefix + "input_layernorm.weight", hidden)),
+        "post_norm": _stacked(None, (prefix + "post_attention_layernorm.weight", hidden)),
+        "qkv_weight": _stacked(
+            hidden, *((f"{attention}{x}_proj.weight", queries if x == "q" else keys) for x in "qkv")
+        ),
+        "o_weight": _stacked(queries, (attention + "o_proj.weight", hidden)),
     }
     if spec.qkv_bias:
-        plans["qkv_bias"] = _vector(*((f"{attention}{x}_proj.bias", queries if x == "q" else keys) for x in "qkv"))
+        plans["qkv_bias"] = _stacked(
+            None, *((f"{attention}{x}_proj.bias", queries if x == "q" else keys) for x in "qkv")
+        )
     if spec.o_bias and shard.rank == 0:
-        plans["o_bias"] = _vector((attention + "o_proj.bias", hidden))
+        plans["o_bias"] = _stacked(None, (attention + "o_proj.bias", hidden))
     if spec.qk_norm:
-        plans["q_norm"] = _vector((attention + "q_norm.weight", Span(0, spec.head_dim)))
-        plans["k_norm"] = _vector((attention + "k_norm.weight", Span(0, spec.head_dim)))
+        plans["q_norm"] = _stacked(None, (attention + "q_norm.weight", Span(0, spec.head_dim)))
+        plans["k_norm"] = _stacked(None, (attention + "k_norm.weight", Span(0, spec.head_dim)))
     mlp = _plan_experts if spec.is_moe_layer(layer) else _plan_dense
     return plans | mlp(spec, shard, prefix + "mlp.")
 
@@ -217,13 +217,13 @@ def _plan_layer(spec: ModelSpec, shard: ShardSpec, layer: int) -> dict[str, _Pla
 def _plan_dense(spec: ModelSpec, shard: ShardSpec, prefix: str) -> dict[str, _Plan]:
     hidden, own = Span(0, spec.hidden_size), shard.intermediate
     plans = {
-        "gate_up": _matrix(hidden, (prefix + "gate_proj.weight", own), (prefix + "up_proj.weight", own)),
-        "down": _matrix(own, (prefix + "down_proj.weight", hidden)),
+        "gate_up": _stacked(hidden, (prefix + "gate_proj.weight", own), (prefix + "up_proj.weight", own)),
+        "down": _stacked(own, (prefix + "down_proj.weight", hidden)),
     }
     if spec.mlp_bias:
-        plans["gate_up_bias"] = _vector((prefix + "gate_proj.bias", own), (prefix + "up_proj.bias", own))
+        plans["gate_up_bias"] = _stacked(None, (prefix + "gate_proj.bias", own), (prefix + "up_proj.bias", own))
         if shard.rank == 0:
-            plans["down_bias"] = _vector((prefix + "down_proj.bias", hidden))
+            plans["down_bias"] = _stacked(None, (prefix + "down_proj.bias", hidden))
     return plans
 
 
@@ -238,7 +238,7 @@ def _plan_experts(spec: ModelSpec, shard: ShardSpec, prefix: str) -> dict[str, _
         down.append(_Piece(own + "down_proj.weight", hidden, width, 0, index))
     count = shard.experts.size
     return {
-        "router": _matrix(hidden, (prefix + "gate.weight", Span(0, spec.num_experts))),
+        "router": _stacked(hidden, (prefix + "gate.weight", Span(0, spec.num_experts))),
         "experts_gate_up": _Plan((count, 2 * width.size, hidden.size), tuple(gate_up)),
         "experts_down": _Plan((count, hidden.size, width.size), tuple(down)),
     }
@@ -248,34 +248,31 @@ def _times(span: Span, factor: int) -> Span:
     return Span(span.start * factor, span.stop * factor)
 
 
-def _matrix(columns: Span, *parts: tuple[str, Span]) -> _Plan:
-    """Return the plan of row ranges of several tensors below each other, all with the same `columns`."""
+def _stacked(columns: Span | None, *parts: tuple[str, Span]) -> _Plan:
+    """Return the plan of row ranges of several tensors below each other, all with the same `columns`; None: vectors."""
     pieces, row = [], 0
     for name, rows in parts:
         pieces.append(_Piece(name, rows, columns, row))
         row += rows.size
-    return _Plan((row, columns.size), tuple(pieces))
+    return _Plan((row, columns.size) if columns else (row,), tuple(pieces))
 
 
-def _vector(*parts: tuple[str, Span]) -> _Plan:
-    plan = _matrix(Span(0, 1), *parts)
-    return _Plan(plan.shape[:1], tuple(piece._replace(columns=None) for piece in plan.pieces))
+def _from_files(checkpoint: Checkpoint, stack: ExitStack) -> _Fill:
+    """Return what copies regions of safetensors files; slices are views of the mapped file, which the copy reads."""
+    from safetensors import safe_open
 
+    @functools.cache
+    def opened(file: str) -> Any:
+        return stack.enter_context(safe_open(checkpoint.model_dir / file, framework="pt", device="cpu"))
 
-class _Files:
-    """Copies regions of safetensors files; slices are views of the mapped file, which the copy reads."""
-
-    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
-        self._checkpoint = checkpoint
-        self._stack = stack
-        self._open: dict[str, Any] = {}
-
-    def fill(self, target: torch.Tensor, piece: _Piece) -> None:
-        stored = self._checkpoint.tensors[piece.name]
-        view = self._handle(stored.file).get_slice(stored.name)
-        first = piece.rows.start + stored.first_row
-        for rows in _chunks(target):
-            part = slice(first + rows.start, first + rows.stop)
+    def fill(target: torch.Tensor, piece: _Piece) -> None:
+        stored = checkpoint.tensors[piece.name]
+        view = opened(stored.file).get_slice(stored.name)
+        step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))  # 4 bytes: the widest stored dtype
+        for start in range(0, target.shape[0], step):
+            rows = target[start : start + step]
+            first = piece.rows.start + stored.first_row + start
+            part = slice(first, first + rows.shape[0])
             if piece.columns is None:
                 source = view[part]
             else:
@@ -283,44 +280,30 @@ class _Files:
                 region = (columns, part) if stored.transposed else (part, columns)
                 source = view[region] if stored.expert is None else view[(stored.expert, *region)]
                 source = source.T if stored.transposed else source
-            target[rows.start : rows.stop].copy_(source)
+            rows.copy_(source)
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            from safetensors import safe_open
-
-            path = self._checkpoint.model_dir / file
-            self._open[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        return self._open[file]
+    return fill
 
 
-def _chunks(target: torch.Tensor) -> Iterator[Span]:
-    rows = target.shape[0]
-    # 4 bytes: the widest stored dtype
-    step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))
-    for start in range(0, rows, step):
-        yield Span(start, min(start + step, rows))
+def _random(spec: ModelSpec, seed: int) -> _Fill:
+    """Return what makes random tensors in blocks of rows with seeds of their own, so any region is made by itself."""
+    plans = (plan for plans in _plan_all(spec, whole_model(spec)) for plan in plans.values())
+    # of whole tensors; a vector is one column
+    shapes = {one.name: (one.rows.size, (one.columns or Span(0, 1)).size) for plan in plans for one in plan.pieces}
 
-
-class _Random:
-    """Generates random tensors in blocks of rows with seeds of their own, so that any region is made by itself."""
-
-    def __init__(self, spec: ModelSpec, seed: int) -> None:
-        pieces = (piece for plan in _plan_all(spec, whole_model(spec)) for piece in plan.pieces)
-        self._shapes = {piece.name: (piece.rows.size, (piece.columns or Span(0, 1)).size) for piece in pieces}
-        self._seed = seed
-
-    def fill(self, target: torch.Tensor, piece: _Piece) -> None:
+    def fill(target: torch.Tensor, piece: _Piece) -> None:
         if piece.name.endswith("norm.weight"):
             target.fill_(1.0)
             return
-        full_rows, full_columns = self._shapes[piece.name]  # a vector is one column
+        full_rows, full_columns = shapes[piece.name]
         rows, columns = piece.rows, piece.columns or Span(0, 1)
         for start in range(rows.start - rows.start % _DUMMY_ROWS, rows.stop, _DUMMY_ROWS):
-            name = f"{self._seed}:{piece.name}:{start}"
+            name = f"{seed}:{piece.name}:{start}"
             digest = hashlib.sha256(name.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             block = torch.randn(min(_DUMMY_ROWS, full_rows - start), full_columns, generator=generator)
             first, last = max(rows.start, start), min(rows.stop, start + len(block))
             part = block[first - start : last - start, slice(*columns)].mul_(_DUMMY_SCALE)
             target[first - rows.start : last - rows.start].copy_(part if piece.columns else part[:, 0])
+
+    return fill

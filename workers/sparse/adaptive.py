@@ -41,19 +41,6 @@ class PatchedArray:
         return values
 
 
-@dataclass(frozen=True, slots=True)
-class NewMass:
-    """The mass that each candidate adds to the forced selection, not counting overlap between candidates.
-
-    `base` is the mass of the forced selection; `columns` and `offsets` are `[S]`, without the pairs that the forced
-    selection keeps already.
-    """
-
-    base: float
-    columns: PatchedArray
-    offsets: PatchedArray
-
-
 class AdaptiveSearch:
     """Finds a short list of candidates that keeps the mass `goal`, in the order of new mass per visited key.
 
@@ -66,12 +53,19 @@ class AdaptiveSearch:
     large a part of their mass as the list did on average (a half at least).
     """
 
-    def __init__(self, mass: NewMass, goal: float) -> None:
-        self._mass, self._goal = mass, goal
-        self._stop = len(mass.columns.values)
+    def __init__(self, base: float, columns: PatchedArray, offsets: PatchedArray, goal: float) -> None:
+        """Propose the first selection.
+
+        Args:
+            base: the mass of the forced selection.
+            columns, offsets: `[S]`, the mass that each adds to it, not counting overlap between candidates.
+            goal: the mass to keep.
+        """
+        self._base, self._columns, self._goal = base, columns, goal
+        self._stop = len(columns.values)
         start = forced_selection(self._stop)
         self._forced_columns, self._forced_groups = len(start.columns), int(start.offsets[0, 1]) // GROUP + 1
-        self._groups = np.concatenate([_group_keys(mass.offsets, *span) for span in self._spans()])
+        self._groups = np.concatenate([_group_keys(offsets, *span) for span in self._spans()])
         ascending = np.empty(self._stop + len(self._groups), np.uint32)
         for low, high in self._spans():
             ascending[low:high] = self._column_keys(low, high)
@@ -79,7 +73,7 @@ class AdaptiveSearch:
         ascending.sort()
         self._ascending, self._order = ascending, ascending[::-1]
         parts = [_masses(self._order[low : low + _CHUNK]).sum() for low in range(0, len(ascending), _CHUNK)]
-        self._before = mass.base + np.concatenate([[0.0], np.cumsum(parts)])  # mass before every chunk of the order
+        self._before = base + np.concatenate([[0.0], np.cumsum(parts)])  # mass before every chunk of the order
         self._steps = self._length = 0
         self.done = False
         self._propose(goal)
@@ -90,15 +84,15 @@ class AdaptiveSearch:
         if shortfall <= 0 or self._length == len(self._order):
             self.done = True
             return
-        mass, gained = self._mass_of_first(self._length), kept - self._mass.base
-        rate = gained / (mass - self._mass.base) if gained > 0 else 1.0
+        mass, gained = self._mass_of_first(self._length), kept - self._base
+        rate = gained / (mass - self._base) if gained > 0 else 1.0
         self._propose(mass + shortfall / min(1.0, max(0.5, rate)))
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         return ((low, min(low + _CHUNK, self._stop)) for low in range(0, self._stop, _CHUNK))
 
     def _column_keys(self, low: int, high: int) -> SortKeys:
-        return _sort_keys(self._mass.columns.slice(low, high)) | _COLUMN
+        return _sort_keys(self._columns.slice(low, high)) | _COLUMN
 
     def _mass_of_first(self, length: int) -> float:
         """Return the summed mass of the first `length` candidates."""
@@ -107,7 +101,7 @@ class AdaptiveSearch:
 
     def _length_for(self, mass: float) -> int:
         """Return the shortest length whose summed mass is `mass`, or one that exceeds the order."""
-        if mass <= self._mass.base:
+        if mass <= self._base:
             return 0
         chunk = int(np.searchsorted(self._before[1:], mass))
         part = self._order[chunk * _CHUNK : (chunk + 1) * _CHUNK]

@@ -3,8 +3,6 @@
 It takes tensors in host memory: float32 and bfloat16 queries, and float32, bfloat16 and int8 keys. bfloat16 queries run
 on AMX where the CPU has it (keys not in float32, head dim a multiple of 32), all else in vector code. It uses as many
 threads as PyTorch does; results do not depend on their number.
-
-Legend: `R` sampled rows, `G` query heads of a KV head, `S` keys the cell sees, `D` head dim.
 """
 
 from __future__ import annotations
@@ -19,81 +17,23 @@ import torch
 from workers.attention.plan import IntArray, Rotation, Selection
 from workers.kernels import abi
 from workers.kernels.abi import EstimateArgs, EstimateSelection, Path
-from workers.kernels.build import best_path, load
-from workers.kv.paged import LayerKV
-from workers.sparse.estimate import CellKeys, SampledRows, Sums
+from workers.kernels.build import best_path, exported
+from workers.sparse.estimate import CellKeys, Estimate, SampledRows, Sums
 from workers.sparse.selection import FloatArray
 
 
-def supports(sample: SampledRows, kv: LayerKV) -> bool:
-    """Return whether the library is built and takes these queries and this cache."""
-    q = sample.queries.intra
-    return (
-        q.device.type == kv.keys.device.type == "cpu"
-        and q.dtype in (torch.float32, torch.bfloat16)
-        and kv.keys.dtype in abi.TYPES
-        and load().library is not None
-    )
+class CompiledEstimate(Estimate):
+    """`Estimate`, whose sums and kept pairs are computed in compiled code; `path` None is the best instruction set."""
 
-
-def sums(sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None = None) -> Sums:
-    """See `EstimateBackend.sums`; `path` None is the best instruction set."""
-    assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
-    call = _Call(sample, keys, kv_head, path)
-    columns, offsets = (np.empty((call.group, keys.stop), np.float32) for _ in range(2))
-    lse = np.empty((call.group, len(sample.rows)), np.float32)
-    call.run("longreach_estimate_sums", columns.ctypes, offsets.ctypes, lse.ctypes)
-    return Sums(columns, offsets, lse)
-
-
-def kept_share(
-    sample: SampledRows, keys: CellKeys, kv_head: int, selections: Sequence[Selection], path: Path | None = None
-) -> npt.NDArray[np.float64]:
-    """See `EstimateBackend.kept_share`."""
-    call = _Call(sample, keys, kv_head, path)
-    share = np.empty(call.group)
-    call.run("longreach_estimate_kept", call.selections(selections), share.ctypes)
-    return share
-
-
-def kept_mass(
-    sample: SampledRows, keys: CellKeys, kv_head: int, sums: Sums, selections: Sequence[Selection | None],
-    path: Path | None = None,
-) -> npt.NDArray[np.float64]:  # fmt: skip
-    """See `EstimateBackend.kept_mass`."""
-    assert sample.rows[-1] - sample.rows[0] == len(sample.rows) - 1
-    call = _Call(sample, keys, kv_head, path)
-    total = np.empty(call.group)
-    arrays = [np.ascontiguousarray(one).ctypes for one in (sums.columns, sums.offsets, sums.lse)]
-    call.run("longreach_estimate_mass", *arrays, call.selections(selections), total.ctypes)
-    return total
-
-
-def top_indices(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
-    """See `selection.top_indices`."""
-    library = load().library
-    assert library is not None
-    scores = np.ascontiguousarray(scores, np.float32)
-    rows, size = scores.shape
-    sizes = np.clip(np.array(counts, np.int64), min(forced, size), size)
-    picked = np.empty((rows, max(1, sizes.max(initial=1))), np.int32)
-    shape = (rows, size, picked.shape[1], min(forced, size))
-    threads = torch.get_num_threads()
-    _raise_for(library.longreach_estimate_top(scores.ctypes, *shape, sizes.ctypes, picked.ctypes, threads))
-    return [row[:count].copy() for row, count in zip(picked, sizes, strict=True)]
-
-
-class _Call:
-    """The arguments of one call, which keeps the arrays they point into alive."""
-
-    def __init__(self, sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None) -> None:
+    def __init__(self, sample: SampledRows, keys: CellKeys, kv_head: int, path: Path | None = None) -> None:
+        super().__init__(sample, keys, kv_head)
         kv, plan = keys.kv, keys.plan
-        heads, dim = sample.queries.intra.shape[1:]
-        assert kv.keys.stride(2) == 1
-        assert kv.keys.stride(1) == dim
-        self.group = heads // kv.keys.shape[0]
-        self._alive: list[object] = []
-        dtype = sample.queries.intra.dtype
+        q = sample.queries.intra
+        heads, dim = q.shape[1:]
+        assert kv.keys.stride()[1:] == (dim, 1)
+        assert kv.key_scales is None or kv.key_scales.stride(1) == 1
+        assert keys.stop <= keys.table.num_pages * keys.table.page_size
+        self._alive: list[torch.Tensor] = []  # the arrays that `_args` points into
         args = self._args = EstimateArgs()
         ends = dict.fromkeys(Rotation, 0)
         for _, stop, rotation in plan.regions:
@@ -102,46 +42,67 @@ class _Call:
         inter, succ = ends[Rotation.INTER], ends[Rotation.SUCC]
         args.borders[:] = [0, inter, max(inter, succ), keys.stop]
         args.scales = self._tensor(sample.scales.float())
-        args.rows = self._array(np.array(sample.rows, np.int32) + np.int32(plan.start))
-        args.keys = kv.keys.data_ptr()
-        args.key_head = kv.keys.stride(0)
+        args.rows = self._tensor(self._positions.to(torch.int32))
+        args.keys, args.key_head = kv.keys.data_ptr(), kv.keys.stride(0)
         if kv.key_scales is not None:
-            assert kv.key_scales.stride(1) == 1
-            args.key_scales = kv.key_scales.data_ptr()
-            args.key_scale_head = kv.key_scales.stride(0)
-        assert keys.stop <= keys.table.num_pages * keys.table.page_size
-        args.page_size = keys.table.page_size
+            args.key_scales, args.key_scale_head = kv.key_scales.data_ptr(), kv.key_scales.stride(0)
         args.pages, _ = keys.table.page_slots.buffer_info()
         args.num_rows, args.heads, args.kv_heads, args.dim = len(sample.rows), heads, kv.keys.shape[0], dim
-        args.kv_head, args.q_type, args.kv_type = kv_head, abi.TYPES[dtype], abi.TYPES[kv.keys.dtype]
+        args.page_size, args.kv_head = keys.table.page_size, kv_head
+        args.q_type, args.kv_type = abi.TYPES[q.dtype], abi.TYPES[kv.keys.dtype]
         args.threads = torch.get_num_threads()
-        args.path = _path(dtype, kv.keys.dtype, dim) if path is None else path
+        args.path = _path(q.dtype, kv.keys.dtype, dim) if path is None else path
 
-    def selections(self, selections: Sequence[Selection | None]) -> ctypes.Array[EstimateSelection]:
-        """Return the selections as structures; an empty one for None."""
-        structures = (EstimateSelection * self.group)()
-        for at, one in enumerate(selections):
-            if one is not None:
-                structures[at] = EstimateSelection(
-                    self._array(one.offsets), self._array(one.columns), len(one.offsets), len(one.columns)
-                )
-        return structures
+    def sums(self) -> Sums:
+        rows = self.sample.rows
+        assert rows[-1] - rows[0] == len(rows) - 1
+        columns, offsets = (np.empty((self.group, self.keys.stop), np.float32) for _ in range(2))
+        lse = np.empty((self.group, len(rows)), np.float32)
+        _run("longreach_estimate_sums", self._args, columns.ctypes, offsets.ctypes, lse.ctypes)
+        return Sums(columns, offsets, lse)
 
-    def run(self, name: str, *rest: object) -> None:
-        """Call an exported function with the common arguments and `rest`."""
-        library = load().library
-        assert library is not None
-        _raise_for(getattr(library, name)(ctypes.byref(self._args), *rest))
+    def kept_share(self, selections: Sequence[Selection]) -> npt.NDArray[np.float64]:
+        share = np.empty(self.group)
+        structures, kept_alive = _structures(selections)
+        _run("longreach_estimate_kept", self._args, structures, share.ctypes)
+        del kept_alive
+        return share
+
+    def kept_mass(self, sums: Sums, selections: Sequence[Selection | None]) -> npt.NDArray[np.float64]:
+        total = np.empty(self.group)
+        arrays = [np.ascontiguousarray(one).ctypes for one in (sums.columns, sums.offsets, sums.lse)]
+        structures, kept_alive = _structures(selections)
+        _run("longreach_estimate_mass", self._args, *arrays, structures, total.ctypes)
+        del kept_alive
+        return total
+
+    @staticmethod
+    def top_indices(scores: FloatArray, counts: Sequence[int], forced: int) -> list[IntArray]:
+        scores = np.ascontiguousarray(scores, np.float32)
+        rows, size = scores.shape
+        sizes = np.clip(np.array(counts, np.int64), min(forced, size), size)
+        picked = np.empty((rows, max(1, sizes.max(initial=1))), np.int32)
+        shape = (rows, size, picked.shape[1], min(forced, size))
+        threads = torch.get_num_threads()
+        _run("longreach_estimate_top", scores.ctypes, *shape, sizes.ctypes, picked.ctypes, threads)
+        return [row[:count].copy() for row, count in zip(picked, sizes, strict=True)]
 
     def _tensor(self, x: torch.Tensor) -> int:
+        """Return the address of `x`, made contiguous, which lives as long as this object."""
         x = x.contiguous()
         self._alive.append(x)
         return x.data_ptr()
 
-    def _array(self, x: IntArray) -> int:
-        x = np.ascontiguousarray(x, np.int32)
-        self._alive.append(x)
-        return int(x.ctypes.data)
+
+def _structures(selections: Sequence[Selection | None]) -> tuple[ctypes.Array[EstimateSelection], list[IntArray]]:
+    """Return the selections as structures, an empty one for None, and the arrays that must outlive the call."""
+    structures, arrays = (EstimateSelection * len(selections))(), []
+    for at, one in enumerate(selections):
+        if one is not None:
+            offsets, columns = np.ascontiguousarray(one.offsets, np.int32), np.ascontiguousarray(one.columns, np.int32)
+            structures[at] = EstimateSelection(offsets.ctypes.data, columns.ctypes.data, len(offsets), len(columns))
+            arrays += [offsets, columns]
+    return structures, arrays
 
 
 def _path(q: torch.dtype, cache: torch.dtype, dim: int) -> Path:
@@ -151,5 +112,6 @@ def _path(q: torch.dtype, cache: torch.dtype, dim: int) -> Path:
     return min(best, Path.AMX if tiles else Path.AVX512)
 
 
-def _raise_for(status: int) -> None:
+def _run(name: str, *arguments: object) -> None:
+    status = exported(name)(*arguments)
     abi.raise_for_status(status, no_memory="estimate: out of memory", invalid="estimate: invalid arguments")

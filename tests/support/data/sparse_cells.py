@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from protos.model.spec import SparseSpec
-from workers.attention.plan import AttentionPlan, Selection
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, Selection
 from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.sparse.estimate import CellKeys, SampledRows
 from workers.sparse.vertical_slash import CellQueries, estimate_rows, held_out_rows
@@ -45,9 +45,9 @@ class Cell:
     def keys(self) -> CellKeys:
         return CellKeys(self.kv, self.table, self.plan)
 
-    def args(self, **spec: object) -> tuple[CellQueries, LayerKV, PageTable, AttentionPlan, SparseSpec]:
+    def args(self, **spec: object) -> tuple[CellQueries, CellKeys, SparseSpec]:
         """The arguments of `choose`."""
-        return self.queries, self.kv, self.table, self.plan, SparseSpec(**spec)  # type: ignore[arg-type]
+        return self.queries, self.keys, SparseSpec(**spec)  # type: ignore[arg-type]
 
 
 def random_cell(shape: Shape) -> Cell:
@@ -64,7 +64,7 @@ def random_cell(shape: Shape) -> Cell:
         small, scales = quantise(keys)
         kv = LayerKV(small, small, scales, scales)
 
-    def sample(rows: tuple[int, ...]) -> SampledRows:
+    def sample(rows: Sequence[int]) -> SampledRows:
         some = [torch.randn(len(rows), shape.heads, shape.dim, generator=random).to(shape.dtype) for _ in range(3)]
         scales = shape.dim**-0.5 * (1.5 + torch.rand(len(rows), generator=random))
         return SampledRows(rows, Queries(*some), scales)
@@ -134,7 +134,7 @@ def largest(scores: np.ndarray, count: int, always: int) -> list[int]:
     return sorted(order[: max(count, always)])
 
 
-def kept_mass(probabilities: np.ndarray, start: int, rows: tuple[int, ...], selection: Selection) -> float:
+def kept_mass(probabilities: np.ndarray, start: int, rows: Sequence[int], selection: Selection) -> float:
     """Mean over the rows `[R, S]` of the mass on kept pairs, as a set."""
     keys = np.arange(probabilities.shape[-1])
     offsets = start + np.array(rows)[:, None] - keys

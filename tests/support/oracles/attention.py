@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 
 UNVISITED = -1
 
@@ -48,11 +47,8 @@ def plan_tags(plan: AttentionPlan, head: int, context: int) -> torch.Tensor:
     positions = torch.arange(context)
     for tile in plan.tile_keys(head):
         block = tags[tile.start : tile.stop]
-        for keys in tile.ranges:
-            block[:, keys.start : keys.stop] = keys.rotation
-        for column in tile.columns.tolist():
-            (rotation,) = (tag for start, stop, tag in plan.regions if start <= column < stop)
-            block[:, column] = rotation
+        for rotation, keys in tile.keys.items():
+            block[:, torch.from_numpy(keys).long()] = rotation
     own = torch.arange(plan.start, plan.start + plan.length)
     return tags.masked_fill_(positions > own[:, None], UNVISITED)
 
@@ -62,7 +58,6 @@ def tile_pairs(plan: AttentionPlan, head: int) -> int:
     total = 0
     for tile in plan.tile_keys(head):
         rows = np.arange(plan.start + tile.start, plan.start + tile.stop)
-        for keys in tile.ranges:
-            total += int(np.clip(rows + 1 - keys.start, 0, keys.stop - keys.start).sum())
-        total += int(np.searchsorted(tile.columns, rows, side="right").sum())
+        for keys in tile.keys.values():
+            total += int(np.searchsorted(np.sort(keys), rows, side="right").sum())
     return total

@@ -82,7 +82,7 @@ class FakeStage:
                 assert part.start == known.num_prompt + len(own) - 1, "it continues its own newest token"
             else:
                 assert list(part.token_ids) == tokens[part.start :]
-            table = self.tables._tables[part.sequence]
+            table = self.tables[part.sequence]
             where = [run.first + i for run in table.runs(0, len(tokens)) for i in range(run.length)]
             for position in range(part.start):
                 stored = self.slots.get(where[position])

@@ -1,5 +1,5 @@
-// Column and diagonal sums of the attention of sampled rows, and how much of it a selection keeps. The contract is in
-// workers/sparse/estimate.py, the PyTorch implementation in estimate_torch.py.
+// Column and diagonal sums of the attention of sampled rows, and how much of it a selection keeps. The contract is that of
+// `Estimate` in workers/sparse/estimate.py.
 //
 // Keys are cut into chunks at fixed positions; a thread computes a chunk for all query heads of the KV head. Chunks are
 // joined in the order of their positions, so that the results do not depend on the number of threads.

@@ -11,8 +11,7 @@ from tests.support.data.selections import random_selection
 from tests.support.oracles.attention import attend_reference, tile_pairs
 from workers.attention import compiled
 from workers.attention.attend import attend
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.kv.paged import LayerKV, PageTable
 
 

@@ -14,8 +14,7 @@ from tests.support.oracles.attention import attend_reference
 from workers.attention import flash as module
 from workers.attention import torch_backend
 from workers.attention.flash import flash, supports_flash_attn
-from workers.attention.plan import AttentionPlan
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries
 from workers.kv.paged import PagedKV, PageTable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.data.selections import random_selection
 from tests.support.oracles.attention import UNVISITED, plan_tags, tile_pairs
-from workers.attention.plan import AttentionPlan, Rotation
+from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
 
 DISTANCE = 64
 BORDERS = [(0, 64), (63, 1), (64, 1), (64, 17), (127, 1), (128, 1), (128, 64), (130, 61), (448, 64), (455, 1)]
@@ -65,3 +65,51 @@ def test_an_impossible_plan_is_refused(start: int, length: int, tile: int, dista
 def test_a_plan_stays_in_one_chunk():
     with pytest.raises(ValueError, match="rows 60 to 64 cross a DCA chunk of 64 tokens"):
         AttentionPlan(60, 5, 64)
+
+
+@pytest.mark.parametrize(("start", "rows", "tile"), [(0, 1, 64), (17, 67, 16), (193, 1, 1), (333, 131, 64)])
+def test_dense_counts_are_those_of_the_causal_mask(start: int, rows: int, tile: int) -> None:
+    plan = AttentionPlan(start, rows, tile=tile)
+    causal = int(torch.ones(rows, start + rows, dtype=torch.bool).tril(start).sum())
+    assert plan.causal_pairs == plan.visited_pairs(0) == tile_pairs(plan, 0) == causal
+
+
+@pytest.mark.parametrize("seed", range(8, 16))
+def test_selected_counts_are_those_of_the_lists(seed: int) -> None:
+    rng = random.Random(seed)
+    start, rows = rng.choice((0, 17, 193)), rng.choice((1, 67, 131))
+    heads = tuple(random_selection(start + rows, rng) for _ in range(3))
+    plan = AttentionPlan(start, rows, heads=heads, tile=rng.choice((1, 16, 64)))
+    for head in range(3):
+        assert plan.visited_pairs(head) == tile_pairs(plan, head) <= plan.causal_pairs
+
+
+def test_everything_is_causal() -> None:
+    plan = AttentionPlan(17, 67, heads=(Selection.everything(84),))
+    assert plan.visited_pairs(0) == plan.causal_pairs
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("tile", [16, 64])
+def test_pairs_of_selections(seed: int, tile: int):
+    rng = random.Random(seed)
+    start, rows = rng.choice((0, 64, 333)), rng.choice((1, 64, 131))
+    plan = AttentionPlan(start, rows, 500, tuple(random_selection(start + rows, rng) for _ in range(2)), tile)
+    assert [plan.visited_pairs(head) for head in range(2)] == [tile_pairs(plan, head) for head in range(2)]
+
+
+def test_rows_by_rotation() -> None:
+    intra, succ, inter = torch.randn(3, 67, 4, 32)
+    queries = Queries(intra, succ, inter)
+    for rotation, rows in zip(Rotation, (intra, succ, inter), strict=True):
+        assert queries.of(rotation) is rows
+    part = queries[17:18]
+    assert torch.equal(part.of(Rotation.INTER), inter[17:18])
+    assert part.intra.data_ptr() == intra[17].data_ptr()
+
+
+def test_a_rotation_that_is_not_there_is_named() -> None:
+    queries = Queries(torch.randn(1, 4, 32))[0:1]
+    assert queries.succ is None
+    with pytest.raises(AssertionError, match="needs SUCC queries"):
+        queries.of(Rotation.SUCC)

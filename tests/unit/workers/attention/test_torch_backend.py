@@ -13,8 +13,7 @@ from tests.support.data.selections import random_selection
 from tests.support.oracles.attention import UNVISITED, attend_reference, plan_tags
 from workers.attention import torch_backend
 from workers.attention.attend import attend
-from workers.attention.plan import AttentionPlan, Rotation, Selection
-from workers.attention.queries import Queries
+from workers.attention.plan import AttentionPlan, Queries, Rotation, Selection
 from workers.kv.paged import LayerKV, PageTable, quantise
 from workers.model.rope import Rotary, norm_and_rotate_
 
@@ -146,11 +145,10 @@ def test_dual_chunk_attention_equals_its_definition(start: int, chunk_size: int,
     positions = torch.arange(start, start + rows)
     paged = Paged(start + rows, 2, 16, "shuffled", torch.float32, start)
     q, raw = torch.randn(rows, 4, DIM), paged.k
-    keys = norm_and_rotate_(raw.clone(), rotary.rotations(torch.arange(start + rows)).intra)
+    keys = norm_and_rotate_(raw.clone(), rotary.rotations(torch.arange(start + rows))[Rotation.INTRA])
     paged.put(keys, paged.v, 16, "shuffled", start)
-    rotations = rotary.rotations(positions, succ=True, inter=True)
-    each = (rotations.intra, rotations.succ, rotations.inter)
-    turned = Queries(*(norm_and_rotate_(q.clone(), one) for one in each if one is not None))
+    rotations = rotary.rotations(positions, list(Rotation))
+    turned = Queries(*(norm_and_rotate_(q.clone(), one) for one in rotations.values()))
     scales = torch.full((rows,), DIM**-0.5)
     got = attend(turned, paged.kv, paged.table, AttentionPlan(start, rows, dual.distance), scales)
     relative = relative_positions(positions, torch.arange(start + rows), chunk_size, local_size)

@@ -8,7 +8,6 @@ import torch
 
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec, SparseSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, StepPlan
-from workers.attention.pair_counts import causal_pairs
 from workers.kv.paged import PlanMismatch, SlotRun
 from workers.model.batch import PageTables, Piece, token_ids
 
@@ -41,7 +40,7 @@ def test_a_mixed_step():
     assert batch.slots == (SlotRun(9, 1), SlotRun(0, 3), SlotRun(16, 4))
     assert batch.sample_rows.tolist() == [0, 7]
     assert [s.rows for s in batch.pieces] == [slice(0, 1), slice(1, 4), slice(4, 8)]
-    assert [causal_pairs(s.plan) for s in batch.pieces] == [6, 6, 10]
+    assert [s.plan.causal_pairs for s in batch.pieces] == [6, 6, 10]
 
 
 def test_later_stages_need_no_ids():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from protos.model.spec import DualChunkSpec, RopeSpec
+from workers.attention.plan import Rotation
 from workers.model.rope import CosSin, Rotary, norm_and_rotate_, rope_frequencies, row_scales
 
 DIM = 128
@@ -40,41 +41,40 @@ def rotation(rope: RopeSpec, positions: list[int], factor: float = 1.0) -> CosSi
     return CosSin(cos, sin)
 
 
-def check(found: CosSin | None, wanted: CosSin) -> None:
-    assert found is not None
+def check(found: CosSin, wanted: CosSin) -> None:
     torch.testing.assert_close(found.cos, wanted.cos, rtol=0, atol=1e-7)
     torch.testing.assert_close(found.sin, wanted.sin, rtol=0, atol=1e-7)
 
 
 def test_rotations_of_the_published_constants():
     assert PUBLISHED.distance == L
-    found = Rotary(ROPE, DIM, dual_chunk=PUBLISHED).rotations(torch.tensor(list(ANGLES)), succ=True, inter=True)
-    check(found.intra, rotation(ROPE, [intra for intra, _ in ANGLES.values()]))
-    check(found.succ, rotation(ROPE, [succ for _, succ in ANGLES.values()]))
-    check(found.inter, rotation(ROPE, [262144] * len(ANGLES)))  # chunk_size, as 2 L - 1 is above it
+    found = Rotary(ROPE, DIM, dual_chunk=PUBLISHED).rotations(torch.tensor(list(ANGLES)), list(Rotation))
+    check(found[Rotation.INTRA], rotation(ROPE, [intra for intra, _ in ANGLES.values()]))
+    check(found[Rotation.SUCC], rotation(ROPE, [succ for _, succ in ANGLES.values()]))
+    check(found[Rotation.INTER], rotation(ROPE, [262144] * len(ANGLES)))  # chunk_size, as 2 L - 1 is above it
 
 
 def test_the_estimate_rotates_without_limits():
     found = Rotary(ROPE, DIM, dual_chunk=PUBLISHED).continuous(torch.tensor(list(ANGLES)))
-    check(found.intra, rotation(ROPE, [intra for intra, _ in ANGLES.values()]))
-    check(found.succ, rotation(ROPE, [intra + L for intra, _ in ANGLES.values()]))
-    check(found.inter, rotation(ROPE, [intra + 262144 for intra, _ in ANGLES.values()]))
+    check(found[Rotation.INTRA], rotation(ROPE, [intra for intra, _ in ANGLES.values()]))
+    check(found[Rotation.SUCC], rotation(ROPE, [intra + L for intra, _ in ANGLES.values()]))
+    check(found[Rotation.INTER], rotation(ROPE, [intra + 262144 for intra, _ in ANGLES.values()]))
 
 
 @pytest.mark.parametrize(("chunk_size", "local_size", "inter"), [(96, 32, 96), (96, 60, 71), (97, 49, 95), (2, 1, 1)])
 def test_the_constant_of_early_keys(chunk_size: int, local_size: int, inter: int):
     rotary = Rotary(ROPE, DIM, dual_chunk=DualChunkSpec(chunk_size, local_size))
-    found = rotary.rotations(torch.tensor([500, 777]), inter=True)
-    assert found.succ is None
-    check(found.inter, rotation(ROPE, [inter, inter]))
+    found = rotary.rotations(torch.tensor([500, 777]), (Rotation.INTRA, Rotation.INTER))
+    assert Rotation.SUCC not in found
+    check(found[Rotation.INTER], rotation(ROPE, [inter, inter]))
 
 
 @pytest.mark.parametrize("dual", [None, PUBLISHED])
 def test_plain_attention_and_the_first_chunk_are_the_same(dual: DualChunkSpec | None):
     positions = torch.tensor([0, 1, 63, 64, 253951])
     found = Rotary(ROPE, DIM, dual_chunk=dual).rotations(positions)
-    assert (found.succ, found.inter) == (None, None)
-    check(found.intra, rotation(ROPE, positions.tolist()))
+    assert list(found) == [Rotation.INTRA]
+    check(found[Rotation.INTRA], rotation(ROPE, positions.tolist()))
 
 
 YARN = RopeSpec(1e7, "yarn", 4.0, 262144)
@@ -84,11 +84,11 @@ YARN = RopeSpec(1e7, "yarn", 4.0, 262144)
 def test_yarn_and_dual_chunk_attention_scale_once(original: int, factor: float):
     """YaRN's frequencies always; its factor on cos and sin only where there is no length scale."""
     dual = replace(PUBLISHED, original_max_position_embeddings=original)
-    found = Rotary(YARN, DIM, dual_chunk=dual).rotations(torch.tensor(list(ANGLES)), succ=True, inter=True)
+    found = Rotary(YARN, DIM, dual_chunk=dual).rotations(torch.tensor(list(ANGLES)), list(Rotation))
     assert not torch.equal(rope_frequencies(YARN, DIM)[0], rope_frequencies(ROPE, DIM)[0])
-    check(found.intra, rotation(YARN, [intra for intra, _ in ANGLES.values()], factor))
-    check(found.succ, rotation(YARN, [succ for _, succ in ANGLES.values()], factor))
-    check(found.inter, rotation(YARN, [262144] * len(ANGLES), factor))
+    check(found[Rotation.INTRA], rotation(YARN, [intra for intra, _ in ANGLES.values()], factor))
+    check(found[Rotation.SUCC], rotation(YARN, [succ for _, succ in ANGLES.values()], factor))
+    check(found[Rotation.INTER], rotation(YARN, [262144] * len(ANGLES), factor))
     scale = float(row_scales(torch.tensor([1009999]), 1_000_000, DIM, dual)[0])
     stretched = (0.1 * math.log(1_010_000 / 262144) + 1) ** 2
     assert scale == pytest.approx(DIM**-0.5 * (stretched if original else 1.0), rel=1e-6)
@@ -118,16 +118,10 @@ def test_without_dual_chunk_attention_scales_are_constant():
 @pytest.mark.parametrize("rows", [1, 17, 700])
 def test_one_norm_serves_several_rotations(rows: int, dtype: torch.dtype):
     x, weight = torch.randn(rows, 6, 64).to(dtype), torch.rand(6, 64)
-    rotations = Rotary(ROPE, 64, dual_chunk=DualChunkSpec(96, 32)).rotations(
-        torch.arange(rows) + 200, succ=True, inter=True
-    )
-    assert rotations.succ is not None
-    assert rotations.inter is not None
-    wanted = [
-        norm_and_rotate_(x.clone(), one, weight, 1e-6) for one in (rotations.intra, rotations.succ, rotations.inter)
-    ]
-    copies = [(torch.empty(rows, 4, 64, dtype=dtype), one) for one in (rotations.succ, rotations.inter)]
-    norm_and_rotate_(x, rotations.intra, weight, 1e-6, copies)
+    rotations = Rotary(ROPE, 64, dual_chunk=DualChunkSpec(96, 32)).rotations(torch.arange(rows) + 200, list(Rotation))
+    wanted = [norm_and_rotate_(x.clone(), one, weight, 1e-6) for one in rotations.values()]
+    copies = [(torch.empty(rows, 4, 64, dtype=dtype), one) for one in list(rotations.values())[1:]]
+    norm_and_rotate_(x, rotations[Rotation.INTRA], weight, 1e-6, copies)
     assert torch.equal(x, wanted[0])
     assert torch.equal(copies[0][0], wanted[1][:, :4])
     assert torch.equal(copies[1][0], wanted[2][:, :4])

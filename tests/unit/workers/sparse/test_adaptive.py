@@ -9,17 +9,19 @@ import pytest
 
 from workers.attention.plan import Selection
 from workers.sparse import adaptive
-from workers.sparse.adaptive import AdaptiveSearch, NewMass, PatchedArray
+from workers.sparse.adaptive import AdaptiveSearch, PatchedArray
 from workers.sparse.selection import FloatArray, offset_mask
+
+NewMass = tuple[float, PatchedArray, PatchedArray]  # of the forced selection, of columns, of offsets
 
 
 def new_mass(base: float, columns: FloatArray, offsets: FloatArray) -> NewMass:
     nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return NewMass(base, PatchedArray(columns, *nothing), PatchedArray(offsets, *nothing))
+    return base, PatchedArray(columns, *nothing), PatchedArray(offsets, *nothing)
 
 
 def search(mass: NewMass, goal: float, kept: Callable[[Selection], float]) -> Selection:
-    found = AdaptiveSearch(mass, goal)
+    found = AdaptiveSearch(*mass, goal)
     while not found.done:
         found.update(kept(found.selection))
     return found.selection
@@ -55,7 +57,7 @@ def test_adaptive_lists_follow_new_mass_over_cost(stop: int, monkeypatch: pytest
     candidates.sort()
     total = sum(one[3] for one in candidates)
     for part in (0.02, 0.3, 0.71, 1.0):
-        found = AdaptiveSearch(new_mass(3.0, columns, offsets), 3 + part * total).selection
+        found = AdaptiveSearch(*new_mass(3.0, columns, offsets), 3 + part * total).selection
         taken, kept = [], 3.0
         while kept < 3 + part * total - 1e-6:
             kept += candidates[len(taken)][3]

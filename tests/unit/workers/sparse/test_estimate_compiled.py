@@ -14,7 +14,9 @@ from tests.support.data.sparse_cells import Shape, random_cell
 from workers.attention.plan import Selection
 from workers.kernels import build
 from workers.kernels.abi import Path
-from workers.sparse import estimate_compiled, estimate_torch, selection, vertical_slash
+from workers.sparse import selection, vertical_slash
+from workers.sparse.estimate import Estimate
+from workers.sparse.estimate_compiled import CompiledEstimate
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
@@ -56,22 +58,18 @@ def check(shape: Shape) -> None:
     selections = some_selections(stop, group)
     lone: list[Selection | None] = [None, *selections[1:]]
     for kv_head in range(shape.kv_heads):
-        sample = cell.queries.estimate
-        expected = estimate_torch.sums(sample, cell.keys, kv_head)
-        kept = [
-            estimate_torch.kept_share(rows, cell.keys, kv_head, selections) for rows in (sample, cell.queries.held_out)
-        ]
-        total = estimate_torch.kept_mass(sample, cell.keys, kv_head, expected, lone)
+        sampled, held_out = ((rows, cell.keys, kv_head) for rows in (cell.queries.estimate, cell.queries.held_out))
+        expected = Estimate(*sampled).sums()
+        kept = [Estimate(*each).kept_share(selections) for each in (sampled, held_out)]
+        total = Estimate(*sampled).kept_mass(expected, lone)
         for path in paths(shape):
-            found = estimate_compiled.sums(sample, cell.keys, kv_head, path)
+            found = CompiledEstimate(*sampled, path).sums()
             np.testing.assert_allclose(found.columns, expected.columns, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(found.offsets, expected.offsets, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
-            for rows, share in zip((sample, cell.queries.held_out), kept, strict=True):
-                np.testing.assert_allclose(
-                    estimate_compiled.kept_share(rows, cell.keys, kv_head, selections, path), share, atol=1e-5
-                )
-            mass = estimate_compiled.kept_mass(sample, cell.keys, kv_head, expected, lone, path)
+            for each, share in zip((sampled, held_out), kept, strict=True):
+                np.testing.assert_allclose(CompiledEstimate(*each, path).kept_share(selections), share, atol=1e-5)
+            mass = CompiledEstimate(*sampled, path).kept_mass(expected, lone)
             np.testing.assert_allclose(mass, total, rtol=1e-5, atol=1e-5)
             assert mass[0] == 0
 
@@ -100,9 +98,9 @@ def test_paths_of_this_machine() -> None:
 def test_rows_with_large_logits_stay_finite() -> None:
     cell = random_cell(Shape(192, 67, last_q=33, dtype=torch.bfloat16, page_size=64))
     sample = replace(cell.queries.estimate, scales=cell.queries.estimate.scales * 100)
-    expected = estimate_torch.sums(sample, cell.keys, 1)
+    expected = Estimate(sample, cell.keys, 1).sums()
     for path in paths(Shape(0, 1, dtype=torch.bfloat16)):
-        found = estimate_compiled.sums(sample, cell.keys, 1, path)
+        found = CompiledEstimate(sample, cell.keys, 1, path).sums()
         np.testing.assert_allclose(found.columns, expected.columns, atol=1e-3)
         np.testing.assert_allclose(found.columns.sum(axis=1), 33, rtol=1e-4)
 
@@ -114,8 +112,8 @@ def test_results_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            sums = estimate_compiled.sums(cell.queries.estimate, cell.keys, 1)
-            kept = estimate_compiled.kept_share(cell.queries.held_out, cell.keys, 1, selections)
+            sums = CompiledEstimate(cell.queries.estimate, cell.keys, 1).sums()
+            kept = CompiledEstimate(cell.queries.held_out, cell.keys, 1).kept_share(selections)
             found.append([sums.columns.tobytes(), sums.offsets.tobytes(), sums.lse.tobytes(), kept.tobytes()])
     finally:
         torch.set_num_threads(before)
@@ -134,7 +132,7 @@ def test_top_indices_equal_numpy(size: int) -> None:
     ]).astype(np.float32)  # fmt: skip
     for counts in ([0, 1, size // 3, size - 1, size], [size + 1] * 5, [1] * 5, [size // 2, 30, 31, 99, 7]):
         for forced in (0, 1, 30):
-            found = estimate_compiled.top_indices(scores, counts, forced)
+            found = CompiledEstimate.top_indices(scores, counts, forced)
             for mine, theirs in zip(found, selection.top_indices(scores, counts, forced), strict=True):
                 assert mine.tolist() == theirs.tolist()
 
@@ -142,9 +140,9 @@ def test_top_indices_equal_numpy(size: int) -> None:
 @pytest.mark.parametrize("spec", [{"uniform": HeadBudget(60, 150)}, {"target_recall": 0.9}, {"synthetic": True}])
 def test_choose_equals_pytorch(spec: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     cell = random_cell(Shape(1024, 193, page_size=64, heads=4, kv_heads=2))
-    assert vertical_slash._backend(cell.queries, cell.kv) is estimate_compiled
+    assert vertical_slash._backend(cell.queries, cell.keys) is CompiledEstimate
     found = vertical_slash.choose(*cell.args(**spec))
-    monkeypatch.setattr(vertical_slash, "_backend", lambda *_: estimate_torch)
+    monkeypatch.setattr(vertical_slash, "_backend", lambda *_: Estimate)
     expected = vertical_slash.choose(*cell.args(**spec))
     np.testing.assert_allclose(found.estimated_recall, expected.estimated_recall, atol=1e-4)
     np.testing.assert_allclose(found.held_out_recall, expected.held_out_recall, atol=1e-3)

@@ -25,14 +25,15 @@ from tests.support.data.sparse_cells import (
 )  # fmt: skip
 from tests.support.paths import ROOT
 from workers.kernels import build
-from workers.sparse import estimate_torch, vertical_slash
+from workers.sparse import vertical_slash
+from workers.sparse.estimate import Estimate
 from workers.sparse.selection import forced_selection, offset_mask, synthetic_selection
 from workers.sparse.vertical_slash import cell_number, choose, estimate_rows, held_out_rows
 
 
 @pytest.fixture(autouse=True)
 def _torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vertical_slash, "_backend", lambda cell, kv: estimate_torch)
+    monkeypatch.setattr(vertical_slash, "_backend", lambda cell, keys: Estimate)
 
 
 SHAPES = {
@@ -72,7 +73,7 @@ def test_selection_and_recalls_equal_the_definition(name: str) -> None:
 @pytest.mark.parametrize("last_q", [1, 64])
 def test_sampled_rows(length: int, last_q: int) -> None:
     sampled, held_out = estimate_rows(length, last_q), held_out_rows(length, last_q)
-    assert sampled == tuple(range(length))[-last_q:]
+    assert sampled == range(length)[-last_q:]
     assert list(held_out) == sorted(set(held_out))
     assert 0 <= held_out[0] <= held_out[-1] < length
     assert len(held_out) == min(32, length)
@@ -97,7 +98,8 @@ def test_adaptive_budgets_reach_their_target_and_no_more(target: float) -> None:
             assert recall < target + 0.1
 
 
-def test_recall_floor_turns_heads_dense_up_to_the_cap() -> None:
+def test_recall_floor_turns_heads_dense_up_to_the_cap(caplog: pytest.LogCaptureFixture) -> None:
+    vertical_slash._warn_cap.cache_clear()
     shape = Shape(192, 64, last_q=16, heads=8, kv_heads=2)
     cell = random_cell(shape)
     budget = HeadBudget(30, 100)
@@ -107,11 +109,11 @@ def test_recall_floor_turns_heads_dense_up_to_the_cap() -> None:
     assert not any(choose(*cell.args(**common, recall_floor=recall.min())).dense)
     every = choose(*cell.args(**common, recall_floor=1.0, max_dense_share=1.0))
     assert all(every.dense)
-    assert every.capped == 0
+    assert not caplog.records
     assert all(one.offsets.tolist() == [[0, 255]] for one in every.selections)
     assert every.held_out_recall == plain.held_out_recall
     half = choose(*cell.args(**common, recall_floor=1.0, max_dense_share=0.5))
-    assert half.capped == 4
+    assert "more heads than max_dense_share 0.5" in caplog.text
     for heads in (slice(0, 4), slice(4, 8)):  # the two worst of the heads of each KV head
         assert set(np.flatnonzero(half.dense[heads])) == set(np.argsort(recall[heads])[:2])
     assert not any(choose(*cell.args(**common, recall_floor=1.0, max_dense_share=0.0)).dense)
@@ -191,10 +193,11 @@ def test_adaptive_candidates_are_what_the_forced_selection_leaves() -> None:
     shape = Shape(192, 113, last_q=17, heads=2, kv_heads=1)
     cell = random_cell(shape)
     sampled = attention(cell, cell.queries.estimate)
-    found, start = estimate_torch.sums(cell.queries.estimate, cell.keys, 0), forced_selection(305)
+    estimates = [Estimate(rows, cell.keys, 0) for rows in (cell.queries.estimate, cell.queries.held_out)]
+    found, start = estimates[0].sums(), forced_selection(305)
     assert start.offsets.tolist() == [[0, 127]]
-    group = vertical_slash._Group(cell.queries, cell.keys, SparseSpec(), estimate_torch, range(2))
-    columns, offsets = group._without_forced(found, 0, start)
+    group = vertical_slash._Group(cell.queries, SparseSpec(), *estimates)
+    columns, offsets = group._without_forced(found, start)
     rest = sampled.copy()
     positions = 192 + np.array(cell.queries.estimate.rows)
     rest[:, positions[:, None] - np.arange(305) <= 127] = 0
