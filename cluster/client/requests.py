@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from cluster.client.errors import InvalidRequest
-from protos.errors import UserError
+from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.limits import MAX_CHARS, MAX_DEADLINE_S, MAX_INT32, MAX_INT64, MAX_QUESTIONS, MAX_REQUEST_BYTES
@@ -71,18 +69,6 @@ class SubmitOptions(TypedDict, total=False):
     labels: Mapping[str, str] | None
 
 
-@contextmanager
-def invalid_requests() -> Iterator[None]:
-    """Turn the errors of `protos.jobs.validate` into InvalidRequest."""
-    try:
-        yield
-    except InvalidRequest:
-        raise
-    except UserError as error:
-        raise InvalidRequest(str(error)) from error
-
-
-@invalid_requests()
 def build_submit(
     document: str | DocumentInfo | None, question: str | Sequence[str] | None, options: SubmitOptions
 ) -> pb.SubmitRequest:
@@ -157,31 +143,26 @@ def _questions(question: object) -> list[str]:
     return questions
 
 
-@invalid_requests()
 def job_request(job_id: object) -> pb.JobRequest:
     """Return the request of a call about one job (raises InvalidRequest); the head says which ids exist."""
     return pb.JobRequest(id=validate.check_text("job id", job_id, MAX_CHARS))
 
 
-@invalid_requests()
 def document_request(document_id: object) -> pb.DocumentRequest:
     """Return the request of a call about one document (raises InvalidRequest)."""
     return pb.DocumentRequest(id=validate.check_text("document id", document_id, MAX_CHARS))
 
 
-@invalid_requests()
 def check_after(after: object) -> int:
     """Return the token after which a stream begins (raises InvalidRequest)."""
     return validate.check_integer("after", after, 0, MAX_INT64)
 
 
-@invalid_requests()
 def check_wait(timeout_s: object) -> float | None:
     """Return the seconds to wait; None for as long as it takes (raises InvalidRequest)."""
     return None if timeout_s is None else validate.check_number("timeout_s", timeout_s, 0.0, float("inf"))
 
 
-@invalid_requests()
 def list_request(states: Collection[str], labels: Mapping[str, str] | None, limit: int | None) -> pb.ListRequest:
     """Return the request of the first page; `states` are names such as "queued" (raises InvalidRequest)."""
     known: dict[str, Any] = {name.lower(): number for name, number in pb.State.items() if number}
@@ -207,11 +188,10 @@ def document_pieces(source: str | bytes | os.PathLike[str], name: str | None) ->
     Raises:
         InvalidRequest: the file cannot be read, or the text has no UTF-8 form.
     """
-    with invalid_requests():
-        if name is not None:
-            validate.check_text("name", name, MAX_CHARS)
-        if isinstance(source, str):
-            source = validate.check_text("document", source).encode()
+    if name is not None:
+        validate.check_text("name", name, MAX_CHARS)
+    if isinstance(source, str):
+        source = validate.check_text("document", source).encode()
     if isinstance(source, bytes):
         yield pb.DocumentPiece(header=pb.DocumentHeader(name=name or "text"))
         for start in range(0, len(source), PIECE_BYTES):

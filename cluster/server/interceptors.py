@@ -17,11 +17,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.common.text_format import escape_unprintable
-from cluster.jobs.model import InvalidJob, JobConflict, JobError, JobNotFound, NotAllowedNow, ServiceBusy
+from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, ServiceBusy
+from protos.errors import InvalidRequest
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
-_CODES: dict[type[JobError], grpc.StatusCode] = {
-    InvalidJob: grpc.StatusCode.INVALID_ARGUMENT,
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     JobConflict: grpc.StatusCode.ALREADY_EXISTS,
     NotAllowedNow: grpc.StatusCode.FAILED_PRECONDITION,
