@@ -143,24 +143,9 @@ def _questions(question: object) -> list[str]:
     return questions
 
 
-def job_request(job_id: object) -> pb.JobRequest:
-    """Return the request of a call about one job (raises InvalidRequest); the head says which ids exist."""
-    return pb.JobRequest(id=validate.check_text("job id", job_id, MAX_CHARS))
-
-
-def document_request(document_id: object) -> pb.DocumentRequest:
-    """Return the request of a call about one document (raises InvalidRequest)."""
-    return pb.DocumentRequest(id=validate.check_text("document id", document_id, MAX_CHARS))
-
-
-def check_after(after: object) -> int:
-    """Return the token after which a stream begins (raises InvalidRequest)."""
-    return validate.check_integer("after", after, 0, MAX_INT64)
-
-
-def check_wait(timeout_s: object) -> float | None:
-    """Return the seconds to wait; None for as long as it takes (raises InvalidRequest)."""
-    return None if timeout_s is None else validate.check_number("timeout_s", timeout_s, 0.0, float("inf"))
+def check_id(kind: str, value: object) -> str:
+    """Return the id of a "job" or "document" as text (raises InvalidRequest); the head says which ids exist."""
+    return validate.check_text(f"{kind} id", value, MAX_CHARS)
 
 
 def list_request(states: Collection[str], labels: Mapping[str, str] | None, limit: int | None) -> pb.ListRequest:
