@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that `--help` is instant.
+"""The command line. Commands import what is heavy when they run, so that `--help` is instant.
 
 Exit codes: 0 done; 1 a wrong answer, a failed check, or a job that did not succeed; 2 input that cannot be used
 (nothing was started); 3 the cluster could not start, cannot be reached, or failed; 4 no such job or document;
