@@ -94,6 +94,8 @@ def up(config: Path, as_json: bool) -> None:
 
     Its log is log/head.log under the data directory. A head that already runs is left alone.
     """
+    import psutil
+
     from cluster.client.errors import Unavailable
     from cluster.client.state_file import read_state
     from cluster.server.state_files import HeadFiles
@@ -113,7 +115,7 @@ def up(config: Path, as_json: bool) -> None:
                 ready = _follow(progress, display)
         except KeyboardInterrupt:
             click.echo("longreach: interrupted; stopping the head", err=True)
-            _stop_child(child)
+            _stop(psutil.Process(child.pid), _INTERRUPT_GRACE_S)
             sys.exit(EXIT_INTERRUPTED)
         if not ready:
             _give_up(child, files, before)
@@ -143,15 +145,6 @@ def _follow(progress: TextIO, display: Any) -> bool:
             return True
         display.launch(LaunchStatus(**report))
     return False
-
-
-def _stop_child(child: subprocess.Popen[bytes]) -> None:
-    child.terminate()
-    try:
-        child.wait(_INTERRUPT_GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
 
 
 def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -> None:

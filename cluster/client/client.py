@@ -186,13 +186,10 @@ class Job(BaseJob):
             messages = self._calls.stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
             try:
                 for message in messages:
-                    for event in cursor.events(message):
-                        if isinstance(event, (JobData, JobEnded)):
-                            self.data = event.job if isinstance(event, JobEnded) else event
-                        if not isinstance(event, JobData):
-                            yield event
-                        if isinstance(event, JobEnded):
-                            return
+                    yield from cursor.events(message)
+                    if message.HasField("job") and self._take(message.job).done:
+                        yield JobEnded(self.data)
+                        return
                 raise Unavailable(f"{self.id}: the head ended the stream before the job")
             except Unavailable as error:
                 delay = cursor.pause(error)

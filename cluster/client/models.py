@@ -236,8 +236,8 @@ class StreamCursor:
         self._delays: Iterator[float] = retries.delays()
         self._processed: dict[int, int] = {}
 
-    def events(self, message: pb.JobEvent) -> Iterator[Event | JobData]:
-        """Yield what a message says that is new, JobData for a change of state; nothing of kinds of a newer head.
+    def events(self, message: pb.JobEvent) -> Iterator[ProgressEvent | TokenEvent]:
+        """Yield progress and tokens of a message that are new; nothing of other kinds.
 
         Raises:
             Unavailable: tokens are missing before those of the message; re-attach after the last.
@@ -259,9 +259,6 @@ class StreamCursor:
                 self._processed[message.progress.question] = progress.processed
                 self._delays = self._retries.delays()
             yield ProgressEvent(message.progress.question, progress)
-        elif kind == "job":
-            data = read_message(JobData, message.job)
-            yield JobEnded(data) if data.state in FINAL else data
 
     def pause(self, error: LongreachError) -> float:
         """Return the seconds to sleep before the next try; raise `error` when no further one is due or of use."""
