@@ -96,8 +96,8 @@ def up(config: Path, as_json: bool) -> None:
     """
     import psutil
 
+    from cluster.client.connection import read_state
     from cluster.client.errors import Unavailable
-    from cluster.client.state_file import read_state
     from cluster.server.state_files import HeadFiles
 
     with one_line_errors():
@@ -173,7 +173,7 @@ def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bo
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bool) -> None:
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
-    from cluster.client.state_file import DEFAULT_DATA_DIR
+    from cluster.client.connection import DEFAULT_DATA_DIR
     from cluster.server.state_files import HeadFiles
     from cluster.stages.socket_dirs import clean_run_dirs
 

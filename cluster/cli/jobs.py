@@ -30,8 +30,7 @@ from cluster.cli.common import (
 )
 from cluster.client import errors
 from cluster.client.client import Client, Job
-from cluster.client.connection import DEFAULT_ADDRESS, ConnectionOptions, state_connection
-from cluster.client.state_file import DEFAULT_DATA_DIR
+from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, ConnectionOptions, state_connection
 
 # of errors of the client; EXIT_CLUSTER of all others
 _EXIT_CODES = {

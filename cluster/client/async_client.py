@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from cluster.client.connection import DEFAULT_ADDRESS, Connection, ConnectionOptions, state_connection
+from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Connection, ConnectionOptions, state_connection
 from cluster.client.errors import NotFound, Unavailable
 from cluster.client.models import BaseJob, ClusterStatus, DocumentInfo, Event, JobData, JobEnded, StreamCursor
 from cluster.client.requests import (
@@ -30,7 +30,6 @@ from cluster.client.requests import (
     needs_upload,
 )
 from cluster.client.retry import CALL_RETRIES, REATTACH_RETRIES, RetryPolicy
-from cluster.client.state_file import DEFAULT_DATA_DIR
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.convert import read_message
