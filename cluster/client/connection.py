@@ -73,9 +73,6 @@ class Connection:
         if files is not None and (files.cert is None) != (files.key is None):
             lacking, other = ("cert_file", files.key) if files.cert is None else ("key_file", files.cert)
             raise InvalidRequest(f"{lacking}: (missing): goes with {other}: give both or neither")
-        self._check_key()
-
-    def _check_key(self) -> None:
         key = self.secret
         if not (key.isascii() and (key.isprintable() and " " not in key)):
             raise InvalidRequest("api_key: must be ASCII without spaces, line ends or control characters")

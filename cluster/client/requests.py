@@ -6,16 +6,14 @@ import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
+from cluster.client.models import DocumentInfo
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.limits import MAX_CHARS, MAX_DEADLINE_S, MAX_INT32, MAX_INT64, MAX_QUESTIONS, MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
-
-if TYPE_CHECKING:
-    from cluster.client.models import DocumentInfo
 
 PIECE_BYTES = 1 << 20  # documents travel in pieces of this size; longer texts are uploaded
 PAGE_SIZE = 100  # jobs a call when listing
@@ -94,10 +92,10 @@ def build_submit(
         attached=validate.check_flag("attached", options.get("attached", False)),
         idempotency_key=validate.check_text("idempotency_key", values.get("idempotency_key") or secrets.token_hex(16)),
         labels=validate.check_labels(values.get("labels") or {}),
+        **_input(document, question, values),
     )
     if "deadline_s" in values:
         request.deadline_s = validate.check_number("deadline_s", values["deadline_s"], 0, MAX_DEADLINE_S, above=True)
-    _set_input(request, document, question, values)
     validate.check_submit(request)
     size = request.ByteSize()
     if size > MAX_REQUEST_BYTES:
@@ -112,24 +110,22 @@ def too_large(key: str, size: int) -> InvalidRequest:
     )
 
 
-def _set_input(
-    request: pb.SubmitRequest, document: object, question: str | Sequence[str] | None, values: dict[str, Any]
-) -> None:
-    if document is not None:
-        request.document.questions.extend(_questions(question))
-        if isinstance(document, str):
-            request.document.text = validate.check_text("document", document)
-        elif isinstance(getattr(document, "id", None), str):
-            request.document.document_id = document.id  # type: ignore[attr-defined]
-        else:
-            shown = validate.show(document)
-            raise InvalidRequest(f"document: {shown}: must be text, a path object or an uploaded document")
-    elif "token_ids" in values:
-        request.token_ids.CopyFrom(pb.TokenIds(ids=validate.check_token_ids("token_ids", values["token_ids"])))
-    elif "messages" in values:
-        request.chat.messages.extend(validate.check_messages(values["messages"]))
-    else:
-        request.prompt = validate.check_text("prompt", values["prompt"])
+def _input(document: object, question: object, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the field of the input, of which exactly one is given."""
+    if "token_ids" in values:
+        return {"token_ids": pb.TokenIds(ids=validate.check_token_ids("token_ids", values["token_ids"]))}
+    if "messages" in values:
+        return {"chat": pb.Chat(messages=validate.check_messages(values["messages"]))}
+    if "prompt" in values:
+        return {"prompt": validate.check_text("prompt", values["prompt"])}
+    questions = _questions(question)
+    if isinstance(document, str):
+        text = validate.check_text("document", document)
+        return {"document": pb.DocumentQuestions(text=text, questions=questions)}
+    if isinstance(document, DocumentInfo):
+        return {"document": pb.DocumentQuestions(document_id=document.id, questions=questions)}
+    shown = validate.show(document)
+    raise InvalidRequest(f"document: {shown}: must be text, a path object or an uploaded document")
 
 
 def _questions(question: object) -> list[str]:

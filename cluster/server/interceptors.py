@@ -70,10 +70,9 @@ class CallGuard(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         handler = continuation(details)
         if handler is None:
             return None  # UNIMPLEMENTED
-        method = details.method
-        limit, pool = self._own.get(method.split("/")[1], (self._streams, None))
-        is_long = handler.request_streaming or handler.response_streaming or method in self._long_methods
-        return _guard(handler, method, limit if is_long else contextlib.nullcontext(), pool)
+        limit, pool = self._own.get(details.method.split("/")[1], (self._streams, None))
+        is_long = handler.request_streaming or handler.response_streaming or details.method in self._long_methods
+        return _guard(handler, details.method, limit if is_long else contextlib.nullcontext(), pool)
 
 
 def _guard(
