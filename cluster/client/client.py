@@ -133,21 +133,19 @@ class Job(BaseJob):
         """
         if timeout_s is not None:
             timeout_s = validate.check_number("timeout_s", timeout_s, 0.0, math.inf)
-        end = None if timeout_s is None else time.monotonic() + timeout_s
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
         cursor = StreamCursor()  # only for its patience while a head restarts
-        left = _WAIT_PIECE_S
         while not self.done:
-            if end is not None:
-                left = min(_WAIT_PIECE_S, max(0.0, end - time.monotonic()))
+            left = min(_WAIT_PIECE_S, max(0.0, end - time.monotonic()))
             try:
                 self._take(self._calls.call("Wait", pb.WaitRequest(id=self.id, timeout_s=left), extra_s=left))
                 cursor = StreamCursor()
             except Unavailable as error:
                 pause = cursor.pause(error)
-                if end is not None and time.monotonic() + pause >= end:
+                if time.monotonic() + pause >= end:
                     raise
                 time.sleep(pause)
-            if end is not None and time.monotonic() >= end:
+            if time.monotonic() >= end:
                 break
         return self
 
@@ -161,8 +159,7 @@ class Job(BaseJob):
         >>> job = client.submit("... a document ...", "What was decided?")
         >>> job.result.text
         """
-        if not self.wait().done:
-            raise AssertionError("a wait without a timeout ends with the job")
+        self.wait()
         if self.data.last_event and not any(answer.token_ids for answer in self.data.answers):
             self.refresh()  # known from a listing, which leaves tokens out
         return self._result()

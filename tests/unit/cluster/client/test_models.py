@@ -70,8 +70,6 @@ def test_cursor_gives_up_unless_the_stream_moves() -> None:
         list(cursor.events(still))
     with pytest.raises(cluster.Unavailable):
         cursor.pause(gone)
-    with pytest.raises(cluster.NotFound):
-        StreamCursor(0, policy).pause(cluster.NotFound("no such job"))
 
 
 def test_job_data_and_progress() -> None:
