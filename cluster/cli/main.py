@@ -117,8 +117,7 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
     from cluster.tools.demo import DemoOptions, run_demo
 
     with one_line_errors():
-        display = open_display(as_json)
-        with display:
+        with open_display(as_json) as display:
             report = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))

@@ -178,13 +178,12 @@ class DeferredInterrupts:
 def stream_job(job: Job, after: int, as_json: bool) -> None:
     """Follow a job to its end; exits with 130 on Ctrl-C. Raises JobFailed when it did not succeed."""
     printer = TokenPrinter(len(job.answers))
-    display = open_display(as_json)
     last = after
     interrupts = DeferredInterrupts()
 
     with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
         try:
-            with display:
+            with open_display(as_json) as display:
                 for event in job.stream(after):
                     with interrupts.deferred():
                         if as_json:

@@ -160,10 +160,10 @@ def _fill(values: Mapping[str, Any], message: Message) -> None:
         json_format.ParseDict(dict(values), message, ignore_unknown_fields=True)
 
 
-def encode_token(token: OutputToken) -> pb.Token:
-    """Return a token as part of an answer; in a stream, `encode_tokens` adds the part it belongs to."""
+def encode_token(token: OutputToken, **parts: Any) -> pb.Token:
+    """Return a token as part of an answer; in a stream, `encode_tokens` adds the `parts` of the output."""
     top = [pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
-    return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top)
+    return pb.Token(token_id=token.token_id, text=token.text, logprob=token.logprob, top=top, **parts)
 
 
 def encode_tokens(tokens: Sequence[OutputToken], grouped: bool) -> Iterator[pb.JobEvent]:
@@ -176,6 +176,5 @@ def encode_tokens(tokens: Sequence[OutputToken], grouped: bool) -> Iterator[pb.J
 
 
 def _token_event(token: OutputToken) -> pb.TokenEvent:
-    message = encode_token(token)
-    message.part, message.reasoning, message.answer = _PARTS[token.part], token.reasoning, token.answer
+    message = encode_token(token, part=_PARTS[token.part], reasoning=token.reasoning, answer=token.answer)
     return pb.TokenEvent(question=token.question, token=message)
