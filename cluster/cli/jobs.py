@@ -69,8 +69,7 @@ def head_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
     """Address and TLS of the head. Raises Unavailable when `--data-dir` was given and no head is ready there."""
-    names = ("ca_file", "cert_file", "key_file", "server_name", "allow_plaintext_key")
-    given: Any = {name: options[name] for name in names if options[name] is not None}
+    given: Any = {name: options[name] for name in ConnectionOptions.__annotations__ if options.get(name) is not None}
     if address := options["address"]:
         return address, given
     if options["data_dir"] is not None:

@@ -47,11 +47,11 @@ def decode_submit(request: pb.SubmitRequest, now: float, store_text: Callable[[s
     """
     options = validate.check_submit(request)
     deadline = now + request.deadline_s if request.HasField("deadline_s") else None
-    key, labels = request.idempotency_key, dict(request.labels)
+    key = request.idempotency_key
     if not request.sampling.HasField("seed"):
         options = replace(options, sampling=replace(options.sampling, seed=_fresh_seed(key)))
     source = _decode_input(request, store_text)
-    return JobSpec(source, options, request.priority, deadline, request.attached, key, labels)
+    return JobSpec(source, options, request.priority, deadline, request.attached, key, dict(request.labels))
 
 
 def _fresh_seed(idempotency_key: str) -> int:
