@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,15 +22,13 @@ EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3
 class Verbs(click.Group):
     """A group of commands whose misuse is one line too: what was wrong, and where to read how it is used."""
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
-        standalone_mode: bool = True, **extra: Any,
-    ) -> Any:  # fmt: skip
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run: Any = super().main
+        if not standalone_mode:
+            return run(*args, standalone_mode=False, **extra)
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = run(*args, standalone_mode=False, **extra)
         except click.ClickException as error:
-            if not standalone_mode:
-                raise
             if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2: its message is the help
                 error.show()
                 sys.exit(error.exit_code)
@@ -38,12 +36,8 @@ class Verbs(click.Group):
             where = f" (see: {context.command_path} --help)" if context is not None else ""
             fail(f"{error.format_message().rstrip('.')}{where}", EXIT_INPUT)
         except click.Abort:
-            if not standalone_mode:
-                raise
             sys.exit(EXIT_INTERRUPTED)
-        if standalone_mode:
-            sys.exit(code if isinstance(code, int) else 0)
-        return code
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 class Count(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # not generic before click 8.2

@@ -139,9 +139,8 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
             more=dict(given["settings"]), **{name: given[name] for name in names},
         )  # fmt: skip
         target = find_target(given["config"], given["model"])
-        display = open_display(as_json)
         kinds = [options.form, "shared" if options.shared_words else "", options.kv if options.kv != "auto" else ""]
-        with display:
+        with open_display(as_json) as display:
             run = NeedleRun(target, options, display)
             result = ResultFile(out, "-".join(filter(None, ["eval-needle", run.report["model"], *kinds])))
             try:
@@ -184,8 +183,7 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
         names = ("tokens", "num_next", "positions", "sparse", "kv", "sparse_threshold", "document")
         options = RecallOptions(more=dict(given["settings"]), **{name: given[name] for name in names})
         target = find_target(given["config"], given["model"])
-        display = open_display(as_json)
-        with display:
+        with open_display(as_json) as display:
             try:
                 report = run_recall(target, options, display)
             except EvaluationFailed as error:

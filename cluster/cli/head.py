@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -42,18 +42,19 @@ def serve(config: Path, notify_fd: int | None) -> None:
             fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
         files.claim()
         display = open_display(False)
+        report = _reporter(notify_fd)
         try:
-            with _open_progress(notify_fd) as progress, display:
+            with display:
 
                 def on_status(status: LaunchStatus) -> None:
                     display.launch(status)
-                    progress.send(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
+                    report(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
 
                 def on_ready(address: str) -> None:
                     files.announce(address, loaded.security)
                     display.clear()
                     display.say(f"head ready at {address}")
-                    progress.send(address=address)
+                    report(address=address)
 
                 code = run_head(config, on_status, on_ready)
         finally:
@@ -72,36 +73,17 @@ def _load(config: Path, needs_port: bool = False) -> Config:
     return loaded
 
 
-class _Progress:
-    """Reports progress to `up`, if it started this head and still reads."""
-
-    def __init__(self, pipe: TextIO | None) -> None:
-        self._pipe = pipe
-
-    def send(self, **values: Any) -> None:
-        """Write one JSON object on a line."""
-        if self._pipe is None:
-            return
-        try:
-            print(json.dumps(values), file=self._pipe, flush=True)
-        except BrokenPipeError:  # `up` was killed; the head goes on
-            self._pipe = None
-
-
-@contextmanager
-def _open_progress(descriptor: int | None) -> Iterator[_Progress]:
+def _reporter(descriptor: int | None) -> Callable[..., None]:
+    """Return a function that reports to `up`, one JSON object a line, if it started this head and still reads."""
     if descriptor is None:
-        yield _Progress(None)
-        return
+        return lambda **values: None
     os.set_inheritable(descriptor, False)  # `up` must see the end when this process ends, not its children
-    pipe = os.fdopen(descriptor, "w")
-    try:
-        yield _Progress(pipe)
-    finally:
-        try:
-            pipe.close()
-        except BrokenPipeError:
-            pass
+
+    def report(**values: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `up` was killed; the head goes on
+            os.write(descriptor, json.dumps(values).encode() + b"\n")
+
+    return report
 
 
 @click.command()
@@ -112,8 +94,10 @@ def up(config: Path, as_json: bool) -> None:
 
     Its log is log/head.log under the data directory. A head that already runs is left alone.
     """
+    import psutil
+
+    from cluster.client.connection import read_state
     from cluster.client.errors import Unavailable
-    from cluster.client.state_file import read_state
     from cluster.server.state_files import HeadFiles
 
     with one_line_errors():
@@ -131,7 +115,7 @@ def up(config: Path, as_json: bool) -> None:
                 ready = _follow(progress, display)
         except KeyboardInterrupt:
             click.echo("longreach: interrupted; stopping the head", err=True)
-            _stop_child(child)
+            _stop(psutil.Process(child.pid), _INTERRUPT_GRACE_S)
             sys.exit(EXIT_INTERRUPTED)
         if not ready:
             _give_up(child, files, before)
@@ -163,15 +147,6 @@ def _follow(progress: TextIO, display: Any) -> bool:
     return False
 
 
-def _stop_child(child: subprocess.Popen[bytes]) -> None:
-    child.terminate()
-    try:
-        child.wait(_INTERRUPT_GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
 def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -> None:
     """Exit with the reason why the head ended, and its exit code; its log begins at byte `log_start`."""
     code = child.wait()
@@ -198,7 +173,7 @@ def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bo
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bool) -> None:
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
-    from cluster.client.state_file import DEFAULT_DATA_DIR
+    from cluster.client.connection import DEFAULT_DATA_DIR
     from cluster.server.state_files import HeadFiles
     from cluster.stages.socket_dirs import clean_run_dirs
 

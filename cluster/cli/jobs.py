@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from cluster.cli import output
 from cluster.cli.common import (
     EXIT_CLUSTER,
     EXIT_INPUT,
@@ -27,11 +28,15 @@ from cluster.cli.common import (
     fail,
     sampling_options,
 )
+from cluster.client import errors
+from cluster.client.client import Client, Job
+from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, ConnectionOptions, state_connection
 
-if TYPE_CHECKING:
-    from cluster.client.client import Client, Job
-    from cluster.client.connection import ConnectionOptions
-
+# of errors of the client; EXIT_CLUSTER of all others
+_EXIT_CODES = {
+    errors.NotFound: EXIT_NOT_FOUND, errors.JobFailed: EXIT_WRONG, errors.InvalidRequest: EXIT_INPUT,
+    errors.Conflict: EXIT_INPUT, errors.TlsError: EXIT_INPUT, errors.Unauthenticated: EXIT_INPUT,
+}  # fmt: skip
 _STATES = ("queued", "prefilling", "decoding", "recovering", "succeeded", "failed", "cancelled")
 
 
@@ -64,12 +69,7 @@ def head_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
     """Address and TLS of the head. Raises Unavailable when `--data-dir` was given and no head is ready there."""
-    from cluster.client.connection import DEFAULT_ADDRESS, state_connection
-    from cluster.client.errors import Unavailable
-    from cluster.client.state_file import DEFAULT_DATA_DIR
-
-    names = ("ca_file", "cert_file", "key_file", "server_name", "allow_plaintext_key")
-    given: Any = {name: options[name] for name in names if options[name] is not None}
+    given: Any = {name: options[name] for name in ConnectionOptions.__annotations__ if options.get(name) is not None}
     if address := options["address"]:
         return address, given
     if options["data_dir"] is not None:
@@ -78,32 +78,22 @@ def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
         return from_environment, given
     try:
         return state_connection(DEFAULT_DATA_DIR, given)
-    except Unavailable:
+    except errors.Unavailable:
         return DEFAULT_ADDRESS, given
 
 
 @contextmanager
 def open_client(options: dict[str, Any]) -> Iterator[Client]:
     """Open a client by the options of `head_options`; its errors become one line and an exit code."""
-    from cluster.client.client import Client
-    from cluster.client.errors import InvalidRequest, JobFailed, LongreachError, NotFound
-
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a failed handshake is our line to write, not gRPC's
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         address, connection = find_head(options)
         with Client(address, **connection) as client:
             yield client
-    except NotFound as error:
-        fail(error, EXIT_NOT_FOUND)
-    except JobFailed as error:
-        fail(error, EXIT_WRONG)
-    except LongreachError as error:
-        from cluster.client.errors import Busy, Conflict, TlsError, Unauthenticated
-
-        refused = isinstance(error, (InvalidRequest, Conflict, TlsError, Unauthenticated))
-        later = f" (try again in {error.retry_after_s:.0f} s)" if isinstance(error, Busy) else ""
-        fail(f"{error}{later}", EXIT_INPUT if refused else EXIT_CLUSTER)
+    except errors.LongreachError as error:
+        later = f" (try again in {error.retry_after_s:.0f} s)" if isinstance(error, errors.Busy) else ""
+        fail(f"{error}{later}", _EXIT_CODES.get(type(error), EXIT_CLUSTER))
     except BrokenPipeError:  # `longreach stream ID | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_WRONG)
@@ -132,21 +122,18 @@ def submit(**options: Any) -> None:
     longreach submit --document report.txt --question "What was decided?" --question "By whom?" --wait
     longreach submit --prompt-file prompt.txt --max-tokens 64 --label team=law
     """
-    from cluster.cli.output import print_answers, stream_job, submit_given, wait_job
-
     if options["then_wait"] and options["then_stream"]:
         fail("--wait, --stream: give one of them", EXIT_INPUT)
     with open_client(options) as client:
-        job = submit_given(client, options | {"labels": parse_labels(options["labels"])})
-        follows = options["then_wait"] or options["then_stream"]
-        if not follows:
+        job = output.submit_given(client, options | {"labels": parse_labels(options["labels"])})
+        if not options["then_wait"] and not options["then_stream"]:
             click.echo(json.dumps(job.data.to_json(), ensure_ascii=False) if options["as_json"] else job.id)
             return
         click.echo(job.id, err=True)
         if options["then_stream"]:
-            stream_job(job, 0, options["as_json"])
+            output.stream_job(job, 0, options["as_json"])
         else:
-            print_answers(wait_job(job, None), options["as_json"])
+            output.print_answers(output.wait_job(job, None), options["as_json"])
 
 
 @click.command()
@@ -155,10 +142,8 @@ def submit(**options: Any) -> None:
 @head_options
 def wait(job_id: str, timeout: float | None, **options: Any) -> None:
     """Wait until a job has ended and print its answers."""
-    from cluster.cli.output import print_answers, wait_job
-
     with open_client(options) as client:
-        print_answers(wait_job(client.job(job_id), timeout), options["as_json"])
+        output.print_answers(output.wait_job(client.job(job_id), timeout), options["as_json"])
 
 
 @click.command()
@@ -171,10 +156,8 @@ def stream(job_id: str, after: int, **options: Any) -> None:
     With several questions, whole lines come out with the number of their question in front.
     With --json, one event a line.
     """
-    from cluster.cli.output import stream_job
-
     with open_client(options) as client:
-        stream_job(client.job(job_id), after, options["as_json"])
+        output.stream_job(client.job(job_id), after, options["as_json"])
 
 
 @click.command()
@@ -184,10 +167,8 @@ def stream(job_id: str, after: int, **options: Any) -> None:
 @head_options
 def jobs(states: tuple[str, ...], labels: tuple[str, ...], limit: int, **options: Any) -> None:
     """List jobs, newest first."""
-    from cluster.cli.output import print_jobs
-
     with open_client(options) as client:
-        print_jobs(list(client.jobs(states, parse_labels(labels), limit)), options["as_json"])
+        output.print_jobs(list(client.jobs(states, parse_labels(labels), limit)), options["as_json"])
 
 
 @click.command()
@@ -195,15 +176,13 @@ def jobs(states: tuple[str, ...], labels: tuple[str, ...], limit: int, **options
 @head_options
 def cancel(job_ids: tuple[str, ...], **options: Any) -> None:
     """Cancel jobs; one that has ended stays as it is. Unknown ids are reported after the others (exit 4)."""
-    from cluster.client.errors import NotFound
-
-    missing: NotFound | None = None
+    cancelled: list[Job] = []
+    missing: errors.NotFound | None = None
     with open_client(options) as client:
-        cancelled: list[Job] = []
         for job_id in job_ids:
             try:
                 cancelled.append(client.job(job_id).cancel())
-            except NotFound as error:
+            except errors.NotFound as error:
                 missing = missing or error
             else:
                 if not options["as_json"]:
@@ -226,13 +205,11 @@ def docs(action: str, targets: tuple[str, ...], **options: Any) -> None:
     longreach docs add report.txt
     longreach docs rm doc_0123456789abcdef0123456789abcdef
     """
-    from cluster.cli.output import print_documents
-
     if (action == "list") == bool(targets):
         fail(f"docs {action}: {'takes no argument' if targets else 'needs at least one FILE or ID'}", EXIT_INPUT)
     with open_client(options) as client:
         if action == "list":
-            print_documents(client.documents.list(), options["as_json"])
+            output.print_documents(client.documents.list(), options["as_json"])
         elif action == "add":
             added = [client.documents.upload(Path(target)) for target in targets]
             click.echo(json.dumps([asdict(d) for d in added]) if options["as_json"] else "\n".join(d.id for d in added))
@@ -247,10 +224,8 @@ def docs(action: str, targets: tuple[str, ...], **options: Any) -> None:
 @head_options
 def status(**options: Any) -> None:
     """Show the cluster's stages, queue and memory."""
-    from cluster.cli.output import print_status
-
     with open_client(options) as client:
-        print_status(client.status(), client.address, options["as_json"])
+        output.print_status(client.status(), client.address, options["as_json"])
 
 
 def parse_labels(pairs: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that `--help` is instant.
+"""The command line. Commands import what is heavy when they run, so that `--help` is instant.
 
 Exit codes: 0 done; 1 a wrong answer, a failed check, or a job that did not succeed; 2 input that cannot be used
 (nothing was started); 3 the cluster could not start, cannot be reached, or failed; 4 no such job or document;
@@ -117,8 +117,7 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
     from cluster.tools.demo import DemoOptions, run_demo
 
     with one_line_errors():
-        display = open_display(as_json)
-        with display:
+        with open_display(as_json) as display:
             report = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
         if as_json:
             click.echo(json.dumps(report, ensure_ascii=False))

@@ -17,7 +17,7 @@ import click
 
 from cluster.cli.common import EXIT_INTERRUPTED, EXIT_WRONG, fail, open_display
 from cluster.client.client import Client, Job
-from cluster.client.errors import InvalidRequest
+from cluster.client.errors import InvalidRequest, JobFailed
 from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
 from cluster.client.requests import too_large
 from cluster.tools.token_ids import parse_token_ids
@@ -34,7 +34,7 @@ def submit_given(client: Client, options: dict[str, Any]) -> Job:
     return client.submit(
         options["document"],
         list(options["question"]) or None,
-        prompt=None if prompt_file is None else _read(prompt_file, _as_text),
+        prompt=None if prompt_file is None else _read(prompt_file, bytes.decode),
         token_ids=None if ids_file is None else _read(ids_file, parse_token_ids),
         deadline_s=options["deadline"],
         **extra,
@@ -52,15 +52,10 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         raise
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path}: not UTF-8 at byte {error.start}") from error
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from error
-
-
-def _as_text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from error
 
 
 @contextmanager
@@ -83,7 +78,7 @@ def wait_job(job: Job, timeout_s: float | None) -> Job:
 
 
 def print_answers(job: Job, as_json: bool) -> None:
-    """Print an ended job; exits with 1 when it did not succeed."""
+    """Print an ended job. Raises JobFailed when it did not succeed."""
     if as_json:
         click.echo(json.dumps(job.data.to_json(), ensure_ascii=False))
     else:
@@ -98,7 +93,7 @@ def print_answers(job: Job, as_json: bool) -> None:
 
 def _check(job: Job) -> None:
     if job.state != "succeeded":
-        fail(f"{job.id}: {job.state}" + (f": {job.error}" if job.error else ""), EXIT_WRONG)
+        raise JobFailed(job)
 
 
 class TokenPrinter:
@@ -181,15 +176,14 @@ class DeferredInterrupts:
 
 
 def stream_job(job: Job, after: int, as_json: bool) -> None:
-    """Follow a job to its end; exits with 1 when it did not succeed, 130 on Ctrl-C."""
+    """Follow a job to its end; exits with 130 on Ctrl-C. Raises JobFailed when it did not succeed."""
     printer = TokenPrinter(len(job.answers))
-    display = open_display(as_json)
     last = after
     interrupts = DeferredInterrupts()
 
     with detaching(job, lambda: f"longreach stream {job.id} --after {last}"):
         try:
-            with display:
+            with open_display(as_json) as display:
                 for event in job.stream(after):
                     with interrupts.deferred():
                         if as_json:

@@ -11,30 +11,28 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from cluster.client.connection import DEFAULT_ADDRESS, Connection, ConnectionOptions, state_connection
+from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Connection, ConnectionOptions, state_connection
 from cluster.client.errors import NotFound, Unavailable
 from cluster.client.models import BaseJob, ClusterStatus, DocumentInfo, Event, JobData, JobEnded, StreamCursor
 from cluster.client.requests import (
     SubmitOptions,
     build_submit,
-    check_after,
-    check_wait,
+    check_id,
     document_pieces,
-    document_request,
-    job_request,
     list_request,
     needs_upload,
 )
 from cluster.client.retry import CALL_RETRIES, REATTACH_RETRIES, RetryPolicy
-from cluster.client.state_file import DEFAULT_DATA_DIR
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs import validate
 from protos.jobs.convert import read_message
+from protos.jobs.limits import MAX_INT64
 
 if TYPE_CHECKING:
     from cluster.client.transport import Transport
@@ -56,13 +54,27 @@ class _AsyncCalls:
         self._transport: Transport | None = None
 
     async def call(self, method: str, request: Any, extra_s: float = 0.0) -> Any:
-        """Make a unary call; `extra_s` is the time the head is asked to take. Raises LongreachError."""
-        return await self._retry(lambda transport: transport.call(method, request, extra_s), method)
+        """Make a call with one reply. Raises LongreachError.
 
-    async def upload(self, pieces: Callable[[], Iterator[pb.DocumentPiece]]) -> pb.Document:
-        """Send a document; `pieces` is called for each try. Raises LongreachError."""
-        document: pb.Document = await self._retry(lambda transport: transport.upload(pieces()))
-        return document
+        Args:
+            request: a message, or for an upload a function that begins its messages anew for each try.
+            extra_s: the time the head is asked to take.
+        """
+        transport = self._open()
+        for tries, delay in enumerate((*self._retries.delays(), None)):
+            try:
+                reply = await transport.call(method, request() if callable(request) else request, extra_s)
+            except transport.RpcError as error:
+                if delay is None or not transport.is_transient(error):
+                    problem = transport.typed_error(error)
+                    if tries and method.startswith("Delete") and isinstance(problem, NotFound):
+                        return pb.Empty()  # deleted by an earlier try whose reply was lost
+                    raise problem from error
+            else:
+                transport.has_answered = True
+                return reply
+            await asyncio.sleep(delay)
+        raise AssertionError("the last try returns or raises")
 
     async def stream(self, request: pb.StreamRequest) -> AsyncIterator[pb.JobEvent]:
         """Yield events until the connection drops (Unavailable) or the head ends the stream."""
@@ -81,23 +93,6 @@ class _AsyncCalls:
         if self._transport is not None:
             await self._transport.close()
             self._transport = None
-
-    async def _retry(self, start: Callable[[Transport], Any], method: str = "") -> Any:
-        transport = self._open()
-        for tries, delay in enumerate((*self._retries.delays(), None)):
-            try:
-                reply = await start(transport)
-            except transport.RpcError as error:
-                if delay is None or not transport.is_transient(error):
-                    problem = transport.typed_error(error)
-                    if tries and method.startswith("Delete") and isinstance(problem, NotFound):
-                        return pb.Empty()  # deleted by an earlier try whose reply was lost
-                    raise problem from error
-            else:
-                transport.has_answered = True
-                return reply
-            await asyncio.sleep(delay)
-        raise AssertionError("the last try returns or raises")
 
     def _open(self) -> Transport:
         from cluster.client.transport import Transport
@@ -136,22 +131,21 @@ class AsyncJob(BaseJob):
         >>> if not (await job.wait(60)).done:
         ...     print(job.progress)
         """
-        timeout_s = check_wait(timeout_s)
-        end = None if timeout_s is None else time.monotonic() + timeout_s
+        if timeout_s is not None:
+            timeout_s = validate.check_number("timeout_s", timeout_s, 0.0, math.inf)
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
         cursor = StreamCursor()  # only for its patience while a head restarts
-        left = _WAIT_PIECE_S
         while not self.done:
-            if end is not None:
-                left = min(_WAIT_PIECE_S, max(0.0, end - time.monotonic()))
+            left = min(_WAIT_PIECE_S, max(0.0, end - time.monotonic()))
             try:
                 self._take(await self._calls.call("Wait", pb.WaitRequest(id=self.id, timeout_s=left), extra_s=left))
                 cursor = StreamCursor()
             except Unavailable as error:
                 pause = cursor.pause(error)
-                if end is not None and time.monotonic() + pause >= end:
+                if time.monotonic() + pause >= end:
                     raise
                 await asyncio.sleep(pause)
-            if end is not None and time.monotonic() >= end:
+            if time.monotonic() >= end:
                 break
         return self
 
@@ -165,8 +159,7 @@ class AsyncJob(BaseJob):
         >>> job = await client.submit("... a document ...", "What was decided?")
         >>> (await job.result()).text
         """
-        if not (await self.wait()).done:
-            raise AssertionError("a wait without a timeout ends with the job")
+        await self.wait()
         if self.data.last_event and not any(answer.token_ids for answer in self.data.answers):
             await self.refresh()  # known from a listing, which leaves tokens out
         return self._result()
@@ -184,18 +177,16 @@ class AsyncJob(BaseJob):
         ...     if isinstance(event, TokenEvent):
         ...         print(event.token.text, end="")
         """
-        cursor = StreamCursor(check_after(after), retries)
+        cursor = StreamCursor(validate.check_integer("after", after, 0, MAX_INT64), retries)
         while True:
             messages = self._calls.stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
             try:
                 async for message in messages:
                     for event in cursor.events(message):
-                        if isinstance(event, (JobData, JobEnded)):
-                            self.data = event.job if isinstance(event, JobEnded) else event
-                        if not isinstance(event, JobData):
-                            yield event
-                        if isinstance(event, JobEnded):
-                            return
+                        yield event
+                    if message.HasField("job") and self._take(message.job).done:
+                        yield JobEnded(self.data)
+                        return
                 raise Unavailable(f"{self.id}: the head ended the stream before the job")
             except Unavailable as error:
                 delay = cursor.pause(error)
@@ -237,7 +228,9 @@ class AsyncDocuments:
         >>> job = await client.submit(document, "What was decided?")
         """
         next(document_pieces(source, name))  # refuses an unreadable file or text before a call is begun
-        return read_message(DocumentInfo, await self._calls.upload(lambda: document_pieces(source, name)))
+        return read_message(
+            DocumentInfo, await self._calls.call("UploadDocument", lambda: document_pieces(source, name))
+        )
 
     async def list(self) -> DocumentList:
         """Return all documents, newest first.
@@ -249,11 +242,14 @@ class AsyncDocuments:
 
     async def get(self, document_id: str) -> DocumentInfo:
         """Return one document. Raises NotFound when there is none of this id."""
-        return read_message(DocumentInfo, await self._calls.call("GetDocument", document_request(document_id)))
+        return read_message(
+            DocumentInfo,
+            await self._calls.call("GetDocument", pb.DocumentRequest(id=check_id("document", document_id))),
+        )
 
     async def delete(self, document_id: str) -> None:
         """Forget a document. Raises Conflict while a job needs it, NotFound when there is none of this id."""
-        await self._calls.call("DeleteDocument", document_request(document_id))
+        await self._calls.call("DeleteDocument", pb.DocumentRequest(id=check_id("document", document_id)))
 
 
 class AsyncClient:
@@ -301,9 +297,7 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     @property
@@ -344,7 +338,9 @@ class AsyncClient:
 
     async def job(self, job_id: str) -> AsyncJob:
         """Find a job again. Raises NotFound when there is none of this id."""
-        return AsyncJob(self._calls, read_message(JobData, await self._calls.call("Get", job_request(job_id))))
+        return AsyncJob(
+            self._calls, read_message(JobData, await self._calls.call("Get", pb.JobRequest(id=check_id("job", job_id))))
+        )
 
     async def jobs(
         self, states: Collection[str] = (), labels: Mapping[str, str] | None = None, limit: int | None = None

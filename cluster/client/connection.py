@@ -1,20 +1,24 @@
 """Where a head is and how to talk to it: address, API key, TLS. Arguments go before the environment.
 
+A ready head describes itself to clients on its machine in a state file under its data directory.
+
 Environment: LONGREACH_API_KEY, LONGREACH_CA_FILE, LONGREACH_CERT_FILE, LONGREACH_KEY_FILE.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from cluster.client.errors import InvalidRequest
-from cluster.client.state_file import read_state
+from cluster.client.errors import START_HINT, InvalidRequest, Unavailable
 from cluster.common.addresses import is_loopback, split_address
 
 DEFAULT_ADDRESS = "127.0.0.1:7777"
+DEFAULT_DATA_DIR = "~/.local/share/longreach"  # as in cluster.config.schema
+STATE_FILE = "head.json"  # under the data directory, while a head is ready
 FileName = str | os.PathLike[str] | None
 
 
@@ -69,9 +73,6 @@ class Connection:
         if files is not None and (files.cert is None) != (files.key is None):
             lacking, other = ("cert_file", files.key) if files.cert is None else ("key_file", files.cert)
             raise InvalidRequest(f"{lacking}: (missing): goes with {other}: give both or neither")
-        self._check_key()
-
-    def _check_key(self) -> None:
         key = self.secret
         if not (key.isascii() and (key.isprintable() and " " not in key)):
             raise InvalidRequest("api_key: must be ASCII without spaces, line ends or control characters")
@@ -107,6 +108,25 @@ class Connection:
 def _file(argument: FileName, variable: str) -> Path | None:
     name = os.environ.get(variable, "") if argument is None else os.fspath(argument)
     return Path(name).expanduser() if name else None
+
+
+def read_state(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a ready head wrote: address, pid, started (seconds since 1970), ca_file, server_name.
+
+    `ca_file` is its certificate and empty without TLS; `server_name` is a name in it when the address is none.
+
+    Raises:
+        Unavailable: no head is ready under this data directory.
+    """
+    path = Path(data_dir).expanduser() / STATE_FILE
+    try:
+        state = json.loads(path.read_bytes())
+        values = {"address": str(state["address"]), "pid": int(state["pid"]), "started": float(state["started"])}
+        return values | {key: str(state.get(key, "")) for key in ("ca_file", "server_name")}
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot be read ({error.strerror}): {START_HINT}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unavailable(f"{path}: is not the state of a head: delete it, then: longreach up CONFIG") from error
 
 
 def state_connection(data_dir: str | os.PathLike[str], options: ConnectionOptions) -> tuple[str, ConnectionOptions]:

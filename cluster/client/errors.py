@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from protos.errors import UserError
+from protos.errors import InvalidRequest as InvalidRequest
+from protos.errors import LongreachError as LongreachError
 
 if TYPE_CHECKING:
     from cluster.client.models import BaseJob
 
 START_HINT = "is a head running? start one with: longreach up CONFIG"
-
-
-class LongreachError(Exception):
-    """Base of every error of the clients; one line for the user."""
-
-
-class InvalidRequest(LongreachError, UserError):
-    """The request itself is wrong; sending it again will not help."""
 
 
 class NotFound(LongreachError):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster.client.errors import JobFailed, LongreachError, Unavailable
+from cluster.client.errors import JobFailed, Unavailable
 from cluster.client.retry import REATTACH_RETRIES, RetryPolicy
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.convert import read_message
@@ -236,8 +236,8 @@ class StreamCursor:
         self._delays: Iterator[float] = retries.delays()
         self._processed: dict[int, int] = {}
 
-    def events(self, message: pb.JobEvent) -> Iterator[Event | JobData]:
-        """Yield what a message says that is new, JobData for a change of state; nothing of kinds of a newer head.
+    def events(self, message: pb.JobEvent) -> Iterator[ProgressEvent | TokenEvent]:
+        """Yield progress and tokens of a message that are new; nothing of other kinds.
 
         Raises:
             Unavailable: tokens are missing before those of the message; re-attach after the last.
@@ -259,14 +259,9 @@ class StreamCursor:
                 self._processed[message.progress.question] = progress.processed
                 self._delays = self._retries.delays()
             yield ProgressEvent(message.progress.question, progress)
-        elif kind == "job":
-            data = read_message(JobData, message.job)
-            yield JobEnded(data) if data.state in FINAL else data
 
-    def pause(self, error: LongreachError) -> float:
-        """Return the seconds to sleep before the next try; raise `error` when no further one is due or of use."""
-        if not isinstance(error, Unavailable):
-            raise error
+    def pause(self, error: Unavailable) -> float:
+        """Return the seconds to sleep before the next try; raise `error` when no further one is due."""
         delay = next(self._delays, None)
         if delay is None:
             raise error

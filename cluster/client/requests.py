@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
-from cluster.client.errors import InvalidRequest
-from protos.errors import UserError
+from cluster.client.models import DocumentInfo
+from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.limits import MAX_CHARS, MAX_DEADLINE_S, MAX_INT32, MAX_INT64, MAX_QUESTIONS, MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
-
-if TYPE_CHECKING:
-    from cluster.client.models import DocumentInfo
 
 PIECE_BYTES = 1 << 20  # documents travel in pieces of this size; longer texts are uploaded
 PAGE_SIZE = 100  # jobs a call when listing
@@ -71,18 +67,6 @@ class SubmitOptions(TypedDict, total=False):
     labels: Mapping[str, str] | None
 
 
-@contextmanager
-def invalid_requests() -> Iterator[None]:
-    """Turn the errors of `protos.jobs.validate` into InvalidRequest."""
-    try:
-        yield
-    except InvalidRequest:
-        raise
-    except UserError as error:
-        raise InvalidRequest(str(error)) from error
-
-
-@invalid_requests()
 def build_submit(
     document: str | DocumentInfo | None, question: str | Sequence[str] | None, options: SubmitOptions
 ) -> pb.SubmitRequest:
@@ -108,10 +92,10 @@ def build_submit(
         attached=validate.check_flag("attached", options.get("attached", False)),
         idempotency_key=validate.check_text("idempotency_key", values.get("idempotency_key") or secrets.token_hex(16)),
         labels=validate.check_labels(values.get("labels") or {}),
+        **_input(document, question, values),
     )
     if "deadline_s" in values:
         request.deadline_s = validate.check_number("deadline_s", values["deadline_s"], 0, MAX_DEADLINE_S, above=True)
-    _set_input(request, document, question, values)
     validate.check_submit(request)
     size = request.ByteSize()
     if size > MAX_REQUEST_BYTES:
@@ -126,24 +110,22 @@ def too_large(key: str, size: int) -> InvalidRequest:
     )
 
 
-def _set_input(
-    request: pb.SubmitRequest, document: object, question: str | Sequence[str] | None, values: dict[str, Any]
-) -> None:
-    if document is not None:
-        request.document.questions.extend(_questions(question))
-        if isinstance(document, str):
-            request.document.text = validate.check_text("document", document)
-        elif isinstance(getattr(document, "id", None), str):
-            request.document.document_id = document.id  # type: ignore[attr-defined]
-        else:
-            shown = validate.show(document)
-            raise InvalidRequest(f"document: {shown}: must be text, a path object or an uploaded document")
-    elif "token_ids" in values:
-        request.token_ids.CopyFrom(pb.TokenIds(ids=validate.check_token_ids("token_ids", values["token_ids"])))
-    elif "messages" in values:
-        request.chat.messages.extend(validate.check_messages(values["messages"]))
-    else:
-        request.prompt = validate.check_text("prompt", values["prompt"])
+def _input(document: object, question: object, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the field of the input, of which exactly one is given."""
+    if "token_ids" in values:
+        return {"token_ids": pb.TokenIds(ids=validate.check_token_ids("token_ids", values["token_ids"]))}
+    if "messages" in values:
+        return {"chat": pb.Chat(messages=validate.check_messages(values["messages"]))}
+    if "prompt" in values:
+        return {"prompt": validate.check_text("prompt", values["prompt"])}
+    questions = _questions(question)
+    if isinstance(document, str):
+        text = validate.check_text("document", document)
+        return {"document": pb.DocumentQuestions(text=text, questions=questions)}
+    if isinstance(document, DocumentInfo):
+        return {"document": pb.DocumentQuestions(document_id=document.id, questions=questions)}
+    shown = validate.show(document)
+    raise InvalidRequest(f"document: {shown}: must be text, a path object or an uploaded document")
 
 
 def _questions(question: object) -> list[str]:
@@ -157,31 +139,11 @@ def _questions(question: object) -> list[str]:
     return questions
 
 
-@invalid_requests()
-def job_request(job_id: object) -> pb.JobRequest:
-    """Return the request of a call about one job (raises InvalidRequest); the head says which ids exist."""
-    return pb.JobRequest(id=validate.check_text("job id", job_id, MAX_CHARS))
+def check_id(kind: str, value: object) -> str:
+    """Return the id of a "job" or "document" as text (raises InvalidRequest); the head says which ids exist."""
+    return validate.check_text(f"{kind} id", value, MAX_CHARS)
 
 
-@invalid_requests()
-def document_request(document_id: object) -> pb.DocumentRequest:
-    """Return the request of a call about one document (raises InvalidRequest)."""
-    return pb.DocumentRequest(id=validate.check_text("document id", document_id, MAX_CHARS))
-
-
-@invalid_requests()
-def check_after(after: object) -> int:
-    """Return the token after which a stream begins (raises InvalidRequest)."""
-    return validate.check_integer("after", after, 0, MAX_INT64)
-
-
-@invalid_requests()
-def check_wait(timeout_s: object) -> float | None:
-    """Return the seconds to wait; None for as long as it takes (raises InvalidRequest)."""
-    return None if timeout_s is None else validate.check_number("timeout_s", timeout_s, 0.0, float("inf"))
-
-
-@invalid_requests()
 def list_request(states: Collection[str], labels: Mapping[str, str] | None, limit: int | None) -> pb.ListRequest:
     """Return the request of the first page; `states` are names such as "queued" (raises InvalidRequest)."""
     known: dict[str, Any] = {name.lower(): number for name, number in pb.State.items() if number}
@@ -207,11 +169,10 @@ def document_pieces(source: str | bytes | os.PathLike[str], name: str | None) ->
     Raises:
         InvalidRequest: the file cannot be read, or the text has no UTF-8 form.
     """
-    with invalid_requests():
-        if name is not None:
-            validate.check_text("name", name, MAX_CHARS)
-        if isinstance(source, str):
-            source = validate.check_text("document", source).encode()
+    if name is not None:
+        validate.check_text("name", name, MAX_CHARS)
+    if isinstance(source, str):
+        source = validate.check_text("document", source).encode()
     if isinstance(source, bytes):
         yield pb.DocumentPiece(header=pb.DocumentHeader(name=name or "text"))
         for start in range(0, len(source), PIECE_BYTES):

@@ -6,7 +6,6 @@ is idempotent. So UNAVAILABLE is tried again with backoff everywhere, by the cli
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -63,14 +62,12 @@ class Transport:
         self.has_answered = False  # a head that has once answered is no matter of TLS
 
     def call(self, method: str, request: Any, extra_s: float) -> Any:
-        """Start a unary call; `extra_s` is the time the head is asked to take."""
-        timeout_s = self._connection.timeout_s + extra_s
-        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+        """Start a call with one reply; `extra_s` is the time the head is asked to take.
 
-    def upload(self, pieces: Iterator[pb.DocumentPiece]) -> Any:
-        """Start to send a document; with asyncio the pieces are read on the event loop, one at a time."""
-        timeout_s = self._connection.timeout_s * _UPLOAD_FACTOR
-        return self._stub.UploadDocument(pieces, timeout=timeout_s, metadata=self._metadata)
+        With asyncio the messages of an upload are read on the event loop, one at a time.
+        """
+        timeout_s = self._connection.timeout_s * (_UPLOAD_FACTOR if method == "UploadDocument" else 1) + extra_s
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
 
     def stream(self, request: pb.StreamRequest) -> Any:
         """Start a stream of events, without a time limit."""

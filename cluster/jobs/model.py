@@ -26,6 +26,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from protos.errors import InvalidRequest
 from protos.jobs.sampling import AnswerOptions
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
@@ -54,7 +55,7 @@ class JobError(Exception):
     """A request about a job or document that is refused; one line for the user."""
 
 
-class InvalidJob(JobError, ValueError):
+class InvalidJob(JobError, InvalidRequest):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
 
 

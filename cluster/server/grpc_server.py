@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import grpc
@@ -18,13 +19,15 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import InvalidJob, JobRecord, check_id
+from cluster.jobs.model import DocumentRecord, InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from cluster.server.interceptors import CallGuard, ConcurrencyLimit
 from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
+from protos.jobs import validate
+from protos.jobs.limits import MAX_CHARS, MAX_INT64, MAX_WAIT_S
 from protos.stage.channel import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
@@ -127,9 +130,9 @@ class _Jobs(rpc.JobsServicer):
         first = next(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidJob("document: the first message must have the header")
-        name = codec.decode_name(first.header)
+        name = validate.check_text("name", first.header.name, MAX_CHARS)
         pieces = self._pieces(requests, context)
-        return codec.encode_document(self._service.documents.put(name, pieces, self._max_document_bytes))
+        return _document(self._service.documents.put(name, pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         for request in requests:
@@ -145,10 +148,10 @@ class _Jobs(rpc.JobsServicer):
         return self._service.documents.put("", [text.encode()], self._max_document_bytes).id
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
-        return codec.encode_document(self._service.documents.get(request.id))
+        return _document(self._service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        return pb.DocumentList(documents=map(codec.encode_document, self._service.documents.list()))
+        return pb.DocumentList(documents=map(_document, self._service.documents.list()))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._service.documents.delete(request.id)
@@ -166,7 +169,8 @@ class _Jobs(rpc.JobsServicer):
 
     def Stream(self, request: pb.StreamRequest, context: grpc.ServicerContext) -> Iterator[pb.JobEvent]:
         """Closing the events, also when the client has gone, ends an attached job."""
-        number = codec.decode_after(request)
+        number = request.after
+        validate.check_count("after", number, MAX_INT64)
         with contextlib.closing(self._service.stream(check_id(request.id, "job"), number)) as events:
             for event in events:
                 if not context.is_active():
@@ -175,14 +179,14 @@ class _Jobs(rpc.JobsServicer):
                     number = event[-1].number
                     yield from codec.encode_tokens(event, request.grouped)
                 elif isinstance(event, ProgressUpdate):
-                    yield codec.encode_progress_event(event, number)
+                    yield pb.JobEvent(number=number, progress=asdict(event))
                 else:
                     job = self._whole(event) if event.state.is_final else codec.encode_job(event)
                     yield pb.JobEvent(number=number, job=job)
 
     def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.Job:
         job_id = check_id(request.id, "job")
-        left = codec.decode_timeout(request)
+        left = validate.check_number("timeout_s", request.timeout_s, 0.0, MAX_WAIT_S, unit=" of seconds")
         while True:
             began, poll = time.monotonic(), min(left, _POLL_S)
             record = self._service.wait(job_id, poll)
@@ -199,10 +203,14 @@ class _Jobs(rpc.JobsServicer):
         return pb.Empty()
 
     def ClusterStatus(self, request: pb.ClusterStatusRequest, context: grpc.ServicerContext) -> pb.ClusterStatusReply:
-        return codec.encode_status(self._service.status())
+        return pb.ClusterStatusReply(**self._service.status())
 
     def _whole(self, record: JobRecord) -> pb.Job:
         """Return the job with its tokens and, while it runs, its progress."""
         tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
+
+
+def _document(record: DocumentRecord) -> pb.Document:
+    return pb.Document(**asdict(record))

@@ -17,11 +17,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cluster.common.text_format import escape_unprintable
-from cluster.jobs.model import InvalidJob, JobConflict, JobError, JobNotFound, NotAllowedNow, ServiceBusy
+from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, ServiceBusy
+from protos.errors import InvalidRequest
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
-_CODES: dict[type[JobError], grpc.StatusCode] = {
-    InvalidJob: grpc.StatusCode.INVALID_ARGUMENT,
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     JobConflict: grpc.StatusCode.ALREADY_EXISTS,
     NotAllowedNow: grpc.StatusCode.FAILED_PRECONDITION,
@@ -69,10 +70,9 @@ class CallGuard(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         handler = continuation(details)
         if handler is None:
             return None  # UNIMPLEMENTED
-        method = details.method
-        limit, pool = self._own.get(method.split("/")[1], (self._streams, None))
-        is_long = handler.request_streaming or handler.response_streaming or method in self._long_methods
-        return _guard(handler, method, limit if is_long else contextlib.nullcontext(), pool)
+        limit, pool = self._own.get(details.method.split("/")[1], (self._streams, None))
+        is_long = handler.request_streaming or handler.response_streaming or details.method in self._long_methods
+        return _guard(handler, details.method, limit if is_long else contextlib.nullcontext(), pool)
 
 
 def _guard(

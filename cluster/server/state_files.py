@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.client.state_file import STATE_FILE
+from cluster.client.connection import STATE_FILE
 from cluster.common.certificates import certificate_names
 from cluster.config.schema import SecuritySection
 

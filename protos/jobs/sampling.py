@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
-from protos.errors import UserError
+from protos.errors import InvalidRequest
 from protos.jobs.limits import MAX_INT64, MAX_LOGPROBS
 
 
@@ -25,7 +25,7 @@ class SamplingParams:
     """How one token is chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off.
 
     Raises:
-        UserError: a value is out of its range.
+        InvalidRequest: a value is out of its range.
     """
 
     temperature: float = _option(0.0, "0 is greedy.", 0.0, 100.0)
@@ -46,7 +46,7 @@ class AnswerOptions:
     """Generation options shared by all questions of one call.
 
     Raises:
-        UserError: a value is out of its range, or a stop string is empty.
+        InvalidRequest: a value is out of its range, or a stop string is empty.
     """
 
     max_tokens: int = _option(256, "Most tokens of an answer.", 1)
@@ -59,7 +59,7 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         OPTIONS["max_tokens"].check(self.max_tokens)
         if not all(self.stop):
-            raise UserError('stop: "": a stop string must have at least one character')
+            raise InvalidRequest('stop: "": a stop string must have at least one character')
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> AnswerOptions:
@@ -83,14 +83,14 @@ class Option:
     above: bool  # `low` itself is out of range
 
     def check(self, value: float | None) -> None:
-        """Refuse a number out of range (raises UserError). None, as the default of some, is in range."""
+        """Refuse a number out of range (raises InvalidRequest). None, as the default of some, is in range."""
         if value is None:
             return
         if not self.low <= value <= self.high:  # NaN fails too
             bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
-            raise UserError(f"{self.name}: {value}: must be {bounds}")
+            raise InvalidRequest(f"{self.name}: {value}: must be {bounds}")
         if self.above and value == self.low:
-            raise UserError(f"{self.name}: {value:g}: must be above {self.low:g} and at most {self.high:g}")
+            raise InvalidRequest(f"{self.name}: {value:g}: must be above {self.low:g} and at most {self.high:g}")
 
 
 def _declared(declaring: type[Any]) -> list[Option]:

@@ -1,4 +1,4 @@
-"""Checks of requests to the job service. An error (UserError) names key, value and what is allowed.
+"""Checks of requests to the job service. An error (InvalidRequest) names key, value and what is allowed.
 
 Clients check what callers hand over value by value and then the whole message, the head checks the message again. The
 input itself (text, token ids, chat) is judged by the head alone, which knows the model.
@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from protos.errors import UserError
+from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.limits import (
     MAX_CHARS,
@@ -28,7 +28,7 @@ _MAX_SHOWN = 60  # characters of a value in an error
 
 
 def check_submit(request: pb.SubmitRequest) -> AnswerOptions:
-    """Return the options of a submission that keeps the limits. Raises UserError."""
+    """Return the options of a submission that keeps the limits. Raises InvalidRequest."""
     options = read_options(request.sampling)
     if request.HasField("deadline_s"):
         check_number("deadline_s", request.deadline_s, 0.0, MAX_DEADLINE_S, above=True, unit=" of seconds")
@@ -40,7 +40,7 @@ def check_submit(request: pb.SubmitRequest) -> AnswerOptions:
 
 
 def read_options(sampling: pb.Sampling) -> AnswerOptions:
-    """Return the options in a message; what is absent keeps its default. Raises UserError."""
+    """Return the options in a message; what is absent keeps its default. Raises InvalidRequest."""
     check_count("stop", len(sampling.stop), MAX_STOPS)
     check_count("stop_token_ids", len(sampling.stop_token_ids), MAX_STOPS)
     for stop in sampling.stop:
@@ -50,7 +50,7 @@ def read_options(sampling: pb.Sampling) -> AnswerOptions:
 
 
 def check_option(name: str, value: object) -> Any:
-    """Return a generation option as the type it is declared with. Raises UserError."""
+    """Return a generation option as the type it is declared with. Raises InvalidRequest."""
     option = OPTIONS[name]
     if option.is_list:
         values = value or ()
@@ -76,7 +76,7 @@ def show(value: object) -> str:
 def check_count(key: str, count: int, limit: int) -> None:
     """Refuse more than `limit` elements."""
     if count > limit:
-        raise UserError(f"{key}: {count}: must be at most {limit}")
+        raise InvalidRequest(f"{key}: {count}: must be at most {limit}")
 
 
 def check_integer(key: str, value: object, low: int, high: int) -> int:
@@ -86,7 +86,7 @@ def check_integer(key: str, value: object, low: int, high: int) -> int:
     except TypeError:
         number = None
     if number is None or not low <= number <= high:
-        raise UserError(f"{key}: {show(value)}: must be a whole number from {low} to {high}")
+        raise InvalidRequest(f"{key}: {show(value)}: must be a whole number from {low} to {high}")
     return number
 
 
@@ -99,29 +99,29 @@ def check_number(key: str, value: object, low: float, high: float, *, above: boo
     if not low <= number <= high or (above and number == low):  # NaN fails too
         top = f"{high:.0f}" if unit else f"{high:g}"
         allowed = f"above {low:g} and at most {top}" if above else f"from {low:g} to {top}"
-        raise UserError(f"{key}: {show(value)}: must be a number{unit} {allowed}")
+        raise InvalidRequest(f"{key}: {show(value)}: must be a number{unit} {allowed}")
     return number
 
 
 def check_flag(key: str, value: object) -> bool:
     """Return True or False; numbers are neither."""
     if not isinstance(value, bool):
-        raise UserError(f"{key}: {show(value)}: must be True or False")
+        raise InvalidRequest(f"{key}: {show(value)}: must be True or False")
     return value
 
 
 def check_text(key: str, value: object, max_chars: int | None = None, min_chars: int = 0) -> str:
     """Return a text of `min_chars` to `max_chars` characters that UTF-8 can hold."""
     if not isinstance(value, str):
-        raise UserError(f"{key}: {show(value)}: must be text")
+        raise InvalidRequest(f"{key}: {show(value)}: must be text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         at = f"character {value[error.start]!a} at {error.start}"
-        raise UserError(f"{key}: {at}: must be text that UTF-8 can hold") from error
+        raise InvalidRequest(f"{key}: {at}: must be text that UTF-8 can hold") from error
     if len(value) < min_chars or (max_chars is not None and len(value) > max_chars):
         allowed = f"{min_chars} to {max_chars} characters" if max_chars is not None else f"at least {min_chars}"
-        raise UserError(f"{key}: {len(value)} characters: must have {allowed}")
+        raise InvalidRequest(f"{key}: {len(value)} characters: must have {allowed}")
     return value
 
 
@@ -130,14 +130,14 @@ def check_texts(key: str, values: object, min_chars: int = 0) -> list[str]:
     if isinstance(values, str):
         values = [values]
     if not isinstance(values, Sequence) or isinstance(values, bytes):
-        raise UserError(f"{key}: {show(values)}: must be a list of texts")
+        raise InvalidRequest(f"{key}: {show(values)}: must be a list of texts")
     return [check_text(f"{key}[{index}]", value, min_chars=min_chars) for index, value in enumerate(values)]
 
 
 def check_token_ids(key: str, values: object) -> list[int]:
     """Return ids from 0; the head knows how many the model has."""
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
-        raise UserError(f"{key}: {show(values)}: must be a list of whole numbers")
+        raise InvalidRequest(f"{key}: {show(values)}: must be a list of whole numbers")
     ids = list(values)
     if all(type(value) is int for value in ids) and min(ids, default=0) >= 0 and max(ids, default=0) <= MAX_UINT32:
         return ids  # a million of them in a few milliseconds
@@ -147,7 +147,7 @@ def check_token_ids(key: str, values: object) -> list[int]:
 def check_labels(values: object) -> dict[str, str]:
     """Return labels, of a job or of a search for some."""
     if not isinstance(values, Mapping):
-        raise UserError(f"labels: {show(values)}: must be a mapping of text to text")
+        raise InvalidRequest(f"labels: {show(values)}: must be a mapping of text to text")
     check_count("labels", len(values), MAX_LABELS)
     for key, value in values.items():
         check_text("labels", key, MAX_CHARS, min_chars=1)
@@ -158,14 +158,14 @@ def check_labels(values: object) -> dict[str, str]:
 def check_messages(values: object) -> list[pb.Message]:
     """Return chat messages given as (role, content) or as a mapping of both."""
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)) or not values:
-        raise UserError(f"messages: {show(values)}: must be a list of at least one message")
+        raise InvalidRequest(f"messages: {show(values)}: must be a list of at least one message")
     messages = []
     for index, value in enumerate(values):
         key, pair = f"messages[{index}]", value
         if isinstance(value, Mapping) and value.keys() == {"role", "content"}:
             pair = value["role"], value["content"]
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(f"{key}: {show(value)}: must have role and content and nothing else")
+            raise InvalidRequest(f"{key}: {show(value)}: must have role and content and nothing else")
         role, content = check_text(f"{key}.role", pair[0]), check_text(f"{key}.content", pair[1])
         messages.append(pb.Message(role=role, content=content))
     return messages

@@ -40,6 +40,7 @@ def test_a_job_from_submit_to_delete(service: FakeJobService, stub: rpc.JobsStub
     done = stub.Wait(pb.WaitRequest(id=job.id, timeout_s=30))
     assert (done.state, done.answers[0].text, list(done.answers[0].token_ids)) == (pb.SUCCEEDED, "ab", [65, 66])
     assert stub.Cancel(pb.JobRequest(id=job.id)).state == pb.SUCCEEDED
+    assert stub.Wait(pb.WaitRequest(id=job.id, timeout_s=3600)).state == pb.SUCCEEDED
     stub.Delete(pb.JobRequest(id=job.id))
     assert code_of(lambda: stub.Get(pb.JobRequest(id=job.id)))[0] is Code.NOT_FOUND
 
@@ -108,10 +109,13 @@ def test_a_stream_from_progress_to_the_ended_job(service: FakeJobService, stub: 
     events = list(stub.Stream(pb.StreamRequest(id=job.id, after=5)))
     assert [event.WhichOneof("event") for event in events] == ["progress", "token", "token", "job"]
     assert [event.number for event in events] == [5, 6, 7, 7]
+    assert events[0].progress == pb.ProgressEvent(progress=pb.Progress(total=100, processed=50))
     assert events[2].token.token.top[0].logprob == -0.5
     assert events[3].job.answers[0].text == "ab"
     assert service.closed.wait(5)
     assert code_of(lambda: list(stub.Stream(pb.StreamRequest(id=ID))))[0] is Code.NOT_FOUND
+    for after, code in ((1 << 63, Code.INVALID_ARGUMENT), ((1 << 63) - 1, Code.NOT_FOUND)):
+        assert code_of(lambda number=after: list(stub.Stream(pb.StreamRequest(id=ID, after=number))))[0] is code
     grouped = list(stub.Stream(pb.StreamRequest(id=stub.Submit(PROMPT).id, after=5, grouped=True)))
     assert [event.WhichOneof("event") for event in grouped] == ["progress", "tokens", "job"]
     assert [event.number for event in grouped] == [5, 7, 7]

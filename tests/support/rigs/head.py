@@ -17,9 +17,9 @@ from types import TracebackType
 import psutil
 
 from cluster.client.client import Client, Job
+from cluster.client.connection import read_state
 from cluster.client.errors import Unavailable
 from cluster.client.retry import RetryPolicy
-from cluster.client.state_file import read_state
 from cluster.engine.runtime import ClusterRuntime
 from cluster.server.head import Head
 from tests.support.paths import ROOT

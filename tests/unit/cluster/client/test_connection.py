@@ -1,14 +1,16 @@
-"""Where a head is and how to talk to it: arguments, environment, keys in plain text."""
+"""Where a head is and how to talk to it: arguments, environment, keys in plain text, the state file."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cluster
 from cluster.client.client import Client
-from cluster.client.connection import Connection
+from cluster.client.connection import DEFAULT_DATA_DIR, Connection, read_state
+from cluster.config.schema import Config
 
 
 def test_connection_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +54,14 @@ def test_a_key_travels_in_plain_text_only_on_this_machine_or_when_told(
         assert KEYED not in str(caught.value)
         with pytest.raises(cluster.InvalidRequest):
             Client(address, None if outer else KEYED)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"address": "x"}', '{"address": "x", "pid": "y", "started": 1}', "7"])
+def test_broken_state_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "head.json").write_text(text)
+    with pytest.raises(cluster.Unavailable, match="longreach up"):
+        read_state(tmp_path)
+
+
+def test_default_data_dir_is_that_of_the_configuration() -> None:
+    assert Config.model_fields["data_dir"].default == DEFAULT_DATA_DIR

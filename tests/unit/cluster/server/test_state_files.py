@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client.state_file import read_state
+from cluster.client.connection import read_state
 from cluster.server.state_files import HeadFiles, _is_head, reachable
 
 
