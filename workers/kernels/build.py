@@ -18,9 +18,8 @@ import os
 import platform
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from protos.node.environment import compiler
 from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
@@ -30,8 +29,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno"
 _TIMEOUT_S = 300
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
+class Kernels(NamedTuple):
     """The compiled library, or the reason why there is none."""
 
     library: ctypes.CDLL | None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ from workers.transport.collectives import Collectives
 MAX_ROWS = 64  # with more, the time of the interpreter between two operations no longer matters
 
 
-@dataclass(slots=True)
-class FusedCall:
+class FusedCall(NamedTuple):
     """The activations of a step `[T, M]`, which become the result, and the arrays that must outlive the call."""
 
     x: torch.Tensor

@@ -63,17 +63,15 @@ class CompiledEstimate(Estimate):
 
     def kept_share(self, selections: Sequence[Selection]) -> npt.NDArray[np.float64]:
         share = np.empty(self.group)
-        structures, kept_alive = _structures(selections)
+        structures, _kept_alive = _structures(selections)
         _run("longreach_estimate_kept", self._args, structures, share.ctypes)
-        del kept_alive
         return share
 
     def kept_mass(self, sums: Sums, selections: Sequence[Selection | None]) -> npt.NDArray[np.float64]:
         total = np.empty(self.group)
         arrays = [np.ascontiguousarray(one).ctypes for one in (sums.columns, sums.offsets, sums.lse)]
-        structures, kept_alive = _structures(selections)
+        structures, _kept_alive = _structures(selections)
         _run("longreach_estimate_mass", self._args, *arrays, structures, total.ctypes)
-        del kept_alive
         return total
 
     @staticmethod
