@@ -88,7 +88,7 @@ class JobService:
         self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
         self._recorder.start()
         for record in self._store.unfinished():
-            self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
+            self._store.transition(record.id, ACTIVE, JobState.RECOVERING)
             self._requeue(record)
         self._timer.start()
         self._supervisor.supervise(self)
@@ -228,7 +228,7 @@ class JobService:
             if job is not None and job.handles:
                 return  # it was submitted to the new pipeline already
             if job is not None and job.cancelled:
-                self._store.transition(record.id, ACTIVE, JobState.CANCELLED, now=self._clock())
+                self._store.transition(record.id, ACTIVE, JobState.CANCELLED)
             if current is None or current.state.is_final or (job is not None and job.cancelled):
                 self._ended(record.id)
             else:
@@ -270,7 +270,7 @@ class JobService:
                 handles = job.handles
             if failure or not handles:
                 end = JobState.FAILED if failure else JobState.CANCELLED
-                self._store.transition(job_id, ACTIVE, end, error=failure, now=self._clock())
+                self._store.transition(job_id, ACTIVE, end, error=failure)
             with contextlib.suppress(EngineError):
                 for handle in handles:
                     self._runtime.engine.cancel(handle)
@@ -333,7 +333,7 @@ class JobService:
             for job in self._live.values():
                 job.handles = []
         for job_id in unfinished:
-            if not self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock()):
+            if not self._store.transition(job_id, ACTIVE, JobState.RECOVERING):
                 self._ended(job_id)  # it had failed or was cancelled; no engine will end its questions
         self._subscriptions.notify(unfinished)
 
