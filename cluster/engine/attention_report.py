@@ -35,6 +35,9 @@ class LayerAttention:
     fallbacks: tuple[int, ...]  # cells that turned dense because of their recall
 
 
+_FIGURES = LayerAttention.__slots__[1:]
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSummary:
     """Attention of one prompt: its mode and, for sparse prompts, what was kept, over all layers and heads."""
@@ -96,27 +99,21 @@ class AttentionReport:
         every = np.hstack([_EMPTY[:, :0], *layers.values()])
         if not every.size:
             return base
-        density, estimated, held_out = (every[1:4].sum(axis=1) / every[0].sum()).tolist()
-        estimated_min, held_out_min = every[4:6].min(axis=1).tolist()
+        total = np.hstack([every[:4].sum(axis=1), every[4:6].min(axis=1), every[6].sum()])
         return replace(
             base,
+            **dict(zip(_FIGURES, _figures(total), strict=True)),
             cells=len(self._cells),
-            density=density,
-            estimated_recall=estimated,
-            estimated_recall_min=estimated_min,
-            held_out_recall=held_out,
-            held_out_recall_min=held_out_min,
-            fallbacks=int(every[6].sum()),
             estimate_share=self._estimate_us / self._compute_us if self._compute_us else 0.0,
-            layers=tuple(_layer(layer, sums) for layer, sums in layers.items()),
+            layers=tuple(LayerAttention(layer, *map(tuple, _figures(sums))) for layer, sums in layers.items()),
         )
 
 
-def _layer(layer: int, sums: Floats) -> LayerAttention:
+def _figures(sums: Floats) -> tuple[Any, ...]:
+    """Return the figures `_FIGURES` of sums [7] or [7, query heads]."""
     density, estimated, held_out = (sums[1:4] / sums[0]).tolist()
-    estimated_min, held_out_min, fallbacks = sums[4:7].tolist()
-    columns = (density, estimated, estimated_min, held_out, held_out_min, map(int, fallbacks))
-    return LayerAttention(layer, *map(tuple, columns))
+    estimated_min, held_out_min = sums[4:6].tolist()
+    return density, estimated, estimated_min, held_out, held_out_min, sums[6].astype(int).tolist()
 
 
 def describe_positions(spec: ModelSpec) -> str:

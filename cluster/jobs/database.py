@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.common.errors import JobStoreError
@@ -116,8 +116,7 @@ class Database:
         self.path = path
         self._closed = False
         self._write_lock = threading.Lock()
-        self._pool_lock = threading.Lock()
-        self._idle: list[sqlite3.Connection] = []
+        self._idle: list[sqlite3.Connection] = []  # reading ones; shared between threads, since list methods are atomic
         with self._errors():
             _make_private(path)
             self._writer = self._connect()
@@ -132,50 +131,40 @@ class Database:
         """Run a transaction: committed at the end of the block, rolled back when anything is raised in it."""
         with self._write_lock, self._errors():
             self._check_open()
-            try:
+            with self._writer:
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
-                self._writer.execute("COMMIT")
-            finally:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Read one consistent view of the last commit; never waits for writers, never delays them."""
         with self._errors():
-            connection = self._take_reader()
+            self._check_open()
             try:
-                connection.execute("BEGIN")
-                yield connection
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._connect()
+                connection.execute("PRAGMA query_only = ON")
+            try:
+                with connection:
+                    connection.execute("BEGIN")
+                    yield connection
             finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")  # a reader has nothing to keep
-                self._put_back(connection)
+                self._idle.append(connection)
+                if self._closed:
+                    self._close_idle()
 
     def close(self) -> None:
         """Finish the running transaction and close the file; reads that still run end by themselves."""
-        with self._write_lock, self._pool_lock:
+        with self._write_lock:
             self._closed = True
-            for connection in (*self._idle, self._writer):
-                connection.close()
-            self._idle.clear()
+            self._close_idle()
+            self._writer.close()
 
-    def _take_reader(self) -> sqlite3.Connection:
-        with self._pool_lock:
-            self._check_open()
-            if self._idle:
-                return self._idle.pop()
-        connection = self._connect()
-        connection.execute("PRAGMA query_only = ON")
-        return connection
-
-    def _put_back(self, connection: sqlite3.Connection) -> None:
-        with self._pool_lock:
-            if not self._closed:
-                self._idle.append(connection)
-                return
-        connection.close()
+    def _close_idle(self) -> None:
+        with suppress(IndexError):  # there is none any more
+            while True:
+                self._idle.pop().close()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -225,15 +214,11 @@ def _upgrade(connection: sqlite3.Connection, path: Path) -> None:
         raise JobStoreError(f"job store {path}: journal mode {mode}: must be wal: put it on a local disk")
     if version == VERSION:
         return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         for reached in range(_version(connection, path) + 1, VERSION + 1):
             MIGRATIONS[reached](connection)
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('schema_version', ?)", (reached,))
-        connection.execute("COMMIT")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.common.errors import JobStoreError
-from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, NotAllowedNow, check_id
+from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, check_id
 from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
@@ -98,33 +98,18 @@ class DocumentStore:
         """Delete a document. Raises JobNotFound, and NotAllowedNow while an unfinished job uses it."""
         self.get(document_id)
         with self._lock, self._errors():
-            if not self._store.delete_document(document_id):
-                raise JobNotFound(f"document: {document_id}: not found")
+            self._store.delete_document(document_id)
             self._path(document_id).unlink(missing_ok=True)
 
     def sweep(self, now: float) -> int:
         """Delete expired documents that no unfinished job uses (returns how many), and files that a crash left."""
-        removed = 0
-        for record in self._store.expired_documents(now):
-            try:
-                removed += self._remove_expired(record.id, now)
-            except NotAllowedNow:
-                continue  # a job has begun to use it since
         with self._lock, self._errors():
+            removed = self._store.expire_documents(now)
             known = {record.id for record in self._store.list_documents()} | self._uploading
             for path in self._folder.iterdir():
                 if path.name not in known and path.name.startswith((_TEMPORARY, "doc_")):
                     path.unlink(missing_ok=True)
         return removed
-
-    def _remove_expired(self, document_id: str, now: float) -> bool:
-        with self._lock, self._errors():
-            record = self._store.get_document(document_id)
-            if record is None or record.expires > now:  # deleted, or used again meanwhile
-                return False
-            self._store.delete_document(document_id)
-            self._path(document_id).unlink(missing_ok=True)
-            return True
 
     def _path(self, document_id: str) -> Path:
         return self._folder / check_id(document_id, "doc")

@@ -10,15 +10,14 @@ import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
-from cluster.engine.request_handle import EngineEvent
+from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.jobs.model import ACTIVE, JobAnswer, JobState
 from cluster.jobs.store import JobStore, StateChange
-from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
 from protos.jobs.limits import MAX_INT64
 from protos.stage.messages import SampledToken
@@ -30,22 +29,19 @@ _DETAILED = 16  # answers of a job that keep figures of every layer and attentio
 
 @dataclass(slots=True)
 class LiveJob:
-    """A job of this head that has not ended: counters, newest progress, and how its answers ended so far."""
+    """A job of this head that has not ended, since it was queued; dictionaries are by question."""
 
     job_id: str
     num_answers: int
-    on_end: Callable[[JobState], None]
+    prompt_tokens: int = 0  # of all its questions
+    deadline: float | None = None  # seconds since 1970, as `follow_by`
+    follow_by: float | None = None  # a stream of an attached job must be open by then
+    handles: list[RequestHandle] = field(default_factory=list)  # empty while no pipeline has it
     cancelled: bool = False  # somebody wants it to end
     decodes: bool = False  # its first token since it was queued is committed
     progress: dict[int, PrefillProgress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
-    generated: dict[int, int] = field(default_factory=dict)  # tokens of this head by question
-
-    def restore(self, finished: Mapping[int, str]) -> None:
-        """Start again with the answers that had ended before."""
-        self.ended = {question: FinishReason(reason) for question, reason in finished.items()}
-        self.progress = {}
-        self.decodes = False
+    generated: dict[int, int] = field(default_factory=dict)  # tokens of this head
 
 
 _Item = tuple[LiveJob, int, EngineEvent]  # job, question, event
@@ -54,9 +50,17 @@ _Item = tuple[LiveJob, int, EngineEvent]  # job, question, event
 class Recorder:
     """The committing thread. `close` commits what is queued and ends it; may be called twice."""
 
-    def __init__(self, store: JobStore, changes: ChangeNotifier) -> None:
+    def __init__(
+        self, store: JobStore, notify: Callable[[Sequence[str]], None], on_ended: Callable[[str], None]
+    ) -> None:
+        """
+        Args:
+            notify: called with the ids of the jobs of which something was committed.
+            on_ended: called with the id of a job whose last answer was committed, before `notify`.
+        """
         self._store = store
-        self._changes = changes
+        self._notify = notify
+        self._on_ended = on_ended
         self._closing = threading.Event()
         # events of jobs; Event: set when all before it is committed; None: the end
         self._queue: queue.SimpleQueue[_Item | threading.Event | None] = queue.SimpleQueue()
@@ -99,7 +103,7 @@ class Recorder:
         tokens: list[tuple[str, OutputToken]] = []
         states: list[StateChange] = []
         answers: list[tuple[str, JobAnswer]] = []
-        ended: list[tuple[LiveJob, JobState]] = []
+        ended: list[str] = []
         for job, question, event in items:
             if isinstance(event, PrefillProgress):
                 job.progress[question] = event
@@ -117,11 +121,11 @@ class Recorder:
                     is_cancelled = FinishReason.CANCELLED in job.ended.values()
                     final = JobState.CANCELLED if is_cancelled else JobState.SUCCEEDED
                     states.append((job.job_id, ACTIVE, final))
-                    ended.append((job, final))
+                    ended.append(job.job_id)
         self._write(tokens, states, answers)
-        for job, final in ended:
-            job.on_end(final)
-        self._changes.notify(list({job.job_id for job, *_ in items}))
+        for job_id in ended:
+            self._on_ended(job_id)
+        self._notify(list({job.job_id for job, *_ in items}))
 
     def _write(
         self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],

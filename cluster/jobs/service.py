@@ -8,6 +8,7 @@ next one does the same. Cancelling, waiting and reading are idempotent; submitti
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from array import array
@@ -37,11 +38,13 @@ from cluster.jobs.model import (
 from cluster.jobs.prompts import job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore, check_queue
-from cluster.jobs.subscriptions import ChangeNotifier, JobEvent, Subscriptions
-from cluster.jobs.timers import Timers
+from cluster.jobs.subscriptions import JobEvent, Subscriptions
+from cluster.scheduler.request import FinishReason
 from protos.stage.messages import SampledToken
 
+_log = logging.getLogger(__name__)
 _MAX_RESTARTS = 10  # of one job: one that always breaks the pipeline must not do so for ever
+_TICK_S = 0.25  # how late a job may be noticed that is out of time
 _SWEEP_EVERY_S = 60.0  # how often expired jobs and documents are deleted
 _ATTACH_WITHIN_S = 60.0  # an attached job that nobody follows for this long is cancelled
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
@@ -68,16 +71,13 @@ class JobService:
         self.documents = documents
         self._limits = limits
         self._clock = clock
-        self._changes = ChangeNotifier()
-        self._recorder = Recorder(store, self._changes)
-        self._lock = threading.RLock()  # live jobs and handles
+        self._subscriptions = Subscriptions(store, self.get, self.progress, self._cancel)
+        self._recorder = Recorder(store, self._subscriptions.notify, self._ended)
+        self._lock = threading.RLock()  # live jobs
         self._live: dict[str, LiveJob] = {}
-        self._handles: dict[str, list[RequestHandle]] = {}
-        self._queued_tokens: dict[str, int] = {}
-        self._subscriptions = Subscriptions(store, self._changes, self.get, self.progress, self._cancel)
-        self._timers = Timers(clock)
+        self._timer = threading.Thread(target=self._watch_time, name="timer", daemon=True)
         self._on_ended: list[Callable[[JobRecord, dict[int, int]], None]] = []
-        self._closing = False
+        self._closing = threading.Event()
         self._draining = False  # no job is taken any more
         self._started = clock()
 
@@ -88,10 +88,9 @@ class JobService:
         self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
         self._recorder.start()
         for record in self._store.unfinished():
-            self._store.transition(record.id, ACTIVE, JobState.RECOVERING, now=self._clock())
+            self._store.transition(record.id, ACTIVE, JobState.RECOVERING)
             self._requeue(record)
-        self._timers.every(_SWEEP_EVERY_S, lambda: self._sweep(self._clock()))
-        self._timers.start()
+        self._timer.start()
         self._supervisor.supervise(self)
 
     def drain(self, timeout_s: float) -> None:
@@ -106,11 +105,13 @@ class JobService:
 
     def close(self) -> None:
         """Stop without touching the state of unfinished jobs; may be called twice."""
-        self._draining = self._closing = True
-        self._timers.close()
+        self._draining = True
+        self._closing.set()
+        if self._timer.is_alive():
+            self._timer.join()
         self._recorder.close()  # before the supervision ends: that waits for what is being recorded
         self._supervisor.release()  # the pipeline must not be started again while its owner closes it
-        self._changes.close()
+        self._subscriptions.close()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ class JobService:
         prompts = job_prompts(self._runtime, self.documents, spec)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
-            held = sum(self._queued_tokens.values())
+            held = sum(job.prompt_tokens for job in self._live.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
@@ -189,7 +190,7 @@ class JobService:
         """Forget an ended job (NotAllowedNow while it runs)."""
         if not self.get(job_id).state.is_final or not self._store.delete(job_id):
             raise NotAllowedNow(f"job {job_id}: still runs: cancel it first")
-        self._changes.notify([job_id])
+        self._subscriptions.notify([job_id])
 
     def counts(self) -> tuple[int, int]:
         """Return how many jobs wait and how many run."""
@@ -224,10 +225,10 @@ class JobService:
             return
         with self._lock:
             job, current = self._live.get(record.id), self._store.get(record.id)
-            if record.id in self._handles:
+            if job is not None and job.handles:
                 return  # it was submitted to the new pipeline already
             if job is not None and job.cancelled:
-                self._store.transition(record.id, ACTIVE, JobState.CANCELLED, now=self._clock())
+                self._store.transition(record.id, ACTIVE, JobState.CANCELLED)
             if current is None or current.state.is_final or (job is not None and job.cancelled):
                 self._ended(record.id)
             else:
@@ -237,23 +238,25 @@ class JobService:
         self, record: JobRecord, prompts: Sequence[array[int]], done: Mapping[int, Sequence[SampledToken]]
     ) -> None:
         """Hand a job's unfinished questions to the engine (lock held)."""
-        finished = {answer.question: answer.finish_reason for answer in record.answers if answer.finish_reason}
-        job = self._live.get(record.id)
-        if job is None:
-            job = LiveJob(record.id, record.spec.input.num_answers, lambda s: self._ended(record.id))
-            self._live[record.id] = job
-        job.restore(finished)
-        self._queued_tokens[record.id] = sum(len(prompt) for prompt in prompts)
-        opened = reasoning_opened(self._runtime.tokenizer, record.spec)
+        before, spec = self._live.get(record.id), record.spec
+        job = self._live[record.id] = LiveJob(
+            record.id,
+            spec.input.num_answers,
+            prompt_tokens=sum(len(prompt) for prompt in prompts),
+            deadline=spec.deadline,
+            follow_by=self._clock() + _ATTACH_WITHIN_S if spec.attached else None,
+            ended={a.question: FinishReason(a.finish_reason) for a in record.answers if a.finish_reason},
+            generated=before.generated if before else {},
+        )
+        opened = reasoning_opened(self._runtime.tokenizer, spec)
         items = []
         for question, prompt in enumerate(prompts):
-            if question not in finished:
+            if question not in job.ended:
                 resume = tuple(done.get(question, ()))
-                spec = GenerationSpec(prompt, record.spec.ask, opened, record.spec.priority, resume, question)
-                items.append((spec, self._recorder.callback(job, question)))
-        self._arm(record)
+                generation = GenerationSpec(prompt, spec.ask, opened, spec.priority, resume, question)
+                items.append((generation, self._recorder.callback(job, question)))
         try:
-            self._handles[record.id] = self._runtime.engine.submit_all(items, record.last_event)
+            job.handles = self._runtime.engine.submit_all(items, record.last_event)
         except EngineError:  # `pipeline_restarted` submits the job again
             if self._supervisor.state is PipelineState.DOWN:
                 self._cancel(record.id, self._supervisor.reason)
@@ -261,24 +264,23 @@ class JobService:
     def _cancel(self, job_id: str, failure: str = "") -> None:
         """Cancel a live job, or with `failure` let it fail with that error; its questions stop within a step."""
         with self._lock:
+            handles: list[RequestHandle] = []
             if job := self._live.get(job_id):
                 job.cancelled = True  # for `_requeue`, should the pipeline fail before the engine has ended it
-            handles = self._handles.get(job_id, [])
+                handles = job.handles
             if failure or not handles:
                 end = JobState.FAILED if failure else JobState.CANCELLED
-                self._store.transition(job_id, ACTIVE, end, error=failure, now=self._clock())
+                self._store.transition(job_id, ACTIVE, end, error=failure)
             with contextlib.suppress(EngineError):
                 for handle in handles:
                     self._runtime.engine.cancel(handle)
             if not handles:  # no engine will say that it has ended
                 self._ended(job_id)
-        self._changes.notify([job_id])
+        self._subscriptions.notify([job_id])
 
     def _ended(self, job_id: str) -> None:
         with self._lock:
             job = self._live.pop(job_id, None)
-            self._handles.pop(job_id, None)
-            self._queued_tokens.pop(job_id, None)
         if job is None:
             return
         record = self._store.get(job_id)
@@ -288,16 +290,32 @@ class JobService:
 
     # --- time --------------------------------------------------------------------------------------------------------
 
-    def _arm(self, record: JobRecord) -> None:
-        job_id, deadline = record.id, record.spec.deadline  # not the record: it may be large, and the deadline far
-        if deadline is not None:
-            self._timers.at(deadline, lambda: self._cancel(job_id, "deadline exceeded"))
-        if record.spec.attached:
-            self._timers.at(self._clock() + _ATTACH_WITHIN_S, lambda: self._cancel_unfollowed(job_id))
+    def _watch_time(self) -> None:
+        """Until `close`, end jobs that are out of time and, every minute, delete what has expired."""
+        next_sweep = self._clock()
+        while not self._closing.is_set():
+            now = self._clock()
+            try:
+                self._end_overdue(now)
+                if now >= next_sweep:
+                    next_sweep = now + _SWEEP_EVERY_S
+                    self._sweep(now)
+            except Exception:  # noqa: BLE001 - one failed action must not end all later ones
+                _log.exception("a timed action failed")
+            self._closing.wait(_TICK_S)
 
-    def _cancel_unfollowed(self, job_id: str) -> None:
-        if not self._subscriptions.is_followed(job_id):
-            self._cancel(job_id)
+    def _end_overdue(self, now: float) -> None:
+        """Let jobs fail whose deadline is over, and cancel attached ones that nobody has begun to follow in time."""
+        with self._lock:
+            jobs = list(self._live.values())
+        for job in jobs:
+            if job.deadline is not None and job.deadline <= now:
+                job.deadline = None  # once
+                self._cancel(job.job_id, "deadline exceeded")
+            elif job.follow_by is not None and job.follow_by <= now:
+                job.follow_by = None
+                if not self._subscriptions.is_followed(job.job_id):
+                    self._cancel(job.job_id)
 
     def _sweep(self, now: float) -> None:
         self._store.expire(now, self._limits.result_ttl_s)
@@ -308,20 +326,21 @@ class JobService:
     def pipeline_failed(self) -> None:
         """Commit what the failed pipeline has emitted, and show its jobs as recovering."""
         self._recorder.flush()
-        if self._closing:
+        if self._closing.is_set():
             return
         with self._lock:
-            self._handles.clear()
             unfinished = list(self._live)
+            for job in self._live.values():
+                job.handles = []
         for job_id in unfinished:
-            if not self._store.transition(job_id, ACTIVE, JobState.RECOVERING, now=self._clock()):
+            if not self._store.transition(job_id, ACTIVE, JobState.RECOVERING):
                 self._ended(job_id)  # it had failed or was cancelled; no engine will end its questions
-        self._changes.notify(unfinished)
+        self._subscriptions.notify(unfinished)
 
     def pipeline_restarted(self) -> None:
         """Queue every unfinished job again, after its last committed token."""
         for record in self._store.unfinished():
-            if not self._closing:
+            if not self._closing.is_set():
                 self._requeue(record)
 
     def pipeline_given_up(self, reason: str) -> None:

@@ -11,8 +11,9 @@ import json
 import re
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ _RECORD = (
     "SELECT seq, id, state, created, started, finished, error, last_event, restarts, spec, reproducibility"
     " FROM jobs JOIN specs ON job = seq"
 )
-_TOKEN = "number, question, token_id, text, logprob, top, part, reasoning, answer"
 _IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
 
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
@@ -107,41 +107,35 @@ class JobStore:
             ).lastrowid
             db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, spec.to_json(), json.dumps(dict(reproducibility))))
             db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
-            db.executemany("INSERT INTO answers (job, question) VALUES (?, ?)", [(seq, q) for q in range(num_answers)])
-        answers = tuple(map(JobAnswer, range(num_answers)))
+            answers = tuple(map(JobAnswer, range(num_answers)))
+            _insert(db, "answers", seq, answers)
         return JobRecord(job_id, JobState.QUEUED, spec, created, answers=answers, reproducibility=reproducibility), True
 
-    def transition(
-        self, job_id: str, expected: Collection[JobState], new: JobState, *, error: str = "", now: float | None = None
-    ) -> bool:
+    def transition(self, job_id: str, expected: Collection[JobState], new: JobState, error: str = "") -> bool:
         """Change the state if it is one of `expected`; returns False if it is not, or the job is gone."""
         with self._db.writing() as db:
-            return _transition(db, (job_id, expected, new), error, self._clock() if now is None else now)
+            return _transition(db, (job_id, expected, new), self._clock(), error)
 
     def commit_step(
         self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],
-    ) -> Sequence[bool]:  # fmt: skip
+    ) -> None:  # fmt: skip
         """Store what steps of the engine produced, in one transaction: tokens, then answers, then states.
 
         The tokens of a job must continue its numbers. Late tokens of a job that has ended or was deleted are dropped;
         late answers only of a deleted one, so a cancelled job keeps what it had.
-
-        Returns:
-            For each change of state whether it took place.
         """
-        if not (tokens or states or answers):
-            return []
-        by_job: dict[str, list[OutputToken]] = {}
+        outputs: dict[str, tuple[list[OutputToken], list[JobAnswer]]] = defaultdict(lambda: ([], []))
         for job_id, token in tokens:
-            by_job.setdefault(job_id, []).append(token)
+            outputs[job_id][0].append(token)
+        for job_id, answer in answers:
+            outputs[job_id][1].append(answer)
         with self._db.writing() as db:
-            for job_id, group in by_job.items():
-                _append(db, job_id, group)
-            for job_id, answer in answers:
-                _set_answer(db, job_id, answer)
+            for job_id, output in outputs.items():
+                _add_output(db, job_id, *output)
             now = self._clock()
-            return [_transition(db, change, "", now) for change in states]
+            for change in states:
+                _transition(db, change, now)
 
     def get(self, job_id: str) -> JobRecord | None:
         """Return the job with its answers, without tokens."""
@@ -160,7 +154,7 @@ class JobStore:
             raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
         with self._db.reading() as db:
             rows = db.execute(
-                f"SELECT {_TOKEN} FROM tokens"
+                f"SELECT {_columns(OutputToken)} FROM tokens"
                 " WHERE job = (SELECT seq FROM jobs WHERE id = ?) AND number > ? ORDER BY number LIMIT ?",
                 (job_id, min(after, MAX_INT64), min(limit, MAX_INT64)),
             ).fetchall()
@@ -241,7 +235,7 @@ class JobStore:
         """Add a document, or renew the expiry of the one with this id; returns what is stored."""
         with self._db.writing() as db:
             db.execute(
-                "INSERT INTO documents (id, name, size_bytes, created, expires) VALUES (?, ?, ?, ?, ?)"
+                f"INSERT INTO documents ({_columns(DocumentRecord)}) VALUES (?, ?, ?, ?, ?)"
                 " ON CONFLICT (id) DO UPDATE SET expires = excluded.expires",
                 astuple(record),
             )
@@ -269,53 +263,55 @@ class JobStore:
                 raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
             return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
 
-    def expired_documents(self, now: float) -> list[DocumentRecord]:
-        """Return the documents whose expiry has passed and that no unfinished job uses, oldest expiry first."""
-        with self._db.reading() as db:
-            return _documents(db, f"WHERE expires <= ? AND NOT {_IN_USE} ORDER BY expires", now, _array(ACTIVE))
+    def expire_documents(self, now: float) -> int:
+        """Delete the records whose expiry has passed and that no unfinished job uses; returns how many."""
+        with self._db.writing() as db:
+            query = f"DELETE FROM documents WHERE expires <= ? AND NOT {_IN_USE}"
+            return db.execute(query, (now, _array(ACTIVE))).rowcount
+
+
+def _columns(kind: type[OutputToken | JobAnswer | DocumentRecord]) -> str:
+    """Return the columns of the table of these objects: one a field, of the same name."""
+    return ", ".join(field.name for field in fields(kind))
+
+
+def _insert(db: sqlite3.Connection, table: str, seq: int | None, items: Iterable[OutputToken | JobAnswer]) -> None:
+    """Store objects as rows of a job, with tuples and mappings as JSON; a row of the same key is replaced."""
+    for item in items:
+        values = [getattr(item, field.name) for field in fields(item)]
+        row = [json.dumps(value) if isinstance(value, (tuple, Mapping)) else value for value in values]
+        query = f"INSERT OR REPLACE INTO {table} (job, {_columns(type(item))}) VALUES (?{', ?' * len(row)})"
+        db.execute(query, (seq, *row))
 
 
 def _token(row: Sequence[Any]) -> OutputToken:
-    """Read a row of _TOKEN, whose columns are the fields of OutputToken."""
     values = list(row)
-    values[5] = () if row[5] == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(row[5]))
+    values[5] = () if row[5] == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(row[5]))  # `top`
     return OutputToken(*values)
 
 
-def _append(db: sqlite3.Connection, job_id: str, tokens: list[OutputToken]) -> None:
+def _add_output(
+    db: sqlite3.Connection, job_id: str, tokens: Sequence[OutputToken], answers: Sequence[JobAnswer]
+) -> None:
+    """Store tokens and answers of a job, if it may still have them."""
     row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    if row is None or row[1] in FINAL:
+    if row is None:
         return
-    seq, _, last, num_answers = row
+    seq, state, last, num_answers = row
+    if state in FINAL:
+        tokens = ()
     for number, token in enumerate(tokens, last + 1):
         if token.number != number:
             raise JobStoreError(f"{job_id}: token number {token.number}: must be {number}: read the job again")
-        if not 0 <= token.question < num_answers:
-            raise JobStoreError(f"{job_id}: question {token.question}: must be between 0 and {num_answers - 1}")
-    db.executemany(
-        f"INSERT INTO tokens (job, {_TOKEN}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (seq, t.number, t.question, t.token_id, t.text, t.logprob, json.dumps(t.top), t.part, t.reasoning, t.answer)
-            for t in tokens
-        ],
-    )
-    db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (tokens[-1].number, seq))
+    for question in (item.question for items in (tokens, answers) for item in items):
+        if not 0 <= question < num_answers:
+            raise JobStoreError(f"{job_id}: question {question}: must be between 0 and {num_answers - 1}")
+    _insert(db, "tokens", seq, tokens)
+    _insert(db, "answers", seq, answers)
+    db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (last + len(tokens), seq))
 
 
-def _set_answer(db: sqlite3.Connection, job_id: str, answer: JobAnswer) -> None:
-    row = db.execute("SELECT seq, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    if row is None:
-        return
-    if not 0 <= answer.question < row[1]:
-        raise JobStoreError(f"{job_id}: question {answer.question}: must be between 0 and {row[1] - 1}")
-    db.execute(
-        "INSERT OR REPLACE INTO answers (job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning,"
-        " timings, attention) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (row[0], *astuple(answer)[:6], json.dumps(dict(answer.timings)), json.dumps(dict(answer.attention))),
-    )
-
-
-def _transition(db: sqlite3.Connection, change: StateChange, error: str, now: float) -> bool:
+def _transition(db: sqlite3.Connection, change: StateChange, now: float, error: str = "") -> bool:
     job_id, expected, new = change
     assert not FINAL.intersection(expected), f"{job_id}: an ended job stays as it is"
     cursor = db.execute(
@@ -364,8 +360,8 @@ def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobR
     """Turn rows of _RECORD into records, with the answers of all of them from one query."""
     answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
     query = (
-        "SELECT job, question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention"
-        " FROM answers WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
+        f"SELECT job, {_columns(JobAnswer)} FROM answers"
+        " WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
     )
     for row in db.execute(query, (json.dumps(list(answers)),)):
         answers[row[0]].append(JobAnswer(*row[1:-2], *map(json.loads, row[-2:])))
@@ -383,7 +379,7 @@ def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobR
 
 
 def _documents(db: sqlite3.Connection, rest: str, *values: object) -> list[DocumentRecord]:
-    rows = db.execute(f"SELECT id, name, size_bytes, created, expires FROM documents {rest}", values)
+    rows = db.execute(f"SELECT {_columns(DocumentRecord)} FROM documents {rest}", values)
     return [DocumentRecord(*row) for row in rows]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
@@ -30,16 +31,77 @@ class ProgressUpdate:
 JobEvent = ProgressUpdate | Sequence[OutputToken] | JobRecord
 
 
-class ChangeNotifier:
-    """Wakes the subscribers of the jobs that changed. Keeps nothing about jobs without subscribers."""
+class Subscriptions:
+    """Serves streams and waits of many clients on many jobs; all methods may be called from any thread.
 
-    def __init__(self) -> None:
+    Keeps nothing about jobs that nobody follows or waits for.
+    """
+
+    def __init__(
+        self, store: JobStore, get: Callable[[str], JobRecord],
+        progress: Callable[[str], Mapping[int, PrefillProgress]], on_unfollowed: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            get: reads a job; raises JobNotFound.
+            progress: newest prefill progress of a job by question.
+            on_unfollowed: called when the last stream of an attached job has ended.
+        """
+        self._store = store
+        self._get = get
+        self._progress = progress
+        self._on_unfollowed = on_unfollowed
         self._lock = threading.Lock()
-        self._subscribers: dict[str, set[threading.Event]] = {}
-        self.closed = False
+        self._subscribers: dict[str, set[threading.Event]] = {}  # by job, as `_num_streams`
+        self._num_streams: Counter[str] = Counter()
+        self._closed = False
+
+    def notify(self, job_ids: Iterable[str]) -> None:
+        """Wake the subscribers of these jobs: something about them was committed, or they were deleted."""
+        with self._lock:
+            for job_id in job_ids:
+                for changed in self._subscribers.get(job_id, ()):
+                    changed.set()
+
+    def close(self) -> None:
+        """Wake everybody for the last time."""
+        self._closed = True
+        self.notify(list(self._subscribers))
+
+    def is_followed(self, job_id: str) -> bool:
+        """Whether a stream of the job is open."""
+        return job_id in self._num_streams
+
+    def wait(self, job_id: str, timeout_s: float) -> JobRecord:
+        """Return the job once it has ended, or as it is after `timeout_s`."""
+        until = time.monotonic() + timeout_s
+        with self._subscribe(job_id) as changed:
+            while True:
+                changed.clear()
+                record = self._get(job_id)
+                left = until - time.monotonic()
+                if record.state.is_final or left <= 0 or self._closed:
+                    return record
+                changed.wait(min(left, HEARTBEAT_S))
+
+    def events(self, job_id: str, after: int, attached: bool) -> Generator[JobEvent]:
+        """Yield tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
+        with self._lock:
+            self._num_streams[job_id] += 1
+        try:
+            with self._subscribe(job_id) as changed:
+                yield from self._follow(job_id, after, changed)
+        finally:
+            with self._lock:
+                self._num_streams[job_id] -= 1
+                is_last = not self._num_streams[job_id]
+                if is_last:
+                    del self._num_streams[job_id]
+            if attached and is_last and not self._closed:
+                self._on_unfollowed(job_id)
 
     @contextlib.contextmanager
-    def subscribe(self, job_id: str) -> Iterator[threading.Event]:
+    def _subscribe(self, job_id: str) -> Iterator[threading.Event]:
         """Yield an event that is set at every change of the job; the subscriber clears it, then reads the store."""
         changed = threading.Event()
         with self._lock:
@@ -52,74 +114,6 @@ class ChangeNotifier:
                 others.discard(changed)
                 if not others:
                     del self._subscribers[job_id]
-
-    def notify(self, job_ids: Sequence[str]) -> None:
-        """Wake the subscribers of these jobs: something about them was committed, or they were deleted."""
-        with self._lock:
-            for job_id in job_ids:
-                for changed in self._subscribers.get(job_id, ()):
-                    changed.set()
-
-    def close(self) -> None:
-        """Wake everybody for the last time."""
-        with self._lock:
-            self.closed = True
-            job_ids = list(self._subscribers)
-        self.notify(job_ids)
-
-
-class Subscriptions:
-    """Serves streams and waits of many clients on many jobs; all methods may be called from any thread."""
-
-    def __init__(
-        self, store: JobStore, changes: ChangeNotifier, get: Callable[[str], JobRecord],
-        progress: Callable[[str], Mapping[int, PrefillProgress]], on_unfollowed: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        """
-        Args:
-            get: reads a job; raises JobNotFound.
-            progress: newest prefill progress of a job by question.
-            on_unfollowed: called when the last stream of an attached job has ended.
-        """
-        self._store = store
-        self._changes = changes
-        self._get = get
-        self._progress = progress
-        self._on_unfollowed = on_unfollowed
-        self._lock = threading.Lock()
-        self._num_streams: dict[str, int] = {}  # by job
-
-    def is_followed(self, job_id: str) -> bool:
-        """Whether a stream of the job is open."""
-        return job_id in self._num_streams
-
-    def wait(self, job_id: str, timeout_s: float) -> JobRecord:
-        """Return the job once it has ended, or as it is after `timeout_s`."""
-        until = time.monotonic() + timeout_s
-        with self._changes.subscribe(job_id) as changed:
-            while True:
-                changed.clear()
-                record = self._get(job_id)
-                left = until - time.monotonic()
-                if record.state.is_final or left <= 0 or self._changes.closed:
-                    return record
-                changed.wait(min(left, HEARTBEAT_S))
-
-    def events(self, job_id: str, after: int, attached: bool) -> Generator[JobEvent]:
-        """Yield tokens after `after` in groups, progress and changes of state in between; ends with the ended job."""
-        with self._lock:
-            self._num_streams[job_id] = self._num_streams.get(job_id, 0) + 1
-        try:
-            with self._changes.subscribe(job_id) as changed:
-                yield from self._follow(job_id, after, changed)
-        finally:
-            with self._lock:
-                self._num_streams[job_id] -= 1
-                is_last = not self._num_streams[job_id]
-                if is_last:
-                    del self._num_streams[job_id]
-            if attached and is_last and not self._changes.closed:
-                self._on_unfollowed(job_id)
 
     def _follow(self, job_id: str, after: int, changed: threading.Event) -> Iterator[JobEvent]:
         state: JobState | None = None
@@ -144,7 +138,7 @@ class Subscriptions:
                 yield record
                 if state.is_final:
                     return
-            if self._changes.closed:
+            if self._closed:
                 return
             if not changed.wait(HEARTBEAT_S):
                 shown.clear()

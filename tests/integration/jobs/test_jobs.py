@@ -226,7 +226,7 @@ def test_unfinished_jobs_go_on_under_the_next_service(runtime: ClusterRuntime, t
         service.drain(0.0)
         with pytest.raises(cluster.Busy, match="shutting down"):
             first.client.submit(prompt="Once")
-        for handle in service._handles[job.id]:
+        for handle in service._live[job.id].handles:
             service.close()
             runtime.engine.cancel(handle)  # the engine outlives this service, which a head's does not
         with Served(runtime, tmp_path) as second:

@@ -57,6 +57,4 @@ class Bench:
     def check_idle(self) -> None:
         """Every page is back, and nothing is kept for a job."""
         eventually(lambda: not self.service._live and not self.runtime.kv_usage)
-        assert not self.service._handles
-        assert not self.service._queued_tokens
         check_engine(self.runtime.engine)

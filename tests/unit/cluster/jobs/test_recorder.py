@@ -13,10 +13,10 @@ from cluster.engine.outputs import Generation, OutputToken, PrefillProgress, Tim
 from cluster.jobs.model import JobInput, JobSpec, JobState, new_id
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore
-from cluster.jobs.subscriptions import ChangeNotifier
 from cluster.scheduler.request import FinishReason
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SampledToken, TokenLogprob
+from tests.support.fakes.stage import eventually
 
 PROGRESS = PrefillProgress(8, 0, 8, None)
 TOP = (TokenLogprob(5, -0.5),)
@@ -30,21 +30,26 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 
 @pytest.fixture
-def changes() -> ChangeNotifier:
-    return ChangeNotifier()
+def notified() -> list[str]:
+    return []
 
 
 @pytest.fixture
-def recorder(store: JobStore, changes: ChangeNotifier) -> Iterator[Recorder]:
-    recorder = Recorder(store, changes)
+def ended() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def recorder(store: JobStore, notified: list[str], ended: list[str]) -> Iterator[Recorder]:
+    recorder = Recorder(store, notified.extend, ended.append)
     yield recorder
     recorder.close()
     recorder.close()
 
 
-def live(store: JobStore, ended: list[JobState], num_answers: int = 1) -> LiveJob:
+def live(store: JobStore, num_answers: int = 1) -> LiveJob:
     spec = JobSpec(JobInput(prompt="p"), AnswerOptions())
-    return LiveJob(store.create(spec, new_id("job"), num_answers, {})[0].id, num_answers, ended.append)
+    return LiveJob(store.create(spec, new_id("job"), num_answers, {})[0].id, num_answers)
 
 
 def result(reason: FinishReason, error: str = "") -> Generation:
@@ -53,12 +58,11 @@ def result(reason: FinishReason, error: str = "") -> Generation:
 
 
 def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(
-    store: JobStore, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, recorder: Recorder, ended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits = Mock(wraps=store.commit_step)
     monkeypatch.setattr(store, "commit_step", commits)
-    ended: list[JobState] = []
-    job = live(store, ended, num_answers=2)
+    job = live(store, num_answers=2)
     first, second = recorder.callback(job, 0), recorder.callback(job, 1)
     tokens = [
         OutputToken(1, 0, 5, "<think>why", -0.5, TOP, "reasoning", "why", ""),
@@ -81,11 +85,11 @@ def test_events_that_wait_are_one_commit_and_tokens_stay_as_they_are(
         ("so", "why", "length"), ("so", "why", "stop"),
     ]  # fmt: skip
     assert record.answers[0].timings["ttft_s"] == 0.3
-    assert (ended, job.generated, job.progress) == ([JobState.SUCCEEDED], {0: 2, 1: 1}, {0: PROGRESS, 1: PROGRESS})
+    assert (ended, job.generated, job.progress) == ([job.job_id], {0: 2, 1: 1}, {0: PROGRESS, 1: PROGRESS})
 
 
 def test_states_follow_the_first_progress_and_the_first_token(store: JobStore, recorder: Recorder) -> None:
-    job = live(store, [])
+    job = live(store)
     callback = recorder.callback(job, 0)
     recorder.start()
     seen = []
@@ -96,9 +100,8 @@ def test_states_follow_the_first_progress_and_the_first_token(store: JobStore, r
     assert seen == [JobState.PREFILLING, JobState.DECODING, JobState.DECODING, JobState.CANCELLED]
 
 
-def test_the_error_of_a_pipeline_is_no_answer(store: JobStore, recorder: Recorder) -> None:
-    ended: list[JobState] = []
-    job = live(store, ended)
+def test_the_error_of_a_pipeline_is_no_answer(store: JobStore, recorder: Recorder, ended: list[str]) -> None:
+    job = live(store)
     recorder.callback(job, 0)(result(FinishReason.ERROR, "stage 0 is gone"))
     recorder.start()
     recorder.flush()
@@ -106,20 +109,19 @@ def test_the_error_of_a_pipeline_is_no_answer(store: JobStore, recorder: Recorde
 
 
 def test_subscribers_hear_of_a_token_that_is_committed(
-    store: JobStore, changes: ChangeNotifier, recorder: Recorder
+    store: JobStore, recorder: Recorder, notified: list[str]
 ) -> None:
-    job, other = live(store, []), live(store, [])
+    job, other = live(store), live(store)
     recorder.start()
-    with changes.subscribe(job.job_id) as changed, changes.subscribe(other.job_id) as stranger:
-        recorder.callback(job, 0)(OutputToken(1, 0, 5, "a"))
-        assert changed.wait(20)
-        assert len(store.tokens(job.job_id)) == 1
-        assert not stranger.wait(0)
+    recorder.callback(job, 0)(OutputToken(1, 0, 5, "a"))
+    eventually(lambda: bool(notified))
+    assert len(store.tokens(job.job_id)) == 1
+    assert notified == [job.job_id] != [other.job_id]
 
 
 def test_close_commits_what_is_queued(store: JobStore) -> None:
-    recorder = Recorder(store, ChangeNotifier())
-    job = live(store, [])
+    recorder = Recorder(store, lambda ids: None, lambda job_id: None)
+    job = live(store)
     recorder.start()
     for number in range(1, 200):
         recorder.callback(job, 0)(OutputToken(number, 0, number, "x"))
@@ -132,7 +134,7 @@ def test_close_commits_what_is_queued(store: JobStore) -> None:
 
 
 def test_committed_tokens_by_question(store: JobStore) -> None:
-    job = live(store, [], num_answers=2)
+    job = live(store, num_answers=2)
     assert committed_tokens(store, job.job_id) == {}
     tokens = [OutputToken(number, number % 2, number * 3, "x", -0.5, TOP) for number in range(1, 6)]
     store.commit_step([(job.job_id, token) for token in tokens], [], [])

@@ -93,7 +93,6 @@ def test_deadline_while_queued_and_while_decoding(make: Callable[..., Bench]) ->
     queued = bench.submit(deadline=bench.clock() + 50)
     alive = bench.submit(deadline=bench.clock() + 1000)
     bench.ahead = 60.0
-    bench.service._timers.at(0, lambda: None)  # wakes it: a clock that jumps does not
     bench.reaches(queued, S.FAILED)
     bench.reaches(decoding, S.FAILED)
     bench.runtime.shard.let(1000)
@@ -318,6 +317,38 @@ def test_delete_and_expiry(make: Callable[..., Bench]) -> None:
     with pytest.raises(JobNotFound):
         bench.service.documents.get(document.id)
     assert not list((bench.folder / "documents").iterdir())
+
+
+def test_sweeps_go_on_after_a_failure_until_the_close(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    times: list[float] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def expire(now: float, ttl_s: float) -> None:
+        times.append(now)
+        if len(times) == 1:
+            raise KeyError("locked")
+        begun.set()
+        go.wait(20)
+        times.append(0.0)
+
+    assert threading.Event().wait(service_module._TICK_S) is False  # the first sweep is at the start
+    monkeypatch.setattr(bench.store, "expire", expire)
+    for ahead, count in ((50.0, 0), (70.0, 1), (120.0, 1)):
+        bench.ahead = ahead
+        eventually(lambda count=count: len(times) == count)  # type: ignore[misc]
+        assert threading.Event().wait(2 * service_module._TICK_S) is False
+        assert len(times) == count, "not before it is due"
+    assert "a timed action failed" in caplog.text
+    bench.ahead = 140.0
+    assert begun.wait(20)
+    closing = threading.Thread(target=bench.service.close)
+    closing.start()
+    eventually(bench.service._closing.is_set)
+    go.set()
+    closing.join(20)
+    assert times[2:] == [0.0], "a close waits for the action that runs"
 
 
 @pytest.mark.parametrize(

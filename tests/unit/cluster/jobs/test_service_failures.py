@@ -128,7 +128,7 @@ def test_tokens_are_durable_before_the_replacement_starts(bench: Bench, monkeypa
     monkeypatch.setattr(bench.store, "commit_step", slow)
     seen: list[list[int]] = []
     bench.runtime.before_start = lambda: seen.append(bench.ids(job_id))
-    (handle,) = bench.service._handles[job_id]
+    (handle,) = bench.service._live[job_id].handles
     bench.runtime.shard.let(4)
     eventually(lambda: len(handle.request.output) >= 3)
     bench.runtime.fail()

@@ -92,7 +92,7 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
     token = OutputToken(1, 1, 5, "a\0\U0001f600", -0.25, top, "reasoning", "a\0", "\U0001f600")
     attention = {"mode": "sparse", "layers": [{"layer": 0, "density": [0.5]}]}
     answer = JobAnswer(1, 10, 4, "stop", "text", "why", {"queued_s": 0.5}, attention)
-    assert store.commit_step([(record.id, token)], [], [(record.id, answer)]) == []
+    store.commit_step([(record.id, token)], [], [(record.id, answer)])
     store.close()
     again = JobStore(path)
     assert again.get(record.id) == replace(record, last_event=1, answers=(JobAnswer(0), answer))
@@ -167,7 +167,7 @@ def test_refused_submissions_leave_nothing(store: JobStore) -> None:
     assert store.count() == 1
 
 
-def test_life_of_a_job(store: JobStore) -> None:
+def test_life_of_a_job(store: JobStore, clock: Clock) -> None:
     job_id = submit(store)
     steps = [  # expected, new, took place, (started, finished, restarts) after it
         ({JobState.DECODING}, JobState.SUCCEEDED, False, (None, None, 0)),
@@ -182,7 +182,8 @@ def test_life_of_a_job(store: JobStore) -> None:
         (ACTIVE, JobState.CANCELLED, False, (3.0, 9.0, 2)),
     ]
     for number, (expected, new, happened, after) in enumerate(steps, 1):
-        assert store.transition(job_id, expected, new, error="lost", now=float(number)) is happened
+        clock.now = float(number)
+        assert store.transition(job_id, expected, new, error="lost") is happened
         record = store.get(job_id)
         assert record is not None
         assert (record.started, record.finished, record.restarts) == after
@@ -256,12 +257,13 @@ def test_late_tokens_are_dropped(store: JobStore) -> None:
         (gone, ACTIVE, JobState.FAILED),
         (running, ACTIVE, JobState.SUCCEEDED),
     ]
-    assert store.commit_step(step, changes, answers) == [False, False, True]
+    store.commit_step(step, changes, answers)
+    assert [store.state(job_id) for job_id in (ended, gone, running)] == [JobState.CANCELLED, None, JobState.SUCCEEDED]
     record = store.get(ended)
     assert record is not None
     assert (record.last_event, record.state, record.answers[0].text) == (2, JobState.CANCELLED, "half")
     assert [len(store.tokens(job_id)) for job_id in (ended, gone, running)] == [2, 0, 2]
-    assert store.commit_step([], [], []) == []
+    store.commit_step([], [], [])
 
 
 @pytest.mark.parametrize("limit", [1, 6, 7, 8])
@@ -312,13 +314,13 @@ def test_forged_cursors(store: JobStore, cursor: str) -> None:
             store.list_jobs(limit=limit)
 
 
-def test_only_ended_jobs_are_forgotten(store: JobStore) -> None:
+def test_only_ended_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
     running, old, new = submit(store), submit(store), submit(store)
     commit(store, old, tokens(1, 3))
     assert not store.delete(running)
     assert not store.delete(new_id("job"))
-    assert store.transition(old, ACTIVE, JobState.SUCCEEDED, now=100.0)
-    assert store.transition(new, ACTIVE, JobState.SUCCEEDED, now=101.0)
+    for job_id, clock.now in ((old, 100.0), (new, 101.0)):
+        assert store.transition(job_id, ACTIVE, JobState.SUCCEEDED)
     assert store.expire(now=110.0, ttl_s=10.0) == 0
     assert store.expire(now=110.5, ttl_s=10.0) == 1
     assert (store.get(old), store.tokens(old)) == (None, [])
@@ -337,13 +339,14 @@ def test_documents_in_use_stay(store: JobStore) -> None:
     assert store.touch_document(DOCUMENT.id, 60.0)
     assert not store.touch_document(new_id("doc"), 60.0)
     assert [record.id for record in store.list_documents()] == [other.id, DOCUMENT.id]
-    assert [record.id for record in store.expired_documents(60.0)] == [other.id, DOCUMENT.id]
-    assert store.expired_documents(49.9) == []
+    assert store.expire_documents(49.9) == 0
     job_id = submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
-    assert store.expired_documents(60.0) == [other]
+    assert store.expire_documents(60.0) == 1
+    assert [record.id for record in store.list_documents()] == [DOCUMENT.id]
     with pytest.raises(NotAllowedNow, match="an unfinished job uses it"):
         store.delete_document(DOCUMENT.id)
     run_to(store, job_id, JobState.SUCCEEDED)
+    assert store.expire_documents(59.9) == 0
     assert store.delete_document(DOCUMENT.id)
     assert not store.delete_document(DOCUMENT.id)
     assert store.get_document(DOCUMENT.id) is None

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState, new_id
 from cluster.jobs.store import JobStore
-from cluster.jobs.subscriptions import ChangeNotifier, Subscriptions
+from cluster.jobs.subscriptions import Subscriptions
 from protos.jobs.sampling import AnswerOptions
 
 
-def test_changes_reach_the_subscribers_of_their_job_only():
-    changes = ChangeNotifier()
-    with changes.subscribe("a") as one, changes.subscribe("a") as other, changes.subscribe("b") as stranger:
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    store = JobStore(tmp_path / "jobs.sqlite")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def changes(store: JobStore) -> Subscriptions:
+    def get(job_id: str) -> JobRecord:
+        record = store.get(job_id)
+        assert record is not None
+        return record
+
+    return Subscriptions(store, get, lambda job_id: {}, lambda job_id: None)
+
+
+def test_changes_reach_the_subscribers_of_their_job_only(changes: Subscriptions) -> None:
+    with changes._subscribe("a") as one, changes._subscribe("a") as other, changes._subscribe("b") as stranger:
         changes.notify(["a"])
         assert one.wait(0)
         one.clear()
@@ -26,14 +45,13 @@ def test_changes_reach_the_subscribers_of_their_job_only():
         assert stranger.wait(0)
         stranger.clear()
         changes.close()
-        assert changes.closed
+        assert changes._closed
         assert one.wait(0)
         assert stranger.wait(0)
 
 
-def test_a_sleeping_subscriber_is_not_woken_by_other_jobs():
-    changes = ChangeNotifier()
-    with changes.subscribe("a") as changed:
+def test_a_sleeping_subscriber_is_not_woken_by_other_jobs(changes: Subscriptions) -> None:
+    with changes._subscribe("a") as changed:
         woken: list[bool] = []
         waiting = threading.Thread(target=lambda: woken.append(changed.wait(0.5)))
         waiting.start()
@@ -43,27 +61,17 @@ def test_a_sleeping_subscriber_is_not_woken_by_other_jobs():
     assert woken == [False], "other jobs woke it"
 
 
-def test_nothing_is_kept_of_jobs_without_subscribers():
-    changes = ChangeNotifier()
+def test_nothing_is_kept_of_jobs_without_subscribers(changes: Subscriptions) -> None:
     changes.notify([f"job_{number}" for number in range(10_000)])
     assert len(changes._subscribers) == 0
-    with changes.subscribe("a"):
-        with changes.subscribe("a"):
+    with changes._subscribe("a"):
+        with changes._subscribe("a"):
             assert len(changes._subscribers) == 1
         assert len(changes._subscribers) == 1
     assert len(changes._subscribers) == 0
 
 
-def test_jobs_followed_to_their_end_leave_no_memory(tmp_path: Path):
-    store = JobStore(tmp_path / "jobs.sqlite")
-    changes = ChangeNotifier()
-
-    def get(job_id: str) -> JobRecord:
-        record = store.get(job_id)
-        assert record is not None
-        return record
-
-    subscriptions = Subscriptions(store, changes, get, lambda job_id: {}, lambda job_id: None)
+def test_jobs_followed_to_their_end_leave_no_memory(store: JobStore, changes: Subscriptions) -> None:
     ids = []
     for _ in range(101):
         record, _ = store.create(JobSpec(JobInput(prompt="p"), AnswerOptions()), new_id("job"), 1, {})
@@ -71,10 +79,9 @@ def test_jobs_followed_to_their_end_leave_no_memory(tmp_path: Path):
         store.transition(record.id, [JobState.QUEUED], JobState.CANCELLED)
         ids.append(record.id)
     for job_id in ids:
-        kinds = [type(event).__name__ for event in subscriptions.events(job_id, 0, False)]
+        kinds = [type(event).__name__ for event in changes.events(job_id, 0, False)]
         assert kinds == ["list", "JobRecord"]
-        assert subscriptions.wait(job_id, 5).state is JobState.CANCELLED
+        assert changes.wait(job_id, 5).state is JobState.CANCELLED
     store.expire(time.time() + 10, 1)
     assert len(changes._subscribers) == 0
-    assert not subscriptions.is_followed(ids[0])
-    store.close()
+    assert not changes.is_followed(ids[0])
