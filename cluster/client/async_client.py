@@ -228,9 +228,8 @@ class AsyncDocuments:
         >>> job = await client.submit(document, "What was decided?")
         """
         next(document_pieces(source, name))  # refuses an unreadable file or text before a call is begun
-        return read_message(
-            DocumentInfo, await self._calls.call("UploadDocument", lambda: document_pieces(source, name))
-        )
+        reply = await self._calls.call("UploadDocument", lambda: document_pieces(source, name))
+        return read_message(DocumentInfo, reply)
 
     async def list(self) -> DocumentList:
         """Return all documents, newest first.
@@ -242,10 +241,8 @@ class AsyncDocuments:
 
     async def get(self, document_id: str) -> DocumentInfo:
         """Return one document. Raises NotFound when there is none of this id."""
-        return read_message(
-            DocumentInfo,
-            await self._calls.call("GetDocument", pb.DocumentRequest(id=check_id("document", document_id))),
-        )
+        reply = await self._calls.call("GetDocument", pb.DocumentRequest(id=check_id("document", document_id)))
+        return read_message(DocumentInfo, reply)
 
     async def delete(self, document_id: str) -> None:
         """Forget a document. Raises Conflict while a job needs it, NotFound when there is none of this id."""
@@ -338,9 +335,8 @@ class AsyncClient:
 
     async def job(self, job_id: str) -> AsyncJob:
         """Find a job again. Raises NotFound when there is none of this id."""
-        return AsyncJob(
-            self._calls, read_message(JobData, await self._calls.call("Get", pb.JobRequest(id=check_id("job", job_id))))
-        )
+        message = await self._calls.call("Get", pb.JobRequest(id=check_id("job", job_id)))
+        return AsyncJob(self._calls, read_message(JobData, message))
 
     async def jobs(
         self, states: Collection[str] = (), labels: Mapping[str, str] | None = None, limit: int | None = None

@@ -226,7 +226,8 @@ class Documents:
         >>> job = client.submit(document, "What was decided?")
         """
         next(document_pieces(source, name))  # refuses an unreadable file or text before a call is begun
-        return read_message(DocumentInfo, self._calls.call("UploadDocument", lambda: document_pieces(source, name)))
+        reply = self._calls.call("UploadDocument", lambda: document_pieces(source, name))
+        return read_message(DocumentInfo, reply)
 
     def list(self) -> DocumentList:
         """Return all documents, newest first.
@@ -238,10 +239,8 @@ class Documents:
 
     def get(self, document_id: str) -> DocumentInfo:
         """Return one document. Raises NotFound when there is none of this id."""
-        return read_message(
-            DocumentInfo,
-            self._calls.call("GetDocument", pb.DocumentRequest(id=check_id("document", document_id))),
-        )
+        reply = self._calls.call("GetDocument", pb.DocumentRequest(id=check_id("document", document_id)))
+        return read_message(DocumentInfo, reply)
 
     def delete(self, document_id: str) -> None:
         """Forget a document. Raises Conflict while a job needs it, NotFound when there is none of this id."""
@@ -334,9 +333,8 @@ class Client:
 
     def job(self, job_id: str) -> Job:
         """Find a job again. Raises NotFound when there is none of this id."""
-        return Job(
-            self._calls, read_message(JobData, self._calls.call("Get", pb.JobRequest(id=check_id("job", job_id))))
-        )
+        message = self._calls.call("Get", pb.JobRequest(id=check_id("job", job_id)))
+        return Job(self._calls, read_message(JobData, message))
 
     def jobs(
         self, states: Collection[str] = (), labels: Mapping[str, str] | None = None, limit: int | None = None

@@ -152,8 +152,7 @@ def _fields(path: KeyPath) -> Mapping[str, FieldInfo]:
     """Return the fields of the section at `path`."""
     fields = Config.model_fields
     for part in path:
-        annotation: Any = fields[str(part)].annotation
-        fields = (
-            annotation if hasattr(annotation, "model_fields") else get_args(annotation)[0]
-        ).model_fields  # X | None
+        section: Any = fields[str(part)].annotation
+        section, *_ = get_args(section) or (section,)  # X | None
+        fields = section.model_fields
     return fields

@@ -88,7 +88,7 @@ class GrpcStageHandle:
         def read() -> None:
             try:
                 for message in results:
-                    on_results(codec.results_from_pb(message))
+                    on_results([read_message(StepResult, result) for result in message.results])
             except Exception as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
                 if not self._closing:
                     on_lost(f"{self.name} is gone: {_details(error)}")

@@ -1,6 +1,6 @@
-"""Dataclasses to protobuf and back: every message has the name and the fields of its dataclass in `messages`.
+"""Dataclasses to protobuf: every message has the name and the fields of its dataclass in `messages`.
 
-What arrives passes the checks of the dataclasses' constructors.
+`protos.jobs.convert.read_message` is the way back; what arrives passes the checks of the dataclasses' constructors.
 """
 
 from __future__ import annotations
@@ -12,38 +12,20 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from protos.jobs.convert import read_message
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import StepPlan, StepResult
+from protos.stage.messages import StepPlan
 
 _Encode = Callable[[Any], Any]
 
 
 def encode(value: object) -> Any:
-    """Return the message of a dataclass; `read_message` is the way back."""
+    """Return the message of a dataclass."""
     return _encoder(type(value).__name__)(value)
 
 
 def plans_to_pb(plans: Iterable[StepPlan], with_tokens: bool = True) -> pb.StepPlans:
     """Encode plans; `with_tokens=False` leaves out the token ids, which only the first stage reads."""
     return pb.StepPlans(plans=map(encode, plans if with_tokens else map(_without_tokens, plans)))
-
-
-def plans_from_pb(message: pb.StepPlans) -> list[StepPlan]:
-    """Decode plans.
-
-    Raises:
-        ValueError: a sampling parameter is out of its range.
-    """
-    return [read_message(StepPlan, plan) for plan in message.plans]
-
-
-def results_to_pb(results: Iterable[StepResult]) -> pb.StepResults:
-    return pb.StepResults(results=map(encode, results))
-
-
-def results_from_pb(message: pb.StepResults) -> list[StepResult]:
-    return [read_message(StepResult, result) for result in message.results]
 
 
 def _without_tokens(plan: StepPlan) -> StepPlan:

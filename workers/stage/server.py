@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
+from protos.jobs.convert import read_message
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
@@ -171,7 +172,7 @@ class StageServer(rpc.StageServicer):
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
                 for group in worker.run(_plans(bursts)):
-                    results.put(codec.results_to_pb(group))
+                    results.put(pb.StepResults(results=map(codec.encode, group)))
             finally:
                 self._running.release()
                 results.put(None)
@@ -224,7 +225,7 @@ def _plans(bursts: Iterator[pb.StepPlans]) -> Iterator[list[StepPlan]]:
     """Decode the plans of a call until it ends, however it ends. Raises ValueError for what is no plan."""
     with contextlib.suppress(grpc.RpcError):
         for burst in bursts:
-            yield codec.plans_from_pb(burst)
+            yield [read_message(StepPlan, plan) for plan in burst.plans]
 
 
 def main() -> None:

@@ -87,8 +87,8 @@ def wire(message):
 
 
 def round_trip(plan: StepPlan, with_tokens: bool = True) -> StepPlan:
-    (plan,) = codec.plans_from_pb(wire(codec.plans_to_pb([plan], with_tokens)))
-    return plan
+    (message,) = wire(codec.plans_to_pb([plan], with_tokens)).plans
+    return read_message(StepPlan, message)
 
 
 @settings(max_examples=150, deadline=None)
@@ -107,15 +107,16 @@ def test_plans_for_later_stages_lose_their_token_ids_only(plan: StepPlan):
 @settings(max_examples=100, deadline=None)
 @given(RESULTS)
 def test_results(result: StepResult):
-    assert codec.results_from_pb(wire(codec.results_to_pb([result]))) == [result]
+    assert read_message(StepResult, wire(codec.encode(result))) == result
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(PLANS, max_size=7), st.lists(RESULTS, max_size=7))
 def test_bursts_keep_their_order(plans: list[StepPlan], results: list[StepResult]):
-    assert codec.plans_from_pb(wire(codec.plans_to_pb(plans))) == plans
-    assert codec.results_from_pb(wire(codec.results_to_pb(results))) == results
-    bare = codec.plans_from_pb(wire(codec.plans_to_pb(plans, with_tokens=False)))
+    sent = wire(pb.StepResults(results=map(codec.encode, results)))
+    assert [read_message(StepPlan, plan) for plan in wire(codec.plans_to_pb(plans)).plans] == plans
+    assert [read_message(StepResult, result) for result in sent.results] == results
+    bare = [read_message(StepPlan, plan) for plan in wire(codec.plans_to_pb(plans, with_tokens=False)).plans]
     assert not any(len(part.token_ids) for plan in bare for part in plan.slices)
 
 
@@ -156,7 +157,7 @@ def test_parameters_are_checked_where_they_arrive():
     message = codec.plans_to_pb([StepPlan(1, (SequenceSlice(1, 0, 1, 1, (), (), 1, SampleSpec(SamplingParams(), 0)),))])
     message.plans[0].slices[0].sample.params.temperature = -1
     with pytest.raises(ValueError, match="temperature"):
-        codec.plans_from_pb(message)
+        read_message(StepPlan, message.plans[0])
 
 
 def test_every_field_of_a_message_has_its_place_in_protobuf():

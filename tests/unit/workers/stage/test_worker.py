@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protos.jobs.convert import read_message
 from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, RopeSpec, SparseSpec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
@@ -67,7 +68,7 @@ def test_sparse_cells_are_reported(tmp_path: Path) -> None:
     ]
     assert all(cell.sequence == 1 and cell.first_head == 0 and len(cell.density) == HEADS for cell in found.cells)
     assert 0 < found.estimate_us <= found.compute_us
-    assert codec.results_from_pb(codec.results_to_pb([found]))[0].samples == found.samples
+    assert read_message(StepResult, codec.encode(found)).samples == found.samples
 
 
 def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
