@@ -96,10 +96,10 @@ class HeadProcess:
             return False
 
     def kill(self) -> None:
-        """SIGKILL, then wait until no process of this head is left."""
+        """SIGKILL, then wait until no process of this head is left: Ray's runtime environment agent may take 60 s."""
         self.process.kill()
         self.process.wait()
-        until(lambda: not self.processes(self.mark), "no process of the killed head survives", 60.0)
+        until(lambda: not self.processes(self.mark), "no process of the killed head survives")
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
