@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -275,13 +276,18 @@ def _columns(kind: type[OutputToken | JobAnswer | DocumentRecord]) -> str:
     return ", ".join(field.name for field in fields(kind))
 
 
-def _insert(db: sqlite3.Connection, table: str, seq: int | None, items: Iterable[OutputToken | JobAnswer]) -> None:
-    """Store objects as rows of a job, with tuples and mappings as JSON; a row of the same key is replaced."""
-    for item in items:
-        values = [getattr(item, field.name) for field in fields(item)]
-        row = [json.dumps(value) if isinstance(value, (tuple, Mapping)) else value for value in values]
-        query = f"INSERT OR REPLACE INTO {table} (job, {_columns(type(item))}) VALUES (?{', ?' * len(row)})"
-        db.execute(query, (seq, *row))
+def _insert(db: sqlite3.Connection, table: str, seq: int | None, items: Sequence[OutputToken | JobAnswer]) -> None:
+    """Store objects of one type as rows of a job, tuples and mappings as JSON; a row of the same key is replaced."""
+    if not items:
+        return
+    names = [field.name for field in fields(items[0])]
+    rows = [[seq, *map(_column, attrgetter(*names)(item))] for item in items]
+    marks = ", ".join("?" * len(rows[0]))
+    db.executemany(f"INSERT OR REPLACE INTO {table} (job, {', '.join(names)}) VALUES ({marks})", rows)
+
+
+def _column(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (tuple, Mapping)) else value
 
 
 def _token(row: Sequence[Any]) -> OutputToken:

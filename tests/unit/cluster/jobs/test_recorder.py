@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -20,13 +19,6 @@ from tests.support.fakes.stage import eventually
 
 PROGRESS = PrefillProgress(8, 0, 8, None)
 TOP = (TokenLogprob(5, -0.5),)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    store = JobStore(tmp_path / "jobs.sqlite")
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,13 +12,6 @@ from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState, new_id
 from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import Subscriptions
 from protos.jobs.sampling import AnswerOptions
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    store = JobStore(tmp_path / "jobs.sqlite")
-    yield store
-    store.close()
 
 
 @pytest.fixture
