@@ -60,6 +60,7 @@ def test_long_answers_have_longer_bursts(step_s: float, depth: int):
             rig.last.let(1)
             ahead = min(depth, max(6, (done - 1) // 2))
             eventually(lambda done=done, ahead=ahead: len(rig.last.plans) >= done + (ahead if done > 1 else 1))
+        eventually(lambda: len(rig.last.plans) >= 40 + depth)
         time.sleep(0.02)
         assert len(rig.last.plans) == 40 + depth
         rig.last.let(1000)

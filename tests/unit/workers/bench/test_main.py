@@ -103,6 +103,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert "torch finds no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_written_checkpoint_is_the_benchmark_model(tmp_path: Path) -> None:
     size = write_checkpoint(tmp_path / "model", layers=1)
     stored = (tmp_path / "model" / "model.safetensors").stat().st_size

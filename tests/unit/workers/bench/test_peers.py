@@ -10,6 +10,7 @@ from workers.bench.model import write_checkpoint
 from workers.bench.peers import measure_peers
 
 
+@pytest.mark.slow
 def test_both_engines_are_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     write_checkpoint(tmp_path / "model", layers=1)

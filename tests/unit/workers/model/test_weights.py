@@ -291,6 +291,7 @@ BIG = replace(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     ("form", "cases"), [("each", [(1, "bfloat16"), (2, "bfloat16")]), ("transposed", [(2, "float32")])]

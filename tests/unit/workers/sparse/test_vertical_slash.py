@@ -232,6 +232,7 @@ print(json.dumps({"peak": status("VmHWM") - before, "columns": [len(one.columns)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: PyTorch keeps whole matrices")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no Linux: the peak cannot be measured")
 @pytest.mark.parametrize(("kind", "heads"), [("fixed", 8), ("fixed", 1), ("adaptive", 8), ("adaptive", 3)])
