@@ -1,4 +1,4 @@
-"""`python -m cluster.bench`: what the service costs, how fair it is, what load leaves behind, and vLLM beside it."""
+"""`python -m cluster.bench`: what the service costs, how fair it is, what load and kills do to it, vLLM beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any
 
 import click
 
+from cluster.bench.cycles import measure_cycles
+from cluster.bench.kills import measure_kills
 from cluster.bench.load import measure_load
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.common.units import parse_count
@@ -25,6 +27,7 @@ from protos.node.peers import Engine, Run, compare, run_peer
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
 _WARM_UP = 4096  # tokens
+_OUT = click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file.")
 _SPARSE: dict[str, object] = {
     "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "synthetic": True, "recall_floor": 0.0,
 }  # fmt: skip
@@ -79,7 +82,7 @@ def _measurement(command: Callable[..., dict[str, Any]]) -> click.Command:
         click.echo(write_result(out, command(**options)))
 
     for option in (
-        click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file."),
+        _OUT,
         click.option("--chunk", default="2048", callback=_count, help="Tokens of a step."),
         click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint."),
     ):
@@ -239,6 +242,38 @@ def peers(
     results = [{"mode": mode} | compare(engines, length, repeats) for length in counts]
     what = "the cluster through its client beside vLLM"
     return {"what": what, "chunk": chunk, "threads": threads, "pattern": pattern, "results": results}
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@main.command()
+@click.option("--kills", "count", type=click.IntRange(1), default=40, show_default=True, help="SIGKILLs in all.")
+@click.option("--seed", default=1, show_default=True, help="Of the order, the pauses and the jobs.")
+@click.option("--stages", type=click.IntRange(1), default=2, show_default=True, help="Stages of the pipeline.")
+@click.option("--jobs", type=click.IntRange(1), default=6, show_default=True, help="Jobs in flight at a time.")
+@_OUT
+def kills(out: Path | None, count: int, seed: int, stages: int, jobs: int) -> None:
+    """Kill head, stages, raylet and GCS at random under jobs of the demo model; every token must be as undisturbed."""
+    _say(f"seed {seed}")
+    what = "jobs under random SIGKILLs of head, stage, raylet and GCS"
+    result = {"what": what, "stages": stages, "at_once": jobs} | measure_kills(count, seed, stages, jobs, _say)
+    click.echo(write_result(out, result))
+    if any(result[key] for key in ("lost", "given_up", "wrong_tokens", "wrong_streams", "other_states")):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--count", type=click.IntRange(1), default=30, show_default=True, help="Cycles, after one to warm up.")
+@_OUT
+def cycles(out: Path | None, count: int) -> None:
+    """Count what `up`, `submit` and `down` of the demo model leave behind on this machine."""
+    what = "files, processes and descriptors after cycles of up, submit, down"
+    result = {"what": what} | measure_cycles(count, _say)
+    click.echo(write_result(out, result))
+    if any(result["left"].values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""A head in processes of its own, which may be killed: `longreach serve`, and everything that it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from cluster.client.connection import read_state
+from cluster.client.errors import Unavailable
+
+MARK = "LONGREACH_HEAD_MARK"  # in the environment of a head, which every process that it starts inherits
+Role = Literal["head", "stage", "raylet", "gcs"]
+ROLES: tuple[Role, ...] = ("head", "stage", "raylet", "gcs")
+_TITLES: dict[Role, str] = {"stage": "StageActor", "raylet": "raylet/raylet", "gcs": "gcs/gcs_server"}
+_PATIENCE_S = 120.0  # nothing waits as long when all is well
+
+
+def until(condition: Callable[[], object], what: str, within_s: float = _PATIENCE_S) -> None:
+    """Wait for a condition. Raises TimeoutError naming `what`."""
+    end = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"it did not happen within {within_s:g} s: {what}")
+        time.sleep(0.02)
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Return the running processes that inherited a mark."""
+    processes = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                processes.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return processes
+
+
+class HeadProcess:
+    """A `longreach serve` over a configuration; started, killed and started again on the same data directory."""
+
+    def __init__(self, config: Path, data_dir: Path, log: Path) -> None:
+        """Args: `log` gets what the head prints."""
+        self._config = config
+        self._data_dir = data_dir
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._mark = ""
+
+    def start(self) -> None:
+        """Start a head and wait until it is ready."""
+        self._mark = uuid.uuid4().hex
+        command = [sys.executable, "-m", "cluster.cli", "serve", str(self._config)]
+        environment = os.environ | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        until(self._is_ready, "a ready head")
+
+    def _is_ready(self) -> bool:
+        if not self.is_running:
+            raise RuntimeError(f"the head ended: {self._log.read_text(errors='replace')[-2000:]}")
+        try:
+            return int(read_state(self._data_dir)["pid"]) == self.pid
+        except Unavailable:
+            return False
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def processes(self) -> list[psutil.Process]:
+        """Return what runs of the newest head, itself included."""
+        return marked_processes(self._mark)
+
+    def find(self, role: Role) -> list[psutil.Process]:
+        """Return the processes of the newest head that have a role."""
+        if role == "head":
+            return [psutil.Process(self.pid)]
+        return [process for process in self.processes() if _TITLES[role] in _command(process)]
+
+    def wait_for_end(self) -> None:
+        """Return once no process of a head that was killed is left."""
+        assert self._process is not None, "start() comes first"
+        self._process.wait(_PATIENCE_S)
+        until(lambda: not self.processes(), "no process of the killed head survives")
+
+    def stop(self) -> int:
+        """Stop the head in order; returns its exit code."""
+        assert self._process is not None, "start() comes first"
+        if self.is_running:
+            self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(_PATIENCE_S)
+
+    def close(self) -> None:
+        """Kill whatever is left."""
+        for process in self.processes() if self._mark else ():
+            process.kill()
+        if self._process is not None:
+            self._process.wait()
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
