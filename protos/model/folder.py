@@ -58,7 +58,8 @@ def explain(folder: Path) -> str:
     """Return what a folder without a checkpoint that can be loaded holds, with the way out."""
     if not folder.is_dir():
         if folder.exists():
-            return "is a file: name the folder that holds config.json and safetensors"
+            kind = None if folder.suffix == ".safetensors" else _kind([folder.name])
+            return kind or "a file, not a folder: name the folder that holds config.json and safetensors"
         return "there is no such folder: name the folder of a model"
     try:
         names = _names(folder)
@@ -78,12 +79,19 @@ def explain(folder: Path) -> str:
 def _explain_names(names: list[str], inner: list[str]) -> str:
     if entries := [name for name in names if name.startswith(_CACHE_ENTRY)]:
         return f"the folder is the Hugging Face cache: name one of its models, such as {shown(entries[0])}"
-    for pattern, kind, way_out in _KINDS:
-        if match := next((name for name in names if re.fullmatch(pattern, name)), None):
-            return f"the folder holds {kind} ({shown(match)}): {way_out}"
+    if found := _kind(names):
+        return f"the folder holds {found}"
     if inner:
         return f"the folder holds no model but folders of models: name one, such as {shown(inner[0])}"
     return f"the folder {f'holds only {shown(names[0])}, ...' if names else 'is empty'}: name the folder of a model"
+
+
+def _kind(names: list[str]) -> str | None:
+    """Return what the first telling file is, with the way out."""
+    for pattern, kind, way_out in _KINDS:
+        if match := next((name for name in names if re.fullmatch(pattern, name)), None):
+            return f"{kind} ({shown(match)}): {way_out}"
+    return None
 
 
 def _names(folder: Path) -> list[str]:
