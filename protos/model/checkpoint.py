@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from protos.model.weight_files import (
 __all__ = ["Checkpoint", "CheckpointError", "StoredTensor", "expected_tensors", "fingerprint_of"]
 
 _SAMPLE = 64 * 1024  # bytes of a file's data in the fingerprint, three times
-_MAX_STACKED = 1 << 20  # tensors in stacks of experts: 94 layers of 128 experts have 36,096
+_MAX_TENSORS = 1 << 20  # with those in stacks of experts, which no header bounds: a model of 235B parameters has 36,946
 
 
 class StoredTensor(NamedTuple):
@@ -44,21 +44,23 @@ class StoredTensor(NamedTuple):
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor the model needs, in layer order; `lm_head.weight` unless tied."""
-    return dict(_each_tensor(spec, stacked=()))
+    return dict(_each_tensor(spec, lambda layer: False))
 
 
-def _each_tensor(spec: ModelSpec, stacked: Collection[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield what `expected_tensors` returns one by one, without the experts of the layers `stacked`."""
+def _each_tensor(spec: ModelSpec, is_stacked: Callable[[int], bool]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield what `expected_tensors` returns one by one, without the experts of layers that store them in a stack."""
     yield EMBEDDING, (spec.vocab_size, spec.hidden_size)
     for layer in range(spec.num_hidden_layers):
-        for name, shape in _layer_tensors(spec, layer, layer in stacked):
+        for name, shape in _layer_tensors(spec, layer, is_stacked):
             yield f"model.layers.{layer}.{name}", shape
     yield "model.norm.weight", (spec.hidden_size,)
     if not spec.tie_word_embeddings:
         yield LM_HEAD, (spec.vocab_size, spec.hidden_size)
 
 
-def _layer_tensors(spec: ModelSpec, layer: int, stacked: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer_tensors(
+    spec: ModelSpec, layer: int, is_stacked: Callable[[int], bool]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     keys = spec.num_key_value_heads * spec.head_dim
     yield "input_layernorm.weight", (hidden,)
@@ -77,7 +79,7 @@ def _layer_tensors(spec: ModelSpec, layer: int, stacked: bool) -> Iterator[tuple
         yield from _mlp_tensors("mlp", spec.intermediate_size, hidden, spec.mlp_bias)
         return
     yield "mlp.gate.weight", (spec.num_experts, hidden)
-    for expert in range(0 if stacked else spec.num_experts):
+    for expert in range(0 if is_stacked(layer) else spec.num_experts):
         yield from _mlp_tensors(f"mlp.experts.{expert}", spec.moe_intermediate_size, hidden, False)
 
 
@@ -108,14 +110,16 @@ class Checkpoint:
         headers = read_headers(model_dir)
         if found := unreadable(headers):
             raise headers[found[0]].error(found[1])
-        stacked = {layer for layer in range(spec.num_hidden_layers) if _is_stacked(headers, spec, layer)}
         tensors: dict[str, StoredTensor] = {}
-        for name, shape in _each_tensor(spec, stacked):
+
+        def is_stacked(layer: int) -> bool:
+            if f"model.layers.{layer}.mlp.experts.gate_up_proj" not in headers:
+                return False
+            tensors.update(_index_stack(model_dir, headers, spec, layer, _MAX_TENSORS - len(tensors)))
+            return True
+
+        for name, shape in _each_tensor(spec, is_stacked):
             tensors[name] = _stored(_find(model_dir, headers, spec, name, shape))
-        for layer in stacked:
-            tensors |= _index_stack(model_dir, headers, spec, layer)
-            if len(tensors) > _MAX_STACKED:
-                raise CheckpointError(f"{model_dir}: more than {_MAX_STACKED} tensors: more than any model has")
         if spec.tie_word_embeddings and LM_HEAD in headers:
             head = _find(model_dir, headers, spec, LM_HEAD, (spec.vocab_size, spec.hidden_size))
             if not head.has_data_of(headers.get(EMBEDDING, head)):
@@ -131,10 +135,6 @@ class Checkpoint:
 
 def _stored(header: Header, expert: int | None = None, first_row: int = 0, transposed: bool = False) -> StoredTensor:
     return StoredTensor(header.path.name, header.name, header.dtype, expert, first_row, transposed)
-
-
-def _is_stacked(headers: dict[str, Header], spec: ModelSpec, layer: int) -> bool:
-    return f"model.layers.{layer}.mlp.experts.gate_up_proj" in headers and spec.is_moe_layer(layer)
 
 
 def _find(
@@ -161,8 +161,10 @@ def _missing(model_dir: Path, headers: dict[str, Header], name: str, hint: str =
     return CheckpointError(f"{model_dir}: {name}: missing from the checkpoint: {reason}{hint}")
 
 
-def _index_stack(model_dir: Path, headers: dict[str, Header], spec: ModelSpec, layer: int) -> dict[str, StoredTensor]:
-    """Return the experts of a fused layer.
+def _index_stack(
+    model_dir: Path, headers: dict[str, Header], spec: ModelSpec, layer: int, room: int
+) -> dict[str, StoredTensor]:  # fmt: skip
+    """Return the experts of a fused layer, at most `room` tensors.
 
     The two shapes together always determine the orientation: both matrices are square only when `I == M` and `2I == M`.
     """
@@ -178,8 +180,10 @@ def _index_stack(model_dir: Path, headers: dict[str, Header], spec: ModelSpec, l
     is_square = gate_up_shapes[0] == gate_up_shapes[1]  # then the other matrix tells
     transposed = down.shape == down_shapes[1] if is_square else gate_up.shape == gate_up_shapes[1]
     down.check(down_shapes[transposed])
+    if 3 * count > room:
+        raise gate_up.error(f"{count} experts: at most {_MAX_TENSORS} tensors are read, more than any model has")
     tensors = {}
-    for expert in range(min(count, _MAX_STACKED)):
+    for expert in range(count):
         for part, header, first_row in (("gate", gate_up, 0), ("up", gate_up, width), ("down", down, 0)):
             name = f"{prefix}{expert}.{part}_proj.weight"
             if name in headers:

@@ -12,6 +12,7 @@ from pathlib import Path
 from protos.model.files import AGAIN, CONVERT, ORIGINAL, read_bounded, shown
 
 ADAPTER = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
 _MERGE = "merge it into its base model with peft (merge_and_unload), save that, and name the new folder"
 _LISTED = 10_000  # names of a folder that are looked at
 _CACHE_ENTRY = "models--"
@@ -21,9 +22,12 @@ _KINDS = (  # file names, what they are, the way out; the first that is there te
     (r".*\.incomplete", "a download that was interrupted", "start the same download again; it continues"),
     (r"quantize_config\.json|quant_config\.json", "weights quantized with GPTQ or AWQ", ORIGINAL),
     (r"consolidated\..*\.pth|params\.json", "a checkpoint in Meta's format", "use the one with config.json"),
-    (r".*\.(bin|pth|pt|ckpt)(\.index\.json)?", "PyTorch pickles, which can run code", CONVERT),
+    (
+        r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pth|pt|ckpt)(\.index\.json)?",
+        "PyTorch pickles, which can run code",
+        CONVERT,
+    ),
     (r".*\.(h5|msgpack|onnx|npz|nemo|mlmodel)", "weights of another framework", CONVERT),
-    (r".*\.safetensors", "safetensors that no index names", "download model.safetensors.index.json as well"),
 )
 
 
@@ -58,14 +62,15 @@ def explain(folder: Path) -> str:
     """Return what a folder without a checkpoint that can be loaded holds, with the way out."""
     if not folder.is_dir():
         if folder.exists():
-            kind = None if folder.suffix == ".safetensors" else _kind([folder.name])
-            return kind or "a file, not a folder: name the folder that holds config.json and safetensors"
+            return (
+                _kind([folder.name]) or "a file, not a folder: name the folder that holds config.json and safetensors"
+            )
         return "there is no such folder: name the folder of a model"
     try:
         names = _names(folder)
         if "snapshots" in names:
             found = _names(folder / "snapshots")
-            listed = f"name one of {shown(', '.join(found))} in snapshots" if found else AGAIN
+            listed = f"name one in snapshots, such as {shown(found[0])}" if found else AGAIN
             return f"the folder is an entry of the Hugging Face cache without a snapshot in use: {listed}"
         names += [each.name for each in islice((folder / ".cache/huggingface/download").glob("*.incomplete"), 1)]
         if folder.parent.name == "snapshots":
@@ -81,8 +86,14 @@ def _explain_names(names: list[str], inner: list[str]) -> str:
         return f"the folder is the Hugging Face cache: name one of its models, such as {shown(entries[0])}"
     if found := _kind(names):
         return f"the folder holds {found}"
+    if any(name.startswith("model.safetensors") for name in names):
+        return f"the folder holds weights without config.json: {AGAIN}, with all JSON files"
+    if stray := next((name for name in names if name.endswith(".safetensors")), None):
+        return f"no index names the safetensors of the folder ({shown(stray)}): download {INDEX} as well"
     if inner:
         return f"the folder holds no model but folders of models: name one, such as {shown(inner[0])}"
+    if "config.json" in names:
+        return f"the folder holds config.json and no weights: {AGAIN}, with all safetensors files"
     return f"the folder {f'holds only {shown(names[0])}, ...' if names else 'is empty'}: name the folder of a model"
 
 

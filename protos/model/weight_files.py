@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from protos.errors import UserError
 from protos.model.files import AGAIN, MAX_JSON, ORIGINAL, open_regular, shown, what_it_is
-from protos.model.folder import ADAPTER, explain
+from protos.model.folder import ADAPTER, INDEX, explain
 from protos.model.json_fields import ModelConfigError, read_json_value
 from protos.model.tensor_names import canonical
 
 DTYPES = ("F32", "BF16", "F16")
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADERS = 4 * MAX_JSON  # bytes, of all files together
 _COMPARED = 4 << 20  # bytes of two tensors that are compared at once
@@ -110,7 +109,7 @@ def _compare_index(model_dir: Path, weight_map: dict[str, str], files: dict[str,
     for name, file in weight_map.items():
         if (found := files.get(name)) is None or (found != file and not _holds(model_dir / file, name)):
             where = f", but in {found}: correct the index, or {AGAIN}" if found else f": {AGAIN}"
-            raise CheckpointError(f"{model_dir / file}: {shown(name)}: not in the file that {_INDEX} names{where}")
+            raise CheckpointError(f"{model_dir / file}: {shown(name)}: not in the file that {INDEX} names{where}")
 
 
 def _holds(path: Path, name: str) -> bool:
@@ -158,7 +157,7 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 
 
 def _absent(path: Path, indexed: bool) -> CheckpointError:
-    named = f": named by {_INDEX}" if indexed else ""
+    named = f": named by {INDEX}" if indexed else ""
     if path.is_symlink():
         return CheckpointError(f"{path}: no such file{named}: a link to {path.readlink()}, which is not there: {AGAIN}")
     unfinished = any(islice(path.parent.glob("**/*.incomplete"), 1))
@@ -168,11 +167,11 @@ def _absent(path: Path, indexed: bool) -> CheckpointError:
 
 def _weight_map(model_dir: Path) -> dict[str, str] | None:
     """Return the `weight_map` of the index, None for a checkpoint in one file, which goes first as in transformers."""
-    path = model_dir / _INDEX
+    path = model_dir / INDEX
     if (model_dir / _SINGLE).exists() or (model_dir / _SINGLE).is_symlink():
         return None
     if not path.exists():
-        raise CheckpointError(f"{model_dir}: neither {_SINGLE} nor {_INDEX}: {explain(model_dir)}")
+        raise CheckpointError(f"{model_dir}: neither {_SINGLE} nor {INDEX}: {explain(model_dir)}")
     try:
         value = read_json_value(path)
     except ModelConfigError as error:
