@@ -20,6 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch's other names
 _SILU = ("silu", "swish")  # one function
 _DEFAULT_EPS = 1e-6  # of every family
+_MAX_LAYERS, _MAX_HEADS = 1000, 4096  # of one layer; the largest published models have 126 layers and 128 heads
 _MAX_WINDOW_LAYERS = 28  # from which layer on `use_sliding_window` applies, where the file does not say
 
 
@@ -63,9 +64,9 @@ def load_model_spec(
     """
     config = _read_config(Path(model_dir), config_file)
     model_type, family = _family(config)
-    layers, hidden = config.integer("num_hidden_layers", high=10_000), config.integer("hidden_size")
+    layers, hidden = config.integer("num_hidden_layers", high=_MAX_LAYERS), config.integer("hidden_size")
     _refuse_unsupported(config, family, layers)
-    heads = config.integer("num_attention_heads")
+    heads = config.integer("num_attention_heads", high=_MAX_HEADS)
     absent = "num_key_value_heads" not in config.values  # null means that they are as many as query heads
     kv_heads = config.integer("num_key_value_heads", default=(absent and family.kv_heads) or heads)
     if heads % kv_heads:
