@@ -67,10 +67,7 @@ def load_model_spec(
     layers, hidden = config.integer("num_hidden_layers", high=_MAX_LAYERS), config.integer("hidden_size")
     _refuse_unsupported(config, family, layers)
     heads = config.integer("num_attention_heads", high=_MAX_HEADS)
-    absent = "num_key_value_heads" not in config.values  # null means that they are as many as query heads
-    kv_heads = config.integer("num_key_value_heads", default=(absent and family.kv_heads) or heads)
-    if heads % kv_heads:
-        raise config.error("num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})")
+    kv_heads = _kv_heads(config, family, heads)
     attention_bias = config.boolean("attention_bias", default=False)
     vocab = config.integer("vocab_size")
     positions = config.integer("max_position_embeddings", default=family.positions, high=MAX_POSITIONS)
@@ -158,6 +155,16 @@ def _has_window(config: Fields, family: _Family, layers: int) -> bool:
     if family.window == "none" or ("sliding_window" in config.values and config.get("sliding_window") is None):
         return False
     return family.window == "all" or config.integer("max_window_layers", default=_MAX_WINDOW_LAYERS, low=0) < layers
+
+
+def _kv_heads(config: Fields, family: _Family, heads: int) -> int:
+    """Return the KV heads: null means as many as query heads, a missing key the family's number where that divides."""
+    is_absent = "num_key_value_heads" not in config.values
+    usual = family.kv_heads if is_absent and family.kv_heads and heads % family.kv_heads == 0 else heads
+    kv_heads = config.integer("num_key_value_heads", default=usual)
+    if heads % kv_heads:
+        raise config.error("num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})")
+    return kv_heads
 
 
 def _head_dim(config: Fields, family: _Family, hidden: int, heads: int) -> int:

@@ -60,7 +60,7 @@ def test_published_patterns(tmp_path: Path) -> None:
 
 INLINE = DUAL | {"sparse_attention_config": PATTERNS}
 FIRST, OTHER = HeadBudget(1000, 6096), HeadBudget(7, 9)
-IN_FILE = [dict.fromkeys("0123", ["vertical_and_slash", 7, 9, 0.5])] * LAYERS
+IN_FILE = [{head: ["vertical_and_slash", 7, 9, 0.5] for head in "0123"}] * LAYERS
 
 
 @pytest.mark.parametrize(("stored", "file", "given", "first"), [
@@ -105,9 +105,9 @@ def test_the_yaml_sets_the_patterns_of_the_file_aside(tmp_path: Path) -> None:
     ("version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not the file itself: run git lfs pull"),
     ("1", "patterns: 1: must be a list of 3 objects, one a layer; is no list"),
     (json.dumps({"0": IN_FILE[0]}), "must be a list of 3 objects, one a layer; is no list"),
-    (json.dumps(IN_FILE[:2]), "must be a list of 3 objects, one a layer; has 2; move the file away, or say sparse.enab"),
+    (json.dumps(IN_FILE[:2]), "must be a list of 3 objects, one a layer; has 2; move the file away, or say"),
     (json.dumps([*IN_FILE[:2], {"4": HEAD}]), "patterns[2]: '4': must be a head from 0 to 3"),
-    (json.dumps([*IN_FILE[:2], {"0": ["block_sparse", 1, 1, 1]}]), "patterns[2][0]: ['block_sparse', 1, 1, 1]: must be"),
+    (json.dumps([*IN_FILE[:2], {"0": ["block_sparse", 1, 1, 1]}]), "patterns[2][0]: ['block_sparse', 1, 1, 1]: must"),
     (json.dumps([*IN_FILE[:2], {"0": ["vertical_and_slash", 1]}]), "patterns[2][0]"),
 ])  # fmt: skip
 def test_a_bad_file_of_patterns_is_named(tmp_path: Path, file: str, message: str) -> None:
