@@ -25,6 +25,7 @@ from cluster.config.section import RULE_BETWEEN_KEYS, rule_of
 from cluster.config.topology import LayoutError, plan_shards
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath, Problem
 from protos.model.config_json import load_model_spec
+from protos.model.folder import explain
 from protos.model.grid import largest_cell
 from protos.model.json_fields import ModelConfigError
 from protos.model.spec import ModelSpec
@@ -100,7 +101,8 @@ def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:
     """Return the spec of the configured model. Raises ConfigError at the model's file, or at the override at fault."""
     model = config.model
     if not os.path.isdir(model.path):
-        raise source.error(("model", "path"), f"there is no directory {model.path}; it must hold {model.config_file}")
+        absent = f"there is no directory {model.path}; it must hold {model.config_file}"
+        raise source.error(("model", "path"), explain(model.path) if os.path.exists(model.path) else absent)
     overrides = {
         "rope_scaling": model.rope_scaling.as_mapping() if model.rope_scaling else None,
         "dual_chunk": model.dual_chunk_attention.as_mapping() if model.dual_chunk_attention else None,

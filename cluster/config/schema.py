@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from cluster.common.addresses import is_loopback
 from cluster.common.units import BYTES_RULE, COUNT_RULE
@@ -26,6 +26,7 @@ from cluster.config.section import (
     broken_rule,
 )
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
+from protos.model.folder import resolve, served_name
 
 DEFAULT_KV_FRACTION = 0.5
 FILE_RULE = "must be the path of a file"
@@ -37,7 +38,9 @@ TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (te
 class ModelSection(Section):
     """The checkpoint, and the length of its context."""
 
-    path: PathValue = Field(description="must be the path of a directory with config.json")
+    path: Annotated[PathValue, AfterValidator(resolve)] = Field(
+        description="must be the path of a directory with config.json"
+    )
     served_model_name: str = Field(
         default=None, validate_default=True, min_length=1, max_length=200, description=NAME_RULE
     )
@@ -62,7 +65,7 @@ class ModelSection(Section):
     @classmethod
     def _default_name(cls, value: object, info: ValidationInfo) -> object:
         path = info.data.get("path")
-        return value if value is not None else (path.name if path else "") or "model"
+        return value if value is not None else (served_name(path) if path else "") or "model"
 
     @field_validator("dual_chunk_attention", mode="before")
     @classmethod

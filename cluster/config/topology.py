@@ -6,10 +6,8 @@ of a stage. Sizes are parameters unless a name says bytes.
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from cluster.common.text_format import show_value
@@ -77,28 +75,41 @@ def balance(costs: Sequence[int], parts: int) -> list[Span]:
     """Return `costs` cut into `parts` contiguous, non-empty spans with the smallest possible largest sum.
 
     Among those the most even one (least sum of squares), and among equals the one whose last parts are smaller: the
-    last stage has the output head as well. Needs `1 <= parts <= len(costs)`; time is parts * len(costs) ** 2.
+    last stage has the output head as well. Needs `1 <= parts <= len(costs)`; time is about len(costs) ** 2.
     """
     assert 1 <= parts <= len(costs), (parts, len(costs))
     sums = list(accumulate(costs, initial=0))
+    largest, enough = max(costs), sums[-1]  # the smallest limit that `parts` spans keep lies between them
+    while largest < enough:
+        middle = (largest + enough) // 2
+        largest, enough = (largest, middle) if _fits(costs, parts, middle) else (middle + 1, enough)
+    weights = {0: 0}  # least sum of squares of the spans so far, by their end
+    origins: list[dict[int, int]] = []  # of each span: its start by its end
+    for part in range(parts):
+        previous, weights, origin = weights, {}, {}
+        for stop in range(part + 1, len(costs) - (parts - part) + 2):
+            first = max(part, bisect_left(sums, sums[stop] - largest))
+            # from the shortest span on, so that ties keep it
+            starts = [start for start in range(stop - 1, first - 1, -1) if start in previous]
+            if starts:
+                sizes = {start: previous[start] + (sums[stop] - sums[start]) ** 2 for start in starts}
+                origin[stop] = min(starts, key=sizes.__getitem__)
+                weights[stop] = sizes[origin[stop]]
+        origins.append(origin)
+    cuts = [len(costs)]
+    for origin in reversed(origins):
+        cuts.append(origin[cuts[-1]])
+    return [Span(start, stop) for start, stop in pairwise(reversed(cuts))]
 
-    def lightest_cut(weigh: Callable[[int], float], join: Callable[[float, float], float]) -> tuple[float, list[int]]:
-        """Return the least joined weight of the spans, and their boundaries."""
 
-        @cache
-        def cut(stop: int, parts: int) -> tuple[float, list[int]]:
-            if parts == 1:
-                return weigh(sums[stop]), [0, stop]
-            starts = range(stop - 1, parts - 2, -1)  # from the shortest last part on, so that ties keep it
-            weights = {start: join(cut(start, parts - 1)[0], weigh(sums[stop] - sums[start])) for start in starts}
-            start = min(weights, key=weights.__getitem__)
-            return weights[start], [*cut(start, parts - 1)[1], stop]
-
-        return cut(len(costs), parts)
-
-    largest, _ = lightest_cut(lambda cost: cost, max)
-    _, cuts = lightest_cut(lambda cost: cost**2 if cost <= largest else math.inf, operator.add)
-    return [Span(start, stop) for start, stop in pairwise(cuts)]
+def _fits(costs: Sequence[int], parts: int, limit: int) -> bool:
+    """Return whether at most `parts` spans with sums up to `limit` cover all costs."""
+    count, filled = 1, 0
+    for cost in costs:
+        filled += cost
+        if filled > limit:
+            count, filled = count + 1, cost
+    return count <= parts
 
 
 def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from protos.errors import UserError
+from protos.model.files import read_bounded, shown, what_it_is
 
 MAX_SIZE = 1 << 24  # no published width, vocabulary or expert count comes near
 MAX_POSITIONS = 1 << 30  # positions and token counts stay below it everywhere
@@ -26,10 +27,7 @@ class Fields:
 
     def error(self, key: str, value: object, requirement: str) -> ModelConfigError:
         """Return the error of a field with this value."""
-        shown = ascii(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        key = key if key.isprintable() else ascii(key)
-        return ModelConfigError(f"{self.source}: {key}: {shown}: {requirement}")
+        return ModelConfigError(f"{self.source}: {shown(key)}: {shown(ascii(value), 80)}: {requirement}")
 
     def missing(self, key: str, requirement: str) -> ModelConfigError:
         """Return the error of a field that is not there."""
@@ -47,15 +45,16 @@ class Fields:
         return Fields(f"{self.source}: {key}", value or {})
 
     def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
-        """Return a whole number in `low..high`; `default` stands for a missing or null field."""
+        """Return a whole number in `low..high`, also spelled `7.0`; `default` stands for a missing or null field."""
         value, requirement = self.get(key), f"must be a whole number from {low} to {high}"
         if value is None:
             if default is None:
                 raise self.missing(key, requirement)
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or not low <= value <= high:  # type: ignore[operator]
             raise self.error(key, value, requirement)
-        return value
+        return int(value)  # type: ignore[call-overload, no-any-return]
 
     def number(
         self, key: str, *, default: float | None = None, above: float = -math.inf, at_least: float = -math.inf,
@@ -78,8 +77,10 @@ class Fields:
         return None if self.get(key) is None else self.number(key, **bounds)
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        """Return a boolean; `default` stands for a missing field."""
+        """Return a boolean; `default` stands for a missing field, and null for false, as programs read it."""
         value = self.values.get(key, default)
+        if value is None:
+            return False
         if not isinstance(value, bool):
             raise self.error(key, value, "must be true or false")
         return value
@@ -87,16 +88,24 @@ class Fields:
 
 def read_json(path: Path) -> Fields:
     """Return the object in a JSON file. Raises ModelConfigError for anything else."""
+    value = read_json_value(path)
+    if not isinstance(value, dict):
+        raise ModelConfigError(f"{path}: a JSON {type(value).__name__}: must be an object")
+    return Fields(str(path), value)
+
+
+def read_json_value(path: Path) -> object:
+    """Return what a JSON file of at most `files.MAX_JSON` bytes says. Raises ModelConfigError."""
 
     def reject(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")
 
+    content = b""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=reject)
+        content = read_bounded(path)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=reject)
     except OSError as error:
-        raise ModelConfigError(f"{path}: cannot be read ({error.strerror}): name a model folder") from error
+        raise ModelConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # malformed JSON, not UTF-8, NaN
-        raise ModelConfigError(f"{path}: not valid JSON ({error}): download the file again") from error
-    if not isinstance(value, dict):
-        raise ModelConfigError(f"{path}: a JSON {type(value).__name__}: must be an object")
-    return Fields(str(path), value)
+        words = what_it_is(content[:512]) or f"not valid JSON ({error}): download the file again"
+        raise ModelConfigError(f"{path}: {words}") from error

@@ -1,15 +1,16 @@
 """Long contexts as `config.json` and the YAML say: dual chunk attention, and sparse prefill.
 
-Both live in `dual_chunk_attention_config` of published models. The YAML goes before the file, key by key;
-`cluster.config.attention` has the ranges of its values.
+Both live in `dual_chunk_attention_config` of published models; the patterns of heads may lie beside it in a file of
+their own. The YAML goes before the files, key by key; `cluster.config.attention` has the ranges of its values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from protos.model.json_fields import MAX_POSITIONS, MAX_SIZE, Fields
+from protos.model.json_fields import MAX_POSITIONS, MAX_SIZE, Fields, ModelConfigError, read_json_value
 from protos.model.spec import DualChunkSpec, HeadBudget, ModelSpec, SparseSpec
 
 SECTION = "dual_chunk_attention_config"
@@ -19,6 +20,9 @@ _SPARSE_FILE_KEYS = (
     "sparse_attention_enabled", "sparse_attention_threshold", "sparse_attention_last_q", "sparse_attention_config",
 )  # fmt: skip
 _PATTERN = "vertical_and_slash"
+_PATTERNS_KEY = "sparse_attention_config"
+_PATTERNS_FILE = "sparse_attention_config.json"
+_MAX_HEADS = 1 << 18  # of all layers; a model of 235B parameters has 6,016
 _PUBLISHED_30 = 130  # what the published code makes of a budget of 30 columns
 
 
@@ -35,7 +39,7 @@ def dual_chunk_spec(config: Fields, override: Mapping[str, object] | None, plain
     stored, yaml = _section(config), Fields("model.dual_chunk", override or {})
     sources = {key: yaml if yaml.get(key) is not None else stored for key in _DUAL_CHUNK_KEYS}
     named = any(source.get(key) is not None for key, source in sources.items())
-    if not yaml.boolean("enabled", default=named):
+    if not (named if yaml.get("enabled") is None else yaml.boolean("enabled", default=named)):
         return None
     chunk = sources["chunk_size"].integer("chunk_size", low=2, high=MAX_POSITIONS)
     if chunk > plain.max_context:
@@ -47,8 +51,12 @@ def dual_chunk_spec(config: Fields, override: Mapping[str, object] | None, plain
     return DualChunkSpec(chunk, local, sources[key].integer(key, default=0, low=0, high=MAX_POSITIONS))
 
 
-def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: ModelSpec) -> SparseSpec | None:
+def sparse_spec(
+    config: Fields, override: Mapping[str, object] | None, plain: ModelSpec, model_dir: Path
+) -> SparseSpec | None:  # fmt: skip
     """Return the sparse prefill of a model, None when every row is dense.
+
+    Without `sparse_attention_enabled` in the file it is on when patterns are published, as in the published code.
 
     Args:
         config: the whole `config.json`; its sparse settings are used with or without dual chunk attention.
@@ -56,16 +64,19 @@ def sparse_spec(config: Fields, override: Mapping[str, object] | None, plain: Mo
             comes from the file. `n_vertical` with `n_slash` gives every head the same budget, `target_recall` asks for
             adaptive budgets; both set the published patterns aside.
         plain: the model without it.
+        model_dir: where patterns may lie in `sparse_attention_config.json`.
 
-    Raises ModelConfigError: a value of the file is out of range, or its key is not known.
+    Raises ModelConfigError: a value of a file is out of range, or its key is not known.
     """
     stored, usual = _section(config), SparseSpec()
     yaml: dict[str, Any] = {key: value for key, value in (override or {}).items() if value is not None}
-    published = stored.boolean("sparse_attention_enabled", default=False)
+    published = stored.boolean("sparse_attention_enabled", default=bool(stored.values))
     threshold = stored.integer("sparse_attention_threshold", default=usual.threshold, low=0, high=MAX_POSITIONS)
     last_q = stored.integer("sparse_attention_last_q", default=usual.last_q)
-    patterns = _patterns(stored, plain)
-    if not yaml.pop("enabled", published):
+    if not yaml.get("enabled", published):
+        return None
+    patterns = _patterns(stored, plain, model_dir / _PATTERNS_FILE)
+    if not yaml.pop("enabled", patterns is not None or "sparse_attention_enabled" in stored.values):
         return None
     uniform = HeadBudget(yaml.pop("n_vertical"), yaml.pop("n_slash")) if "n_vertical" in yaml else None
     if uniform is not None or "target_recall" in yaml:
@@ -85,32 +96,43 @@ def _section(config: Fields) -> Fields:
     return section
 
 
-def _patterns(stored: Fields, plain: ModelSpec) -> tuple[tuple[HeadBudget | None, ...], ...] | None:
-    key, layers, heads = "sparse_attention_config", plain.num_hidden_layers, plain.num_attention_heads
-    value = stored.get(key)
-    if value is None:
-        return None
+def _patterns(stored: Fields, plain: ModelSpec, file: Path) -> tuple[tuple[HeadBudget | None, ...], ...] | None:
+    """Return the published budgets of all heads; those of the file go before those in `config.json`."""
+    if file.exists() and (value := read_json_value(file)):
+        try:
+            return _of_layers(Fields(str(file), {}), "patterns", value, plain)
+        except ModelConfigError as error:
+            raise ModelConfigError(f"{error}; move the file away, or say sparse.enabled: false") from error
+    value = stored.get(_PATTERNS_KEY)
+    return None if value is None else _of_layers(stored, _PATTERNS_KEY, value, plain)
+
+
+def _of_layers(source: Fields, key: str, value: object, plain: ModelSpec) -> tuple[tuple[HeadBudget | None, ...], ...]:
+    layers, heads = plain.num_hidden_layers, plain.num_attention_heads
     if not isinstance(value, list) or len(value) != layers:
         problem = f"has {len(value)}" if isinstance(value, list) else "is no list"
-        raise stored.error(key, value, f"must be a list of {layers} objects, one a layer; {problem}")
-    return tuple(_layer(stored, f"{key}[{layer}]", heads, entries) for layer, entries in enumerate(value))
+        raise source.error(key, value, f"must be a list of {layers} objects, one a layer; {problem}")
+    if layers * heads > _MAX_HEADS:
+        raise source.error(key, value, f"patterns of {layers * heads} heads: at most {_MAX_HEADS} are read")
+    return tuple(_layer(source, f"{key}[{layer}]", heads, entries) for layer, entries in enumerate(value))
 
 
-def _layer(stored: Fields, name: str, heads: int, entries: object) -> tuple[HeadBudget | None, ...]:
+def _layer(source: Fields, name: str, heads: int, entries: object) -> tuple[HeadBudget | None, ...]:
     if not isinstance(entries, dict):
-        raise stored.error(name, entries, f"must be an object of heads from 0 to {heads - 1}")
+        raise source.error(name, entries, f"must be an object of heads from 0 to {heads - 1}")
     budgets: list[HeadBudget | None] = [None] * heads
+    known = {str(head): head for head in range(heads)}
     for head, entry in entries.items():
-        if head not in map(str, range(heads)):
-            raise stored.error(name, head, f"must be a head from 0 to {heads - 1}")
-        budgets[int(head)] = _budget(stored, f"{name}[{head}]", entry)
+        if head not in known:
+            raise source.error(name, head, f"must be a head from 0 to {heads - 1}")
+        budgets[known[head]] = _budget(source, f"{name}[{head}]", entry)
     return tuple(budgets)
 
 
-def _budget(stored: Fields, name: str, entry: object) -> HeadBudget:
+def _budget(source: Fields, name: str, entry: object) -> HeadBudget:
     match entry:
         case [str(kind), int(vertical), int(slash), *rest] if kind == _PATTERN and len(rest) <= 1:
             if type(vertical) is type(slash) is int and 1 <= min(vertical, slash) <= max(vertical, slash) <= MAX_SIZE:
                 return HeadBudget(_PUBLISHED_30 if vertical == 30 else vertical, slash)
     requirement = f'must be ["{_PATTERN}", columns, offsets, score] with whole numbers from 1 to {MAX_SIZE}'
-    raise stored.error(name, entry, requirement)
+    raise source.error(name, entry, requirement)

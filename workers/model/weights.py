@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +70,13 @@ class ShardWeights:
     norm: torch.Tensor | None = None  # [M], last stage
     lm_head: torch.Tensor | None = None  # [rows of shard.vocab, M], last stage
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        ends = [self.embed, self.norm, None if self.lm_head is self.embed else self.lm_head]
+        inner = [getattr(layer, each.name) for layer in self.layers for each in fields(layer)]
+        return sum(tensor.nbytes for tensor in (*ends, *inner) if tensor is not None)
+
 
 class _Piece(NamedTuple):
     """Rows and columns of a checkpoint tensor, and their first row in the shard's tensor (of `expert`, if set)."""
@@ -83,7 +90,7 @@ class _Piece(NamedTuple):
 
 class _Plan(NamedTuple):
     shape: tuple[int, ...]
-    pieces: tuple[_Piece, ...]
+    pieces: Iterable[_Piece]  # read once
 
 
 _Fill = Callable[[torch.Tensor, _Piece], None]  # copies the region of a piece to a tensor of its shape
@@ -105,7 +112,8 @@ def load_shard(
     """Read this shard's weights, converted to `dtype`, onto `device`.
 
     Anonymous host memory grows by the weights (unless they go to a device) and a few tens of MiB; the files stay in the
-    page cache.
+    page cache. Embeddings that `spec` ties are loaded untied when the checkpoint stores an output matrix of its own, as
+    in transformers.
 
     Raises:
         CheckpointError: a file or tensor is missing, damaged or of another shape or dtype.
@@ -113,6 +121,7 @@ def load_shard(
     from protos.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model_dir, spec)
+    spec = replace(spec, tie_word_embeddings=not checkpoint.has_own_head)
     with ExitStack() as stack:
         return _build(_from_files(checkpoint, stack), spec, shard, dtype, torch.device(device), on_progress)
 
@@ -125,7 +134,7 @@ def dummy_shard(
 
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
-    """Return the bytes of the weights that `load_shard` allocates for this shard."""
+    """Return the bytes of the weights of this shard, with embeddings tied as `spec` says."""
     return sum(math.prod(plan.shape) for plans in _plan_all(spec, shard) for plan in plans.values()) * dtype.itemsize
 
 
@@ -229,18 +238,19 @@ def _plan_dense(spec: ModelSpec, shard: ShardSpec, prefix: str) -> dict[str, _Pl
 
 def _plan_experts(spec: ModelSpec, shard: ShardSpec, prefix: str) -> dict[str, _Plan]:
     hidden, width = Span(0, spec.hidden_size), Span(0, spec.moe_intermediate_size)
-    gate_up: list[_Piece] = []
-    down: list[_Piece] = []
-    for index, expert in enumerate(range(*shard.experts)):
-        own = f"{prefix}experts.{expert}."
-        gate_up.append(_Piece(own + "gate_proj.weight", width, hidden, 0, index))
-        gate_up.append(_Piece(own + "up_proj.weight", width, hidden, width.size, index))
-        down.append(_Piece(own + "down_proj.weight", hidden, width, 0, index))
+    own = [f"{prefix}experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")]
+    experts = range(*shard.experts)
+    gate_up = (
+        _Piece(own[part].format(expert), width, hidden, part * width.size, index)
+        for index, expert in enumerate(experts)
+        for part in range(2)
+    )
+    down = (_Piece(own[2].format(expert), hidden, width, 0, index) for index, expert in enumerate(experts))
     count = shard.experts.size
     return {
         "router": _stacked(hidden, (prefix + "gate.weight", Span(0, spec.num_experts))),
-        "experts_gate_up": _Plan((count, 2 * width.size, hidden.size), tuple(gate_up)),
-        "experts_down": _Plan((count, hidden.size, width.size), tuple(down)),
+        "experts_gate_up": _Plan((count, 2 * width.size, hidden.size), gate_up),
+        "experts_down": _Plan((count, hidden.size, width.size), down),
     }
 
 

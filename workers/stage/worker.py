@@ -22,7 +22,7 @@ from protos.stage.messages import (
     StepResult,
 )
 from workers.kv.paged import PagedKV
-from workers.model.weights import ShardWeights, dummy_shard, load_shard, shard_bytes
+from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
@@ -83,7 +83,7 @@ class StageWorker:
         self._collectives: Collectives = join_group(
             store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s
         )
-        total = shard_bytes(self._spec, self._shard, self._dtype)
+        total = self._weights.num_bytes
         return LoadProgress(total, total, True, growth, self._available_bytes())
 
     def start(self, request: pb.StartRequest) -> None:

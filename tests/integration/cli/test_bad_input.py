@@ -74,6 +74,36 @@ def test_wrong_shape_of_a_tensor(
     refused(longreach, 2, "mlp.experts", write_config(model_path=model), "--document", document, *ASK)
 
 
+def pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def only_pickles(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def many_experts(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_experts": 16_777_215}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (pointer, "model.safetensors: a Git LFS pointer, not the file itself: run git lfs pull in its folder"),
+        (only_pickles, "holds PyTorch pickles, which can run code (pytorch_model.bin): convert it with transformers"),
+        (many_experts, "config.json asks for [16777215, 256]"),
+    ],
+)
+def test_a_folder_without_the_weights_of_its_config(
+    longreach: CommandLine, write_config: Callable[..., Path], document: Path, tmp_path: Path,
+    damage: Callable[[Path], None], said: str,
+) -> None:  # fmt: skip
+    model = copy_model(tmp_path)
+    damage(model)
+    refused(longreach, 2, said, write_config(model_path=model), "--document", document, *ASK)
+
+
 def test_document_too_long_for_its_bytes(
     longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:

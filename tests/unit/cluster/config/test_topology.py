@@ -1,6 +1,7 @@
 """Layer balance, head and expert splits, and weight arithmetic, against brute force and the real checkpoint."""
 
 import json
+import time
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -241,3 +242,13 @@ def test_biases_are_counted() -> None:
 )
 def test_kv_bytes_per_token(spec: ModelSpec, stages: int, ranks: int, expected: int) -> None:
     assert {kv_bytes_per_token(spec, shard, 2) for shard in plan_shards(spec, stages, ranks)} == {expected}
+
+
+@pytest.mark.parametrize("stages", [8, 500])
+def test_many_layers_are_cut_in_seconds(stages: int) -> None:
+    """Far more layers than any model has, and costs beyond 64 bits."""
+    started = time.perf_counter()
+    spans = balance([7 << 64, 11 << 64] * 500, stages)
+    assert time.perf_counter() - started < 10.0
+    assert [span.start for span in spans[1:]] == [span.stop for span in spans[:-1]]
+    assert (spans[0].start, spans[-1].stop, len(spans)) == (0, 1000, stages)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from protos.model.checkpoint import Checkpoint, CheckpointError, StoredTensor, e
 from protos.model.spec import ModelSpec, RopeSpec
 from tests.support.paths import ROOT
 
-WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I32": 4, "U8": 1}
 DENSE = ModelSpec(
     model_type="qwen2", vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=2, intermediate_size=6, rms_norm_eps=1e-6, tie_word_embeddings=False, qkv_bias=True, o_bias=False,
@@ -132,11 +133,55 @@ def test_stacked_experts(tmp_path: Path, width: int, transposed: bool) -> None:
     assert stored[prefix + "0.down_proj.weight"] == StoredTensor(file, prefix + "down_proj", "BF16", 0, 0, transposed)
 
 
-def test_tied_ignores_the_head_and_old_rope_buffers(tmp_path: Path) -> None:
-    tied = replace(DENSE, tie_word_embeddings=True)
-    extra: Tensors = {"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (1,))}
-    write_checkpoint(tmp_path, tensors_of(DENSE) | extra)
-    assert "lm_head.weight" not in Checkpoint.open(tmp_path, tied).tensors
+TIED = replace(DENSE, tie_word_embeddings=True)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_tied_output_matrix_is_left_out_when_it_is_equal(tmp_path: Path, files: int) -> None:
+    write_checkpoint(tmp_path, tensors_of(DENSE), files)
+    checkpoint = Checkpoint.open(tmp_path, TIED)
+    assert not checkpoint.has_own_head
+    assert checkpoint.tensors[EMBEDDING].name == EMBEDDING
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_stored_output_matrix_that_differs_in_a_byte_is_used(tmp_path: Path, files: int, at: int) -> None:
+    write_checkpoint(tmp_path, tensors_of(DENSE), files)
+    for path in tmp_path.glob("*.safetensors"):
+        with path.open("r+b") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if HEAD in (entries := json.loads(handle.read(length))):
+                start, stop = entries[HEAD]["data_offsets"]
+                handle.seek(8 + length + (start if at == 0 else stop - 1))
+                handle.write(b"\x01")
+    checkpoint = Checkpoint.open(tmp_path, TIED)
+    assert checkpoint.has_own_head
+    assert checkpoint.tensors[HEAD].name == HEAD
+
+
+@pytest.mark.parametrize("stored", [("F32", (11, 8)), ("BF16", (12, 8)), ("F8_E4M3", (11, 8))])
+def test_a_stored_output_matrix_of_another_kind(tmp_path: Path, stored: tuple[str, tuple[int, ...]]) -> None:
+    write_checkpoint(tmp_path, tensors_of(DENSE) | {HEAD: stored})
+    if stored[0] == "F32":
+        assert Checkpoint.open(tmp_path, TIED).has_own_head
+        return
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: (shape \[12, 8\]|dtype F8_E4M3)"):
+        Checkpoint.open(tmp_path, TIED)
+
+
+def test_a_tied_embedding_may_be_stored_as_the_output_matrix(tmp_path: Path) -> None:
+    tensors = {HEAD if name == EMBEDDING else name: value for name, value in tensors_of(TIED).items()}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors), TIED)
+    assert checkpoint.tensors[EMBEDDING].name == HEAD
+    assert not checkpoint.has_own_head
+
+
+def test_what_has_no_part_in_the_logits_is_left_out(tmp_path: Path) -> None:
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "visual.blocks.0.norm.weight", "mtp.fc.weight")
+    write_checkpoint(tmp_path, tensors_of(DENSE) | dict.fromkeys(names, ("F32", (1,))))
+    assert Checkpoint.open(tmp_path, DENSE).tensors.keys() == expected_tensors(DENSE).keys()
 
 
 GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -151,7 +196,16 @@ GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.e
          r"model.safetensors: model.norm.weight: shape \[9\]: config.json asks for \[8\]"),
         (DENSE, {"model.norm.weight": ("F8_E4M3", (8,))}, "dtype F8_E4M3: must be one of F32, BF16, F16"),
         (DENSE, {"model.layers.0.self_attn.o_proj.bias": ("BF16", (8,))}, "o_proj.bias: not a tensor of the model"),
-        (DENSE, {"model.layers.2.input_layernorm.weight": ("BF16", (8,))}, "layers.2.*not a tensor of the model"),
+        (DENSE, {"model.layers.2.input_layernorm.weight": ("BF16", (8,))}, "layers.2.*num_hidden_layers is 2"),
+        (DENSE, {"model.layers.0.self_attn.q_norm.weight": ("BF16", (2,))}, "q_norm.weight: not a tensor of the model"),
+        (DENSE, {"score.weight": ("BF16", (2, 8))}, "score.weight: not a tensor of the model"),
+        (DENSE, {"lm_head.bias": ("BF16", (11,))}, "lm_head.bias: not a tensor of the model.*has no such bias"),
+        (MOE, {"model.layers.0.self_attn.q_proj.bias": ("BF16", (8,))}, "q_proj.bias: not a tensor.*no such bias"),
+        (MOE, {"model.layers.0.mlp.experts.3.up_proj.weight": ("BF16", (5, 8))}, "not a tensor.*num_experts is 3"),
+        (MOE, {"model.layers.0.mlp.shared_expert.up_proj.weight": ("BF16", (5, 8))}, "shared_expert.*not a tensor"),
+        (DENSE, {"model.layers.0.self_attn.q_proj.qweight": ("I32", (1, 8))}, "q_proj.qweight: quantized weights"),
+        (DENSE, {"model.layers.0.self_attn.q_proj.weight": ("U8", (32, 1))}, "dtype U8: must be one of.*quantized"),
+        (DENSE, {"model.layers.0.self_attn.q_proj.lora_A.weight": ("BF16", (1, 8))}, "lora_A.weight: part of a LoRA"),
         (DENSE, {"model.a\nb": ("BF16", (8,))}, r"'model.a\\nb': not a tensor of the model"),
         (MOE, {"model.layers.1.mlp.experts.2.down_proj.weight": None}, "experts.2.down_proj.weight: missing"),
         (MOE, {GATE_UP: ("BF16", (3, 10, 8)), DOWN: ("BF16", (3, 8, 5))}, "also stored in a stack"),
@@ -213,6 +267,71 @@ def test_corrupt_index(tmp_path: Path, content: str) -> None:
 def test_index_stays_in_its_folder(tmp_path: Path, file: Any) -> None:
     write_index(tmp_path, {"model.norm.weight": file})
     with pytest.raises(CheckpointError, match=r"must be a \.safetensors file of this folder"):
+        Checkpoint.open(tmp_path, DENSE)
+
+
+COUNTS = [
+    "num_experts", "num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "moe_intermediate_size",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [16_777_215, 10**9])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("field", COUNTS)
+def test_a_count_that_no_file_holds_ends_at_the_first_tensor(
+    tmp_path: Path, field: str, stacked: bool, count: int
+) -> None:
+    spec = replace(MOE, mlp_only_layers=(1,))
+    tensors = tensors_of(spec)
+    if stacked:
+        tensors = {name: tensors[name] for name in tensors if ".experts." not in name}
+        tensors |= {GATE_UP: ("BF16", (3, 10, 8)), DOWN: ("BF16", (3, 8, 5))}
+    write_checkpoint(tmp_path, tensors)
+    assert ends_at_once(tmp_path, replace(spec, **{field: count}))
+
+
+def test_experts_that_are_missing_alone_end_at_the_first(tmp_path: Path) -> None:
+    router = {"model.layers.0.mlp.gate.weight": ("BF16", (16_777_215, 8))}
+    write_checkpoint(tmp_path, tensors_of(MOE) | router)
+    message = ends_at_once(tmp_path, replace(MOE, num_experts=16_777_215))
+    assert "model.layers.0.mlp.experts.3.gate_proj.weight: missing from the checkpoint" in message
+
+
+def test_a_stack_of_more_experts_than_any_model_has(tmp_path: Path) -> None:
+    count = 16_777_215
+    tensors = {name: value for name, value in tensors_of(MOE).items() if ".experts." not in name}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp."
+        tensors[prefix + "gate.weight"] = ("BF16", (count, 8))
+        tensors[prefix + "experts.gate_up_proj"] = ("BF16", (count, 10, 8))
+        tensors[prefix + "experts.down_proj"] = ("BF16", (count, 8, 5))
+    write_checkpoint(tmp_path, tensors)
+    message = ends_at_once(tmp_path, replace(MOE, num_experts=count))
+    assert "16777215 experts: at most 1048576 tensors are read" in message
+
+
+def ends_at_once(folder: Path, spec: ModelSpec) -> str:
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint.open(folder, spec)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 2.0
+    return str(caught.value)
+
+
+def test_a_file_that_no_index_names_is_the_cause(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tensors_of(DENSE), files=2)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    write_index(tmp_path, {name: file for name, file in weight_map.items() if file.startswith("model-00001")})
+    with pytest.raises(
+        CheckpointError, match=r"missing from the checkpoint: no index names model-00002-of-00002\.safe"
+    ):
         Checkpoint.open(tmp_path, DENSE)
 
 

@@ -20,7 +20,12 @@ def test_integers(value: int) -> None:
     assert fields(size=None).integer("size", default=3) == fields().integer("size", default=3) == 3
 
 
-@pytest.mark.parametrize("value", [0, MAX_SIZE + 1, 1.0, "1", True, [1]])
+def test_whole_numbers_may_be_spelled_as_floats() -> None:
+    value = fields(size=1024.0).integer("size")
+    assert (value, type(value)) == (1024, int)
+
+
+@pytest.mark.parametrize("value", [0, MAX_SIZE + 1, 1.5, 1e300, float("inf"), "1", True, [1]])
 def test_what_is_no_integer(value: object) -> None:
     with pytest.raises(ModelConfigError, match=r"^config.json: size: .*: must be a whole number from 1 to 16777216$"):
         fields(size=value).integer("size")
@@ -46,7 +51,8 @@ def test_numbers(bounds: dict[str, Any], good: list[float], bad: list[object]) -
 def test_booleans() -> None:
     assert fields(flag=True).boolean("flag", default=False)
     assert fields().boolean("flag", default=True)
-    for value in (1, "true", None):
+    assert not fields(flag=None).boolean("flag", default=True)  # as programs read null
+    for value in (1, "true", []):
         with pytest.raises(ModelConfigError, match=r"flag: .*: must be true or false"):
             fields(flag=value).boolean("flag", default=False)
 
@@ -69,3 +75,21 @@ def test_files_that_are_no_objects(tmp_path: Path, content: bytes, said: str) ->
     assert said in str(caught.value)
     with pytest.raises(ModelConfigError, match="cannot be read"):
         read_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, not the file itself: run git"),
+     (b"\n<!DOCTYPE html><html>", "a web page, not the file itself: download it again"),
+     (b"GGUF\x03", "a GGUF file under another name"), (bytes(600), "begins with zeros, so its download was not")],
+)  # fmt: skip
+def test_what_a_file_is_instead(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelConfigError) as caught:
+        read_json(tmp_path / "config.json")
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {said}")
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_json(tmp_path / "config.json").values == {}

@@ -58,9 +58,66 @@ def test_published_patterns(tmp_path: Path) -> None:
     assert ModelSpec.from_json(spec.to_json()) == spec
 
 
-def test_patterns_alone_do_not_switch_sparse_prefill_on(tmp_path: Path) -> None:
-    assert load(tmp_path, DUAL | {"sparse_attention_config": PATTERNS}).sparse is None
-    assert load(tmp_path, DUAL | {"sparse_attention_config": PATTERNS}, sparse={"enabled": True}).sparse.patterns
+INLINE = DUAL | {"sparse_attention_config": PATTERNS}
+FIRST, OTHER = HeadBudget(1000, 6096), HeadBudget(7, 9)
+IN_FILE = [{head: ["vertical_and_slash", 7, 9, 0.5] for head in "0123"}] * LAYERS
+
+
+@pytest.mark.parametrize(("stored", "file", "given", "first"), [
+    (INLINE, None, None, FIRST),  # the published code's default
+    (INLINE | {"sparse_attention_enabled": False}, None, None, None),
+    (INLINE | {"sparse_attention_enabled": None}, None, None, None),
+    (INLINE | {"sparse_attention_enabled": False}, None, {"enabled": True}, FIRST),
+    (INLINE, None, {"enabled": False}, None),
+    (DUAL, IN_FILE, None, OTHER),
+    (INLINE, IN_FILE, None, OTHER),  # the file goes before
+    (INLINE, [], None, FIRST),  # unless it is empty
+    (DUAL, {}, None, None),
+    (DUAL, None, None, None),
+    (DUAL | {"sparse_attention_enabled": False}, IN_FILE, None, None),
+    (DUAL | {"sparse_attention_enabled": False}, "[", None, None),  # nothing depends on it
+    (DUAL | {"sparse_attention_enabled": True}, IN_FILE, None, OTHER),
+    (DUAL, IN_FILE, {"enabled": False}, None),
+    (DUAL, "[", {"enabled": False}, None),
+    (None, IN_FILE, None, None),  # without a recipe in config.json the published code reads no patterns
+    (None, IN_FILE, {"enabled": True}, OTHER),
+])  # fmt: skip
+def test_published_patterns_switch_sparse_prefill_on(
+    tmp_path: Path, stored: Any, file: Any, given: Any, first: HeadBudget | None
+) -> None:
+    if file is not None:
+        text = file if isinstance(file, str) else json.dumps(file)
+        (tmp_path / "sparse_attention_config.json").write_text(text)
+    sparse = load(tmp_path, stored, sparse=given).sparse
+    assert (sparse and sparse.patterns[0][0]) == first
+    assert sparse is None or sparse.recall_floor == 0.0
+
+
+def test_the_yaml_sets_the_patterns_of_the_file_aside(tmp_path: Path) -> None:
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(IN_FILE))
+    assert load(tmp_path, DUAL, sparse={"n_vertical": 5, "n_slash": 6}).sparse.uniform == HeadBudget(5, 6)
+    assert load(tmp_path, DUAL, sparse={"target_recall": 0.9}).sparse.is_adaptive
+    assert load(tmp_path, DUAL, sparse={"threshold": 11}).sparse.patterns[2][3] == OTHER
+
+
+@pytest.mark.parametrize(("file", "message"), [
+    ("[", "not valid JSON"),
+    ("version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not the file itself: run git lfs pull"),
+    ("1", "patterns: 1: must be a list of 3 objects, one a layer; is no list"),
+    (json.dumps({"0": IN_FILE[0]}), "must be a list of 3 objects, one a layer; is no list"),
+    (json.dumps(IN_FILE[:2]), "must be a list of 3 objects, one a layer; has 2; move the file away, or say"),
+    (json.dumps([*IN_FILE[:2], {"4": HEAD}]), "patterns[2]: '4': must be a head from 0 to 3"),
+    (json.dumps([*IN_FILE[:2], {"0": ["block_sparse", 1, 1, 1]}]), "patterns[2][0]: ['block_sparse', 1, 1, 1]: must"),
+    (json.dumps([*IN_FILE[:2], {"0": ["vertical_and_slash", 1]}]), "patterns[2][0]"),
+])  # fmt: skip
+def test_a_bad_file_of_patterns_is_named(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / "sparse_attention_config.json").write_text(file)
+    with pytest.raises(ModelConfigError) as caught:
+        load(tmp_path, DUAL)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'sparse_attention_config.json'}: ")
+    assert message in text
+    assert text.isprintable()
 
 
 def test_another_file_of_the_folder(tmp_path: Path) -> None:
@@ -133,7 +190,7 @@ def changed(value: Any, layer: int = 0, head: str = "0") -> dict[str, Any]:
     ({"chunk_size": 8192}, "local_size: missing: must be a whole number from 1 to 8191"),
     ({"local_size": 8192}, "chunk_size: missing"),
     (DUAL | {"chunk_size": 1}, "chunk_size: 1: must be a whole number from 2 to"),
-    (DUAL | {"chunk_size": 262144.0}, "chunk_size: 262144.0: must be a whole number"),
+    (DUAL | {"chunk_size": 262144.5}, "chunk_size: 262144.5: must be a whole number"),
     (DUAL | {"chunk_size": 1010001}, "chunk_size: 1010001: must be at most 1010000, which the positions cover"),
     (DUAL | {"local_size": 262144}, "local_size: 262144: must be a whole number from 1 to 262143"),
     (DUAL | {"local_size": 0}, "local_size: 0: must be a whole number from 1 to 262143"),
