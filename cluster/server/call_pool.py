@@ -45,6 +45,7 @@ class OpenCall:
         self._context = context
         self._active = time.monotonic()
         self._waits_to = ""  # what for, while it waits for the client
+        self.is_ended = False  # by `end`; gRPC may show that to the call's thread as the end of its messages
 
     @contextlib.contextmanager
     def client(self, action: str) -> Iterator[None]:
@@ -73,6 +74,7 @@ class OpenCall:
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
         """End the call with a status, whatever its thread waits for; that thread soon comes back."""
+        self.is_ended = True
         try:  # `ServicerContext.abort` is for the call's own thread, and `cancel` has no status
             self._context._rpc_event.call.cancel(code.value[0], details)
         except (AttributeError, TypeError):  # another grpc: the client then sees CANCELLED

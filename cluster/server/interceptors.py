@@ -94,6 +94,8 @@ def _guard(
         while True:
             with call.client("send"):
                 data = next(raw, None)
+            if call.is_ended:
+                raise InvalidJob("request: cut off")
             if data is None:
                 return
             try:
