@@ -163,6 +163,13 @@ def server_credentials(security: SecuritySection) -> grpc.ServerCredentials | No
     )
 
 
+def check_security(security: SecuritySection) -> None:
+    """Refuse keys and certificates that cannot be used (PreflightError), before anything is started."""
+    if security.api_keys_file is not None:
+        load_api_keys(security.api_keys_file)
+    server_credentials(security)
+
+
 def certificate_warnings(security: SecuritySection) -> list[str]:
     """Return a line for each certificate of the head that is not valid now or will soon not be. Raises PreflightError.
 
