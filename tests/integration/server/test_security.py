@@ -132,7 +132,7 @@ def test_the_log_names_the_key_that_did_what(
     assert [re.sub(r" (at|from) ipv[46]:\S+", "", line) for line in lines] == [
         f"Submit {job_id} by key team", f"UploadDocument {document_id} by key {other}",
         f"Cancel {job_id} by key {other}", f"Delete {job_id} by key team", f"DeleteDocument {document_id} by key team",
-        "refused /longreach.jobs.v1.Jobs/Submit: no valid API key",
+        "refused /longreach.jobs.v1.Jobs/Submit no valid API key",
     ]  # fmt: skip
     assert KEY not in caplog.text
     assert OTHER not in caplog.text
