@@ -24,6 +24,7 @@ from cluster.tools.token_ids import parse_token_ids
 from protos.jobs.limits import MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
 
+_MAX_LINE = 1 << 16  # characters of a line kept back until it ends
 _ANY_WIDTH = 1 << 14  # columns; wider than any table
 
 
@@ -128,6 +129,9 @@ class TokenPrinter:
         *whole, rest = (self._lines.get((question, part), "") + text).split("\n")
         for line in whole:
             self._write_line(question, part, line)
+        if len(rest) > _MAX_LINE:
+            self._write_line(question, part, rest)
+            rest = ""
         self._lines[question, part] = rest
 
     def _end_line(self, question: int, part: str) -> None:
