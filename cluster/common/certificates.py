@@ -30,10 +30,11 @@ def check_pair(certificate: bytes, key: bytes) -> None:
         raise ValueError("key values mismatch")
 
 
-def date_problems(pem: bytes) -> list[str]:
+def date_problems(pem: bytes, last_part: float = 1.0) -> list[str]:
     """Return a phrase for each certificate of a PEM file that is not valid now, or not for `SOON` longer (ValueError).
 
-    The first certificate of several is the head's or client's own, or one of some authorities.
+    Args:
+        last_part: the part of its validity, from its end, in which a certificate counts as ending soon.
     """
     problems = []
     now = datetime.datetime.now(datetime.UTC)
@@ -45,7 +46,7 @@ def date_problems(pem: bytes) -> list[str]:
             problems.append(f"{which}expired on {end:%Y-%m-%d %H:%M} UTC")
         elif now < start:
             problems.append(f"{which}is not valid before {start:%Y-%m-%d %H:%M} UTC")
-        elif end - now < SOON:
+        elif end - now < min(SOON, (end - start) * last_part):
             problems.append(f"{which}expires on {end:%Y-%m-%d %H:%M} UTC, in {(end - now).days} days")
     return problems
 
