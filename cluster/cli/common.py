@@ -83,13 +83,15 @@ def fail(error: Exception | str, code: int) -> NoReturn:
 
 def say(text: str, err: bool = False, bold: bool = False) -> None:
     """Print one line; whatever in it came from outside cannot break it or control a terminal."""
-    click.secho(escape_unprintable(text), err=err, bold=bold or None)
+    text = escape_unprintable(text)
+    click.echo(click.style(text, bold=True) if bold else text, err=err)
 
 
 def say_text(text: str, dim: bool = False) -> None:
     """Print a text of several lines on stdout: as it is into a file or pipe, with escapes on a terminal."""
     if sys.stdout.isatty():
-        click.secho(escape_controls(text), dim=dim or None)
+        text = escape_controls(text)
+        click.echo(click.style(text, dim=True) if dim else text)
     else:
         click.echo(text, color=True)  # else click would take colours out of it
 

@@ -67,5 +67,5 @@ def test_ends_that_are_near(authority: Authority, hours: float, last_part: float
 
 
 def test_no_certificate_has_no_dates() -> None:
-    with pytest.raises(ValueError, match="pem|valid"):
+    with pytest.raises(ValueError, match=r"pem|valid"):
         date_problems(b"noise")
