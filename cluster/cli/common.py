@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cluster.common.text_format import one_line
+from cluster.common.text_format import escape_controls, escape_unprintable, one_line
 from protos.jobs.sampling import OPTIONS
 
 if TYPE_CHECKING:
@@ -78,6 +79,39 @@ def fail(error: Exception | str, code: int) -> NoReturn:
     """Print one line on stderr and exit with `code`."""
     click.echo(f"longreach: error: {one_line(error)}", err=True)
     sys.exit(code)
+
+
+def say(text: str, err: bool = False, bold: bool = False) -> None:
+    """Print one line; whatever in it came from outside cannot break it or control a terminal."""
+    text = escape_unprintable(text)
+    click.echo(click.style(text, bold=True) if bold else text, err=err)
+
+
+def say_text(text: str, dim: bool = False) -> None:
+    """Print a text of several lines on stdout: as it is into a file or pipe, with escapes on a terminal."""
+    if sys.stdout.isatty():
+        text = escape_controls(text)
+        click.echo(click.style(text, dim=True) if dim else text)
+    else:
+        click.echo(text, color=True)  # else click would take colours out of it
+
+
+def say_json(value: object) -> None:
+    """Print a value as JSON on one line; on a terminal, characters that could control it are escaped in JSON's way."""
+    text = json.dumps(value, ensure_ascii=False)
+    if sys.stdout.isatty():
+        text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    click.echo(text)
+
+
+def as_shown(text: str) -> str:
+    """Return a text of several lines as stdout gets it."""
+    return escape_controls(text) if sys.stdout.isatty() else text
+
+
+def warn(text: str) -> None:
+    """Print a warning of one line on stderr."""
+    click.echo(f"longreach: warning: {one_line(text)}", err=True)
 
 
 # what the command line adds to the declarations of the options

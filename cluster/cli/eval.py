@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.cli.common import EXIT_CLUSTER, Count, fail, one_line_errors, open_display
+from cluster.cli.common import EXIT_CLUSTER, Count, fail, one_line_errors, open_display, say, say_json
 
 if TYPE_CHECKING:
     from cluster.tools.eval.results import ResultFile
@@ -210,7 +209,7 @@ def show(result: Path, picture: Path | None) -> None:
         print_report(report, Console())
         path = picture or result.with_suffix(".png")
         draw(report, path)
-        click.echo(f"picture: {path}", err=True)
+        say(f"picture: {path}", err=True)
 
 
 def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: bool) -> None:
@@ -221,17 +220,17 @@ def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: 
     from cluster.tools.eval.tables import print_report
 
     if as_json:
-        click.echo(json.dumps(report | {"environment": result.environment}, ensure_ascii=False))
+        say_json(report | {"environment": result.environment})
     else:
         print_report(report, Console())
-    click.echo(f"result: {result.path}", err=True)
+    say(f"result: {result.path}", err=True)
     if not picture:
         return
     if not has_matplotlib():
         click.echo("picture: not drawn, matplotlib is missing: pip install 'longreach[eval]'", err=True)
         return
     draw(report, result.picture)
-    click.echo(f"picture: {result.picture}", err=True)
+    say(f"picture: {result.picture}", err=True)
 
 
 VERBS = (evaluate,)

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from cluster.cli.common import EXIT_CLUSTER, EXIT_INPUT, EXIT_INTERRUPTED, fail, one_line_errors, open_display
+from cluster.cli.common import (
+    EXIT_CLUSTER,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    fail,
+    one_line_errors,
+    open_display,
+    say,
+    say_json,
+    warn,
+)
 
 if TYPE_CHECKING:
     import psutil
@@ -31,10 +41,12 @@ _INTERRUPT_GRACE_S = 60.0  # for a starting head to take its processes down
 def serve(config: Path, notify_fd: int | None) -> None:
     """Run the head of CONFIG in the foreground until SIGTERM or Ctrl-C, then let running jobs finish."""
     with one_line_errors():
+        from cluster.common.logs import configure_logging
         from cluster.server.head import run_head
         from cluster.server.state_files import HeadFiles
         from cluster.stages.socket_dirs import clean_run_dirs
 
+        configure_logging()
         clean_run_dirs()
         loaded = _load(config, needs_port=True)
         files = HeadFiles(loaded.data_dir)
@@ -98,16 +110,20 @@ def up(config: Path, as_json: bool) -> None:
 
     from cluster.client.connection import read_state
     from cluster.client.errors import Unavailable
+    from cluster.server.security import certificate_warnings
     from cluster.server.state_files import HeadFiles
 
     with one_line_errors():
-        files = HeadFiles(_load(config, needs_port=True).data_dir)
+        loaded = _load(config, needs_port=True)
+        files = HeadFiles(loaded.data_dir)
         if other := files.running():
             try:
                 _print_state(files, read_state(files.data_dir), "already running", as_json)
             except Unavailable:
                 fail(f"a head is starting already (pid {other.pid}), see {files.log}", EXIT_CLUSTER)
             return
+        for line in certificate_warnings(loaded.security):
+            warn(line)
         before = files.log.stat().st_size if files.log.exists() else 0
         child, progress = _spawn(files, config)
         try:
@@ -158,9 +174,9 @@ def _give_up(child: subprocess.Popen[bytes], files: HeadFiles, log_start: int) -
 
 def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(state | {"log": str(files.log)}))
+        say_json(state | {"log": str(files.log)})
     else:
-        click.echo(f"{what} at {state['address']} (pid {state['pid']}), log {files.log}")
+        say(f"{what} at {state['address']} (pid {state['pid']}), log {files.log}")
 
 
 @click.command()
@@ -190,7 +206,7 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
         files.remove()
         clean_run_dirs()
         if as_json:
-            click.echo(json.dumps({"pid": process.pid if process else None, "outcome": outcome}))
+            say_json({"pid": process.pid if process else None, "outcome": outcome})
         else:
             click.echo(outcome)
 

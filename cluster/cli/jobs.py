@@ -6,7 +6,6 @@ the cluster failed; 4 no such job or document; 130 interrupted (jobs go on).
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -27,6 +26,8 @@ from cluster.cli.common import (
     EXIT_WRONG,
     fail,
     sampling_options,
+    say,
+    say_json,
 )
 from cluster.client import errors
 from cluster.client.client import Client, Job
@@ -127,9 +128,12 @@ def submit(**options: Any) -> None:
     with open_client(options) as client:
         job = output.submit_given(client, options | {"labels": parse_labels(options["labels"])})
         if not options["then_wait"] and not options["then_stream"]:
-            click.echo(json.dumps(job.data.to_json(), ensure_ascii=False) if options["as_json"] else job.id)
+            if options["as_json"]:
+                say_json(job.data.to_json())
+            else:
+                say(job.id)
             return
-        click.echo(job.id, err=True)
+        say(job.id, err=True)
         if options["then_stream"]:
             output.stream_job(job, 0, options["as_json"])
         else:
@@ -186,9 +190,9 @@ def cancel(job_ids: tuple[str, ...], **options: Any) -> None:
                 missing = missing or error
             else:
                 if not options["as_json"]:
-                    click.echo(f"{job_id} {cancelled[-1].state}")
+                    say(f"{job_id} {cancelled[-1].state}")
         if options["as_json"]:
-            click.echo(json.dumps([job.data.to_json() for job in cancelled], ensure_ascii=False))
+            say_json([job.data.to_json() for job in cancelled])
         if missing is not None:
             raise missing
 
@@ -212,12 +216,16 @@ def docs(action: str, targets: tuple[str, ...], **options: Any) -> None:
             output.print_documents(client.documents.list(), options["as_json"])
         elif action == "add":
             added = [client.documents.upload(Path(target)) for target in targets]
-            click.echo(json.dumps([asdict(d) for d in added]) if options["as_json"] else "\n".join(d.id for d in added))
+            if options["as_json"]:
+                say_json([asdict(document) for document in added])
+            else:
+                for document in added:
+                    say(document.id)
         else:
             for target in targets:
                 client.documents.delete(target)
             if options["as_json"]:
-                click.echo(json.dumps({"removed": targets}))
+                say_json({"removed": targets})
 
 
 @click.command()

@@ -7,7 +7,6 @@ Exit codes: 0 done; 1 a wrong answer, a failed check, or a job that did not succ
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,17 @@ import click
 from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
-from cluster.cli.common import EXIT_WRONG, Count, Verbs, one_line_errors, open_display, sampling_options
+from cluster.cli.common import (
+    EXIT_WRONG,
+    Count,
+    Verbs,
+    one_line_errors,
+    open_display,
+    sampling_options,
+    say,
+    say_json,
+    say_text,
+)
 from protos.jobs.sampling import AnswerOptions
 
 
@@ -67,14 +76,14 @@ def run(
         source = RunInput(document, question, prompt_file, token_ids)
         report = run_once(config, source, AnswerOptions.from_values(sampling), open_display(as_json))
         if as_json:
-            click.echo(json.dumps(report, ensure_ascii=False))
+            say_json(report)
             return
         for result in report["results"]:
             if result["question"] is not None:
-                click.secho(result["question"], bold=True)
+                say(result["question"], bold=True)
             if result["reasoning"]:
-                click.secho(result["reasoning"], dim=True)
-            click.echo(result["token_ids"] if result["text"] is None else result["text"].strip())
+                say_text(result["reasoning"], dim=True)
+            say_text(str(result["token_ids"]) if result["text"] is None else result["text"].strip())
         click.echo(_summary(report), err=True)
 
 
@@ -120,7 +129,7 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
         with open_display(as_json) as display:
             report = run_demo(DemoOptions(tokens, needles, positions, sparse, seed), display)
         if as_json:
-            click.echo(json.dumps(report, ensure_ascii=False))
+            say_json(report)
         else:
             _print_demo(report)
         if report["right"] < report["total"]:
@@ -129,16 +138,16 @@ def demo(tokens: int, needles: int, positions: str, sparse: bool, seed: int, as_
 
 def _print_demo(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.markup import escape
 
-    from cluster.tools.display import plain_table
+    from cluster.tools.display import in_table, plain_table
 
-    click.echo(f'Asked: "{report["questions"][0]["question"]}" and so on.\n')
+    say(f'Asked: "{report["questions"][0]["question"]}" and so on.')
+    click.echo()
     table = plain_table("depth", "truth", "answer", "")
     for row in report["questions"]:
         mark = "[green]right[/]" if row["right"] else "[red]wrong[/]"
         truth, answer = (text.removeprefix("The secret code of ") for text in (row["truth"], row["answer"]))
-        table.add_row(f"{row['depth']:.0%}", truth, escape(answer[:40]), mark)
+        table.add_row(f"{row['depth']:.0%}", in_table(truth), in_table(answer[:40]), mark)
     console = Console()
     console.print(table)
     console.print(
@@ -166,7 +175,7 @@ def doctor(as_json: bool) -> None:
     with one_line_errors(), Console(stderr=True).status("checking this machine"):
         report = diagnose()
     if as_json:
-        click.echo(json.dumps(report.to_json()))
+        say_json(report.to_json())
     else:
         render(report, Console())
     if not report.ok:

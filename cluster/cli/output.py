@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -15,15 +14,17 @@ from typing import Any
 
 import click
 
-from cluster.cli.common import EXIT_INTERRUPTED, EXIT_WRONG, fail, open_display
+from cluster.cli.common import EXIT_INTERRUPTED, EXIT_WRONG, as_shown, fail, open_display, say, say_json, say_text
 from cluster.client.client import Client, Job
 from cluster.client.errors import InvalidRequest, JobFailed
 from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
 from cluster.client.requests import too_large
+from cluster.common.text_format import escape_unprintable
 from cluster.tools.token_ids import parse_token_ids
 from protos.jobs.limits import MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
 
+_MAX_LINE = 1 << 16  # characters of a line kept back until it ends
 _ANY_WIDTH = 1 << 14  # columns; wider than any table
 
 
@@ -64,7 +65,8 @@ def detaching(job: Job, command: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"\nlongreach: detached; {job.id} goes on. Come back with: {command()}", err=True)
+        click.echo(err=True)
+        say(f"longreach: detached; {job.id} goes on. Come back with: {command()}", err=True)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -80,14 +82,14 @@ def wait_job(job: Job, timeout_s: float | None) -> Job:
 def print_answers(job: Job, as_json: bool) -> None:
     """Print an ended job. Raises JobFailed when it did not succeed."""
     if as_json:
-        click.echo(json.dumps(job.data.to_json(), ensure_ascii=False))
+        say_json(job.data.to_json())
     else:
         for answer in job.answers:
             if answer.question and len(job.answers) > 1:
-                click.secho(answer.question, bold=True)
+                say(answer.question, bold=True)
             if answer.reasoning:
-                click.secho(answer.reasoning, dim=True)
-            click.echo(answer.text.strip())
+                say_text(answer.reasoning, dim=True)
+            say_text(answer.text.strip())
     _check(job)
 
 
@@ -127,6 +129,9 @@ class TokenPrinter:
         *whole, rest = (self._lines.get((question, part), "") + text).split("\n")
         for line in whole:
             self._write_line(question, part, line)
+        if len(rest) > _MAX_LINE:
+            self._write_line(question, part, rest)
+            rest = ""
         self._lines[question, part] = rest
 
     def _end_line(self, question: int, part: str) -> None:
@@ -146,6 +151,7 @@ class TokenPrinter:
         sys.stdout.flush()
 
     def _write(self, text: str, dim: bool = False) -> None:
+        text = as_shown(text)
         sys.stdout.write(click.style(text, dim=True) if dim and sys.stdout.isatty() else text)
         self._ends_line = text.endswith("\n")
 
@@ -187,7 +193,7 @@ def stream_job(job: Job, after: int, as_json: bool) -> None:
                 for event in job.stream(after):
                     with interrupts.deferred():
                         if as_json:
-                            print(json.dumps(_event_json(event), ensure_ascii=False), flush=True)
+                            say_json(_event_json(event))
                         elif isinstance(event, ProgressEvent) and last == after:
                             at = event.progress
                             display.tokens("reading", at.processed, at.total, at.eta_ms)
@@ -210,7 +216,7 @@ def _event_json(event: ProgressEvent | TokenEvent | JobEnded) -> dict[str, Any]:
 def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
     """Print a table of jobs, or one JSON list."""
     if as_json:
-        click.echo(json.dumps([job.data.to_json() for job in jobs], ensure_ascii=False))
+        say_json([job.data.to_json() for job in jobs])
         return
     rows = []
     for job in jobs:
@@ -228,7 +234,7 @@ def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
     from cluster.common.units import format_bytes
 
     if as_json:
-        click.echo(json.dumps([asdict(document) for document in documents], ensure_ascii=False))
+        say_json([asdict(document) for document in documents])
         return
     rows = [(d.id, d.name, format_bytes(d.size_bytes), _when(d.created), _when(d.expires)) for d in documents]
     _print_table(("id", "name", "size", "created", "expires"), rows)
@@ -240,10 +246,10 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
     from cluster.tools.display import format_duration
 
     if as_json:
-        click.echo(json.dumps(asdict(status) | {"address": address}, ensure_ascii=False))
+        say_json(asdict(status) | {"address": address})
         return
-    click.echo(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
-    click.echo(
+    say(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
+    click.echo(  # numbers only
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
         f"contexts up to {status.max_model_len:,} tokens\n"
     )
@@ -264,5 +270,5 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = plain_table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape_unprintable, row))
     Console(width=_ANY_WIDTH, markup=False, emoji=False, highlight=False).print(table)

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Connection, ConnectionOptions, state_connection
-from cluster.client.errors import NotFound, Unavailable
+from cluster.client.errors import Busy, LongreachError, NotFound, Unavailable
 from cluster.client.models import BaseJob, ClusterStatus, DocumentInfo, Event, JobData, JobEnded, StreamCursor
 from cluster.client.requests import (
     SubmitOptions,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cluster.client.transport import Transport
 
 DocumentList = list[DocumentInfo]  # `list` is a method below
+_EARLY_PAUSE_S = 0.5  # after a wait that the head ended before its time
 _WAIT_PIECE_S = 30.0  # a long wait is many calls, so that a vanished head is noticed
 
 
@@ -134,13 +135,18 @@ class AsyncJob(BaseJob):
         if timeout_s is not None:
             timeout_s = validate.check_number("timeout_s", timeout_s, 0.0, math.inf)
         end = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        cursor = StreamCursor()  # only for its patience while a head restarts
+        cursor, is_first = StreamCursor(), True  # only for its patience while a head restarts
         while not self.done:
-            left = min(_WAIT_PIECE_S, max(0.0, end - time.monotonic()))
+            began = time.monotonic()
+            left = min(_WAIT_PIECE_S, max(0.0, end - began))
             try:
                 self._take(await self._calls.call("Wait", pb.WaitRequest(id=self.id, timeout_s=left), extra_s=left))
-                cursor = StreamCursor()
-            except Unavailable as error:
+                cursor, is_first = StreamCursor(), False
+                if not self.done and time.monotonic() - began < left / 2:  # the head is about to stop
+                    await asyncio.sleep(min(_EARLY_PAUSE_S, left))
+            except (Busy, Unavailable) as error:
+                if is_first and isinstance(error, Busy):
+                    raise
                 pause = cursor.pause(error)
                 if time.monotonic() + pause >= end:
                     raise
@@ -167,28 +173,33 @@ class AsyncJob(BaseJob):
     async def stream(self, after: int = 0, retries: RetryPolicy = REATTACH_RETRIES) -> AsyncIterator[Event]:
         """Yield progress and tokens as they come, then JobEnded; begin after token number `after`.
 
-        When the connection drops it attaches again by itself after the last token: none is lost or repeated.
+        When the connection drops, or the head ends a stream that nobody reads or that others need the place of, it
+        attaches again by itself after the last token: none is lost or repeated.
 
         Raises:
             InvalidRequest: `after` is no token of the job.
+            Busy: the head has too many streams.
             Unavailable: the head did not come back within `retries`, over a minute if not given.
 
         >>> async for event in job.stream():
         ...     if isinstance(event, TokenEvent):
         ...         print(event.token.text, end="")
         """
-        cursor = StreamCursor(validate.check_integer("after", after, 0, MAX_INT64), retries)
+        cursor, is_first = StreamCursor(validate.check_integer("after", after, 0, MAX_INT64), retries), True
         while True:
             messages = self._calls.stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
             try:
                 async for message in messages:
+                    is_first = False
                     for event in cursor.events(message):
                         yield event
                     if message.HasField("job") and self._take(message.job).done:
                         yield JobEnded(self.data)
                         return
                 raise Unavailable(f"{self.id}: the head ended the stream before the job")
-            except Unavailable as error:
+            except (Busy, Unavailable) as error:
+                if is_first and isinstance(error, Busy):
+                    raise
                 delay = cursor.pause(error)
             finally:
                 await messages.aclose()  # type: ignore[attr-defined]  # cancels the call
@@ -357,6 +368,8 @@ class AsyncClient:
             left = None if left is None else left - len(page.jobs)
             if not page.next_page_token:
                 return
+            if page.next_page_token == request.page_token:
+                raise LongreachError(f"{self._address}: the listing does not go on after its page")
             request.page_token = page.next_page_token
 
     async def status(self) -> ClusterStatus:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster.client.errors import JobFailed, Unavailable
+from cluster.client.errors import JobFailed, LongreachError, Unavailable
 from cluster.client.retry import REATTACH_RETRIES, RetryPolicy
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.convert import read_message
@@ -260,7 +260,7 @@ class StreamCursor:
                 self._delays = self._retries.delays()
             yield ProgressEvent(message.progress.question, progress)
 
-    def pause(self, error: Unavailable) -> float:
+    def pause(self, error: LongreachError) -> float:
         """Return the seconds to sleep before the next try; raise `error` when no further one is due."""
         delay = next(self._delays, None)
         if delay is None:

@@ -12,7 +12,15 @@ from cluster.client.models import DocumentInfo
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
-from protos.jobs.limits import MAX_CHARS, MAX_DEADLINE_S, MAX_INT32, MAX_INT64, MAX_QUESTIONS, MAX_REQUEST_BYTES
+from protos.jobs.limits import (
+    MAX_CHARS,
+    MAX_DEADLINE_S,
+    MAX_DOCUMENT_BYTES,
+    MAX_INT32,
+    MAX_INT64,
+    MAX_QUESTIONS,
+    MAX_REQUEST_BYTES,
+)
 from protos.jobs.sampling import OPTIONS
 
 PIECE_BYTES = 1 << 20  # documents travel in pieces of this size; longer texts are uploaded
@@ -183,11 +191,22 @@ def document_pieces(source: str | bytes | os.PathLike[str], name: str | None) ->
     path = Path(source)
     try:
         with path.open("rb") as file:
+            _check_size(path, os.fstat(file.fileno()).st_size)
             header = name or path.name.encode("utf-8", "replace").decode()[:MAX_CHARS]
             yield pb.DocumentPiece(header=pb.DocumentHeader(name=header))
+            size = 0
             while data := file.read(PIECE_BYTES):
+                size += len(data)
+                _check_size(path, size)  # of a file that grows, or has no end
                 yield pb.DocumentPiece(data=data)
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
+    except InvalidRequest:
+        raise
     except ValueError as error:  # a zero byte in the name
         raise InvalidRequest(f"document: {validate.show(str(path))}: cannot be read ({error})") from error
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MAX_DOCUMENT_BYTES:
+        raise InvalidRequest(f"document: {path}: {size} bytes: must be at most {MAX_DOCUMENT_BYTES}")

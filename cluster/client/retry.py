@@ -18,7 +18,7 @@ class RetryPolicy:
     def delays(self) -> Iterator[float]:
         """Yield the seconds to sleep between tries, each shortened at random by up to half so that clients spread."""
         for step in range(self.attempts - 1):
-            yield min(self.largest_s, self.first_s * 2**step) * random.uniform(0.5, 1.0)
+            yield min(self.largest_s, self.first_s * 2 ** min(step, 60)) * random.uniform(0.5, 1.0)
 
 
 CALL_RETRIES = RetryPolicy()  # about 1 s: a caller without a head should hear so soon

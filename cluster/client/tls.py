@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from cluster.client.connection import TlsFiles
 from cluster.client.errors import InvalidRequest
-from cluster.common.certificates import check_pair, load_certificates
+from cluster.common.certificates import check_pair, date_problems, load_certificates
 
+_log = logging.getLogger(__name__)
+_LAST_PART = 1 / 3  # clients may have certificates of hours, made anew by a machine
+_MAX_FILE_BYTES = 1 << 20
 _HANDSHAKE_SIGNS = ("handshake failed", "Hostname Verification")
 # what gRPC says of a failed handshake, and the way out; the first that fits
 _HINTS = {
@@ -32,7 +36,11 @@ _REFUSES_CERTIFICATE = (
 
 
 def read_files(files: TlsFiles) -> tuple[bytes | None, bytes | None, bytes | None]:
-    """Return the content of (ca, key, cert). Raises InvalidRequest: unreadable, not PEM, or not a pair."""
+    """Return the content of (ca, key, cert); a warning is logged when the certificate has expired or soon will.
+
+    Raises:
+        InvalidRequest: unreadable, not PEM, or not a pair.
+    """
     ca, key, cert = _read("ca_file", files.ca), _read("key_file", files.key), _read("cert_file", files.cert)
     try:
         if ca is not None:
@@ -47,12 +55,21 @@ def read_files(files: TlsFiles) -> tuple[bytes | None, bytes | None, bytes | Non
             f"cert_file: {files.cert}: must be a PEM certificate that goes with key_file: {files.key} (an unencrypted "
             f"PEM key): {error}"
         ) from error
+    if cert is not None:
+        for problem in date_problems(cert, _LAST_PART):
+            _log.warning("cert_file: %s: %s: renew it", files.cert, problem)
     return ca, key, cert
 
 
 def _read(key: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise InvalidRequest(f"{key}: {path}: must be at most {_MAX_FILE_BYTES} bytes")
+        return content
     except OSError as error:
         raise InvalidRequest(f"{key}: {path}: cannot be read ({error.strerror})") from error
 

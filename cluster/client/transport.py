@@ -31,6 +31,7 @@ from protos.stage.channel import CHANNEL_OPTIONS
 # grpc's own pauses between connection attempts start at 1 s and reach 2 min: longer than ours, they would decide
 _OPTIONS = [*CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000)]
 _UPLOAD_FACTOR = 20  # an upload may take this many times the usual timeout
+_MAX_RETRY_AFTER_S = 3600.0
 _Stub: Any = JobsStub  # generated code has no types
 _Code = grpc.StatusCode
 _SIMPLE: dict[grpc.StatusCode, type[LongreachError]] = {
@@ -97,15 +98,24 @@ class Transport:
         if code == _Code.RESOURCE_EXHAUSTED:
             if "larger than max" in details:  # by grpc itself, about the size of a message
                 return InvalidRequest(f"request: {details}")
-            trailing = dict(error.trailing_metadata() or ())
-            return Busy(details or "the queue is full", int(trailing.get("retry-after-ms", 1000)) / 1000)
+            return Busy(details or "the queue is full", _retry_after_s(dict(error.trailing_metadata() or ())))
         if code == _Code.UNAVAILABLE:
             if not self.has_answered and (problem := explain_failure(details, self._connection.tls)):
                 return TlsError(f"{address}: {problem}")
             return Unavailable(f"{address}: cannot be reached ({details[:200]}): {START_HINT}")
+        if code == _Code.CANCELLED:  # by the head: the clients do not hear of their own
+            return Unavailable(f"{address}: the call was ended by the head")
+        if code == _Code.DEADLINE_EXCEEDED and details not in ("", "Deadline Exceeded"):  # by the head
+            return Unavailable(f"{address}: {details}")
         if code == _Code.DEADLINE_EXCEEDED:
             return Unavailable(f"{address}: did not answer in time; a larger timeout_s waits longer")
         return LongreachError(f"{address}: {code.name}: {details}")
+
+
+def _retry_after_s(trailing: dict[str, Any]) -> float:
+    """Return the seconds that a head asks to wait, 1 when it says nothing usable, at most `_MAX_RETRY_AFTER_S`."""
+    value = str(trailing.get("retry-after-ms", ""))
+    return min(int(value) / 1000, _MAX_RETRY_AFTER_S) if value.isdecimal() and len(value) < 20 else 1.0
 
 
 def _open_channel(connection: Connection, api: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 
 MAX_SHOWN = 60  # characters of a value or key in an error
+_KEPT_IN_TEXT = "\n\t\u200c\u200d"  # Persian, Indic scripts and emoji are written with the zero-width joiners
 _YAML_LITERAL = re.compile(  # unquoted text that YAML 1.1 reads as a null, boolean or number
     r"~|null|Null|NULL|yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"
     r"|[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(:[0-5]?[0-9])*|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
@@ -14,8 +16,8 @@ _YAML_LITERAL = re.compile(  # unquoted text that YAML 1.1 reads as a null, bool
 
 
 def one_line(value: object, limit: int | None = None) -> str:
-    """Return `str(value)` with each run of white space as one blank, cut to `limit` characters."""
-    return " ".join(str(value).split())[:limit]
+    """Return `str(value)` with each run of white space as one blank and escapes, cut to `limit` characters."""
+    return escape_unprintable(" ".join(str(value).split())[:limit])
 
 
 def describe_error(error: BaseException) -> str:
@@ -24,8 +26,24 @@ def describe_error(error: BaseException) -> str:
 
 
 def escape_unprintable(text: str) -> str:
-    r"""Return `text` with line breaks and other unprintable characters as escapes such as `\n`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    r"""Return `text` on one line: what breaks lines, controls a terminal, turns the direction of writing or has no
+    width is an escape such as `\n`.
+    """
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def escape_controls(text: str) -> str:
+    """Return a text of several lines as a terminal may show it: like `escape_unprintable`, but line breaks, tabs,
+    spaces of all kinds and joiners of letters stay.
+    """
+    return "".join(
+        c if c.isprintable() or c in _KEPT_IN_TEXT or unicodedata.category(c) == "Zs" else _escape(c)
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 def shorten(text: str) -> str:

@@ -18,6 +18,7 @@ from cluster.jobs.store import JobStore
 
 HEARTBEAT_S = 10.0  # a stream repeats the progress at least this often
 _PAGE = 500  # tokens read at once
+_POLL_S = 2.0  # how soon a stream without news can be left
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class ProgressUpdate:
     progress: PrefillProgress
 
 
-JobEvent = ProgressUpdate | Sequence[OutputToken] | JobRecord
+JobEvent = ProgressUpdate | Sequence[OutputToken] | JobRecord | None  # None: nothing new, the stream may be left
 
 
 class Subscriptions:
@@ -140,5 +141,8 @@ class Subscriptions:
                     return
             if self._closed:
                 return
-            if not changed.wait(HEARTBEAT_S):
+            until = time.monotonic() + HEARTBEAT_S
+            while not changed.wait(_POLL_S) and time.monotonic() < until:
+                yield None
+            if not changed.is_set():
                 shown.clear()

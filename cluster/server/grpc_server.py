@@ -1,12 +1,13 @@
 """The job service over gRPC on `server.host:server.port`, with health checking and reflection.
 
-Two interceptors wrap every method: the API key (`security`) and `CallGuard` (`interceptors`), which bounds long calls,
+Two interceptors wrap every method: the API key (`security`) and `CallGuard` (`interceptors`), which bounds open calls,
 parses strictly and turns errors into status codes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,10 @@ from cluster.config.schema import SecuritySection, ServerSection
 from cluster.jobs.model import DocumentRecord, InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
-from cluster.server.interceptors import CallGuard, ConcurrencyLimit
-from cluster.server.security import KeyInterceptor, load_api_keys, server_credentials
+from cluster.server.audit import Callers, RefusalLog
+from cluster.server.call_pool import CallPool, StallWatch
+from cluster.server.interceptors import CallGuard, Pools
+from cluster.server.security import CertificateWatch, KeyInterceptor, load_api_keys, server_credentials
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.jobs import validate
@@ -36,10 +39,27 @@ if TYPE_CHECKING:
 JOBS_SERVICE: str = pb.DESCRIPTOR.services_by_name["Jobs"].full_name
 SERVICES = (JOBS_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 MAX_PIECE = 4 << 20  # bytes of one message of an upload
-_SHORT_CALLS = 32  # threads for calls that answer at once, besides those of long calls
-_QUEUED_CALLS = 64  # calls accepted beyond the threads: they wait for one
-_WATCHERS = 16  # health watchers: they need no key, so they have a limit and threads of their own
+# Calls that are open at a time, each with a thread: `server.max_streams` long ones and these.
+_SHORT_CALLS = 96  # that answer at once; a thread may wait for the message of the request, or for its turn
+_RUNNING = 32  # short calls that run at a time
+_SPARE_CALLS = 64  # that are being let in, refused or ended
+_WATCHERS = 16  # health watchers: they need no key, so they have limits and threads of their own
+_CHECKS = 16  # health checks
 _POLL_S = 2.0  # how soon a waiting call notices that its client has gone
+_SLOW_UPLOAD_S = 60.0  # from this time on an upload must have come with
+_SLOW_UPLOAD_RATE = 1024  # bytes a second on the average
+_IDLE_CONNECTIONS = 384  # beside one for each of `server.max_streams`; more are closed at once
+# What the server allows a connection. A client that keeps none of it is cut off by gRPC itself.
+_CONNECTION_OPTIONS = dict(CHANNEL_OPTIONS) | {
+    "grpc.so_reuseport": 0,  # two heads on one port are an error, not a lottery
+    "grpc.server_handshake_timeout_ms": 20_000,  # for TLS and the first frame of HTTP/2
+    "grpc.http2.settings_timeout": 20_000,
+    "grpc.max_connection_idle_ms": 60_000,  # without a call; clients connect again by themselves
+    "grpc.max_metadata_size": 16 << 10,  # bytes of the headers of a call
+    "grpc.absolute_max_metadata_size": 16 << 10,
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+    "grpc.http2.max_ping_strikes": 5,  # pings that come sooner, until the connection is closed
+}
 
 
 class GrpcServer:
@@ -62,8 +82,9 @@ class GrpcServer:
         self._port = server.port if port_override is None else port_override
         self._is_enabled = bool(server.port) or port_override is not None
         self._health = health.HealthServicer(experimental_non_blocking=False)  # the other mode sends under its lock
+        self._certificates = CertificateWatch(security)
         self._server: grpc.Server | None = None
-        self._pools: list[ThreadPoolExecutor] = []
+        self._executors: list[ThreadPoolExecutor] = []
         self.set_serving(True)
 
     def start(self) -> str:
@@ -76,19 +97,29 @@ class GrpcServer:
             return ""
         keys = load_api_keys(self._security.api_keys_file) if self._security.api_keys_file else None
         credentials = server_credentials(self._security)
-        calls = ThreadPoolExecutor(self._config.max_streams + _SHORT_CALLS, thread_name_prefix="grpc")
-        watches = ThreadPoolExecutor(_WATCHERS + 4, thread_name_prefix="grpc-health")
-        self._pools = [calls, watches]
+        limit = self._config.max_streams
+        calls = ThreadPoolExecutor(limit + _SHORT_CALLS + _SPARE_CALLS, thread_name_prefix="grpc")
+        watches = ThreadPoolExecutor(2 * (_WATCHERS + _CHECKS), thread_name_prefix="grpc-health")
+        self._executors = [calls, watches]
+        ours = Pools(
+            CallPool(limit, "server.max_streams"), CallPool(_SHORT_CALLS, "of short calls", can_preempt=False),
+            threading.Semaphore(_RUNNING),
+        )  # fmt: skip
+        of_health = Pools(
+            CallPool(_WATCHERS, "of health watchers"), CallPool(_CHECKS, "of health checks", can_preempt=False),
+            threading.Semaphore(_CHECKS), watches,
+        )  # fmt: skip
+        self._stalls = StallWatch([ours.long, ours.short, of_health.long, of_health.short])
         guard = CallGuard(
-            ConcurrencyLimit(self._config.max_streams, "server.max_streams"),
-            long_methods={f"/{JOBS_SERVICE}/Wait"},
-            own={health.SERVICE_NAME: (ConcurrencyLimit(_WATCHERS, "of health watchers"), watches)},
-        )
+            ours, {f"/{JOBS_SERVICE}/Wait"}, {health.SERVICE_NAME: of_health}, Callers(keys).identify
+        )  # fmt: skip
+        most = limit + _SHORT_CALLS + _SPARE_CALLS + 2 * (_WATCHERS + _CHECKS)
+        bounds = {"max_concurrent_streams": most, "max_allowed_incoming_connections": limit + _IDLE_CONNECTIONS}
         server = grpc.server(
             calls,
-            interceptors=[*([KeyInterceptor(keys)] if keys is not None else []), guard],
-            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],  # two heads on one port are an error, not a lottery
-            maximum_concurrent_rpcs=self._config.max_streams + _WATCHERS + _SHORT_CALLS + _QUEUED_CALLS,
+            interceptors=[*([KeyInterceptor(keys, RefusalLog().add)] if keys is not None else []), guard],
+            options=[*_CONNECTION_OPTIONS.items(), *((f"grpc.{key}", value) for key, value in bounds.items())],
+            maximum_concurrent_rpcs=most,
         )
         rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -99,8 +130,10 @@ class GrpcServer:
             port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError as error:
             raise PreflightError(f"server.port: {address} cannot be bound: choose a free port, or 0") from error
+        self._certificates.start()
         server.start()
         self._server = server
+        self._stalls.start()
         return f"{host}:{port}"
 
     def set_serving(self, serving: bool) -> None:
@@ -115,8 +148,10 @@ class GrpcServer:
             self._health.enter_graceful_shutdown()
             self._server.stop(grace_s).wait(grace_s + 10.0)
             self._server = None
-        for pool in self._pools:
-            pool.shutdown(wait=False)
+            self._stalls.close()
+            self._certificates.close()
+        for executor in self._executors:
+            executor.shutdown(wait=False)
 
 
 class _Jobs(rpc.JobsServicer):
@@ -135,11 +170,16 @@ class _Jobs(rpc.JobsServicer):
         return _document(self._service.documents.put(name, pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
+        began, size = time.monotonic(), 0
         for request in requests:
             if request.WhichOneof("part") != "data":
                 raise InvalidJob("document: messages after the header must have data")
             if len(request.data) > MAX_PIECE:
                 raise InvalidJob(f"data: {len(request.data)} bytes: must be at most {MAX_PIECE} in one message")
+            size += len(request.data)
+            seconds = time.monotonic() - began
+            if seconds > _SLOW_UPLOAD_S and size < seconds * _SLOW_UPLOAD_RATE:
+                raise InvalidJob(f"document: {size} bytes in {seconds:.0f} s: must be {_SLOW_UPLOAD_RATE} a second")
             yield request.data
         if not context.is_active():  # half a document would be stored as a whole one
             raise InvalidJob("document: the upload was cut off")
@@ -175,6 +215,8 @@ class _Jobs(rpc.JobsServicer):
             for event in events:
                 if not context.is_active():
                     return
+                if event is None:
+                    continue
                 if isinstance(event, Sequence):
                     number = event[-1].number
                     yield from codec.encode_tokens(event, request.grouped)

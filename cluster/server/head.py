@@ -19,6 +19,7 @@ from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
 from cluster.server.grpc_server import GrpcServer
 from cluster.server.metrics import MetricsServer
+from cluster.server.security import check_security
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
@@ -56,6 +57,7 @@ class Head:
         if self._port is None:
             check_port(server.host, server.port)
         check_port(server.metrics_host, server.metrics_port)
+        check_security(self._config.security)
         with ExitStack() as steps:  # closed in the opposite order
             steps.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH_INTERVAL_S)

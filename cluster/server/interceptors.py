@@ -1,4 +1,4 @@
-"""The interceptor around every method of the gRPC server: strict parsing, a bound on long calls, status codes.
+"""The interceptor around every method of the gRPC server: strict parsing, bounds on open calls, status codes.
 
 Nothing else reaches clients: no traceback, no UNKNOWN; INTERNAL only with a reference to the log.
 """
@@ -11,6 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -18,6 +19,8 @@ from google.protobuf.message import DecodeError
 
 from cluster.common.text_format import escape_unprintable
 from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, ServiceBusy
+from cluster.server.audit import log_change
+from cluster.server.call_pool import Caller, CallPool, OpenCall
 from protos.errors import InvalidRequest
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
@@ -32,37 +35,38 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 _log = logging.getLogger(__name__)
 
 
-class ConcurrencyLimit:
-    """Bounds the number of calls at a time: a context manager for any thread that raises ServiceBusy at the limit."""
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Where the calls of a service go: `long` ones, which may last for hours, and `short` ones.
 
-    def __init__(self, count: int, what: str) -> None:
-        self._free = threading.BoundedSemaphore(count)
-        self._message = f"{count} long calls are open, the limit ({what}): try again, or close one"
+    Attributes:
+        running: bounds the short calls that run at a time; the others wait for their turn.
+        threads: of the service alone; None: the server's.
+    """
 
-    def __enter__(self) -> None:
-        if not self._free.acquire(blocking=False):
-            raise ServiceBusy(self._message, 1.0)
-
-    def __exit__(self, *_: object) -> None:
-        self._free.release()
+    long: CallPool
+    short: CallPool
+    running: threading.Semaphore
+    threads: ThreadPoolExecutor | None = None
 
 
 class CallGuard(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignore]
     """Wraps every method of every service; see the module."""
 
     def __init__(
-        self, streams: ConcurrencyLimit, long_methods: Collection[str],
-        own: Mapping[str, tuple[ConcurrencyLimit, ThreadPoolExecutor]],
+        self, pools: Pools, long_methods: Collection[str], own: Mapping[str, Pools],
+        identify: Callable[[grpc.ServicerContext], Caller],
     ) -> None:  # fmt: skip
         """
         Args:
-            streams: the limit of calls with streams of messages, which may last for hours.
-            long_methods: methods of one message each way that may last for hours too.
-            own: services with a limit and threads of their own, by name.
+            long_methods: methods of one message each way that may last for hours, as those with streams may.
+            own: services with pools of their own, by name.
+            identify: says who makes a call.
         """
-        self._streams = streams
+        self._pools = pools
         self._long_methods = frozenset(long_methods)
         self._own = own
+        self._identify = identify
 
     def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
@@ -70,39 +74,63 @@ class CallGuard(grpc.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         handler = continuation(details)
         if handler is None:
             return None  # UNIMPLEMENTED
-        limit, pool = self._own.get(details.method.split("/")[1], (self._streams, None))
+        pools = self._own.get(details.method.split("/")[1], self._pools)
         is_long = handler.request_streaming or handler.response_streaming or details.method in self._long_methods
-        return _guard(handler, details.method, limit if is_long else contextlib.nullcontext(), pool)
+        return _guard(handler, details.method, pools, is_long, self._identify)
 
 
 def _guard(
-    handler: Any, method: str, limit: contextlib.AbstractContextManager[None], pool: ThreadPoolExecutor | None
+    handler: Any, method: str, pools: Pools, is_long: bool, identify: Callable[[grpc.ServicerContext], Caller]
 ) -> Any:
-    """Return a handler of the same kind that parses requests itself: gRPC would answer broken ones with INTERNAL."""
+    """Return a handler of the same method that takes its messages itself.
+
+    gRPC would answer broken ones with INTERNAL, and would wait for the message of a call for ever.
+    """
     name = "_".join("stream" if many else "unary" for many in (handler.request_streaming, handler.response_streaming))
     behavior = getattr(handler, name)
+    pool, running = (pools.long, contextlib.nullcontext()) if is_long else (pools.short, pools.running)
 
-    def parse(raw: bytes) -> Any:
-        try:
-            return handler.request_deserializer(raw)
-        except DecodeError as error:
-            raise InvalidJob("request: not a message of this method (malformed protobuf)") from error
+    def messages(raw: Iterator[bytes], call: OpenCall) -> Iterator[Any]:
+        while True:
+            with call.client("send"):
+                data = next(raw, None)
+            if call.is_ended:
+                raise InvalidJob("request: cut off")
+            if data is None:
+                return
+            try:
+                yield handler.request_deserializer(data)
+            except DecodeError as error:
+                raise InvalidJob("request: not a message of this method (malformed protobuf)") from error
 
-    def argument(raw: Any) -> Any:
-        return map(parse, raw) if handler.request_streaming else parse(raw)
+    def argument(raw: Iterator[bytes], call: OpenCall) -> Any:
+        parsed = messages(raw, call)
+        if handler.request_streaming:
+            return parsed
+        for message in parsed:
+            return message
+        raise InvalidJob("request: (missing): must be one message")
 
-    def unary(raw: Any, context: grpc.ServicerContext) -> Any:
-        with _status_codes(method, context), limit:
-            return behavior(argument(raw), context)
+    def unary(raw: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        with _status_codes(method, context):
+            caller = identify(context)
+            with pool.open(caller, context) as call:
+                request = argument(raw, call)
+                with running:
+                    reply = behavior(request, context)
+            log_change(method, caller, request, reply)
+            return reply
 
-    def stream(raw: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with _status_codes(method, context), limit:
-            yield from behavior(argument(raw), context)
+    def stream(raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+        with _status_codes(method, context), pool.open(identify(context), context) as call:
+            for reply in behavior(argument(raw, call), context):
+                with call.client("read"):
+                    yield reply
 
     guarded: Any = stream if handler.response_streaming else unary
-    if pool is not None:
-        guarded.experimental_thread_pool = pool
-    make = getattr(grpc, f"{name}_rpc_method_handler")
+    if pools.threads is not None:
+        guarded.experimental_thread_pool = pools.threads
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     return make(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cluster.common.errors import PreflightError
 from cluster.jobs.model import JobRecord
+from cluster.server.metrics_http import BoundedServer
 
 if TYPE_CHECKING:
     from cluster.engine.runtime import ClusterRuntime
@@ -121,7 +122,7 @@ class MetricsServer:
         self.registry.register(_Gauges(service, runtime))
         Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(runtime.version).set(1)
         self._host, self._port = host, port
-        self._server: WSGIServer | None = None
+        self._server: BoundedServer | None = None
         service.on_ended(self.jobs.observe)
 
     def start(self) -> None:
@@ -129,9 +130,11 @@ class MetricsServer:
         if not self._port:
             return
         try:
-            self._server, _ = start_http_server(self._port, self._host, registry=self.registry)
+            self._server = BoundedServer(self._host, self._port, make_wsgi_app(self.registry))
         except OSError as error:
             raise PreflightError(f"server.metrics_port: {self._port}: cannot be bound ({error.strerror})") from error
+        thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        thread.start()
 
     def close(self) -> None:
         """Stop answering; may be called twice."""

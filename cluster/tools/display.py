@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from cluster.common.text_format import escape_unprintable
 from cluster.common.units import format_bytes
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
@@ -26,8 +28,9 @@ class Display:
         self._quiet = quiet
         self._live = console.is_terminal and not quiet
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32),
-            TextColumn("{task.fields[figures]}"), console=console, transient=True, disable=not self._live,
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=32),
+            TextColumn("{task.fields[figures]}", markup=False), console=console, transient=True,
+            disable=not self._live,
         )  # fmt: skip
         self._label = self._phase = ""
         self._last_line = 0.0
@@ -46,11 +49,11 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if not self._quiet:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(escape_unprintable(text), highlight=False, soft_wrap=True, markup=False)
 
     def label(self, text: str) -> None:
         """Show `text` before the names of the following phases; empty for none."""
-        self._label = text
+        self._label = escape_unprintable(text)
 
     def status(self, phase: str) -> None:
         """Show a phase without figures."""
@@ -84,12 +87,13 @@ class Display:
     def _show(self, phase: str, figures: str = "", done: int = 0, total: int = 0) -> None:
         if self._quiet:
             return
+        phase = escape_unprintable(phase)
         phase = f"{self._label}: {phase}" if self._label else phase
         is_new, self._phase = phase != self._phase, phase
         if not self._live:
             now = time.monotonic()
             if is_new or now - self._last_line >= _LINE_EVERY_S:
-                self._console.print(f"{phase}: {figures}" if figures else phase, highlight=False)
+                self._console.print(f"{phase}: {figures}" if figures else phase, highlight=False, markup=False)
                 self._last_line = now
             return
         if is_new:
@@ -97,6 +101,11 @@ class Display:
                 self._progress.remove_task(task)
             self._progress.add_task(phase, total=total or None, figures=figures)
         self._progress.update(self._progress.task_ids[0], completed=done, total=total or None, figures=figures)
+
+
+def in_table(text: str) -> str:
+    """Return text from outside as a cell or line that rich prints as it is, on one line."""
+    return escape(escape_unprintable(text))
 
 
 def plain_table(*columns: str) -> Table:

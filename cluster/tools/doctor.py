@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.common.addresses import split_address
-from cluster.common.text_format import one_line
+from cluster.common.text_format import escape_controls, one_line
 from protos.node.environment import COMPILERS, compiler, cpu_facts, usable_cores, version_of
 
 Status = Literal["ok", "slow", "missing", "error"]
@@ -97,7 +97,7 @@ def render(report: Report, console: Console) -> None:
         table.add_column(column, overflow="fold")
     for check in report.checks:
         finding = check.detail + (f"\n-> {check.advice}" if check.advice else "")
-        table.add_row(check.name, f"[{_COLOURS[check.status]}]{check.status}[/]", escape(finding))
+        table.add_row(check.name, f"[{_COLOURS[check.status]}]{check.status}[/]", escape(escape_controls(finding)))
     console.print(table)
     console.print("ready to run" if report.ok else "not ready: see the errors above")
 

@@ -1,6 +1,7 @@
 """Limits of the job service. Clients check them before they send, the head when it receives."""
 
 MAX_REQUEST_BYTES = 64 << 20  # of one message, either way
+MAX_DOCUMENT_BYTES = 16 << 30  # of any document; a head has a smaller limit of its own
 MAX_QUESTIONS = 1024
 MAX_MESSAGES = 4096  # of a chat
 MAX_STOPS = 64  # strings and ids each

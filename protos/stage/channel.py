@@ -49,10 +49,13 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc, unused-ign
         return refusing_handler("this stage belongs to another launch (wrong token)")
 
 
-def refusing_handler(reason: str) -> grpc.RpcMethodHandler:
+def refusing_handler(
+    reason: str, on_refused: Callable[[grpc.ServicerContext], None] = lambda context: None
+) -> grpc.RpcMethodHandler:
     """Return a handler that answers a call of any kind with UNAUTHENTICATED, without waiting for its message."""
 
     def refuse(_requests: object, context: grpc.ServicerContext) -> Iterator[bytes]:
+        on_refused(context)
         context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
         yield b""  # makes this a generator; abort has raised
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cluster.common.text_format import one_line
 from cluster.common.units import format_count
-from cluster.tools.display import plain_table
+from cluster.tools.display import in_table, plain_table
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -38,16 +38,16 @@ def needle_table(report: dict[str, Any]) -> Table:
             cells = [cell for cell in report["cells"] if cell["mode"] == mode and cell["length"] == length]
             done = [cell for cell in cells if "error" not in cell]
             if done:
-                table.add_row(mode, format_count(length), *_figures(report, mode, length, done))
+                table.add_row(in_table(mode), format_count(length), *_figures(report, mode, length, done))
             if len(done) < len(cells):
-                table.add_row(mode, format_count(length), "[red]failed[/]")
+                table.add_row(in_table(mode), format_count(length), "[red]failed[/]")
     return table
 
 
 def failures(report: dict[str, Any]) -> list[str]:
     """Return a line for every cell that has no result."""
     failed = [cell for cell in report["cells"] if "error" in cell]
-    return [f"{cell['mode']} {format_count(cell['length'])}: {one_line(cell['error'])}" for cell in failed]
+    return [f"{one_line(cell['mode'])} {format_count(cell['length'])}: {one_line(cell['error'])}" for cell in failed]
 
 
 def _figures(report: dict[str, Any], mode: str, length: int, cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -73,7 +73,7 @@ def strip(scores: Sequence[float | None]) -> str:
 def recall_table(report: dict[str, Any]) -> Table:
     """Return a column a variant: how far its next tokens and logits are from the dense ones, and what it visited."""
     variants = report["variants"]
-    table = plain_table("", "dense", *(variant["name"] for variant in variants))
+    table = plain_table("", "dense", *(in_table(variant["name"]) for variant in variants))
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("same next token", "", *(f"{variant['same_top1']}/{report['next']}" for variant in variants))
@@ -100,7 +100,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """Print the table of any evaluation, and how to read it."""
     if report["what"] == "needle":
         asked = "answer in the prompt up to its code" if report["form"] == "prompt" else "question, then the answer"
-        console.print(f"{report['model']}, {report['needles']} needles a document, {asked}", highlight=False)
+        console.print(f"{in_table(report['model'])}, {report['needles']} needles a document, {asked}", highlight=False)
         console.print(needle_table(report))
         unfinished = "" if report["complete"] else "; not finished"
         console.print(f"by depth: the beginning of the document is on the left{unfinished}", style="dim")
@@ -108,7 +108,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             console.print(f"failed: {line}", style="red", markup=False, highlight=False)
         return
     console.print(
-        f"{report['model']}, {report['tokens']:,} tokens of {report['text']}, {report['next']} tokens after them",
+        f"{in_table(report['model'])}, {report['tokens']:,} tokens of {in_table(report['text'])}, "
+        f"{report['next']} tokens after them",
         highlight=False,
     )
     console.print(recall_table(report))

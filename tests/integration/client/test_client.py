@@ -145,6 +145,43 @@ def test_stream_gives_up_after_bounded_tries(client: Client, head: FakeHead) -> 
     assert FAST.attempts <= len(head.jobs.calls["Stream"]) <= FAST.attempts + 1
 
 
+@pytest.mark.parametrize("code", [Code.CANCELLED, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED])
+def test_a_stream_that_the_head_ends_goes_on(client: Client, head: FakeHead, code: grpc.StatusCode) -> None:
+    head.jobs.drops = [3]
+    job = client.submit("text", "Why?")
+    events = job.stream()
+    first = [next(events) for _ in range(2)]
+    head.jobs.failures["Stream"] = [(code, "ended to make room for others", ())]
+    check_events([*first, *events], 0)
+    assert len(head.jobs.calls["Stream"]) == 3
+
+
+def test_a_stream_that_finds_no_place_says_so_at_once(client: Client, head: FakeHead) -> None:
+    job = client.submit("text", "Why?")
+    head.jobs.failures["Stream"] = head.jobs.failures["Wait"] = [(Code.RESOURCE_EXHAUSTED, "full", ())] * 2
+    with pytest.raises(cluster.Busy, match="full"):
+        next(job.stream())
+    with pytest.raises(cluster.Busy, match="full"):
+        job.wait()
+
+
+def test_waiting_at_a_head_that_answers_too_early_is_no_loop(
+    client: Client, head: FakeHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.submit("text", "Why?")
+    monkeypatch.setattr(type(head.jobs), "_end", lambda self, job: None)
+    assert not job.wait(1.2).done
+    assert len(head.jobs.calls["Wait"]) <= 4
+
+
+def test_a_listing_that_repeats_its_page_ends(client: Client, head: FakeHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = pb.JobList(jobs=[pb.Job(id="job_1")], next_page_token="again")
+    monkeypatch.setattr(type(head.jobs), "List", lambda self, request, context: page)
+    head.restart()
+    with pytest.raises(cluster.LongreachError, match="does not go on"):
+        list(client.jobs())
+
+
 def test_leaving_a_stream_cancels_the_call_only(client: Client, head: FakeHead) -> None:
     head.jobs.hold_after = 2
     job = client.submit("text", "Why?")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from cluster.server.grpc_server import SERVICES
 from cluster.server.security import OPEN_METHODS
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
+from tests.integration.server.calls import code_of, pieces
 from tests.support.data.certificates import Authority
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving, write_secret
 
@@ -106,6 +109,34 @@ def test_every_key_of_the_file_opens(locked: tuple[FakeJobService, grpc.Channel]
     assert KEY not in caplog.text
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_log_names_the_key_that_did_what(
+    locked: tuple[FakeJobService, grpc.Channel], caplog: pytest.LogCaptureFixture
+):
+    _, channel = locked
+    caplog.set_level("INFO", "cluster.server.audit")
+    stub = rpc.JobsStub(channel)
+    job_id = stub.Submit(pb.SubmitRequest(prompt="a secret text"), metadata=key_metadata(KEY)).id
+    document_id = stub.UploadDocument(pieces(b"x"), metadata=key_metadata(OTHER)).id
+    stub.Get(pb.JobRequest(id=job_id), metadata=key_metadata(OTHER))
+    stub.Cancel(pb.JobRequest(id=job_id), metadata=key_metadata(OTHER))
+    stub.Delete(pb.JobRequest(id=job_id), metadata=key_metadata(KEY))
+    stub.DeleteDocument(pb.DocumentRequest(id=document_id), metadata=key_metadata(KEY))
+    for _ in range(5):
+        assert code_of(lambda: stub.Submit(pb.SubmitRequest(), metadata=key_metadata("wrong")))[0] is (
+            Code.UNAUTHENTICATED
+        )
+    lines = [record.getMessage() for record in caplog.records if record.name == "cluster.server.audit"]
+    other = f"sha256:{hashlib.sha256(OTHER.encode()).hexdigest()[:8]}"
+    assert [re.sub(r" (at|from) ipv[46]:\S+", "", line) for line in lines] == [
+        f"Submit {job_id} by key team", f"UploadDocument {document_id} by key {other}",
+        f"Cancel {job_id} by key {other}", f"Delete {job_id} by key team", f"DeleteDocument {document_id} by key team",
+        "refused /longreach.jobs.v1.Jobs/Submit no valid API key",
+    ]  # fmt: skip
+    assert KEY not in caplog.text
+    assert OTHER not in caplog.text
+    assert "secret" not in caplog.text
 
 
 @pytest.fixture

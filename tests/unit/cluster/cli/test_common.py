@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,18 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cluster.cli.common import Count, Verbs, fail, one_line_errors, open_display, sampling_options
+from cluster.cli.common import (
+    Count,
+    Verbs,
+    fail,
+    one_line_errors,
+    open_display,
+    sampling_options,
+    say,
+    say_json,
+    say_text,
+    warn,
+)
 from cluster.common.errors import ClusterError, PreflightError
 from cluster.config.deployment import ConfigError
 from protos.errors import UserError
@@ -115,3 +128,32 @@ def test_display_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with open_display(quiet=True) as display:
         display.say("hello")
     assert (capsys.readouterr().out, capsys.readouterr().err) == ("", "")
+
+
+EVIL = "a\x1b]0;owned\x07\x9b2J\u202e\u200b\u200d\x7f"
+ESCAPED = r"a\x1b]0;owned\x07\x9b2J\u202e\u200b\u200d\x7f"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_is_printed_of_texts_from_outside(
+    is_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    say(f"{EVIL}\nb")
+    say_text(f"{EVIL}\n\tb\x1b[31m")
+    say_json({"text": f"{EVIL}\n\U000e0001"})
+    line, first, second, data = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert line == rf"{ESCAPED}\nb"
+    if is_terminal:
+        assert first == ESCAPED.replace(r"\u200d", "\u200d")
+        assert second == "\tb" + r"\x1b[31m"
+        assert data.isprintable()
+    else:
+        assert (first, second) == (EVIL, "\tb\x1b[31m")
+        assert data == json.dumps({"text": f"{EVIL}\n\U000e0001"}, ensure_ascii=False)
+    assert json.loads(data) == {"text": f"{EVIL}\n\U000e0001"}
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    warn(f"{EVIL}\nb")
+    assert capsys.readouterr().err == f"longreach: warning: {ESCAPED} b\n"

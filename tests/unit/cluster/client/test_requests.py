@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import cluster
 from cluster.client import requests
 from protos.jobs import jobs_pb2 as pb
-from protos.jobs.limits import MAX_CHARS, MAX_MESSAGES, MAX_REQUEST_BYTES
+from protos.jobs.limits import MAX_CHARS, MAX_DOCUMENT_BYTES, MAX_MESSAGES, MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
 
 BAD: list[tuple[str | None, Any, dict[str, Any]]] = [
@@ -90,3 +91,15 @@ def test_listing_requests() -> None:
     for states, limit in ((["done"], None), ("queued", None), (["state_unspecified"], None), ([], 0)):
         with pytest.raises(cluster.InvalidRequest):
             requests.list_request(states, None, limit)
+
+
+def test_files_that_are_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.truncate(MAX_DOCUMENT_BYTES + 1)  # no byte is written
+    said = f"{MAX_DOCUMENT_BYTES + 1} bytes: must be at most {MAX_DOCUMENT_BYTES}"
+    with pytest.raises(cluster.InvalidRequest, match=said):
+        next(requests.document_pieces(path, None))
+    monkeypatch.setattr(requests, "MAX_DOCUMENT_BYTES", 10 << 20)
+    with pytest.raises(cluster.InvalidRequest, match="bytes: must be at most 10485760"):
+        list(requests.document_pieces(Path("/dev/zero"), None))

@@ -13,3 +13,9 @@ def test_backoff_grows_and_is_bounded() -> None:
         for delay, most in zip(delays, (1, 2, 4, 4, 4), strict=True):
             assert most / 2 <= delay <= most
     assert list(RetryPolicy(attempts=1).delays()) == []
+
+
+def test_very_many_attempts() -> None:
+    delays = list(RetryPolicy(attempts=2000, first_s=0.1, largest_s=5.0).delays())
+    assert len(delays) == 1999
+    assert max(delays) <= 5.0

@@ -100,3 +100,19 @@ def test_files_are_read_once_they_are_known_to_be_good(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest) as caught:
             read_files(files)
         assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(("hours", "warned"), [(24 * 40.0, 0), (24 * 10.0, 0), (-1.0, 1)])
+def test_a_certificate_that_ends_is_warned_of(
+    tmp_path: Path, hours: float, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = Authority(tmp_path, "authority").issue("client", hours=hours)
+    assert read_files(TlsFiles(None, certificate, key))[2] == certificate.read_bytes()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == warned
+    assert all(line.startswith(f"cert_file: {certificate}: expire") for line in lines)
+
+
+def test_a_file_without_end_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="ca_file: /dev/zero: must be at most 1048576 bytes"):
+        read_files(TlsFiles(Path("/dev/zero"), None, None))

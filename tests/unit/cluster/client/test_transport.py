@@ -56,6 +56,9 @@ ERRORS: list[tuple[Failure, type[Exception], str]] = [
     ),
     (Failure(Code.UNAVAILABLE, CLOSED), cluster.TlsError, "127.0.0.1:7777: the connection was closed before an answer"),
     (Failure(Code.UNAVAILABLE, WRONG_NAME), cluster.TlsError, "127.0.0.1:7777: failed to connect to all addresses;"),
+    (Failure(Code.CANCELLED, "CANCELLED"), cluster.Unavailable, "127.0.0.1:7777: the call was ended by the head"),
+    (Failure(Code.DEADLINE_EXCEEDED, "idle upload"), cluster.Unavailable, "127.0.0.1:7777: idle upload"),
+    (Failure(Code.NOT_FOUND, "a\x1b[2J\u202e"), cluster.NotFound, r"a\x1b[2J\u202e"),
     (Failure(Code.INTERNAL, "oops"), cluster.LongreachError, "127.0.0.1:7777: INTERNAL: oops"),
 ]
 
@@ -108,3 +111,13 @@ def test_channels_by_kind() -> None:
     asyncio.run(open_and_close())
     with pytest.raises(cluster.InvalidRequest, match="ca_file: /nowhere: cannot be read"):
         transport(ca_file="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("2500", 2.5), ("", 1.0), ("-1", 1.0), ("soon", 1.0), ("1e9", 1.0), ("9" * 15, 3600.0), ("9" * 5000, 1.0)],
+)
+def test_a_time_to_wait_is_bounded(said: str, seconds: float) -> None:
+    error = transport().typed_error(Failure(Code.RESOURCE_EXHAUSTED, "full", retry_after_ms=said))
+    assert isinstance(error, cluster.Busy)
+    assert error.retry_after_s == seconds

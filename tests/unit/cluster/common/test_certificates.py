@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from cluster.common.certificates import certificate_names, check_pair, load_certificates
+from cluster.common.certificates import certificate_names, check_pair, date_problems, load_certificates
 from tests.support.data.certificates import Authority
 
 
@@ -51,3 +51,21 @@ def test_names_of_a_certificate_that_is_valid_now(authority: Authority) -> None:
     assert certificate_names(certificate.read_bytes()) == ["head.example.org", "localhost", "10.1.2.3"]
     late, _ = authority.issue("late", hours=-1)
     assert certificate_names(late.read_bytes()) == []
+
+
+@pytest.mark.parametrize(
+    ("hours", "last_part", "said"),
+    [
+        (24 * 31.0, 1.0, ""), (24 * 29.0, 1.0, "expires on"), (24 * 29.0, 1 / 3, ""), (0.4, 1 / 3, "expires on"),
+        (1.0, 1 / 3, ""), (-0.1, 1 / 3, "expired on"),
+    ],
+)  # fmt: skip
+def test_ends_that_are_near(authority: Authority, hours: float, last_part: float, said: str) -> None:
+    problems = date_problems(authority.issue("head", hours=hours)[0].read_bytes(), last_part)
+    assert len(problems) == bool(said)
+    assert all(problem.startswith(said) for problem in problems)
+
+
+def test_no_certificate_has_no_dates() -> None:
+    with pytest.raises(ValueError, match=r"pem|valid"):
+        date_problems(b"noise")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from cluster.common.text_format import (
     MAX_SHOWN,
     describe_error,
+    escape_controls,
     escape_unprintable,
     one_line,
     shorten,
@@ -29,6 +32,23 @@ def test_describe_error_names_the_type() -> None:
 
 def test_escape_unprintable() -> None:
     assert escape_unprintable("a\nb\x1b[31m\u2028ü") == r"a\nb\x1b[31m\u2028ü"
+
+
+def test_one_line_escapes() -> None:
+    assert one_line("a\x1b[31m \u202e\u200b\x9b\x7f\r\n b") == r"a\x1b[31m \u202e\u200b\x9b\x7f b"
+
+
+def test_escape_controls_keeps_text() -> None:
+    text = "a\tb\n\xa0\u202f\u3000 \u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f52c ü\n"
+    assert escape_controls(text) == text
+    assert escape_controls("a\r\nb") == "a\nb"
+
+
+@given(st.text())
+def test_escape_controls_leaves_no_control(text: str) -> None:
+    shown = escape_controls(text)
+    kinds = {unicodedata.category(char) for char in shown if char not in "\n\t\u200c\u200d"}
+    assert not kinds & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 @pytest.mark.parametrize("length", [0, 1, MAX_SHOWN - 1, MAX_SHOWN, MAX_SHOWN + 1, 1000])

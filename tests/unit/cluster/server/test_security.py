@@ -2,6 +2,9 @@
 tests/integration."""
 
 import datetime
+import hashlib
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,21 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cluster.common.certificates import certificate_names
+from cluster.common.certificates import certificate_names, date_problems
 from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, load_config
 from cluster.config.schema import SecuritySection
-from cluster.server.security import MIN_KEY_CHARS, ApiKeys, load_api_keys, server_credentials
+from cluster.server import security as security_module
+from cluster.server.security import (
+    MIN_KEY_CHARS,
+    ApiKeys,
+    CertificateWatch,
+    certificate_warnings,
+    load_api_keys,
+    server_credentials,
+)
 from tests.support.data.certificates import Authority
+from tests.support.fakes.stage import eventually
 
 KEY = "0123456789abcdef"
 
@@ -39,9 +51,17 @@ def write(tmp_path: Path, content: str | bytes, mode: int = 0o600) -> Path:
 )
 def test_keys_are_read(tmp_path: Path, content: str, keys: list[str]) -> None:
     loaded = load_api_keys(write(tmp_path, content))
-    assert len(loaded._digests) == len(keys)
-    assert all(loaded.matches(key) for key in keys)
-    assert not any(loaded.matches(key) for key in ("", KEY + "x", KEY[1:], KEY.upper(), f"team a:{KEY}", "\udc80"))
+    assert len(loaded) == len(keys)
+    assert all(loaded.name(key) for key in keys)
+    wrong = ("", KEY + "x", KEY[1:], KEY.upper(), f"team a:{KEY}", "\udc80")
+    assert [loaded.name(key) for key in wrong] == [None] * len(wrong)
+
+
+def test_keys_have_names(tmp_path: Path) -> None:
+    loaded = load_api_keys(write(tmp_path, f"{KEY}\nteam a : {KEY}2\nx:y:{KEY}3\nteam a:{KEY}4\n:{KEY}5\n"))
+    names = [loaded.name(f"{KEY}{end}") for end in ("", *"2345")]
+    digests = [hashlib.sha256(f"{KEY}{end}".encode()).hexdigest()[:8] for end in ("", "5")]
+    assert names == [f"sha256:{digests[0]}", "team a", "x:y", "team a", f"sha256:{digests[1]}"]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +78,8 @@ def test_keys_are_read(tmp_path: Path, content: str, keys: list[str]) -> None:
         ("schlüssel:" + KEY, "must be ASCII"),
         (b"\xff\xfe" + KEY.encode(), "must be ASCII"),
         (f"{KEY}\n" * (1 << 17), "must be at most 1048576 bytes"),
+        (f"{'n' * 101}:{KEY}", ":1: a name must have at most 100 characters"),
+        (f"a\x1b[31m:{KEY}", ":1: a name must have at most 100 characters, none of control"),
     ],
 )
 def test_bad_files_are_refused_in_one_line_without_keys(tmp_path: Path, content: str | bytes, said: str) -> None:
@@ -74,10 +96,39 @@ def test_bad_files_are_refused_in_one_line_without_keys(tmp_path: Path, content:
 def test_the_file_must_not_be_open_to_others(tmp_path: Path, mode: int, ok: bool) -> None:
     path = write(tmp_path, KEY, mode)
     if ok:
-        assert len(load_api_keys(path)._digests) == 1
+        assert len(load_api_keys(path)) == 1
     else:
         with pytest.raises(PreflightError, match=f"mode {mode:o}: must not be open to others; chmod 600"):
             load_api_keys(path)
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_others_must_not_be_able_to_replace_the_file(tmp_path: Path, is_link: bool) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    path = write(folder, KEY)
+    if is_link:
+        path = tmp_path / "link"
+        path.symlink_to(folder / "keys")
+    folder.chmod(0o1777)  # as /tmp: nobody may rename what is another's
+    assert len(load_api_keys(path)) == 1
+    folder.chmod(0o777)
+    with pytest.raises(PreflightError, match=f"mode 777 of {folder}: others could replace the file; chmod o-w"):
+        load_api_keys(path)
+
+
+def test_a_link_counts_as_its_file(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(write(tmp_path, KEY, 0o644))
+    with pytest.raises(PreflightError, match="mode 644"):
+        load_api_keys(link)
+
+
+def test_a_pipe_is_no_keys_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    with pytest.raises(PreflightError, match="cannot be read: must be a regular file"):
+        load_api_keys(pipe)
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -87,7 +138,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_keys_are_not_kept_as_text() -> None:
-    keys = ApiKeys([KEY])
+    keys = ApiKeys({KEY: ""})
     assert KEY not in repr(vars(keys))
     assert KEY not in repr(keys)
     assert len(KEY) == MIN_KEY_CHARS
@@ -113,6 +164,57 @@ def test_names_of_a_certificate(tmp_path: Path, hosts: tuple[str, ...], hours: f
     issuer = Authority(tmp_path, "issuer")
     certificate.write_bytes(certificate.read_bytes() + issuer.certificate)  # a chain: the first one counts
     assert certificate_names(certificate.read_bytes()) == names
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(24 * 29.0, "expires on .* in 28 days"), (-1.0, "expired on"), (24 * 40.0, ""), (1.0, "expires on .* in 0 days")],
+)
+def test_dates_of_certificates_are_warned_of(tmp_path: Path, hours: float, said: str, caplog) -> None:
+    certificate, key = Authority(tmp_path, "authority").issue("head", hours=hours)
+    security = SecuritySection(tls_cert_file=certificate, tls_key_file=key)
+    lines = certificate_warnings(security)
+    assert len(lines) == bool(said)
+    assert server_credentials(security) is not None  # it starts all the same
+    watch = CertificateWatch(security)
+    watch.start()
+    watch.close()
+    assert [record.getMessage() for record in caplog.records] == lines
+    if said:
+        assert re.search(f"^security.tls_cert_file: {certificate}: {said}.*: renew it", lines[0])
+
+
+def test_a_certificate_of_tomorrow_and_an_authority_that_expired(tmp_path: Path) -> None:
+    certificate, key = Authority(tmp_path, "authority").issue("head", hours=24 * 40)
+    clients = Authority(tmp_path, "clients")
+    chain = tmp_path / "chain.pem"
+    old, _ = clients.issue("old", hours=-48.0)
+    chain.write_bytes(certificate.read_bytes() + old.read_bytes())
+    security = SecuritySection(tls_cert_file=certificate, tls_key_file=key, tls_client_ca_file=chain)
+    (line,) = certificate_warnings(security)
+    assert line.startswith(f"security.tls_client_ca_file: {chain}: certificate 2 of 2 expired on 20")
+    (late,) = date_problems(certificate_from(clients, start_hours=5.0))
+    assert late.startswith("is not valid before 20")
+
+
+def certificate_from(authority: Authority, start_hours: float) -> bytes:
+    """A certificate that begins in so many hours."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "head")])
+    start = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=start_hours)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(start).not_valid_after(start + datetime.timedelta(days=99))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def test_the_watch_goes_on_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    certificate, key = Authority(tmp_path, "authority").issue("head", hours=-1.0)
+    monkeypatch.setattr(security_module, "CERTIFICATES_EVERY_S", 0.01)
+    watch = CertificateWatch(SecuritySection(tls_cert_file=certificate, tls_key_file=key))
+    watch.start()
+    certificate.unlink()
+    eventually(lambda: len(caplog.records) > 2)
+    watch.close()
 
 
 def test_a_certificate_without_names(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from rich.console import Console
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.stages.launcher import LaunchStatus
 from cluster.tools import display
-from cluster.tools.display import Display, format_duration, plain_table
+from cluster.tools.display import Display, format_duration, in_table, plain_table
+
+EVIL = "a\x1b]0;owned\x07\x1b[31m\x9b2J\u202e\u200b\nforged [bold]"
+DANGER = ("\x1b]", "\x07", "\x1b[31m", "\x9b", "\u202e", "\u200b")
 
 
 def shown(terminal: bool = False, quiet: bool = False) -> tuple[Display, io.StringIO]:
@@ -87,3 +90,18 @@ def test_plain_tables_are_aligned_and_have_no_colours_in_a_pipe() -> None:
     table.add_row("long", "22")
     Console(file=out, width=40).print(table)
     assert [line.rstrip() for line in out.getvalue().splitlines()] == ["id    n", "a     1", "long  22"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_texts_from_outside_stay_text(terminal: bool) -> None:
+    progress, out = shown(terminal)
+    with progress:
+        progress.say(EVIL)
+        progress.label(EVIL)
+        progress.status(EVIL)
+        progress.tokens(EVIL, 1, 2)
+    text = out.getvalue()
+    assert [sign for sign in DANGER if sign in text] == []
+    assert "\nforged" not in text
+    assert "[bold]" in text
+    assert in_table(EVIL) == r"a\x1b]0;owned\x07\x1b[31m\x9b2J\u202e\u200b\nforged \[bold]"

@@ -11,6 +11,9 @@ from rich.console import Console
 from cluster.tools.eval.tables import depth_scores, failures, print_report, strip
 from tests.support.data.eval_reports import needle_report, recall_report
 
+EVIL = "a\x1b]0;owned\x07\x1b[31m\x9b2J\u202e\u200b\nforged [bold]"
+DANGER = ("\x1b]", "\x07", "\x1b[31m", "\x9b", "\u202e", "\u200b")
+
 
 def printed(report: dict[str, Any], width: int = 100) -> str:
     out = io.StringIO()
@@ -59,3 +62,16 @@ def test_scores_by_depth_are_means_over_trials() -> None:
     report["cells"].append(second)
     assert depth_scores(report, "plain", 4096) == [0.5, 0.5, 0.5, 1.0]
     assert depth_scores(report, "dca", 4096) == [None] * 4
+
+
+def test_names_in_a_report_stay_text() -> None:
+    needles = needle_report([4096], (EVIL,)) | {"model": EVIL}
+    failed = {"mode": EVIL, "length": 4096, "trial": 0, "total": 8, "error": EVIL}
+    needles["cells"].append(failed)
+    recall = recall_report(2, 2) | {"model": EVIL, "text": EVIL}
+    recall["variants"][0]["name"] = EVIL
+    for report in (needles, recall):
+        text = printed(report, 300)
+        assert [sign for sign in DANGER if sign in text] == []
+        assert not any(line.startswith("forged") for line in text.splitlines())
+        assert "forged [bold]" in text
