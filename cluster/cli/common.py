@@ -84,8 +84,6 @@ def fail(error: Exception | str, code: int) -> NoReturn:
 _SPELLINGS = {"stop_token_ids": "--stop-token-id", "enable_thinking": "--thinking/--no-thinking"}
 _ADDED: dict[str, dict[str, Any]] = {
     "max_tokens": {"type": Count(), "show_default": True},
-    "temperature": {"show_default": True},
-    "seed": {"show_default": True},
     "ignore_eos": {"is_flag": True},
     "logprobs": {"metavar": "K"},
 }
