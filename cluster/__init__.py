@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from cluster.client.requests import SubmitOptions
     from cluster.client.retry import RetryPolicy
     from cluster.engine.runtime import LocalCluster
-    from protos.jobs.sampling import AnswerOptions, SamplingParams
+    from protos.jobs.sampling import AnswerOptions, Sampling, SamplingParams
 
 __all__ = [
     "Answer", "AnswerOptions", "AsyncClient", "AsyncDocuments", "AsyncJob", "Busy", "Client", "ClusterStatus",
     "Conflict", "ConnectionOptions", "DocumentInfo", "Documents", "InvalidRequest", "Job", "JobData", "JobEnded",
     "JobFailed", "LocalCluster", "LongreachError", "NotFound", "Progress", "ProgressEvent", "RetryPolicy",
-    "SamplingParams", "StageStatus", "SubmitOptions", "TlsError", "Token", "TokenEvent", "Unauthenticated",
+    "Sampling", "SamplingParams", "StageStatus", "SubmitOptions", "TlsError", "Token", "TokenEvent", "Unauthenticated",
     "Unavailable",
 ]  # fmt: skip
 

@@ -56,7 +56,7 @@ def running_head(
             if not (linked / name).exists():
                 shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
         settings = {
-            "model": {"path": str(linked), "max_model_len": max_model_len},
+            "model": {"path": str(linked), "max_model_len": max_model_len, "sampling_defaults": "greedy"},
             "data_dir": str(folder / "data"),
             "cluster": {"pipeline_parallel_size": stages, "threads_per_actor": threads, "cpus_per_actor": cpus},
             "kv_cache": {"bytes": kv_bytes},

@@ -118,8 +118,6 @@ def warn(text: str) -> None:
 _SPELLINGS = {"stop_token_ids": "--stop-token-id", "enable_thinking": "--thinking/--no-thinking"}
 _ADDED: dict[str, dict[str, Any]] = {
     "max_tokens": {"type": Count(), "show_default": True},
-    "temperature": {"show_default": True},
-    "seed": {"show_default": True},
     "ignore_eos": {"is_flag": True},
     "logprobs": {"metavar": "K"},
 }

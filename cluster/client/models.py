@@ -91,7 +91,8 @@ class JobData:
     `state` is queued, prefilling, decoding, recovering, succeeded, failed or cancelled; `error` says why a job failed.
     Times are seconds since 1970, None for what has not happened yet; `timings` (`queued_s`, `prefill_s`, `ttft_s`,
     `decode_s`, `total_s`) are seconds. `last_event` is the number of the newest token, `restarts` counts how often
-    another head took the job up, and `reproducibility` is what the same tokens need: model, versions, seed and so on.
+    another head took the job up, and `reproducibility` is what the same tokens need: model, versions, the values of
+    sampling that were in force with the seed, and so on.
     """
 
     id: str

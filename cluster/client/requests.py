@@ -35,11 +35,12 @@ class SubmitOptions(TypedDict, total=False):
         messages: a chat; `{"role": ..., "content": ...}` or `(role, content)` each.
         prompt: a raw prompt, tokenised as it is.
         max_tokens: most tokens of an answer, at least 1. Default: 256.
-        temperature: 0 (the default) is greedy, at most 100.
-        top_k: keep the K likeliest tokens; 0 (the default) keeps all.
-        top_p: keep the likeliest tokens up to this mass, above 0 and at most 1 (the default).
-        min_p: drop tokens below this share of the likeliest, 0 (the default) to 1.
-        repetition_penalty: above 1 (the default) discourages repetition, 0.01 to 100.
+        temperature: 0 is greedy, at most 100. Default, as of the next four: what the model's generation_config.json
+            says, else greedy (see `model.sampling_defaults`); the job's `reproducibility` has the values in force.
+        top_k: keep the K likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens up to this mass, above 0 and at most 1 (all).
+        min_p: drop tokens below this share of the likeliest, 0 (none) to 1.
+        repetition_penalty: above 1 discourages repetition, 0.01 to 100.
         seed: the same seed gives the same tokens. Default: another one for every job.
         logprobs: report log-probabilities of the sampled and of the K best tokens, 0 to 100.
         stop: end an answer at any of these texts, at most 64.

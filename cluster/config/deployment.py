@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,10 +20,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from cluster.common.units import format_count
+from cluster.config.sampling_defaults import sampling_defaults
 from cluster.config.schema import Config
 from cluster.config.section import RULE_BETWEEN_KEYS, rule_of
 from cluster.config.topology import LayoutError, plan_shards
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath, Problem
+from protos.jobs.sampling import SamplingParams
 from protos.model.config_json import load_model_spec
 from protos.model.folder import explain
 from protos.model.grid import largest_cell
@@ -40,12 +42,16 @@ _OVERRIDE_KEYS: Mapping[str, KeyPath] = {  # of `load_model_spec`; the last is c
 
 @dataclass(frozen=True)
 class Deployment:
-    """A configuration that fits its model: what the launcher starts. `max_model_len` is in tokens."""
+    """A configuration that fits its model: what the launcher starts.
+
+    `max_model_len` is in tokens; `sampling` has the values for requests that say nothing.
+    """
 
     config: Config
     spec: ModelSpec
     shards: tuple[ShardSpec, ...]
     max_model_len: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Config:
@@ -76,7 +82,7 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
             "(model.dual_chunk_attention), or a shorter document",
         )
     _check_grid(source, config, spec)
-    return Deployment(config, spec, shards, wanted or spec.default_context)
+    return Deployment(config, spec, shards, wanted or spec.default_context, _load_sampling(source, config))
 
 
 def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
@@ -121,6 +127,16 @@ def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:
             for name, at_fault in _OVERRIDE_KEYS.items():  # noqa: B007 - of the last step
                 load(**{name: overrides[name]})
         raise source.error(at_fault, re.sub(r"^model\.(rope_scaling|dual_chunk): ", "", str(error))) from error
+
+
+def _load_sampling(source: ConfigSource, config: Config) -> SamplingParams:
+    """Return the values of sampling for requests that say nothing. Raises ConfigError."""
+    if config.model.sampling_defaults == "greedy":
+        return SamplingParams()
+    try:
+        return sampling_defaults(config.model.path)
+    except ModelConfigError as error:
+        raise source.error(("model", "sampling_defaults"), str(error)) from error
 
 
 def _validate(source: ConfigSource) -> Config:

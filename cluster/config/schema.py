@@ -57,6 +57,7 @@ class ModelSection(Section):
         default=None, description="must be false, or a mapping such as {chunk_size: 256K, local_size: 8K}"
     )
     allow_beyond_positions: bool = False
+    sampling_defaults: Literal["generation_config", "greedy"] = "generation_config"
     document_prompt: Annotated[str, accepts(is_document_prompt)] = Field(
         default=DEFAULT_DOCUMENT_PROMPT, description="must contain {document} once and after it {question} once"
     )
@@ -105,10 +106,11 @@ class ClusterSection(Section):
 
 
 class PrefillSection(Section):
-    """Limits of one step."""
+    """Limits of one step, and which prompts share computed prefixes."""
 
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
     max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
+    share_across_lengths: bool = False
 
 
 class KvCacheSection(Section):

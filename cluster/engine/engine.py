@@ -268,7 +268,9 @@ class Engine:
         stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else frozenset(self._eos))
         now = self._clock()
         rules = StopRules(options.max_tokens, stops)
-        request = Request(next(self._sequences), spec.prompt, options.sampling, rules, spec.priority)
+        request = Request(
+            next(self._sequences), spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len
+        )
         text = OutputText(self._tokenizer, options.stop, spec.reasoning_opened)
         for sample in spec.resume:
             request.accept(sample)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
-from protos.jobs.sampling import AnswerOptions
+from protos.jobs.sampling import AnswerOptions, SamplingParams
 from protos.stage.messages import SampledToken, TokenLogprob
 
 
@@ -23,6 +23,7 @@ class GenerationSpec:
     priority: int = 0  # higher is admitted earlier
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
     question: int = 0  # index of the prompt among those of its caller
+    pinned_len: int = 0  # length whose length scale (dual chunk attention) it uses; 0: its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Generation:
     timings: Timings
     error: str = ""
     attention: AttentionSummary | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # the values in force, with the seed
 
     def to_json(self, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
         """The result as plain data, for `--json`."""
@@ -104,6 +106,7 @@ class Generation:
             },
             "timings": {key: round(getattr(self.timings, key), 4) for key in Timings.__slots__},
             "attention": self.attention.to_json() if self.attention else None,
+            "sampling": self.sampling.to_json(),
             **({"error": self.error} if self.error else {}),
         }
 

@@ -48,7 +48,7 @@ def launch_pipeline(
         scheduler = Scheduler(
             PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
             config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec,
-            num_stages=config.cluster.pipeline_parallel_size,
+            num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
         )  # fmt: skip
         engine = Engine(scheduler, launched.shards, tokenizer, spec.eos_token_ids)
         steps.callback(engine.close)

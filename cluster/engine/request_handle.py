@@ -78,6 +78,7 @@ class RequestHandle:
             ),
             error=error,
             attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
+            sampling=request.sampling,
         )
         self.notify(self.result)
         self.done.set()

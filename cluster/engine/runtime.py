@@ -142,7 +142,7 @@ class ClusterRuntime:
         text = document if isinstance(document, str) else self.check_document(Path(document).read_bytes())
         prompts = self.document_prompts(text, questions, options)
         opened = opens_thinking(self.tokenizer, options.enable_thinking)
-        return self.generate(prompts, options, on_event, reasoning_opened=opened)
+        return self.generate(prompts, options, on_event, reasoning_opened=opened, one_document=True)
 
     def check_document(self, data: bytes) -> str:
         """Return the text of a document; raises PromptError for one that is empty, not UTF-8 or certainly too long."""
@@ -154,8 +154,9 @@ class ClusterRuntime:
         text = render_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking)
         return self.tokenizer.encode(text)
 
-    def reproducibility(self, seed: int) -> dict[str, Any]:
-        """Return what is needed to get the same tokens again."""
+    def reproducibility(self, options: AnswerOptions, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Return what is needed to get the same tokens again for the prompts of one job."""
+        params = self.resolve(options).sampling_params
         config, spec, facts = self.deployment.config, self.deployment.spec, environment()
         return {
             "model": config.model.served_model_name,
@@ -166,7 +167,9 @@ class ClusterRuntime:
             "kv_dtype": kv_dtype(self.deployment),
             "layout": f"{config.cluster.pipeline_parallel_size} x {config.cluster.expert_parallel_size}",
             "versions": {name: str(facts[name]) for name in ("version", "build", "torch", "ray", "python")},
-            "seed": seed,
+            "seed": params.seed,
+            "sampling": params.to_json(),
+            "scale_len": longest(prompts) if spec.dual_chunk is not None else 0,
         }
 
     @property
@@ -219,12 +222,16 @@ class ClusterRuntime:
             check_length(len(prompt), options.max_tokens, self.deployment.max_model_len)
             check_ids(prompt, self.deployment.spec.vocab_size)
 
+    def resolve(self, options: AnswerOptions) -> AnswerOptions:
+        """Return the options with the model's defaults, and a fresh seed, for what they do not say."""
+        return options.resolve(self.deployment.sampling)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
-        reasoning_opened: bool = False,
+        reasoning_opened: bool = False, one_document: bool = False,
     ) -> list[Generation]:  # fmt: skip
-        """Continue token ids as they are; results in the order of the prompts. Raises as `ask_all`."""
-        handles = self.submit(prompts, options, on_event, reasoning_opened)
+        """Continue token ids as they are; results in the order of the prompts. Arguments and errors as of `submit`."""
+        handles = self.submit(prompts, options, on_event, reasoning_opened, one_document)
         try:
             return [handle.wait() for handle in handles]
         except BaseException:
@@ -234,13 +241,19 @@ class ClusterRuntime:
 
     def submit(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
-        reasoning_opened: bool = False,
+        reasoning_opened: bool = False, one_document: bool = False,
     ) -> list[RequestHandle]:  # fmt: skip
-        """Queue prompts and return at once. Raises as `ask_all`."""
+        """Queue prompts and return at once. Raises as `ask_all`.
+
+        Args:
+            one_document: they are questions about one document, and share it: all use the length scale of the longest.
+        """
         self.check_prompts(prompts, options)
+        options = self.resolve(options)
+        pinned_len = longest(prompts) if one_document else 0
         items = []
         for index, prompt in enumerate(prompts):
-            spec = GenerationSpec(prompt, options, reasoning_opened, question=index)
+            spec = GenerationSpec(prompt, options, reasoning_opened, question=index, pinned_len=pinned_len)
             items.append((spec, partial(on_event, index) if on_event is not None else lambda event: None))
         return self.engine.submit_all(items)
 
@@ -260,6 +273,11 @@ class LocalCluster(ClusterRuntime):
     # named again so that the API reference, which leaves inherited members out, describes them
     start, close = ClusterRuntime.start, ClusterRuntime.close
     ask, ask_all = ClusterRuntime.ask, ClusterRuntime.ask_all
+
+
+def longest(prompts: Sequence[Sequence[int]]) -> int:
+    """Return the tokens of the longest prompt of a job: the length whose length scale all of them use."""
+    return max(map(len, prompts))
 
 
 def check_ids(prompt: Sequence[int], vocab_size: int, key: str = "token_ids") -> None:

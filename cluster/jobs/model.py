@@ -27,7 +27,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from protos.errors import InvalidRequest
-from protos.jobs.sampling import AnswerOptions
+from protos.jobs.sampling import AnswerOptions, SamplingParams
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
@@ -171,6 +171,20 @@ class JobRecord:
     restarts: int = 0
     answers: tuple[JobAnswer, ...] = ()
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ask(self) -> AnswerOptions:
+        """The options of its answers: what the client said, else what was in force when the job was submitted.
+
+        Raises InvalidJob: what is stored of them cannot be read.
+        """
+        stored = self.reproducibility.get("sampling", {})  # absent from jobs of before, whose specs say every value
+        try:
+            known = {name: value for name, value in stored.items() if name in SamplingParams.__dataclass_fields__}
+            defaults = SamplingParams(**known)
+            return self.spec.ask.resolve(defaults, defaults.seed)
+        except (AttributeError, TypeError, InvalidRequest) as error:
+            raise InvalidJob(f"reproducibility.sampling: cannot be read ({error}): submit the job again") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from cluster.common.errors import EngineError
 from cluster.config.schema import ServerSection
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import RequestHandle
-from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
@@ -135,7 +135,7 @@ class JobService:
             if held and held + size > _MAX_QUEUED_TOKENS:
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
-                spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask.sampling.seed),
+                spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask, prompts),
                 self._limits.max_queued_jobs, self._document_expires(),
             )  # fmt: skip
             if is_new:
@@ -238,7 +238,7 @@ class JobService:
         self, record: JobRecord, prompts: Sequence[array[int]], done: Mapping[int, Sequence[SampledToken]]
     ) -> None:
         """Hand a job's unfinished questions to the engine (lock held)."""
-        before, spec = self._live.get(record.id), record.spec
+        before, spec, ask = self._live.get(record.id), record.spec, record.ask
         job = self._live[record.id] = LiveJob(
             record.id,
             spec.input.num_answers,
@@ -253,7 +253,7 @@ class JobService:
         for question, prompt in enumerate(prompts):
             if question not in job.ended:
                 resume = tuple(done.get(question, ()))
-                generation = GenerationSpec(prompt, spec.ask, opened, spec.priority, resume, question)
+                generation = GenerationSpec(prompt, ask, opened, spec.priority, resume, question, longest(prompts))
                 items.append((generation, self._recorder.callback(job, question)))
         try:
             job.handles = self._runtime.engine.submit_all(items, record.last_event)

@@ -10,8 +10,8 @@ from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import Request
 from protos.model.spec import ModelSpec
 
-# Reuse KV computed at another length scale only if it covers this fraction of the prompt: a short common preamble is
-# not worth a foreign scale.
+# With `share_across_lengths`, reuse KV computed at another length scale only if it covers this fraction of the prompt:
+# a short common preamble is not worth a foreign scale.
 _MIN_REUSE_FRACTION = 0.25
 
 
@@ -23,24 +23,30 @@ class PrefixCache:
 
     Args:
         root: what the content of KV depends on besides tokens and positions, see `page_hashes`.
+        share_across_lengths: also adopt pages of a length scale that hardly differs; a result then depends, a little,
+            on which prompts came before.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, root: bytes, spec: ModelSpec | None) -> None:
+    def __init__(
+        self, pool: PagePool, page_size: int, root: bytes, spec: ModelSpec | None, share_across_lengths: bool = False
+    ) -> None:
         self._pool = pool
         self._page_size = page_size
         self._keys = PrefixKeys(root, page_size, spec)
+        self._share_across_lengths = share_across_lengths
         self._pending: dict[bytes, int] = {}  # hash -> the sequence that computes it
 
     def prepare(self, request: Request) -> None:
-        """Hash the prompt at its own length. Reads nothing that changes: any thread may call it."""
-        self._rehash(request, self._keys.length_key(request.num_prompt))
+        """Hash the prompt at its own length scale. Reads nothing that changes: any thread may call it."""
+        self._rehash(request, self._own_key(request))
 
     def must_wait(self, request: Request) -> bool:
         """Return whether another request is computing pages that this one needs: waiting for them saves the work."""
         if request.awaited is not None and request.awaited in self._pending:
             return True
         request.awaited = None
-        self._choose_length(request)
+        if self._share_across_lengths:
+            self._choose_length(request)
         hashes = self._shareable(request)
         known = stop = len(self._pool.match(hashes))
         while stop < len(hashes) and hashes[stop] in self._pending:
@@ -91,8 +97,8 @@ class PrefixCache:
 
         A resumed request keeps its own length: its output was computed with it.
         """
-        own = self._keys.length_key(request.num_prompt)
-        similar = [] if request.output else self._keys.similar_keys(request.num_prompt)
+        own = self._own_key(request)
+        similar = [] if request.output else self._keys.similar_keys(request.num_prompt, own)
         if not similar and request.length_key == own:
             return
         limit = len(self._shareable(request))
@@ -107,6 +113,9 @@ class PrefixCache:
                 best, best_pages = key, pages
         if best != request.length_key:
             self._rehash(request, best)
+
+    def _own_key(self, request: Request) -> int:
+        return self._keys.length_key(request.pinned_len or request.num_prompt)
 
     def _rehash(self, request: Request, key: int) -> None:
         request.length_key = key

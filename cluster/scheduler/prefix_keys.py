@@ -1,9 +1,9 @@
 """Hashes of prompt pages: a hash stands for the tokens of a page and everything else that its KV depends on.
 
 That is the tokens before it, the model, whether its rows are sparse, and the length `n` of the length scale `s(n)` of
-dual chunk attention. A prompt may adopt pages computed at another length if `s ** 2`, the factor on its logits, hardly
-differs. The lengths in use are remembered, so that a question finds its document although every question has its own
-length.
+dual chunk attention. Prompts share pages at equal length scale only: questions of one job use the length of the
+longest of them. Where it is asked for (`prefill.share_across_lengths`), a prompt may also adopt pages computed at
+another length if `s ** 2`, the factor on its logits, hardly differs; the lengths in use are remembered for that.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PrefixKeys:
         self._in_use: OrderedDict[tuple[bool, int], None] = OrderedDict()  # (is sparse, length key), newest last
 
     def length_key(self, prompt_len: int) -> int:
-        """Return the key of the pages that a prompt computes at its own length."""
+        """Return the key of pages that are computed at the length scale of a prompt of this length."""
         return 0 if self._length_scale(prompt_len) == 1.0 else prompt_len
 
     def scale_len(self, prompt_len: int, key: int) -> int:
@@ -81,10 +81,13 @@ class PrefixKeys:
         if len(self._in_use) > _MAX_LENGTHS:
             self._in_use.popitem(last=False)
 
-    def similar_keys(self, prompt_len: int) -> list[int]:
-        """Return the other length keys in use whose pages the prompt may adopt, the nearest length scale first."""
-        own, is_sparse = self.length_key(prompt_len), self._is_sparse(prompt_len)
-        square = self._length_scale(prompt_len) ** 2
+    def similar_keys(self, prompt_len: int, own: int) -> list[int]:
+        """Return the other length keys in use whose length scale hardly differs from that of `own`, the nearest first.
+
+        Args:
+            own: the length key of the pages that the prompt computes by itself.
+        """
+        is_sparse, square = self._is_sparse(prompt_len), self._length_scale(own) ** 2
         differences = [
             (abs(self._length_scale(key) ** 2 / square - 1), key)
             for sparse, key in self._in_use

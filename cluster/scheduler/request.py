@@ -50,6 +50,7 @@ class Request:
     sampling: SamplingParams
     stop: StopRules
     priority: int = 0  # higher is admitted earlier
+    pinned_len: int = 0  # length whose length scale it uses, that of the longest prompt of its job; 0: its own
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -67,7 +68,7 @@ class Request:
     # Shared prefix, kept by `cluster.scheduler.prefix_cache`
     hashes: Sequence[bytes] = ()  # of the prompt's pages that can be shared, under the length scale of `length_key`
     length_key: int = 0
-    scale_len: int = 0  # length whose length scale its prefill uses; 0: its own
+    scale_len: int = 0  # length whose length scale its rows use; 0: its own
     num_published: int = 0  # how many of its first pages others can find
     awaited: bytes | None = None  # hash of the last page that another request is about to compute for this one
 

@@ -33,11 +33,12 @@ class Scheduler:
         num_stages: stages of the pipeline. The step after a sample is planned before the token is known: its slice has
             a length of 1 and no ids, and the first stage takes the token that the last one has sampled. Several stages
             run ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
+        share_across_lengths: let prompts share pages of nearly equal length scale too, see `PrefixCache`.
     """
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        spec: ModelSpec | None = None, num_stages: int = 1,
+        spec: ModelSpec | None = None, num_stages: int = 1, share_across_lengths: bool = False,
     ) -> None:  # fmt: skip
         if spec is not None and spec.sparse is not None:
             cell, distance = spec.sparse.cell, spec.chunk_distance
@@ -49,7 +50,7 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
         self._num_stages = num_stages
-        self._prefixes = PrefixCache(pool, page_size, cache_root, spec)
+        self._prefixes = PrefixCache(pool, page_size, cache_root, spec, share_across_lengths)
         self._step = 0
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}  # by sequence, in order of admission

@@ -56,7 +56,9 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
         opened = source.document is not None and opens_thinking(runtime.tokenizer, ask.enable_thinking)
         with runtime:
             ready = time.monotonic() - began
-            results = runtime.generate(prompts, ask, display.reading(len(prompts)), reasoning_opened=opened)
+            results = runtime.generate(
+                prompts, ask, display.reading(len(prompts)), reasoning_opened=opened, one_document=True
+            )
     answers = [result.to_json(None if ids_only else runtime.tokenizer) for result in results]
     questions: Sequence[str | None] = source.questions or (None,)
     return {

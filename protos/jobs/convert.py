@@ -28,8 +28,18 @@ def read_message(kind: type[T], message: Message) -> T:
 
 
 def to_dict(message: Message) -> dict[str, Any]:
-    """Return all fields by name, also those that are not set; floats of single precision rounded to 4 digits."""
-    return {item.name: _plain(item, getattr(message, item.name)) for item in message.DESCRIPTOR.fields}
+    """Return all fields by name, also those that are not set; floats of single precision rounded to 4 digits.
+
+    A message in it that is not there is an empty mapping.
+    """
+    return {
+        item.name: _plain(item, getattr(message, item.name)) if _is_there(message, item) else {}
+        for item in message.DESCRIPTOR.fields
+    }
+
+
+def _is_there(message: Message, item: Any) -> bool:
+    return item.message_type is None or item.is_repeated or message.HasField(item.name)
 
 
 def _plain(item: Any, value: Any) -> Any:

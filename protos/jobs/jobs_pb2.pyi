@@ -295,7 +295,7 @@ class Timings(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class Reproducibility(_message.Message):
-    __slots__ = ("model", "fingerprint", "positions", "sparse_mode", "dtype", "layout", "versions", "seed", "kv_dtype")
+    __slots__ = ("model", "fingerprint", "positions", "sparse_mode", "dtype", "layout", "versions", "seed", "kv_dtype", "sampling", "scale_len")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +312,8 @@ class Reproducibility(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
     model: str
     fingerprint: str
     positions: str
@@ -321,7 +323,25 @@ class Reproducibility(_message.Message):
     versions: _containers.ScalarMap[str, str]
     seed: int
     kv_dtype: str
-    def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., positions: _Optional[str] = ..., sparse_mode: _Optional[str] = ..., dtype: _Optional[str] = ..., layout: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., seed: _Optional[int] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    sampling: SamplingValues
+    scale_len: int
+    def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., positions: _Optional[str] = ..., sparse_mode: _Optional[str] = ..., dtype: _Optional[str] = ..., layout: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., seed: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., sampling: _Optional[_Union[SamplingValues, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
+
+class SamplingValues(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "state", "created", "started", "finished", "priority", "document_id", "answers", "error", "timings", "reproducibility", "labels", "last_event", "restarts")

@@ -7,8 +7,9 @@ these names; whatever passes them on goes through `OPTIONS`.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from protos.errors import InvalidRequest
@@ -21,24 +22,53 @@ def _option(default: Any, meaning: str, low: float = -math.inf, high: float = ma
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one token is chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off.
+class Sampling:
+    """How tokens are chosen, as far as the caller says: None leaves it to the model (`model.sampling_defaults`).
 
     Raises:
         InvalidRequest: a value is out of its range.
     """
 
-    temperature: float = _option(0.0, "0 is greedy.", 0.0, 100.0)
-    top_k: int = _option(0, "Keep the K likeliest tokens (0: all).", 0, 1 << 30)
-    top_p: float = _option(1.0, "Keep the likeliest tokens up to this mass.", 0.0, 1.0, above=True)
-    min_p: float = _option(0.0, "Drop tokens below this share of the likeliest.", 0.0, 1.0)
-    repetition_penalty: float = _option(1.0, "Above 1 discourages repetition.", 0.01, 100.0)
-    seed: int = _option(0, "Same seed, same samples.", 0, MAX_INT64)
+    temperature: float | None = _option(
+        None, "0 is greedy; default, as of the next four: what the model's files say.", 0.0, 100.0
+    )
+    top_k: int | None = _option(None, "Keep the K likeliest tokens (0: all).", 0, 1 << 30)
+    top_p: float | None = _option(None, "Keep the likeliest tokens up to this mass.", 0.0, 1.0, above=True)
+    min_p: float | None = _option(None, "Drop tokens below this share of the likeliest.", 0.0, 1.0)
+    repetition_penalty: float | None = _option(None, "Above 1 discourages repetition.", 0.01, 100.0)
+    seed: int | None = _option(None, "Same seed, same samples; default: a fresh one.", 0, MAX_INT64)
     logprobs: int | None = _option(None, "Report log-probabilities of the K best tokens.", 0, MAX_LOGPROBS)
 
     def __post_init__(self) -> None:
         for option in _SAMPLING:
             option.check(getattr(self, option.name))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one token is chosen, with every value of `Sampling` said; here the defaults are greedy.
+
+    `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for option in _SAMPLING:
+            option.check(getattr(self, option.name))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that decide about tokens, by name."""
+        return {option.name: getattr(self, option.name) for option in _SAMPLING if option.name != "logprobs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +80,15 @@ class AnswerOptions:
     """
 
     max_tokens: int = _option(256, "Most tokens of an answer.", 1)
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: Sampling | SamplingParams = field(default_factory=Sampling)
     stop: tuple[str, ...] = _option((), "End the answer at this text (repeatable).")
     stop_token_ids: tuple[int, ...] = _option((), "End the answer at this id (repeatable).")
     ignore_eos: bool = _option(False, "Do not stop at the model's end token.")
     enable_thinking: bool | None = _option(None, "enable_thinking for the chat template.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.sampling, SamplingParams):  # every value is said
+            object.__setattr__(self, "sampling", Sampling(*astuple(self.sampling)))
         OPTIONS["max_tokens"].check(self.max_tokens)
         if not all(self.stop):
             raise InvalidRequest('stop: "": a stop string must have at least one character')
@@ -66,7 +98,26 @@ class AnswerOptions:
         """Return the options given by name, those of sampling among them; what is absent keeps its default."""
         sampling = {option.name: values[option.name] for option in _SAMPLING if option.name in values}
         rest = {name: value for name, value in values.items() if name not in sampling}
-        return cls(sampling=SamplingParams(**sampling), **rest)
+        return cls(sampling=Sampling(**sampling), **rest)
+
+    def resolve(self, defaults: SamplingParams, seed: int | None = None) -> AnswerOptions:
+        """Return the options with every value of sampling said.
+
+        Args:
+            defaults: of values that are not said, but for the seed.
+            seed: if it is not said; None: a fresh one.
+        """
+        said = {option.name: getattr(self.sampling, option.name) for option in _SAMPLING}
+        said = {name: value for name, value in said.items() if value is not None}
+        seed = secrets.randbits(63) if seed is None else seed
+        return replace(self, sampling=replace(defaults, **{"seed": seed} | said))
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """The values of sampling after `resolve`."""
+        values = {option.name: getattr(self.sampling, option.name) for option in _SAMPLING}
+        assert all(value is not None for name, value in values.items() if name != "logprobs"), "resolve them first"
+        return SamplingParams(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +149,13 @@ def _declared(declaring: type[Any]) -> list[Option]:
     options: list[Option] = []
     hints = get_type_hints(declaring)
     for item in fields(declaring):
-        if not item.metadata:
-            options += _declared(hints[item.name])
+        if item.name == "sampling":
+            options += _declared(Sampling)
             continue
         kinds = [part for part in get_args(hints[item.name]) if part not in (type(None), ...)] or [hints[item.name]]
         options.append(Option(item.name, kinds[0], isinstance(item.default, tuple), item.default, **item.metadata))
     return options
 
 
-_SAMPLING = _declared(SamplingParams)
+_SAMPLING = _declared(Sampling)
 OPTIONS = {option.name: option for option in _declared(AnswerOptions)}

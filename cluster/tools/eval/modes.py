@@ -65,7 +65,7 @@ def load_mode(
         more: further dotted keys of the YAML.
     """
     overrides = target.overrides | mode_overrides(target, mode, max_len, sparse_threshold)
-    overrides |= {"model.max_model_len": max_len}
+    overrides |= {"model.max_model_len": max_len, "model.sampling_defaults": "greedy"}
     if kv != "auto":
         overrides["kv_cache.dtype"] = kv
     overrides |= more

@@ -171,7 +171,7 @@ class NeedleRun:
         ask = AnswerOptions(max_tokens=options.max_tokens, enable_thinking=options.thinking)
         began = time.monotonic()
         follow = self._display.reading(len(document.prompts))
-        answers = runtime.generate(document.prompts, ask, follow, reasoning_opened=self._opened)
+        answers = runtime.generate(document.prompts, ask, follow, reasoning_opened=self._opened, one_document=True)
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])

@@ -31,9 +31,11 @@ def long_spec(
 
 
 def request(
-    sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), **sampling: float
-) -> Request:
-    return Request(sequence, prompt, SamplingParams(**sampling), StopRules(max_tokens, frozenset(stops)))
+    sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), *, pinned_len: int = 0,
+    **sampling: float,
+) -> Request:  # fmt: skip
+    rules = StopRules(max_tokens, frozenset(stops))
+    return Request(sequence, prompt, SamplingParams(**sampling), rules, pinned_len=pinned_len)
 
 
 SPARSE = long_spec(100, 64)
@@ -115,11 +117,14 @@ class Harness:
 
     def __init__(
         self, pages: int = 64, page_size: int = PAGE, budget: int = 64, seqs: int = 8, spec: ModelSpec = PLAIN,
-        num_stages: int = 1,
+        num_stages: int = 1, share_across_lengths: bool = False,
     ) -> None:  # fmt: skip
         self.pool = PagePool(pages)
         self.budget = budget
-        self.scheduler = Scheduler(self.pool, page_size, budget, seqs, b"root", spec=spec, num_stages=num_stages)
+        self.scheduler = Scheduler(
+            self.pool, page_size, budget, seqs, b"root", spec=spec, num_stages=num_stages,
+            share_across_lengths=share_across_lengths,
+        )  # fmt: skip
         self.requests: dict[int, Request] = {}
         self.early, self.late = (FakeStage(page_size, self.requests, spec) for _ in range(2))
         self.in_flight: deque[StepPlan] = deque()

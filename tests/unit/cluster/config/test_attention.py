@@ -15,6 +15,7 @@ from cluster.config.topology import kv_bytes_per_token, plan_shards
 from cluster.engine.pipeline import cache_root
 from cluster.engine.runtime import ClusterRuntime
 from cluster.stages.preflight import check_room
+from protos.jobs.sampling import AnswerOptions, SamplingParams
 from protos.model.spec import DualChunkSpec, HeadBudget, SparseSpec
 from tests.support.paths import NEEDLE
 from tests.support.rigs.scheduler import PLAIN
@@ -204,7 +205,9 @@ def test_cache_root_names_everything_kv_depends_on(tmp_path: Path) -> None:
 def test_a_result_names_positions_sparse_mode_and_kv_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = ClusterRuntime(deploy(tmp_path, kv_cache__dtype="int8"))
     monkeypatch.setattr(ClusterRuntime, "launched", SimpleNamespace(fingerprint="f", dtype="bfloat16"))
-    facts = runtime.reproducibility(7)
+    facts = runtime.reproducibility(AnswerOptions(sampling=SamplingParams(seed=7)), [[1, 2], [1, 2, 3]])
     assert facts["positions"] == "default, theta 200000, factor 1, dual chunk 4096/512 of 4096"
     assert facts["sparse_mode"].startswith("vertical-slash above 8192 tokens, cells of 8192, last 64, recall 0.95")
     assert (facts["dtype"], facts["kv_dtype"], facts["seed"]) == ("bfloat16", "int8", 7)
+    assert facts["sampling"] == SamplingParams(seed=7).to_json()
+    assert facts["scale_len"] == 3, "the longest prompt of the job"

@@ -51,5 +51,5 @@ def test_json_without_logprobs_tokens_or_time():
 
 def test_defaults_of_a_spec_are_greedy_and_unrestricted():
     spec = generation_spec([1], 1)
-    assert spec.options.sampling == SamplingParams()
+    assert spec.options.sampling_params == SamplingParams()
     assert (spec.options.stop, spec.options.stop_token_ids, spec.options.ignore_eos) == ((), (), False)

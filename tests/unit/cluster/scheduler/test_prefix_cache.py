@@ -5,7 +5,11 @@ The stages of the harness know what KV depends on (tokens, cell, length scale) a
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
@@ -136,7 +140,9 @@ def test_a_follower_takes_over_from_a_cancelled_leader(in_flight: int):
         (GRID, 400, 400, 170, 160),  # cells end at the border of a DCA chunk too
         (GRID, 400, 400, 150, 128),
         (SCALED, 64, 50, 49, 48),  # below the original length the scale is 1 for all
-        (SCALED, 64, 65, 48, 48),  # hardly above it
+        (SCALED, 64, 65, 48, 0),  # hardly above it, but another scale
+        (SCALED, 300, 301, 288, 0),
+        (SCALED, 300, 300, 288, 288),
         (SCALED, 400, 100, 90, 0),  # another scale
     ],
 )
@@ -163,15 +169,63 @@ def test_pages_of_a_last_cell_do_not_stand_for_those_of_a_longer_prompt(spec: Mo
 def test_questions_on_one_document_wait_and_share(spec: ModelSpec):
     document = list(range(1000, 1640))
     harness = Harness(pages=200, budget=64, spec=spec)
-    asked = [request(i, [*document, *range(i)], 2) for i in range(1, 7)]
+    asked = [request(i, [*document, *range(i)], 2, pinned_len=646) for i in range(1, 7)]
     harness.add(*asked)
     harness.step()
     assert [item.status for item in asked] == [Status.RUNNING] + [Status.WAITING] * 5
     harness.run()
     assert all(item.output == expected_output(item.prompt, 2) for item in asked)
     assert [item.num_cached for item in asked] == [0] + [640] * 5
-    assert {item.scale_len for item in asked[1:]} == ({0} if spec is SPARSE else {641})
+    assert [item.scale_len for item in asked] == ([0] * 6 if spec is SPARSE else [646] * 5 + [0])
     check_cells(harness, spec)
+
+
+def test_questions_of_another_job_share_at_the_same_scale_only():
+    document = list(range(1000, 1640))
+    harness = Harness(pages=400, spec=SCALED)
+    finish(harness, request(1, [*document, 1], pinned_len=650), request(2, [*document, *range(10)], pinned_len=650))
+    again, other, plain = (
+        request(3, [*document, 7], pinned_len=650), request(4, [*document, 8], pinned_len=651),
+        request(5, [*document, *range(700, 710)]),
+    )  # fmt: skip
+    finish(harness, again, other, plain)
+    assert [item.num_cached for item in (again, other, plain)] == [640, 0, 640]
+    assert [item.scale_len for item in (again, other, plain)] == [650, 651, 0]
+
+
+def test_a_pinned_length_whose_scale_is_one_is_no_other_scale():
+    harness = Harness(pages=200, spec=SCALED)
+    finish(harness, request(1, range(50)))
+    pinned = request(2, range(49), pinned_len=64)
+    finish(harness, pinned)
+    assert (pinned.num_cached, pinned.scale_len) == (48, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    spec=st.sampled_from((GRID, SCALED)), seed=st.integers(0, 1 << 30),
+    lengths=st.lists(st.integers(290, 310), max_size=8),
+    pins=st.lists(st.sampled_from((0, 0, 310, 311)), min_size=9, max_size=9), budget=st.sampled_from((16, 64, 500)),
+)  # fmt: skip
+def test_neighbours_change_no_length_scale(
+    spec: ModelSpec, seed: int, lengths: list[int], pins: list[int], budget: int
+) -> None:
+    """Prompts with one beginning and nearby lengths: in any order, each is computed as if it were alone."""
+    rng = random.Random(seed)
+    prompts = [[*range(280), *(1000 * i + j for j in range(length - 280))] for i, length in enumerate([300, *lengths])]
+    asked = [request(i, prompt, 2, pinned_len=pin) for i, (prompt, pin) in enumerate(zip(prompts, pins, strict=False))]
+    rng.shuffle(asked)
+    harness = Harness(pages=400, budget=budget, spec=spec)
+    while asked:
+        harness.add(*(asked.pop() for _ in range(min(len(asked), rng.randint(1, 3)))))
+        for _ in range(rng.randint(0, 4)):
+            harness.step()
+    harness.run()
+    for item in harness.requests.values():
+        assert item.output == expected_output(item.prompt, 2)
+        assert (item.scale_len or item.num_prompt) == (item.pinned_len or item.num_prompt)
+    slices = [part for plan in harness.plans for part in plan.slices]
+    assert all(part.scale_len == harness.requests[part.sequence].scale_len for part in slices)
 
 
 def test_a_follower_does_not_wait_for_pages_it_cannot_use():
@@ -184,7 +238,7 @@ def test_a_follower_does_not_wait_for_pages_it_cannot_use():
     harness.run()
 
 
-# --- length scales ----------------------------------------------------------------------------------------------------
+# --- shared across lengths --------------------------------------------------------------------------------------------
 
 
 def nearest_outside(length: int) -> tuple[int, int]:
@@ -199,7 +253,7 @@ def nearest_outside(length: int) -> tuple[int, int]:
 def test_scales_are_adopted_up_to_half_a_percent(length: int):
     within, outside = nearest_outside(length)
     for other, shared in ((within, True), (outside, False)):
-        harness = Harness(pages=200, spec=SCALED)
+        harness = Harness(pages=200, spec=SCALED, share_across_lengths=True)
         finish(harness, request(1, range(other)))
         again = request(2, range(length))
         finish(harness, again)
@@ -210,14 +264,14 @@ def test_scales_are_adopted_up_to_half_a_percent(length: int):
 
 
 def test_the_scale_of_one_is_adopted_and_named():
-    harness = Harness(pages=80, spec=SCALED)
+    harness = Harness(pages=80, spec=SCALED, share_across_lengths=True)
     finish(harness, request(1, range(60)), above := request(2, [*range(48), *range(100, 117)]))
     assert above.num_prompt == 65
     assert (above.num_cached, above.scale_len) == (48, 64)
 
 
 def test_its_own_scale_is_preferred():
-    harness = Harness(pages=200, spec=SCALED)
+    harness = Harness(pages=200, spec=SCALED, share_across_lengths=True)
     finish(harness, request(1, range(300)), request(2, range(1000, 1305)))
     finish(harness, request(3, [*range(1000, 1064), *range(241)]))  # another document of 305 tokens
     again = request(4, [*range(288), *range(700, 717)])
@@ -229,7 +283,7 @@ def test_its_own_scale_is_preferred():
 
 
 def test_a_few_common_words_do_not_bend_the_scale():
-    harness = Harness(pages=200, spec=SCALED)
+    harness = Harness(pages=200, spec=SCALED, share_across_lengths=True)
     finish(harness, request(1, range(640)))
     other = request(2, [*range(64), *range(5000, 5577)])
     finish(harness, other)
@@ -237,7 +291,7 @@ def test_a_few_common_words_do_not_bend_the_scale():
 
 
 def test_a_resumed_prompt_keeps_its_own_scale():
-    harness = Harness(pages=200, spec=SCALED)
+    harness = Harness(pages=200, spec=SCALED, share_across_lengths=True)
     finish(harness, request(1, range(640)))
     resumed = request(2, range(641), 4)
     for token in expected_output(range(641), 2):
@@ -247,13 +301,13 @@ def test_a_resumed_prompt_keeps_its_own_scale():
 
 
 def test_a_follower_of_a_cancelled_leader_returns_to_its_own_scale():
-    harness = Harness(pages=200, budget=64, spec=SCALED)
+    harness = Harness(pages=200, budget=64, spec=SCALED, share_across_lengths=True)
     leader, follower = request(1, range(640), 1), request(2, range(641), 1)
     harness.add(leader, follower)
     assert harness.scheduler.schedule() is not None
     assert follower.status is Status.WAITING
     assert follower.length_key == 640
-    harness = Harness(pages=200, budget=64, spec=SCALED)
+    harness = Harness(pages=200, budget=64, spec=SCALED, share_across_lengths=True)
     leader, follower = request(1, range(640), 1), request(2, range(641), 1)
     harness.add(leader, follower)
     harness.step()

@@ -96,14 +96,14 @@ def test_similar_keys_come_nearest_first_and_of_the_same_kind_only() -> None:
     dense = keys(SCALED)
     for length in (297, 301, 310, 300, 290, 305):
         dense.remember(length, dense.length_key(length))
-    similar = dense.similar_keys(300)
+    similar = dense.similar_keys(300, 300)
     assert similar == [301, 297, 305]
     assert all(abs(s2(length) / s2(300) - 1) < 0.005 for length in similar)
     mixed = keys(GRID)
     mixed.remember(100, 100)  # at the threshold: dense
-    assert mixed.similar_keys(101) == []
+    assert mixed.similar_keys(101, 101) == []
     mixed.remember(102, 102)
-    assert mixed.similar_keys(101) == [102]
+    assert mixed.similar_keys(101, 101) == [102]
 
 
 def test_only_the_lengths_used_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,4 +111,4 @@ def test_only_the_lengths_used_last_are_remembered(monkeypatch: pytest.MonkeyPat
     lengths = keys(SCALED)
     for length in (301, 302, 301, 303):
         lengths.remember(length, length)
-    assert lengths.similar_keys(300) == [301, 303]
+    assert lengths.similar_keys(300, 300) == [301, 303]

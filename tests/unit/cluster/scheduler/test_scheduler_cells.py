@@ -102,10 +102,11 @@ SPECS = [
 @pytest.mark.slow
 def test_random_lives(spec: ModelSpec, seed: int):
     rng = random.Random(seed)
+    shares = rng.random() < 0.5
     page_size = rng.choice((4, PAGE))
     harness = Harness(
         pages=rng.choice((40, 200)) * PAGE // page_size, page_size=page_size, budget=rng.choice((1, 7, 64, 100, 500)),
-        seqs=rng.choice((1, 2, 5, 16)), spec=spec,
+        seqs=rng.choice((1, 2, 5, 16)), spec=spec, share_across_lengths=shares,
     )  # fmt: skip
     waiting = []
     for sequence in range(14):
@@ -139,5 +140,6 @@ def test_random_lives(spec: ModelSpec, seed: int):
         assert item.output == wanted[: len(item.output)]
         assert item.finish_reason is FinishReason.CANCELLED or len(item.output) == len(wanted)
         assert item.num_cached <= last_cut(spec, item.num_prompt, item.num_prompt)
+        assert shares or not item.scale_len
         if item.scale_len:
             assert abs(s2(item.scale_len, spec) / s2(item.num_prompt, spec) - 1) < 0.005

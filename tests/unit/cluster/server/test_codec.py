@@ -21,7 +21,7 @@ from cluster.server import codec
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import limits
-from protos.jobs.sampling import AnswerOptions
+from protos.jobs.sampling import AnswerOptions, Sampling
 from protos.stage.messages import SamplingParams
 
 DOC = new_id("doc")
@@ -61,7 +61,9 @@ def test_everything_that_was_asked_arrives() -> None:
 
 def test_what_is_absent_keeps_its_default() -> None:
     sampling = pb.Sampling(seed=0)
-    assert decode(prompt="a", sampling=sampling) == JobSpec(JobInput(prompt="a"), AnswerOptions())
+    assert decode(prompt="a", sampling=sampling) == JobSpec(
+        JobInput(prompt="a"), AnswerOptions(sampling=Sampling(seed=0))
+    )
 
 
 def test_a_seed_nobody_asked_for_is_another_one_for_every_job() -> None:

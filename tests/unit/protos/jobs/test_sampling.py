@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from cluster.cli.main import main
 from protos.errors import UserError
 from protos.jobs import jobs_pb2 as pb
-from protos.jobs.sampling import OPTIONS, AnswerOptions, SamplingParams
+from protos.jobs.sampling import OPTIONS, AnswerOptions, Sampling, SamplingParams
 from protos.stage import messages, stage_pb2
 
 
@@ -26,12 +27,13 @@ from protos.stage import messages, stage_pb2
     ],
 )
 def test_ranges_of_sampling(name: str, inside: tuple[float, ...], outside: tuple[float, ...], allowed: str) -> None:
-    for value in inside:
-        assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]
-    for value in outside:
-        with pytest.raises(UserError) as caught:
-            SamplingParams(**{name: value})  # type: ignore[arg-type]
-        assert str(caught.value) == f"{name}: {value}: must be {allowed}"
+    for kind in (Sampling, SamplingParams):
+        for value in inside:
+            assert getattr(kind(**{name: value}), name) == value  # type: ignore[arg-type]
+        for value in outside:
+            with pytest.raises(UserError) as caught:
+                kind(**{name: value})  # type: ignore[arg-type]
+            assert str(caught.value) == f"{name}: {value}: must be {allowed}"
 
 
 def test_a_probability_mass_of_zero_keeps_no_token() -> None:
@@ -49,9 +51,32 @@ def test_ranges_of_answers() -> None:
 
 def test_options_by_name_go_where_they_belong() -> None:
     options = AnswerOptions.from_values({"max_tokens": 3, "top_k": 5, "seed": 7, "stop": ("x",), "ignore_eos": True})
-    assert options == AnswerOptions(3, SamplingParams(top_k=5, seed=7), ("x",), ignore_eos=True)
+    assert options == AnswerOptions(3, Sampling(top_k=5, seed=7), ("x",), ignore_eos=True)
     assert AnswerOptions.from_values({}) == AnswerOptions()
     assert AnswerOptions.from_values({name: option.default for name, option in OPTIONS.items()}) == AnswerOptions()
+
+
+def test_what_is_not_said_comes_from_the_defaults() -> None:
+    defaults = SamplingParams(0.6, 20, 0.95, 0.1, 1.2, seed=5)
+    resolved = AnswerOptions(sampling=Sampling(top_k=0, temperature=0.0)).resolve(defaults).sampling_params
+    assert replace(resolved, seed=5) == replace(defaults, top_k=0, temperature=0.0)
+    assert AnswerOptions().resolve(defaults).sampling_params.to_json().keys() == set(OPTIONS) & {
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+    }  # fmt: skip
+    said = SamplingParams(0.1, 2, 0.3, 0.4, 1.5, 6, 7)
+    assert AnswerOptions(sampling=said).resolve(defaults).sampling_params == said
+    assert AnswerOptions(sampling=said).resolve(defaults) == AnswerOptions(sampling=said)
+
+
+def test_a_seed_that_is_not_said_is_a_fresh_one() -> None:
+    seeds = {AnswerOptions().resolve(SamplingParams()).sampling_params.seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_options_must_be_resolved_before_use() -> None:
+    with pytest.raises(AssertionError, match="resolve them first"):
+        assert AnswerOptions(sampling=Sampling(temperature=1.0)).sampling_params
 
 
 def test_declarations_say_type_and_meaning() -> None:
