@@ -25,6 +25,7 @@ from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.detokenizer import OutputText
+from cluster.text.reasoning import opens_reasoning
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
@@ -269,7 +270,8 @@ class Engine:
         now = self._clock()
         rules = StopRules(options.max_tokens, stops)
         request = Request(next(self._sequences), spec.prompt, options.sampling, rules, spec.priority)
-        text = OutputText(self._tokenizer, options.stop, spec.reasoning_opened)
+        opened = self._tokenizer is not None and opens_reasoning(self._tokenizer, spec.prompt)
+        text = OutputText(self._tokenizer, options.stop, opened)
         for sample in spec.resume:
             request.accept(sample)
             text.push(sample.token_id)

@@ -7,12 +7,16 @@ with it the KV that was computed for that prefix.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
+from datetime import datetime
 
 from cluster.text.chat_template import ChatTemplateError, render_user_message
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
+
+_RENDER_SECONDS = 30.0  # for all questions about a document
 
 
 class PromptError(UserError):
@@ -36,14 +40,14 @@ def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) ->
     return text
 
 
-def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> None:
-    """Refuse a document that cannot fit whatever its tokens are (PromptError); costs the same for any size."""
+def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> None:
+    """Refuse a document, or `what`, that cannot fit whatever its tokens are (PromptError); equally cheap for any size."""
     min_tokens = tokenizer.min_tokens(num_bytes)
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
         raise PromptError(
-            f"document: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
-            f"no document above {max_bytes} bytes can fit"
+            f"{what}: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
+            f"no {what} above {max_bytes} bytes can fit"
         )
 
 
@@ -73,6 +77,7 @@ def build_document_prompts(
     enable_thinking: bool | None,
     max_model_len: int,
     max_tokens: int = 1,
+    now: datetime | None = None,
 ) -> list[list[int]]:
     """Return one prompt a question, all with the identical token prefix [chat head + document], tokenised once.
 
@@ -82,6 +87,7 @@ def build_document_prompts(
     Args:
         template: the user message with `{document}` and, after it, `{question}` (`model.document_prompt`).
         enable_thinking: None leaves the choice to the chat template.
+        now: what the clock of the chat template says in all of them; None reads the clock, once.
 
     Raises PromptError: an empty document or question, or no room for `max_tokens` of answer; ChatTemplateError: the
     template fails, or what it puts before the document depends on the question.
@@ -90,17 +96,23 @@ def build_document_prompts(
         raise PromptError("document: 0 characters: must have at least one character")
     check_size(len(document), tokenizer, max_model_len)  # characters: never more than bytes
     document_mark, question_mark = (f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question"))
+    now = now or datetime.now()
     head: str | None = None
     prefix: list[int] = []
     document_tokens = 0
+    rendering_s = 0.0
     prompts = []
     for question in questions:
         if not question.strip():
             raise PromptError(f"question: {question!r}: must have text")
         # A question that spells special tokens is kept out of the template too, to be tokenised on its own.
-        shown = question_mark if tokenizer.has_special(question) else question
+        shown = question_mark if tokenizer.spells_added(question) else question
         content = template.replace("{document}", document_mark).replace("{question}", shown)
-        this_head, tail = _split_once(render_user_message(tokenizer, content, enable_thinking), document_mark)
+        began = time.monotonic()
+        this_head, tail = _split_once(render_user_message(tokenizer, content, enable_thinking, now), document_mark)
+        rendering_s += time.monotonic() - began
+        if rendering_s > _RENDER_SECONDS:
+            raise ChatTemplateError(f"chat_template: takes more than {_RENDER_SECONDS:g} s for {len(prompts) + 1} prompts")
         if head is None:
             head = this_head
             prefix, document_tokens = _encode_prefix(tokenizer, head, document)
@@ -117,7 +129,7 @@ def _encode_prefix(tokenizer: TextTokenizer, head: str, document: str) -> tuple[
     """Return the ids of head and document, and how many of them are the document's (to within a token at the seam)."""
     plain = tokenizer.chat_template is None
     head_ids = tokenizer.encode(head, add_special=plain) if head or plain else []
-    if tokenizer.has_special(document):
+    if tokenizer.spells_added(document):
         prefix = head_ids + tokenizer.encode(document, literal=True, continues=bool(head))
     else:  # in one piece, so that the seam is tokenised as the model was trained
         prefix = tokenizer.encode(head + document, add_special=plain)

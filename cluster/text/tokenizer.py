@@ -33,7 +33,7 @@ class TextTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._special_texts = tuple(token.content for token in added.values() if token.special)
+        self.added_texts = tuple(token.content for token in added.values() if not token.content.isspace())
         self._bos_id: Any = self._tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
         add_bos = config.get("add_bos_token")
         if add_bos is None:  # then the post-processor of tokenizer.json decides
@@ -68,10 +68,10 @@ class TextTokenizer:
 
         Args:
             add_special: put the beginning-of-sequence token first if the model wants one.
-            literal: read special tokens as ordinary characters, so that a document cannot end its own message.
+            literal: read added tokens as ordinary characters, so that a document cannot end its own message.
             continues: other tokens come before, so no word-start mark is added.
         """
-        source = self._literal_tokenizer if literal and self.has_special(text) else self._tokenizer
+        source = self._literal_tokenizer if literal and self.spells_added(text) else self._tokenizer
         encode = _encode_continuation if continues and self._adds_prefix_space else _encode
         try:
             ids = encode(source, text)
@@ -85,9 +85,9 @@ class TextTokenizer:
         """Return the text of `ids`; ids outside the vocabulary are skipped."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special))
 
-    def has_special(self, text: str) -> bool:
-        """Return whether `text` spells a special token."""
-        return any(special in text for special in self._special_texts)
+    def spells_added(self, text: str) -> bool:
+        """Return whether `text` spells a token that was added to the vocabulary by hand, special or not."""
+        return any(added in text for added in self.added_texts)
 
     def is_special(self, token_id: int) -> bool:
         """Return whether the id is a special token such as `<|im_end|>`."""
@@ -109,9 +109,7 @@ class TextTokenizer:
 
     @cached_property
     def _literal_tokenizer(self) -> Tokenizer:
-        tokenizer = _load(self._definition)  # a second one: the switch is not per call
-        tokenizer.encode_special_tokens = True
-        return tokenizer
+        return _load(json.dumps(self._layout | {"added_tokens": []}).encode())
 
 
 def _load(definition: bytes) -> Tokenizer:
