@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cluster.text.reasoning import ReasoningSplitter, split_reasoning
 from cluster.text.token_bytes import token_bytes
@@ -93,11 +93,16 @@ class StopMatcher:
 class OutputText:
     """Turns the tokens of one request into text: up to the first stop string, with reasoning and answer apart.
 
-    Without a tokenizer there is no text. `reasoning_opened` says that the prompt ended inside `<think>`.
+    Without a tokenizer there is no text. A token of `end_ids` ends the output and is no part of its text, special or
+    not. `reasoning_opened` says that the prompt ended inside `<think>`.
     """
 
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False,
+        end_ids: Collection[int] = frozenset(),
+    ) -> None:  # fmt: skip
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._end_ids = end_ids
         self._matcher = StopMatcher(stop)
         self._splitter = ReasoningSplitter(reasoning_opened)
         self._reasoning_opened = reasoning_opened
@@ -120,7 +125,9 @@ class OutputText:
         """
         text = ""
         if self._decoder is not None:
-            text = self._matcher.push(self._decoder.push(token_id)) + (self._rest() if is_last else "")
+            if token_id not in self._end_ids:
+                text = self._matcher.push(self._decoder.push(token_id))
+            text += self._rest() if is_last else ""
         self._pieces.append(text)
         return text, *self._splitter.push(text)
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
 from cluster.text.literal_tokenizer import LiteralTokenizers, Place, unknown_id
+from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
@@ -34,25 +35,25 @@ class TextTokenizer:
 
     def __init__(self, definition: bytes, config: Mapping[str, Any], chat_template: str | None) -> None:
         self._tokenizer = _load(definition)
+        add_declared_tokens(self._tokenizer, config)
+        self._added = self._tokenizer.get_added_tokens_decoder()
         self._layout: dict[str, Any] = json.loads(definition)
+        self._layout["added_tokens"] = [token.__getstate__() for token in self._added.values()]
         self._literal = LiteralTokenizers(self._tokenizer, self._layout)
         self.is_byte_level = is_byte_level(self._layout)
         self.chat_template = chat_template
-        self.special_tokens = _named_tokens(config)
+        self.special_tokens = named_tokens(config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._unknown_id = unknown_id(self._layout["model"])
         self.added_texts = tuple(token.content for token in self._added.values())
-        self._bos_id: Any = self._tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
-        add_bos = config.get("add_bos_token")
-        if add_bos is None:  # then the post-processor of tokenizer.json decides
-            add_bos = self._tokenizer.encode("").ids[:1] == [self._bos_id]
-        self.adds_bos = bool(add_bos) and self._bos_id is not None
+        eos = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        self.end_ids = frozenset(() if eos is None else (eos,))
+        self._prefix_ids = _prefix_ids(self._tokenizer)
 
     @classmethod
     def open(cls, model_dir: Path | str) -> TextTokenizer:
-        """Read `tokenizer.json` and, where present, `tokenizer_config.json` and the chat template of `model_dir`.
+        """Read `tokenizer.json` and, where present, the other files of `model_dir` about tokens, and the chat template.
 
         Raises TokenizerError: a file is missing or unusable.
         """
@@ -63,10 +64,13 @@ class TextTokenizer:
         except OSError as error:
             problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
             raise TokenizerError(f"{path}: {problem}") from error
-        config = _read_json(folder / "tokenizer_config.json")
+        files = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
+        config = with_legacy_files(*(_read_json(folder / name) for name in files))
         template = _chat_template(folder, config)
         try:
             return cls(definition, config, template)
+        except UserError as error:
+            raise TokenizerError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception
             problem = f"not a usable tokenizer: {one_line(error, 200)}: download the file again"
             raise TokenizerError(f"{path}: {problem}") from error
@@ -77,7 +81,7 @@ class TextTokenizer:
         """Return the token ids of `text`. Raises TokenizerError: it has lone surrogates.
 
         Args:
-            add_special: put the beginning-of-sequence token first if the model wants one.
+            add_special: put first what the post-processor of tokenizer.json does, mostly a beginning-of-sequence token.
             literal: read added tokens, special or not, as ordinary characters, so that a document can neither end its
                 own message nor open a reasoning block.
             continues: other tokens come before, so no word-start mark is added.
@@ -99,8 +103,8 @@ class TextTokenizer:
                 ids = _encode(self._tokenizer, "".join(part.text for part in parts))
         except TypeError as error:  # lone surrogates, which JSON can carry
             raise TokenizerError("text: has lone surrogates (\\ud800 to \\udfff): must be valid Unicode") from error
-        if add_special and self.adds_bos and ids[:1] != [self._bos_id]:
-            ids.insert(0, self._bos_id)
+        if add_special and ids[: len(self._prefix_ids)] != self._prefix_ids:
+            ids = self._prefix_ids + ids
         return ids
 
     def _encode_mixed(self, parts: Sequence[TextPart], place: Place) -> list[int]:
@@ -173,11 +177,11 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return `bos_token`, `eos_token` and their like by name: strings, or objects with a `content`."""
-    values = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that the post-processor puts before any text."""
+    alone, processed = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    ends = range(len(processed) - len(alone) + 1)
+    return next((processed[:end] for end in ends if processed[end : end + len(alone)] == alone), [])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
