@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from protos.errors import UserError
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")  # the first that is there counts
 
 
@@ -88,4 +89,6 @@ def _text(value: Any) -> str | None:
 def _added_token(value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
-    return AddedToken(**{key: value[key] for key in value if key not in ("__type", "id")})
+    if _text(value) is None:
+        raise UserError(f"added token {value!r}: must have a content, its text")
+    return AddedToken(value["content"], **{key: value[key] for key in _FLAGS if key in value})

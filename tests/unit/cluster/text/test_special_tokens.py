@@ -78,7 +78,7 @@ def test_an_id_that_the_vocabulary_cannot_give_is_refused_by_name(tmp_path: Path
 
 @pytest.mark.parametrize(
     "config",
-    [{"added_tokens_decoder": {"x": {}}}, {"added_tokens_decoder": {"267": {"content": "<x>", "what": 1}}},
+    [{"added_tokens_decoder": {"x": {}}}, {"added_tokens_decoder": {"267": {"special": True}}},
      {"added_tokens_decoder": [1]}, {"extra_special_tokens": 5}],
 )  # fmt: skip
 def test_unusable_declarations_are_one_line(tmp_path: Path, config: dict[str, Any]) -> None:
