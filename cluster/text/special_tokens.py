@@ -70,6 +70,8 @@ def add_declared_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None
 def _declared(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
     """Yield (name, text, value) of every special token; the name is empty for those that have none."""
     lists: Any = next((config[key] for key in _LISTS if config.get(key)), [])
+    if not isinstance(lists, list | Mapping):
+        raise UserError(f"extra_special_tokens: {lists!r}: must be a list of tokens, or tokens by name")
     own = {key: value for key, value in config.items() if key.endswith("_token") and key not in _NAMES}
     own |= lists if isinstance(lists, Mapping) else {}
     for name, value in {**{key: config.get(key) for key in _NAMES}, **own}.items():

@@ -65,10 +65,10 @@ class TextTokenizer:
             problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
             raise TokenizerError(f"{path}: {problem}") from error
         files = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
-        config = with_legacy_files(*(_read_json(folder / name) for name in files))
+        config, *older = (_read_json(folder / name) for name in files)
         template = _chat_template(folder, config)
         try:
-            return cls(definition, config, template)
+            return cls(definition, with_legacy_files(config, *older), template)
         except UserError as error:
             raise TokenizerError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception
