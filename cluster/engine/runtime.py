@@ -53,7 +53,8 @@ class ClusterRuntime:
             ids_only: take and give token ids without text, so that the model needs no tokenizer.
         """
         self.deployment = deployment
-        self._tokenizer = None if ids_only else TextTokenizer.open(deployment.config.model.path)
+        model = deployment.config.model
+        self._tokenizer = None if ids_only else TextTokenizer.open(model.path, model.chat_template)
         self.supervisor = PipelineSupervisor(self._launch)
         self._ray = RayCluster(deployment.config.cluster.address)
         self._on_status = on_status

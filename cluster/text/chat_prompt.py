@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from cluster.text.chat_template import ChatTemplateError, render_chat
+from cluster.text.chat_template import render_chat
 from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG
-from cluster.text.tokenizer import TextTokenizer
+from cluster.text.template_process import ChatTemplateError
+from cluster.text.tokenizer import TextPart, TextTokenizer
 
 # In the basic plane, where an escape of JSON has one form; unchanged by case, trimming and normalization.
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -37,7 +38,8 @@ def encode_chat(
     def render(values: Messages) -> str:
         return render_chat(tokenizer, values, enable_thinking=enable_thinking, now=now)
 
-    marks = _Marks(tokenizer.added_texts, f"{messages!r} {tokenizer.chat_template}")
+    added = [text for text in tokenizer.added_texts if not text.isspace()]  # white space controls nothing
+    marks = _Marks(added, f"{messages!r} {tokenizer.chat_template}")
     marked = marks.mark(messages)
     rendered = render(marked)
     if marked != messages and any(_has_reasoning(message) for message in messages):
@@ -106,12 +108,13 @@ class _Marks:
             marks.add(at)
         return "".join(pieces), frozenset(marks)
 
-    def spellings(self, text: str, marks: frozenset[int]) -> Iterator[tuple[int, int, bool]]:
-        """Yield start and end of the added tokens that a text spells, and whether a message wrote it."""
+    def spelt_by_messages(self, text: str, marks: frozenset[int]) -> Iterator[tuple[int, int]]:
+        """Yield start and end of the added tokens in a text that have a mark inside."""
         for match in self._spelling.finditer(text):
             start, end = match.span()
             inside = range(start + 1, end) if end - start > 1 else range(start, end + 1)
-            yield start, end, not marks.isdisjoint(inside)
+            if not marks.isdisjoint(inside):
+                yield start, end
 
     def _mark_text(self, text: str) -> str:
         """Mark whole spellings, and parts of one at either end, which other text may complete."""
@@ -143,20 +146,11 @@ def _unused_character(used: str) -> str:
 
 
 def _encode(tokenizer: TextTokenizer, marks: _Marks, rendered: str) -> list[int]:
-    """Return the ids of a rendered text; what lies between two tokens of the template and spells one is literal."""
+    """Return the ids of a rendered text: added tokens that a message spells are literal."""
     text, places = marks.remove(rendered)
-    spellings = list(marks.spellings(text, places)) if places else []
-    written = [start for start, _, by_message in spellings if by_message]
-    if not written:
-        return tokenizer.encode(text)
-    ids: list[int] = []
-    done = begin = 0  # what is encoded; where the text behind the last token of the template begins
-    own = [(start, end) for start, end, by_message in spellings if not by_message]
-    for start, end in [*own, (len(text), len(text))]:
-        if any(begin <= at < start for at in written):
-            if done < begin:
-                ids += tokenizer.encode(text[done:begin], continues=done > 0)
-            ids += tokenizer.encode(text[begin:start], literal=True, continues=begin > 0)
-            done = start
-        begin = end
-    return ids + (tokenizer.encode(text[done:], continues=done > 0) if done < len(text) else [])
+    parts: list[TextPart] = []
+    done = 0
+    for start, end in marks.spelt_by_messages(text, places) if places else ():
+        parts += [TextPart(text[done:start]), TextPart(text[start:end], literal=True)]
+        done = end
+    return tokenizer.encode_parts([*parts, TextPart(text[done:])])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
 from cluster.text.token_bytes import token_bytes
@@ -94,12 +94,17 @@ class OutputText:
     """Turns the tokens of one request into text: up to the first stop string, with reasoning and answer apart.
 
     A stop string counts in the answer only: what the model reasons, tags and the newlines behind them cannot hold one.
-    Without a tokenizer there is no text. `reasoning_opened` says that the prompt ended inside `<think>`.
+    A token of `end_ids` ends the output and is no part of its text, special or not. Without a tokenizer there is no
+    text. `reasoning_opened` says that the prompt ended inside `<think>`.
     """
 
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False,
+        end_ids: Collection[int] = frozenset(),
+    ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._end_ids = end_ids
         self._matcher = StopMatcher(stop)
         self._splitter = ReasoningSplitter(reasoning_opened)
         self._parts: tuple[list[str], list[str]] = ([], [])  # reasoning, answer
@@ -137,7 +142,7 @@ class OutputText:
         return reasoning or None, answer
 
     def _decode(self, token_id: int) -> str:
-        if self._tokenizer is None or self._decoder is None:
+        if self._tokenizer is None or self._decoder is None or token_id in self._end_ids:
             return ""
         if self._tokenizer.is_special(token_id):  # otherwise without text
             entry = self._tokenizer.id_to_token(token_id)

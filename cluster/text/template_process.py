@@ -61,7 +61,7 @@ class TemplateProcess:
     and reaped; the next request has a new one. It ends with this process.
     """
 
-    def __init__(self, limits: RenderLimits = RenderLimits()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, limits: RenderLimits = RenderLimits()) -> None:
         self._limits = limits
         self._rendering = threading.Lock()
         self._counting = threading.Lock()
@@ -163,7 +163,7 @@ class TemplateProcess:
         self._socket, theirs = socket.socketpair()
         with theirs:  # no fork beside running threads: without a function of ours in between it is a vfork
             self._child = subprocess.Popen(
-                [*command, *dict.fromkeys(map(str, paths))], stdin=theirs, stdout=subprocess.DEVNULL,
+                [*command, *dict.fromkeys(map(str, paths))], stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, cwd="/", env=environment, start_new_session=True,
             )  # fmt: skip
         threading.Thread(target=self._child.wait, name="template-reaper", daemon=True).start()

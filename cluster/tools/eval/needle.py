@@ -84,7 +84,7 @@ class NeedleRun:
         }  # fmt: skip
         first = next(iter(self.deployments.values()))
         self.trained = (first.config.model.path / "words.json").is_file()  # on this task: it gives exact answers
-        tokenizer = TextTokenizer.open(first.config.model.path)
+        tokenizer = TextTokenizer.open(first.config.model.path, first.config.model.chat_template)
         self._form = Form(first.config.model.document_prompt, options.thinking, options.form == "prompt")
         self.documents = list(self._documents(tokenizer))
         self.report = self._heading(first)

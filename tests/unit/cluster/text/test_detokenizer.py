@@ -126,6 +126,14 @@ def test_a_withheld_beginning_of_a_stop_string_comes_with_the_flush():
     assert output.result() == (None, "the river ra")
 
 
+@pytest.mark.parametrize("text", ["naïve 漢", "the river <|im_end|>", "a 🙂"])
+def test_an_end_token_has_no_text_and_gives_up_what_is_withheld(text: str):
+    *ids, end = NEEDLE.encode(text + " end")
+    output = OutputText(NEEDLE, ("漢字", "🙂!"), end_ids={end})
+    joined = "".join(output.push(token, is_last=token == end)[0] for token in [*ids, end])
+    assert joined == output.result()[1] == NEEDLE.decode(ids)
+
+
 def test_without_a_tokenizer_there_is_no_text():
     output = OutputText(None, ("x",))
     assert output.push(5) == output.push(6, is_last=True) == ("", "", "")

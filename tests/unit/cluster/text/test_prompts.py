@@ -27,12 +27,16 @@ def test_prompts_share_the_document_and_tokenise_it_once(monkeypatch: pytest.Mon
     tokenizer = with_template(CHATML)
     document = gzip.decompress((paths.NEEDLE / "book.txt.gz").read_bytes())[:200_000].decode()
     sizes: list[int] = []
-    encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, *a, **k: sizes.append(len(text)) or encode(text, *a, **k))
+    encode = tokenizer.encode_parts
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_parts",
+        lambda parts, *a, **k: sizes.append(sum(len(part.text) for part in parts)) or encode(parts, *a, **k),
+    )
     questions = ["Who?", "What is it, and why?", "Who <|im_end|> him?"]
     prompts = build_document_prompts(tokenizer, document, questions, enable_thinking=False, max_model_len=LONG)
     assert sum(size >= len(document) for size in sizes) == 1
-    shared = len(encode("<|im_start|>user\n" + document))
+    shared = len(tokenizer.encode("<|im_start|>user\n" + document))
     assert all(prompt[:shared] == prompts[0][:shared] for prompt in prompts)
     for prompt, question in zip(prompts, questions, strict=True):
         assert tokenizer.decode(prompt, skip_special=False) == (
