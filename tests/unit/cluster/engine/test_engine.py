@@ -275,14 +275,15 @@ THOUGHT = TextTokenizer.open(NEEDLE).encode("<think>why not</think>\n\nso it is"
 @pytest.mark.parametrize("done", [0, 1, 3, 5, 8, 12, len(THOUGHT) - 1])
 def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened: bool, stop: tuple[str, ...]):
     ids = THOUGHT[5:] if opened else THOUGHT
-    spec = {"stop": stop, "reasoning_opened": opened, "sampling": SamplingParams(logprobs=1)}
+    spec = {"stop": stop, "sampling": SamplingParams(logprobs=1)}
+    prompt = TextTokenizer.open(NEEDLE).encode("<think>\n" if opened else "x")
     with Rig(lambda _, index: ids[index], text=True) as rig:
-        whole, events = rig.run([1], len(ids), **spec)
+        whole, events = rig.run(prompt, len(ids), **spec)
         tokens = [event for event in events if isinstance(event, OutputToken)]
         resume = whole.samples[:done]
         rest: list[OutputToken] = []
         keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
-        (handle,) = rig.engine.submit_all([(generation_spec([1], len(ids), resume=resume, **spec), keep)], after=done)
+        (handle,) = rig.engine.submit_all([(generation_spec(prompt, len(ids), resume=resume, **spec), keep)], after=done)
         again = handle.wait(WAIT)
     assert rest == tokens[done:]
     assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")
