@@ -283,7 +283,9 @@ def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened:
         resume = whole.samples[:done]
         rest: list[OutputToken] = []
         keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
-        (handle,) = rig.engine.submit_all([(generation_spec(prompt, len(ids), resume=resume, **spec), keep)], after=done)
+        (handle,) = rig.engine.submit_all(
+            [(generation_spec(prompt, len(ids), resume=resume, **spec), keep)], after=done
+        )
         again = handle.wait(WAIT)
     assert rest == tokens[done:]
     assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")
