@@ -39,7 +39,7 @@ def encode_chat(
         return render_chat(tokenizer, values, enable_thinking=enable_thinking, now=now)
 
     added = [text for text in tokenizer.added_texts if not text.isspace()]  # white space controls nothing
-    marks = _Marks(added, f"{messages!r} {tokenizer.chat_template}")
+    marks = _Marks(added, list(_texts(messages)), tokenizer.chat_template or "")
     marked = marks.mark(messages)
     rendered = render(marked)
     if marked != messages and any(_has_reasoning(message) for message in messages):
@@ -66,16 +66,27 @@ def _split_reasoning(message: Mapping[str, Any], tokenizer: TextTokenizer) -> Ma
     return {"reasoning_content": reasoning, **message, "content": answer.lstrip("\n")}
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in messages, the names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
 class _Marks:
     """Marks added tokens that are spelt in text, and finds the marks again."""
 
-    def __init__(self, added: Sequence[str], used: str) -> None:
+    def __init__(self, added: Sequence[str], texts: Sequence[str], template: str) -> None:
         """
         Args:
             added: spellings of the added tokens.
-            used: holds every character that is no mark.
+            texts: all that will be marked; no mark occurs in them, nor in the template.
         """
-        self._mark = _unused_character(used)
+        self._mark = _unused_character(f"{texts!r} {template}")
         longest_first = sorted(added, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._spelling = re.compile(pattern)
@@ -84,6 +95,8 @@ class _Marks:
         self._beginnings = {text[:size] for text in lower for size in range(1, len(text))}
         self._ends = {text[-size:] for text in lower for size in range(1, len(text))}
         self._longest = max(map(len, added), default=0)
+        # one text may begin a token, and another end it
+        self._joins = any(map(self._ends_in_part, texts)) and any(map(self._begins_in_part, texts))
         # a filter may have written it for a URL or as JSON, once or several times over
         encoded = "".join(f"%{byte:02x}" for byte in self._mark.encode())
         self._written = re.compile(rf"{self._mark}|{encoded}|\\+u{ord(self._mark):04x}", re.IGNORECASE)
@@ -117,15 +130,16 @@ class _Marks:
                 yield start, end
 
     def _mark_text(self, text: str) -> str:
-        """Mark whole spellings, and parts of one at either end, which other text may complete."""
-        marked = self._mark_whole(text)
-        lower = text.lower()
-        sizes = range(1, self._longest)
-        if any(lower[:size] in self._ends for size in sizes):
-            marked = self._mark + marked
-        if any(lower[-size:] in self._beginnings for size in sizes):
-            marked += self._mark
-        return marked
+        """Mark whole spellings, and one that the end of the text begins, where another text may complete it."""
+        return self._mark_whole(text) + (self._mark if self._joins and self._ends_in_part(text) else "")
+
+    def _begins_in_part(self, text: str) -> bool:
+        lower = text[: self._longest].lower()
+        return any(lower[:size] in self._ends for size in range(1, self._longest))
+
+    def _ends_in_part(self, text: str) -> bool:
+        lower = text[-self._longest :].lower()
+        return any(lower[-size:] in self._beginnings for size in range(1, self._longest))
 
     def _mark_whole(self, text: str) -> str:
         return self._any_case.sub(self._inside, text)

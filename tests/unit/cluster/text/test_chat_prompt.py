@@ -115,7 +115,10 @@ def test_messages_write_no_token_of_the_template(template: str, contents: list[s
     assert not any(0xE000 <= ord(char) < 0xF900 for char in text), "no mark is left"
 
 
-@given(st.sampled_from(TEMPLATES), st.lists(st.text('ab<>|/ \n\\"é漢', max_size=12), min_size=1, max_size=4))
+@given(
+    st.sampled_from([t for t in TEMPLATES if t != CHANGED]),
+    st.lists(st.text('ab<>|/ \n\\"é漢', max_size=12), min_size=1, max_size=4),
+)
 @settings(max_examples=200, deadline=None)
 def test_where_nothing_is_spelt_the_ids_are_those_of_the_text(template: str, contents: list[str]) -> None:
     tokenizer = TOKENIZERS[template]
