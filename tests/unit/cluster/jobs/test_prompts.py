@@ -152,6 +152,6 @@ def test_a_busy_renderer_is_a_busy_service(runtime: FakeRuntime, bench: Bench, m
 
     spec = JobSpec(JobInput(messages=(("user", "hi"),)), AnswerOptions())
     monkeypatch.setattr(chat_template.renderer, "render", refuse)
-    with pytest.raises(ServiceBusy, match="^chat_template: other requests take long") as caught:
+    with pytest.raises(ServiceBusy, match=r"^chat_template: other requests take long") as caught:
         job_prompts(runtime, bench.service.documents, spec)
     assert caught.value.retry_after_s > 0

@@ -210,14 +210,16 @@ def test_all_renderings_of_a_conversation_have_one_clock(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(chat_prompt, "render_chat", render)
     encode_chat(TOKENIZERS[HISTORY], HONEST[0])
-    assert len(clocks) == 3 and len(set(clocks)) == 1
+    assert len(clocks) == 3
+    assert len(set(clocks)) == 1
 
 
 def test_word_start_marks_are_as_in_one_text() -> None:
     tokenizer = TextTokenizer(sentencepiece_like().to_str().encode(), {}, "<s>{{ messages[0].content }}</s>")
     ids = encode_chat(tokenizer, chat("ab </s> ab"))
     assert (ids.count(1), ids.count(2)) == (1, 1)
-    assert ids[0] == 1 and ids[-1] == 2
+    assert ids[0] == 1
+    assert ids[-1] == 2
     assert tokenizer.decode(ids).strip() == "ab </s> ab"
 
 

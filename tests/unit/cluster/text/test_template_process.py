@@ -96,7 +96,7 @@ def test_whatever_a_template_does_ends_in_one_line(process: TemplateProcess) -> 
     ],
 )
 def test_the_line_names_the_limit(process: TemplateProcess, template: str, reason: str) -> None:
-    with pytest.raises(ChatTemplateError, match=f"^chat_template: cannot be rendered: {reason}$"):
+    with pytest.raises(ChatTemplateError, match=rf"^chat_template: cannot be rendered: {reason}$"):
         process.render(request(template))
 
 
@@ -138,7 +138,7 @@ def test_a_child_that_is_killed_while_it_renders(process: TemplateProcess) -> No
             pids.append(_pid(process))
             os.kill(pids[-1], signal.SIGKILL)
             _gone(pids[-1])
-        with pytest.raises(ChatTemplateError, match="the process that renders it ended.*SIGKILL"):
+        with pytest.raises(ChatTemplateError, match=r"the process that renders it ended.*SIGKILL"):
             endless.result(10)
     assert process.render(request("again")) == "again"
     assert not any(map(psutil.pid_exists, pids)), "no zombie is left"

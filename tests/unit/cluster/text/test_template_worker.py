@@ -43,7 +43,7 @@ def test_templates_stay_in_the_sandbox(template: str) -> None:
 
 def test_output_is_bounded_while_it_is_written() -> None:
     assert len(render(request("{{ 'x' * 1000 }}"))) == 1000
-    with pytest.raises(jinja2.TemplateRuntimeError, match="^the output passes 1000 characters$"):
+    with pytest.raises(jinja2.TemplateRuntimeError, match=r"^the output passes 1000 characters$"):
         render(request("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"))
 
 
