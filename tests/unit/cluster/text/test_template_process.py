@@ -82,8 +82,6 @@ def test_whatever_a_template_does_ends_in_one_line(process: TemplateProcess) -> 
         assert time.monotonic() - began < SECONDS + 5, template[:60]
         assert process.render(request("{{ messages[0].content }}")) == "hello", "the next request is served"
     assert own.memory_info().rss - before < 32 << 20
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-    assert largest < 300 << 20 or sys.platform != "linux"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +104,8 @@ def test_the_child_is_kept_and_knows_nothing(process: TemplateProcess, monkeypat
     child = psutil.Process(_pid(process))
     assert set(child.environ()) <= {"LD_LIBRARY_PATH"}
     assert len(os.listdir(f"/proc/{child.pid}/fd")) == 3, "standard input, output and error"
+    limits = {resource.RLIMIT_AS: 256 << 20, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    assert {kind: resource.prlimit(child.pid, kind) for kind in limits} == {k: (v, v) for k, v in limits.items()}
     assert os.getsid(child.pid) == child.pid, "Ctrl-C in a terminal does not reach it"
     for index in range(50):
         assert process.render(request(f"{index}" + "{{ messages[0].content }}")) == f"{index}hello"
