@@ -62,6 +62,11 @@ class ModelSection(Section):
         default=DEFAULT_DOCUMENT_PROMPT, description="must contain {document} once and after it {question} once"
     )
 
+    chat_template: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9._-]{1,200}$",
+        description="must be the name of one of the model's chat templates, or of a .jinja file in model.path",
+    )  # fmt: skip
+
     @field_validator("served_model_name", mode="before")
     @classmethod
     def _default_name(cls, value: object, info: ValidationInfo) -> object:

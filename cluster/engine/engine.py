@@ -25,6 +25,7 @@ from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.detokenizer import OutputText
+from cluster.text.reasoning import opens_reasoning
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
@@ -78,7 +79,7 @@ class Engine:
         self.on_failure: Callable[[], None] | None = None  # called once, when every request has ended with `error`
         self._shards = list(shards)
         self._tokenizer = tokenizer
-        self._eos = tuple(eos_token_ids)
+        self._eos = frozenset(eos_token_ids)
         self._clock = clock
         self._num_stages = 1 + max(shard.shard.stage for shard in self._shards)
         self._depth = max(2, self._num_stages)
@@ -265,13 +266,14 @@ class Engine:
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         options = spec.options
-        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else frozenset(self._eos))
+        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self._eos)
         now = self._clock()
         rules = StopRules(options.max_tokens, stops)
         request = Request(
             next(self._sequences), spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len
         )
-        text = OutputText(self._tokenizer, options.stop, spec.reasoning_opened)
+        opened = self._tokenizer is not None and opens_reasoning(self._tokenizer, spec.prompt)
+        text = OutputText(self._tokenizer, options.stop, opened, stops)
         for sample in spec.resume:
             request.accept(sample)
             text.push(sample.token_id)

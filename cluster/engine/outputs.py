@@ -19,7 +19,6 @@ class GenerationSpec:
 
     prompt: Sequence[int]
     options: AnswerOptions
-    reasoning_opened: bool = False  # the prompt ends inside <think>
     priority: int = 0  # higher is admitted earlier
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
     question: int = 0  # index of the prompt among those of its caller

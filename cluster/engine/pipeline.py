@@ -50,7 +50,8 @@ def launch_pipeline(
             config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec,
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
         )  # fmt: skip
-        engine = Engine(scheduler, launched.shards, tokenizer, spec.eos_token_ids)
+        ends = {*spec.eos_token_ids, *(tokenizer.end_ids if tokenizer is not None else ())}
+        engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends))
         steps.callback(engine.close)
         engine.start()
         hang_detector = HangDetector(engine, launched.shards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,8 +20,9 @@ from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
 from cluster.stages.ray_cluster import RayCluster
-from cluster.text.chat_template import opens_thinking, render_chat
-from cluster.text.prompts import build_document_prompts, check_document, check_length
+from cluster.text.chat_prompt import encode_chat
+from cluster.text.chat_template import render_user_message
+from cluster.text.prompts import build_document_prompts, check_document, check_length, check_size
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
@@ -51,7 +53,8 @@ class ClusterRuntime:
             ids_only: take and give token ids without text, so that the model needs no tokenizer.
         """
         self.deployment = deployment
-        self._tokenizer = None if ids_only else TextTokenizer.open(deployment.config.model.path)
+        model = deployment.config.model
+        self._tokenizer = None if ids_only else TextTokenizer.open(model.path, model.chat_template)
         self.supervisor = PipelineSupervisor(self._launch)
         self._ray = RayCluster(deployment.config.cluster.address)
         self._on_status = on_status
@@ -104,8 +107,13 @@ class ClusterRuntime:
             raise EngineError("the cluster is not running: call start() first")
         return pipeline.launched
 
-    def document_prompts(self, document: str, questions: Sequence[str], options: AnswerOptions) -> list[list[int]]:
+    def document_prompts(
+        self, document: str, questions: Sequence[str], options: AnswerOptions, now: datetime | None = None
+    ) -> list[list[int]]:
         """Return prompts that share the document as their common prefix; the cluster need not run yet.
+
+        Args:
+            now: what the clock of the chat template says in all of them; None reads the clock, once.
 
         Raises:
             PromptError: an empty document or question, or one that does not fit.
@@ -113,7 +121,7 @@ class ClusterRuntime:
         prompts = build_document_prompts(
             self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
             enable_thinking=options.enable_thinking, max_model_len=self.deployment.max_model_len,
-            max_tokens=options.max_tokens,
+            max_tokens=options.max_tokens, now=now,
         )  # fmt: skip
         check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         return prompts
@@ -141,18 +149,32 @@ class ClusterRuntime:
         options = options or AnswerOptions()
         text = document if isinstance(document, str) else self.check_document(Path(document).read_bytes())
         prompts = self.document_prompts(text, questions, options)
-        opened = opens_thinking(self.tokenizer, options.enable_thinking)
-        return self.generate(prompts, options, on_event, reasoning_opened=opened, one_document=True)
+        return self.generate(prompts, options, on_event, one_document=True)
 
     def check_document(self, data: bytes) -> str:
         """Return the text of a document; raises PromptError for one that is empty, not UTF-8 or certainly too long."""
         return check_document(data, self.tokenizer, self.deployment.max_model_len)
 
-    def chat_prompt(self, messages: Sequence[tuple[str, str]], options: AnswerOptions) -> list[int]:
-        """Return token ids of (role, content) messages through the chat template; raises PromptError."""
+    def chat_prompt(
+        self, messages: Sequence[tuple[str, str]], options: AnswerOptions, now: datetime | None = None
+    ) -> list[int]:
+        """Return token ids of (role, content) messages through the chat template.
+
+        Args:
+            now: what the clock of the template says; None reads the clock.
+
+        Raises:
+            PromptError: messages that cannot fit. ChatTemplateError, RendererBusy: see `render_chat`.
+        """
+        size = sum(len(content) for _, content in messages)  # characters: never more than bytes
+        check_size(size, self.tokenizer, self.deployment.max_model_len, what="messages")
         conversation = [{"role": role, "content": content} for role, content in messages]
-        text = render_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking)
-        return self.tokenizer.encode(text)
+        return encode_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking, now=now)
+
+    def check_chat_template(self) -> None:
+        """Render a message, so that a template that never can be is found before a start; raises ChatTemplateError."""
+        if self._tokenizer is not None:
+            render_user_message(self._tokenizer, "question", None)
 
     def reproducibility(self, options: AnswerOptions, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return what is needed to get the same tokens again for the prompts of one job."""
@@ -228,10 +250,10 @@ class ClusterRuntime:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
-        reasoning_opened: bool = False, one_document: bool = False,
+        one_document: bool = False,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Arguments and errors as of `submit`."""
-        handles = self.submit(prompts, options, on_event, reasoning_opened, one_document)
+        handles = self.submit(prompts, options, on_event, one_document)
         try:
             return [handle.wait() for handle in handles]
         except BaseException:
@@ -241,7 +263,7 @@ class ClusterRuntime:
 
     def submit(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
-        reasoning_opened: bool = False, one_document: bool = False,
+        one_document: bool = False,
     ) -> list[RequestHandle]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_all`.
 
@@ -253,7 +275,7 @@ class ClusterRuntime:
         pinned_len = longest(prompts) if one_document else 0
         items = []
         for index, prompt in enumerate(prompts):
-            spec = GenerationSpec(prompt, options, reasoning_opened, question=index, pinned_len=pinned_len)
+            spec = GenerationSpec(prompt, options, question=index, pinned_len=pinned_len)
             items.append((spec, partial(on_event, index) if on_event is not None else lambda event: None))
         return self.engine.submit_all(items)
 

@@ -2,52 +2,80 @@
 
 from __future__ import annotations
 
-import contextlib
 from array import array
+from collections.abc import Mapping
+from datetime import datetime
 
 from cluster.common.text_format import one_line
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
-from cluster.jobs.model import InvalidJob, JobSpec
-from cluster.text.chat_template import ChatTemplateError, opens_thinking
-from cluster.text.reasoning import OPEN_TAG
-from cluster.text.tokenizer import TextTokenizer
+from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, ServiceBusy
+from cluster.text.chat_template import render_user_message
+from cluster.text.reasoning import opens_reasoning
+from cluster.text.template_process import RendererBusy
 from protos.errors import UserError
 
-_TAIL = 16  # ids at the end of a prompt in which the opening tag is looked for
+_CLOCK = "clock"  # in what is stored to get the same tokens again
 
 
-def job_prompts(runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec) -> list[array[int]]:
+def job_prompts(
+    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None = None
+) -> list[array[int]]:
     """Return the token ids of every question.
 
+    Args:
+        now: what the clock of the chat template says, see `clock_of`; None reads the clock.
+
     Raises:
-        InvalidJob: the prompts cannot be built, or are too long. JobNotFound: the document is gone.
+        InvalidJob: the prompts cannot be built, or are too long. JobNotFound: the document is gone. ServiceBusy: other
+            jobs keep the process that renders chat templates.
     """
     source = spec.input
     try:
         if source.document_id:
             text = runtime.check_document(documents.read(source.document_id))
-            prompts = runtime.document_prompts(text, source.questions, spec.ask)
+            prompts = runtime.document_prompts(text, source.questions, spec.ask, now)
         elif source.messages is not None:
-            prompts = [runtime.chat_prompt(source.messages, spec.ask)]
+            prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]
         elif source.prompt is not None:
             prompts = [runtime.tokenizer.encode(source.prompt, add_special=True)]
         else:
             prompts = [list(source.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)
+    except RendererBusy as error:
+        raise ServiceBusy(str(error), 5.0) from error
     except UserError as error:
         raise InvalidJob(one_line(error)) from error
     return [array("I", prompt) for prompt in prompts]
 
 
-def reasoning_opened(tokenizer: TextTokenizer, spec: JobSpec) -> bool:
-    """Whether the prompts of a job end inside `<think>`, so that their answers start as reasoning."""
+def stored_clock(now: datetime) -> Mapping[str, str]:
+    """Return what is stored of the clock with a job: the local time, without a zone, as chat templates show it."""
+    return {_CLOCK: now.replace(tzinfo=None).isoformat()}
+
+
+def clock_of(record: JobRecord) -> datetime:
+    """Return what the clock of the chat template said when a job was submitted."""
+    text = record.reproducibility.get(_CLOCK)
+    return datetime.fromisoformat(text) if text else datetime.fromtimestamp(record.created)
+
+
+def reasoning_opened(runtime: ClusterRuntime, spec: JobSpec, question: int) -> bool:
+    """Return whether the prompt of a question ends inside `<think>`, though its document may be gone."""
     source = spec.input
-    if source.document_id or source.messages is not None:
-        with contextlib.suppress(ChatTemplateError):  # the template of another model than the job was submitted to
-            return opens_thinking(tokenizer, spec.ask.enable_thinking)
+    try:
+        if source.document_id:
+            values = {"{document}": "document", "{question}": source.questions[question]}
+            content = runtime.deployment.config.model.document_prompt
+            for name, value in values.items():
+                content = content.replace(name, value)
+            prompt = runtime.tokenizer.encode(render_user_message(runtime.tokenizer, content, spec.ask.enable_thinking))
+        elif source.messages is not None:
+            prompt = runtime.chat_prompt(source.messages, spec.ask)
+        elif source.prompt is not None:
+            prompt = runtime.tokenizer.encode(source.prompt)
+        else:
+            prompt = list(source.token_ids or ())
+    except UserError:  # the template of another model than the job was submitted to
         return False
-    if source.prompt is not None:
-        return source.prompt.rstrip().endswith(OPEN_TAG)
-    ids = list(source.token_ids or ())[-_TAIL:]
-    return tokenizer.decode(ids, skip_special=False).rstrip().endswith(OPEN_TAG)
+    return opens_reasoning(runtime.tokenizer, prompt)

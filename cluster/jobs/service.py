@@ -13,6 +13,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Generator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from cluster.common.errors import EngineError
@@ -35,7 +36,7 @@ from cluster.jobs.model import (
     check_id,
     new_id,
 )
-from cluster.jobs.prompts import job_prompts, reasoning_opened
+from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored_clock
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import JobEvent, Subscriptions
@@ -85,7 +86,7 @@ class JobService:
 
     def start(self) -> None:
         """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
-        self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
+        self._store.split_old_tokens(lambda spec, question: reasoning_opened(self._runtime, spec, question))
         self._recorder.start()
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING)
@@ -128,14 +129,16 @@ class JobService:
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
-        prompts = job_prompts(self._runtime, self.documents, spec)
+        now = datetime.fromtimestamp(self._clock())
+        prompts = job_prompts(self._runtime, self.documents, spec, now)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(job.prompt_tokens for job in self._live.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
-                spec, new_id("job"), spec.input.num_answers, self._runtime.reproducibility(spec.ask, prompts),
+                spec, new_id("job"), spec.input.num_answers,
+                {**self._runtime.reproducibility(spec.ask, prompts), **stored_clock(now)},
                 self._limits.max_queued_jobs, self._document_expires(),
             )  # fmt: skip
             if is_new:
@@ -217,12 +220,14 @@ class JobService:
         try:
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
-            prompts = job_prompts(self._runtime, self.documents, record.spec)
+            prompts = self._prompts_again(record)
             if document_id := record.spec.input.document_id:
                 self._store.touch_document(document_id, self._document_expires())
         except (InvalidJob, JobNotFound) as error:
             self._cancel(record.id, str(error))
             return
+        except ServiceBusy:
+            return  # the head closes
         with self._lock:
             job, current = self._live.get(record.id), self._store.get(record.id)
             if job is not None and job.handles:
@@ -233,6 +238,15 @@ class JobService:
                 self._ended(record.id)
             else:
                 self._enqueue(current, prompts, committed_tokens(self._store, record.id))
+
+    def _prompts_again(self, record: JobRecord) -> list[array[int]]:
+        """Return the prompts of a job that was accepted, however long others keep what renders chat templates."""
+        while True:
+            try:
+                return job_prompts(self._runtime, self.documents, record.spec, clock_of(record))
+            except ServiceBusy as error:
+                if self._closing.wait(error.retry_after_s):
+                    raise
 
     def _enqueue(
         self, record: JobRecord, prompts: Sequence[array[int]], done: Mapping[int, Sequence[SampledToken]]
@@ -248,12 +262,11 @@ class JobService:
             ended={a.question: FinishReason(a.finish_reason) for a in record.answers if a.finish_reason},
             generated=before.generated if before else {},
         )
-        opened = reasoning_opened(self._runtime.tokenizer, spec)
         items = []
         for question, prompt in enumerate(prompts):
             if question not in job.ended:
                 resume = tuple(done.get(question, ()))
-                generation = GenerationSpec(prompt, ask, opened, spec.priority, resume, question, longest(prompts))
+                generation = GenerationSpec(prompt, ask, spec.priority, resume, question, longest(prompts))
                 items.append((generation, self._recorder.callback(job, question)))
         try:
             job.handles = self._runtime.engine.submit_all(items, record.last_event)

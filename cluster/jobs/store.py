@@ -161,19 +161,25 @@ class JobStore:
             ).fetchall()
         return [_token(row) for row in rows]
 
-    def split_old_tokens(self, reasoning_opened: Callable[[JobSpec], bool]) -> None:
-        """Split reasoning off the tokens that were stored before schema 4; later ones come with it."""
+    def split_old_tokens(self, reasoning_opened: Callable[[JobSpec, int], bool]) -> None:
+        """Split reasoning off the tokens that were stored before schema 4; later ones come with it.
+
+        Args:
+            reasoning_opened: whether the prompt of a question (its index) ends inside `<think>`.
+        """
         while True:
             with self._db.writing() as db:  # one job at a time: others read in between
                 row = db.execute("SELECT job FROM tokens WHERE part = '' LIMIT 1").fetchone()
                 if row is None:
                     return
                 (spec,) = db.execute("SELECT spec FROM specs WHERE job = ?", row).fetchone()
-                opened = reasoning_opened(JobSpec.from_json(spec))
+                job_spec = JobSpec.from_json(spec)
                 splitters: dict[int, ReasoningSplitter] = {}
                 query = "SELECT number, question, text FROM tokens WHERE job = ? ORDER BY number"
                 for number, question, text in db.execute(query, row).fetchall():
-                    splitter = splitters.setdefault(question, ReasoningSplitter(opened))
+                    if question not in splitters:
+                        splitters[question] = ReasoningSplitter(reasoning_opened(job_spec, question))
+                    splitter = splitters[question]
                     parts = splitter.push(text)
                     db.execute(
                         "UPDATE tokens SET part = ?, reasoning = ?, answer = ? WHERE job = ? AND number = ?",

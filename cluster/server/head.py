@@ -62,6 +62,7 @@ class Head:
             steps.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
             if self._owns_runtime:
+                self.runtime.check_chat_template()  # before anything is loaded
                 steps.enter_context(self.runtime)
             self.store = JobStore(data_dir / "jobs.sqlite", self._clock)
             steps.callback(self.store.close)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from cluster.text.reasoning import ReasoningSplitter, split_reasoning
+from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
 from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
@@ -93,15 +93,21 @@ class StopMatcher:
 class OutputText:
     """Turns the tokens of one request into text: up to the first stop string, with reasoning and answer apart.
 
-    Without a tokenizer there is no text. `reasoning_opened` says that the prompt ended inside `<think>`.
+    A stop string counts in the answer only: what the model reasons, tags and the newlines behind them cannot hold one.
+    A token of `end_ids` ends the output and is no part of its text, special or not. Without a tokenizer there is no
+    text. `reasoning_opened` says that the prompt ended inside `<think>`.
     """
 
-    def __init__(self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False,
+        end_ids: Collection[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._end_ids = end_ids
         self._matcher = StopMatcher(stop)
         self._splitter = ReasoningSplitter(reasoning_opened)
-        self._reasoning_opened = reasoning_opened
-        self._pieces: list[str] = []
+        self._parts: tuple[list[str], list[str]] = ([], [])  # reasoning, answer
 
     @property
     def stopped(self) -> bool:
@@ -118,21 +124,40 @@ class OutputText:
 
         With `is_last` the output ends with this token: nothing is withheld.
         """
-        text = ""
-        if self._decoder is not None:
-            text = self._matcher.push(self._decoder.push(token_id)) + (self._rest() if is_last else "")
-        self._pieces.append(text)
-        return text, *self._splitter.push(text)
+        added = self._add(self._decode(token_id))
+        if is_last and not self.stopped:
+            text, reasoning, answer = self.flush()
+            return added[0] + text, added[1] + reasoning, added[2] + answer
+        return added
 
-    def flush(self) -> None:
-        """Add what is withheld: the output has ended with the last token that was pushed."""
-        self._pieces.append(self._rest())
+    def flush(self) -> tuple[str, str, str]:
+        """Return, as `push` does, what was withheld: the output has ended with the last token that was pushed."""
+        if self._decoder is None or self.stopped:
+            return "", "", ""
+        return self._add(self._decoder.flush(), is_end=True)
 
     def result(self) -> tuple[str | None, str]:
-        """Return (reasoning, answer) of everything so far; see `split_reasoning`."""
-        return split_reasoning("".join(self._pieces), opened=self._reasoning_opened)
+        """Return (reasoning, answer): what `push` and `flush` have returned so far, joined; None without reasoning."""
+        reasoning, answer = map("".join, self._parts)
+        return reasoning or None, answer
 
-    def _rest(self) -> str:
-        if self._decoder is None or self._matcher.stopped:
+    def _decode(self, token_id: int) -> str:
+        if self._tokenizer is None or self._decoder is None or token_id in self._end_ids:
             return ""
-        return self._matcher.push(self._decoder.flush()) + self._matcher.flush()
+        if self._tokenizer.is_special(token_id):  # otherwise without text
+            entry = self._tokenizer.id_to_token(token_id)
+            return self._decoder.flush() + entry if entry in (OPEN_TAG, CLOSE_TAG) else ""
+        return self._decoder.push(token_id)
+
+    def _add(self, raw: str, is_end: bool = False) -> tuple[str, str, str]:
+        """Split more decoded text; return what became certain of the whole, of reasoning and of the answer."""
+        certain = self._splitter.undecided + raw
+        reasoning, answer = self._splitter.push(raw)
+        if is_end:
+            rest = self._splitter.flush()
+            reasoning, answer = reasoning + rest[0], answer + rest[1]
+        before = "" if self._splitter.undecided else certain[: len(certain) - len(answer)]  # the answer is its end
+        answer = self._matcher.push(answer) + (self._matcher.flush() if is_end else "")
+        for part, piece in zip(self._parts, (reasoning, answer), strict=True):
+            part.append(piece)
+        return before + answer, reasoning, answer

@@ -7,12 +7,17 @@ with it the KV that was computed for that prefix.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
+from datetime import datetime
 
-from cluster.text.chat_template import ChatTemplateError, render_user_message
-from cluster.text.tokenizer import TextTokenizer
+from cluster.text.chat_template import render_user_message
+from cluster.text.template_process import ChatTemplateError
+from cluster.text.tokenizer import TextPart, TextTokenizer
 from protos.errors import UserError
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
+
+_RENDER_SECONDS = 30.0  # for all questions about a document
 
 
 class PromptError(UserError):
@@ -36,14 +41,14 @@ def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) ->
     return text
 
 
-def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> None:
-    """Refuse a document that cannot fit whatever its tokens are (PromptError); costs the same for any size."""
+def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> None:
+    """Refuse a document, or `what`, that cannot fit whatever its tokens are (PromptError); cheap for any size."""
     min_tokens = tokenizer.min_tokens(num_bytes)
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
         raise PromptError(
-            f"document: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
-            f"no document above {max_bytes} bytes can fit"
+            f"{what}: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
+            f"no {what} above {max_bytes} bytes can fit"
         )
 
 
@@ -73,15 +78,17 @@ def build_document_prompts(
     enable_thinking: bool | None,
     max_model_len: int,
     max_tokens: int = 1,
+    now: datetime | None = None,
 ) -> list[list[int]]:
     """Return one prompt a question, all with the identical token prefix [chat head + document], tokenised once.
 
-    Special tokens spelt in the document or in a question are ordinary text. A model without chat template gets
-    the message alone.
+    Added tokens spelt in the document or in a question, special or not, are ordinary text. A model without chat
+    template gets the message alone.
 
     Args:
         template: the user message with `{document}` and, after it, `{question}` (`model.document_prompt`).
         enable_thinking: None leaves the choice to the chat template.
+        now: what the clock of the chat template says in all of them; None reads the clock, once.
 
     Raises PromptError: an empty document or question, or no room for `max_tokens` of answer; ChatTemplateError: the
     template fails, or what it puts before the document depends on the question.
@@ -89,48 +96,56 @@ def build_document_prompts(
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")
     check_size(len(document), tokenizer, max_model_len)  # characters: never more than bytes
-    document_mark, question_mark = (f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question"))
-    head: str | None = None
-    prefix: list[int] = []
-    document_tokens = 0
+    marks = {name: f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question")}
+    content = template.replace("{document}", marks["document"]).replace("{question}", marks["question"])
+    render = _Renderer(tokenizer, enable_thinking, now or datetime.now())
+    head, tail = _split_once(render(content), marks["document"])
+    before, template_end = _split_once(tail, marks["question"])
+    prefix, document_tokens = _encode_prefix(tokenizer, head, document)
     prompts = []
     for question in questions:
         if not question.strip():
             raise PromptError(f"question: {question!r}: must have text")
-        # A question that spells special tokens is kept out of the template too, to be tokenised on its own.
-        shown = question_mark if tokenizer.has_special(question) else question
-        content = template.replace("{document}", document_mark).replace("{question}", shown)
-        this_head, tail = _split_once(render_user_message(tokenizer, content, enable_thinking), document_mark)
-        if head is None:
-            head = this_head
-            prefix, document_tokens = _encode_prefix(tokenizer, head, document)
-        elif head != this_head:
-            problem = "the text before the document depends on the question: cannot be shared"
-            raise ChatTemplateError(f"chat_template: {problem}")
-        prompt = prefix + _encode_tail(tokenizer, tail, question_mark, question)
+        after = template_end
+        if not tokenizer.spells_added(question):  # else it is kept out of the template too
+            this_head, this_tail = _split_once(render(content.replace(marks["question"], question)), marks["document"])
+            if this_head != head:
+                problem = "the text before the document depends on the question: cannot be shared"
+                raise ChatTemplateError(f"chat_template: {problem}")
+            if this_tail.startswith(before + question):  # what follows may depend on the question
+                after = this_tail[len(before + question) :]
+        parts = [TextPart(before), TextPart(question, literal=True), TextPart(after)]
+        prompt = prefix + tokenizer.encode_parts(parts, continues=True)
         check_length(len(prompt), max_tokens, max_model_len, document_tokens=document_tokens)
         prompts.append(prompt)
     return prompts
 
 
+class _Renderer:
+    """Renders the user messages of one call under one clock, and for a bounded time."""
+
+    def __init__(self, tokenizer: TextTokenizer, enable_thinking: bool | None, now: datetime) -> None:
+        self._tokenizer = tokenizer
+        self._enable_thinking = enable_thinking
+        self._now = now
+        self._spent_s = 0.0
+
+    def __call__(self, content: str) -> str:
+        if self._spent_s > _RENDER_SECONDS:
+            raise ChatTemplateError(
+                f"chat_template: takes more than {_RENDER_SECONDS:g} s for the questions of one call"
+            )
+        began = time.monotonic()
+        text = render_user_message(self._tokenizer, content, self._enable_thinking, self._now)
+        self._spent_s += time.monotonic() - began
+        return text
+
+
 def _encode_prefix(tokenizer: TextTokenizer, head: str, document: str) -> tuple[list[int], int]:
     """Return the ids of head and document, and how many of them are the document's (to within a token at the seam)."""
     plain = tokenizer.chat_template is None
-    head_ids = tokenizer.encode(head, add_special=plain) if head or plain else []
-    if tokenizer.has_special(document):
-        prefix = head_ids + tokenizer.encode(document, literal=True, continues=bool(head))
-    else:  # in one piece, so that the seam is tokenised as the model was trained
-        prefix = tokenizer.encode(head + document, add_special=plain)
-    return prefix, len(prefix) - len(head_ids)
-
-
-def _encode_tail(tokenizer: TextTokenizer, tail: str, mark: str, question: str) -> list[int]:
-    if mark not in tail:
-        return tokenizer.encode(tail, continues=True)
-    before, after = _split_once(tail, mark)
-    ids = tokenizer.encode(before, continues=True)
-    ids += tokenizer.encode(question, literal=True, continues=True)
-    return ids + tokenizer.encode(after, continues=True)
+    prefix = tokenizer.encode_parts([TextPart(head), TextPart(document, literal=True)], add_special=plain)
+    return prefix, len(prefix) - len(tokenizer.encode(head, add_special=plain))
 
 
 def _split_once(text: str, mark: str) -> tuple[str, str]:

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from cluster.text.tokenizer import TextTokenizer
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
+_TAIL = 32  # ids at the end of a prompt in which the opening tag is looked for
+_NEWLINES = "\r\n"
+
+
+def opens_reasoning(tokenizer: TextTokenizer, prompt: Sequence[int]) -> bool:
+    """Return whether a prompt ends with `<think>`, so that its answer starts as reasoning.
+
+    White space may follow the tag. A block that the prompt closes, or goes on with, is the prompt's own.
+    """
+    return tokenizer.decode(list(prompt[-_TAIL:]), skip_special=False).rstrip().endswith(OPEN_TAG)
 
 
 def split_reasoning(text: str, *, opened: bool = False) -> tuple[str | None, str]:
     """Return (reasoning, answer) of a whole text; reasoning is None when there is none.
 
-    Reasoning that never ends is all there is. A `</think>` without its start means that the prompt opened it; `opened`
-    says that it did.
+    Reasoning begins with the text (`opened`: the prompt has begun it) or there is none: tags further on are part of
+    the answer. Reasoning that never ends is all there is. The newlines behind it are dropped, an indent stays.
     """
-    before, started, rest = text.partition(OPEN_TAG)
-    if started and not before.strip():
-        text, opened = rest, True
-    reasoning, ended, answer = text.partition(CLOSE_TAG)
-    if not ended:
-        return (text.strip() or None, "") if opened else (None, text)
-    if not opened and started and OPEN_TAG in reasoning:
-        return None, text  # the answer talks about the tags
-    return reasoning.strip() or None, answer.lstrip()
+    splitter = ReasoningSplitter(opened)
+    parts = splitter.push(text), splitter.flush()
+    reasoning, answer = ("".join(part) for part in zip(*parts, strict=True))
+    return reasoning or None, answer
 
 
 class ReasoningSplitter:
-    """Splits the text of one output as it comes.
+    """Splits the text of one output as it comes, so that all pieces joined equal `split_reasoning` of the whole.
 
-    What `push` returned so far, joined, equals `split_reasoning` of the text so far, but for a tag or white space at
-    its end that the next text must decide, and for a `</think>` without its start, which stays answer. `opened` says
-    that the prompt ended inside `<think>`.
+    `opened` says that the prompt ended inside `<think>`.
     """
 
     def __init__(self, opened: bool) -> None:
         self._opened = opened
-        self._state: Literal["start", "reasoning", "after", "answer"] = "start"  # after: white space before the answer
+        self._state: Literal["start", "reasoning", "after", "answer"] = "start"  # after: newlines before the answer
         self._held = ""  # white space, or the beginning of a tag: decided by the next text
         self._has_reasoning = False
 
@@ -43,6 +50,11 @@ class ReasoningSplitter:
         """The part that the newest text belongs to."""
         is_reasoning = self._opened if self._state == "start" else self._state == "reasoning"
         return "reasoning" if is_reasoning else "answer"
+
+    @property
+    def undecided(self) -> str:
+        """The text so far, while it may be the answer's or belong to an opening tag."""
+        return self._held if self._state == "start" and not self._opened else ""
 
     def push(self, text: str) -> tuple[str, str]:
         """Return (reasoning, answer) that became certain with this text, without tags and white space around them."""
@@ -56,11 +68,19 @@ class ReasoningSplitter:
         reasoning = self._take_reasoning() if self._state == "reasoning" else ""
         answer = ""
         if self._state == "after":
-            self._held = self._held.lstrip()
+            self._held = self._held.lstrip(_NEWLINES)
             self._state = "answer" if self._held else "after"
         if self._state == "answer":
             answer, self._held = self._held, ""
         return reasoning, answer
+
+    def flush(self) -> tuple[str, str]:
+        """Return (reasoning, answer) of what is withheld: the output has ended."""
+        rest, self._held = self._held, ""
+        if self.part == "answer":
+            return "", rest
+        rest = rest.rstrip() if self._has_reasoning else rest.strip()
+        return rest, ""
 
     def _take_reasoning(self) -> str:
         text, ended, rest = self._held.partition(CLOSE_TAG)

@@ -17,6 +17,7 @@ _NFC_ASCII_BYTES = {"K": 3, ";": 2, "`": 3}
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+BYTE_LEVEL_ALPHABET = frozenset(_BYTE_OF)
 
 
 def token_bytes(entry: str) -> bytes:
@@ -57,13 +58,6 @@ def longest_token_bytes(layout: Mapping[str, Any], vocabulary: Iterable[str]) ->
 def is_byte_level(layout: Mapping[str, Any]) -> bool:
     """Return whether the decoder only joins the bytes of the tokens (GPT-2, Qwen and Llama 3 families)."""
     return [step["type"] for step in flatten_steps(layout.get("decoder"))] == ["ByteLevel"]
-
-
-def adds_prefix_space(layout: Mapping[str, Any]) -> bool:
-    """Return whether the tokenizer puts a space or a mark before the first word of any text."""
-    steps = flatten_steps(layout.get("normalizer")) + flatten_steps(layout.get("pre_tokenizer"))
-    marks = ((step["type"] == "Prepend", step.get("prepend_scheme"), step.get("add_prefix_space")) for step in steps)
-    return any(prepends or scheme not in (None, "never") or adds for prepends, scheme, adds in marks)
 
 
 def has_canonical_normalizer(layout: Mapping[str, Any]) -> bool | None:

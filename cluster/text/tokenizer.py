@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
-from cluster.text.token_bytes import adds_prefix_space, is_byte_level, longest_token_bytes
+from cluster.text.literal_tokenizer import LiteralTokenizers, Place, unknown_id
+from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
+from cluster.text.template_files import read_chat_template
+from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
 
@@ -19,30 +23,38 @@ class TokenizerError(UserError):
     """A tokenizer file is missing or unusable, or a text cannot be tokenised; one line for the user."""
 
 
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of a prompt. In a literal one (a document, a question, a message) added tokens are characters."""
+
+    text: str
+    literal: bool = False
+
+
 class TextTokenizer:
     """The tokenizer of one model folder. Encoding releases the GIL; one instance may be used by several threads."""
 
     def __init__(self, definition: bytes, config: Mapping[str, Any], chat_template: str | None) -> None:
-        self._definition = definition
         self._tokenizer = _load(definition)
+        add_declared_tokens(self._tokenizer, config)
+        self._added = self._tokenizer.get_added_tokens_decoder()
         self._layout: dict[str, Any] = json.loads(definition)
+        self._layout["added_tokens"] = [token.__getstate__() for token in self._added.values()]
+        self._literal = LiteralTokenizers(self._tokenizer, self._layout)
         self.is_byte_level = is_byte_level(self._layout)
-        self._adds_prefix_space = adds_prefix_space(self._layout)
         self.chat_template = chat_template
-        self.special_tokens = _named_tokens(config)
+        self.special_tokens = named_tokens(config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._special_texts = tuple(token.content for token in added.values() if token.special)
-        self._bos_id: Any = self._tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
-        add_bos = config.get("add_bos_token")
-        if add_bos is None:  # then the post-processor of tokenizer.json decides
-            add_bos = self._tokenizer.encode("").ids[:1] == [self._bos_id]
-        self.adds_bos = bool(add_bos) and self._bos_id is not None
+        self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self._unknown_id = unknown_id(self._layout["model"])
+        self.added_texts = tuple(token.content for token in self._added.values())
+        eos = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        self.end_ids = frozenset(() if eos is None else (eos,))
+        self._prefix_ids = _prefix_ids(self._tokenizer)
 
     @classmethod
-    def open(cls, model_dir: Path | str) -> TextTokenizer:
-        """Read `tokenizer.json` and, where present, `tokenizer_config.json` and the chat template of `model_dir`.
+    def open(cls, model_dir: Path | str, chat_template: str | None = None) -> TextTokenizer:
+        """Read `tokenizer.json` and, where present, the other files of `model_dir` about tokens, and the chat template.
 
         Raises TokenizerError: a file is missing or unusable.
         """
@@ -53,10 +65,16 @@ class TextTokenizer:
         except OSError as error:
             problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
             raise TokenizerError(f"{path}: {problem}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        template = _chat_template(folder, config)
+        files = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
+        config, *older = (_read_json(folder / name) for name in files)
         try:
-            return cls(definition, config, template)
+            template = read_chat_template(folder, config, chat_template)
+        except UserError as error:
+            raise TokenizerError(str(error)) from error
+        try:
+            return cls(definition, with_legacy_files(config, *older), template)
+        except UserError as error:
+            raise TokenizerError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception
             problem = f"not a usable tokenizer: {one_line(error, 200)}: download the file again"
             raise TokenizerError(f"{path}: {problem}") from error
@@ -67,27 +85,69 @@ class TextTokenizer:
         """Return the token ids of `text`. Raises TokenizerError: it has lone surrogates.
 
         Args:
-            add_special: put the beginning-of-sequence token first if the model wants one.
-            literal: read special tokens as ordinary characters, so that a document cannot end its own message.
+            add_special: put first what the post-processor of tokenizer.json does, mostly a beginning-of-sequence token.
+            literal: read added tokens, special or not, as ordinary characters, so that a document can neither end its
+                own message nor open a reasoning block.
             continues: other tokens come before, so no word-start mark is added.
         """
-        source = self._literal_tokenizer if literal and self.has_special(text) else self._tokenizer
-        encode = _encode_continuation if continues and self._adds_prefix_space else _encode
+        return self.encode_parts([TextPart(text, literal)], add_special, continues=continues)
+
+    def encode_parts(
+        self, parts: Iterable[TextPart], add_special: bool = False, *, continues: bool = False
+    ) -> list[int]:
+        """Return the token ids of a prompt made of several parts; its seams are tokenised as those of one text.
+
+        Added tokens come out of parts that are not literal alone, never across a seam. Otherwise as `encode`.
+        """
+        parts = list(parts)
         try:
-            ids = encode(source, text)
+            if continues or any(part.literal for part in parts):
+                ids = self._encode_mixed(parts, Place.INSIDE if continues else Place.START)
+            else:
+                ids = _encode(self._tokenizer, "".join(part.text for part in parts))
         except TypeError as error:  # lone surrogates, which JSON can carry
             raise TokenizerError("text: has lone surrogates (\\ud800 to \\udfff): must be valid Unicode") from error
-        if add_special and self.adds_bos and ids[:1] != [self._bos_id]:
-            ids.insert(0, self._bos_id)
+        if add_special and ids[: len(self._prefix_ids)] != self._prefix_ids:
+            ids = self._prefix_ids + ids
         return ids
+
+    def _encode_mixed(self, parts: Sequence[TextPart], place: Place) -> list[int]:
+        """Encode the text between the added tokens of the parts that are not literal, each stretch in one piece."""
+        ids: list[int] = []
+        stretch: list[str] = []
+        for part in parts:
+            begin = 0
+            for token_id, start, end in () if part.literal else self._find_added(part.text):
+                stretch.append(part.text[begin:start])
+                ids += _encode(self._literal.at(place), "".join(stretch))
+                ids.append(token_id)
+                place = Place.AFTER_NORMALIZED if self._added[token_id].normalized else Place.AFTER_ADDED
+                stretch, begin = [], end
+            stretch.append(part.text[begin:])
+        return ids + _encode(self._literal.at(place), "".join(stretch))
+
+    def _find_added(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield (id, start, end) of the added tokens in a text, with the white space that they take in."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            token = self._added.get(token_id)
+            if token and (token_id != self._unknown_id or text[start:end].strip() == token.content):
+                yield token_id, start, end
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary are skipped."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special))
 
-    def has_special(self, text: str) -> bool:
-        """Return whether `text` spells a special token."""
-        return any(special in text for special in self._special_texts)
+    def spells_added(self, text: str) -> bool:
+        """Return whether `text` spells an added token, special or not, as it stands or once it is normalized."""
+        if any(added in text for added in self.added_texts):
+            return True
+        normalizer = self._tokenizer.normalizer
+        normalized = [token.content for token in self._added.values() if token.normalized]
+        if normalizer is None or not normalized:
+            return False
+        text = normalizer.normalize_str(text)
+        return any(normalizer.normalize_str(added) in text for added in normalized)
 
     def is_special(self, token_id: int) -> bool:
         """Return whether the id is a special token such as `<|im_end|>`."""
@@ -107,12 +167,6 @@ class TextTokenizer:
         """Return the fewest tokens that `num_bytes` of UTF-8 text can have."""
         return -(-num_bytes // self.longest_token_bytes)
 
-    @cached_property
-    def _literal_tokenizer(self) -> Tokenizer:
-        tokenizer = _load(self._definition)  # a second one: the switch is not per call
-        tokenizer.encode_special_tokens = True
-        return tokenizer
-
 
 def _load(definition: bytes) -> Tokenizer:
     tokenizer = Tokenizer.from_buffer(definition)
@@ -127,19 +181,11 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of `text` as they are after other text: those behind an anchor that takes the prefix space."""
-    anchor = "x"
-    encoding = tokenizer.encode(anchor + text, add_special_tokens=False)
-    first = next((i for i, (start, _) in enumerate(encoding.offsets) if start >= len(anchor)), len(encoding.ids))
-    return list(encoding.ids[first:])
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return `bos_token`, `eos_token` and their like by name: strings, or objects with a `content`."""
-    values = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that the post-processor puts before any text."""
+    alone, processed = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    ends = range(len(processed) - len(alone) + 1)
+    return next((processed[:end] for end in ends if processed[end : end + len(alone)] == alone), [])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -152,21 +198,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: holds a {type(value).__name__}: must be a JSON object")
     return value
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the chat template: template files win over the configuration; of several named ones, `default`."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{path}: not readable as UTF-8 text ({error}): download the file again") from error
-    value = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if isinstance(value, str | None):
-        return value
-    kind = type(value).__name__
-    raise TokenizerError(f"{folder}: chat_template is a {kind}: must be text or a list of named templates")

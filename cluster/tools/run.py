@@ -10,7 +10,6 @@ from typing import Any
 
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
-from cluster.text.chat_template import opens_thinking
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 from cluster.tools.token_ids import parse_token_ids
@@ -53,12 +52,9 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
     with display:
         runtime = ClusterRuntime(deployment, display.launch, ids_only=ids_only)
         prompts = _prompts(runtime, source, ask)
-        opened = source.document is not None and opens_thinking(runtime.tokenizer, ask.enable_thinking)
         with runtime:
             ready = time.monotonic() - began
-            results = runtime.generate(
-                prompts, ask, display.reading(len(prompts)), reasoning_opened=opened, one_document=True
-            )
+            results = runtime.generate(prompts, ask, display.reading(len(prompts)), one_document=True)
     answers = [result.to_json(None if ids_only else runtime.tokenizer) for result in results]
     questions: Sequence[str | None] = source.questions or (None,)
     return {

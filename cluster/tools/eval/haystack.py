@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.text.chat_template import opens_thinking
 from cluster.text.prompts import PromptError, build_document_prompts, check_length
+from cluster.text.reasoning import opens_reasoning
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
@@ -77,7 +77,7 @@ class Form:
         )  # fmt: skip
         if not self.begun:
             return prompts
-        if opens_thinking(tokenizer, self.enable_thinking):
+        if any(opens_reasoning(tokenizer, prompt) for prompt in prompts):
             raise PromptError("chat_template: opens <think>, where an answer cannot be begun: use the answer form")
         for prompt, needle in zip(prompts, needles, strict=True):
             begin = needle.answer.removesuffix(f"{needle.code}.")

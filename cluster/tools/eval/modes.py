@@ -35,7 +35,7 @@ class Target:
             return {}
         return {
             "model.path": str(self.model.absolute()), "model.served_model_name": None, "model.rope_scaling": None,
-            "model.config_file": "config.json", "model.dual_chunk_attention": None,
+            "model.config_file": "config.json", "model.dual_chunk_attention": None, "model.chat_template": None,
         }  # fmt: skip
 
     @property

@@ -19,7 +19,6 @@ from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
 from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
-from cluster.text.chat_template import opens_thinking
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
@@ -85,9 +84,8 @@ class NeedleRun:
         }  # fmt: skip
         first = next(iter(self.deployments.values()))
         self.trained = (first.config.model.path / "words.json").is_file()  # on this task: it gives exact answers
-        tokenizer = TextTokenizer.open(first.config.model.path)
+        tokenizer = TextTokenizer.open(first.config.model.path, first.config.model.chat_template)
         self._form = Form(first.config.model.document_prompt, options.thinking, options.form == "prompt")
-        self._opened = opens_thinking(tokenizer, options.thinking)
         self.documents = list(self._documents(tokenizer))
         self.report = self._heading(first)
 
@@ -171,7 +169,7 @@ class NeedleRun:
         ask = AnswerOptions(max_tokens=options.max_tokens, enable_thinking=options.thinking)
         began = time.monotonic()
         follow = self._display.reading(len(document.prompts))
-        answers = runtime.generate(document.prompts, ask, follow, reasoning_opened=self._opened, one_document=True)
+        answers = runtime.generate(document.prompts, ask, follow, one_document=True)
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])

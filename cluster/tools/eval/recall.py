@@ -72,7 +72,7 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
     if options.sparse and deployment.spec.sparse is None:
         raise UserError("--sparse: the configuration switches it off: leave sparse.enabled out of --set")
     check_head(deployment)
-    tokenizer = TextTokenizer.open(deployment.config.model.path)
+    tokenizer = TextTokenizer.open(deployment.config.model.path, deployment.config.model.chat_template)
     prompt = _prompt(tokenizer, options)
     result = _compute(_request(deployment, options, prompt), display)
     result["reference"]["text"] = tokenizer.decode(result["reference"].pop("token_ids"))

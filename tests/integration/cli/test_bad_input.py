@@ -104,6 +104,43 @@ def test_a_folder_without_the_weights_of_its_config(
     refused(longreach, 2, said, write_config(model_path=model), "--document", document, *ASK)
 
 
+ENDLESS = "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
+HOSTILE = [
+    (ENDLESS, "chat_template: cannot be rendered: takes more than 10 s"),
+    ("{{ 'x' | center(9000000000) }}", "chat_template: cannot be rendered: needs more than 512 MiB of memory"),
+    ("{% for m in messages %}", "chat_template: cannot be rendered: in line 1: "),
+]
+
+
+@pytest.mark.parametrize(("template", "expected"), HOSTILE)
+def test_a_hostile_chat_template(
+    longreach: CommandLine, write_config: Callable[..., Path], document: Path, tmp_path: Path,
+    template: str, expected: str,
+) -> None:  # fmt: skip
+    """Found before anything is loaded, by `run` and by the start of a head, which has no request yet."""
+    model = copy_model(tmp_path)
+    (model / "chat_template.jinja").write_text(template)
+    refused(longreach, 2, expected, write_config(model_path=model), "--document", document, *ASK)
+    done = longreach("up", write_config(model_path=model, rest="server:\n  port: 4242"))
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith(f"longreach: error: {expected}")
+    assert "Traceback" not in (tmp_path / "data" / "log" / "head.log").read_text()
+    longreach.assert_nothing_left()
+
+
+def test_chat_templates_by_name(
+    longreach: CommandLine, write_config: Callable[..., Path], document: Path, tmp_path: Path
+) -> None:
+    model = copy_model(tmp_path)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    named = [{"name": name, "template": "{{ unknown() }}"} for name in ("rag", "tool_use")]
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    for chosen, expected in (("null", "rag, tool_use"), ("x", "model.chat_template: x"), ("rag", "'unknown' is undef")):
+        written = write_config(model_path=model)
+        written.write_text(written.read_text().replace("model:\n", f"model:\n  chat_template: {chosen}\n"))
+        refused(longreach, 2, expected, written, "--document", document, *ASK)
+
+
 def test_document_too_long_for_its_bytes(
     longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.engine.outputs import GenerationSpec
 from protos.jobs.sampling import AnswerOptions, SamplingParams
 
-_OF_THE_PROMPT = ("reasoning_opened", "priority", "resume", "question", "pinned_len")
+_OF_THE_PROMPT = ("priority", "resume", "question", "pinned_len")
 
 
 def generation_spec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
@@ -34,6 +34,13 @@ def sentencepiece_like() -> Tokenizer:
     return tokenizer
 
 
+def with_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """Let the tokenizer put `<s>` before every text."""
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+    return tokenizer
+
+
 def wrap(tokenizer: Tokenizer, **config: Any) -> TextTokenizer:
     return TextTokenizer(tokenizer.to_str().encode(), config, None)
 
@@ -48,4 +55,4 @@ NEEDLE = TextTokenizer.open(paths.NEEDLE)
 BYTE_IDS = {
     token_bytes(entry)[0]: i for i in range(NEEDLE.vocab_size) if (entry := NEEDLE.id_to_token(i)) and len(entry) == 1
 }
-SENTENCEPIECE = wrap(sentencepiece_like(), bos_token="<s>", add_bos_token=True)
+SENTENCEPIECE = wrap(with_bos(sentencepiece_like()), bos_token="<s>")

@@ -95,6 +95,29 @@ def test_stop_strings(stop: tuple[str, ...], text: str, reason: FinishReason):
     assert len(result.token_ids) == len(result.samples) == sum(isinstance(event, OutputToken) for event in events)
 
 
+@pytest.mark.parametrize("source", ["eos", "stop_token_ids"])
+@pytest.mark.parametrize("stop", [(), ("old man",), ("man",)])
+@pytest.mark.parametrize("more", [0, 1])  # tokens that the answer might still have had
+def test_the_text_of_an_end_token_is_left_out(source: str, stop: tuple[str, ...], more: int):
+    ids = TextTokenizer.open(NEEDLE).encode("the river ran by the old man")
+    with Rig(lambda _, index: ids[min(index, 6)], text=True, eos=ids[-1:] if source == "eos" else ()) as rig:
+        spec = {"stop_token_ids": tuple(ids[-1:])} if source == "stop_token_ids" else {}
+        result, events = rig.run([1], len(ids) + more, stop=stop, **spec)
+        resumed = generation_spec([1], len(ids) + more, stop=stop, resume=result.samples, **spec)
+        again = submit(rig.engine, resumed).wait(WAIT)
+    assert (result.text, result.finish_reason, result.token_ids) == (
+        "the river ran by the old", FinishReason.STOP, tuple(ids),
+    )  # fmt: skip
+    assert "".join(event.text for event in events if isinstance(event, OutputToken)) == result.text == again.text
+
+
+def test_an_end_token_that_does_not_end_is_text():
+    ids = TextTokenizer.open(NEEDLE).encode("the river ran")
+    with Rig(lambda _, index: ids[index], text=True, eos=ids[1:2]) as rig:
+        assert rig.run([1], len(ids), ignore_eos=True)[0].text == "the river ran"
+        assert rig.run([1], len(ids))[0].text == "the"
+
+
 def test_logprobs_reach_the_result():
     with Rig() as rig:
         result, _ = rig.run([1], 2, sampling=SamplingParams(logprobs=1))
@@ -252,14 +275,17 @@ THOUGHT = TextTokenizer.open(NEEDLE).encode("<think>why not</think>\n\nso it is"
 @pytest.mark.parametrize("done", [0, 1, 3, 5, 8, 12, len(THOUGHT) - 1])
 def test_a_resumed_answer_is_split_as_if_it_had_never_stopped(done: int, opened: bool, stop: tuple[str, ...]):
     ids = THOUGHT[5:] if opened else THOUGHT
-    spec = {"stop": stop, "reasoning_opened": opened, "sampling": SamplingParams(logprobs=1)}
+    spec = {"stop": stop, "sampling": SamplingParams(logprobs=1)}
+    prompt = TextTokenizer.open(NEEDLE).encode("<think>\n" if opened else "x")
     with Rig(lambda _, index: ids[index], text=True) as rig:
-        whole, events = rig.run([1], len(ids), **spec)
+        whole, events = rig.run(prompt, len(ids), **spec)
         tokens = [event for event in events if isinstance(event, OutputToken)]
         resume = whole.samples[:done]
         rest: list[OutputToken] = []
         keep = lambda event: rest.append(event) if isinstance(event, OutputToken) else None  # noqa: E731
-        (handle,) = rig.engine.submit_all([(generation_spec([1], len(ids), resume=resume, **spec), keep)], after=done)
+        (handle,) = rig.engine.submit_all(
+            [(generation_spec(prompt, len(ids), resume=resume, **spec), keep)], after=done
+        )
         again = handle.wait(WAIT)
     assert rest == tokens[done:]
     assert (again.text, again.reasoning) == (whole.text, whole.reasoning) == ("so " if stop else "so it is", "why not")

@@ -15,6 +15,7 @@ from cluster.stages import launcher as launcher_module
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.tokenizer import TextTokenizer
 from tests.support.data.specs import generation_spec
+from tests.support.data.tokenizers import sentencepiece_like, wrap
 from tests.support.fakes.stage import WAIT, Clock, FakeShard, submit
 from tests.support.paths import CONFIGS, NEEDLE
 
@@ -70,6 +71,13 @@ def test_a_pipeline_answers_and_stops_in_order(launch: Any) -> None:
     assert FakeLauncher.log == ["shard closed", "launcher closed"]
     pipeline.close()
     assert FakeLauncher.log == ["shard closed", "launcher closed"]
+
+
+def test_the_end_token_of_the_tokenizer_ends_answers_too(monkeypatch: pytest.MonkeyPatch, launch: Any) -> None:
+    monkeypatch.setattr(TextTokenizer, "open", lambda path: wrap(sentencepiece_like(), eos_token="<0x66>"))
+    pipeline: Pipeline = launch()  # samples 100, 101, ...; the byte token of 0x66 is 105
+    assert submit(pipeline.engine, generation_spec([5, 6], 30)).wait(WAIT).token_ids == tuple(range(100, 106))
+    pipeline.close()
 
 
 @pytest.mark.parametrize(

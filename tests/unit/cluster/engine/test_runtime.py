@@ -17,6 +17,7 @@ from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.runtime import ClusterRuntime, LocalCluster
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
+from cluster.text.template_process import ChatTemplateError
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
@@ -55,6 +56,43 @@ def test_questions_about_a_text_and_about_a_file(runtime: FakeRuntime, tmp_path:
         runtime.ask(path, "What?")
     assert isinstance(runtime.ask(TEXT, "What?"), Generation), "options may be left out"
     check_engine(runtime.engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("why? <think>\n", ("so it is", "")),
+        ("why? <think>\n</think>\n", (None, "so it is")),
+        ("why?", (None, "so it is")),
+    ],
+)
+def test_a_raw_prompt_that_ends_inside_the_tag_is_reasoned_on(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, prompt: str, expected: tuple[str | None, str]
+) -> None:
+    """As `run` does, cut off while it reasons; the same rule as for jobs."""
+    ids = runtime.tokenizer.encode("so it is")
+    monkeypatch.setattr(runtime.shard, "script", lambda sequence, index: ids[index])
+    (result,) = runtime.generate([runtime.tokenizer.encode(prompt)], AnswerOptions(max_tokens=len(ids)))
+    assert (result.reasoning, result.text) == expected
+
+
+def test_each_question_decides_whether_it_is_reasoned_on(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.tokenizer.chat_template = (
+        "{{ messages[-1].content }}<think>\n{% if '/no_think' in messages[-1].content %}\n</think>\n\n{% endif %}"
+    )
+    ids = runtime.tokenizer.encode("so it is")
+    monkeypatch.setattr(runtime.shard, "script", lambda sequence, index: ids[index])
+    answers = runtime.ask_all(TEXT, ["Why?", "Why? /no_think"], AnswerOptions(max_tokens=len(ids)))
+    assert [(answer.reasoning, answer.text) for answer in answers] == [("so it is", ""), (None, "so it is")]
+
+
+def test_a_template_that_cannot_be_rendered_is_found_before_a_start(runtime: FakeRuntime) -> None:
+    runtime.check_chat_template()
+    runtime.tokenizer.chat_template = None
+    runtime.check_chat_template()
+    runtime.tokenizer.chat_template = "{% for %}"
+    with pytest.raises(ChatTemplateError, match="in line 1"):
+        runtime.check_chat_template()
 
 
 def test_a_wait_that_is_interrupted_cancels_every_question(

@@ -128,10 +128,10 @@ def test_tokens_of_an_old_file_are_split_once(path: Path) -> None:
             [(seq, number, question, text, "[[9, -0.5]]") for number, (question, text) in enumerate(rows, 1)],
         )
     old.close()
-    asked: list[JobSpec] = []
+    asked: list[tuple[int, int]] = []
 
-    def opened(spec: JobSpec) -> bool:
-        asked.append(spec)
+    def opened(spec: JobSpec, question: int) -> bool:
+        asked.append((spec.priority, question))
         return spec.priority == 2
 
     for _ in range(2):  # the second time there is nothing to do
@@ -147,13 +147,13 @@ def test_tokens_of_an_old_file_are_split_once(path: Path) -> None:
             ("reasoning", "why", ""), ("answer", "", ""), ("answer", "", "so"),
         ]  # fmt: skip
         assert {(t.logprob, t.top) for t in first + second} == {(-0.5, (TokenLogprob(9, -0.5),))}
-        assert asked == specs[:2], "jobs without tokens of that time are not looked at"
+        assert asked == [(1, 0), (1, 1), (2, 0)], "jobs without tokens of that time are not looked at"
         store.close()
     store = JobStore(path)
     commit(store, f"job_{2:032x}", [OutputToken(4, 0, 9, "!", answer="!")])
     store.split_old_tokens(opened)
     assert [token.answer for token in store.tokens(f"job_{2:032x}")] == ["", "", "so", "!"]
-    assert len(asked) == 2
+    assert len(asked) == 3
     store.close()
 
 

@@ -201,14 +201,15 @@ def test_a_job_with_one_answer_ended_and_one_running() -> None:
     answers = (JobAnswer(0, 9, 4, "stop", "out", "why", timings[0], attention), JobAnswer(1, 8, 0, timings=timings[1]))
     facts = {"model": "m", "seed": 1 << 62, "versions": {"ray": "2"}, "added_later": 1}
     record = JobRecord(new_id("job"), JobState.DECODING, spec, 1.0, 2.0, None, "", 3, 1, answers, facts)
-    tokens = [OutputToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), OutputToken(2, 1, 6, "x"), OutputToken(3, 1, 7, "y")]
+    tokens = [OutputToken(1, 0, 5, "o", -0.5, ((5, -0.5),)), OutputToken(2, 1, 6, "<think>w", reasoning="w")]
+    tokens.append(OutputToken(3, 1, 7, "y</think>x", reasoning="y", answer="x"))
     job = codec.encode_job(record, tokens, {1: PrefillProgress(8, 0, 8, None)})
     assert (job.started, job.HasField("finished"), job.priority, job.restarts) == (2.0, False, 2, 1)
     ended, running = job.answers
     assert (ended.question, ended.text, ended.reasoning, ended.finish_reason) == ("a", "out", "why", "stop")
     assert (ended.prompt_tokens, ended.cached_tokens, ended.tokens[0].top[0].logprob) == (9, 4, -0.5)
-    assert (running.question, running.text, list(running.token_ids)) == ("b", "xy", [6, 7])
-    assert not running.HasField("reasoning")
+    assert (running.question, running.text, list(running.token_ids)) == ("b", "x", [6, 7])
+    assert running.reasoning == "wy", "what has come of it, apart as in the result"
     assert (running.progress.processed, running.progress.HasField("eta_ms")) == (8, False)
     assert (job.timings.queued_s, job.timings.total_s) == (1.0, 9.0)
     assert (job.reproducibility.seed, dict(job.reproducibility.versions)) == (1 << 62, {"ray": "2"})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 
 import pytest
 
-from cluster.text import chat_template
-from cluster.text.chat_template import ChatTemplateError, opens_thinking, render_chat, render_user_message
+from cluster.text.chat_template import render_chat, render_user_message
+from cluster.text.template_process import ChatTemplateError
 from tests.support.data.tokenizers import CHATML, NEEDLE, OPEN_THINK, TRAINED, with_template
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -31,10 +32,18 @@ def test_rendering_equals_transformers() -> None:
         assert render_chat(with_template(template), messages) == expected
 
 
-def test_opens_thinking() -> None:
-    assert opens_thinking(with_template(OPEN_THINK), None)
-    assert not opens_thinking(with_template(CHATML), False)
-    assert not opens_thinking(with_template(None), None)
+def test_the_clock_is_what_it_is_told() -> None:
+    tokenizer = with_template("{{ strftime_now('%d %B %Y %H:%M:%S.%f %Z') }}|{{ messages[0].content }}")
+    then = datetime(2031, 2, 3, 4, 5, 6, 789)
+    assert render_chat(tokenizer, HELLO, now=then) == "03 February 2031 04:05:06.000789 |hello"
+    assert render_user_message(tokenizer, "a", None, then) == "03 February 2031 04:05:06.000789 |a"
+    year = render_chat(with_template("{{ strftime_now('%Y') }}"), HELLO)
+    assert int(year) >= 2026, "the clock of the machine, when none is given"
+
+
+def test_lots_fall_alike_every_time() -> None:
+    tokenizer = with_template("{{ range(1000) | random }} {{ lipsum(n=1, html=false) }}")
+    assert render_chat(tokenizer, HELLO) == render_chat(tokenizer, HELLO)
 
 
 def test_a_user_message_stands_alone_without_template() -> None:
@@ -52,8 +61,8 @@ def test_a_user_message_stands_alone_without_template() -> None:
         ("{{ raise_exception('roles must\nalternate') }}", ": roles must alternate$"),
         ("{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}", "the output passes"),
-        ("{{ 'x' * 10000000000 }}", r"the result of \* is too large"),
-        ("{{ 10 ** 10000000 }}", r"the result of \*\* is too large"),
+        ("{{ 'x' * 10000000000 }}", "needs more than 512 MiB of memory"),
+        ("{{ 'x' * 10000000 }}", "the output passes 1048586 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[0].content + 1 }}", ""),
@@ -69,10 +78,3 @@ def test_failing_templates_are_one_line(template: str, reason: str) -> None:
 def test_a_giant_template_is_not_even_read() -> None:
     with pytest.raises(ChatTemplateError, match=r"\Achat_template: 2097152 characters: at most 1048576\Z"):
         render_chat(with_template("x" * (1 << 21)), HELLO)
-
-
-def test_rendering_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.05)
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = 'a'.strip() %}{% endfor %}{% endfor %}"
-    with pytest.raises(ChatTemplateError, match=r"takes more than 0\.05 s"):
-        render_chat(with_template(endless), HELLO)

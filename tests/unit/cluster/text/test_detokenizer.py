@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from cluster.text.detokenizer import IncrementalDecoder, OutputText, StopMatcher
+from cluster.text.reasoning import split_reasoning
 from cluster.text.tokenizer import TextTokenizer
-from tests.support.data.tokenizers import BYTE_IDS, NEEDLE, SENTENCEPIECE
+from tests.support.data.tokenizers import BYTE_IDS, NEEDLE, SENTENCEPIECE, wrap
+from tests.support.paths import NEEDLE as NEEDLE_DIR
 
 
 def streamed(tokenizer: TextTokenizer, ids: list[int]) -> str:
@@ -126,6 +131,14 @@ def test_a_withheld_beginning_of_a_stop_string_comes_with_the_flush():
     assert output.result() == (None, "the river ra")
 
 
+@pytest.mark.parametrize("text", ["naïve 漢", "the river <|im_end|>", "a 🙂"])
+def test_an_end_token_has_no_text_and_gives_up_what_is_withheld(text: str):
+    *ids, end = NEEDLE.encode(text + " end")
+    output = OutputText(NEEDLE, ("漢字", "🙂!"), end_ids={end})
+    joined = "".join(output.push(token, is_last=token == end)[0] for token in [*ids, end])
+    assert joined == output.result()[1] == NEEDLE.decode(ids)
+
+
 def test_without_a_tokenizer_there_is_no_text():
     output = OutputText(None, ("x",))
     assert output.push(5) == output.push(6, is_last=True) == ("", "", "")
@@ -138,6 +151,8 @@ def test_without_a_tokenizer_there_is_no_text():
     [
         ("<think>why</think>because", False, ("why", "because")),
         ("why</think>because", True, ("why", "because")),
+        ("why</think>because", False, (None, "why</think>because")),
+        ("why</think>\n\n    def f(): pass", True, ("why", "    def f(): pass")),
         ("because", False, (None, "because")),
     ],
 )
@@ -160,3 +175,75 @@ def test_each_token_says_what_it_adds_to_reasoning_and_answer():
     assert parts == ["answer"] * begin + ["reasoning"] * (end - begin) + ["answer"] * (len(parts) - end)
     assert "".join(text for text, *_ in pieces[: begin + 1]).startswith("<think>")
     assert "".join(text for text, *_ in pieces[: end + 1]).endswith("</think>")
+
+
+WORDS = ["<think>", "</think>", "<", "</", "think>", "END", "E", "N", " ", "\n", "    x", "é", "漢", "🙂"]
+
+
+@given(
+    st.lists(st.sampled_from(WORDS), max_size=10).map("".join), st.booleans(), st.data(),
+    st.lists(st.sampled_from(["END", "\n", "why", "x", "<", "think>", "N "]), max_size=2),
+)  # fmt: skip
+@settings(max_examples=500, deadline=None)
+def test_what_is_streamed_is_the_result(text: str, opened: bool, data: st.DataObject, stop: list[str]) -> None:
+    """Whatever tokens the text is cut into, with stop strings, an end at any token, or a resumption at any token."""
+    ids = cut_anywhere(text, data)
+    output, again = OutputText(NEEDLE, stop, opened), OutputText(NEEDLE, stop, opened)
+    last = data.draw(st.integers(0, len(ids)))
+    shown = []
+    for index, token in enumerate(ids[:last]):
+        shown.append(output.push(token, is_last=index == last - 1))
+        again.push(token)
+        if output.stopped:
+            break
+    whole, reasoning, answer = ("".join(pieces) for pieces in zip(*shown, strict=True)) if shown else ("", "", "")
+    assert output.result() == (reasoning or None, answer)
+    again.flush()
+    assert again.result() == output.result()
+    raw = NEEDLE.decode(ids[:last])
+    unstopped = split_reasoning(raw, opened=opened)
+    assert output.result() == (unstopped[0], naive_stop(unstopped[1], stop)[0])
+    assert raw.startswith(whole)
+    assert whole.endswith(answer)
+    assert output.stopped or whole == raw
+
+
+def cut_anywhere(text: str, data: st.DataObject) -> list[int]:
+    """Return ids that decode to `text`, not only those that the tokenizer would choose."""
+    ends = data.draw(st.lists(st.integers(0, len(text)), max_size=6).map(sorted))
+    pieces = [text[a:b] for a, b in pairwise([0, *ends, len(text)])]
+    as_bytes = data.draw(st.booleans())
+    return [i for p in pieces for i in ([BYTE_IDS[b] for b in p.encode()] if as_bytes else NEEDLE.encode(p))]
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "stop", "expected"),
+    [
+        ("<think>one. two.</think>\n\nsix. ten", False, ".", ("one. two.", "six")),
+        ("one. two.</think>six. ten", True, ".", ("one. two.", "six")),
+        ("one. two.", True, ".", ("one. two.", "")),
+        ("one</think>\n\nsix\nten", True, "\n", ("one", "six")),
+        ("\n<think>one</think>six", False, "\n", ("one", "six")),
+        ("\none", False, "\n", (None, "")),
+        ("<think>one</think>six", False, "think", ("one", "six")),
+        ("<thing>", False, "<th", (None, "")),
+        ("one</think>six</think>ten", True, "</think>", ("one", "six")),
+    ],
+)
+def test_stop_strings_count_in_the_answer_only(
+    text: str, opened: bool, stop: str, expected: tuple[str | None, str]
+) -> None:
+    _, output = feed(text, (stop,), opened)
+    assert output.result() == expected
+
+
+def test_tags_that_are_special_tokens_are_tags_too() -> None:
+    tokenizer = Tokenizer.from_str((NEEDLE_DIR / "tokenizer.json").read_text())
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    special = wrap(tokenizer)
+    ids = special.encode("<think>why</think>\nso<|im_end|>")
+    assert all(special.is_special(token) for token in (ids[0], ids[-1]))
+    output = OutputText(special, ())
+    shown = [output.push(token, is_last=token == ids[-1]) for token in ids]
+    assert output.result() == ("why", "so")
+    assert "".join(text for text, *_ in shown) == "<think>why</think>\nso"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from cluster.text import prompts
 from cluster.text.chat_template import ChatTemplateError, render_chat
 from cluster.text.prompts import PromptError, build_document_prompts, check_document, check_length, check_size
 from tests.support import paths
@@ -27,12 +28,16 @@ def test_prompts_share_the_document_and_tokenise_it_once(monkeypatch: pytest.Mon
     tokenizer = with_template(CHATML)
     document = gzip.decompress((paths.NEEDLE / "book.txt.gz").read_bytes())[:200_000].decode()
     sizes: list[int] = []
-    encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, *a, **k: sizes.append(len(text)) or encode(text, *a, **k))
+    encode = tokenizer.encode_parts
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_parts",
+        lambda parts, *a, **k: sizes.append(sum(len(part.text) for part in parts)) or encode(parts, *a, **k),
+    )
     questions = ["Who?", "What is it, and why?", "Who <|im_end|> him?"]
     prompts = build_document_prompts(tokenizer, document, questions, enable_thinking=False, max_model_len=LONG)
     assert sum(size >= len(document) for size in sizes) == 1
-    shared = len(encode("<|im_start|>user\n" + document))
+    shared = len(tokenizer.encode("<|im_start|>user\n" + document))
     assert all(prompt[:shared] == prompts[0][:shared] for prompt in prompts)
     for prompt, question in zip(prompts, questions, strict=True):
         assert tokenizer.decode(prompt, skip_special=False) == (
@@ -149,3 +154,14 @@ def test_a_size_is_refused_by_its_bytes_alone() -> None:
     check_size(largest, NEEDLE, 16)
     with pytest.raises(PromptError, match=f"{largest + 1} bytes .* no document above {largest} bytes can fit"):
         check_size(largest + 1, NEEDLE, 16)
+
+
+def test_all_questions_are_rendered_under_one_clock_and_within_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = with_template("{{ strftime_now('%f') }} {{ messages[0].content }}")
+    build = lambda: build_document_prompts(  # noqa: E731
+        tokenizer, "d", [f"q{index}" for index in range(50)], enable_thinking=None, max_model_len=LONG
+    )
+    assert len({tokenizer.decode(prompt)[:6] for prompt in build()}) == 1
+    monkeypatch.setattr(prompts, "_RENDER_SECONDS", 0.0)
+    with pytest.raises(ChatTemplateError, match=r"^chat_template: takes more than 0 s for the questions of one call$"):
+        build()

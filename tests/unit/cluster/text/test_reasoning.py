@@ -2,64 +2,37 @@
 
 from __future__ import annotations
 
-import random
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.text.reasoning import ReasoningSplitter, split_reasoning
+from cluster.text.reasoning import ReasoningSplitter, opens_reasoning, split_reasoning
+from tests.support.data.tokenizers import NEEDLE, SENTENCEPIECE
 
-TEXTS = [
-    "", " ", "answer", "  answer ", "<", "<b>bold</b>", "<thin", "<thing> is a word", "say <think> and </think>",
-    "<think>why</think>so", "<think>\nwhy\n\nnot \n</think>\n\nso it is", " \n<think></think>\n\nso",
-    "<think> \n</think>",
-    "<think>never ends", "<think>a </thin k></think> b", "<think>a <think> b</think> c </think> d", "é<think>x</think>",
-]  # fmt: skip
-OPENED = [
-    "why</think>so", "\nwhy\n</think>\n\nso", "</think>so", "never ends", "a < b </t </think></think>x",
-    "<think>twice</think>y", "", "  </think>  ",
-]  # fmt: skip
+WORDS = ["<think>", "</think>", "<", "think>", "</", " ", "\n", "\r\n", "\t", "a", "é", "    b"]
 
 
-def pieces(text: str, noise: random.Random) -> list[str]:
-    cuts = sorted(noise.randint(0, len(text)) for _ in range(noise.randint(0, len(text) + 1)))
-    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+@given(st.lists(st.sampled_from(WORDS), max_size=10), st.lists(st.integers(0, 40), max_size=8), st.booleans())
+@settings(max_examples=1500, deadline=None)
+def test_pieces_join_to_the_split_of_the_whole(words: list[str], cuts: list[int], opened: bool) -> None:
+    text = "".join(words)
+    ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    stream = ReasoningSplitter(opened)
+    parts = [*(stream.push(text[a:b]) for a, b in pairwise(ends)), stream.flush()]
+    reasoning, answer = "".join(r for r, _ in parts), "".join(a for _, a in parts)
+    assert (reasoning or None, answer) == split_reasoning(text, opened=opened)
+    assert reasoning == reasoning.strip()
+    assert answer == text or text.endswith(answer), "nothing is added, and nothing but the beginning is dropped"
 
 
-@pytest.mark.parametrize(("text", "opened"), [*((t, False) for t in TEXTS), *((t, True) for t in OPENED + TEXTS)])
-def test_pieces_join_to_the_split_of_the_whole(text: str, opened: bool):
-    expected_reasoning, expected_answer = split_reasoning(text, opened=opened)
-    noise = random.Random(7)
-    for cut in [[text], list(text), *(pieces(text, noise) for _ in range(50))]:
-        stream = ReasoningSplitter(opened)
-        parts = [stream.push(piece) for piece in cut]
-        reasoning, answer = "".join(r for r, _ in parts), "".join(a for _, a in parts)
-        held = stream._held
-        if opened or expected_reasoning is not None:
-            assert (reasoning + held).strip() == (expected_reasoning or "") or reasoning == (expected_reasoning or "")
-            assert answer == expected_answer
-        else:
-            assert (reasoning, answer + held) == ("", expected_answer)
-        assert len(held.strip()) < len("</think>")
-
-
-def test_random_texts():
-    noise = random.Random(3)
-    words = ["<think>", "</think>", "<", "think>", " ", "\n", "a", "é", "</"]
-    for _ in range(3000):
-        text = "".join(noise.choice(words) for _ in range(noise.randint(0, 9)))
-        opened = noise.random() < 0.5
-        if not opened and not text.lstrip().startswith("<think>") and "</think>" in text:
-            continue  # only the whole text can tell that this was reasoning
-        reasoning, answer = "", ""
-        stream = ReasoningSplitter(opened)
-        for piece in pieces(text, noise):
-            more = stream.push(piece)
-            reasoning, answer = reasoning + more[0], answer + more[1]
-        whole = split_reasoning(text, opened=opened)
-        if stream.part == "reasoning":
-            assert (reasoning + stream._held).strip() == (whole[0] or ""), text
-        else:
-            assert (reasoning, answer + stream._held) == (whole[0] or "", whole[1]), text
+@given(st.lists(st.sampled_from(WORDS), max_size=10))
+@settings(max_examples=300, deadline=None)
+def test_without_an_opened_block_the_answer_is_the_whole_text(words: list[str]) -> None:
+    text = "".join(words)
+    if not text.lstrip().startswith("<think>"):
+        assert split_reasoning(text) == (None, text)
 
 
 @pytest.mark.parametrize(
@@ -86,13 +59,38 @@ def test_each_token_belongs_to_a_part(texts: list[str], opened: bool, parts: lis
         ("plain", False, (None, "plain")),
         ("<think>\nwhy\n</think>\n\nanswer", False, ("why", "answer")),
         ("<think>\n\n</think>\n\nanswer", False, (None, "answer")),
+        (" \n<think>why\n\nnot </think>so", False, ("why\n\nnot", "so")),
         ("why</think>answer", True, ("why", "answer")),
-        ("why</think>answer", False, ("why", "answer")),
+        ("<think>twice</think>y", True, ("twice", "y")),
+        ("a < b </t </think></think>x", True, ("a < b </t", "</think>x")),
+        ("why</think>answer", False, (None, "why</think>answer")),  # an instruct model writes about the tag
         ("<think>unfinished", False, ("unfinished", "")),
-        ("unfinished", True, ("unfinished", "")),
+        ("unfinished </thi", True, ("unfinished </thi", "")),
         ("", True, (None, "")),
+        ("<thi", False, (None, "<thi")),
         ("use <think> and </think> tags", False, (None, "use <think> and </think> tags")),
+        ("why</think>\n\n    def f():\n", True, ("why", "    def f():\n")),
+        ("<think>why</think>\r\n\tx", False, ("why", "\tx")),
+        ("why</think> x", True, ("why", " x")),
+        ("why</think>\n\n", True, ("why", "")),
     ],
 )
 def test_split_reasoning(text: str, opened: bool, expected: tuple[str | None, str]) -> None:
     assert split_reasoning(text, opened=opened) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("why? <think>", True),
+        ("why? <think>\n \n", True),
+        ("why? <think>\n\n</think>\n\n", False),  # a template closes the block: /no_think
+        ("why? <think>\nwell, ", False),
+        ("use the tag <think>\nAnswer:", False),
+        ("why?", False),
+        ("", False),
+    ],
+)
+def test_prompts_that_open_reasoning(prompt: str, opened: bool) -> None:
+    for tokenizer in (NEEDLE, SENTENCEPIECE):
+        assert opens_reasoning(tokenizer, tokenizer.encode("x " * 40 + prompt)) is opened

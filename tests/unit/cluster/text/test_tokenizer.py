@@ -36,7 +36,7 @@ def test_special_tokens_in_a_literal_text_are_characters() -> None:
 def test_bos_is_added_once_and_only_on_request() -> None:
     assert SENTENCEPIECE.encode("a", add_special=True) == [1, *SENTENCEPIECE.encode("a")]
     assert SENTENCEPIECE.encode("<s>a", add_special=True).count(1) == 1
-    assert wrap(sentencepiece_like(), bos_token="<s>").adds_bos is False
+    assert wrap(sentencepiece_like(), bos_token="<s>").encode("a", add_special=True) == SENTENCEPIECE.encode("a")
     assert NEEDLE.encode("", add_special=True) == []
 
 

@@ -1,0 +1,170 @@
+"""Turn a conversation into token ids, so that only the chat template can write control tokens.
+
+A message may spell a token that was added to the tokenizer by hand, such as `<|im_end|>` or `</think>`. Every such
+spelling is marked before the template is rendered: a character that occurs nowhere else is put inside it. Where a mark
+is left in the rendered text, the text comes from a message, and is tokenised as ordinary text.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from cluster.text.chat_template import render_chat
+from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG
+from cluster.text.template_process import ChatTemplateError
+from cluster.text.tokenizer import TextPart, TextTokenizer
+
+# In the basic plane, where an escape of JSON has one form; unchanged by case, trimming and normalization.
+_PRIVATE_USE = range(0xE000, 0xF900)
+_TRIES = 100
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def encode_chat(
+    tokenizer: TextTokenizer, messages: Messages, *, enable_thinking: bool | None = None, now: datetime | None = None
+) -> list[int]:
+    """Return the token ids of a conversation under the model's chat template.
+
+    They are those of the rendered text, unless a message spells an added token: that stays text. Raises as
+    `render_chat`.
+    """
+    now = now or datetime.now()
+
+    def render(values: Messages) -> str:
+        return render_chat(tokenizer, values, enable_thinking=enable_thinking, now=now)
+
+    added = [text for text in tokenizer.added_texts if not text.isspace()]  # white space controls nothing
+    marks = _Marks(added, list(_texts(messages)), tokenizer.chat_template or "")
+    marked = marks.mark(messages)
+    rendered = render(marked)
+    if marked != messages and any(_has_reasoning(message) for message in messages):
+        # The template may take the reasoning of an earlier answer apart by its tags, which it does not find any more.
+        expected = render(messages)
+        if marks.remove(rendered)[0] != expected:
+            apart = render(marks.mark([_split_reasoning(message, tokenizer) for message in messages]))
+            rendered = apart if marks.remove(apart)[0] == expected else rendered
+    return _encode(tokenizer, marks, rendered)
+
+
+def _has_reasoning(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and CLOSE_TAG in str(message["content"])
+
+
+def _split_reasoning(message: Mapping[str, Any], tokenizer: TextTokenizer) -> Mapping[str, Any]:
+    """Return an answer with its reasoning in a field of its own, if the template knows that, else without it."""
+    if not _has_reasoning(message):
+        return message
+    reasoning, *_, answer = str(message["content"]).split(CLOSE_TAG)
+    if "reasoning_content" not in (tokenizer.chat_template or ""):
+        return {**message, "content": answer}
+    reasoning = reasoning.rstrip("\n").split(OPEN_TAG)[-1].lstrip("\n")
+    return {"reasoning_content": reasoning, **message, "content": answer.lstrip("\n")}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in messages, the names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+class _Marks:
+    """Marks added tokens that are spelt in text, and finds the marks again."""
+
+    def __init__(self, added: Sequence[str], texts: Sequence[str], template: str) -> None:
+        """
+        Args:
+            added: spellings of the added tokens.
+            texts: all that will be marked; no mark occurs in them, nor in the template.
+        """
+        self._mark = _unused_character(f"{texts!r} {template}")
+        longest_first = sorted(added, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        self._spelling = re.compile(pattern)
+        self._any_case = re.compile(pattern, re.IGNORECASE)  # a template may change the case
+        lower = [text.lower() for text in added]
+        self._beginnings = {text[:size] for text in lower for size in range(1, len(text))}
+        self._ends = {text[-size:] for text in lower for size in range(1, len(text))}
+        self._longest = max(map(len, added), default=0)
+        # one text may begin a token, and another end it
+        self._joins = any(map(self._ends_in_part, texts)) and any(map(self._begins_in_part, texts))
+        # a filter may have written it for a URL or as JSON, once or several times over
+        encoded = "".join(f"%{byte:02x}" for byte in self._mark.encode())
+        self._written = re.compile(rf"{self._mark}|{encoded}|\\+u{ord(self._mark):04x}", re.IGNORECASE)
+
+    def mark(self, value: Any) -> Any:
+        """Return messages, or a part of them, with marks in every text."""
+        if isinstance(value, str):
+            return self._mark_text(value)
+        if isinstance(value, Mapping):  # names and roles are compared: a part at their end must not change them
+            return {
+                self._mark_whole(key): self._mark_whole(item) if key == "role" else self.mark(item)
+                for key, item in value.items()
+            }
+        return [self.mark(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def remove(self, rendered: str) -> tuple[str, frozenset[int]]:
+        """Return a text without its marks, and where they were: before the characters of these indices."""
+        pieces = self._written.split(rendered)
+        at, marks = 0, set()
+        for piece in pieces[:-1]:
+            at += len(piece)
+            marks.add(at)
+        return "".join(pieces), frozenset(marks)
+
+    def spelt_by_messages(self, text: str, marks: frozenset[int]) -> Iterator[tuple[int, int]]:
+        """Yield start and end of the added tokens in a text that have a mark inside."""
+        for match in self._spelling.finditer(text):
+            start, end = match.span()
+            inside = range(start + 1, end) if end - start > 1 else range(start, end + 1)
+            if not marks.isdisjoint(inside):
+                yield start, end
+
+    def _mark_text(self, text: str) -> str:
+        """Mark whole spellings, and one that the end of the text begins, where another text may complete it."""
+        return self._mark_whole(text) + (self._mark if self._joins and self._ends_in_part(text) else "")
+
+    def _begins_in_part(self, text: str) -> bool:
+        lower = text[: self._longest].lower()
+        return any(lower[:size] in self._ends for size in range(1, self._longest))
+
+    def _ends_in_part(self, text: str) -> bool:
+        lower = text[-self._longest :].lower()
+        return any(lower[-size:] in self._beginnings for size in range(1, self._longest))
+
+    def _mark_whole(self, text: str) -> str:
+        return self._any_case.sub(self._inside, text)
+
+    def _inside(self, match: re.Match[str]) -> str:
+        text = match[0]
+        return text[0] + self._mark + text[1:] if len(text) > 1 else self._mark + text + self._mark
+
+
+def _unused_character(used: str) -> str:
+    """Return a private character that nobody can guess and that is not used, nor written as an escape of JSON."""
+    escapes = used.lower()
+    for _ in range(_TRIES):
+        mark = chr(secrets.choice(_PRIVATE_USE))
+        if mark not in used and f"\\u{ord(mark):04x}" not in escapes:
+            return mark
+    raise ChatTemplateError("messages: use all characters from U+E000 to U+F8FF: leave one of these private ones out")
+
+
+def _encode(tokenizer: TextTokenizer, marks: _Marks, rendered: str) -> list[int]:
+    """Return the ids of a rendered text: added tokens that a message spells are literal."""
+    text, places = marks.remove(rendered)
+    parts: list[TextPart] = []
+    done = 0
+    for start, end in marks.spelt_by_messages(text, places) if places else ():
+        parts += [TextPart(text[done:start]), TextPart(text[start:end], literal=True)]
+        done = end
+    return tokenizer.encode_parts([*parts, TextPart(text[done:])])

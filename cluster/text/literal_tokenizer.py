@@ -1,0 +1,144 @@
+"""Derive the tokenizers that read literal text: none of the tokens that were added to the vocabulary can come out."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cluster.text.token_bytes import BYTE_LEVEL_ALPHABET, flatten_steps
+
+_EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+_BYTE_ENTRIES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
+
+class Place(IntEnum):
+    """What comes before a piece of text, which decides where the tokenizer puts a word-start mark or space."""
+
+    INSIDE = 0  # other text: never a mark
+    AFTER_NORMALIZED = 1  # an added token that is looked for in normalized text
+    AFTER_ADDED = 2  # any other added token
+    START = 3  # nothing
+
+
+class LiteralTokenizers:
+    """A tokenizer without its added tokens, one for each place that a text can have in a prompt.
+
+    The texts of added tokens, special or not, are ordinary characters. An entry of the model's own vocabulary that is
+    an added token too is kept only where its text has no other spelling, so that no character is lost; the mark of
+    unknown characters stays too, for unknown characters. White space at the ends is never stripped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> None:
+        """Keep what is needed; `layout` is the content of `tokenizer.json`."""
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._at: dict[Place, Tokenizer] = {}
+
+    def at(self, place: Place) -> Tokenizer:
+        """Return the tokenizer for text at `place`."""
+        if place not in self._at:
+            self._at[place] = self._with_model(self._model, place)
+        return self._at[place]
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model without the entries that are added tokens; most have none and are shared, not copied."""
+        model, added = self._tokenizer.model, self._tokenizer.get_added_tokens_decoder()
+        needed = _byte_entries(self._layout)
+        own = {i: token.content for i, token in added.items() if model.id_to_token(i) is not None}
+        own = {i: content for i, content in own.items() if content not in needed}
+        if not own:
+            return model
+        model = _load_model(_without_entries(self._layout["model"], own))
+        tokenizer = self._with_model(model, Place.INSIDE)
+        spelt = {i: content for i, content in own.items() if _has_spelling(tokenizer, content, self._layout["model"])}
+        return model if spelt == own else _load_model(_without_entries(self._layout["model"], spelt))
+
+    def _with_model(self, model: Any, place: Place) -> Tokenizer:
+        parts = {key: _sequence(key, self._layout.get(key), place) for key in ("normalizer", "pre_tokenizer")}
+        definition: dict[str, Any] = {
+            "added_tokens": [],
+            "model": _EMPTY_MODEL,
+            "decoder": self._layout.get("decoder"),
+            **parts,
+        }
+        tokenizer = Tokenizer.from_str(json.dumps(definition))
+        tokenizer.model = model
+        return tokenizer
+
+
+def unknown_id(model: Mapping[str, Any]) -> int | None:
+    """Return the id that a model of `tokenizer.json` gives for a character it does not know; None if it has none."""
+    if isinstance(model.get("vocab"), list):  # Unigram
+        unknown: int | None = model.get("unk_id")
+        return unknown
+    return next((i for text, i in model["vocab"].items() if text == model.get("unk_token")), None)
+
+
+def _load_model(model: Mapping[str, Any]) -> Any:
+    return Tokenizer.from_str(json.dumps({"added_tokens": [], "model": model})).model
+
+
+def _sequence(key: str, section: dict[str, Any] | None, place: Place) -> dict[str, Any] | None:
+    steps = [kept for step in flatten_steps(section) if (kept := _at_place(step, place)) is not None]
+    return {"type": "Sequence", {"normalizer": "normalizers"}.get(key, "pretokenizers"): steps} if steps else None
+
+
+def _at_place(step: dict[str, Any], place: Place) -> dict[str, Any] | None:
+    """Return a step as it works on text at `place`; None for one that does nothing there."""
+    if step["type"] == "Strip" or (step["type"] == "Prepend" and place < Place.AFTER_ADDED):
+        return None
+    if step["type"] == "Metaspace":
+        keeps = place is Place.START or (place is not Place.INSIDE and step.get("prepend_scheme") != "first")
+        return step if keeps else {**step, "prepend_scheme": "never", "add_prefix_space": False}
+    return {**step, "add_prefix_space": False} if step.get("add_prefix_space") and place is Place.INSIDE else step
+
+
+def _byte_entries(layout: Mapping[str, Any]) -> frozenset[str]:
+    """Return the entries that stand for single bytes, out of which every other text is spelt."""
+    steps = flatten_steps(layout.get("normalizer")) + flatten_steps(layout.get("pre_tokenizer"))
+    if any(step["type"] == "ByteLevel" for step in steps):
+        return BYTE_LEVEL_ALPHABET
+    return _BYTE_ENTRIES if layout["model"].get("byte_fallback") else frozenset()
+
+
+def _without_entries(model: Mapping[str, Any], entries: Mapping[int, str]) -> dict[str, Any]:
+    """Return the model with `entries` (id to text) under names that no text can spell, and no merge that makes them.
+
+    Renamed, not removed: all ids stay as they are, and the model can still give its unknown token.
+    """
+    secret = secrets.token_hex(16)
+
+    def renamed(text: str, token_id: int) -> str:
+        return f"{secret} {token_id}" if entries.get(token_id) == text else text
+
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: pairs of text and score, in the order of ids
+        return {**model, "vocab": [[renamed(text, i), score] for i, (text, score) in enumerate(vocab)]}
+    changed = {**model, "vocab": {renamed(text, i): i for text, i in vocab.items()}}
+    if (unknown := model.get("unk_token")) is not None and unknown in vocab:
+        changed["unk_token"] = renamed(unknown, vocab[unknown])
+    if "merges" in model:
+        prefix, gone = model.get("continuing_subword_prefix") or "", set(entries.values())
+        changed["merges"] = [merge for merge in model["merges"] if gone.isdisjoint(_merge_texts(merge, prefix))]
+    return changed
+
+
+def _merge_texts(merge: str | list[str], prefix: str) -> tuple[str, str, str]:
+    """Return the two parts of a merge, which old files write as one text, and what they become."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right.removeprefix(prefix)
+
+
+def _has_spelling(tokenizer: Tokenizer, text: str, model: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer has tokens, none of them unknown, for every visible character of `text`."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    covered = {at for start, end in encoding.offsets for at in range(start, end)}
+    visible = all(at in covered or char.isspace() for at, char in enumerate(text))
+    return bool(encoding.ids) and visible and unknown_id(model) not in encoding.ids
