@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from protos.errors import UserError
 from protos.model.files import AGAIN, MAX_JSON, ORIGINAL, open_regular, shown, what_it_is
-from protos.model.folder import ADAPTER, INDEX, explain
+from protos.model.folder import ADAPTER, INDEX, explain, interrupted_downloads
 from protos.model.json_fields import ModelConfigError, read_json_value
 from protos.model.tensor_names import canonical
 
@@ -160,7 +160,7 @@ def _absent(path: Path, indexed: bool) -> CheckpointError:
     named = f": named by {INDEX}" if indexed else ""
     if path.is_symlink():
         return CheckpointError(f"{path}: no such file{named}: a link to {path.readlink()}, which is not there: {AGAIN}")
-    unfinished = any(islice(path.parent.glob("**/*.incomplete"), 1))
+    unfinished = interrupted_downloads(path.parent)
     way_out = "its download was interrupted; start the same download again" if unfinished else AGAIN
     return CheckpointError(f"{path}: no such file{named}: {way_out}")
 
