@@ -18,7 +18,7 @@ _LISTED = 10_000  # names of a folder that are looked at
 _CACHE_ENTRY = "models--"
 _KINDS = (  # file names, what they are, the way out; the first that is there tells
     (r"adapter_config\.json|adapter_model\..*", "a LoRA adapter", _MERGE),
-    (r".*\.gguf", "GGUF", ORIGINAL),
+    (r".*\.gguf", "GGUF weights", ORIGINAL),
     (r".*\.incomplete", "a download that was interrupted", "start the same download again; it continues"),
     (r"quantize_config\.json|quant_config\.json", "weights quantized with GPTQ or AWQ", ORIGINAL),
     (r"consolidated\..*\.pth|params\.json", "a checkpoint in Meta's format", "use the one with config.json"),

@@ -71,7 +71,7 @@ def test_model_directory_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("needle", "a file, not a folder: name the folder that holds"), ("m.gguf", "GGUF (m.gguf): use the safetensors")],
+    [("needle", "a file, not a folder: name the folder that holds"), ("m.gguf", "GGUF weights (m.gguf): use the")],
 )
 def test_a_file_is_no_model_directory(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / name).write_text("")
