@@ -6,6 +6,7 @@ Both spellings are read: the old one (`rope_theta`, `rope_scaling`, `num_experts
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,7 +209,7 @@ def _dtype(config: Fields) -> str:
 def _eos(model_dir: Path, config: Fields, vocab: int) -> tuple[int, ...]:
     """Return the ids that end a generation: of `generation_config.json`, else of `config.json`, else none."""
     fields, generation = config, model_dir / "generation_config.json"
-    if generation.exists() and (read := read_json(generation)).get("eos_token_id") is not None:
+    if os.path.lexists(generation) and (read := read_json(generation)).get("eos_token_id") is not None:
         fields = read
     value = fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]

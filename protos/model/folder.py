@@ -18,7 +18,7 @@ _LISTED = 10_000  # names of a folder that are looked at
 _CACHE_ENTRY = "models--"
 _KINDS = (  # file names, what they are, the way out; the first that is there tells
     (r"adapter_config\.json|adapter_model\..*", "a LoRA adapter", _MERGE),
-    (r".*\.gguf", "GGUF", ORIGINAL),
+    (r".*\.gguf", "GGUF weights", ORIGINAL),
     (r".*\.incomplete", "a download that was interrupted", "start the same download again; it continues"),
     (r"quantize_config\.json|quant_config\.json", "weights quantized with GPTQ or AWQ", ORIGINAL),
     (r"consolidated\..*\.pth|params\.json", "a checkpoint in Meta's format", "use the one with config.json"),
@@ -72,13 +72,19 @@ def explain(folder: Path) -> str:
             found = _names(folder / "snapshots")
             listed = f"name one in snapshots, such as {shown(found[0])}" if found else AGAIN
             return f"the folder is an entry of the Hugging Face cache without a snapshot in use: {listed}"
-        names += [each.name for each in islice((folder / ".cache/huggingface/download").glob("*.incomplete"), 1)]
-        if folder.parent.name == "snapshots":
-            names += [each.name for each in islice((folder.parents[1] / "blobs").glob("*.incomplete"), 1)]
+        names += interrupted_downloads(folder)
         inner = [name for name in names if (folder / name / "config.json").is_file()]
     except OSError as error:
         return f"the folder cannot be listed ({error.strerror})"
     return _explain_names(names, inner)
+
+
+def interrupted_downloads(folder: Path) -> list[str]:
+    """Return an unfinished file that a download left in a folder or where the Hugging Face cache keeps its files."""
+    places = [folder, folder / ".cache" / "huggingface" / "download"]
+    if folder.parent.name == "snapshots":
+        places.append(folder.parents[1] / "blobs")
+    return [each.name for place in places for each in islice(place.glob("*.incomplete"), 1)][:1]
 
 
 def _explain_names(names: list[str], inner: list[str]) -> str:

@@ -38,11 +38,13 @@ class Fields:
         return self.values.get(key)
 
     def section(self, key: str, requirement: str) -> Fields:
-        """Return an object inside this one, empty for a missing or null field."""
+        """Return an object inside this one, empty for a missing, null or false field."""
         value = self.get(key)
-        if value is not None and not isinstance(value, dict):
+        if value is None or value is False:
+            value = {}
+        if not isinstance(value, dict):
             raise self.error(key, value, requirement)
-        return Fields(f"{self.source}: {key}", value or {})
+        return Fields(f"{self.source}: {key}", value)
 
     def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
         """Return a whole number in `low..high`, also spelled `7.0`; `default` stands for a missing or null field."""

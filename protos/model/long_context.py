@@ -6,6 +6,7 @@ their own. The YAML goes before the files, key by key; `cluster.config.attention
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _section(config: Fields) -> Fields:
 
 def _patterns(stored: Fields, plain: ModelSpec, file: Path) -> tuple[tuple[HeadBudget | None, ...], ...] | None:
     """Return the published budgets of all heads; those of the file go before those in `config.json`."""
-    if file.exists() and (value := read_json_value(file)):
+    if os.path.lexists(file) and (value := read_json_value(file)):
         try:
             return _of_layers(Fields(str(file), {}), "patterns", value, plain)
         except ModelConfigError as error:

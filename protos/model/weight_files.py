@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from protos.errors import UserError
 from protos.model.files import AGAIN, MAX_JSON, ORIGINAL, open_regular, shown, what_it_is
-from protos.model.folder import ADAPTER, INDEX, explain
+from protos.model.folder import ADAPTER, INDEX, explain, interrupted_downloads
 from protos.model.json_fields import ModelConfigError, read_json_value
 from protos.model.tensor_names import canonical
 
@@ -98,7 +98,7 @@ def read_headers(model_dir: Path) -> dict[str, Header]:
 
 def _refuse_adapter(model_dir: Path) -> None:
     """Raise CheckpointError for weights with a LoRA adapter beside them, which transformers would apply."""
-    if (model_dir / ADAPTER).exists() and any(islice(model_dir.glob("adapter_model.*"), 1)):
+    if os.path.lexists(model_dir / ADAPTER) and any(islice(model_dir.glob("adapter_model.*"), 1)):
         raise CheckpointError(
             f"{model_dir / ADAPTER}: a LoRA adapter is not applied: merge it with peft (merge_and_unload) and use "
             f"the merged folder, or move {ADAPTER} and its weights away"
@@ -160,7 +160,7 @@ def _absent(path: Path, indexed: bool) -> CheckpointError:
     named = f": named by {INDEX}" if indexed else ""
     if path.is_symlink():
         return CheckpointError(f"{path}: no such file{named}: a link to {path.readlink()}, which is not there: {AGAIN}")
-    unfinished = any(islice(path.parent.glob("**/*.incomplete"), 1))
+    unfinished = interrupted_downloads(path.parent)
     way_out = "its download was interrupted; start the same download again" if unfinished else AGAIN
     return CheckpointError(f"{path}: no such file{named}: {way_out}")
 
@@ -168,9 +168,9 @@ def _absent(path: Path, indexed: bool) -> CheckpointError:
 def _weight_map(model_dir: Path) -> dict[str, str] | None:
     """Return the `weight_map` of the index, None for a checkpoint in one file, which goes first as in transformers."""
     path = model_dir / INDEX
-    if (model_dir / _SINGLE).exists() or (model_dir / _SINGLE).is_symlink():
+    if os.path.lexists(model_dir / _SINGLE):
         return None
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{model_dir}: neither {_SINGLE} nor {INDEX}: {explain(model_dir)}")
     try:
         value = read_json_value(path)

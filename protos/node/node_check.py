@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from protos.errors import UserError
 from protos.model.checkpoint import fingerprint_of
 from protos.node.environment import build_id
 
@@ -35,7 +36,7 @@ class NodeCheck:
             if self.fingerprint:
                 self._compare_model(Path(self.model_path))
             check_writable(Path(self.data_dir))
-        except NodeError as error:
+        except (NodeError, UserError) as error:
             raise NodeError(f"node {os.uname().nodename}: {error}") from error
 
     def _compare_model(self, model: Path) -> None:

@@ -168,6 +168,7 @@ def test_a_key_left_out_means_what_it_means_to_transformers(
 OTHER_SPELLINGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"hidden_act": "swish"}),
     ("qwen3", {"rope_scaling": {}}),
+    ("qwen3", {"rope_scaling": False}),
     ("qwen3", {"rope_scaling": {"rope_type": "default", "factor": 1}}),
     ("qwen3", {"rope_scaling": {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": 64}}),
     ("qwen3", {"rope_scaling": YARN | {"rope_type": "default", "factor": 1, "attention_factor": None}}),

@@ -1,5 +1,6 @@
 """Configuration of long contexts: dual chunk attention, sparse prefill, int8 KV, and how they fit into each other."""
 
+import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -85,6 +86,27 @@ def test_what_the_yaml_says_goes_before_the_file(tmp_path: Path) -> None:
     fixed = deploy(tmp_path, sparse={"n_vertical": 1000, "n_slash": 6096}).spec.sparse
     assert fixed is not None
     assert fixed.uniform == HeadBudget(1000, 6096)
+
+
+def test_patterns_beside_config_json_switch_sparse_prefill_on(tmp_path: Path) -> None:
+    config = json.loads((NEEDLE / "config_1m.json").read_text())
+    recipe = config["dual_chunk_attention_config"]
+    recipe.pop("sparse_attention_enabled")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    heads = {str(head): ["vertical_and_slash", 100, 200, 1.0] for head in range(4)}
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps([heads] * 4))
+    text = BASE.replace(f"path: {NEEDLE}", f"path: {tmp_path}").replace("config_1m.json", "config.json")
+    sparse = deploy(tmp_path, text).spec.sparse
+    assert sparse is not None
+    assert sparse.patterns == ((HeadBudget(100, 200),) * 4,) * 4
+    assert deploy(tmp_path, text, sparse__enabled=False).spec.sparse is None
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"dual_chunk_attention_config": recipe | {"sparse_attention_enabled": False}})
+    )
+    assert deploy(tmp_path, text).spec.sparse is None
+    forced = deploy(tmp_path, text, sparse__enabled=True).spec.sparse
+    assert forced is not None
+    assert forced.patterns == sparse.patterns
 
 
 BAD: list[tuple[dict[str, object], str]] = [

@@ -69,6 +69,29 @@ def test_model_directory_is_named(tmp_path: Path) -> None:
     assert deployment_error(write(tmp_path, BASE)).startswith("demo.yaml:2: model.path: needle: needle/config.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("needle", "a file, not a folder: name the folder that holds"), ("m.gguf", "GGUF weights (m.gguf): use the")],
+)
+def test_a_file_is_no_model_directory(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_text("")
+    message = deployment_error(write(tmp_path, BASE.replace("path: needle", f"path: {name}")))
+    assert message.startswith(f"demo.yaml:2: model.path: {name}: {said}")
+
+
+def test_an_entry_of_the_hugging_face_cache_is_its_snapshot(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--acme--needle-8m" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(NEEDLE)
+    (tmp_path / "models--acme--needle-8m" / "refs").mkdir()
+    (tmp_path / "models--acme--needle-8m" / "refs" / "main").write_text("0123abc\n")
+    text = BASE.replace("path: needle", "path: models--acme--needle-8m")
+    model = load_deployment(write(tmp_path, text)).config.model
+    assert (model.path, model.served_model_name) == (snapshot, "needle-8m")
+    named = load_deployment(write(tmp_path, text.replace("  max", "  served_model_name: mine\n  max"))).config.model
+    assert named.served_model_name == "mine"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", "{}", '{"model_type": "t5"}', "\0"])
 def test_a_broken_config_json_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "needle").mkdir()

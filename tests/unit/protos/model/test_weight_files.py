@@ -160,8 +160,8 @@ def test_an_index_that_is_not_that_of_the_files(tmp_path: Path, weight_map: dict
 
 def test_an_interrupted_download(tmp_path: Path) -> None:
     index(tmp_path, {"a": "1.safetensors"})
-    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
-    (tmp_path / ".cache" / "huggingface" / "x.incomplete").write_text("")
+    (tmp_path / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "download" / "x.incomplete").write_text("")
     assert refused(tmp_path).endswith("its download was interrupted; start the same download again")
 
 

@@ -50,6 +50,8 @@ def test_each_difference_is_named(tmp_path: Path) -> None:
     message = said(NodeCheck(build_id(), str(other), mark, data))
     assert message.startswith(f"model.path: {other}: its checkpoint is ")
     assert f"the head's {mark[:12]}: copy the same files to every node" in message
+    (other / "model.safetensors").write_bytes(b"short")
+    assert said(NodeCheck(build_id(), str(other), mark, data)).startswith(f"{other}/model.safetensors: damaged or trun")
     (tmp_path / "file").touch()
     assert said(NodeCheck(build_id(), "", "", str(tmp_path / "file" / "data"))).startswith(
         f"data_dir: {tmp_path / 'file' / 'data'}: cannot be written (Not a directory): choose another"
