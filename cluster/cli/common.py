@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from cluster.common.logs import escape_warnings
 from cluster.common.text_format import escape_controls, escape_unprintable, one_line
 from protos.jobs.sampling import OPTIONS
 
@@ -24,6 +25,7 @@ class Verbs(click.Group):
     """A group of commands whose misuse is one line too: what was wrong, and where to read how it is used."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        escape_warnings()
         run: Any = super().main
         if not standalone_mode:
             return run(*args, standalone_mode=False, **extra)

@@ -1,4 +1,4 @@
-"""The log of a head: a line a record on stderr, which nothing from outside can forge or break."""
+"""Logs: a line a record on stderr, which nothing from outside can forge or break."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ def _indented(text: str) -> str:
 
 
 def configure_logging() -> None:
-    """Log to stderr: this program's records from INFO on, those of libraries from WARNING on."""
+    """Log to stderr, for a head: this program's records from INFO on, those of libraries from WARNING on."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter(_FORMAT))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("cluster").setLevel(logging.INFO)
+
+
+def escape_warnings() -> None:
+    """Have what is logged without any configuration, warnings on stderr, as lines of their own too."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(LineFormatter())

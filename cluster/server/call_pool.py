@@ -132,10 +132,11 @@ class CallPool:
 
     def _end(self, call: OpenCall) -> None:
         stalled = call.stalled_s(time.monotonic())
-        _log.warning("a call of %s was ended (%s)", call.caller, f"stalled for {stalled:.0f} s" if stalled else "share")
-        if stalled:
+        if stalled >= PRESSED_STALL_S:
+            _log.warning("a call of %s was ended: it stalled for %.0f s", call.caller, stalled)
             call.end_stalled(stalled)
         else:
+            _log.warning("a call of %s was ended: others want its place", call.caller)
             call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"ended to make room for others ({self._what}): {self._size}")
 
     def _admit(self, caller: Caller) -> OpenCall | None:

@@ -21,6 +21,7 @@ from cluster.common.text_format import escape_unprintable
 from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, ServiceBusy
 from cluster.server.audit import log_change
 from cluster.server.call_pool import Caller, CallPool, OpenCall
+from cluster.server.wire import check_raw
 from protos.errors import InvalidRequest
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
@@ -98,6 +99,7 @@ def _guard(
                 raise InvalidJob("request: cut off")
             if data is None:
                 return
+            check_raw(method, data)
             try:
                 yield handler.request_deserializer(data)
             except DecodeError as error:

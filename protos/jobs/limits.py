@@ -3,6 +3,7 @@
 MAX_REQUEST_BYTES = 64 << 20  # of one message, either way
 MAX_DOCUMENT_BYTES = 16 << 30  # of any document; a head has a smaller limit of its own
 MAX_QUESTIONS = 1024
+MAX_TOKEN_IDS = 1 << 22  # of a prompt; more than any context
 MAX_MESSAGES = 4096  # of a chat
 MAX_STOPS = 64  # strings and ids each
 MAX_LABELS = 32

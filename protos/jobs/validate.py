@@ -20,6 +20,7 @@ from protos.jobs.limits import (
     MAX_MESSAGES,
     MAX_QUESTIONS,
     MAX_STOPS,
+    MAX_TOKEN_IDS,
     MAX_UINT32,
 )
 from protos.jobs.sampling import OPTIONS, AnswerOptions
@@ -35,6 +36,7 @@ def check_submit(request: pb.SubmitRequest) -> AnswerOptions:
     check_text("idempotency_key", request.idempotency_key, MAX_CHARS)
     check_labels(request.labels)
     check_count("document.questions", len(request.document.questions), MAX_QUESTIONS)
+    check_count("token_ids", len(request.token_ids.ids), MAX_TOKEN_IDS)
     check_count("chat.messages", len(request.chat.messages), MAX_MESSAGES)
     return options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config.schema import SecuritySection
 from cluster.engine.outputs import OutputToken
-from cluster.server import call_pool
+from cluster.server import call_pool, grpc_server
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS
@@ -155,3 +156,29 @@ def test_each_key_gets_its_share(tmp_path: Path, service: FakeJobService):
         assert eventually(lambda: sum(call.done() for call in of_alice) == STREAMS / 2, 2)
         assert eventually(lambda: sum(call.done() for call in of_bob) == STREAMS / 2, 2)
         assert stub.Get(pb.JobRequest(id=job.id), metadata=bob).id == job.id
+
+
+def closed_within(connection: socket.socket, seconds: float) -> bool:
+    """Whether the other side closes a connection on which nothing is sent."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def test_connections_have_a_number_and_a_time(service: FakeJobService, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(grpc_server, "_IDLE_CONNECTIONS", 4)
+    short = {"grpc.server_handshake_timeout_ms": 1500, "grpc.max_connection_idle_ms": 1500}
+    monkeypatch.setattr(grpc_server, "_CONNECTION_OPTIONS", grpc_server._CONNECTION_OPTIONS | short)
+    with serving(service, max_streams=4) as (_, address), contextlib.ExitStack() as stack:
+        host, _, port = address.rpartition(":")
+        silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(12)]
+        assert eventually(lambda: sum(closed_within(one, 0.01) for one in silent) >= 4, 3)
+        assert eventually(lambda: all(closed_within(one, 0.01) for one in silent), 6)
+        stub = rpc.JobsStub(stack.enter_context(grpc.insecure_channel(address)))
+        assert stub.Submit(PROMPT, timeout=5, wait_for_ready=True).id

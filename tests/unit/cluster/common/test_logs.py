@@ -9,7 +9,7 @@ import re
 import pytest
 
 from cluster.common import logs
-from cluster.common.logs import LineFormatter, configure_logging
+from cluster.common.logs import LineFormatter, configure_logging, escape_warnings
 
 
 @pytest.fixture
@@ -56,3 +56,14 @@ def test_our_records_are_logged_from_info_on(monkeypatch: pytest.MonkeyPatch) ->
         root.handlers[:], level, ours = before
         root.setLevel(level)
         logging.getLogger("cluster").setLevel(ours)
+
+
+def test_warnings_without_configuration_are_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging, "lastResort", logging._StderrHandler(logging.WARNING))
+    escape_warnings()
+    logger = logging.getLogger("test_logs.alone")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.warning("a\nb\x1b[2J")
+    assert capsys.readouterr().err == "a\\nb\\x1b[2J\n"

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from cluster.engine.outputs import OutputToken
+from cluster.jobs import subscriptions
 from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState, new_id
 from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import Subscriptions
@@ -76,3 +77,17 @@ def test_jobs_followed_to_their_end_leave_no_memory(store: JobStore, changes: Su
     store.expire(time.time() + 10, 1)
     assert len(changes._subscribers) == 0
     assert not changes.is_followed(ids[0])
+
+
+def test_a_stream_without_news_can_be_left(
+    store: JobStore, changes: Subscriptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions, "_POLL_S", 0.01)
+    monkeypatch.setattr(subscriptions, "HEARTBEAT_S", 0.05)
+    record, _ = store.create(JobSpec(JobInput(prompt="p"), AnswerOptions()), new_id("job"), 1, {})
+    events = changes.events(record.id, 0, False)
+    first, *rest = (next(events) for _ in range(10))
+    assert isinstance(first, JobRecord)
+    assert rest == [None] * 9  # and the record is not read again
+    events.close()
+    assert not changes.is_followed(record.id)
