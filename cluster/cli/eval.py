@@ -65,7 +65,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of both evaluations."""
     options = [
         click.option("--config", type=_PATH, help="A YAML file: its model, layout, and all else not asked for here."),
-        click.option("--model", type=_PATH, help="A checkpoint folder, in place of the YAML's (default: one process)."),
+        click.option("--model", type=_PATH, help="A checkpoint folder, in place of model.path; other keys stay."),
         click.option("--document", type=_PATH, help="A UTF-8 text (default: the King James Bible)."),
         click.option(
             "--sparse-threshold", type=Count(), default="0", show_default=True,

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from cluster.common.units import format_count
+from cluster.config.fit_sizes import fit_sizes
 from cluster.config.sampling_defaults import sampling_defaults
 from cluster.config.schema import Config
 from cluster.config.section import RULE_BETWEEN_KEYS, rule_of
@@ -44,7 +45,9 @@ _OVERRIDE_KEYS: Mapping[str, KeyPath] = {  # of `load_model_spec`; the last is c
 class Deployment:
     """A configuration that fits its model: what the launcher starts.
 
-    `max_model_len` is in tokens; `sampling` has the values for requests that say nothing.
+    `max_model_len` is in tokens: what the YAML says, else what the positions cover, of which KV may hold less (see
+    `limits_context`). Sizes of pages, cells and steps that the YAML leaves out fit the others. `sampling` has the
+    values for requests that say nothing.
     """
 
     config: Config
@@ -52,6 +55,11 @@ class Deployment:
     shards: tuple[ShardSpec, ...]
     max_model_len: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    @property
+    def limits_context(self) -> bool:
+        """Whether contexts are limited to what KV holds: nobody has asked for a length."""
+        return self.config.model.max_model_len is None
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Config:
@@ -68,7 +76,7 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
     """Return one YAML file with its model's config.json; layout, context length and grid fit. Raises ConfigError."""
     source = ConfigSource(path, overrides or {})
     config = _validate(source)
-    spec = _load_spec(source, config)
+    config, spec = fit_sizes(config, _load_spec(source, config))
     try:
         shards = plan_shards(spec, config.cluster.pipeline_parallel_size, config.cluster.expert_parallel_size)
     except LayoutError as error:

@@ -21,6 +21,8 @@ _KV_BYTES = {"bfloat16": (2, 0), "float32": (4, 0), "int8": (1, 4)}  # of a numb
 _LINK_STEPS = 4  # steps a link to or from a neighbour holds
 _SLACK = 1.25  # what the allocator cannot give back
 _SUM_BYTES = 16  # of a key and query head, while a sparse cell is estimated
+_USUAL_FRACTION = 0.5  # of what is left, for KV; what other programs need is in the rest
+_MOST_FRACTION = 0.8  # so that the longest context fits
 _FIXED = 64 << 20  # compiled kernels and their own buffers, stacks
 
 
@@ -71,7 +73,9 @@ def scratch_bytes(
 def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: int) -> int:
     """Return the bytes of KV that one shard may allocate, `loaded` being what every shard reported after loading.
 
-    `sharers` shards share one memory. Raises PreflightError with the numbers, and the context that would fit.
+    Where the YAML says neither bytes nor a fraction, that is half of what is left, or as much more as one context of
+    max_model_len needs. `sharers` shards share one memory. Raises PreflightError with the numbers, and the context that
+    would fit.
     """
     config, spec = deployment.config, deployment.spec
     prefill, kv = config.prefill, config.kv_cache
@@ -87,8 +91,13 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
         mapped = sharers * max(max(0, p.total_bytes - p.anonymous_growth_bytes) for p in loaded)
     free = (min(p.available_bytes for p in loaded) - mapped) // sharers - scratch
     page = kv.page_size * kv_token_bytes(deployment)
-    usable = -(-deployment.max_model_len // kv.page_size) * prefill.max_num_seqs * page  # by all sequences together
-    wanted = min(kv.bytes, usable) if kv.bytes is not None else max(0, int(free * (kv.fraction or 0.0)))
+    context = -(-deployment.max_model_len // kv.page_size) * page
+    if kv.bytes is not None:
+        wanted = min(kv.bytes, context * prefill.max_num_seqs)  # of all sequences together
+    elif kv.fraction is not None:
+        wanted = max(0, int(free * kv.fraction))
+    else:
+        wanted = max(0, int(free * _USUAL_FRACTION), min(int(free * _MOST_FRACTION), context))
     if 0 < wanted <= free:
         return wanted
     fits = max(0, free) // page * kv.page_size

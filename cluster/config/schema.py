@@ -28,7 +28,6 @@ from cluster.config.section import (
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
 from protos.model.folder import resolve, served_name
 
-DEFAULT_KV_FRACTION = 0.5
 FILE_RULE = "must be the path of a file"
 NAME_RULE = "must be text of 1 to 200 characters"
 MAX_TTL_S = 10 * 366 * 86400.0
@@ -119,17 +118,15 @@ class PrefillSection(Section):
 
 
 class KvCacheSection(Section):
-    """Memory of one actor for keys and values: a size, or a fraction of what the weights leave; exactly one is set."""
+    """Memory of one actor for keys and values: a size, or a fraction of what the weights leave.
+
+    Without either it is half of that, or as much more as the longest context needs (`memory_budget.kv_budget`).
+    """
 
     bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
-    fraction: float | None = Field(default=None, validate_default=True, gt=0, le=1)
+    fraction: float | None = Field(default=None, gt=0, le=1)
     page_size: PowerOfTwo = Field(default=64, ge=1, le=1024, description="must be a power of two from 1 to 1024")
     dtype: Literal["auto", "int8"] = "auto"
-
-    @field_validator("fraction", mode="before")
-    @classmethod
-    def _default_fraction(cls, value: object, info: ValidationInfo) -> object:
-        return DEFAULT_KV_FRACTION if value is None and info.data.get("bytes") is None else value
 
     @model_validator(mode="after")
     def _one_of_two(self) -> KvCacheSection:

@@ -32,6 +32,7 @@ _UNREADABLE: Mapping[type[Exception], str] = {
     FileNotFoundError: "no such file", IsADirectoryError: "is a directory; name the YAML file inside it",
 }  # fmt: skip
 MAX_DEPTH = 16  # a configuration nests three levels
+MAX_NODES = 4096  # keys and values; a configuration has some 200
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = ("str", "int", "float", "bool", "null", "timestamp", "value")
@@ -250,7 +251,9 @@ def _compose(text: str) -> Any:
 
 
 class _Composer(Composer):
-    """Refuses aliases and deep nesting before they cost anything."""
+    """Refuses aliases, deep nesting and any number of values before they cost anything."""
+
+    _num_nodes = 0
 
     def get_single_node(self) -> Any:
         try:
@@ -265,6 +268,9 @@ class _Composer(Composer):
             raise ComposerError(problem=problem, problem_mark=event.start_mark)
         if self.depth >= MAX_DEPTH:
             raise ComposerError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+        self._num_nodes += 1
+        if self._num_nodes > MAX_NODES:
+            raise ComposerError(problem=f"more than {MAX_NODES} keys and values", problem_mark=event.start_mark)
         self.anchors.clear()  # nothing refers to them, so they need not be unique
         return super().compose_node(parent, index)
 

@@ -107,6 +107,14 @@ class ClusterRuntime:
             raise EngineError("the cluster is not running: call start() first")
         return pipeline.launched
 
+    @property
+    def max_model_len(self) -> int:
+        """The tokens that a prompt and its answer may have together: of the deployment, as far as KV holds them."""
+        longest = self.deployment.max_model_len
+        if not self.deployment.limits_context or (pipeline := self.supervisor.newest) is None:
+            return longest
+        return min(longest, pipeline.launched.num_pages * self.deployment.config.kv_cache.page_size)
+
     def document_prompts(
         self, document: str, questions: Sequence[str], options: AnswerOptions, now: datetime | None = None
     ) -> list[list[int]]:
@@ -120,7 +128,7 @@ class ClusterRuntime:
         """
         prompts = build_document_prompts(
             self.tokenizer, document, questions, self.deployment.config.model.document_prompt,
-            enable_thinking=options.enable_thinking, max_model_len=self.deployment.max_model_len,
+            enable_thinking=options.enable_thinking, max_model_len=self.max_model_len,
             max_tokens=options.max_tokens, now=now,
         )  # fmt: skip
         check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
@@ -153,7 +161,7 @@ class ClusterRuntime:
 
     def check_document(self, data: bytes) -> str:
         """Return the text of a document; raises PromptError for one that is empty, not UTF-8 or certainly too long."""
-        return check_document(data, self.tokenizer, self.deployment.max_model_len)
+        return check_document(data, self.tokenizer, self.max_model_len)
 
     def chat_prompt(
         self, messages: Sequence[tuple[str, str]], options: AnswerOptions, now: datetime | None = None
@@ -167,7 +175,7 @@ class ClusterRuntime:
             PromptError: messages that cannot fit. ChatTemplateError, RendererBusy: see `render_chat`.
         """
         size = sum(len(content) for _, content in messages)  # characters: never more than bytes
-        check_size(size, self.tokenizer, self.deployment.max_model_len, what="messages")
+        check_size(size, self.tokenizer, self.max_model_len, what="messages")
         conversation = [{"role": role, "content": content} for role, content in messages]
         return encode_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking, now=now)
 
@@ -216,7 +224,7 @@ class ClusterRuntime:
         num_pages = running.engine.scheduler.pool.num_pages if running is not None else 0
         return {
             "model": config.model.served_model_name,
-            "max_model_len": self.deployment.max_model_len,
+            "max_model_len": self.max_model_len,
             "kv_usage": self.kv_usage,
             "kv_tokens": num_pages * config.kv_cache.page_size,
             "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
@@ -241,7 +249,7 @@ class ClusterRuntime:
         for prompt in prompts:
             if not len(prompt):
                 raise UserError("prompt: 0 tokens: must have at least one")
-            check_length(len(prompt), options.max_tokens, self.deployment.max_model_len)
+            check_length(len(prompt), options.max_tokens, self.max_model_len)
             check_ids(prompt, self.deployment.spec.vocab_size)
 
     def resolve(self, options: AnswerOptions) -> AnswerOptions:

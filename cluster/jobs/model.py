@@ -132,8 +132,15 @@ class JobSpec:
         return _SPEC.validate_json(text)
 
     def body_hash(self) -> str:
-        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline."""
+        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline.
+
+        What is not said counts as greedy, as it was before models had defaults of their own; saying just that differs.
+        """
         values = asdict(self)
+        sampling, greedy = values["ask"]["sampling"], asdict(SamplingParams())
+        values["ask"]["sampling"] = {name: greedy[name] if v is None else v for name, v in sampling.items()}
+        if said := [name for name in sampling if name != "seed" and sampling[name] == greedy[name] is not None]:
+            values["said"] = said
         for key in ("idempotency_key", "deadline"):
             del values[key]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()

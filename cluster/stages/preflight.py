@@ -5,6 +5,7 @@ Legend: the head is this process; a node is a machine that will hold stages.
 
 from __future__ import annotations
 
+import logging
 import socket
 
 from cluster.common.errors import PreflightError
@@ -14,6 +15,8 @@ from cluster.config.memory_budget import kv_budget, kv_dtype, kv_token_bytes
 from protos.model.checkpoint import Checkpoint, fingerprint_of
 from protos.node.node_check import check_writable
 from protos.stage.messages import LoadProgress
+
+_log = logging.getLogger(__name__)
 
 
 def check_head(deployment: Deployment) -> str:
@@ -52,11 +55,11 @@ def check_room(deployment: Deployment, budget: int) -> int:
     """Return the pages that `budget` bytes hold on the shard whose tokens are largest.
 
     Raises:
-        PreflightError: one context of max_model_len would not fit.
+        PreflightError: one context of max_model_len would not fit, and the YAML asks for it; or not even a page.
     """
     page_size, widest = deployment.config.kv_cache.page_size, kv_token_bytes(deployment)
     pages, longest = budget // (widest * page_size), -(-deployment.max_model_len // page_size)
-    if pages < longest:
+    if pages < longest and (not deployment.limits_context or not pages):
         raise PreflightError(
             f"kv_cache: room for {pages * page_size} tokens an actor, "
             f"model.max_model_len is {deployment.max_model_len}: "
@@ -70,10 +73,17 @@ def count_pages(deployment: Deployment, loaded: list[LoadProgress], shards_per_n
     """Return the KV pages that every shard allocates: what the tightest one affords, at most what sequences can use.
 
     Raises:
-        PreflightError: one context of max_model_len would not fit beside what a step needs while it runs.
+        PreflightError: as of `check_room`, beside what a step needs while it runs.
     """
     config = deployment.config
     sharers = 1 if config.cluster.device == "cuda" else shards_per_node
     budget = kv_budget(deployment, loaded, sharers)
-    longest = -(-deployment.max_model_len // config.kv_cache.page_size)
-    return min(check_room(deployment, budget), longest * config.prefill.max_num_seqs)
+    pages, longest = check_room(deployment, budget), -(-deployment.max_model_len // config.kv_cache.page_size)
+    if pages < longest:
+        _log.warning(
+            "model.max_model_len is not given: contexts are limited to %d tokens, which the KV cache holds, of %d that "
+            "the positions cover: all of them need %s for it (kv_cache.bytes)",
+            pages * config.kv_cache.page_size, deployment.max_model_len,
+            format_bytes(longest * config.kv_cache.page_size * kv_token_bytes(deployment)),
+        )  # fmt: skip
+    return min(pages, longest * config.prefill.max_num_seqs)

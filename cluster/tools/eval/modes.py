@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from cluster.config.deployment import Deployment, load_config, load_deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype
+from cluster.config.schema import ModelSection
 from cluster.config.topology import kv_bytes_per_token
 from cluster.tools.assets import configs_dir
 from protos.errors import UserError
@@ -20,29 +21,30 @@ from protos.model.spec import SparseSpec
 
 MODES = ("plain", "yarn", "dca", "sparse")
 LONG_CONFIG = "config_1m.json"  # beside config.json: the published recipe for long contexts
+Settings = Mapping[str, object]  # dotted keys of the YAML
+NO_SETTINGS: Settings = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The deployment to evaluate: a YAML file, with another checkpoint in it when `model` is given."""
+    """The deployment to evaluate: a YAML file, with another checkpoint in it when `model` is given.
+
+    The checkpoint replaces the path (and the name it is served by) and no other key.
+    """
 
     config: Path
     model: Path | None = None
 
     @property
     def overrides(self) -> dict[str, object]:
-        """Dotted keys that put the checkpoint in place of the YAML's, without its settings of positions."""
+        """Dotted keys that put the checkpoint in place of the YAML's."""
         if self.model is None:
             return {}
-        return {
-            "model.path": str(self.model.absolute()), "model.served_model_name": None, "model.rope_scaling": None,
-            "model.config_file": "config.json", "model.dual_chunk_attention": None, "model.chat_template": None,
-        }  # fmt: skip
+        return {"model.path": str(self.model.absolute()), "model.served_model_name": None}
 
-    @property
-    def model_dir(self) -> Path:
-        """The folder of the checkpoint. Raises ConfigError."""
-        return self.model or load_config(self.config).model.path
+    def settings(self, more: Settings = NO_SETTINGS) -> ModelSection:
+        """Return section `model` of the YAML with the checkpoint and `more` dotted keys in it. Raises ConfigError."""
+        return load_config(self.config, {**self.overrides, **more}).model
 
 
 def find_target(config: Path | None, model: Path | None) -> Target:
@@ -57,16 +59,16 @@ def find_target(config: Path | None, model: Path | None) -> Target:
 
 def load_mode(
     target: Target, mode: str, max_len: int, *, extra_tokens: int = 0, sparse_threshold: int | None = 0,
-    kv: str = "auto", more: Mapping[str, object] = MappingProxyType({}),
+    kv: str = "auto", more: Settings = NO_SETTINGS,
 ) -> Deployment:  # fmt: skip
     """Return the deployment of one mode, with room for what it reads. Raises ConfigError or UserError.
 
     Args:
         max_len: tokens of a context.
         extra_tokens: KV beside one context, for what questions about one document do not share.
-        more: further dotted keys of the YAML.
+        more: further dotted keys of the YAML; they go before what the mode sets.
     """
-    overrides = target.overrides | mode_overrides(target, mode, max_len, sparse_threshold)
+    overrides = target.overrides | mode_overrides(target, mode, max_len, sparse_threshold, more)
     overrides |= {"model.max_model_len": max_len, "model.sampling_defaults": "greedy"}
     if kv != "auto":
         overrides["kv_cache.dtype"] = kv
@@ -85,26 +87,29 @@ def load_mode(
     return load_deployment(target.config, overrides)
 
 
-def mode_overrides(target: Target, mode: str, max_len: int, sparse_threshold: int | None) -> dict[str, object]:
+def mode_overrides(
+    target: Target, mode: str, max_len: int, sparse_threshold: int | None, more: Settings = NO_SETTINGS
+) -> dict[str, object]:
     """Return the dotted keys that make one checkpoint attend by `mode` up to `max_len`. Raises UserError."""
     if mode not in MODES:
         raise UserError(f"--modes: {mode}: must be among {', '.join(MODES)}")
     overrides: dict[str, object] = {"sparse.enabled": mode == "sparse"}
+    settings = target.settings(more)
     if mode in ("plain", "yarn"):
         scaling: dict[str, object] = {"rope_type": "default"}
         if mode == "yarn":
-            window = trained_window(target.model_dir)
+            window = trained_window(settings.path)
             factor = float(max(1, math.ceil(max_len / window)))
             scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": window}
         else:
             overrides["model.allow_beyond_positions"] = True
-        if load_config(target.config).model.config_file == LONG_CONFIG:
+        if settings.config_file == LONG_CONFIG:
             overrides["model.config_file"] = "config.json"
         return overrides | {"model.rope_scaling": scaling, "model.dual_chunk_attention": False}
-    long = dual_chunk_overrides(target)
+    long = dual_chunk_overrides(target, more)
     if long is None:
         raise UserError(
-            f"--modes: {mode}: {target.model_dir} has neither {LONG_CONFIG} nor dual_chunk_attention_config in "
+            f"--modes: {mode}: {settings.path} has neither {LONG_CONFIG} nor dual_chunk_attention_config in "
             "its config.json: add the file, or set model.dual_chunk_attention in the YAML, or leave dca and sparse out"
         )
     if mode == "sparse" and sparse_threshold is not None:
@@ -112,15 +117,27 @@ def mode_overrides(target: Target, mode: str, max_len: int, sparse_threshold: in
     return overrides | long
 
 
-def dual_chunk_overrides(target: Target) -> dict[str, object] | None:
+def dual_chunk_overrides(target: Target, more: Settings = NO_SETTINGS) -> dict[str, object] | None:
     """Return what switches dual chunk attention on, the YAML's settings or the published file; None without either."""
-    section = load_config(target.config).model.dual_chunk_attention
-    if target.model is None and section is not None and section.enabled is not False:
-        return {}
+    settings = target.settings(more)
+    section = settings.dual_chunk_attention
+    if section is not None and section.enabled is not False:
+        has_file = (settings.path / settings.config_file).is_file()
+        return {} if has_file else {"model.config_file": "config.json"}  # of another checkpoint than the YAML's
     from_file: dict[str, object] = {"model.rope_scaling": None, "model.dual_chunk_attention": None}
-    if (target.model_dir / LONG_CONFIG).is_file():
+    if (settings.path / LONG_CONFIG).is_file():
         return from_file | {"model.config_file": LONG_CONFIG}
-    return from_file if load_model_spec(target.model_dir).dual_chunk is not None else None
+    if load_model_spec(settings.path).dual_chunk is None:
+        return None
+    return from_file | {"model.config_file": "config.json"}
+
+
+def set_aside(target: Target, mode: str, deployment: Deployment) -> list[str]:
+    """Return a line for every setting of positions in the YAML that a mode has replaced by its own."""
+    given, used = target.settings(), deployment.config.model
+    keys = [key for key in ("rope_scaling", "dual_chunk_attention") if getattr(given, key) is not None]
+    replaced = [key for key in keys if getattr(given, key) != getattr(used, key)]
+    return [f"{mode}: sets model.{key} of {target.config} aside; its positions are the mode's own" for key in replaced]
 
 
 def trained_window(model_dir: Path) -> int:

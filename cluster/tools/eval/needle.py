@@ -23,7 +23,7 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
 from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
-from cluster.tools.eval.modes import MODES, Target, load_mode
+from cluster.tools.eval.modes import MODES, Target, load_mode, set_aside
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 from protos.model.spec import ModelSpec
@@ -82,6 +82,9 @@ class NeedleRun:
             )
             for mode in options.modes
         }  # fmt: skip
+        for mode, deployment in self.deployments.items():
+            for line in set_aside(target, mode, deployment):
+                display.say(line)
         first = next(iter(self.deployments.values()))
         self.trained = (first.config.model.path / "words.json").is_file()  # on this task: it gives exact answers
         tokenizer = TextTokenizer.open(first.config.model.path, first.config.model.chat_template)

@@ -19,7 +19,7 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
-from cluster.tools.eval.modes import Target, dual_chunk_overrides, load_mode, trained_window
+from cluster.tools.eval.modes import Target, dual_chunk_overrides, load_mode, set_aside, trained_window
 from protos.errors import UserError
 from protos.node.environment import usable_cores
 
@@ -71,6 +71,8 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
     deployment = load_mode(target, positions, options.tokens + options.num_next, more=more)
     if options.sparse and deployment.spec.sparse is None:
         raise UserError("--sparse: the configuration switches it off: leave sparse.enabled out of --set")
+    for line in set_aside(target, positions, deployment):
+        display.say(line)
     check_head(deployment)
     tokenizer = TextTokenizer.open(deployment.config.model.path, deployment.config.model.chat_template)
     prompt = _prompt(tokenizer, options)
@@ -95,9 +97,11 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
 def _positions(target: Target, options: RecallOptions) -> str:
     if options.positions != "auto":
         return options.positions
-    if dual_chunk_overrides(target) is not None:
+    if dual_chunk_overrides(target, options.more) is not None:
         return "dca"
-    return "plain" if options.tokens + options.num_next <= trained_window(target.model_dir) else "yarn"
+    return (
+        "plain" if options.tokens + options.num_next <= trained_window(target.settings(options.more).path) else "yarn"
+    )
 
 
 def _prompt(tokenizer: TextTokenizer, options: RecallOptions) -> list[int]:

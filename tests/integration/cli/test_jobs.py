@@ -47,6 +47,11 @@ def test_submit_then_wait_and_list(verb: Verb, head: FakeHead, report: Path) -> 
     request = head.jobs.calls["Submit"][0]
     assert request.sampling.max_tokens == 1000
     assert dict(request.labels) == {"team": "law"}
+    said = {item.name for item, _ in request.sampling.ListFields()}
+    assert said == {"max_tokens"}, "what is not said is the model's to decide"
+    verb("submit", "--document", report, "--question", "Why?", "--temperature", "0", "--top-k", "0", "--seed", "0")
+    said = {item.name: value for item, value in head.jobs.calls["Submit"][1].sampling.ListFields()}
+    assert said == {"max_tokens": 256, "temperature": 0.0, "top_k": 0, "seed": 0}
 
     done = verb("wait", job_id)
     assert (done.code, done.out.strip()) == (0, ANSWER)

@@ -99,6 +99,43 @@ def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Calla
     longreach.assert_nothing_left()
 
 
+def test_sampling_is_as_the_model_says_and_can_be_repeated(
+    longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in NEEDLE.iterdir():
+        if path.name != "generation_config.json":
+            (model / path.name).symlink_to(path)
+    defaults = {"temperature": 1.5, "top_k": 200, "top_p": 0.95}
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, **defaults}))
+    (tmp_path / "prompt.txt").write_text("In the beginning")
+    config = write_config(model_path=model)
+    prompt = ("--prompt-file", tmp_path / "prompt.txt")
+    arguments = ("run", config, *prompt, "--max-tokens", "12", "--ignore-eos", "--json")
+
+    done = longreach(*arguments)
+    assert done.code == 0, done.err
+    (first,) = json.loads(done.out)["results"]
+    sampling = first["sampling"]
+    assert {name: sampling[name] for name in defaults} == defaults
+
+    done = longreach(*arguments, "--seed", str(sampling["seed"]))
+    (again,) = json.loads(done.out)["results"]
+    assert (again["token_ids"], again["sampling"]) == (first["token_ids"], sampling)
+
+    done = longreach(*arguments, "--temperature", "0", "--top-k", "0")
+    (greedy,) = json.loads(done.out)["results"]
+    assert {name: greedy["sampling"][name] for name in defaults} == defaults | {"temperature": 0.0, "top_k": 0}
+    assert greedy["token_ids"] != first["token_ids"]
+
+    (model / "generation_config.json").write_text('{"temperature": -1}')
+    done = longreach(*arguments)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "generation_config.json: temperature: -1: must be a number from 0 to 100" in done.err
+    longreach.assert_nothing_left()
+
+
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRuntime]:
     overrides = {

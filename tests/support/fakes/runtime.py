@@ -37,7 +37,7 @@ class FakeRuntime(ClusterRuntime):
         self.starts += 1
         self.shard = FakeShard(0, 1, self.script, Clock())
         scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
-        launched: Any = SimpleNamespace(shards=(self.shard,), fingerprint="f", dtype="float32")
+        launched: Any = SimpleNamespace(shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32")
         engine = Engine(scheduler, [self.shard], self.tokenizer)
         engine.start()
         return Pipeline(engine, launched, engine.close)

@@ -147,7 +147,7 @@ BAD: list[tuple[dict[str, object], str]] = [
      "use a smaller page, or another model.dual_chunk_attention$"),
     ({"sparse.cell": 1000},
      "^<override>: sparse.cell: 1000: must be a multiple of kv_cache.page_size .64.*smaller page$"),
-    ({"prefill.max_num_batched_tokens": 3583},
+    ({"prefill.max_num_batched_tokens": 3583, "sparse.cell": "8K"},
      "^<override>: prefill.max_num_batched_tokens: 3583: must be at least 3584, the largest cell of sparse prefill; "
      "raise it, lower sparse.cell, or say sparse.enabled: false$"),
     ({"sparse.cell": 2048, "prefill.max_num_batched_tokens": 2047}, "must be at least 2048, the largest cell"),

@@ -55,6 +55,32 @@ def test_a_fraction_is_of_what_a_step_leaves():
         kv_budget(given, loaded(scratch(given)), 1)
 
 
+def test_what_is_left_out_is_as_much_as_one_context_needs():
+    given = deployment(kv_cache__bytes=None)
+    context = 4096 * kv_bytes_per_token(given.spec, given.shards[0], 4)
+    for free, wanted in ((4 * context, 2 * context), (1.5 * context, context), (context, 0.8 * context)):
+        assert kv_budget(given, loaded(scratch(given) + int(free)), 1) == pytest.approx(wanted, abs=1)
+
+
+def test_contexts_that_nobody_has_asked_for_are_limited_to_the_memory(caplog: pytest.LogCaptureFixture):
+    """A long recipe on a small machine; a length that is given is refused."""
+    recipe = {"kv_cache__bytes": None, "model__config_file": "config_1m.json"}
+    given = deployment(**recipe)
+    assert (given.max_model_len, given.config.prefill.max_num_batched_tokens) == (1 << 20, 3584)
+    room = scratch(given) + 64 * MIB
+    pages = count_pages(given, loaded(room), 1)
+    tokens = pages * 64
+    assert 0.7 * 64 * MIB < tokens * kv_bytes_per_token(given.spec, given.shards[0], 4) <= 0.8 * 64 * MIB
+    assert f"contexts are limited to {tokens} tokens, which the KV cache holds, of 1048576" in caplog.text
+    asked = deployment(**recipe, model__max_model_len="1M")
+    with pytest.raises(PreflightError, match=r"model.max_model_len is 1048576: give kv_cache.bytes at least 4GiB"):
+        count_pages(asked, loaded(room), 1)
+    small = deployment(**recipe | {"kv_cache__bytes": "8MiB"})
+    assert 0 < count_pages(small, loaded(room), 1) * 64 < tokens
+    with pytest.raises(PreflightError, match="room for 0 tokens"):
+        count_pages(deployment(**recipe | {"kv_cache__bytes": "1kB"}), loaded(room), 1)
+
+
 @pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False), (5 * MIB, False)])
 def test_a_size_that_does_not_fit_beside_a_step_is_refused_with_the_length(missing: int, fits: bool):
     given = deployment(kv_cache__bytes="32MiB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def test_errors_name_what_the_parser_met(tmp_path: Path) -> None:
         source(tmp_path, "a: 1\n...\nb: 1\n")
     with pytest.raises(ConfigError, match=r"demo.yaml:2: not valid YAML: version minor part"):
         source(tmp_path, "%YAML 1.3\n---\na: 1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: 1\n" * 200_000, ":2048: not valid YAML: more than 4096 keys and values"),
+        ("a: [" + "1," * 500_000 + "]", ":1: not valid YAML: more than 4096 keys and values"),
+        ("a: " + "[" * 1_000_000, ":1: not valid YAML: nested deeper than 16 levels"),
+        ("- " * 500_000, ":1: not valid YAML: nested deeper than 16 levels"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", ":2: not valid YAML: *a: anchors and aliases"),
+        ("#" * (1 << 21), ": larger than 1048576 bytes: this is not a configuration file"),
+        ("model:\n\tpath: x\n", ":2: not valid YAML: found character '\\t' that cannot start any token"),
+        ("model: {}\nmodel: {}\n---\n", ":3: not valid YAML: but found another document"),
+    ],
+    ids=["keys", "items", "brackets", "dashes", "aliases", "bytes", "tab", "documents"],
+)  # fmt: skip
+def test_what_is_no_configuration_costs_little(tmp_path: Path, text: str, reason: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        source(tmp_path, text)
+    assert time.process_time() - began < 3
+    assert reason in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_fine(tmp_path: Path) -> None:
+    assert source(tmp_path, "\ufeffa: 1\r\nb: 2\r\n").data == {"a": 1, "b": 2}
 
 
 def test_several_problems_give_the_first_by_line() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 
 import pytest
 
 from cluster.jobs.model import ACTIVE, FINAL, WAITING, InvalidJob, JobInput, JobSpec, JobState, check_id, new_id
-from protos.jobs.sampling import AnswerOptions
+from protos.jobs.sampling import AnswerOptions, Sampling
 from protos.stage.messages import SamplingParams
 
 DOC = new_id("doc")
@@ -85,3 +87,17 @@ def test_only_key_and_deadline_do_not_count_as_body() -> None:
         replace(spec, priority=1), replace(spec, attached=True), replace(spec, labels={}),
     ]  # fmt: skip
     assert len({spec.body_hash(), *(other.body_hash() for other in others)}) == 1 + len(others)
+
+
+def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_than_saying_it() -> None:
+    """The hash of a request that says nothing of sampling is the one that a head without defaults of models stored."""
+    spec = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=Sampling(seed=5)))
+    greedy = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=SamplingParams(seed=5)))
+    values = json.loads(greedy.to_json())
+    del values["idempotency_key"], values["deadline"]
+    before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    assert spec.body_hash() == before
+    others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (
+        {"temperature": 0.0}, {"top_p": 1.0}, {"temperature": 0.5}, {"top_k": 5},
+    )]  # fmt: skip
+    assert len({other.body_hash() for other in (spec, greedy, *others)}) == 6

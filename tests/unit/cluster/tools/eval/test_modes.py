@@ -9,7 +9,15 @@ import pytest
 
 from cluster.config.deployment import load_config
 from cluster.tools.assets import configs_dir, needle_dir
-from cluster.tools.eval.modes import MODES, Target, dual_chunk_overrides, find_target, load_mode, trained_window
+from cluster.tools.eval.modes import (
+    MODES,
+    Target,
+    dual_chunk_overrides,
+    find_target,
+    load_mode,
+    set_aside,
+    trained_window,
+)
 from protos.errors import UserError
 from tests.support.data.checkpoints import make_checkpoint
 
@@ -65,6 +73,55 @@ def test_dual_chunk_attention_comes_from_the_yaml_or_a_published_file(tmp_path: 
     given = tmp_path / "given.yaml"
     given.write_text(f"model: {{path: {model}, dual_chunk_attention: {{chunk_size: 64, local_size: 32}}}}\n")
     assert dual_chunk_overrides(Target(given)) == {}
+
+
+DUAL = "{chunk_size: 64, local_size: 32}"
+
+
+def test_a_checkpoint_replaces_the_path_of_the_yaml_alone(tmp_path: Path) -> None:
+    model, other = (make_checkpoint(tmp_path / name, "qwen3") for name in ("tiny", "other"))
+    yaml = tmp_path / "given.yaml"
+    yaml.write_text(
+        f"model: {{path: {other}, served_model_name: other, dual_chunk_attention: {DUAL}, dtype: float32,\n"
+        "  document_prompt: '{document} {question}'}\n"
+        "sparse: {cell: 128}\nprefill: {max_num_seqs: 3}\n"
+    )
+    for mode in MODES:
+        found = load_mode(Target(yaml, model), mode, 64)
+        config = found.config
+        assert (config.model.path, config.model.served_model_name) == (model, "tiny")
+        assert (config.model.dtype, config.model.document_prompt) == ("float32", "{document} {question}")
+        assert (config.prefill.max_num_seqs, config.sparse.cell) == (3, 128)
+        assert config.model.sampling_defaults == "greedy"
+        dual = found.spec.dual_chunk
+        assert (None if dual is None else (dual.chunk_size, dual.local_size)) == (
+            (64, 32) if mode in ("dca", "sparse") else None
+        )
+        said = set_aside(Target(yaml, model), mode, found)
+        assert [f"{mode}: sets model.dual_chunk_attention of {yaml} aside" in line for line in said] == (
+            [True] if dual is None else []
+        )
+
+
+@pytest.mark.parametrize("config", ["demo.yaml", "single.yaml"])
+def test_dual_chunk_attention_may_be_set_on_the_command_line(tmp_path: Path, config: str) -> None:
+    """demo.yaml names a config_file that the checkpoint does not have."""
+    model = make_checkpoint(tmp_path / "tiny", "qwen3")
+    more = {"model.dual_chunk_attention": {"chunk_size": 64, "local_size": 32}, "kv_cache.page_size": 32}
+    found = load_mode(Target(configs_dir() / config, model), "dca", 64, more=more)
+    assert found.spec.dual_chunk is not None
+    assert found.spec.dual_chunk.chunk_size == 64
+    assert load_mode(Target(configs_dir() / config, model), "plain", 64).spec.dual_chunk is None
+
+
+def test_a_published_file_of_the_checkpoint_is_used(tmp_path: Path) -> None:
+    yaml = tmp_path / "given.yaml"
+    yaml.write_text(f"model: {{path: {tmp_path}, rope_scaling: {{rope_type: yarn, factor: 2.0}}}}\n")
+    found = load_mode(Target(yaml, needle_dir()), "sparse", 64)
+    assert (found.spec.dual_chunk is not None, found.spec.rope.kind) == (True, "default")
+    assert set_aside(Target(yaml, needle_dir()), "sparse", found) == [
+        f"sparse: sets model.rope_scaling of {yaml} aside; its positions are the mode's own"
+    ]
 
 
 def test_the_window_a_model_was_trained_on(tmp_path: Path) -> None:
