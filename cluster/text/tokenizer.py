@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
-from cluster.text.literal_tokenizer import LiteralTokenizers, Place, unknown_id
+from cluster.text.literal_tokenizer import LiteralTokenizers, Place
 from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
@@ -45,8 +45,8 @@ class TextTokenizer:
         self.special_tokens = named_tokens(config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
-        self._unknown_id = unknown_id(self._layout["model"])
-        self.added_texts = tuple(token.content for token in self._added.values())
+        self._id_of = {token.content: i for i, token in self._added.items()}
+        self.added_texts = tuple(self._id_of)
         eos = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         self.end_ids = frozenset(() if eos is None else (eos,))
         self._prefix_ids = _prefix_ids(self._tokenizer)
@@ -110,25 +110,21 @@ class TextTokenizer:
     def _encode_mixed(self, parts: Sequence[TextPart], place: Place) -> list[int]:
         """Encode the text between the added tokens of the parts that are not literal, each stretch in one piece."""
         ids: list[int] = []
-        stretch: list[str] = []
+        stretch: list[TextPart] = []
         for part in parts:
             begin = 0
-            for token_id, start, end in () if part.literal else self._find_added(part.text):
-                stretch.append(part.text[begin:start])
-                ids += _encode(self._literal.at(place), "".join(stretch))
-                ids.append(token_id)
-                place = Place.AFTER_NORMALIZED if self._added[token_id].normalized else Place.AFTER_ADDED
+            for token, start, end in () if part.literal else self._literal.find_added(part.text):
+                stretch.append(TextPart(part.text[begin:start]))
+                ids += self._encode_stretch(stretch, place)
+                ids.append(self._id_of[token.content])
+                place = Place.AFTER_NORMALIZED if token.normalized else Place.AFTER_ADDED
                 stretch, begin = [], end
-            stretch.append(part.text[begin:])
-        return ids + _encode(self._literal.at(place), "".join(stretch))
+            stretch.append(TextPart(part.text[begin:], part.literal))
+        return ids + self._encode_stretch(stretch, place)
 
-    def _find_added(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (id, start, end) of the added tokens in a text, with the white space that they take in."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            token = self._added.get(token_id)
-            if token and (token_id != self._unknown_id or text[start:end].strip() == token.content):
-                yield token_id, start, end
+    def _encode_stretch(self, parts: Sequence[TextPart], place: Place) -> list[int]:
+        is_literal = any(part.literal and part.text for part in parts)
+        return _encode(self._literal.at(place, is_literal), "".join(part.text for part in parts))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary are skipped."""
