@@ -80,9 +80,8 @@ class LiteralTokenizers:
         return whole
 
     def _with_model(self, model: Any, place: Place) -> Tokenizer:
-        parts = {key: _sequence(key, self._layout.get(key), place) for key in ("normalizer", "pre_tokenizer")}
         definition: dict[str, Any] = {"added_tokens": [], "model": _EMPTY_MODEL, "decoder": self._layout.get("decoder")}
-        tokenizer = Tokenizer.from_str(json.dumps(definition | parts))
+        tokenizer = Tokenizer.from_str(json.dumps(definition | _at_place(self._layout, place)))
         tokenizer.model = model
         return tokenizer
 
@@ -99,15 +98,21 @@ def _load_model(model: Mapping[str, Any]) -> Any:
     return Tokenizer.from_str(json.dumps({"added_tokens": [], "model": model})).model
 
 
-def _sequence(key: str, section: dict[str, Any] | None, place: Place) -> dict[str, Any] | None:
-    steps = [kept for step in flatten_steps(section) if (kept := _at_place(step, place)) is not None]
-    return {"type": "Sequence", {"normalizer": "normalizers"}.get(key, "pretokenizers"): steps} if steps else None
+def _at_place(layout: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Return normalizer and pre-tokenizer as they work on text at `place`."""
+    normalizers, splits = (flatten_steps(layout.get(key)) for key in ("normalizer", "pre_tokenizer"))
+    gone = {"Strip"} if place >= Place.AFTER_ADDED else {"Strip", "Prepend"}
+    normalizers = [step for step in normalizers if step["type"] not in gone]
+    if splits:  # behind a first one that splits, marks stand for the white space that it drops
+        splits = [_marked_at(splits[0], place), *splits[1:]]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None,
+    }
 
 
-def _at_place(step: dict[str, Any], place: Place) -> dict[str, Any] | None:
-    """Return a step as it works on text at `place`; None for one that does nothing there."""
-    if step["type"] == "Strip" or (step["type"] == "Prepend" and place < Place.AFTER_ADDED):
-        return None
+def _marked_at(step: dict[str, Any], place: Place) -> dict[str, Any]:
+    """Return the first pre-tokenizer without the mark or space before the first word if there is none at `place`."""
     if step["type"] == "Metaspace":
         keeps = place is Place.START or (place is not Place.INSIDE and step.get("prepend_scheme") != "first")
         return step if keeps else {**step, "prepend_scheme": "never", "add_prefix_space": False}
