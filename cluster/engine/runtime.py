@@ -20,7 +20,7 @@ from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_template import opens_thinking, render_chat
-from cluster.text.prompts import build_document_prompts, check_document, check_length
+from cluster.text.prompts import build_document_prompts, check_document, check_length, check_texts, encode_prompt
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
@@ -150,9 +150,15 @@ class ClusterRuntime:
 
     def chat_prompt(self, messages: Sequence[tuple[str, str]], options: AnswerOptions) -> list[int]:
         """Return token ids of (role, content) messages through the chat template; raises PromptError."""
+        limit = self.deployment.max_model_len
+        check_texts([content for _, content in messages], self.tokenizer, limit, "conversation")
         conversation = [{"role": role, "content": content} for role, content in messages]
         text = render_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking)
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(text, max_model_len=limit)
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Return token ids of a raw prompt, in which special tokens may be spelt; raises PromptError."""
+        return encode_prompt(text, self.tokenizer, self.deployment.max_model_len)
 
     def reproducibility(self, seed: int) -> dict[str, Any]:
         """Return what is needed to get the same tokens again."""

@@ -21,8 +21,8 @@ from tests.support.data.tokenizers import NEEDLE, wrap
 TOKENIZERS = {name: wrap(make()) for name, make in FAMILIES.items()} | {"needle": NEEDLE}
 PIECES = st.sampled_from(
     ["a", "ab", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "1", "42", "1234567", ".", ",\n", "'s", "'",
-     "\u2019ll", "-", "/", "é", "e\u0301", "\u0301", "ß", "ñ", "漢", "字。", "。", "，", "か", "한국", "ह", "हि", "😀", "x", "<",
-     "t>", "\u0149", "ﬁ", "▁", *(token.content for token in ADDED)]
+     "\u2019ll", "-", "/", "é", "e\u0301", "\u0301", "ß", "ñ", "漢", "字。", "。", "，", "か", "한국", "ह", "हि",
+     "😀", "x", "<", "t>", "\u0149", "▁", *(token.content for token in ADDED)]
 )  # fmt: skip
 TEXTS = st.lists(PIECES | st.characters(exclude_categories=["Cs"]), max_size=20).map("".join)
 family = pytest.mark.parametrize("name", TOKENIZERS)
