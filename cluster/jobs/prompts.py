@@ -38,7 +38,7 @@ def job_prompts(
         elif source.messages is not None:
             prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]
         elif source.prompt is not None:
-            prompts = [runtime.tokenizer.encode(source.prompt, add_special=True)]
+            prompts = [runtime.text_prompt(source.prompt)]
         else:
             prompts = [list(source.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)

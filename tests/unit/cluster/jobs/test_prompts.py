@@ -142,7 +142,7 @@ def test_messages_that_cannot_fit_are_refused_before_they_are_rendered(
     monkeypatch.setattr(chat_template.renderer, "render", None)
     content = "a" * (runtime.deployment.max_model_len * runtime.tokenizer.longest_token_bytes)
     spec = JobSpec(JobInput(messages=(("user", content),)), AnswerOptions())
-    with pytest.raises(InvalidJob, match=r"^messages: \d+ bytes are at least \d+ tokens, max_model_len is"):
+    with pytest.raises(InvalidJob, match=r"^conversation: \d+ bytes are at least \d+ tokens, max_model_len is"):
         job_prompts(runtime, bench.service.documents, spec)
 
 
