@@ -12,7 +12,7 @@ from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, ServiceBusy
 from cluster.text.chat_template import render_user_message
 from cluster.text.reasoning import opens_reasoning
-from cluster.text.template_process import RendererBusy
+from cluster.text.templates.process import RendererBusy
 from protos.errors import UserError
 
 _CLOCK = "clock"  # in what is stored to get the same tokens again

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.text.chat_template import render_chat
 from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tokenizer import TextPart, TextTokenizer
 
 # In the basic plane, where an escape of JSON has one form; unchanged by case, trimming and normalization.

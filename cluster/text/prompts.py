@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from cluster.text.chat_template import render_user_message
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tokenizer import TextPart, TextTokenizer
 from protos.errors import UserError
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT

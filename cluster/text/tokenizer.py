@@ -16,7 +16,7 @@ from cluster.common.text_format import one_line
 from cluster.text.literal_tokenizer import LiteralTokenizers, Place
 from cluster.text.pieces import TextCutter
 from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
-from cluster.text.template_files import read_chat_template
+from cluster.text.templates.files import read_chat_template
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 

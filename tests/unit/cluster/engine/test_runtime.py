@@ -17,7 +17,7 @@ from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.runtime import ClusterRuntime, LocalCluster
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually

@@ -12,7 +12,7 @@ from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import InvalidJob, JobInput, JobRecord, JobSpec, JobState, ServiceBusy
 from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored_clock
 from cluster.text import chat_template
-from cluster.text.template_process import RendererBusy
+from cluster.text.templates.process import RendererBusy
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.service import Bench
