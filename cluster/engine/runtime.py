@@ -22,7 +22,7 @@ from cluster.engine.supervisor import PipelineSupervisor
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_user_message
-from cluster.text.prompts import build_document_prompts, check_document, check_length, check_size
+from cluster.text.prompts import build_document_prompts, check_document, check_length, check_texts, encode_prompt
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
@@ -174,15 +174,21 @@ class ClusterRuntime:
         Raises:
             PromptError: messages that cannot fit. ChatTemplateError, RendererBusy: see `render_chat`.
         """
-        size = sum(len(content) for _, content in messages)  # characters: never more than bytes
-        check_size(size, self.tokenizer, self.max_model_len, what="messages")
+        limit = self.max_model_len
+        check_texts([content for _, content in messages], self.tokenizer, limit, "conversation")
         conversation = [{"role": role, "content": content} for role, content in messages]
-        return encode_chat(self.tokenizer, conversation, enable_thinking=options.enable_thinking, now=now)
+        return encode_chat(
+            self.tokenizer, conversation, enable_thinking=options.enable_thinking, now=now, max_model_len=limit
+        )
 
     def check_chat_template(self) -> None:
         """Render a message, so that a template that never can be is found before a start; raises ChatTemplateError."""
         if self._tokenizer is not None:
             render_user_message(self._tokenizer, "question", None)
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Return token ids of a raw prompt, in which special tokens may be spelt; raises PromptError."""
+        return encode_prompt(text, self.tokenizer, self.max_model_len)
 
     def reproducibility(self, options: AnswerOptions, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return what is needed to get the same tokens again for the prompts of one job."""

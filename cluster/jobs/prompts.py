@@ -12,7 +12,7 @@ from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, ServiceBusy
 from cluster.text.chat_template import render_user_message
 from cluster.text.reasoning import opens_reasoning
-from cluster.text.template_process import RendererBusy
+from cluster.text.templates.process import RendererBusy
 from protos.errors import UserError
 
 _CLOCK = "clock"  # in what is stored to get the same tokens again
@@ -38,7 +38,7 @@ def job_prompts(
         elif source.messages is not None:
             prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]
         elif source.prompt is not None:
-            prompts = [runtime.tokenizer.encode(source.prompt, add_special=True)]
+            prompts = [runtime.text_prompt(source.prompt)]
         else:
             prompts = [list(source.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)

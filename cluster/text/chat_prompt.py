@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.text.chat_template import render_chat
 from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tokenizer import TextPart, TextTokenizer
 
 # In the basic plane, where an escape of JSON has one form; unchanged by case, trimming and normalization.
@@ -26,12 +26,17 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def encode_chat(
-    tokenizer: TextTokenizer, messages: Messages, *, enable_thinking: bool | None = None, now: datetime | None = None
-) -> list[int]:
+    tokenizer: TextTokenizer, messages: Messages, *, enable_thinking: bool | None = None, now: datetime | None = None,
+    max_model_len: int | None = None,
+) -> list[int]:  # fmt: skip
     """Return the token ids of a conversation under the model's chat template.
 
-    They are those of the rendered text, unless a message spells an added token: that stays text. Raises as
-    `render_chat`.
+    They are those of the rendered text, unless a message spells an added token: that stays text.
+
+    Args:
+        max_model_len: give up a text that is sure to have more tokens than that.
+
+    Raises as `render_chat` and `TextTokenizer.encode`.
     """
     now = now or datetime.now()
 
@@ -48,7 +53,7 @@ def encode_chat(
         if marks.remove(rendered)[0] != expected:
             apart = render(marks.mark([_split_reasoning(message, tokenizer) for message in messages]))
             rendered = apart if marks.remove(apart)[0] == expected else rendered
-    return _encode(tokenizer, marks, rendered)
+    return tokenizer.encode_parts(_parts(marks, rendered), max_model_len=max_model_len)
 
 
 def _has_reasoning(message: Mapping[str, Any]) -> bool:
@@ -159,12 +164,12 @@ def _unused_character(used: str) -> str:
     raise ChatTemplateError("messages: use all characters from U+E000 to U+F8FF: leave one of these private ones out")
 
 
-def _encode(tokenizer: TextTokenizer, marks: _Marks, rendered: str) -> list[int]:
-    """Return the ids of a rendered text: added tokens that a message spells are literal."""
+def _parts(marks: _Marks, rendered: str) -> list[TextPart]:
+    """Return the parts of a rendered text: added tokens that a message spells are literal."""
     text, places = marks.remove(rendered)
     parts: list[TextPart] = []
     done = 0
     for start, end in marks.spelt_by_messages(text, places) if places else ():
         parts += [TextPart(text[done:start]), TextPart(text[start:end], literal=True)]
         done = end
-    return tokenizer.encode_parts([*parts, TextPart(text[done:])])
+    return [*parts, TextPart(text[done:])]

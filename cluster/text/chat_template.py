@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from cluster.text.template_process import ChatTemplateError, renderer
+from cluster.text.templates.process import ChatTemplateError, renderer
 from cluster.text.tokenizer import TextTokenizer
 
 _MAX_CHARS = 1 << 20  # of a chat template, and of what it may add to the messages

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from cluster.text.token_bytes import BYTE_LEVEL_ALPHABET, flatten_steps
 
@@ -38,42 +38,55 @@ class LiteralTokenizers:
         """Keep what is needed; `layout` is the content of `tokenizer.json`."""
         self._tokenizer = tokenizer
         self._layout = layout
-        self._at: dict[Place, Tokenizer] = {}
+        self._at: dict[tuple[Place, bool], Tokenizer] = {}
 
-    def at(self, place: Place) -> Tokenizer:
-        """Return the tokenizer for text at `place`."""
-        if place not in self._at:
-            self._at[place] = self._with_model(self._model, place)
-        return self._at[place]
+    def at(self, place: Place, literal: bool = True) -> Tokenizer:
+        """Return the tokenizer for text at `place`; not `literal`: without added tokens, but with the whole model."""
+        key = place, literal
+        if key not in self._at:
+            self._at[key] = self._with_model(self._model if literal else self._tokenizer.model, place)
+        return self._at[key]
+
+    def find_added(self, text: str) -> Iterator[tuple[AddedToken, int, int]]:
+        """Yield the added tokens spelt in `text` with their start and end, white space that they take in included."""
+        encoding = self._finder.encode(text, add_special_tokens=False)
+        added = self._finder.get_added_tokens_decoder()
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in added:
+                yield added[token_id], start, end
+
+    @cached_property
+    def _finder(self) -> Tokenizer:
+        """The whole tokenizer, except that its model gives no added tokens: ids of added tokens are other ones."""
+        tokenizer = self._with_model(self._model, Place.START)
+        tokenizer.add_tokens(list(self._tokenizer.get_added_tokens_decoder().values()))
+        return tokenizer
 
     @cached_property
     def _model(self) -> Any:
         """The model without the entries that are added tokens; most have none and are shared, not copied."""
-        model, added = self._tokenizer.model, self._tokenizer.get_added_tokens_decoder()
         needed = _byte_entries(self._layout)
-        own = {i: token.content for i, token in added.items() if model.id_to_token(i) is not None}
-        own = {i: content for i, content in own.items() if content not in needed}
-        if not own:
-            return model
-        model = _load_model(_without_entries(self._layout["model"], own))
-        tokenizer = self._with_model(model, Place.INSIDE)
-        spelt = {i: content for i, content in own.items() if _has_spelling(tokenizer, content, self._layout["model"])}
-        return model if spelt == own else _load_model(_without_entries(self._layout["model"], spelt))
+        texts = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        whole = self._tokenizer.model
+        own = {i: text for i, text in texts.items() if text not in needed and whole.id_to_token(i) is not None}
+        while own:
+            model = _load_model(_without_entries(self._layout["model"], own))
+            tokenizer = self._with_model(model, Place.INSIDE)
+            lost = {i for i, text in own.items() if not _has_spelling(tokenizer, text, self._layout["model"])}
+            if not lost:
+                return model
+            shortest = min(len(own[i]) for i in lost)  # the others may be spelt with these
+            own = {i: text for i, text in own.items() if i not in lost or len(text) > shortest}
+        return whole
 
     def _with_model(self, model: Any, place: Place) -> Tokenizer:
-        parts = {key: _sequence(key, self._layout.get(key), place) for key in ("normalizer", "pre_tokenizer")}
-        definition: dict[str, Any] = {
-            "added_tokens": [],
-            "model": _EMPTY_MODEL,
-            "decoder": self._layout.get("decoder"),
-            **parts,
-        }
-        tokenizer = Tokenizer.from_str(json.dumps(definition))
+        definition: dict[str, Any] = {"added_tokens": [], "model": _EMPTY_MODEL, "decoder": self._layout.get("decoder")}
+        tokenizer = Tokenizer.from_str(json.dumps(definition | _at_place(self._layout, place)))
         tokenizer.model = model
         return tokenizer
 
 
-def unknown_id(model: Mapping[str, Any]) -> int | None:
+def _unknown_id(model: Mapping[str, Any]) -> int | None:
     """Return the id that a model of `tokenizer.json` gives for a character it does not know; None if it has none."""
     if isinstance(model.get("vocab"), list):  # Unigram
         unknown: int | None = model.get("unk_id")
@@ -85,15 +98,21 @@ def _load_model(model: Mapping[str, Any]) -> Any:
     return Tokenizer.from_str(json.dumps({"added_tokens": [], "model": model})).model
 
 
-def _sequence(key: str, section: dict[str, Any] | None, place: Place) -> dict[str, Any] | None:
-    steps = [kept for step in flatten_steps(section) if (kept := _at_place(step, place)) is not None]
-    return {"type": "Sequence", {"normalizer": "normalizers"}.get(key, "pretokenizers"): steps} if steps else None
+def _at_place(layout: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Return normalizer and pre-tokenizer as they work on text at `place`."""
+    normalizers, splits = (flatten_steps(layout.get(key)) for key in ("normalizer", "pre_tokenizer"))
+    gone = {"Strip"} if place >= Place.AFTER_ADDED else {"Strip", "Prepend"}
+    normalizers = [step for step in normalizers if step["type"] not in gone]
+    if splits:  # behind a first one that splits, marks stand for the white space that it drops
+        splits = [_marked_at(splits[0], place), *splits[1:]]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None,
+    }
 
 
-def _at_place(step: dict[str, Any], place: Place) -> dict[str, Any] | None:
-    """Return a step as it works on text at `place`; None for one that does nothing there."""
-    if step["type"] == "Strip" or (step["type"] == "Prepend" and place < Place.AFTER_ADDED):
-        return None
+def _marked_at(step: dict[str, Any], place: Place) -> dict[str, Any]:
+    """Return the first pre-tokenizer without the mark or space before the first word if there is none at `place`."""
     if step["type"] == "Metaspace":
         keeps = place is Place.START or (place is not Place.INSIDE and step.get("prepend_scheme") != "first")
         return step if keeps else {**step, "prepend_scheme": "never", "add_prefix_space": False}
@@ -141,4 +160,4 @@ def _has_spelling(tokenizer: Tokenizer, text: str, model: Mapping[str, Any]) -> 
     encoding = tokenizer.encode(text, add_special_tokens=False)
     covered = {at for start, end in encoding.offsets for at in range(start, end)}
     visible = all(at in covered or char.isspace() for at, char in enumerate(text))
-    return bool(encoding.ids) and visible and unknown_id(model) not in encoding.ids
+    return bool(encoding.ids) and visible and _unknown_id(model) not in encoding.ids

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from cluster.text.chat_template import render_user_message
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tokenizer import TextPart, TextTokenizer
 from protos.errors import UserError
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
@@ -24,25 +24,29 @@ class PromptError(UserError):
     """A document or question that cannot become a prompt; one line for the user."""
 
 
-def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) -> str:
-    """Return the text of an uploaded document. Raises PromptError: empty, not UTF-8, or too long for any tokens."""
+def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> str:
+    """Return the text of a file. Raises PromptError naming `what` it is: empty, not UTF-8, or sure to be too long."""
     if not data:
-        raise PromptError("document: 0 bytes: must have at least one character")
-    check_size(len(data), tokenizer, max_model_len)
+        raise PromptError(f"{what}: 0 bytes: must have at least one character")
+    check_size(len(data), tokenizer, max_model_len, what)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"document: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8 ({error.reason}): "
-            "convert the document to UTF-8 text"
+            f"{what}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8 ({error.reason}): "
+            f"convert the {what} to UTF-8 text"
         ) from error
     if not text.strip():
-        raise PromptError(f"document: {len(data)} bytes of white space: must have text")
+        raise PromptError(f"{what}: {len(data)} bytes of white space: must have text")
     return text
 
 
 def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> None:
-    """Refuse a document, or `what`, that cannot fit whatever its tokens are (PromptError); cheap for any size."""
+    """Refuse a text that cannot fit whatever its tokens are (PromptError); costs the same for any size.
+
+    Args:
+        what: the text, as the message names it.
+    """
     min_tokens = tokenizer.min_tokens(num_bytes)
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
@@ -50,6 +54,17 @@ def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, wha
             f"{what}: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
             f"no {what} above {max_bytes} bytes can fit"
         )
+
+
+def check_texts(texts: Iterable[str], tokenizer: TextTokenizer, max_model_len: int, what: str) -> None:
+    """Refuse texts that cannot fit together (PromptError), before any of them is rendered or tokenised."""
+    check_size(sum(len(text.encode(errors="surrogatepass")) for text in texts), tokenizer, max_model_len, what)
+
+
+def encode_prompt(text: str, tokenizer: TextTokenizer, max_model_len: int) -> list[int]:
+    """Return the token ids of a raw prompt, in which added tokens are what they are; PromptError for one too long."""
+    check_texts([text], tokenizer, max_model_len, "prompt")
+    return tokenizer.encode(text, add_special=True, max_model_len=max_model_len)
 
 
 def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int, *, document_tokens: int = 0) -> None:
@@ -95,13 +110,15 @@ def build_document_prompts(
     """
     if not document:
         raise PromptError("document: 0 characters: must have at least one character")
-    check_size(len(document), tokenizer, max_model_len)  # characters: never more than bytes
+    check_texts([document], tokenizer, max_model_len, "document")
+    for question in questions:
+        check_texts([question], tokenizer, max_model_len, "question")
     marks = {name: f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question")}
     content = template.replace("{document}", marks["document"]).replace("{question}", marks["question"])
     render = _Renderer(tokenizer, enable_thinking, now or datetime.now())
     head, tail = _split_once(render(content), marks["document"])
     before, template_end = _split_once(tail, marks["question"])
-    prefix, document_tokens = _encode_prefix(tokenizer, head, document)
+    prefix, document_tokens = _encode_prefix(tokenizer, head, document, max_model_len)
     prompts = []
     for question in questions:
         if not question.strip():
@@ -115,7 +132,7 @@ def build_document_prompts(
             if this_tail.startswith(before + question):  # what follows may depend on the question
                 after = this_tail[len(before + question) :]
         parts = [TextPart(before), TextPart(question, literal=True), TextPart(after)]
-        prompt = prefix + tokenizer.encode_parts(parts, continues=True)
+        prompt = prefix + tokenizer.encode_parts(parts, continues=True, max_model_len=max_model_len)
         check_length(len(prompt), max_tokens, max_model_len, document_tokens=document_tokens)
         prompts.append(prompt)
     return prompts
@@ -141,10 +158,11 @@ class _Renderer:
         return text
 
 
-def _encode_prefix(tokenizer: TextTokenizer, head: str, document: str) -> tuple[list[int], int]:
+def _encode_prefix(tokenizer: TextTokenizer, head: str, document: str, limit: int) -> tuple[list[int], int]:
     """Return the ids of head and document, and how many of them are the document's (to within a token at the seam)."""
     plain = tokenizer.chat_template is None
-    prefix = tokenizer.encode_parts([TextPart(head), TextPart(document, literal=True)], add_special=plain)
+    parts = [TextPart(head), TextPart(document, literal=True)]
+    prefix = tokenizer.encode_parts(parts, add_special=plain, max_model_len=limit)
     return prefix, len(prefix) - len(tokenizer.encode(head, add_special=plain))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
-from cluster.text.literal_tokenizer import LiteralTokenizers, Place, unknown_id
+from cluster.text.literal_tokenizer import LiteralTokenizers, Place
+from cluster.text.pieces import TextCutter
 from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
-from cluster.text.template_files import read_chat_template
+from cluster.text.templates.files import read_chat_template
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
@@ -41,13 +43,14 @@ class TextTokenizer:
         self._layout: dict[str, Any] = json.loads(definition)
         self._layout["added_tokens"] = [token.__getstate__() for token in self._added.values()]
         self._literal = LiteralTokenizers(self._tokenizer, self._layout)
+        self.cutter = TextCutter(self._layout)
         self.is_byte_level = is_byte_level(self._layout)
         self.chat_template = chat_template
         self.special_tokens = named_tokens(config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
-        self._unknown_id = unknown_id(self._layout["model"])
-        self.added_texts = tuple(token.content for token in self._added.values())
+        self._id_of = {token.content: i for i, token in self._added.items()}
+        self.added_texts = tuple(self._id_of)
         eos = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         self.end_ids = frozenset(() if eos is None else (eos,))
         self._prefix_ids = _prefix_ids(self._tokenizer)
@@ -80,29 +83,38 @@ class TextTokenizer:
             raise TokenizerError(f"{path}: {problem}") from error
 
     def encode(
-        self, text: str, add_special: bool = False, *, literal: bool = False, continues: bool = False
-    ) -> list[int]:
-        """Return the token ids of `text`. Raises TokenizerError: it has lone surrogates.
+        self, text: str, add_special: bool = False, *, literal: bool = False, continues: bool = False,
+        max_model_len: int | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Return the token ids of `text`.
 
         Args:
             add_special: put first what the post-processor of tokenizer.json does, mostly a beginning-of-sequence token.
             literal: read added tokens, special or not, as ordinary characters, so that a document can neither end its
                 own message nor open a reasoning block.
             continues: other tokens come before, so no word-start mark is added.
+            max_model_len: give up a text that is sure to have more tokens than that.
+
+        Raises:
+            TokenizerError: the text has lone surrogates, or was given up.
         """
-        return self.encode_parts([TextPart(text, literal)], add_special, continues=continues)
+        parts = [TextPart(text, literal)]
+        return self.encode_parts(parts, add_special, continues=continues, max_model_len=max_model_len)
 
     def encode_parts(
-        self, parts: Iterable[TextPart], add_special: bool = False, *, continues: bool = False
-    ) -> list[int]:
+        self, parts: Iterable[TextPart], add_special: bool = False, *, continues: bool = False,
+        max_model_len: int | None = None,
+    ) -> list[int]:  # fmt: skip
         """Return the token ids of a prompt made of several parts; its seams are tokenised as those of one text.
 
         Added tokens come out of parts that are not literal alone, never across a seam. Otherwise as `encode`.
         """
         parts = list(parts)
+        limit = sys.maxsize if max_model_len is None else max_model_len
+        is_mixed = continues or any(part.literal for part in parts)
         try:
-            if continues or any(part.literal for part in parts):
-                ids = self._encode_mixed(parts, Place.INSIDE if continues else Place.START)
+            if is_mixed or self.cutter.cuts(sum(len(part.text) for part in parts), literal=False):
+                ids = self._encode_mixed(parts, Place.INSIDE if continues else Place.START, limit)
             else:
                 ids = _encode(self._tokenizer, "".join(part.text for part in parts))
         except TypeError as error:  # lone surrogates, which JSON can carry
@@ -111,28 +123,34 @@ class TextTokenizer:
             ids = self._prefix_ids + ids
         return ids
 
-    def _encode_mixed(self, parts: Sequence[TextPart], place: Place) -> list[int]:
-        """Encode the text between the added tokens of the parts that are not literal, each stretch in one piece."""
+    def _encode_mixed(self, parts: Sequence[TextPart], place: Place, limit: int) -> list[int]:
+        """Encode what is between the added tokens of the parts that are not literal, each such stretch as one text."""
         ids: list[int] = []
-        stretch: list[str] = []
+        stretch: list[TextPart] = []
         for part in parts:
-            begin = 0
-            for token_id, start, end in () if part.literal else self._find_added(part.text):
-                stretch.append(part.text[begin:start])
-                ids += _encode(self._literal.at(place), "".join(stretch))
-                ids.append(token_id)
-                place = Place.AFTER_NORMALIZED if self._added[token_id].normalized else Place.AFTER_ADDED
-                stretch, begin = [], end
-            stretch.append(part.text[begin:])
-        return ids + _encode(self._literal.at(place), "".join(stretch))
+            if part.literal:
+                stretch.append(part)
+                continue
+            for piece in self.cutter.pieces(part.text, literal=False):
+                begin = 0
+                for token, start, end in self._literal.find_added(piece):
+                    self._encode_stretch([*stretch, TextPart(piece[begin:start])], place, ids, limit)
+                    ids.append(self._id_of[token.content])
+                    place = Place.AFTER_NORMALIZED if token.normalized else Place.AFTER_ADDED
+                    stretch, begin = [], end
+                stretch.append(TextPart(piece[begin:]))
+        self._encode_stretch(stretch, place, ids, limit)
+        return ids
 
-    def _find_added(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (id, start, end) of the added tokens in a text, with the white space that they take in."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            token = self._added.get(token_id)
-            if token and (token_id != self._unknown_id or text[start:end].strip() == token.content):
-                yield token_id, start, end
+    def _encode_stretch(self, parts: Sequence[TextPart], place: Place, ids: list[int], limit: int) -> None:
+        """Append the ids of one text; raises TokenizerError when they are more than `limit` before its end."""
+        is_literal = any(part.literal and part.text for part in parts)
+        for piece in self.cutter.pieces("".join(part.text for part in parts)):
+            if len(ids) > limit:
+                problem = f"at least {len(ids)} tokens, max_model_len is {limit}"
+                raise TokenizerError(f"prompt: {problem}: shorten the text")
+            ids += _encode(self._literal.at(place, is_literal), piece)
+            place = Place.INSIDE
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary are skipped."""

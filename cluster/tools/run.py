@@ -12,7 +12,7 @@ from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
-from cluster.tools.token_ids import parse_token_ids
+from cluster.tools.token_ids import check_num_bytes, parse_token_ids
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 
@@ -75,16 +75,18 @@ def _prompts(runtime: ClusterRuntime, source: RunInput, ask: AnswerOptions) -> l
     text, ids = "", []
     try:
         if source.token_ids is not None:
+            check_num_bytes(path.stat().st_size, limit)
             ids = parse_token_ids(path.read_bytes())
         else:
-            check_size(path.stat().st_size, runtime.tokenizer, limit)  # before it is read
-            text = check_document(path.read_bytes(), runtime.tokenizer, limit)
+            what = "document" if source.document is not None else "prompt"
+            check_size(path.stat().st_size, runtime.tokenizer, limit, what)  # before it is read
+            text = check_document(path.read_bytes(), runtime.tokenizer, limit, what)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise PromptError(f"{path}: {error}") from error
     if source.document is not None:
         return runtime.document_prompts(text, source.questions, ask)
-    prompts = [ids if source.token_ids is not None else runtime.tokenizer.encode(text, add_special=True)]
+    prompts = [ids if source.token_ids is not None else runtime.text_prompt(text)]
     runtime.check_prompts(prompts, ask)
     return prompts

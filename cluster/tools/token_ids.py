@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import json
 
+_MAX_BYTES_OF_ID = 64  # in JSON: ten digits, a comma, and room for any usual white space
+
+
+def check_num_bytes(num_bytes: int, max_tokens: int) -> None:
+    """Refuse a file that is too large for `max_tokens` ids before it is read. Raises ValueError."""
+    if num_bytes > (limit := _MAX_BYTES_OF_ID * (max_tokens + 1)):
+        raise ValueError(f"{num_bytes} bytes: must be at most {limit} for max_model_len {max_tokens}")
+
 
 def parse_token_ids(data: bytes) -> list[int]:
     """Return the ids of a file. Raises ValueError that says what the file must be."""

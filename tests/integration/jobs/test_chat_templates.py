@@ -15,7 +15,7 @@ import pytest
 from cluster import Client, InvalidRequest
 from cluster.client.retry import RetryPolicy
 from cluster.text import chat_template
-from cluster.text.template_process import RenderLimits, TemplateProcess
+from cluster.text.templates.process import RenderLimits, TemplateProcess
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served, until
 
@@ -86,27 +86,18 @@ def test_others_are_served_while_templates_never_end(served: Served) -> None:
 
 def test_a_renderer_that_is_killed_is_replaced(served: Served) -> None:
     assert say(served.client, "hi") == (100, 101)
+    pids: list[int] = []
     with ThreadPoolExecutor(1) as pool:
         endless = pool.submit(say, served.client, "loop")
         for _ in range(2):
             time.sleep(0.4)
-            (child,) = renderers()
-            os.kill(child.pid, signal.SIGKILL)
+            assert chat_template.renderer._child is not None
+            pids.append(chat_template.renderer._child.pid)
+            os.kill(pids[-1], signal.SIGKILL)
         with pytest.raises(InvalidRequest, match=r"chat_template: cannot be rendered: "):
             endless.result(30)
     assert say(served.client, "hi") == (100, 101)
-    until(lambda: len(renderers()) == 1, "one child, no zombie")
-
-
-def renderers() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and "template_worker" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    until(lambda: not any(map(psutil.pid_exists, pids)), "no zombie")
 
 
 def test_messages_cannot_write_the_tokens_of_the_template(served: Served) -> None:

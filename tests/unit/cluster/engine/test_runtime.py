@@ -17,7 +17,7 @@ from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.runtime import ClusterRuntime, LocalCluster
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
@@ -93,6 +93,29 @@ def test_a_template_that_cannot_be_rendered_is_found_before_a_start(runtime: Fak
     runtime.tokenizer.chat_template = "{% for %}"
     with pytest.raises(ChatTemplateError, match="in line 1"):
         runtime.check_chat_template()
+
+
+@pytest.mark.parametrize("kind", ["document", "question", "prompt", "message", "messages", "system"])
+def test_texts_far_beyond_the_model_are_refused_before_they_are_read(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    size = 9_000_000
+    build = {
+        "document": lambda: runtime.document_prompts("a" * size, ["q"], THREE),
+        "question": lambda: runtime.document_prompts("d", ["q", "世" * (size // 3)], THREE),
+        "prompt": lambda: runtime.text_prompt("a" * size),
+        "message": lambda: runtime.chat_prompt([("user", "a" * size)], THREE),
+        "messages": lambda: runtime.chat_prompt([("user", "a" * (size // 100))] * 100, THREE),
+        "system": lambda: runtime.chat_prompt([("system", "a" * size), ("user", "hi")], THREE),
+    }
+    names = {"message": "conversation", "messages": "conversation", "system": "conversation"}
+
+    def never(*_: object, **__: object) -> list[int]:
+        raise AssertionError("it was tokenised")
+
+    monkeypatch.setattr(runtime.tokenizer, "encode_parts", never)
+    with pytest.raises(PromptError, match=rf"^{names.get(kind, kind)}: 900000[02] bytes are at least \d+ tokens"):
+        build[kind]()
 
 
 def test_a_wait_that_is_interrupted_cancels_every_question(

@@ -12,7 +12,7 @@ from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import InvalidJob, JobInput, JobRecord, JobSpec, JobState, ServiceBusy
 from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored_clock
 from cluster.text import chat_template
-from cluster.text.template_process import RendererBusy
+from cluster.text.templates.process import RendererBusy
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.service import Bench
@@ -142,7 +142,7 @@ def test_messages_that_cannot_fit_are_refused_before_they_are_rendered(
     monkeypatch.setattr(chat_template.renderer, "render", None)
     content = "a" * (runtime.deployment.max_model_len * runtime.tokenizer.longest_token_bytes)
     spec = JobSpec(JobInput(messages=(("user", content),)), AnswerOptions())
-    with pytest.raises(InvalidJob, match=r"^messages: \d+ bytes are at least \d+ tokens, max_model_len is"):
+    with pytest.raises(InvalidJob, match=r"^conversation: \d+ bytes are at least \d+ tokens, max_model_len is"):
         job_prompts(runtime, bench.service.documents, spec)
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from cluster.text import chat_prompt
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_chat
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tokenizer import TextTokenizer
 from tests.support import paths
 from tests.support.data.tokenizers import CHATML, TRAINED, sentencepiece_like

@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 
 from cluster.text.chat_template import render_chat, render_user_message
-from cluster.text.template_process import ChatTemplateError
+from cluster.text.templates.process import ChatTemplateError
 from tests.support.data.tokenizers import CHATML, NEEDLE, OPEN_THINK, TRAINED, with_template
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -133,10 +133,13 @@ def test_files_that_cannot_be_used_are_named(ask: Callable[..., dict[str, Any]],
         with pytest.raises(PromptError, match=r"absent: cannot be read \(No such file"):
             ask(questions=questions, **{name: tmp_path / "absent"})
         if name != "token_ids":
-            with pytest.raises(PromptError, match=r"bad.txt: document: byte 0xff at offset 1 is not UTF-8"):
+            what = name.removesuffix("_file")
+            with pytest.raises(PromptError, match=rf"bad.txt: {what}: byte 0xff at offset 1 is not UTF-8"):
                 ask(questions=questions, **{name: write(tmp_path / "bad.txt", b"a\xff")})
     large = tmp_path / "large.txt"
     with large.open("wb") as file:
         file.truncate(1 << 34)  # sparse; it is refused by its size alone
-    with pytest.raises(PromptError, match=r"large.txt: document: 17179869184 bytes are at least"):
+    with pytest.raises(PromptError, match=r"large.txt: prompt: 17179869184 bytes are at least"):
         ask(prompt_file=large)
+    with pytest.raises(PromptError, match=r"large.txt: 17179869184 bytes: must be at most \d+ for max_model_len 4096"):
+        ask(token_ids=large)

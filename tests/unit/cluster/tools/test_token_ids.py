@@ -1,8 +1,10 @@
 """Files with token ids: lists of whole numbers, and what is said of everything else."""
 
+import json
+
 import pytest
 
-from cluster.tools.token_ids import parse_token_ids
+from cluster.tools.token_ids import check_num_bytes, parse_token_ids
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,10 @@ def test_lists(data: bytes, ids: list[int]) -> None:
 def test_everything_else_is_refused(data: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_token_ids(data)
+
+
+def test_a_file_is_measured_before_it_is_read() -> None:
+    ids = json.dumps([2**32 - 1] * 4096, indent=8).encode()
+    check_num_bytes(len(ids), 4096)
+    with pytest.raises(ValueError, match=r"^10000000000 bytes: must be at most 262208 for max_model_len 4096$"):
+        check_num_bytes(10**10, 4096)

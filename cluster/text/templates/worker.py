@@ -1,6 +1,6 @@
 """The program of the process that renders chat templates: a template may loop for ever or want any amount of memory.
 
-`template_process` starts it as a fresh interpreter and ends it. Standard input is a socket; a message on it, either
+`process` starts it as a fresh interpreter and ends it. Standard input is a socket; a message on it, either
 way, is a kind of one byte, the length as 8 bytes, then the content as UTF-8. It sends `R` once it is ready, then for
 each request (`Q`, a JSON object of `Request`) the text (`T`) or the reason why there is none (`E`; `M`: out of memory,
 and the process must be ended). The kernel ends it when it uses too much CPU time, or when the other side is gone while

@@ -20,7 +20,7 @@ import jinja2
 import markupsafe
 
 from cluster.common.text_format import one_line
-from cluster.text.template_worker import Request
+from cluster.text.templates.worker import Request
 from protos.errors import UserError
 
 _START_SECONDS = 60.0  # for an interpreter and its imports, on a busy machine
@@ -32,7 +32,7 @@ _CPU_TIME = "takes too much processor time"
 # Isolated and without `site`: no variable and no start-up file of ours reaches it. It imports what we import.
 _PROGRAM = (
     "import sys; sys.path += sys.argv[3:]\n"
-    "from cluster.text.template_worker import main\n"
+    "from cluster.text.templates.worker import main\n"
     "main(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _PACKAGES = (jinja2, markupsafe)
@@ -156,7 +156,7 @@ class TemplateProcess:
 
     def _start(self) -> None:
         """Start a child and wait until it is ready."""
-        paths = [Path(__file__).parents[2], *(Path(package.__file__ or "").parents[1] for package in _PACKAGES)]
+        paths = [Path(__file__).parents[3], *(Path(package.__file__ or "").parents[1] for package in _PACKAGES)]
         cpu_seconds = int(self._limits.seconds) + 2  # beyond the deadline: for a child whose owner is gone
         command = [sys.executable, "-I", "-S", "-c", _PROGRAM, str(self._limits.memory_bytes), str(cpu_seconds)]
         environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}

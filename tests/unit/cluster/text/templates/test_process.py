@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.text import template_process
-from cluster.text.template_process import ChatTemplateError, RendererBusy, RenderLimits, TemplateProcess
-from cluster.text.template_worker import Request
+from cluster.text.templates import process as template_process
+from cluster.text.templates.process import ChatTemplateError, RendererBusy, RenderLimits, TemplateProcess
+from cluster.text.templates.worker import Request
 from tests.support.paths import ROOT
 
 SECONDS = 0.5
@@ -170,7 +170,7 @@ def test_a_stopped_child_is_replaced(process: TemplateProcess) -> None:
 def test_the_child_ends_with_its_owner(template: str) -> None:
     """SIGKILL of the owner, while the child waits and while it renders."""
     program = (
-        "from cluster.text.template_process import *\n"
+        "from cluster.text.templates.process import *\n"
         "process = TemplateProcess(RenderLimits(60.0))\n"
         "request = lambda t: {'template': t, 'variables': {}, 'now': '2031-02-03', 'max_chars': 10}\n"
         "process.render(request('x')); print(process._child.pid, flush=True)\n"

@@ -1,4 +1,4 @@
-"""The program that renders: its environment is that of transformers. Its limits: test_template_process."""
+"""The program that renders: its environment is that of transformers. Its limits: test_process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from cluster.text.template_worker import Request, render
+from cluster.text.templates.worker import Request, render
 
 
 def request(template: str, **variables: Any) -> Request:

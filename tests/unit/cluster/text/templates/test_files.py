@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.text.template_files import read_chat_template
+from cluster.text.templates.files import read_chat_template
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from protos.errors import UserError
 from tests.support import paths
