@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
@@ -23,6 +22,7 @@ from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _log = logging.getLogger(__name__)
 
 
@@ -53,9 +53,7 @@ class Head:
     def start(self) -> None:
         """Start pipeline, job service, metrics and gRPC server; raises as `run_head`, with nothing left running."""
         server, data_dir = self._config.server, self._config.data_dir
-        if self._port is None:
-            check_port(server.host, server.port)
-        check_port(server.metrics_host, server.metrics_port)
+        self._check_ports()
         with ExitStack() as steps:  # closed in the opposite order
             steps.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -70,10 +68,17 @@ class Head:
             self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
             steps.callback(self._grpc.close, 1.0)
             steps.callback(self.service.close)
+            self._check_ports()  # the weights took a while, and jobs are taken up only by a head that can be reached
             self.service.start()
             metrics.start()
             self.address = self._grpc.start()
             self._steps = steps.pop_all()
+
+    def _check_ports(self) -> None:
+        server = self._config.server
+        if self._port is None:
+            check_port(server.host, server.port)
+        check_port(server.metrics_host, server.metrics_port)
 
     def drain(self) -> None:
         """Refuse new jobs and wait for the running ones, for `server.drain_timeout_s`; the next head goes on."""
@@ -86,54 +91,68 @@ class Head:
 
 
 def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; returns the exit code.
+    """Serve until SIGTERM or SIGINT, then drain; returns the exit code. Called on the main thread.
+
+    The head lives on a thread of its own: the main thread does nothing but wait for signals, which all others have
+    blocked. Native code never sees one, and its handlers do not matter. A signal during the start ends it at the next
+    report of `on_status`.
 
     Args:
         on_status: what is being started.
         on_ready: called once with the address clients connect to.
 
     Raises:
-        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
-            running.
+        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError, KeyboardInterrupt (a
+            signal during the start): nothing is left running.
     """
-    signals = _Signals()
-
-    def on_launch(status: LaunchStatus) -> None:
-        on_status(status)
-        signals.renew()
-
-    with closing(Head(load_deployment(config_path), on_launch)) as head:
-        head.start()
-        signals.install()
-        on_ready(head.address)
-        signals.wait()
-        _log.info("draining")
-        head.drain()
-    return 0
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        return _HeadThread(config_path, on_status, on_ready).wait()
+    finally:
+        while signal.sigpending() & _STOP_SIGNALS:  # said twice
+            signal.sigwait(_STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Signals:
-    """Waits for SIGTERM or SIGINT. Ray replaces the handlers, so each start of the pipeline renews ours."""
+class _HeadThread(threading.Thread):
+    """The life of a head; starts at once. `wait` returns its exit code or raises its error."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Event()
-        self._stopping = False
+    def __init__(
+        self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]
+    ) -> None:
+        super().__init__(name="head", daemon=True)
+        self._config_path = config_path
+        self._on_status = on_status
+        self._on_ready = on_ready
+        self._stopping = threading.Event()
+        self._is_ready = False
+        self._error: BaseException | None = None
+        self._waiter = threading.get_ident()
+        self.start()
 
-    def renew(self) -> None:
-        """Have the main thread install the handlers again; only it may. Any thread may call this."""
-        self._changed.set()
+    def wait(self) -> int:
+        signal.sigwait(_STOP_SIGNALS)
+        self._stopping.set()
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return 0
 
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+    def run(self) -> None:
+        try:
+            with closing(Head(load_deployment(self._config_path), self._on_launch)) as head:
+                head.start()
+                self._is_ready = True
+                self._on_ready(head.address)
+                self._stopping.wait()
+                _log.info("draining")
+                head.drain()
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+            self._error = error
+        finally:
+            signal.pthread_kill(self._waiter, signal.SIGTERM)
 
-    def wait(self) -> None:
-        """Return after a signal (main thread)."""
-        while not self._stopping:
-            self._changed.wait()
-            self._changed.clear()
-            self.install()
-
-    def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        self._stopping = True
-        self._changed.set()
+    def _on_launch(self, status: LaunchStatus) -> None:
+        if self._stopping.is_set() and not self._is_ready:
+            raise KeyboardInterrupt
+        self._on_status(status)
