@@ -128,10 +128,16 @@ def up(config: Path, as_json: bool) -> None:
 
 def _spawn(files: HeadFiles, config: Path) -> tuple[subprocess.Popen[bytes], TextIO]:
     """Start `serve` in its own session; return the process and the reading end of its progress."""
-    files.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    from cluster.common.errors import PreflightError
+
+    try:
+        files.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log = files.log.open("ab")
+    except OSError as error:
+        raise PreflightError(f"{files.log}: cannot be written ({error.strerror}): remove what is in the way") from error
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "cluster.cli", "serve", str(config.absolute()), "--notify-fd", str(writing)]
-    with files.log.open("ab") as log:
+    with log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[writing]
         )

@@ -48,7 +48,7 @@ class HeadFiles:
         """Make this process the head of the data directory: take its lock and write the pid file.
 
         Raises:
-            HeadRunning: another process is. PreflightError: the directory cannot be made, or has no locks.
+            HeadRunning: another process is. PreflightError: the directory cannot be made, locked or written.
         """
         for _ in range(_TRIES):
             try:
@@ -61,11 +61,15 @@ class HeadFiles:
             time.sleep(_PAUSE_S)  # a reader holds it for a moment
         else:
             raise HeadRunning(self._read_pid())
-        self._remove()  # of a head that was killed
-        _write(self.data_dir / PID_FILE, f"{os.getpid()}\n")
+        try:
+            self._remove()  # of a head that was killed
+            self._write(PID_FILE, f"{os.getpid()}\n")
+        except BaseException:
+            self.release()
+            raise
 
     def announce(self, address: str, security: SecuritySection | None = None) -> None:
-        """Write `head.json`: this process is ready at an address, with this certificate."""
+        """Write `head.json`: this process is ready at an address, with this certificate. Raises PreflightError."""
         here = reachable(address)
         state = {
             "address": here, "pid": os.getpid(), "started": psutil.Process().create_time(),
@@ -73,7 +77,7 @@ class HeadFiles:
         }  # fmt: skip
         if security is not None and security.tls_cert_file is not None:
             state |= {"ca_file": str(security.tls_cert_file), "server_name": name_for(security, here)}
-        _write(self.data_dir / STATE_FILE, json.dumps(state) + "\n")
+        self._write(STATE_FILE, json.dumps(state) + "\n")
 
     def release(self) -> None:
         """Remove the files and free the lock if this process holds it."""
@@ -137,6 +141,20 @@ class HeadFiles:
             path.unlink(missing_ok=True)
         return bool(files)
 
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file atomically, readable for this user only: a reader sees the old text or the new one."""
+        temporary = self.data_dir / f".{name}.{os.getpid()}"
+        try:
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(text)
+            os.replace(temporary, self.data_dir / name)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise PreflightError(
+                f"data_dir: {self.data_dir}: {name} cannot be written ({reason}): free space there, or choose another"
+            ) from error
+
     def _read_pid(self) -> int | None:
         try:
             pid = int((self.data_dir / PID_FILE).read_text())
@@ -167,12 +185,3 @@ def reachable(address: str) -> str:
         if address.startswith(wildcard):
             return loopback + address[len(wildcard) :]
     return address
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file atomically, readable for this user only: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    os.replace(temporary, path)

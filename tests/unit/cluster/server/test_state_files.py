@@ -153,6 +153,21 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "head.pid").exists()
 
 
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PreflightError, match=r"^data_dir: .*file: cannot be locked"):
+        HeadFiles(tmp_path / "file").claim()
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    files = HeadFiles(tmp_path)
+    with pytest.raises(PreflightError, match=r"head\.pid cannot be written \(No space left on device\)"):
+        files.claim()
+    assert files.running() is None
+
+
 def test_a_state_file_that_others_can_write_is_not_believed(tmp_path: Path) -> None:
     files = HeadFiles(tmp_path)
     files.claim()
