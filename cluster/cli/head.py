@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cluster.stages.launcher import LaunchStatus
 
 _INTERRUPT_GRACE_S = 60.0  # for a starting head to take its processes down
+_REAP_S = 0.5  # for the parent of a head that has ended
 _CLEANUP_S = 10.0  # for the processes of a head that was killed
 
 
@@ -216,6 +217,8 @@ def _stop(process: psutil.Process, timeout_s: float) -> str:
     except (PermissionError, psutil.AccessDenied):
         fail(f"pid {process.pid}: belongs to another user; stop it as that user", EXIT_CLUSTER)
     if not _wait_ended([process], timeout_s):
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(_REAP_S)
         return f"stopped (pid {process.pid})"
     _kill([process])
     _kill(_wait_ended(everything, _CLEANUP_S))  # usually nobody: what owns Ray ends the rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from cluster.common.signals import call_undisturbed
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
@@ -22,7 +22,6 @@ from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _log = logging.getLogger(__name__)
 
 
@@ -93,9 +92,8 @@ class Head:
 def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT, then drain; returns the exit code. Called on the main thread.
 
-    The head lives on a thread of its own: the main thread does nothing but wait for signals, which all others have
-    blocked. Native code never sees one, and its handlers do not matter. A signal during the start ends it at the next
-    report of `on_status`.
+    The head lives on a thread of its own: the main thread does nothing but take signals, so that native code and its
+    handlers never see one. A signal during the start ends it at the next report of `on_status`.
 
     Args:
         on_status: what is being started.
@@ -105,52 +103,35 @@ def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_re
         UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError, KeyboardInterrupt (a
             signal during the start): nothing is left running.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        return _HeadThread(config_path, on_status, on_ready).wait()
-    finally:
-        while signal.sigpending() & _STOP_SIGNALS:  # said twice
-            signal.sigwait(_STOP_SIGNALS)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    life = _Life(config_path, on_status, on_ready)
+    call_undisturbed(life.run, life.stop)
+    return 0
 
 
-class _HeadThread(threading.Thread):
-    """The life of a head; starts at once. `wait` returns its exit code or raises its error."""
+class _Life:
+    """The life of a head, from start to drain."""
 
     def __init__(
         self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]
     ) -> None:
-        super().__init__(name="head", daemon=True)
         self._config_path = config_path
         self._on_status = on_status
         self._on_ready = on_ready
         self._stopping = threading.Event()
         self._is_ready = False
-        self._error: BaseException | None = None
-        self._waiter = threading.get_ident()
-        self.start()
 
-    def wait(self) -> int:
-        signal.sigwait(_STOP_SIGNALS)
+    def stop(self, number: int) -> None:
+        """Begin to stop, after a signal; the second one changes nothing."""
         self._stopping.set()
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return 0
 
     def run(self) -> None:
-        try:
-            with closing(Head(load_deployment(self._config_path), self._on_launch)) as head:
-                head.start()
-                self._is_ready = True
-                self._on_ready(head.address)
-                self._stopping.wait()
-                _log.info("draining")
-                head.drain()
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it
-            self._error = error
-        finally:
-            signal.pthread_kill(self._waiter, signal.SIGTERM)
+        with closing(Head(load_deployment(self._config_path), self._on_launch)) as head:
+            head.start()
+            self._is_ready = True
+            self._on_ready(head.address)
+            self._stopping.wait()
+            _log.info("draining")
+            head.drain()
 
     def _on_launch(self, status: LaunchStatus) -> None:
         if self._stopping.is_set() and not self._is_ready:

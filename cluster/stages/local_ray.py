@@ -173,22 +173,3 @@ def read_environment() -> None:
 
     native.Config.initialize("")
     native.AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back from this thread and keep the handlers of the main thread.
-
-    Ray's native code installs handlers of its own when it starts, and no exception may pass through it.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers: dict[Any, Any] = {number: signal.getsignal(number) for number in numbers}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if is_main and handler is not None:
-                signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

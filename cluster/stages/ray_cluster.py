@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.common.errors import ClusterError, PlacementError
+from cluster.common.signals import call_native
 from cluster.common.text_format import describe_error, one_line
-from cluster.stages.local_ray import LocalRay, driver_settings, environment, read_environment, signals_held
+from cluster.stages.local_ray import LocalRay, driver_settings, environment, read_environment
 from protos.node.node_check import NodeError
 
 _log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class RayCluster:
 
     def _connect(self) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
-        settings = {"RAY_gcs_rpc_server_reconnect_timeout_s": "86400"}  # Ray ends this process after 60 s without it
+        settings = {"RAY_gcs_rpc_server_reconnect_timeout_s": "86400"}  # else a GCS lost for 60 s ends this process
         if self.is_local:
             logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
             self._local = LocalRay(self._note_loss)
@@ -94,8 +95,8 @@ class RayCluster:
             address = self._local.address(self._timeout_s)
             options["_temp_dir"] = str(self._local.folder)
         self._connected = True  # from here on there may be something to leave
-        with signals_held(), driver_settings(settings, self.is_local):
-            ray.init(address=address, **options)
+        with driver_settings(settings, self.is_local):
+            call_native(lambda: ray.init(address=address, **options))
 
     def place(
         self, actor_class: Callable[[], Any], num_stages: int, num_ranks: int, cpus: float, gpus: float
@@ -206,8 +207,7 @@ class RayCluster:
         self._actors, self._serving, self._group = [], [], None
         if self._connected:
             self._connected = False
-            with signals_held():
-                _ray().shutdown()
+            call_native(_ray().shutdown)
             read_environment()  # what the next connection of this process finds is the user's again
         if self._local is not None:
             self._local.close()

@@ -14,7 +14,6 @@ from cluster.common.units import format_bytes
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
 from cluster.stages.launcher import LaunchStatus
-from cluster.stages.local_ray import signals_held
 
 _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal
 
@@ -34,8 +33,7 @@ class Display:
         self._last_line = 0.0
 
     def __enter__(self) -> Display:
-        with signals_held():  # its thread takes no signals
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:

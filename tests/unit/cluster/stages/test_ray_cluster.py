@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import socket
 import sys
@@ -245,11 +246,20 @@ def test_a_failed_start_leaves_nothing(ray: FakeRay) -> None:
         connected(ray)
 
 
-def test_our_own_stop_on_sigterm_stays(ray: FakeRay) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    ray.init = lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN)  # type: ignore[method-assign]
-    connected(ray)
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_signals_wait_until_native_code_is_left(ray: FakeRay) -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def init(**options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ray.calls.append("start")
+
+    ray.init = init  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            connected(ray)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ray.calls == ["start", *LEFT]
 
 
 def test_actors_are_placed_by_stage_and_released(ray: FakeRay) -> None:
