@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from cluster.stages.launcher import LaunchStatus
 
 _INTERRUPT_GRACE_S = 60.0  # for a starting head to take its processes down
+_REAP_S = 0.5  # for the parent of a head that has ended
+_CLEANUP_S = 10.0  # for the processes of a head that was killed
 
 
 @click.command()
@@ -43,16 +47,17 @@ def serve(config: Path, notify_fd: int | None) -> None:
     with one_line_errors():
         from cluster.common.logs import configure_logging
         from cluster.server.head import run_head
-        from cluster.server.state_files import HeadFiles
+        from cluster.server.state_files import HeadFiles, HeadRunning
         from cluster.stages.socket_dirs import clean_run_dirs
 
         configure_logging()
         clean_run_dirs()
         loaded = _load(config, needs_port=True)
         files = HeadFiles(loaded.data_dir)
-        if other := files.running():
-            fail(f"a head is already running (pid {other.pid}); stop it with: longreach down {config}", EXIT_CLUSTER)
-        files.claim()
+        try:
+            files.claim()
+        except HeadRunning as error:
+            fail(f"{error}; stop it with: longreach down {config}", EXIT_CLUSTER)
         display = open_display(False)
         report = _reporter(notify_fd)
         try:
@@ -140,10 +145,16 @@ def up(config: Path, as_json: bool) -> None:
 
 def _spawn(files: HeadFiles, config: Path) -> tuple[subprocess.Popen[bytes], TextIO]:
     """Start `serve` in its own session; return the process and the reading end of its progress."""
-    files.log.parent.mkdir(parents=True, exist_ok=True)
+    from cluster.common.errors import PreflightError
+
+    try:
+        files.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log = files.log.open("ab")
+    except OSError as error:
+        raise PreflightError(f"{files.log}: cannot be written ({error.strerror}): remove what is in the way") from error
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "cluster.cli", "serve", str(config.absolute()), "--notify-fd", str(writing)]
-    with files.log.open("ab") as log:
+    with log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[writing]
         )
@@ -199,11 +210,9 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
         default = (data_dir or Path(DEFAULT_DATA_DIR)).expanduser()
         files = HeadFiles(default if config is None else _load(config).data_dir)
         process = files.running()
-        if process is None:
-            outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"
-        else:
-            outcome = _stop(process, timeout)
-        files.remove()
+        outcome = _stop(process, timeout) if process is not None else "no head is running"
+        if files.remove_stale() and process is None:
+            outcome = "removed the files of a head that no longer runs"
         clean_run_dirs()
         if as_json:
             say_json({"pid": process.pid if process else None, "outcome": outcome})
@@ -215,23 +224,50 @@ def _stop(process: psutil.Process, timeout_s: float) -> str:
     """Stop a head by SIGTERM, or after `timeout_s` by SIGKILL with all it has started; return what happened."""
     import psutil
 
+    everything = [process]
     try:
-        children = process.children(recursive=True)
-        process.terminate()
-        process.wait(timeout_s)
-    except psutil.NoSuchProcess:
+        everything += process.children(recursive=True)
+        os.kill(process.pid, signal.SIGTERM)
+    except (ProcessLookupError, psutil.NoSuchProcess):
         pass
-    except psutil.TimeoutExpired:
-        for one in (process, *children):
-            try:
-                one.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs([process, *children], timeout=10)
-        return f"killed (pid {process.pid}): it had not stopped after {timeout_s:g} s"
-    except psutil.AccessDenied:
+    except (PermissionError, psutil.AccessDenied):
         fail(f"pid {process.pid}: belongs to another user; stop it as that user", EXIT_CLUSTER)
-    return f"stopped (pid {process.pid})"
+    if not _wait_ended([process], timeout_s):
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(_REAP_S)
+        return f"stopped (pid {process.pid})"
+    _kill([process])
+    _kill(_wait_ended(everything, _CLEANUP_S))  # usually nobody: what owns Ray ends the rest
+    _wait_ended(everything, _CLEANUP_S)
+    return f"killed (pid {process.pid}): it had not stopped after {timeout_s:g} s"
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def _wait_ended(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait until processes have ended; returns those that run on after `timeout_s`.
+
+    One that nobody reaps, as in a container without an init, has ended too.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        processes = [process for process in processes if _runs(process)]
+        if not processes or time.monotonic() >= end:
+            return processes
+        time.sleep(0.02)
+
+
+def _runs(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 VERBS: tuple[click.Command, ...] = (serve, up, down)

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a wrong answer, a failed check, or a job that did not succ
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def main() -> None:
     Measure accuracy:  longreach eval needle --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
     """
+    os.umask(0o077)  # whatever is written is private
 
 
 for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_eval.VERBS):

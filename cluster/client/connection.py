@@ -19,6 +19,7 @@ from cluster.common.addresses import is_loopback, split_address
 DEFAULT_ADDRESS = "127.0.0.1:7777"
 DEFAULT_DATA_DIR = "~/.local/share/longreach"  # as in cluster.config.schema
 STATE_FILE = "head.json"  # under the data directory, while a head is ready
+PID_FILE = "head.pid"  # beside it, while a head runs
 FileName = str | os.PathLike[str] | None
 
 
@@ -120,6 +121,10 @@ def read_state(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(data_dir).expanduser() / STATE_FILE
     try:
+        if path.stat().st_mode & 0o022:
+            raise Unavailable(f"{path}: others can write to it, and it says where keys go: start the head again")
+        if path.with_name(PID_FILE).exists() and not _is_held(path.parent):
+            raise Unavailable(f"{path}: was left by a head that no longer runs: {START_HINT}")
         state = json.loads(path.read_bytes())
         values = {"address": str(state["address"]), "pid": int(state["pid"]), "started": float(state["started"])}
         return values | {key: str(state.get(key, "")) for key in ("ca_file", "server_name")}
@@ -127,6 +132,16 @@ def read_state(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise Unavailable(f"{path}: cannot be read ({error.strerror}): {START_HINT}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise Unavailable(f"{path}: is not the state of a head: delete it, then: longreach up CONFIG") from error
+
+
+def _is_held(data_dir: Path) -> bool:
+    """Return whether a head holds the lock of its data directory; True where that cannot be said."""
+    try:
+        from protos.node.locks import is_locked  # not on Windows
+
+        return is_locked(data_dir)
+    except (ImportError, OSError):
+        return True
 
 
 def state_connection(data_dir: str | os.PathLike[str], options: ConnectionOptions) -> tuple[str, ConnectionOptions]:

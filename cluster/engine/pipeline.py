@@ -57,6 +57,7 @@ def launch_pipeline(
         hang_detector = HangDetector(engine, launched.shards)
         steps.callback(hang_detector.close)
         hang_detector.start()
+        ray.watch(engine.fail)
         return Pipeline(engine, launched, steps.pop_all().close)
 
 

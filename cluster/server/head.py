@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 
+from cluster.common.signals import call_undisturbed
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
@@ -54,9 +53,7 @@ class Head:
     def start(self) -> None:
         """Start pipeline, job service, metrics and gRPC server; raises as `run_head`, with nothing left running."""
         server, data_dir = self._config.server, self._config.data_dir
-        if self._port is None:
-            check_port(server.host, server.port)
-        check_port(server.metrics_host, server.metrics_port)
+        self._check_ports()
         check_security(self._config.security)
         with ExitStack() as steps:  # closed in the opposite order
             steps.callback(sys.setswitchinterval, sys.getswitchinterval())
@@ -73,10 +70,17 @@ class Head:
             self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
             steps.callback(self._grpc.close, 1.0)
             steps.callback(self.service.close)
+            self._check_ports()  # the weights took a while, and jobs are taken up only by a head that can be reached
             self.service.start()
             metrics.start()
             self.address = self._grpc.start()
             self._steps = steps.pop_all()
+
+    def _check_ports(self) -> None:
+        server = self._config.server
+        if self._port is None:
+            check_port(server.host, server.port)
+        check_port(server.metrics_host, server.metrics_port)
 
     def drain(self) -> None:
         """Refuse new jobs and wait for the running ones, for `server.drain_timeout_s`; the next head goes on."""
@@ -89,54 +93,50 @@ class Head:
 
 
 def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; returns the exit code.
+    """Serve until SIGTERM or SIGINT, then drain; returns the exit code. Called on the main thread.
+
+    The head lives on a thread of its own: the main thread does nothing but take signals, so that native code and its
+    handlers never see one. A signal during the start ends it at the next report of `on_status`.
 
     Args:
         on_status: what is being started.
         on_ready: called once with the address clients connect to.
 
     Raises:
-        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
-            running.
+        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError, KeyboardInterrupt (a
+            signal during the start): nothing is left running.
     """
-    signals = _Signals()
-
-    def on_launch(status: LaunchStatus) -> None:
-        on_status(status)
-        signals.renew()
-
-    with closing(Head(load_deployment(config_path), on_launch)) as head:
-        head.start()
-        signals.install()
-        on_ready(head.address)
-        signals.wait()
-        _log.info("draining")
-        head.drain()
+    life = _Life(config_path, on_status, on_ready)
+    call_undisturbed(life.run, life.stop)
     return 0
 
 
-class _Signals:
-    """Waits for SIGTERM or SIGINT. Ray replaces the handlers, so each start of the pipeline renews ours."""
+class _Life:
+    """The life of a head, from start to drain."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Event()
-        self._stopping = False
+    def __init__(
+        self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]
+    ) -> None:
+        self._config_path = config_path
+        self._on_status = on_status
+        self._on_ready = on_ready
+        self._stopping = threading.Event()
+        self._is_ready = False
 
-    def renew(self) -> None:
-        """Have the main thread install the handlers again; only it may. Any thread may call this."""
-        self._changed.set()
+    def stop(self, number: int) -> None:
+        """Begin to stop, after a signal; the second one changes nothing."""
+        self._stopping.set()
 
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+    def run(self) -> None:
+        with closing(Head(load_deployment(self._config_path), self._on_launch)) as head:
+            head.start()
+            self._is_ready = True
+            self._on_ready(head.address)
+            self._stopping.wait()
+            _log.info("draining")
+            head.drain()
 
-    def wait(self) -> None:
-        """Return after a signal (main thread)."""
-        while not self._stopping:
-            self._changed.wait()
-            self._changed.clear()
-            self.install()
-
-    def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        self._stopping = True
-        self._changed.set()
+    def _on_launch(self, status: LaunchStatus) -> None:
+        if self._stopping.is_set() and not self._is_ready:
+            raise KeyboardInterrupt
+        self._on_status(status)

@@ -11,24 +11,21 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
-import shutil
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.common.errors import PreflightError
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
 from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.preflight import check_head, count_pages
 from cluster.stages.ray_cluster import RayCluster
-from cluster.stages.socket_dirs import make_run_dir
+from cluster.stages.socket_dirs import RunDir, make_run_dir
 from protos.node.environment import build_id
 from protos.node.node_check import NodeCheck
 from protos.stage import codec
@@ -37,7 +34,7 @@ from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StagePr
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
 _START_TIMEOUT_S = 180.0
-_MAX_RUN_DIR_LENGTH = 80  # the kernel allows 107 characters for the path of a socket in it
+_REPORT_S = 0.5  # between reports while stages start: whoever is told may end the start by an exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +72,7 @@ class Launcher:
         self._on_status = on_status
         self._actors: list[list[Any]] = []
         self._shards: list[GrpcStageHandle] = []
-        self._run_dir: Path | None = None
+        self._run_dir: RunDir | None = None
 
     def start(self) -> Launched:
         """Start the pipeline.
@@ -93,7 +90,7 @@ class Launcher:
         """Stop in order; what is already gone is skipped."""
         with contextlib.ExitStack() as steps:  # each runs whatever happens in the others; last added, first run
             if self._run_dir is not None:
-                steps.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
+                steps.callback(self._run_dir.remove)
             steps.callback(self._ray.release)
             for handle in self._shards:
                 steps.callback(handle.close)
@@ -131,11 +128,6 @@ class Launcher:
         """Make every shard listen and check its node; returns the addresses in shard order."""
         config = self._deployment.config
         self._run_dir = make_run_dir()
-        if len(str(self._run_dir)) > _MAX_RUN_DIR_LENGTH:
-            raise PreflightError(
-                f"TMPDIR: {tempfile.gettempdir()}: too long for Unix sockets: must be at most "
-                f"{_MAX_RUN_DIR_LENGTH - 19} characters"
-            )
         token = secrets.token_hex(32)
         threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
         check = NodeCheck(build_id(), str(config.model.path), fingerprint, str(config.data_dir))
@@ -143,7 +135,7 @@ class Launcher:
         for shard in self._deployment.shards:
             spec = StageProcessSpec(
                 token=token,
-                socket=str(self._run_dir / f"s{shard.stage}r{shard.rank}.sock"),
+                socket=str(self._run_dir.path / f"s{shard.stage}r{shard.rank}.sock"),
                 listen_tcp=not self._ray.is_local,
                 network_interface=config.cluster.network_interface,
                 threads=threads,
@@ -188,7 +180,7 @@ class Launcher:
             dtype=compute_dtype(self._deployment),
             device=config.cluster.device,
             load_format=config.model.load_format,
-            store_path=str(self._run_dir / f"stage{shard.stage}.store"),
+            store_path=str(self._run_dir.path / f"stage{shard.stage}.store"),
             # ranks may finish loading that far apart
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )
@@ -198,7 +190,7 @@ class Launcher:
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         by_rank = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         assert self._run_dir is not None
-        run_dir = self._run_dir
+        run_dir = self._run_dir.path
 
         def request(shard: ShardSpec) -> pb.StartRequest:
             links = links_of(shard, by_rank, run_dir)
@@ -207,8 +199,12 @@ class Launcher:
         threads = ThreadPoolExecutor(len(self._shards))
         started = [threads.submit(handle.start, request(handle.shard), _START_TIMEOUT_S) for handle in self._shards]
         threads.shutdown(wait=False)  # after an error, `close` ends the calls of the others
-        for future in as_completed(started):
-            future.result()
+        pending = set(started)
+        while pending:
+            done, pending = wait(pending, _REPORT_S, FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            self._on_status(LaunchStatus("connecting stages"))
 
 
 def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], run_dir: Path) -> dict[str, str]:

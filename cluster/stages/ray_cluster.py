@@ -1,43 +1,33 @@
-"""All calls to Ray, in one place: connect, place actors, stop.
-
-A local cluster has no dashboard, a small object store, and token authentication, which is Ray's default there.
-"""
+"""All calls to Ray, in one place: connect, place actors, stop. A local Ray is started by `local_ray`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-from cluster.common.errors import PlacementError
+from cluster.common.errors import ClusterError, PlacementError
+from cluster.common.signals import call_native
 from cluster.common.text_format import describe_error, one_line
-from protos.node.environment import usable_cores
+from cluster.stages.local_ray import LocalRay, driver_settings, environment, read_environment
 from protos.node.node_check import NodeError
 
 _log = logging.getLogger(__name__)
-_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's minimum is 75 MB; nothing of ours goes through it
 _CLOSE_TIMEOUT_S = 5.0  # an actor in the middle of a step is killed after this
-# Every setting of a local Ray that is made in its environment, with the reason. Ray documents the first three; all else
-# stays as Ray has it.
-_LOCAL_ENVIRONMENT = {
-    "RAY_memory_monitor_refresh_ms": "0",  # it counts mapped weights and would kill stages; preflight budgets memory
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing about this machine is sent to anybody
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: Ray's processes listen on loopback only
-    "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs on the machine would go before the stages
-}
+_POLL_S = 1.0  # how soon a wait for actors notices that Ray is lost
 
 
 class RayCluster:
     """A connection to Ray and the actors of one pipeline at a time.
 
     `release` stops the actors, `close` everything; both may be called twice. A pipeline that takes the place of another
-    uses the same connection: a process that serves clients already had better not start Ray's, since a fork beside
-    running threads may hang, and `ray.init` holds the interpreter lock while it waits for them.
+    uses the same connection, unless Ray is lost: then `connect` starts another one. An existing Ray cluster is joined
+    as it is and left running.
     """
 
     def __init__(self, address: str, start_timeout_s: float = 60.0) -> None:
@@ -47,43 +37,66 @@ class RayCluster:
         self._actors: list[Any] = []
         self._serving: list[Any] = []
         self._connected = False
-        self._closed = threading.Event()
+        self._local: LocalRay | None = None
+        self._watching = threading.Lock()  # guards the next two
+        self._lost = ""  # why the local Ray has ended
+        self._on_lost: Callable[[str], None] | None = None
 
     @property
     def is_local(self) -> bool:
         return self._address == "local"
 
-    def connect(self) -> None:
-        """Start a local Ray or join the existing one, unless that is done. Raises PlacementError."""
-        if self._connected:
-            return
-        if self.is_local:
-            os.environ.update(_LOCAL_ENVIRONMENT)
-            logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
-        elif ":" in self._address:
-            _check_reachable(self._address)
-        ray = _ray()  # after the environment is set
-        if ray.is_initialized():
-            raise PlacementError("this process is connected to a Ray cluster already: close that connection first")
+    def watch(self, on_lost: Callable[[str], None] | None) -> None:
+        """Have `on_lost` called with the reason when the local Ray ends by itself, at once if it has; None: no more."""
+        with self._watching:
+            self._on_lost, reason = on_lost, self._lost
+        if reason and on_lost is not None:
+            on_lost(reason)
 
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
-        if self.is_local:
-            options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-            options["num_cpus"] = usable_cores()
-        on_terminate = signal.getsignal(signal.SIGTERM)
+    def _note_loss(self, reason: str) -> None:
+        _log.error("%s", reason)
+        with self._watching:
+            self._lost, on_lost = reason, self._on_lost
+        if on_lost is not None:
+            on_lost(reason)
+
+    def connect(self) -> None:
+        """Start a local Ray or join the existing one, unless that is done.
+
+        Raises:
+            PlacementError, PreflightError: nothing is left running.
+        """
+        if self._connected and not self._lost:
+            return
+        self._leave()
         try:
-            self._in_lasting_thread(lambda: ray.init(address=self._address, **options))
+            self._connect()
         except BaseException as error:
-            if ray.is_initialized():
-                ray.shutdown()
-            if not isinstance(error, (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError)):
+            self._leave()
+            if isinstance(error, ClusterError) or not isinstance(error, _known_errors()):
                 raise
             reason = one_line(error, 300)
             raise PlacementError(f"cluster.address: {self._address}: Ray cannot be reached: {reason}") from error
-        self._connected = True
-        self._closed.clear()
-        if on_terminate is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own, which would skip our orderly stop
+
+    def _connect(self) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "longreach"}
+        settings = {"RAY_gcs_rpc_server_reconnect_timeout_s": "86400"}  # else a GCS lost for 60 s ends this process
+        if self.is_local:
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
+            self._local = LocalRay(self._note_loss)
+            settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._local.token}
+        elif ":" in self._address:
+            _check_reachable(self._address)
+        ray = _ray()  # loads while the daemons start
+        if ray.is_initialized():
+            raise PlacementError("this process is connected to a Ray cluster already: close that connection first")
+        address = self._address
+        if self._local is not None:
+            address = self._local.address(self._timeout_s)
+            options["_temp_dir"] = str(self._local.folder)
+        self._connected = True  # from here on there may be something to leave
+        with driver_settings(settings, self.is_local):
+            call_native(lambda: ray.init(address=address, **options))
 
     def place(
         self, actor_class: Callable[[], Any], num_stages: int, num_ranks: int, cpus: float, gpus: float
@@ -119,10 +132,18 @@ class RayCluster:
     def call(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
         """Return the answers of actor calls. Raises PlacementError when one fails or does not come in time."""
         ray = _ray()
+        end = time.monotonic() + timeout_s
+        answers: list[Any] | None = None
         try:
-            answers: list[Any] = ray.get(list(calls), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise PlacementError(f"actors did not answer within {timeout_s:g} s") from error
+            while answers is None:
+                left = end - time.monotonic()
+                try:
+                    answers = ray.get(list(calls), timeout=max(0.0, min(left, _POLL_S)))
+                except ray.exceptions.GetTimeoutError as error:
+                    if self._lost:
+                        raise PlacementError(self._lost) from error
+                    if left <= _POLL_S:
+                        raise PlacementError(f"actors did not answer within {timeout_s:g} s") from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             known = isinstance(cause, (NodeError, RuntimeError))
@@ -152,23 +173,30 @@ class RayCluster:
 
     def release(self) -> None:
         """Wait for actors that are closing, kill the rest, and free their place; without Ray, leave that too."""
+        self.watch(None)
         if not self._connected:
             return
-        from ray.util.placement_group import remove_placement_group
-
+        if self._lost:
+            self._leave()
+            return
         ray = _ray()
         try:
-            if self._serving:
-                ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
-            for actor in self._actors:
-                ray.kill(actor)
-            if self._group is not None:
-                remove_placement_group(self._group)
+            self._stop_actors(ray)
         except (ray.exceptions.RayError, RuntimeError, ValueError):
             _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
             self._leave()
         finally:
             self._actors, self._serving, self._group = [], [], None
+
+    def _stop_actors(self, ray: Any) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        if self._serving:
+            ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._group is not None and not self._lost:  # it would wait a minute
+            remove_placement_group(self._group)
 
     def close(self) -> None:
         """Release the actors, and leave (or end) Ray."""
@@ -176,36 +204,33 @@ class RayCluster:
         self._leave()
 
     def _leave(self) -> None:
+        self._actors, self._serving, self._group = [], [], None
         if self._connected:
             self._connected = False
-            _ray().shutdown()
-            self._closed.set()
-
-    def _in_lasting_thread(self, start: Callable[[], object]) -> None:
-        """Call `start` on a thread that lives until `close`: the kernel ends Ray's processes with their thread."""
-        if threading.current_thread() is threading.main_thread():
-            start()
-            return
-        started: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                start()
-            except BaseException as error:  # noqa: BLE001 - the caller raises it
-                started.set_exception(error)
-            else:
-                started.set_result(None)
-                self._closed.wait()
-
-        threading.Thread(target=run, name="ray", daemon=True).start()
-        started.result()
+            call_native(_ray().shutdown)
+            read_environment()  # what the next connection of this process finds is the user's again
+        if self._local is not None:
+            self._local.close()
+            self._local = None
+        self._lost = ""
 
 
 def _ray() -> Any:
-    """Return the module `ray`; imported late, as it reads the environment then."""
-    import ray
+    """Return the module `ray`, imported late.
 
-    return ray
+    Where it does not know which process the raylet is, it takes a process whose parent is init, as of every head that
+    `up` started, for one that its raylet has left, and ends it when the connection breaks. It reads the id when it is
+    imported; this process is alive as long as it asks.
+    """
+    if "ray" not in sys.modules:
+        with environment({"RAY_RAYLET_PID": str(os.getpid())}):
+            import ray  # noqa: F401
+    return sys.modules["ray"]
+
+
+def _known_errors() -> tuple[type[Exception], ...]:
+    """Return what Ray raises when it cannot be started or joined."""
+    return (ConnectionError, RuntimeError, ValueError, OSError, _ray().exceptions.RayError)
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -50,7 +50,7 @@ class NodeCheck:
 def check_writable(data_dir: Path) -> None:
     """Make the data directory and write to it. Raises NodeError."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=data_dir):
             pass
     except OSError as error:

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import platform
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -79,20 +80,44 @@ def library_path(build: bool = False) -> Path:
     digest.update("\0".join((*_FLAGS, platform.machine())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach"
     path = cache / f"kernels-{digest.hexdigest()[:16]}.so"
-    if build and not path.exists():
-        _compile(sources, path)
+    if build:
+        _make_private(cache)
+        if not _is_ours(path):
+            _compile(sources, path)
     return path
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user can write to. Raises OSError for one that belongs to another user."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise OSError(f"{folder}: belongs to another user: set XDG_CACHE_HOME to a folder of yours")
+    if status.st_mode & 0o022:
+        folder.chmod(status.st_mode & 0o755)
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether it is a library that nobody but this user or root can have written: a process runs what it loads.
+
+    Another is compiled in place of one that is not.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    is_trusted = status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+    return stat.S_ISREG(status.st_mode) and is_trusted
 
 
 def _compile(sources: list[Path], path: Path) -> None:
     cxx = compiler()
     if cxx is None:
         raise OSError("no C++ compiler found (c++, g++ or clang++, or CXX); install one for fast attention")
-    path.parent.mkdir(parents=True, exist_ok=True)
     # All actors of a cluster start together, and one build is enough; the lock ends with the process, however it ends.
     with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():  # built by another process while this one waited
+        if _is_ours(path):  # built by another process while this one waited
             return
         built = Path(scratch) / path.name
         command = [cxx, *_FLAGS, f"-I{_FOLDER}", *map(str, sources), "-o", str(built)]
@@ -100,4 +125,5 @@ def _compile(sources: list[Path], path: Path) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
             raise OSError(f"{cxx} failed with exit code {done.returncode}: {lines[0]}")
+        built.chmod(0o700)
         os.replace(built, path)

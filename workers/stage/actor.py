@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from protos.node.node_check import NodeCheck, interface_address
 from protos.stage.messages import StageAddress, StageProcessSpec
 from workers.stage.server import StageServer, limit_threads
@@ -21,6 +23,7 @@ class StageActor:
         """
         import ray
 
+        os.umask(0o077)  # whatever this process writes is private
         check.run()
         limit_threads(spec.threads)
         bind = ""

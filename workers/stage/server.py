@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import grpc
 
 from protos.jobs.convert import read_message
+from protos.node.locks import hold_folder
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
@@ -68,6 +69,7 @@ class StageServer(rpc.StageServicer):
         self._num_calls = 0  # Load and Run calls that live
         self._orphan_timer = threading.Timer(0.0, os._exit)
         self._server: grpc.Server | None = None
+        self._lock = -1  # the descriptor that shares the lock of the socket's folder, until this process ends
         self._is_closing = False
         self._closed = threading.Event()
 
@@ -75,9 +77,9 @@ class StageServer(rpc.StageServicer):
         """Listen on the Unix socket, and on a TCP port of the IP address `bind` if it is given.
 
         Raises:
-            RuntimeError: an address cannot be bound.
+            RuntimeError: an address cannot be bound. OSError: the folder of the socket cannot be made and locked.
         """
-        Path(self._spec.socket).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = hold_folder(Path(self._spec.socket).parent)
         server = grpc.server(
             futures.ThreadPoolExecutor(_RPC_THREADS, thread_name_prefix="rpc"),
             interceptors=[TokenInterceptor(self._spec.token)],
@@ -110,6 +112,7 @@ class StageServer(rpc.StageServicer):
             for store in socket.parent.glob("*.store"):
                 store.unlink(missing_ok=True)
             socket.parent.rmdir()
+        os.close(self._lock)
         self._closed.set()
 
     # --- life of the shard -------------------------------------------------------------------------------------------
@@ -237,6 +240,7 @@ def main() -> None:
         "--orphan-timeout", type=float, default=180.0, help="seconds without an engine before it ends (default 180)"
     )
     options = parser.parse_args()
+    os.umask(0o077)  # whatever this process writes is private
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         parser.error(f"{TOKEN_VARIABLE}: not set: put the token of the launch into this environment variable")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from tests.integration.conftest import CommandLine, read_at_least
+from tests.support.rigs.head import free_port, until
 
 # imported by every Python below this test before anything else
 SITE = """
@@ -79,6 +79,17 @@ def test_up_and_down_each_twice(
     assert "longreach down" in done.err
     assert process.is_running()
 
+    modes = {path.relative_to(data).as_posix(): path.stat().st_mode & 0o777 for path in (data, *data.rglob("*"))}
+    assert modes == {".": 0o700, "head.json": 0o600, "head.pid": 0o600, "log": 0o700, "log/head.log": 0o600}
+    for age in (-1e6, 1e6):  # whatever the clocks say
+        for path in data.iterdir():
+            os.utime(path, (time.time() + age,) * 2)
+        assert "already running" in longreach("up", config).out
+    (data / "head.pid").rename(data / "away")
+    done = longreach("serve", config)
+    assert (done.code, done.err.count("\n")) == (3, 1), "the lock decides, not the files"
+    (data / "away").rename(data / "head.pid")
+
     done = longreach("down", config)
     assert (done.code, done.out) == (0, f"stopped (pid {state['pid']})\n")
     assert not process.is_running()
@@ -129,6 +140,45 @@ def test_down_kills_a_head_that_does_not_stop(
     longreach.assert_nothing_left()
 
 
+def test_down_of_a_head_that_nobody_reaps(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None]
+) -> None:
+    """As in a container without an init: it stays a zombie."""
+    fake_head("foreground")
+    config = write_config(rest=DOOR)
+    process = longreach.start("serve", config)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("head ready"):
+            break
+    done = longreach("down", config)
+    assert (done.code, done.out) == (0, f"stopped (pid {process.pid})\n")
+    assert done.seconds < 20
+    assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+    assert longreach("down", config).out == "no head is running\n"
+    process.communicate(timeout=30)
+
+
+def test_one_of_many_heads_that_start_together_wins(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
+) -> None:
+    fake_head("foreground")
+    config = write_config(rest=DOOR)
+    heads = [longreach.start("serve", config) for _ in range(4)]
+    until(lambda: len([head for head in heads if head.poll() is not None]) == 3, "all but one have ended")
+    (winner,) = [head for head in heads if head.poll() is None]
+    for head in heads:
+        if head is not winner:
+            _, err = head.communicate(timeout=30)
+            assert head.returncode == 3
+            assert err.startswith("longreach: error: a head is already running (")
+            assert err.count("\n") == 1
+    assert (tmp_path / "data" / "head.pid").read_text() == f"{winner.pid}\n"
+    winner.terminate()
+    winner.communicate(timeout=30)
+    assert winner.returncode == 0
+
+
 def test_serve_in_the_foreground(
     longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -162,6 +212,9 @@ def test_stream_survives_a_killed_head(
     stream = longreach.start("stream", job_id, "--address", address)
     shown = read_at_least(stream, 100)
     psutil.Process(int((data / "head.pid").read_text())).kill()
+    done = longreach("jobs", "--data-dir", data)
+    assert (done.code, done.err.count("\n")) == (3, 1)
+    assert "no longer runs" in done.err
     assert longreach("up", config).code == 0
     rest, err = stream.communicate(timeout=120)
     assert stream.returncode == 0, err
@@ -169,7 +222,26 @@ def test_stream_survives_a_killed_head(
     assert (job["state"], job["restarts"], job["last_event"]) == ("succeeded", 1, 1000)
     assert (shown + rest).strip() == job["answers"][0]["text"].strip()
     assert longreach("down", config).code == 0
-    longreach.assert_nothing_left(30)
+    longreach.assert_nothing_left(5)
+
+
+@pytest.mark.parametrize(("phase", "number"), [("starting Ray", signal.SIGTERM), ("starting stages", signal.SIGINT)])
+def test_a_signal_while_the_head_starts(
+    longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    """The real head: it ends in order, whatever native code runs at that moment."""
+    process = longreach.start("serve", write_config(rest=f"server:\n  port: {free_port()}"))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(phase):
+            break
+    process.send_signal(number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "longreach: interrupted; nothing is left running"
+    longreach.assert_nothing_left(5)
+    assert not list((tmp_path / "data").glob("head.*"))
 
 
 def test_a_head_needs_a_port(longreach: CommandLine, write_config: Callable[..., Path]) -> None:
@@ -179,14 +251,8 @@ def test_a_head_needs_a_port(longreach: CommandLine, write_config: Callable[...,
         assert "server.port" in done.err
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_stale_pid_files(longreach: CommandLine, tmp_path: Path) -> None:
-    """Of a process that is gone, of one that is no head, and of a head younger than the file."""
+    """Of a process that is gone, of one that is no head, and of one that looks like a head but has no lock."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     sleep = "import time; time.sleep(60)"

@@ -96,10 +96,10 @@ class HeadProcess:
             return False
 
     def kill(self) -> None:
-        """SIGKILL, then wait until no process of this head is left: Ray's runtime environment agent may take 60 s."""
+        """SIGKILL, then wait until no process of this head is left, which takes a moment."""
         self.process.kill()
         self.process.wait()
-        until(lambda: not self.processes(self.mark), "no process of the killed head survives")
+        until(lambda: not self.processes(self.mark), "no process of the killed head survives", 10.0)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -110,6 +110,10 @@ class HeadProcess:
     def actors(self) -> list[psutil.Process]:
         """The stage processes."""
         return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "StageActor" in _title(p)]
+
+    def daemon(self, name: str) -> psutil.Process:
+        """A process of the local Ray by the name of its program."""
+        return next(p for p in psutil.Process(self.process.pid).children(recursive=True) if p.name() == name)
 
     @staticmethod
     def processes(mark: str) -> list[psutil.Process]:

@@ -48,6 +48,31 @@ def test_start_and_close_over_a_runtime_that_goes_on(tmp_path: Path) -> None:
         again.close()
 
 
+def test_a_port_that_is_taken_while_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found before jobs are taken up: they wait for a head that can be reached."""
+    free = [True, True, False]  # gRPC and metrics at first, then gRPC
+
+    def check_port(host: str, port: int) -> None:
+        if not free.pop(0):
+            raise PreflightError("server.port: taken")
+
+    with FakeRuntime(tmp_path) as runtime:
+        head = Head(runtime.deployment, runtime=runtime)
+        head.start()
+        runtime.shard.hold()
+        job = head.service.submit(SPEC)
+        head.close()
+        runtime.shard.let(1000)
+        monkeypatch.setattr("cluster.server.head.check_port", check_port)
+        with pytest.raises(PreflightError, match="taken"):
+            Head(runtime.deployment, runtime=runtime).start()
+        monkeypatch.undo()
+        again = Head(runtime.deployment, runtime=runtime)
+        again.start()
+        assert again.service.wait(job.id, 20).restarts == 1
+        again.close()
+
+
 def test_nothing_is_left_of_a_start_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(runtime: ClusterRuntime) -> None:
         raise PreflightError("no room")

@@ -8,14 +8,17 @@ import os
 import signal
 import socket
 import sys
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.common.errors import PlacementError
-from cluster.stages.ray_cluster import _LOCAL_ENVIRONMENT, RayCluster
+from cluster.stages import ray_cluster
+from cluster.stages.ray_cluster import RayCluster
 from protos.node.node_check import NodeError
 
 
@@ -26,7 +29,8 @@ class FakeRay(ModuleType):
         super().__init__("ray")
         self.calls: list[str] = []
         self.started: dict[str, Any] = {}
-        self.thread: threading.Thread | None = None
+        self.locals: list[Any] = []  # every start of a local Ray
+        self.settings: dict[str, str] = {}  # of this process, while it connects
         self.is_running = False
         self.error: BaseException | None = None
         self.has_place = True
@@ -37,7 +41,7 @@ class FakeRay(ModuleType):
         )  # fmt: skip
 
     def init(self, **options: Any) -> None:
-        self.started, self.thread = options, threading.current_thread()
+        self.started = options
         self.is_running = True
         if self.error is not None:
             raise self.error
@@ -80,6 +84,23 @@ class FakeRay(ModuleType):
         return SimpleNamespace(options=options)
 
 
+class FakeLocalRay:
+    token, folder = "secret", Path("/run/ray")
+
+    def __init__(self, ray: FakeRay, on_lost: Callable[[str], None]) -> None:
+        self._ray = ray
+        self.lose = on_lost
+
+    def address(self, timeout_s: float) -> str:
+        return "127.0.0.1:1234"
+
+    def close(self) -> None:
+        self._ray.calls.append("end Ray")
+
+
+LEFT = ["shutdown", "environment", "end Ray"]
+
+
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
@@ -100,8 +121,19 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     }  # fmt: skip
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in _LOCAL_ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+
+    def start(on_lost: Callable[[str], None]) -> FakeLocalRay:
+        fake.locals.append(FakeLocalRay(fake, on_lost))
+        return fake.locals[-1]
+
+    @contextmanager
+    def settings(values: dict[str, str], is_local: bool) -> Iterator[None]:
+        fake.settings = values
+        yield
+
+    monkeypatch.setattr(ray_cluster, "LocalRay", start)
+    monkeypatch.setattr(ray_cluster, "driver_settings", settings)
+    monkeypatch.setattr(ray_cluster, "read_environment", lambda: fake.calls.append("environment"))
     return fake
 
 
@@ -111,16 +143,46 @@ def connected(ray: FakeRay) -> RayCluster:
     return cluster
 
 
-def test_a_local_ray_is_private_and_small(ray: FakeRay) -> None:
+def test_a_local_ray_is_joined_with_its_secret(ray: FakeRay) -> None:
     cluster = connected(ray)
-    assert ray.started["include_dashboard"] is False
-    assert ray.started["address"] == "local"
-    assert ray.started["num_cpus"] >= 1
-    assert {name: os.environ[name] for name in _LOCAL_ENVIRONMENT} == _LOCAL_ENVIRONMENT
-    assert "RAY_worker_niceness" in _LOCAL_ENVIRONMENT
+    assert ray.started["address"] == "127.0.0.1:1234"
+    assert ray.started["_temp_dir"] == "/run/ray"
+    assert (ray.settings["RAY_AUTH_MODE"], ray.settings["RAY_AUTH_TOKEN"]) == ("token", "secret")
     cluster.close()
     cluster.close()
-    assert ray.calls == ["shutdown"]
+    assert ray.calls == LEFT
+
+
+def test_a_ray_that_was_lost_is_told_once_and_replaced(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    cluster.place(lambda: "actor", 1, 1, 1.0, 0.0)
+    told: list[str] = []
+    cluster.watch(told.append)
+    ray.locals[0].lose("gcs_server ended")
+    assert told == ["gcs_server ended"]
+    late: list[str] = []
+    cluster.watch(late.append)  # whoever asks afterwards learns it too
+    assert late == told
+    ray.calls.clear()
+    cluster.release()
+    assert ray.calls == LEFT, "nothing is asked of a Ray that is gone"
+    cluster.connect()
+    assert len(ray.locals) == 2
+    cluster.watch(told.append)
+    assert told == late
+    ray.calls.clear()
+    ray.locals[1].lose("raylet ended")
+    cluster.connect()
+    assert ray.calls == LEFT
+    assert len(ray.locals) == 3
+
+
+def test_a_wait_for_actors_ends_when_ray_is_lost(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    ray.error = ray.exceptions.GetTimeoutError()
+    ray.locals[0].lose("gcs_server ended")
+    with pytest.raises(PlacementError, match=r"^gcs_server ended$"):
+        cluster.call([1], 60.0)
 
 
 def test_the_next_pipeline_uses_the_same_ray(ray: FakeRay) -> None:
@@ -135,7 +197,7 @@ def test_the_next_pipeline_uses_the_same_ray(ray: FakeRay) -> None:
     assert not ray.started
     cluster.place(lambda: "next", 1, 1, 1.0, 0.0)
     cluster.close()
-    assert ray.calls[-3:] == ["kill next", "remove group", "shutdown"]
+    assert ray.calls[-5:] == ["kill next", "remove group", *LEFT]
 
 
 def test_a_ray_that_is_gone_is_started_anew(ray: FakeRay) -> None:
@@ -143,12 +205,12 @@ def test_a_ray_that_is_gone_is_started_anew(ray: FakeRay) -> None:
     cluster.place(lambda: "actor", 1, 1, 1.0, 0.0)
     ray.error = ray.exceptions.RayError("gone")
     cluster.release()
-    assert ray.calls[-2:] == ["kill actor", "shutdown"]
+    assert ray.calls[-4:] == ["kill actor", *LEFT]
     ray.error, ray.started = None, {}
     cluster.connect()
-    assert ray.started["address"] == "local"
+    assert ray.started["address"] == "127.0.0.1:1234"
     cluster.close()
-    assert ray.calls[-1] == "shutdown"
+    assert ray.calls[-3:] == LEFT
 
 
 def test_an_existing_ray_is_joined_as_it_is(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +219,8 @@ def test_an_existing_ray_is_joined_as_it_is(ray: FakeRay, monkeypatch: pytest.Mo
     RayCluster("[::1]:6379").connect()
     assert reached == [("::1", 6379)]
     assert set(ray.started) == {"address", "log_to_driver", "logging_level", "namespace"}
-    assert not set(_LOCAL_ENVIRONMENT) & set(os.environ)
+    assert not any("AUTH" in name for name in ray.settings)
+    assert ray.locals == []
 
 
 def test_a_port_that_nobody_holds_fails_at_once(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +237,7 @@ def test_a_failed_start_leaves_nothing(ray: FakeRay) -> None:
     ray.error = RuntimeError("no\n  luck")
     with pytest.raises(PlacementError, match=r"^cluster.address: local: Ray cannot be reached: no luck$"):
         connected(ray)
-    assert ray.calls == ["shutdown"]
+    assert ray.calls == LEFT
     ray.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         connected(ray)
@@ -183,24 +246,20 @@ def test_a_failed_start_leaves_nothing(ray: FakeRay) -> None:
         connected(ray)
 
 
-def test_our_own_stop_on_sigterm_stays(ray: FakeRay) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    ray.init = lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN)  # type: ignore[method-assign]
-    connected(ray)
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_signals_wait_until_native_code_is_left(ray: FakeRay) -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
+    def init(**options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ray.calls.append("start")
 
-def test_the_thread_that_starts_ray_lives_until_close(ray: FakeRay) -> None:
-    made: list[RayCluster] = []
-    starter = threading.Thread(target=lambda: made.append(connected(ray)))
-    starter.start()
-    starter.join(10)
-    assert ray.thread is not None
-    assert ray.thread is not starter
-    assert ray.thread.is_alive()
-    made[0].close()
-    ray.thread.join(10)
-    assert not ray.thread.is_alive()
+    ray.init = init  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            connected(ray)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ray.calls == ["start", *LEFT]
 
 
 def test_actors_are_placed_by_stage_and_released(ray: FakeRay) -> None:
@@ -220,7 +279,7 @@ def test_actors_are_placed_by_stage_and_released(ray: FakeRay) -> None:
     cluster.close()
     assert ray.calls[0] == "wait for 4"
     assert [call.startswith("kill") for call in ray.calls[1:5]] == [True] * 4
-    assert ray.calls[5:] == ["remove group", "shutdown"]
+    assert ray.calls[5:] == ["remove group", *LEFT]
 
 
 def test_close_goes_on_when_ray_is_gone(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
@@ -228,7 +287,7 @@ def test_close_goes_on_when_ray_is_gone(ray: FakeRay, caplog: pytest.LogCaptureF
     cluster.place(object, 1, 1, 1.0, 0.0)
     ray.error = ray.exceptions.RayError("gone")
     cluster.close()
-    assert ray.calls[-1] == "shutdown"
+    assert ray.calls[-3:] == LEFT
     assert "Ray was gone" in caplog.text
 
 

@@ -35,6 +35,40 @@ def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: p
     assert {each.suffix for each in path.parent.iterdir()} == {".so", ".lock"}
 
 
+COMPILER = '#!/bin/sh\nwhile [ "$1" != "-o" ]; do shift; done\necho library > "$2"\n'
+
+
+def test_only_a_library_of_ours_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the umask was and is: what others can write to, or a link to it, is compiled anew."""
+    script, cache = tmp_path / "compiler", tmp_path / "cache"
+    script.write_text(COMPILER)
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    before = os.umask(0)
+    try:
+        path = library_path(build=True)
+        assert [each.stat().st_mode & 0o777 for each in (path.parent, path)] == [0o700, 0o700]
+        planted = tmp_path / "planted"
+        for mode in (0o720, 0o702, 0o777):
+            path.parent.chmod(0o777)
+            path.write_text("planted")
+            path.chmod(mode)
+            assert library_path(build=True).read_text() == "library\n"
+            assert [each.stat().st_mode & 0o777 for each in (path.parent, path)] == [0o755, 0o700]
+        planted.write_text("planted")
+        path.unlink()
+        path.symlink_to(planted)
+        assert library_path(build=True).read_text() == "library\n"
+        assert planted.read_text() == "planted"
+    finally:
+        os.umask(before)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 4242)
+    if os.getuid():
+        with pytest.raises(OSError, match="belongs to another user: set XDG_CACHE_HOME"):
+            library_path(build=True)
+
+
 def test_a_failed_build_names_the_reason_and_leaves_the_way_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
