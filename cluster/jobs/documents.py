@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -17,12 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.common.errors import JobStoreError
-from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, check_id
+from cluster.jobs.model import DocumentDamaged, DocumentRecord, InvalidJob, JobNotFound, check_id
 from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
 _TEMPORARY = ".upload-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # nothing is wrong with the file
 
 
 class DocumentStore:
@@ -66,21 +68,38 @@ class DocumentStore:
             with self._errors():
                 os.fsync(descriptor)
             now = self._clock()
-            document_id = f"doc_{digest.hexdigest()[:32]}"
-            return self._keep(path, DocumentRecord(document_id, display_name(name), size, now, now + self._ttl_s))
+            return self._keep(path, DocumentRecord(_id_of(digest), display_name(name), size, now, now + self._ttl_s))
 
-    def read(self, document_id: str) -> bytes:
-        """Return the bytes. Raises JobNotFound, and JobStoreError when the file has another size than its record."""
+    def read(self, document_id: str, check_size: Callable[[int], None] = lambda size: None) -> bytes:
+        """Return the bytes.
+
+        Args:
+            check_size: called with the recorded size before anything is read; raises to refuse it.
+
+        Raises:
+            JobNotFound: no record, or no file. DocumentDamaged: the file is not what was uploaded, or cannot be read.
+            JobStoreError: the folder cannot be used, or the process is out of files or memory.
+        """
         record = self.get(document_id)
-        with self._errors():
-            try:
-                content = self._path(document_id).read_bytes()
-            except FileNotFoundError as error:
+        check_size(record.size_bytes)
+        try:
+            content = _read_file(self._path(document_id), record.size_bytes)
+        except OSError as error:
+            if error.errno in _OF_THE_PROCESS or not os.access(self._folder, os.R_OK | os.X_OK):
+                with self._errors():
+                    raise
+            if isinstance(error, FileNotFoundError):
                 raise JobNotFound(f"document: {document_id}: its file is gone: upload it again") from error
+            raise DocumentDamaged(
+                f"document: {document_id}: its file cannot be read ({error.strerror}): upload it again"
+            ) from error
         if len(content) != record.size_bytes:
-            raise JobStoreError(
-                f"document: {document_id}: {len(content)} bytes: must be {record.size_bytes}: upload it again"
+            more = " or more" if len(content) > record.size_bytes else ""
+            raise DocumentDamaged(
+                f"document: {document_id}: {len(content)} bytes{more}: must be {record.size_bytes}: upload it again"
             )
+        if _id_of(hashlib.sha256(content)) != document_id:
+            raise DocumentDamaged(f"document: {document_id}: its file has other content: upload it again")
         return content
 
     def get(self, document_id: str) -> DocumentRecord:
@@ -150,6 +169,23 @@ class DocumentStore:
         except OSError as error:
             remedy = "free space on its disk" if error.errno in _NO_SPACE else "check its disk and its permissions"
             raise JobStoreError(f"documents {self._folder}: {error.strerror}: {remedy}") from error
+
+
+def _id_of(digest: hashlib._Hash) -> str:
+    """Return the id of a document from the SHA-256 of its bytes."""
+    return f"doc_{digest.hexdigest()[:32]}"
+
+
+def _read_file(path: Path, size: int) -> bytes:
+    """Return the content of a regular file, but not more than one byte beyond `size`; others raise OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place must not block
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(size + 1)
+    finally:
+        os.close(descriptor)
 
 
 def display_name(name: str) -> str:

@@ -59,6 +59,14 @@ class InvalidJob(JobError, InvalidRequest):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
 
 
+class JobDamaged(InvalidJob):
+    """What is stored of one job cannot be read. Only this job fails; nothing is wrong with the store as a whole."""
+
+
+class DocumentDamaged(JobDamaged):
+    """The file of one document cannot be read, or is not what was uploaded. Only the jobs about it fail."""
+
+
 class JobNotFound(JobError):
     """No such job or document (gRPC NOT_FOUND)."""
 
@@ -158,7 +166,11 @@ class JobAnswer:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as it is stored; times are seconds since 1970."""
+    """A job as it is stored; times are seconds since 1970.
+
+    `restarts` counts how often it was queued again after it had run. Of a job with `damage` (why its row cannot be
+    read) the spec is empty, and what else cannot be read is left out.
+    """
 
     id: str
     state: JobState
@@ -171,6 +183,7 @@ class JobRecord:
     restarts: int = 0
     answers: tuple[JobAnswer, ...] = ()
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,17 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.jobs.documents import MAX_NAME, DocumentStore, display_name
-from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobNotFound, JobSpec, JobState, NotAllowedNow, new_id
+from cluster.jobs.model import (
+    ACTIVE,
+    DocumentDamaged,
+    InvalidJob,
+    JobInput,
+    JobNotFound,
+    JobSpec,
+    JobState,
+    NotAllowedNow,
+    new_id,
+)
 from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
 
@@ -63,10 +73,78 @@ def test_the_same_bytes_are_one_document(documents: DocumentStore, folder: Path,
     assert documents.put("two", [b"abc"], 10) == replace(first, expires=1090.0)
     assert names(folder) == [first.id]
     (folder / first.id).write_bytes(b"a")
-    with pytest.raises(JobStoreError, match="1 bytes: must be 3: upload it again"):
+    with pytest.raises(DocumentDamaged, match="1 bytes: must be 3: upload it again"):
         documents.read(first.id)
     documents.put("one", [b"abc"], 10)
     assert documents.read(first.id) == b"abc", "a new upload repairs a damaged file"
+
+
+def _as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _as_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"ab"), "2 bytes: must be 3"),
+        (lambda path: path.write_bytes(b""), "0 bytes: must be 3"),
+        (lambda path: path.write_bytes(b"abcdefgh"), "4 bytes or more: must be 3"),
+        (lambda path: path.write_bytes(b"abd"), "other content"),
+        (_as_folder, "cannot be read"),
+        (_as_pipe, "cannot be read .not a regular file"),
+        (_as_loop, "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_the_trouble_of_its_jobs(
+    documents: DocumentStore, folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    bad, good = documents.put("bad", [b"abc"], 100), documents.put("good", [b"good"], 100)
+    damage(folder / bad.id)
+    with pytest.raises(DocumentDamaged, match=message) as caught:
+        documents.read(bad.id)
+    assert isinstance(caught.value, InvalidJob), "the job fails by it, the store does not"
+    assert documents.read(good.id) == b"good"
+
+
+def test_a_folder_that_is_gone_is_no_damage_of_one_document(
+    documents: DocumentStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = documents.put("a", [b"abc"], 100)
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(JobStoreError, match="documents"):
+        documents.read(record.id)
+    folder.with_name("elsewhere").rename(folder)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(JobStoreError, match="Too many open files"):
+            documents.read(record.id)
+    assert documents.read(record.id) == b"abc"
+
+
+def test_a_document_that_is_too_large_is_not_read(documents: DocumentStore, folder: Path) -> None:
+    record = documents.put("a", [b"abc"], 100)
+    (folder / record.id).unlink()
+
+    def refuse(size: int) -> None:
+        raise InvalidJob(f"{size} bytes")
+
+    with pytest.raises(InvalidJob, match="3 bytes"):
+        documents.read(record.id, refuse)
 
 
 def test_too_long_is_refused_at_once(documents: DocumentStore, folder: Path) -> None:
