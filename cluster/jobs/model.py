@@ -8,7 +8,7 @@ A token has five forms between sampler and client:
 1. `protos.stage.messages.SampledToken`, from the last stage to the engine (on the wire as the message of that name);
 2. `cluster.engine.outputs.OutputToken`, made once by the engine: numbered, decoded, reasoning split off; the recorder,
    the store, subscriptions and the gRPC server pass it on as it is;
-3. the row of table `tokens` (`cluster.jobs.database`);
+3. the row of table `tokens` (`cluster.jobs.sqlite.database`);
 4. the message `TokenEvent` of protos/jobs/jobs.proto, alone or in a `TokenGroup`;
 5. `TokenEvent` of the client.
 """

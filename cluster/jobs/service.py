@@ -25,7 +25,9 @@ from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
     WAITING,
+    DocumentRecord,
     InvalidJob,
+    JobDamaged,
     JobNotFound,
     JobRecord,
     JobSpec,
@@ -35,7 +37,7 @@ from cluster.jobs.model import (
     check_id,
     new_id,
 )
-from cluster.jobs.prompts import job_prompts, reasoning_opened
+from cluster.jobs.prompts import BUILD_WAIT_S, check_text, job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import JobEvent, Subscriptions
@@ -128,7 +130,7 @@ class JobService:
         if spec.deadline is not None and spec.deadline <= self._clock():
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
-        prompts = job_prompts(self._runtime, self.documents, spec)
+        prompts = job_prompts(self._runtime, self.documents, spec, BUILD_WAIT_S)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(job.prompt_tokens for job in self._live.values())
@@ -141,6 +143,14 @@ class JobService:
             if is_new:
                 self._enqueue(record, prompts, {})
         return record
+
+    def keep_text(self, text: str, max_bytes: int) -> contextlib.AbstractContextManager[DocumentRecord]:
+        """Store the document that a submission brings, for a block; it is kept unless the block raises.
+
+        Raises InvalidJob, before anything is stored, when it cannot fit the model.
+        """
+        check_text(self._runtime, len(text))  # characters: never more than bytes
+        return self.documents.provisional("", [text.encode()], max_bytes)
 
     def get(self, job_id: str) -> JobRecord:
         record = self._store.get(check_id(job_id, "job"))
@@ -215,6 +225,8 @@ class JobService:
     def _requeue(self, record: JobRecord) -> None:
         """Queue a job again after its last committed token; one that cannot be built any more fails."""
         try:
+            if record.damage:
+                raise JobDamaged(record.damage)
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
             prompts = job_prompts(self._runtime, self.documents, record.spec)

@@ -35,10 +35,12 @@ class Head:
     def __init__(
         self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None, *,
         runtime: ClusterRuntime | None = None, port: int | None = None, clock: Callable[[], float] = time.time,
+        on_warning: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         """
         Args:
             on_status: called at every start of the pipeline with what is being started.
+            on_warning: called at the start with what is lost of the job store, as one line.
             runtime: one that runs already and goes on after `close`, instead of one of its own.
             port: replaces `server.port`; here 0 binds any free port.
             clock: seconds since 1970.
@@ -48,6 +50,7 @@ class Head:
         self._config = deployment.config
         self._port = port
         self._clock = clock
+        self._on_warning = on_warning
         self._steps = ExitStack()
 
     def start(self) -> None:
@@ -59,11 +62,15 @@ class Head:
         with ExitStack() as steps:  # closed in the opposite order
             steps.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
+            self.store = JobStore(data_dir / "jobs.sqlite", self._clock)  # before any weight is loaded
+            steps.callback(self.store.close)
+            documents = DocumentStore(
+                data_dir / "documents", self.store, server.document_ttl_s, server.max_documents_bytes, self._clock
+            )
+            if self.store.warning:
+                self._on_warning(self.store.warning)
             if self._owns_runtime:
                 steps.enter_context(self.runtime)
-            self.store = JobStore(data_dir / "jobs.sqlite", self._clock)
-            steps.callback(self.store.close)
-            documents = DocumentStore(data_dir / "documents", self.store, server.document_ttl_s, self._clock)
             self.service = JobService(self.runtime, self.store, documents, server, self._clock)
             metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
             steps.callback(metrics.close)
@@ -85,16 +92,20 @@ class Head:
         self._steps.close()
 
 
-def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]) -> int:
+def run_head(
+    config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None],
+    on_warning: Callable[[str], None] = lambda line: None,
+) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, then drain; returns the exit code.
 
     Args:
         on_status: what is being started.
         on_ready: called once with the address clients connect to.
+        on_warning: called at the start with what is lost of the job store, as one line.
 
     Raises:
-        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
-            running.
+        UserError: bad configuration or checkpoint. PreflightError, JobStoreError, PlacementError, StageError: nothing
+            is left running.
     """
     signals = _Signals()
 
@@ -102,7 +113,7 @@ def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_re
         on_status(status)
         signals.renew()
 
-    with closing(Head(load_deployment(config_path), on_launch)) as head:
+    with closing(Head(load_deployment(config_path), on_launch, on_warning=on_warning)) as head:
         head.start()
         signals.install()
         on_ready(head.address)

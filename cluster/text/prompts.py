@@ -36,14 +36,14 @@ def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int) ->
     return text
 
 
-def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int) -> None:
-    """Refuse a document that cannot fit whatever its tokens are (PromptError); costs the same for any size."""
+def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> None:
+    """Refuse a document, or `what`, that cannot fit whatever its tokens are (PromptError); cheap for any size."""
     min_tokens = tokenizer.min_tokens(num_bytes)
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
         raise PromptError(
-            f"document: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
-            f"no document above {max_bytes} bytes can fit"
+            f"{what}: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
+            f"no {what} above {max_bytes} bytes can fit"
         )
 
 

