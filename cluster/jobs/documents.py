@@ -31,6 +31,7 @@ from cluster.jobs.sqlite.files import NO_SPACE
 from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
+MAX_LISTED = 10_000  # documents, some megabytes
 _TEMPORARY = ".upload-"
 _ROOM_AFTER_S = 60.0  # documents expire by the minute
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # nothing is wrong with the file
@@ -95,7 +96,6 @@ class DocumentStore:
 
     def _put(self, name: str, pieces: Iterable[bytes], max_bytes: int, *, is_provisional: bool) -> DocumentRecord:
         with self._temporary() as (descriptor, path):
-            stored = self._store.documents_size()
             digest, size = hashlib.sha256(), 0
             for piece in pieces:
                 size += len(piece)
@@ -103,7 +103,7 @@ class DocumentStore:
                     raise InvalidJob(
                         f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)"
                     )
-                self._check_room(path.name, stored, size)
+                self._check_room(path.name, size)
                 digest.update(piece)
                 with self._errors():
                     _write(descriptor, piece)
@@ -115,11 +115,11 @@ class DocumentStore:
             record = DocumentRecord(_id_of(digest), display_name(name), size, now, now + self._ttl_s)
             return self._keep(path, record, is_provisional)
 
-    def _check_room(self, temporary: str, stored: int, size: int) -> None:
-        """Refuse an upload of so many bytes when there is no room for it beside `stored` ones and other uploads."""
+    def _check_room(self, temporary: str, size: int) -> None:
+        """Refuse an upload of so many bytes when there is no room for it beside the documents and other uploads."""
         with self._lock:
             self._uploading[temporary] = size
-            total = stored + sum(self._uploading.values())
+            total = self._store.documents_size() + sum(self._uploading.values())
         if total > self._max_bytes:
             raise ServiceBusy(
                 f"documents: {total} bytes with this one: must be at most {self._max_bytes} together "
@@ -167,8 +167,8 @@ class DocumentStore:
         return record
 
     def list(self) -> Sequence[DocumentRecord]:
-        """Return all documents, newest first."""
-        return self._store.list_documents()
+        """Return the newest MAX_LISTED documents, newest first."""
+        return self._store.list_documents(MAX_LISTED)
 
     def delete(self, document_id: str) -> None:
         """Delete a document. Raises JobNotFound, and NotAllowedNow while an unfinished job uses it."""
@@ -181,7 +181,7 @@ class DocumentStore:
         """Delete expired documents that no unfinished job uses (returns how many), and files that a crash left."""
         with self._lock, self._errors():
             removed = self._store.expire_documents(now)
-            known = {record.id for record in self._store.list_documents()} | set(self._uploading)
+            known = self._store.document_ids() | set(self._uploading)
             for path in self._folder.iterdir():
                 if path.name not in known and path.name.startswith((_TEMPORARY, "doc_")):
                     path.unlink(missing_ok=True)
@@ -193,6 +193,7 @@ class DocumentStore:
     @contextmanager
     def _temporary(self) -> Iterator[tuple[int, Path]]:
         """Make a file with mode 0600 that is deleted at the end of the block unless it was renamed."""
+        self._store.check()  # the folder may have gone with it
         with self._lock, self._errors():
             descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
             path = Path(name)

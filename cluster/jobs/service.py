@@ -149,8 +149,10 @@ class JobService:
 
         Raises InvalidJob, before anything is stored, when it cannot fit the model.
         """
-        check_text(self._runtime, len(text))  # characters: never more than bytes
-        return self.documents.provisional("", [text.encode()], max_bytes)
+        content = text.encode()
+        if len(content) <= max_bytes:  # else `provisional` refuses it
+            check_text(self._runtime, len(content))
+        return self.documents.provisional("", [content], max_bytes)
 
     def get(self, job_id: str) -> JobRecord:
         record = self._store.get(check_id(job_id, "job"))

@@ -311,15 +311,21 @@ class JobStore:
         with self._db.writing() as db:
             return db.execute(_TOUCH, (expires, document_id)).rowcount > 0
 
-    def list_documents(self) -> list[DocumentRecord]:
-        """Return all documents, newest first."""
+    def list_documents(self, limit: int = MAX_INT64) -> list[DocumentRecord]:
+        """Return the newest `limit` documents, newest first."""
         with self._db.reading() as db:
-            return statements.documents(db, "ORDER BY created DESC, rowid DESC")
+            return statements.documents(db, "ORDER BY created DESC, rowid DESC LIMIT ?", limit)
+
+    def document_ids(self) -> set[str]:
+        """Return the ids of all documents."""
+        with self._db.reading() as db:
+            return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
 
     def documents_size(self) -> int:
-        """Return the bytes of all documents together."""
+        """Return the bytes that all documents take on disk together, each in whole blocks."""
         with self._db.reading() as db:
-            return int(db.execute("SELECT coalesce(sum(size_bytes), 0) FROM documents").fetchone()[0])
+            query = "SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096), 0) FROM documents"
+            return int(db.execute(query).fetchone()[0])
 
     def delete_document(self, document_id: str) -> bool:
         """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
