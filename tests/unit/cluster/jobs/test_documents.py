@@ -23,6 +23,7 @@ from cluster.jobs.model import (
     JobSpec,
     JobState,
     NotAllowedNow,
+    ServiceBusy,
     new_id,
 )
 from cluster.jobs.store import JobStore
@@ -285,6 +286,83 @@ def test_sweep(documents: DocumentStore, store: JobStore, folder: Path, clock: C
     assert documents.sweep(1060.0) == 1
     documents.delete(young.id)
     assert names(folder) == ["README"]
+
+
+def test_what_an_upload_left_that_was_killed_goes_at_the_start(store: JobStore, folder: Path) -> None:
+    folder.mkdir()
+    (folder / ".upload-left").write_bytes(b"x")
+    (folder / "README").write_bytes(b"not ours")
+    DocumentStore(folder, store, ttl_s=60.0, max_bytes=100)
+    assert names(folder) == ["README"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Path.touch, lambda folder: folder.mkdir(0o555), lambda folder: folder.symlink_to("nowhere")],
+)
+def test_folders_that_are_refused(store: JobStore, folder: Path, make: Callable[[Path], None]) -> None:
+    make(folder)
+    with pytest.raises(JobStoreError, match="must be a folder that we may write"):
+        DocumentStore(folder, store, ttl_s=60.0, max_bytes=100)
+
+
+def refuse(documents: DocumentStore, content: bytes, inside: Callable[[], object] = lambda: None) -> None:
+    """Bring a document with a submission that is refused after `inside`."""
+
+    def submit() -> None:
+        with documents.provisional("", [content], 100) as record:
+            assert documents.read(record.id) == content
+            inside()
+            raise InvalidJob("refused")
+
+    with pytest.raises(InvalidJob, match="refused"):
+        submit()
+
+
+def test_a_refused_submission_takes_its_document_along(documents: DocumentStore, store: JobStore, folder: Path) -> None:
+    refuse(documents, b"abc")
+    refuse(documents, b"abc", lambda: refuse(documents, b"abc"))
+    assert (documents.list(), names(folder), documents._provisional) == ([], [], {})
+    with documents.provisional("", [b"abc"], 100) as record:
+        refuse(documents, b"abc")
+        assert documents.read(record.id) == b"abc", "another submission has it"
+    refuse(documents, b"abc")
+    assert documents.list() == [record], "it was there before"
+    refuse(documents, b"new", lambda: documents.put("a", [b"new"], 100))
+    assert len(documents.list()) == 2, "it was uploaded meanwhile"
+
+    def use() -> None:
+        spec = JobSpec(JobInput(document_id=documents.list()[0].id, questions=("?",)), AnswerOptions())
+        store.create(spec, new_id("job"), 1, {})
+
+    refuse(documents, b"used", use)
+    assert len(documents.list()) == len(names(folder)) == 3, "a job has it"
+    assert documents._provisional == {}
+
+
+def test_all_together_have_a_bound(store: JobStore, folder: Path, clock: Clock) -> None:
+    documents = DocumentStore(folder, store, ttl_s=60.0, max_bytes=3 * 4096, clock=clock)
+    kept = [documents.put("a", [bytes([n]) * 4000], 4096).id for n in range(2)]
+    half: list[ServiceBusy] = []
+
+    def pieces() -> Iterator[bytes]:
+        yield b"x" * 4096
+        with pytest.raises(
+            ServiceBusy, match=r"must be at most 12288 together .server\.max_documents_bytes."
+        ) as caught:
+            documents.put("b", [b"y"], 4096)
+        half.append(caught.value)
+
+    kept.append(documents.put("a", pieces(), 4096).id)
+    assert half[0].retry_after_s == 60.0
+    with pytest.raises(ServiceBusy, match="delete some"):
+        documents.put("c", [b"z"], 4096)
+    assert names(folder) == sorted(kept)
+    documents.delete(kept[0])
+    documents.put("c", [b"z"], 4096)
+    clock.now += 100.0
+    assert documents.sweep(clock.now) == 3
+    assert documents._uploading == {}
 
 
 def test_sweep_leaves_running_uploads(documents: DocumentStore, folder: Path) -> None:
