@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -73,7 +73,10 @@ def serve(config: Path, notify_fd: int | None) -> None:
                     display.say(f"head ready at {address}")
                     report(address=address)
 
-                code = run_head(config, on_status, on_ready)
+                def on_warning(line: str) -> None:
+                    report(warning=line)  # it is in the log already
+
+                code = run_head(config, on_status, on_ready, on_warning)
         finally:
             files.release()
     sys.exit(code)
@@ -88,6 +91,18 @@ def _load(config: Path, needs_port: bool = False) -> Config:
     if needs_port and not loaded.server.port:
         raise UserError(f"{config}: server.port: 0: a head without a port hears no one; must be such as 7777")
     return loaded
+
+
+@contextlib.contextmanager
+def _writing_to(data_dir: Path) -> Iterator[None]:
+    """Tell what is wrong with the data directory, or with what lies in it, as a PreflightError."""
+    from cluster.common.errors import PreflightError
+
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or data_dir
+        raise PreflightError(f"data_dir: {where}: {error.strerror}: must be a folder that we may write") from error
 
 
 def _reporter(descriptor: int | None) -> Callable[..., None]:
@@ -130,7 +145,8 @@ def up(config: Path, as_json: bool) -> None:
         for line in certificate_warnings(loaded.security):
             warn(line)
         before = files.log.stat().st_size if files.log.exists() else 0
-        child, progress = _spawn(files, config)
+        with _writing_to(files.data_dir):
+            child, progress = _spawn(files, config)
         try:
             with open_display(as_json) as display, progress:
                 ready = _follow(progress, display)
@@ -170,6 +186,10 @@ def _follow(progress: TextIO, display: Any) -> bool:
         report = json.loads(line)
         if "address" in report:
             return True
+        if "warning" in report:
+            display.clear()
+            click.echo(f"longreach: warning: {report['warning']}", err=True)
+            continue
         display.launch(LaunchStatus(**report))
     return False
 

@@ -34,6 +34,7 @@ _UPLOAD_FACTOR = 20  # an upload may take this many times the usual timeout
 _MAX_RETRY_AFTER_S = 3600.0
 _Stub: Any = JobsStub  # generated code has no types
 _Code = grpc.StatusCode
+_RETRY_AFTER = "retry-after-ms"  # trailing metadata of a head that cannot take a call now
 _SIMPLE: dict[grpc.StatusCode, type[LongreachError]] = {
     _Code.INVALID_ARGUMENT: InvalidRequest,
     _Code.OUT_OF_RANGE: InvalidRequest,
@@ -86,6 +87,7 @@ class Transport:
         """Return the error of a failed call as one of the client's types."""
         address = self._connection.address
         code, details = error.code(), one_line(error.details() or "")
+        trailing = dict(error.trailing_metadata() or ())
         kind = _SIMPLE.get(code)
         if kind is Unauthenticated:
             problem = (
@@ -98,7 +100,9 @@ class Transport:
         if code == _Code.RESOURCE_EXHAUSTED:
             if "larger than max" in details:  # by grpc itself, about the size of a message
                 return InvalidRequest(f"request: {details}")
-            return Busy(details or "the queue is full", _retry_after_s(dict(error.trailing_metadata() or ())))
+            return Busy(details or "the queue is full", _retry_after_s(trailing))
+        if code == _Code.UNAVAILABLE and _RETRY_AFTER in trailing:  # by the head itself, which cannot serve now
+            return Unavailable(f"{address}: {details}")
         if code == _Code.UNAVAILABLE:
             if not self.has_answered and (problem := explain_failure(details, self._connection.tls)):
                 return TlsError(f"{address}: {problem}")

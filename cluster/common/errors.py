@@ -29,3 +29,7 @@ class EngineError(ClusterError):
 
 class JobStoreError(ClusterError):
     """The job store failed: the disk, the file, or a write that does not follow the last one."""
+
+
+class JobStoreFull(JobStoreError):
+    """The disk of the job store has no room."""

@@ -146,6 +146,9 @@ class ServerSection(Section):
     max_document_bytes: Bytes = Field(
         default=64 << 20, ge=1, le=16 << 30, description=f"{BYTES_RULE}, from 1 byte to 16GiB"
     )
+    max_documents_bytes: Bytes = Field(
+        default=16 << 30, ge=1, le=1 << 50, description=f"{BYTES_RULE}, from 1 byte to 1024TiB"
+    )
     result_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
     document_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
     drain_timeout_s: float = Field(default=30.0, ge=0, le=86400)
@@ -155,6 +158,12 @@ class ServerSection(Section):
     def _ports_differ(self) -> ServerSection:
         if self.metrics_port and self.metrics_port == self.port:
             raise broken_rule("metrics_port", "is server.port too; give each its own port")
+        return self
+
+    @model_validator(mode="after")
+    def _one_document_fits(self) -> ServerSection:
+        if self.max_documents_bytes < self.max_document_bytes:
+            raise broken_rule("max_documents_bytes", "is below server.max_document_bytes; must have room for one")
         return self
 
 

@@ -9,47 +9,92 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.common.errors import JobStoreError
-from cluster.jobs.model import DocumentRecord, InvalidJob, JobNotFound, check_id
+from cluster.common.errors import JobStoreError, JobStoreFull
+from cluster.jobs.model import (
+    DocumentDamaged,
+    DocumentRecord,
+    InvalidJob,
+    JobNotFound,
+    NotAllowedNow,
+    ServiceBusy,
+    check_id,
+)
+from cluster.jobs.sqlite.files import NO_SPACE
 from cluster.jobs.store import JobStore
 
 MAX_NAME = 255  # characters
+MAX_LISTED = 10_000  # documents, some megabytes
 _TEMPORARY = ".upload-"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_ROOM_AFTER_S = 60.0  # documents expire by the minute
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # nothing is wrong with the file
 
 
 class DocumentStore:
     """Stores, reads and deletes documents; all methods may be called from any thread."""
 
-    def __init__(self, folder: Path, store: JobStore, ttl_s: float, clock: Callable[[], float] = time.time) -> None:
-        """
+    def __init__(
+        self, folder: Path, store: JobStore, ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Open a folder that no other process uses, and remove the uploads that an earlier one has not finished.
+
         Args:
             ttl_s: seconds after its upload at which an unused document expires.
+            max_bytes: of all documents together.
             clock: gives seconds since 1970.
         """
         self._folder = folder
         self._store = store
         self._ttl_s = ttl_s
         self._clock = clock
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()  # names in the folder and their records change together
-        self._uploading: set[str] = set()  # temporary files that a sweep must leave alone
+        self._uploading: dict[str, int] = {}  # temporary files that a sweep must leave alone, with their bytes
+        self._provisional: dict[str, int] = {}  # documents that only submissions have brought: how many of them
         with self._errors():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK) or not folder.stat().st_mode & 0o222:
+                raise JobStoreError(f"documents {folder}: is read-only: must be a folder that we may write")
+            for path in folder.iterdir():
+                if path.name.startswith(_TEMPORARY):
+                    path.unlink(missing_ok=True)
 
     def put(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
         """Store a document as it arrives; the same bytes give the same document with a new expiry and its old name.
 
         Raises:
-            InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). JobStoreError: the disk.
-            And whatever `pieces` raises. Nothing is left behind then.
+            InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
+                room for it beside the others. JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
+                behind then.
         """
+        return self._put(name, pieces, max_bytes, is_provisional=False)
+
+    @contextmanager
+    def provisional(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> Iterator[DocumentRecord]:
+        """Store a document as `put` does, for a block; when that raises, it goes unless others have it by then."""
+        record = self._put(name, pieces, max_bytes, is_provisional=True)
+        is_kept = False
+        try:
+            yield record
+            is_kept = True
+        finally:
+            with self._lock:
+                left = self._provisional.get(record.id, 0) - 1
+                if left > 0 and not is_kept:
+                    self._provisional[record.id] = left
+                elif self._provisional.pop(record.id, 0) and not is_kept:
+                    with suppress(NotAllowedNow, JobStoreError), self._errors():  # the next sweep may do it
+                        self._store.delete_document(record.id)
+                        self._path(record.id).unlink(missing_ok=True)
+
+    def _put(self, name: str, pieces: Iterable[bytes], max_bytes: int, *, is_provisional: bool) -> DocumentRecord:
         with self._temporary() as (descriptor, path):
             digest, size = hashlib.sha256(), 0
             for piece in pieces:
@@ -58,6 +103,7 @@ class DocumentStore:
                     raise InvalidJob(
                         f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)"
                     )
+                self._check_room(path.name, size)
                 digest.update(piece)
                 with self._errors():
                     _write(descriptor, piece)
@@ -66,21 +112,51 @@ class DocumentStore:
             with self._errors():
                 os.fsync(descriptor)
             now = self._clock()
-            document_id = f"doc_{digest.hexdigest()[:32]}"
-            return self._keep(path, DocumentRecord(document_id, display_name(name), size, now, now + self._ttl_s))
+            record = DocumentRecord(_id_of(digest), display_name(name), size, now, now + self._ttl_s)
+            return self._keep(path, record, is_provisional)
 
-    def read(self, document_id: str) -> bytes:
-        """Return the bytes. Raises JobNotFound, and JobStoreError when the file has another size than its record."""
-        record = self.get(document_id)
-        with self._errors():
-            try:
-                content = self._path(document_id).read_bytes()
-            except FileNotFoundError as error:
-                raise JobNotFound(f"document: {document_id}: its file is gone: upload it again") from error
-        if len(content) != record.size_bytes:
-            raise JobStoreError(
-                f"document: {document_id}: {len(content)} bytes: must be {record.size_bytes}: upload it again"
+    def _check_room(self, temporary: str, size: int) -> None:
+        """Refuse an upload of so many bytes when there is no room for it beside the documents and other uploads."""
+        with self._lock:
+            self._uploading[temporary] = size
+            total = self._store.documents_size() + sum(self._uploading.values())
+        if total > self._max_bytes:
+            raise ServiceBusy(
+                f"documents: {total} bytes with this one: must be at most {self._max_bytes} together "
+                "(server.max_documents_bytes): delete some, or wait until some expire",
+                _ROOM_AFTER_S,
             )
+
+    def read(self, document_id: str, check_size: Callable[[int], None] = lambda size: None) -> bytes:
+        """Return the bytes.
+
+        Args:
+            check_size: called with the recorded size before anything is read; raises to refuse it.
+
+        Raises:
+            JobNotFound: no record, or no file. DocumentDamaged: the file is not what was uploaded, or cannot be read.
+            JobStoreError: the folder cannot be used, or the process is out of files or memory.
+        """
+        record = self.get(document_id)
+        check_size(record.size_bytes)
+        try:
+            content = _read_file(self._path(document_id), record.size_bytes)
+        except OSError as error:
+            if error.errno in _OF_THE_PROCESS or not os.access(self._folder, os.R_OK | os.X_OK):
+                with self._errors():
+                    raise
+            if isinstance(error, FileNotFoundError):
+                raise JobNotFound(f"document: {document_id}: its file is gone: upload it again") from error
+            raise DocumentDamaged(
+                f"document: {document_id}: its file cannot be read ({error.strerror}): upload it again"
+            ) from error
+        if len(content) != record.size_bytes:
+            more = " or more" if len(content) > record.size_bytes else ""
+            raise DocumentDamaged(
+                f"document: {document_id}: {len(content)} bytes{more}: must be {record.size_bytes}: upload it again"
+            )
+        if _id_of(hashlib.sha256(content)) != document_id:
+            raise DocumentDamaged(f"document: {document_id}: its file has other content: upload it again")
         return content
 
     def get(self, document_id: str) -> DocumentRecord:
@@ -91,8 +167,8 @@ class DocumentStore:
         return record
 
     def list(self) -> Sequence[DocumentRecord]:
-        """Return all documents, newest first."""
-        return self._store.list_documents()
+        """Return the newest MAX_LISTED documents, newest first."""
+        return self._store.list_documents(MAX_LISTED)
 
     def delete(self, document_id: str) -> None:
         """Delete a document. Raises JobNotFound, and NotAllowedNow while an unfinished job uses it."""
@@ -105,7 +181,7 @@ class DocumentStore:
         """Delete expired documents that no unfinished job uses (returns how many), and files that a crash left."""
         with self._lock, self._errors():
             removed = self._store.expire_documents(now)
-            known = {record.id for record in self._store.list_documents()} | self._uploading
+            known = self._store.document_ids() | set(self._uploading)
             for path in self._folder.iterdir():
                 if path.name not in known and path.name.startswith((_TEMPORARY, "doc_")):
                     path.unlink(missing_ok=True)
@@ -117,19 +193,20 @@ class DocumentStore:
     @contextmanager
     def _temporary(self) -> Iterator[tuple[int, Path]]:
         """Make a file with mode 0600 that is deleted at the end of the block unless it was renamed."""
+        self._store.check()  # the folder may have gone with it
         with self._lock, self._errors():
             descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
             path = Path(name)
-            self._uploading.add(path.name)
+            self._uploading[path.name] = 0
         try:
             yield descriptor, path
         finally:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             with self._lock:
-                self._uploading.discard(path.name)
+                del self._uploading[path.name]
 
-    def _keep(self, temporary: Path, record: DocumentRecord) -> DocumentRecord:
+    def _keep(self, temporary: Path, record: DocumentRecord, is_provisional: bool) -> DocumentRecord:
         """Give the file its name and the document its record, or do neither."""
         path = self._path(record.id)
         with self._lock, self._errors():
@@ -137,19 +214,43 @@ class DocumentStore:
             temporary.replace(path)  # replaces a file that was damaged, too
             try:
                 _sync_folder(self._folder)
-                return self._store.put_document(record)
+                stored = self._store.put_document(record)
             except BaseException:
                 if is_new:
                     path.unlink(missing_ok=True)
                 raise
+            if not is_provisional:
+                self._provisional.pop(record.id, None)  # somebody uploaded it: it stays
+            elif is_new or record.id in self._provisional:
+                self._provisional[record.id] = self._provisional.get(record.id, 0) + 1
+            return stored
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            remedy = "free space on its disk" if error.errno in _NO_SPACE else "check its disk and its permissions"
+            if error.errno in NO_SPACE:
+                raise JobStoreFull(f"documents {self._folder}: {error.strerror}: free space on its disk") from error
+            remedy = "check its disk and its permissions: must be a folder that we may write"
             raise JobStoreError(f"documents {self._folder}: {error.strerror}: {remedy}") from error
+
+
+def _id_of(digest: hashlib._Hash) -> str:
+    """Return the id of a document from the SHA-256 of its bytes."""
+    return f"doc_{digest.hexdigest()[:32]}"
+
+
+def _read_file(path: Path, size: int) -> bytes:
+    """Return the content of a regular file, but not more than one byte beyond `size`; others raise OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place must not block
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(size + 1)
+    finally:
+        os.close(descriptor)
 
 
 def display_name(name: str) -> str:

@@ -8,7 +8,7 @@ A token has five forms between sampler and client:
 1. `protos.stage.messages.SampledToken`, from the last stage to the engine (on the wire as the message of that name);
 2. `cluster.engine.outputs.OutputToken`, made once by the engine: numbered, decoded, reasoning split off; the recorder,
    the store, subscriptions and the gRPC server pass it on as it is;
-3. the row of table `tokens` (`cluster.jobs.database`);
+3. the row of table `tokens` (`cluster.jobs.sqlite.database`);
 4. the message `TokenEvent` of protos/jobs/jobs.proto, alone or in a `TokenGroup`;
 5. `TokenEvent` of the client.
 """
@@ -57,6 +57,14 @@ class JobError(Exception):
 
 class InvalidJob(JobError, InvalidRequest):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
+
+
+class JobDamaged(InvalidJob):
+    """What is stored of one job cannot be read. Only this job fails; nothing is wrong with the store as a whole."""
+
+
+class DocumentDamaged(JobDamaged):
+    """The file of one document cannot be read, or is not what was uploaded. Only the jobs about it fail."""
 
 
 class JobNotFound(JobError):
@@ -165,7 +173,11 @@ class JobAnswer:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as it is stored; times are seconds since 1970."""
+    """A job as it is stored; times are seconds since 1970.
+
+    `restarts` counts how often it was queued again after it had run. Of a job with `damage` (why its row cannot be
+    read) the spec is empty, and what else cannot be read is left out.
+    """
 
     id: str
     state: JobState
@@ -178,6 +190,7 @@ class JobRecord:
     restarts: int = 0
     answers: tuple[JobAnswer, ...] = ()
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
+    damage: str = ""
 
     @property
     def ask(self) -> AnswerOptions:

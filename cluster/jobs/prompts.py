@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from cluster.common.text_format import one_line
@@ -11,29 +13,61 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, ServiceBusy
 from cluster.text.chat_template import render_user_message
+from cluster.text.prompts import check_size
 from cluster.text.reasoning import opens_reasoning
 from cluster.text.templates.process import RendererBusy
 from protos.errors import UserError
 
 _CLOCK = "clock"  # in what is stored to get the same tokens again
+_AT_A_TIME = 4  # jobs whose texts are in memory to be tokenised; others wait
+BUILD_WAIT_S = 20.0  # of a submission, for its turn
+_turns = threading.BoundedSemaphore(_AT_A_TIME)
 
 
 def job_prompts(
-    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None = None
-) -> list[array[int]]:
-    """Return the token ids of every question.
+    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None = None,
+    wait_s: float | None = None,
+) -> list[array[int]]:  # fmt: skip
+    """Return the token ids of every question. Sizes are checked before anything is read.
 
     Args:
         now: what the clock of the chat template says, see `clock_of`; None reads the clock.
+        wait_s: how long to wait while the texts of other jobs are tokenised; None for as long as it takes.
 
     Raises:
         InvalidJob: the prompts cannot be built, or are too long. JobNotFound: the document is gone. ServiceBusy: other
-            jobs keep the process that renders chat templates.
+            jobs took too long, or keep the process that renders chat templates.
     """
+    with _turn(wait_s):
+        return _job_prompts(runtime, documents, spec, now)
+
+
+@contextlib.contextmanager
+def _turn(wait_s: float | None) -> Iterator[None]:
+    if not _turns.acquire(timeout=wait_s):
+        raise ServiceBusy(f"prompts: {_AT_A_TIME} others have been read for {wait_s:g} s: try again", 5.0)
+    try:
+        yield
+    finally:
+        _turns.release()
+
+
+def check_text(runtime: ClusterRuntime, num_bytes: int) -> None:
+    """Refuse a document that cannot fit, whatever its tokens are, by its bytes alone (InvalidJob)."""
+    try:
+        check_size(num_bytes, runtime.tokenizer, runtime.max_model_len)
+    except UserError as error:
+        raise InvalidJob(one_line(error)) from error
+
+
+def _job_prompts(
+    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None
+) -> list[array[int]]:
     source = spec.input
     try:
         if source.document_id:
-            text = runtime.check_document(documents.read(source.document_id))
+            content = documents.read(source.document_id, lambda size: check_text(runtime, size))
+            text = runtime.check_document(content)
             prompts = runtime.document_prompts(text, source.questions, spec.ask, now)
         elif source.messages is not None:
             prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]

@@ -26,7 +26,9 @@ from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
     WAITING,
+    DocumentRecord,
     InvalidJob,
+    JobDamaged,
     JobNotFound,
     JobRecord,
     JobSpec,
@@ -36,7 +38,7 @@ from cluster.jobs.model import (
     check_id,
     new_id,
 )
-from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored_clock
+from cluster.jobs.prompts import BUILD_WAIT_S, check_text, clock_of, job_prompts, reasoning_opened, stored_clock
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import JobEvent, Subscriptions
@@ -130,7 +132,7 @@ class JobService:
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
         now = datetime.fromtimestamp(self._clock())
-        prompts = job_prompts(self._runtime, self.documents, spec, now)
+        prompts = job_prompts(self._runtime, self.documents, spec, now, BUILD_WAIT_S)
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(job.prompt_tokens for job in self._live.values())
@@ -144,6 +146,16 @@ class JobService:
             if is_new:
                 self._enqueue(record, prompts, {})
         return record
+
+    def keep_text(self, text: str, max_bytes: int) -> contextlib.AbstractContextManager[DocumentRecord]:
+        """Store the document that a submission brings, for a block; it is kept unless the block raises.
+
+        Raises InvalidJob, before anything is stored, when it cannot fit the model.
+        """
+        content = text.encode()
+        if len(content) <= max_bytes:  # else `provisional` refuses it
+            check_text(self._runtime, len(content))
+        return self.documents.provisional("", [content], max_bytes)
 
     def get(self, job_id: str) -> JobRecord:
         record = self._store.get(check_id(job_id, "job"))
@@ -218,6 +230,8 @@ class JobService:
     def _requeue(self, record: JobRecord) -> None:
         """Queue a job again after its last committed token; one that cannot be built any more fails."""
         try:
+            if record.damage:
+                raise JobDamaged(record.damage)
             if record.restarts >= _MAX_RESTARTS:
                 raise InvalidJob(f"given up: the cluster was restarted {record.restarts} times under this job")
             prompts = self._prompts_again(record)

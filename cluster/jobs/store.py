@@ -8,19 +8,17 @@ JobStoreError when the store itself fails, the errors of `cluster.jobs.model` wh
 from __future__ import annotations
 
 import json
+import logging
 import re
-import sqlite3
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, fields
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import OutputToken
-from cluster.jobs.database import Database
 from cluster.jobs.model import (
     ACTIVE,
     FINAL,
@@ -29,6 +27,7 @@ from cluster.jobs.model import (
     InvalidJob,
     JobAnswer,
     JobConflict,
+    JobDamaged,
     JobNotFound,
     JobRecord,
     JobSpec,
@@ -37,16 +36,19 @@ from cluster.jobs.model import (
     ServiceBusy,
     check_id,
 )
+from cluster.jobs.rows import job_state, token
+from cluster.jobs.sqlite import statements
+from cluster.jobs.sqlite.database import Database
+from cluster.jobs.sqlite.migrations import shown_question
 from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs.limits import MAX_INT64, MAX_PAGE
-from protos.stage.messages import TokenLogprob
 
+_log = logging.getLogger(__name__)
 _CURSOR = re.compile(r"j[0-9a-f]{15}")  # the seq of the last job of a page
-_RECORD = (
-    "SELECT seq, id, state, created, started, finished, error, last_event, restarts, spec, reproducibility"
-    " FROM jobs JOIN specs ON job = seq"
-)
+_LISTINGS = 4  # at a time; others wait
+_LISTING_WAIT_S = 10.0
 _IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
+_TOUCH = "UPDATE documents SET expires = coalesce(?, expires) WHERE id = ?"
 
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
 
@@ -61,9 +63,25 @@ class JobStore:
         """
         self._db = Database(path)
         self._clock = clock
+        self._listings = threading.BoundedSemaphore(_LISTINGS)
+        if self.warning:
+            _log.warning(self.warning)
+
+    @property
+    def warning(self) -> str:
+        """What was found to be lost when the store was opened, as one line; "" for nothing."""
+        return self._db.warning
+
+    def check(self) -> None:
+        """Raise JobStoreError when a file of the store was removed, replaced or cut off since it was opened."""
+        self._db.check()
 
     def close(self) -> None:
         self._db.close()
+
+    def stop_waiting(self) -> None:
+        """Let writes fail at once, instead of after seconds, while another process has locked the database."""
+        self._db.stop_waiting()
 
     def admission(self, spec: JobSpec) -> tuple[JobRecord | None, int]:
         """Return the job that an earlier submission with this idempotency key made, and how many jobs wait.
@@ -71,7 +89,7 @@ class JobStore:
         Raises JobConflict as `create` does.
         """
         with self._db.reading() as db:
-            return _by_key(db, spec), _count(db, WAITING)
+            return statements.by_key(db, spec), statements.count(db, WAITING)
 
     def create(
         self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any],
@@ -91,14 +109,13 @@ class JobStore:
         assert num_answers >= 1, num_answers
         document, key = spec.input.document_id or None, spec.idempotency_key or None
         with self._db.writing() as db:
-            if (known := _by_key(db, spec)) is not None:
+            if (known := statements.by_key(db, spec)) is not None:
                 return known, False
             if max_queued is not None:
-                check_queue(_count(db, WAITING), max_queued)
+                check_queue(statements.count(db, WAITING), max_queued)
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
                 raise JobConflict(f"job id: {job_id}: is in use: take a new one")
-            touch = "UPDATE documents SET expires = coalesce(?, expires) WHERE id = ?"
-            if document and not db.execute(touch, (document_expires, document)).rowcount:
+            if document and not db.execute(_TOUCH, (document_expires, document)).rowcount:
                 raise JobNotFound(f"document: {document}: not found: upload it again")
             created = self._clock()
             seq = db.execute(
@@ -106,16 +123,32 @@ class JobStore:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (job_id, JobState.QUEUED, key, spec.body_hash(), num_answers, created, document),
             ).lastrowid
-            db.execute("INSERT INTO specs VALUES (?, ?, ?)", (seq, spec.to_json(), json.dumps(dict(reproducibility))))
+            db.execute("INSERT INTO specs VALUES (?, ?, '{}')", (seq, spec.to_json()))
+            questions = json.dumps([*map(shown_question, spec.input.questions)], ensure_ascii=False)
+            summary = (seq, spec.priority, questions, json.dumps(dict(reproducibility)))
+            db.execute("INSERT INTO summaries VALUES (?, ?, ?, ?)", summary)
             db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
             answers = tuple(map(JobAnswer, range(num_answers)))
-            _insert(db, "answers", seq, answers)
+            statements.insert(db, "answers", seq, answers)
         return JobRecord(job_id, JobState.QUEUED, spec, created, answers=answers, reproducibility=reproducibility), True
 
     def transition(self, job_id: str, expected: Collection[JobState], new: JobState, error: str = "") -> bool:
         """Change the state if it is one of `expected`; returns False if it is not, or the job is gone."""
         with self._db.writing() as db:
-            return _transition(db, (job_id, expected, new), self._clock(), error)
+            return statements.transition(db, (job_id, expected, new), self._clock(), error)
+
+    def transition_all(
+        self, changes: Sequence[StateChange], error: str = "", documents: Mapping[str, float] | None = None
+    ) -> list[str]:
+        """Change states as `transition` does and set the expiry of `documents`, all in one transaction.
+
+        Returns the ids of the jobs that were in an expected state.
+        """
+        with self._db.writing() as db:
+            now = self._clock()
+            for document_id, expires in (documents or {}).items():
+                db.execute(_TOUCH, (expires, document_id))
+            return [change[0] for change in changes if statements.transition(db, change, now, error)]
 
     def commit_step(
         self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
@@ -127,39 +160,48 @@ class JobStore:
         late answers only of a deleted one, so a cancelled job keeps what it had.
         """
         outputs: dict[str, tuple[list[OutputToken], list[JobAnswer]]] = defaultdict(lambda: ([], []))
-        for job_id, token in tokens:
-            outputs[job_id][0].append(token)
+        for job_id, item in tokens:
+            outputs[job_id][0].append(item)
         for job_id, answer in answers:
             outputs[job_id][1].append(answer)
         with self._db.writing() as db:
             for job_id, output in outputs.items():
-                _add_output(db, job_id, *output)
+                statements.add_output(db, job_id, *output)
             now = self._clock()
             for change in states:
-                _transition(db, change, now)
+                statements.transition(db, change, now)
 
     def get(self, job_id: str) -> JobRecord | None:
         """Return the job with its answers, without tokens."""
         with self._db.reading() as db:
-            return _one(db, job_id)
+            return statements.one(db, job_id)
 
     def state(self, job_id: str) -> JobState | None:
         """Return the state of a job, without reading its spec; None for an unknown one."""
         with self._db.reading() as db:
             row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        return None if row is None else JobState(row[0])
+        return None if row is None else job_state(row[0])
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> list[OutputToken]:
-        """Return at most `limit` tokens with numbers above `after`, in order; none for an unknown job."""
+        """Return at most `limit` tokens with numbers above `after`, in order; none for an unknown job.
+
+        Raises JobDamaged when one is missing or damaged.
+        """
         if after < 0 or limit < 1:
             raise InvalidJob(f"after, limit: {after}, {limit}: must be at least 0 and at least 1")
         with self._db.reading() as db:
+            job = db.execute("SELECT seq, last_event FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            if job is None:
+                return []
+            columns = statements.columns(OutputToken)
             rows = db.execute(
-                f"SELECT {_columns(OutputToken)} FROM tokens"
-                " WHERE job = (SELECT seq FROM jobs WHERE id = ?) AND number > ? ORDER BY number LIMIT ?",
-                (job_id, min(after, MAX_INT64), min(limit, MAX_INT64)),
+                f"SELECT {columns} FROM tokens WHERE job = ? AND number > ? ORDER BY number LIMIT ?",
+                (job[0], min(after, MAX_INT64), min(limit, MAX_INT64)),
             ).fetchall()
-        return [_token(row) for row in rows]
+        found = [token(job_id, number, row) for number, row in enumerate(rows, after + 1)]
+        if len(rows) < limit and after + len(rows) != max(job[1], after):
+            raise JobDamaged(f"job {job_id}: {after + len(rows)} of its {job[1]} tokens are stored: submit it again")
+        return found
 
     def split_old_tokens(self, reasoning_opened: Callable[[JobSpec, int], bool]) -> None:
         """Split reasoning off the tokens that were stored before schema 4; later ones come with it.
@@ -172,15 +214,21 @@ class JobStore:
                 row = db.execute("SELECT job FROM tokens WHERE part = '' LIMIT 1").fetchone()
                 if row is None:
                     return
-                (spec,) = db.execute("SELECT spec FROM specs WHERE job = ?", row).fetchone()
-                job_spec = JobSpec.from_json(spec)
+                (spec,) = db.execute("SELECT spec FROM specs WHERE job = ?", row).fetchone() or (None,)
+
+                def opened(question: int, spec: object = spec) -> bool:
+                    try:
+                        return reasoning_opened(JobSpec.from_json(str(spec)), question)
+                    except Exception:  # noqa: BLE001 - the row is damaged; its tokens are text all the same
+                        return False
+
                 splitters: dict[int, ReasoningSplitter] = {}
                 query = "SELECT number, question, text FROM tokens WHERE job = ? ORDER BY number"
                 for number, question, text in db.execute(query, row).fetchall():
                     if question not in splitters:
-                        splitters[question] = ReasoningSplitter(reasoning_opened(job_spec, question))
+                        splitters[question] = ReasoningSplitter(opened(question))
                     splitter = splitters[question]
-                    parts = splitter.push(text)
+                    parts = splitter.push(text if isinstance(text, str) else "")
                     db.execute(
                         "UPDATE tokens SET part = ?, reasoning = ?, answer = ? WHERE job = ? AND number = ?",
                         (splitter.part, *parts, *row, number),
@@ -203,70 +251,95 @@ class JobStore:
         values: list[object] = [below]
         if states:
             where.append("state IN (SELECT value FROM json_each(?))")
-            values.append(_array(states))
+            values.append(statements.array(states))
         for label in (labels or {}).items():
             where.append("seq IN (SELECT job FROM labels WHERE key = ? AND value = ?)")
             values += label
-        with self._db.reading() as db:
-            page = f"SELECT seq FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
-            query = f"{_RECORD} WHERE seq IN ({page}) ORDER BY seq DESC"  # sorts no specs, which may be large
-            rows = db.execute(query, (*values, limit + 1)).fetchall()
-            records = _records(db, rows[:limit])
-        return records, f"j{rows[limit - 1][0]:015x}" if len(rows) > limit else ""
+        if not self._listings.acquire(timeout=_LISTING_WAIT_S):
+            raise ServiceBusy(f"listing: {_LISTINGS} others are being read: try again", 2.0)
+        try:
+            with self._db.reading() as db:
+                page = f"SELECT seq FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
+                found = [seq for (seq,) in db.execute(page, (*values, limit + 1))]
+                records = statements.page(db, found[:limit])
+        finally:
+            self._listings.release()
+        return records, f"j{found[len(records) - 1]:015x}" if len(records) < len(found) else ""
 
-    def unfinished(self) -> list[JobRecord]:
-        """Return every job that has not ended, oldest first."""
+    def unfinished_ids(self) -> list[str]:
+        """Return the ids of all jobs that have not ended, oldest first; reads nothing else of them."""
         with self._db.reading() as db:
-            query = f"{_RECORD} WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
-            return _records(db, db.execute(query, (_array(ACTIVE),)).fetchall())
+            query = "SELECT id FROM jobs WHERE state NOT IN (SELECT value FROM json_each(?)) ORDER BY seq"
+            return [job_id for (job_id,) in db.execute(query, (statements.array(FINAL),)) if isinstance(job_id, str)]
+
+    def unfinished(self) -> Iterator[JobRecord]:
+        """Yield every job that has not ended, oldest first, read one at a time: each may have a million token ids.
+
+        Those with `damage` cannot go on.
+        """
+        for job_id in self.unfinished_ids():
+            record = self.get(job_id)
+            if record is not None:
+                yield record
 
     def count(self, states: Collection[JobState] = ()) -> int:
         """Count the jobs in any of `states` (none: all)."""
         with self._db.reading() as db:
-            return _count(db, states or JobState)
+            return statements.count(db, states or JobState)
 
     def delete(self, job_id: str) -> bool:
         """Delete an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
         with self._db.writing() as db:
             query = "DELETE FROM jobs WHERE id = ? AND state IN (SELECT value FROM json_each(?))"
-            return db.execute(query, (job_id, _array(FINAL))).rowcount > 0
+            return db.execute(query, (job_id, statements.array(FINAL))).rowcount > 0
 
     def expire(self, now: float, ttl_s: float) -> int:
         """Delete the jobs that ended before `now - ttl_s`; returns how many."""
         with self._db.reading() as db:
             query = "SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) AND finished < ?"
-            ids = [job_id for (job_id,) in db.execute(query, (_array(FINAL), now - ttl_s))]
+            ids = [job_id for (job_id,) in db.execute(query, (statements.array(FINAL), now - ttl_s))]
+        self._db.checkpoint()  # this is called every minute or so
         return sum(self.delete(job_id) for job_id in ids)  # one transaction each: steps commit in between
 
     def put_document(self, record: DocumentRecord) -> DocumentRecord:
         """Add a document, or renew the expiry of the one with this id; returns what is stored."""
         with self._db.writing() as db:
             db.execute(
-                f"INSERT INTO documents ({_columns(DocumentRecord)}) VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET expires = excluded.expires",
+                f"INSERT INTO documents ({statements.columns(DocumentRecord)}) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET expires = excluded.expires, size_bytes = excluded.size_bytes",
                 astuple(record),
             )
-            return _documents(db, "WHERE id = ?", record.id)[0]
+            return statements.documents(db, "WHERE id = ?", record.id)[0]
 
     def get_document(self, document_id: str) -> DocumentRecord | None:
         with self._db.reading() as db:
-            return next(iter(_documents(db, "WHERE id = ?", document_id)), None)
+            return next(iter(statements.documents(db, "WHERE id = ?", document_id)), None)
 
     def touch_document(self, document_id: str, expires: float) -> bool:
         """Set the expiry; False if there is no such document."""
         with self._db.writing() as db:
-            query = "UPDATE documents SET expires = ? WHERE id = ?"
-            return db.execute(query, (expires, document_id)).rowcount > 0
+            return db.execute(_TOUCH, (expires, document_id)).rowcount > 0
 
-    def list_documents(self) -> list[DocumentRecord]:
-        """Return all documents, newest first."""
+    def list_documents(self, limit: int = MAX_INT64) -> list[DocumentRecord]:
+        """Return the newest `limit` documents, newest first."""
         with self._db.reading() as db:
-            return _documents(db, "ORDER BY created DESC, rowid DESC")
+            return statements.documents(db, "ORDER BY created DESC, rowid DESC LIMIT ?", limit)
+
+    def document_ids(self) -> set[str]:
+        """Return the ids of all documents."""
+        with self._db.reading() as db:
+            return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
+
+    def documents_size(self) -> int:
+        """Return the bytes that all documents take on disk together, each in whole blocks."""
+        with self._db.reading() as db:
+            query = "SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096), 0) FROM documents"
+            return int(db.execute(query).fetchone()[0])
 
     def delete_document(self, document_id: str) -> bool:
         """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
         with self._db.writing() as db:
-            if _documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, _array(ACTIVE)):
+            if statements.documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, statements.array(ACTIVE)):
                 raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
             return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
 
@@ -274,126 +347,10 @@ class JobStore:
         """Delete the records whose expiry has passed and that no unfinished job uses; returns how many."""
         with self._db.writing() as db:
             query = f"DELETE FROM documents WHERE expires <= ? AND NOT {_IN_USE}"
-            return db.execute(query, (now, _array(ACTIVE))).rowcount
-
-
-def _columns(kind: type[OutputToken | JobAnswer | DocumentRecord]) -> str:
-    """Return the columns of the table of these objects: one a field, of the same name."""
-    return ", ".join(field.name for field in fields(kind))
-
-
-def _insert(db: sqlite3.Connection, table: str, seq: int | None, items: Sequence[OutputToken | JobAnswer]) -> None:
-    """Store objects of one type as rows of a job, tuples and mappings as JSON; a row of the same key is replaced."""
-    if not items:
-        return
-    names = [field.name for field in fields(items[0])]
-    rows = [[seq, *map(_column, attrgetter(*names)(item))] for item in items]
-    marks = ", ".join("?" * len(rows[0]))
-    db.executemany(f"INSERT OR REPLACE INTO {table} (job, {', '.join(names)}) VALUES ({marks})", rows)
-
-
-def _column(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (tuple, Mapping)) else value
-
-
-def _token(row: Sequence[Any]) -> OutputToken:
-    values = list(row)
-    values[5] = () if row[5] == "[]" else tuple(TokenLogprob(*entry) for entry in json.loads(row[5]))  # `top`
-    return OutputToken(*values)
-
-
-def _add_output(
-    db: sqlite3.Connection, job_id: str, tokens: Sequence[OutputToken], answers: Sequence[JobAnswer]
-) -> None:
-    """Store tokens and answers of a job, if it may still have them."""
-    row = db.execute("SELECT seq, state, last_event, num_answers FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    if row is None:
-        return
-    seq, state, last, num_answers = row
-    if state in FINAL:
-        tokens = ()
-    for number, token in enumerate(tokens, last + 1):
-        if token.number != number:
-            raise JobStoreError(f"{job_id}: token number {token.number}: must be {number}: read the job again")
-    for question in (item.question for items in (tokens, answers) for item in items):
-        if not 0 <= question < num_answers:
-            raise JobStoreError(f"{job_id}: question {question}: must be between 0 and {num_answers - 1}")
-    _insert(db, "tokens", seq, tokens)
-    _insert(db, "answers", seq, answers)
-    db.execute("UPDATE jobs SET last_event = ? WHERE seq = ?", (last + len(tokens), seq))
-
-
-def _transition(db: sqlite3.Connection, change: StateChange, now: float, error: str = "") -> bool:
-    job_id, expected, new = change
-    assert not FINAL.intersection(expected), f"{job_id}: an ended job stays as it is"
-    cursor = db.execute(
-        "UPDATE jobs SET state = :new, error = :error, restarts = restarts + :restart,"
-        " started = CASE WHEN :start THEN coalesce(started, :now) ELSE started END,"
-        " finished = CASE WHEN :finish THEN :now END"
-        " WHERE id = :id AND state IN (SELECT value FROM json_each(:expected))",
-        {
-            "new": new,
-            "error": error,
-            "restart": new is JobState.RECOVERING,
-            "start": new is JobState.PREFILLING,
-            "finish": new.is_final,
-            "now": now,
-            "id": job_id,
-            "expected": _array(expected),
-        },
-    )
-    return cursor.rowcount > 0
+            return db.execute(query, (now, statements.array(ACTIVE))).rowcount
 
 
 def check_queue(waiting: int, max_queued: int) -> None:
     """Refuse one more job when `max_queued` wait already (raises ServiceBusy)."""
     if waiting >= max_queued:
         raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)
-
-
-def _count(db: sqlite3.Connection, states: Iterable[JobState]) -> int:
-    query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
-    return int(db.execute(query, (_array(states),)).fetchone()[0])
-
-
-def _by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
-    key = spec.idempotency_key
-    row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
-    if row is not None and row[1] != spec.body_hash():
-        raise JobConflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
-    return None if row is None else _one(db, row[0])
-
-
-def _one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
-    return next(iter(_records(db, db.execute(f"{_RECORD} WHERE id = ?", (job_id,)).fetchall())), None)
-
-
-def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobRecord]:
-    """Turn rows of _RECORD into records, with the answers of all of them from one query."""
-    answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
-    query = (
-        f"SELECT job, {_columns(JobAnswer)} FROM answers"
-        " WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
-    )
-    for row in db.execute(query, (json.dumps(list(answers)),)):
-        answers[row[0]].append(JobAnswer(*row[1:-2], *map(json.loads, row[-2:])))
-    return [
-        JobRecord(
-            id=job_id,
-            state=JobState(state),
-            spec=JobSpec.from_json(spec),
-            **dict(zip(("created", "started", "finished", "error", "last_event", "restarts"), values, strict=True)),
-            answers=tuple(answers[seq]),
-            reproducibility=json.loads(reproducibility),
-        )
-        for seq, job_id, state, *values, spec, reproducibility in rows
-    ]
-
-
-def _documents(db: sqlite3.Connection, rest: str, *values: object) -> list[DocumentRecord]:
-    rows = db.execute(f"SELECT {_columns(DocumentRecord)} FROM documents {rest}", values)
-    return [DocumentRecord(*row) for row in rows]
-
-
-def _array(states: Iterable[JobState]) -> str:
-    return json.dumps(list(states))

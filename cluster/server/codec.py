@@ -16,7 +16,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from cluster.common.text_format import show_value
+from cluster.common.text_format import one_line, show_value
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import JobAnswer, JobInput, JobRecord, JobSpec, JobState, check_id
 from protos.errors import InvalidRequest
@@ -113,13 +113,23 @@ def encode_job(
     record: JobRecord, tokens: Sequence[OutputToken] | None = None,
     progress: Mapping[int, PrefillProgress] | None = None,
 ) -> pb.Job:  # fmt: skip
-    """Return a job with one answer a question.
+    """Return a job with one answer a question; one with values that no message can have, with an error only.
 
     Args:
         tokens: all of its tokens; without them there are no token lists, no figures of layers, and no text of an
             answer that still runs.
         progress: by question.
     """
+    try:
+        return _encode_job(record, tokens, progress)
+    except (ValueError, TypeError, json_format.Error) as error:  # its rows are damaged: others are shown beside it
+        problem = record.error or f"the stored job is damaged: {one_line(error, 200)}"
+        return pb.Job(id=record.id, state=_STATES[record.state], error=problem)
+
+
+def _encode_job(
+    record: JobRecord, tokens: Sequence[OutputToken] | None, progress: Mapping[int, PrefillProgress] | None
+) -> pb.Job:
     spec = record.spec
     job = pb.Job(
         id=record.id, state=_STATES[record.state], created=record.created, started=record.started,

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import DocumentRecord, InvalidJob, JobRecord, check_id
+from cluster.jobs.model import DocumentRecord, InvalidJob, JobDamaged, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from cluster.server.audit import Callers, RefusalLog
@@ -184,9 +184,6 @@ class _Jobs(rpc.JobsServicer):
         if not context.is_active():  # half a document would be stored as a whole one
             raise InvalidJob("document: the upload was cut off")
 
-    def _store_text(self, text: str) -> str:
-        return self._service.documents.put("", [text.encode()], self._max_document_bytes).id
-
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
         return _document(self._service.documents.get(request.id))
 
@@ -198,7 +195,13 @@ class _Jobs(rpc.JobsServicer):
         return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
-        return self._whole(self._service.submit(codec.decode_submit(request, time.time(), self._store_text)))
+        with contextlib.ExitStack() as texts:  # one that comes with a refused submission is not kept
+
+            def store_text(text: str) -> str:
+                return texts.enter_context(self._service.keep_text(text, self._max_document_bytes)).id
+
+            record = self._service.submit(codec.decode_submit(request, time.time(), store_text))
+        return self._whole(record)
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
         return self._whole(self._service.get(check_id(request.id, "job")))
@@ -249,7 +252,10 @@ class _Jobs(rpc.JobsServicer):
 
     def _whole(self, record: JobRecord) -> pb.Job:
         """Return the job with its tokens and, while it runs, its progress."""
-        tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
+        try:
+            tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
+        except JobDamaged as damage:
+            record, tokens = replace(record, error=record.error or str(damage)), ()
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
 

@@ -35,10 +35,12 @@ class Head:
     def __init__(
         self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None, *,
         runtime: ClusterRuntime | None = None, port: int | None = None, clock: Callable[[], float] = time.time,
+        on_warning: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         """
         Args:
             on_status: called at every start of the pipeline with what is being started.
+            on_warning: called at the start with what is lost of the job store, as one line.
             runtime: one that runs already and goes on after `close`, instead of one of its own.
             port: replaces `server.port`; here 0 binds any free port.
             clock: seconds since 1970.
@@ -48,6 +50,7 @@ class Head:
         self._config = deployment.config
         self._port = port
         self._clock = clock
+        self._on_warning = on_warning
         self._steps = ExitStack()
 
     def start(self) -> None:
@@ -58,12 +61,16 @@ class Head:
         with ExitStack() as steps:  # closed in the opposite order
             steps.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
+            self.store = JobStore(data_dir / "jobs.sqlite", self._clock)  # before any weight is loaded
+            steps.callback(self.store.close)
+            documents = DocumentStore(
+                data_dir / "documents", self.store, server.document_ttl_s, server.max_documents_bytes, self._clock
+            )
+            if self.store.warning:
+                self._on_warning(self.store.warning)
             if self._owns_runtime:
                 self.runtime.check_chat_template()  # before anything is loaded
                 steps.enter_context(self.runtime)
-            self.store = JobStore(data_dir / "jobs.sqlite", self._clock)
-            steps.callback(self.store.close)
-            documents = DocumentStore(data_dir / "documents", self.store, server.document_ttl_s, self._clock)
             self.service = JobService(self.runtime, self.store, documents, server, self._clock)
             metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
             steps.callback(metrics.close)
@@ -92,7 +99,10 @@ class Head:
         self._steps.close()
 
 
-def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]) -> int:
+def run_head(
+    config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None],
+    on_warning: Callable[[str], None] = lambda line: None,
+) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, then drain; returns the exit code. Called on the main thread.
 
     The head lives on a thread of its own: the main thread does nothing but take signals, so that native code and its
@@ -101,12 +111,13 @@ def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_re
     Args:
         on_status: what is being started.
         on_ready: called once with the address clients connect to.
+        on_warning: called at the start with what is lost of the job store, as one line.
 
     Raises:
-        UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError, KeyboardInterrupt (a
-            signal during the start): nothing is left running.
+        UserError: bad configuration or checkpoint. PreflightError, JobStoreError, PlacementError, StageError,
+            KeyboardInterrupt (a signal during the start): nothing is left running.
     """
-    life = _Life(config_path, on_status, on_ready)
+    life = _Life(config_path, on_status, on_ready, on_warning)
     call_undisturbed(life.run, life.stop)
     return 0
 
@@ -115,9 +126,11 @@ class _Life:
     """The life of a head, from start to drain."""
 
     def __init__(
-        self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None]
-    ) -> None:
+        self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None],
+        on_warning: Callable[[str], None],
+    ) -> None:  # fmt: skip
         self._config_path = config_path
+        self._on_warning = on_warning
         self._on_status = on_status
         self._on_ready = on_ready
         self._stopping = threading.Event()
@@ -128,7 +141,8 @@ class _Life:
         self._stopping.set()
 
     def run(self) -> None:
-        with closing(Head(load_deployment(self._config_path), self._on_launch)) as head:
+        deployment = load_deployment(self._config_path)
+        with closing(Head(deployment, self._on_launch, on_warning=self._on_warning)) as head:
             head.start()
             self._is_ready = True
             self._on_ready(head.address)

@@ -6,8 +6,10 @@ Nothing else reaches clients: no traceback, no UNKNOWN; INTERNAL only with a ref
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import secrets
+import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from cluster.common.errors import JobStoreError, JobStoreFull
 from cluster.common.text_format import escape_unprintable
 from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, ServiceBusy
 from cluster.server.audit import log_change
@@ -25,12 +28,15 @@ from cluster.server.wire import check_raw
 from protos.errors import InvalidRequest
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
-_CODES: dict[type[Exception], grpc.StatusCode] = {
+_RETRY_AFTER_S = 5.0  # of a store that cannot be used now
+_CODES: dict[type[Exception], grpc.StatusCode] = {  # the first one that fits
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     JobConflict: grpc.StatusCode.ALREADY_EXISTS,
     NotAllowedNow: grpc.StatusCode.FAILED_PRECONDITION,
     ServiceBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    JobStoreFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    JobStoreError: grpc.StatusCode.UNAVAILABLE,
 }
 
 _log = logging.getLogger(__name__)
@@ -141,11 +147,22 @@ def _status_codes(method: str, context: grpc.ServicerContext) -> Iterator[None]:
     """End the call with the status of the error that leaves the block."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - clients get a status whatever it is; closing a generator is none
-        if isinstance(error, ServiceBusy):
-            retry_ms = max(1, round(error.retry_after_s * 1000))
-            context.set_trailing_metadata((("retry-after-ms", str(retry_ms)),))
+    except Exception as raised:  # noqa: BLE001 - clients get a status whatever it is; closing a generator is none
+        error = _of_the_store(raised)
+        if isinstance(error, (ServiceBusy, JobStoreError)):
+            retry_after_s = error.retry_after_s if isinstance(error, ServiceBusy) else _RETRY_AFTER_S
+            context.set_trailing_metadata((("retry-after-ms", str(max(1, round(retry_after_s * 1000)))),))
+        if isinstance(error, JobStoreError):
+            _log.error("%s: %s", method, error)
         context.abort(*_status(error, method, context))  # raises
+
+
+def _of_the_store(error: Exception) -> Exception:
+    """Return an error of the disk or of SQLite that nobody has explained as one of the store; others as they are."""
+    if isinstance(error, (OSError, sqlite3.Error)):
+        kind = JobStoreFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else JobStoreError
+        return kind(f"the head cannot do this now: {getattr(error, 'strerror', None) or error}")
+    return error
 
 
 def _status(error: Exception, method: str, context: grpc.ServicerContext) -> tuple[grpc.StatusCode, str]:

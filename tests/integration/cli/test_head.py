@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.jobs.model import JobInput, JobSpec, new_id
+from cluster.jobs.store import JobStore
+from protos.jobs.sampling import AnswerOptions
 from tests.integration.conftest import CommandLine, read_at_least
 from tests.support.rigs.head import free_port, until
 
@@ -21,13 +25,15 @@ from tests.support.rigs.head import free_port, until
 SITE = """
 import os, signal, sys, threading, types
 
-def run_head(config_path, on_status, on_ready):
+def run_head(config_path, on_status, on_ready, on_warning):
     from cluster.stages.launcher import LaunchStatus
     assert config_path.is_absolute() or os.environ["FAKE_HEAD"] == "foreground"
     on_status(LaunchStatus("loading weights", 1, 2))
     if os.environ["FAKE_HEAD"] == "broken":
         from protos.errors import UserError
         raise UserError("model.path: not today")
+    if os.environ["FAKE_HEAD"] == "lossy":
+        on_warning("3 commits are lost")
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if os.environ["FAKE_HEAD"] == "slow":
@@ -110,6 +116,64 @@ def test_up_passes_on_why_a_head_cannot_start(
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["log"]
     done = longreach("up", tmp_path / "missing.yaml")
     assert done.code == 2
+
+
+def test_up_passes_on_what_is_lost(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None]
+) -> None:
+    config = write_config(rest=DOOR)
+    fake_head("lossy")
+    done = longreach("up", config, "--json")
+    assert done.code == 0
+    assert "longreach: warning: 3 commits are lost\n" in done.err
+    assert longreach("down", config).code == 0
+
+
+@pytest.mark.parametrize("wrong", ["data", "data/log", "data/head.pid/folder", "data/log/head.log/folder"])
+def test_a_data_directory_that_cannot_be_used_is_one_line(
+    longreach: CommandLine, write_config: Callable[..., Path], fake_head: Callable[[str], None], tmp_path: Path,
+    wrong: str,
+) -> None:  # fmt: skip
+    path = tmp_path / wrong
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("a file where a folder should be, or in a folder where a file should be")
+    done = longreach("up", write_config(rest=DOOR))
+    assert done.code == 3, done.err
+    assert done.err.splitlines()[-1].startswith("longreach: error: data_dir: ")
+    assert "Traceback" not in done.err
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:8192])
+
+
+def _foreign(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE photos (id)")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(_truncated, "is damaged: restore a copy"), (_foreign, "a database of something else")]
+)
+def test_a_store_that_cannot_be_used_is_one_line_before_anything_starts(
+    longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None],
+    message: str,
+) -> None:  # fmt: skip
+    path = tmp_path / "data" / "jobs.sqlite"
+    store = JobStore(path)
+    for _ in range(20):
+        store.create(JobSpec(JobInput(token_ids=(1,) * 1000), AnswerOptions()), new_id("job"), 1, {})
+    store.close()
+    damage(path)
+    before = path.read_bytes()
+    done = longreach("up", write_config(rest=DOOR))
+    assert done.code == 3
+    assert message in done.err.splitlines()[-1]
+    log = (tmp_path / "data" / "log" / "head.log").read_text()
+    assert "Traceback" not in log
+    assert "loading weights" not in log
+    assert path.read_bytes() == before
 
 
 def test_interrupted_up_stops_the_head(

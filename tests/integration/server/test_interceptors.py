@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.jobs.model import InvalidJob, JobConflict, NotAllowedNow, ServiceBusy, new_id
+from cluster.common.errors import JobStoreError, JobStoreFull
+from cluster.jobs.model import DocumentDamaged, InvalidJob, JobConflict, NotAllowedNow, ServiceBusy, new_id
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.integration.server.calls import PROMPT, code_of, eventually, pieces
@@ -23,6 +27,9 @@ ID = new_id("job")
         (JobConflict("idempotency_key: k: other body"), Code.ALREADY_EXISTS),
         (NotAllowedNow("job: runs"), Code.FAILED_PRECONDITION),
         (ServiceBusy("queue: full", 1.5), Code.RESOURCE_EXHAUSTED),
+        (DocumentDamaged("document: 1 byte: must be 2: upload it again"), Code.INVALID_ARGUMENT),
+        (JobStoreError("job store: database is locked: try again"), Code.UNAVAILABLE),
+        (JobStoreFull("job store: disk is full: free space"), Code.RESOURCE_EXHAUSTED),
         (ValueError("secret detail"), Code.INTERNAL),
         (KeyError("secret detail"), Code.INTERNAL),
     ],
@@ -39,7 +46,8 @@ def test_errors_have_codes(
         stub.Submit(PROMPT)
     assert caught.value.code() is code
     trailing = dict(caught.value.trailing_metadata())
-    assert trailing.get("retry-after-ms") == ("1500" if isinstance(error, ServiceBusy) else None)
+    wait_ms = "1500" if isinstance(error, ServiceBusy) else "5000" if isinstance(error, JobStoreError) else None
+    assert trailing.get("retry-after-ms") == wait_ms
     if code is Code.INTERNAL:
         reference = caught.value.details().split("reference ")[1].split(":")[0]
         assert "secret" not in caught.value.details()
@@ -47,6 +55,21 @@ def test_errors_have_codes(
         assert "secret detail" in caplog.text
     else:
         assert caught.value.details().replace("\\n", "\n") == str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), Code.RESOURCE_EXHAUSTED, "No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system"), Code.UNAVAILABLE, "Read-only file system"),
+        (sqlite3.OperationalError("disk I/O error"), Code.UNAVAILABLE, "disk I/O error"),
+    ],
+)
+def test_errors_of_the_disk_that_nobody_explained(
+    service: FakeJobService, stub: rpc.JobsStub, error: Exception, code: grpc.StatusCode, said: str
+):
+    service.error = error
+    assert code_of(lambda: stub.Submit(PROMPT)) == (code, f"the head cannot do this now: {said}")
 
 
 @pytest.mark.parametrize(

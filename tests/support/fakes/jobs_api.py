@@ -56,6 +56,9 @@ class FakeJobService:
         self.stored[document_id] = DocumentRecord(document_id, name, len(data), 1.0, 2.0)
         return self.stored[document_id]
 
+    def keep_text(self, text: str, max_bytes: int) -> contextlib.AbstractContextManager[DocumentRecord]:
+        return contextlib.nullcontext(self.upload("", [text.encode()], max_bytes))
+
     def document(self, document_id: str) -> DocumentRecord:
         check_id(document_id, "doc")
         if document_id not in self.stored:

@@ -54,6 +54,11 @@ ERRORS: list[tuple[Failure, type[Exception], str]] = [
         cluster.Unavailable,
         "127.0.0.1:7777: cannot be reached (gone): is a head running",
     ),
+    (
+        Failure(Code.UNAVAILABLE, "job store: database is locked", retry_after_ms="5000"),
+        cluster.Unavailable,
+        "127.0.0.1:7777: job store: database is locked",
+    ),
     (Failure(Code.UNAVAILABLE, CLOSED), cluster.TlsError, "127.0.0.1:7777: the connection was closed before an answer"),
     (Failure(Code.UNAVAILABLE, WRONG_NAME), cluster.TlsError, "127.0.0.1:7777: failed to connect to all addresses;"),
     (Failure(Code.CANCELLED, "CANCELLED"), cluster.Unavailable, "127.0.0.1:7777: the call was ended by the head"),

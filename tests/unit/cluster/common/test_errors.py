@@ -28,4 +28,12 @@ def test_every_error_is_a_cluster_error_with_a_message_of_one_line(
 
 def test_the_family_is_complete() -> None:
     names = {kind.__name__ for kind in KINDS}
-    assert names == {"ClusterError", "PreflightError", "PlacementError", "StageError", "EngineError", "JobStoreError"}
+    assert names == {
+        "ClusterError",
+        "PreflightError",
+        "PlacementError",
+        "StageError",
+        "EngineError",
+        "JobStoreError",
+        "JobStoreFull",
+    }

@@ -105,6 +105,10 @@ BAD = [
     (BASE + "server: {max_streams: 4097}\n",
      "demo.yaml:8: server.max_streams: 4097: must be a whole number from 1 to 4096"),
     (BASE + "server: {max_document_bytes: 0}\n", "^demo.yaml:8: server.max_document_bytes: 0: must be a size in bytes"),
+    (BASE + "server: {max_documents_bytes: 0}\n",
+     "^demo.yaml:8: server.max_documents_bytes: 0: must be a size in bytes"),
+    (BASE + "server: {max_documents_bytes: 1MiB}\n",
+     "demo.yaml:8: server.max_documents_bytes: 1MiB: is below server.max_document_bytes; must have room for one"),
     (BASE + "server: {result_ttl_s: 7d}\n", "^demo.yaml:8: server.result_ttl_s: 7d: must be a number of seconds above"),
     (BASE + "server: {document_ttl_s: 0}\n", "^demo.yaml:8: server.document_ttl_s: 0: must be a number of seconds"),
     (BASE + "server: {drain_timeout_s: .inf}\n", "^demo.yaml:8: server.drain_timeout_s: inf: must be a number of sec"),
@@ -194,6 +198,7 @@ def test_minimal_file_has_the_documented_defaults(tmp_path: Path, monkeypatch: p
     assert config.security.allow_insecure_bind is False
     server, security = config.server, config.security
     assert (server.max_queued_jobs, server.max_document_bytes, server.max_streams) == (256, 64 << 20, 128)
+    assert server.max_documents_bytes == 16 << 30
     assert (server.result_ttl_s, server.document_ttl_s, server.drain_timeout_s) == (604_800, 604_800, 30)
     assert server.metrics_port == 0
     assert (security.api_keys_file, security.tls_cert_file) == (None, None)

@@ -14,7 +14,18 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.jobs.documents import MAX_NAME, DocumentStore, display_name
-from cluster.jobs.model import ACTIVE, InvalidJob, JobInput, JobNotFound, JobSpec, JobState, NotAllowedNow, new_id
+from cluster.jobs.model import (
+    ACTIVE,
+    DocumentDamaged,
+    InvalidJob,
+    JobInput,
+    JobNotFound,
+    JobSpec,
+    JobState,
+    NotAllowedNow,
+    ServiceBusy,
+    new_id,
+)
 from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
 
@@ -38,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def documents(folder: Path, store: JobStore, clock: Clock) -> DocumentStore:
-    return DocumentStore(folder, store, ttl_s=60.0, clock=clock)
+    return DocumentStore(folder, store, ttl_s=60.0, max_bytes=1 << 20, clock=clock)
 
 
 def names(folder: Path) -> list[str]:
@@ -63,10 +74,78 @@ def test_the_same_bytes_are_one_document(documents: DocumentStore, folder: Path,
     assert documents.put("two", [b"abc"], 10) == replace(first, expires=1090.0)
     assert names(folder) == [first.id]
     (folder / first.id).write_bytes(b"a")
-    with pytest.raises(JobStoreError, match="1 bytes: must be 3: upload it again"):
+    with pytest.raises(DocumentDamaged, match="1 bytes: must be 3: upload it again"):
         documents.read(first.id)
     documents.put("one", [b"abc"], 10)
     assert documents.read(first.id) == b"abc", "a new upload repairs a damaged file"
+
+
+def _as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _as_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"ab"), "2 bytes: must be 3"),
+        (lambda path: path.write_bytes(b""), "0 bytes: must be 3"),
+        (lambda path: path.write_bytes(b"abcdefgh"), "4 bytes or more: must be 3"),
+        (lambda path: path.write_bytes(b"abd"), "other content"),
+        (_as_folder, "cannot be read"),
+        (_as_pipe, "cannot be read .not a regular file"),
+        (_as_loop, "cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_the_trouble_of_its_jobs(
+    documents: DocumentStore, folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    bad, good = documents.put("bad", [b"abc"], 100), documents.put("good", [b"good"], 100)
+    damage(folder / bad.id)
+    with pytest.raises(DocumentDamaged, match=message) as caught:
+        documents.read(bad.id)
+    assert isinstance(caught.value, InvalidJob), "the job fails by it, the store does not"
+    assert documents.read(good.id) == b"good"
+
+
+def test_a_folder_that_is_gone_is_no_damage_of_one_document(
+    documents: DocumentStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = documents.put("a", [b"abc"], 100)
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(JobStoreError, match="documents"):
+        documents.read(record.id)
+    folder.with_name("elsewhere").rename(folder)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(JobStoreError, match="Too many open files"):
+            documents.read(record.id)
+    assert documents.read(record.id) == b"abc"
+
+
+def test_a_document_that_is_too_large_is_not_read(documents: DocumentStore, folder: Path) -> None:
+    record = documents.put("a", [b"abc"], 100)
+    (folder / record.id).unlink()
+
+    def refuse(size: int) -> None:
+        raise InvalidJob(f"{size} bytes")
+
+    with pytest.raises(InvalidJob, match="3 bytes"):
+        documents.read(record.id, refuse)
 
 
 def test_too_long_is_refused_at_once(documents: DocumentStore, folder: Path) -> None:
@@ -207,6 +286,83 @@ def test_sweep(documents: DocumentStore, store: JobStore, folder: Path, clock: C
     assert documents.sweep(1060.0) == 1
     documents.delete(young.id)
     assert names(folder) == ["README"]
+
+
+def test_what_an_upload_left_that_was_killed_goes_at_the_start(store: JobStore, folder: Path) -> None:
+    folder.mkdir()
+    (folder / ".upload-left").write_bytes(b"x")
+    (folder / "README").write_bytes(b"not ours")
+    DocumentStore(folder, store, ttl_s=60.0, max_bytes=100)
+    assert names(folder) == ["README"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Path.touch, lambda folder: folder.mkdir(0o555), lambda folder: folder.symlink_to("nowhere")],
+)
+def test_folders_that_are_refused(store: JobStore, folder: Path, make: Callable[[Path], None]) -> None:
+    make(folder)
+    with pytest.raises(JobStoreError, match="must be a folder that we may write"):
+        DocumentStore(folder, store, ttl_s=60.0, max_bytes=100)
+
+
+def refuse(documents: DocumentStore, content: bytes, inside: Callable[[], object] = lambda: None) -> None:
+    """Bring a document with a submission that is refused after `inside`."""
+
+    def submit() -> None:
+        with documents.provisional("", [content], 100) as record:
+            assert documents.read(record.id) == content
+            inside()
+            raise InvalidJob("refused")
+
+    with pytest.raises(InvalidJob, match="refused"):
+        submit()
+
+
+def test_a_refused_submission_takes_its_document_along(documents: DocumentStore, store: JobStore, folder: Path) -> None:
+    refuse(documents, b"abc")
+    refuse(documents, b"abc", lambda: refuse(documents, b"abc"))
+    assert (documents.list(), names(folder), documents._provisional) == ([], [], {})
+    with documents.provisional("", [b"abc"], 100) as record:
+        refuse(documents, b"abc")
+        assert documents.read(record.id) == b"abc", "another submission has it"
+    refuse(documents, b"abc")
+    assert documents.list() == [record], "it was there before"
+    refuse(documents, b"new", lambda: documents.put("a", [b"new"], 100))
+    assert len(documents.list()) == 2, "it was uploaded meanwhile"
+
+    def use() -> None:
+        spec = JobSpec(JobInput(document_id=documents.list()[0].id, questions=("?",)), AnswerOptions())
+        store.create(spec, new_id("job"), 1, {})
+
+    refuse(documents, b"used", use)
+    assert len(documents.list()) == len(names(folder)) == 3, "a job has it"
+    assert documents._provisional == {}
+
+
+def test_all_together_have_a_bound(store: JobStore, folder: Path, clock: Clock) -> None:
+    documents = DocumentStore(folder, store, ttl_s=60.0, max_bytes=3 * 4096, clock=clock)
+    kept = [documents.put("a", [bytes([n]) * 4000], 4096).id for n in range(2)]
+    half: list[ServiceBusy] = []
+
+    def pieces() -> Iterator[bytes]:
+        yield b"x" * 4096
+        with pytest.raises(
+            ServiceBusy, match=r"must be at most 12288 together .server\.max_documents_bytes."
+        ) as caught:
+            documents.put("b", [b"y"], 4096)
+        half.append(caught.value)
+
+    kept.append(documents.put("a", pieces(), 4096).id)
+    assert half[0].retry_after_s == 60.0
+    with pytest.raises(ServiceBusy, match="delete some"):
+        documents.put("c", [b"z"], 4096)
+    assert names(folder) == sorted(kept)
+    documents.delete(kept[0])
+    documents.put("c", [b"z"], 4096)
+    clock.now += 100.0
+    assert documents.sweep(clock.now) == 3
+    assert documents._uploading == {}
 
 
 def test_sweep_leaves_running_uploads(documents: DocumentStore, folder: Path) -> None:

@@ -1,18 +1,22 @@
-"""Prompts of jobs: their clock, what they spell, and whether they end inside the reasoning tag."""
+"""Prompts of jobs: sizes before reading, how many are read at once, clocks, what they spell, and reasoning tags."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.engine.outputs import OutputToken
+from cluster.jobs import prompts as prompts_module
 from cluster.jobs.model import InvalidJob, JobInput, JobRecord, JobSpec, JobState, ServiceBusy
 from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored_clock
 from cluster.text import chat_template
 from cluster.text.templates.process import RendererBusy
+from cluster.text.tokenizer import TextTokenizer
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.service import Bench
@@ -155,3 +159,68 @@ def test_a_busy_renderer_is_a_busy_service(runtime: FakeRuntime, bench: Bench, m
     with pytest.raises(ServiceBusy, match=r"^chat_template: other requests take long") as caught:
         job_prompts(runtime, bench.service.documents, spec)
     assert caught.value.retry_after_s > 0
+
+
+class Documents:
+    """One document, whose record has a size and whose content takes until `go` to be read."""
+
+    def __init__(self, size: int, content: bytes = b"text") -> None:
+        self.size, self.content = size, content
+        self.reading = 0
+        self.most = 0
+        self.go = threading.Event()
+        self.lock = threading.Lock()
+
+    def read(self, document_id: str, check_size: Any) -> bytes:
+        check_size(self.size)
+        with self.lock:
+            self.reading += 1
+            self.most = max(self.most, self.reading)
+        assert self.go.wait(10)
+        with self.lock:
+            self.reading -= 1
+        return self.content
+
+
+ASKED = JobSpec(JobInput(document_id="doc_" + "0" * 32, questions=("q",)), AnswerOptions(max_tokens=4))
+
+
+def no_tokens(*_: object, **__: object) -> None:
+    raise AssertionError("a text that cannot fit was tokenised")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (ASKED.input, "document"),
+        (JobInput(prompt="a" * (64 << 20)), "prompt"),
+        (JobInput(messages=(("user", "a"), ("user", "a" * (64 << 20)))), "conversation"),
+    ],
+)
+def test_what_cannot_fit_is_refused_by_its_bytes(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, given: JobInput, what: str
+) -> None:
+    documents: Any = Documents(1 << 30)
+    monkeypatch.setattr(TextTokenizer, "encode", no_tokens)
+    with pytest.raises(InvalidJob, match=f"{what}: .* bytes are at least .* tokens, max_model_len is"):
+        job_prompts(runtime, documents, JobSpec(given, AnswerOptions()))
+    assert documents.most == 0
+
+
+def test_few_are_read_at_once(runtime: FakeRuntime) -> None:
+    documents: Any = Documents(4)
+    at_a_time = prompts_module._AT_A_TIME
+    threads = [threading.Thread(target=job_prompts, args=(runtime, documents, ASKED)) for _ in range(3 * at_a_time)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        if documents.most == at_a_time:
+            break
+        threading.Event().wait(0.05)
+    with pytest.raises(ServiceBusy, match="try again"):
+        job_prompts(runtime, documents, ASKED, wait_s=0.05)
+    documents.go.set()
+    for thread in threads:
+        thread.join(20)
+    assert documents.most == at_a_time
+    assert job_prompts(runtime, documents, ASKED, wait_s=0.05)

@@ -42,7 +42,7 @@ def test_next_head_goes_on(bench: Bench) -> None:
     bench.restart()
     records = [bench.service.wait(job_id, 20) for job_id in jobs]
     assert [record.state for record in records] == [S.SUCCEEDED] * 3
-    assert [record.restarts for record in records] == [1] * 3
+    assert [record.restarts for record in records] == [1, 1, 0]  # the last one had only waited
     assert bench.ids(jobs[0]) == list(range(100, 109))
     assert bench.ids(jobs[0])[: len(before)] == before
     assert sorted(bench.ids(jobs[1])) == sorted([*range(100, 104)] * 2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from cluster.common.errors import JobStoreError, PreflightError
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.model import JobInput, JobSpec, JobState, ServiceBusy
+from cluster.jobs.sqlite.commit_mark import CommitMark
+from cluster.jobs.store import JobStore
 from cluster.server.head import Head
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
@@ -44,7 +49,7 @@ def test_start_and_close_over_a_runtime_that_goes_on(tmp_path: Path) -> None:
         again = Head(runtime.deployment, runtime=runtime)
         again.start()
         assert again.service.get(job.id).state is JobState.SUCCEEDED
-        assert [again.service.wait(job.id, 20).restarts for job in running] == [1] * len(running)
+        assert {again.service.wait(job.id, 20).state for job in running} == {JobState.SUCCEEDED}
         again.close()
 
 
@@ -82,6 +87,69 @@ def test_nothing_is_left_of_a_start_that_fails(tmp_path: Path, monkeypatch: pyte
     head = Head(load_deployment(CONFIGS / "single.yaml", {"data_dir": str(tmp_path / "data")}))
     with pytest.raises(PreflightError, match="no room"):
         head.start()
-    assert not (tmp_path / "data").exists()
+    left = {path.name for path in (tmp_path / "data").iterdir()}
+    assert left == {"documents", "jobs.sqlite", "jobs.sqlite.commits"}, "the store was opened first, and is closed"
     assert sys.getswitchinterval() == before
     head.close()
+
+
+def store_of_a_later_version(data: Path) -> None:
+    JobStore(data / "jobs.sqlite").close()
+    with closing(sqlite3.connect(data / "jobs.sqlite", isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = 999 WHERE key = 'schema_version'")
+
+
+def documents_are_a_file(data: Path) -> None:
+    data.mkdir()
+    (data / "documents").write_text("x")
+
+
+def store_is_a_folder(data: Path) -> None:
+    (data / "jobs.sqlite").mkdir(parents=True)
+
+
+def data_is_a_file(data: Path) -> None:
+    data.write_text("x")
+
+
+def data_leads_nowhere(data: Path) -> None:
+    data.symlink_to("nowhere")
+
+
+def mark_is_a_folder(data: Path) -> None:
+    (data / "jobs.sqlite.commits").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        store_of_a_later_version, documents_are_a_file, store_is_a_folder, data_is_a_file, data_leads_nowhere,
+        mark_is_a_folder,
+    ],
+)  # fmt: skip
+def test_a_store_that_cannot_be_used_is_refused_before_any_weight_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    def launch(runtime: ClusterRuntime) -> None:
+        raise AssertionError("the cluster was started")
+
+    monkeypatch.setattr(ClusterRuntime, "_launch", launch)
+    damage(tmp_path / "data")
+    head = Head(load_deployment(CONFIGS / "single.yaml", {"data_dir": str(tmp_path / "data")}))
+    with pytest.raises(JobStoreError) as caught:
+        head.start()
+    assert "\n" not in str(caught.value)
+    head.close()
+
+
+def test_what_is_lost_is_passed_on(tmp_path: Path) -> None:
+    mark = CommitMark(tmp_path / "jobs.sqlite")
+    mark.set(5, 70)
+    mark.close()
+    warnings: list[str] = []
+    with FakeRuntime(tmp_path) as runtime:
+        head = Head(runtime.deployment, runtime=runtime, on_warning=warnings.append)
+        head.start()
+        head.close()
+    assert len(warnings) == 1
+    assert "another database than the last head used, which had 70 commits" in warnings[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import OutputToken
-from cluster.jobs.database import MIGRATIONS, VERSION
 from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow, new_id
+from cluster.jobs.sqlite import database as database_module
+from cluster.jobs.sqlite.migrations import MIGRATIONS, VERSION
 from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import TokenLogprob
@@ -69,7 +72,7 @@ def test_get_reads_no_tokens(store: JobStore) -> None:
 def test_files_are_private(store: JobStore, path: Path) -> None:
     submit(store)
     assert {p.name: p.stat().st_mode & 0o777 for p in path.parent.iterdir()} == {
-        "jobs.db": 0o600, "jobs.db-wal": 0o600, "jobs.db-shm": 0o600
+        "jobs.db": 0o600, "jobs.db-wal": 0o600, "jobs.db-shm": 0o600, "jobs.db.commits": 0o600
     }  # fmt: skip
     store.close()
     store.close()
@@ -101,7 +104,8 @@ def test_an_old_file_is_upgraded(path: Path) -> None:
             store.delete_document(DOCUMENT.id)
         with store._db.reading() as db:
             assert db.execute("SELECT document_id FROM jobs ORDER BY seq").fetchall() == [(DOCUMENT.id,), (None,)]
-            assert db.execute("SELECT value FROM meta").fetchall() == [(VERSION,)]
+            query = "SELECT value FROM meta WHERE key = 'schema_version'"
+            assert db.execute(query).fetchall() == [(VERSION,)]
         store.close()
 
 
@@ -157,22 +161,65 @@ def test_tokens_of_an_old_file_are_split_once(path: Path) -> None:
     store.close()
 
 
-def newer(path: Path) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL)")
-        db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (VERSION + 1,))
+def changed(statement: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        store = JobStore(path)
+        for _ in range(30):
+            submit(store, replace(PLAIN, input=JobInput(token_ids=(7,) * 2000)))
+        store.close()
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute(statement)
+
+    return change
 
 
 def foreign(path: Path) -> None:
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE photos (id)")
+
+
+def foreign_with_meta(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("CREATE TABLE meta (name, value)")
+        db.execute("INSERT INTO meta VALUES ('schema_version', 1)")
+
+
+def cut(path: Path) -> None:
+    changed("SELECT 1")(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def smash(path: Path) -> None:
+    changed("SELECT 1")(path)
+    with path.open("r+b") as file:
+        file.seek(3 * 4096)
+        file.write(b"\xa5" * 4096 * 5)
+
+
+def smash_header(path: Path) -> None:
+    changed("SELECT 1")(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * 100)
+
+
+VERSION_IS = "UPDATE meta SET value = {} WHERE key = 'schema_version'"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (newer, f"schema version {VERSION + 1}: must be at most {VERSION}: upgrade"),
+        (changed(VERSION_IS.format(VERSION + 1)), f"schema version {VERSION + 1}: must be at most {VERSION}: upgrade"),
+        (changed(VERSION_IS.format("'new'")), "schema version 'new'"),
+        (changed(VERSION_IS.format(-1)), "schema version '-1'"),
+        (changed("DELETE FROM meta"), "a database of something else"),
+        (changed("DROP TABLE meta"), "a database of something else"),
+        (changed("DROP TABLE tokens"), "tokens.* is missing"),
+        (changed("ALTER TABLE jobs DROP COLUMN restarts"), "jobs.restarts is missing"),
         (foreign, "a database of something else"),
+        (foreign_with_meta, "no such column: key"),
+        (cut, "damaged: restore a copy"),
+        (smash, "damaged: restore a copy"),
+        (smash_header, "not a database.*restore a copy"),
         (lambda path: path.write_text("x" * 5000), "not a database"),
         (lambda path: path.mkdir(), "must be a file"),
     ],
@@ -185,6 +232,77 @@ def test_files_that_are_refused(tmp_path: Path, make: Callable[[Path], None], me
         JobStore(path)
     assert "\n" not in str(caught.value)
     assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_a_refused_file_keeps_its_log(path: Path) -> None:
+    """A head of a later version was killed: its log is not taken up, and not removed."""
+    store = JobStore(path)
+    with store._db.writing() as db:
+        db.execute(VERSION_IS.format(VERSION + 1))
+    newer = path.with_name("newer.db")
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{path}{suffix}", f"{newer}{suffix}")
+    store.close()
+    before = [Path(f"{newer}{suffix}").read_bytes() for suffix in ("", "-wal")]
+    with pytest.raises(JobStoreError, match="must be at most"):
+        JobStore(newer)
+    assert [Path(f"{newer}{suffix}").read_bytes() for suffix in ("", "-wal")] == before
+
+
+def test_a_row_that_no_column_allows_refuses_nothing(path: Path) -> None:
+    path.parent.mkdir()
+    changed("SELECT 1")(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_master SET sql = replace(sql, 'state TEXT NOT NULL', 'state TEXT')")
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE jobs SET state = NULL WHERE seq = 1")
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_master SET sql = replace(sql, 'state TEXT', 'state TEXT NOT NULL')")
+    store = JobStore(path)
+    damages = [bool(record.damage) for record in store.unfinished()]
+    assert damages == [True] + [False] * 29
+    store.close()
+
+
+def test_a_locked_file_is_refused_at_the_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_S", 0.2)
+    JobStore(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(JobStoreError, match="locked: another process uses it"):
+            JobStore(path)
+    JobStore(path).close()
+
+
+def test_a_large_file_is_not_read_as_a_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "_VERIFY_S", -1.0)
+    path.parent.mkdir()
+    changed("SELECT 1")(path)
+    store = JobStore(path)
+    for _ in range(30):
+        for _ in range(100):
+            submit(store)
+    store.close()
+    JobStore(path).close()
+
+
+def test_a_log_is_checkpointed(store: JobStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = path.with_name("jobs.db-wal")
+    with store._db.reading() as reader:  # one that lasts starves the checkpoint
+        reader.execute("SELECT count(*) FROM jobs").fetchone()
+        for _ in range(20):
+            submit(store, replace(PLAIN, input=JobInput(token_ids=(7,) * 2000)))
+        store._db.checkpoint()
+    size = log.stat().st_size
+    assert size > 100_000
+    monkeypatch.setattr(database_module, "_WAL_LIMIT_BYTES", size - 1)
+    store.expire(0.0, 1.0)  # what a head calls every minute
+    assert log.stat().st_size == 0
+    copy = path.with_name("copy.db")
+    shutil.copy(path, copy)
+    with closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT count(*) FROM jobs").fetchone() == (20,)
 
 
 def test_a_full_disk_is_one_error_and_no_loss(store: JobStore) -> None:
@@ -235,7 +353,7 @@ def test_death_in_the_middle_of_commits(path: Path) -> None:
         acknowledged = int(rest[-1]) if rest else acknowledged
         assert writer.wait(10) == -signal.SIGKILL
         store = JobStore(path)
-        records = store.unfinished()
+        records = list(store.unfinished())
         assert len(records) == 4
         assert len({record.last_event for record in records}) == 1, "a step is whole or absent"
         for record in records:

@@ -1,0 +1,168 @@
+"""The schema of the job store, and the steps that bring a file of an older version to it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+
+from cluster.common.errors import JobStoreError
+
+MAX_SHOWN = 500  # characters of a question in a listing
+
+# What changes with every step is in another table than what is written once: SQLite rewrites a row as a whole, and a
+# spec may have a million token ids.
+_V1 = (
+    """CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        state TEXT NOT NULL,
+        idempotency_key TEXT UNIQUE,
+        body_hash TEXT NOT NULL,
+        num_answers INTEGER NOT NULL,
+        created REAL NOT NULL,
+        started REAL,
+        finished REAL,
+        error TEXT NOT NULL DEFAULT '',
+        last_event INTEGER NOT NULL DEFAULT 0,
+        restarts INTEGER NOT NULL DEFAULT 0)""",
+    "CREATE INDEX jobs_state ON jobs (state)",
+    """CREATE TABLE specs (
+        job INTEGER PRIMARY KEY REFERENCES jobs (seq) ON DELETE CASCADE,
+        spec TEXT NOT NULL,
+        reproducibility TEXT NOT NULL)""",
+    """CREATE TABLE labels (
+        job INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
+        key TEXT NOT NULL,
+        value TEXT NOT NULL,
+        PRIMARY KEY (job, key)) WITHOUT ROWID""",
+    "CREATE INDEX labels_value ON labels (key, value, job)",
+    """CREATE TABLE answers (
+        job INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
+        question INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL DEFAULT 0,
+        cached_tokens INTEGER NOT NULL DEFAULT 0,
+        finish_reason TEXT NOT NULL DEFAULT '',
+        text TEXT NOT NULL DEFAULT '',
+        reasoning TEXT,
+        timings TEXT NOT NULL DEFAULT '{}',
+        PRIMARY KEY (job, question)) WITHOUT ROWID""",
+    """CREATE TABLE tokens (
+        job INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
+        number INTEGER NOT NULL,
+        question INTEGER NOT NULL,
+        token_id INTEGER NOT NULL,
+        text TEXT NOT NULL,
+        logprob REAL,
+        top TEXT NOT NULL,
+        PRIMARY KEY (job, number)) WITHOUT ROWID""",
+    """CREATE TABLE documents (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        created REAL NOT NULL,
+        expires REAL NOT NULL)""",
+)
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    for statement in ("CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL)", *_V1):
+        connection.execute(statement)
+
+
+def _name_documents(connection: sqlite3.Connection) -> None:
+    """Keep the id of the document beside the state: every sweep asks whether a document is in use."""
+    connection.execute("ALTER TABLE jobs ADD COLUMN document_id TEXT")
+    connection.execute(
+        "UPDATE jobs SET document_id = (SELECT nullif(json_extract(spec, '$.input.document_id'), '')"
+        " FROM specs WHERE job = seq AND json_valid(spec))"
+    )
+    connection.execute("CREATE INDEX jobs_document ON jobs (document_id, state) WHERE document_id IS NOT NULL")
+
+
+def _keep_attention(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE answers ADD COLUMN attention TEXT NOT NULL DEFAULT '{}'")
+
+
+def _keep_parts(connection: sqlite3.Connection) -> None:
+    """Store tokens with reasoning split off; `JobStore.split_old_tokens` does it for those stored before (part '')."""
+    connection.execute("ALTER TABLE tokens ADD COLUMN part TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN reasoning TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE tokens ADD COLUMN answer TEXT NOT NULL DEFAULT ''")
+    connection.execute("CREATE INDEX tokens_unsplit ON tokens (job) WHERE part = ''")
+
+
+def _summarize(connection: sqlite3.Connection) -> None:
+    """Keep what a listing shows apart from the specs, which may be large, and count the commits."""
+    connection.execute(
+        """CREATE TABLE summaries (
+            job INTEGER PRIMARY KEY REFERENCES jobs (seq) ON DELETE CASCADE,
+            priority INTEGER NOT NULL,
+            questions TEXT NOT NULL,
+            reproducibility TEXT NOT NULL)"""
+    )
+    shown = f"CASE WHEN length(value) > {MAX_SHOWN} THEN substr(value, 1, {MAX_SHOWN - 1}) || '…' ELSE value END"
+    questions = f"(SELECT json_group_array({shown}) FROM json_each(spec, '$.input.questions'))"
+    is_valid = "coalesce(json_valid(spec), 0)"  # a damaged spec is told by whoever reads it
+    connection.execute(
+        f"""INSERT INTO summaries SELECT job,
+            CASE WHEN {is_valid} THEN coalesce(json_extract(spec, '$.priority'), 0) ELSE 0 END,
+            CASE WHEN {is_valid} THEN {questions} ELSE '[]' END,
+            coalesce(reproducibility, '{{}}')
+        FROM specs WHERE job IN (SELECT seq FROM jobs)"""
+    )
+    connection.execute("INSERT OR REPLACE INTO meta VALUES ('commits', 0), ('store', abs(random() / 2))")
+
+
+# by the version they lead to
+MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
+    1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize,
+}  # fmt: skip
+VERSION = max(MIGRATIONS)
+
+
+def shown_question(question: str) -> str:
+    """Return a question as listings show it: at most MAX_SHOWN characters."""
+    return question if len(question) <= MAX_SHOWN else f"{question[: MAX_SHOWN - 1]}…"
+
+
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of a job store, 0 for an empty file; raises JobStoreError for anything else."""
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if not tables:
+        return 0
+    query = "SELECT value FROM meta WHERE key = 'schema_version'"
+    row = connection.execute(query).fetchone() if "meta" in tables else None
+    if row is None:
+        raise JobStoreError(f"job store {path}: a database of something else: name another file")
+    (version,) = row
+    if not isinstance(version, int) or version < 1:
+        raise JobStoreError(
+            f"job store {path}: schema version {str(version)[:20]!r}: must be from 1 to {VERSION}: "
+            "the file is damaged: restore a copy of it, or name another file"
+        )
+    if version > VERSION:
+        raise JobStoreError(
+            f"job store {path}: schema version {version}: must be at most {VERSION}: upgrade, or name another file"
+        )
+    return version
+
+
+def check_schema(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    """Refuse a job store in which a table or column of its version is missing (JobStoreError)."""
+    with closing(sqlite3.connect(":memory:")) as model:
+        for step in range(1, version + 1):
+            MIGRATIONS[step](model)
+        wanted, found = _columns(model), _columns(connection)
+    if missing := sorted(wanted - found):
+        raise JobStoreError(
+            f"job store {path}: {'.'.join(missing[0])} is missing: the file is damaged: restore a copy of it, "
+            "or name another file"
+        )
+
+
+def _columns(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Return the (table, column) pairs of a database."""
+    query = "SELECT t.name, c.name FROM sqlite_master AS t, pragma_table_info(t.name) AS c WHERE t.type = 'table'"
+    return set(connection.execute(query))
