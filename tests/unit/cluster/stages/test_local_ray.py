@@ -86,7 +86,7 @@ def test_an_owner_that_does_not_end_is_killed_with_its_group(
     start: Callable[[str], tuple[LocalRay, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_ray, "_CLOSE_TIMEOUT_S", 0.2)
-    ray, _ = start("os.fork()\n" + ADDRESS + "time.sleep(60)")
+    ray, _ = start("if not os.fork(): time.sleep(60)\n" + ADDRESS + "time.sleep(60)")
     assert ray.address(30.0)
     group = psutil.Process().children(recursive=True)
     ray.close()
