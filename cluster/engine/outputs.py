@@ -79,6 +79,7 @@ class Generation:
     timings: Timings
     error: str = ""
     attention: AttentionSummary | None = None
+    is_own_error: bool = False  # `error` is about this prompt: the pipeline works, and another one would fail as well
 
     def to_json(self, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
         """The result as plain data, for `--json`."""
