@@ -20,6 +20,7 @@ from cluster.client.client import Client, Job
 from cluster.client.errors import InvalidRequest, JobFailed
 from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
 from cluster.client.requests import too_large
+from cluster.common.text_format import escape_unprintable
 from cluster.tools.token_ids import parse_token_ids
 from protos.jobs.limits import MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
@@ -247,6 +248,8 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
         f"contexts up to {status.max_model_len:,} tokens\n"
     )
+    if status.problem:
+        click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))
             for s in status.stages]  # fmt: skip
     _print_table(("stage", "rank", "state", "steps", "memory"), rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from cluster.common.errors import JobStoreError
 from cluster.jobs.model import InvalidJob
 
 _BUSY_TIMEOUT_S = 10.0  # another process (a backup, sqlite3 on the command line) may hold the file for a moment
+_BUSY_STEP_S = 0.02
 _WAL_LIMIT_BYTES = 64 << 20
 
 
@@ -115,6 +117,7 @@ class Database:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._closed = False
+        self._hurry = threading.Event()
         self._write_lock = threading.Lock()
         self._idle: list[sqlite3.Connection] = []  # reading ones; shared between threads, since list methods are atomic
         with self._errors():
@@ -125,6 +128,7 @@ class Database:
             except BaseException:
                 self._writer.close()
                 raise
+            self._writer.execute("PRAGMA busy_timeout = 0")  # `_begin` waits itself, and can be told to stop
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -132,7 +136,7 @@ class Database:
         with self._write_lock, self._errors():
             self._check_open()
             with self._writer:
-                self._writer.execute("BEGIN IMMEDIATE")
+                self._begin()
                 yield self._writer
 
     @contextmanager
@@ -153,6 +157,22 @@ class Database:
                 self._idle.append(connection)
                 if self._closed:
                     self._close_idle()
+
+    def _begin(self) -> None:
+        """Begin to write; while another process does, wait for it up to `_BUSY_TIMEOUT_S`, or until `stop_waiting`."""
+        until = time.monotonic() + _BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                is_busy = getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+                if not is_busy or time.monotonic() >= until or self._hurry.wait(_BUSY_STEP_S):
+                    raise
+
+    def stop_waiting(self) -> None:
+        """Let writes fail at once while another process has locked the file."""
+        self._hurry.set()
 
     def close(self) -> None:
         """Finish the running transaction and close the file; reads that still run end by themselves."""

@@ -158,7 +158,11 @@ class JobAnswer:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as it is stored; times are seconds since 1970."""
+    """A job as it is stored; times are seconds since 1970.
+
+    `restarts` counts how often it was queued again after it had run. Of a job with `damage` (why its row cannot be
+    read) the spec is empty, and what else cannot be read is left out.
+    """
 
     id: str
     state: JobState
@@ -171,6 +175,7 @@ class JobRecord:
     restarts: int = 0
     answers: tuple[JobAnswer, ...] = ()
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

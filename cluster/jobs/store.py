@@ -37,6 +37,7 @@ from cluster.jobs.model import (
     ServiceBusy,
     check_id,
 )
+from cluster.jobs.rows import job_record
 from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs.limits import MAX_INT64, MAX_PAGE
 from protos.stage.messages import TokenLogprob
@@ -64,6 +65,10 @@ class JobStore:
 
     def close(self) -> None:
         self._db.close()
+
+    def stop_waiting(self) -> None:
+        """Let writes fail at once, instead of after seconds, while another process has locked the database."""
+        self._db.stop_waiting()
 
     def admission(self, spec: JobSpec) -> tuple[JobRecord | None, int]:
         """Return the job that an earlier submission with this idempotency key made, and how many jobs wait.
@@ -169,7 +174,10 @@ class JobStore:
                 if row is None:
                     return
                 (spec,) = db.execute("SELECT spec FROM specs WHERE job = ?", row).fetchone()
-                opened = reasoning_opened(JobSpec.from_json(spec))
+                try:
+                    opened = reasoning_opened(JobSpec.from_json(spec))
+                except ValueError:  # the row is damaged; its tokens are text all the same
+                    opened = False
                 splitters: dict[int, ReasoningSplitter] = {}
                 query = "SELECT number, question, text FROM tokens WHERE job = ? ORDER BY number"
                 for number, question, text in db.execute(query, row).fetchall():
@@ -213,6 +221,12 @@ class JobStore:
         with self._db.reading() as db:
             query = f"{_RECORD} WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
             return _records(db, db.execute(query, (_array(ACTIVE),)).fetchall())
+
+    def unfinished_ids(self) -> list[str]:
+        """Return the ids of all jobs that have not ended, oldest first; reads nothing else of them."""
+        with self._db.reading() as db:
+            query = "SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
+            return [job_id for (job_id,) in db.execute(query, (_array(ACTIVE),))]
 
     def count(self, states: Collection[JobState] = ()) -> int:
         """Count the jobs in any of `states` (none: all)."""
@@ -321,14 +335,15 @@ def _transition(db: sqlite3.Connection, change: StateChange, now: float, error: 
     job_id, expected, new = change
     assert not FINAL.intersection(expected), f"{job_id}: an ended job stays as it is"
     cursor = db.execute(
-        "UPDATE jobs SET state = :new, error = :error, restarts = restarts + :restart,"
+        "UPDATE jobs SET state = :new, error = :error,"
+        " restarts = restarts + (:recovers AND state IN ('prefilling', 'decoding')),"
         " started = CASE WHEN :start THEN coalesce(started, :now) ELSE started END,"
         " finished = CASE WHEN :finish THEN :now END"
         " WHERE id = :id AND state IN (SELECT value FROM json_each(:expected))",
         {
             "new": new,
             "error": error,
-            "restart": new is JobState.RECOVERING,
+            "recovers": new is JobState.RECOVERING,
             "start": new is JobState.PREFILLING,
             "finish": new.is_final,
             "now": now,
@@ -364,24 +379,14 @@ def _one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
 
 def _records(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[JobRecord]:
     """Turn rows of _RECORD into records, with the answers of all of them from one query."""
-    answers: dict[int, list[JobAnswer]] = {row[0]: [] for row in rows}
+    answers: dict[int, list[Sequence[Any]]] = {row[0]: [] for row in rows}
     query = (
         f"SELECT job, {_columns(JobAnswer)} FROM answers"
         " WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, question"
     )
     for row in db.execute(query, (json.dumps(list(answers)),)):
-        answers[row[0]].append(JobAnswer(*row[1:-2], *map(json.loads, row[-2:])))
-    return [
-        JobRecord(
-            id=job_id,
-            state=JobState(state),
-            spec=JobSpec.from_json(spec),
-            **dict(zip(("created", "started", "finished", "error", "last_event", "restarts"), values, strict=True)),
-            answers=tuple(answers[seq]),
-            reproducibility=json.loads(reproducibility),
-        )
-        for seq, job_id, state, *values, spec, reproducibility in rows
-    ]
+        answers[row[0]].append(row[1:])
+    return [job_record(row, answers[row[0]]) for row in rows]
 
 
 def _documents(db: sqlite3.Connection, rest: str, *values: object) -> list[DocumentRecord]:

@@ -7,6 +7,7 @@ parses strictly and turns errors into status codes.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
+from cluster.common.watched_thread import WatchedThreads
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.jobs.model import DocumentRecord, InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
@@ -39,6 +41,7 @@ MAX_PIECE = 4 << 20  # bytes of one message of an upload
 _SHORT_CALLS = 32  # threads for calls that answer at once, besides those of long calls
 _QUEUED_CALLS = 64  # calls accepted beyond the threads: they wait for one
 _WATCHERS = 16  # health watchers: they need no key, so they have a limit and threads of their own
+_SERVING_THREAD = "(_serve)"  # end of the name of the thread in which gRPC waits for calls
 _POLL_S = 2.0  # how soon a waiting call notices that its client has gone
 
 
@@ -64,6 +67,7 @@ class GrpcServer:
         self._health = health.HealthServicer(experimental_non_blocking=False)  # the other mode sends under its lock
         self._server: grpc.Server | None = None
         self._pools: list[ThreadPoolExecutor] = []
+        self.threads = WatchedThreads("gRPC")
         self.set_serving(True)
 
     def start(self) -> str:
@@ -99,7 +103,10 @@ class GrpcServer:
             port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         except RuntimeError as error:
             raise PreflightError(f"server.port: {address} cannot be bound: choose a free port, or 0") from error
+        before = set(threading.enumerate())
         server.start()
+        started = [t for t in threading.enumerate() if t not in before and t.name.endswith(_SERVING_THREAD)]
+        self.threads.watch(started)
         self._server = server
         return f"{host}:{port}"
 
@@ -112,6 +119,7 @@ class GrpcServer:
     def close(self, grace_s: float = 0.5) -> None:
         """Refuse new calls, let running ones end for `grace_s`, cancel the rest; may be called twice."""
         if self._server is not None:
+            self.threads.release()
             self._health.enter_graceful_shutdown()
             self._server.stop(grace_s).wait(grace_s + 10.0)
             self._server = None
@@ -158,7 +166,7 @@ class _Jobs(rpc.JobsServicer):
         return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
-        return self._whole(self._service.submit(codec.decode_submit(request, time.time(), self._store_text)))
+        return self._whole(self._service.submit(codec.decode_submit(request, self._service.now(), self._store_text)))
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
         return self._whole(self._service.get(check_id(request.id, "job")))

@@ -174,12 +174,12 @@ def test_life_of_a_job(store: JobStore, clock: Clock) -> None:
         (set(), JobState.FAILED, False, (None, None, 0)),
         ({JobState.QUEUED}, JobState.PREFILLING, True, (3.0, None, 0)),
         (ACTIVE, JobState.RECOVERING, True, (3.0, None, 1)),
-        (ACTIVE, JobState.RECOVERING, True, (3.0, None, 2)),
-        ({JobState.RECOVERING}, JobState.QUEUED, True, (3.0, None, 2)),
-        ({JobState.QUEUED}, JobState.PREFILLING, True, (3.0, None, 2)),
-        ({JobState.PREFILLING}, JobState.DECODING, True, (3.0, None, 2)),
-        ([JobState.DECODING], JobState.FAILED, True, (3.0, 9.0, 2)),
-        (ACTIVE, JobState.CANCELLED, False, (3.0, 9.0, 2)),
+        (ACTIVE, JobState.RECOVERING, True, (3.0, None, 1)),
+        ({JobState.RECOVERING}, JobState.QUEUED, True, (3.0, None, 1)),
+        ({JobState.QUEUED}, JobState.PREFILLING, True, (3.0, None, 1)),
+        ({JobState.PREFILLING}, JobState.DECODING, True, (3.0, None, 1)),
+        ([JobState.DECODING], JobState.FAILED, True, (3.0, 9.0, 1)),
+        (ACTIVE, JobState.CANCELLED, False, (3.0, 9.0, 1)),
     ]
     for number, (expected, new, happened, after) in enumerate(steps, 1):
         clock.now = float(number)
