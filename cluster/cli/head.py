@@ -173,7 +173,8 @@ def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bo
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bool) -> None:
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
-    from cluster.client.connection import DEFAULT_DATA_DIR
+    from cluster.client.connection import DEFAULT_DATA_DIR, last_failure
+    from cluster.common.text_format import escape_unprintable
     from cluster.server.state_files import HeadFiles
     from cluster.stages.socket_dirs import clean_run_dirs
 
@@ -185,6 +186,8 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
         process = files.running()
         if process is None:
             outcome = "removed the files of a head that no longer runs" if files.is_stale() else "no head is running"
+            if reason := last_failure(files.data_dir):
+                outcome += f"; the last one ended: {escape_unprintable(reason)}"
         else:
             outcome = _stop(process, timeout)
         files.remove()

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-from cluster.common.errors import ClusterError, EngineError
+from cluster.common.errors import ClusterError, EngineError, JobStoreError
 from cluster.common.steady_clock import SteadyClock
 from cluster.common.text_format import describe_error, one_line
 from cluster.config.schema import ServerSection
@@ -137,10 +137,13 @@ class JobExecution:
         """Hand a job that has just been stored to the engine; one that it refuses leaves nothing (lock held)."""
         try:
             self._enqueue(record, prompts, {})
-        except BaseException:
+        except BaseException as error:
             self._live.pop(record.id, None)
-            self._store.transition(record.id, ACTIVE, JobState.FAILED)
-            self._store.delete(record.id)
+            try:
+                self._store.transition(record.id, ACTIVE, JobState.FAILED)
+                self._store.delete(record.id)
+            except JobStoreError:
+                self._fail(record.id, error)
             raise
 
     def _enqueue(

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from cluster.common.errors import JobStoreError
-from cluster.common.text_format import one_line
+from cluster.common.text_format import describe_error, one_line
 from cluster.common.watched_thread import Watched, WatchedThread
 from cluster.config.schema import ServerSection
 from cluster.engine.outputs import OutputToken
@@ -177,7 +177,10 @@ class JobService(JobExecution):
 
     def status(self) -> Mapping[str, Any]:
         """Return the fields of ClusterStatusReply (protos/jobs/jobs.proto); `stages` is a list of mappings."""
-        waiting, running = self.counts()
+        try:
+            waiting, running = self.counts()
+        except JobStoreError:  # `problem` says it
+            waiting, running = 0, len(self._live)
         own = {"queued": waiting, "running": running, "uptime_s": self.now() - self._started, "problem": self.problem}
         return self._runtime.status() | own
 
@@ -191,8 +194,8 @@ class JobService(JobExecution):
         check: Callable[[], str | None] = getattr(self._store, "check", lambda: "")
         try:
             self.store_problem = check() or ""
-        except JobStoreError as error:
-            self.store_problem = one_line(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be used
+            self.store_problem = one_line(error) or describe_error(error)
         return self.store_problem
 
     # --- time --------------------------------------------------------------------------------------------------------

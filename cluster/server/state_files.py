@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.client.connection import STATE_FILE
+from cluster.client.connection import LOG_FILE, STATE_FILE
 from cluster.common.certificates import certificate_names
 from cluster.config.schema import SecuritySection
 
@@ -29,7 +29,7 @@ class HeadFiles:
 
     @property
     def log(self) -> Path:
-        return self.data_dir / "log" / "head.log"
+        return self.data_dir / LOG_FILE
 
     def claim(self) -> None:
         """Write the pid file: this process is the head of the data directory."""
