@@ -29,7 +29,3 @@ class EngineError(ClusterError):
 
 class JobStoreError(ClusterError):
     """The job store failed: the disk, the file, or a write that does not follow the last one."""
-
-
-class HeadFailed(ClusterError):
-    """A part of the head process died that cannot be started again in it."""

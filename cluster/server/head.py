@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 
-from cluster.common.errors import HeadFailed
+from cluster.common.errors import ClusterError
 from cluster.common.steady_clock import SteadyClock
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
@@ -120,7 +120,7 @@ def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_re
 
     Raises:
         UserError: bad configuration or checkpoint. PreflightError, PlacementError, StageError: nothing is left
-            running. HeadFailed: a part of the head died; the next one goes on with its jobs.
+            running. ClusterError: a part of the head died; the next one goes on with its jobs.
     """
     signals = _Signals()
 
@@ -141,7 +141,7 @@ def run_head(config_path: Path, on_status: Callable[[LaunchStatus], None], on_re
             head.drain()
         guard.start()
         if failure := head.failure:
-            raise HeadFailed(f"{failure}: see the log above; start the head again: its jobs go on")
+            raise ClusterError(f"{failure}: see the log above; start the head again: its jobs go on")
     return 0
 
 
