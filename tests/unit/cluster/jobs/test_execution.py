@@ -164,10 +164,11 @@ def test_a_job_that_the_scheduler_refuses_leaves_nothing(bench: Bench, monkeypat
 
 
 def poisoned(plan: StepPlan) -> bool:
-    return any(POISON in part.tokens for part in plan.slices)
+    return any(POISON in part.token_ids for part in plan.slices)
 
 
-def test_waiting_through_any_number_of_failures_costs_nothing(bench: Bench) -> None:
+def test_waiting_through_any_number_of_failures_costs_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0,) * 5)
     bench.runtime.shard.hold()
     running = [bench.submit(max_tokens=3000) for _ in range(2)]
     waiting = [bench.submit() for _ in range(3)]
