@@ -119,9 +119,10 @@ class GrpcServer:
     def close(self, grace_s: float = 0.5) -> None:
         """Refuse new calls, let running ones end for `grace_s`, cancel the rest; may be called twice."""
         if self._server is not None:
+            is_dead = self.threads.is_dead  # then nobody would say that it has stopped
             self.threads.release()
             self._health.enter_graceful_shutdown()
-            self._server.stop(grace_s).wait(grace_s + 10.0)
+            self._server.stop(grace_s).wait(0.0 if is_dead else grace_s + 10.0)
             self._server = None
         for pool in self._pools:
             pool.shutdown(wait=False)

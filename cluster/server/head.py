@@ -73,7 +73,9 @@ class Head:
             steps.callback(self.store.close)
             documents = DocumentStore(data_dir / "documents", self.store, server.document_ttl_s, self._clock)
             self.service = JobService(self.runtime, self.store, documents, server, self._clock)
-            metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
+            self._metrics = metrics = MetricsServer(
+                self.service, self.runtime, server.metrics_host, server.metrics_port
+            )
             steps.callback(metrics.close)
             self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
             steps.callback(self._grpc.close, 1.0)
