@@ -20,12 +20,13 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from cluster.common.text_format import one_line
 from protos.errors import InvalidRequest
 from protos.jobs.sampling import AnswerOptions
 
@@ -187,3 +188,30 @@ class DocumentRecord:
     size_bytes: int
     created: float
     expires: float
+
+
+_NO_SPEC = JobSpec(JobInput(token_ids=()), AnswerOptions())  # of a job whose own cannot be read
+_FIGURES = ("created", "started", "finished", "error", "last_event", "restarts")
+
+
+def job_record(row: Sequence[Any], answers: Sequence[Sequence[Any]]) -> JobRecord:
+    """Return the job of a row of the store and of its answers' rows.
+
+    What cannot be read of it is left out and said in `damage`, so that others can be read beside it.
+    """
+    _, job_id, state, *values, spec, reproducibility = row
+    figures = dict(zip(_FIGURES, values, strict=True))
+    try:
+        return JobRecord(
+            id=job_id,
+            state=JobState(state),
+            spec=JobSpec.from_json(spec),
+            **figures,
+            answers=tuple(JobAnswer(*answer[:-2], *map(json.loads, answer[-2:])) for answer in answers),
+            reproducibility=json.loads(reproducibility),
+        )
+    except (ValueError, TypeError, RecursionError, InvalidRequest) as error:
+        damage = f"the row of the job is damaged: {one_line(error, 200)}"
+    known = JobState(state) if state in list(JobState) else JobState.FAILED
+    figures["error"] = figures["error"] or damage
+    return JobRecord(id=job_id, state=known, spec=_NO_SPEC, **figures, damage=damage)

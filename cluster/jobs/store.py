@@ -36,8 +36,8 @@ from cluster.jobs.model import (
     NotAllowedNow,
     ServiceBusy,
     check_id,
+    job_record,
 )
-from cluster.jobs.rows import job_record
 from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs.limits import MAX_INT64, MAX_PAGE
 from protos.stage.messages import TokenLogprob

@@ -24,6 +24,7 @@ class FakeRuntime(ClusterRuntime):
     """Token `index` of every answer is `100 + index`; no model, no processes."""
 
     script: Script = staticmethod(lambda sequence, index: 100 + index)
+    holds = False  # whether shards start held
 
     def __init__(self, data_dir: Path, seqs: int = 2, **server: object) -> None:
         """Args: `server` are keys of that section of the configuration."""
@@ -38,6 +39,8 @@ class FakeRuntime(ClusterRuntime):
         self.before_start()
         self.starts += 1
         self.shard = FakeShard(0, 1, self.script, Clock())
+        if self.holds:
+            self.shard.hold()
         self.shard.deadly = lambda plan: self.deadly(plan)
         scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
         launched: Any = SimpleNamespace(shards=(self.shard,), fingerprint="f", dtype="float32")

@@ -25,6 +25,7 @@ from cluster.jobs.model import JobInput, JobSpec, JobState
 from cluster.scheduler.scheduler import Scheduler
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import StepPlan
+from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.service import Bench
 
@@ -169,25 +170,30 @@ def poisoned(plan: StepPlan) -> bool:
 
 def test_waiting_through_any_number_of_failures_costs_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0,) * 5)
+    monkeypatch.setattr(FakeRuntime, "holds", True)
     bench.runtime.shard.hold()
     running = [bench.submit(max_tokens=3000) for _ in range(2)]
     waiting = [bench.submit() for _ in range(3)]
+
+    def come_further() -> None:
+        before = [len(bench.ids(job_id)) for job_id in running]
+        bench.runtime.shard.let(4)
+        eventually(lambda: all(len(bench.ids(id)) > n for id, n in zip(running, before, strict=True)))
+
     for starts in range(2, 2 + 2 * MAX_FAILURES):
-        bench.runtime.shard.let(5)  # the running ones come further
+        come_further()
         bench.runtime.fail()
         eventually(lambda starts=starts: bench.runtime.starts == starts)  # type: ignore[misc]
         eventually(lambda: not bench.service._recovering)
-        if starts % 2:
-            eventually(lambda: bench.runtime.shard.plans != [])
-        bench.runtime.shard.hold()
-    for _ in range(3):
+    for _ in range(2):
         bench.restart()
-        bench.runtime.shard.hold()
+        come_further()
     assert [bench.service.get(job_id).restarts for job_id in waiting] == [0] * 3
+    for job_id in running:
+        assert bench.service.get(job_id).restarts == 2 * MAX_FAILURES + 2
+        assert bench.service.cancel(job_id).state is S.CANCELLED
     bench.runtime.shard.let(10_000)
     assert [bench.service.wait(job_id, 20).state for job_id in waiting] == [S.SUCCEEDED] * 3
-    for job_id in running:
-        bench.service.cancel(job_id)
     bench.check_idle()
 
 
