@@ -220,7 +220,8 @@ def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bo
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bool) -> None:
     """Stop the head of CONFIG or of a data directory; fine when none runs."""
-    from cluster.client.connection import DEFAULT_DATA_DIR
+    from cluster.client.connection import DEFAULT_DATA_DIR, last_failure
+    from cluster.common.text_format import escape_unprintable
     from cluster.server.state_files import HeadFiles
     from cluster.stages.socket_dirs import clean_run_dirs
 
@@ -233,6 +234,8 @@ def down(config: Path | None, data_dir: Path | None, timeout: float, as_json: bo
         outcome = _stop(process, timeout) if process is not None else "no head is running"
         if files.remove_stale() and process is None:
             outcome = "removed the files of a head that no longer runs"
+        if process is None and (reason := last_failure(files.data_dir)):
+            outcome += f"; the last one ended: {escape_unprintable(reason)}"
         clean_run_dirs()
         if as_json:
             say_json({"pid": process.pid if process else None, "outcome": outcome})

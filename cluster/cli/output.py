@@ -253,6 +253,8 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
         f"contexts up to {status.max_model_len:,} tokens\n"
     )
+    if status.problem:
+        click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))
             for s in status.stages]  # fmt: skip
     _print_table(("stage", "rank", "state", "steps", "memory"), rows)

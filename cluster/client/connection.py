@@ -20,6 +20,8 @@ DEFAULT_ADDRESS = "127.0.0.1:7777"
 DEFAULT_DATA_DIR = "~/.local/share/longreach"  # as in cluster.config.schema
 STATE_FILE = "head.json"  # under the data directory, while a head is ready
 PID_FILE = "head.pid"  # beside it, while a head runs
+LOG_FILE = "log/head.log"  # under the data directory, of heads that `longreach up` has started
+_MAX_LINE = 4096  # bytes
 FileName = str | os.PathLike[str] | None
 
 
@@ -129,7 +131,8 @@ def read_state(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
         values = {"address": str(state["address"]), "pid": int(state["pid"]), "started": float(state["started"])}
         return values | {key: str(state.get(key, "")) for key in ("ca_file", "server_name")}
     except OSError as error:
-        raise Unavailable(f"{path}: cannot be read ({error.strerror}): {START_HINT}") from error
+        ended = f"; the last head ended: {reason}" if (reason := last_failure(data_dir)) else ""
+        raise Unavailable(f"{path}: cannot be read ({error.strerror}): {START_HINT}{ended}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise Unavailable(f"{path}: is not the state of a head: delete it, then: longreach up CONFIG") from error
 
@@ -142,6 +145,18 @@ def _is_held(data_dir: Path) -> bool:
         return is_locked(data_dir)
     except (ImportError, OSError):
         return True
+
+
+def last_failure(data_dir: str | os.PathLike[str]) -> str:
+    """Return the error with which the newest head of a data directory ended by itself, as its log says; else ""."""
+    try:
+        with (Path(data_dir).expanduser() / LOG_FILE).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _MAX_LINE))
+            lines = log.read().decode(errors="replace").rstrip().splitlines()
+    except OSError:
+        return ""
+    mark = "longreach: error: "
+    return lines[-1].removeprefix(mark) if lines and lines[-1].startswith(mark) else ""
 
 
 def state_connection(data_dir: str | os.PathLike[str], options: ConnectionOptions) -> tuple[str, ConnectionOptions]:

@@ -131,6 +131,7 @@ class ClusterStatus:
     """The cluster at one moment: `queued` and `running` count jobs, `kv_usage` is a share from 0 to 1.
 
     `max_model_len` bounds a prompt and its answer together, `kv_tokens` is what the KV cache holds, both in tokens.
+    `problem` says why the head does not serve as it should and is empty when all is well.
     """
 
     model: str
@@ -142,6 +143,7 @@ class ClusterStatus:
     stages: tuple[StageStatus, ...]
     uptime_s: float
     version: str
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """The main loop: schedule, send, receive, commit. One thread; other threads reach it through one queue of actions.
 
 Failure contract: requests live in memory. When a shard is lost or a step fails, every unfinished request ends with the
-error, no token follows, and later submissions raise it. The same holds for an error of the engine itself. A callback
-that raises is logged and not called again; its request goes on.
+error, no token follows, and later submissions raise it. The same holds for an error of the engine itself. An error
+about one request (its text, its progress, its start) ends that request. A callback that raises is logged and not called
+again; its request goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -74,6 +76,7 @@ class Engine:
         self.scheduler = scheduler
         self.latency = LatencyModel(scheduler.spec)
         self.error = ""  # why the pipeline failed; "" while it works
+        self.suspects: frozenset[int] = frozenset()  # sequences that may be the reason; set together with `error`
         self.oldest_plan: StepPlan | None = None  # of those in flight; set by the engine's thread only
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
         self.on_failure: Callable[[], None] | None = None  # called once, when every request has ended with `error`
@@ -142,20 +145,22 @@ class Engine:
         self._inbox.put(lambda: self._cancel(handle))
 
     def fail(self, reason: str) -> None:
-        """Give the pipeline up, as if a shard were lost; any thread may call this."""
+        """Give the pipeline up, as if a shard were lost; any thread may call this, any number of times."""
         self._inbox.put(lambda: self._fail(reason))
 
     # --- the loop (engine thread) ------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while (action := self._inbox.get()) is not None:
+        while True:
             try:
+                if (action := self._inbox.get()) is None:
+                    return
                 action()
                 self._schedule_and_send()
                 self.oldest_plan = next(iter(self._in_flight.plans), None)
-            except Exception as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
+            except BaseException as error:  # noqa: BLE001 - a dead engine would leave every caller waiting
                 _log.exception("the engine failed")
-                self._fail(f"the engine failed: {describe_error(error)}")
+                self._fail(f"the engine failed: {describe_error(error)}", frozenset(self._handles))
 
     def _schedule_and_send(self) -> None:
         """Send new plans to every shard until as many are in flight as the pipeline should have."""
@@ -220,7 +225,11 @@ class Engine:
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             handle = self._handles[request.sequence]
-            token = self._token(handle) if request.sequence in sampled else None
+            try:
+                token = self._token(handle) if request.sequence in sampled else None
+            except BaseException as error:  # noqa: BLE001 - an error in one text must not end the others
+                self._break(handle, error)
+                continue
             is_first = token is not None and handle.first_token is None
             if is_first:
                 handle.first_token = self._clock()
@@ -243,9 +252,13 @@ class Engine:
     def _notify(self, outcome: StepOutcome) -> None:
         """Call the submitter of a request with what a step changed for it."""
         handle = outcome.handle
-        handle.attention.add(handle.request.sequence, outcome.step)
-        if outcome.has_progress:
-            handle.notify(self._progress(handle.request))
+        try:
+            handle.attention.add(handle.request.sequence, outcome.step)
+            if outcome.has_progress:
+                handle.notify(self._progress(handle.request))
+        except BaseException as error:  # noqa: BLE001 - an error about one request must not end the others
+            self._break(handle, error)
+            return
         if outcome.token is not None:
             handle.notify(outcome.token)
         if outcome.has_ended:
@@ -286,37 +299,59 @@ class Engine:
             self._handles[handle.request.sequence] = handle
             if self.error:
                 self._finish(handle, self.error)
-            elif handle.request.finish_reason is not None:  # it ended with the tokens that it resumes after
-                handle.text.flush()
-                self._finish(handle)
-            else:
-                self.scheduler.add(handle.request)
+                continue
+            try:
+                if handle.request.finish_reason is None:
+                    self.scheduler.add(handle.request)
+                else:  # it ended with the tokens that it resumes after
+                    handle.text.flush()
+                    self._finish(handle)
+            except BaseException as error:  # noqa: BLE001 - an error about one request must not end the others
+                self._break(handle, error)
 
     def _note_start(self, plan: StepPlan) -> None:
         """Notify the submitters of requests that begin with this plan."""
         for part in plan.slices:
             handle = self._handles[part.sequence]
-            if handle.started is None:
-                handle.started = self._clock()
+            if handle.started is not None:
+                continue
+            handle.started = self._clock()
+            try:
                 handle.notify(self._progress(handle.request))
+            except BaseException as error:  # noqa: BLE001 - an error about one request must not end the others
+                self._break(handle, error)
 
     def _cancel(self, handle: RequestHandle) -> None:
         if not handle.done.is_set():
             self.scheduler.stop(handle.request, FinishReason.CANCELLED)
             self._finish(handle)
 
-    def _fail(self, error: str) -> None:
-        """End every request with `error`; the first error stays."""
-        is_first, self.error = not self.error, self.error or error
+    def _break(self, handle: RequestHandle, error: BaseException) -> None:
+        """End one request because of an error of ours that is about it alone."""
+        sequence = handle.request.sequence
+        _log.error("request %d failed", sequence, exc_info=error)
+        if self._handles.get(sequence) is handle:
+            with contextlib.suppress(ValueError):  # it was not queued yet
+                self.scheduler.stop(handle.request, FinishReason.ERROR)
+            self._finish(handle, f"the request failed: {describe_error(error)}", is_own_error=True)
+
+    def _fail(self, error: str, suspects: frozenset[int] = frozenset()) -> None:
+        """End every request with `error`; the first error stays. `suspects`: sequences, if not those in flight."""
+        if is_first := not self.error:
+            in_flight = {part.sequence for plan in self._in_flight.plans for part in plan.slices}
+            started = {sequence for sequence, handle in self._handles.items() if handle.started is not None}
+            self.suspects = suspects or frozenset(in_flight or started)
+            self.error = error
         self._in_flight.clear()
+        self.oldest_plan = None
         for handle in list(self._handles.values()):
             self._finish(handle, self.error)
         if is_first and self.on_failure is not None and not self._closed:
             self.on_failure()
 
-    def _finish(self, handle: RequestHandle, error: str = "") -> None:
+    def _finish(self, handle: RequestHandle, error: str = "", is_own_error: bool = False) -> None:
         request = handle.request
         self._handles.pop(request.sequence, None)
         reason = FinishReason.ERROR if error else request.finish_reason
         assert reason is not None
-        handle.end(reason, self._clock(), self.scheduler.spec, error)
+        handle.end(reason, self._clock(), self.scheduler.spec, error, is_own_error)

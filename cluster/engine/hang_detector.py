@@ -2,7 +2,7 @@
 
 A step is late after max(20 s, 5 x predicted). A late step is hung if, in addition, no shard's layer counter has moved
 for 20 s; the counter of a shard that does not answer does not move. Loading and warm-up end before the engine has a
-step in flight, so they are exempt.
+step in flight, so they are exempt. A pipeline that cannot be checked for 20 s is given up as well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from cluster.common.errors import StageError
+from cluster.common.text_format import describe_error
 from cluster.engine.engine import Engine
 
 if TYPE_CHECKING:
@@ -89,8 +90,16 @@ class HangDetector:
             return None
 
     def _run(self) -> None:
+        errors = 0  # in a row
         while not self._closing.wait(self._floor_s / _CHECKS):
-            if reason := self.check():
+            try:
+                reason = self.check()
+                errors = 0
+            except BaseException as error:  # noqa: BLE001 - a step that hangs must not go unnoticed
+                _log.exception("the hang detector failed")
+                errors += 1
+                reason = f"the hang detector failed: {describe_error(error)}" if errors == _CHECKS else ""
+            if reason:
                 _log.error("%s", reason)
                 self._engine.fail(reason)
                 return

@@ -80,6 +80,7 @@ class Generation:
     error: str = ""
     attention: AttentionSummary | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)  # the values in force, with the seed
+    is_own_error: bool = False  # `error` is about this prompt: the pipeline works, and another one would fail as well
 
     def to_json(self, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
         """The result as plain data, for `--json`."""

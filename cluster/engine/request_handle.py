@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.common.errors import EngineError
+from cluster.common.text_format import describe_error
 from cluster.engine.attention_report import AttentionReport
 from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.request import FinishReason, Request
@@ -51,34 +52,47 @@ class RequestHandle:
         """Call the submitter; a callback that raises is not called again."""
         try:
             self.on_event(event)
-        except Exception:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
+        except BaseException:  # noqa: BLE001 - whatever the caller's code raises is not the engine's failure
             _log.exception("request %d: its callback raised and is not called again", self.request.sequence)
             self.on_event = lambda _event: None
 
-    def end(self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "") -> None:
-        """Set the result, notify the submitter and let `wait` return."""
-        request = self.request
-        started = self.started if self.started is not None else now
-        first = self.first_token if self.first_token is not None else now
-        reasoning, answer = self.text.result()
+    def end(
+        self, reason: FinishReason, now: float, spec: ModelSpec | None, error: str = "", is_own_error: bool = False
+    ) -> None:  # fmt: skip
+        """Set the result, notify the submitter and let `wait` return, whatever is wrong with the request."""
+        try:
+            reasoning, text = self.text.result()
+            attention = self.attention.summary(spec, self.request.num_prompt, self.request.scale_len)
+        except BaseException as problem:  # noqa: BLE001 - its submitter waits for the end
+            _log.exception("request %d: its result cannot be built", self.request.sequence)
+            reasoning, text, attention = None, "", None
+            if not error:
+                reason, is_own_error = FinishReason.ERROR, True
+                error = f"the result cannot be built: {describe_error(problem)}"
         self.result = Generation(
-            token_ids=tuple(request.output),
-            text=answer,
+            token_ids=tuple(self.request.output),
+            text=text,
             reasoning=reasoning,
             finish_reason=reason,
-            samples=tuple(request.samples),
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.num_cached,
-            timings=Timings(
-                queued_s=started - self.submitted,
-                prefill_s=first - started,
-                ttft_s=first - self.submitted,
-                decode_s=now - first,
-                total_s=now - self.submitted,
-            ),
+            samples=tuple(self.request.samples),
+            prompt_tokens=self.request.num_prompt,
+            cached_tokens=self.request.num_cached,
+            timings=self._timings(now),
             error=error,
-            attention=self.attention.summary(spec, request.num_prompt, request.scale_len),
-            sampling=request.sampling,
+            attention=attention,
+            sampling=self.request.sampling,
+            is_own_error=is_own_error,
         )
         self.notify(self.result)
         self.done.set()
+
+    def _timings(self, now: float) -> Timings:
+        started = self.started if self.started is not None else now
+        first = self.first_token if self.first_token is not None else now
+        return Timings(
+            queued_s=started - self.submitted,
+            prefill_s=first - started,
+            ttft_s=first - self.submitted,
+            decode_s=now - first,
+            total_s=now - self.submitted,
+        )

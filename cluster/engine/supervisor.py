@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Literal, Protocol
 
 from cluster.common.text_format import one_line
+from cluster.common.watched_thread import WatchedThread
 from cluster.engine.pipeline import Pipeline
 
 # before each attempt to start again; after as many failed ones in a row, give up
@@ -79,10 +81,15 @@ class PipelineSupervisor:
         self._attempts = 0  # to start again since a pipeline was last sound
         self._started_at = 0.0
         self._stopping = threading.Event()  # of the newest `supervise`
-        self._thread: threading.Thread | None = None
+        self._thread: WatchedThread | None = None
         self.state = PipelineState.STOPPED
         self.newest: Pipeline | None = None  # the pipeline that was started last, running or not
         self.reason = ""  # why it was given up
+
+    @property
+    def thread(self) -> WatchedThread | None:
+        """The supervising thread, None while nobody supervises."""
+        return self._thread
 
     @property
     def running(self) -> Pipeline | None:
@@ -112,9 +119,8 @@ class PipelineSupervisor:
         if self._thread is not None:
             raise RuntimeError("the pipeline is supervised already")
         self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(listener, self._stopping), name="pipeline supervisor", daemon=True
-        )
+        run = partial(self._run, listener, self._stopping)  # goes on in whatever state it failed
+        self._thread = WatchedThread(run, "pipeline supervisor", self._stopping)
         self._thread.start()
 
     def release(self) -> None:
@@ -178,7 +184,7 @@ class PipelineSupervisor:
                 if self.newest is not None:
                     self.newest.close()
                 pipeline = self._launch()
-            except Exception as problem:  # noqa: BLE001 - whatever it was, the jobs must end with it in the end
+            except BaseException as problem:  # noqa: BLE001 - whatever it was, the jobs must end with it in the end
                 if stopping.is_set():
                     return
                 failed_starts += 1
@@ -203,5 +209,5 @@ class PipelineSupervisor:
 def _call(callback: Callable[..., None], *arguments: str) -> None:
     try:
         callback(*arguments)
-    except Exception:  # noqa: BLE001 - the pipeline must be replaced whatever the listener does
+    except BaseException:  # noqa: BLE001 - the pipeline must be replaced whatever the listener does
         _log.exception("a listener of the pipeline failed")

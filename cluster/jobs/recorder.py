@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 import queue
-import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from cluster.common.errors import JobStoreError
+from cluster.common.watched_thread import WatchedThread
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.jobs.blame import Progress
 from cluster.jobs.model import ACTIVE, JobAnswer, JobState
 from cluster.jobs.store import JobStore, StateChange
+from cluster.jobs.store_retry import StoreAbandoned, StoreRetry
 from cluster.scheduler.request import FinishReason
 from protos.jobs.limits import MAX_INT64
 from protos.stage.messages import SampledToken
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 1.0  # between attempts to write to a disk that refuses
 _DETAILED = 16  # answers of a job that keep figures of every layer and attention head: tens of kilobytes each
 
 
@@ -34,46 +35,73 @@ class LiveJob:
     job_id: str
     num_answers: int
     prompt_tokens: int = 0  # of all its questions
-    deadline: float | None = None  # seconds since 1970, as `follow_by`
-    follow_by: float | None = None  # a stream of an attached job must be open by then
+    deadline: float | None = None  # by the clock of the service, as `attached_at`
+    attached_at: float | None = None  # an attached job must be followed soon after; None: noticed, or not attached
     handles: list[RequestHandle] = field(default_factory=list)  # empty while no pipeline has it
     cancelled: bool = False  # somebody wants it to end
+    broken: bool = False  # it cannot go on: nothing of it is committed any more
     decodes: bool = False  # its first token since it was queued is committed
     progress: dict[int, PrefillProgress] = field(default_factory=dict)
     ended: dict[int, FinishReason] = field(default_factory=dict)
     generated: dict[int, int] = field(default_factory=dict)  # tokens of this head
 
+    @property
+    def reached(self) -> Progress:
+        """How far the job has come under this head."""
+        return sum(self.generated.values()), sum(progress.processed for progress in self.progress.values())
+
 
 _Item = tuple[LiveJob, int, EngineEvent]  # job, question, event
 
 
+@dataclass(slots=True)
+class _Step:
+    """What a group of events writes."""
+
+    tokens: list[tuple[str, OutputToken]] = field(default_factory=list)
+    states: list[StateChange] = field(default_factory=list)
+    answers: list[tuple[str, JobAnswer]] = field(default_factory=list)
+
+
 class Recorder:
-    """The committing thread. `close` commits what is queued and ends it; may be called twice."""
+    """The committing thread. `close` commits what is queued and ends it; may be called twice.
+
+    Failure contract: while the store refuses, events wait. When it refuses those of one job for good, that job is
+    `broken` and ends with the reason; the events of others are committed.
+    """
 
     def __init__(
-        self, store: JobStore, notify: Callable[[Sequence[str]], None], on_ended: Callable[[str], None]
-    ) -> None:
+        self, store: JobStore, notify: Callable[[Sequence[str]], None], on_ended: Callable[[str], None],
+        on_broken: Callable[[str, BaseException | str], None] = lambda job_id, reason: None,
+        problem: Callable[[], str] = lambda: "",
+    ) -> None:  # fmt: skip
         """
         Args:
             notify: called with the ids of the jobs of which something was committed.
             on_ended: called with the id of a job whose last answer was committed, before `notify`.
+            on_broken: called with the id of a job that cannot go on, and why; no event of it is committed any more.
+            problem: what is wrong with the store as a whole ("": nothing); events wait meanwhile.
         """
         self._store = store
         self._notify = notify
         self._on_ended = on_ended
+        self._on_broken = on_broken
         self._closing = threading.Event()
+        self._retry = StoreRetry(self._closing, problem)
         # events of jobs; Event: set when all before it is committed; None: the end
         self._queue: queue.SimpleQueue[_Item | threading.Event | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._groups: deque[list[_Item]] = deque()  # taken from the queue and not committed, as `_waiting`
+        self._waiting: list[threading.Event] = []
+        self._is_open = True
+        self.thread = WatchedThread(self._run, "recorder", self._closing)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def close(self) -> None:
         self._closing.set()
         self._queue.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        self.thread.join()
 
     def callback(self, job: LiveJob, question: int) -> Callable[[EngineEvent], None]:
         """Return what the engine calls for one question of a job."""
@@ -83,65 +111,93 @@ class Recorder:
         """Return once every event queued so far is committed, or the recorder has ended."""
         committed = threading.Event()
         self._queue.put(committed)
-        while not committed.wait(1.0) and self._thread.is_alive():
+        while not committed.wait(1.0) and self.thread.is_alive():
             pass
 
     def _run(self) -> None:
-        is_open = True
-        while is_open:
-            items = [self._queue.get()]
+        """Commit until `close`; what an exception interrupts is gone on with by the next call."""
+        while True:
+            while self._groups:
+                self._commit_first()
+            while self._waiting:
+                self._waiting.pop().set()
+            if not self._is_open:
+                return
+            self._take(self._queue.get())
             while not self._queue.empty():
-                items.append(self._queue.get())
-            if events := [item for item in items if isinstance(item, tuple)]:
-                self._commit_events(events)
-            for item in items:
-                if isinstance(item, threading.Event):
-                    item.set()
-            is_open = None not in items
+                self._take(self._queue.get())
 
-    def _commit_events(self, items: Sequence[_Item]) -> None:
-        tokens: list[tuple[str, OutputToken]] = []
-        states: list[StateChange] = []
-        answers: list[tuple[str, JobAnswer]] = []
-        ended: list[str] = []
-        for job, question, event in items:
+    def _take(self, item: _Item | threading.Event | None) -> None:
+        if item is None:
+            self._is_open = False
+        elif isinstance(item, threading.Event):
+            self._waiting.append(item)
+        elif self._groups:
+            self._groups[-1].append(item)
+        else:
+            self._groups.append([item])
+
+    def _commit_first(self) -> None:
+        """Commit the first group in one transaction; one that is refused for good is committed job by job."""
+        group = [item for item in self._groups[0] if not item[0].broken]
+        try:
+            step = _step(group)
+            self._retry(lambda: self._store.commit_step(step.tokens, step.states, step.answers))
+        except StoreAbandoned:
+            raise
+        except BaseException as error:  # noqa: BLE001 - what one job has must not end the others
+            jobs = {job.job_id: job for job, *_ in group}
+            self._groups.popleft()
+            if len(jobs) > 1:
+                self._groups.extendleft(reversed([[i for i in group if i[0] is job] for job in jobs.values()]))
+                return
+            for job in jobs.values():
+                _log.exception("job %s: what it generated cannot be stored", job.job_id)
+                job.broken = True
+                self._on_broken(job.job_id, error)
+            return
+        self._groups.popleft()
+        self._tell(group)
+
+    def _tell(self, group: Sequence[_Item]) -> None:
+        """Note in the jobs what was committed, and tell those who wait for it."""
+        for job, question, event in group:
             if isinstance(event, PrefillProgress):
                 job.progress[question] = event
-                states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
             elif isinstance(event, OutputToken):
                 job.generated[question] = job.generated.get(question, 0) + 1
-                tokens.append((job.job_id, event))
-                if not job.decodes:
-                    job.decodes = True
-                    states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
-            elif event.finish_reason is not FinishReason.ERROR:  # a failed pipeline is replaced, its questions go on
-                answers.append((job.job_id, _answer(question, event, detailed=len(job.ended) < _DETAILED)))
+                job.decodes = True
+            elif event.finish_reason is not FinishReason.ERROR:
                 job.ended[question] = event.finish_reason
                 if len(job.ended) == job.num_answers:
-                    is_cancelled = FinishReason.CANCELLED in job.ended.values()
-                    final = JobState.CANCELLED if is_cancelled else JobState.SUCCEEDED
-                    states.append((job.job_id, ACTIVE, final))
-                    ended.append(job.job_id)
-        self._write(tokens, states, answers)
-        for job_id in ended:
-            self._on_ended(job_id)
-        self._notify(list({job.job_id for job, *_ in items}))
+                    self._on_ended(job.job_id)
+            elif event.is_own_error and not job.broken:
+                job.broken = True
+                self._on_broken(job.job_id, event.error)
+        self._notify(list({job.job_id for job, *_ in group}))
 
-    def _write(
-        self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
-        answers: Sequence[tuple[str, JobAnswer]],
-    ) -> None:  # fmt: skip
-        """Commit, however long the disk refuses: jobs wait for it and lose nothing. Raises only when closing."""
-        while True:
-            try:
-                self._store.commit_step(tokens, states, answers)
-                return
-            except JobStoreError as error:
-                if not isinstance(error.__cause__, (sqlite3.Error, OSError)):
-                    raise  # a step that does not follow the last one: our own bug
-                _log.error("%s; trying again", error)
-                if self._closing.wait(_RETRY_S):
-                    raise
+
+def _step(group: Sequence[_Item]) -> _Step:
+    """Return what events write; the jobs stay as they are."""
+    step = _Step()
+    decoding: set[str] = set()
+    ended: dict[str, dict[int, FinishReason]] = {}
+    for job, question, event in group:
+        if isinstance(event, PrefillProgress):
+            step.states.append((job.job_id, frozenset({JobState.QUEUED, JobState.RECOVERING}), JobState.PREFILLING))
+        elif isinstance(event, OutputToken):
+            step.tokens.append((job.job_id, event))
+            if not job.decodes and job.job_id not in decoding:
+                decoding.add(job.job_id)
+                step.states.append((job.job_id, frozenset({JobState.PREFILLING}), JobState.DECODING))
+        elif event.finish_reason is not FinishReason.ERROR:  # a failed pipeline is replaced, its questions go on
+            answers = ended.setdefault(job.job_id, dict(job.ended))
+            step.answers.append((job.job_id, _answer(question, event, detailed=len(answers) < _DETAILED)))
+            answers[question] = event.finish_reason
+            if len(answers) == job.num_answers:
+                is_cancelled = FinishReason.CANCELLED in answers.values()
+                step.states.append((job.job_id, ACTIVE, JobState.CANCELLED if is_cancelled else JobState.SUCCEEDED))
+    return step
 
 
 def _answer(question: int, result: Generation, detailed: bool) -> JobAnswer:

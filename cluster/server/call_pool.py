@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from cluster.common.watched_thread import WatchedThread
 from cluster.jobs.model import ServiceBusy
 
 STALL_S = 30.0  # a call that stalls for so long is ended
@@ -183,14 +184,14 @@ class StallWatch:
     def __init__(self, pools: Collection[CallPool]) -> None:
         self._pools = pools
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="grpc-stalls", daemon=True)
+        self.thread = WatchedThread(self._run, "stalls", self._stop)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(_CHECK_EVERY_S):

@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from cluster.common.errors import PreflightError
+from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.jobs.model import DocumentRecord, InvalidJob, JobDamaged, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
@@ -45,6 +46,7 @@ _RUNNING = 32  # short calls that run at a time
 _SPARE_CALLS = 64  # that are being let in, refused or ended
 _WATCHERS = 16  # health watchers: they need no key, so they have limits and threads of their own
 _CHECKS = 16  # health checks
+_SERVING_THREAD = "(_serve)"  # end of the name of the thread in which gRPC waits for calls
 _POLL_S = 2.0  # how soon a waiting call notices that its client has gone
 _SLOW_UPLOAD_S = 60.0  # from this time on an upload must have come with
 _SLOW_UPLOAD_RATE = 1024  # bytes a second on the average
@@ -85,7 +87,13 @@ class GrpcServer:
         self._certificates = CertificateWatch(security)
         self._server: grpc.Server | None = None
         self._executors: list[ThreadPoolExecutor] = []
+        self._serving = WatchedThreads("gRPC")
         self.set_serving(True)
+
+    @property
+    def threads(self) -> list[Watched]:
+        """The threads without which clients are not served."""
+        return [self._serving, self._stalls.thread, self._certificates.thread]
 
     def start(self) -> str:
         """Bind and answer calls; returns `host:port`, or "" when `server.port` is 0.
@@ -131,7 +139,10 @@ class GrpcServer:
         except RuntimeError as error:
             raise PreflightError(f"server.port: {address} cannot be bound: choose a free port, or 0") from error
         self._certificates.start()
+        before = set(threading.enumerate())
         server.start()
+        started = [t for t in threading.enumerate() if t not in before and t.name.endswith(_SERVING_THREAD)]
+        self._serving.watch(started)
         self._server = server
         self._stalls.start()
         return f"{host}:{port}"
@@ -145,8 +156,10 @@ class GrpcServer:
     def close(self, grace_s: float = 0.5) -> None:
         """Refuse new calls, let running ones end for `grace_s`, cancel the rest; may be called twice."""
         if self._server is not None:
+            is_dead = self._serving.is_dead  # then nobody would say that it has stopped
+            self._serving.release()
             self._health.enter_graceful_shutdown()
-            self._server.stop(grace_s).wait(grace_s + 10.0)
+            self._server.stop(grace_s).wait(0.0 if is_dead else grace_s + 10.0)
             self._server = None
             self._stalls.close()
             self._certificates.close()
@@ -200,7 +213,7 @@ class _Jobs(rpc.JobsServicer):
             def store_text(text: str) -> str:
                 return texts.enter_context(self._service.keep_text(text, self._max_document_bytes)).id
 
-            record = self._service.submit(codec.decode_submit(request, time.time(), store_text))
+            record = self._service.submit(codec.decode_submit(request, self._service.now(), store_text))
         return self._whole(record)
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:

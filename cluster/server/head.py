@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from cluster.common.errors import ClusterError
 from cluster.common.signals import call_undisturbed
+from cluster.common.steady_clock import SteadyClock
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
 from cluster.server.grpc_server import GrpcServer
+from cluster.server.health import HealthMonitor
 from cluster.server.metrics import MetricsServer
 from cluster.server.security import check_security
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
+_LOOK_EVERY_S = 1.0  # how soon the main thread notices that the head must end
+_END_WITHIN_S = 90.0  # from the end of the drain; a start of the pipeline that is under way is waited for for 60 s
+_EXIT_FAILED = 3  # as in `cluster.cli`
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +40,7 @@ class Head:
 
     def __init__(
         self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None, *,
-        runtime: ClusterRuntime | None = None, port: int | None = None, clock: Callable[[], float] = time.time,
+        runtime: ClusterRuntime | None = None, port: int | None = None, clock: Callable[[], float] | None = None,
         on_warning: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         """
@@ -43,14 +49,16 @@ class Head:
             on_warning: called at the start with what is lost of the job store, as one line.
             runtime: one that runs already and goes on after `close`, instead of one of its own.
             port: replaces `server.port`; here 0 binds any free port.
-            clock: seconds since 1970.
+            clock: seconds since 1970 that pass evenly, instead of a `SteadyClock`.
         """
         self.runtime = runtime or ClusterRuntime(deployment, on_status)
         self._owns_runtime = runtime is None
         self._config = deployment.config
         self._port = port
-        self._clock = clock
+        self._clock = clock or SteadyClock()
         self._on_warning = on_warning
+        self._health: HealthMonitor | None = None
+        self._draining = False
         self._steps = ExitStack()
 
     def start(self) -> None:
@@ -72,7 +80,9 @@ class Head:
                 self.runtime.check_chat_template()  # before anything is loaded
                 steps.enter_context(self.runtime)
             self.service = JobService(self.runtime, self.store, documents, server, self._clock)
-            metrics = MetricsServer(self.service, self.runtime, server.metrics_host, server.metrics_port)
+            self._metrics = metrics = MetricsServer(
+                self.service, self.runtime, server.metrics_host, server.metrics_port
+            )
             steps.callback(metrics.close)
             self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
             steps.callback(self._grpc.close, 1.0)
@@ -81,6 +91,12 @@ class Head:
             self.service.start()
             metrics.start()
             self.address = self._grpc.start()
+            self._health = HealthMonitor(
+                lambda: [*self.service.threads, metrics.threads, *self._grpc.threads],
+                [self.service.check_store, self.service.check_pipeline], self._show,
+            )  # fmt: skip
+            steps.callback(self._health.close)
+            self._health.start()
             self._steps = steps.pop_all()
 
     def _check_ports(self) -> None:
@@ -89,8 +105,18 @@ class Head:
             check_port(server.host, server.port)
         check_port(server.metrics_host, server.metrics_port)
 
+    @property
+    def failure(self) -> str:
+        """Why this head must end, "" while it need not: a part of it has died that cannot be started again."""
+        return self._health.fatal if self._health is not None else ""
+
+    def _show(self, problem: str) -> None:
+        self.service.problem = problem
+        self._grpc.set_serving(not problem and not self._draining)
+
     def drain(self) -> None:
         """Refuse new jobs and wait for the running ones, for `server.drain_timeout_s`; the next head goes on."""
+        self._draining = True
         self._grpc.set_serving(False)
         self.service.drain(self._config.server.drain_timeout_s)
 
@@ -108,6 +134,8 @@ def run_head(
     The head lives on a thread of its own: the main thread does nothing but take signals, so that native code and its
     handlers never see one. A signal during the start ends it at the next report of `on_status`.
 
+    A head that does not end within `_END_WITHIN_S` after that, or after its failure, is ended at once.
+
     Args:
         on_status: what is being started.
         on_ready: called once with the address clients connect to.
@@ -115,11 +143,18 @@ def run_head(
 
     Raises:
         UserError: bad configuration or checkpoint. PreflightError, JobStoreError, PlacementError, StageError,
-            KeyboardInterrupt (a signal during the start): nothing is left running.
+            KeyboardInterrupt (a signal during the start): nothing is left running. ClusterError: a part of the head
+            died; the next one goes on with its jobs.
     """
     life = _Life(config_path, on_status, on_ready, on_warning)
     call_undisturbed(life.run, life.stop)
     return 0
+
+
+def _end_now() -> None:
+    """End this process at once, with all that Ray started for it."""
+    print(f"longreach: error: the head did not stop within {_END_WITHIN_S:g} s: killed", file=sys.stderr, flush=True)
+    os._exit(_EXIT_FAILED)
 
 
 class _Life:
@@ -142,13 +177,22 @@ class _Life:
 
     def run(self) -> None:
         deployment = load_deployment(self._config_path)
-        with closing(Head(deployment, self._on_launch, on_warning=self._on_warning)) as head:
+        with ExitStack() as steps:
+            guard = threading.Timer(_END_WITHIN_S, _end_now)
+            guard.daemon = True
+            steps.callback(guard.cancel)
+            head = steps.enter_context(closing(Head(deployment, self._on_launch, on_warning=self._on_warning)))
             head.start()
             self._is_ready = True
             self._on_ready(head.address)
-            self._stopping.wait()
-            _log.info("draining")
-            head.drain()
+            while not head.failure and not self._stopping.wait(_LOOK_EVERY_S):
+                pass
+            if not head.failure:
+                _log.info("draining")
+                head.drain()
+            guard.start()
+            if failure := head.failure:
+                raise ClusterError(f"{failure}: see the log above; start the head again: its jobs go on")
 
     def _on_launch(self, status: LaunchStatus) -> None:
         if self._stopping.is_set() and not self._is_ready:

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cluster.common.errors import PreflightError
+from cluster.common.watched_thread import WatchedThreads
 from cluster.jobs.model import JobRecord
 from cluster.server.metrics_http import BoundedServer
 
@@ -123,6 +124,7 @@ class MetricsServer:
         Gauge("longreach_info", "Version.", ["version"], registry=self.registry).labels(runtime.version).set(1)
         self._host, self._port = host, port
         self._server: BoundedServer | None = None
+        self.threads = WatchedThreads("metrics")
         service.on_ended(self.jobs.observe)
 
     def start(self) -> None:
@@ -135,10 +137,13 @@ class MetricsServer:
             raise PreflightError(f"server.metrics_port: {self._port}: cannot be bound ({error.strerror})") from error
         thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         thread.start()
+        self.threads.watch([thread])
 
     def close(self) -> None:
         """Stop answering; may be called twice."""
         if self._server is not None:
-            self._server.shutdown()
+            if not self.threads.is_dead:  # it would be waited for
+                self._server.shutdown()
+            self.threads.release()
             self._server.server_close()
             self._server = None

@@ -16,6 +16,7 @@ import grpc
 
 from cluster.common.certificates import check_pair, date_problems, load_certificates
 from cluster.common.errors import PreflightError
+from cluster.common.watched_thread import WatchedThread
 from cluster.config.schema import SecuritySection
 from protos.stage.channel import refusing_handler
 
@@ -202,24 +203,26 @@ class CertificateWatch:
 
     def __init__(self, security: SecuritySection) -> None:
         self._security = security
+        self._certificates: Mapping[str, bytes] = {}
         self._stop = threading.Event()
+        self.thread = WatchedThread(self._run, "certificates", self._stop)
 
     def start(self) -> None:
         """Raises PreflightError: a certificate cannot be read."""
-        certificates = _read_certificates(self._security)  # a file renewed later is not what gRPC goes on using
-        self._warn(certificates)
-        if certificates:
-            threading.Thread(target=self._run, args=(certificates,), name="certificates", daemon=True).start()
+        self._certificates = _read_certificates(self._security)  # a file renewed later is not what gRPC goes on using
+        self._warn()
+        if self._certificates:
+            self.thread.start()
 
     def close(self) -> None:
         self._stop.set()
 
-    def _run(self, certificates: Mapping[str, bytes]) -> None:
+    def _run(self) -> None:
         while not self._stop.wait(CERTIFICATES_EVERY_S):
-            self._warn(certificates)
+            self._warn()
 
-    def _warn(self, certificates: Mapping[str, bytes]) -> None:
-        for line in _date_warnings(certificates):
+    def _warn(self) -> None:
+        for line in _date_warnings(self._certificates):
             _log.warning("%s", line)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.client.connection import PID_FILE, STATE_FILE
+from cluster.client.connection import LOG_FILE, PID_FILE, STATE_FILE
 from cluster.common.certificates import certificate_names
 from cluster.common.errors import ClusterError, PreflightError
 from cluster.config.schema import SecuritySection
@@ -42,7 +42,7 @@ class HeadFiles:
 
     @property
     def log(self) -> Path:
-        return self.data_dir / "log" / "head.log"
+        return self.data_dir / LOG_FILE
 
     def claim(self) -> None:
         """Make this process the head of the data directory: take its lock and write the pid file.

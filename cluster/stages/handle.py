@@ -89,7 +89,7 @@ class GrpcStageHandle:
             try:
                 for message in results:
                     on_results([read_message(StepResult, result) for result in message.results])
-            except Exception as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
                 if not self._closing:
                     on_lost(f"{self.name} is gone: {_details(error)}")
                 return
@@ -116,7 +116,7 @@ class GrpcStageHandle:
         self._channel.close()
 
 
-def _details(error: Exception) -> str:
+def _details(error: BaseException) -> str:
     if isinstance(error, grpc.Call):
         return f"{error.details()} ({error.code().name})"
     return describe_error(error)

@@ -154,7 +154,7 @@ class Launcher:
     def _load(self) -> list[LoadProgress]:
         """Load all shards at once; returns their closing messages in shard order."""
         config = self._deployment.config
-        updates: queue.SimpleQueue[tuple[int, LoadProgress | Exception]] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[tuple[int, LoadProgress | BaseException]] = queue.SimpleQueue()
         for index, handle in enumerate(self._shards):
             request = self._load_request(handle)
             limit = config.cluster.load_timeout_s
@@ -164,7 +164,7 @@ class Launcher:
         total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in self._deployment.shards)
         while not all(progress.ready for progress in latest):
             index, update = updates.get()
-            if isinstance(update, Exception):
+            if isinstance(update, BaseException):
                 raise update
             latest[index] = update
             self._on_status(LaunchStatus("loading weights", sum(p.loaded_bytes for p in latest), total))
@@ -228,10 +228,10 @@ def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], r
 
 def _follow(
     index: int, handle: GrpcStageHandle, request: pb.LoadRequest, limit_s: float,
-    updates: queue.SimpleQueue[tuple[int, LoadProgress | Exception]],
+    updates: queue.SimpleQueue[tuple[int, LoadProgress | BaseException]],
 ) -> None:  # fmt: skip
     try:
         for progress in handle.load(request, limit_s):
             updates.put((index, progress))
-    except Exception as error:  # noqa: BLE001 - `_load` waits for the last update of each shard
+    except BaseException as error:  # noqa: BLE001 - `_load` waits for the last update of each shard
         updates.put((index, error))

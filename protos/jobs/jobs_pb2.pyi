@@ -488,7 +488,7 @@ class StageStatus(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[str] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
 
 class ClusterStatusReply(_message.Message):
-    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version")
+    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -498,6 +498,7 @@ class ClusterStatusReply(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     queued: int
@@ -507,4 +508,5 @@ class ClusterStatusReply(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[StageStatus]
     uptime_s: float
     version: str
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
+    problem: str
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...

@@ -12,6 +12,7 @@ import grpc
 import pytest
 import ray
 
+from cluster.jobs.store import JobStore
 from tests.support.rigs.service import Bench
 
 
@@ -28,6 +29,13 @@ def _no_outside_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc, "server", _forbidden("grpc.server"))
     for name in ("connect", "connect_ex", "bind"):
         monkeypatch.setattr(socket.socket, name, _forbidden(f"socket.{name}"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    store = JobStore(tmp_path / "jobs.sqlite")
+    yield store
+    store.close()
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ class FakeShard:
         self.group = 1  # results that are given back together
         self.fail_at: int | None = None
         self.closed = 0
+        self.deadly: Callable[[StepPlan], bool] = lambda plan: False  # whether the process dies of a plan
         self.report: Callable[[StepPlan], tuple[CellReport, ...]] = lambda plan: ()  # of sparse cells
         self._clock = clock
         self._gate = threading.Semaphore(1 << 30)
@@ -84,6 +85,9 @@ class FakeShard:
         results: list[StepResult] = []
         while (plan := self._queue.get()) is not None:
             self._gate.acquire()
+            if self.deadly(plan):
+                self.lose(f"{self.name} is gone")
+                return
             self._clock.now += self.step_s
             error = "stage 0 shard 0, step 1: broken" if plan.step == self.fail_at else ""
             samples = tuple(

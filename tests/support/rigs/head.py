@@ -51,7 +51,8 @@ class HeadProcess:
         self.data = folder / "data"
         self.port = free_port()
         self.mark = ""
-        self._log = folder / "head.log"
+        self.prelude = ""  # Python code that the next head runs before all else
+        self.log = folder / "head.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._marks: list[str] = []
         self._config = folder / "head.yaml"
@@ -83,13 +84,15 @@ class HeadProcess:
         self.mark = uuid.uuid4().hex
         self._marks.append(self.mark)
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "cluster.cli", "serve", str(self._config)]
-        with self._log.open("ab") as log:
+        code = f"{self.prelude}\nfrom cluster.cli.main import main\nmain(prog_name='longreach')"
+        run = ["-c", code] if self.prelude else ["-m", "cluster.cli"]
+        command = [sys.executable, *run, "serve", str(self._config)]
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         until(self._is_ready, "a ready head")
 
     def _is_ready(self) -> bool:
-        assert self.process.poll() is None, self._log.read_text()[-3000:]
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
         try:
             return int(read_state(self.data)["pid"]) == self.process.pid
         except Unavailable:

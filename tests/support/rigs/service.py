@@ -56,5 +56,6 @@ class Bench:
 
     def check_idle(self) -> None:
         """Every page is back, and nothing is kept for a job."""
+        eventually(lambda: self.runtime.supervisor.running is not None)
         eventually(lambda: not self.service._live and not self.runtime.kv_usage)
         check_engine(self.runtime.engine)

@@ -95,22 +95,111 @@ def test_submissions_race_with_close_and_none_hangs():
 
 
 def test_an_error_of_the_engine_itself_ends_every_request(monkeypatch: pytest.MonkeyPatch):
-    def broken_add(request: object) -> None:
+    def broken(*_: object) -> None:
         raise KeyError("a bug of ours")
 
-    def script(sequence: int, index: int) -> int:
-        return 1000 + index
-
-    with Rig(script) as rig:
+    with Rig() as rig:
         rig.last.hold()
         handle, _ = rig.submit([1])
-        monkeypatch.setattr(rig.engine.scheduler, "add", broken_add)
-        broken, _ = rig.submit([1] * 20)
-        for waiting in (handle, broken):
-            with pytest.raises(EngineError, match="engine"):
+        eventually(lambda: bool(rig.last.plans))
+        monkeypatch.setattr(rig.engine.scheduler, "schedule", broken)
+        other, _ = rig.submit([1] * 20)
+        rig.last.let(1)
+        for waiting in (handle, other):
+            with pytest.raises(EngineError, match="the engine failed: KeyError: 'a bug of ours'"):
                 waiting.wait(WAIT)
+            assert waiting.result is not None
+            assert not waiting.result.is_own_error
+        assert rig.engine.suspects == {handle.request.sequence, other.request.sequence}, "any may be the reason"
         with pytest.raises(EngineError):
             rig.submit([1])
+
+
+class Panic(BaseException):
+    """Such as extensions in Rust raise."""
+
+
+@pytest.mark.parametrize("error", [KeyError("odd"), MemoryError(), Panic("odd"), SystemExit(1)])
+@pytest.mark.parametrize("where", ["add", "start", "text", "attention", "progress", "result"])
+def test_an_error_about_one_request_ends_that_one_alone(
+    where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+):
+    with Rig() as rig:
+        rig.last.hold()
+        before, _ = rig.submit(range(100), 5)
+        bad = 2  # its sequence
+        places = {
+            "add": (rig.engine.scheduler, "add", lambda request: request.sequence),
+            "start": (rig.engine, "_progress", lambda request: request.sequence),
+            "text": (rig.engine, "_token", lambda handle: handle.request.sequence),
+            "progress": (rig.engine, "_progress", lambda request: request.sequence * bool(request.num_computed)),
+        }
+        if where in places:
+            owner, name, number = places[where]
+            original = getattr(owner, name)
+
+            def broken(item):
+                if number(item) == bad:
+                    raise error
+                return original(item)
+
+            monkeypatch.setattr(owner, name, broken)
+        handle, _ = rig.submit(range(200, 300), 5)
+        after, _ = rig.submit(range(300, 400), 5)
+
+        def fail(*_: object) -> None:
+            raise error
+
+        if where == "attention":
+            handle.attention = type("Broken", (), {"add": fail, "summary": fail})()  # type: ignore[assignment]
+        if where == "result":
+            monkeypatch.setattr(type(handle.text), "result", _only(handle.text, fail))
+        rig.last.let(10_000)
+        for good in (before, after):
+            assert len(good.wait(WAIT).token_ids) == 5
+        with pytest.raises(EngineError, match=type(error).__name__):
+            handle.wait(WAIT)
+        assert handle.result is not None
+        assert handle.result.is_own_error
+        assert rig.engine.error == ""
+        check_engine(rig.engine)
+
+
+def _only(one: object, fail: Callable[[], None]) -> Callable[[object], object]:
+    """Return a method that fails for one object and works for others."""
+    original = type(one).result  # type: ignore[attr-defined]
+    return lambda text: fail() if text is one else original(text)
+
+
+def test_suspects_are_those_in_flight():
+    with Rig(stages=1, budget=64) as rig:
+        rig.last.hold()
+        first, _ = rig.submit(range(300), 5)
+        eventually(lambda: bool(rig.last.plans))
+        rig.submit(range(400, 420), 5)
+        rig.last.lose("stage 0 shard 0 is gone")
+        eventually(lambda: bool(rig.engine.error))
+        assert rig.engine.suspects == {first.request.sequence}
+
+
+def test_the_end_of_every_request_is_told_even_when_one_cannot_be_built(monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise Panic("no text")
+
+    told: list[str] = []
+    with Rig() as rig:
+        rig.last.hold()
+        first, _ = rig.submit([1] * 9, 5)
+        second, _ = rig.submit([2] * 9, 5)
+        monkeypatch.setattr(type(first.text), "result", _only(first.text, fail))
+        rig.engine.on_failure = lambda: told.append(rig.engine.error)
+        rig.engine.fail("hung")
+        rig.engine.fail("hung again")
+        for handle in (first, second):
+            with pytest.raises(EngineError, match="hung"):
+                handle.wait(WAIT)
+        eventually(lambda: bool(told))
+        assert told == ["hung"]
 
 
 @pytest.mark.parametrize("kind", [OutputToken, PrefillProgress, Generation])

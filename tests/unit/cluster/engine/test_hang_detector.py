@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,3 +92,36 @@ def test_steps_that_follow_each_other_start_the_watch_anew():
         scene.engine.oldest_plan = StepPlan(step, ())
     scene.engine.oldest_plan = None
     assert scene.pass_time(600) == ""
+
+
+class Panic(BaseException):
+    """Such as extensions in Rust raise."""
+
+
+@pytest.mark.parametrize(("times", "fails"), [(4, False), (5, True)])
+def test_checks_that_fail_are_logged_and_in_the_end_fail_the_pipeline(
+    times: int, fails: bool, caplog: pytest.LogCaptureFixture
+):
+    failed: list[str] = []
+    done = threading.Event()
+    left = [times]
+
+    def check() -> str:
+        if left[0]:
+            left[0] -= 1
+            raise Panic("no threads")
+        done.set()
+        return ""
+
+    def fail(reason: str) -> None:
+        failed.append(reason)
+        done.set()
+
+    engine: Any = SimpleNamespace(oldest_plan=None, fail=fail)
+    detector = HangDetector(engine, [], floor_s=0.05)
+    detector.check = check  # type: ignore[method-assign]
+    detector.start()
+    assert done.wait(20)
+    detector.close()
+    assert failed == (["the hang detector failed: Panic: no threads"] if fails else [])
+    assert "Traceback" in caplog.text

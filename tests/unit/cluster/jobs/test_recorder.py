@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -134,3 +135,49 @@ def test_committed_tokens_by_question(store: JobStore) -> None:
         1: [SampledToken(0, number * 3, -0.5, TOP) for number in (1, 3, 5)],
         0: [SampledToken(0, number * 3, -0.5, TOP) for number in (2, 4)],
     }
+
+
+def test_what_one_job_has_ends_that_job_alone(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit of three jobs is refused for good because of one of them."""
+    broken: list[tuple[str, str]] = []
+    recorder = Recorder(store, lambda ids: None, lambda id: None, lambda id, error: broken.append((id, str(error))))
+    jobs = [live(store) for _ in range(3)]
+    for job in jobs:
+        recorder.callback(job, 0)(PROGRESS)
+        for number in (1, 2):
+            recorder.callback(job, 0)(OutputToken(number + (job is jobs[1]), 0, 5, "a"))
+    recorder.start()
+    recorder.flush()
+    recorder.callback(jobs[1], 0)(OutputToken(1, 0, 5, "a"))
+    recorder.close()
+    assert [len(store.tokens(job.job_id)) for job in jobs] == [2, 0, 2]
+    assert [job.generated for job in jobs] == [{0: 2}, {}, {0: 2}]
+    assert [job.broken for job in jobs] == [False, True, False]
+    assert broken == [(jobs[1].job_id, f"{jobs[1].job_id}: token number 2: must be 1: read the job again")]
+    assert recorder.thread.problem == ""
+
+
+def test_an_error_of_a_request_itself_breaks_its_job(store: JobStore) -> None:
+    broken: list[tuple[str, str]] = []
+    recorder = Recorder(store, lambda ids: None, lambda id: None, lambda id, error: broken.append((id, str(error))))
+    job = live(store, num_answers=2)
+    for question in (0, 1):
+        error = replace(result(FinishReason.ERROR, "the request failed"), is_own_error=True)
+        recorder.callback(job, question)(error)
+    recorder.start()
+    recorder.close()
+    assert broken == [(job.job_id, "the request failed")]
+
+
+def test_a_recorder_that_failed_goes_on_where_it_was(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.common.watched_thread.PAUSE_S", 0.01)
+    notify = Mock(side_effect=[KeyError("odd"), None, None])
+    recorder = Recorder(store, notify, lambda id: None)
+    job = live(store)
+    recorder.start()
+    for number in (1, 2, 3):
+        recorder.callback(job, 0)(OutputToken(number, 0, number, "x"))
+        recorder.flush()
+    assert len(store.tokens(job.job_id)) == 3
+    assert "KeyError" in recorder.thread.problem
+    recorder.close()

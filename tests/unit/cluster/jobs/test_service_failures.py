@@ -10,7 +10,7 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine import supervisor as supervisor_module
-from cluster.jobs import recorder as recorder_module
+from cluster.jobs import store_retry as store_retry_module
 from cluster.jobs.model import (
     JobInput,
     JobSpec,
@@ -219,7 +219,7 @@ def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest
 
 
 def test_disk_that_refuses_for_a_while_delays_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_RETRY_S", 0.01)
+    monkeypatch.setattr(store_retry_module, "RETRY_S", 0.01)
     commit = bench.store.commit_step
     refused: list[Any] = []
 

@@ -326,7 +326,7 @@ def test_only_ended_jobs_are_forgotten(store: JobStore, clock: Clock) -> None:
     assert (store.get(old), store.tokens(old)) == (None, [])
     assert store.get(new) is not None
     assert store.expire(now=1e9, ttl_s=10.0) == 1
-    assert [record.id for record in store.unfinished()] == [running]
+    assert [record.id for record in store.unfinished()] == store.unfinished_ids() == [running]
 
 
 def test_documents_in_use_stay(store: JobStore) -> None:
