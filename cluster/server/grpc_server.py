@@ -93,7 +93,7 @@ class GrpcServer:
     @property
     def threads(self) -> list[Watched]:
         """The threads without which clients are not served."""
-        return [self._serving, self._stalls.thread, self._certificates.thread]
+        return [self._serving, self._stalls.thread, self._certificates.thread] if self._server is not None else []
 
     def start(self) -> str:
         """Bind and answer calls; returns `host:port`, or "" when `server.port` is 0.
