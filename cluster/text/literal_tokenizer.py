@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 
 from cluster.text.token_bytes import BYTE_LEVEL_ALPHABET, flatten_steps
 
@@ -57,8 +58,10 @@ class LiteralTokenizers:
 
     @cached_property
     def _finder(self) -> Tokenizer:
-        """The whole tokenizer, except that its model gives no added tokens: ids of added tokens are other ones."""
-        tokenizer = self._with_model(self._model, Place.START)
+        """The added tokens alone, with ids of their own: whatever is between them is one unknown word."""
+        unknown = secrets.token_hex(16)
+        tokenizer = Tokenizer(WordLevel({unknown: 0}, unk_token=unknown))
+        tokenizer.normalizer = self._tokenizer.normalizer
         tokenizer.add_tokens(list(self._tokenizer.get_added_tokens_decoder().values()))
         return tokenizer
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from cluster.text import literal_tokenizer
 from cluster.text.prompts import build_document_prompts
 from cluster.text.tokenizer import TextPart, TextTokenizer
 from tests.support.data.tokenizer_families import ADDED, FAMILIES, word_piece
-from tests.support.data.tokenizers import wrap
+from tests.support.data.tokenizers import with_template, wrap
 
 TOKENIZERS = {name: wrap(make()) for name, make in FAMILIES.items()}
 HEAD = "{% for m in messages %}<s>a{{ m.content }}</s>{% endfor %}<t>"
@@ -126,10 +127,11 @@ def test_an_entry_without_another_spelling_stays() -> None:
     assert wrap(words).encode("foo bar foobar", literal=True) == [0, 1, 2]
 
 
-def test_most_models_are_shared_not_copied() -> None:
-    vocabulary = 200_000
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="0"))
-    tokenizer.add_special_tokens(["<s>"])
-    ours = wrap(tokenizer)
-    assert ours.encode("7", literal=True) == [7]
-    assert ours._literal._model is not None
+def test_most_models_are_shared_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[object] = []
+    load = literal_tokenizer._load_model
+    monkeypatch.setattr(literal_tokenizer, "_load_model", lambda model: loaded.append(model) or load(model))
+    for name, copies in (("needle", 0), ("llama 2", 1)):  # the latter's vocabulary has `<s>` and its like
+        tokenizer = wrap(FAMILIES[name]()) if name in FAMILIES else with_template(None)
+        assert tokenizer.decode(tokenizer.encode("a<s>", literal=True), skip_special=False) == "a<s>"
+        assert len(loaded) == copies
