@@ -85,7 +85,7 @@ class JobService:
 
     def start(self) -> None:
         """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
-        self._store.split_old_tokens(lambda spec: reasoning_opened(self._runtime.tokenizer, spec))
+        self._store.split_old_tokens(self._reasoning_opened)
         self._recorder.start()
         for record in self._store.unfinished():
             self._store.transition(record.id, ACTIVE, JobState.RECOVERING)
@@ -234,6 +234,9 @@ class JobService:
             else:
                 self._enqueue(current, prompts, committed_tokens(self._store, record.id))
 
+    def _reasoning_opened(self, spec: JobSpec) -> bool:
+        return not self._runtime.ids_only and reasoning_opened(self._runtime.tokenizer, spec)
+
     def _enqueue(
         self, record: JobRecord, prompts: Sequence[array[int]], done: Mapping[int, Sequence[SampledToken]]
     ) -> None:
@@ -248,7 +251,7 @@ class JobService:
             ended={a.question: FinishReason(a.finish_reason) for a in record.answers if a.finish_reason},
             generated=before.generated if before else {},
         )
-        opened = reasoning_opened(self._runtime.tokenizer, spec)
+        opened = self._reasoning_opened(spec)
         items = []
         for question, prompt in enumerate(prompts):
             if question not in job.ended:

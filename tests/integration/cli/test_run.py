@@ -84,10 +84,10 @@ def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Calla
     assert json.loads(done.out) == bare["token_ids"]
     done = longreach("run", config, *arguments, "--stop", "x")
     assert (done.code, done.out) == (2, "")
-    assert f"stop: 'x': needs tokenizer.json in {model}" in done.err
+    assert f"stop: 'x': needs {model / 'tokenizer.json'}: use stop_token_ids" in done.err
     done = longreach("run", config, "--prompt-file", tmp_path / "ids.json")
     assert done.code == 2
-    assert "tokenizer.json: cannot be read" in done.err
+    assert "tokenizer.json: does not exist: text needs it" in done.err
 
     (model / "tokenizer.json").symlink_to(NEEDLE / "tokenizer.json")
     done = longreach("run", config, *arguments, "--json")
