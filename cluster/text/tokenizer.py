@@ -128,8 +128,8 @@ class TextTokenizer:
                 stretch.append(part)
                 continue
             for piece in self.cutter.pieces(part.text, literal=False):
-                begin = 0
-                for token, start, end in self._literal.find_added(piece):
+                begin, inside = 0, place is Place.INSIDE or any(before.text for before in stretch)
+                for token, start, end in self._literal.find_added(piece, inside):
                     self._encode_stretch([*stretch, TextPart(piece[begin:start])], place, ids, limit)
                     ids.append(self._id_of[token.content])
                     place = Place.AFTER_NORMALIZED if token.normalized else Place.AFTER_ADDED
@@ -177,8 +177,10 @@ class TextTokenizer:
         """Upper bound of the UTF-8 bytes of text that one token stands for."""
         return longest_token_bytes(self._layout, self._tokenizer.get_vocab(with_added_tokens=True))
 
-    def min_tokens(self, num_bytes: int) -> int:
-        """Return the fewest tokens that `num_bytes` of UTF-8 text can have."""
+    def min_tokens(self, num_bytes: int, literal: bool = True) -> int:
+        """Return the fewest tokens that `num_bytes` of UTF-8 text can have, literal text or any."""
+        if not literal and any(token.lstrip or token.rstrip for token in self._added.values()):
+            return min(num_bytes, 1)  # one token may take in any amount of white space
         return -(-num_bytes // self.longest_token_bytes)
 
 

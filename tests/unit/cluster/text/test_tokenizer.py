@@ -16,6 +16,8 @@ from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from tests.support import paths
 from tests.support.data.tokenizers import NEEDLE, SENTENCEPIECE, sentencepiece_like, wrap
 
+TAKES_SPACE = {"added_tokens_decoder": {NEEDLE.vocab_size: {"content": "<user>", "normalized": False, "rstrip": True}}}
+
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(deadline=None)
@@ -71,6 +73,12 @@ def test_bound_of_the_needle_tokenizer() -> None:
     assert NEEDLE.longest_token_bytes == longest
     for num_bytes, fewest in [(0, 0), (1, 1), (longest - 1, 1), (longest, 1), (longest + 1, 2), (7 * longest + 1, 8)]:
         assert NEEDLE.min_tokens(num_bytes) == fewest
+
+
+def test_added_tokens_that_take_in_white_space_have_no_bound_in_prompts() -> None:
+    taking = TextTokenizer((paths.NEEDLE / "tokenizer.json").read_bytes(), TAKES_SPACE, None)
+    assert len(taking.encode("<user>" + " " * 10_000)) == taking.min_tokens(10_006, literal=False) == 1
+    assert len(taking.encode("<user>" + " " * 10_000, literal=True)) >= taking.min_tokens(10_006) > 100
 
 
 def test_bound_with_nfc_is_wider() -> None:
