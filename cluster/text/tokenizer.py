@@ -19,6 +19,8 @@ from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
+_MAX_FILE_BYTES = 1 << 28  # of tokenizer.json and its like; those of vocabularies of 256,000 entries have 35 MB
+
 
 class TokenizerError(UserError):
     """A tokenizer file is missing or unusable, or a text cannot be tokenised; one line for the user."""
@@ -63,7 +65,7 @@ class TextTokenizer:
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
         try:
-            definition = path.read_bytes()
+            definition = _read(path)
         except OSError as error:
             problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
             raise TokenizerError(f"{path}: {problem}") from error
@@ -204,12 +206,20 @@ def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
     return next((processed[:end] for end in ends if processed[end : end + len(alone)] == alone), [])
 
 
+def _read(path: Path) -> bytes:
+    if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+        raise TokenizerError(f"{path}: {size} bytes: must be at most {_MAX_FILE_BYTES}")
+    return path.read_bytes()
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = json.loads(_read(path))
+    except TokenizerError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not readable as JSON ({error}): download the file again") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: holds a {type(value).__name__}: must be a JSON object")

@@ -109,6 +109,7 @@ def test_unusable_tokenizer_files_are_one_line(tmp_path: Path, content: bytes | 
         ("chat_template.jinja", b"four", "four"),
         ("tokenizer_config.json", b"[]", TokenizerError),
         ("tokenizer_config.json", b"{", TokenizerError),
+        ("tokenizer_config.json", b"[" * 100_000, TokenizerError),
         ("tokenizer_config.json", b'{"chat_template": 5}', TokenizerError),
         ("chat_template.jinja", b"\xff", TokenizerError),
     ],
@@ -121,6 +122,15 @@ def test_where_the_chat_template_comes_from(tmp_path: Path, name: str, content: 
     else:
         with pytest.raises(expected, match=r"^[^\n]+$"):
             TextTokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_files_are_measured_before_they_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((paths.NEEDLE / "tokenizer.json").read_bytes())
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(TokenizerError, match=rf"\A[^\n]*{name}: 1099511627776 bytes: must be at most \d+\Z"):
+        TextTokenizer.open(tmp_path)
 
 
 def test_lone_surrogates_are_refused() -> None:
