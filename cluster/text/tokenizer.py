@@ -19,7 +19,7 @@ from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
-_MAX_FILE_BYTES = 1 << 28  # of tokenizer.json and its like; those of vocabularies of 256,000 entries have 35 MB
+_MAX_FILE_BYTES = 1 << 28  # of tokenizer.json and its like
 
 
 class TokenizerError(UserError):
