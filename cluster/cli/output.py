@@ -87,7 +87,7 @@ def print_answers(job: Job, as_json: bool) -> None:
                 click.secho(answer.question, bold=True)
             if answer.reasoning:
                 click.secho(answer.reasoning, dim=True)
-            click.echo(answer.text.strip())
+            click.echo(answer.text.strip() if job.data.has_text else list(answer.token_ids))
     _check(job)
 
 
