@@ -89,7 +89,10 @@ def print_answers(job: Job, as_json: bool) -> None:
                 say(answer.question, bold=True)
             if answer.reasoning:
                 say_text(answer.reasoning, dim=True)
-            say_text(answer.text.strip())
+            if job.data.has_text:
+                say_text(answer.text.strip())
+            else:
+                click.echo(list(answer.token_ids))
     _check(job)
 
 

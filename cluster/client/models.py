@@ -111,8 +111,16 @@ class JobData:
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the job as plain data that `json.dumps` takes."""
-        return asdict(self)
+        """Return the job as plain data that `json.dumps` takes; texts are None if the model has no tokenizer."""
+        data = asdict(self)
+        if not self.has_text:
+            data["answers"] = [answer | {"text": None} for answer in data["answers"]]
+        return data
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model has a tokenizer; without one, answers are token ids alone and every `text` is empty."""
+        return bool(self.reproducibility.get("versions", {}).get("tokenizer") != "none")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_user_message
 from cluster.text.prompts import build_document_prompts, check_document, check_length, check_texts, encode_prompt
-from cluster.text.tokenizer import TextTokenizer
+from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
@@ -42,19 +42,17 @@ class ClusterRuntime:
     `PipelineSupervisor` for who starts it again. `close` always cleans up.
     """
 
-    def __init__(
-        self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None,
-        ids_only: bool = False,
-    ) -> None:  # fmt: skip
-        """Check the model's tokenizer; `start` does the rest.
+    def __init__(self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None) -> None:
+        """Check the model's tokenizer, where there is one; `start` does the rest.
 
         Args:
             on_status: called at every start of the pipeline with what is being started.
-            ids_only: take and give token ids without text, so that the model needs no tokenizer.
         """
         self.deployment = deployment
         model = deployment.config.model
-        self._tokenizer = None if ids_only else TextTokenizer.open(model.path, model.chat_template)
+        self._tokenizer_path = model.path / "tokenizer.json"
+        self.ids_only = not self._tokenizer_path.exists()  # prompts and answers are token ids, without text
+        self._tokenizer = None if self.ids_only else TextTokenizer.open(model.path, model.chat_template)
         self.supervisor = PipelineSupervisor(self._launch)
         self._ray = RayCluster(deployment.config.cluster.address)
         self._on_status = on_status
@@ -89,8 +87,9 @@ class ClusterRuntime:
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The model's tokenizer; there is none with `ids_only`."""
-        assert self._tokenizer is not None, "this runtime takes and gives token ids only"
+        """The model's tokenizer; raises TokenizerError if it has none."""
+        if self._tokenizer is None:
+            raise TokenizerError(f"{self._tokenizer_path}: does not exist: text needs it; token ids go without")
         return self._tokenizer
 
     @property
@@ -202,7 +201,8 @@ class ClusterRuntime:
             "dtype": self.launched.dtype,
             "kv_dtype": kv_dtype(self.deployment),
             "layout": f"{config.cluster.pipeline_parallel_size} x {config.cluster.expert_parallel_size}",
-            "versions": {name: str(facts[name]) for name in ("version", "build", "torch", "ray", "python")},
+            "versions": {name: str(facts[name]) for name in ("version", "build", "torch", "ray", "python")}
+            | ({"tokenizer": "none"} if self.ids_only else {}),
             "seed": params.seed,
             "sampling": params.to_json(),
             "scale_len": longest(prompts) if spec.dual_chunk is not None else 0,
@@ -252,6 +252,8 @@ class ClusterRuntime:
     def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:
         """Refuse prompts and stops this model cannot take (UserError); the cluster need not run yet."""
         check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
+        if options.stop and self.ids_only:
+            raise UserError(f"stop: {options.stop[0]!r}: needs {self._tokenizer_path}: use stop_token_ids")
         for prompt in prompts:
             if not len(prompt):
                 raise UserError("prompt: 0 tokens: must have at least one")

@@ -110,6 +110,6 @@ def reasoning_opened(runtime: ClusterRuntime, spec: JobSpec, question: int) -> b
             prompt = runtime.tokenizer.encode(source.prompt)
         else:
             prompt = list(source.token_ids or ())
-    except UserError:  # the template of another model than the job was submitted to
+        return opens_reasoning(runtime.tokenizer, prompt)
+    except UserError:  # another model than the job was submitted to: without tokenizer, or with another template
         return False
-    return opens_reasoning(runtime.tokenizer, prompt)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 
 from cluster.text.token_bytes import BYTE_LEVEL_ALPHABET, flatten_steps
 
@@ -47,18 +48,25 @@ class LiteralTokenizers:
             self._at[key] = self._with_model(self._model if literal else self._tokenizer.model, place)
         return self._at[key]
 
-    def find_added(self, text: str) -> Iterator[tuple[AddedToken, int, int]]:
-        """Yield the added tokens spelt in `text` with their start and end, white space that they take in included."""
-        encoding = self._finder.encode(text, add_special_tokens=False)
+    def find_added(self, text: str, continues: bool) -> Iterator[tuple[AddedToken, int, int]]:
+        """Yield the added tokens spelt in `text` with their start and end, white space that they take in included.
+
+        Args:
+            continues: other text comes before, so that a mark that the normalizer puts first is not part of a token.
+        """
+        before = "." if continues else ""  # takes the mark
+        encoding = self._finder.encode(before + text, add_special_tokens=False)
         added = self._finder.get_added_tokens_decoder()
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id in added:
-                yield added[token_id], start, end
+                yield added[token_id], start - len(before), end - len(before)
 
     @cached_property
     def _finder(self) -> Tokenizer:
-        """The whole tokenizer, except that its model gives no added tokens: ids of added tokens are other ones."""
-        tokenizer = self._with_model(self._model, Place.START)
+        """The added tokens alone, with ids of their own: whatever is between them is one unknown word."""
+        unknown = secrets.token_hex(16)
+        tokenizer = Tokenizer(WordLevel({unknown: 0}, unk_token=unknown))
+        tokenizer.normalizer = self._tokenizer.normalizer
         tokenizer.add_tokens(list(self._tokenizer.get_added_tokens_decoder().values()))
         return tokenizer
 

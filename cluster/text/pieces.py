@@ -46,20 +46,23 @@ class TextCutter:
         self.size = size
         self._ends = _word_ends(layout)
         added = layout.get("added_tokens", [])
-        self._goes_through_added = any(re.search(r"\S\s", t["content"]) or t["rstrip"] for t in added)
+        self._has_words = any(re.search(r"\S\s", token["content"]) for token in added)
+        self._takes_space = tuple(token["content"] for token in added if token["rstrip"])
 
     def cuts(self, length: int, literal: bool) -> bool:
         """Return whether a text of `length` characters is cut; not `literal`: added tokens are looked for in it."""
-        return length > self.size and self._ends is not None and (literal or not self._goes_through_added)
+        return length > self.size and self._ends is not None and (literal or not self._has_words)
 
     def pieces(self, text: str, literal: bool = True) -> Iterator[str]:
         """Yield `text` in pieces, larger ones where it has no place to cut."""
-        begin = 0
+        begin = at = 0
         while self._ends is not None and self.cuts(len(text) - begin, literal):
-            if (cut := self._ends.search(text, begin + self.size)) is None:
+            if (cut := self._ends.search(text, max(at, begin + self.size))) is None:
                 break
-            yield text[begin : cut.start()]
-            begin = cut.start()
+            end, at = cut.start(), cut.start() + 1
+            if literal or not text.endswith(self._takes_space, begin, end):
+                yield text[begin:end]
+                begin = end
         yield text[begin:]
 
 

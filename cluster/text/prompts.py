@@ -47,7 +47,7 @@ def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, wha
     Args:
         what: the text, as the message names it.
     """
-    min_tokens = tokenizer.min_tokens(num_bytes)
+    min_tokens = tokenizer.min_tokens(num_bytes, literal=what != "prompt")
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
         raise PromptError(

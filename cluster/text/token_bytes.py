@@ -45,6 +45,8 @@ def max_source_bytes(piece: bytes, canonical: bool) -> int:
 def longest_token_bytes(layout: Mapping[str, Any], vocabulary: Iterable[str]) -> int:
     """Return an upper bound of the UTF-8 bytes of text that one token of `tokenizer.json` stands for.
 
+    White space that an added token takes in does not count: in literal text there are none.
+
     `UNBOUNDED` where text can disappear: unknown tokens, normalizers or pre-tokenizers that remove text.
     """
     canonical = has_canonical_normalizer(layout)
@@ -78,11 +80,9 @@ def is_lossy(layout: Mapping[str, Any]) -> bool:
     model, vocabulary = layout["model"], layout["model"].get("vocab", {})
     keeps = {"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation", "UnicodeScripts"}
     steps = flatten_steps(layout.get("pre_tokenizer"))
-    if (
-        any(step["type"] not in keeps or step.get("behavior") == "Removed" for step in steps)
-        or any(token["lstrip"] or token["rstrip"] for token in layout.get("added_tokens", []))
-        or model.get("type") not in (None, "BPE")
-    ):
+    if any(step["type"] not in keeps or step.get("behavior") == "Removed" for step in steps) or model.get(
+        "type"
+    ) not in (None, "BPE"):
         return True
     if any(step["type"] == "ByteLevel" for step in steps):
         return not all(char in vocabulary for char in _BYTE_OF)

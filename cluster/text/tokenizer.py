@@ -20,6 +20,8 @@ from cluster.text.templates.files import read_chat_template
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes
 from protos.errors import UserError
 
+_MAX_FILE_BYTES = 1 << 28  # of tokenizer.json and its like
+
 
 class TokenizerError(UserError):
     """A tokenizer file is missing or unusable, or a text cannot be tokenised; one line for the user."""
@@ -64,7 +66,7 @@ class TextTokenizer:
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
         try:
-            definition = path.read_bytes()
+            definition = _read(path)
         except OSError as error:
             problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
             raise TokenizerError(f"{path}: {problem}") from error
@@ -132,8 +134,8 @@ class TextTokenizer:
                 stretch.append(part)
                 continue
             for piece in self.cutter.pieces(part.text, literal=False):
-                begin = 0
-                for token, start, end in self._literal.find_added(piece):
+                begin, inside = 0, place is Place.INSIDE or any(before.text for before in stretch)
+                for token, start, end in self._literal.find_added(piece, inside):
                     self._encode_stretch([*stretch, TextPart(piece[begin:start])], place, ids, limit)
                     ids.append(self._id_of[token.content])
                     place = Place.AFTER_NORMALIZED if token.normalized else Place.AFTER_ADDED
@@ -181,8 +183,10 @@ class TextTokenizer:
         """Upper bound of the UTF-8 bytes of text that one token stands for."""
         return longest_token_bytes(self._layout, self._tokenizer.get_vocab(with_added_tokens=True))
 
-    def min_tokens(self, num_bytes: int) -> int:
-        """Return the fewest tokens that `num_bytes` of UTF-8 text can have."""
+    def min_tokens(self, num_bytes: int, literal: bool = True) -> int:
+        """Return the fewest tokens that `num_bytes` of UTF-8 text can have, literal text or any."""
+        if not literal and any(token.lstrip or token.rstrip for token in self._added.values()):
+            return min(num_bytes, 1)  # one token may take in any amount of white space
         return -(-num_bytes // self.longest_token_bytes)
 
 
@@ -206,12 +210,20 @@ def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
     return next((processed[:end] for end in ends if processed[end : end + len(alone)] == alone), [])
 
 
+def _read(path: Path) -> bytes:
+    if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+        raise TokenizerError(f"{path}: {size} bytes: must be at most {_MAX_FILE_BYTES}")
+    return path.read_bytes()
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = json.loads(_read(path))
+    except TokenizerError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not readable as JSON ({error}): download the file again") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: holds a {type(value).__name__}: must be a JSON object")

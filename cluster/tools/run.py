@@ -13,7 +13,6 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 from cluster.tools.token_ids import check_num_bytes, parse_token_ids
-from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 
 
@@ -46,21 +45,18 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
     """
     began = time.monotonic()
     deployment = load_deployment(config)
-    ids_only = source.token_ids is not None and not (deployment.config.model.path / "tokenizer.json").exists()
-    if ids_only and ask.stop:
-        raise UserError(f"stop: {ask.stop[0]!r}: needs tokenizer.json in {deployment.config.model.path}: use stop ids")
     with display:
-        runtime = ClusterRuntime(deployment, display.launch, ids_only=ids_only)
+        runtime = ClusterRuntime(deployment, display.launch)
         prompts = _prompts(runtime, source, ask)
         with runtime:
             ready = time.monotonic() - began
             results = runtime.generate(prompts, ask, display.reading(len(prompts)), one_document=True)
-    answers = [result.to_json(None if ids_only else runtime.tokenizer) for result in results]
+    answers = [result.to_json(None if runtime.ids_only else runtime.tokenizer) for result in results]
     questions: Sequence[str | None] = source.questions or (None,)
     return {
         "model": deployment.config.model.served_model_name,
         "results": [
-            {"question": question} | answer | ({"text": None} if ids_only else {})
+            {"question": question} | answer | ({"text": None} if runtime.ids_only else {})
             for question, answer in zip(questions, answers, strict=True)
         ],
         "timings": {"ready_s": round(ready, 2), "total_s": round(time.monotonic() - began, 2)},
@@ -72,21 +68,22 @@ def _prompts(runtime: ClusterRuntime, source: RunInput, ask: AnswerOptions) -> l
     path = source.document or source.prompt_file or source.token_ids
     assert path is not None
     limit = runtime.deployment.max_model_len
+    tokenizer = None if source.token_ids is not None else runtime.tokenizer
     text, ids = "", []
     try:
-        if source.token_ids is not None:
+        if tokenizer is None:
             check_num_bytes(path.stat().st_size, limit)
             ids = parse_token_ids(path.read_bytes())
         else:
             what = "document" if source.document is not None else "prompt"
-            check_size(path.stat().st_size, runtime.tokenizer, limit, what)  # before it is read
-            text = check_document(path.read_bytes(), runtime.tokenizer, limit, what)
+            check_size(path.stat().st_size, tokenizer, limit, what)  # before it is read
+            text = check_document(path.read_bytes(), tokenizer, limit, what)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise PromptError(f"{path}: {error}") from error
     if source.document is not None:
         return runtime.document_prompts(text, source.questions, ask)
-    prompts = [ids if source.token_ids is not None else runtime.text_prompt(text)]
+    prompts = [ids if tokenizer is None else runtime.text_prompt(text)]
     runtime.check_prompts(prompts, ask)
     return prompts

@@ -21,6 +21,7 @@ from tests.integration.conftest import ROOT, CommandLine
 from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.oracles.integrity import check_engine
+from tests.support.rigs.head import free_port
 
 NEEDLE = ROOT / "configs" / "needle"
 
@@ -60,13 +61,18 @@ def test_interrupt_while_running_stops_everything(longreach: CommandLine, number
     longreach.assert_nothing_left()
 
 
-def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path) -> None:
-    """The same ids with and without tokenizer.json; without it every text is null, or the ids stand in its place."""
+def bare_model(tmp_path: Path) -> tuple[Path, list[int]]:
+    """Return a model folder without tokenizer.json and a prompt."""
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
         (model / name).symlink_to(NEEDLE / name)
-    ids = TextTokenizer.open(NEEDLE).encode("The secret code of dark river is 48213. " * 3)
+    return model, TextTokenizer.open(NEEDLE).encode("The secret code of dark river is 48213. " * 3)
+
+
+def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The same ids with and without tokenizer.json; without it every text is null, or the ids stand in its place."""
+    model, ids = bare_model(tmp_path)
     (tmp_path / "ids.json").write_text(json.dumps(ids))
     arguments = ("--token-ids", tmp_path / "ids.json", "--max-tokens", "6", "--logprobs", "2")
     config = write_config(model_path=model)
@@ -84,10 +90,10 @@ def test_token_ids_need_no_tokenizer(longreach: CommandLine, write_config: Calla
     assert json.loads(done.out) == bare["token_ids"]
     done = longreach("run", config, *arguments, "--stop", "x")
     assert (done.code, done.out) == (2, "")
-    assert f"stop: 'x': needs tokenizer.json in {model}" in done.err
+    assert f"stop: 'x': needs {model / 'tokenizer.json'}: use stop_token_ids" in done.err
     done = longreach("run", config, "--prompt-file", tmp_path / "ids.json")
     assert done.code == 2
-    assert "tokenizer.json: cannot be read" in done.err
+    assert "tokenizer.json: does not exist: text needs it" in done.err
 
     (model / "tokenizer.json").symlink_to(NEEDLE / "tokenizer.json")
     done = longreach("run", config, *arguments, "--json")
@@ -133,6 +139,32 @@ def test_sampling_is_as_the_model_says_and_can_be_repeated(
     done = longreach(*arguments)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "generation_config.json: temperature: -1: must be a number from 0 to 100" in done.err
+
+
+def test_a_head_without_tokenizer_takes_token_ids(
+    longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, ids = bare_model(tmp_path)
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    config = write_config(model_path=model, rest=f"server:\n  port: {free_port()}")
+    done = longreach("up", config)
+    assert done.code == 0, done.err
+    try:
+        where = ("--data-dir", tmp_path / "data")
+        arguments = ("--token-ids", tmp_path / "ids.json", "--max-tokens", "6")
+        done = longreach("submit", *where, *arguments, "--wait", "--json")
+        assert done.code == 0, done.err
+        (answer,) = json.loads(done.out)["answers"]
+        assert (answer["text"], answer["reasoning"], len(answer["token_ids"])) == (None, None, 6)
+        done = longreach("submit", *where, *arguments, "--wait")
+        assert json.loads(done.out) == answer["token_ids"]
+        for refused in (("--prompt-file", config), ("--document", config, "--question", "Why?")):
+            done = longreach("submit", *where, *refused)
+            assert done.code != 0
+            assert "tokenizer.json: does not exist: text needs it; token ids go without" in done.err
+            assert len(done.err.splitlines()) == 1
+    finally:
+        assert longreach("down", config).code == 0
     longreach.assert_nothing_left()
 
 

@@ -41,6 +41,7 @@ ADDED = (
     AddedToken("<mask>", special=True, normalized=False, lstrip=True, rstrip=True),
     AddedToken("ab", normalized=False, single_word=True),
     AddedToken("  ", normalized=True),
+    AddedToken("tx", normalized=False, rstrip=True),
 )
 
 

@@ -7,8 +7,9 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from cluster.text import literal_tokenizer
 from cluster.text.prompts import build_document_prompts
 from cluster.text.tokenizer import TextPart, TextTokenizer
 from tests.support.data.tokenizer_families import ADDED, FAMILIES, word_piece
@@ -126,10 +127,14 @@ def test_an_entry_without_another_spelling_stays() -> None:
     assert wrap(words).encode("foo bar foobar", literal=True) == [0, 1, 2]
 
 
-def test_most_models_are_shared_not_copied() -> None:
-    vocabulary = 200_000
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="0"))
-    tokenizer.add_special_tokens(["<s>"])
-    ours = wrap(tokenizer)
-    assert ours.encode("7", literal=True) == [7]
-    assert ours._literal._model is not None
+def test_most_models_are_shared_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[object] = []
+    load = literal_tokenizer._load_model
+    monkeypatch.setattr(literal_tokenizer, "_load_model", lambda model: loaded.append(model) or load(model))
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    plain = Tokenizer(models.BPE(vocabulary, []))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    plain.add_special_tokens(["<s>"])
+    for tokenizer, copies in ((wrap(plain), 0), (wrap(FAMILIES["llama 2"]()), 1)):  # the latter's vocabulary has `<s>`
+        assert shown(tokenizer, tokenizer.encode("a<s>", literal=True)) == "a<s>"
+        assert len(loaded) == copies

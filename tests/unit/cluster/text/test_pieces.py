@@ -132,4 +132,6 @@ def test_added_tokens_with_spaces_are_not_cut() -> None:
     layout["added_tokens"] = [{"content": "a b", "rstrip": False}]
     assert list(TextCutter(layout, 1).pieces("a b a", literal=False)) == ["a b a"]
     assert list(TextCutter(layout, 1).pieces("a b a")) == ["a", " b", " a"]
+    layout["added_tokens"] = [{"content": "user", "rstrip": True}]  # takes in the space behind it
+    assert list(TextCutter(layout, 1).pieces("a user b a", literal=False)) == ["a", " user b", " a"]
     assert wrap(tokenizer).cutter.cuts(1 << 30, literal=True) is False

@@ -66,7 +66,7 @@ def test_nested_steps_are_flattened() -> None:
         ({}, False),
         ({"pre_tokenizer": {"type": "Whitespace"}}, True),
         ({"pre_tokenizer": {"type": "Split", "behavior": "Removed"}}, True),
-        ({"added_tokens": [{"lstrip": True, "rstrip": False}]}, True),
+        ({"added_tokens": [{"lstrip": True, "rstrip": False}]}, False),
         ({"model": {"type": "Unigram", "vocab": {}}}, True),
         ({"model": {"type": "BPE", "vocab": {}, "byte_fallback": True}}, True),
     ],

@@ -16,6 +16,8 @@ from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from tests.support import paths
 from tests.support.data.tokenizers import NEEDLE, SENTENCEPIECE, sentencepiece_like, wrap
 
+TAKES_SPACE = {"added_tokens_decoder": {NEEDLE.vocab_size: {"content": "<user>", "normalized": False, "rstrip": True}}}
+
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(deadline=None)
@@ -73,6 +75,12 @@ def test_bound_of_the_needle_tokenizer() -> None:
         assert NEEDLE.min_tokens(num_bytes) == fewest
 
 
+def test_added_tokens_that_take_in_white_space_have_no_bound_in_prompts() -> None:
+    taking = TextTokenizer((paths.NEEDLE / "tokenizer.json").read_bytes(), TAKES_SPACE, None)
+    assert len(taking.encode("<user>" + " " * 10_000)) == taking.min_tokens(10_006, literal=False) == 1
+    assert len(taking.encode("<user>" + " " * 10_000, literal=True)) >= taking.min_tokens(10_006) > 100
+
+
 def test_bound_with_nfc_is_wider() -> None:
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -101,6 +109,7 @@ def test_unusable_tokenizer_files_are_one_line(tmp_path: Path, content: bytes | 
         ("chat_template.jinja", b"four", "four"),
         ("tokenizer_config.json", b"[]", TokenizerError),
         ("tokenizer_config.json", b"{", TokenizerError),
+        ("tokenizer_config.json", b"[" * 100_000, TokenizerError),
         ("tokenizer_config.json", b'{"chat_template": 5}', TokenizerError),
         ("chat_template.jinja", b"\xff", TokenizerError),
     ],
@@ -113,6 +122,15 @@ def test_where_the_chat_template_comes_from(tmp_path: Path, name: str, content: 
     else:
         with pytest.raises(expected, match=r"^[^\n]+$"):
             TextTokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_files_are_measured_before_they_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((paths.NEEDLE / "tokenizer.json").read_bytes())
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(TokenizerError, match=rf"\A[^\n]*{name}: 1099511627776 bytes: must be at most \d+\Z"):
+        TextTokenizer.open(tmp_path)
 
 
 def test_lone_surrogates_are_refused() -> None:

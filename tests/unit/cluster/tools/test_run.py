@@ -107,9 +107,9 @@ def test_token_ids_with_and_without_a_tokenizer(ask: Callable[..., dict[str, Any
     assert bare["text"] is bare["reasoning"] is None
     assert [(entry["token"], entry["top"][0]["token"]) for entry in bare["logprobs"]] == [(None, None)] * 2
     assert bare["token_ids"] == full["token_ids"] == [7, 8]
-    with pytest.raises(UserError, match=r"^stop: 'x': needs tokenizer.json in .*model: use stop ids$"):
+    with pytest.raises(UserError, match=r"^stop: 'x': needs .*/model/tokenizer.json: use stop_token_ids$"):
         ask(AnswerOptions(max_tokens=2, stop=("x",)), token_ids=ids)
-    with pytest.raises(TokenizerError, match=r"tokenizer.json: cannot be read"):
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: does not exist: text needs it"):
         ask(prompt_file=ids)
 
 
