@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cluster.stages.launcher import LaunchStatus
 
 _INTERRUPT_GRACE_S = 60.0  # for a starting head to take its processes down
-_REAP_S = 0.5  # for the parent of a head that has ended
+_REAP_S = 3.0  # for the parent of a head that has ended to take note, where it does; some look every second or two
 _CLEANUP_S = 10.0  # for the processes of a head that was killed
 
 
