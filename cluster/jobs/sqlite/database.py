@@ -59,7 +59,9 @@ class Database:
 
     def _verify(self) -> None:
         """Refuse a file that is damaged, or no job store of this version or an older one; only reads it."""
-        with closing(self._connect("ro")) as connection:
+        # the journal of a head that was killed when the file was new must be rolled back before anything can be read
+        is_new = self.path.with_name(f"{self.path.name}-journal").exists()
+        with closing(self._connect("rw" if is_new else "ro")) as connection:
             version = schema_version(connection, self.path)
             if not version:
                 return
