@@ -137,19 +137,6 @@ class JobStore:
         with self._db.writing() as db:
             return statements.transition(db, (job_id, expected, new), self._clock(), error)
 
-    def transition_all(
-        self, changes: Sequence[StateChange], error: str = "", documents: Mapping[str, float] | None = None
-    ) -> list[str]:
-        """Change states as `transition` does and set the expiry of `documents`, all in one transaction.
-
-        Returns the ids of the jobs that were in an expected state.
-        """
-        with self._db.writing() as db:
-            now = self._clock()
-            for document_id, expires in (documents or {}).items():
-                db.execute(_TOUCH, (expires, document_id))
-            return [change[0] for change in changes if statements.transition(db, change, now, error)]
-
     def commit_step(
         self, tokens: Sequence[tuple[str, OutputToken]], states: Sequence[StateChange],
         answers: Sequence[tuple[str, JobAnswer]],

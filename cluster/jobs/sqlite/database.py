@@ -59,7 +59,9 @@ class Database:
 
     def _verify(self) -> None:
         """Refuse a file that is damaged, or no job store of this version or an older one; only reads it."""
-        with closing(self._connect("ro")) as connection:
+        # the journal of a head that was killed when the file was new must be rolled back before anything can be read
+        is_new = self.path.with_name(f"{self.path.name}-journal").exists()
+        with closing(self._connect("rw" if is_new else "ro")) as connection:
             version = schema_version(connection, self.path)
             if not version:
                 return
@@ -82,7 +84,9 @@ class Database:
         self._checkpoint("TRUNCATE")
         self._files = StoreFiles(self.path)
         meta = dict(self._writer.execute("SELECT key, value FROM meta"))
-        self._store, self._commits = int(meta.get("store", 0)), int(meta.get("commits", 0))
+        self._store, self._commits = (
+            value if isinstance(value := meta.get(key), int) else 0 for key in ("store", "commits")
+        )
         self.warning = self._mark.loss(self._store, self._commits)
         self._writer.execute("PRAGMA busy_timeout = 0")  # `_begin` waits itself, and can be told to stop
         with self.writing():
@@ -96,7 +100,7 @@ class Database:
             with self._writer:
                 self._begin()
                 yield self._writer
-                self._writer.execute("UPDATE meta SET value = ? WHERE key = 'commits'", (self._commits + 1,))
+                self._writer.execute("INSERT OR REPLACE INTO meta VALUES ('commits', ?)", (self._commits + 1,))
             self._commits += 1
             with suppress(OSError):  # the next start may then say less than is lost
                 self._mark.set(self._store, self._commits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -16,6 +17,7 @@ _REMEDIES = {  # by the beginning of SQLite's name of an error
     "SQLITE_BUSY": "another process uses it: try again, or end that process",
     "SQLITE_LOCKED": "another process uses it: try again, or end that process",
     "SQLITE_CORRUPT": "the file is damaged: restore a copy of it, or name another file",
+    "SQLITE_READONLY_DBMOVED": "put it back, or start the head again",
     "SQLITE_NOTADB": "the file is damaged or something else: restore a copy of it, or name another file",
 }
 
@@ -71,24 +73,22 @@ class StoreFiles:
         self._files = [(str(path) + suffix, _identity(os.stat(str(path) + suffix))) for suffix in _SUFFIXES]
 
     def check(self) -> None:
-        """Raise JobStoreError when a file was removed, replaced or cut off; costs three calls of the system."""
+        """Raise the error of SQLite for a file that was removed, replaced or cut off; three calls of the system."""
         for name, identity in self._files:
             try:
                 found = os.stat(name)
             except OSError as error:
-                raise JobStoreError(
-                    f"job store {self._path}: {name}: was removed while in use ({error.strerror}): "
-                    "put it back, or start the head again"
-                ) from error
+                raise _moved(f"{name} was removed while in use ({error.strerror})") from error
             if _identity(found) != identity:
-                raise JobStoreError(
-                    f"job store {self._path}: {name}: was replaced while in use: put it back, or start the head again"
-                )
+                raise _moved(f"{name} was replaced while in use")
             if name == str(self._path) and found.st_size < self._size:
-                raise JobStoreError(
-                    f"job store {self._path}: was cut off from {self._size} to {found.st_size} bytes while in use: "
-                    "restore a copy of it, and start the head again"
-                )
+                raise _moved(f"it was cut off from {self._size} to {found.st_size} bytes while in use")
+
+
+def _moved(problem: str) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(problem)
+    error.sqlite_errorname = "SQLITE_READONLY_DBMOVED"  # SQLite notices it in some cases itself
+    return error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,15 @@ def test_what_was_in_the_log_is_in_the_file_after_a_start(tmp_path: Path) -> Non
     assert alone.warning == ""
     alone.close()
     store.close()
+
+
+@pytest.mark.parametrize("damage", ["DELETE FROM meta WHERE key <> 'schema_version'", "UPDATE meta SET value = 'x'"])
+def test_a_damaged_count_is_said_and_begun_anew(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "jobs.sqlite"
+    JobStore(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(f"{damage} {'AND' if 'WHERE' in damage else 'WHERE'} key <> 'schema_version'")
+    for is_first in (True, False):
+        store = JobStore(path)
+        assert bool(store.warning) == is_first
+        store.close()

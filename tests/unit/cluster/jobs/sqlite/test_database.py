@@ -249,6 +249,25 @@ def test_a_refused_file_keeps_its_log(path: Path) -> None:
     assert [Path(f"{newer}{suffix}").read_bytes() for suffix in ("", "-wal")] == before
 
 
+def test_a_file_that_a_killed_head_had_just_made(path: Path) -> None:
+    """It has a rollback journal yet, which must be played back before anybody can read."""
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA cache_size = 1")
+        db.execute("CREATE TABLE passing (a)")
+        db.execute("DROP TABLE passing")
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE half (a)")
+        db.executemany("INSERT INTO half VALUES (?)", [("x" * 100,)] * 2000)
+        killed = path.with_name("killed.db")
+        for suffix in ("", "-journal"):
+            shutil.copy(f"{path}{suffix}", f"{killed}{suffix}")
+    store = JobStore(killed)
+    submit(store)
+    store.close()
+    assert not Path(f"{killed}-journal").exists()
+
+
 def test_a_row_that_no_column_allows_refuses_nothing(path: Path) -> None:
     path.parent.mkdir()
     changed("SELECT 1")(path)

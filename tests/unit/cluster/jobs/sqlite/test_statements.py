@@ -8,22 +8,17 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import OutputToken
-from cluster.jobs.model import ACTIVE, DocumentRecord, JobDamaged, JobInput, JobSpec, JobState, new_id
+from cluster.jobs.model import ACTIVE, JobDamaged, JobInput, JobSpec, JobState, new_id
 from cluster.jobs.sqlite import statements
 from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
-
-DOCUMENT = DocumentRecord("doc_" + "0" * 32, "d", 3, 1.0, 2.0)
 
 
 def submit(store: JobStore) -> str:
     return store.create(JobSpec(JobInput(prompt="p"), AnswerOptions()), new_id("job"), 1, {})[0].id
 
 
-def test_changes_of_several_jobs_and_documents_happen_together(
-    store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.put_document(DOCUMENT)
+def test_changes_of_several_jobs_happen_together(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, ended = (submit(store) for _ in range(3))
     store.transition(ended, ACTIVE, JobState.CANCELLED)
     changes = [(job_id, ACTIVE, JobState.RECOVERING) for job_id in (first, ended, second, new_id("job"))]
@@ -37,10 +32,9 @@ def test_changes_of_several_jobs_and_documents_happen_together(
     with monkeypatch.context() as patch:
         patch.setattr(statements, "transition", fail)
         with pytest.raises(JobStoreError, match="disk I/O error"):
-            store.transition_all(changes, documents={DOCUMENT.id: 50.0})
-    assert (store.state(first), store.get_document(DOCUMENT.id)) == (JobState.QUEUED, DOCUMENT)
-    assert store.transition_all(changes, documents={DOCUMENT.id: 50.0}) == [first, second]
-    assert store.get_document(DOCUMENT.id).expires == 50.0  # type: ignore[union-attr]
+            store.commit_step([], changes, [])
+    assert store.state(first) is JobState.QUEUED
+    store.commit_step([], changes, [])
     assert [store.state(job_id) for job_id in (first, second, ended)] == [
         JobState.RECOVERING, JobState.RECOVERING, JobState.CANCELLED
     ]  # fmt: skip
