@@ -74,7 +74,7 @@ def test_five_jobs_survive_two_kills(head: HeadProcess, haystack: Haystack) -> N
         head.start()
         found = [tokens_of(job) for job in jobs]
         assert all(is_right(a.text, n) for a, n in zip(jobs[0].answers, haystack.needles, strict=True))
-        assert [job.data.restarts for job in jobs][:2] == [2, 2]
+        assert all(1 <= job.data.restarts <= 2 for job in jobs[:2]), "2 if it ran again before the second kill"
         assert [len(answer) for answer in found[1]] == [DECODES]
         events = list(jobs[1].stream())
         assert [e.number for e in events if isinstance(e, cluster.TokenEvent)] == list(range(1, DECODES + 1))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client.connection import last_failure
 from tests.support.rigs.head import LONG, HeadProcess, tokens_of, until
 
 # the files `broken` and `later` beside the head's data make its recorder fail and its clock a day fast
@@ -93,19 +92,3 @@ def test_locked_clock_and_thread(head: HeadProcess) -> None:
         (folder / "broken").unlink()
         head.start()
         assert tokens_of(job) == expected
-
-
-def test_what_a_head_ended_with_is_found_in_its_log(tmp_path: Path) -> None:
-    log = tmp_path / "log" / "head.log"
-    assert last_failure(tmp_path) == ""
-    log.parent.mkdir()
-    for text, found in (
-        ("", ""),
-        (
-            "head ready at x\n" * 999 + "longreach: error: the recorder thread has ended\n",
-            "the recorder thread has ended",
-        ),
-        ("longreach: error: old\nhead ready at x\n", ""),
-    ):
-        log.write_text(text)
-        assert last_failure(tmp_path) == found

@@ -49,6 +49,9 @@ class FakeJobService:
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
 
+    def now(self) -> float:
+        return time.time()
+
     def upload(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
         data = b"".join(pieces)
         document_id = f"doc_{hashlib.sha256(data).hexdigest()[:32]}"

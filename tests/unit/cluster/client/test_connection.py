@@ -9,7 +9,7 @@ import pytest
 
 import cluster
 from cluster.client.client import Client
-from cluster.client.connection import DEFAULT_DATA_DIR, Connection, read_state
+from cluster.client.connection import DEFAULT_DATA_DIR, Connection, last_failure, read_state
 from cluster.config.schema import Config
 
 
@@ -65,3 +65,21 @@ def test_broken_state_file(tmp_path: Path, text: str) -> None:
 
 def test_default_data_dir_is_that_of_the_configuration() -> None:
     assert Config.model_fields["data_dir"].default == DEFAULT_DATA_DIR
+
+
+def test_what_a_head_ended_with_is_found_in_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log" / "head.log"
+    assert last_failure(tmp_path) == ""
+    log.parent.mkdir()
+    for text, found in (
+        ("", ""),
+        (
+            "head ready at x\n" * 999 + "longreach: error: the recorder thread has ended\n",
+            "the recorder thread has ended",
+        ),
+        ("longreach: error: old\nhead ready at x\n", ""),
+    ):
+        log.write_text(text)
+        assert last_failure(tmp_path) == found
+        with pytest.raises(cluster.Unavailable, match=f"the last head ended: {found}" if found else "longreach up"):
+            read_state(tmp_path)

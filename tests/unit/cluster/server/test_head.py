@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,28 @@ def test_what_is_lost_is_passed_on(tmp_path: Path) -> None:
         head.close()
     assert len(warnings) == 1
     assert "another database than the last head used, which had 70 commits" in warnings[0]
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_jump_of_the_machines_clock_changes_no_promise(
+    tmp_path: Path, jump: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeRuntime(tmp_path, result_ttl_s=7200.0, document_ttl_s=7200.0) as runtime:
+        head = Head(runtime.deployment, runtime=runtime)
+        head.start()
+        service, now = head.service, time.time
+        document = service.documents.put("a", [b"text"], 100)
+        ended = service.submit(SPEC).id
+        assert service.wait(ended, 20).state is JobState.SUCCEEDED
+        runtime.shard.hold()
+        late = service.submit(replace(SPEC, deadline=service.now() + 3600.0)).id
+        attached = service.submit(replace(SPEC, attached=True)).id
+        monkeypatch.setattr(time, "time", lambda: now() + jump)
+        soon = service.submit(replace(SPEC, deadline=service.now() + 0.3)).id
+        assert service.wait(soon, 20).error == "deadline exceeded"
+        service._sweep(service.now())
+        assert [service.get(id).state.is_final for id in (ended, late, attached)] == [True, False, False]
+        assert service.documents.get(document.id) == document
+        assert 0 <= service.status()["uptime_s"] < 60
+        assert service.wait(ended, 0).finished == pytest.approx(now(), abs=60)
+        head.close()
