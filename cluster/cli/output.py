@@ -107,15 +107,19 @@ class TokenPrinter:
     Reasoning comes before the answer in lines of its own, dim on a terminal; of several questions as `[1 reasoning]`.
     """
 
-    def __init__(self, questions: int) -> None:
+    def __init__(self, questions: int, has_text: bool = True) -> None:
         self._many = questions > 1
+        self._has_text = has_text
         self._lines: dict[tuple[int, str], str] = {}  # unfinished, by question and part
         self._ends_line = True
         self._part = "answer"
 
     def push(self, event: TokenEvent) -> None:
-        """Write the text of a token; of several questions, only what has become a whole line."""
+        """Write the text of a token, or its id where there is none; of several questions, only whole lines."""
         token = event.token
+        if not self._has_text:
+            self._write(f"{token.token_id} ")
+            return
         parts = {"reasoning": token.reasoning, "answer": token.answer} if token.part else {"answer": token.text}
         for part, text in parts.items():
             if text and self._many:
@@ -186,7 +190,7 @@ class DeferredInterrupts:
 
 def stream_job(job: Job, after: int, as_json: bool) -> None:
     """Follow a job to its end; exits with 130 on Ctrl-C. Raises JobFailed when it did not succeed."""
-    printer = TokenPrinter(len(job.answers))
+    printer = TokenPrinter(len(job.answers), job.data.has_text)
     last = after
     interrupts = DeferredInterrupts()
 

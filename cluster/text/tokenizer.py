@@ -191,7 +191,12 @@ class TextTokenizer:
 
 
 def _load(definition: bytes) -> Tokenizer:
-    tokenizer = Tokenizer.from_buffer(definition)
+    try:
+        tokenizer = Tokenizer.from_buffer(definition)
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of the library's Rust code; no Exception
+            raise ValueError(str(error)) from error
+        raise
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -158,6 +158,8 @@ def test_a_head_without_tokenizer_takes_token_ids(
         assert (answer["text"], answer["reasoning"], len(answer["token_ids"])) == (None, None, 6)
         done = longreach("submit", *where, *arguments, "--wait")
         assert json.loads(done.out) == answer["token_ids"]
+        done = longreach("submit", *where, *arguments, "--stream")
+        assert list(map(int, done.out.split())) == answer["token_ids"]
         for refused in (("--prompt-file", config), ("--document", config, "--question", "Why?")):
             done = longreach("submit", *where, *refused)
             assert done.code != 0

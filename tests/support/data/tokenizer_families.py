@@ -80,6 +80,14 @@ def llama_legacy() -> Tokenizer:
     return tokenizer
 
 
+def marks_alone(name: str, text: str) -> bool:
+    """Whether Llama 2's normalizer would put a mark, and nothing else, before a token of normalized text.
+
+    The mark stands for no character of the text; it is given when the text is encoded at once, not in parts.
+    """
+    return name == "llama 2" and " <tool>" in text
+
+
 def metaspace(scheme: str, *, split: bool = False) -> Tokenizer:
     """BPE with byte fallback and marks by the pre-tokenizer, as newer conversions of Llama 2 and Mistral."""
     vocab = {entry: i for i, entry in enumerate(_entries())}

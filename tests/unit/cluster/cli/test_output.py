@@ -24,6 +24,14 @@ def test_token_printer(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "a\n"
 
 
+def test_without_text_the_ids_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = TokenPrinter(1, has_text=False)
+    for token_id in (5, 17):
+        printer.push(TokenEvent(0, Token(token_id, ""), 1))
+    printer.finish()
+    assert capsys.readouterr().out == "5 17 \n"
+
+
 def test_printer_shows_reasoning_apart(capsys: pytest.CaptureFixture[str]) -> None:
     def event(question: int, part: str, reasoning: str, answer: str) -> TokenEvent:
         token = Token(1, "<not shown>", part=part, reasoning=reasoning, answer=answer)

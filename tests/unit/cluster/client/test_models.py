@@ -110,3 +110,14 @@ def test_every_field_of_a_message_arrives() -> None:
     assert (first.reasoning, first.token_ids, first.tokens, first.progress.eta_ms) == ("", (5, 6), (token,), None)
     status = pb.ClusterStatusReply(model="m", kv_usage=0.5, stages=[pb.StageStatus(rank=1, state="running")])
     assert read_message(ClusterStatus, status).stages == (StageStatus(0, 1, "running", 0, 0),)
+
+
+@pytest.mark.parametrize("versions", [{}, {"torch": "2"}, {"torch": "2", "tokenizer": "none"}])
+def test_texts_of_a_model_without_tokenizer_are_null(versions: dict[str, str]) -> None:
+    answers = [pb.Answer(text="", token_ids=[5, 6])]
+    job = pb.Job(id="j", answers=answers, reproducibility=pb.Reproducibility(model="m", versions=versions))
+    data = read_message(JobData, job)
+    assert data.has_text == ("tokenizer" not in versions)
+    (answer,) = json.loads(json.dumps(data.to_json()))["answers"]
+    assert answer["text"] == ("" if data.has_text else None)
+    assert answer["token_ids"] == [5, 6]

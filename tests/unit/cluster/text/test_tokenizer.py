@@ -124,6 +124,14 @@ def test_where_the_chat_template_comes_from(tmp_path: Path, name: str, content: 
             TextTokenizer.open(tmp_path)
 
 
+def test_a_panic_of_the_library_is_one_line_too(tmp_path: Path) -> None:
+    layout = json.loads(sentencepiece_like().to_str())
+    layout["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
+    with pytest.raises(TokenizerError, match=r"\A[^\n]*not a usable tokenizer: Precompiled: [^\n]+\Z"):
+        TextTokenizer.open(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_files_are_measured_before_they_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes((paths.NEEDLE / "tokenizer.json").read_bytes())
