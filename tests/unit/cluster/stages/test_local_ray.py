@@ -88,7 +88,9 @@ def test_an_owner_that_does_not_end_is_killed_with_its_group(
     monkeypatch.setattr(local_ray, "_CLOSE_TIMEOUT_S", 0.2)
     ray, _ = start("if not os.fork(): time.sleep(60)\n" + ADDRESS + "time.sleep(60)")
     assert ray.address(30.0)
-    group = psutil.Process().children(recursive=True)
+    owner = psutil.Process(ray._owner.pid)
+    group = [owner, *owner.children(recursive=True)]
+    assert len(group) == 2
     ray.close()
     _, alive = psutil.wait_procs(group, timeout=10)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
