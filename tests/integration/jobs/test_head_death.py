@@ -116,21 +116,6 @@ def test_killed_stage_is_replaced(head: HeadProcess, haystack: Haystack) -> None
         assert tokens_of(submit(client, 1, haystack)) == expected[0]
 
 
-@pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
-def test_a_killed_daemon_of_ray_is_a_failed_pipeline(head: HeadProcess, haystack: Haystack, daemon: str) -> None:
-    """It is noticed at once, and the next pipeline runs on another Ray."""
-    with head.client() as client:
-        expected = tokens_of(submit(client, 1, haystack))
-        job = submit(client, 1, haystack)
-        until(lambda: job.refresh().data.last_event >= 5, "a decoding job")
-        before = {process.pid for process in head.processes(head.mark)} - {head.process.pid}
-        head.daemon(daemon).kill()
-        assert tokens_of(job) == expected
-        assert job.data.restarts == 1
-        assert head.process.poll() is None
-        assert not before & {process.pid for process in head.processes(head.mark)}
-
-
 def test_hung_stage_is_replaced(head: HeadProcess, haystack: Haystack) -> None:
     """A stage that stops answering, though its process lives: late after 20 s, then replaced like a dead one."""
     with head.client() as client:
@@ -167,3 +152,18 @@ def test_drain_and_the_next_head(head: HeadProcess, haystack: Haystack) -> None:
         job.refresh()
         assert (job.state, job.data.restarts) == ("succeeded", 0)
         assert tokens_of(job) == expected
+
+
+@pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
+def test_a_killed_daemon_of_ray_is_a_failed_pipeline(head: HeadProcess, haystack: Haystack, daemon: str) -> None:
+    """It is noticed at once, and the next pipeline runs on another Ray."""
+    with head.client() as client:
+        expected = tokens_of(submit(client, 1, haystack))
+        job = submit(client, 1, haystack)
+        until(lambda: job.refresh().data.last_event >= 5, "a decoding job")
+        before = {process.pid for process in head.processes(head.mark)} - {head.process.pid}
+        head.daemon(daemon).kill()
+        assert tokens_of(job) == expected
+        assert job.data.restarts == 1
+        assert head.process.poll() is None
+        assert not before & {process.pid for process in head.processes(head.mark)}
