@@ -88,6 +88,7 @@ class Engine:
         self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._in_flight = InFlightSteps([shard.shard for shard in self._shards], scheduler.is_sparse)
+        self.has_worked = False  # a step is committed
         self._decode_s = 0.0  # of one decode step through all stages, smoothed; 0 before the first
         self._handles: dict[int, RequestHandle] = {}
         self._sequences = itertools.count(1)
@@ -222,6 +223,7 @@ class Engine:
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)
+        self.has_worked = True
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             handle = self._handles[request.sequence]

@@ -16,7 +16,7 @@ from cluster.engine.pipeline import Pipeline
 
 # before each attempt to start again; after as many failed ones in a row, give up
 PAUSES_S = (0.0, 1.0, 5.0, 20.0, 60.0)
-SOUND_AFTER_S = 60.0  # a pipeline that has run this long starts the pauses anew when it fails
+SOUND_AFTER_S = 60.0  # a pipeline that has run this long, or has worked, starts the pauses anew when it fails
 _STOP_TIMEOUT_S = 60.0  # for a start under way when the supervision ends
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class PipelineSupervisor:
 
     Without a listener that is all: submissions raise EngineError until the runtime is started anew. With one
     (`supervise`), a thread calls `pipeline_failed`, in which the listener makes tokens durable; stops what is left;
-    starts another pipeline, after pauses that grow while they fail soon; and calls `pipeline_restarted`. After
+    starts another pipeline, after pauses that grow while they fail without having worked; and calls `pipeline_restarted`. After
     `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`, and only a new head process helps.
 
     Failures are read from the engine of the current pipeline, not from a message: one that is reported twice, or by a
@@ -175,7 +175,8 @@ class PipelineSupervisor:
 
     def _replace(self, error: str, listener: PipelineListener, stopping: threading.Event) -> None:
         """Start another pipeline in place of one that failed with `error`, or give up."""
-        if self._clock() - self._started_at >= SOUND_AFTER_S:
+        has_worked = self.newest is not None and self.newest.engine.has_worked
+        if has_worked or self._clock() - self._started_at >= SOUND_AFTER_S:
             self._attempts = 0
         failed_starts = 0
         while not stopping.wait(self._pause_s()):

@@ -34,7 +34,7 @@ class FakePipeline:
     """A pipeline that only fails and ends."""
 
     def __init__(self, number: int, log: list[str]) -> None:
-        self.engine = SimpleNamespace(error="", on_failure=None)
+        self.engine = SimpleNamespace(error="", on_failure=None, has_worked=False)
         self.number = number
         self._log = log
 
@@ -232,6 +232,11 @@ def test_a_pipeline_that_breaks_soon_waits_longer_but_is_not_given_up(scene: Sce
     scene.pipelines[-1].fail()
     scene.reaches("restarted", 8)
     assert scene.asked[7:] == [0.0]
+    for restarts in (9, 10):
+        scene.pipelines[-1].engine.has_worked = True
+        scene.pipelines[-1].fail()
+        scene.reaches("restarted", restarts)
+    assert scene.asked[8:] == [0.0, 0.0]
 
 
 def test_given_up_after_five_failed_starts_in_a_row(scene: Scene) -> None:
