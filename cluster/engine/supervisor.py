@@ -67,7 +67,8 @@ class PipelineSupervisor:
     Without a listener that is all: submissions raise EngineError until the runtime is started anew. With one
     (`supervise`), a thread calls `pipeline_failed`, in which the listener makes tokens durable; stops what is left;
     starts another pipeline, after pauses that grow while they fail without having worked; and calls
-    `pipeline_restarted`. After `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`, and only a new head process helps.
+    `pipeline_restarted`. After `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`, and only a new head
+    process helps.
 
     Failures are read from the engine of the current pipeline, not from a message: one that is reported twice, or by a
     pipeline that has been replaced meanwhile, changes nothing.
