@@ -16,10 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.bench.head_process import MARK, marked_processes
 from tests.support.paths import ROOT
 from tests.support.rigs.stage_processes import Stages
-
-MARK = "LONGREACH_TEST_MARK"
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -55,14 +54,7 @@ class CommandLine:
 
     def processes(self) -> list[psutil.Process]:
         """Processes of this launch that still run."""
-        found = []
-        for process in psutil.process_iter(["pid"]):
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return marked_processes(self.mark)
 
     def assert_nothing_left(self, within_s: float = 15.0) -> None:
         _, alive = psutil.wait_procs(self.processes(), timeout=within_s)

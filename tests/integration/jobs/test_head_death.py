@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import cluster
+from cluster.bench.head_process import marked_processes
 from cluster.client.client import Client
 from cluster.tools.eval.haystack import Haystack, is_right
 from protos.jobs import jobs_pb2 as pb
@@ -147,7 +148,7 @@ def test_drain_and_the_next_head(head: HeadProcess, haystack: Haystack) -> None:
         head.terminate()
         until(lambda: is_refused(client.address), "a head that takes nothing new")
         assert head.process.wait(LONG) == 0
-        until(lambda: not head.processes(head.mark), "nothing is left", 5.0)
+        until(lambda: not marked_processes(head.mark), "nothing is left", 5.0)
         head.start()
         job.refresh()
         assert (job.state, job.data.restarts) == ("succeeded", 0)
@@ -161,9 +162,9 @@ def test_a_killed_daemon_of_ray_is_a_failed_pipeline(head: HeadProcess, haystack
         expected = tokens_of(submit(client, 1, haystack))
         job = submit(client, 1, haystack)
         until(lambda: job.refresh().data.last_event >= 5, "a decoding job")
-        before = {process.pid for process in head.processes(head.mark)} - {head.process.pid}
+        before = {process.pid for process in marked_processes(head.mark)} - {head.process.pid}
         head.daemon(daemon).kill()
         assert tokens_of(job) == expected
         assert job.data.restarts == 1
         assert head.process.poll() is None
-        assert not before & {process.pid for process in head.processes(head.mark)}
+        assert not before & {process.pid for process in marked_processes(head.mark)}

@@ -16,6 +16,7 @@ from types import TracebackType
 
 import psutil
 
+from cluster.bench.head_process import MARK, marked_processes
 from cluster.client.client import Client, Job
 from cluster.client.connection import read_state
 from cluster.client.errors import Unavailable
@@ -25,7 +26,6 @@ from cluster.server.head import Head
 from tests.support.paths import ROOT
 
 NEEDLE = ROOT / "configs" / "needle"
-MARK = "LONGREACH_TEST_MARK"  # as in tests/integration/conftest.py
 LONG = 120.0  # seconds after which a state that should come is given up; nothing waits that long when all is well
 PATIENT = RetryPolicy(attempts=200, first_s=0.1, largest_s=0.5)
 
@@ -102,7 +102,7 @@ class HeadProcess:
         """SIGKILL, then wait until no process of this head is left, which takes a moment."""
         self.process.kill()
         self.process.wait()
-        until(lambda: not self.processes(self.mark), "no process of the killed head survives", 10.0)
+        until(lambda: not marked_processes(self.mark), "no process of the killed head survives", 10.0)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -118,18 +118,6 @@ class HeadProcess:
         """A process of the local Ray by the name of its program."""
         return next(p for p in psutil.Process(self.process.pid).children(recursive=True) if p.name() == name)
 
-    @staticmethod
-    def processes(mark: str) -> list[psutil.Process]:
-        """Processes with this mark that still run."""
-        found = []
-        for process in psutil.process_iter(["pid"]):
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
-
     def close(self) -> None:
         """Stop the head if it runs, then whatever is left of any."""
         if self._process is not None and self._process.poll() is None:
@@ -140,7 +128,7 @@ class HeadProcess:
                 self._process.kill()
                 self._process.wait()
         for mark in self._marks:
-            for process in self.processes(mark):
+            for process in marked_processes(mark):
                 process.kill()
 
 
