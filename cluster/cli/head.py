@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -93,18 +93,6 @@ def _load(config: Path, needs_port: bool = False) -> Config:
     return loaded
 
 
-@contextlib.contextmanager
-def _writing_to(data_dir: Path) -> Iterator[None]:
-    """Tell what is wrong with the data directory, or with what lies in it, as a PreflightError."""
-    from cluster.common.errors import PreflightError
-
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or data_dir
-        raise PreflightError(f"data_dir: {where}: {error.strerror}: must be a folder that we may write") from error
-
-
 def _reporter(descriptor: int | None) -> Callable[..., None]:
     """Return a function that reports to `up`, one JSON object a line, if it started this head and still reads."""
     if descriptor is None:
@@ -145,8 +133,7 @@ def up(config: Path, as_json: bool) -> None:
         for line in certificate_warnings(loaded.security):
             warn(line)
         before = files.log.stat().st_size if files.log.exists() else 0
-        with _writing_to(files.data_dir):
-            child, progress = _spawn(files, config)
+        child, progress = _spawn(files, config)
         try:
             with open_display(as_json) as display, progress:
                 ready = _follow(progress, display)
@@ -167,7 +154,8 @@ def _spawn(files: HeadFiles, config: Path) -> tuple[subprocess.Popen[bytes], Tex
         files.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = files.log.open("ab")
     except OSError as error:
-        raise PreflightError(f"{files.log}: cannot be written ({error.strerror}): remove what is in the way") from error
+        problem = f"cannot be written ({error.strerror}): remove what is in the way"
+        raise PreflightError(f"data_dir: {error.filename or files.log}: {problem}") from error
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "cluster.cli", "serve", str(config.absolute()), "--notify-fd", str(writing)]
     with log:

@@ -82,9 +82,11 @@ class HeadFiles:
     def release(self) -> None:
         """Remove the files and free the lock if this process holds it."""
         if self._lock is not None:
-            self._remove()
-            os.close(self._lock)
-            self._lock = None
+            try:
+                self._remove()
+            finally:
+                os.close(self._lock)
+                self._lock = None
 
     def running(self) -> psutil.Process | None:
         """Return the head of the data directory, None when none runs.
@@ -137,8 +139,12 @@ class HeadFiles:
 
     def _remove(self) -> bool:
         files = [path for name in (STATE_FILE, PID_FILE) if (path := self.data_dir / name).exists()]
-        for path in files:
-            path.unlink(missing_ok=True)
+        try:
+            for path in files:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            problem = f"cannot be removed ({error.strerror}): remove what is in the way"
+            raise PreflightError(f"data_dir: {error.filename}: {problem}") from error
         return bool(files)
 
     def _write(self, name: str, text: str) -> None:

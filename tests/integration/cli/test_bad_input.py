@@ -233,5 +233,7 @@ def test_more_actors_than_the_cluster_places(
 
 def test_kv_too_small(longreach: CommandLine, tmp_path: Path, document: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(f"model:\n  path: {NEEDLE}\nkv_cache:\n  bytes: 1MiB\ndata_dir: {tmp_path / 'data'}\n")
+    config.write_text(
+        f"model:\n  path: {NEEDLE}\n  max_model_len: 4k\nkv_cache:\n  bytes: 1MiB\ndata_dir: {tmp_path / 'data'}\n"
+    )
     refused(longreach, 3, "kv_cache", config, "--document", document, *ASK, within_s=60)

@@ -23,7 +23,7 @@ from protos.jobs.sampling import AnswerOptions
 from tests.integration.server.calls import PROMPT, code_of, pieces
 from tests.support.fakes.jobs_api import channel_to
 from tests.support.fakes.runtime import FakeRuntime
-from tests.support.rigs.head import Served
+from tests.support.rigs.head import Served, until
 from tests.support.rigs.service import Bench
 
 Code = grpc.StatusCode
@@ -65,7 +65,6 @@ def every_call(stub: JobsStub, job_id: str) -> dict[str, Callable[[], object]]:
         "GetDocument": lambda: stub.GetDocument(document),
         "ListDocuments": lambda: stub.ListDocuments(pb.ListDocumentsRequest()),
         "DeleteDocument": lambda: stub.DeleteDocument(document),
-        "ClusterStatus": lambda: stub.ClusterStatus(pb.ClusterStatusRequest()),
     }
 
 
@@ -122,6 +121,7 @@ def test_a_store_that_goes_away_is_noticed_by_every_call(
         served.store.check()
     with pytest.raises(Unavailable, match="while in use"):
         list(served.client.jobs())
+    until(lambda: "while in use" in stub.ClusterStatus(pb.ClusterStatusRequest()).problem, "a status that says why")
     if change in (remove_database, move_folder, remove_folder):
         assert not (served.folder / "jobs.sqlite").exists(), "nobody makes an empty one"
 
