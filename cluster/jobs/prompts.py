@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 
 from cluster.common.text_format import one_line
@@ -19,7 +19,8 @@ from cluster.text.templates.process import RendererBusy
 from protos.errors import UserError
 
 _CLOCK = "clock"  # in what is stored to get the same tokens again
-_AT_A_TIME = 4  # jobs whose texts are in memory to be tokenised; others wait
+_AT_A_TIME = 4  # jobs whose long texts are in memory to be tokenised; others wait
+_LONG_BYTES = 1 << 18
 BUILD_WAIT_S = 20.0  # of a submission, for its turn
 _turns = threading.BoundedSemaphore(_AT_A_TIME)
 
@@ -38,8 +39,13 @@ def job_prompts(
         InvalidJob: the prompts cannot be built, or are too long. JobNotFound: the document is gone. ServiceBusy: other
             jobs took too long, or keep the process that renders chat templates.
     """
-    with _turn(wait_s):
-        return _job_prompts(runtime, documents, spec, now)
+    with contextlib.ExitStack() as turn:
+
+        def begin(size: int) -> None:
+            if size > _LONG_BYTES:  # short ones never wait, so that slow chat templates hold up nobody else
+                turn.enter_context(_turn(wait_s))
+
+        return _job_prompts(runtime, documents, spec, now, begin)
 
 
 @contextlib.contextmanager
@@ -61,17 +67,25 @@ def check_text(runtime: ClusterRuntime, num_bytes: int) -> None:
 
 
 def _job_prompts(
-    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None
-) -> list[array[int]]:
+    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None,
+    begin: Callable[[int], None],
+) -> list[array[int]]:  # fmt: skip
+    """Build the prompts; `begin` is called with the characters or bytes of the text before it is read."""
     source = spec.input
+
+    def check(size: int) -> None:
+        check_text(runtime, size)
+        begin(size)
+
     try:
         if source.document_id:
-            content = documents.read(source.document_id, lambda size: check_text(runtime, size))
-            text = runtime.check_document(content)
+            text = runtime.check_document(documents.read(source.document_id, check))
             prompts = runtime.document_prompts(text, source.questions, spec.ask, now)
         elif source.messages is not None:
+            begin(sum(len(content) for _, content in source.messages))
             prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]
         elif source.prompt is not None:
+            begin(len(source.prompt))
             prompts = [runtime.text_prompt(source.prompt)]
         else:
             prompts = [list(source.token_ids or ())]

@@ -207,7 +207,8 @@ def test_what_cannot_fit_is_refused_by_its_bytes(
     assert documents.most == 0
 
 
-def test_few_are_read_at_once(runtime: FakeRuntime) -> None:
+def test_few_long_ones_are_read_at_once(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts_module, "_LONG_BYTES", 3)
     documents: Any = Documents(4)
     at_a_time = prompts_module._AT_A_TIME
     threads = [threading.Thread(target=job_prompts, args=(runtime, documents, ASKED)) for _ in range(3 * at_a_time)]
@@ -219,6 +220,8 @@ def test_few_are_read_at_once(runtime: FakeRuntime) -> None:
         threading.Event().wait(0.05)
     with pytest.raises(ServiceBusy, match="try again"):
         job_prompts(runtime, documents, ASKED, wait_s=0.05)
+    short = JobSpec(JobInput(prompt="ab"), AnswerOptions(max_tokens=4))
+    assert job_prompts(runtime, documents, short, wait_s=0.05), "short ones do not wait"
     documents.go.set()
     for thread in threads:
         thread.join(20)
