@@ -78,9 +78,9 @@ class StoreFiles:
             try:
                 found = os.stat(name)
             except OSError as error:
-                raise _moved(f"{name} was removed while in use ({error.strerror})") from error
+                raise _moved(f"{os.path.basename(name)} was removed while in use ({error.strerror})") from error
             if _identity(found) != identity:
-                raise _moved(f"{name} was replaced while in use")
+                raise _moved(f"{os.path.basename(name)} was replaced while in use")
             if name == str(self._path) and found.st_size < self._size:
                 raise _moved(f"it was cut off from {self._size} to {found.st_size} bytes while in use")
 
