@@ -22,6 +22,7 @@ Role = Literal["head", "stage", "raylet", "gcs"]
 ROLES: tuple[Role, ...] = ("head", "stage", "raylet", "gcs")
 _TITLES: dict[Role, str] = {"stage": "StageActor", "raylet": "raylet/raylet", "gcs": "gcs/gcs_server"}
 _PATIENCE_S = 120.0  # nothing waits as long when all is well
+_GONE_WITHIN_S = 10.0
 
 
 def until(condition: Callable[[], object], what: str, within_s: float = _PATIENCE_S) -> None:
@@ -50,33 +51,38 @@ class HeadProcess:
 
     def __init__(self, config: Path, data_dir: Path, log: Path) -> None:
         """Args: `log` gets what the head prints."""
-        self._config = config
-        self._data_dir = data_dir
-        self._log = log
+        self.config = config
+        self.data = data_dir
+        self.log = log
+        self.command = [sys.executable, "-m", "cluster.cli"]  # of the next start, before `serve`
+        self.mark = ""  # of the newest head
         self._process: subprocess.Popen[bytes] | None = None
-        self._mark = ""
 
     def start(self) -> None:
         """Start a head and wait until it is ready."""
-        self._mark = uuid.uuid4().hex
-        command = [sys.executable, "-m", "cluster.cli", "serve", str(self._config)]
-        environment = os.environ | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
-        with self._log.open("ab") as log:
+        self.mark = uuid.uuid4().hex
+        command = [*self.command, "serve", str(self.config)]
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         until(self._is_ready, "a ready head")
 
     def _is_ready(self) -> bool:
         if not self.is_running:
-            raise RuntimeError(f"the head ended: {self._log.read_text(errors='replace')[-2000:]}")
+            raise RuntimeError(f"the head ended: {self.log.read_text(errors='replace')[-3000:]}")
         try:
-            return int(read_state(self._data_dir)["pid"]) == self.pid
+            return int(read_state(self.data)["pid"]) == self.pid
         except Unavailable:
             return False
 
     @property
-    def pid(self) -> int:
+    def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "start() comes first"
-        return self._process.pid
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     @property
     def is_running(self) -> bool:
@@ -84,7 +90,7 @@ class HeadProcess:
 
     def processes(self) -> list[psutil.Process]:
         """Return what runs of the newest head, itself included."""
-        return marked_processes(self._mark)
+        return marked_processes(self.mark)
 
     def find(self, role: Role) -> list[psutil.Process]:
         """Return the processes of the newest head that have a role."""
@@ -92,22 +98,21 @@ class HeadProcess:
             return [psutil.Process(self.pid)]
         return [process for process in self.processes() if _TITLES[role] in _command(process)]
 
-    def wait_for_end(self) -> None:
-        """Return once no process of a head that was killed is left."""
-        assert self._process is not None, "start() comes first"
-        self._process.wait(_PATIENCE_S)
-        until(lambda: not self.processes(), "no process of the killed head survives")
+    def kill(self) -> None:
+        """SIGKILL the head, then wait until nothing of it is left, which takes a moment."""
+        self.process.kill()
+        self.process.wait(_PATIENCE_S)
+        until(lambda: not self.processes(), "no process of the killed head survives", _GONE_WITHIN_S)
 
     def stop(self) -> int:
         """Stop the head in order; returns its exit code."""
-        assert self._process is not None, "start() comes first"
         if self.is_running:
-            self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(_PATIENCE_S)
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(_PATIENCE_S)
 
     def close(self) -> None:
-        """Kill whatever is left."""
-        for process in self.processes() if self._mark else ():
+        """Kill whatever is left of the newest head."""
+        for process in self.processes() if self.mark else ():
             process.kill()
         if self._process is not None:
             self._process.wait()

@@ -158,13 +158,13 @@ def kill_one(head: HeadProcess, client: Client, role: Role, draw: random.Random)
         raise RuntimeError(f"no process of the head is a {role}")
     before = {process.pid for process in head.find("stage")}
     victim = draw.choice(victims)
-    victim.kill()
     began = time.monotonic()
     if role == "head":
-        head.wait_for_end()
+        head.kill()
         began = time.monotonic()
         head.start()
     else:
+        victim.kill()
         until(lambda: not before & {process.pid for process in head.find("stage")}, f"other stages after the {role}")
     until(lambda: all(stage.state == "running" for stage in client.status().stages), "a pipeline that runs again")
     return time.monotonic() - began

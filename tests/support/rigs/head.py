@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,8 @@ from types import TracebackType
 
 import psutil
 
-from cluster.bench.head_process import MARK, marked_processes
+from cluster.bench.head_process import HeadProcess as HeadOfBenchmarks
 from cluster.client.client import Client, Job
-from cluster.client.connection import read_state
-from cluster.client.errors import Unavailable
 from cluster.client.retry import RetryPolicy
 from cluster.engine.runtime import ClusterRuntime
 from cluster.server.head import Head
@@ -44,19 +41,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class HeadProcess:
-    """`longreach serve` over configs/needle; every process it starts inherits a mark, so that none is overlooked."""
+class HeadProcess(HeadOfBenchmarks):
+    """`longreach serve` over configs/needle, on a port of its own."""
 
     def __init__(self, folder: Path, stages: int = 1, server: str = "", shards: int = 1) -> None:
-        self.data = folder / "data"
+        super().__init__(folder / "head.yaml", folder / "data", folder / "head.log")
         self.port = free_port()
-        self.mark = ""
         self.prelude = ""  # Python code that the next head runs before all else
-        self.log = folder / "head.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._marks: list[str] = []
-        self._config = folder / "head.yaml"
-        self._config.write_text(
+        self.config.write_text(
             f"model:\n  path: {NEEDLE}\n  dtype: float32\n  max_model_len: 40k\n"
             "  rope_scaling: {rope_type: yarn, factor: 10.0, original_max_position_embeddings: 4096}\n"
             f"cluster:\n  pipeline_parallel_size: {stages}\n  expert_parallel_size: {shards}\n"
@@ -74,35 +66,11 @@ class HeadProcess:
     ) -> None:
         self.close()
 
-    @property
-    def process(self) -> subprocess.Popen[bytes]:
-        assert self._process is not None, "start() comes first"
-        return self._process
-
     def start(self) -> None:
         """Start a head on the same data directory and port, and wait until it is ready."""
-        self.mark = uuid.uuid4().hex
-        self._marks.append(self.mark)
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
         code = f"{self.prelude}\nfrom cluster.cli.main import main\nmain(prog_name='longreach')"
-        run = ["-c", code] if self.prelude else ["-m", "cluster.cli"]
-        command = [sys.executable, *run, "serve", str(self._config)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        until(self._is_ready, "a ready head")
-
-    def _is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
-        try:
-            return int(read_state(self.data)["pid"]) == self.process.pid
-        except Unavailable:
-            return False
-
-    def kill(self) -> None:
-        """SIGKILL, then wait until no process of this head is left, which takes a moment."""
-        self.process.kill()
-        self.process.wait()
-        until(lambda: not marked_processes(self.mark), "no process of the killed head survives", 10.0)
+        self.command = [sys.executable, *(["-c", code] if self.prelude else ["-m", "cluster.cli"])]
+        super().start()
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -112,31 +80,18 @@ class HeadProcess:
 
     def actors(self) -> list[psutil.Process]:
         """The stage processes."""
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "StageActor" in _title(p)]
+        return self.find("stage")
 
     def daemon(self, name: str) -> psutil.Process:
         """A process of the local Ray by the name of its program."""
-        return next(p for p in psutil.Process(self.process.pid).children(recursive=True) if p.name() == name)
+        return next(process for process in self.processes() if process.name() == name)
 
     def close(self) -> None:
-        """Stop the head if it runs, then whatever is left of any."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(60)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        for mark in self._marks:
-            for process in marked_processes(mark):
-                process.kill()
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return ""
+        """Stop the head if it runs, then whatever is left of it."""
+        if self.is_running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.stop()
+        super().close()
 
 
 class Served:
