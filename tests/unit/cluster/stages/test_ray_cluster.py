@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,7 +250,7 @@ def test_signals_wait_until_native_code_is_left(ray: FakeRay) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def init(**options: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # no other thread may take it, later
         ray.calls.append("start")
 
     ray.init = init  # type: ignore[method-assign]
