@@ -14,6 +14,7 @@ from typing import Any
 
 _LOOK_EVERY_S = 0.5
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
+_WAKE = signal.SIGURG  # ends the wait; ignored where it is not waited for
 
 
 def call_undisturbed(call: Callable[[], object], on_signal: Callable[[int], object]) -> None:
@@ -34,11 +35,10 @@ def call_undisturbed(call: Callable[[], object], on_signal: Callable[[int], obje
             errors.append(error)
         finally:
             ended.set()
-            signal.pthread_kill(main, signal.SIGTERM)
+            signal.pthread_kill(main, _WAKE)
 
     handlers: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    late: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {_WAKE})
     try:
         for each in STOP_SIGNALS:  # for one that meets another thread while the main thread does not wait
             signal.signal(each, lambda number, _: on_signal(number))
@@ -46,13 +46,11 @@ def call_undisturbed(call: Callable[[], object], on_signal: Callable[[int], obje
         thread.start()
         while not ended.is_set():
             if number := _next_signal():
-                (late.append if ended.is_set() else on_signal)(number)
+                on_signal(number)
         thread.join()
-        while pending := signal.sigpending() & STOP_SIGNALS:
-            late.append(signal.sigwait(pending))
-        late.remove(signal.SIGTERM)  # of `run`
-        for number in late:
-            on_signal(number)
+        while pending := signal.sigpending() & (STOP_SIGNALS | {_WAKE}):
+            if (number := signal.sigwait(pending)) != _WAKE:
+                on_signal(number)
     finally:
         for number, handler in handlers.items():
             if handler is not None:  # else it was not made by Python
@@ -63,11 +61,13 @@ def call_undisturbed(call: Callable[[], object], on_signal: Callable[[int], obje
 
 
 def _next_signal() -> int:
-    """Wait for a signal and return its number, or 0 after a while, in which handlers run."""
+    """Wait for a signal and return its number, or 0 for none, after a while in which handlers run."""
     if sys.platform == "darwin":  # it has no time-out there
-        return signal.sigwait(STOP_SIGNALS)
-    found = signal.sigtimedwait(STOP_SIGNALS, _LOOK_EVERY_S)
-    return found.si_signo if found is not None else 0
+        number = signal.sigwait(STOP_SIGNALS | {_WAKE})
+    else:
+        found = signal.sigtimedwait(STOP_SIGNALS | {_WAKE}, _LOOK_EVERY_S)
+        number = found.si_signo if found is not None else 0
+    return 0 if number == _WAKE else int(number)
 
 
 def call_native(call: Callable[[], object]) -> None:
