@@ -135,6 +135,16 @@ class KvCacheSection(Section):
         return self
 
 
+class KvStoreSection(Section):
+    """Where computed KV is kept beyond the process that computed it, and how much of it."""
+
+    enabled: bool = True
+    path: PathValue | None = Field(default=None, description="must be the path of a directory; default: kv in data_dir")
+    max_bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
+    ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
+    block_tokens: PowerOfTwo = Field(default=512, ge=1, le=1 << 20, description="must be a power of two")
+
+
 class ServerSection(Section):
     """Where clients and Prometheus connect (port 0: no listener), and the limits of what clients may ask."""
 
@@ -195,13 +205,16 @@ class Config(Section):
     prefill: PrefillSection = Field(default_factory=PrefillSection)
     sparse: SparseSection = Field(default_factory=SparseSection)
     kv_cache: KvCacheSection = Field(default_factory=KvCacheSection)
+    kv_store: KvStoreSection = Field(default_factory=KvStoreSection)
     server: ServerSection = Field(default_factory=ServerSection)
     data_dir: PathValue = Field(
         default="~/.local/share/longreach", validate_default=True, description="must be the path of a directory"
     )
     security: SecuritySection = Field(default_factory=SecuritySection)
 
-    @field_validator("model", "cluster", "prefill", "sparse", "kv_cache", "server", "security", mode="before")
+    @field_validator(
+        "model", "cluster", "prefill", "sparse", "kv_cache", "kv_store", "server", "security", mode="before"
+    )
     @classmethod
     def _empty_section(cls, value: object) -> object:
         return {} if value is None else value  # `server:` with nothing under it

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 
@@ -16,9 +17,10 @@ from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
-from protos.stage.messages import LoadProgress, ShardSpec, StepPlan, StepResult
+from protos.stage.messages import KvBlock, LoadProgress, ShardSpec, StepPlan, StepResult
 
 _CLOSE_TIMEOUT_S = 2.0
+_KV_TIMEOUT_S = 600.0  # a slow disk and a million tokens
 
 
 class GrpcStageHandle:
@@ -75,6 +77,55 @@ class GrpcStageHandle:
         except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
             raise StageError(f"{self.name}: {_details(error)}") from error
         return reply
+
+    def find_kv(self, keys: Sequence[bytes]) -> int:
+        """Return how many of the first blocks this shard could load from the store. Raises StageError."""
+        return int(self._kv_call(lambda: self._stub.FindKv(pb.KvKeys(keys=keys), **self._kv_options())).blocks)
+
+    def load_kv(self, blocks: Sequence[KvBlock]) -> pb.KvCount:
+        """Read stored blocks into their pages; returns how many, from the first on, are there. Raises StageError."""
+        request = pb.KvBlocks(blocks=map(codec.encode, blocks))
+        reply: pb.KvCount = self._kv_call(lambda: self._stub.LoadKv(request, **self._kv_options()))
+        return reply
+
+    def store_kv(self, blocks: Sequence[KvBlock]) -> pb.KvStored:
+        """Write blocks from their pages, which nobody may change meanwhile. Raises StageError."""
+        request = pb.KvBlocks(blocks=map(codec.encode, blocks))
+        reply: pb.KvStored = self._kv_call(lambda: self._stub.StoreKv(request, **self._kv_options()))
+        return reply
+
+    def list_kv(self) -> list[pb.KvEntries]:
+        """Return everything in the store of the shard's node, in pieces. Raises StageError."""
+        replies: list[pb.KvEntries] = self._kv_call(
+            lambda: list(self._stub.ListKv(pb.KvListRequest(), **self._kv_options()))
+        )
+        return replies
+
+    def drop_kv(self, keys: Sequence[bytes]) -> pb.KvCount:
+        """Remove stored blocks; returns how many were there. Raises StageError."""
+        reply: pb.KvCount = self._kv_call(lambda: self._stub.DropKv(pb.KvKeys(keys=keys), **self._kv_options()))
+        return reply
+
+    def read_kv(self, keys: Sequence[bytes]) -> Iterator[pb.KvFile]:
+        """Yield the files of stored blocks of the shard's node in pieces. Raises StageError."""
+        try:
+            yield from self._stub.ReadKv(pb.KvKeys(keys=keys), **self._kv_options())
+        except (grpc.RpcError, ValueError) as error:
+            raise StageError(f"{self.name}: {_details(error)}") from error
+
+    def write_kv(self, files: Iterator[pb.KvFile]) -> pb.KvCount:
+        """Put files as `read_kv` gave them into the store of the shard's node. Raises StageError."""
+        reply: pb.KvCount = self._kv_call(lambda: self._stub.WriteKv(files, **self._kv_options()))
+        return reply
+
+    def _kv_options(self) -> dict[str, Any]:
+        return {"metadata": self._metadata, "timeout": _KV_TIMEOUT_S}
+
+    def _kv_call(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
+            raise StageError(f"{self.name}: {_details(error)}") from error
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
         """Begin a run, after which plans may be sent.

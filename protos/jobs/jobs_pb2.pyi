@@ -40,10 +40,18 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class DocumentHeader(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "append_to", "max_tokens", "source_hash", "pinned")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    APPEND_TO_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_HASH_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    append_to: str
+    max_tokens: int
+    source_hash: str
+    pinned: bool
+    def __init__(self, name: _Optional[str] = ..., append_to: _Optional[str] = ..., max_tokens: _Optional[int] = ..., source_hash: _Optional[str] = ..., pinned: _Optional[bool] = ...) -> None: ...
 
 class DocumentPiece(_message.Message):
     __slots__ = ("header", "data")
@@ -54,24 +62,74 @@ class DocumentPiece(_message.Message):
     def __init__(self, header: _Optional[_Union[DocumentHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Document(_message.Message):
-    __slots__ = ("id", "name", "size_bytes", "created", "expires")
+    __slots__ = ("id", "name", "size_bytes", "created", "expires", "tokens", "scale_len", "pinned", "used", "stored_tokens", "stored_bytes", "parent", "source_hash", "kernel_family")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_HASH_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     size_bytes: int
     created: float
     expires: float
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created: _Optional[float] = ..., expires: _Optional[float] = ...) -> None: ...
+    tokens: int
+    scale_len: int
+    pinned: bool
+    used: float
+    stored_tokens: int
+    stored_bytes: int
+    parent: str
+    source_hash: str
+    kernel_family: str
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created: _Optional[float] = ..., expires: _Optional[float] = ..., tokens: _Optional[int] = ..., scale_len: _Optional[int] = ..., pinned: _Optional[bool] = ..., used: _Optional[float] = ..., stored_tokens: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., parent: _Optional[str] = ..., source_hash: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
 
 class DocumentRequest(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("id", "pinned")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    pinned: bool
+    def __init__(self, id: _Optional[str] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("id", "without_kv")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_KV_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    without_kv: bool
+    def __init__(self, id: _Optional[str] = ..., without_kv: _Optional[bool] = ...) -> None: ...
+
+class ArchivePiece(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class TokenCount(_message.Message):
+    __slots__ = ("tokens", "size_bytes", "max_model_len")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    size_bytes: int
+    max_model_len: int
+    def __init__(self, tokens: _Optional[int] = ..., size_bytes: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class ListDocumentsRequest(_message.Message):
     __slots__ = ()
@@ -92,14 +150,16 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class DocumentQuestions(_message.Message):
-    __slots__ = ("text", "document_id", "questions")
+    __slots__ = ("text", "document_id", "questions", "read")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
     text: str
     document_id: str
     questions: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, text: _Optional[str] = ..., document_id: _Optional[str] = ..., questions: _Optional[_Iterable[str]] = ...) -> None: ...
+    read: bool
+    def __init__(self, text: _Optional[str] = ..., document_id: _Optional[str] = ..., questions: _Optional[_Iterable[str]] = ..., read: _Optional[bool] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

@@ -54,6 +54,31 @@ class JobsStub:
                 request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentRequest.SerializeToString,
                 response_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Empty.FromString,
                 _registered_method=True)
+        self.AppendDocument = channel.stream_unary(
+                '/longreach.jobs.v1.Jobs/AppendDocument',
+                request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentPiece.SerializeToString,
+                response_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.FromString,
+                _registered_method=True)
+        self.PinDocument = channel.unary_unary(
+                '/longreach.jobs.v1.Jobs/PinDocument',
+                request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.PinRequest.SerializeToString,
+                response_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.FromString,
+                _registered_method=True)
+        self.ExportDocument = channel.unary_stream(
+                '/longreach.jobs.v1.Jobs/ExportDocument',
+                request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.ExportRequest.SerializeToString,
+                response_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.ArchivePiece.FromString,
+                _registered_method=True)
+        self.ImportDocument = channel.stream_unary(
+                '/longreach.jobs.v1.Jobs/ImportDocument',
+                request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.ArchivePiece.SerializeToString,
+                response_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.FromString,
+                _registered_method=True)
+        self.CountTokens = channel.stream_unary(
+                '/longreach.jobs.v1.Jobs/CountTokens',
+                request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentPiece.SerializeToString,
+                response_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.TokenCount.FromString,
+                _registered_method=True)
         self.Submit = channel.unary_unary(
                 '/longreach.jobs.v1.Jobs/Submit',
                 request_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.SubmitRequest.SerializeToString,
@@ -120,6 +145,41 @@ class JobsServicer:
 
     def DeleteDocument(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AppendDocument(self, request_iterator, context):
+        """A new document: another one and the text after it. It keeps the length scale of the first, so that only what was
+        added is read; pieces as of UploadDocument, whose header says after which document.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinDocument(self, request, context):
+        """Pin a document with its stored KV, or let it expire again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportDocument(self, request, context):
+        """A document with its tokens and stored KV as one archive, in pieces, and back; see cluster/jobs/archive.py.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportDocument(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request_iterator, context):
+        """How many tokens a text has, without storing it; pieces as of UploadDocument.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -198,6 +258,31 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.DeleteDocument,
                     request_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentRequest.FromString,
                     response_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Empty.SerializeToString,
+            ),
+            'AppendDocument': grpc.stream_unary_rpc_method_handler(
+                    servicer.AppendDocument,
+                    request_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentPiece.FromString,
+                    response_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.SerializeToString,
+            ),
+            'PinDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinDocument,
+                    request_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.PinRequest.FromString,
+                    response_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.SerializeToString,
+            ),
+            'ExportDocument': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportDocument,
+                    request_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.ExportRequest.FromString,
+                    response_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.ArchivePiece.SerializeToString,
+            ),
+            'ImportDocument': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportDocument,
+                    request_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.ArchivePiece.FromString,
+                    response_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.SerializeToString,
+            ),
+            'CountTokens': grpc.stream_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentPiece.FromString,
+                    response_serializer=longreach_dot_jobs_dot_v1_dot_jobs__pb2.TokenCount.SerializeToString,
             ),
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
@@ -348,6 +433,141 @@ class Jobs:
             '/longreach.jobs.v1.Jobs/DeleteDocument',
             longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentRequest.SerializeToString,
             longreach_dot_jobs_dot_v1_dot_jobs__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AppendDocument(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/longreach.jobs.v1.Jobs/AppendDocument',
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentPiece.SerializeToString,
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.jobs.v1.Jobs/PinDocument',
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.PinRequest.SerializeToString,
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/longreach.jobs.v1.Jobs/ExportDocument',
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.ExportRequest.SerializeToString,
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.ArchivePiece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportDocument(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/longreach.jobs.v1.Jobs/ImportDocument',
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.ArchivePiece.SerializeToString,
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.Document.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/longreach.jobs.v1.Jobs/CountTokens',
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.DocumentPiece.SerializeToString,
+            longreach_dot_jobs_dot_v1_dot_jobs__pb2.TokenCount.FromString,
             options,
             channel_credentials,
             insecure,

@@ -144,6 +144,18 @@ class LoadProgress:
     anonymous_growth_bytes: int = 0  # growth of anonymous memory since before loading
     available_bytes: int = 0  # memory left on the device or host
     error: str = ""
+    kernel_family: str = ""  # which kernels compute here: KV of another family differs in its last bits
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlock:
+    """Consecutive tokens of one prompt, whose KV is one block of the store."""
+
+    key: bytes  # SHA-256 of everything its content depends on, tokens before it included
+    parent: bytes  # key of the block before; empty for the first
+    start: int  # first position
+    token_ids: Sequence[int]
+    pages: Sequence[int]  # that hold it, in order
 
 
 @dataclass(frozen=True, slots=True)

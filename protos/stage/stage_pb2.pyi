@@ -59,36 +59,40 @@ class LoadRequest(_message.Message):
     def __init__(self, model_path: _Optional[str] = ..., model_spec_json: _Optional[str] = ..., shard: _Optional[_Union[ShardSpec, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., load_format: _Optional[str] = ..., store_path: _Optional[str] = ..., group_timeout_s: _Optional[float] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
-    __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error")
+    __slots__ = ("loaded_bytes", "total_bytes", "ready", "anonymous_growth_bytes", "available_bytes", "error", "kernel_family")
     LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     ANONYMOUS_GROWTH_BYTES_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
     loaded_bytes: int
     total_bytes: int
     ready: bool
     anonymous_growth_bytes: int
     available_bytes: int
     error: str
-    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    kernel_family: str
+    def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    KV_STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     kv_dtype: str
     downstream: str
     downstream_socket: str
     upstream_socket: str
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ...) -> None: ...
+    kv_store_path: str
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -237,6 +241,96 @@ class Frame(_message.Message):
 class ActivationsEnd(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class KvBlock(_message.Message):
+    __slots__ = ("key", "parent", "start", "token_ids", "pages")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    parent: bytes
+    start: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., pages: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class KvBlocks(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[KvBlock]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[KvBlock, _Mapping]]] = ...) -> None: ...
+
+class KvKeys(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class KvCount(_message.Message):
+    __slots__ = ("blocks", "damaged", "bytes", "problem")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    damaged: int
+    bytes: int
+    problem: str
+    def __init__(self, blocks: _Optional[int] = ..., damaged: _Optional[int] = ..., bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class KvStored(_message.Message):
+    __slots__ = ("blocks", "bytes", "problem", "is_full")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    IS_FULL_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    bytes: int
+    problem: str
+    is_full: bool
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., problem: _Optional[str] = ..., is_full: _Optional[bool] = ...) -> None: ...
+
+class KvListRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class KvEntry(_message.Message):
+    __slots__ = ("key", "parent", "start", "bytes", "used")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    parent: bytes
+    start: int
+    bytes: int
+    used: float
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., start: _Optional[int] = ..., bytes: _Optional[int] = ..., used: _Optional[float] = ...) -> None: ...
+
+class KvEntries(_message.Message):
+    __slots__ = ("entries", "free_bytes", "node")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[KvEntry]
+    free_bytes: int
+    node: str
+    def __init__(self, entries: _Optional[_Iterable[_Union[KvEntry, _Mapping]]] = ..., free_bytes: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+
+class KvFile(_message.Message):
+    __slots__ = ("key", "name", "data", "is_last")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    name: str
+    data: bytes
+    is_last: bool
+    def __init__(self, key: _Optional[bytes] = ..., name: _Optional[str] = ..., data: _Optional[bytes] = ..., is_last: _Optional[bool] = ...) -> None: ...
 
 class CloseRequest(_message.Message):
     __slots__ = ()

@@ -59,6 +59,41 @@ class StageStub:
                 request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.ProbeReply.FromString,
                 _registered_method=True)
+        self.FindKv = channel.unary_unary(
+                '/longreach.stage.v1.Stage/FindKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+                _registered_method=True)
+        self.LoadKv = channel.unary_unary(
+                '/longreach.stage.v1.Stage/LoadKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+                _registered_method=True)
+        self.StoreKv = channel.unary_unary(
+                '/longreach.stage.v1.Stage/StoreKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvStored.FromString,
+                _registered_method=True)
+        self.ListKv = channel.unary_stream(
+                '/longreach.stage.v1.Stage/ListKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvListRequest.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvEntries.FromString,
+                _registered_method=True)
+        self.DropKv = channel.unary_unary(
+                '/longreach.stage.v1.Stage/DropKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+                _registered_method=True)
+        self.ReadKv = channel.unary_stream(
+                '/longreach.stage.v1.Stage/ReadKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvFile.FromString,
+                _registered_method=True)
+        self.WriteKv = channel.stream_unary(
+                '/longreach.stage.v1.Stage/WriteKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvFile.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+                _registered_method=True)
         self.Close = channel.unary_unary(
                 '/longreach.stage.v1.Stage/Close',
                 request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.CloseRequest.SerializeToString,
@@ -106,6 +141,58 @@ class StageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindKv(self, request, context):
+        """KV outside the pages of this process: blocks of `KvBlock`, stored on this node. Threads of their own answer these
+        calls while steps run. A block counts only when every layer and KV head of the model has it: whoever plans asks all
+        shards, and takes the smallest answer.
+
+        How many of the first blocks this shard could load in full, its own layers and heads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadKv(self, request, context):
+        """Read blocks into pages; the reply counts those before the first that could not be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreKv(self, request, context):
+        """Write blocks from pages, which nobody changes until the reply.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKv(self, request, context):
+        """Everything in the store of this node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropKv(self, request, context):
+        """Remove blocks; the reply counts those that were there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadKv(self, request, context):
+        """The files of blocks as they are stored, in pieces, and back into the store of this node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteKv(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Close(self, request, context):
         """Free the model and stop answering, soon after this call.
         """
@@ -140,6 +227,41 @@ def add_StageServicer_to_server(servicer, server):
                     servicer.Probe,
                     request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.ProbeRequest.FromString,
                     response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.ProbeReply.SerializeToString,
+            ),
+            'FindKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.SerializeToString,
+            ),
+            'LoadKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.SerializeToString,
+            ),
+            'StoreKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvStored.SerializeToString,
+            ),
+            'ListKv': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvListRequest.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvEntries.SerializeToString,
+            ),
+            'DropKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.SerializeToString,
+            ),
+            'ReadKv': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvFile.SerializeToString,
+            ),
+            'WriteKv': grpc.stream_unary_rpc_method_handler(
+                    servicer.WriteKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvFile.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.SerializeToString,
             ),
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
@@ -282,6 +404,195 @@ class Stage:
             '/longreach.stage.v1.Stage/Probe',
             longreach_dot_stage_dot_v1_dot_stage__pb2.ProbeRequest.SerializeToString,
             longreach_dot_stage_dot_v1_dot_stage__pb2.ProbeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/FindKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/LoadKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/StoreKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvStored.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/ListKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvListRequest.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvEntries.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/DropKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/ReadKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvFile.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteKv(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/longreach.stage.v1.Stage/WriteKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvFile.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
             options,
             channel_credentials,
             insecure,

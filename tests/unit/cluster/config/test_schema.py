@@ -55,8 +55,8 @@ BAD = [
     (BASE + "  pagesize: 1\n", "demo.yaml:8: kv_cache.pagesize: 1: unknown key; did you mean 'page_size'?"),
     (BASE.replace("max_model_len", "max_modellen"),
      "demo.yaml:3: model.max_modellen: 4k: unknown key; did you mean 'max_model_len'?"),
-    (BASE + "zzz: 1\n", "demo.yaml:8: zzz: 1: unknown key; valid keys: model, cluster, prefill, sparse, kv_cache, "
-     "server, data_dir, security"),
+    (BASE + "zzz: 1\n", "demo.yaml:8: zzz: 1: unknown key; valid keys: model, cluster, prefill, sparse, "
+     "kv_cache, kv_store, server, data_dir, security"),
     (BASE + "yes: 1\n", "^demo.yaml:8: yes: 1: unknown key"),
     (BASE + "? [a]\n: 1\n", "demo.yaml:8: ?: (a collection): a key must be plain text"),
     (BASE + "  page_size: 32\n", "demo.yaml:8: kv_cache.page_size: 32: given twice; the first is on line 7"),
