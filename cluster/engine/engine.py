@@ -14,8 +14,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.common.errors import EngineError
@@ -72,9 +73,12 @@ class Engine:
     def __init__(
         self, scheduler: Scheduler, shards: Sequence[GrpcStageHandle], tokenizer: TextTokenizer | None,
         eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic,
+        latency: LatencyModel | None = None,
     ) -> None:  # fmt: skip
+        """Args: `latency` is what an engine before this one has learned about the same shards."""
         self.scheduler = scheduler
-        self.latency = LatencyModel(scheduler.spec)
+        self.latency = latency or LatencyModel(scheduler.spec)
+        self.lost_stages: set[int] = set()  # with a shard that is gone or hangs
         self.error = ""  # why the pipeline failed; "" while it works
         self.suspects: frozenset[int] = frozenset()  # sequences that may be the reason; set together with `error`
         self.oldest_plan: StepPlan | None = None  # of those in flight; set by the engine's thread only
@@ -99,12 +103,19 @@ class Engine:
     def start(self) -> None:
         """Connect to the shards and start the thread."""
         for shard in self._shards:
-            shard.connect(lambda results: self._inbox.put(lambda: self._receive(results)), self.fail)
+            on_lost = partial(self.fail, stages=(shard.shard.stage,))
+            shard.connect(lambda results: self._inbox.put(lambda: self._receive(results)), on_lost)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End every unfinished request with an error and leave the shards; may be called twice."""
+        """End every unfinished request with an error, and the shards; may be called twice."""
+        self.stop()
+        for shard in self._shards:
+            shard.close()
+
+    def stop(self) -> None:
+        """End every unfinished request with an error; the shards stay as they are. May be called twice."""
         with self._accepting:
             first, self._closed = not self._closed, True
         if first:
@@ -116,8 +127,6 @@ class Engine:
         elif first:  # it was never started: what was submitted ends here
             self._fail(_STOPPED)
             self._loop()
-        for shard in self._shards:
-            shard.close()
 
     def submit_all(
         self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
@@ -145,8 +154,13 @@ class Engine:
         """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
         self._inbox.put(lambda: self._cancel(handle))
 
-    def fail(self, reason: str) -> None:
-        """Give the pipeline up, as if a shard were lost; any thread may call this, any number of times."""
+    def fail(self, reason: str, stages: Iterable[int] = ()) -> None:
+        """Give the pipeline up, as if a shard were lost; any thread may call this, any number of times.
+
+        Args:
+            stages: those that are the reason, as far as it is known.
+        """
+        self.lost_stages |= set(stages)
         self._inbox.put(lambda: self._fail(reason))
 
     # --- the loop (engine thread) ------------------------------------------------------------------------------------

@@ -1,64 +1,133 @@
-"""One start of a deployment: its stage processes, an engine over them, and a hang detector over both."""
+"""A deployment that runs: its stage processes, an engine over them, and a hang detector over both."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.common.errors import StageError
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
-from cluster.engine.hang_detector import HangDetector
+from cluster.engine.hang_detector import FLOOR_S, HangDetector
+from cluster.engine.latency_model import LatencyModel
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from cluster.stages.launcher import Launched, LaunchStatus
+    from cluster.stages.launcher import Launched, Launcher, LaunchStatus
     from cluster.stages.ray_cluster import RayCluster
+
+_log = logging.getLogger(__name__)
+
+
+class CannotRepair(StageError):
+    """A failed pipeline must be started anew as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A running pipeline; `close` stops it and may be called twice. A failed one is replaced by another `Pipeline`."""
+    """A running pipeline; `close` stops it and may be called twice. A failed one is replaced by another `Pipeline`.
+
+    `repair`, None with one stage, makes that from the same processes, but for those of the stages that are the reason
+    of the failure, which are replaced: the others keep weights and KV. It raises CannotRepair where nothing says which
+    stages are broken, too many are, or Ray is gone, else what `launch_pipeline` raises; this one can then only be
+    closed.
+    """
 
     engine: Engine
     launched: Launched
     close: Callable[[], None]
+    repair: Callable[[], Pipeline] | None = None
 
 
 def launch_pipeline(
-    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster, on_status: Callable[[LaunchStatus], None]
-) -> Pipeline:
+    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster,
+    on_status: Callable[[LaunchStatus], None], floor_s: float = FLOOR_S,
+) -> Pipeline:  # fmt: skip
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
+
+    Args:
+        floor_s: see `HangDetector`.
 
     Raises:
         PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running but Ray.
     """
     from cluster.stages.launcher import Launcher  # loads grpc
 
-    config, spec = deployment.config, deployment.spec
     launcher = Launcher(deployment, ray, on_status)
-    with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes
+    with ExitStack() as steps:
         steps.callback(launcher.close)
         launched = launcher.start()
+        assembly = _Assembly(deployment, tokenizer, ray, launcher, floor_s)
+        pipeline = assembly.connect(launched, PagePool(launched.num_pages))
+        steps.pop_all()
+        return pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class _Assembly:
+    """What a pipeline and its repaired successors are made of."""
+
+    deployment: Deployment
+    tokenizer: TextTokenizer | None
+    ray: RayCluster
+    launcher: Launcher
+    floor_s: float
+
+    def connect(self, launched: Launched, pool: PagePool, latency: LatencyModel | None = None) -> Pipeline:
+        """Start an engine over running stages; whatever fails, the engine is closed, the launcher is the caller's."""
+        engine = self._engine(launched, pool, latency)
+        with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes
+            steps.callback(engine.close)
+            engine.start()
+            hang_detector = HangDetector(engine, launched.shards, self.floor_s)
+            steps.callback(hang_detector.close)
+            hang_detector.start()
+            self.ray.watch(engine.fail)
+            stop = steps.pop_all()
+        closing = ExitStack()
+        closing.callback(self.launcher.close)
+        closing.push(stop)
+
+        def repair() -> Pipeline:
+            hang_detector.close()
+            return self._repair(engine, launched, pool)
+
+        has_others = self.deployment.config.cluster.pipeline_parallel_size > 1
+        return Pipeline(engine, launched, closing.close, repair if has_others else None)
+
+    def _engine(self, launched: Launched, pool: PagePool, latency: LatencyModel | None) -> Engine:
+        config, spec = self.deployment.config, self.deployment.spec
         scheduler = Scheduler(
-            PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
-            config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec,
+            pool, config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
+            config.prefill.max_num_seqs, cache_root(self.deployment, launched.fingerprint), spec=spec,
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
         )  # fmt: skip
-        ends = {*spec.eos_token_ids, *(tokenizer.end_ids if tokenizer is not None else ())}
-        engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends))
-        steps.callback(engine.close)
-        engine.start()
-        hang_detector = HangDetector(engine, launched.shards)
-        steps.callback(hang_detector.close)
-        hang_detector.start()
-        ray.watch(engine.fail)
-        return Pipeline(engine, launched, steps.pop_all().close)
+        ends = {*spec.eos_token_ids, *(self.tokenizer.end_ids if self.tokenizer is not None else ())}
+        return Engine(scheduler, launched.shards, self.tokenizer, sorted(ends), latency=latency)
+
+    def _repair(self, failed: Engine, launched: Launched, pool: PagePool) -> Pipeline:
+        """Replace the broken stages under a failed engine; pages that the new shards do not have are forgotten."""
+        from cluster.stages.launcher import broken_stages  # loads grpc
+
+        failed.stop()
+        if self.ray.lost:
+            raise CannotRepair(self.ray.lost)
+        broken = broken_stages(launched.shards) | failed.lost_stages
+        num_stages = self.deployment.config.cluster.pipeline_parallel_size
+        if not broken or 2 * len(broken) > num_stages:
+            raise CannotRepair(f"{len(broken)} of {num_stages} stages are broken")
+        _log.warning("replacing stage %s of %d", ", ".join(map(str, sorted(broken))), num_stages)
+        repaired = self.launcher.repair(launched, broken)
+        pool.release_all()
+        pool.unpublish(pool.published())
+        return self.connect(repaired, pool, failed.latency)
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:

@@ -230,7 +230,9 @@ def test_a_plan_that_cannot_be_read_ends_the_request(running: Stages):
     engine = running.run_engine()
     ticket = long_request(engine)
     sample = pb.SampleSpec(params=pb.SamplingParams(temperature=-1))
-    running.handles[0]._plans.put(pb.StepPlans(plans=[pb.StepPlan(slices=[pb.SequenceSlice(sample=sample)])]))
+    run = running.handles[0]._run
+    assert run is not None
+    run.plans.put(pb.StepPlans(plans=[pb.StepPlan(slices=[pb.SequenceSlice(sample=sample)])]))
     with pytest.raises(EngineError, match=r"stage 0 shard 0.*: a plan cannot be read: temperature"):
         ticket.wait(10)
 

@@ -70,6 +70,9 @@ class FakeShard:
         self._gate.release(1000)
         self._queue.put(None)
 
+    def disconnect(self) -> None:
+        self._queue.put(None)
+
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
         if self.closed:
             raise StageError(f"{self.name} does not answer")

@@ -76,7 +76,7 @@ class Stages:
                 (stage, 0): StageAddress("", f"unix:{self.socket(stage)}", "" if same_node else str(stage), 0)
                 for stage in range(shard.num_stages)
             }
-            links = links_of(shard, addresses, self.folder)
+            links = links_of(shard, addresses, self.folder, 0)
             handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE, **links), 60)
 
     def run_engine(self) -> Engine:
