@@ -13,7 +13,7 @@ from cluster.common.errors import StageError
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
-from cluster.engine.hang_detector import FLOOR_S, HangDetector
+from cluster.engine.hang_detector import HangDetector
 from cluster.engine.latency_model import LatencyModel
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
@@ -47,13 +47,9 @@ class Pipeline:
 
 
 def launch_pipeline(
-    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster,
-    on_status: Callable[[LaunchStatus], None], floor_s: float = FLOOR_S,
-) -> Pipeline:  # fmt: skip
+    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster, on_status: Callable[[LaunchStatus], None]
+) -> Pipeline:
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
-
-    Args:
-        floor_s: see `HangDetector`.
 
     Raises:
         PreflightError, NodeError, CheckpointError, PlacementError, StageError: nothing is left running but Ray.
@@ -64,7 +60,7 @@ def launch_pipeline(
     with ExitStack() as steps:
         steps.callback(launcher.close)
         launched = launcher.start()
-        assembly = _Assembly(deployment, tokenizer, ray, launcher, floor_s)
+        assembly = _Assembly(deployment, tokenizer, ray, launcher)
         pipeline = assembly.connect(launched, PagePool(launched.num_pages))
         steps.pop_all()
         return pipeline
@@ -78,7 +74,6 @@ class _Assembly:
     tokenizer: TextTokenizer | None
     ray: RayCluster
     launcher: Launcher
-    floor_s: float
 
     def connect(self, launched: Launched, pool: PagePool, latency: LatencyModel | None = None) -> Pipeline:
         """Start an engine over running stages; whatever fails, the engine is closed, the launcher is the caller's."""
@@ -86,7 +81,7 @@ class _Assembly:
         with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes
             steps.callback(engine.close)
             engine.start()
-            hang_detector = HangDetector(engine, launched.shards, self.floor_s)
+            hang_detector = HangDetector(engine, launched.shards)
             steps.callback(hang_detector.close)
             hang_detector.start()
             self.ray.watch(engine.fail)
