@@ -49,6 +49,7 @@ class FakeShard:
         self.group = 1  # results that are given back together
         self.fail_at: int | None = None
         self.closed = 0
+        self.state = "running"
         self.deadly: Callable[[StepPlan], bool] = lambda plan: False  # whether the process dies of a plan
         self.report: Callable[[StepPlan], tuple[CellReport, ...]] = lambda plan: ()  # of sparse cells
         self._clock = clock
@@ -76,7 +77,7 @@ class FakeShard:
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
         if self.closed:
             raise StageError(f"{self.name} does not answer")
-        return pb.ProbeReply(state="running", steps_done=len(self.plans), layers_done=len(self.plans))
+        return pb.ProbeReply(state=self.state, steps_done=len(self.plans), layers_done=len(self.plans))
 
     def hold(self) -> None:
         self._gate = threading.Semaphore(0)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.common.errors import StageError
+from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import load_deployment
-from cluster.engine.pipeline import Pipeline, launch_pipeline
+from cluster.engine.pipeline import CannotRepair, Pipeline, launch_pipeline
 from cluster.stages import launcher as launcher_module
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.tokenizer import TextTokenizer
 from tests.support.data.specs import generation_spec
 from tests.support.data.tokenizers import sentencepiece_like, wrap
-from tests.support.fakes.stage import WAIT, Clock, FakeShard, submit
+from tests.support.fakes.stage import WAIT, Clock, FakeShard, eventually, submit
 from tests.support.paths import CONFIGS, NEEDLE
 
 
@@ -87,3 +88,122 @@ def test_nothing_is_left_of_a_start_that_fails(launch: Any, fails_at: str, log: 
     with pytest.raises(StageError):
         launch(fails_at)
     assert FakeLauncher.log == log
+
+
+# --- repairs ---------------------------------------------------------------------------------------------------------
+
+
+class TwoStages:
+    """A launcher of two fake stages, which can be repaired."""
+
+    def __init__(self, deployment: object, ray: object, on_status: object) -> None:
+        self.clock = Clock()
+        self.repaired: list[frozenset[int]] = []
+        self.error: Exception | None = None
+        self.closed = 0
+        type(self).made = self
+
+    made: TwoStages
+
+    def start(self) -> Any:
+        self.shards = [FakeShard(stage, 2, lambda sequence, index: 100 + index, self.clock) for stage in (0, 1)]
+        return self._launched(1)
+
+    def repair(self, launched: Any, stages: frozenset[int]) -> Any:
+        self.repaired.append(stages)
+        if self.error is not None:
+            self.close()
+            raise self.error
+        for stage in stages:
+            self.shards[stage] = FakeShard(stage, 2, lambda sequence, index: 100 + index, self.clock)
+        return self._launched(launched.epoch + 1)
+
+    def _launched(self, epoch: int) -> Any:
+        return SimpleNamespace(
+            shards=tuple(self.shards), num_pages=64, fingerprint="f", dtype="float32", pids=(1, 2), epoch=epoch
+        )
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pipeline]:
+    monkeypatch.setattr(launcher_module, "Launcher", TwoStages)
+    settings = {"data_dir": str(tmp_path), "cluster.pipeline_parallel_size": 2}
+    deployment = load_deployment(CONFIGS / "single.yaml", settings)
+    pipeline = launch_pipeline(deployment, TextTokenizer.open(NEEDLE), RayCluster("local"), lambda status: None)
+    yield pipeline
+    pipeline.close()
+
+
+def fail(pipeline: Pipeline, error: str, stages: Iterable[int] = ()) -> None:
+    pipeline.engine.fail(error, stages)
+    eventually(lambda: bool(pipeline.engine.error))
+
+
+def test_the_engine_is_made_anew_over_the_same_pages(two: Pipeline) -> None:
+    launcher, (first, second) = TwoStages.made, TwoStages.made.shards
+    prompt = generation_spec([5 + i % 7 for i in range(600)], 3)
+    assert submit(two.engine, prompt).wait(WAIT).token_ids == (100, 101, 102)
+    pool = two.engine.scheduler.pool
+    assert pool.published()
+    second.hold()
+    handle = submit(two.engine, generation_spec([9, 9], 3))
+    second.lose("stage 1 shard 0 is gone")
+    with pytest.raises(EngineError):
+        handle.wait(WAIT)
+    assert two.engine.lost_stages == {1}
+    assert two.repair is not None
+    repaired = two.repair()
+    assert launcher.repaired == [frozenset({1})]
+    assert (repaired.launched.epoch, repaired.launched.shards[0]) == (2, first)
+    assert repaired.engine.scheduler.pool is pool
+    assert (pool.usage, pool.published()) == (0.0, []), "the new stage has none of the pages"
+    assert repaired.engine.latency is two.engine.latency
+    assert submit(repaired.engine, prompt).wait(WAIT).token_ids == (100, 101, 102)
+    assert (first.closed, launcher.closed) == (0, 0)
+    repaired.close()
+    assert (first.closed, launcher.closed) == (1, 1)
+
+
+def test_a_stage_that_failed_by_itself_is_found(two: Pipeline) -> None:
+    """The error that came first is that of a neighbour."""
+    TwoStages.made.shards[1].state = "failed"
+    fail(two, "stage 0 shard 0, step 7: the last stage is gone")
+    assert two.repair is not None
+    two.repair().close()
+    assert TwoStages.made.repaired == [frozenset({1})]
+
+
+@pytest.mark.parametrize(("lost", "reason"), [((), "0 of 2 stages are broken"), ((0, 1), "2 of 2 stages are broken")])
+def test_what_cannot_be_repaired(two: Pipeline, lost: tuple[int, ...], reason: str) -> None:
+    fail(two, "hung", lost)
+    assert two.repair is not None
+    with pytest.raises(CannotRepair, match=reason):
+        two.repair()
+    assert TwoStages.made.repaired == []
+
+
+def test_without_ray_nothing_is_repaired(two: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RayCluster, "lost", "gcs_server ended")
+    fail(two, "gcs_server ended", [0])
+    assert two.repair is not None
+    with pytest.raises(CannotRepair, match="gcs_server ended"):
+        two.repair()
+
+
+def test_a_repair_that_fails_can_be_closed(two: Pipeline) -> None:
+    TwoStages.made.error = StageError("no weights")
+    fail(two, "lost", [0])
+    assert two.repair is not None
+    with pytest.raises(StageError, match="no weights"):
+        two.repair()
+    two.close()
+    assert TwoStages.made.closed == 2
+
+
+def test_one_stage_cannot_be_repaired(launch: Any) -> None:
+    pipeline: Pipeline = launch()
+    assert pipeline.repair is None
+    pipeline.close()
