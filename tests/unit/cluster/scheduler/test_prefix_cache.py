@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
+from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import FinishReason, Status
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampledToken
@@ -323,7 +324,7 @@ def test_a_follower_of_a_cancelled_leader_returns_to_its_own_scale():
 
 def test_pages_are_pending_from_admission_to_computation():
     pool = PagePool(16)
-    cache = PrefixCache(pool, PAGE, b"root", None)
+    cache = PrefixCache(pool, PAGE, PrefixKeys(b"root", PAGE, None))
     first, second, third = (request(i, [*range(3 * PAGE), i]) for i in (1, 2, 3))
     for item in (first, second, third):
         cache.prepare(item)
@@ -352,7 +353,7 @@ def test_pages_are_pending_from_admission_to_computation():
 
 def test_the_first_to_announce_a_page_computes_it():
     pool = PagePool(16)
-    cache = PrefixCache(pool, PAGE, b"root", None)
+    cache = PrefixCache(pool, PAGE, PrefixKeys(b"root", PAGE, None))
     first, second, third = (request(i, [*range(PAGE), i]) for i in (1, 2, 3))
     for item in (first, second, third):
         cache.prepare(item)
