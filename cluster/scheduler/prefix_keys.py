@@ -1,9 +1,10 @@
 """Hashes of prompt pages and blocks: a hash stands for some tokens and everything else that their KV depends on.
 
 That is the tokens before them, the model, whether its rows are sparse, the kernels that computed it, whose it is (the
-cache salt), and the length `n` of the length scale `s(n)` of dual chunk attention. Prompts share pages at equal length scale only: questions of one job use the length of the
-longest of them. Where it is asked for (`prefill.share_across_lengths`), a prompt may also adopt pages computed at
-another length if `s ** 2`, the factor on its logits, hardly differs; the lengths in use are remembered for that.
+cache salt), and the length `n` of the length scale `s(n)` of dual chunk attention. Prompts share pages at equal length
+scale only: questions of one job use the length of the longest of them. Where it is asked for
+(`prefill.share_across_lengths`), a prompt may also adopt pages computed at another length if `s ** 2`, the factor on
+its logits, hardly differs; the lengths in use are remembered for that.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Origin(NamedTuple):
     cache_salt: str = ""  # whose it is, if not everybody's
 
 
+OWN = Origin()
+
+
 class PrefixKeys:
     """Hashes the prompts of one deployment, and knows under which lengths their pages may be found.
 
@@ -78,12 +82,12 @@ class PrefixKeys:
         assert self._spec.dual_chunk is not None, "without dual chunk attention there is one length key"
         return key or self._spec.dual_chunk.original_max_position_embeddings
 
-    def hashes(self, prompt: Sequence[int], key: int, origin: Origin = Origin()) -> Iterator[bytes]:
+    def hashes(self, prompt: Sequence[int], key: int, origin: Origin = OWN) -> Iterator[bytes]:
         """Yield the hashes of the pages whose KV does not depend on where the prompt ends, each computed when taken."""
         pages = page_hashes(prompt, self._page_size, self._root_of(len(prompt), key, origin))
         return islice(pages, self._stable(prompt) // self._page_size)
 
-    def block_keys(self, prompt: Sequence[int], key: int, origin: Origin = Origin()) -> Iterator[bytes]:
+    def block_keys(self, prompt: Sequence[int], key: int, origin: Origin = OWN) -> Iterator[bytes]:
         """Yield the keys of the blocks whose KV does not depend on where the prompt ends; none without a store."""
         if not self._block_tokens:
             return iter(())

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.scheduler.prefix_keys import Origin
+from cluster.scheduler.prefix_keys import OWN, Origin
 from protos.stage.messages import SampledToken, SamplingParams
 
 
@@ -53,7 +53,7 @@ class Request:
     stop: StopRules
     priority: int = 0  # higher is admitted earlier
     pinned_len: int = 0  # length whose length scale it uses, that of the longest prompt of its job; 0: its own
-    origin: Origin = Origin()  # with whose prompts it shares KV
+    origin: Origin = OWN  # with whose prompts it shares KV
     document_id: str = ""  # that the prompt is about
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
