@@ -12,9 +12,12 @@ from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
+from cluster.kv_store.store import FLUSH_S, KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
+
+_SCHEMA = "longreach kv 1"  # of keys; another one finds nothing that was stored before
 
 if TYPE_CHECKING:
     from cluster.stages.launcher import Launched, LaunchStatus
@@ -31,8 +34,9 @@ class Pipeline:
 
 
 def launch_pipeline(
-    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster, on_status: Callable[[LaunchStatus], None]
-) -> Pipeline:
+    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster,
+    on_status: Callable[[LaunchStatus], None], store: KvStore,
+) -> Pipeline:  # fmt: skip
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
 
     Raises:
@@ -45,14 +49,18 @@ def launch_pipeline(
     with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes
         steps.callback(launcher.close)
         launched = launcher.start()
+        pool = PagePool(launched.num_pages)
         scheduler = Scheduler(
-            PagePool(launched.num_pages), config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
+            pool, config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
             config.prefill.max_num_seqs, cache_root(deployment, launched.fingerprint), spec=spec,
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
+            block_tokens=store.block_tokens, kernel_family=launched.kernel_family,
         )  # fmt: skip
         ends = {*spec.eos_token_ids, *(tokenizer.end_ids if tokenizer is not None else ())}
-        engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends))
+        engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends), store=store if store.is_enabled else None)
         steps.callback(engine.close)
+        store.attach(launched.shards, engine.post, pool)
+        steps.callback(lambda: store.detach(0.0 if engine.error else FLUSH_S))
         engine.start()
         hang_detector = HangDetector(engine, launched.shards)
         steps.callback(hang_detector.close)
@@ -62,8 +70,11 @@ def launch_pipeline(
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
-    """Return a digest of what the content of a KV page depends on besides its tokens."""
-    spec = deployment.spec
-    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
-    parts = (fingerprint, *kv, *map(repr, positions))
-    return hashlib.sha256("\0".join(parts).encode()).digest()
+    """Return a digest of what the content of KV depends on besides its tokens, its length scale and the kernels.
+
+    That is the checkpoint, everything in the spec (positions, dual chunk attention, the sparse cell and budgets), and
+    the types of computation and of KV. Not the layout, nor the size of steps or pages: they change the order of sums,
+    and so the last bits of what is computed, as steps of other requests do, but not what is computed.
+    """
+    values = (_SCHEMA, fingerprint, compute_dtype(deployment), kv_dtype(deployment), deployment.spec.to_json())
+    return hashlib.sha256("\0".join(values).encode()).digest()

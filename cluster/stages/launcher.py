@@ -55,6 +55,7 @@ class Launched:
     fingerprint: str
     dtype: str
     pids: tuple[int, ...]  # of the stage processes, each on its own node
+    kernel_family: str = ""  # of all shards: kernels that compute KV
 
 
 class Launcher:
@@ -111,7 +112,8 @@ class Launcher:
         num_pages = count_pages(self._deployment, loaded, max_shards_per_node)
         self._connect(addresses, num_pages)
         pids = tuple(address.pid for address in addresses)
-        return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids)
+        family = "+".join(sorted({progress.kernel_family for progress in loaded}))
+        return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids, family)
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
@@ -191,10 +193,13 @@ class Launcher:
         by_rank = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         assert self._run_dir is not None
         run_dir = self._run_dir.path
+        store_path = str(self._deployment.kv_store_path or "")
 
         def request(shard: ShardSpec) -> pb.StartRequest:
             links = links_of(shard, by_rank, run_dir)
-            return pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
+            return pb.StartRequest(
+                num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=store_path, **links
+            )
 
         threads = ThreadPoolExecutor(len(self._shards))
         started = [threads.submit(handle.start, request(handle.shard), _START_TIMEOUT_S) for handle in self._shards]

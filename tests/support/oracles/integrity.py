@@ -67,10 +67,10 @@ def check_pool(pool: PagePool, owned: Iterable[Sequence[int]] = ()) -> None:
     assert len(pool._hash_of) == len(pool._page_of), "hash index out of step"
     for key, page in pool._page_of.items():
         assert pool._hash_of.get(page) == key, f"page {page}: hash index out of step"
-    for page in pool._block_of:
+    for page in pool._blocks_of:
         assert page in pool._hash_of, f"page {page} belongs to a stored block but nobody finds it"
     for key, block in pool._blocks.items():
-        assert all(pool._block_of.get(page) == key for page in block.pages), "a stored block lacks pages"
+        assert all(key in pool._blocks_of[page] for page in block.pages), "a stored block lacks pages"
     for page, count in pool._pins.items():
         assert count > 0, f"page {page}: {count} pins"
         assert expected_state(pool, page) != _FREE, f"page {page} is pinned but free"

@@ -11,6 +11,7 @@ import pytest
 from cluster.common.errors import StageError
 from cluster.config.deployment import load_deployment
 from cluster.engine.pipeline import Pipeline, launch_pipeline
+from cluster.kv_store.store import KvStore
 from cluster.stages import launcher as launcher_module
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.tokenizer import TextTokenizer
@@ -45,7 +46,9 @@ class FakeLauncher:
             connect(*callbacks)
 
         shard.close, shard.connect = closing, connecting  # type: ignore[method-assign]
-        return SimpleNamespace(shards=(shard,), num_pages=64, fingerprint="f", dtype="float32", pids=(1,))
+        return SimpleNamespace(
+            shards=(shard,), num_pages=64, fingerprint="f", dtype="float32", pids=(1,), kernel_family="fake"
+        )
 
     def close(self) -> None:
         self.log.append("launcher closed")
@@ -58,7 +61,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def start(fails_at: str = "") -> Pipeline:
         monkeypatch.setattr(FakeLauncher, "fails_at", fails_at)
-        return launch_pipeline(deployment, TextTokenizer.open(NEEDLE), RayCluster("local"), lambda status: None)
+        tokenizer, store = TextTokenizer.open(NEEDLE), KvStore(deployment.config.kv_store)
+        return launch_pipeline(deployment, tokenizer, RayCluster("local"), lambda status: None, store)
 
     return start
 

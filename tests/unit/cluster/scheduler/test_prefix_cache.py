@@ -166,6 +166,20 @@ def test_pages_of_a_last_cell_do_not_stand_for_those_of_a_longer_prompt(spec: Mo
     assert third.num_cached == 256
 
 
+@pytest.mark.parametrize(("first", "second"), [(127, 128), (64, 65), (127, 100), (130, 170)])
+@pytest.mark.parametrize("spec", [SPARSE, GRID])
+def test_prompts_that_part_inside_a_cell_share_none_of_its_pages(spec: ModelSpec, first: int, second: int):
+    harness = Harness(pages=120, spec=spec)
+    one, other = (
+        [*range(common), *range(base, base + 300 - common)] for common, base in ((first, 2000), (second, 3000))
+    )
+    finish(harness, request(1, one))
+    finish(harness, request(2, other, pinned_len=300))
+    finish(harness, again := request(3, other, pinned_len=300))  # the pages of the second, none of the first
+    assert again.num_cached >= 256
+    check_cells(harness, spec)
+
+
 @pytest.mark.parametrize("spec", [SPARSE, GRID, SCALED])
 def test_questions_on_one_document_wait_and_share(spec: ModelSpec):
     document = list(range(1000, 1640))
