@@ -73,8 +73,8 @@ class KvStore:
         self._retained: frozenset[bytes] = frozenset()
         self._to_drop: set[bytes] = set()  # until a pipeline is attached
         self._told: dict[bytes, set[str]] = {}  # key -> documents that are known to have it
-        self._full_until: float | None = None
-        self._has_warned = False  # that the disk is full, since the last write that succeeded
+        self.is_full = False  # the last write found no room on the disk: storing pauses
+        self._full_until = 0.0
         self._calls: ShardCalls | None = None
         self._engine: EngineCalls | None = None
         self._pool: PagePool | None = None
@@ -232,7 +232,7 @@ class KvStore:
         for block in blocks:
             self.index.add(block.key, block.parent, block.start, each, self.now())
         self.stats.add(stored_blocks=len(blocks), stored_bytes=sum(sizes), store_s=seconds)
-        self._has_warned = self._has_warned and not blocks
+        self.is_full = self.is_full and not blocks
 
     def end_write(self) -> None:
         """Drop what was forgotten while it was written."""
@@ -250,27 +250,19 @@ class KvStore:
                 else:
                     self._told.setdefault(offer.key, set()).add(offer.document_id)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether storing pauses because the disk is full."""
-        return self._full_until is not None
-
     def pause(self, problem: str) -> None:
         """Store nothing for a while: the disk is full."""
         self._full_until = self._monotonic() + PAUSE_S
-        if not self._has_warned:
+        if not self.is_full:
             _log.warning(
                 "kv_store: the disk is full: jobs go on and no KV is stored, tried again every %.0f s (%s): free space "
                 "there, or lower kv_store.max_bytes", PAUSE_S, problem,
             )  # fmt: skip
-        self._has_warned = True
+        self.is_full = True
 
     def pause_left(self) -> float:
-        """Return the seconds until writing is tried again."""
-        return max(0.0, (self._full_until or 0.0) - self._monotonic())
-
-    def end_pause(self) -> None:
-        self._full_until = None
+        """Return the seconds until writing is tried again, 0 when it is now."""
+        return max(0.0, self._full_until - self._monotonic())
 
     def make_room(self) -> bool:
         """Drop what is above the quota; returns False if so much is retained that it stays above."""

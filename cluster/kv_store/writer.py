@@ -68,11 +68,10 @@ class KvWriter:
         store = self._store
         store.tell_stored([offer for offer in offers if store.index.has(offer.key)])
         missing = [offer for offer in offers if not store.index.has(offer.key)]
-        while missing and store.is_full and not self._closing.wait(store.pause_left()):
-            store.end_pause()
-        if not missing or self._closing.is_set():
+        if not missing or self._closing.wait(store.pause_left()):
             return
-        if not store.make_room():
+        is_reachable = not missing[0].start or store.index.has(missing[0].parent)
+        if not is_reachable or not store.make_room():
             self._drop(missing)
             return
         blocks = self._engine.call(lambda: self._pin(missing))

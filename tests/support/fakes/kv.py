@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +84,7 @@ class FakeKvShard:
         entries = [
             pb.KvEntry(
                 key=key, parent=disk.blocks[key].parent, start=disk.blocks[key].start,
-                bytes=len(shards) * disk.block_bytes, used=disk.used.get(key, 0.0),
+                bytes=len(shards) * disk.block_bytes, used=disk.used.get(key, time.time()),
             )
             for key, shards in disk.written.items()
         ]  # fmt: skip
