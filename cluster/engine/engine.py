@@ -26,8 +26,8 @@ from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestHandle
-from cluster.engine.stored_kv import StoredKv
 from cluster.kv_store.store import KvStore
+from cluster.kv_store.stored_kv import StoredKv
 from cluster.scheduler.prefix_keys import Origin
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler

@@ -235,7 +235,8 @@ class ClusterRuntime:
             "max_model_len": self.max_model_len,
             "kv_usage": self.kv_usage,
             "kv_tokens": num_pages * config.kv_cache.page_size,
-            "kv_store": self.kv_store.status(),
+            "kv_store_bytes": self.kv_store.size_bytes,
+            "kv_store_max_bytes": self.kv_store.max_bytes,
             "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
             "version": self.version,
         }

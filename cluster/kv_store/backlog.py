@@ -26,13 +26,18 @@ class Backlog:
 
     def put(self, offers: Sequence[Offer]) -> int:
         """Queue offers; returns how many of them there is no room for."""
+        dropped = 0
         with self._changed:
-            new = [offer for offer in offers if (offer.key, offer.document_id) not in self._keys]
-            room = max(0, _MAX_OFFERS - len(self._offers))
-            self._offers.extend(new[:room])
-            self._keys.update((offer.key, offer.document_id) for offer in new[:room])
+            for offer in offers:
+                if (offer.key, offer.document_id) in self._keys:
+                    continue
+                if len(self._offers) >= _MAX_OFFERS:
+                    dropped += 1
+                    continue
+                self._offers.append(offer)
+                self._keys.add((offer.key, offer.document_id))
             self._changed.notify_all()
-            return len(new) - len(new[:room])
+        return dropped
 
     def take(self, limit: int) -> list[Offer]:
         """Wait for offers; returns up to `limit` that follow each other in one prompt, none once it is closed."""

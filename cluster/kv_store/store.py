@@ -346,12 +346,12 @@ class KvStore:
             except BaseException:  # noqa: BLE001 - the files are gone whatever is noted of it
                 _log.exception("stored KV that was dropped could not be noted")
 
-    def status(self) -> dict[str, Any]:
-        """Return size and quota, over all nodes."""
-        return {
-            "enabled": self.is_enabled,
-            "bytes": sum(self.index.node_bytes.values()),
-            "max_bytes": sum(self._limits.values()),
-            "blocks": len(self.index),
-            "is_full": self.is_full,
-        }
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the stores of all nodes."""
+        return sum(self.index.node_bytes.values())
+
+    @property
+    def max_bytes(self) -> int:
+        """The quotas of all nodes together, 0 while no node is known."""
+        return sum(self._limits.values())

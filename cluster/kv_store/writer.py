@@ -22,7 +22,7 @@ from protos.stage.messages import KvBlock
 if TYPE_CHECKING:
     from cluster.kv_store.store import KvStore
 
-BATCH = 8  # blocks of a write, and so the most that are pinned
+BATCH = 4  # blocks of a write, and so the most that are pinned
 PAUSE_S = 60.0  # after a write for which the disk had no room
 _log = logging.getLogger(__name__)
 

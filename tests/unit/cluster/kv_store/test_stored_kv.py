@@ -117,7 +117,7 @@ def test_others_run_while_stored_kv_is_loaded() -> None:
 
 def test_a_slow_disk_means_fewer_blocks_and_no_slower_step() -> None:
     disk = FakeDisk()
-    with Rig(disk=disk, pages=30) as rig:
+    with Rig(disk=disk, pages=40) as rig:
         rig.shards[0].kv_gate = threading.Event()
         for base in (1000, 2000, 3000):  # one fits at a time
             rig.run([*range(base, base + 320), 1])
@@ -141,12 +141,12 @@ def test_a_full_disk_pauses_storing_and_warns_once(
             assert result.finish_reason is FinishReason.LENGTH
         eventually(lambda: rig.store.stats.not_stored_blocks == 20)
         assert rig.shards[0].kv_calls.count("store") <= 2 * 5, "tried again for new blocks only"
-        assert rig.store.status()["is_full"]
+        assert rig.store.is_full
         assert [line for line in caplog.messages if "the disk is full" in line] == [caplog.messages[0]]
         disk.is_full = False
         rig.run([*range(3000, 3320), 1])
         eventually(lambda: stored(rig) == 10)
-        assert not rig.store.status()["is_full"]
+        assert not rig.store.is_full
         assert rig.store.stats.not_stored_blocks == 20
 
 
