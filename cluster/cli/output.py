@@ -256,9 +256,11 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
         say_json(asdict(status) | {"address": address})
         return
     say(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
+    quota = status.kv_store_max_bytes
+    stored = f"stored KV {format_bytes(status.kv_store_bytes)} of {format_bytes(quota)}; " if quota else ""
     click.echo(  # numbers only
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
-        f"contexts up to {status.max_model_len:,} tokens\n"
+        f"{stored}contexts up to {status.max_model_len:,} tokens\n"
     )
     if status.problem:
         click.echo(f"not serving: {escape_unprintable(status.problem)}\n")

@@ -139,6 +139,7 @@ class ClusterStatus:
     """The cluster at one moment: `queued` and `running` count jobs, `kv_usage` is a share from 0 to 1.
 
     `max_model_len` bounds a prompt and its answer together, `kv_tokens` is what the KV cache holds, both in tokens.
+    `kv_store_bytes` of KV are stored on disk, at most `kv_store_max_bytes` (0: none, or not known yet).
     `problem` says why the head does not serve as it should and is empty when all is well.
     """
 
@@ -152,6 +153,8 @@ class ClusterStatus:
     uptime_s: float
     version: str
     problem: str = ""
+    kv_store_bytes: int = 0
+    kv_store_max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,12 @@ from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
 from cluster.engine.latency_model import LatencyModel
+from cluster.kv_store.store import FLUSH_S, KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
+
+_SCHEMA = "longreach kv 1"  # of keys; another one finds nothing that was stored before
 
 if TYPE_CHECKING:
     from cluster.stages.launcher import Launched, Launcher, LaunchStatus
@@ -47,8 +50,9 @@ class Pipeline:
 
 
 def launch_pipeline(
-    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster, on_status: Callable[[LaunchStatus], None]
-) -> Pipeline:
+    deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster,
+    on_status: Callable[[LaunchStatus], None], store: KvStore,
+) -> Pipeline:  # fmt: skip
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
 
     Raises:
@@ -60,7 +64,7 @@ def launch_pipeline(
     with ExitStack() as steps:
         steps.callback(launcher.close)
         launched = launcher.start()
-        assembly = _Assembly(deployment, tokenizer, ray, launcher)
+        assembly = _Assembly(deployment, tokenizer, ray, launcher, store)
         pipeline = assembly.connect(launched, PagePool(launched.num_pages))
         steps.pop_all()
         return pipeline
@@ -74,12 +78,15 @@ class _Assembly:
     tokenizer: TextTokenizer | None
     ray: RayCluster
     launcher: Launcher
+    store: KvStore
 
     def connect(self, launched: Launched, pool: PagePool, latency: LatencyModel | None = None) -> Pipeline:
         """Start an engine over running stages; whatever fails, the engine is closed, the launcher is the caller's."""
         engine = self._engine(launched, pool, latency)
-        with ExitStack() as steps:  # undone in the opposite order: hang detector, engine, stage processes
+        with ExitStack() as steps:  # undone in the opposite order: hang detector, KV store, engine, stage processes
             steps.callback(engine.close)
+            self.store.attach(launched.shards, engine.post, pool)
+            steps.callback(lambda: self.store.detach(0.0 if engine.error else FLUSH_S))
             engine.start()
             hang_detector = HangDetector(engine, launched.shards)
             steps.callback(hang_detector.close)
@@ -98,36 +105,52 @@ class _Assembly:
         return Pipeline(engine, launched, closing.close, repair if has_others else None)
 
     def _engine(self, launched: Launched, pool: PagePool, latency: LatencyModel | None) -> Engine:
-        config, spec = self.deployment.config, self.deployment.spec
+        config, spec, store = self.deployment.config, self.deployment.spec, self.store
         scheduler = Scheduler(
             pool, config.kv_cache.page_size, config.prefill.max_num_batched_tokens,
             config.prefill.max_num_seqs, cache_root(self.deployment, launched.fingerprint), spec=spec,
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
+            block_tokens=store.block_tokens, kernel_family=launched.kernel_family,
         )  # fmt: skip
         ends = {*spec.eos_token_ids, *(self.tokenizer.end_ids if self.tokenizer is not None else ())}
-        return Engine(scheduler, launched.shards, self.tokenizer, sorted(ends), latency=latency)
+        return Engine(
+            scheduler, launched.shards, self.tokenizer, sorted(ends), store=store if store.is_enabled else None,
+            latency=latency,
+        )  # fmt: skip
 
     def _repair(self, failed: Engine, launched: Launched, pool: PagePool) -> Pipeline:
-        """Replace the broken stages under a failed engine; pages that the new shards do not have are forgotten."""
+        """Replace the broken stages under a failed engine; what their new shards do not have of KV is forgotten."""
         from cluster.stages.launcher import broken_stages  # loads grpc
 
+        broken = broken_stages(launched.shards) | failed.lost_stages
+        for shard in launched.shards:
+            if shard.shard.stage in broken:
+                shard.abandon()  # nobody waits for an answer any more
+        is_at_rest = self.store.detach(0.0)
         failed.stop()
         if self.ray.lost:
             raise CannotRepair(self.ray.lost)
-        broken = broken_stages(launched.shards) | failed.lost_stages
         num_stages = self.deployment.config.cluster.pipeline_parallel_size
         if not broken or 2 * len(broken) > num_stages:
             raise CannotRepair(f"{len(broken)} of {num_stages} stages are broken")
+        if not is_at_rest:
+            raise CannotRepair("a shard still reads or writes stored KV")
         _log.warning("replacing stage %s of %d", ", ".join(map(str, sorted(broken))), num_stages)
         repaired = self.launcher.repair(launched, broken)
         pool.release_all()
-        pool.unpublish(pool.published())
+        if self.store.is_enabled:
+            self.store.refill(pool, [shard for shard in repaired.shards if shard.shard.stage in broken])
+        else:
+            pool.unpublish(pool.published())
         return self.connect(repaired, pool, failed.latency)
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
-    """Return a digest of what the content of a KV page depends on besides its tokens."""
-    spec = deployment.spec
-    kv, positions = (compute_dtype(deployment), kv_dtype(deployment)), (spec.rope, spec.dual_chunk, spec.sparse)
-    parts = (fingerprint, *kv, *map(repr, positions))
-    return hashlib.sha256("\0".join(parts).encode()).digest()
+    """Return a digest of what the content of KV depends on besides its tokens, its length scale and the kernels.
+
+    That is the checkpoint, everything in the spec (positions, dual chunk attention, the sparse cell and budgets), and
+    the types of computation and of KV. Not the layout, nor the size of steps or pages: they change the order of sums,
+    and so the last bits of what is computed, as steps of other requests do, but not what is computed.
+    """
+    values = (_SCHEMA, fingerprint, compute_dtype(deployment), kv_dtype(deployment), deployment.spec.to_json())
+    return hashlib.sha256("\0".join(values).encode()).digest()

@@ -32,7 +32,7 @@ class PagePool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._pins: Counter[int] = Counter()  # pages that are being written to the store
         self._blocks: dict[bytes, KvBlock] = {}  # blocks of the store whose pages are all here
-        self._block_of: dict[int, bytes] = {}  # page -> key of the stored block that it belongs to
+        self._blocks_of: dict[int, set[bytes]] = {}  # page -> keys of stored blocks that begin alike and share it
         self.num_releases = 0  # rises when pages may have become available
 
     @property
@@ -138,15 +138,21 @@ class PagePool:
         if not all(page in self._hash_of for page in block.pages):
             return
         self._blocks[block.key] = block
-        self._block_of.update(dict.fromkeys(block.pages, block.key))
+        for page in block.pages:
+            self._blocks_of.setdefault(page, set()).add(block.key)
+
+    def is_stored(self, key: bytes) -> bool:
+        """Return whether a stored block is here in full."""
+        return key in self._blocks
 
     def unmark_stored(self, keys: Iterable[bytes]) -> None:
         """Note that the store has dropped blocks."""
         for key in keys:
             block = self._blocks.pop(key, None)
             for page in block.pages if block is not None else ():
-                if self._block_of.get(page) == key:
-                    del self._block_of[page]
+                self._blocks_of[page].discard(key)
+                if not self._blocks_of[page]:
+                    del self._blocks_of[page]
 
     def forget_blocks(self, keys: Iterable[bytes]) -> None:
         """Let nobody find the pages of stored blocks any more, and free them unless they are read."""
@@ -189,18 +195,17 @@ class PagePool:
         if count <= 0:
             return
         idle = [page for page in self._cached if page not in self._pins]
-        victims = [page for page in idle if page in self._block_of][:count]
-        victims += [page for page in idle if page not in self._block_of][: count - len(victims)]
+        victims = [page for page in idle if page in self._blocks_of][:count]
+        victims += [page for page in idle if page not in self._blocks_of][: count - len(victims)]
         for page in victims:
             del self._cached[page]
             self._forget(page)
             self._state[page] = _FREE
 
     def _forget(self, page: int) -> None:
-        """Drop the hash of a page, and the block that it belongs to from those that are here in full."""
+        """Drop the hash of a page, and its blocks from those that are here in full."""
         key = self._hash_of.pop(page, None)
         if key is not None:
             del self._page_of[key]
-        block = self._block_of.pop(page, None)
-        if block is not None:
+        for block in self._blocks_of.pop(page, ()):
             self._blocks.pop(block, None)

@@ -66,6 +66,7 @@ class Launched:
     dtype: str
     pids: tuple[int, ...]  # of the stage processes, each on its own node
     epoch: int = 1  # rises with every repair
+    kernel_family: str = ""  # of all shards: kernels that compute KV
 
 
 class Launcher:
@@ -86,6 +87,7 @@ class Launcher:
         self._addresses: dict[tuple[int, int], StageAddress] = {}
         self._run_dir: RunDir | None = None
         self._token = ""
+        self._family = ""  # of the kernels
         self._epoch = 1
 
     def start(self) -> Launched:
@@ -137,6 +139,7 @@ class Launcher:
         max_shards_per_node = max(Counter(address.node for address in self._addresses.values()).values())
         num_pages = count_pages(self._deployment, loaded, max_shards_per_node)
         self._connect(num_pages, self._deployment.shards)
+        self._family = "+".join(sorted({progress.kernel_family for progress in loaded}))
         return self._launched(fingerprint, num_pages)
 
     def _repair(self, launched: Launched, stages: Collection[int]) -> Launched:
@@ -147,14 +150,17 @@ class Launcher:
         for handle in self._shards.values():
             handle.abandon() if handle.shard.stage in stages else handle.disconnect()
         self._replace(shards, launched.fingerprint)
-        self._load(shards)
+        families = {progress.kernel_family for progress in self._load(shards)}
+        if not families <= set(launched.kernel_family.split("+")):
+            raise StageError(f"stage {names}: computes with {'+'.join(families)}, not {launched.kernel_family}")
         self._connect(launched.num_pages, shards)
         return self._launched(launched.fingerprint, launched.num_pages)
 
     def _launched(self, fingerprint: str, num_pages: int) -> Launched:
         order = [(shard.stage, shard.rank) for shard in self._deployment.shards]
         shards, pids = tuple(self._shards[at] for at in order), tuple(self._addresses[at].pid for at in order)
-        return Launched(shards, num_pages, fingerprint, compute_dtype(self._deployment), pids, self._epoch)
+        dtype = compute_dtype(self._deployment)
+        return Launched(shards, num_pages, fingerprint, dtype, pids, self._epoch, self._family)
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
@@ -258,12 +264,13 @@ class Launcher:
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
         assert self._run_dir is not None
         run_dir = self._run_dir.path
+        kv_store_path = str(self._deployment.kv_store_path or "")
 
         def start(handle: GrpcStageHandle) -> None:
             links = links_of(handle.shard, self._addresses, run_dir, self._epoch)
             request = pb.StartRequest(
-                num_pages=num_pages, page_size=page_size, kv_dtype=dtype, epoch=self._epoch,
-                store_path=self._meeting(handle.shard), **links,
+                num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=kv_store_path,
+                epoch=self._epoch, store_path=self._meeting(handle.shard), **links,
             )  # fmt: skip
             is_new = handle.shard in new
             (handle.start if is_new else handle.relink)(request, _START_TIMEOUT_S)

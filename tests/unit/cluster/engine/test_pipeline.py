@@ -12,6 +12,7 @@ import pytest
 from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import load_deployment
 from cluster.engine.pipeline import CannotRepair, Pipeline, launch_pipeline
+from cluster.kv_store.store import KvStore
 from cluster.stages import launcher as launcher_module
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.tokenizer import TextTokenizer
@@ -46,7 +47,9 @@ class FakeLauncher:
             connect(*callbacks)
 
         shard.close, shard.connect = closing, connecting  # type: ignore[method-assign]
-        return SimpleNamespace(shards=(shard,), num_pages=64, fingerprint="f", dtype="float32", pids=(1,))
+        return SimpleNamespace(
+            shards=(shard,), num_pages=64, fingerprint="f", dtype="float32", pids=(1,), kernel_family="fake"
+        )
 
     def close(self) -> None:
         self.log.append("launcher closed")
@@ -59,7 +62,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def start(fails_at: str = "") -> Pipeline:
         monkeypatch.setattr(FakeLauncher, "fails_at", fails_at)
-        return launch_pipeline(deployment, TextTokenizer.open(NEEDLE), RayCluster("local"), lambda status: None)
+        tokenizer, store = TextTokenizer.open(NEEDLE), KvStore(deployment.config.kv_store)
+        return launch_pipeline(deployment, tokenizer, RayCluster("local"), lambda status: None, store)
 
     return start
 
@@ -120,7 +124,13 @@ class TwoStages:
 
     def _launched(self, epoch: int) -> Any:
         return SimpleNamespace(
-            shards=tuple(self.shards), num_pages=64, fingerprint="f", dtype="float32", pids=(1, 2), epoch=epoch
+            shards=tuple(self.shards),
+            num_pages=64,
+            fingerprint="f",
+            dtype="float32",
+            pids=(1, 2),
+            epoch=epoch,
+            kernel_family="f",
         )
 
     def close(self) -> None:
@@ -132,7 +142,8 @@ def two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pipeline]:
     monkeypatch.setattr(launcher_module, "Launcher", TwoStages)
     settings = {"data_dir": str(tmp_path), "cluster.pipeline_parallel_size": 2}
     deployment = load_deployment(CONFIGS / "single.yaml", settings)
-    pipeline = launch_pipeline(deployment, TextTokenizer.open(NEEDLE), RayCluster("local"), lambda status: None)
+    tokenizer, store = TextTokenizer.open(NEEDLE), KvStore(deployment.config.kv_store, is_enabled=False)
+    pipeline = launch_pipeline(deployment, tokenizer, RayCluster("local"), lambda status: None, store)
     yield pipeline
     pipeline.close()
 
