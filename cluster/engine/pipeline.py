@@ -12,7 +12,7 @@ from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
-from cluster.kv_store.store import FLUSH_S, KvStore
+from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -60,7 +60,7 @@ def launch_pipeline(
         engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends), store=store if store.is_enabled else None)
         steps.callback(engine.close)
         store.attach(launched.shards, engine.post, pool)
-        steps.callback(lambda: store.detach(0.0 if engine.error else FLUSH_S))
+        steps.callback(lambda: store.detach(*((0.0, 1.0) if engine.error else ())))
         engine.start()
         hang_detector = HangDetector(engine, launched.shards)
         steps.callback(hang_detector.close)
