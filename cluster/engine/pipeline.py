@@ -74,7 +74,11 @@ def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
 
     That is the checkpoint, everything in the spec (positions, dual chunk attention, the sparse cell and budgets), and
     the types of computation and of KV. Not the layout, nor the size of steps or pages: they change the order of sums,
-    and so the last bits of what is computed, as steps of other requests do, but not what is computed.
+    and so the last bits of what is computed, as other requests in a step do, but not what is computed. One layout does:
+    shards that split the query heads of a KV head choose by themselves which of them fall back to dense attention.
     """
-    values = (_SCHEMA, fingerprint, compute_dtype(deployment), kv_dtype(deployment), deployment.spec.to_json())
+    spec, sparse = deployment.spec, deployment.spec.sparse
+    has_fallback = sparse is not None and sparse.recall_floor > 0
+    split = max(1, deployment.config.cluster.expert_parallel_size // spec.num_key_value_heads) if has_fallback else 1
+    values = (_SCHEMA, fingerprint, compute_dtype(deployment), kv_dtype(deployment), spec.to_json(), str(split))
     return hashlib.sha256("\0".join(values).encode()).digest()
