@@ -14,8 +14,12 @@ from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
+<<<<<<< HEAD
 from cluster.engine.latency_model import LatencyModel
 from cluster.kv_store.store import FLUSH_S, KvStore
+=======
+from cluster.kv_store.store import KvStore
+>>>>>>> f-kvpolicy
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -112,6 +116,7 @@ class _Assembly:
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
             block_tokens=store.block_tokens, kernel_family=launched.kernel_family,
         )  # fmt: skip
+<<<<<<< HEAD
         ends = {*spec.eos_token_ids, *(self.tokenizer.end_ids if self.tokenizer is not None else ())}
         return Engine(
             scheduler, launched.shards, self.tokenizer, sorted(ends), store=store if store.is_enabled else None,
@@ -143,6 +148,19 @@ class _Assembly:
         else:
             pool.unpublish(pool.published())
         return self.connect(repaired, pool, failed.latency)
+=======
+        ends = {*spec.eos_token_ids, *(tokenizer.end_ids if tokenizer is not None else ())}
+        engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends), store=store if store.is_enabled else None)
+        steps.callback(engine.close)
+        store.attach(launched.shards, engine.post, pool)
+        steps.callback(lambda: store.detach(*((0.0, 1.0) if engine.error else ())))
+        engine.start()
+        hang_detector = HangDetector(engine, launched.shards)
+        steps.callback(hang_detector.close)
+        hang_detector.start()
+        ray.watch(engine.fail)
+        return Pipeline(engine, launched, steps.pop_all().close)
+>>>>>>> f-kvpolicy
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
@@ -150,7 +168,11 @@ def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
 
     That is the checkpoint, everything in the spec (positions, dual chunk attention, the sparse cell and budgets), and
     the types of computation and of KV. Not the layout, nor the size of steps or pages: they change the order of sums,
-    and so the last bits of what is computed, as steps of other requests do, but not what is computed.
+    and so the last bits of what is computed, as other requests in a step do, but not what is computed. One layout does:
+    shards that split the query heads of a KV head choose by themselves which of them fall back to dense attention.
     """
-    values = (_SCHEMA, fingerprint, compute_dtype(deployment), kv_dtype(deployment), deployment.spec.to_json())
+    spec, sparse = deployment.spec, deployment.spec.sparse
+    has_fallback = sparse is not None and sparse.recall_floor > 0
+    split = max(1, deployment.config.cluster.expert_parallel_size // spec.num_key_value_heads) if has_fallback else 1
+    values = (_SCHEMA, fingerprint, compute_dtype(deployment), kv_dtype(deployment), spec.to_json(), str(split))
     return hashlib.sha256("\0".join(values).encode()).digest()

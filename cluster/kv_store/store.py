@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _SHARE_OF_DISK = 0.1  # of what is free at the start and what the store has already
 _SWEEP_S = 60.0
 _SWEEPS_A_LISTING = 10  # other heads may use the same folder
-FLUSH_S = 10.0  # at the end of a pipeline, for blocks that are not written yet
+_FLUSH_S = 10.0  # at the end of a pipeline, for blocks that are not written yet
 _CALLS_END_S = 5.0
+_WRITER_ENDS_S = 1.0  # after its last call
 _log = logging.getLogger(__name__)
 
 
@@ -106,11 +107,12 @@ class KvStore:
         self._sweeper = threading.Thread(target=self._sweep_on, name="kv sweeper", daemon=True)
         self._sweeper.start()
 
-    def detach(self, flush_s: float = FLUSH_S) -> bool:
+    def detach(self, flush_s: float = _FLUSH_S, within_s: float = _CALLS_END_S) -> bool:
         """Write what is left, for a moment, and leave the pipeline; may be called twice.
 
         Args:
             flush_s: 0 when its engine or a shard does not work any more.
+            within_s: to wait for calls under way.
 
         Returns:
             Whether no shard is at work for the store: only then may the pages be used by another pipeline.
@@ -122,8 +124,9 @@ class KvStore:
         self._closing.set()
         self._reader.close()
         self._engine.close()
-        self._writer.close(_CALLS_END_S)
-        are_over = self._calls.close(_CALLS_END_S)
+        self._writer.close()
+        are_over = self._calls.close(within_s)
+        self._writer.join(_WRITER_ENDS_S)
         self._calls = self._engine = self._pool = self._reader = self._writer = None
         return are_over
 

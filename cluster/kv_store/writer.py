@@ -45,10 +45,13 @@ class KvWriter:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self, within_s: float) -> None:
-        """Let the write under way be the last one, and wait for it as long."""
+    def close(self) -> None:
+        """Let the write under way be the last one."""
         self._closing.set()
         self._store.backlog.close()
+
+    def join(self, within_s: float) -> None:
+        """Wait for the end of the thread."""
         self._thread.join(within_s)
 
     def _run(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import load_deployment
-from cluster.engine.pipeline import CannotRepair, Pipeline, launch_pipeline
+from cluster.engine.pipeline import CannotRepair, Pipeline, cache_root, launch_pipeline
 from cluster.kv_store.store import KvStore
 from cluster.stages import launcher as launcher_module
 from cluster.stages.ray_cluster import RayCluster
@@ -92,6 +92,41 @@ def test_nothing_is_left_of_a_start_that_fails(launch: Any, fails_at: str, log: 
     with pytest.raises(StageError):
         launch(fails_at)
     assert FakeLauncher.log == log
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_same"),
+    [
+        ({"prefill.max_num_batched_tokens": 64, "prefill.max_num_seqs": 2}, True),
+        ({"kv_cache.page_size": 16, "kv_store.block_tokens": 64}, True),
+        ({"cluster.pipeline_parallel_size": 2, "cluster.expert_parallel_size": 2}, True),
+        ({"cluster.expert_parallel_size": 4}, True),
+        ({"model.max_model_len": 100, "model.allow_beyond_positions": True}, True),
+        ({"model.dtype": "float32"}, False),
+        ({"kv_cache.dtype": "int8"}, False),
+        ({"sparse.enabled": True}, False),
+        ({"sparse.enabled": True, "sparse.n_vertical": 500, "sparse.n_slash": 100}, False),
+        ({"model.rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, False),
+        ({"model.dual_chunk_attention": {"chunk_size": 1024, "local_size": 64}}, False),
+    ],
+)
+def test_keys_depend_on_what_is_computed_and_not_on_where(overrides: dict[str, object], is_same: bool) -> None:
+    def root(given: dict[str, object], fingerprint: str = "f") -> bytes:
+        return cache_root(load_deployment(CONFIGS / "single.yaml", given), fingerprint)
+
+    assert (root(overrides) == root({})) is is_same
+    assert root(overrides) != root(overrides, "another checkpoint")
+
+
+def test_shards_that_split_a_kv_head_matter_where_heads_may_fall_back_to_dense_attention() -> None:
+    def root(shards: int, floor: float) -> bytes:
+        sparse = {"sparse.enabled": True, "sparse.target_recall": 0.9, "sparse.recall_floor": floor}
+        return cache_root(
+            load_deployment(CONFIGS / "single.yaml", sparse | {"cluster.expert_parallel_size": shards}), "f"
+        )
+
+    assert root(2, 0.8) == root(1, 0.8) != root(4, 0.8)
+    assert root(2, 0.0) == root(4, 0.0)
 
 
 # --- repairs ---------------------------------------------------------------------------------------------------------
