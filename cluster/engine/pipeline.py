@@ -14,12 +14,8 @@ from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
-<<<<<<< HEAD
 from cluster.engine.latency_model import LatencyModel
-from cluster.kv_store.store import FLUSH_S, KvStore
-=======
 from cluster.kv_store.store import KvStore
->>>>>>> f-kvpolicy
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -90,7 +86,7 @@ class _Assembly:
         with ExitStack() as steps:  # undone in the opposite order: hang detector, KV store, engine, stage processes
             steps.callback(engine.close)
             self.store.attach(launched.shards, engine.post, pool)
-            steps.callback(lambda: self.store.detach(0.0 if engine.error else FLUSH_S))
+            steps.callback(lambda: self.store.detach(*((0.0, 1.0) if engine.error else ())))
             engine.start()
             hang_detector = HangDetector(engine, launched.shards)
             steps.callback(hang_detector.close)
@@ -116,7 +112,6 @@ class _Assembly:
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
             block_tokens=store.block_tokens, kernel_family=launched.kernel_family,
         )  # fmt: skip
-<<<<<<< HEAD
         ends = {*spec.eos_token_ids, *(self.tokenizer.end_ids if self.tokenizer is not None else ())}
         return Engine(
             scheduler, launched.shards, self.tokenizer, sorted(ends), store=store if store.is_enabled else None,
@@ -148,19 +143,6 @@ class _Assembly:
         else:
             pool.unpublish(pool.published())
         return self.connect(repaired, pool, failed.latency)
-=======
-        ends = {*spec.eos_token_ids, *(tokenizer.end_ids if tokenizer is not None else ())}
-        engine = Engine(scheduler, launched.shards, tokenizer, sorted(ends), store=store if store.is_enabled else None)
-        steps.callback(engine.close)
-        store.attach(launched.shards, engine.post, pool)
-        steps.callback(lambda: store.detach(*((0.0, 1.0) if engine.error else ())))
-        engine.start()
-        hang_detector = HangDetector(engine, launched.shards)
-        steps.callback(hang_detector.close)
-        hang_detector.start()
-        ray.watch(engine.fail)
-        return Pipeline(engine, launched, steps.pop_all().close)
->>>>>>> f-kvpolicy
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:
