@@ -253,12 +253,14 @@ def _say(line: str) -> None:
 @click.option("--seed", default=1, show_default=True, help="Of the order, the pauses and the jobs.")
 @click.option("--stages", type=click.IntRange(1), default=2, show_default=True, help="Stages of the pipeline.")
 @click.option("--jobs", type=click.IntRange(1), default=6, show_default=True, help="Jobs in flight at a time.")
+@click.option("--full-restarts", is_flag=True, help="Never replace stages alone: all is started anew after each kill.")
 @_OUT
-def kills(out: Path | None, count: int, seed: int, stages: int, jobs: int) -> None:
+def kills(out: Path | None, count: int, seed: int, stages: int, jobs: int, full_restarts: bool) -> None:
     """Kill head, stages, raylet and GCS at random under jobs of the demo model; every token must be as undisturbed."""
     _say(f"seed {seed}")
     what = "jobs under random SIGKILLs of head, stage, raylet and GCS"
-    result = {"what": what, "stages": stages, "at_once": jobs} | measure_kills(count, seed, stages, jobs, _say)
+    rest = measure_kills(count, seed, stages, jobs, _say, not full_restarts)
+    result = {"what": what, "stages": stages, "at_once": jobs, "full_restarts_only": full_restarts} | rest
     click.echo(write_result(out, result))
     if any(result[key] for key in ("lost", "given_up", "wrong_tokens", "wrong_streams", "other_states")):
         raise SystemExit(1)

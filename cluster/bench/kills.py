@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import socket
+import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,13 @@ from cluster.tools.eval.haystack import build_haystack
 _PATIENT = RetryPolicy(attempts=400, first_s=0.1, largest_s=0.5)  # over a minute without a head
 _JOB_S = 600.0  # for one job, restarts included
 _PAUSE_S = (0.3, 4.0)  # between a pipeline that is back and the next kill, at random
+
+_WITHOUT_REPAIRS = """
+from cluster.cli.main import main
+from cluster.engine.supervisor import PipelineSupervisor
+PipelineSupervisor.repairs = False
+main(prog_name="longreach")
+"""
 
 Tokens = tuple[tuple[int, ...], ...]  # of a job, by question
 
@@ -122,7 +131,7 @@ def job_kinds(seed: int) -> list[Callable[[Client, str], Job]]:
 
 
 @contextmanager
-def head_over_needle(stages: int) -> Iterator[tuple[HeadProcess, Client]]:
+def head_over_needle(stages: int, repairs: bool = True) -> Iterator[tuple[HeadProcess, Client]]:
     """Start a head over the demo model in a folder of its own; yields it and a patient client."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -143,6 +152,8 @@ def head_over_needle(stages: int) -> Iterator[tuple[HeadProcess, Client]]:
         config = folder / "head.yaml"
         config.write_text(json.dumps(settings))
         head = HeadProcess(config, folder / "data", folder / "head.log")
+        if not repairs:
+            head.command = [sys.executable, "-c", _WITHOUT_REPAIRS]
         try:
             head.start()
             with Client(f"127.0.0.1:{port}", retries=_PATIENT) as client:
@@ -151,12 +162,16 @@ def head_over_needle(stages: int) -> Iterator[tuple[HeadProcess, Client]]:
             head.close()
 
 
-def kill_one(head: HeadProcess, client: Client, role: Role, draw: random.Random) -> float:
-    """SIGKILL one process of a role and wait until the pipeline runs again; return the seconds that took."""
+def kill_one(head: HeadProcess, client: Client, role: Role, draw: random.Random) -> tuple[float, str]:
+    """SIGKILL one process of a role and wait until the pipeline runs again.
+
+    Returns:
+        The seconds that took, and how it came back: by a repair, a full restart, or a new head.
+    """
     victims = head.find(role)
     if not victims:
         raise RuntimeError(f"no process of the head is a {role}")
-    before = {process.pid for process in head.find("stage")}
+    before, repairs = {process.pid for process in head.find("stage")}, client.status().repairs
     victim = draw.choice(victims)
     began = time.monotonic()
     if role == "head":
@@ -165,13 +180,28 @@ def kill_one(head: HeadProcess, client: Client, role: Role, draw: random.Random)
         head.start()
     else:
         victim.kill()
-        until(lambda: not before & {process.pid for process in head.find("stage")}, f"other stages after the {role}")
+        gone = {victim.pid} if role == "stage" else before
+
+        def are_replaced() -> bool:
+            now = {process.pid for process in head.find("stage")}
+            return not gone & now and len(now) == len(before)
+
+        until(are_replaced, f"other stages after the {role}")
     until(lambda: all(stage.state == "running" for stage in client.status().stages), "a pipeline that runs again")
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    if role == "head":
+        return seconds, "new head"
+    return seconds, "repair" if client.status().repairs > repairs else "full restart"
 
 
-def measure_kills(kills: int, seed: int, stages: int, at_once: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run an undisturbed head, then one of which `kills` processes are killed; return how the jobs ended."""
+def measure_kills(
+    kills: int, seed: int, stages: int, at_once: int, say: Callable[[str], None], repairs: bool = True
+) -> dict[str, Any]:
+    """Run an undisturbed head, then one of which `kills` processes are killed; return how the jobs ended.
+
+    Args:
+        repairs: False: the head starts its pipeline anew as a whole after every failure.
+    """
     draw = random.Random(seed)
     kinds = job_kinds(seed)
     with head_over_needle(stages) as (_, client):
@@ -181,20 +211,34 @@ def measure_kills(kills: int, seed: int, stages: int, at_once: int, say: Callabl
     plan: list[Role] = [ROLES[n % len(ROLES)] for n in range(kills)]
     draw.shuffle(plan)
     done: list[dict[str, Any]] = []
-    with head_over_needle(stages) as (head, client):
+    with head_over_needle(stages, repairs) as (head, client):
         load = _Load(client, kinds, at_once)
         load.start()
         try:
             for number, role in enumerate(plan, 1):
                 pause = draw.uniform(*_PAUSE_S)
                 time.sleep(pause)
-                back = kill_one(head, client, role, draw)
-                done.append({"role": role, "after_s": round(pause, 2), "back_s": round(back, 2)})
-                say(f"kill {number} of {kills} (seed {seed}): {role}, back after {back:.1f} s")
+                back, how = kill_one(head, client, role, draw)
+                done.append({"role": role, "after_s": round(pause, 2), "back_s": round(back, 2), "how": how})
+                say(f"kill {number} of {kills} (seed {seed}): {role}, back after {back:.1f} s by a {how}")
         finally:
             load.finish()
         code = head.stop()
-    return {"seed": seed, "kills": done, "exit_code": code} | judge(load.outcomes, [o.tokens for o in expected])
+    recovery = recovery_s([(kill["how"], kill["back_s"]) for kill in done])
+    return {"seed": seed, "kills": done, "recovery_s": recovery, "exit_code": code} | judge(
+        load.outcomes, [o.tokens for o in expected]
+    )
+
+
+def recovery_s(kills: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
+    """Return count, median and maximum of the seconds of recoveries, by how they came about."""
+    by_kind: dict[str, list[float]] = {}
+    for how, seconds in kills:
+        by_kind.setdefault(how, []).append(seconds)
+    return {
+        how: {"count": len(values), "median": round(statistics.median(values), 2), "max": max(values)}
+        for how, values in sorted(by_kind.items())
+    }
 
 
 def judge(outcomes: Sequence[Outcome], expected: Sequence[Tokens]) -> dict[str, Any]:

@@ -262,6 +262,11 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
         f"{stored}contexts up to {status.max_model_len:,} tokens\n"
     )
+    if recoveries := status.repairs + status.full_restarts:
+        click.echo(
+            f"recovered {recoveries} times, by replacing stages {status.repairs} times, by a full restart "
+            f"{status.full_restarts} times; the last one took {format_duration(status.last_recovery_s)}\n"
+        )
     if status.problem:
         click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))

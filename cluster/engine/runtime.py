@@ -221,6 +221,11 @@ class ClusterRuntime:
         return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
 
     @property
+    def epoch(self) -> int:
+        """Number of the newest pipeline over its processes: 1 when they are started, one more with each repair."""
+        return self.supervisor.newest.launched.epoch if self.supervisor.newest is not None else 0
+
+    @property
     def latency_coefficients(self) -> tuple[float, float, float, float]:
         """Fitted cost of a step; see `LatencyModel`."""
         pipeline = self.supervisor.running
@@ -239,6 +244,10 @@ class ClusterRuntime:
             "kv_store_max_bytes": self.kv_store.max_bytes,
             "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
             "version": self.version,
+            "repairs": self.supervisor.num_repaired,
+            "full_restarts": self.supervisor.num_restarted,
+            "last_recovery_s": self.supervisor.last_recovery_s,
+            "epoch": self.epoch,
         }
 
     def _shard_status(self, shard: GrpcStageHandle) -> dict[str, Any]:
@@ -251,6 +260,7 @@ class ClusterRuntime:
             return place | {"state": "unreachable"}
         return place | {
             "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
+            "late": reply.late,
         }  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:

@@ -74,12 +74,13 @@ class PipelineSupervisor:
     pipeline that has been replaced meanwhile, changes nothing.
     """
 
+    repairs = True  # False: every failure is followed by a full restart, for comparison
+
     def __init__(self, launch: Callable[[], Pipeline], clock: Callable[[], float] = time.monotonic) -> None:
         """Args: `launch` starts a pipeline and returns it running, or raises with nothing left running."""
         self._launch = launch
         self._clock = clock
         self._changed = threading.Condition()
-        self.repairs = True  # False: every failure is followed by a full restart
         self.num_repaired = self.num_restarted = 0  # pipelines that failed and were followed by another, by how
         self.last_recovery_s = 0.0  # from the newest failure until there was a pipeline again
         self._is_repaired = False  # the newest one

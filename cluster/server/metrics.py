@@ -113,6 +113,21 @@ class _Gauges(Collector):
             family.add_metric([label], value)
         yield family
         yield from self._stored_kv()
+        yield from self._recoveries()
+
+    def _recoveries(self) -> Iterator[Metric]:
+        supervisor = self._runtime.supervisor
+        family = CounterMetricFamily(
+            "longreach_recoveries", "Failures of the pipeline that it got over.", labels=["kind"]
+        )
+        family.add_metric(["repair"], supervisor.num_repaired)
+        family.add_metric(["full_restart"], supervisor.num_restarted)
+        yield family
+        for name, text, value in (
+            ("last_recovery_seconds", "How long the newest recovery took.", supervisor.last_recovery_s),
+            ("epoch", "Of the pipeline: 1 at its start, one more with each repair.", self._runtime.epoch),
+        ):
+            yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
 
     def _stored_kv(self) -> Iterator[Metric]:
         store = self._runtime.kv_store

@@ -1,6 +1,6 @@
 """How outcomes of jobs are judged, and that the order of kills follows the seed."""
 
-from cluster.bench.kills import Outcome, judge
+from cluster.bench.kills import Outcome, judge, recovery_s
 
 EXPECTED = [((1, 2, 3),), ((4,), (5, 6))]
 
@@ -29,3 +29,10 @@ def test_every_fault_is_counted_by_its_kind():
         "jobs": 7, "lost": 1, "given_up": 1, "wrong_tokens": 1, "wrong_streams": 1, "other_states": 2,
         "restarted": 1, "largest_restarts": 2, "errors": ["given up: the cluster was restarted", "no answer"],
     }  # fmt: skip
+
+
+def test_recoveries_by_kind():
+    assert recovery_s([("repair", 2.0), ("new head", 9.0), ("repair", 4.0), ("repair", 2.5)]) == {
+        "new head": {"count": 1, "median": 9.0, "max": 9.0}, "repair": {"count": 3, "median": 2.5, "max": 4.0},
+    }  # fmt: skip
+    assert recovery_s([]) == {}

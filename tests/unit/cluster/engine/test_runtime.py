@@ -181,7 +181,7 @@ def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.Monk
     def launch(*_: object) -> Pipeline:
         if (error := outcomes.pop(0)) is not None:
             raise error
-        return Pipeline(SimpleNamespace(error=""), SimpleNamespace(shards=(), num_pages=512), lambda: None)  # type: ignore[arg-type]
+        return Pipeline(SimpleNamespace(error=""), SimpleNamespace(shards=(), num_pages=512, epoch=1), lambda: None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runtime_module, "launch_pipeline", launch)
     runtime = LocalCluster(CONFIGS / "single.yaml", {"data_dir": str(tmp_path)})
