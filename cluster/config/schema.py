@@ -93,7 +93,7 @@ class ClusterSection(Section):
         description="must be the name of a network interface such as eth0",
     )
     load_timeout_s: float = Field(default=600.0, gt=0, le=86400)
-    step_timeout_s: float = Field(default=300.0, gt=0, le=86400)
+    step_timeout_s: float = Field(default=3600.0, gt=0, le=86400)
 
     @property
     def num_actors(self) -> int:

@@ -142,7 +142,9 @@ def test_states_from_start_to_close(tmp_path: Path) -> None:
     with runtime:
         runtime.generate([[5, 6]], THREE)
         (stage,) = runtime.status()["stages"]
-        assert stage == {"stage": 0, "rank": 0, "state": "running", "steps_done": 3, "resident_bytes": 0}
+        assert stage == {"stage": 0, "rank": 0, "state": "running", "steps_done": 3, "resident_bytes": 0, "late": 0}
+        recovered = [runtime.status()[key] for key in ("repairs", "full_restarts", "last_recovery_s", "epoch")]
+        assert recovered == [0, 0, 0.0, 1]
         assert runtime.status()["kv_tokens"] == 512 * 64
         assert any(runtime.latency_coefficients)
         runtime.shard.close()
