@@ -60,7 +60,7 @@ class PipelineListener(Protocol):
 class PipelineSupervisor:
     """Owns the pipeline of a runtime: starts it, watches it, replaces it when it fails, closes it.
 
-    Failure contract: a pipeline fails as a whole. When a shard is lost, a step fails or the hang detector gives it up,
+    Failure contract: work fails as a whole. When a shard is lost, a step fails or the hang detector gives it up,
     its engine ends every unfinished request with the error, emits no token afterwards, and wakes the supervisor.
     Requests live in memory and are lost; who submitted them submits them again.
 

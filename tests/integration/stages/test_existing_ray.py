@@ -89,7 +89,8 @@ def test_a_node_is_lost_and_its_stage_goes_on_elsewhere(nodes: Nodes, tmp_path: 
         (lost,) = [at for at, found in before.items() if found.process.parent() in nodes.raylets[1:]][:1]
         raylet = before[lost].process.parent()
         assert raylet is not None
-        raylet.kill()
+        for process in (*raylet.children(recursive=True), raylet):  # all of that machine
+            process.kill()
         assert tokens_of(job) == expected
         after = nodes.stages()
         (kept,) = set(before) - {lost}
