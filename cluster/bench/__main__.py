@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from cluster.bench.cycles import measure_cycles
+from cluster.bench.faults.suite import FAULTS, run_faults
 from cluster.bench.kills import measure_kills
 from cluster.bench.load import measure_load
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
@@ -273,6 +274,24 @@ def cycles(out: Path | None, count: int) -> None:
     result = {"what": what} | measure_cycles(count, _say)
     click.echo(write_result(out, result))
     if any(result["left"].values()):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--seed", default=1, show_default=True, help="Of victims, moments and inputs.")
+@click.option("--only", multiple=True, help="Name of a fault; may be given several times. Default: all.")
+@click.option("--resume", type=click.Path(path_type=Path), help="A file of JSON lines: what it has is not run again.")
+@click.option("--quick", is_flag=True, help="Short documents and fewer victims, as in continuous integration.")
+@_OUT
+def faults(out: Path | None, seed: int, only: tuple[str, ...], resume: Path | None, quick: bool) -> None:
+    """Put 36 faults into heads over the demo model and judge what clients saw; see docs/faults.md."""
+    known = {fault.name for fault in FAULTS}
+    if unknown := set(only) - known:
+        raise click.BadParameter(f"{min(unknown)}: must be one of {', '.join(sorted(known))}", param_hint="--only")
+    _say(f"seed {seed}")
+    result = run_faults(seed, only, not quick, resume, _say)
+    click.echo(write_result(out, result))
+    if result["failed"]:
         raise SystemExit(1)
 
 

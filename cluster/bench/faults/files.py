@@ -28,7 +28,7 @@ _DISK_MIB = 24
 _SMALL_DISK = 'mount -t tmpfs -o size=$1m none "$2" && shift 2 && exec "$@"'
 
 
-def _checkpoint(rig: Rig) -> Path:
+def checkpoint(rig: Rig) -> Path:
     """Return a copy of the demo checkpoint."""
     folder = rig.new_folder() / "model"
     shutil.copytree(needle_dir(), folder, ignore=shutil.ignore_patterns("book*", "README*"))
@@ -75,7 +75,7 @@ def corrupt_safetensors(rig: Rig, seed: int) -> Verdict:
         "noise": lambda raw: draw.randbytes(5000),
     }
     for what in ways if rig.full else draw.sample(sorted(ways), 2):
-        model = _checkpoint(rig)
+        model = checkpoint(rig)
         path = model / "model.safetensors"
         path.write_bytes(ways[what](path.read_bytes()))
         _refused_start(rig, verdict, what, model)
@@ -85,10 +85,10 @@ def corrupt_safetensors(rig: Rig, seed: int) -> Verdict:
 def missing_safetensors(rig: Rig, seed: int) -> Verdict:
     """No file of weights; a file that lacks a tensor."""
     draw, verdict = random.Random(seed), Verdict()
-    model = _checkpoint(rig)
+    model = checkpoint(rig)
     (model / "model.safetensors").unlink()
     _refused_start(rig, verdict, "no file", model)
-    model = _checkpoint(rig)
+    model = checkpoint(rig)
     _edit_header(model / "model.safetensors", lambda header: header.pop(_a_tensor(header, draw), None))  # type: ignore[arg-type]
     _refused_start(rig, verdict, "no such tensor", model)
     return verdict
@@ -107,7 +107,7 @@ def wrong_shape_safetensors(rig: Rig, seed: int) -> Verdict:
         header[_a_tensor(header, draw)]["dtype"] = "I16"  # as many bytes
 
     for what, edit in {"transposed": transpose, "another type": retype}.items():
-        model = _checkpoint(rig)
+        model = checkpoint(rig)
         _edit_header(model / "model.safetensors", edit)
         _refused_start(rig, verdict, what, model)
     return verdict
@@ -139,22 +139,30 @@ def malformed_yaml(rig: Rig, seed: int) -> Verdict:
     return verdict
 
 
-class _SmallDiskHead(FaultHead):
-    """A head whose data directory is a disk of its own, a small one."""
+class SmallDiskHead(FaultHead):
+    """A head that has a small disk of its own at one folder, which it makes."""
+
+    def __init__(self, folder: Path, small: str, mib: int, **sections: object) -> None:
+        """Args: `small`: name of the folder below `folder`."""
+        super().__init__(folder, 1, 1, **sections)
+        (folder / small).mkdir(mode=0o700)
+        mount = ["unshare", "-rm", "sh", "-c", _SMALL_DISK, "sh", str(mib), str(folder / small)]
+        self.command = [*mount, sys.executable, "-m", "cluster.cli"]
+
+    def inside(self, path: Path) -> Path:
+        """Return a path as the head sees it."""
+        return Path(f"/proc/{self.pid}/root{path}")
 
     def _is_ready(self) -> bool:
-        self.data = Path(f"/proc/{self.pid}/root{self.settings['data_dir']}")
+        self.data = self.inside(Path(self.settings["data_dir"]))
         return super()._is_ready()
 
 
-def disk_full(rig: Rig, seed: int) -> Verdict:
+def full_data_disk(rig: Rig, seed: int) -> Verdict:
     """The disk of the data directory is full for a while: clients hear why, and afterwards nothing is missing."""
     history, verdict = History(), Verdict()
     requests = mixed_jobs(seed, 3000)
-    head = _SmallDiskHead(rig.new_folder(), 1, 1, kv_store={"enabled": False})
-    (head.folder / "data").mkdir(mode=0o700)
-    small = ["unshare", "-rm", "sh", "-c", _SMALL_DISK, "sh", str(_DISK_MIB), str(head.folder / "data")]
-    head.command = [*small, sys.executable, "-m", "cluster.cli"]
+    head = SmallDiskHead(rig.new_folder(), "data", _DISK_MIB, kv_store={"enabled": False})
     try:
         head.start()
         with Running(head.address, history, requests, seed) as running:

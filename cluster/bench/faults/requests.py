@@ -120,7 +120,7 @@ def _still_serves(rig: Rig, head: FaultHead, verdict: Verdict, seed: int) -> Ver
 
 
 def _refusals(head: FaultHead, verdict: Verdict, calls: Iterable[tuple[str, str, Any]], part: str = "") -> None:
-    """Make calls (what, method, request or list of them), each refused as INVALID_ARGUMENT with `part` in the reason."""
+    """Make calls (what, method, request or requests), each refused as INVALID_ARGUMENT with `part` in the reason."""
     with grpc.insecure_channel(head.address) as channel:
         for what, method, request in calls:
             shown = _outcome(channel, method, request)
