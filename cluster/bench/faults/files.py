@@ -53,7 +53,7 @@ def _refused_start(rig: Rig, verdict: Verdict, what: str, model: Path) -> None:
         done = subprocess.run(
             command, env=os.environ | {MARK: mark}, capture_output=True, text=True, timeout=_START_S, check=False
         )
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error") or "Error" in line]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("longreach: error: ")]
         verdict.facts[what] = [done.returncode, lines[-1][:300].replace(str(model), "MODEL") if lines else ""]
         verdict.expect(0 < done.returncode < 128, f"{what}: exit code {done.returncode}")
         verdict.expect(len(lines) == 1, f"{what}: {len(lines)} lines of error: {done.stderr[-300:]!r}")
@@ -89,7 +89,11 @@ def missing_safetensors(rig: Rig, seed: int) -> Verdict:
     (model / "model.safetensors").unlink()
     _refused_start(rig, verdict, "no file", model)
     model = checkpoint(rig)
-    _edit_header(model / "model.safetensors", lambda header: header.pop(_a_tensor(header, draw), None))  # type: ignore[arg-type]
+
+    def rename(header: dict[str, dict[str, object]]) -> None:
+        header["model.another"] = header.pop(_a_tensor(header, draw))
+
+    _edit_header(model / "model.safetensors", rename)
     _refused_start(rig, verdict, "no such tensor", model)
     return verdict
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.bench.head_process import HeadProcess, until
 from cluster.bench.history import History
@@ -28,6 +31,8 @@ PATIENT = RetryPolicy(attempts=400, first_s=0.1, largest_s=0.5)  # over a minute
 CHUNK = 256  # tokens of a step
 _KV_BYTES = 192 << 20  # of all shards together: some 48,000 tokens
 _JOB_S = 300.0
+
+_SOCKET = re.compile(r"/s(\d+)r(\d+)\.sock$")
 
 Requests = Mapping[str, pb.SubmitRequest]  # by kind
 
@@ -99,6 +104,16 @@ class FaultHead(HeadProcess):
             return len(states) == count and set(states) == {"running"}
 
         until(runs, "a pipeline that runs")
+
+    def shards(self) -> dict[tuple[int, int], psutil.Process]:
+        """Return the stage processes by stage and rank, known by the sockets they listen at."""
+        found = {}
+        for process in self.find("stage"):
+            with contextlib.suppress(psutil.Error):
+                for connection in process.net_connections("unix"):
+                    if match := _SOCKET.search(str(connection.laddr)):
+                        found[int(match[1]), int(match[2])] = process
+        return found
 
     def stage_pids(self) -> set[int]:
         return {process.pid for process in self.find("stage")}

@@ -7,7 +7,7 @@ import random
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,47 @@ def blocks(store: Path) -> list[Path]:
 
 
 def _start(block: Path) -> int:
+    return int(_metadata(block)["start"])
+
+
+def _metadata(block: Path) -> dict[str, str]:
     with next(iter(block.glob("*.safetensors"))).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["start"])
+    return dict(header["__metadata__"])
+
+
+class StoredPrompts:
+    """Which blocks a folder has at one moment, and how much of a prompt they cover."""
+
+    def __init__(self, store: Path, num_files: int, names: frozenset[str] = frozenset()) -> None:
+        """Args: `num_files`: of a whole block; `names`: of its whole blocks."""
+        self._store = store
+        self._num_files = num_files
+        self._names = names
+
+    def now(self) -> StoredPrompts:
+        """Look at the folder."""
+        whole = (f for f in self._store.glob("v1/??/*") if len(list(f.glob("*.safetensors"))) >= self._num_files)
+        return StoredPrompts(self._store, self._num_files, frozenset(folder.name for folder in whole))
+
+    def prompts(self) -> dict[tuple[int, tuple[int, ...]], str]:
+        """Return the name of every block by its start and tokens."""
+        found = {}
+        for folder in blocks(self._store):
+            metadata = _metadata(folder)
+            found[int(metadata["start"]), _token_ids(metadata)] = folder.name
+        return found
+
+    def prefix(self, ids: Sequence[int], names: Mapping[tuple[int, tuple[int, ...]], str]) -> int:
+        """Return how many tokens of a prompt were stored from its beginning, by the names of `prompts`."""
+        start = 0
+        while names.get((start, tuple(ids[start : start + BLOCK]))) in self._names:
+            start += BLOCK
+        return start
+
+
+def _token_ids(metadata: Mapping[str, str]) -> tuple[int, ...]:
+    return tuple(json.loads(metadata["tokens"]))
 
 
 def _ask(head: FaultHead, history: History, kind: str, requests: Requests, stored: int = 0) -> int:
