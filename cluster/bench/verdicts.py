@@ -215,9 +215,9 @@ def restarts_are_shown(history: History, expected: Expected) -> Found:
     """States follow each other as documented, restarts never fall, and a job that went backwards says so."""
     for job, entries in _by_job(history.of("state")).items():
         shown = {entry.state for entry in entries}
-        for client in {entry.client for entry in entries}:
+        for client, follower in {(entry.client, entry.follower) for entry in entries}:
             state, restarts = "", 0
-            for entry in (one for one in entries if one.client == client and not one.follower):
+            for entry in (one for one in entries if (one.client, one.follower) == (client, follower)):
                 if state in FINAL or entry.state in FINAL:
                     continue  # judged by accepted_jobs_end_once
                 if entry.state not in _NEXT[state]:

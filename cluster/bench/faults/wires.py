@@ -35,8 +35,8 @@ _KEY = "k" * 32
 _THROUGH_PROXY = """
 import pathlib, cluster.stages.launcher as launcher
 folder, plain = pathlib.Path({folder!r}), launcher.links_of
-def links_of(shard, addresses, run_dir):
-    links = plain(shard, addresses, run_dir)
+def links_of(shard, *rest):
+    links = plain(shard, *rest)
     if shard.stage == 0 and links.get("downstream_socket"):
         (folder / "target").write_text(links["downstream_socket"])
         links["downstream_socket"] = str(folder / "link.sock")
