@@ -182,11 +182,12 @@ def _batch(
         later = moments[index + 1][0] if index + 1 < len(moments) else float("inf")
         affected = recomputed(list(history), began, later)
         again = sum(tokens for _, tokens in affected.values())
-        bound = sum(
-            BLOCK + CHUNK * stages + max(0, before // BLOCK * BLOCK - at_kill.prefix(ids[name.split("/")[0]], prompts))
+        unstored = sum(
+            max(0, before // BLOCK * BLOCK - at_kill.prefix(ids[name.split("/")[0]], prompts))
             for name, (before, _) in affected.items()
         )
-        kills[index] |= {"restarted": len(affected), "recomputed": again, "bound": bound}
+        bound = len(affected) * (BLOCK + CHUNK * stages) + unstored
+        kills[index] |= {"restarted": len(affected), "recomputed": again, "unstored": unstored, "bound": bound}
     verdict = rig.judge(Verdict(), history, load.requests, most_restarts=len(targets))
     exits = [] if code == 0 else [f"the head ended with {code}"]
     return {
@@ -235,6 +236,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "recovery_s": {target: round(statistics.median(seconds), 2) for target, seconds in sorted(back.items())},
         "cold_start_s": round(statistics.median([row["cold_start_s"] for row in rows]), 2) if rows else None,
         "recomputed_median": {target: statistics.median(tokens) for target, tokens in sorted(again.items())},
+        "unstored_median": statistics.median([kill["unstored"] for kill in kills]) if kills else None,
         "recomputed_largest": max((kill["recomputed"] for kill in kills), default=0),
         "beyond_bound": [kill for kill in kills if kill["recomputed"] > kill["bound"]],
         "batches": list(rows),

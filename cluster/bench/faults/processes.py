@@ -8,7 +8,7 @@ import time
 
 import psutil
 
-from cluster.bench.faults.rig import FaultHead, Requests, Rig, Running, Verdict, mixed_jobs, random_prompt
+from cluster.bench.faults.rig import CHUNK, FaultHead, Requests, Rig, Running, Verdict, mixed_jobs, random_prompt
 from cluster.bench.head_process import until
 from cluster.bench.history import History
 
@@ -134,7 +134,34 @@ def worker_slow(rig: Rig, seed: int) -> Verdict:
         ended.set()
         thread.join()
     verdict.expect(head.stage_pids() == before, "a slow stage was replaced")
+    if rig.full:
+        _stop_for_a_minute(rig, seed, verdict)
     return rig.judge(verdict, history, requests, most_restarts=0)
+
+
+def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
+    """Let every chunk take 14 s, so that 70 s are within its prediction, then stop a stage for 60 s inside of one."""
+    history, requests = History(), {"prompt": random_prompt(seed, 10 * CHUNK)}
+    with rig.fresh(2, 1) as head:
+        head.start()
+        before = head.stage_pids()
+        victim = _victims(head)[-1]
+        with Running(head.address, history, requests, seed) as running:
+            chunks = 0
+            for seconds in (14.0,) * 5 + (60.0,):
+                chunks = _processed(history) // CHUNK + 1
+                running.until_progress("prompt", chunks * CHUNK)
+                victim.suspend()
+                time.sleep(seconds)
+                victim.resume()
+        verdict.facts["stopped_at_chunk"] = chunks
+        verdict.expect(not running.failed and chunks < 10, "the prompt was read before the stage was stopped")
+        verdict.expect(head.stage_pids() == before, "a stage that was within its prediction was replaced")
+    rig.judge(verdict, history, requests, most_restarts=0)
+
+
+def _processed(history: History) -> int:
+    return max((entry.processed for entry in history.of("progress")), default=0)
 
 
 def worker_hung(rig: Rig, seed: int) -> Verdict:

@@ -44,7 +44,7 @@ def test_events_that_were_on_their_way_are_not_the_restarted_job() -> None:
 
 def test_the_report_is_over_all_batches() -> None:
     def kill(target: str, back: float, again: int, bound: int) -> dict[str, Any]:
-        return {"target": target, "back_s": back, "recomputed": again, "bound": bound, "restarted": 1}
+        return {"target": target, "back_s": back, "recomputed": again, "unstored": 0, "bound": bound, "restarted": 1}
 
     rows = [
         {"batch": 0, "kills": [kill("stage", 1, 100, 1024), kill("gcs", 9, 0, 0)], "cold_start_s": 6,
