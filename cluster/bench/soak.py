@@ -231,7 +231,14 @@ def _piece(
         documents.join()
         load.finish()
     verdict = rig.judge(Verdict(), history, load.requests)
-    facts = verdict.facts | {"faults": faults, "documents": documents.done, "away": sorted(documents.errors)}
+    largest = max((entry["store_bytes"] for entry in samples), default=0)
+    verdict.expect(largest <= 1.1 * _STORE_BYTES, f"{largest} bytes are stored, the quota is {_STORE_BYTES}")
+    facts = verdict.facts | {
+        "faults": faults,
+        "largest_store_bytes": largest,
+        "documents": documents.done,
+        "away": sorted(documents.errors),
+    }
     return {"piece": number, "samples": samples, "problems": verdict.problems + load.broken, "facts": facts}
 
 
