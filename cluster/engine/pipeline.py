@@ -38,9 +38,9 @@ class Pipeline:
     """A running pipeline; `close` stops it and may be called twice. A failed one is replaced by another `Pipeline`.
 
     `repair`, None with one stage, makes that from the same processes, but for those of the stages that are the reason
-    of the failure, which are replaced: the others keep weights and KV. It raises CannotRepair where nothing says which
-    stages are broken, too many are, or Ray is gone, else what `launch_pipeline` raises; this one can then only be
-    closed.
+    of the failure, which are replaced: the others keep weights and KV. Where none is, as when only a link broke, all
+    are linked again and keep their weights. It raises CannotRepair where too many stages are broken or Ray is gone,
+    else what `launch_pipeline` raises; this one can then only be closed.
     """
 
     engine: Engine
@@ -131,16 +131,16 @@ class _Assembly:
         if self.ray.lost:
             raise CannotRepair(self.ray.lost)
         num_stages = self.deployment.config.cluster.pipeline_parallel_size
-        if not broken or 2 * len(broken) > num_stages:
+        if 2 * len(broken) > num_stages:
             raise CannotRepair(f"{len(broken)} of {num_stages} stages are broken")
         if not is_at_rest:
             raise CannotRepair("a shard still reads or writes stored KV")
-        _log.warning("replacing stage %s of %d", ", ".join(map(str, sorted(broken))), num_stages)
+        _log.warning("replacing stages %s of %d, linking the others again", sorted(broken), num_stages)
         repaired = self.launcher.repair(launched, broken)
         pool.release_all()
-        if self.store.is_enabled:
+        if broken and self.store.is_enabled:
             self.store.refill(pool, [shard for shard in repaired.shards if shard.shard.stage in broken])
-        else:
+        else:  # without a broken stage the engine itself may be the reason: what it says of pages is not trusted
             pool.unpublish(pool.published())
         return self.connect(repaired, pool, failed.latency)
 

@@ -103,7 +103,7 @@ class Launcher:
             raise
 
     def repair(self, launched: Launched, stages: Collection[int]) -> Launched:
-        """Replace the shards of some stages of a running pipeline that no engine is connected to.
+        """Replace the shards of some stages of a pipeline that no engine is connected to; link the others again.
 
         Raises:
             NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
@@ -144,15 +144,16 @@ class Launcher:
 
     def _repair(self, launched: Launched, stages: Collection[int]) -> Launched:
         names = ", ".join(map(str, sorted(stages)))
-        self._on_status(LaunchStatus(f"replacing stage {names}"))
         self._epoch += 1
         shards = [shard for shard in self._deployment.shards if shard.stage in stages]
         for handle in self._shards.values():
             handle.abandon() if handle.shard.stage in stages else handle.disconnect()
-        self._replace(shards, launched.fingerprint)
-        families = {progress.kernel_family for progress in self._load(shards)}
-        if not families <= set(launched.kernel_family.split("+")):
-            raise StageError(f"stage {names}: computes with {'+'.join(families)}, not {launched.kernel_family}")
+        if shards:
+            self._on_status(LaunchStatus(f"replacing stage {names}"))
+            self._replace(shards, launched.fingerprint)
+            families = {progress.kernel_family for progress in self._load(shards)}
+            if not families <= set(launched.kernel_family.split("+")):
+                raise StageError(f"stage {names}: computes with {'+'.join(families)}, not {launched.kernel_family}")
         self._connect(launched.num_pages, shards)
         return self._launched(launched.fingerprint, launched.num_pages)
 

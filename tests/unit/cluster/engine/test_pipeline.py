@@ -222,13 +222,24 @@ def test_a_stage_that_failed_by_itself_is_found(two: Pipeline) -> None:
     assert TwoStages.made.repaired == [frozenset({1})]
 
 
-@pytest.mark.parametrize(("lost", "reason"), [((), "0 of 2 stages are broken"), ((0, 1), "2 of 2 stages are broken")])
-def test_what_cannot_be_repaired(two: Pipeline, lost: tuple[int, ...], reason: str) -> None:
-    fail(two, "hung", lost)
+def test_two_of_two_stages_are_started_anew(two: Pipeline) -> None:
+    fail(two, "hung", (0, 1))
     assert two.repair is not None
-    with pytest.raises(CannotRepair, match=reason):
+    with pytest.raises(CannotRepair, match="2 of 2 stages are broken"):
         two.repair()
     assert TwoStages.made.repaired == []
+
+
+def test_where_no_stage_is_broken_all_are_linked_again(two: Pipeline) -> None:
+    prompt = generation_spec([5 + i % 7 for i in range(600)], 3)
+    assert submit(two.engine, prompt).wait(WAIT).token_ids == (100, 101, 102)
+    fail(two, "stage 1 shard 0, step 7: link to the next stage broke")
+    assert two.repair is not None
+    repaired = two.repair()
+    assert TwoStages.made.repaired == [frozenset()]
+    assert repaired.engine.scheduler.pool.published() == [], "nobody knows what went wrong"
+    assert submit(repaired.engine, prompt).wait(WAIT).token_ids == (100, 101, 102)
+    repaired.close()
 
 
 def test_without_ray_nothing_is_repaired(two: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,14 @@ def test_one_stage_is_replaced_and_the_other_linked_again(scene: Scene) -> None:
     assert "relink s1r0 3 stage1e3.store link1r0e3.sock" in scene.log
 
 
+def test_without_a_broken_stage_all_are_linked_again(scene: Scene) -> None:
+    after = scene.launcher.repair(scene.launched, ())
+    names = ("s0r0", "s0r1", "s1r0", "s1r1")
+    done = [" ".join(line.split()[:2]) for line in scene.log.take()]
+    assert done == [f"{what} {name}" for what in ("disconnect", "relink") for name in names]
+    assert (after.epoch, after.shards, after.pids) == (2, scene.launched.shards, scene.launched.pids)
+
+
 def test_a_place_is_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where Ray has given the actors to a node that is gone."""
     scene.ray.refusals = [PlacementError("an actor died: its node is gone")] * 2
