@@ -153,6 +153,8 @@ class TwoStages:
         if self.error is not None:
             self.close()
             raise self.error
+        for shard in self.shards:
+            shard.disconnect()
         for stage in stages:
             self.shards[stage] = FakeShard(stage, 2, lambda sequence, index: 100 + index, self.clock)
         return self._launched(launched.epoch + 1)
