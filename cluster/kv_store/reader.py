@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cluster.kv_store.store import KvStore
 
 BATCH = 64  # blocks of one call: a request that ends meanwhile waits for no more
+FIND_WITHIN_S = 10.0
+MUTE_S = 60.0  # no look-up after one that was not answered in time: the prompts behind it are computed at once
 LARGE_BYTES = 64 << 20  # from here on the log says how long it takes
 _THREADS = 2  # for look-ups, and as many for loads: neither waits for the other
 _log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class KvReader:
         self._clock = clock
         self._finders = ThreadPoolExecutor(_THREADS, "kv find")
         self._closed = False
+        self._mute_until = 0.0
         self._loaders = ThreadPoolExecutor(_THREADS, "kv load")
 
     def find(self, keys: Sequence[bytes], on_found: Callable[[int], None]) -> None:
@@ -62,8 +65,12 @@ class KvReader:
     def _find(self, keys: Sequence[bytes], on_found: Callable[[int], None]) -> None:
         found = 0
         try:
-            found = self._calls.find(keys)
-            self._store.note_found(keys, found)
+            if self._clock() >= self._mute_until:
+                found = self._calls.find(keys, FIND_WITHIN_S)
+                self._store.note_found(keys, found)
+        except TimeoutError as error:
+            self._mute_until = self._clock() + MUTE_S
+            _log.warning("stored KV is not looked up for %.0f s: %s", MUTE_S, error)
         except BaseException:  # noqa: BLE001 - the prompt is computed
             _log.exception("stored KV could not be looked up")
         self._post(lambda: on_found(found))

@@ -54,9 +54,14 @@ class ShardCalls:
         self._idle = threading.Condition()
         self._open = 0  # calls under way
 
-    def find(self, keys: Sequence[bytes]) -> int:
-        """Return how many of the first blocks every shard could load; a shard without an answer has none."""
-        return min(reply if isinstance(reply, int) else 0 for reply in self._all(lambda shard: shard.find_kv(keys)))
+    def find(self, keys: Sequence[bytes], within_s: float) -> int:
+        """Return how many of the first blocks every shard could load; one with an error has none.
+
+        Raises:
+            TimeoutError: a shard has not answered within the time.
+        """
+        replies = self._all(lambda shard: shard.find_kv(keys), within_s=within_s)
+        return min(reply if isinstance(reply, int) else 0 for reply in replies)
 
     def load(self, blocks: Sequence[KvBlock]) -> Loaded:
         """Read blocks into their pages, on every shard. Raises ShardLost."""
@@ -101,7 +106,8 @@ class ShardCalls:
             return self._idle.wait_for(lambda: not self._open, within_s)
 
     def _all(
-        self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None
+        self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None,
+        within_s: float | None = None,
     ) -> list[Reply | StageError]:  # fmt: skip
         def guarded(shard: GrpcStageHandle) -> Reply | StageError:
             with self._idle:
@@ -120,7 +126,8 @@ class ShardCalls:
             futures = [self._threads.submit(guarded, shard) for shard in chosen]
         except RuntimeError:  # closed
             return [StageError(f"{shard.name}: the pipeline is being closed") for shard in chosen]
-        wait(futures)
+        if wait(futures, within_s).not_done:
+            raise TimeoutError(f"a shard has not answered within {within_s} s")
         return [StageError("cancelled") if future.cancelled() else future.result() for future in futures]
 
     @staticmethod

@@ -59,3 +59,25 @@ def test_a_load_that_nobody_wants_any_more_ends_with_the_call_under_way(reader: 
     answers = iter((True, False))
     reader._load(BLOCKS, lambda: next(answers), done.append, pytest.fail)
     assert done == [4]
+
+
+def test_after_a_look_up_without_an_answer_prompts_are_computed_at_once(
+    reader: KvReader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found: list[int] = []
+    asked: list[float] = []
+
+    def silent(keys: object, within_s: float) -> int:
+        asked.append(within_s)
+        raise TimeoutError("a shard has not answered within 10.0 s")
+
+    keys = [block.key for block in BLOCKS]
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(reader._calls, "find", silent)
+        for _ in range(3):
+            reader._find(keys, found.append)
+    assert (found, asked) == ([0, 0, 0], [module.FIND_WITHIN_S])
+    assert caplog.messages == ["stored KV is not looked up for 60 s: a shard has not answered within 10.0 s"]
+    reader._clock.now += module.MUTE_S  # type: ignore[attr-defined]
+    reader._find(keys, found.append)
+    assert found[-1] == 10
