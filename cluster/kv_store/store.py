@@ -163,12 +163,12 @@ class KvStore:
 
     def offer(self, offers: Sequence[Offer]) -> None:
         """Queue computed blocks to be stored, and tell whose document has them; never waits."""
+        self.index.touch([offer.key for offer in offers], self.now())
         wanted = []
         for offer in offers:
             if not self.index.has(offer.key):
                 wanted.append(offer)
                 continue
-            self.index.touch([offer.key], self.now())
             self._mark(offer)
             if offer.document_id and offer.document_id not in self._told.get(offer.key, ()):
                 wanted.append(offer)
