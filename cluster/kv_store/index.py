@@ -97,21 +97,29 @@ class KvIndex:
     def has(self, key: bytes) -> bool:
         """Return whether a block need not be stored."""
         entry = self._entries.get(key)
-        return entry is not None and entry.is_whole and entry.bytes.keys() >= self._nodes
+        return entry is not None and self._is_usable(entry)
 
     def size(self, key: bytes) -> int:
         """Return the bytes of a block on all nodes, 0 if it is not known."""
         entry = self._entries.get(key)
         return entry.total_bytes if entry is not None else 0
 
-    def prefix(self, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Return how many of the first blocks are stored, and their bytes."""
-        blocks = total = 0
-        for key in keys:
-            if not self.has(key):
-                break
-            blocks, total = blocks + 1, total + self.size(key)
-        return blocks, total
+    def prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Return the blocks of the longest chain from a first block that these keys make, and the bytes of them all.
+
+        The keys may be in any order, and of several prompts.
+        """
+        with self._lock:
+            known = [(key, entry) for key in keys if (entry := self._entries.get(key)) is not None]
+            lengths: dict[bytes, int] = {}
+            for key, entry in sorted(known, key=lambda item: item[1].start):
+                before = lengths.get(entry.parent, 0)
+                if self._is_usable(entry) and (before or not entry.start):
+                    lengths[key] = before + 1
+            return max(lengths.values(), default=0), sum(entry.total_bytes for _, entry in known)
+
+    def _is_usable(self, entry: Entry) -> bool:
+        return entry.is_whole and entry.bytes.keys() >= self._nodes
 
     def expired(self, before: float, retained: Collection[bytes]) -> list[bytes]:
         """Return the blocks that were last used before a moment, but for those that are retained."""

@@ -188,8 +188,11 @@ class KvStore:
         """Keep exactly these blocks whatever their age and the quota: those of pinned documents."""
         self.retained_keys = frozenset(keys)
 
-    def stored_prefix(self, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Return how many of the first blocks are stored, and their bytes on all nodes."""
+    def stored_prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Return how many blocks from the first on are stored, and the bytes of all these on all nodes.
+
+        The keys may be in any order, such as all of a document; then the longest of its prompts counts.
+        """
         return self.index.prefix(keys)
 
     def forget_document(self, keys: Iterable[bytes]) -> None:
