@@ -195,6 +195,15 @@ class KvStore:
         """
         return self.index.prefix(keys)
 
+    def refresh(self) -> None:
+        """Read again what every node has, after somebody has put blocks there."""
+        if (upkeep := self._upkeep) is not None:
+            upkeep.read_listing()
+
+    def node_shards(self) -> list[GrpcStageHandle]:
+        """Return one shard of every node, which reads and writes the files there; none while no node is known."""
+        return self._upkeep.node_shards() if self._upkeep is not None else []
+
     def forget_document(self, keys: Iterable[bytes]) -> None:
         """Drop blocks, on disk and in memory: now, or as soon as a pipeline runs and its nodes are known."""
         if not self.is_enabled:

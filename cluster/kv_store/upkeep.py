@@ -13,6 +13,7 @@ from cluster.scheduler.page_pool import PagePool
 
 if TYPE_CHECKING:
     from cluster.kv_store.store import KvStore
+    from cluster.stages.handle import GrpcStageHandle
 
 SWEEP_S = 60.0
 _SWEEPS_A_LISTING = 10  # other heads may use the same folder
@@ -58,31 +59,7 @@ class KvUpkeep:
         if self._listers and (keys := self._store.take_forgotten()):
             self._drop(sorted(keys), forget_pages=True)
 
-    def by_node(self, sizes: Iterable[int]) -> dict[str, int]:
-        """Return bytes by node, from those by shard; what is on nodes that are not known yet is left out."""
-        nodes: dict[str, int] = {}
-        for node, size in zip(self._node_of, sizes, strict=True):
-            nodes[node] = nodes.get(node, 0) + size
-        nodes.pop("", None)
-        return nodes
-
-    def _run(self) -> None:
-        sweeps = 0
-        while not self._closing.is_set():
-            try:
-                if sweeps % _SWEEPS_A_LISTING == 0 or not self._listers:
-                    self._list()
-                if sweeps:
-                    self.sweep()
-                else:  # whoever pins documents has time to say so
-                    self.drop_forgotten()
-            except BaseException:  # noqa: BLE001 - a problem of one disk or one minute must not end it
-                if not self._closing.is_set():
-                    _log.exception("the upkeep of stored KV failed and is tried again")
-            sweeps += 1
-            self._closing.wait(SWEEP_S)
-
-    def _list(self) -> None:
+    def read_listing(self) -> None:
         """Read from every node what is stored there."""
         listed: dict[str, list[Any]] = {}
         free: dict[str, int] = {}
@@ -97,6 +74,34 @@ class KvUpkeep:
             self._store.index.replace(listed)
             self._store.set_limits(free)
             self._listers = listers
+
+    def node_shards(self) -> list[GrpcStageHandle]:
+        """Return one shard of every node that is known."""
+        return [self._calls.shards[index] for index in self._listers.values()]
+
+    def by_node(self, sizes: Iterable[int]) -> dict[str, int]:
+        """Return bytes by node, from those by shard; what is on nodes that are not known yet is left out."""
+        nodes: dict[str, int] = {}
+        for node, size in zip(self._node_of, sizes, strict=True):
+            nodes[node] = nodes.get(node, 0) + size
+        nodes.pop("", None)
+        return nodes
+
+    def _run(self) -> None:
+        sweeps = 0
+        while not self._closing.is_set():
+            try:
+                if sweeps % _SWEEPS_A_LISTING == 0 or not self._listers:
+                    self.read_listing()
+                if sweeps:
+                    self.sweep()
+                else:  # whoever pins documents has time to say so
+                    self.drop_forgotten()
+            except BaseException:  # noqa: BLE001 - a problem of one disk or one minute must not end it
+                if not self._closing.is_set():
+                    _log.exception("the upkeep of stored KV failed and is tried again")
+            sweeps += 1
+            self._closing.wait(SWEEP_S)
 
     def _evict(self, keys: Sequence[bytes]) -> None:
         if keys:
