@@ -37,6 +37,7 @@ class KvIndex:
         self._entries: dict[bytes, Entry] = {}
         self._node_bytes: Counter[str] = Counter()
         self._nodes: set[str] = set()
+        self._changed: dict[bytes, Entry | None] | None = None  # since a listing began; an entry of None: removed
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,8 +48,13 @@ class KvIndex:
         with self._lock:
             return {node: self._node_bytes[node] for node in self._nodes}
 
+    def begin_listing(self) -> None:
+        """Remember what is added and removed from now on: a listing that is read meanwhile may have it or not."""
+        with self._lock:
+            self._changed = {}
+
     def replace(self, listed: Mapping[str, Iterable[pb.KvEntry]]) -> None:
-        """Take what every node has listed as all there is; what is known of the use of blocks stays."""
+        """Take what every node has listed since `begin_listing` as all there is; what is known of its use stays."""
         entries: dict[bytes, Entry] = {}
         for node, items in listed.items():
             for item in items:
@@ -56,10 +62,15 @@ class KvIndex:
                 entry.used = max(entry.used, item.used)
                 entry.bytes[node] = entry.bytes.get(node, 0) + item.bytes
         with self._lock:
+            for key, changed in (self._changed or {}).items():
+                if changed is None:
+                    entries.pop(key, None)
+                else:
+                    entries[key] = changed
             for key, entry in entries.items():
                 if (before := self._entries.get(key)) is not None:
                     entry.used, entry.is_whole = max(entry.used, before.used), before.is_whole
-            self._entries, self._nodes = entries, set(listed)
+            self._entries, self._nodes, self._changed = entries, set(listed), None
             self._node_bytes = Counter()
             for entry in entries.values():
                 self._node_bytes.update(entry.bytes)
@@ -73,11 +84,15 @@ class KvIndex:
                 entry.bytes[node] = entry.bytes.get(node, 0) + size
                 self._node_bytes[node] += size
                 self._nodes.add(node)
+            if self._changed is not None:
+                self._changed[key] = entry
 
     def remove(self, keys: Iterable[bytes]) -> None:
         """Forget blocks that were dropped."""
         with self._lock:
             for key in keys:
+                if self._changed is not None:
+                    self._changed[key] = None
                 if (entry := self._entries.pop(key, None)) is not None:
                     self._node_bytes.subtract(entry.bytes)
 

@@ -30,6 +30,7 @@ class KvUpkeep:
         self._pool = pool
         self._listers: dict[str, int] = {}  # node -> index of a shard there
         self._node_of = [""] * len(calls.shards)  # by shard
+        self._listing = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv upkeep", daemon=True)
 
@@ -61,19 +62,21 @@ class KvUpkeep:
 
     def read_listing(self) -> None:
         """Read from every node what is stored there."""
-        listed: dict[str, list[Any]] = {}
-        free: dict[str, int] = {}
-        listers: dict[str, int] = {}
-        for index, pieces in self._calls.entries().items():
-            for piece in pieces:
-                self._node_of[index] = piece.node
-                if listers.setdefault(piece.node, index) == index:
-                    listed.setdefault(piece.node, []).extend(piece.entries)
-                    free[piece.node] = piece.free_bytes
-        if listers:
-            self._store.index.replace(listed)
-            self._store.set_limits(free)
-            self._listers = listers
+        with self._listing:
+            self._store.index.begin_listing()
+            listed: dict[str, list[Any]] = {}
+            free: dict[str, int] = {}
+            listers: dict[str, int] = {}
+            for index, pieces in self._calls.entries().items():
+                for piece in pieces:
+                    self._node_of[index] = piece.node
+                    if listers.setdefault(piece.node, index) == index:
+                        listed.setdefault(piece.node, []).extend(piece.entries)
+                        free[piece.node] = piece.free_bytes
+            if listers:
+                self._store.index.replace(listed)
+                self._store.set_limits(free)
+                self._listers = listers
 
     def node_shards(self) -> list[GrpcStageHandle]:
         """Return one shard of every node that is known."""

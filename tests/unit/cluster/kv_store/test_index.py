@@ -94,6 +94,24 @@ def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
     assert not index.has(keys[1])
 
 
+def test_a_listing_says_nothing_of_what_changes_while_it_is_read() -> None:
+    index = KvIndex()
+    keys = chain(index, "a", 3, 1.0)
+    entries = [pb.KvEntry(key=key, start=32 * n, parent=keys[n - 1] if n else b"", bytes=100, used=1.0)
+               for n, key in enumerate(keys)]  # fmt: skip
+    index.begin_listing()
+    index.remove(keys[2:])
+    new = chain(index, "b", 2, 1.0)
+    index.remove(new[:1])
+    index.add(new[0], b"", 0, {"n": 7}, 1.0)
+    index.replace({"n": entries})
+    assert (index.prefix(keys), index.prefix(new)) == ((2, 200), (2, 107))
+    assert index.node_bytes == {"n": 307}
+    index.begin_listing()
+    index.replace({"n": entries})
+    assert (index.prefix(keys), index.prefix(new)) == ((3, 300), (0, 0))
+
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 1 << 30), limit=st.integers(0, 3000))
 def test_victims_bring_every_node_below_its_limit_and_leave_no_orphan(seed: int, limit: int) -> None:
