@@ -53,6 +53,7 @@ class ShardCalls:
         self._threads = ThreadPoolExecutor(_CALLS_A_SHARD * len(self.shards), "kv shard")
         self._idle = threading.Condition()
         self._open = 0  # calls under way
+        self._is_unsure = False  # a call about pages was given up that a living shard may still be at work on
 
     def find(self, keys: Sequence[bytes], within_s: float) -> int:
         """Return how many of the first blocks every shard could load; one with an error has none.
@@ -100,10 +101,10 @@ class ShardCalls:
         ]
 
     def close(self, within_s: float) -> bool:
-        """Make no more calls; returns whether those under way have ended within this time."""
+        """Make no more calls; returns whether no shard is at work on pages any more, within this time."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._idle:
-            return self._idle.wait_for(lambda: not self._open, within_s)
+            return self._idle.wait_for(lambda: not self._open, within_s) and not self._is_unsure
 
     def _all(
         self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None,
@@ -130,12 +131,12 @@ class ShardCalls:
             raise TimeoutError(f"a shard has not answered within {within_s} s")
         return [StageError("cancelled") if future.cancelled() else future.result() for future in futures]
 
-    @staticmethod
-    def _check(replies: Sequence[object]) -> None:
+    def _check(self, replies: Sequence[object]) -> None:
         for reply in replies:
             if isinstance(reply, StageError):
-                code = getattr(reply.__cause__, "code", lambda: None)()
-                if getattr(code, "name", "") not in _OVER:
+                code = getattr(getattr(reply.__cause__, "code", lambda: None)(), "name", "")
+                self._is_unsure |= code == "DEADLINE_EXCEEDED"
+                if code not in _OVER:
                     raise ShardLost(str(reply)) from reply
 
 

@@ -73,6 +73,7 @@ def test_a_shard_that_says_itself_that_a_call_is_over_holds_no_pages(code: str, 
     if is_lost:
         with pytest.raises(ShardLost):
             calls.load(BLOCKS)
+        assert calls.close(1) is (code == "UNAVAILABLE"), "it may live and still be at work"
         return
     assert (calls.load(BLOCKS).blocks, calls.store(BLOCKS).blocks) == (0, 0)
     assert calls.store(BLOCKS).problem == "stage 1 shard 0: refused"
