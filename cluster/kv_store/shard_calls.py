@@ -22,7 +22,11 @@ Reply = TypeVar("Reply")
 
 
 class ShardLost(Exception):
-    """A shard that gave no answer and may still read or write pages."""
+    """A shard that gave no answer and may still read or write pages; `is_late`: it may live, and took too long."""
+
+    def __init__(self, message: str, is_late: bool) -> None:
+        super().__init__(message)
+        self.is_late = is_late
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +139,10 @@ class ShardCalls:
         for reply in replies:
             if isinstance(reply, StageError):
                 code = getattr(getattr(reply.__cause__, "code", lambda: None)(), "name", "")
-                self._is_unsure |= code == "DEADLINE_EXCEEDED"
+                is_late = code == "DEADLINE_EXCEEDED"
+                self._is_unsure |= is_late
                 if code not in _OVER:
-                    raise ShardLost(str(reply)) from reply
+                    raise ShardLost(str(reply), is_late) from reply
 
 
 def _problem(replies: Sequence[pb.KvCount | pb.KvStored | StageError]) -> str:

@@ -72,6 +72,7 @@ class KvStore:
         self._forgotten: set[bytes] = set()  # that are to be dropped
         self._told: dict[bytes, set[str]] = {}  # key -> documents that are known to have it
         self.is_full = False  # the last write found no room on the disk: storing pauses
+        self.mute_until = 0.0  # no look-ups before, in seconds of the monotonic clock: a disk does not answer
         self._full_until = 0.0
         self._calls: ShardCalls | None = None
         self._engine: EngineCalls | None = None
