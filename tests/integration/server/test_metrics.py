@@ -23,11 +23,11 @@ from tests.support.fakes.stage import eventually
 from tests.support.rigs.head import free_port
 from tests.support.rigs.service import Bench
 
-LABELLED = {"kv_store_blocks", "kv_store_bytes"}  # counters by event
+LABELLED = {"kv_store_blocks", "kv_store_bytes", "recoveries"}  # counters by event or kind
 COUNTERS = {"jobs", "prompt_tokens", "prefix_cache_hits", "generation_tokens"} | LABELLED
 GAUGES = {
     "num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "step_model_seconds", "info",
-    "kv_store_size_bytes", "kv_store_max_bytes", "kv_store_is_full",
+    "kv_store_size_bytes", "kv_store_max_bytes", "kv_store_is_full", "last_recovery_seconds", "epoch",
 }  # fmt: skip
 HISTOGRAMS = {
     "time_to_first_token_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
@@ -101,6 +101,14 @@ def test_stored_kv_is_counted_by_event(endpoint: Endpoint) -> None:
     assert endpoint.value("kv_store_is_full") == 1
 
 
+def test_recoveries_are_counted_by_kind(endpoint: Endpoint) -> None:
+    supervisor = endpoint.bench.runtime.supervisor
+    assert endpoint.value("recoveries_total", kind="repair") == 0
+    supervisor.num_repaired, supervisor.num_restarted, supervisor.last_recovery_s = 2, 1, 1.5
+    assert [endpoint.value("recoveries_total", kind=kind) for kind in ("repair", "full_restart")] == [2, 1]
+    assert (endpoint.value("last_recovery_seconds"), endpoint.value("epoch")) == (1.5, 1)
+
+
 def test_both_formats_parse(endpoint: Endpoint) -> None:
     endpoint.bench.reaches(endpoint.bench.submit(), JobState.SUCCEEDED)
     kind, text = endpoint.scrape("application/openmetrics-text; version=1.0.0")
@@ -167,7 +175,7 @@ def test_nothing_of_the_jobs_is_shown(endpoint: Endpoint) -> None:
     assert job_id not in text
     assert str(endpoint.bench.folder) not in text
     labels = {key for family in endpoint.families().values() for sample in family.samples for key in sample.labels}
-    assert labels == {"le", "state", "per", "version", "event"}
+    assert labels == {"le", "state", "per", "version", "event", "kind"}
 
 
 def test_only_this_machine_can_read_it(endpoint: Endpoint) -> None:
