@@ -136,7 +136,7 @@ class KvStore:
         calls = ShardCalls(shards)
         try:
             while at < len(blocks):
-                batch = blocks[at : at + BATCH]
+                batch = _apart(blocks[at : at + BATCH])
                 began = self._monotonic()
                 loaded = calls.load(batch)
                 self.note_loaded(batch, loaded, self._monotonic() - began)
@@ -318,3 +318,13 @@ class KvStore:
     def max_bytes(self) -> int:
         """The quotas of all nodes together, 0 while no node is known."""
         return sum(self.limits.values())
+
+
+def _apart(blocks: Sequence[KvBlock]) -> Sequence[KvBlock]:
+    """Return the first blocks, as far as they share no page: blocks that begin alike do, and are read one by one."""
+    used: set[int] = set()
+    for count, block in enumerate(blocks):
+        if used & set(block.pages):
+            return blocks[:count]
+        used.update(block.pages)
+    return blocks

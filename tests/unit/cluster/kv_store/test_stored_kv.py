@@ -254,3 +254,16 @@ def test_a_resumed_request_computes_its_answer_again_after_a_stored_prompt() -> 
         prefill, *decode = [part for plan in rig.shards[0].plans for part in plan.slices]
         assert (prefill.start, prefill.length) == (320, 5), "the last token of the prompt and four of the answer"
         assert len(decode) == 1
+
+
+def test_blocks_that_begin_alike_are_loaded_into_their_common_page() -> None:
+    disk = FakeDisk()
+    with Rig(disk=disk) as rig:
+        for tail in (1, 2):  # the second block begins with the same page
+            rig.run([*DOCUMENT[:48], *[tail] * 30], 1)
+        eventually(lambda: stored(rig) == 3)
+        eventually(lambda: len(rig.pool.stored_blocks()) == 3)
+    rig.pool.release_all()
+    new = Rig(disk=disk).shards[1]
+    assert rig.store.refill(rig.pool, [new]) == 5
+    assert [block.start for block in new.loaded] == [0, 32, 32]
