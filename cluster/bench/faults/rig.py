@@ -32,7 +32,7 @@ CHUNK = 256  # tokens of a step
 _KV_BYTES = 192 << 20  # of all shards together: some 48,000 tokens
 _JOB_S = 300.0
 
-_SOCKET = re.compile(r"/s(\d+)r(\d+)\.sock$")
+_SOCKET = re.compile(r"/s(\d+)r(\d+)(?:e\d+)?\.sock$")
 
 Requests = Mapping[str, pb.SubmitRequest]  # by kind
 
@@ -113,6 +113,8 @@ class FaultHead(HeadProcess):
                 for connection in process.net_connections("unix"):
                     if match := _SOCKET.search(str(connection.laddr)):
                         found[int(match[1]), int(match[2])] = process
+        if len(found) != self.layout[0] * self.layout[1]:
+            raise RuntimeError(f"only the shards {sorted(found)} listen")
         return found
 
     def stage_pids(self) -> set[int]:
