@@ -259,8 +259,12 @@ def _say(line: str) -> None:
 @click.option(
     "--resume", type=click.Path(path_type=Path), help="A file of JSON lines: batches it has are not run again."
 )
+@click.option("--full-restarts", is_flag=True, help="Never replace stages alone: start all anew after each failure.")
 @_OUT
-def kills(out: Path | None, count: int, seed: int, stages: int, shards: int, jobs: int, resume: Path | None) -> None:
+def kills(
+    out: Path | None, count: int, seed: int, stages: int, shards: int, jobs: int, resume: Path | None,
+    full_restarts: bool,
+) -> None:  # fmt: skip
     """Kill head, stages, shards, raylet and GCS at random under jobs of the demo model, in batches of 10 kills a head.
 
     No job may be lost, no token changed, and no more computed again than one block, one chunk a stage and what was not
@@ -268,7 +272,7 @@ def kills(out: Path | None, count: int, seed: int, stages: int, shards: int, job
     """
     _say(f"seed {seed}")
     what = "jobs under random SIGKILLs of head, stage, shard, raylet and GCS"
-    result = {"what": what} | measure_kills(count, seed, stages, shards, jobs, resume, _say)
+    result = {"what": what} | measure_kills(count, seed, stages, shards, jobs, resume, _say, full_restarts)
     click.echo(write_result(out, result))
     if result["problems"] or result["beyond_bound"]:
         raise SystemExit(1)

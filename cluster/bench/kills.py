@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -31,6 +32,12 @@ _PAUSE_S = (0.5, 4.0)  # between a pipeline that is back and the next kill, at r
 _CANCELLED = 0.1  # share of the jobs that are cancelled after a moment
 _JOB_S = 600.0
 _LONG = 6000  # tokens
+_WITHOUT_REPAIRS = """
+from cluster.cli.main import main
+from cluster.engine.supervisor import PipelineSupervisor
+PipelineSupervisor.repairs = False
+main(prog_name="longreach")
+"""
 
 
 @dataclass
@@ -88,8 +95,13 @@ class Load:
                 self.broken.append(f"{kind}: {error}")
 
 
-def kill_one(head: FaultHead, target: Target, draw: random.Random) -> tuple[float, float]:
-    """SIGKILL what a target names and wait until all runs again; return the moment, and the seconds that took."""
+def kill_one(head: FaultHead, target: Target, draw: random.Random) -> tuple[float, float, str]:
+    """SIGKILL what a target names and wait until all runs again.
+
+    Returns:
+        The moment, the seconds that took, and how it came back: "repair", "full restart" or "new head".
+    """
+    repairs = head.repairs()
     if target == "head":
         began = time.monotonic()
         head.kill()
@@ -105,7 +117,9 @@ def kill_one(head: FaultHead, target: Target, draw: random.Random) -> tuple[floa
     stages, shards = head.layout
     until(lambda: len(head.stage_pids()) == stages * shards, "as many stage processes as before")
     head.wait_until_running()
-    return began, time.monotonic() - began
+    seconds = time.monotonic() - began
+    how = "new head" if target == "head" else "repair" if head.repairs() > repairs else "full restart"
+    return began, seconds, how
 
 
 def _victims(head: FaultHead, target: Target, draw: random.Random) -> list[psutil.Process]:
@@ -155,6 +169,8 @@ def _batch(
     kills: list[dict[str, Any]] = []
     moments: list[tuple[float, StoredPrompts]] = []
     with rig.fresh(stages, shards, **store_settings(store)) as head:
+        if options["full_restarts"]:
+            head.command = [sys.executable, "-c", _WITHOUT_REPAIRS]
         head.start()
         stored = StoredPrompts(store, stages * shards)
         load = Load(head.address, history, seed, options["at_once"])
@@ -164,10 +180,10 @@ def _batch(
                 pause = draw.uniform(*_PAUSE_S)
                 time.sleep(pause)
                 at_kill = stored.now()
-                began, back = kill_one(head, target, draw)
+                began, back, how = kill_one(head, target, draw)
                 moments.append((began, at_kill))
-                kills.append({"target": target, "after_s": round(pause, 2), "back_s": round(back, 2)})
-                say(f"batch {number}, seed {seed}: {target}, back after {back:.1f} s")
+                kills.append({"target": target, "after_s": round(pause, 2), "back_s": round(back, 2), "how": how})
+                say(f"batch {number}, seed {seed}: {target}, back after {back:.1f} s by a {how}")
         finally:
             load.finish()
         code = head.stop()
@@ -197,14 +213,17 @@ def _batch(
 
 
 def measure_kills(
-    kills: int, seed: int, stages: int, shards: int, at_once: int, resume: Path | None, say: Callable[[str], None]
-) -> dict[str, Any]:
+    kills: int, seed: int, stages: int, shards: int, at_once: int, resume: Path | None, say: Callable[[str], None],
+    full_restarts: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Kill `kills` processes in batches and return how jobs, tokens and times came out of it.
 
     Args:
         resume: a file of JSON lines; batches that it has are not run again.
+        full_restarts: never replace stages alone: everything is started anew after each failure.
     """
-    options = {"seed": seed, "stages": stages, "shards": shards, "at_once": at_once}
+    options: dict[str, Any] = {"seed": seed, "stages": stages, "shards": shards, "at_once": at_once}
+    options["full_restarts"] = full_restarts
     results = Results(resume, {"what": "kills", "kills": kills} | options)
     plan = [TARGETS[n % len(TARGETS)] for n in range(kills)]
     random.Random(seed).shuffle(plan)
@@ -224,15 +243,21 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the report over all batches."""
     kills = [kill for row in rows for kill in row["kills"]]
     back: dict[str, list[float]] = defaultdict(list)
+    by_how: dict[str, list[float]] = defaultdict(list)
     again: dict[str, list[int]] = defaultdict(list)
     for kill in kills:
         back[kill["target"]].append(kill["back_s"])
+        by_how[kill["how"]].append(kill["back_s"])
         again[kill["target"]].append(kill["recomputed"])
     return {
         "kills": len(kills),
         "jobs": sum(row["facts"].get("jobs", 0) for row in rows),
         "tokens": sum(row["facts"].get("tokens", 0) for row in rows),
         "problems": [problem for row in rows for problem in row["problems"]],
+        "recovered_by": {
+            how: {"count": len(seconds), "median_s": round(statistics.median(seconds), 2), "max_s": max(seconds)}
+            for how, seconds in sorted(by_how.items())
+        },
         "recovery_s": {target: round(statistics.median(seconds), 2) for target, seconds in sorted(back.items())},
         "cold_start_s": round(statistics.median([row["cold_start_s"] for row in rows]), 2) if rows else None,
         "recomputed_median": {target: statistics.median(tokens) for target, tokens in sorted(again.items())},

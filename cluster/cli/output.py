@@ -256,10 +256,17 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
         say_json(asdict(status) | {"address": address})
         return
     say(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
+    quota = status.kv_store_max_bytes
+    stored = f"stored KV {format_bytes(status.kv_store_bytes)} of {format_bytes(quota)}; " if quota else ""
     click.echo(  # numbers only
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
-        f"contexts up to {status.max_model_len:,} tokens\n"
+        f"{stored}contexts up to {status.max_model_len:,} tokens\n"
     )
+    if recoveries := status.repairs + status.full_restarts:
+        click.echo(
+            f"recovered {recoveries} times, by replacing stages {status.repairs} times, by a full restart "
+            f"{status.full_restarts} times; the last one took {format_duration(status.last_recovery_s)}\n"
+        )
     if status.problem:
         click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))

@@ -125,13 +125,17 @@ class JobData:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One process of the pipeline: its `stage` and its `rank` within it, both from 0, and its memory in bytes."""
+    """One process of the pipeline: its `stage` and its `rank` within it, both from 0, and its memory in bytes.
+
+    `late` counts messages of processes that were replaced, which it has refused.
+    """
 
     stage: int
     rank: int
     state: str
     steps_done: int
     resident_bytes: int
+    late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,9 @@ class ClusterStatus:
     """The cluster at one moment: `queued` and `running` count jobs, `kv_usage` is a share from 0 to 1.
 
     `max_model_len` bounds a prompt and its answer together, `kv_tokens` is what the KV cache holds, both in tokens.
+    `kv_store_bytes` of KV are stored on disk, at most `kv_store_max_bytes` (0: none, or not known yet).
+    After `repairs` failures of the pipeline only some stages were replaced, after `full_restarts` all of it was; the
+    newest recovery took `last_recovery_s`. `epoch` is 1 when a pipeline is started, and one more with each repair.
     `problem` says why the head does not serve as it should and is empty when all is well.
     """
 
@@ -152,6 +159,12 @@ class ClusterStatus:
     uptime_s: float
     version: str
     problem: str = ""
+    kv_store_bytes: int = 0
+    kv_store_max_bytes: int = 0
+    repairs: int = 0
+    full_restarts: int = 0
+    last_recovery_s: float = 0.0
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

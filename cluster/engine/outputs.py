@@ -23,6 +23,9 @@ class GenerationSpec:
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
     question: int = 0  # index of the prompt among those of its caller
     pinned_len: int = 0  # length whose length scale (dual chunk attention) it uses; 0: its own
+    cache_salt: str = ""  # prompts share KV with those of the same salt only
+    kernel_family: str = ""  # kernels whose stored KV it uses; empty: those of this cluster
+    document_id: str = ""  # that it is about: its stored KV is noted there
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
+from cluster.kv_store.store import KvStore
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_user_message
@@ -54,6 +55,7 @@ class ClusterRuntime:
         self.ids_only = not self._tokenizer_path.exists()  # prompts and answers are token ids, without text
         self._tokenizer = None if self.ids_only else TextTokenizer.open(model.path, model.chat_template)
         self.supervisor = PipelineSupervisor(self._launch)
+        self.kv_store = KvStore(deployment.config.kv_store, deployment.kv_store_path is not None)
         self._ray = RayCluster(deployment.config.cluster.address)
         self._on_status = on_status
 
@@ -80,7 +82,7 @@ class ClusterRuntime:
 
     def _launch(self) -> Pipeline:
         try:
-            return launch_pipeline(self.deployment, self._tokenizer, self._ray, self._on_status)
+            return launch_pipeline(self.deployment, self._tokenizer, self._ray, self._on_status, self.kv_store)
         except BaseException:
             self._ray.close()  # the next attempt starts it anew: it may be the cause
             raise
@@ -219,6 +221,11 @@ class ClusterRuntime:
         return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
 
     @property
+    def epoch(self) -> int:
+        """Number of the newest pipeline over its processes: 1 when they are started, one more with each repair."""
+        return self.supervisor.newest.launched.epoch if self.supervisor.newest is not None else 0
+
+    @property
     def latency_coefficients(self) -> tuple[float, float, float, float]:
         """Fitted cost of a step; see `LatencyModel`."""
         pipeline = self.supervisor.running
@@ -233,8 +240,14 @@ class ClusterRuntime:
             "max_model_len": self.max_model_len,
             "kv_usage": self.kv_usage,
             "kv_tokens": num_pages * config.kv_cache.page_size,
+            "kv_store_bytes": self.kv_store.size_bytes,
+            "kv_store_max_bytes": self.kv_store.max_bytes,
             "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
             "version": self.version,
+            "repairs": self.supervisor.num_repaired,
+            "full_restarts": self.supervisor.num_restarted,
+            "last_recovery_s": self.supervisor.last_recovery_s,
+            "epoch": self.epoch,
         }
 
     def _shard_status(self, shard: GrpcStageHandle) -> dict[str, Any]:
@@ -247,6 +260,7 @@ class ClusterRuntime:
             return place | {"state": "unreachable"}
         return place | {
             "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
+            "late": reply.late,
         }  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:

@@ -187,7 +187,10 @@ class JobExecution:
         for question, prompt in enumerate(prompts):
             if question not in job.ended:
                 resume = tuple(done.get(question, ()))
-                generation = GenerationSpec(prompt, ask, spec.priority, resume, question, longest(prompts))
+                generation = GenerationSpec(
+                    prompt, ask, spec.priority, resume, question, longest(prompts), spec.cache_salt,
+                    document_id=spec.input.document_id,
+                )  # fmt: skip
                 items.append((generation, self._recorder.callback(job, question)))
         try:
             job.handles = self._runtime.engine.submit_all(items, record.last_event)

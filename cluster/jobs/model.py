@@ -130,6 +130,7 @@ class JobSpec:
     attached: bool = False
     idempotency_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    cache_salt: str = ""  # it shares KV with jobs of the same one only
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -140,7 +141,7 @@ class JobSpec:
         return _SPEC.validate_json(text)
 
     def body_hash(self) -> str:
-        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline.
+        """Return a SHA-256 that equal submissions share: of everything but the keys and the (relative) deadline.
 
         What is not said counts as greedy, as it was before models had defaults of their own; saying just that differs.
         """
@@ -149,7 +150,7 @@ class JobSpec:
         values["ask"]["sampling"] = {name: greedy[name] if v is None else v for name, v in sampling.items()}
         if said := [name for name in sampling if name != "seed" and sampling[name] == greedy[name] is not None]:
             values["said"] = said
-        for key in ("idempotency_key", "deadline"):
+        for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 

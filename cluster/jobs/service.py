@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -103,8 +104,15 @@ class JobService(JobExecution):
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    def submit(self, spec: JobSpec) -> JobRecord:
-        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy."""
+    def submit(self, spec: JobSpec, key_name: str = "") -> JobRecord:
+        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy.
+
+        Args:
+            key_name: of the API key. Without `prefill.share_across_keys`, a prompt shares KV with others of the key
+                only; what is about a document shares it with all.
+        """
+        if not self._runtime.deployment.config.prefill.share_across_keys and not spec.input.document_id:
+            spec = replace(spec, cache_salt=key_name)
         if self.store_problem:
             raise JobStoreError(self.store_problem)
         known, waiting = self._store.admission(spec)

@@ -27,7 +27,14 @@ from cluster.server import codec
 from cluster.server.audit import Callers, RefusalLog
 from cluster.server.call_pool import CallPool, StallWatch
 from cluster.server.interceptors import CallGuard, Pools
-from cluster.server.security import CertificateWatch, KeyInterceptor, load_api_keys, server_credentials
+from cluster.server.security import (
+    ApiKeys,
+    CertificateWatch,
+    KeyInterceptor,
+    load_api_keys,
+    presented_key,
+    server_credentials,
+)
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.jobs import validate
@@ -129,7 +136,7 @@ class GrpcServer:
             options=[*_CONNECTION_OPTIONS.items(), *((f"grpc.{key}", value) for key, value in bounds.items())],
             maximum_concurrent_rpcs=most,
         )
-        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes), server)  # type: ignore[no-untyped-call, unused-ignore]
+        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes, keys), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -170,9 +177,10 @@ class GrpcServer:
 class _Jobs(rpc.JobsServicer):
     """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
 
-    def __init__(self, service: JobService, max_document_bytes: int) -> None:
+    def __init__(self, service: JobService, max_document_bytes: int, keys: ApiKeys | None = None) -> None:
         self._service = service
         self._max_document_bytes = max_document_bytes
+        self._keys = keys
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         first = next(requests, None)
@@ -213,8 +221,13 @@ class _Jobs(rpc.JobsServicer):
             def store_text(text: str) -> str:
                 return texts.enter_context(self._service.keep_text(text, self._max_document_bytes)).id
 
-            record = self._service.submit(codec.decode_submit(request, self._service.now(), store_text))
+            spec = codec.decode_submit(request, self._service.now(), store_text)
+            record = self._service.submit(spec, self._key_name(context))
         return self._whole(record)
+
+    def _key_name(self, context: grpc.ServicerContext) -> str:
+        key = presented_key(context.invocation_metadata()) if self._keys is not None else None
+        return (self._keys.name(key) or "") if self._keys is not None and key is not None else ""
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
         return self._whole(self._service.get(check_id(request.id, "job")))

@@ -534,21 +534,23 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("stage", "rank", "state", "steps_done", "resident_bytes")
+    __slots__ = ("stage", "rank", "state", "steps_done", "resident_bytes", "late")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
     stage: int
     rank: int
     state: str
     steps_done: int
     resident_bytes: int
-    def __init__(self, stage: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[str] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    late: int
+    def __init__(self, stage: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[str] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., late: _Optional[int] = ...) -> None: ...
 
 class ClusterStatusReply(_message.Message):
-    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem")
+    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem", "kv_store_bytes", "kv_store_max_bytes", "repairs", "full_restarts", "last_recovery_s", "epoch")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -559,6 +561,12 @@ class ClusterStatusReply(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    KV_STORE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_STORE_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPAIRS_FIELD_NUMBER: _ClassVar[int]
+    FULL_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    LAST_RECOVERY_S_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     queued: int
@@ -569,4 +577,10 @@ class ClusterStatusReply(_message.Message):
     uptime_s: float
     version: str
     problem: str
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+    kv_store_bytes: int
+    kv_store_max_bytes: int
+    repairs: int
+    full_restarts: int
+    last_recovery_s: float
+    epoch: int
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ..., kv_store_bytes: _Optional[int] = ..., kv_store_max_bytes: _Optional[int] = ..., repairs: _Optional[int] = ..., full_restarts: _Optional[int] = ..., last_recovery_s: _Optional[float] = ..., epoch: _Optional[int] = ...) -> None: ...

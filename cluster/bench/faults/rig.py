@@ -32,7 +32,7 @@ CHUNK = 256  # tokens of a step
 _KV_BYTES = 192 << 20  # of all shards together: some 48,000 tokens
 _JOB_S = 300.0
 
-_SOCKET = re.compile(r"/s(\d+)r(\d+)(?:e\d+)?\.sock$")
+_SOCKET = re.compile(r"/s(\d+)r(\d+)e\d+\.sock$")
 
 Requests = Mapping[str, pb.SubmitRequest]  # by kind
 
@@ -104,6 +104,11 @@ class FaultHead(HeadProcess):
             return len(states) == count and set(states) == {"running"}
 
         until(runs, "a pipeline that runs")
+
+    def repairs(self) -> int:
+        """Return how often only some stages were replaced."""
+        with self.client() as client:
+            return client.status().repairs
 
     def shards(self) -> dict[tuple[int, int], psutil.Process]:
         """Return the stage processes by stage and rank, known by the sockets they listen at."""

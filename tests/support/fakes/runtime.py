@@ -43,7 +43,7 @@ class FakeRuntime(ClusterRuntime):
             self.shard.hold()
         self.shard.deadly = lambda plan: self.deadly(plan)
         scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
-        launched: Any = SimpleNamespace(shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32")
+        launched: Any = SimpleNamespace(shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32", epoch=1)
         engine = Engine(scheduler, [self.shard], self.tokenizer)
         engine.start()
         return Pipeline(engine, launched, engine.close)

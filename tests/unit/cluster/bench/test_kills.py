@@ -44,7 +44,8 @@ def test_events_that_were_on_their_way_are_not_the_restarted_job() -> None:
 
 def test_the_report_is_over_all_batches() -> None:
     def kill(target: str, back: float, again: int, bound: int) -> dict[str, Any]:
-        return {"target": target, "back_s": back, "recomputed": again, "unstored": 0, "bound": bound, "restarted": 1}
+        counts = {"recomputed": again, "unstored": 0, "bound": bound, "restarted": 1}
+        return {"target": target, "back_s": back, "how": "repair" if target == "stage" else "full restart"} | counts
 
     rows = [
         {"batch": 0, "kills": [kill("stage", 1, 100, 1024), kill("gcs", 9, 0, 0)], "cold_start_s": 6,
@@ -55,6 +56,9 @@ def test_the_report_is_over_all_batches() -> None:
     report = summarize(rows)
     assert (report["kills"], report["jobs"], report["tokens"], report["problems"]) == (3, 7, 110, ["x"])
     assert report["recovery_s"] == {"gcs": 9, "stage": 2}
+    assert report["recovered_by"] == {
+        "full restart": {"count": 1, "median_s": 9, "max_s": 9}, "repair": {"count": 2, "median_s": 2, "max_s": 3},
+    }  # fmt: skip
     assert report["cold_start_s"] == 7
     assert report["recomputed_largest"] == 2000
     assert [entry["recomputed"] for entry in report["beyond_bound"]] == [2000]

@@ -64,7 +64,8 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     stage = SimpleNamespace(stage=0, rank=1, state="running", steps_done=1234, resident_bytes=3 << 20)
     status: Any = SimpleNamespace(
         model="m", version="1", uptime_s=200.0, running=1, queued=2, kv_usage=0.25, kv_tokens=8192, max_model_len=4096,
-        stages=[stage], problem="",
+        stages=[stage], problem="", kv_store_bytes=0, kv_store_max_bytes=0,
+        repairs=0, full_restarts=0, last_recovery_s=0.0,
     )  # fmt: skip
     print_status(status, "h:1", as_json=False)
     assert lines(capsys) == [
@@ -72,6 +73,14 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
         "1 running, 2 queued; KV 25% of 8,192 tokens; contexts up to 4,096 tokens", "",
         "stage  rank  state    steps  memory", "0      1     running  1,234  3MiB",
     ]  # fmt: skip
+    status.kv_store_bytes, status.kv_store_max_bytes = 3 << 20, 5 << 30
+    print_status(status, "h:1", as_json=False)
+    assert "stored KV 3MiB of 5GiB; contexts up to" in lines(capsys)[1]
+    status.repairs, status.full_restarts, status.last_recovery_s = 2, 1, 7.4
+    print_status(status, "h:1", as_json=False)
+    assert lines(capsys)[3] == (
+        "recovered 3 times, by replacing stages 2 times, by a full restart 1 times; the last one took 7.4 s"
+    )
     status.problem = "the recorder thread has ended:\x1b[2J odd"
     print_status(status, "h:1", as_json=False)
     assert r"not serving: the recorder thread has ended:\x1b[2J odd" in lines(capsys)
