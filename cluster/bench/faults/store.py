@@ -84,7 +84,7 @@ class StoredPrompts:
 
 
 def _token_ids(metadata: Mapping[str, str]) -> tuple[int, ...]:
-    return tuple(json.loads(metadata["tokens"]))
+    return tuple(map(int, metadata["token_ids"].split(",")))
 
 
 def _ask(head: FaultHead, history: History, kind: str, requests: Requests, stored: int = 0) -> int:
@@ -149,17 +149,12 @@ def _zeros(block: Path, draw: random.Random) -> None:
     path.write_bytes(raw[:at] + bytes(len(raw) - at))
 
 
-def _flip(block: Path, draw: random.Random, header: bool) -> None:
+def _flip_data(block: Path, draw: random.Random) -> None:
+    """Change one bit behind the header."""
     path = _a_file(block, draw)
     raw = bytearray(path.read_bytes())
-    end = 8 + int.from_bytes(raw[:8], "little")
-    at = draw.randrange(0, end - 4) if header else draw.randrange(end, len(raw))
-    raw[at] ^= 1 << draw.randrange(8)
+    raw[draw.randrange(8 + int.from_bytes(raw[:8], "little"), len(raw))] ^= 1 << draw.randrange(8)
     path.write_bytes(raw)
-
-
-def _flip_data(block: Path, draw: random.Random) -> None:
-    _flip(block, draw, header=False)
 
 
 def _flip_token(block: Path, draw: random.Random) -> None:
