@@ -114,12 +114,12 @@ class Recorder:
         while not self._leaving.is_set():
             follower = self._history.new_follower()
             common = {"job": job_id, "follower": follower}
-            self._history.add("attached", self.name, number=after, **common)
+            attached = self._history.add("attached", self.name, number=after, **common)
             call = self._stub.Stream(pb.StreamRequest(id=job_id, after=after, grouped=grouped), metadata=self._metadata)
             try:
                 for event in call:
                     end = time.monotonic() + self._patience_s
-                    after = self._take(event, after, common)
+                    after = self._take(event, after, common, attached.at)
                     if event.HasField("job") and _state_name(event.job.state) in FINAL:
                         self._history.add("detached", self.name, **common)
                         return True
@@ -166,10 +166,13 @@ class Recorder:
             restarts=job.restarts, number=job.last_event, text=job.error,
         )  # fmt: skip
 
-    def _take(self, event: pb.JobEvent, after: int, common: dict[str, Any]) -> int:
-        """Write down one event; return the number of the last token."""
+    def _take(self, event: pb.JobEvent, after: int, common: dict[str, Any], attached_at: float) -> int:
+        """Write down one event; return the number of the last token.
+
+        A state may be on its way for as long as the stream is open, while others see the next one.
+        """
         if event.HasField("job"):
-            self._state(event.job, time.monotonic(), common["follower"])
+            self._state(event.job, attached_at, common["follower"])
         elif event.HasField("progress"):
             shown = event.progress.progress
             self._history.add(

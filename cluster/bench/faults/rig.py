@@ -118,6 +118,8 @@ class FaultHead(HeadProcess):
                 for connection in process.net_connections("unix"):
                     if match := _SOCKET.search(str(connection.laddr)):
                         found[int(match[1]), int(match[2])] = process
+        if len(found) != self.layout[0] * self.layout[1]:
+            raise RuntimeError(f"only the shards {sorted(found)} listen")
         return found
 
     def stage_pids(self) -> set[int]:

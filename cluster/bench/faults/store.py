@@ -31,10 +31,14 @@ def store_settings(folder: Path) -> dict[str, Any]:
     return {"kv_store": {"path": str(folder), "max_bytes": 4 << 30}, "server": {"metrics_port": free_port()}}
 
 
+def _metrics(head: FaultHead) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{head.settings['server']['metrics_port']}/metrics") as page:
+        return str(page.read().decode())
+
+
 def counts(head: FaultHead) -> dict[str, float]:
     """Return what the head counted of stored blocks, by event."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{head.settings['server']['metrics_port']}/metrics") as page:
-        return {event: float(value) for event, value in _COUNT.findall(page.read().decode())}
+    return {event: float(value) for event, value in _COUNT.findall(_metrics(head))}
 
 
 def blocks(store: Path) -> list[Path]:
@@ -84,7 +88,7 @@ class StoredPrompts:
 
 
 def _token_ids(metadata: Mapping[str, str]) -> tuple[int, ...]:
-    return tuple(json.loads(metadata["tokens"]))
+    return tuple(map(int, metadata["token_ids"].split(",")))
 
 
 def _ask(head: FaultHead, history: History, kind: str, requests: Requests, stored: int = 0) -> int:
@@ -149,17 +153,12 @@ def _zeros(block: Path, draw: random.Random) -> None:
     path.write_bytes(raw[:at] + bytes(len(raw) - at))
 
 
-def _flip(block: Path, draw: random.Random, header: bool) -> None:
+def _flip_data(block: Path, draw: random.Random) -> None:
+    """Change one bit behind the header."""
     path = _a_file(block, draw)
     raw = bytearray(path.read_bytes())
-    end = 8 + int.from_bytes(raw[:8], "little")
-    at = draw.randrange(0, end - 4) if header else draw.randrange(end, len(raw))
-    raw[at] ^= 1 << draw.randrange(8)
+    raw[draw.randrange(8 + int.from_bytes(raw[:8], "little"), len(raw))] ^= 1 << draw.randrange(8)
     path.write_bytes(raw)
-
-
-def _flip_data(block: Path, draw: random.Random) -> None:
-    _flip(block, draw, header=False)
 
 
 def _flip_token(block: Path, draw: random.Random) -> None:
@@ -243,7 +242,7 @@ def disk_full(rig: Rig, seed: int) -> Verdict:
         head.start()
         for kind in requests:
             _ask(head, history, kind, requests)
-        until(lambda: counts(head).get("not_stored"), "blocks that were not stored", 30)
+        until(lambda: "longreach_kv_store_is_full 1.0" in _metrics(head), "a metric that says the disk is full", 30)
         verdict.facts["counts"] = counts(head)
         warnings = [line for line in head.log.read_text(errors="replace").splitlines() if "WARNING" in line]
         full = [line for line in warnings if "space" in line or "full" in line]
