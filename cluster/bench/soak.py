@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from cluster.bench.faults.rig import FaultHead, Rig, Verdict
 from cluster.bench.faults.store import store_settings
 from cluster.bench.history import History
 from cluster.bench.kills import TARGETS, Load, kill_one
+from cluster.bench.recorder import Recorder, Refused
 from cluster.bench.resumable import Results
-from cluster.client.client import Client
-from cluster.client.errors import LongreachError
+from protos.jobs import jobs_pb2 as pb
 
 EVERY_S = 10.0  # between samples
 PIECE_S = 120.0  # of a soak: then jobs are drained, judged and written down
@@ -138,30 +138,37 @@ def judge_growth(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, Any
 
 
 class _Documents(threading.Thread):
-    """Adds, asks about, lists and deletes documents until it is stopped."""
+    """Adds, appends to, lists and deletes documents until it is stopped."""
 
     def __init__(self, address: str, seed: int) -> None:
         super().__init__(name="documents")
         self._address, self._draw = address, random.Random(f"documents {seed}")
         self.stopping = threading.Event()
-        self.done = {"added": 0, "deleted": 0, "listed": 0}
+        self.done: Counter[str] = Counter()
         self.errors: set[str] = set()
 
     def run(self) -> None:
         kept: list[str] = []
-        with Client(self._address) as client:
+        with Recorder(self._address, History(), "documents", patience_s=0) as client:
             while not self.stopping.wait(self._draw.uniform(0.2, 1.5)):
                 try:
-                    text = f"{self._draw.random()} " + "The code of old stone is 12345. " * self._draw.randint(5, 300)
-                    kept.append(client.documents.upload(text).id)
-                    self.done["added"] += 1
-                    if len(kept) > 5:
-                        client.documents.delete(kept.pop(self._draw.randrange(len(kept))))
-                        self.done["deleted"] += 1
-                    client.documents.list()
-                    self.done["listed"] += 1
-                except LongreachError as error:  # the head may be away
-                    self.errors.add(type(error).__name__)
+                    self._step(client, kept)
+                except Refused as error:  # the head may be away
+                    self.errors.add(": ".join(str(error).split(": ")[:2]))
+
+    def _step(self, client: Recorder, kept: list[str]) -> None:
+        text = f"{self._draw.random()} " + "The code of old stone is 12345. " * self._draw.randint(5, 300)
+        header = pb.DocumentHeader(name="soak")
+        method = "UploadDocument"
+        if kept and self._draw.random() < 0.4:
+            method, header.append_to = "AppendDocument", self._draw.choice(kept)
+        pieces = [pb.DocumentPiece(header=header), pb.DocumentPiece(data=text.encode())]
+        kept.append(client.call(method, pieces).id)
+        self.done[method] += 1
+        if len(kept) > 5:
+            client.call("DeleteDocument", pb.DocumentRequest(id=kept.pop(self._draw.randrange(len(kept)))))
+            self.done["DeleteDocument"] += 1
+        client.call("ListDocuments", pb.ListDocumentsRequest())
 
 
 def measure_soak(
@@ -236,7 +243,7 @@ def _piece(
     facts = verdict.facts | {
         "faults": faults,
         "largest_store_bytes": largest,
-        "documents": documents.done,
+        "documents": dict(documents.done),
         "away": sorted(documents.errors),
     }
     return {"piece": number, "samples": samples, "problems": verdict.problems + load.broken, "facts": facts}
