@@ -14,6 +14,7 @@ from typing import BinaryIO
 from cluster.client.ingest.limits import Budget
 from cluster.client.ingest.text import is_binary
 from cluster.client.ingest.tree import HEAD_BYTES, ROOT, Entry, Tree, show_path
+from cluster.common.text_format import one_line
 from protos.errors import InvalidRequest
 
 _UTF8_NAME = 0x800  # flag of a zip member
@@ -162,6 +163,6 @@ def _damage(kind: str) -> Iterator[None]:
     except InvalidRequest:
         raise
     except RuntimeError as error:  # zipfile's word for a password it lacks
-        raise InvalidRequest(f"is a {kind} file that cannot be read ({error})") from error
+        raise InvalidRequest(f"is a {kind} file that cannot be read ({one_line(error)})") from error
     except _DAMAGE as error:
-        raise InvalidRequest(f"is a damaged {kind} file ({error or type(error).__name__})") from error
+        raise InvalidRequest(f"is a damaged {kind} file ({one_line(error, 200) or type(error).__name__})") from error

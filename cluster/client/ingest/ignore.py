@@ -6,8 +6,6 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
-
 FILE_NAME = b".gitignore"
 _DIRECTORY = "ps_d"  # pathspec's group for the slash after what a pattern names; what follows it is inside of that
 _ANY_DIRECTORY = f"(?P<{_DIRECTORY}>/)"  # its expression for `*/` and `**/`
@@ -56,6 +54,8 @@ def _names(pattern: re.Pattern[str], name: str) -> bool:
 
 def _patterns(content: bytes) -> list[tuple[re.Pattern[str], bool]]:
     """Return (expression, whether it ignores) of every line that has one; a line that git could not read has none."""
+    from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern  # here: most sources are no folders
+
     found = []
     for line in content.removeprefix(_MARK).split(b"\n"):
         text = line.removesuffix(b"\r").decode("latin-1")

@@ -14,17 +14,17 @@ from typing import BinaryIO
 
 from cluster.client.ingest.conversion import convert
 from cluster.client.ingest.limits import MAX_BYTES, Budget
-from cluster.client.ingest.text import NotText, decode
+from cluster.client.ingest.text import NotText, decode, is_binary
 from cluster.client.ingest.tree import Progress, folder_text, reading, section, show_path
 from protos.errors import InvalidRequest
 from protos.jobs.limits import MAX_CHARS
 from protos.jobs.validate import check_text, show
 
-Source = str | bytes | os.PathLike[str]
 _HTML = (".html", ".htm", ".xhtml")
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # gzip, bzip2, xz
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _PIECE = 1 << 20
+_READABLE = ": must be text, PDF, Office, EPUB, HTML, zip or tar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,15 @@ class DocumentText:
     notes: tuple[str, ...] = ()
 
 
+Source = str | bytes | os.PathLike[str] | DocumentText
+
+
 def read_source(
     source: Source | Sequence[Source], encoding: str | None = None, progress: Progress | None = None
 ) -> DocumentText:
     """Return the text of a source: a `str` is the text itself, `bytes` are UTF-8, a path object is a file or folder.
 
+    What a folder or a PDF becomes can be looked at before it is added; `documents.add` and `submit` take the result.
     Of several sources the texts follow each other in the given order, each under a header with its name.
 
     Args:
@@ -53,8 +57,11 @@ def read_source(
 
     Raises:
         InvalidRequest: a source cannot be read or has no text.
+
+    >>> text = read_source([Path("project/"), Path("notes.pdf")])
+    >>> print(text.data.decode(), *text.notes)
     """
-    if isinstance(source, (str, bytes, os.PathLike)) or not isinstance(source, Sequence):
+    if isinstance(source, (str, bytes)) or not isinstance(source, Sequence):
         return _read_one(source, encoding, progress)
     if not source:
         raise InvalidRequest("document: an empty list: must be at least one text or path")
@@ -74,6 +81,8 @@ def read_source(
 
 
 def _read_one(source: object, encoding: str | None, progress: Progress | None) -> DocumentText:
+    if isinstance(source, DocumentText):
+        return source
     if isinstance(source, str):
         return DocumentText(check_text("document", source).encode())
     if isinstance(source, bytes):
@@ -102,19 +111,19 @@ def _read_file(path: Path, name: str, encoding: str | None) -> DocumentText:
         if head.startswith(_OLD_OFFICE):
             raise InvalidRequest("is a document of an old Office: save it as DOCX, PPTX or XLSX")
         kind = file_kind(path, head) if encoding is None else ""
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
+        if size > MAX_BYTES:
+            raise _too_large(size)
         if kind:
             digest = _digest(file)
             data, notes = convert(kind, file)
             return DocumentText(data, name, digest, notes)
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise InvalidRequest(f"is larger than {MAX_BYTES} bytes: no document is")
+        data = file.read(MAX_BYTES)
     try:
         text, found = decode(data, encoding)
     except NotText as error:
-        way_out = "" if encoding is not None else ": must be text, PDF, Office, EPUB, HTML, zip or tar"
-        raise InvalidRequest(f"{error}{way_out}") from error
+        raise InvalidRequest(f"{error}{_READABLE if encoding is None else ''}") from error
     encoded = text.encode("utf-8", "replace")
     if encoded == data:
         return DocumentText(data, name)
@@ -137,20 +146,26 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             file: BinaryIO = opened.enter_context(path.open("rb"))
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 copy = opened.enter_context(tempfile.TemporaryFile())
-                _copy(file, copy)
+                _copy(path, file, copy)
                 file = copy
         yield file
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> None:
+def _copy(path: Path, source: BinaryIO, target: BinaryIO) -> None:
     size = 0
     while piece := source.read(_PIECE):
+        if not size and not file_kind(path, piece) and is_binary(piece):
+            raise InvalidRequest(f"is binary{_READABLE}")
         size += len(piece)
         if size > MAX_BYTES:  # of a file that has no end
-            raise InvalidRequest(f"is larger than {MAX_BYTES} bytes: no document is")
+            raise _too_large(size)
         target.write(piece)
     target.flush()
     target.seek(0)
+
+
+def _too_large(size: int) -> InvalidRequest:
+    return InvalidRequest(f"{size} bytes: must be at most {MAX_BYTES}: no document is longer")
 
 
 def file_kind(path: Path, head: bytes) -> str:

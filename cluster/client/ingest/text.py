@@ -8,8 +8,6 @@ from __future__ import annotations
 import codecs
 import re
 
-from charset_normalizer import from_bytes
-
 from protos.errors import InvalidRequest
 
 _LOOKED_AT = 8000  # bytes; as git does to tell binary files
@@ -19,8 +17,9 @@ _MARKS = (  # UTF-32 before UTF-16, whose mark it begins with
 )  # fmt: skip
 _CONTROLS = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")  # no text has them, whatever its encoding
 _WESTERN_SHARE = 0.3  # of bytes outside ASCII; writing with another alphabet has more
+_GUESSED_FROM = 16  # such bytes; fewer say nothing
 _OTHERS = ["cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr", "cp1253", "cp1255", "cp1256"]
-_MIN_UTF16_ZEROS = 0.3  # of the bytes at odd or even places, in a UTF-16 text without a mark
+_MIN_UTF16_ZEROS = 0.6  # of the bytes at odd or even places, in a UTF-16 text without a mark
 
 
 class NotText(InvalidRequest):
@@ -93,7 +92,9 @@ def _utf16_name(data: bytes) -> str | None:
 def _guess(data: bytes) -> str:
     """Return an encoding of one or two bytes a character in which `data` can be decoded."""
     sample = data.translate(None, bytes(range(128)))
-    if len(sample) > _WESTERN_SHARE * len(data):
+    if len(sample) > max(_GUESSED_FROM, _WESTERN_SHARE * len(data)):
+        from charset_normalizer import from_bytes  # here: most texts never need it
+
         for match in from_bytes(data, cp_isolation=_OTHERS, enable_fallback=False):
             return str(match.encoding)
     if not any(0x80 <= byte <= 0x9F for byte in set(sample)):

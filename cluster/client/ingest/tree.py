@@ -66,15 +66,15 @@ class DiskTree:
 
 
 @contextmanager
-def reading(path: bytes | str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of the system in the block into InvalidRequest."""
+def reading(path: bytes | str | os.PathLike[str], verb: str = "read") -> Iterator[None]:
+    """Turn errors of the system in the block into InvalidRequest: PATH cannot be read."""
     try:
         yield
     except InvalidRequest:
         raise
     except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InvalidRequest(f"{show_path([os.fsencode(path)])}: cannot be read ({reason})") from error
+        raise InvalidRequest(f"{show_path([os.fsencode(path)])}: cannot be {verb} ({reason})") from error
 
 
 def _read_file(path: bytes, limit: int) -> bytes:

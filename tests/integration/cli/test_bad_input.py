@@ -157,7 +157,7 @@ def test_document_too_long_in_tokens(longreach: CommandLine, write_config: Calla
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(b"", "0 bytes"), (b"abc \xff\xfe", "not UTF-8"), (b" \n ", "white space")]
+    ("content", "expected"), [(b"", "0 bytes"), (b"abc \0\xff\xfe", "is binary"), (b" \n ", "white space")]
 )
 def test_unusable_document(
     longreach: CommandLine, write_config: Callable[..., Path], tmp_path: Path, content: bytes, expected: str

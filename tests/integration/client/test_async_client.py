@@ -10,7 +10,7 @@ import pytest
 
 import cluster
 from cluster import AsyncClient
-from cluster.client.requests import PIECE_BYTES
+from cluster.client.documents.pieces import PIECE_BYTES
 from tests.integration.client.test_client import ANSWER, FAST, check_events, run_async
 from tests.support.fakes.server import FakeHead
 
