@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,17 +45,5 @@ def test_async_client(head: FakeHead, drops: list[int], tmp_path: Path) -> None:
         assert (await client.status()).kv_usage == 0.25
         with pytest.raises(cluster.NotFound):
             await client.job("job_unknown")
-
-    run_async(head, body)
-
-
-def test_async_stream_gives_up(head: FakeHead) -> None:
-    async def body(client: AsyncClient) -> None:
-        head.jobs.drops = [0] * 100
-        job = await client.submit("text", "Why?")
-        stream: AsyncIterator[Any] = job.stream(retries=FAST)
-        with pytest.raises(cluster.Unavailable):
-            async for _ in stream:
-                pass
 
     run_async(head, body)
