@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -18,6 +19,7 @@ from protos.jobs.sampling import OPTIONS
 if TYPE_CHECKING:
     from cluster.tools.display import Display
 
+_SLOW_S = 2.0  # work that takes less shows no progress
 EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 
@@ -141,3 +143,20 @@ def open_display(quiet: bool) -> Display:
     from cluster.tools.display import Display
 
     return Display(Console(stderr=True), quiet=quiet)
+
+
+@contextmanager
+def slow_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a callback (what is done, how much, of how much) that shows progress on stderr after two seconds."""
+    began = time.monotonic()
+    with ExitStack() as opened:
+        display: Display | None = None
+
+        def show(phase: str, done: int, total: int) -> None:
+            nonlocal display
+            if display is None and time.monotonic() - began > _SLOW_S:
+                display = opened.enter_context(open_display(quiet))
+            if display is not None:
+                display.amount(phase, done, total)
+
+        yield show

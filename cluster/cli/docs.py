@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import click
 
 from cluster.cli import output
-from cluster.cli.common import EXIT_INPUT, Count, fail, one_line_errors, open_display, say, say_json, say_text
+from cluster.cli.common import EXIT_INPUT, Count, fail, one_line_errors, say, say_json, say_text, slow_progress
 from cluster.cli.jobs import head_options, open_client
 from cluster.client.client import Client
 from cluster.client.ingest.source import DocumentText
-from cluster.client.ingest.tree import Progress
 from cluster.client.models import Document, TokenCount
 
 _PATH = click.Path(path_type=Path)
@@ -96,7 +94,7 @@ def add(
     if name is not None and len(sources) > 1 and not together:
         fail("--name: there are several documents; give one at a time, or --together", EXIT_INPUT)
     added = []
-    with open_client(options) as client, _showing(options) as progress:
+    with open_client(options) as client, slow_progress(options["as_json"]) as progress:
         for source in [list(sources)] if together else [[source] for source in sources]:
             text = output.read_paths(source, encoding, progress)
             document = client.documents.add(text, name=name, max_tokens=max_tokens, pinned=pin, progress=progress)
@@ -120,7 +118,7 @@ def append(
     Jobs about it read only what was added, when its length is within the --max-tokens that the first was added with.
     """
     options = _merged(options)
-    with open_client(options) as client, _showing(options) as progress:
+    with open_client(options) as client, slow_progress(options["as_json"]) as progress:
         text = output.read_paths(sources, encoding, progress)
         document = client.documents.append(document_id, text, name=name, progress=progress)
         shown = _finish(client, document, read, options)
@@ -219,7 +217,7 @@ def export(document_id: str, path: Path, without_kv: bool, force: bool, **option
     from cluster.common.units import format_bytes
 
     options = _merged(options)
-    with open_client(options) as client, _showing(options) as progress:
+    with open_client(options) as client, slow_progress(options["as_json"]) as progress:
         size = client.documents.export(document_id, path, kv=not without_kv, overwrite=force, progress=progress)
     if options["as_json"]:
         say_json({"path": str(path), "size_bytes": size})
@@ -233,7 +231,7 @@ def export(document_id: str, path: Path, without_kv: bool, force: bool, **option
 def import_document(path: Path, **options: Any) -> None:
     """Take in a document that docs export wrote, with its KV, and print its id."""
     options = _merged(options)
-    with open_client(options) as client, _showing(options) as progress:
+    with open_client(options) as client, slow_progress(options["as_json"]) as progress:
         document = client.documents.import_(path, progress=progress)
     if options["as_json"]:
         say_json(asdict(document))
@@ -251,17 +249,10 @@ def text(sources: tuple[Path, ...], encoding: str | None) -> None:
     \b
     longreach docs text contract.pdf | less
     """
-    with one_line_errors(), open_display(False) as display:
-        found = output.read_paths(sources, encoding, display.slow_work)
-        display.clear()
+    with one_line_errors():
+        with slow_progress(False) as progress:
+            found = output.read_paths(sources, encoding, progress)
         say_text(found.data.decode("utf-8", "replace").removesuffix("\n"))
-
-
-@contextmanager
-def _showing(options: dict[str, Any]) -> Iterator[Progress]:
-    """Give a callback that shows progress on stderr once it takes longer than two seconds."""
-    with open_display(options["as_json"]) as display:
-        yield display.slow_work
 
 
 @click.command()
@@ -282,7 +273,7 @@ def tokens(
     longreach tokens src/ --config configs/demo.yaml
     """
     names = [" ".join(map(str, sources))] if together else [str(source) for source in sources]
-    with _showing(options) as progress:
+    with slow_progress(options["as_json"]) as progress:
         with one_line_errors():
             given = [list(sources)] if together else [[source] for source in sources]
             texts = [output.read_paths(source, encoding, progress) for source in given]

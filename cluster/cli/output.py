@@ -15,7 +15,17 @@ from typing import Any
 
 import click
 
-from cluster.cli.common import EXIT_INTERRUPTED, EXIT_WRONG, as_shown, fail, open_display, say, say_json, say_text
+from cluster.cli.common import (
+    EXIT_INTERRUPTED,
+    EXIT_WRONG,
+    as_shown,
+    fail,
+    open_display,
+    say,
+    say_json,
+    say_text,
+    slow_progress,
+)
 from cluster.client.client import Client
 from cluster.client.errors import InvalidRequest, JobFailed
 from cluster.client.ingest.source import DocumentText, read_source
@@ -56,9 +66,9 @@ def _document(client: Client, sources: Sequence[Path], quiet: bool) -> Document 
         return None
     if len(sources) == 1 and _ID.fullmatch(str(sources[0])) and not sources[0].exists():
         return client.documents.get(str(sources[0]))
-    with open_display(quiet) as display:
-        text = read_paths(sources, None, display.slow_work)
-        return client.documents.add(text, progress=display.slow_work)
+    with slow_progress(quiet) as progress:
+        text = read_paths(sources, None, progress)
+        return client.documents.add(text, progress=progress)
 
 
 def read_paths(sources: Sequence[Path], encoding: str | None, progress: ProgressCall) -> DocumentText:

@@ -17,7 +17,6 @@ from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent
 from cluster.stages.launcher import LaunchStatus
 
-_SLOW_S = 2.0  # work that takes less shows no progress
 _LINE_EVERY_S = 5.0  # between progress lines when stderr is no terminal
 
 
@@ -34,7 +33,7 @@ class Display:
             disable=not self._live,
         )  # fmt: skip
         self._label = self._phase = ""
-        self._last_line = self._work_began = 0.0
+        self._last_line = 0.0
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -85,12 +84,8 @@ class Display:
         left = "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
         self._show(phase, f"{done:,} of {total:,} tokens{left}", done, total)
 
-    def slow_work(self, phase: str, done: int, total: int) -> None:
-        """Show bytes or files of work that has taken longer than `_SLOW_S` seconds; may be called from any thread."""
-        now = time.monotonic()
-        self._work_began = self._work_began or now
-        if now - self._work_began < _SLOW_S:
-            return
+    def amount(self, phase: str, done: int, total: int) -> None:
+        """Show how many bytes of a phase are done; without a total, how many files."""
         if total:
             self._show(phase, f"{format_bytes(done)} of {format_bytes(total)}", done, total)
         else:

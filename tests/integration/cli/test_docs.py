@@ -10,7 +10,7 @@ import pytest
 
 from protos.jobs import jobs_pb2 as pb
 from tests.integration.conftest import CommandLine, Finished
-from tests.support.data.office import pdf
+from tests.support.documents.office import pdf
 from tests.support.fakes.documents import MAX_MODEL_LEN
 from tests.support.fakes.server import WORDS, FakeHead
 from tests.support.paths import ROOT
@@ -62,7 +62,7 @@ def test_a_document_from_first_to_last(verb: Verb, head: FakeHead, project: Path
     assert verb("docs", "unpin", added, longer).out == f"{added} unpinned\n{longer} unpinned\n"
     assert verb("docs", "pin", longer).code == 0
     shown = verb("docs", "show", longer).out
-    assert f"appended to   {added}" in shown
+    assert f"appended to  {added}" in shown
     assert json.loads(verb("docs", "show", longer, "--json").out)["pinned"]
     done = verb("docs", "read", longer, "--wait")
     assert (done.code, done.out[:4]) == (0, "job_")
@@ -141,11 +141,11 @@ def test_tokens(verb: Verb, head: FakeHead, project: Path, tmp_path: Path) -> No
     done = verb("tokens", project)
     assert done.code == 0
     assert done.out.splitlines()[0].split() == ["source", "tokens", "size", "of", "4,096", "fits"]
-    assert done.out.splitlines()[1].split() == [str(project), "39", "39B", "1.0%", "yes"]
+    assert done.out.splitlines()[1].split() == [str(project), "36", "36B", "0.9%", "yes"]
     assert f"counted by the head at {head.address}" in done.err
     done = verb("tokens", project, tmp_path / "long", "--json")
     assert done.code == 1
-    assert [(found["tokens"], found["fits"]) for found in json.loads(done.out)] == [(39, True), (MAX_MODEL_LEN, False)]
+    assert [(found["tokens"], found["fits"]) for found in json.loads(done.out)] == [(36, True), (MAX_MODEL_LEN, False)]
     together = json.loads(verb("tokens", "--together", project, tmp_path / "long", "--json").out)
     assert len(together) == 1
     assert not head.jobs.files

@@ -13,7 +13,7 @@ import pytest
 from cluster.client.ingest import conversion
 from cluster.client.ingest.conversion import ConversionLimits, convert
 from protos.errors import InvalidRequest
-from tests.support.data.office import pdf, zipped
+from tests.support.documents.office import pdf, zipped
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.client.ingest import source as module
 from cluster.client.ingest.source import DocumentText, file_kind, read_source
 from protos.errors import InvalidRequest
-from tests.support.data.office import docx, pdf, zipped
+from tests.support.documents.office import docx, pdf, zipped
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.client.ingest.worker import extract
 from protos.errors import InvalidRequest
-from tests.support.data.office import docx, epub, pdf, pptx, xlsx, zipped
+from tests.support.documents.office import docx, epub, pdf, pptx, xlsx, zipped
 
 
 def test_pdf_pages_are_marked() -> None:
