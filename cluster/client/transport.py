@@ -115,6 +115,8 @@ class Transport:
             return Unavailable(f"{address}: {details}")
         if code == _Code.DEADLINE_EXCEEDED:
             return Unavailable(f"{address}: did not answer in time; a larger timeout_s waits longer")
+        if code == _Code.UNIMPLEMENTED:
+            return LongreachError(f"{address}: the head does not know this call: start one of this version")
         return LongreachError(f"{address}: {code.name}: {details}")
 
 
