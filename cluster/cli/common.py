@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -147,16 +147,34 @@ def open_display(quiet: bool) -> Display:
 
 @contextmanager
 def slow_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Give a callback (what is done, how much, of how much) that shows progress on stderr after two seconds."""
-    began = time.monotonic()
+    """Give a callback (what is done, how much, of how much) that shows progress on stderr after two seconds.
+
+    What was told last is shown then, even if nothing more is told; any thread may call it.
+    """
+    lock = threading.Lock()
+    last: tuple[str, int, int] | None = None
     with ExitStack() as opened:
         display: Display | None = None
 
-        def show(phase: str, done: int, total: int) -> None:
+        def begin() -> None:
             nonlocal display
-            if display is None and time.monotonic() - began > _SLOW_S:
+            with lock:
                 display = opened.enter_context(open_display(quiet))
-            if display is not None:
-                display.amount(phase, done, total)
+                if last is not None:
+                    display.amount(*last)
 
-        yield show
+        def show(phase: str, done: int, total: int) -> None:
+            nonlocal last
+            with lock:
+                last = (phase, done, total)
+                if display is not None:
+                    display.amount(*last)
+
+        timer = threading.Timer(_SLOW_S, begin)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield show
+        finally:
+            timer.cancel()
+            timer.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,11 +166,14 @@ def test_progress_comes_with_work_that_is_slow(
 ) -> None:
     with common.slow_progress(False) as progress:
         progress("sending", 1 << 20, 3 << 20)
-        assert capsys.readouterr().err == ""
-        monkeypatch.setattr(common, "_SLOW_S", -1.0)
+    monkeypatch.setattr(common, "_SLOW_S", 0.05)
+    with common.slow_progress(False) as progress:
+        progress("reading a.pdf", 0, 0)
+        time.sleep(0.5)
         progress("sending", 2 << 20, 3 << 20)
         progress("reading files", 7, 0)
-    assert capsys.readouterr().err == "sending: 2MiB of 3MiB\nreading files: 7\n"
+    assert capsys.readouterr().err == "reading a.pdf\nsending: 2MiB of 3MiB\nreading files: 7\n"
     with common.slow_progress(True) as progress:
         progress("sending", 1, 2)
+        time.sleep(0.2)
     assert capsys.readouterr().err == ""
