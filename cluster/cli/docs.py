@@ -277,6 +277,7 @@ def tokens(
         with one_line_errors():
             given = [list(sources)] if together else [[source] for source in sources]
             texts = [output.read_paths(source, encoding, progress) for source in given]
+        progress("counting tokens", 0, 0)
         if config is not None:
             counts = _count_locally(config, texts)
             counter = f"tokenizer of {config}"
