@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protos.errors import InvalidRequest
 
-MAX_BYTES = 1 << 30  # of the text of one document; a million tokens are some megabytes
+MAX_BYTES = 256 << 20  # of a file of text, and of the text of one document; a million tokens are some megabytes
 MAX_FILES = 200_000
 MAX_RATIO = 250  # unpacked over packed bytes; text is seldom above 20
 RATIO_FROM = 16 << 20  # bytes below which no ratio is too much

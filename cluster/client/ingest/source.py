@@ -113,7 +113,7 @@ def _read_file(path: Path, name: str, encoding: str | None) -> DocumentText:
         kind = file_kind(path, head) if encoding is None else ""
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if size > MAX_BYTES:
+        if not kind and size > MAX_BYTES:
             raise _too_large(size)
         if kind:
             digest = _digest(file)

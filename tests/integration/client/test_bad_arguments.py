@@ -65,7 +65,7 @@ SUBMIT: list[tuple[dict[str, Any], str]] = [
     ({"document": " \n", "question": "q"}, "document: 2 bytes of white space: must have text"),
     ({"document": "\ud800", "question": "q"}, r"document: character '\ud800' at 0: must be text that UTF-8 can hold"),
     ({"document": Path("/nowhere/x"), "question": "q"}, "/nowhere/x: cannot be read"),
-    ({"document": Path("a\0b"), "question": "q"}, r"document: 'a\x00b': cannot be read"),
+    ({"document": Path("a\0b"), "question": "q"}, r"a\x00b: cannot be read"),
     ({"prompt": ""}, "prompt: empty: must have at least one"),
     ({"prompt": 5}, "prompt: 5: must be text"),
     ({"token_ids": []}, "token_ids: empty: must have at least one"),
@@ -233,8 +233,7 @@ def test_a_gigabyte(head: Served, tmp_path: Path) -> None:
     tracemalloc.start()
     began = time.monotonic()
     message = refusal(lambda: head.client.submit(huge, "q"))
-    assert message.startswith("document: "), message
-    assert "must be at most" in message or "can fit" in message
+    assert message.startswith(f"{huge}: 1073741824 bytes: must be at most "), message
     done = CliRunner().invoke(main, ["submit", "--prompt-file", str(huge), "--address", head.address])
     assert done.exit_code == 2
     assert done.output.startswith(f"longreach: error: {huge}: 1073741824 bytes: must be at most 67108864")
@@ -274,9 +273,9 @@ CLI = [
     (["jobs", "--state", "done"], 2, "--state': 'done' is not one of 'queued'"),
     (["docs", "rm", "../x"], 2, "doc id: '../x': must be doc_ and 32 hexadecimal digits"),
     (["docs", "rm", UNKNOWN_DOC], 4, UNKNOWN_DOC),
-    (["docs", "rm"], 2, "docs rm: needs at least one FILE or ID"),
+    (["docs", "rm"], 2, "Missing argument 'ID...'"),
     (["docs", "add", "/nowhere/x"], 2, "/nowhere/x: cannot be read"),
-    (["docs", "drop"], 2, "'drop' is not one of 'list', 'add', 'rm'"),
+    (["docs", "drop"], 2, "No such command 'drop'"),
     (["status", "--address", "nonsense"], 2, "address: 'nonsense': must be HOST:PORT such as 127.0.0.1:7777"),
     (["status", "--address", "127.0.0.1:99999"], 2, "address: '127.0.0.1:99999': must be HOST:PORT"),
     (["status", "--cert-file", "FILE"], 2, "key_file: (missing): goes with"),
