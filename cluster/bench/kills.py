@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.head_process import ROLES, HeadProcess, Role, until
-from cluster.client.client import Client
+from cluster.client.client import Client, Job
 from cluster.client.errors import LongreachError
-from cluster.client.jobs import Job
 from cluster.client.models import JobEnded, TokenEvent
 from cluster.client.retry import RetryPolicy
 from cluster.text.tokenizer import TextTokenizer

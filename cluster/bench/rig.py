@@ -16,8 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.client.client import Client
-from cluster.client.jobs import Job
+from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime

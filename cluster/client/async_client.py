@@ -14,7 +14,8 @@ import os
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Unpack
 
-from cluster.client.async_jobs import AsyncCalls, AsyncJob
+from cluster.client.async_jobs import AsyncCalls
+from cluster.client.async_jobs import AsyncJob as AsyncJob
 from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Connection, ConnectionOptions, state_connection
 from cluster.client.documents.async_documents import AsyncDocuments
 from cluster.client.errors import LongreachError

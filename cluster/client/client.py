@@ -19,7 +19,8 @@ from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Connect
 from cluster.client.documents.documents import Documents
 from cluster.client.errors import LongreachError
 from cluster.client.ingest.source import Source
-from cluster.client.jobs import Calls, Job
+from cluster.client.jobs import Calls
+from cluster.client.jobs import Job as Job
 from cluster.client.models import ClusterStatus, Document, JobData
 from cluster.client.requests import SubmitOptions, build_submit, check_id, list_request, needs_upload
 from cluster.client.retry import CALL_RETRIES, RetryPolicy

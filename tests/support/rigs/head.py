@@ -16,8 +16,7 @@ from types import TracebackType
 import psutil
 
 from cluster.bench.head_process import HeadProcess as HeadOfBenchmarks
-from cluster.client.client import Client
-from cluster.client.jobs import Job
+from cluster.client.client import Client, Job
 from cluster.client.retry import RetryPolicy
 from cluster.engine.runtime import ClusterRuntime
 from cluster.server.head import Head

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.client.client import Client
-from cluster.client.jobs import Job
+from cluster.client.client import Client, Job
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.eval.haystack import Haystack, build_haystack
 from tests.support.rigs.head import NEEDLE
