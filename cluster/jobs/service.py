@@ -202,7 +202,7 @@ class JobService(JobExecution):
         record = self.documents.put(
             name, pieces, max_bytes, scale_len=scale_len, pinned=pinned, source_hash=source_hash, append_to=append_to
         )
-        if not record.tokens:
+        if (not record.tokens or record.scale_len == SCALE_TO_COME) and not self._runtime.ids_only:
             self._counter.add(record.id)
         return record
 

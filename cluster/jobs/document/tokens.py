@@ -19,7 +19,7 @@ from cluster.common.watched_thread import WatchedThread
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.document.token_file import read_tokens, tokens_path, write_tokens
 from cluster.jobs.documents import DocumentStore, chain_ids
-from cluster.jobs.model import DocumentRecord, JobError
+from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, JobError
 from cluster.text.literal_tokenizer import Place
 from cluster.text.prompts import PromptError, document_place
 from protos.errors import UserError
@@ -34,7 +34,7 @@ def default_scale_len(tokens: int, max_model_len: int) -> int:
 
     The next multiple of SCALE_STEP and as much again: questions of any length, and small appends, have room below it,
     so that they all use one scale; and the factor on the logits is at most 1 % off that of the document's own length
-    from 80,000 tokens on.
+    from 160,000 tokens on.
     """
     return min(max_model_len, -(-tokens // SCALE_STEP) * SCALE_STEP + SCALE_STEP)
 
@@ -68,7 +68,7 @@ class DocumentTokens:
             if ids is None:
                 ids = self._make(record, content, place)
                 self._keep(document_id, place, ids)
-            if record.tokens != len(ids):
+            if record.tokens != len(ids) or record.scale_len == SCALE_TO_COME:
                 self._documents.store.count_document(
                     document_id, len(ids), default_scale_len(len(ids), self._runtime.max_model_len)
                 )
