@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.client.ingest.source import read_source
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 from cluster.tools.token_ids import check_num_bytes, parse_token_ids
@@ -51,7 +51,7 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
         prompts = _prompts(runtime, source, ask, display)
         with runtime:
             ready = time.monotonic() - began
-            results = runtime.generate(prompts, ask, display.reading(len(prompts)), one_document=True)
+            results = runtime.generate(prompts, ask, display.reading(len(prompts)), longest(prompts))
     answers = [result.to_json(None if runtime.ids_only else runtime.tokenizer) for result in results]
     questions: Sequence[str | None] = source.questions or (None,)
     return {
