@@ -102,6 +102,9 @@ def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
             f"must divide {dual.distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
             f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
         )
+    if config.kv_store.enabled and config.kv_store.block_tokens % page_size:
+        rule = f"must be a multiple of kv_cache.page_size ({page_size})"
+        raise source.error(("kv_store", "block_tokens"), f"{rule}; use larger blocks, or a smaller page")
     if spec.sparse is not None and spec.sparse.cell % page_size:
         rule = f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}"
         raise source.error(("sparse", "cell"), f"{rule}; use another cell, or a smaller page")

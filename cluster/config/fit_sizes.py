@@ -1,4 +1,4 @@
-"""Fit the sizes that a YAML file leaves out to those that it gives, and to the model: pages, sparse cells, steps.
+"""Fit the sizes that a YAML file leaves out to those that it gives, and to the model: pages, cells, steps, KV blocks.
 
 KV is shared by the page, and sparse rows come by the cell: a page divides the distance of DCA chunks and the cell, and
 a step holds the largest cell. What is given stays as it is; `deployment` refuses what does not fit then.
@@ -14,7 +14,10 @@ from protos.model.spec import ModelSpec
 
 
 def fit_sizes(config: Config, spec: ModelSpec) -> tuple[Config, ModelSpec]:
-    """Return both with `kv_cache.page_size`, `sparse.cell` and `prefill.max_num_batched_tokens` set to what fits."""
+    """Return both with sizes that fit.
+
+    These are `kv_cache.page_size`, `sparse.cell`, `prefill.max_num_batched_tokens` and `kv_store.block_tokens`.
+    """
     kv, prefill = config.kv_cache, config.prefill
     step = prefill.max_num_batched_tokens if "max_num_batched_tokens" in prefill.model_fields_set else None
     cell_is_free = spec.sparse is not None and config.sparse.cell is None
@@ -34,4 +37,7 @@ def fit_sizes(config: Config, spec: ModelSpec) -> tuple[Config, ModelSpec]:
         step = max(prefill.max_num_batched_tokens, largest_cell(spec))
     kv = kv.model_copy(update={"page_size": page})
     prefill = prefill.model_copy(update={"max_num_batched_tokens": step})
-    return config.model_copy(update={"kv_cache": kv, "prefill": prefill}), spec
+    store = config.kv_store
+    if "block_tokens" not in store.model_fields_set:
+        store = store.model_copy(update={"block_tokens": max(store.block_tokens, page)})
+    return config.model_copy(update={"kv_cache": kv, "prefill": prefill, "kv_store": store}), spec

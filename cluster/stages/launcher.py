@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config.deployment import Deployment
+from cluster.config.deployment import Config, Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
 from cluster.stages.handle import GrpcStageHandle
@@ -55,6 +55,7 @@ class Launched:
     fingerprint: str
     dtype: str
     pids: tuple[int, ...]  # of the stage processes, each on its own node
+    kernel_family: str = ""  # of all shards, joined with + where they differ
 
 
 class Launcher:
@@ -111,7 +112,8 @@ class Launcher:
         num_pages = count_pages(self._deployment, loaded, max_shards_per_node)
         self._connect(addresses, num_pages)
         pids = tuple(address.pid for address in addresses)
-        return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids)
+        family = "+".join(sorted({progress.kernel_family for progress in loaded}))
+        return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids, family)
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
@@ -188,13 +190,16 @@ class Launcher:
     def _connect(self, addresses: list[StageAddress], num_pages: int) -> None:
         """Start every shard; all at once, since the shards of a stage warm up together."""
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
+        store = kv_store_path(self._deployment.config)
         by_rank = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         assert self._run_dir is not None
         run_dir = self._run_dir.path
 
         def request(shard: ShardSpec) -> pb.StartRequest:
             links = links_of(shard, by_rank, run_dir)
-            return pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
+            return pb.StartRequest(
+                num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=store, **links
+            )
 
         threads = ThreadPoolExecutor(len(self._shards))
         started = [threads.submit(handle.start, request(handle.shard), _START_TIMEOUT_S) for handle in self._shards]
@@ -205,6 +210,13 @@ class Launcher:
             for future in done:
                 future.result()
             self._on_status(LaunchStatus("connecting stages"))
+
+
+def kv_store_path(config: Config) -> str:
+    """Return the folder of stored KV on every node; empty when there is none."""
+    if not config.kv_store.enabled:
+        return ""
+    return str(config.kv_store.path or Path(config.data_dir) / "kv")
 
 
 def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], run_dir: Path) -> dict[str, str]:

@@ -113,14 +113,22 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
         assert reply.resident_bytes > 1 << 20
 
 
-@pytest.mark.parametrize("method", ["Load", "Start", "Run", "Activations", "Probe", "Close"])
+METHODS = {
+    "Load", "Start", "Run", "Activations", "Probe", "Close",
+    "FindKv", "LoadKv", "StoreKv", "ListKv", "DropKv", "ReadKv", "WriteKv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize(
     "metadata", [[], token_metadata("wrong"), token_metadata(TOKEN[:-1])], ids=["no", "wrong", "cut"]
 )
 def test_every_method_needs_the_token(bare: Stages, method: str, metadata: list[tuple[str, str]]):
-    assert set(rpc.StageServicer.__dict__) >= {"Load", "Start", "Run", "Activations", "Probe", "Close"}
+    assert set(rpc.StageServicer.__dict__) >= METHODS
     messages = {
-        "Load": pb.LoadRequest(), "Start": pb.StartRequest(), "Probe": pb.ProbeRequest(), "Close": pb.CloseRequest()
+        "Load": pb.LoadRequest(), "Start": pb.StartRequest(), "Probe": pb.ProbeRequest(), "Close": pb.CloseRequest(),
+        "FindKv": pb.KvKeys(), "LoadKv": pb.KvBlocks(), "StoreKv": pb.KvBlocks(), "ListKv": pb.KvListRequest(),
+        "DropKv": pb.KvKeys(), "ReadKv": pb.KvKeys(),
     }  # fmt: skip
     message = messages.get(method, iter(()))
     with open_channel(f"unix:{bare.socket(0)}") as channel:
@@ -144,7 +152,7 @@ def bare() -> Iterator[Stages]:
 
 def test_every_method_of_the_service_is_tested_for_the_token():
     methods = {method.name for method in pb.DESCRIPTOR.services_by_name["Stage"].methods}
-    assert methods == {"Load", "Start", "Run", "Activations", "Probe", "Close"}
+    assert methods == METHODS
 
 
 def test_a_closed_handle_ends_the_process(running: Stages):

@@ -68,7 +68,7 @@ class Stages:
             assert updates[-1].ready
             assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
 
-    def start(self, *, first_to_last: bool = False, same_node: bool = True) -> None:
+    def start(self, *, first_to_last: bool = False, same_node: bool = True, kv_store_path: str = "") -> None:
         """Link the stages by Unix sockets, or over gRPC as if each had a node of its own."""
         for handle in self.handles if first_to_last else reversed(self.handles):
             shard = handle.shard
@@ -77,7 +77,8 @@ class Stages:
                 for stage in range(shard.num_stages)
             }
             links = links_of(shard, addresses, self.folder)
-            handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE, **links), 60)
+            request = pb.StartRequest(num_pages=PAGES, page_size=PAGE, kv_store_path=kv_store_path, **links)
+            handle.start(request, 60)
 
     def run_engine(self) -> Engine:
         scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, num_stages=len(self.handles))

@@ -113,3 +113,15 @@ def test_ways_beyond_the_positions(tmp_path: Path) -> None:
     (tmp_path / "long").mkdir()
     (tmp_path / "long" / "config.json").write_text(json.dumps(stretched))
     assert load_deployment(path, {"model.path": "long"}).max_model_len == 64_000
+
+
+def test_blocks_of_stored_kv_are_whole_pages(tmp_path: Path) -> None:
+    path = on_needle(tmp_path, BASE)
+    pages = {"kv_cache.page_size": 1024}
+    assert load_deployment(path, pages).config.kv_store.block_tokens == 1024
+    blocks = pages | {"kv_store.block_tokens": 512}
+    assert re.search(
+        r"kv_store.block_tokens: 512: must be a multiple of kv_cache.page_size \(1024\); use larger blocks",
+        deployment_error(path, blocks),
+    )
+    assert load_deployment(path, blocks | {"kv_store.enabled": False}).config.kv_store.block_tokens == 512

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.stages.launcher import links_of
+from cluster.config.deployment import load_config
+from cluster.stages.launcher import kv_store_path, links_of
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import ShardSpec, Span, StageAddress
+from tests.support.paths import CONFIGS
 
 NONE = Span(0, 0)
 RUN_DIR = Path("/run/longreach-1")
@@ -59,3 +61,13 @@ def test_every_link_has_two_ends(nodes: str):
         assert bool(link.downstream_socket) == (nodes[stage] == nodes[after])
         assert link.downstream == ("" if link.downstream_socket else f"host:{after}0")
         assert made[after].upstream_socket == link.downstream_socket
+
+
+def test_stored_kv_lies_in_the_data_directory_unless_a_folder_is_named():
+    def path(**kv_store: object) -> str:
+        keys: dict[str, object] = {f"kv_store.{key}": value for key, value in kv_store.items()}
+        return kv_store_path(load_config(CONFIGS / "demo.yaml", {"data_dir": "/data"} | keys))
+
+    assert path() == "/data/kv"
+    assert path(path="/fast") == "/fast"
+    assert path(path="/fast", enabled=False) == ""
