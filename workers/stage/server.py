@@ -29,6 +29,7 @@ from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor, epoch_of
 from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
+from workers.stage.kv_calls import MAX_CALLS, KvCalls
 from workers.stage.plan_queue import RunCancelled
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
 _PROGRESS_INTERVAL_S = 0.1  # between messages while weights load
-_RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
+_RPC_THREADS = 8 + MAX_CALLS  # Run, Activations, Load or Start, probes, with room to spare; calls about stored KV
 
 
 def limit_threads(threads: int) -> None:
@@ -53,10 +54,11 @@ def limit_threads(threads: int) -> None:
     os.environ["KMP_BLOCKTIME"] = "0"
 
 
-class StageServer(rpc.StageServicer):
+class StageServer(KvCalls):
     """The gRPC server of a shard, which is `created`, `loading`, `loaded`, `running` or `failed`."""
 
     def __init__(self, spec: StageProcessSpec) -> None:
+        super().__init__(spec.threads)
         self._spec = spec
         self._worker: StageWorker | None = None
         # The only thread of this process that computes with tensors. OpenMP keeps a pool of threads for every thread
@@ -103,6 +105,7 @@ class StageServer(rpc.StageServicer):
     def _close(self) -> None:
         """Stop answering and free the model."""
         self._count_calls()
+        self.close_store()
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -154,6 +157,8 @@ class StageServer(rpc.StageServicer):
             self._refuse(context, ", not loaded")
         try:
             self._compute.submit(self._worker.start, request).result()
+            if request.kv_store_path:
+                self.open_store(*self._worker.open_kv_store(Path(request.kv_store_path)))
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)

@@ -21,6 +21,10 @@ from protos.stage.messages import (
     StepPlan,
     StepResult,
 )
+from workers.kernels.build import kernel_family
+from workers.kv.block_file import BlockShape, Part
+from workers.kv.block_pages import BlockPages, open_pages
+from workers.kv.block_store import BlockStore
 from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
@@ -31,6 +35,7 @@ from workers.transport.link import DEPTH, GrpcSender, Inbox, LinkClosed, Sender,
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
+DTYPE_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
 # Results of decode steps a message, and the longest time one is held back for it: every message wakes threads here and
 # in the head process, on the cores that compute.
 _BATCH, _BATCH_S = 8, 0.2
@@ -52,6 +57,7 @@ class StageWorker:
         self.inbox: Inbox | None = None
         self._sender: Sender | None = None
         self._runner: ModelRunner | None = None
+        self._kv: PagedKV | None = None
         self._stepper: Stepper | None = None
         self._weights: ShardWeights | None = None
         self._plans: PlanQueue | None = None  # of the run
@@ -106,7 +112,8 @@ class StageWorker:
             request.group_timeout_s,
         )  # fmt: skip
         total = self._weights.num_bytes
-        return LoadProgress(total, total, True, growth, self._available_bytes())
+        family = kernel_family(self._device)
+        return LoadProgress(total, total, True, growth, self._available_bytes(), kernel_family=family)
 
     def start(self, request: pb.StartRequest) -> None:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
@@ -123,9 +130,30 @@ class StageWorker:
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, request.num_pages, request.page_size, dtype, self._device)
+        self._kv, self._kv_dtype = kv, kv_dtype or DTYPE_NAMES[dtype]
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(request.page_size)
         self._listen(request)
+
+    def open_kv_store(self, path: Path) -> tuple[BlockStore, BlockPages]:
+        """Open the folder of stored KV, and the access to this shard's pages.
+
+        Raises:
+            ValueError: the folder cannot be used.
+        """
+        assert self._kv is not None, "start comes first"
+        spec, kv = self._spec, self._kv
+        shape = BlockShape(
+            self._kv_dtype, spec.head_dim, spec.num_hidden_layers, spec.num_key_value_heads, kv.num_pages * kv.page_size
+        )
+        try:
+            store = BlockStore(path, shape, Part(self._shard.layers, self._shard.kv_heads))
+        except OSError as error:
+            raise ValueError(
+                f"kv_store.path: {path}: cannot be used ({error.strerror}): name a folder that this user can write to, "
+                "or say kv_store.enabled: false"
+            ) from error
+        return store, open_pages(kv, self._shard.layers.size)
 
     def unlink(self, epoch: int) -> None:
         """Begin an epoch: end the run, wake whatever waits for a neighbour, and take nothing of earlier epochs."""
@@ -224,7 +252,7 @@ class StageWorker:
         self._close_links("this shard is closing")
         if self._runner is not None:
             self._collectives.close()
-        self._runner = self._stepper = self._weights = self._sender = None
+        self._runner = self._stepper = self._weights = self._sender = self._kv = None
 
     @staticmethod
     def resident_bytes() -> int:
