@@ -18,10 +18,15 @@ FINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentInfo:
+class Document:
     """A document that the head keeps: the same bytes give the same `id`, `name` is for people.
 
-    Times are seconds since 1970; every use moves `expires` on.
+    Times are seconds since 1970; every use moves `used` and `expires` on, and a `pinned` document never expires (0).
+    `tokens` is 0 until it has been counted. `scale_len` is the length, in tokens, whose length scale its jobs use, 0
+    when each job has its own. Of its first `stored_tokens` tokens the KV is stored, in `stored_bytes`, so a question
+    need not wait until they are read. `parent` is the id of the document it was appended to, `source_hash` the SHA-256
+    of the file its text was taken from, and `kernel_family` says which kernels computed KV that was imported; all
+    three are empty where there is none.
     """
 
     id: str
@@ -29,6 +34,32 @@ class DocumentInfo:
     size_bytes: int
     created: float
     expires: float
+    tokens: int = 0
+    scale_len: int = 0
+    pinned: bool = False
+    used: float = 0.0
+    stored_tokens: int = 0
+    stored_bytes: int = 0
+    parent: str = ""
+    source_hash: str = ""
+    kernel_family: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """How long a text is: `tokens` by the head's tokenizer, `size_bytes` as UTF-8.
+
+    `max_model_len` bounds a prompt (the document, a question, some tokens of the chat template) and its answer.
+    """
+
+    tokens: int
+    size_bytes: int
+    max_model_len: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the text alone is shorter than what the model takes."""
+        return self.tokens < self.max_model_len
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class GenerationSpec:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """Prefill of one prompt in tokens; `processed` includes the `cached` ones."""
+    """Prefill of one prompt in tokens; `processed` includes the `cached` ones, found in memory or loaded."""
 
     total: int
     cached: int
@@ -59,7 +59,10 @@ class OutputToken:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds. `prefill_s` is from the first scheduled step to the first token, `ttft_s` from submission."""
+    """Seconds. `prefill_s` is from the first scheduled step, or the begin of a load of stored KV, to the first token.
+
+    `ttft_s` is from submission.
+    """
 
     queued_s: float
     prefill_s: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ class KvIndex:
         self._entries: dict[bytes, Entry] = {}
         self._node_bytes: Counter[str] = Counter()
         self._nodes: set[str] = set()
+        self._changed: dict[bytes, Entry | None] | None = None  # since a listing began; an entry of None: removed
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,8 +48,13 @@ class KvIndex:
         with self._lock:
             return {node: self._node_bytes[node] for node in self._nodes}
 
+    def begin_listing(self) -> None:
+        """Remember what is added and removed from now on: a listing that is read meanwhile may have it or not."""
+        with self._lock:
+            self._changed = {}
+
     def replace(self, listed: Mapping[str, Iterable[pb.KvEntry]]) -> None:
-        """Take what every node has listed as all there is; what is known of the use of blocks stays."""
+        """Take what every node has listed since `begin_listing` as all there is; what is known of its use stays."""
         entries: dict[bytes, Entry] = {}
         for node, items in listed.items():
             for item in items:
@@ -56,10 +62,15 @@ class KvIndex:
                 entry.used = max(entry.used, item.used)
                 entry.bytes[node] = entry.bytes.get(node, 0) + item.bytes
         with self._lock:
+            for key, changed in (self._changed or {}).items():
+                if changed is None:
+                    entries.pop(key, None)
+                else:
+                    entries[key] = changed
             for key, entry in entries.items():
                 if (before := self._entries.get(key)) is not None:
                     entry.used, entry.is_whole = max(entry.used, before.used), before.is_whole
-            self._entries, self._nodes = entries, set(listed)
+            self._entries, self._nodes, self._changed = entries, set(listed), None
             self._node_bytes = Counter()
             for entry in entries.values():
                 self._node_bytes.update(entry.bytes)
@@ -73,11 +84,15 @@ class KvIndex:
                 entry.bytes[node] = entry.bytes.get(node, 0) + size
                 self._node_bytes[node] += size
                 self._nodes.add(node)
+            if self._changed is not None:
+                self._changed[key] = entry
 
     def remove(self, keys: Iterable[bytes]) -> None:
         """Forget blocks that were dropped."""
         with self._lock:
             for key in keys:
+                if self._changed is not None:
+                    self._changed[key] = None
                 if (entry := self._entries.pop(key, None)) is not None:
                     self._node_bytes.subtract(entry.bytes)
 
@@ -97,21 +112,29 @@ class KvIndex:
     def has(self, key: bytes) -> bool:
         """Return whether a block need not be stored."""
         entry = self._entries.get(key)
-        return entry is not None and entry.is_whole and entry.bytes.keys() >= self._nodes
+        return entry is not None and self._is_usable(entry)
 
     def size(self, key: bytes) -> int:
         """Return the bytes of a block on all nodes, 0 if it is not known."""
         entry = self._entries.get(key)
         return entry.total_bytes if entry is not None else 0
 
-    def prefix(self, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Return how many of the first blocks are stored, and their bytes."""
-        blocks = total = 0
-        for key in keys:
-            if not self.has(key):
-                break
-            blocks, total = blocks + 1, total + self.size(key)
-        return blocks, total
+    def prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Return the blocks of the longest chain from a first block that these keys make, and the bytes of them all.
+
+        The keys may be in any order, and of several prompts.
+        """
+        with self._lock:
+            known = [(key, entry) for key in keys if (entry := self._entries.get(key)) is not None]
+            lengths: dict[bytes, int] = {}
+            for key, entry in sorted(known, key=lambda item: item[1].start):
+                before = lengths.get(entry.parent, 0)
+                if self._is_usable(entry) and (before or not entry.start):
+                    lengths[key] = before + 1
+            return max(lengths.values(), default=0), sum(entry.total_bytes for _, entry in known)
+
+    def _is_usable(self, entry: Entry) -> bool:
+        return entry.is_whole and entry.bytes.keys() >= self._nodes
 
     def expired(self, before: float, retained: Collection[bytes]) -> list[bytes]:
         """Return the blocks that were last used before a moment, but for those that are retained."""

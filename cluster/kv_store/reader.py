@@ -15,7 +15,10 @@ from protos.stage.messages import KvBlock
 if TYPE_CHECKING:
     from cluster.kv_store.store import KvStore
 
-BATCH = 64  # blocks of one call: a request that ends meanwhile waits for no more
+BATCH = 16  # blocks of one call: a request that ends meanwhile waits for no more
+FIND_WITHIN_S = 10.0
+MUTE_S = 60.0  # no look-up after one that was not answered in time: the prompts behind it are computed at once
+MUTE_AFTER_LOAD_S = 600.0  # nor after such a load, which has cost a pipeline
 LARGE_BYTES = 64 << 20  # from here on the log says how long it takes
 _THREADS = 2  # for look-ups, and as many for loads: neither waits for the other
 _log = logging.getLogger(__name__)
@@ -62,8 +65,11 @@ class KvReader:
     def _find(self, keys: Sequence[bytes], on_found: Callable[[int], None]) -> None:
         found = 0
         try:
-            found = self._calls.find(keys)
-            self._store.note_found(keys, found)
+            if self._clock() >= self._store.mute_until:
+                found = self._calls.find(keys, FIND_WITHIN_S)
+                self._store.note_found(keys, found)
+        except TimeoutError as error:
+            self._mute(MUTE_S, str(error))
         except BaseException:  # noqa: BLE001 - the prompt is computed
             _log.exception("stored KV could not be looked up")
         self._post(lambda: on_found(found))
@@ -87,12 +93,18 @@ class KvReader:
                     break
         except ShardLost as error:
             reason = f"stored KV could not be read: {error}"
+            if error.is_late:
+                self._mute(MUTE_AFTER_LOAD_S, reason)
             if not self._closed:  # else the engine is about to end, and nobody gets these pages
                 self._post(lambda: on_lost(reason))
             return
         except BaseException:  # noqa: BLE001 - no page was touched since the last call
             _log.exception("stored KV could not be read")
         self._post(lambda: on_loaded(done))
+
+    def _mute(self, seconds: float, reason: str) -> None:
+        self._store.mute_until = self._clock() + seconds
+        _log.warning("stored KV is not looked up for %.0f s: %s", seconds, reason)
 
     def _tell(self, size: int, blocks: Sequence[KvBlock]) -> bool:
         """Log how long a large load takes; returns False, with nothing logged, while the speed is not known."""

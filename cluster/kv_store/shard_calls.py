@@ -22,7 +22,11 @@ Reply = TypeVar("Reply")
 
 
 class ShardLost(Exception):
-    """A shard that gave no answer and may still read or write pages."""
+    """A shard that gave no answer and may still read or write pages; `is_late`: it may live, and took too long."""
+
+    def __init__(self, message: str, is_late: bool) -> None:
+        super().__init__(message)
+        self.is_late = is_late
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,16 @@ class ShardCalls:
         self._threads = ThreadPoolExecutor(_CALLS_A_SHARD * len(self.shards), "kv shard")
         self._idle = threading.Condition()
         self._open = 0  # calls under way
+        self._is_unsure = False  # a call about pages was given up that a living shard may still be at work on
 
-    def find(self, keys: Sequence[bytes]) -> int:
-        """Return how many of the first blocks every shard could load; a shard without an answer has none."""
-        return min(reply if isinstance(reply, int) else 0 for reply in self._all(lambda shard: shard.find_kv(keys)))
+    def find(self, keys: Sequence[bytes], within_s: float) -> int:
+        """Return how many of the first blocks every shard could load; one with an error has none.
+
+        Raises:
+            TimeoutError: a shard has not answered within the time.
+        """
+        replies = self._all(lambda shard: shard.find_kv(keys), within_s=within_s)
+        return min(reply if isinstance(reply, int) else 0 for reply in replies)
 
     def load(self, blocks: Sequence[KvBlock]) -> Loaded:
         """Read blocks into their pages, on every shard. Raises ShardLost."""
@@ -95,13 +105,14 @@ class ShardCalls:
         ]
 
     def close(self, within_s: float) -> bool:
-        """Make no more calls; returns whether those under way have ended within this time."""
+        """Make no more calls; returns whether no shard is at work on pages any more, within this time."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._idle:
-            return self._idle.wait_for(lambda: not self._open, within_s)
+            return self._idle.wait_for(lambda: not self._open, within_s) and not self._is_unsure
 
     def _all(
-        self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None
+        self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None,
+        within_s: float | None = None,
     ) -> list[Reply | StageError]:  # fmt: skip
         def guarded(shard: GrpcStageHandle) -> Reply | StageError:
             with self._idle:
@@ -120,16 +131,18 @@ class ShardCalls:
             futures = [self._threads.submit(guarded, shard) for shard in chosen]
         except RuntimeError:  # closed
             return [StageError(f"{shard.name}: the pipeline is being closed") for shard in chosen]
-        wait(futures)
+        if wait(futures, within_s).not_done:
+            raise TimeoutError(f"a shard has not answered within {within_s} s")
         return [StageError("cancelled") if future.cancelled() else future.result() for future in futures]
 
-    @staticmethod
-    def _check(replies: Sequence[object]) -> None:
+    def _check(self, replies: Sequence[object]) -> None:
         for reply in replies:
             if isinstance(reply, StageError):
-                code = getattr(reply.__cause__, "code", lambda: None)()
-                if getattr(code, "name", "") not in _OVER:
-                    raise ShardLost(str(reply)) from reply
+                code = getattr(getattr(reply.__cause__, "code", lambda: None)(), "name", "")
+                is_late = code == "DEADLINE_EXCEEDED"
+                self._is_unsure |= is_late
+                if code not in _OVER:
+                    raise ShardLost(str(reply), is_late) from reply
 
 
 def _problem(replies: Sequence[pb.KvCount | pb.KvStored | StageError]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.config.schema import KvStoreSection
 from cluster.kv_store.backlog import Backlog
@@ -19,6 +19,7 @@ from cluster.kv_store.index import KvIndex
 from cluster.kv_store.reader import BATCH, KvReader
 from cluster.kv_store.shard_calls import Loaded, ShardCalls
 from cluster.kv_store.stats import KvStats
+from cluster.kv_store.upkeep import KvUpkeep
 from cluster.kv_store.writer import PAUSE_S, KvWriter
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.stored_prefix import Offer
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from cluster.stages.handle import GrpcStageHandle
 
 _SHARE_OF_DISK = 0.1  # of what is free at the start and what the store has already
-_SWEEP_S = 60.0
-_SWEEPS_A_LISTING = 10  # other heads may use the same folder
 _FLUSH_S = 10.0  # at the end of a pipeline, for blocks that are not written yet
 _CALLS_END_S = 5.0
 _WRITER_ENDS_S = 1.0  # after its last call
@@ -65,24 +64,22 @@ class KvStore:
         self.index = KvIndex()
         self.stats = KvStats()
         self.backlog = Backlog()
-        self._settings = settings
+        self.settings = settings
+        self.limits: dict[str, int] = {}  # bytes, by node
+        self.retained_keys: frozenset[bytes] = frozenset()
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._limits: dict[str, int] = {}  # bytes, by node
-        self._listers: dict[str, int] = {}  # node -> index of a shard there
-        self._node_of: list[str] = []  # by shard
-        self._retained: frozenset[bytes] = frozenset()
-        self._to_drop: set[bytes] = set()  # until a pipeline is attached
+        self._forgotten: set[bytes] = set()  # that are to be dropped
         self._told: dict[bytes, set[str]] = {}  # key -> documents that are known to have it
         self.is_full = False  # the last write found no room on the disk: storing pauses
+        self.mute_until = 0.0  # no look-ups before, in seconds of the monotonic clock: a disk does not answer
         self._full_until = 0.0
         self._calls: ShardCalls | None = None
         self._engine: EngineCalls | None = None
         self._pool: PagePool | None = None
         self._reader: KvReader | None = None
         self._writer: KvWriter | None = None
-        self._closing = threading.Event()
-        self._sweeper: threading.Thread | None = None
+        self._upkeep: KvUpkeep | None = None
 
     # --- a pipeline --------------------------------------------------------------------------------------------------
 
@@ -97,15 +94,12 @@ class KvStore:
         if not self.is_enabled:
             return
         self.backlog = Backlog()
-        self._closing = threading.Event()
         self._calls, self._engine, self._pool = ShardCalls(shards), EngineCalls(post), pool
-        self._node_of = [""] * len(shards)
-        self._listers = {}
         self._reader = KvReader(self, self._calls, post)
         self._writer = KvWriter(self, self._calls, self._engine, pool)
+        self._upkeep = KvUpkeep(self, self._calls, self._engine, pool)
         self._writer.start()
-        self._sweeper = threading.Thread(target=self._sweep_on, name="kv sweeper", daemon=True)
-        self._sweeper.start()
+        self._upkeep.start()
 
     def detach(self, flush_s: float = _FLUSH_S, within_s: float = _CALLS_END_S) -> bool:
         """Write what is left, for a moment, and leave the pipeline; may be called twice.
@@ -117,17 +111,16 @@ class KvStore:
         Returns:
             Whether no shard is at work for the store: only then may the pages be used by another pipeline.
         """
-        if self._calls is None or self._writer is None or self._engine is None or self._reader is None:
+        calls, engine, reader, writer, upkeep = self._calls, self._engine, self._reader, self._writer, self._upkeep
+        if calls is None or engine is None or reader is None or writer is None or upkeep is None:
             return True
         if flush_s and not self.is_full:
             self.backlog.wait_empty(flush_s)
-        self._closing.set()
-        self._reader.close()
-        self._engine.close()
-        self._writer.close()
-        are_over = self._calls.close(within_s)
-        self._writer.join(_WRITER_ENDS_S)
-        self._calls = self._engine = self._pool = self._reader = self._writer = None
+        self._calls = self._engine = self._pool = self._reader = self._writer = self._upkeep = None
+        for part in (upkeep, reader, engine, writer):
+            part.close()
+        are_over = calls.close(within_s)
+        writer.join(_WRITER_ENDS_S)
         return are_over
 
     def refill(self, pool: PagePool, shards: Sequence[GrpcStageHandle]) -> int:
@@ -143,7 +136,7 @@ class KvStore:
         calls = ShardCalls(shards)
         try:
             while at < len(blocks):
-                batch = blocks[at : at + BATCH]
+                batch = _apart(blocks[at : at + BATCH])
                 began = self._monotonic()
                 loaded = calls.load(batch)
                 self.note_loaded(batch, loaded, self._monotonic() - began)
@@ -171,12 +164,12 @@ class KvStore:
 
     def offer(self, offers: Sequence[Offer]) -> None:
         """Queue computed blocks to be stored, and tell whose document has them; never waits."""
+        self.index.touch([offer.key for offer in offers], self.now())
         wanted = []
         for offer in offers:
             if not self.index.has(offer.key):
                 wanted.append(offer)
                 continue
-            self.index.touch([offer.key], self.now())
             self._mark(offer)
             if offer.document_id and offer.document_id not in self._told.get(offer.key, ()):
                 wanted.append(offer)
@@ -194,11 +187,23 @@ class KvStore:
 
     def retained(self, keys: Iterable[bytes]) -> None:
         """Keep exactly these blocks whatever their age and the quota: those of pinned documents."""
-        self._retained = frozenset(keys)
+        self.retained_keys = frozenset(keys)
 
-    def stored_prefix(self, keys: Sequence[bytes]) -> tuple[int, int]:
-        """Return how many of the first blocks are stored, and their bytes on all nodes."""
+    def stored_prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Return how many blocks from the first on are stored, and the bytes of all these on all nodes.
+
+        The keys may be in any order, such as all of a document; then the longest of its prompts counts.
+        """
         return self.index.prefix(keys)
+
+    def refresh(self) -> None:
+        """Read again what every node has, after somebody has put blocks there."""
+        if (upkeep := self._upkeep) is not None:
+            upkeep.read_listing()
+
+    def node_shards(self) -> list[GrpcStageHandle]:
+        """Return one shard of every node, which reads and writes the files there; none while no node is known."""
+        return self._upkeep.node_shards() if self._upkeep is not None else []
 
     def forget_document(self, keys: Iterable[bytes]) -> None:
         """Drop blocks, on disk and in memory: now, or as soon as a pipeline runs and its nodes are known."""
@@ -206,11 +211,11 @@ class KvStore:
             return
         wanted = set(keys)
         self.backlog.discard(wanted)
-        with self._lock:
-            self._to_drop |= wanted
-        self._drop_forgotten()
+        self.forget_later(wanted)
+        if (upkeep := self._upkeep) is not None:
+            upkeep.drop_forgotten()
 
-    # --- of reader and writer ----------------------------------------------------------------------------------------
+    # --- of reader, writer and upkeep ---------------------------------------------------------------------------------
 
     def note_found(self, keys: Sequence[bytes], found: int) -> None:
         self.stats.add(found_blocks=found)
@@ -228,10 +233,8 @@ class KvStore:
 
     def note_stored(self, blocks: Sequence[KvBlock], sizes: Sequence[int], seconds: float) -> None:
         """Note blocks that were written; `sizes` are the new bytes of all of them, by shard."""
-        nodes: dict[str, int] = {}
-        for node, size in zip(self._node_of, sizes, strict=True):
-            nodes[node] = nodes.get(node, 0) + size
-        each = {node: size // max(1, len(blocks)) for node, size in nodes.items() if node}
+        nodes = self._upkeep.by_node(sizes) if self._upkeep is not None else {}
+        each = {node: size // max(1, len(blocks)) for node, size in nodes.items()}
         for block in blocks:
             self.index.add(block.key, block.parent, block.start, each, self.now())
         self.stats.add(stored_blocks=len(blocks), stored_bytes=sum(sizes), store_s=seconds)
@@ -240,7 +243,8 @@ class KvStore:
     def end_write(self) -> None:
         """Drop what was forgotten while it was written."""
         self.backlog.done()
-        self._drop_forgotten()
+        if (upkeep := self._upkeep) is not None:
+            upkeep.drop_forgotten()
 
     def tell_stored(self, offers: Sequence[Offer]) -> None:
         """Tell of stored blocks whose document has them."""
@@ -269,85 +273,41 @@ class KvStore:
 
     def make_room(self) -> bool:
         """Drop what is above the quota; returns False if so much is retained that it stays above."""
-        self._evict(self.index.victims(self._limits, self._retained))
-        held = self.index.node_bytes
-        return all(held.get(node, 0) <= limit for node, limit in self._limits.items())
-
-    # --- upkeep (a thread) -------------------------------------------------------------------------------------------
-
-    def _sweep_on(self) -> None:
-        closing, sweeps = self._closing, 0
-        while not closing.is_set():
-            try:
-                if sweeps % _SWEEPS_A_LISTING == 0 or not self._listers:
-                    self._list()
-                self.sweep()
-            except BaseException:  # noqa: BLE001 - a problem of a disk must not end the upkeep of others
-                if not closing.is_set():
-                    _log.exception("the upkeep of stored KV failed and is tried again")
-            sweeps += 1
-            closing.wait(_SWEEP_S)
+        return self._upkeep is not None and self._upkeep.make_room()
 
     def sweep(self) -> None:
-        """Drop what was forgotten, what nobody used for too long, and what is above the quota."""
-        self._drop_forgotten()
-        self._evict(self.index.expired(self.now() - self._settings.ttl_s, self._retained))
-        self.make_room()
+        """Drop what was forgotten, what nobody used for too long, and what is above the quota; also done by itself."""
+        if self._upkeep is not None:
+            self._upkeep.sweep()
 
-    def _list(self) -> None:
-        """Read from every node what is stored there."""
-        if (calls := self._calls) is None:
-            return
-        listed: dict[str, list[Any]] = {}
-        free: dict[str, int] = {}
-        listers: dict[str, int] = {}
-        for index, pieces in calls.entries().items():
-            for piece in pieces:
-                self._node_of[index] = piece.node
-                if listers.setdefault(piece.node, index) == index:
-                    listed.setdefault(piece.node, []).extend(piece.entries)
-                    free[piece.node] = piece.free_bytes
-        self.index.replace(listed)
-        held = self.index.node_bytes
-        for node in listers:
-            share = int(_SHARE_OF_DISK * (free[node] + held.get(node, 0)))
-            self._limits.setdefault(node, self._settings.max_bytes or share)
-        self._listers = listers
-
-    def _evict(self, keys: Sequence[bytes]) -> None:
-        if keys:
-            self._drop(keys)
-            self.stats.add(evicted_blocks=len(keys))
-
-    def _drop_forgotten(self) -> None:
-        if not self._listers:
-            return
+    def forget_later(self, keys: Iterable[bytes]) -> None:
         with self._lock:
-            busy = self.backlog.busy  # a write under way is waited for
-            keys, self._to_drop = self._to_drop - busy, self._to_drop & busy
-        if keys:
-            self._drop(sorted(keys), forget_pages=True)
+            self._forgotten |= set(keys)
 
-    def _drop(self, keys: Sequence[bytes], forget_pages: bool = False) -> None:
-        """Remove blocks from every node, and tell of it; `forget_pages`: from memory too."""
-        calls, engine, pool = self._calls, self._engine, self._pool
-        if calls is None or engine is None or pool is None:
-            with self._lock:
-                self._to_drop |= set(keys) if forget_pages else set()
-            return
-        for error in calls.drop(list(self._listers.values()), keys):
-            _log.warning("stored KV: %d blocks could not be removed on a node: %s", len(keys), error)
-            with self._lock:
-                self._to_drop |= set(keys) if forget_pages else set()  # tried again by the next sweep
+    def take_forgotten(self) -> set[bytes]:
+        """Return what is to be dropped now: all that was forgotten, but for what is being written."""
+        with self._lock:
+            busy = self.backlog.busy
+            keys, self._forgotten = self._forgotten - busy, self._forgotten & busy
+            return keys
+
+    def note_dropped(self, keys: Sequence[bytes]) -> None:
+        """Note blocks that are not stored any more, and tell of them."""
         self.index.remove(keys)
         for key in keys:
             self._told.pop(key, None)
-        engine.post(lambda: (pool.forget_blocks if forget_pages else pool.unmark_stored)(keys))
         if self.events is not None:
             try:
                 self.events.on_dropped(keys)
             except BaseException:  # noqa: BLE001 - the files are gone whatever is noted of it
                 _log.exception("stored KV that was dropped could not be noted")
+
+    def set_limits(self, free_bytes: Mapping[str, int]) -> None:
+        """Fix the quota of nodes that have none yet, from what is free on their disks."""
+        held = self.index.node_bytes
+        for node, free in free_bytes.items():
+            share = int(_SHARE_OF_DISK * (free + held.get(node, 0)))
+            self.limits.setdefault(node, self.settings.max_bytes or share)
 
     @property
     def size_bytes(self) -> int:
@@ -357,4 +317,14 @@ class KvStore:
     @property
     def max_bytes(self) -> int:
         """The quotas of all nodes together, 0 while no node is known."""
-        return sum(self._limits.values())
+        return sum(self.limits.values())
+
+
+def _apart(blocks: Sequence[KvBlock]) -> Sequence[KvBlock]:
+    """Return the first blocks, as far as they share no page: blocks that begin alike do, and are read one by one."""
+    used: set[int] = set()
+    for count, block in enumerate(blocks):
+        if used & set(block.pages):
+            return blocks[:count]
+        used.update(block.pages)
+    return blocks

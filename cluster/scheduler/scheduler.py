@@ -5,7 +5,7 @@ out of memory. Its pages go back as soon as it ends, even with steps of it in fl
 whoever gets the pages next writes them later, and pages that others can find are never among what such a step writes.
 
 Stored KV is read into pages beside the steps, while its request is LOADING. Such a read waits for steps in flight that
-still write to these pages, and keeps the pages until it is over, even when the request ends before.
+still use these pages, and keeps the pages until it is over, even when the request ends before.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}  # by sequence, in order of admission
         self._loading: dict[int, Load] = {}  # by sequence; of requests that may have ended meanwhile
         self._loads: list[Load] = []  # that are not begun
-        self._late_writes: list[tuple[int, frozenset[int]]] = []  # step, pages of ended requests that it may write to
+        self._late_steps: list[tuple[int, frozenset[int]]] = []  # in flight, with pages of ended requests that they use
         self._released: list[int] = []  # sequences that the next plan releases
         self._no_room_for: tuple[int, int] | None = None  # the first waiting sequence, and `pool.num_releases` then
 
@@ -178,7 +178,7 @@ class Scheduler:
         """Take the result of a plan; returns the requests it advanced. Finished ones have given their pages back."""
         sampled = {sample.sequence: sample for sample in samples}
         self._committed = plan.step
-        self._late_writes = [late for late in self._late_writes if late[0] > plan.step]
+        self._late_steps = [late for late in self._late_steps if late[0] > plan.step]
         advanced = []
         for part in plan.slices:
             request = self._running.get(part.sequence)
@@ -223,7 +223,7 @@ class Scheduler:
         if blocks:
             request.status = Status.LOADING
             contents = self.stored.blocks(request, blocks)
-            load = Load(request, contents, blocks.start, self._last_write(contents))
+            load = Load(request, contents, blocks.start, self._last_use(contents))
             self._loading[request.sequence] = load
             self._loads.append(load)
         else:
@@ -231,10 +231,10 @@ class Scheduler:
             self._running[request.sequence] = request
         return True
 
-    def _last_write(self, blocks: Sequence[KvBlock]) -> int:
-        """Return the last step in flight that may write to pages of these blocks, 0 if none does."""
+    def _last_use(self, blocks: Sequence[KvBlock]) -> int:
+        """Return the last step in flight that still reads or writes pages of these blocks, 0 if none does."""
         pages = {page for block in blocks for page in block.pages}
-        return max((step for step, written in self._late_writes if written & pages), default=0)
+        return max((step for step, used in self._late_steps if used & pages), default=0)
 
     def _wanted(self, running: list[Request]) -> list[int]:
         """Return the tokens to schedule of every running request.
@@ -310,8 +310,7 @@ class Scheduler:
     def _give_back(self, request: Request) -> None:
         """Release the pages of a request that has ended."""
         if request.num_scheduled > request.num_computed:
-            first, stop = request.num_computed // self._page_size, -(-request.num_scheduled // self._page_size)
-            self._late_writes.append((self._step, frozenset(request.pages[first:stop])))
+            self._late_steps.append((self._step, frozenset(request.pages)))
         self.pool.release(request.pages)
         self._prefixes.end(request)
         request.pages = ()

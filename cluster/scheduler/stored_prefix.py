@@ -30,7 +30,7 @@ class Load:
     request: Request
     blocks: tuple[KvBlock, ...]
     first: int  # index of the first of them in the prompt
-    after_step: int  # steps up to this one still write to these pages; 0: none does
+    after_step: int  # steps up to this one still use these pages; 0: none does
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ imports `workers`, and it does so lazily: the actor class is imported in `start`
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import secrets
 import threading
@@ -43,8 +44,9 @@ _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even o
 _START_TIMEOUT_S = 180.0
 _REPLACE_TIMEOUT_S = 120.0  # until Ray has noticed that a node is gone, and found another one
 _RETRY_S = 1.0
-PROBE_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 10.0
 _REPORT_S = 0.5  # between reports while stages start: whoever is told may end the start by an exception
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,7 @@ class Launcher:
             except PlacementError as error:
                 if self._ray.lost or time.monotonic() + _RETRY_S > end:
                     raise
+                _log.warning("waiting for a node with room: %s", one_line(error))
                 self._on_status(LaunchStatus(f"waiting for a node with room ({one_line(error, 100)})"))
                 time.sleep(_RETRY_S)
 
@@ -287,7 +290,7 @@ class Launcher:
             self._on_status(LaunchStatus("connecting stages"))
 
 
-def broken_stages(shards: Sequence[GrpcStageHandle], timeout_s: float = PROBE_TIMEOUT_S) -> frozenset[int]:
+def broken_stages(shards: Sequence[GrpcStageHandle], timeout_s: float = _PROBE_TIMEOUT_S) -> frozenset[int]:
     """Return the stages with a shard that does not answer in time or has failed by itself.
 
     A shard that only lost a neighbour, whose error often comes first, is sound.

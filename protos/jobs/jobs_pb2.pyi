@@ -404,7 +404,7 @@ class SamplingValues(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "state", "created", "started", "finished", "priority", "document_id", "answers", "error", "timings", "reproducibility", "labels", "last_event", "restarts")
+    __slots__ = ("id", "state", "created", "started", "finished", "priority", "document_id", "answers", "error", "timings", "reproducibility", "labels", "last_event", "read", "restarts")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -425,6 +425,7 @@ class Job(_message.Message):
     REPRODUCIBILITY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     LAST_EVENT_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: State
@@ -439,8 +440,9 @@ class Job(_message.Message):
     reproducibility: Reproducibility
     labels: _containers.ScalarMap[str, str]
     last_event: int
+    read: bool
     restarts: int
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., created: _Optional[float] = ..., started: _Optional[float] = ..., finished: _Optional[float] = ..., priority: _Optional[int] = ..., document_id: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., error: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., reproducibility: _Optional[_Union[Reproducibility, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., last_event: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., created: _Optional[float] = ..., started: _Optional[float] = ..., finished: _Optional[float] = ..., priority: _Optional[int] = ..., document_id: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., error: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., reproducibility: _Optional[_Union[Reproducibility, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., last_event: _Optional[int] = ..., read: _Optional[bool] = ..., restarts: _Optional[int] = ...) -> None: ...
 
 class JobRequest(_message.Message):
     __slots__ = ("id",)

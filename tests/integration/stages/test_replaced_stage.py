@@ -26,8 +26,7 @@ TOKEN_FRAME = pb.Frame(data=next(split(torch.zeros(1, dtype=torch.int64), 1)))
 PLANS = codec.plans_to_pb([StepPlan(1000, ()), StepPlan(1001, ())])
 
 
-@pytest.mark.parametrize("same_node", [True, False])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(("stage", "same_node"), [(0, False), (1, True)])
 def test_a_stopped_stage_is_replaced_and_goes_on(stages: Stages, stage: int, same_node: bool) -> None:
     stages.spawn()
     stages.load()

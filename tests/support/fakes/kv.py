@@ -59,6 +59,8 @@ class FakeKvShard:
 
     def load_kv(self, blocks: Sequence[KvBlock]) -> pb.KvCount:
         disk, me = self._use("load")
+        pages = [page for block in blocks for page in block.pages]
+        assert len(set(pages)) == len(pages), "a page comes twice"
         count = 0
         for block in blocks:
             if me not in disk.written.get(block.key, ()):
@@ -72,6 +74,8 @@ class FakeKvShard:
 
     def store_kv(self, blocks: Sequence[KvBlock]) -> pb.KvStored:
         disk, me = self._use("store")
+        pages = [page for block in blocks for page in block.pages]
+        assert len(set(pages)) == len(pages), "a page comes twice"
         if disk.is_full:
             return pb.KvStored(is_full=True, problem="No space left on device")
         for block in blocks:

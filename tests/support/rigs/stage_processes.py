@@ -12,6 +12,7 @@ from pathlib import Path
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.request_handle import RequestHandle
+from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
@@ -39,6 +40,8 @@ class Stages:
         self.handles: list[GrpcStageHandle] = []
         self.addresses: dict[int, str] = {}  # of stages that were replaced
         self.engine: Engine | None = None
+        self.store: KvStore | None = None
+        self.kv_store_path = ""  # of the stages that are started next
 
     def spawn(self, *options: str, count: int = 2) -> None:
         for shard in plan_shards(load_model_spec(NEEDLE), count, 1):
@@ -94,15 +97,24 @@ class Stages:
             for stage in range(shard.num_stages)
         }
         links = links_of(shard, addresses, self.folder, epoch)
-        return pb.StartRequest(num_pages=PAGES, page_size=PAGE, epoch=epoch, **links)
+        return pb.StartRequest(num_pages=PAGES, page_size=PAGE, epoch=epoch, kv_store_path=self.kv_store_path, **links)
 
-    def run_engine(self) -> Engine:
-        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, num_stages=len(self.handles))
-        self.engine = Engine(scheduler, self.handles, None, (0,))
+    def run_engine(self, store: KvStore | None = None) -> Engine:
+        """Start an engine; `store` is over the folder `kv_store_path`."""
+        pool = PagePool(PAGES)
+        scheduler = Scheduler(
+            pool, PAGE, CHUNK, 8, num_stages=len(self.handles), block_tokens=store.block_tokens if store else 0
+        )
+        self.engine = Engine(scheduler, self.handles, None, (0,), store=store)
+        if store is not None:
+            store.attach(self.handles, self.engine.post, pool)
+        self.store = store
         self.engine.start()
         return self.engine
 
     def close(self) -> None:
+        if self.store is not None:
+            self.store.detach()
         if self.engine is not None:
             self.engine.close()
         for handle in self.handles:

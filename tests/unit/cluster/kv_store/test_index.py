@@ -23,11 +23,22 @@ def test_a_prefix_ends_with_the_first_block_that_is_missing_or_doubtful() -> Non
     keys = chain(index, "a", 5, 1.0)
     assert index.prefix([*keys, b"other"]) == (5, 500)
     index.doubt(keys[3])
-    assert index.prefix(keys) == (3, 300)
+    assert index.prefix(keys) == (3, 500)
     assert not index.has(keys[3])
     assert index.node_bytes == {"n": 500}, "it is still there"
     index.remove(keys[1:2])
-    assert (index.prefix(keys), index.node_bytes, len(index)) == ((1, 100), {"n": 400}, 4)
+    assert (index.prefix(keys), index.node_bytes, len(index)) == ((1, 400), {"n": 400}, 4)
+    assert index.prefix(keys[2:]) == (0, 300), "nothing begins with them"
+
+
+def test_a_prefix_of_keys_in_any_order_is_the_longest_chain() -> None:
+    index = KvIndex()
+    keys, other = chain(index, "a", 5, 1.0), chain(index, "b", 3, 1.0)
+    index.add(b"branch", keys[3], 4 * 32, {"n": 50}, 1.0)
+    assert index.prefix({*keys, *other, b"branch", b"unknown"}) == (5, 850)
+    index.remove([keys[1]])
+    assert index.prefix([*reversed(keys), *other]) == (3, 700)
+    assert index.prefix([]) == (0, 0)
 
 
 def test_a_block_counts_when_every_node_has_it() -> None:
@@ -81,6 +92,24 @@ def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
     assert index.expired(8.0, ()) == []
     assert set(index.expired(10.0, ())) == {keys[1]}, "the first one is as recent as the new one after it"
     assert not index.has(keys[1])
+
+
+def test_a_listing_says_nothing_of_what_changes_while_it_is_read() -> None:
+    index = KvIndex()
+    keys = chain(index, "a", 3, 1.0)
+    entries = [pb.KvEntry(key=key, start=32 * n, parent=keys[n - 1] if n else b"", bytes=100, used=1.0)
+               for n, key in enumerate(keys)]  # fmt: skip
+    index.begin_listing()
+    index.remove(keys[2:])
+    new = chain(index, "b", 2, 1.0)
+    index.remove(new[:1])
+    index.add(new[0], b"", 0, {"n": 7}, 1.0)
+    index.replace({"n": entries})
+    assert (index.prefix(keys), index.prefix(new)) == ((2, 200), (2, 107))
+    assert index.node_bytes == {"n": 307}
+    index.begin_listing()
+    index.replace({"n": entries})
+    assert (index.prefix(keys), index.prefix(new)) == ((3, 300), (0, 0))
 
 
 @settings(max_examples=50, deadline=None)

@@ -228,3 +228,20 @@ def test_settings_may_switch_it_off() -> None:
     assert KvStore(KvStoreSection()).block_tokens == 512
     assert KvStore(KvStoreSection(enabled=False)).block_tokens == 0
     assert not KvStore(KvStoreSection(), is_enabled=False).is_enabled
+
+
+def test_blocks_that_somebody_puts_there_are_known_after_a_refresh() -> None:
+    disk = FakeDisk()
+    with start(disk) as rig:
+        read(rig, 1000)
+        keys = list(disk.written)
+    with start(FakeDisk()) as rig:
+        ready(rig)
+        assert rig.store.node_shards() == rig.shards[:1]
+        other = rig.shards[0].disk
+        other.blocks, other.written = disk.blocks, disk.written
+        assert rig.store.stored_prefix(keys) == (0, 0)
+        rig.store.refresh()
+        assert rig.store.stored_prefix(keys) == (10, 10 * BLOCK_BYTES)
+    assert rig.store.node_shards() == []
+    rig.store.refresh()

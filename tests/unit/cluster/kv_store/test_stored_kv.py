@@ -227,3 +227,43 @@ def test_pages_that_a_new_shard_cannot_load_are_found_by_nobody() -> None:
     assert sorted(block.start for block in new.loaded) == [0, 32, 64, 96, 128, 192, 224, 256, 288]
     assert len(rig.pool.published()) == 18
     assert rig.pool.usage == 0
+
+
+def test_heads_that_share_a_folder_find_what_the_other_one_stores_meanwhile() -> None:
+    disk = FakeDisk()
+    with Rig(disk=disk) as one, Rig(disk=disk) as other:
+        eventually(lambda: one.store.max_bytes and other.store.max_bytes)  # both have listed it
+        one.run([*DOCUMENT, 1])
+        eventually(lambda: stored(one) == 10)
+        result, _ = other.run([*DOCUMENT, 2])
+        assert result.cached_tokens == 320
+        disk.written.clear()  # the other one drops everything
+        other.run([*range(5000, 6000), 1])  # so does the memory of this one
+        result, _ = one.run([*DOCUMENT, 3])
+        assert (result.cached_tokens, result.error) == (320, ""), "in memory still"
+
+
+def test_a_resumed_request_computes_its_answer_again_after_a_stored_prompt() -> None:
+    disk = FakeDisk()
+    with Rig(disk=disk, stages=1) as rig:
+        first, _ = rig.run([*DOCUMENT, 1], 6)
+        eventually(lambda: stored(rig) == 10)
+    with Rig(disk=disk, stages=1) as rig:
+        again, _ = rig.run([*DOCUMENT, 1], 6, resume=first.samples[:4])
+        assert (again.token_ids, again.cached_tokens) == (first.token_ids, 320)
+        prefill, *decode = [part for plan in rig.shards[0].plans for part in plan.slices]
+        assert (prefill.start, prefill.length) == (320, 5), "the last token of the prompt and four of the answer"
+        assert len(decode) == 1
+
+
+def test_blocks_that_begin_alike_are_loaded_into_their_common_page() -> None:
+    disk = FakeDisk()
+    with Rig(disk=disk) as rig:
+        for tail in (1, 2):  # the second block begins with the same page
+            rig.run([*DOCUMENT[:48], *[tail] * 30], 1)
+        eventually(lambda: stored(rig) == 3)
+        eventually(lambda: len(rig.pool.stored_blocks()) == 3)
+    rig.pool.release_all()
+    new = Rig(disk=disk).shards[1]
+    assert rig.store.refill(rig.pool, [new]) == 5
+    assert [block.start for block in new.loaded] == [0, 32, 32]
