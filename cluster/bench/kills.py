@@ -135,26 +135,36 @@ def _victims(head: FaultHead, target: Target, draw: random.Random) -> list[psuti
 def recomputed(history: Sequence[Seen], killed_at: float, until_at: float) -> dict[str, tuple[int, int]]:
     """Return (prompt tokens done before a kill, those of them computed again after it) of each question it restarted.
 
+    Streams repeat old progress while nothing is computed, and show the new one before the new state. So progress is of
+    the restarted job if its stream began after the kill, or its numbers are not those of before.
+
     Args:
         until_at: the next kill; what comes later is counted for that one.
     """
-    done: dict[tuple[str, int], int] = {}
-    restarted: set[str] = set()
-    found: dict[str, tuple[int, int]] = {}
+    before: dict[tuple[str, int], Seen] = {}
     restarts: dict[str, int] = defaultdict(int)
+    restarted: set[str] = set()
+    attached: dict[int, float] = {}
+    for entry in (one for one in history if one.at < until_at):
+        if entry.what == "attached":
+            attached[entry.follower] = entry.at
+        elif entry.what == "progress" and entry.at <= killed_at:
+            before[entry.job, entry.question] = entry
+        elif entry.what == "state" and entry.at <= killed_at:
+            restarts[entry.job] = max(restarts[entry.job], entry.restarts)
+        elif entry.what == "state" and entry.restarts > restarts[entry.job]:
+            restarted.add(entry.job)
+    found: dict[str, tuple[int, int]] = {}
     for entry in history:
-        key = entry.job, entry.question
-        if entry.at <= killed_at:
-            if entry.what == "progress":
-                done[key] = entry.processed
-            elif entry.what == "state":
-                restarts[entry.job] = max(restarts[entry.job], entry.restarts)
-        elif entry.at < until_at:
-            if entry.what == "state" and entry.restarts > restarts[entry.job]:
-                restarted.add(entry.job)
-            elif entry.what == "progress" and entry.job in restarted and done.get(key):
-                before = done.pop(key)
-                found[f"{entry.job}/{entry.question}"] = before, max(0, before - entry.cached)
+        if entry.what != "progress" or not killed_at < entry.at < until_at or entry.job not in restarted:
+            continue
+        old = before.get((entry.job, entry.question))
+        if old is None or not old.processed:
+            continue
+        is_new = attached.get(entry.follower, 0.0) > killed_at or entry.cached != old.cached
+        if is_new or entry.processed < old.processed:
+            again = max(0, old.processed - entry.cached)
+            found.setdefault(f"{entry.job}/{entry.question}", (old.processed, again))
     return found
 
 

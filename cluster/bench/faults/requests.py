@@ -200,7 +200,7 @@ def huge_documents(rig: Rig, seed: int) -> Verdict:
     verdict.facts["head_grew_mib"] = grown >> 20
     verdict.expect(grown < 64 << 20, f"the head grew by {grown >> 20} MiB")
     verdict.expect(_documents(head) == before, "a refused document was kept")
-    left = [path.name for path in (head.data / "documents").iterdir() if path.name not in before]
+    left = [path.name for path in (head.data / "documents").iterdir() if path.stem not in before]
     verdict.expect(not left, f"files of refused uploads: {left}")
     return _still_serves(rig, head, verdict, seed)
 

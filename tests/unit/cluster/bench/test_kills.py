@@ -34,12 +34,22 @@ def test_jobs_that_were_not_restarted_or_not_begun_compute_nothing_again() -> No
     assert recomputed(history, 4, 8) == {}
 
 
-def test_events_that_were_on_their_way_are_not_the_restarted_job() -> None:
+def test_progress_that_is_repeated_is_not_the_restarted_job() -> None:
     history = [
-        progress(2, 1000), progress(4.1, 1256),
-        Seen("state", 5, **JOB, state="recovering", restarts=1), progress(6, 1024, 1024),
+        progress(2, 1000), Seen("state", 5, **JOB, state="recovering", restarts=1),
+        progress(5.5, 1000), progress(6, 1024, 900),
     ]  # fmt: skip
-    assert recomputed(history, 4, 8) == {"job_1/0": (1000, 0)}
+    assert recomputed(history, 4, 8) == {"job_1/0": (1000, 100)}
+
+
+def test_a_stream_that_began_after_the_kill_shows_progress_before_the_state() -> None:
+    history = [
+        progress(2, 1000),
+        Seen("attached", 5, "a", "job_1", follower=2),
+        Seen("progress", 6, "a", "job_1", follower=2, processed=1200, total=9000),
+        Seen("state", 6.1, "a", "job_1", follower=2, state="prefilling", restarts=1),
+    ]
+    assert recomputed(history, 4, 8) == {"job_1/0": (1000, 1000)}
 
 
 def test_the_report_is_over_all_batches() -> None:
