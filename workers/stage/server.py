@@ -1,8 +1,9 @@
 """The process of one shard: a gRPC server around a `StageWorker`. Imports torch only when weights are loaded.
 
 Failure contract: nothing here is durable. A step that fails makes the shard answer every later plan with the same
-error; recovery is a new process. When no engine has been connected for `orphan_timeout_s`, the process ends by itself,
-so that it keeps no memory after the head process died.
+error. If the reason is a neighbour that is gone, Relink makes it run again, with its weights and pages; else recovery
+is a new process. When no engine has been connected for `orphan_timeout_s`, the process ends by itself, so that it keeps
+no memory after the head process died.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from protos.node.locks import hold_folder
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor
+from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor, epoch_of
 from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
 from workers.stage.kv_calls import MAX_CALLS, KvCalls
+from workers.stage.plan_queue import RunCancelled
 
 if TYPE_CHECKING:
     from workers.stage.worker import StageWorker
@@ -110,10 +112,9 @@ class StageServer(KvCalls):
         assert self._server is not None, "a call came before"
         self._server.stop(grace=1.0).wait()
         socket = Path(self._spec.socket)
-        socket.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the last shard of this node to close removes the folder
-            for store in socket.parent.glob("*.store"):
-                store.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # all of the launch close; killed shards have left theirs
+            for left in (*socket.parent.glob("*.store"), *socket.parent.glob("*.sock")):
+                left.unlink(missing_ok=True)
             socket.parent.rmdir()
         os.close(self._lock)
         self._closed.set()
@@ -165,12 +166,30 @@ class StageServer(KvCalls):
         self._count_calls()  # the timer starts anew: an engine has this long to connect
         return pb.StartReply()
 
+    def Relink(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartReply:
+        worker = self._worker
+        if self._state != "running" or worker is None:
+            self._refuse(context, ", not running")
+        if request.epoch <= worker.epoch:
+            self._refuse_late(context, worker, request.epoch)
+        worker.unlink(request.epoch)
+        try:
+            self._compute.submit(worker.relink, request).result()
+        except Exception as error:  # noqa: BLE001 - see _load
+            self._fail(error)
+            context.abort(grpc.StatusCode.INTERNAL, self._error)
+        self._count_calls()
+        return pb.StartReply()
+
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def Run(self, bursts: Iterator[pb.StepPlans], context: grpc.ServicerContext) -> Iterator[pb.StepResults]:
         worker = self._worker
         if self._state not in ("running", "failed") or worker is None:
             self._refuse(context, ", not running")
+        epoch = epoch_of(context.invocation_metadata())
+        if epoch != worker.epoch:
+            self._refuse_late(context, worker, epoch)
         if not self._running.acquire(blocking=False):
             context.abort(grpc.StatusCode.ALREADY_EXISTS, "an engine is connected already")
         self._count_calls(1)
@@ -179,8 +198,8 @@ class StageServer(KvCalls):
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
-                for group in worker.run(_plans(bursts)):
-                    results.put(pb.StepResults(results=map(codec.encode, group)))
+                for group in worker.run(_plans(bursts), epoch):
+                    results.put(pb.StepResults(results=map(codec.encode, group), epoch=epoch))
             finally:
                 self._running.release()
                 results.put(None)
@@ -189,7 +208,11 @@ class StageServer(KvCalls):
         yield from iter(results.get, None)
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
-        inbox = self._worker.inbox if self._worker is not None else None
+        worker = self._worker
+        epoch = epoch_of(context.invocation_metadata())
+        if worker is not None and epoch != worker.epoch:
+            self._refuse_late(context, worker, epoch)
+        inbox = worker.inbox if worker is not None else None
         if inbox is None or inbox.entry is None:
             self._refuse(context, ", not waiting for frames")
         reason, is_damaged = inbox.feed(frame.data for frame in frames)
@@ -202,6 +225,10 @@ class StageServer(KvCalls):
         if worker is not None:
             reply.layers_done, reply.steps_done = worker.layers_done, worker.steps_done
             reply.resident_bytes = worker.resident_bytes()
+            reply.epoch, reply.late, reply.is_computing = worker.epoch, worker.num_late, worker.is_computing
+            reply.error = self._error or worker.error
+            if worker.is_broken:
+                reply.state = "failed"
         return reply
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
@@ -224,16 +251,26 @@ class StageServer(KvCalls):
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}{why}")
         raise AssertionError("abort raises")
 
+    def _refuse_late(self, context: grpc.ServicerContext, worker: StageWorker, epoch: int) -> NoReturn:
+        worker.note_late()
+        self._refuse(context, f" in epoch {worker.epoch}, not in {epoch}")
+
     def _fail(self, error: Exception) -> None:
         self._state = "failed"
         self._error = " ".join(f"{error}".split()) or type(error).__name__
 
 
 def _plans(bursts: Iterator[pb.StepPlans]) -> Iterator[list[StepPlan]]:
-    """Decode the plans of a call until it ends, however it ends. Raises ValueError for what is no plan."""
-    with contextlib.suppress(grpc.RpcError):
+    """Decode the plans of a call until it ends.
+
+    Raises:
+        RunCancelled: the call was cancelled, or its connection broke. ValueError: something that is no plan came.
+    """
+    try:
         for burst in bursts:
             yield [read_message(StepPlan, plan) for plan in burst.plans]
+    except grpc.RpcError as error:
+        raise RunCancelled from error
 
 
 def main() -> None:

@@ -46,7 +46,8 @@ def make() -> Iterator[object]:
         made.append((stages, folder))
         stages.spawn(count=count)
         stages.load()
-        stages.start(kv_store_path=store)
+        stages.kv_store_path = store
+        stages.start()
         return stages
 
     yield start

@@ -115,13 +115,23 @@ def test_ways_beyond_the_positions(tmp_path: Path) -> None:
     assert load_deployment(path, {"model.path": "long"}).max_model_len == 64_000
 
 
-def test_blocks_of_stored_kv_are_whole_pages(tmp_path: Path) -> None:
-    path = on_needle(tmp_path, BASE)
-    pages = {"kv_cache.page_size": 1024}
-    assert load_deployment(path, pages).config.kv_store.block_tokens == 1024
-    blocks = pages | {"kv_store.block_tokens": 512}
-    assert re.search(
-        r"kv_store.block_tokens: 512: must be a multiple of kv_cache.page_size \(1024\); use larger blocks",
-        deployment_error(path, blocks),
+def test_a_block_of_stored_kv_holds_whole_pages(tmp_path: Path) -> None:
+    path = on_needle(tmp_path, BASE + "kv_cache: {page_size: 64}\nkv_store: {block_tokens: 32}\n")
+    assert deployment_error(path) == (
+        "demo.yaml:7: kv_store.block_tokens: 32: must be a multiple of kv_cache.page_size (64), here 32; "
+        "use larger blocks, or a smaller page"
     )
-    assert load_deployment(path, blocks | {"kv_store.enabled": False}).config.kv_store.block_tokens == 512
+    large = load_deployment(on_needle(tmp_path, BASE), {"kv_cache.page_size": 1024})
+    assert large.config.kv_store.block_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        ({}, "data/kv"), ({"kv_store.path": "shared"}, "shared"), ({"kv_store.enabled": False}, None),
+        ({"model.load_format": "dummy"}, None),
+    ],
+)  # fmt: skip
+def test_where_kv_is_stored(tmp_path: Path, overrides: dict[str, object], path: str | None) -> None:
+    loaded = load_deployment(on_needle(tmp_path, BASE), {"data_dir": "data"} | overrides)
+    assert loaded.kv_store_path == (tmp_path / path if path else None)

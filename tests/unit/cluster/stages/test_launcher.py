@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.deployment import load_config
-from cluster.stages.launcher import kv_store_path, links_of
+from cluster.stages.launcher import links_of
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import ShardSpec, Span, StageAddress
-from tests.support.paths import CONFIGS
 
 NONE = Span(0, 0)
 RUN_DIR = Path("/run/longreach-1")
@@ -27,7 +25,7 @@ def links(nodes: str, ranks: int = 1) -> list[pb.StartRequest]:
         (s.stage, s.rank): StageAddress(f"unix:s{s.stage}r{s.rank}", f"host:{s.stage}{s.rank}", nodes[s.stage], 1)
         for s in shards
     }
-    return [pb.StartRequest(**links_of(shard, addresses, RUN_DIR)) for shard in shards]
+    return [pb.StartRequest(**links_of(shard, addresses, RUN_DIR, 3)) for shard in shards]
 
 
 def test_a_stage_alone_has_no_links():
@@ -37,14 +35,14 @@ def test_a_stage_alone_has_no_links():
 def test_stages_of_one_node_form_a_ring_of_unix_sockets():
     for count in (2, 3):
         made = links("a" * count)
-        assert [Path(link.downstream_socket).name for link in made] == [f"link{at}r0.sock" for at in range(count)]
+        assert [Path(link.downstream_socket).name for link in made] == [f"link{at}r0e3.sock" for at in range(count)]
         assert [link.upstream_socket for link in made] == [made[at - 1].downstream_socket for at in range(count)]
         assert all(Path(link.upstream_socket).parent == RUN_DIR and not link.downstream for link in made)
 
 
 def test_shards_are_linked_with_their_rank():
     names = [Path(link.downstream_socket).name for link in links("aa", ranks=2)]
-    assert names == ["link0r0.sock", "link0r1.sock", "link1r0.sock", "link1r1.sock"]
+    assert names == ["link0r0e3.sock", "link0r1e3.sock", "link1r0e3.sock", "link1r1e3.sock"]
 
 
 def test_nodes_are_linked_over_grpc():
@@ -61,13 +59,3 @@ def test_every_link_has_two_ends(nodes: str):
         assert bool(link.downstream_socket) == (nodes[stage] == nodes[after])
         assert link.downstream == ("" if link.downstream_socket else f"host:{after}0")
         assert made[after].upstream_socket == link.downstream_socket
-
-
-def test_stored_kv_lies_in_the_data_directory_unless_a_folder_is_named():
-    def path(**kv_store: object) -> str:
-        keys: dict[str, object] = {f"kv_store.{key}": value for key, value in kv_store.items()}
-        return kv_store_path(load_config(CONFIGS / "demo.yaml", {"data_dir": "/data"} | keys))
-
-    assert path() == "/data/kv"
-    assert path(path="/fast") == "/fast"
-    assert path(path="/fast", enabled=False) == ""
