@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 from itertools import chain
 from typing import TYPE_CHECKING, NoReturn
@@ -58,13 +59,14 @@ class KvCalls(rpc.StageServicer):
         blocks = _blocks(request, pages, context)
         outcomes = self._each(self._readers, blocks, lambda block: store.load(block, pages), context)
         reply = pb.KvCount()
-        for outcome in outcomes:
-            reply.damaged += outcome.damaged
-            reply.problem = reply.problem or outcome.problem
-            reply.bytes += outcome.num_bytes
-            if not outcome.blocks:
-                break
-            reply.blocks += 1
+        with contextlib.closing(outcomes):
+            for outcome in outcomes:
+                reply.damaged += outcome.damaged
+                reply.problem = reply.problem or outcome.problem
+                reply.bytes += outcome.num_bytes
+                if not outcome.blocks:
+                    break
+                reply.blocks += 1
         return reply
 
     def StoreKv(self, request: pb.KvBlocks, context: grpc.ServicerContext) -> pb.KvStored:
@@ -72,12 +74,13 @@ class KvCalls(rpc.StageServicer):
         blocks = _blocks(request, pages, context)
         outcomes = self._each(self._writer, blocks, lambda block: store.store(block, pages), context)
         reply = pb.KvStored()
-        for outcome in outcomes:
-            reply.problem, reply.is_full = outcome.problem, outcome.is_full
-            reply.bytes += outcome.num_bytes
-            if not outcome.blocks:
-                break
-            reply.blocks += 1
+        with contextlib.closing(outcomes):
+            for outcome in outcomes:
+                reply.problem, reply.is_full = outcome.problem, outcome.is_full
+                reply.bytes += outcome.num_bytes
+                if not outcome.blocks:
+                    break
+                reply.blocks += 1
         return reply
 
     def ListKv(self, request: pb.KvListRequest, context: grpc.ServicerContext) -> Iterator[pb.KvEntries]:
@@ -121,12 +124,15 @@ class KvCalls(rpc.StageServicer):
         store, _ = self._begin(context)
         reply, keys = pb.KvCount(), set()
         for first in files:
+            pieces = _pieces_of_file(first, files)
             try:
-                reply.bytes += store.receive(first.key, first.name, _pieces_of_file(first, files))
+                reply.bytes += store.receive(first.key, first.name, pieces)
                 keys.add(first.key)
             except (BadBlock, OSError) as error:
                 reply.damaged += isinstance(error, BadBlock)
                 reply.problem = reply.problem or " ".join(str(error).split())
+                for _ in pieces:  # the next file begins after them
+                    pass
         reply.blocks = len(keys)
         return reply
 
@@ -146,7 +152,7 @@ class KvCalls(rpc.StageServicer):
     def _each(
         self, pool: futures.ThreadPoolExecutor, blocks: Sequence[KvBlock], act: Callable[[KvBlock], Outcome],
         context: grpc.ServicerContext,
-    ) -> Iterator[Outcome]:  # fmt: skip
+    ) -> Generator[Outcome, None, None]:  # fmt: skip
         """Yield what becomes of blocks, in order up to the first that fails; later ones may be done too."""
         from workers.kv.block_store import Outcome
 
