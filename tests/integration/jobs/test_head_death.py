@@ -83,7 +83,7 @@ def test_five_jobs_survive_two_kills(head: HeadProcess, haystack: Haystack) -> N
         stored = client.documents.list()
         assert "half" not in [document.name for document in stored]
         until(lambda: not list((head.data / "documents").glob(".upload-*")), "halves are swept")
-        assert {p.name for p in (head.data / "documents").iterdir()} == {document.id for document in stored}
+        assert {p.stem for p in (head.data / "documents").iterdir()} == {document.id for document in stored}
 
         undisturbed = [submit(client, number, haystack) for number in range(5)]
         assert [tokens_of(job) for job in undisturbed] == found
