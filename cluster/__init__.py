@@ -9,9 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.client.async_client import AsyncClient, AsyncDocuments, AsyncJob
-    from cluster.client.client import Client, Documents, Job
+    from cluster.client.async_client import AsyncClient
+    from cluster.client.async_jobs import AsyncJob
+    from cluster.client.client import Client
     from cluster.client.connection import ConnectionOptions
+    from cluster.client.documents.async_documents import AsyncDocuments
+    from cluster.client.documents.documents import Documents
     from cluster.client.errors import (
         Busy,
         Conflict,
@@ -23,16 +26,19 @@ if TYPE_CHECKING:
         Unauthenticated,
         Unavailable,
     )
+    from cluster.client.ingest.source import DocumentText, read_source
+    from cluster.client.jobs import Job
     from cluster.client.models import (
         Answer,
         ClusterStatus,
-        DocumentInfo,
+        Document,
         JobData,
         JobEnded,
         Progress,
         ProgressEvent,
         StageStatus,
         Token,
+        TokenCount,
         TokenEvent,
     )
     from cluster.client.requests import SubmitOptions
@@ -42,17 +48,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer", "AnswerOptions", "AsyncClient", "AsyncDocuments", "AsyncJob", "Busy", "Client", "ClusterStatus",
-    "Conflict", "ConnectionOptions", "DocumentInfo", "Documents", "InvalidRequest", "Job", "JobData", "JobEnded",
-    "JobFailed", "LocalCluster", "LongreachError", "NotFound", "Progress", "ProgressEvent", "RetryPolicy",
-    "Sampling", "SamplingParams", "StageStatus", "SubmitOptions", "TlsError", "Token", "TokenEvent", "Unauthenticated",
-    "Unavailable",
+    "Conflict", "ConnectionOptions", "Document", "DocumentText", "Documents", "InvalidRequest", "Job", "JobData",
+    "JobEnded", "JobFailed", "LocalCluster", "LongreachError", "NotFound", "Progress", "ProgressEvent", "RetryPolicy",
+    "Sampling", "SamplingParams", "StageStatus", "SubmitOptions", "TlsError", "Token", "TokenCount", "TokenEvent",
+    "Unauthenticated", "Unavailable", "read_source",
 ]  # fmt: skip
 
 # the modules of the names, light ones first
 _MODULES = [
     "cluster.client.errors", "cluster.client.models", "cluster.client.retry", "cluster.client.connection",
-    "cluster.client.requests", "cluster.client.client", "cluster.client.async_client", "protos.jobs.sampling",
-    "cluster.engine.runtime",
+    "cluster.client.ingest.source", "cluster.client.requests", "cluster.client.client", "cluster.client.jobs",
+    "cluster.client.documents.documents", "cluster.client.async_client", "cluster.client.async_jobs",
+    "cluster.client.documents.async_documents", "protos.jobs.sampling", "cluster.engine.runtime",
 ]  # fmt: skip
 
 

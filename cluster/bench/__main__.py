@@ -18,9 +18,11 @@ from typing import Any
 import click
 
 from cluster.bench.cycles import measure_cycles
+from cluster.bench.faults.suite import FAULTS, run_faults
 from cluster.bench.kills import measure_kills
 from cluster.bench.load import measure_load
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
+from cluster.bench.soak import draw_soak, measure_soak
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
 from protos.node.peers import Engine, Run, compare, run_peer
@@ -249,18 +251,30 @@ def _say(line: str) -> None:
 
 
 @main.command()
-@click.option("--kills", "count", type=click.IntRange(1), default=40, show_default=True, help="SIGKILLs in all.")
+@click.option("--kills", "count", type=click.IntRange(1), default=200, show_default=True, help="SIGKILLs in all.")
 @click.option("--seed", default=1, show_default=True, help="Of the order, the pauses and the jobs.")
 @click.option("--stages", type=click.IntRange(1), default=2, show_default=True, help="Stages of the pipeline.")
+@click.option("--shards", type=click.IntRange(1), default=2, show_default=True, help="Shards a stage.")
 @click.option("--jobs", type=click.IntRange(1), default=6, show_default=True, help="Jobs in flight at a time.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="A file of JSON lines: batches it has are not run again."
+)
+@click.option("--full-restarts", is_flag=True, help="Never replace stages alone: start all anew after each failure.")
 @_OUT
-def kills(out: Path | None, count: int, seed: int, stages: int, jobs: int) -> None:
-    """Kill head, stages, raylet and GCS at random under jobs of the demo model; every token must be as undisturbed."""
+def kills(
+    out: Path | None, count: int, seed: int, stages: int, shards: int, jobs: int, resume: Path | None,
+    full_restarts: bool,
+) -> None:  # fmt: skip
+    """Kill head, stages, shards, raylet and GCS at random under jobs of the demo model, in batches of 10 kills a head.
+
+    No job may be lost, no token changed, and no more computed again than one block, one chunk a stage and what was not
+    stored yet.
+    """
     _say(f"seed {seed}")
-    what = "jobs under random SIGKILLs of head, stage, raylet and GCS"
-    result = {"what": what, "stages": stages, "at_once": jobs} | measure_kills(count, seed, stages, jobs, _say)
+    what = "jobs under random SIGKILLs of head, stage, shard, raylet and GCS"
+    result = {"what": what} | measure_kills(count, seed, stages, shards, jobs, resume, _say, full_restarts)
     click.echo(write_result(out, result))
-    if any(result[key] for key in ("lost", "given_up", "wrong_tokens", "wrong_streams", "other_states")):
+    if result["problems"] or result["beyond_bound"]:
         raise SystemExit(1)
 
 
@@ -273,6 +287,48 @@ def cycles(out: Path | None, count: int) -> None:
     result = {"what": what} | measure_cycles(count, _say)
     click.echo(write_result(out, result))
     if any(result["left"].values()):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--seed", default=1, show_default=True, help="Of victims, moments and inputs.")
+@click.option("--only", multiple=True, help="Name of a fault; may be given several times. Default: all.")
+@click.option("--resume", type=click.Path(path_type=Path), help="A file of JSON lines: what it has is not run again.")
+@click.option("--quick", is_flag=True, help="Short documents and fewer victims, as in continuous integration.")
+@_OUT
+def faults(out: Path | None, seed: int, only: tuple[str, ...], resume: Path | None, quick: bool) -> None:
+    """Put 36 faults into heads over the demo model and judge what clients saw; see docs/faults.md."""
+    known = {fault.name for fault in FAULTS}
+    if unknown := set(only) - known:
+        raise click.BadParameter(f"{min(unknown)}: must be one of {', '.join(sorted(known))}", param_hint="--only")
+    _say(f"seed {seed}")
+    result = run_faults(seed, only, not quick, resume, _say)
+    click.echo(write_result(out, result))
+    if result["failed"]:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--minutes", type=click.FloatRange(0.5), default=20.0, show_default=True, help="Of work.")
+@click.option("--seed", default=1, show_default=True, help="Of jobs, documents and faults.")
+@click.option("--kills/--no-kills", default=True, show_default=True, help="Whether processes are killed meanwhile.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="A file of JSON lines: pieces it has are not run again."
+)
+@click.option(
+    "--picture", type=click.Path(path_type=Path), help="Draw the samples to this PNG file (needs matplotlib)."
+)
+@_OUT
+def soak(
+    out: Path | None, minutes: float, seed: int, kills: bool, resume: Path | None, picture: Path | None
+) -> None:  # fmt: skip
+    """Random jobs, kills, cancels and documents for many minutes; memory, descriptors and disk must stay flat."""
+    _say(f"seed {seed}")
+    result = measure_soak(minutes, seed, kills, resume, _say)
+    click.echo(write_result(out, result))
+    if picture is not None:
+        draw_soak(result, picture)
+    if result["problems"] or result["growing"]:
         raise SystemExit(1)
 
 

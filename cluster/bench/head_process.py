@@ -55,6 +55,7 @@ class HeadProcess:
         self.data = data_dir
         self.log = log
         self.command = [sys.executable, "-m", "cluster.cli"]  # of the next start, before `serve`
+        self.environment: dict[str, str] = {}  # of the next start, beside that of this process
         self.mark = ""  # of the newest head
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -62,7 +63,7 @@ class HeadProcess:
         """Start a head and wait until it is ready."""
         self.mark = uuid.uuid4().hex
         command = [*self.command, "serve", str(self.config)]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | self.environment
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         until(self._is_ready, "a ready head")

@@ -60,6 +60,7 @@ def running_head(
             "data_dir": str(folder / "data"),
             "cluster": {"pipeline_parallel_size": stages, "threads_per_actor": threads, "cpus_per_actor": cpus},
             "kv_cache": {"bytes": kv_bytes},
+            "kv_store": {"enabled": False},  # every prompt is computed
             "prefill": {"max_num_batched_tokens": chunk},
             "sparse": sparse or {},
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -18,6 +19,7 @@ from protos.jobs.sampling import OPTIONS
 if TYPE_CHECKING:
     from cluster.tools.display import Display
 
+_SLOW_S = 2.0  # work that takes less shows no progress
 EXIT_WRONG, EXIT_INPUT, EXIT_CLUSTER, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 
@@ -141,3 +143,38 @@ def open_display(quiet: bool) -> Display:
     from cluster.tools.display import Display
 
     return Display(Console(stderr=True), quiet=quiet)
+
+
+@contextmanager
+def slow_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a callback (what is done, how much, of how much) that shows progress on stderr after two seconds.
+
+    What was told last is shown then, even if nothing more is told; any thread may call it.
+    """
+    lock = threading.Lock()
+    last: tuple[str, int, int] | None = None
+    with ExitStack() as opened:
+        display: Display | None = None
+
+        def begin() -> None:
+            nonlocal display
+            with lock:
+                display = opened.enter_context(open_display(quiet))
+                if last is not None:
+                    display.amount(*last)
+
+        def show(phase: str, done: int, total: int) -> None:
+            nonlocal last
+            with lock:
+                last = (phase, done, total)
+                if display is not None:
+                    display.amount(*last)
+
+        timer = threading.Timer(_SLOW_S, begin)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield show
+        finally:
+            timer.cancel()
+            timer.join()

@@ -1,4 +1,4 @@
-"""The verbs that talk to a running head: submit, wait, stream, jobs, cancel, docs, status.
+"""The verbs that talk to a running head: submit, wait, stream, jobs, cancel, status.
 
 Exit codes: 0 ok; 1 a job failed, was cancelled, or has not ended in time; 2 bad input; 3 the head cannot be reached or
 the cluster failed; 4 no such job or document; 130 interrupted (jobs go on).
@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from cluster.cli.common import (
     say_json,
 )
 from cluster.client import errors
-from cluster.client.client import Client, Job
+from cluster.client.client import Client
 from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, ConnectionOptions, state_connection
+from cluster.client.jobs import Job
 
 # of errors of the client; EXIT_CLUSTER of all others
 _EXIT_CODES = {
@@ -84,8 +84,12 @@ def find_head(options: dict[str, Any]) -> tuple[str, ConnectionOptions]:
 
 
 @contextmanager
-def open_client(options: dict[str, Any]) -> Iterator[Client]:
-    """Open a client by the options of `head_options`; its errors become one line and an exit code."""
+def open_client(options: dict[str, Any], way_out: str = "") -> Iterator[Client]:
+    """Open a client by the options of `head_options`; its errors become one line and an exit code.
+
+    Args:
+        way_out: what else to do where no head can be reached.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a failed handshake is our line to write, not gRPC's
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -94,6 +98,8 @@ def open_client(options: dict[str, Any]) -> Iterator[Client]:
             yield client
     except errors.LongreachError as error:
         later = f" (try again in {error.retry_after_s:.0f} s)" if isinstance(error, errors.Busy) else ""
+        if way_out and isinstance(error, errors.Unavailable):
+            later = f"; {way_out}"
         fail(f"{error}{later}", _EXIT_CODES.get(type(error), EXIT_CLUSTER))
     except BrokenPipeError:  # `longreach stream ID | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,7 +110,11 @@ def open_client(options: dict[str, Any]) -> Iterator[Client]:
 
 
 @click.command()
-@click.option("--document", type=click.Path(path_type=Path), help="A UTF-8 text; it comes first in the prompt.")
+@click.option(
+    "--document", "documents", type=click.Path(path_type=Path), multiple=True, metavar="FILE|FOLDER|ID",
+    help="A text, PDF, folder, zip ..., or the id of one of `longreach docs`; it comes first in the prompt "
+    "(repeatable: files in this order, as one document).",
+)  # fmt: skip
 @click.option("--question", multiple=True, help="A question about the document (repeatable: they share its prefill).")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A raw prompt, tokenised as it is.")
 @click.option("--token-ids", type=click.Path(path_type=Path), help="A JSON file with a list of token ids.")
@@ -121,6 +131,8 @@ def submit(**options: Any) -> None:
 
     \b
     longreach submit --document report.txt --question "What was decided?" --question "By whom?" --wait
+    longreach submit --document project/ --question "Where are sockets closed?" --stream
+    longreach submit --document doc_0123456789abcdef0123456789abcdef --question "What was agreed?" --wait
     longreach submit --prompt-file prompt.txt --max-tokens 64 --label team=law
     """
     if options["then_wait"] and options["then_stream"]:
@@ -198,37 +210,6 @@ def cancel(job_ids: tuple[str, ...], **options: Any) -> None:
 
 
 @click.command()
-@click.argument("action", type=click.Choice(["list", "add", "rm"]), default="list")
-@click.argument("targets", nargs=-1, metavar="[FILE|ID]...")
-@head_options
-def docs(action: str, targets: tuple[str, ...], **options: Any) -> None:
-    """List the documents of the head, add files, or remove documents.
-
-    \b
-    longreach docs
-    longreach docs add report.txt
-    longreach docs rm doc_0123456789abcdef0123456789abcdef
-    """
-    if (action == "list") == bool(targets):
-        fail(f"docs {action}: {'takes no argument' if targets else 'needs at least one FILE or ID'}", EXIT_INPUT)
-    with open_client(options) as client:
-        if action == "list":
-            output.print_documents(client.documents.list(), options["as_json"])
-        elif action == "add":
-            added = [client.documents.upload(Path(target)) for target in targets]
-            if options["as_json"]:
-                say_json([asdict(document) for document in added])
-            else:
-                for document in added:
-                    say(document.id)
-        else:
-            for target in targets:
-                client.documents.delete(target)
-            if options["as_json"]:
-                say_json({"removed": targets})
-
-
-@click.command()
 @head_options
 def status(**options: Any) -> None:
     """Show the cluster's stages, queue and memory."""
@@ -247,4 +228,4 @@ def parse_labels(pairs: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-VERBS: tuple[click.Command, ...] = (submit, wait, stream, jobs, cancel, docs, status)
+VERBS: tuple[click.Command, ...] = (submit, wait, stream, jobs, cancel, status)

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from cluster.cli import docs as cli_docs
 from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
@@ -42,17 +43,21 @@ def main() -> None:
     Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
     Measure accuracy:  longreach eval needle --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
+    Read now, ask later: longreach docs add contract.pdf --read
     """
     os.umask(0o077)  # whatever is written is private
 
 
-for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_eval.VERBS):
+for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_docs.VERBS, *cli_eval.VERBS):
     main.add_command(verb)
 
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--document", type=click.Path(path_type=Path), help="A UTF-8 text; it comes first in the prompt.")
+@click.option(
+    "--document", type=click.Path(path_type=Path), metavar="FILE|FOLDER",
+    help="A text, PDF, folder, zip ...; it comes first in the prompt.",
+)  # fmt: skip
 @click.option("--question", multiple=True, help="A question about the document (repeatable: they share its prefill).")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="A raw prompt, tokenised as it is.")
 @click.option("--token-ids", type=click.Path(path_type=Path), help="A JSON file with a list of token ids.")

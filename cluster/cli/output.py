@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -14,16 +15,30 @@ from typing import Any
 
 import click
 
-from cluster.cli.common import EXIT_INTERRUPTED, EXIT_WRONG, as_shown, fail, open_display, say, say_json, say_text
-from cluster.client.client import Client, Job
+from cluster.cli.common import (
+    EXIT_INTERRUPTED,
+    EXIT_WRONG,
+    as_shown,
+    fail,
+    open_display,
+    say,
+    say_json,
+    say_text,
+    slow_progress,
+)
+from cluster.client.client import Client
 from cluster.client.errors import InvalidRequest, JobFailed
-from cluster.client.models import ClusterStatus, DocumentInfo, JobEnded, ProgressEvent, TokenEvent
+from cluster.client.ingest.source import DocumentText, read_source
+from cluster.client.ingest.tree import Progress as ProgressCall
+from cluster.client.jobs import Job
+from cluster.client.models import ClusterStatus, Document, JobEnded, ProgressEvent, TokenCount, TokenEvent
 from cluster.client.requests import too_large
 from cluster.common.text_format import escape_unprintable
 from cluster.tools.token_ids import parse_token_ids
 from protos.jobs.limits import MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
 
+_ID = re.compile("doc_[0-9a-f]{32}")
 _MAX_LINE = 1 << 16  # characters of a line kept back until it ends
 _ANY_WIDTH = 1 << 14  # columns; wider than any table
 
@@ -33,13 +48,38 @@ def submit_given(client: Client, options: dict[str, Any]) -> Job:
     prompt_file, ids_file = options["prompt_file"], options["token_ids"]
     extra: dict[str, Any] = {name: options[name] for name in (*OPTIONS, "priority", "labels", "idempotency_key")}
     return client.submit(
-        options["document"],
+        _document(client, options["documents"], options["as_json"]),
         list(options["question"]) or None,
         prompt=None if prompt_file is None else _read(prompt_file, bytes.decode),
         token_ids=None if ids_file is None else _read(ids_file, parse_token_ids),
         deadline_s=options["deadline"],
         **extra,
     )
+
+
+def _document(client: Client, sources: Sequence[Path], quiet: bool) -> Document | None:
+    """Return the document that the sources name or become; None when there is none.
+
+    Raises LongreachError, and before anything is sent when they cannot be read.
+    """
+    if not sources:
+        return None
+    if len(sources) == 1 and _ID.fullmatch(str(sources[0])) and not sources[0].exists():
+        return client.documents.get(str(sources[0]))
+    with slow_progress(quiet) as progress:
+        text = read_paths(sources, None, progress)
+        return client.documents.add(text, progress=progress)
+
+
+def read_paths(sources: Sequence[Path], encoding: str | None, progress: ProgressCall) -> DocumentText:
+    """Return the text of files and folders as one document, and say on stderr how they were read.
+
+    Raises LongreachError.
+    """
+    text = read_source(list(sources), encoding, progress)
+    for note in text.notes:
+        say(note if len(sources) > 1 else f"{text.name}: {note}", err=True)
+    return text
 
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
@@ -236,15 +276,85 @@ def print_jobs(jobs: Sequence[Job], as_json: bool) -> None:
     _print_table(("id", "state", "created", "answers", "tokens read", "labels"), rows)
 
 
-def print_documents(documents: Sequence[DocumentInfo], as_json: bool) -> None:
+def wait_read(job: Job, quiet: bool) -> None:
+    """Wait with a bar until a document has been read. Raises JobFailed; exits with 130 on Ctrl-C."""
+    with detaching(job, lambda: f"longreach wait {job.id}"), open_display(quiet) as display:
+        for event in job.stream():
+            if isinstance(event, ProgressEvent):
+                at = event.progress
+                display.tokens("reading", at.processed, at.total, at.eta_ms)
+    _check(job)
+
+
+def print_documents(documents: Sequence[Document], as_json: bool) -> None:
     """Print a table of documents, or one JSON list."""
     from cluster.common.units import format_bytes
 
     if as_json:
         say_json([asdict(document) for document in documents])
         return
-    rows = [(d.id, d.name, format_bytes(d.size_bytes), _when(d.created), _when(d.expires)) for d in documents]
-    _print_table(("id", "name", "size", "created", "expires"), rows)
+    rows = [
+        (d.id, d.name, _count(d.tokens), format_bytes(d.size_bytes), _stored(d), _when(d.used or d.created),
+         "pinned" if d.pinned else "", "never" if d.pinned else _when(d.expires))
+        for d in documents
+    ]  # fmt: skip
+    _print_table(("id", "name", "tokens", "size", "stored KV", "last use", "pinned", "expires"), rows)
+
+
+def print_document(document: Document, as_json: bool) -> None:
+    """Print all that is known of a document, a line each, or one JSON object."""
+    from cluster.common.units import format_bytes
+
+    if as_json:
+        say_json(asdict(document))
+        return
+    rows = {
+        "id": document.id, "name": document.name, "size": format_bytes(document.size_bytes),
+        "tokens": _count(document.tokens) or "not counted yet", "stored KV": _stored(document) or "none",
+        "may grow to": f"{document.scale_len:,} tokens" if document.scale_len else "",
+        "created": _when(document.created), "last use": _when(document.used),
+        "expires": "never, it is pinned" if document.pinned else _when(document.expires),
+        "appended to": document.parent, "taken from": f"SHA-256 {document.source_hash}" if document.source_hash else "",
+        "kernels": document.kernel_family,
+    }  # fmt: skip
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        if value:
+            say(f"{name:<{width}}  {value}")
+
+
+def print_token_counts(names: Sequence[str], counts: Sequence[TokenCount], counter: str, as_json: bool) -> None:
+    """Print a table of token counts, or one JSON list; exits with 1 when a document does not fit.
+
+    Args:
+        counter: who has counted.
+    """
+    from cluster.common.units import format_bytes
+
+    if as_json:
+        pairs = zip(names, counts, strict=True)
+        say_json([{"source": name} | asdict(c) | {"fits": c.fits, "counted_by": counter} for name, c in pairs])
+    else:
+        rows = [
+            (name, f"{c.tokens:,}", format_bytes(c.size_bytes), f"{c.tokens / max(1, c.max_model_len):.1%}",
+             "yes" if c.fits else "no") for name, c in zip(names, counts, strict=True)
+        ]  # fmt: skip
+        _print_table(("source", "tokens", "size", f"of {counts[0].max_model_len:,}", "fits"), rows)
+        say(f"counted by the {counter}; a question and its answer need room too", err=True)
+    if not all(count.fits for count in counts):
+        sys.exit(EXIT_WRONG)
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else ""
+
+
+def _stored(document: Document) -> str:
+    from cluster.common.units import format_bytes
+
+    if not document.stored_tokens:
+        return ""
+    return f"{document.stored_tokens:,} tokens, {format_bytes(document.stored_bytes)}"
 
 
 def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
@@ -256,10 +366,17 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
         say_json(asdict(status) | {"address": address})
         return
     say(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
+    quota = status.kv_store_max_bytes
+    stored = f"stored KV {format_bytes(status.kv_store_bytes)} of {format_bytes(quota)}; " if quota else ""
     click.echo(  # numbers only
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
-        f"contexts up to {status.max_model_len:,} tokens\n"
+        f"{stored}contexts up to {status.max_model_len:,} tokens\n"
     )
+    if recoveries := status.repairs + status.full_restarts:
+        click.echo(
+            f"recovered {recoveries} times, by replacing stages {status.repairs} times, by a full restart "
+            f"{status.full_restarts} times; the last one took {format_duration(status.last_recovery_s)}\n"
+        )
     if status.problem:
         click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))

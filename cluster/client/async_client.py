@@ -10,254 +10,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
-import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
 
+from cluster.client.async_jobs import AsyncCalls
+from cluster.client.async_jobs import AsyncJob as AsyncJob
 from cluster.client.connection import DEFAULT_ADDRESS, DEFAULT_DATA_DIR, Connection, ConnectionOptions, state_connection
-from cluster.client.errors import Busy, LongreachError, NotFound, Unavailable
-from cluster.client.models import BaseJob, ClusterStatus, DocumentInfo, Event, JobData, JobEnded, StreamCursor
-from cluster.client.requests import (
-    SubmitOptions,
-    build_submit,
-    check_id,
-    document_pieces,
-    list_request,
-    needs_upload,
-)
-from cluster.client.retry import CALL_RETRIES, REATTACH_RETRIES, RetryPolicy
+from cluster.client.documents.async_documents import AsyncDocuments
+from cluster.client.errors import LongreachError
+from cluster.client.ingest.source import Source
+from cluster.client.models import ClusterStatus, Document, JobData
+from cluster.client.requests import SubmitOptions, build_submit, check_id, list_request, needs_upload
+from cluster.client.retry import CALL_RETRIES, RetryPolicy
 from protos.jobs import jobs_pb2 as pb
-from protos.jobs import validate
 from protos.jobs.convert import read_message
-from protos.jobs.limits import MAX_INT64
-
-if TYPE_CHECKING:
-    from cluster.client.transport import Transport
-
-DocumentList = list[DocumentInfo]  # `list` is a method below
-_EARLY_PAUSE_S = 0.5  # after a wait that the head ended before its time
-_WAIT_PIECE_S = 30.0  # a long wait is many calls, so that a vanished head is noticed
-
-
-class _AsyncCalls:
-    """Calls to the head, tried again while it cannot be reached; the first one opens the connection.
-
-    gRPC's own retry policy would not do: it ends after 5 attempts, does not repeat an upload larger than its buffer,
-    and hides that a Delete which finds nothing is a second try.
-    """
-
-    def __init__(self, connection: Connection, retries: RetryPolicy) -> None:
-        self._connection = connection
-        self._retries = retries
-        self._transport: Transport | None = None
-
-    async def call(self, method: str, request: Any, extra_s: float = 0.0) -> Any:
-        """Make a call with one reply. Raises LongreachError.
-
-        Args:
-            request: a message, or for an upload a function that begins its messages anew for each try.
-            extra_s: the time the head is asked to take.
-        """
-        transport = self._open()
-        for tries, delay in enumerate((*self._retries.delays(), None)):
-            try:
-                reply = await transport.call(method, request() if callable(request) else request, extra_s)
-            except transport.RpcError as error:
-                if delay is None or not transport.is_transient(error):
-                    problem = transport.typed_error(error)
-                    if tries and method.startswith("Delete") and isinstance(problem, NotFound):
-                        return pb.Empty()  # deleted by an earlier try whose reply was lost
-                    raise problem from error
-            else:
-                transport.has_answered = True
-                return reply
-            await asyncio.sleep(delay)
-        raise AssertionError("the last try returns or raises")
-
-    async def stream(self, request: pb.StreamRequest) -> AsyncIterator[pb.JobEvent]:
-        """Yield events until the connection drops (Unavailable) or the head ends the stream."""
-        transport = self._open()
-        call = transport.stream(request)
-        try:
-            async for message in call:
-                yield message
-        except transport.RpcError as error:
-            raise transport.typed_error(error) from error
-        finally:
-            call.cancel()
-
-    async def close(self) -> None:
-        """Close the connection; the next call opens another one."""
-        if self._transport is not None:
-            await self._transport.close()
-            self._transport = None
-
-    def _open(self) -> Transport:
-        from cluster.client.transport import Transport
-
-        if self._transport is None:
-            self._transport = Transport(self._connection, is_async=True)
-        return self._transport
-
-
-class AsyncJob(BaseJob):
-    """A job of the head; its properties are as of the last call.
-
-    The job does not need this object: it survives clients and heads. `client.job(id)` finds it again.
-
-    >>> job = await client.submit("... a long document ...", "What was decided?")
-    >>> async for event in job.stream():
-    ...     print(event)
-    """
-
-    def __init__(self, calls: _AsyncCalls, data: JobData, many: bool | None = None) -> None:
-        super().__init__(data, many)
-        self._calls = calls
-
-    async def refresh(self) -> AsyncJob:
-        """Ask for the newest state; return this job. Raises NotFound when it was deleted or has expired.
-
-        >>> (await job.refresh()).progress
-        """
-        return self._take(await self._calls.call("Get", pb.JobRequest(id=self.id)))
-
-    async def wait(self, timeout_s: float | None = None) -> AsyncJob:
-        """Wait until the job has ended or `timeout_s` seconds have passed; return this job, whose `done` tells which.
-
-        A job that fails raises nothing here. A head that restarts meanwhile is waited for, over a minute.
-
-        >>> if not (await job.wait(60)).done:
-        ...     print(job.progress)
-        """
-        if timeout_s is not None:
-            timeout_s = validate.check_number("timeout_s", timeout_s, 0.0, math.inf)
-        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        cursor, is_first = StreamCursor(), True  # only for its patience while a head restarts
-        while not self.done:
-            began = time.monotonic()
-            left = min(_WAIT_PIECE_S, max(0.0, end - began))
-            try:
-                self._take(await self._calls.call("Wait", pb.WaitRequest(id=self.id, timeout_s=left), extra_s=left))
-                cursor, is_first = StreamCursor(), False
-                if not self.done and time.monotonic() - began < left / 2:  # the head is about to stop
-                    await asyncio.sleep(min(_EARLY_PAUSE_S, left))
-            except (Busy, Unavailable) as error:
-                if is_first and isinstance(error, Busy):
-                    raise
-                pause = cursor.pause(error)
-                if time.monotonic() + pause >= end:
-                    raise
-                await asyncio.sleep(pause)
-            if time.monotonic() >= end:
-                break
-        return self
-
-    # sync: @property
-    async def result(self) -> Any:
-        """Wait for the end; return the Answer, or a list of them when a list of questions was asked.
-
-        Raises:
-            JobFailed: the job failed or was cancelled.
-
-        >>> job = await client.submit("... a document ...", "What was decided?")
-        >>> (await job.result()).text
-        """
-        await self.wait()
-        if self.data.last_event and not any(answer.token_ids for answer in self.data.answers):
-            await self.refresh()  # known from a listing, which leaves tokens out
-        return self._result()
-
-    async def stream(self, after: int = 0, retries: RetryPolicy = REATTACH_RETRIES) -> AsyncIterator[Event]:
-        """Yield progress and tokens as they come, then JobEnded; begin after token number `after`.
-
-        When the connection drops, or the head ends a stream that nobody reads or that others need the place of, it
-        attaches again by itself after the last token: none is lost or repeated.
-
-        Raises:
-            InvalidRequest: `after` is no token of the job.
-            Busy: the head has too many streams.
-            Unavailable: the head did not come back within `retries`, over a minute if not given.
-
-        >>> async for event in job.stream():
-        ...     if isinstance(event, TokenEvent):
-        ...         print(event.token.text, end="")
-        """
-        cursor, is_first = StreamCursor(validate.check_integer("after", after, 0, MAX_INT64), retries), True
-        while True:
-            messages = self._calls.stream(pb.StreamRequest(id=self.id, after=cursor.after, grouped=True))
-            try:
-                async for message in messages:
-                    is_first = False
-                    for event in cursor.events(message):
-                        yield event
-                    if message.HasField("job") and self._take(message.job).done:
-                        yield JobEnded(self.data)
-                        return
-                raise Unavailable(f"{self.id}: the head ended the stream before the job")
-            except (Busy, Unavailable) as error:
-                if is_first and isinstance(error, Busy):
-                    raise
-                delay = cursor.pause(error)
-            finally:
-                await messages.aclose()  # type: ignore[attr-defined]  # cancels the call
-            await asyncio.sleep(delay)
-
-    async def cancel(self) -> AsyncJob:
-        """Cancel the job; one that has ended stays as it is. Return this job.
-
-        >>> (await job.cancel()).state
-        """
-        return self._take(await self._calls.call("Cancel", pb.JobRequest(id=self.id)))
-
-    async def delete(self) -> None:
-        """Forget the ended job with its results. Raises Conflict while it runs."""
-        await self._calls.call("Delete", pb.JobRequest(id=self.id))
-
-    def _take(self, message: pb.Job) -> AsyncJob:
-        self.data = read_message(JobData, message)
-        return self
-
-
-class AsyncDocuments:
-    """The documents the head keeps: `client.documents`. The same bytes give the same document."""
-
-    def __init__(self, calls: _AsyncCalls) -> None:
-        self._calls = calls
-
-    async def upload(self, source: str | bytes | os.PathLike[str], name: str | None = None) -> DocumentInfo:
-        """Store the file of a path object, a text (`str`) or bytes of UTF-8, sent in pieces of 1 MiB.
-
-        The `name` is for people, at most 256 characters; by default that of the file.
-
-        Raises:
-            InvalidRequest: the file cannot be read, or the document is empty or too large.
-
-        >>> document = await client.documents.upload(Path("report.txt"))
-        >>> job = await client.submit(document, "What was decided?")
-        """
-        next(document_pieces(source, name))  # refuses an unreadable file or text before a call is begun
-        reply = await self._calls.call("UploadDocument", lambda: document_pieces(source, name))
-        return read_message(DocumentInfo, reply)
-
-    async def list(self) -> DocumentList:
-        """Return all documents, newest first.
-
-        >>> [document.name for document in await client.documents.list()]
-        """
-        reply = await self._calls.call("ListDocuments", pb.ListDocumentsRequest())
-        return [read_message(DocumentInfo, document) for document in reply.documents]
-
-    async def get(self, document_id: str) -> DocumentInfo:
-        """Return one document. Raises NotFound when there is none of this id."""
-        reply = await self._calls.call("GetDocument", pb.DocumentRequest(id=check_id("document", document_id)))
-        return read_message(DocumentInfo, reply)
-
-    async def delete(self, document_id: str) -> None:
-        """Forget a document. Raises Conflict while a job needs it, NotFound when there is none of this id."""
-        await self._calls.call("DeleteDocument", pb.DocumentRequest(id=check_id("document", document_id)))
 
 
 class AsyncClient:
@@ -283,7 +50,7 @@ class AsyncClient:
             retries: of calls while the head cannot be reached. Default: for about a second.
             options: TLS files and more, see `ConnectionOptions`.
         """
-        self._calls = _AsyncCalls(Connection(address, api_key, **options), retries)
+        self._calls = AsyncCalls(Connection(address, api_key, **options), retries)
         self._address = address
         self.documents = AsyncDocuments(self._calls)
 
@@ -318,13 +85,14 @@ class AsyncClient:
         await self._calls.close()
 
     async def submit(
-        self, document: str | os.PathLike[str] | DocumentInfo | None = None,
+        self, document: Source | Document | Sequence[Source] | None = None,
         question: str | Sequence[str] | None = None, **options: Unpack[SubmitOptions],
     ) -> AsyncJob:  # fmt: skip
         """Queue a job: questions about a document, token ids, chat messages, or a raw prompt.
 
         Args:
-            document: a `str` is the text itself; a path object is a file, uploaded first; or one of `documents`.
+            document: a `str` is the text itself; a path object is a file or folder, a list has several of them, which
+                are added first as by `documents.add`; or one of `documents`.
             question: one, or a list of them, which share the reading of the document.
             options: the input when there is no document, sampling and more, see `SubmitOptions`.
 
@@ -337,9 +105,8 @@ class AsyncClient:
         >>> job = await client.submit(Path("report.txt"), "What was decided?", max_tokens=64, labels={"team": "law"})
         """
         build_submit("" if document is not None else None, question, options)  # before anything is uploaded
-        if document is not None and not isinstance(document, DocumentInfo) and needs_upload(document):
-            document = await self.documents.upload(document)
-        assert not isinstance(document, os.PathLike)
+        if document is not None and not isinstance(document, Document) and needs_upload(document):
+            document = await self.documents.add(document)
         message = await self._calls.call("Submit", build_submit(document, question, options))
         many = question is not None and not isinstance(question, str)
         return AsyncJob(self._calls, read_message(JobData, message), many)

@@ -18,10 +18,15 @@ FINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentInfo:
+class Document:
     """A document that the head keeps: the same bytes give the same `id`, `name` is for people.
 
-    Times are seconds since 1970; every use moves `expires` on.
+    Times are seconds since 1970; every use moves `used` and `expires` on, and a `pinned` document never expires (0).
+    `tokens` is 0 until it has been counted. `scale_len` is the length, in tokens, whose length scale its jobs use, 0
+    when each job has its own. Of its first `stored_tokens` tokens the KV is stored, in `stored_bytes`, so a question
+    need not wait until they are read. `parent` is the id of the document it was appended to, `source_hash` the SHA-256
+    of the file its text was taken from, and `kernel_family` says which kernels computed KV that was imported; all
+    three are empty where there is none.
     """
 
     id: str
@@ -29,6 +34,32 @@ class DocumentInfo:
     size_bytes: int
     created: float
     expires: float
+    tokens: int = 0
+    scale_len: int = 0
+    pinned: bool = False
+    used: float = 0.0
+    stored_tokens: int = 0
+    stored_bytes: int = 0
+    parent: str = ""
+    source_hash: str = ""
+    kernel_family: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """How long a text is: `tokens` by the head's tokenizer, `size_bytes` as UTF-8.
+
+    `max_model_len` bounds a prompt (the document, a question, some tokens of the chat template) and its answer.
+    """
+
+    tokens: int
+    size_bytes: int
+    max_model_len: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the text alone is shorter than what the model takes."""
+        return self.tokens < self.max_model_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +156,17 @@ class JobData:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One process of the pipeline: its `stage` and its `rank` within it, both from 0, and its memory in bytes."""
+    """One process of the pipeline: its `stage` and its `rank` within it, both from 0, and its memory in bytes.
+
+    `late` counts messages of processes that were replaced, which it has refused.
+    """
 
     stage: int
     rank: int
     state: str
     steps_done: int
     resident_bytes: int
+    late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +174,9 @@ class ClusterStatus:
     """The cluster at one moment: `queued` and `running` count jobs, `kv_usage` is a share from 0 to 1.
 
     `max_model_len` bounds a prompt and its answer together, `kv_tokens` is what the KV cache holds, both in tokens.
+    `kv_store_bytes` of KV are stored on disk, at most `kv_store_max_bytes` (0: none, or not known yet).
+    After `repairs` failures of the pipeline only some stages were replaced, after `full_restarts` all of it was; the
+    newest recovery took `last_recovery_s`. `epoch` is 1 when a pipeline is started, and one more with each repair.
     `problem` says why the head does not serve as it should and is empty when all is well.
     """
 
@@ -152,6 +190,12 @@ class ClusterStatus:
     uptime_s: float
     version: str
     problem: str = ""
+    kv_store_bytes: int = 0
+    kv_store_max_bytes: int = 0
+    repairs: int = 0
+    full_restarts: int = 0
+    last_recovery_s: float = 0.0
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypedDict
 
-from cluster.client.models import DocumentInfo
+from cluster.client.documents.pieces import PIECE_BYTES
+from cluster.client.ingest.source import DocumentText
+from cluster.client.models import Document
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.limits import (
     MAX_CHARS,
     MAX_DEADLINE_S,
-    MAX_DOCUMENT_BYTES,
     MAX_INT32,
     MAX_INT64,
     MAX_QUESTIONS,
@@ -23,7 +23,6 @@ from protos.jobs.limits import (
 )
 from protos.jobs.sampling import OPTIONS
 
-PIECE_BYTES = 1 << 20  # documents travel in pieces of this size; longer texts are uploaded
 PAGE_SIZE = 100  # jobs a call when listing
 
 
@@ -76,10 +75,8 @@ class SubmitOptions(TypedDict, total=False):
     labels: Mapping[str, str] | None
 
 
-def build_submit(
-    document: str | DocumentInfo | None, question: str | Sequence[str] | None, options: SubmitOptions
-) -> pb.SubmitRequest:
-    """Return the request of a `submit` call; a document file has been uploaded before.
+def build_submit(document: object, question: str | Sequence[str] | None, options: SubmitOptions) -> pb.SubmitRequest:
+    """Return the request of a `submit` call; its document is a text or one that the head has, files were sent before.
 
     Without an idempotency key a random one is set, so that trying again never queues a second job.
 
@@ -131,10 +128,10 @@ def _input(document: object, question: object, values: dict[str, Any]) -> dict[s
     if isinstance(document, str):
         text = validate.check_text("document", document)
         return {"document": pb.DocumentQuestions(text=text, questions=questions)}
-    if isinstance(document, DocumentInfo):
+    if isinstance(document, Document):
         return {"document": pb.DocumentQuestions(document_id=document.id, questions=questions)}
     shown = validate.show(document)
-    raise InvalidRequest(f"document: {shown}: must be text, a path object or an uploaded document")
+    raise InvalidRequest(f"document: {shown}: must be text, a path object, a list of them, or an uploaded document")
 
 
 def _questions(question: object) -> list[str]:
@@ -166,48 +163,15 @@ def list_request(states: Collection[str], labels: Mapping[str, str] | None, limi
 
 
 def needs_upload(document: object) -> bool:
-    """Whether a document goes up in pieces before the job: a file, or a text too long for one message."""
+    """Whether a document goes up in pieces before the job: files, or a text too long for one message."""
     if isinstance(document, str):
         return len(document) > PIECE_BYTES or len(document.encode("utf-8", "replace")) > PIECE_BYTES
-    return isinstance(document, os.PathLike)
+    return isinstance(document, (os.PathLike, list, tuple, DocumentText))
 
 
-def document_pieces(source: str | bytes | os.PathLike[str], name: str | None) -> Iterator[pb.DocumentPiece]:
-    """Yield the messages of an upload: the header, then pieces of `PIECE_BYTES`. A `str` is text; a path object a file.
-
-    Raises:
-        InvalidRequest: the file cannot be read, or the text has no UTF-8 form.
-    """
-    if name is not None:
-        validate.check_text("name", name, MAX_CHARS)
-    if isinstance(source, str):
-        source = validate.check_text("document", source).encode()
-    if isinstance(source, bytes):
-        yield pb.DocumentPiece(header=pb.DocumentHeader(name=name or "text"))
-        for start in range(0, len(source), PIECE_BYTES):
-            yield pb.DocumentPiece(data=source[start : start + PIECE_BYTES])
-        return
-    if not isinstance(source, os.PathLike):
-        raise InvalidRequest(f"document: {validate.show(source)}: must be text, bytes or a path object")
-    path = Path(source)
-    try:
-        with path.open("rb") as file:
-            _check_size(path, os.fstat(file.fileno()).st_size)
-            header = name or path.name.encode("utf-8", "replace").decode()[:MAX_CHARS]
-            yield pb.DocumentPiece(header=pb.DocumentHeader(name=header))
-            size = 0
-            while data := file.read(PIECE_BYTES):
-                size += len(data)
-                _check_size(path, size)  # of a file that grows, or has no end
-                yield pb.DocumentPiece(data=data)
-    except OSError as error:
-        raise InvalidRequest(f"{path}: cannot be read ({error.strerror})") from error
-    except InvalidRequest:
-        raise
-    except ValueError as error:  # a zero byte in the name
-        raise InvalidRequest(f"document: {validate.show(str(path))}: cannot be read ({error})") from error
-
-
-def _check_size(path: Path, size: int) -> None:
-    if size > MAX_DOCUMENT_BYTES:
-        raise InvalidRequest(f"document: {path}: {size} bytes: must be at most {MAX_DOCUMENT_BYTES}")
+def build_read(document_id: str) -> pb.SubmitRequest:
+    """Return the request of a job that reads a document and asks nothing; repeated, it is the same job."""
+    return pb.SubmitRequest(
+        document=pb.DocumentQuestions(document_id=check_id("document", document_id), read=True),
+        idempotency_key=secrets.token_hex(16),
+    )

@@ -24,13 +24,14 @@ from cluster.client.errors import (
 )
 from cluster.client.tls import explain_failure, is_handshake_failure, read_files
 from cluster.common.text_format import one_line
-from protos.jobs import jobs_pb2 as pb
 from protos.jobs.jobs_pb2_grpc import JobsStub
 from protos.stage.channel import CHANNEL_OPTIONS
 
 # grpc's own pauses between connection attempts start at 1 s and reach 2 min: longer than ours, they would decide
 _OPTIONS = [*CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000)]
 _UPLOAD_FACTOR = 20  # an upload may take this many times the usual timeout
+_UPLOADS = {"UploadDocument", "AppendDocument", "CountTokens"}
+_UNLIMITED = {"ImportDocument"}  # gigabytes; a peer that has gone is noticed by keep-alive
 _MAX_RETRY_AFTER_S = 3600.0
 _Stub: Any = JobsStub  # generated code has no types
 _Code = grpc.StatusCode
@@ -68,12 +69,13 @@ class Transport:
 
         With asyncio the messages of an upload are read on the event loop, one at a time.
         """
-        timeout_s = self._connection.timeout_s * (_UPLOAD_FACTOR if method == "UploadDocument" else 1) + extra_s
-        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+        timeout_s = self._connection.timeout_s * (_UPLOAD_FACTOR if method in _UPLOADS else 1) + extra_s
+        limit = None if method in _UNLIMITED else timeout_s
+        return getattr(self._stub, method)(request, timeout=limit, metadata=self._metadata)
 
-    def stream(self, request: pb.StreamRequest) -> Any:
-        """Start a stream of events, without a time limit."""
-        return self._stub.Stream(request, metadata=self._metadata)
+    def stream(self, method: str, request: Any) -> Any:
+        """Start a call with many replies, without a time limit."""
+        return getattr(self._stub, method)(request, metadata=self._metadata)
 
     def close(self) -> Any:
         """Close the channel."""
@@ -113,6 +115,8 @@ class Transport:
             return Unavailable(f"{address}: {details}")
         if code == _Code.DEADLINE_EXCEEDED:
             return Unavailable(f"{address}: did not answer in time; a larger timeout_s waits longer")
+        if code == _Code.UNIMPLEMENTED:
+            return LongreachError(f"{address}: the head does not know this call: start one of this version")
         return LongreachError(f"{address}: {code.name}: {details}")
 
 

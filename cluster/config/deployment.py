@@ -57,6 +57,14 @@ class Deployment:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     @property
+    def kv_store_path(self) -> Path | None:
+        """The folder of stored KV, on every node; None: KV is not stored. That of dummy weights is worth nothing."""
+        store = self.config.kv_store
+        if not store.enabled or self.config.model.load_format == "dummy":
+            return None
+        return store.path or self.config.data_dir / "kv"
+
+    @property
     def limits_context(self) -> bool:
         """Whether contexts are limited to what KV holds: nobody has asked for a length."""
         return self.config.model.max_model_len is None
@@ -102,6 +110,9 @@ def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
             f"must divide {dual.distance}, the distance of DCA chunks (chunk_size {dual.chunk_size} - local_size "
             f"{dual.local_size}); use a smaller page, or another model.dual_chunk_attention",
         )
+    if config.kv_store.block_tokens % page_size:
+        rule = f"must be a multiple of kv_cache.page_size ({page_size}), here {config.kv_store.block_tokens}"
+        raise source.error(("kv_store", "block_tokens"), f"{rule}; use larger blocks, or a smaller page")
     if spec.sparse is not None and spec.sparse.cell % page_size:
         rule = f"must be a multiple of kv_cache.page_size ({page_size}), here {spec.sparse.cell}"
         raise source.error(("sparse", "cell"), f"{rule}; use another cell, or a smaller page")

@@ -93,7 +93,7 @@ class ClusterSection(Section):
         description="must be the name of a network interface such as eth0",
     )
     load_timeout_s: float = Field(default=600.0, gt=0, le=86400)
-    step_timeout_s: float = Field(default=300.0, gt=0, le=86400)
+    step_timeout_s: float = Field(default=3600.0, gt=0, le=86400)
 
     @property
     def num_actors(self) -> int:
@@ -115,6 +115,7 @@ class PrefillSection(Section):
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
     max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
     share_across_lengths: bool = False
+    share_across_keys: bool = True
 
 
 class KvCacheSection(Section):

@@ -4,6 +4,8 @@ Failure contract: requests live in memory. When a shard is lost or a step fails,
 error, no token follows, and later submissions raise it. The same holds for an error of the engine itself. An error
 about one request (its text, its progress, its start) ends that request. A callback that raises is logged and not called
 again; its request goes on.
+
+Stored KV is looked up, read and written beside the steps (`stored_kv`); what is answered comes through the queue.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.common.errors import EngineError
@@ -24,6 +27,9 @@ from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.kv_store.store import KvStore
+from cluster.kv_store.stored_kv import StoredKv
+from cluster.scheduler.prefix_keys import Origin
 from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.detokenizer import OutputText
@@ -71,10 +77,13 @@ class Engine:
 
     def __init__(
         self, scheduler: Scheduler, shards: Sequence[GrpcStageHandle], tokenizer: TextTokenizer | None,
-        eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic,
+        eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic, store: KvStore | None = None,
+        latency: LatencyModel | None = None,
     ) -> None:  # fmt: skip
+        """Args: `store` is attached to this engine; `latency` is what one before it has learned about the shards."""
         self.scheduler = scheduler
-        self.latency = LatencyModel(scheduler.spec)
+        self.latency = latency or LatencyModel(scheduler.spec)
+        self.lost_stages: set[int] = set()  # with a shard that is gone or hangs
         self.error = ""  # why the pipeline failed; "" while it works
         self.suspects: frozenset[int] = frozenset()  # sequences that may be the reason; set together with `error`
         self.oldest_plan: StepPlan | None = None  # of those in flight; set by the engine's thread only
@@ -84,6 +93,9 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
+        self._stored_kv = (
+            None if store is None else StoredKv(scheduler, store, self._begin_load, self._resume, self._fail)
+        )
         self._num_stages = 1 + max(shard.shard.stage for shard in self._shards)
         self._depth = max(2, self._num_stages)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -99,12 +111,19 @@ class Engine:
     def start(self) -> None:
         """Connect to the shards and start the thread."""
         for shard in self._shards:
-            shard.connect(lambda results: self._inbox.put(lambda: self._receive(results)), self.fail)
+            on_lost = partial(self.fail, stages=(shard.shard.stage,))
+            shard.connect(lambda results: self._inbox.put(lambda: self._receive(results)), on_lost)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End every unfinished request with an error and leave the shards; may be called twice."""
+        """End every unfinished request with an error, and the shards; may be called twice."""
+        self.stop()
+        for shard in self._shards:
+            shard.close()
+
+    def stop(self) -> None:
+        """End every unfinished request with an error; the shards stay as they are. May be called twice."""
         with self._accepting:
             first, self._closed = not self._closed, True
         if first:
@@ -116,8 +135,6 @@ class Engine:
         elif first:  # it was never started: what was submitted ends here
             self._fail(_STOPPED)
             self._loop()
-        for shard in self._shards:
-            shard.close()
 
     def submit_all(
         self, items: Sequence[tuple[GenerationSpec, Callable[[EngineEvent], None]]], after: int = 0
@@ -145,8 +162,13 @@ class Engine:
         """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
         self._inbox.put(lambda: self._cancel(handle))
 
-    def fail(self, reason: str) -> None:
-        """Give the pipeline up, as if a shard were lost; any thread may call this, any number of times."""
+    def post(self, action: Callable[[], None]) -> None:
+        """Call a function on the engine's thread, soon; after the end of the engine, never."""
+        self._inbox.put(action)
+
+    def fail(self, reason: str, stages: Iterable[int] = ()) -> None:
+        """Give the pipeline up, as if a shard of `stages` were lost; any thread may call this, any number of times."""
+        self.lost_stages |= set(stages)
         self._inbox.put(lambda: self._fail(reason))
 
     # --- the loop (engine thread) ------------------------------------------------------------------------------------
@@ -172,11 +194,14 @@ class Engine:
             if plan is None:
                 break
             self._in_flight.add(plan)
-            self._note_start(plan)
+            for part in plan.slices:
+                self._note_start(part.sequence)
             plans.append(plan)
         if plans:
             for shard in self._shards:
                 shard.send(plans)
+        if self._stored_kv is not None and not self.error:
+            self._stored_kv.work()
 
     def _target_depth(self) -> int:
         """Return how many steps to have in flight: one per stage (at least two); in pure decode, a burst of them.
@@ -224,6 +249,8 @@ class Engine:
             self.on_step(step.plan, step.slowest_s)
         touched = self.scheduler.commit(step.plan, step.samples)
         self.has_worked = True
+        if self._stored_kv is not None:
+            self._stored_kv.offer(touched)
         sampled = {sample.sequence for sample in step.samples}
         for request in touched:
             handle = self._handles[request.sequence]
@@ -285,8 +312,9 @@ class Engine:
         now = self._clock()
         rules = StopRules(options.max_tokens, stops)
         request = Request(
-            next(self._sequences), spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len
-        )
+            next(self._sequences), spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
+            Origin(spec.kernel_family, spec.cache_salt), spec.document_id,
+        )  # fmt: skip
         opened = self._tokenizer is not None and opens_reasoning(self._tokenizer, spec.prompt)
         text = OutputText(self._tokenizer, options.stop, opened, stops)
         for sample in spec.resume:
@@ -311,17 +339,26 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - an error about one request must not end the others
                 self._break(handle, error)
 
-    def _note_start(self, plan: StepPlan) -> None:
-        """Notify the submitters of requests that begin with this plan."""
-        for part in plan.slices:
-            handle = self._handles[part.sequence]
-            if handle.started is not None:
-                continue
+    def _note_start(self, sequence: int) -> None:
+        """Notify the submitter of a request that begins, if it has not begun before."""
+        handle = self._handles[sequence]
+        if handle.started is None:
             handle.started = self._clock()
-            try:
-                handle.notify(self._progress(handle.request))
-            except BaseException as error:  # noqa: BLE001 - an error about one request must not end the others
-                self._break(handle, error)
+            self._notify_progress(handle)
+
+    def _begin_load(self, request: Request) -> None:
+        self._note_start(request.sequence)
+
+    def _resume(self, request: Request) -> None:
+        """Notify the submitter of a request whose stored KV is loaded."""
+        if (handle := self._handles.get(request.sequence)) is not None:
+            self._notify_progress(handle)
+
+    def _notify_progress(self, handle: RequestHandle) -> None:
+        try:
+            handle.notify(self._progress(handle.request))
+        except BaseException as error:  # noqa: BLE001 - an error about one request must not end the others
+            self._break(handle, error)
 
     def _cancel(self, handle: RequestHandle) -> None:
         if not handle.done.is_set():

@@ -3,6 +3,8 @@
 A step is late after max(20 s, 5 x predicted). A late step is hung if, in addition, no shard's layer counter has moved
 for 20 s; the counter of a shard that does not answer does not move. Loading and warm-up end before the engine has a
 step in flight, so they are exempt. A pipeline that cannot be checked for 20 s is given up as well.
+
+Hung are the stages whose shards do not answer; if all answer, those that compute, while the others wait for them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from cluster.engine.engine import Engine
 
 if TYPE_CHECKING:
     from cluster.stages.handle import GrpcStageHandle
+    from protos.stage import stage_pb2 as pb
 
 FLOOR_S = 20.0
 FACTOR = 5.0
@@ -45,6 +48,7 @@ class HangDetector:
         self._since = 0.0  # when it was first seen to be the oldest
         self._moved = 0.0  # when a counter was last seen to have moved
         self._counters: tuple[int | None, ...] = ()
+        self.hung_stages: frozenset[int] = frozenset()  # set together with the reason
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hang detector", daemon=True)
 
@@ -64,7 +68,8 @@ class HangDetector:
             return ""
         if now - self._since < self._floor_s / _CHECKS:
             return ""
-        answers = self._read()
+        replies = self._read()
+        answers = tuple(None if reply is None else int(reply.layers_done) for reply in replies)
         now = self._clock()  # shards that do not answer take time
         before = self._counters or answers
         counters = tuple(old if new is None else new for new, old in zip(answers, before, strict=True))
@@ -75,17 +80,20 @@ class HangDetector:
         waited, still = now - self._since, now - self._moved
         if waited <= max(self._floor_s, FACTOR * predicted) or still <= self._floor_s:
             return ""
-        silent = [shard.name for shard, count in zip(self._shards, answers, strict=True) if count is None]
-        who = f"{', '.join(silent)} does not answer" if silent else "no shard has finished a layer"
+        silent = [shard for shard, reply in zip(self._shards, replies, strict=True) if reply is None]
+        busy = [shard for shard, reply in zip(self._shards, replies, strict=True) if reply and reply.is_computing]
+        self.hung_stages = frozenset(shard.shard.stage for shard in silent or busy)
+        names = ", ".join(shard.name for shard in silent)
+        who = f"{names} does not answer" if silent else "no shard has finished a layer"
         return f"hung: {who}: step {plan.step} takes {waited:.0f} s where {predicted:.1f} s were predicted"
 
-    def _read(self) -> tuple[int | None, ...]:
+    def _read(self) -> tuple[pb.ProbeReply | None, ...]:
         with ThreadPoolExecutor(len(self._shards)) as threads:  # shards that do not answer cost one time-out together
-            return tuple(threads.map(self._layers_done, self._shards))
+            return tuple(threads.map(self._probe, self._shards))
 
-    def _layers_done(self, shard: GrpcStageHandle) -> int | None:
+    def _probe(self, shard: GrpcStageHandle) -> pb.ProbeReply | None:
         try:
-            return int(shard.probe(self._floor_s / _CHECKS).layers_done)
+            return shard.probe(self._floor_s / _CHECKS)
         except StageError:
             return None
 
@@ -101,5 +109,5 @@ class HangDetector:
                 reason = f"the hang detector failed: {describe_error(error)}" if errors == _CHECKS else ""
             if reason:
                 _log.error("%s", reason)
-                self._engine.fail(reason)
+                self._engine.fail(reason, self.hung_stages)
                 return

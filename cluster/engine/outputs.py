@@ -23,11 +23,14 @@ class GenerationSpec:
     resume: tuple[SampledToken, ...] = ()  # tokens sampled before, by another engine: generation goes on after them
     question: int = 0  # index of the prompt among those of its caller
     pinned_len: int = 0  # length whose length scale (dual chunk attention) it uses; 0: its own
+    cache_salt: str = ""  # prompts share KV with those of the same salt only
+    kernel_family: str = ""  # kernels whose stored KV it uses; empty: those of this cluster
+    document_id: str = ""  # that it is about: its stored KV is noted there
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """Prefill of one prompt in tokens; `processed` includes the `cached` ones."""
+    """Prefill of one prompt in tokens; `processed` includes the `cached` ones, found in memory or loaded."""
 
     total: int
     cached: int
@@ -56,7 +59,10 @@ class OutputToken:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds. `prefill_s` is from the first scheduled step to the first token, `ttft_s` from submission."""
+    """Seconds. `prefill_s` is from the first scheduled step, or the begin of a load of stored KV, to the first token.
+
+    `ttft_s` is from submission.
+    """
 
     queued_s: float
     prefill_s: float

@@ -19,10 +19,18 @@ from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.pipeline import Pipeline, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
+from cluster.kv_store.store import KvStore
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_user_message
-from cluster.text.prompts import build_document_prompts, check_document, check_length, check_texts, encode_prompt
+from cluster.text.prompts import (
+    Document,
+    build_document_prompts,
+    check_document,
+    check_length,
+    check_texts,
+    encode_prompt,
+)
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
@@ -54,6 +62,7 @@ class ClusterRuntime:
         self.ids_only = not self._tokenizer_path.exists()  # prompts and answers are token ids, without text
         self._tokenizer = None if self.ids_only else TextTokenizer.open(model.path, model.chat_template)
         self.supervisor = PipelineSupervisor(self._launch)
+        self.kv_store = KvStore(deployment.config.kv_store, deployment.kv_store_path is not None)
         self._ray = RayCluster(deployment.config.cluster.address)
         self._on_status = on_status
 
@@ -80,7 +89,7 @@ class ClusterRuntime:
 
     def _launch(self) -> Pipeline:
         try:
-            return launch_pipeline(self.deployment, self._tokenizer, self._ray, self._on_status)
+            return launch_pipeline(self.deployment, self._tokenizer, self._ray, self._on_status, self.kv_store)
         except BaseException:
             self._ray.close()  # the next attempt starts it anew: it may be the cause
             raise
@@ -115,11 +124,12 @@ class ClusterRuntime:
         return min(longest, pipeline.launched.num_pages * self.deployment.config.kv_cache.page_size)
 
     def document_prompts(
-        self, document: str, questions: Sequence[str], options: AnswerOptions, now: datetime | None = None
+        self, document: Document, questions: Sequence[str], options: AnswerOptions, now: datetime | None = None
     ) -> list[list[int]]:
         """Return prompts that share the document as their common prefix; the cluster need not run yet.
 
         Args:
+            document: its text, or what returns its ids at a place of a prompt.
             now: what the clock of the chat template says in all of them; None reads the clock, once.
 
         Raises:
@@ -142,11 +152,13 @@ class ClusterRuntime:
 
     def ask_all(
         self, document: str | os.PathLike[str], questions: Sequence[str], options: AnswerOptions | None = None,
-        on_event: OnEvent | None = None,
+        on_event: OnEvent | None = None, pinned_len: int = 0,
     ) -> list[Generation]:  # fmt: skip
         """Answer several questions about one document, which is computed once; results in their order.
 
         Args:
+            pinned_len: length whose length scale (dual chunk attention) they use, so that later questions about the
+                document, or about one that begins with it, share it; at least that of the longest prompt.
             on_event: called with the index of a question and its `PrefillProgress`, `OutputToken` or `Generation`; runs
                 on the engine's thread and must not block.
 
@@ -156,7 +168,7 @@ class ClusterRuntime:
         options = options or AnswerOptions()
         text = document if isinstance(document, str) else self.check_document(Path(document).read_bytes())
         prompts = self.document_prompts(text, questions, options)
-        return self.generate(prompts, options, on_event, one_document=True)
+        return self.generate(prompts, options, on_event, max(pinned_len, longest(prompts)))
 
     def check_document(self, data: bytes) -> str:
         """Return the text of a document; raises PromptError for one that is empty, not UTF-8 or certainly too long."""
@@ -189,8 +201,14 @@ class ClusterRuntime:
         """Return token ids of a raw prompt, in which special tokens may be spelt; raises PromptError."""
         return encode_prompt(text, self.tokenizer, self.max_model_len)
 
-    def reproducibility(self, options: AnswerOptions, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Return what is needed to get the same tokens again for the prompts of one job."""
+    def reproducibility(
+        self, options: AnswerOptions, prompts: Sequence[Sequence[int]], pinned_len: int = 0
+    ) -> dict[str, Any]:
+        """Return what is needed to get the same tokens again for the prompts of one job.
+
+        Args:
+            pinned_len: length whose length scale its document has; a longer prompt counts more.
+        """
         params = self.resolve(options).sampling_params
         config, spec, facts = self.deployment.config, self.deployment.spec, environment()
         return {
@@ -205,7 +223,7 @@ class ClusterRuntime:
             | ({"tokenizer": "none"} if self.ids_only else {}),
             "seed": params.seed,
             "sampling": params.to_json(),
-            "scale_len": longest(prompts) if spec.dual_chunk is not None else 0,
+            "scale_len": max(pinned_len, longest(prompts)) if spec.dual_chunk is not None else 0,
         }
 
     @property
@@ -217,6 +235,11 @@ class ClusterRuntime:
         """Share of the KV pages that requests own, 0 to 1."""
         pipeline = self.supervisor.running
         return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
+
+    @property
+    def epoch(self) -> int:
+        """Number of the newest pipeline over its processes: 1 when they are started, one more with each repair."""
+        return self.supervisor.newest.launched.epoch if self.supervisor.newest is not None else 0
 
     @property
     def latency_coefficients(self) -> tuple[float, float, float, float]:
@@ -233,8 +256,14 @@ class ClusterRuntime:
             "max_model_len": self.max_model_len,
             "kv_usage": self.kv_usage,
             "kv_tokens": num_pages * config.kv_cache.page_size,
+            "kv_store_bytes": self.kv_store.size_bytes,
+            "kv_store_max_bytes": self.kv_store.max_bytes,
             "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],
             "version": self.version,
+            "repairs": self.supervisor.num_repaired,
+            "full_restarts": self.supervisor.num_restarted,
+            "last_recovery_s": self.supervisor.last_recovery_s,
+            "epoch": self.epoch,
         }
 
     def _shard_status(self, shard: GrpcStageHandle) -> dict[str, Any]:
@@ -247,6 +276,7 @@ class ClusterRuntime:
             return place | {"state": "unreachable"}
         return place | {
             "state": reply.state, "steps_done": reply.steps_done, "resident_bytes": reply.resident_bytes,
+            "late": reply.late,
         }  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:
@@ -266,10 +296,10 @@ class ClusterRuntime:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
-        one_document: bool = False,
+        pinned_len: int = 0,
     ) -> list[Generation]:  # fmt: skip
         """Continue token ids as they are; results in the order of the prompts. Arguments and errors as of `submit`."""
-        handles = self.submit(prompts, options, on_event, one_document)
+        handles = self.submit(prompts, options, on_event, pinned_len)
         try:
             return [handle.wait() for handle in handles]
         except BaseException:
@@ -279,16 +309,15 @@ class ClusterRuntime:
 
     def submit(
         self, prompts: Sequence[Sequence[int]], options: AnswerOptions, on_event: OnEvent | None = None,
-        one_document: bool = False,
+        pinned_len: int = 0,
     ) -> list[RequestHandle]:  # fmt: skip
         """Queue prompts and return at once. Raises as `ask_all`.
 
         Args:
-            one_document: they are questions about one document, and share it: all use the length scale of the longest.
+            pinned_len: length whose length scale (dual chunk attention) they use; 0: each its own.
         """
         self.check_prompts(prompts, options)
         options = self.resolve(options)
-        pinned_len = longest(prompts) if one_document else 0
         items = []
         for index, prompt in enumerate(prompts):
             spec = GenerationSpec(prompt, options, question=index, pinned_len=pinned_len)

@@ -1,4 +1,4 @@
-"""The life of a pipeline: started, watched, replaced when it fails, given up when it cannot be started again."""
+"""The life of a pipeline: started, watched, repaired or replaced when it fails, given up when it cannot be started."""
 
 from __future__ import annotations
 
@@ -60,25 +60,30 @@ class PipelineListener(Protocol):
 class PipelineSupervisor:
     """Owns the pipeline of a runtime: starts it, watches it, replaces it when it fails, closes it.
 
-    Failure contract: a pipeline fails as a whole. When a shard is lost, a step fails or the hang detector gives it up,
+    Failure contract: work fails as a whole. When a shard is lost, a step fails or the hang detector gives it up,
     its engine ends every unfinished request with the error, emits no token afterwards, and wakes the supervisor.
     Requests live in memory and are lost; who submitted them submits them again.
 
     Without a listener that is all: submissions raise EngineError until the runtime is started anew. With one
-    (`supervise`), a thread calls `pipeline_failed`, in which the listener makes tokens durable; stops what is left;
-    starts another pipeline, after pauses that grow while they fail without having worked; and calls
-    `pipeline_restarted`. After `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`, and only a new head
-    process helps.
+    (`supervise`), a thread calls `pipeline_failed`, in which the listener makes tokens durable; repairs the pipeline,
+    once, unless it is a repaired one that has not worked; if that does not help, stops what is left and starts another
+    pipeline, after pauses that grow while they fail without having worked; and calls `pipeline_restarted`. After
+    `len(PAUSES_S)` failed starts in a row it calls `pipeline_given_up`, and only a new head process helps.
 
     Failures are read from the engine of the current pipeline, not from a message: one that is reported twice, or by a
     pipeline that has been replaced meanwhile, changes nothing.
     """
+
+    repairs = True  # False: every failure is followed by a full restart, for comparison
 
     def __init__(self, launch: Callable[[], Pipeline], clock: Callable[[], float] = time.monotonic) -> None:
         """Args: `launch` starts a pipeline and returns it running, or raises with nothing left running."""
         self._launch = launch
         self._clock = clock
         self._changed = threading.Condition()
+        self.num_repaired = self.num_restarted = 0  # pipelines that failed and were followed by another, by how
+        self.last_recovery_s = 0.0  # from the newest failure until there was a pipeline again
+        self._is_repaired = False  # the newest one
         self._attempts = 0  # to start again since a pipeline was last sound
         self._started_at = 0.0
         self._stopping = threading.Event()  # of the newest `supervise`
@@ -175,10 +180,20 @@ class PipelineSupervisor:
         return self.newest.engine.error if may_fail and self.newest is not None else ""
 
     def _replace(self, error: str, listener: PipelineListener, stopping: threading.Event) -> None:
-        """Start another pipeline in place of one that failed with `error`, or give up."""
+        """Have another pipeline in place of one that failed with `error`, or give up."""
+        began = self._clock()
         has_worked = self.newest is not None and self.newest.engine.has_worked
-        if has_worked or self._clock() - self._started_at >= SOUND_AFTER_S:
+        if has_worked or began - self._started_at >= SOUND_AFTER_S:
             self._attempts = 0
+        may_repair = self.repairs and (has_worked or not self._is_repaired)
+        if may_repair and (pipeline := self._repair()) is not None:
+            if self._adopt(pipeline, stopping):
+                self._is_repaired = True
+                self.num_repaired += 1
+                self._recovered(began, listener)
+            else:
+                pipeline.close()
+            return
         failed_starts = 0
         while not stopping.wait(self._pause_s()):
             self._attempts += 1
@@ -199,10 +214,26 @@ class PipelineSupervisor:
                 _call(listener.pipeline_given_up, self.reason)
             else:
                 if self._adopt(pipeline, stopping):
-                    _call(listener.pipeline_restarted)
+                    self._is_repaired = False
+                    self.num_restarted += 1
+                    self._recovered(began, listener)
                 else:
                     pipeline.close()
             return
+
+    def _repair(self) -> Pipeline | None:
+        """Return the pipeline that the newest one could be repaired to; None if it must be started anew."""
+        if self.newest is None or self.newest.repair is None:
+            return None
+        try:
+            return self.newest.repair()
+        except BaseException as problem:  # noqa: BLE001 - whatever it was, a full restart may help
+            _log.error("the pipeline is not repaired but started anew: %s", one_line(problem), exc_info=True)
+            return None
+
+    def _recovered(self, began: float, listener: PipelineListener) -> None:
+        self.last_recovery_s = self._clock() - began
+        _call(listener.pipeline_restarted)
 
     def _pause_s(self) -> float:
         return PAUSES_S[min(self._attempts, len(PAUSES_S) - 1)]

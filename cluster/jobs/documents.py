@@ -1,4 +1,7 @@
-"""Documents on disk: one file each, named by its content, beside its record in the job store.
+"""Documents on disk: one file each, named by its content, beside its record in the job store and its token ids.
+
+A document that was appended to another has a file of its own with the whole text, so that each can go alone; its id is
+a hash of the id of the other and what was added, since the seam decides about its tokens.
 
 Only this module writes the folder. The record is written after the file and removed before it, so a crash can leave
 only a file without a record, which the next sweep removes.
@@ -18,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.common.errors import JobStoreError, JobStoreFull
+from cluster.jobs.document.token_file import SUFFIX, TEMPORARY, tokens_path
 from cluster.jobs.model import (
     DocumentDamaged,
     DocumentRecord,
@@ -33,6 +37,7 @@ from cluster.jobs.store import JobStore
 MAX_NAME = 255  # characters
 MAX_LISTED = 10_000  # documents, some megabytes
 _TEMPORARY = ".upload-"
+assert TEMPORARY.startswith(_TEMPORARY)
 _ROOM_AFTER_S = 60.0  # documents expire by the minute
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # nothing is wrong with the file
 
@@ -50,8 +55,9 @@ class DocumentStore:
             max_bytes: of all documents together.
             clock: gives seconds since 1970.
         """
+        self.on_deleted: Callable[[], None] = lambda: None  # called when documents were deleted
         self._folder = folder
-        self._store = store
+        self.store = store
         self._ttl_s = ttl_s
         self._clock = clock
         self._max_bytes = max_bytes
@@ -66,20 +72,34 @@ class DocumentStore:
                 if path.name.startswith(_TEMPORARY):
                     path.unlink(missing_ok=True)
 
-    def put(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+    def put(
+        self, name: str, pieces: Iterable[bytes], max_bytes: int, *, scale_len: int = 0, pinned: bool = False,
+        source_hash: str = "", append_to: str = "",
+    ) -> DocumentRecord:  # fmt: skip
         """Store a document as it arrives; the same bytes give the same document with a new expiry and its old name.
+
+        Args:
+            scale_len: length whose length scale its jobs use; one that is appended has that of the other.
+            source_hash: SHA-256 of the file that the text was taken from.
+            append_to: id of the document that comes before; `max_bytes` is of both together.
 
         Raises:
             InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
                 room for it beside the others. JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
                 behind then.
         """
-        return self._put(name, pieces, max_bytes, is_provisional=False)
+        if not append_to:
+            return self._put(name, pieces, max_bytes, False, scale_len, pinned, source_hash)
+        before = self.get(append_to)
+        first = self.read(append_to, lambda size: self._check_size(size + 1, max_bytes))
+        if before.scale_len:
+            scale_len = before.scale_len
+        return self._put(name or before.name, pieces, max_bytes, False, scale_len, pinned, source_hash, before, first)
 
     @contextmanager
     def provisional(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> Iterator[DocumentRecord]:
         """Store a document as `put` does, for a block; when that raises, it goes unless others have it by then."""
-        record = self._put(name, pieces, max_bytes, is_provisional=True)
+        record = self._put(name, pieces, max_bytes, True)
         is_kept = False
         try:
             yield record
@@ -91,35 +111,50 @@ class DocumentStore:
                     self._provisional[record.id] = left
                 elif self._provisional.pop(record.id, 0) and not is_kept:
                     with suppress(NotAllowedNow, JobStoreError), self._errors():  # the next sweep may do it
-                        self._store.delete_document(record.id)
-                        self._path(record.id).unlink(missing_ok=True)
+                        self.store.delete_document(record.id)
+                        self._remove_files(record.id)
 
-    def _put(self, name: str, pieces: Iterable[bytes], max_bytes: int, *, is_provisional: bool) -> DocumentRecord:
+    def _put(
+        self, name: str, pieces: Iterable[bytes], max_bytes: int, is_provisional: bool, scale_len: int = 0,
+        pinned: bool = False, source_hash: str = "", before: DocumentRecord | None = None, first: bytes = b"",
+    ) -> DocumentRecord:  # fmt: skip
+        """Store a document, with the text of the one `before` it first."""
         with self._temporary() as (descriptor, path):
-            digest, size = hashlib.sha256(), 0
+            digest, size = _digest_after(before.id if before else ""), len(first)
+            if first:
+                self._check_room(path.name, size)
+                with self._errors():
+                    _write(descriptor, first)
             for piece in pieces:
                 size += len(piece)
-                if size > max_bytes:
-                    raise InvalidJob(
-                        f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)"
-                    )
+                self._check_size(size, max_bytes)
                 self._check_room(path.name, size)
                 digest.update(piece)
                 with self._errors():
                     _write(descriptor, piece)
-            if size == 0:
+            if size == len(first):
                 raise InvalidJob("document: 0 bytes: must have at least 1")
             with self._errors():
                 os.fsync(descriptor)
             now = self._clock()
-            record = DocumentRecord(_id_of(digest), display_name(name), size, now, now + self._ttl_s)
+            record = DocumentRecord(
+                _id_of(digest), display_name(name), size, now, 0.0 if pinned else now + self._ttl_s,
+                scale_len=scale_len, pinned=pinned, used=now, source_hash=source_hash,
+                parent=before.id if before else "", kernel_family=before.kernel_family if before else "",
+                seams=(*before.seams, len(first)) if before else (),
+            )  # fmt: skip
             return self._keep(path, record, is_provisional)
+
+    @staticmethod
+    def _check_size(size: int, max_bytes: int) -> None:
+        if size > max_bytes:
+            raise InvalidJob(f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)")
 
     def _check_room(self, temporary: str, size: int) -> None:
         """Refuse an upload of so many bytes when there is no room for it beside the documents and other uploads."""
         with self._lock:
             self._uploading[temporary] = size
-            total = self._store.documents_size() + sum(self._uploading.values())
+            total = self.store.documents_size() + sum(self._uploading.values())
         if total > self._max_bytes:
             raise ServiceBusy(
                 f"documents: {total} bytes with this one: must be at most {self._max_bytes} together "
@@ -140,7 +175,7 @@ class DocumentStore:
         record = self.get(document_id)
         check_size(record.size_bytes)
         try:
-            content = _read_file(self._path(document_id), record.size_bytes)
+            content = _read_file(self.path(document_id), record.size_bytes)
         except OSError as error:
             if error.errno in _OF_THE_PROCESS or not os.access(self._folder, os.R_OK | os.X_OK):
                 with self._errors():
@@ -155,45 +190,65 @@ class DocumentStore:
             raise DocumentDamaged(
                 f"document: {document_id}: {len(content)} bytes{more}: must be {record.size_bytes}: upload it again"
             )
-        if _id_of(hashlib.sha256(content)) != document_id:
+        if chain_ids(content, record.seams)[-1] != document_id:
             raise DocumentDamaged(f"document: {document_id}: its file has other content: upload it again")
         return content
 
     def get(self, document_id: str) -> DocumentRecord:
         """Return the record. Raises InvalidJob (not an id) and JobNotFound."""
-        record = self._store.get_document(check_id(document_id, "doc"))
+        record = self.store.get_document(check_id(document_id, "doc"))
         if record is None:
             raise JobNotFound(f"document: {document_id}: not found: upload it again")
         return record
 
     def list(self) -> Sequence[DocumentRecord]:
         """Return the newest MAX_LISTED documents, newest first."""
-        return self._store.list_documents(MAX_LISTED)
+        return self.store.list_documents(MAX_LISTED)
+
+    def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
+        """Keep a document until it is unpinned or deleted, or let it expire as if it were used now; returns it."""
+        check_id(document_id, "doc")
+        self.store.pin_document(document_id, pinned, self._clock() + self._ttl_s)
+        return self.get(document_id)
 
     def delete(self, document_id: str) -> None:
-        """Delete a document. Raises JobNotFound, and NotAllowedNow while an unfinished job uses it."""
+        """Delete a document with its token ids and stored KV.
+
+        Raises JobNotFound, and NotAllowedNow while an unfinished job uses it.
+        """
         self.get(document_id)
         with self._lock, self._errors():
-            self._store.delete_document(document_id)
-            self._path(document_id).unlink(missing_ok=True)
+            self.store.delete_document(document_id)
+            self._remove_files(document_id)
+        self.on_deleted()
+
+    def _remove_files(self, document_id: str) -> None:
+        path = self.path(document_id)
+        for name in (path, tokens_path(path)):
+            name.unlink(missing_ok=True)
 
     def sweep(self, now: float) -> int:
         """Delete expired documents that no unfinished job uses (returns how many), and files that a crash left."""
         with self._lock, self._errors():
-            removed = self._store.expire_documents(now)
-            known = self._store.document_ids() | set(self._uploading)
+            removed = self.store.expire_documents(now)
+            known = self.store.document_ids() | set(self._uploading)
             for path in self._folder.iterdir():
-                if path.name not in known and path.name.startswith((_TEMPORARY, "doc_")):
+                if (
+                    path.name.removesuffix(SUFFIX) not in known
+                    and not path.name.startswith(TEMPORARY)
+                    and path.name.startswith((_TEMPORARY, "doc_"))
+                ):
                     path.unlink(missing_ok=True)
         return removed
 
-    def _path(self, document_id: str) -> Path:
+    def path(self, document_id: str) -> Path:
+        """Return the file of a document."""
         return self._folder / check_id(document_id, "doc")
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[int, Path]]:
         """Make a file with mode 0600 that is deleted at the end of the block unless it was renamed."""
-        self._store.check()  # the folder may have gone with it
+        self.store.check()  # the folder may have gone with it
         with self._lock, self._errors():
             descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
             path = Path(name)
@@ -208,13 +263,13 @@ class DocumentStore:
 
     def _keep(self, temporary: Path, record: DocumentRecord, is_provisional: bool) -> DocumentRecord:
         """Give the file its name and the document its record, or do neither."""
-        path = self._path(record.id)
+        path = self.path(record.id)
         with self._lock, self._errors():
             is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:
                 _sync_folder(self._folder)
-                stored = self._store.put_document(record)
+                stored = self.store.put_document(record)
             except BaseException:
                 if is_new:
                     path.unlink(missing_ok=True)
@@ -234,6 +289,21 @@ class DocumentStore:
                 raise JobStoreFull(f"documents {self._folder}: {error.strerror}: free space on its disk") from error
             remedy = "check its disk and its permissions: must be a folder that we may write"
             raise JobStoreError(f"documents {self._folder}: {error.strerror}: {remedy}") from error
+
+
+def chain_ids(content: bytes, seams: Sequence[int]) -> list[str]:
+    """Return the ids of all documents that a content was appended together from; the last one is its own."""
+    ids: list[str] = []
+    for begin, end in zip((0, *seams), (*seams, len(content)), strict=True):
+        digest = _digest_after(ids[-1] if ids else "")
+        digest.update(memoryview(content)[begin:end])
+        ids.append(_id_of(digest))
+    return ids
+
+
+def _digest_after(document_id: str) -> hashlib._Hash:
+    """Return the hash to which the bytes of a document are added, after those of another one."""
+    return hashlib.sha256(f"{document_id}\n".encode() if document_id else b"")
 
 
 def _id_of(digest: hashlib._Hash) -> str:

@@ -20,6 +20,7 @@ from cluster.engine.outputs import GenerationSpec, PrefillProgress
 from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.blame import Blame, Progress
+from cluster.jobs.document.tokens import DocumentTokens
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import (
     ACTIVE,
@@ -64,6 +65,7 @@ class JobExecution:
         self._supervisor = runtime.supervisor
         self._store = store
         self.documents = documents
+        self.document_tokens = DocumentTokens(runtime, documents)
         self._limits = limits
         self.now = clock or SteadyClock()
         self.store_problem = ""  # of the store as a whole; no job is taken and nothing written meanwhile
@@ -142,7 +144,7 @@ class JobExecution:
         """Return the prompts of a job that was accepted, however long others keep what renders chat templates."""
         while True:
             try:
-                return job_prompts(self._runtime, self.documents, record.spec, clock_of(record))
+                return job_prompts(self._runtime, self.document_tokens, record.spec, clock_of(record))
             except ServiceBusy as error:
                 if self._closing.wait(error.retry_after_s):
                     raise StoreAbandoned from error
@@ -183,17 +185,26 @@ class JobExecution:
         if not may_run:
             return  # `_take_up_held` comes back to it
         ask = record.ask
+        stored = record.reproducibility.get("scale_len", 0)  # what was in force when it was submitted
+        scale_len = max(stored if isinstance(stored, int) else 0, longest(prompts))
         items = []
         for question, prompt in enumerate(prompts):
             if question not in job.ended:
                 resume = tuple(done.get(question, ()))
-                generation = GenerationSpec(prompt, ask, spec.priority, resume, question, longest(prompts))
+                generation = GenerationSpec(
+                    prompt, ask, spec.priority, resume, question, scale_len, spec.cache_salt,
+                    self._kernel_family(spec), spec.input.document_id,
+                )  # fmt: skip
                 items.append((generation, self._recorder.callback(job, question)))
         try:
             job.handles = self._runtime.engine.submit_all(items, record.last_event)
         except EngineError:  # `pipeline_restarted` submits the job again
             if self._supervisor.state is PipelineState.DOWN:
                 self._decide_end(record.id, self._supervisor.reason)
+
+    def _kernel_family(self, spec: JobSpec) -> str:
+        document = self._store.get_document(spec.input.document_id) if spec.input.document_id else None
+        return document.kernel_family if document is not None else ""
 
     def _take_up_held(self) -> None:
         """Queue one job again that no engine has although a pipeline runs: it had to wait for a suspect."""

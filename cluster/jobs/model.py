@@ -46,6 +46,7 @@ class JobState(enum.StrEnum):
         return self in FINAL
 
 
+SCALE_TO_COME = -1  # `DocumentRecord.scale_len` until its tokens are counted
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 ACTIVE = frozenset(JobState) - FINAL
 WAITING = frozenset({JobState.QUEUED, JobState.RECOVERING})
@@ -108,15 +109,18 @@ class JobInput:
     token_ids: tuple[int, ...] | None = None
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content)
     prompt: str | None = None
+    read: bool = False  # the document is read, so that its KV is there; no questions
 
     def __post_init__(self) -> None:
         kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
         if sum(kinds) != 1:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
+        if self.read and (not self.document_id or self.questions):
+            raise InvalidJob("document.read: true: must have a document and no questions")
 
     @property
     def num_answers(self) -> int:
-        return len(self.questions) if self.document_id else 1
+        return len(self.questions) if self.questions or (self.document_id and not self.read) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,7 @@ class JobSpec:
     attached: bool = False
     idempotency_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    cache_salt: str = ""  # it shares KV with jobs of the same one only
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -140,7 +145,7 @@ class JobSpec:
         return _SPEC.validate_json(text)
 
     def body_hash(self) -> str:
-        """Return a SHA-256 that equal submissions share: of everything but the key and the (relative) deadline.
+        """Return a SHA-256 that equal submissions share: of everything but the keys and the (relative) deadline.
 
         What is not said counts as greedy, as it was before models had defaults of their own; saying just that differs.
         """
@@ -149,8 +154,10 @@ class JobSpec:
         values["ask"]["sampling"] = {name: greedy[name] if v is None else v for name, v in sampling.items()}
         if said := [name for name in sampling if name != "seed" and sampling[name] == greedy[name] is not None]:
             values["said"] = said
-        for key in ("idempotency_key", "deadline"):
+        for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
+        if not values["input"]["read"]:
+            del values["input"]["read"]  # as before there was such a thing
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
@@ -215,4 +222,12 @@ class DocumentRecord:
     name: str
     size_bytes: int
     created: float
-    expires: float
+    expires: float  # 0: never, it is pinned
+    tokens: int = 0  # 0: not counted yet
+    scale_len: int = 0  # length whose length scale its jobs use; 0: each job its own; SCALE_TO_COME
+    pinned: bool = False
+    used: float = 0.0
+    parent: str = ""  # document that it was appended to, which may be gone
+    source_hash: str = ""
+    kernel_family: str = ""  # kernels that computed imported KV; empty: those of this cluster
+    seams: tuple[int, ...] = ()  # offsets, in bytes, of what was appended: parts are tokenised one by one

@@ -7,17 +7,20 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 
 from cluster.common.text_format import one_line
 from cluster.engine.runtime import ClusterRuntime
-from cluster.jobs.documents import DocumentStore
+from cluster.jobs.document.tokens import DocumentTokens
 from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, ServiceBusy
 from cluster.text.chat_template import render_user_message
-from cluster.text.prompts import check_size
+from cluster.text.prompts import check_size, decode_document
 from cluster.text.reasoning import opens_reasoning
 from cluster.text.templates.process import RendererBusy
 from protos.errors import UserError
+from protos.jobs.limits import MAX_UINT32
 
+_READ = "Continue."  # asked where a document is only read; its answer is not shown
 _CLOCK = "clock"  # in what is stored to get the same tokens again
 _AT_A_TIME = 4  # jobs whose long texts are in memory to be tokenised; others wait
 _LONG_BYTES = 1 << 18
@@ -26,7 +29,7 @@ _turns = threading.BoundedSemaphore(_AT_A_TIME)
 
 
 def job_prompts(
-    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None = None,
+    runtime: ClusterRuntime, documents: DocumentTokens, spec: JobSpec, now: datetime | None = None,
     wait_s: float | None = None,
 ) -> list[array[int]]:  # fmt: skip
     """Return the token ids of every question. Sizes are checked before anything is read.
@@ -66,8 +69,48 @@ def check_text(runtime: ClusterRuntime, num_bytes: int) -> None:
         raise InvalidJob(one_line(error)) from error
 
 
+def has_length_scale(runtime: ClusterRuntime) -> bool:
+    """Return whether positions of the model depend on the length of a prompt."""
+    dual = runtime.deployment.spec.dual_chunk
+    return dual is not None and dual.original_max_position_embeddings > 0
+
+
+def count_tokens(runtime: ClusterRuntime, documents: DocumentTokens, document_id: str) -> int:
+    """Return how many tokens a document has. Raises as `job_prompts`."""
+    with contextlib.ExitStack() as turn, _invalid():
+
+        def begin(size: int) -> None:
+            check_text(runtime, size)
+            if size > _LONG_BYTES:
+                turn.enter_context(_turn(BUILD_WAIT_S))
+
+        return len(documents.ids(document_id, documents.place(), begin))
+
+
+def count_text(runtime: ClusterRuntime, documents: DocumentTokens, content: bytes) -> int:
+    """Return how many tokens a text has as a document. Raises InvalidJob, ServiceBusy."""
+    with contextlib.ExitStack() as turn, _invalid():
+        if len(content) > _LONG_BYTES:
+            turn.enter_context(_turn(BUILD_WAIT_S))
+        text = decode_document(content)
+        return len(runtime.tokenizer.encode_literal(text, documents.place(), MAX_UINT32))
+
+
+@contextlib.contextmanager
+def _invalid() -> Iterator[None]:
+    """Turn what is wrong with a text into an error of the request."""
+    try:
+        yield
+    except RendererBusy as error:
+        raise ServiceBusy(str(error), 5.0) from error
+    except UserError as error:
+        if isinstance(error, InvalidJob):
+            raise
+        raise InvalidJob(one_line(error)) from error
+
+
 def _job_prompts(
-    runtime: ClusterRuntime, documents: DocumentStore, spec: JobSpec, now: datetime | None,
+    runtime: ClusterRuntime, documents: DocumentTokens, spec: JobSpec, now: datetime | None,
     begin: Callable[[int], None],
 ) -> list[array[int]]:  # fmt: skip
     """Build the prompts; `begin` is called with the characters or bytes of the text before it is read."""
@@ -79,8 +122,8 @@ def _job_prompts(
 
     try:
         if source.document_id:
-            text = runtime.check_document(documents.read(source.document_id, check))
-            prompts = runtime.document_prompts(text, source.questions, spec.ask, now)
+            ids = partial(documents.ids, source.document_id, check_size=check)
+            prompts = runtime.document_prompts(ids, source.questions or (_READ,), spec.ask, now)
         elif source.messages is not None:
             begin(sum(len(content) for _, content in source.messages))
             prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]
@@ -113,7 +156,7 @@ def reasoning_opened(runtime: ClusterRuntime, spec: JobSpec, question: int) -> b
     source = spec.input
     try:
         if source.document_id:
-            values = {"{document}": "document", "{question}": source.questions[question]}
+            values = {"{document}": "document", "{question}": (source.questions or (_READ,))[question]}
             content = runtime.deployment.config.model.document_prompt
             for name, value in values.items():
                 content = content.replace(name, value)

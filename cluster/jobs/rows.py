@@ -8,11 +8,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cluster.common.text_format import one_line
 from cluster.engine.outputs import OutputToken
-from cluster.jobs.model import DocumentRecord, JobAnswer, JobDamaged, JobInput, JobRecord, JobSpec, JobState
+from cluster.jobs.model import (
+    SCALE_TO_COME,
+    DocumentRecord,
+    JobAnswer,
+    JobDamaged,
+    JobInput,
+    JobRecord,
+    JobSpec,
+    JobState,
+)
 from cluster.scheduler.request import FinishReason
 from protos.jobs.limits import MAX_INT32, MAX_INT64, MAX_UINT32
 from protos.jobs.sampling import AnswerOptions
@@ -92,6 +102,14 @@ class _Reader:
         self._note(name, value)
         return ()
 
+    def offsets(self, name: str, value: object) -> tuple[int, ...]:
+        found = self._json(name, value)
+        offsets: list[Any] = found if isinstance(found, list) else [0]
+        if all(isinstance(one, int) and one > 0 for one in offsets) and offsets == sorted(set(offsets)):
+            return tuple(offsets)
+        self._note(name, value)
+        return ()
+
     def spec(self, value: object) -> JobSpec:
         try:
             spec = JobSpec.from_json(value)  # type: ignore[arg-type]  # what is no text raises too
@@ -129,7 +147,9 @@ def listed_record(row: JobRow, answers: Sequence[Sequence[Any]], labels: Mapping
     source = JobInput(token_ids=())
     if row.document_id is not None:
         shown = (questions + ("",) * count)[:count]
-        source = JobInput(document_id=reader.text("document_id", row.document_id) or "?", questions=shown)
+        document_id = reader.text("document_id", row.document_id) or "?"
+        is_read = row.questions is not None and not reader.damage and not questions and count == 1
+        source = JobInput(document_id, () if is_read else shown, read=is_read)
     pairs = {reader.text("label", key): reader.text("label", value) for key, value in labels.items()}
     priority = reader.count("priority", row.priority, MAX_INT32, -MAX_INT32 - 1)
     return _record(reader, row, answers, JobSpec(source, _NO_OPTIONS, priority, labels=pairs))
@@ -202,14 +222,20 @@ def _is_count(value: object) -> bool:
 def document_record(row: Sequence[Any]) -> DocumentRecord:
     """Return a document; of a damaged row the size is 0, so that its file is not taken for what was uploaded."""
     reader = _Reader()
-    document_id, name, size, created, expires = row
+    document_id, name, size, created, expires, tokens, scale_len, pinned, used, parent, source, family, seams = row
     record = DocumentRecord(
         id=str(document_id),
         name=reader.text("name", name),
         size_bytes=reader.count("size_bytes", size),
         created=reader.time("created", created),
         expires=reader.time("expires", expires),
+        tokens=reader.count("tokens", tokens, MAX_UINT32),
+        scale_len=reader.count("scale_len", scale_len, MAX_UINT32, SCALE_TO_COME),
+        pinned=bool(reader.count("pinned", pinned, 1)),
+        used=reader.time("used", used),
+        parent=reader.text("parent", parent),
+        source_hash=reader.text("source_hash", source),
+        kernel_family=reader.text("kernel_family", family),
+        seams=reader.offsets("seams", seams),
     )
-    if not reader.damage:
-        return record
-    return DocumentRecord(record.id, record.name or "(damaged record)", 0, record.created, record.expires)
+    return replace(record, name=record.name or "(damaged record)", size_bytes=0) if reader.damage else record

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -23,10 +24,13 @@ from cluster.config.schema import ServerSection
 from cluster.engine.outputs import OutputToken
 from cluster.engine.runtime import ClusterRuntime
 from cluster.engine.supervisor import PipelineState
+from cluster.jobs.document.kv import DocumentKv
+from cluster.jobs.document.tokens import DocumentCounter
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.execution import JobExecution
 from cluster.jobs.model import (
     ACTIVE,
+    SCALE_TO_COME,
     WAITING,
     DocumentRecord,
     InvalidJob,
@@ -37,13 +41,22 @@ from cluster.jobs.model import (
     ServiceBusy,
     new_id,
 )
-from cluster.jobs.prompts import BUILD_WAIT_S, check_text, job_prompts, stored_clock
+from cluster.jobs.prompts import (
+    BUILD_WAIT_S,
+    check_text,
+    count_text,
+    count_tokens,
+    has_length_scale,
+    job_prompts,
+    stored_clock,
+)
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import JobEvent
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25  # how late a job may be noticed that is out of time
 _ATTACH_WITHIN_S = 60.0  # an attached job that nobody follows for this long is cancelled
+_COUNT_AT_START = 100  # documents
 _SWEEP_EVERY_S = 60.0  # how often expired jobs and documents are deleted
 _END_EVERY_S = 2.0  # how often ends are tried again that the store has refused
 _MAX_QUEUED_TOKENS = 1 << 26  # prompt tokens of unfinished jobs; 4 bytes each
@@ -63,6 +76,8 @@ class JobService(JobExecution):
         super().__init__(runtime, store, documents, limits, clock)
         self.problem = ""  # why the head does not serve as it should, for `status`
         self._timer = WatchedThread(self._watch_time, "timer", self._closing)
+        self._counter = DocumentCounter(self.document_tokens)
+        self.document_kv = DocumentKv(store, runtime.kv_store)
         self._draining = False  # no job is taken any more
         self._started = self.now()
 
@@ -72,15 +87,24 @@ class JobService(JobExecution):
     def threads(self) -> list[Watched]:
         """The threads without which jobs do not go on."""
         supervisor = self._supervisor.thread
-        return [self._recorder.thread, self._timer, *([supervisor] if supervisor is not None else [])]
+        return [
+            self._recorder.thread,
+            self._timer,
+            self._counter.thread,
+            *([supervisor] if supervisor is not None else []),
+        ]
 
     def start(self) -> None:
         """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
         self._store.split_old_tokens(self._reasoning_opened)
+        self._runtime.kv_store.events = self.document_kv
+        self.documents.on_deleted = self._forget_kv
         self._recorder.start()
         unfinished = self._retry(self._store.unfinished_ids)
         self._show_recovering(unfinished)
         self._take_up(unfinished)
+        if not self._runtime.ids_only:
+            self._counter.start(self._store.uncounted_documents(_COUNT_AT_START))
         self._timer.start()
         self._supervisor.supervise(self)
 
@@ -97,14 +121,23 @@ class JobService(JobExecution):
         self._closing.set()
         self._store.stop_waiting()  # for another process that has locked the database
         self._timer.join()
+        self._counter.close()
+        self.document_kv.close()
         self._recorder.close()  # before the supervision ends: that waits for what is being recorded
         self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._subscriptions.close()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    def submit(self, spec: JobSpec) -> JobRecord:
-        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy."""
+    def submit(self, spec: JobSpec, key_name: str = "") -> JobRecord:
+        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy.
+
+        Args:
+            key_name: of the API key. Without `prefill.share_across_keys`, a prompt shares KV with others of the key
+                only; what is about a document shares it with all.
+        """
+        if not self._runtime.deployment.config.prefill.share_across_keys and not spec.input.document_id:
+            spec = replace(spec, cache_salt=key_name)
         if self.store_problem:
             raise JobStoreError(self.store_problem)
         known, waiting = self._store.admission(spec)
@@ -118,7 +151,9 @@ class JobService(JobExecution):
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
         now = datetime.fromtimestamp(self.now())
-        prompts = job_prompts(self._runtime, self.documents, spec, now, BUILD_WAIT_S)
+        prompts = job_prompts(self._runtime, self.document_tokens, spec, now, BUILD_WAIT_S)
+        document = self.documents.get(spec.input.document_id) if spec.input.document_id else None
+        pinned_len = max(0, document.scale_len) if document is not None else 0
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(job.prompt_tokens for job in self._live.values())
@@ -126,7 +161,7 @@ class JobService(JobExecution):
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
                 spec, new_id("job"), spec.input.num_answers,
-                {**self._runtime.reproducibility(spec.ask, prompts), **stored_clock(now)},
+                {**self._runtime.reproducibility(spec.ask, prompts, pinned_len), **stored_clock(now)},
                 self._limits.max_queued_jobs, self._document_expires(),
             )  # fmt: skip
             if is_new:
@@ -142,6 +177,53 @@ class JobService(JobExecution):
         if len(content) <= max_bytes:  # else `provisional` refuses it
             check_text(self._runtime, len(content))
         return self.documents.provisional("", [content], max_bytes)
+
+    def add_document(
+        self, name: str, pieces: Iterable[bytes], max_bytes: int, *, max_tokens: int = 0, pinned: bool = False,
+        source_hash: str = "", append_to: str = "",
+    ) -> DocumentRecord:  # fmt: skip
+        """Store a document with the length scale that its jobs use, and let it be tokenised.
+
+        Args:
+            max_tokens: length that it may grow to; 0: see `default_scale_len`.
+
+        Raises as `DocumentStore.put`.
+        """
+        if max_tokens > self._runtime.max_model_len:
+            limit = self._runtime.max_model_len
+            raise InvalidJob(f"max_tokens: {max_tokens}: must be at most {limit}, max_model_len")
+        if append_to and max_tokens:
+            raise InvalidJob(
+                f"max_tokens: {max_tokens}: must be 0: what is appended has the scale of what comes before"
+            )
+        if append_to and self.documents.get(append_to).scale_len == SCALE_TO_COME:
+            self.count_document(append_to)
+        scale_len = (max_tokens or SCALE_TO_COME) if has_length_scale(self._runtime) else 0
+        record = self.documents.put(
+            name, pieces, max_bytes, scale_len=scale_len, pinned=pinned, source_hash=source_hash, append_to=append_to
+        )
+        if (not record.tokens or record.scale_len == SCALE_TO_COME) and not self._runtime.ids_only:
+            self._counter.add(record.id)
+        return record
+
+    def count_document(self, document_id: str) -> int:
+        """Return how many tokens a document has, which are kept. Raises InvalidJob, ServiceBusy, JobNotFound."""
+        return count_tokens(self._runtime, self.document_tokens, document_id)
+
+    def count_text(self, content: bytes) -> int:
+        """Return how many tokens a text has as a document, without storing it. Raises InvalidJob, ServiceBusy."""
+        return count_text(self._runtime, self.document_tokens, content)
+
+    def stored_kv(self, document_ids: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        """Return tokens and bytes of the stored KV of documents; without those that have none."""
+        block = self._runtime.kv_store.block_tokens
+        return {name: (blocks * block, size) for name, (blocks, size) in self._store.kv_sizes(document_ids).items()}
+
+    def _forget_kv(self) -> None:
+        try:
+            self.document_kv.sweep()
+        except JobStoreError as error:
+            _log.warning("stored KV of deleted documents stays until the next sweep: %s", one_line(error))
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
         """Return committed tokens with numbers above `after`, in order."""
@@ -222,6 +304,7 @@ class JobService(JobExecution):
             now = self.now()
             self._end_overdue(now)
             self._take_up_held()
+            self.document_kv.flush()
             if now >= next_end:
                 next_end = now + _END_EVERY_S
                 self._write_ends()
@@ -244,7 +327,11 @@ class JobService(JobExecution):
                     self._decide_end(job.job_id)
 
     def _sweep(self, now: float) -> None:
-        for sweep in (partial(self._store.expire, now, self._limits.result_ttl_s), partial(self.documents.sweep, now)):
+        for sweep in (
+            partial(self._store.expire, now, self._limits.result_ttl_s),
+            partial(self.documents.sweep, now),
+            self.document_kv.sweep,
+        ):
             try:
                 sweep()
             except Exception:  # noqa: BLE001 - the next sweep tries again

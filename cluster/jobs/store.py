@@ -14,16 +14,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
-    ACTIVE,
     FINAL,
     WAITING,
-    DocumentRecord,
     InvalidJob,
     JobAnswer,
     JobConflict,
@@ -32,13 +29,13 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
-    NotAllowedNow,
     ServiceBusy,
     check_id,
 )
 from cluster.jobs.rows import job_state, token
 from cluster.jobs.sqlite import statements
 from cluster.jobs.sqlite.database import Database
+from cluster.jobs.sqlite.documents import DocumentTable, touch
 from cluster.jobs.sqlite.migrations import shown_question
 from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs.limits import MAX_INT64, MAX_PAGE
@@ -47,13 +44,11 @@ _log = logging.getLogger(__name__)
 _CURSOR = re.compile(r"j[0-9a-f]{15}")  # the seq of the last job of a page
 _LISTINGS = 4  # at a time; others wait
 _LISTING_WAIT_S = 10.0
-_IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
-_TOUCH = "UPDATE documents SET expires = coalesce(?, expires) WHERE id = ?"
 
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
 
 
-class JobStore:
+class JobStore(DocumentTable):
     """Durable state of the head process; all methods may be called from any thread."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -61,8 +56,7 @@ class JobStore:
         Args:
             clock: gives seconds since 1970.
         """
-        self._db = Database(path)
-        self._clock = clock
+        super().__init__(Database(path), clock)
         self._listings = threading.BoundedSemaphore(_LISTINGS)
         if self.warning:
             _log.warning(self.warning)
@@ -115,7 +109,7 @@ class JobStore:
                 check_queue(statements.count(db, WAITING), max_queued)
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
                 raise JobConflict(f"job id: {job_id}: is in use: take a new one")
-            if document and not db.execute(_TOUCH, (document_expires, document)).rowcount:
+            if document and not touch(db, document, document_expires, self._clock()):
                 raise JobNotFound(f"document: {document}: not found: upload it again")
             created = self._clock()
             seq = db.execute(
@@ -287,54 +281,6 @@ class JobStore:
             ids = [job_id for (job_id,) in db.execute(query, (statements.array(FINAL), now - ttl_s))]
         self._db.checkpoint()  # this is called every minute or so
         return sum(self.delete(job_id) for job_id in ids)  # one transaction each: steps commit in between
-
-    def put_document(self, record: DocumentRecord) -> DocumentRecord:
-        """Add a document, or renew the expiry of the one with this id; returns what is stored."""
-        with self._db.writing() as db:
-            db.execute(
-                f"INSERT INTO documents ({statements.columns(DocumentRecord)}) VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET expires = excluded.expires, size_bytes = excluded.size_bytes",
-                astuple(record),
-            )
-            return statements.documents(db, "WHERE id = ?", record.id)[0]
-
-    def get_document(self, document_id: str) -> DocumentRecord | None:
-        with self._db.reading() as db:
-            return next(iter(statements.documents(db, "WHERE id = ?", document_id)), None)
-
-    def touch_document(self, document_id: str, expires: float) -> bool:
-        """Set the expiry; False if there is no such document."""
-        with self._db.writing() as db:
-            return db.execute(_TOUCH, (expires, document_id)).rowcount > 0
-
-    def list_documents(self, limit: int = MAX_INT64) -> list[DocumentRecord]:
-        """Return the newest `limit` documents, newest first."""
-        with self._db.reading() as db:
-            return statements.documents(db, "ORDER BY created DESC, rowid DESC LIMIT ?", limit)
-
-    def document_ids(self) -> set[str]:
-        """Return the ids of all documents."""
-        with self._db.reading() as db:
-            return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
-
-    def documents_size(self) -> int:
-        """Return the bytes that all documents take on disk together, each in whole blocks."""
-        with self._db.reading() as db:
-            query = "SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096), 0) FROM documents"
-            return int(db.execute(query).fetchone()[0])
-
-    def delete_document(self, document_id: str) -> bool:
-        """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
-        with self._db.writing() as db:
-            if statements.documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, statements.array(ACTIVE)):
-                raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
-            return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
-
-    def expire_documents(self, now: float) -> int:
-        """Delete the records whose expiry has passed and that no unfinished job uses; returns how many."""
-        with self._db.writing() as db:
-            query = f"DELETE FROM documents WHERE expires <= ? AND NOT {_IN_USE}"
-            return db.execute(query, (now, statements.array(ACTIVE))).rowcount
 
 
 def check_queue(waiting: int, max_queued: int) -> None:

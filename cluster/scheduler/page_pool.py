@@ -1,15 +1,18 @@
 """Allocate KV pages and find them by their content. Pure Python: the pages themselves live in the workers.
 
 A page (`kv_cache.page_size` tokens) is free (no content), owned (one or more requests read it) or cached (nobody reads
-it, but others can find its content by its hash). Cached pages are evicted oldest first.
+it, but others can find its content by its hash). Of cached pages those are evicted first whose block is stored, since
+it can be read back; among them, and then among the others, the oldest.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+
+from protos.stage.messages import KvBlock
 
 _FREE, _OWNED, _CACHED = 0, 1, 2
 _FREE_RUN = re.compile(rb"\0+")  # neighbouring pages that are _FREE
@@ -27,30 +30,30 @@ class PagePool:
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._pins: Counter[int] = Counter()  # pages that are being written to the store
+        self._blocks: dict[bytes, KvBlock] = {}  # blocks of the store whose pages are all here
+        self._blocks_of: dict[int, set[bytes]] = {}  # page -> keys of stored blocks that begin alike and share it
         self.num_releases = 0  # rises when pages may have become available
 
     @property
     def num_available(self) -> int:
-        """Pages that can be allocated: free and cached ones."""
-        return self._state.count(_FREE) + len(self._cached)
+        """Pages that can be allocated: free and cached ones, but for those that are pinned."""
+        return self._state.count(_FREE) + len(self._cached) - sum(map(self._is_idle, self._pins))
 
     @property
     def usage(self) -> float:
         """Share of the pages that requests own, 0..1."""
-        return 1.0 - self.num_available / self.num_pages
+        return 1.0 - (self._state.count(_FREE) + len(self._cached)) / self.num_pages
 
     def allocate(self, count: int, adopted: Sequence[int] = ()) -> tuple[int, ...] | None:
         """Return the pages of one more reader: `adopted` (found by `match`) and `count` new ones.
 
         New pages lie in as few contiguous runs as possible. Returns None (and changes nothing) without room.
         """
-        if count > self.num_available - sum(self._readers[page] == 0 for page in adopted):
+        if count > self.num_available - sum(self._is_idle(page) and page not in self._pins for page in adopted):
             return None
         self.adopt(adopted)
-        for _ in range(count - self._state.count(_FREE)):
-            page, _ = self._cached.popitem(last=False)
-            del self._page_of[self._hash_of.pop(page)]
-            self._state[page] = _FREE
+        self._evict(count - self._state.count(_FREE))
         pages = list(adopted)
         runs = sorted((run.end() - run.start(), run.start()) for run in _FREE_RUN.finditer(self._state))
         missing = count
@@ -99,10 +102,110 @@ class PagePool:
         for page in reversed(pages):
             self._readers[page] -= 1
             assert self._readers[page] >= 0, f"page {page} released too often"
-            if self._readers[page]:
-                continue
-            if page in self._hash_of:
-                self._state[page] = _CACHED
-                self._cached[page] = None
-            else:
+            if self._readers[page] == 0:
+                self._retire(page)
+
+    def release_all(self) -> None:
+        """Take every reader and pin away: all pages become cached or free. For the scheduler of another pipeline."""
+        self.num_releases += 1
+        self._pins.clear()
+        owned = [page for page in range(self.num_pages) if self._readers[page]]
+        published = {page: order for order, page in enumerate(self._hash_of)}
+        for page in sorted(owned, key=lambda page: -published.get(page, 0)):
+            self._readers[page] = 0
+            self._retire(page)
+
+    # --- stored blocks -----------------------------------------------------------------------------------------------
+
+    def pin(self, hashes: Sequence[bytes]) -> tuple[int, ...] | None:
+        """Return the pages with these hashes, which keep their content until `unpin`; None if one is gone."""
+        pages = self.match(hashes)
+        if len(pages) < len(hashes):
+            return None
+        self._pins.update(pages)
+        return pages
+
+    def unpin(self, pages: Iterable[int]) -> None:
+        """Let pages be evicted again that `pin` has returned."""
+        self.num_releases += 1
+        for page in pages:
+            self._pins[page] -= 1
+            if self._pins[page] <= 0:
+                del self._pins[page]
+
+    def mark_stored(self, block: KvBlock) -> None:
+        """Note that the store has what is in the pages of a block; one with a page that nobody finds is ignored."""
+        if not all(page in self._hash_of for page in block.pages):
+            return
+        self._blocks[block.key] = block
+        for page in block.pages:
+            self._blocks_of.setdefault(page, set()).add(block.key)
+
+    def is_stored(self, key: bytes) -> bool:
+        """Return whether a stored block is here in full."""
+        return key in self._blocks
+
+    def unmark_stored(self, keys: Iterable[bytes]) -> None:
+        """Note that the store has dropped blocks."""
+        for key in keys:
+            block = self._blocks.pop(key, None)
+            for page in block.pages if block is not None else ():
+                self._blocks_of[page].discard(key)
+                if not self._blocks_of[page]:
+                    del self._blocks_of[page]
+
+    def forget_blocks(self, keys: Iterable[bytes]) -> None:
+        """Let nobody find the pages of stored blocks any more, and free them unless they are read."""
+        for key in keys:
+            if (block := self._blocks.get(key)) is not None:
+                self.unpublish(block.pages)
+
+    def stored_blocks(self) -> list[KvBlock]:
+        """Return the stored blocks whose pages are all here, by their positions."""
+        return sorted(self._blocks.values(), key=lambda block: block.start)
+
+    def published(self) -> list[int]:
+        """Return the pages that can be found."""
+        return list(self._hash_of)
+
+    def unpublish(self, pages: Iterable[int]) -> None:
+        """Let nobody find these pages any more; those that nobody reads become free."""
+        for page in pages:
+            self._forget(page)
+            if self._state[page] == _CACHED and page not in self._pins:
+                del self._cached[page]
                 self._state[page] = _FREE
+        self.num_releases += 1
+
+    # --- internals ---------------------------------------------------------------------------------------------------
+
+    def _is_idle(self, page: int) -> bool:
+        return self._readers[page] == 0
+
+    def _retire(self, page: int) -> None:
+        """Make a page that has lost its last reader cached or free."""
+        if page in self._hash_of:
+            self._state[page] = _CACHED
+            self._cached[page] = None
+        else:
+            self._state[page] = _FREE
+
+    def _evict(self, count: int) -> None:
+        """Free `count` cached pages."""
+        if count <= 0:
+            return
+        idle = [page for page in self._cached if page not in self._pins]
+        victims = [page for page in idle if page in self._blocks_of][:count]
+        victims += [page for page in idle if page not in self._blocks_of][: count - len(victims)]
+        for page in victims:
+            del self._cached[page]
+            self._forget(page)
+            self._state[page] = _FREE
+
+    def _forget(self, page: int) -> None:
+        """Drop the hash of a page, and its blocks from those that are here in full."""
+        key = self._hash_of.pop(page, None)
+        if key is not None:
+            del self._page_of[key]
+        for block in self._blocks_of.pop(page, ()):
+            self._blocks.pop(block, None)

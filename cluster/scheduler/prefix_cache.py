@@ -8,7 +8,6 @@ from itertools import islice, takewhile
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import Request
-from protos.model.spec import ModelSpec
 
 # With `share_across_lengths`, reuse KV computed at another length scale only if it covers this fraction of the prompt:
 # a short common preamble is not worth a foreign scale.
@@ -22,17 +21,15 @@ class PrefixCache:
     A page is pending while a running request is about to compute it: a request that could adopt it later waits.
 
     Args:
-        root: what the content of KV depends on besides tokens and positions, see `page_hashes`.
+        keys: hashes the prompts.
         share_across_lengths: also adopt pages of a length scale that hardly differs; a result then depends, a little,
             on which prompts came before.
     """
 
-    def __init__(
-        self, pool: PagePool, page_size: int, root: bytes, spec: ModelSpec | None, share_across_lengths: bool = False
-    ) -> None:
+    def __init__(self, pool: PagePool, page_size: int, keys: PrefixKeys, share_across_lengths: bool = False) -> None:
         self._pool = pool
         self._page_size = page_size
-        self._keys = PrefixKeys(root, page_size, spec)
+        self._keys = keys
         self._share_across_lengths = share_across_lengths
         self._pending: dict[bytes, int] = {}  # hash -> the sequence that computes it
 
@@ -60,6 +57,10 @@ class PrefixCache:
         """Return the pages of the longest known prefix that the request can continue after."""
         pages = self._pool.match(self._shareable(request))
         return pages[: self._keys.usable_pages(len(pages), request.num_prompt)]
+
+    def usable(self, request: Request, pages: int) -> int:
+        """Return how many of the first `pages`, whose content is known, the request can continue after."""
+        return self._keys.usable_pages(min(pages, len(self._shareable(request))), request.num_prompt)
 
     def begin(self, request: Request, num_adopted: int) -> None:
         """Announce the pages that an admitted request will compute after those it has adopted."""
@@ -106,7 +107,7 @@ class PrefixCache:
         best, best_pages = own, 0
         for key in (own, *similar):
             is_current = key == request.length_key
-            hashes = request.hashes if is_current else self._keys.hashes(request.prompt, key)
+            hashes = request.hashes if is_current else self._keys.hashes(request.prompt, key, request.origin)
             pages = sum(1 for _ in takewhile(self._is_known_or_pending, islice(hashes, limit)))
             pages = self._keys.usable_pages(pages, request.num_prompt)
             if pages > best_pages and (key == own or pages >= min_pages):
@@ -119,7 +120,9 @@ class PrefixCache:
 
     def _rehash(self, request: Request, key: int) -> None:
         request.length_key = key
-        request.hashes = list(self._keys.hashes(request.prompt, key))
+        request.hashes = list(self._keys.hashes(request.prompt, key, request.origin))
+        request.block_keys = list(self._keys.block_keys(request.prompt, key, request.origin))
+        request.num_found, request.is_looked_up = None, False
 
     def _is_known_or_pending(self, key: bytes) -> bool:
         return key in self._pending or self._pool.has(key)

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.scheduler.prefix_keys import OWN, Origin
 from protos.stage.messages import SampledToken, SamplingParams
 
 
@@ -13,6 +14,7 @@ class Status(enum.Enum):
     """The stages of a request's life."""
 
     WAITING = "waiting"
+    LOADING = "loading"  # it has its pages, and stored KV is being read into them
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -51,6 +53,8 @@ class Request:
     stop: StopRules
     priority: int = 0  # higher is admitted earlier
     pinned_len: int = 0  # length whose length scale it uses, that of the longest prompt of its job; 0: its own
+    origin: Origin = OWN  # with whose prompts it shares KV
+    document_id: str = ""  # that the prompt is about
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -71,6 +75,12 @@ class Request:
     scale_len: int = 0  # length whose length scale its rows use; 0: its own
     num_published: int = 0  # how many of its first pages others can find
     awaited: bytes | None = None  # hash of the last page that another request is about to compute for this one
+
+    # Stored KV, kept by `cluster.scheduler.stored_prefix`
+    block_keys: Sequence[bytes] = ()  # of the prompt's blocks, under the length scale of `length_key`
+    num_found: int | None = None  # how many of the first are stored; None: not known
+    is_looked_up: bool = False  # somebody is finding out
+    num_offered: int = 0  # how many of the first were offered to the store
 
     @property
     def num_prompt(self) -> int:

@@ -3,6 +3,9 @@
 A request reserves all pages it can ever need when it is admitted (prompt and max_tokens), so nothing that runs can run
 out of memory. Its pages go back as soon as it ends, even with steps of it in flight: stages execute plans in order, so
 whoever gets the pages next writes them later, and pages that others can find are never among what such a step writes.
+
+Stored KV is read into pages beside the steps, while its request is LOADING. Such a read waits for steps in flight that
+still use these pages, and keeps the pages until it is over, even when the request ends before.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from collections.abc import Iterable, Sequence
 from cluster.scheduler.chunking import Chunk, PrefillShare, chunks, fit_to_grid, share_budget
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
+from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import FinishReason, Request, Status
+from cluster.scheduler.stored_prefix import Load, LookUp, StoredPrefixes
 from protos.errors import UserError
 from protos.model import grid
 from protos.model.spec import ModelSpec
-from protos.stage.messages import SampledToken, SampleSpec, SequenceSlice, StepPlan
+from protos.stage.messages import KvBlock, SampledToken, SampleSpec, SequenceSlice, StepPlan
 
 
 class DoesNotFit(UserError):
@@ -34,12 +39,17 @@ class Scheduler:
             a length of 1 and no ids, and the first stage takes the token that the last one has sampled. Several stages
             run ahead only while nothing but decoding is to be done: a chunk of a prompt would wait for the token too.
         share_across_lengths: let prompts share pages of nearly equal length scale too, see `PrefixCache`.
+        block_tokens: tokens of a block of the KV store, a multiple of `page_size`; 0: there is no store.
+        kernel_family: of this cluster; see `PrefixKeys`.
     """
 
     def __init__(
         self, pool: PagePool, page_size: int, max_num_batched_tokens: int, max_num_seqs: int, cache_root: bytes = b"",
-        spec: ModelSpec | None = None, num_stages: int = 1, share_across_lengths: bool = False,
+        spec: ModelSpec | None = None, num_stages: int = 1, share_across_lengths: bool = False, block_tokens: int = 0,
+        kernel_family: str = "",
     ) -> None:  # fmt: skip
+        if block_tokens % page_size:
+            raise ValueError(f"block_tokens: {block_tokens}: must be a multiple of {page_size}")
         if spec is not None and spec.sparse is not None:
             cell, distance = spec.sparse.cell, spec.chunk_distance
             if cell % page_size or distance % page_size:
@@ -50,10 +60,16 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
         self._num_stages = num_stages
-        self._prefixes = PrefixCache(pool, page_size, cache_root, spec, share_across_lengths)
+        keys = PrefixKeys(cache_root, page_size, spec, block_tokens, kernel_family)
+        self._prefixes = PrefixCache(pool, page_size, keys, share_across_lengths)
+        self.stored = StoredPrefixes(self._prefixes, pool, page_size, block_tokens)
         self._step = 0
+        self._committed = 0  # the newest step whose result is here
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}  # by sequence, in order of admission
+        self._loading: dict[int, Load] = {}  # by sequence; of requests that may have ended meanwhile
+        self._loads: list[Load] = []  # that are not begun
+        self._late_steps: list[tuple[int, frozenset[int]]] = []  # in flight, with pages of ended requests that they use
         self._released: list[int] = []  # sequences that the next plan releases
         self._no_room_for: tuple[int, int] | None = None  # the first waiting sequence, and `pool.num_releases` then
 
@@ -98,6 +114,47 @@ class Scheduler:
             at -= 1
         self._waiting.insert(at, request)
 
+    def admit(self) -> None:
+        """Start waiting requests in order while there is room; one that waits for a prefix lets others pass."""
+        held_back: list[Request] = []
+        while self._waiting and len(self._running) + len(self._loading) < self._max_seqs:
+            request = self._waiting.popleft()
+            is_full = self._no_room_for == (request.sequence, self.pool.num_releases)  # until a page comes back
+            if not is_full and (self._prefixes.must_wait(request) or self.stored.must_wait(request)):
+                held_back.append(request)
+            elif is_full or not self._start(request):
+                self._no_room_for = (request.sequence, self.pool.num_releases)
+                self._waiting.appendleft(request)
+                break
+        self._waiting.extendleft(reversed(held_back))
+
+    def take_loads(self) -> list[Load]:
+        """Return the loads that may begin now; each is answered by `loaded`."""
+        ready = [load for load in self._loads if load.after_step <= self._committed]
+        self._loads = [load for load in self._loads if load.after_step > self._committed]
+        return ready
+
+    def found(self, look_up: LookUp, blocks: int) -> None:
+        """Take the answer to a look-up of `stored`."""
+        self.stored.found(look_up, blocks)
+
+    def loaded(self, load: Load, blocks: int) -> None:
+        """Take the end of a load, of which the first `blocks` are there: the request goes on after them.
+
+        Of a request that has ended meanwhile, others find what was read.
+        """
+        request = load.request
+        del self._loading[request.sequence]
+        pages = self._prefixes.usable(request, self.stored.pages_before(load.first + blocks))
+        request.num_cached = request.num_computed = request.num_scheduled = pages * self._page_size
+        self._prefixes.publish(request)
+        self.stored.mark(load.blocks[:blocks])
+        if request.status is Status.FINISHED:
+            self._give_back(request)
+        else:
+            request.status = Status.RUNNING
+            self._running[request.sequence] = request
+
     def schedule(self) -> StepPlan | None:
         """Return the next step, or None when there is nothing to compute now.
 
@@ -106,7 +163,7 @@ class Scheduler:
         a request has caught up, its next token is sampled. That covers chunked prefill, cached prefixes, decoding and
         resumed requests alike.
         """
-        self._admit()
+        self.admit()
         running = list(self._running.values())
         granted = share_budget(self._budget, self._wanted(running))
         lengths = self._fit_to_grid(running, granted)
@@ -120,6 +177,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, samples: Iterable[SampledToken]) -> list[Request]:
         """Take the result of a plan; returns the requests it advanced. Finished ones have given their pages back."""
         sampled = {sample.sequence: sample for sample in samples}
+        self._committed = plan.step
+        self._late_steps = [late for late in self._late_steps if late[0] > plan.step]
         advanced = []
         for part in plan.slices:
             request = self._running.get(part.sequence)
@@ -146,32 +205,36 @@ class Scheduler:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Start waiting requests in order while there is room; one that waits for a prefix lets others pass."""
-        held_back: list[Request] = []
-        while self._waiting and len(self._running) < self._max_seqs:
-            request = self._waiting.popleft()
-            is_full = self._no_room_for == (request.sequence, self.pool.num_releases)  # until a page comes back
-            if not is_full and self._prefixes.must_wait(request):
-                held_back.append(request)
-            elif is_full or not self._start(request):
-                self._no_room_for = (request.sequence, self.pool.num_releases)
-                self._waiting.appendleft(request)
-                break
-        self._waiting.extendleft(reversed(held_back))
-
     def _start(self, request: Request) -> bool:
-        """Adopt the cached prefix, allocate the rest, and run; returns False (nothing changed) without room."""
+        """Adopt the cached prefix, allocate the rest, and run, or load more of the prefix if the store has it.
+
+        Returns False (nothing changed) without room.
+        """
         adopted = self._prefixes.match(request)
+        blocks = self.stored.to_load(request, len(adopted))
+        if blocks:
+            adopted = adopted[: self.stored.pages_before(blocks.start)]
         pages = self.pool.allocate(self.pages_needed(request) - len(adopted), adopted)
         if pages is None:
             return False
         request.pages = pages
         request.num_cached = request.num_computed = request.num_scheduled = len(adopted) * self._page_size
-        request.status = Status.RUNNING
         self._prefixes.begin(request, len(adopted))
-        self._running[request.sequence] = request
+        if blocks:
+            request.status = Status.LOADING
+            contents = self.stored.blocks(request, blocks)
+            load = Load(request, contents, blocks.start, self._last_use(contents))
+            self._loading[request.sequence] = load
+            self._loads.append(load)
+        else:
+            request.status = Status.RUNNING
+            self._running[request.sequence] = request
         return True
+
+    def _last_use(self, blocks: Sequence[KvBlock]) -> int:
+        """Return the last step in flight that still reads or writes pages of these blocks, 0 if none does."""
+        pages = {page for block in blocks for page in block.pages}
+        return max((step for step, used in self._late_steps if used & pages), default=0)
 
     def _wanted(self, running: list[Request]) -> list[int]:
         """Return the tokens to schedule of every running request.
@@ -232,10 +295,22 @@ class Scheduler:
         )
 
     def _finish(self, request: Request) -> None:
-        if request.status is Status.RUNNING:
+        status, request.status = request.status, Status.FINISHED
+        if status is Status.RUNNING:
             del self._running[request.sequence]
-            self.pool.release(request.pages)
             self._released.append(request.sequence)
-            self._prefixes.end(request)
+            self._give_back(request)
+        elif status is Status.LOADING:  # its pages are written to until the load ends, if it has begun
+            load = self._loading[request.sequence]
+            if load in self._loads:
+                self._loads.remove(load)
+                del self._loading[request.sequence]
+                self._give_back(request)
+
+    def _give_back(self, request: Request) -> None:
+        """Release the pages of a request that has ended."""
+        if request.num_scheduled > request.num_computed:
+            self._late_steps.append((self._step, frozenset(request.pages)))
+        self.pool.release(request.pages)
+        self._prefixes.end(request)
         request.pages = ()
-        request.status = Status.FINISHED

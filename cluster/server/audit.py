@@ -22,6 +22,8 @@ _REFUSALS_EVERY_S = 10.0  # between lines about refused calls
 _CHANGES: dict[str, Callable[[Any, Any], str]] = {
     "Submit": lambda request, reply: reply.id,
     "UploadDocument": lambda request, reply: reply.id,
+    "AppendDocument": lambda request, reply: reply.id,
+    "PinDocument": lambda request, reply: request.id,
     "Cancel": lambda request, reply: request.id,
     "Delete": lambda request, reply: request.id,
     "DeleteDocument": lambda request, reply: request.id,

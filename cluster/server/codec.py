@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from cluster.common.text_format import one_line, show_value
 from cluster.engine.outputs import OutputToken, PrefillProgress
-from cluster.jobs.model import JobAnswer, JobInput, JobRecord, JobSpec, JobState, check_id
+from cluster.jobs.model import DocumentRecord, JobAnswer, JobInput, JobRecord, JobSpec, JobState, check_id
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
@@ -32,6 +32,7 @@ _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STAT
 _TIMINGS: dict[str, Callable[[list[float]], float]] = {
     "queued_s": min, "ttft_s": min, "prefill_s": max, "decode_s": max, "total_s": max,
 }  # fmt: skip
+_READ_PRIORITY = -1  # of a job that reads a document, where none is said: those who ask go first
 _PARTS = {"reasoning": pb.REASONING, "answer": pb.ANSWER}
 
 
@@ -51,7 +52,11 @@ def decode_submit(request: pb.SubmitRequest, now: float, store_text: Callable[[s
     if not request.sampling.HasField("seed"):
         options = replace(options, sampling=replace(options.sampling, seed=_fresh_seed(key)))
     source = _decode_input(request, store_text)
-    return JobSpec(source, options, request.priority, deadline, request.attached, key, dict(request.labels))
+    priority = request.priority
+    if source.read:
+        options = replace(options, max_tokens=1)
+        priority = priority or _READ_PRIORITY
+    return JobSpec(source, options, priority, deadline, request.attached, key, dict(request.labels))
 
 
 def _fresh_seed(idempotency_key: str) -> int:
@@ -77,15 +82,17 @@ def _decode_input(request: pb.SubmitRequest, store_text: Callable[[str], str]) -
 
 
 def _decode_document(source: pb.DocumentQuestions, store_text: Callable[[str], str]) -> JobInput:
-    questions = tuple(_at_least_one("document.questions", source.questions))
+    if source.read and source.questions:
+        raise InvalidRequest(f"document.questions: {len(source.questions)}: must be none with document.read")
+    questions = tuple(source.questions if source.read else _at_least_one("document.questions", source.questions))
     for index, question in enumerate(questions):
         if not question.strip():
             raise InvalidRequest(f"document.questions: {show_value(question)} at index {index}: must not be empty")
     match source.WhichOneof("document"):
         case "text":
-            return JobInput(store_text(_at_least_one("document.text", source.text)), questions)
+            return JobInput(store_text(_at_least_one("document.text", source.text)), questions, read=source.read)
         case "document_id":
-            return JobInput(check_id(source.document_id, "doc"), questions)
+            return JobInput(check_id(source.document_id, "doc"), questions, read=source.read)
     raise InvalidRequest("document: (missing): must have text or document_id")
 
 
@@ -94,6 +101,14 @@ def _at_least_one(key: str, values: Any) -> Any:
     if not values:
         raise InvalidRequest(f"{key}: empty: must have at least one")
     return values
+
+
+def encode_document(record: DocumentRecord, stored_tokens: int = 0, stored_bytes: int = 0) -> pb.Document:
+    """Return a document with what is stored of its KV; the blocks of its questions count as its own."""
+    values = {name: value for name, value in asdict(record).items() if name != "seams"}
+    values["scale_len"] = max(0, record.scale_len)
+    stored = min(stored_tokens, record.tokens)
+    return pb.Document(**values, stored_tokens=stored, stored_bytes=stored_bytes)
 
 
 def decode_list(request: pb.ListRequest) -> tuple[list[JobState], dict[str, str], int, str]:
@@ -134,7 +149,7 @@ def _encode_job(
     job = pb.Job(
         id=record.id, state=_STATES[record.state], created=record.created, started=record.started,
         finished=record.finished, priority=spec.priority, document_id=spec.input.document_id, error=record.error,
-        labels=dict(spec.labels), last_event=record.last_event, restarts=record.restarts,
+        labels=dict(spec.labels), last_event=record.last_event, restarts=record.restarts, read=spec.input.read,
     )  # fmt: skip
     answers = {answer.question: answer for answer in record.answers}
     by_question: dict[int, list[OutputToken]] = defaultdict(list)
@@ -156,6 +171,10 @@ def _encode_job(
         _fill(answer.attention, message.attention)
         if tokens is None and answer.attention:
             message.attention.ClearField("layers")
+    if spec.input.read:  # its one token says nothing
+        for message in job.answers:
+            for name in ("token_ids", "tokens", "text", "reasoning"):
+                message.ClearField(name)
     known = [answer.timings for answer in record.answers]
     for key, choose in _TIMINGS.items():
         if values := [timings[key] for timings in known if math.isfinite(timings.get(key, math.nan))]:

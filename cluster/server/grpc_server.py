@@ -27,11 +27,18 @@ from cluster.server import codec
 from cluster.server.audit import Callers, RefusalLog
 from cluster.server.call_pool import CallPool, StallWatch
 from cluster.server.interceptors import CallGuard, Pools
-from cluster.server.security import CertificateWatch, KeyInterceptor, load_api_keys, server_credentials
+from cluster.server.security import (
+    ApiKeys,
+    CertificateWatch,
+    KeyInterceptor,
+    load_api_keys,
+    presented_key,
+    server_credentials,
+)
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.jobs import validate
-from protos.jobs.limits import MAX_CHARS, MAX_INT64, MAX_WAIT_S
+from protos.jobs.limits import MAX_INT64, MAX_WAIT_S
 from protos.stage.channel import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
@@ -129,7 +136,7 @@ class GrpcServer:
             options=[*_CONNECTION_OPTIONS.items(), *((f"grpc.{key}", value) for key, value in bounds.items())],
             maximum_concurrent_rpcs=most,
         )
-        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes), server)  # type: ignore[no-untyped-call, unused-ignore]
+        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes, keys), server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -170,17 +177,48 @@ class GrpcServer:
 class _Jobs(rpc.JobsServicer):
     """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
 
-    def __init__(self, service: JobService, max_document_bytes: int) -> None:
+    def __init__(self, service: JobService, max_document_bytes: int, keys: ApiKeys | None = None) -> None:
         self._service = service
         self._max_document_bytes = max_document_bytes
+        self._keys = keys
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
+        header = self._header(requests)
+        if header.append_to:
+            raise InvalidJob("append_to: must be empty: AppendDocument appends")
+        return self._add(header, requests, context)
+
+    def AppendDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
+        header = self._header(requests)
+        check_id(header.append_to, "doc")
+        return self._add(header, requests, context)
+
+    def _add(
+        self, header: pb.DocumentHeader, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext
+    ) -> pb.Document:
+        record = self._service.add_document(
+            header.name, self._pieces(requests, context), self._max_document_bytes, max_tokens=header.max_tokens,
+            pinned=header.pinned, source_hash=header.source_hash, append_to=header.append_to,
+        )  # fmt: skip
+        return self._document(record)
+
+    def _header(self, requests: Iterator[pb.DocumentPiece]) -> pb.DocumentHeader:
         first = next(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidJob("document: the first message must have the header")
-        name = validate.check_text("name", first.header.name, MAX_CHARS)
-        pieces = self._pieces(requests, context)
-        return _document(self._service.documents.put(name, pieces, self._max_document_bytes))
+        return validate.check_header(first.header)
+
+    def CountTokens(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.TokenCount:
+        self._header(requests)
+        content = bytearray()
+        for piece in self._pieces(requests, context):
+            content += piece
+            if len(content) > self._max_document_bytes:
+                most = f"must be at most {self._max_document_bytes} (server.max_document_bytes)"
+                raise InvalidJob(f"document: {len(content)} bytes or more: {most}")
+        tokens = self._service.count_text(bytes(content))
+        limit = self._service.status()["max_model_len"]
+        return pb.TokenCount(tokens=tokens, size_bytes=len(content), max_model_len=limit)
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         began, size = time.monotonic(), 0
@@ -198,10 +236,20 @@ class _Jobs(rpc.JobsServicer):
             raise InvalidJob("document: the upload was cut off")
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
-        return _document(self._service.documents.get(request.id))
+        return self._document(self._service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        return pb.DocumentList(documents=map(_document, self._service.documents.list()))
+        records = self._service.documents.list()
+        stored = self._service.stored_kv([record.id for record in records])
+        return pb.DocumentList(
+            documents=[codec.encode_document(record, *stored.get(record.id, ())) for record in records]
+        )
+
+    def PinDocument(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.Document:
+        return self._document(self._service.documents.pin(request.id, request.pinned))
+
+    def _document(self, record: DocumentRecord) -> pb.Document:
+        return codec.encode_document(record, *self._service.stored_kv([record.id]).get(record.id, ()))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._service.documents.delete(request.id)
@@ -213,8 +261,13 @@ class _Jobs(rpc.JobsServicer):
             def store_text(text: str) -> str:
                 return texts.enter_context(self._service.keep_text(text, self._max_document_bytes)).id
 
-            record = self._service.submit(codec.decode_submit(request, self._service.now(), store_text))
+            spec = codec.decode_submit(request, self._service.now(), store_text)
+            record = self._service.submit(spec, self._key_name(context))
         return self._whole(record)
+
+    def _key_name(self, context: grpc.ServicerContext) -> str:
+        key = presented_key(context.invocation_metadata()) if self._keys is not None else None
+        return (self._keys.name(key) or "") if self._keys is not None and key is not None else ""
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
         return self._whole(self._service.get(check_id(request.id, "job")))
@@ -271,7 +324,3 @@ class _Jobs(rpc.JobsServicer):
             record, tokens = replace(record, error=record.error or str(damage)), ()
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
-
-
-def _document(record: DocumentRecord) -> pb.Document:
-    return pb.Document(**asdict(record))

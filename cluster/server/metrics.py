@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster.common.errors import PreflightError
@@ -99,7 +99,7 @@ class _Gauges(Collector):
         self._service = service
         self._runtime = runtime
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         waiting, running = self._service.counts()
         for name, text, value in (
             ("num_requests_waiting", "Jobs that wait.", waiting),
@@ -112,6 +112,40 @@ class _Gauges(Collector):
         for label, value in zip(("step", "context_token", "token", "pair"), coefficients, strict=True):
             family.add_metric([label], value)
         yield family
+        yield from self._stored_kv()
+        yield from self._recoveries()
+
+    def _recoveries(self) -> Iterator[Metric]:
+        supervisor = self._runtime.supervisor
+        family = CounterMetricFamily(
+            "longreach_recoveries", "Failures of the pipeline that it got over.", labels=["kind"]
+        )
+        family.add_metric(["repair"], supervisor.num_repaired)
+        family.add_metric(["full_restart"], supervisor.num_restarted)
+        yield family
+        for name, text, value in (
+            ("last_recovery_seconds", "How long the newest recovery took.", supervisor.last_recovery_s),
+            ("epoch", "Of the pipeline: 1 at its start, one more with each repair.", self._runtime.epoch),
+        ):
+            yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
+
+    def _stored_kv(self) -> Iterator[Metric]:
+        store = self._runtime.kv_store
+        counters = store.stats.counters()
+        family = CounterMetricFamily("longreach_kv_store_blocks", "Blocks of KV and their fate.", labels=["event"])
+        for event in ("stored", "loaded", "found", "damaged", "evicted", "not_stored"):
+            family.add_metric([event], counters[f"{event}_blocks"])
+        yield family
+        family = CounterMetricFamily("longreach_kv_store_bytes", "Bytes written and read.", labels=["event"])
+        for event in ("stored", "loaded"):
+            family.add_metric([event], counters[f"{event}_bytes"])
+        yield family
+        for name, text, value in (
+            ("size_bytes", "Bytes of stored KV on all nodes.", store.size_bytes),
+            ("max_bytes", "Quota of stored KV on all nodes.", store.max_bytes),
+            ("is_full", "1 while storing pauses because the disk is full.", store.is_full),
+        ):
+            yield GaugeMetricFamily(f"longreach_kv_store_{name}", text, value=value)
 
 
 class MetricsServer:

@@ -10,7 +10,10 @@ from protos.jobs import jobs_pb2 as pb
 MAX_SMALL_BYTES = 256 << 10  # of requests that carry neither a prompt nor a document
 MAX_FIELDS = 1 << 14  # of a submission, those of its parts included; packed token ids are one
 _JOBS = pb.DESCRIPTOR.services_by_name["Jobs"]
-_SUBMIT, _UPLOAD = (f"/{_JOBS.full_name}/{name}" for name in ("Submit", "UploadDocument"))
+_SUBMIT = f"/{_JOBS.full_name}/Submit"
+_PIECES = frozenset(  # of messages that come in pieces
+    f"/{_JOBS.full_name}/{name}" for name in ("UploadDocument", "AppendDocument", "ImportDocument", "CountTokens")
+)
 
 
 def check_raw(method: str, data: bytes) -> None:
@@ -22,7 +25,7 @@ def check_raw(method: str, data: bytes) -> None:
     """
     if method == _SUBMIT:
         _count_fields(data, 0, len(data), pb.SubmitRequest.DESCRIPTOR, MAX_FIELDS)
-    elif method != _UPLOAD and len(data) > MAX_SMALL_BYTES:
+    elif method not in _PIECES and len(data) > MAX_SMALL_BYTES:
         raise InvalidRequest(f"request: {len(data)} bytes: must be at most {MAX_SMALL_BYTES}")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ from protos.jobs.convert import read_message
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import open_channel, token_metadata
+from protos.stage.channel import call_metadata, open_channel, token_metadata
 from protos.stage.messages import KvBlock, LoadProgress, ShardSpec, StepPlan, StepResult
 
 _CLOSE_TIMEOUT_S = 2.0
@@ -29,13 +30,12 @@ class GrpcStageHandle:
     def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
         self.shard = shard
         self.name = f"stage {shard.stage} shard {shard.rank}"
+        self.epoch = 0  # of the launch: what belongs to another one is refused, here and there
         self._channel = open_channel(address)
         self._stub = rpc.StageStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
+        self._token = token
         self._metadata = token_metadata(token)
-        self._plans: queue.SimpleQueue[pb.StepPlans | None] = queue.SimpleQueue()
-        self._results: threading.Thread | None = None
-        self._call: grpc.Call | None = None
-        self._closing = False
+        self._run: _Run | None = None
 
     def load(self, request: pb.LoadRequest, timeout_s: float) -> Iterator[LoadProgress]:
         """Load weights; yields progress and ends with a message that is `ready`.
@@ -65,6 +65,19 @@ class GrpcStageHandle:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:
             raise StageError(f"{self.name} while starting: {_details(error)}") from error
+        self.epoch = request.epoch
+
+    def relink(self, request: pb.StartRequest, timeout_s: float) -> None:
+        """Begin another epoch with other neighbours: sequences are forgotten, weights and KV stay.
+
+        Raises:
+            StageError: the shard refused, failed or vanished.
+        """
+        try:
+            self._stub.Relink(request, metadata=self._metadata, timeout=timeout_s)
+        except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
+            raise StageError(f"{self.name} while connecting again: {_details(error)}") from error
+        self.epoch = request.epoch
 
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
         """Return state, counters and memory of the process.
@@ -134,37 +147,63 @@ class GrpcStageHandle:
             on_results: called with results in the order of their plans, several at once while the shard decodes.
             on_lost: called at most once, with the reason, when the shard can no longer answer.
         """
-        results = self._call = self._stub.Run(iter(self._plans.get, None), metadata=self._metadata)
+        self.disconnect()
+        run = self._run = _Run()
+        metadata = call_metadata(self._token, self.epoch)
+        results = run.call = self._stub.Run(iter(run.plans.get, None), metadata=metadata)
 
         def read() -> None:
             try:
                 for message in results:
-                    on_results([read_message(StepResult, result) for result in message.results])
+                    if message.epoch == self.epoch and not run.is_over:
+                        on_results([read_message(StepResult, result) for result in message.results])
             except BaseException as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
-                if not self._closing:
+                if not run.is_over:
                     on_lost(f"{self.name} is gone: {_details(error)}")
                 return
-            if not self._closing:
+            if not run.is_over:
                 on_lost(f"{self.name} ended the run")
 
-        self._results = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
-        self._results.start()
+        run.thread = threading.Thread(target=read, name=f"results {self.name}", daemon=True)
+        run.thread.start()
 
     def send(self, plans: Sequence[StepPlan]) -> None:
         """Queue plans; never waits for the steps."""
-        self._plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
+        if self._run is not None:
+            self._run.plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
+
+    def disconnect(self) -> None:
+        """End the run, if there is one; a long step is not waited for."""
+        if (run := self._run) is None:
+            return
+        self._run, run.is_over = None, True
+        run.plans.put(None)
+        if run.call is not None:
+            run.call.cancel()
+        if run.thread is not None and run.thread is not threading.current_thread():
+            run.thread.join(timeout=5.0)
 
     def close(self) -> None:
         """End the run and the shard; may be called twice."""
-        self._closing = True
-        self._plans.put(None)
-        if self._results is not None and self._call is not None:
-            self._call.cancel()  # a long step is not waited for
-            self._results.join(timeout=5.0)
-            self._results = self._call = None
+        self.disconnect()
         with contextlib.suppress(grpc.RpcError, ValueError):  # it is gone, or was closed before
             self._stub.Close(pb.CloseRequest(), metadata=self._metadata, timeout=_CLOSE_TIMEOUT_S)
         self._channel.close()
+
+    def abandon(self) -> None:
+        """Leave a shard that is gone or hangs, and ask nothing of it; may be called twice."""
+        self.disconnect()
+        self._channel.close()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One connection of an engine."""
+
+    plans: queue.SimpleQueue[pb.StepPlans | None] = field(default_factory=queue.SimpleQueue)
+    call: grpc.Call | None = None
+    thread: threading.Thread | None = None
+    is_over: bool = False
 
 
 def _details(error: BaseException) -> str:

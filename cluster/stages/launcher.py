@@ -1,24 +1,32 @@
-"""Starts and stops a pipeline: places the stage actors, loads weights, connects stages, hands the shards to the engine.
+"""Starts, repairs and stops a pipeline: places the stage actors, loads weights, connects stages.
 
 Order of starting: checks on the head node, Ray, placement, actors listen, checks on every node, weights, KV and links.
 Whatever fails, everything that was started is stopped before the error leaves `start`. Order of stopping: the engine's
-runs, the actors, their placement; Ray stays for the next pipeline. This is the only module of the control plane that
+runs, the actors, their placement; Ray stays for the next pipeline.
+
+A repair replaces all shards of the stages that are gone or hang, and links them with the others, which keep processes,
+weights and KV pages. The number of the epoch rises with it; it is part of the names of sockets and rendezvous files,
+and of everything that processes send each other. This is the only module of the control plane that
 imports `workers`, and it does so lazily: the actor class is imported in `start`, and imports torch only in the actor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import secrets
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.common.errors import PlacementError, StageError
+from cluster.common.text_format import one_line
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
 from cluster.config.topology import shard_weight_bytes
@@ -34,7 +42,11 @@ from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StagePr
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
 _START_TIMEOUT_S = 180.0
+_REPLACE_TIMEOUT_S = 120.0  # until Ray has noticed that a node is gone, and found another one
+_RETRY_S = 1.0
+_PROBE_TIMEOUT_S = 10.0
 _REPORT_S = 0.5  # between reports while stages start: whoever is told may end the start by an exception
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,8 @@ class Launched:
     fingerprint: str
     dtype: str
     pids: tuple[int, ...]  # of the stage processes, each on its own node
+    epoch: int = 1  # rises with every repair
+    kernel_family: str = ""  # of all shards: kernels that compute KV
 
 
 class Launcher:
@@ -71,8 +85,12 @@ class Launcher:
         self._ray = ray
         self._on_status = on_status
         self._actors: list[list[Any]] = []
-        self._shards: list[GrpcStageHandle] = []
+        self._shards: dict[tuple[int, int], GrpcStageHandle] = {}  # by stage and rank
+        self._addresses: dict[tuple[int, int], StageAddress] = {}
         self._run_dir: RunDir | None = None
+        self._token = ""
+        self._family = ""  # of the kernels
+        self._epoch = 1
 
     def start(self) -> Launched:
         """Start the pipeline.
@@ -86,15 +104,27 @@ class Launcher:
             self.close()
             raise
 
+    def repair(self, launched: Launched, stages: Collection[int]) -> Launched:
+        """Replace the shards of some stages of a pipeline that no engine is connected to; link the others again.
+
+        Raises:
+            NodeError, CheckpointError, PlacementError, StageError: nothing is left running.
+        """
+        try:
+            return self._repair(launched, stages)
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Stop in order; what is already gone is skipped."""
         with contextlib.ExitStack() as steps:  # each runs whatever happens in the others; last added, first run
             if self._run_dir is not None:
                 steps.callback(self._run_dir.remove)
             steps.callback(self._ray.release)
-            for handle in self._shards:
+            for handle in self._shards.values():
                 steps.callback(handle.close)
-            self._shards, self._run_dir = [], None
+            self._shards, self._run_dir = {}, None
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -104,14 +134,36 @@ class Launcher:
         self._on_status(LaunchStatus("starting Ray"))
         self._place()
         self._on_status(LaunchStatus("starting stages"))
-        addresses = self._open(fingerprint)
-        loaded = self._load()
-        self._on_status(LaunchStatus("connecting stages"))
-        max_shards_per_node = max(Counter(address.node for address in addresses).values())
+        self._run_dir = make_run_dir()
+        self._token = secrets.token_hex(32)
+        self._open(self._deployment.shards, fingerprint, _OPEN_TIMEOUT_S)
+        loaded = self._load(self._deployment.shards)
+        max_shards_per_node = max(Counter(address.node for address in self._addresses.values()).values())
         num_pages = count_pages(self._deployment, loaded, max_shards_per_node)
-        self._connect(addresses, num_pages)
-        pids = tuple(address.pid for address in addresses)
-        return Launched(tuple(self._shards), num_pages, fingerprint, compute_dtype(self._deployment), pids)
+        self._connect(num_pages, self._deployment.shards)
+        self._family = "+".join(sorted({progress.kernel_family for progress in loaded}))
+        return self._launched(fingerprint, num_pages)
+
+    def _repair(self, launched: Launched, stages: Collection[int]) -> Launched:
+        names = ", ".join(map(str, sorted(stages)))
+        self._epoch += 1
+        shards = [shard for shard in self._deployment.shards if shard.stage in stages]
+        for handle in self._shards.values():
+            handle.abandon() if handle.shard.stage in stages else handle.disconnect()
+        if shards:
+            self._on_status(LaunchStatus(f"replacing stage {names}"))
+            self._replace(shards, launched.fingerprint)
+            families = {progress.kernel_family for progress in self._load(shards)}
+            if not families <= set(launched.kernel_family.split("+")):
+                raise StageError(f"stage {names}: computes with {'+'.join(families)}, not {launched.kernel_family}")
+        self._connect(launched.num_pages, shards)
+        return self._launched(launched.fingerprint, launched.num_pages)
+
+    def _launched(self, fingerprint: str, num_pages: int) -> Launched:
+        order = [(shard.stage, shard.rank) for shard in self._deployment.shards]
+        shards, pids = tuple(self._shards[at] for at in order), tuple(self._addresses[at].pid for at in order)
+        dtype = compute_dtype(self._deployment)
+        return Launched(shards, num_pages, fingerprint, dtype, pids, self._epoch, self._family)
 
     def _place(self) -> None:
         cluster = self._deployment.config.cluster
@@ -124,18 +176,38 @@ class Launcher:
             StageActor, cluster.pipeline_parallel_size, cluster.expert_parallel_size, cluster.cpus(cores), gpus
         )
 
-    def _open(self, fingerprint: str) -> list[StageAddress]:
-        """Make every shard listen and check its node; returns the addresses in shard order."""
+    def _replace(self, shards: Sequence[ShardSpec], fingerprint: str) -> None:
+        """Place other actors for shards and make them listen.
+
+        Where the node is gone, an actor may be given to it until Ray has noticed; Ray then finds room on another one.
+        """
+        from workers.stage.actor import StageActor  # imports no torch yet
+
+        end = time.monotonic() + _REPLACE_TIMEOUT_S
+        while True:
+            for stage in {shard.stage for shard in shards}:
+                self._actors[stage] = self._ray.replace(StageActor, stage)
+            try:
+                self._open(shards, fingerprint, max(1.0, min(_OPEN_TIMEOUT_S, end - time.monotonic())))
+                return
+            except PlacementError as error:
+                if self._ray.lost or time.monotonic() + _RETRY_S > end:
+                    raise
+                _log.warning("waiting for a node with room: %s", one_line(error))
+                self._on_status(LaunchStatus(f"waiting for a node with room ({one_line(error, 100)})"))
+                time.sleep(_RETRY_S)
+
+    def _open(self, shards: Sequence[ShardSpec], fingerprint: str, timeout_s: float) -> None:
+        """Make shards listen and check their nodes."""
         config = self._deployment.config
-        self._run_dir = make_run_dir()
-        token = secrets.token_hex(32)
+        assert self._run_dir is not None
         threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
         check = NodeCheck(build_id(), str(config.model.path), fingerprint, str(config.data_dir))
         calls = []
-        for shard in self._deployment.shards:
+        for shard in shards:
             spec = StageProcessSpec(
-                token=token,
-                socket=str(self._run_dir.path / f"s{shard.stage}r{shard.rank}.sock"),
+                token=self._token,
+                socket=str(self._run_dir.path / f"s{shard.stage}r{shard.rank}e{self._epoch}.sock"),
                 listen_tcp=not self._ray.is_local,
                 network_interface=config.cluster.network_interface,
                 threads=threads,
@@ -143,25 +215,26 @@ class Launcher:
                 orphan_timeout_s=config.cluster.load_timeout_s + _START_TIMEOUT_S,  # others may still load
             )
             calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
-        addresses: list[StageAddress] = self._ray.call(calls, _OPEN_TIMEOUT_S)
-        self._ray.serve()
+        addresses: list[StageAddress] = self._ray.call(calls, timeout_s)
+        self._ray.serve({shard.stage for shard in shards})
         here = self._ray.node_id()
-        for shard, address in zip(self._deployment.shards, addresses, strict=True):
+        for shard, address in zip(shards, addresses, strict=True):
             reachable = address.unix if address.node == here else address.tcp
-            self._shards.append(GrpcStageHandle(shard, reachable, token))
-        return addresses
+            self._addresses[shard.stage, shard.rank] = address
+            self._shards[shard.stage, shard.rank] = GrpcStageHandle(shard, reachable, self._token)
 
-    def _load(self) -> list[LoadProgress]:
-        """Load all shards at once; returns their closing messages in shard order."""
+    def _load(self, shards: Sequence[ShardSpec]) -> list[LoadProgress]:
+        """Load shards, all at once; returns their closing messages in the order of `shards`."""
         config = self._deployment.config
         updates: queue.SimpleQueue[tuple[int, LoadProgress | BaseException]] = queue.SimpleQueue()
-        for index, handle in enumerate(self._shards):
-            request = self._load_request(handle)
+        for index, shard in enumerate(shards):
+            handle = self._shards[shard.stage, shard.rank]
+            request = self._load_request(shard)
             limit = config.cluster.load_timeout_s
             threading.Thread(target=_follow, args=(index, handle, request, limit, updates), daemon=True).start()
-        latest = [LoadProgress(0, 0)] * len(self._shards)
+        latest = [LoadProgress(0, 0)] * len(shards)
         width = DTYPE_BYTES[compute_dtype(self._deployment)]
-        total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in self._deployment.shards)
+        total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in shards)
         while not all(progress.ready for progress in latest):
             index, update = updates.get()
             if isinstance(update, BaseException):
@@ -170,9 +243,8 @@ class Launcher:
             self._on_status(LaunchStatus("loading weights", sum(p.loaded_bytes for p in latest), total))
         return latest
 
-    def _load_request(self, handle: GrpcStageHandle) -> pb.LoadRequest:
-        config, shard = self._deployment.config, handle.shard
-        assert self._run_dir is not None
+    def _load_request(self, shard: ShardSpec) -> pb.LoadRequest:
+        config = self._deployment.config
         return pb.LoadRequest(
             model_path=str(config.model.path),
             model_spec_json=self._deployment.spec.to_json(),
@@ -180,24 +252,35 @@ class Launcher:
             dtype=compute_dtype(self._deployment),
             device=config.cluster.device,
             load_format=config.model.load_format,
-            store_path=str(self._run_dir.path / f"stage{shard.stage}.store"),
+            store_path=self._meeting(shard),
             # ranks may finish loading that far apart
             group_timeout_s=max(config.cluster.step_timeout_s, config.cluster.load_timeout_s),
         )
 
-    def _connect(self, addresses: list[StageAddress], num_pages: int) -> None:
-        """Start every shard; all at once, since the shards of a stage warm up together."""
+    def _meeting(self, shard: ShardSpec) -> str:
+        """Return the path of the rendezvous file of a shard's stage in this epoch."""
+        assert self._run_dir is not None
+        return str(self._run_dir.path / f"stage{shard.stage}e{self._epoch}.store")
+
+    def _connect(self, num_pages: int, new: Collection[ShardSpec]) -> None:
+        """Start the shards `new` and link the others with them; all at once, since those of a stage meet."""
+        self._on_status(LaunchStatus("connecting stages"))
         page_size, dtype = self._deployment.config.kv_cache.page_size, kv_dtype(self._deployment)
-        by_rank = {(s.stage, s.rank): a for s, a in zip(self._deployment.shards, addresses, strict=True)}
         assert self._run_dir is not None
         run_dir = self._run_dir.path
+        kv_store_path = str(self._deployment.kv_store_path or "")
 
-        def request(shard: ShardSpec) -> pb.StartRequest:
-            links = links_of(shard, by_rank, run_dir)
-            return pb.StartRequest(num_pages=num_pages, page_size=page_size, kv_dtype=dtype, **links)
+        def start(handle: GrpcStageHandle) -> None:
+            links = links_of(handle.shard, self._addresses, run_dir, self._epoch)
+            request = pb.StartRequest(
+                num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=kv_store_path,
+                epoch=self._epoch, store_path=self._meeting(handle.shard), **links,
+            )  # fmt: skip
+            is_new = handle.shard in new
+            (handle.start if is_new else handle.relink)(request, _START_TIMEOUT_S)
 
         threads = ThreadPoolExecutor(len(self._shards))
-        started = [threads.submit(handle.start, request(handle.shard), _START_TIMEOUT_S) for handle in self._shards]
+        started = [threads.submit(start, handle) for handle in self._shards.values()]
         threads.shutdown(wait=False)  # after an error, `close` ends the calls of the others
         pending = set(started)
         while pending:
@@ -207,7 +290,26 @@ class Launcher:
             self._on_status(LaunchStatus("connecting stages"))
 
 
-def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], run_dir: Path) -> dict[str, str]:
+def broken_stages(shards: Sequence[GrpcStageHandle], timeout_s: float = _PROBE_TIMEOUT_S) -> frozenset[int]:
+    """Return the stages with a shard that does not answer in time or has failed by itself.
+
+    A shard that only lost a neighbour, whose error often comes first, is sound.
+    """
+
+    def is_broken(handle: GrpcStageHandle) -> bool:
+        try:
+            return handle.probe(timeout_s).state != "running"
+        except StageError:
+            return True
+
+    with ThreadPoolExecutor(len(shards)) as threads:
+        answers = list(threads.map(is_broken, shards))
+    return frozenset(handle.shard.stage for handle, broken in zip(shards, answers, strict=True) if broken)
+
+
+def links_of(
+    shard: ShardSpec, addresses: Mapping[tuple[int, int], StageAddress], run_dir: Path, epoch: int
+) -> dict[str, str]:
     """Return the fields of a StartRequest that say how a shard is linked to the same rank of its neighbours.
 
     Stages form a ring: the last one sends its tokens to the first. Shards of one node share a Unix socket in `run_dir`,
@@ -219,7 +321,7 @@ def links_of(shard: ShardSpec, addresses: dict[tuple[int, int], StageAddress], r
     def socket(stage: int) -> str:
         """Return the path of the socket between a stage and the one after it; empty if they are on two nodes."""
         same_node = addresses[stage, shard.rank].node == addresses[(stage + 1) % shard.num_stages, shard.rank].node
-        return str(run_dir / f"link{stage}r{shard.rank}.sock") if same_node else ""
+        return str(run_dir / f"link{stage}r{shard.rank}e{epoch}.sock") if same_node else ""
 
     before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
     links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}

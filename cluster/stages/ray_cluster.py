@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cluster.common.errors import ClusterError, PlacementError
@@ -34,8 +35,9 @@ class RayCluster:
         self._address = address
         self._timeout_s = start_timeout_s
         self._group: Any = None  # reserves the place of the actors
-        self._actors: list[Any] = []
-        self._serving: list[Any] = []
+        self._resources = 0.0, 0.0  # CPUs and GPUs of each actor
+        self._actors: list[list[Any]] = []  # by stage and rank
+        self._serving: dict[int, list[Any]] = {}  # serving calls by stage
         self._connected = False
         self._local: LocalRay | None = None
         self._watching = threading.Lock()  # guards the next two
@@ -98,6 +100,11 @@ class RayCluster:
         with driver_settings(settings, self.is_local):
             call_native(lambda: ray.init(address=address, **options))
 
+    @property
+    def lost(self) -> str:
+        """Why the local Ray has ended; "" while it runs."""
+        return self._lost
+
     def place(
         self, actor_class: Callable[[], Any], num_stages: int, num_ranks: int, cpus: float, gpus: float
     ) -> list[list[Any]]:
@@ -110,7 +117,6 @@ class RayCluster:
             PlacementError: the cluster has no room; says what is needed and what is free.
         """
         from ray.util.placement_group import placement_group, remove_placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         bundle = {"CPU": cpus * num_ranks} | ({"GPU": gpus * num_ranks} if gpus else {})
         if not _could_fit(bundle, num_stages):
@@ -120,14 +126,37 @@ class RayCluster:
             remove_placement_group(group)
             raise PlacementError(_no_room(bundle, num_stages, num_ranks))
         self._group = group
-        handles = []
-        for stage in range(num_stages):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=stage)
-            remote = _ray().remote(actor_class)
-            actors = remote.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy)
-            handles.append([actors.remote() for _ in range(num_ranks)])
-            self._actors.extend(handles[-1])
-        return handles
+        self._resources = cpus, gpus
+        self._actors = [self._spawn(actor_class, stage, num_ranks) for stage in range(num_stages)]
+        return [list(stage) for stage in self._actors]
+
+    def replace(self, actor_class: Callable[[], Any], stage: int) -> list[Any]:
+        """Kill the actors of a stage, however they are, and start others in their place; return these by rank.
+
+        Where the node is gone, Ray finds another one; the actors answer once it has.
+
+        Raises:
+            PlacementError: Ray is gone.
+        """
+        ray = _ray()
+        if self._lost or self._group is None:
+            raise PlacementError(self._lost or "no actors are placed")
+        try:
+            for actor in self._actors[stage]:
+                ray.kill(actor)  # a process that is stopped is gone after 5 s
+            self._serving.pop(stage, None)
+            self._actors[stage] = self._spawn(actor_class, stage, len(self._actors[stage]))
+        except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+            raise PlacementError(f"the actors of stage {stage} cannot be replaced: {one_line(error, 300)}") from error
+        return list(self._actors[stage])
+
+    def _spawn(self, actor_class: Callable[[], Any], stage: int, num_ranks: int) -> list[Any]:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=stage)
+        cpus, gpus = self._resources
+        actors = _ray().remote(actor_class).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy)
+        return [actors.remote() for _ in range(num_ranks)]
 
     def call(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
         """Return the answers of actor calls. Raises PlacementError when one fails or does not come in time."""
@@ -152,9 +181,10 @@ class RayCluster:
             raise PlacementError(f"an actor died: {one_line(error, 300)}") from error
         return answers
 
-    def serve(self) -> None:
-        """Start the serving call of every actor; it returns once the actor has closed."""
-        self._serving = [actor.serve.remote() for actor in self._actors]
+    def serve(self, stages: Iterable[int] | None = None) -> None:
+        """Start the serving call of the actors of stages (default: all); it returns once the actor has closed."""
+        for stage in range(len(self._actors)) if stages is None else stages:
+            self._serving[stage] = [actor.serve.remote() for actor in self._actors[stage]]
 
     @staticmethod
     def node_id() -> str:
@@ -186,14 +216,14 @@ class RayCluster:
             _log.warning("Ray was gone before the actors could be stopped in order", exc_info=True)
             self._leave()
         finally:
-            self._actors, self._serving, self._group = [], [], None
+            self._actors, self._serving, self._group = [], {}, None
 
     def _stop_actors(self, ray: Any) -> None:
         from ray.util.placement_group import remove_placement_group
 
-        if self._serving:
-            ray.wait(self._serving, num_returns=len(self._serving), timeout=_CLOSE_TIMEOUT_S)
-        for actor in self._actors:
+        if serving := list(itertools.chain.from_iterable(self._serving.values())):
+            ray.wait(serving, num_returns=len(serving), timeout=_CLOSE_TIMEOUT_S)
+        for actor in itertools.chain.from_iterable(self._actors):
             ray.kill(actor)
         if self._group is not None and not self._lost:  # it would wait a minute
             remove_placement_group(self._group)
@@ -204,7 +234,7 @@ class RayCluster:
         self._leave()
 
     def _leave(self) -> None:
-        self._actors, self._serving, self._group = [], [], None
+        self._actors, self._serving, self._group = [], {}, None
         if self._connected:
             self._connected = False
             call_native(_ray().shutdown)

@@ -21,7 +21,7 @@ from protos.node.locks import hold_folder, lock_folder
 PREFIX = "longreach-"
 RAY_FOLDER, RAY_LOG = "ray", "ray.err"  # of a local Ray: its temporary files, what its owner says
 _MAX_SOCKET_PATH = 103 if os.uname().sysname == "Darwin" else 107  # bytes, of the kernel
-_LONGEST_NAME = len("/longreach-12345678/ray/plasma")  # the other sockets are called link0r0.sock and so on
+_LONGEST_NAME = len("/longreach-12345678/link99r99e9999.sock")  # stage, rank, epoch; longer than those of Ray
 
 _log = logging.getLogger(__name__)
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 
 from cluster.text.chat_template import render_user_message
+from cluster.text.literal_tokenizer import Place
 from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tokenizer import TextPart, TextTokenizer
 from protos.errors import UserError
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT
 
 _RENDER_SECONDS = 30.0  # for all questions about a document
+
+Document = str | Callable[[Place], Sequence[int]]  # its text, or what returns its ids at a place
 
 
 class PromptError(UserError):
@@ -26,9 +29,15 @@ class PromptError(UserError):
 
 def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> str:
     """Return the text of a file. Raises PromptError naming `what` it is: empty, not UTF-8, or sure to be too long."""
+    if data:
+        check_size(len(data), tokenizer, max_model_len, what)
+    return decode_document(data, what)
+
+
+def decode_document(data: bytes, what: str = "document") -> str:
+    """Return the text of a file of any length. Raises PromptError: empty, or not UTF-8."""
     if not data:
         raise PromptError(f"{what}: 0 bytes: must have at least one character")
-    check_size(len(data), tokenizer, max_model_len, what)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -86,7 +95,7 @@ def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int, *, doc
 
 def build_document_prompts(
     tokenizer: TextTokenizer,
-    document: str,
+    document: Document,
     questions: Sequence[str],
     template: str = DEFAULT_DOCUMENT_PROMPT,
     *,
@@ -95,7 +104,10 @@ def build_document_prompts(
     max_tokens: int = 1,
     now: datetime | None = None,
 ) -> list[list[int]]:
-    """Return one prompt a question, all with the identical token prefix [chat head + document], tokenised once.
+    """Return one prompt a question, all with the identical token prefix [chat head + document].
+
+    Head, document and what follows are tokenised apart, so that the ids of a document can be kept: they do not depend
+    on what is asked. A token ends at both seams.
 
     Added tokens spelt in the document or in a question, special or not, are ordinary text. A model without chat
     template gets the message alone.
@@ -108,9 +120,10 @@ def build_document_prompts(
     Raises PromptError: an empty document or question, or no room for `max_tokens` of answer; ChatTemplateError: the
     template fails, or what it puts before the document depends on the question.
     """
-    if not document:
+    if document == "":
         raise PromptError("document: 0 characters: must have at least one character")
-    check_texts([document], tokenizer, max_model_len, "document")
+    if isinstance(document, str):
+        check_texts([document], tokenizer, max_model_len, "document")
     for question in questions:
         check_texts([question], tokenizer, max_model_len, "question")
     marks = {name: f"[{name} {secrets.token_hex(16)}]" for name in ("document", "question")}
@@ -118,7 +131,10 @@ def build_document_prompts(
     render = _Renderer(tokenizer, enable_thinking, now or datetime.now())
     head, tail = _split_once(render(content), marks["document"])
     before, template_end = _split_once(tail, marks["question"])
-    prefix, document_tokens = _encode_prefix(tokenizer, head, document, max_model_len)
+    prefix = tokenizer.encode_parts([TextPart(head)], add_special=tokenizer.chat_template is None)
+    ids = _encode_document(tokenizer, document, tokenizer.place_after(head), max_model_len)
+    document_tokens = len(ids)
+    prefix += ids
     prompts = []
     for question in questions:
         if not question.strip():
@@ -158,12 +174,18 @@ class _Renderer:
         return text
 
 
-def _encode_prefix(tokenizer: TextTokenizer, head: str, document: str, limit: int) -> tuple[list[int], int]:
-    """Return the ids of head and document, and how many of them are the document's (to within a token at the seam)."""
-    plain = tokenizer.chat_template is None
-    parts = [TextPart(head), TextPart(document, literal=True)]
-    prefix = tokenizer.encode_parts(parts, add_special=plain, max_model_len=limit)
-    return prefix, len(prefix) - len(tokenizer.encode(head, add_special=plain))
+def _encode_document(tokenizer: TextTokenizer, document: Document, place: Place, limit: int) -> Sequence[int]:
+    return tokenizer.encode_literal(document, place, limit) if isinstance(document, str) else document(place)
+
+
+def document_place(
+    tokenizer: TextTokenizer, template: str = DEFAULT_DOCUMENT_PROMPT, enable_thinking: bool | None = None
+) -> Place:
+    """Return the place of a document in its prompts. Raises ChatTemplateError."""
+    mark = f"[document {secrets.token_hex(16)}]"
+    content = template.replace("{document}", mark).replace("{question}", "question")
+    head, _ = _split_once(_Renderer(tokenizer, enable_thinking, datetime.now())(content), mark)
+    return tokenizer.place_after(head)
 
 
 def _split_once(text: str, mark: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,7 @@ class TextTokenizer:
 
     def __init__(self, definition: bytes, config: Mapping[str, Any], chat_template: str | None) -> None:
         self._tokenizer = _load(definition)
+        self._definition_hash = hashlib.sha256(definition).digest()
         add_declared_tokens(self._tokenizer, config)
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._layout: dict[str, Any] = json.loads(definition)
@@ -124,6 +126,33 @@ class TextTokenizer:
         if add_special and ids[: len(self._prefix_ids)] != self._prefix_ids:
             ids = self._prefix_ids + ids
         return ids
+
+    def place_after(self, head: str) -> Place:
+        """Return the place that literal text has behind the beginning of a prompt."""
+        if not head:
+            return Place.START
+        place, end = Place.INSIDE, 0
+        for token, _, end in self._literal.find_added(head, continues=False):  # noqa: B007
+            place = Place.AFTER_NORMALIZED if token.normalized else Place.AFTER_ADDED
+        return Place.INSIDE if head[end:] else place
+
+    def encode_literal(self, text: str, place: Place, max_model_len: int) -> list[int]:
+        """Return the ids of literal text at `place`, tokenised by itself: its seams to other text are ends of tokens.
+
+        Raises as `encode`.
+        """
+        ids: list[int] = []
+        try:
+            self._encode_stretch([TextPart(text, literal=True)], place, ids, max_model_len)
+        except TypeError as error:
+            raise TokenizerError("text: has lone surrogates (\\ud800 to \\udfff): must be valid Unicode") from error
+        return ids
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of all that the ids of literal text depend on."""
+        added = json.dumps(self._layout["added_tokens"], sort_keys=True).encode()
+        return hashlib.sha256(self._definition_hash + added).digest()
 
     def _encode_mixed(self, parts: Sequence[TextPart], place: Place, limit: int) -> list[int]:
         """Encode what is between the added tokens of the parts that are not literal, each such stretch as one text."""

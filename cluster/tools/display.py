@@ -84,6 +84,13 @@ class Display:
         left = "" if eta_ms is None else f", {format_duration(eta_ms / 1000)} left"
         self._show(phase, f"{done:,} of {total:,} tokens{left}", done, total)
 
+    def amount(self, phase: str, done: int, total: int) -> None:
+        """Show how many bytes of a phase are done; without a total, how many files."""
+        if total:
+            self._show(phase, f"{format_bytes(done)} of {format_bytes(total)}", done, total)
+        else:
+            self._show(phase, f"{done:,}" if done else "")
+
     def _show(self, phase: str, figures: str = "", done: int = 0, total: int = 0) -> None:
         if self._quiet:
             return

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.client.ingest.source import read_source
 from cluster.config.deployment import load_deployment
-from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.text.prompts import PromptError, check_document, check_size
 from cluster.tools.display import Display
 from cluster.tools.token_ids import check_num_bytes, parse_token_ids
@@ -47,10 +48,10 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
     deployment = load_deployment(config)
     with display:
         runtime = ClusterRuntime(deployment, display.launch)
-        prompts = _prompts(runtime, source, ask)
+        prompts = _prompts(runtime, source, ask, display)
         with runtime:
             ready = time.monotonic() - began
-            results = runtime.generate(prompts, ask, display.reading(len(prompts)), one_document=True)
+            results = runtime.generate(prompts, ask, display.reading(len(prompts)), longest(prompts))
     answers = [result.to_json(None if runtime.ids_only else runtime.tokenizer) for result in results]
     questions: Sequence[str | None] = source.questions or (None,)
     return {
@@ -63,27 +64,38 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
     }
 
 
-def _prompts(runtime: ClusterRuntime, source: RunInput, ask: AnswerOptions) -> list[list[int]]:
+def _prompts(runtime: ClusterRuntime, source: RunInput, ask: AnswerOptions, display: Display) -> list[list[int]]:
     """Return the token ids of every prompt, checked against the model. Raises UserError."""
     path = source.document or source.prompt_file or source.token_ids
     assert path is not None
     limit = runtime.deployment.max_model_len
     tokenizer = None if source.token_ids is not None else runtime.tokenizer
     text, ids = "", []
+    if source.document is not None:
+        return runtime.document_prompts(_document(runtime, source.document, display), source.questions, ask)
     try:
         if tokenizer is None:
             check_num_bytes(path.stat().st_size, limit)
             ids = parse_token_ids(path.read_bytes())
         else:
-            what = "document" if source.document is not None else "prompt"
-            check_size(path.stat().st_size, tokenizer, limit, what)  # before it is read
-            text = check_document(path.read_bytes(), tokenizer, limit, what)
+            check_size(path.stat().st_size, tokenizer, limit, "prompt")  # before it is read
+            text = check_document(path.read_bytes(), tokenizer, limit, "prompt")
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise PromptError(f"{path}: {error}") from error
-    if source.document is not None:
-        return runtime.document_prompts(text, source.questions, ask)
     prompts = [ids if tokenizer is None else runtime.text_prompt(text)]
     runtime.check_prompts(prompts, ask)
     return prompts
+
+
+def _document(runtime: ClusterRuntime, path: Path, display: Display) -> str:
+    """Return the text of a file or folder. Raises UserError."""
+    limit, tokenizer = runtime.deployment.max_model_len, runtime.tokenizer
+    source = read_source(path)
+    for note in source.notes:
+        display.say(f"{path}: {note}")
+    try:
+        return check_document(source.data, tokenizer, limit)
+    except ValueError as error:
+        raise PromptError(f"{path}: {error}") from error

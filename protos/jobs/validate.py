@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from protos.jobs.limits import (
 )
 from protos.jobs.sampling import OPTIONS, AnswerOptions
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SHOWN = 60  # characters of a value in an error
 
 
@@ -39,6 +41,14 @@ def check_submit(request: pb.SubmitRequest) -> AnswerOptions:
     check_count("token_ids", len(request.token_ids.ids), MAX_TOKEN_IDS)
     check_count("chat.messages", len(request.chat.messages), MAX_MESSAGES)
     return options
+
+
+def check_header(header: pb.DocumentHeader) -> pb.DocumentHeader:
+    """Return the header of an upload that keeps the limits. Raises InvalidRequest."""
+    check_text("name", header.name, MAX_CHARS)
+    if header.source_hash and not _SHA256.fullmatch(header.source_hash):
+        raise InvalidRequest(f"source_hash: {show(header.source_hash)}: must be 64 hexadecimal digits, or empty")
+    return header
 
 
 def read_options(sampling: pb.Sampling) -> AnswerOptions:

@@ -167,7 +167,7 @@ class StageProcessSpec:
     listen_tcp: bool = False  # also on a TCP port, if stages live on several nodes
     network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
     threads: int = 1
-    step_timeout_s: float = 300.0
+    step_timeout_s: float = 3600.0  # for each wait for a neighbour: who hangs is found sooner, by the head
     orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
 
 

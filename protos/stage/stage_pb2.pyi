@@ -77,7 +77,7 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,8 @@ class StartRequest(_message.Message):
     DOWNSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     KV_STORE_PATH_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     kv_dtype: str
@@ -92,7 +94,9 @@ class StartRequest(_message.Message):
     downstream_socket: str
     upstream_socket: str
     kv_store_path: str
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ...) -> None: ...
+    epoch: int
+    store_path: str
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -227,10 +231,12 @@ class StepResult(_message.Message):
     def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
 
 class StepResults(_message.Message):
-    __slots__ = ("results",)
+    __slots__ = ("results", "epoch")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[StepResult]
-    def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("data",)
@@ -345,15 +351,21 @@ class ProbeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ProbeReply(_message.Message):
-    __slots__ = ("state", "layers_done", "steps_done", "resident_bytes", "error")
+    __slots__ = ("state", "layers_done", "steps_done", "resident_bytes", "error", "epoch", "late", "is_computing")
     STATE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_DONE_FIELD_NUMBER: _ClassVar[int]
     STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    IS_COMPUTING_FIELD_NUMBER: _ClassVar[int]
     state: str
     layers_done: int
     steps_done: int
     resident_bytes: int
     error: str
-    def __init__(self, state: _Optional[str] = ..., layers_done: _Optional[int] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    epoch: int
+    late: int
+    is_computing: bool
+    def __init__(self, state: _Optional[str] = ..., layers_done: _Optional[int] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., error: _Optional[str] = ..., epoch: _Optional[int] = ..., late: _Optional[int] = ..., is_computing: _Optional[bool] = ...) -> None: ...

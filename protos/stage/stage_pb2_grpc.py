@@ -44,6 +44,11 @@ class StageStub:
                 request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartRequest.SerializeToString,
                 response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartReply.FromString,
                 _registered_method=True)
+        self.Relink = channel.unary_unary(
+                '/longreach.stage.v1.Stage/Relink',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartRequest.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartReply.FromString,
+                _registered_method=True)
         self.Run = channel.stream_stream(
                 '/longreach.stage.v1.Stage/Run',
                 request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StepPlans.SerializeToString,
@@ -113,6 +118,14 @@ class StageServicer:
 
     def Start(self, request, context):
         """Allocate KV pages, run one warm-up step, listen for the previous stage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Relink(self, request, context):
+        """Forget every sequence, drop links, what was in them, and the group; then meet the other shards of the stage again
+        and listen for the previous one. Weights and pages stay. Of the request, sizes and the KV store stay as they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,6 +223,11 @@ def add_StageServicer_to_server(servicer, server):
             ),
             'Start': grpc.unary_unary_rpc_method_handler(
                     servicer.Start,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartRequest.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartReply.SerializeToString,
+            ),
+            'Relink': grpc.unary_unary_rpc_method_handler(
+                    servicer.Relink,
                     request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartRequest.FromString,
                     response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.StartReply.SerializeToString,
             ),
@@ -321,6 +339,33 @@ class Stage:
             request,
             target,
             '/longreach.stage.v1.Stage/Start',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.StartRequest.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.StartReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/Relink',
             longreach_dot_stage_dot_v1_dot_stage__pb2.StartRequest.SerializeToString,
             longreach_dot_stage_dot_v1_dot_stage__pb2.StartReply.FromString,
             options,

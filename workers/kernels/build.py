@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from protos.node.environment import compiler
 from workers.kernels import abi  # imports torch, whose libgomp must be the one both use
 
@@ -65,6 +67,20 @@ def exported(name: str) -> Any:
 def best_path() -> abi.Path | None:
     """Return the best instruction set of this CPU; None where the library is not built."""
     return None if load().library is None else abi.Path(exported("longreach_best_path")())
+
+
+def kernel_family(device: torch.device) -> str:
+    """Return a name of the kernels that compute on a device: results of two families differ in their last bits.
+
+    On CPUs that is the compiled instruction set (`avx512`), and that of PyTorch where there is no library
+    (`torch-avx512`); on GPUs the compute capability (`cuda-9.0`).
+    """
+    if device.type == "cuda":
+        return "cuda-{}.{}".format(*torch.cuda.get_device_capability(device))
+    path = best_path()
+    if path is None:
+        return f"torch-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '')}"
+    return path.name.lower()
 
 
 def library_path(build: bool = False) -> Path:

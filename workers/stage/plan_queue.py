@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from protos.stage.messages import StepPlan
@@ -14,11 +14,19 @@ class UnreadablePlan(ValueError):
     """A message that is not a plan."""
 
 
+class RunCancelled(Exception):
+    """Whoever sends the plans does not want their results any more."""
+
+
 class PlanQueue:
     """Reads plans on a thread of its own, so that the next one is at hand when a step ends."""
 
-    def __init__(self, bursts: Iterable[Sequence[StepPlan]]) -> None:
+    def __init__(
+        self, bursts: Iterable[Sequence[StepPlan]], on_late: Callable[[int], object] = lambda count: None
+    ) -> None:
+        """Args: `on_late` is called with the number of plans that came after `end`."""
         self._plans: deque[StepPlan] = deque()
+        self._on_late = on_late
         self._ended = False
         self._error: UnreadablePlan | None = None
         self._changed = threading.Condition()
@@ -40,6 +48,13 @@ class PlanQueue:
         if self._error is not None:
             raise self._error
 
+    def end(self) -> None:
+        """Drop the plans that were not taken, and those that still come."""
+        with self._changed:
+            self._ended = True
+            self._plans.clear()
+            self._changed.notify()
+
     def decodes_ahead(self, count: int) -> bool:
         """Return whether the next `count` plans are here already, and all of them decode."""
         with self._changed:
@@ -50,8 +65,13 @@ class PlanQueue:
         try:
             for burst in bursts:
                 with self._changed:
+                    if self._ended:
+                        self._on_late(len(burst))
+                        continue
                     self._plans.extend(burst)
                     self._changed.notify()
+        except RunCancelled:
+            self.end()
         except (ValueError, TypeError, KeyError) as error:
             self._error = UnreadablePlan(f"a plan cannot be read: {' '.join(str(error).split())}")
         finally:

@@ -1,8 +1,9 @@
 """The process of one shard: a gRPC server around a `StageWorker`. Imports torch only when weights are loaded.
 
 Failure contract: nothing here is durable. A step that fails makes the shard answer every later plan with the same
-error; recovery is a new process. When no engine has been connected for `orphan_timeout_s`, the process ends by itself,
-so that it keeps no memory after the head process died.
+error. If the reason is a neighbour that is gone, Relink makes it run again, with its weights and pages; else recovery
+is a new process. When no engine has been connected for `orphan_timeout_s`, the process ends by itself, so that it keeps
+no memory after the head process died.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from protos.node.locks import hold_folder
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor
+from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor, epoch_of
 from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
+from workers.stage.kv_calls import MAX_CALLS, KvCalls
+from workers.stage.plan_queue import RunCancelled
 
 if TYPE_CHECKING:
     from workers.stage.worker import StageWorker
 
 TOKEN_VARIABLE = "LONGREACH_LAUNCH_TOKEN"
 _PROGRESS_INTERVAL_S = 0.1  # between messages while weights load
-_RPC_THREADS = 8  # Run, Activations, Load or Start, and probes, with room to spare
+_RPC_THREADS = 8 + MAX_CALLS  # Run, Activations, Load or Start, probes, with room to spare; calls about stored KV
 
 
 def limit_threads(threads: int) -> None:
@@ -51,10 +54,11 @@ def limit_threads(threads: int) -> None:
     os.environ["KMP_BLOCKTIME"] = "0"
 
 
-class StageServer(rpc.StageServicer):
+class StageServer(KvCalls):
     """The gRPC server of a shard, which is `created`, `loading`, `loaded`, `running` or `failed`."""
 
     def __init__(self, spec: StageProcessSpec) -> None:
+        super().__init__(spec.threads)
         self._spec = spec
         self._worker: StageWorker | None = None
         # The only thread of this process that computes with tensors. OpenMP keeps a pool of threads for every thread
@@ -101,16 +105,16 @@ class StageServer(rpc.StageServicer):
     def _close(self) -> None:
         """Stop answering and free the model."""
         self._count_calls()
+        self.close_store()
         if self._worker is not None:
             self._worker.close()
             self._worker = None
         assert self._server is not None, "a call came before"
         self._server.stop(grace=1.0).wait()
         socket = Path(self._spec.socket)
-        socket.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the last shard of this node to close removes the folder
-            for store in socket.parent.glob("*.store"):
-                store.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # all of the launch close; killed shards have left theirs
+            for left in (*socket.parent.glob("*.store"), *socket.parent.glob("*.sock")):
+                left.unlink(missing_ok=True)
             socket.parent.rmdir()
         os.close(self._lock)
         self._closed.set()
@@ -153,11 +157,28 @@ class StageServer(rpc.StageServicer):
             self._refuse(context, ", not loaded")
         try:
             self._compute.submit(self._worker.start, request).result()
+            if request.kv_store_path:
+                self.open_store(*self._worker.open_kv_store(Path(request.kv_store_path)))
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)
         self._state = "running"
         self._count_calls()  # the timer starts anew: an engine has this long to connect
+        return pb.StartReply()
+
+    def Relink(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartReply:
+        worker = self._worker
+        if self._state != "running" or worker is None:
+            self._refuse(context, ", not running")
+        if request.epoch <= worker.epoch:
+            self._refuse_late(context, worker, request.epoch)
+        worker.unlink(request.epoch)
+        try:
+            self._compute.submit(worker.relink, request).result()
+        except Exception as error:  # noqa: BLE001 - see _load
+            self._fail(error)
+            context.abort(grpc.StatusCode.INTERNAL, self._error)
+        self._count_calls()
         return pb.StartReply()
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -166,6 +187,9 @@ class StageServer(rpc.StageServicer):
         worker = self._worker
         if self._state not in ("running", "failed") or worker is None:
             self._refuse(context, ", not running")
+        epoch = epoch_of(context.invocation_metadata())
+        if epoch != worker.epoch:
+            self._refuse_late(context, worker, epoch)
         if not self._running.acquire(blocking=False):
             context.abort(grpc.StatusCode.ALREADY_EXISTS, "an engine is connected already")
         self._count_calls(1)
@@ -174,8 +198,8 @@ class StageServer(rpc.StageServicer):
 
         def compute() -> None:  # not on gRPC's thread, which waits until each result has left
             try:
-                for group in worker.run(_plans(bursts)):
-                    results.put(pb.StepResults(results=map(codec.encode, group)))
+                for group in worker.run(_plans(bursts), epoch):
+                    results.put(pb.StepResults(results=map(codec.encode, group), epoch=epoch))
             finally:
                 self._running.release()
                 results.put(None)
@@ -184,7 +208,11 @@ class StageServer(rpc.StageServicer):
         yield from iter(results.get, None)
 
     def Activations(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> pb.ActivationsEnd:
-        inbox = self._worker.inbox if self._worker is not None else None
+        worker = self._worker
+        epoch = epoch_of(context.invocation_metadata())
+        if worker is not None and epoch != worker.epoch:
+            self._refuse_late(context, worker, epoch)
+        inbox = worker.inbox if worker is not None else None
         if inbox is None or inbox.entry is None:
             self._refuse(context, ", not waiting for frames")
         reason, is_damaged = inbox.feed(frame.data for frame in frames)
@@ -197,6 +225,10 @@ class StageServer(rpc.StageServicer):
         if worker is not None:
             reply.layers_done, reply.steps_done = worker.layers_done, worker.steps_done
             reply.resident_bytes = worker.resident_bytes()
+            reply.epoch, reply.late, reply.is_computing = worker.epoch, worker.num_late, worker.is_computing
+            reply.error = self._error or worker.error
+            if worker.is_broken:
+                reply.state = "failed"
         return reply
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
@@ -219,16 +251,26 @@ class StageServer(rpc.StageServicer):
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this shard is {self._state}{why}")
         raise AssertionError("abort raises")
 
+    def _refuse_late(self, context: grpc.ServicerContext, worker: StageWorker, epoch: int) -> NoReturn:
+        worker.note_late()
+        self._refuse(context, f" in epoch {worker.epoch}, not in {epoch}")
+
     def _fail(self, error: Exception) -> None:
         self._state = "failed"
         self._error = " ".join(f"{error}".split()) or type(error).__name__
 
 
 def _plans(bursts: Iterator[pb.StepPlans]) -> Iterator[list[StepPlan]]:
-    """Decode the plans of a call until it ends, however it ends. Raises ValueError for what is no plan."""
-    with contextlib.suppress(grpc.RpcError):
+    """Decode the plans of a call until it ends.
+
+    Raises:
+        RunCancelled: the call was cancelled, or its connection broke. ValueError: something that is no plan came.
+    """
+    try:
         for burst in bursts:
             yield [read_message(StepPlan, plan) for plan in burst.plans]
+    except grpc.RpcError as error:
+        raise RunCancelled from error
 
 
 def main() -> None:

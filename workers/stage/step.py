@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -33,6 +35,7 @@ class Stepper:
         self._inbox = inbox
         self._sender = sender
         self._timeout_s = timeout_s
+        self.is_computing = False  # inside a step, and not waiting for a neighbour
         self._unread: deque[tuple[int, list[int]]] = deque()  # steps whose tokens are not read, with their sequences
 
     def reset(self) -> None:
@@ -44,26 +47,36 @@ class Stepper:
         """Execute a plan; returns its output and the seconds it took, without those spent waiting for neighbours.
 
         Raises:
-            PlanMismatch, RuntimeError: see `ModelRunner`.
+            PlanMismatch, RuntimeError: see `ModelRunner`. GroupLost: another shard of this stage is gone.
             LinkClosed: a neighbour is gone, or what is due did not come in time.
         """
         runner = self._runner
         began = time.perf_counter()
-        prepared = runner.prepare(plan)  # a later stage does this while the one before computes
+        with self._computing():  # a later stage does this while the one before computes
+            prepared = runner.prepare(plan)
         if prepared is None:
             return StepOutput(), 0.0
         waits = time.perf_counter()
         hidden = self._receive(plan)
         waited_s = time.perf_counter() - waits
-        out = runner.compute(prepared, hidden, keep_logits)
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize(runner.device)
+        with self._computing():
+            out = runner.compute(prepared, hidden, keep_logits)
+            if runner.device.type == "cuda":
+                torch.cuda.synchronize(runner.device)
         seconds = time.perf_counter() - began - waited_s
         if self._sender is not None and out.hidden is not None:
             self._sender.send(plan.step, out.hidden)
         elif self._sender is not None and out.tokens:
             self._sender.send(plan.step, torch.tensor(out.tokens, dtype=torch.int64))
         return out, seconds
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        self.is_computing = True
+        try:
+            yield
+        finally:
+            self.is_computing = False
 
     def _receive(self, plan: StepPlan) -> torch.Tensor | None:
         """Return the hidden states of a step `[T, M]`; None at the first stage, where the runner learns tokens."""

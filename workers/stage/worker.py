@@ -21,16 +21,21 @@ from protos.stage.messages import (
     StepPlan,
     StepResult,
 )
+from workers.kernels.build import kernel_family
+from workers.kv.block_file import BlockShape, Part
+from workers.kv.block_pages import BlockPages, open_pages
+from workers.kv.block_store import BlockStore
 from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
-from workers.transport.collectives import Collectives, join_group
-from workers.transport.link import DEPTH, GrpcSender, Inbox, Sender, UnixSender
+from workers.transport.collectives import Collectives, GroupLost, join_group
+from workers.transport.link import DEPTH, GrpcSender, Inbox, LinkClosed, Sender, UnixSender
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"int8": torch.int8}
+DTYPE_NAMES = {dtype: name for name, dtype in KV_DTYPES.items()}
 # Results of decode steps a message, and the longest time one is held back for it: every message wakes threads here and
 # in the head process, on the cores that compute.
 _BATCH, _BATCH_S = 8, 0.2
@@ -39,7 +44,11 @@ _SLOW_S = 0.02  # a step that lasts as long as results take to the engine and pl
 
 
 class StageWorker:
-    """One shard, from weights to results. Methods are called in the order load, start, run, close."""
+    """One shard, from weights to results.
+
+    Methods are called in the order load, start, run, close; `unlink` and `relink` end a run and prepare another one
+    with other neighbours. All but `unlink` and `note_late` are called on the thread that computes.
+    """
 
     def __init__(self, token: str, threads: int, step_timeout_s: float) -> None:
         self._token = token
@@ -48,10 +57,29 @@ class StageWorker:
         self.inbox: Inbox | None = None
         self._sender: Sender | None = None
         self._runner: ModelRunner | None = None
+        self._kv: PagedKV | None = None
         self._stepper: Stepper | None = None
         self._weights: ShardWeights | None = None
+        self._plans: PlanQueue | None = None  # of the run
         self._error = ""
+        self.is_broken = False  # it failed by itself, not because a neighbour is gone
+        self.epoch = 0
+        self.num_late = 0  # frames, plans and calls of earlier epochs that were refused
         torch.set_num_threads(threads)
+
+    @property
+    def error(self) -> str:
+        """Why steps fail; "" while they do not."""
+        return self._error
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether it is in a step, and not waiting for a neighbour."""
+        return self._stepper is not None and self._stepper.is_computing
+
+    def note_late(self, count: int = 1) -> None:
+        """Count what came from an earlier epoch."""
+        self.num_late += count
 
     @property
     def layers_done(self) -> int:
@@ -79,12 +107,13 @@ class StageWorker:
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)
-        store = torch.distributed.FileStore(request.store_path, self._shard.num_ranks)
         self._collectives: Collectives = join_group(
-            store, self._shard.rank, self._shard.num_ranks, self._device, request.group_timeout_s
-        )
+            self._meeting(request.store_path), self._shard.rank, self._shard.num_ranks, self._device,
+            request.group_timeout_s,
+        )  # fmt: skip
         total = self._weights.num_bytes
-        return LoadProgress(total, total, True, growth, self._available_bytes())
+        family = kernel_family(self._device)
+        return LoadProgress(total, total, True, growth, self._available_bytes(), kernel_family=family)
 
     def start(self, request: pb.StartRequest) -> None:
         """Allocate KV pages and listen for the previous stage; the next one is reached when the first run begins.
@@ -101,21 +130,87 @@ class StageWorker:
         dtype = KV_DTYPES[kv_dtype] if kv_dtype else self._dtype
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, request.num_pages, request.page_size, dtype, self._device)
+        self._kv, self._kv_dtype = kv, kv_dtype or DTYPE_NAMES[dtype]
         self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
         self._warm_up(request.page_size)
-        self._links = request
-        if downstream:
-            names = ("tokens", "the last stage") if self._shard.is_first else ("activations", "the previous stage")
-            self.inbox = Inbox(*names, request.upstream_socket)
+        self._listen(request)
 
-    def run(self, bursts: Iterable[Sequence[StepPlan]]) -> Iterator[list[StepResult]]:
-        """Execute plans in order and yield their results, several at once while decode steps follow each other."""
+    def open_kv_store(self, path: Path) -> tuple[BlockStore, BlockPages]:
+        """Open the folder of stored KV, and the access to this shard's pages.
+
+        Raises:
+            ValueError: the folder cannot be used.
+        """
+        assert self._kv is not None, "start comes first"
+        spec, kv = self._spec, self._kv
+        shape = BlockShape(
+            self._kv_dtype, spec.head_dim, spec.num_hidden_layers, spec.num_key_value_heads, kv.num_pages * kv.page_size
+        )
+        try:
+            store = BlockStore(path, shape, Part(self._shard.layers, self._shard.kv_heads))
+        except OSError as error:
+            raise ValueError(
+                f"kv_store.path: {path}: cannot be used ({error.strerror}): name a folder that this user can write to, "
+                "or say kv_store.enabled: false"
+            ) from error
+        return store, open_pages(kv, self._shard.layers.size)
+
+    def unlink(self, epoch: int) -> None:
+        """Begin an epoch: end the run, wake whatever waits for a neighbour, and take nothing of earlier epochs."""
+        self.epoch = epoch
+        if self._plans is not None:
+            self._plans.end()
+        self._close_links("stages are being replaced")
+
+    def relink(self, request: pb.StartRequest) -> None:
+        """Forget every sequence, meet the other shards of the stage again, and listen for the previous stage.
+
+        Raises:
+            RuntimeError: this shard failed by itself, or another one of the stage did not come.
+        """
+        assert self._runner is not None, "start comes first"
+        if self.is_broken:
+            raise RuntimeError(self._error)
+        self._close_links("stages are being replaced")  # those that were made while `unlink` ran
+        self._collectives.close()  # which wakes those that wait for this shard
+        self._runner.reset()
+        self._stepper = self._sender = self.inbox = None
+        if self._shard.num_ranks > 1:
+            self._collectives.join(self._meeting(request.store_path))
+        self._error = ""
+        self._listen(request)
+
+    def _listen(self, request: pb.StartRequest) -> None:
+        self.epoch = request.epoch
+        self._links = request
+        if request.downstream or request.downstream_socket:
+            names = ("tokens", "the last stage") if self._shard.is_first else ("activations", "the previous stage")
+            self.inbox = Inbox(*names, request.upstream_socket, request.epoch, self.note_late)
+
+    def _meeting(self, path: str) -> torch.distributed.Store:
+        return torch.distributed.FileStore(path, self._shard.num_ranks)
+
+    def _close_links(self, reason: str) -> None:
+        if self.inbox is not None:
+            self.inbox.close(reason)
+        if self._sender is not None:
+            self._sender.close(reason)
+
+    def run(self, bursts: Iterable[Sequence[StepPlan]], epoch: int = 0) -> Iterator[list[StepResult]]:
+        """Execute plans in order and yield their results, several at once while decode steps follow each other.
+
+        Plans of another epoch than that of this shard are dropped, also when it changes in between.
+        """
+        self._plans = plans = PlanQueue(bursts, self.note_late)
+        if epoch != self.epoch:
+            self.note_late()
+            plans.end()
+            return
         try:
             self._stepper = self._stepper or self._connect()
             self._stepper.reset()
         except RuntimeError as error:
             self._fail(f": links: {' '.join(str(error).split())}")
-        plans = PlanQueue(bursts)
         held: list[StepResult] = []
         batch, batch_s = (_BATCH, _BATCH_S) if self._completes_steps else (_LAZY_BATCH, _LAZY_BATCH_S)
         expected: int | None = None
@@ -123,7 +218,7 @@ class StageWorker:
         try:
             for plan in plans:
                 if not self._error and expected is not None and plan.step != expected:
-                    self._error = f"plan {plan.step} came where {expected} was due"
+                    self._fail(f": plan {plan.step} came where {expected} was due", is_own=True)
                 expected = plan.step + 1
                 if not held:
                     began = time.monotonic()
@@ -133,7 +228,7 @@ class StageWorker:
                     yield held
                     held = []
         except UnreadablePlan as error:
-            self._fail(f": {error}")
+            self._fail(f": {error}", is_own=True)
             yield [*held, self._step(StepPlan(0, ()))]
 
     def _may_hold(self, plan: StepPlan, result: StepResult, plans: PlanQueue) -> bool:
@@ -154,13 +249,10 @@ class StageWorker:
 
     def close(self) -> None:
         """Drop links, group, weights and KV; may be called twice."""
-        if self.inbox is not None:
-            self.inbox.close("this shard is closing")
-        if self._sender is not None:
-            self._sender.close()
+        self._close_links("this shard is closing")
         if self._runner is not None:
             self._collectives.close()
-        self._runner = self._stepper = self._weights = self._sender = None
+        self._runner = self._stepper = self._weights = self._sender = self._kv = None
 
     @staticmethod
     def resident_bytes() -> int:
@@ -179,11 +271,15 @@ class StageWorker:
                     cells=out.cells, estimate_us=out.estimate_us,
                 )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - the engine must learn what stopped the step
-                self._fail(f", step {plan.step}: {' '.join(str(error).split())}")
+                is_own = not isinstance(error, (LinkClosed, GroupLost))
+                self._fail(f", step {plan.step}: {' '.join(str(error).split())}", is_own)
         return StepResult(plan.step, shard.stage, shard.rank, 0, error=self._error)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, is_own: bool = False) -> None:
+        """Fail every step from now on; other shards of the stage that wait for this one hear of it at once."""
         self._error = f"stage {self._shard.stage} shard {self._shard.rank}{reason}"
+        self.is_broken |= is_own
+        self._collectives.close()
 
     def _connect(self) -> Stepper:
         """Reach the next stage, now that every stage listens."""
@@ -192,9 +288,9 @@ class StageWorker:
         # stand still.
         depth = max_unread(self._shard.num_stages) + 2 if self._shard.is_last else DEPTH
         if self._links.downstream_socket:
-            self._sender = UnixSender(self._links.downstream_socket, depth)
+            self._sender = UnixSender(self._links.downstream_socket, depth, self.epoch)
         elif self._links.downstream:
-            self._sender = GrpcSender(self._links.downstream, self._token, depth)
+            self._sender = GrpcSender(self._links.downstream, self._token, depth, self.epoch)
         return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:

@@ -1,10 +1,11 @@
 """Tensors as frames: a header of 64 bytes and up to 2 MiB of the tensor each, the same bytes on every kind of link.
 
 A tensor of one step is cut into `count` frames, sent in order. The receiver checks a header before it makes room for
-what follows, and a checksum over both before anyone sees the tensor. No pickle.
+what follows, and a checksum over both before anyone sees the tensor. No pickle. Whole frames of an earlier epoch, which
+a sender that was replaced may still send, are skipped wherever they come.
 
 Header, little-endian: CRC-32 of all that follows it (uint32), payload bytes (uint32), step (uint64), index and count
-(uint32), type and number of dimensions (uint8), 6 unused bytes, shape of the whole tensor (4 x uint64).
+(uint32), type and number of dimensions (uint8), 2 unused bytes, epoch (uint32), shape of the whole tensor (4 x uint64).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_TENSOR = 4 * 1024**3  # bytes; more in one step is a broken message
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)  # by their number on the wire; int64: token ids
 _MAX_DIMENSIONS = 4
 _CRC = struct.Struct("<I")
-_FIELDS = struct.Struct("<IQIIBB6x4Q")
+_FIELDS = struct.Struct("<IQIIBB2xI4Q")
 HEADER_BYTES = _CRC.size + _FIELDS.size
 
 
@@ -40,11 +41,13 @@ class Header:
     dtype: int  # index into DTYPES
     shape: tuple[int, ...]  # of the whole tensor
     size: int  # bytes of the payload
+    epoch: int = 0  # of the sender; it rises when stages are replaced
 
     def pack(self, payload: bytes | memoryview) -> bytes:
         """Return the header as it travels, with the checksum of itself and the payload."""
         shape = (*self.shape, *[0] * (_MAX_DIMENSIONS - len(self.shape)))
-        fields = _FIELDS.pack(self.size, self.step, self.index, self.count, self.dtype, len(self.shape), *shape)
+        numbers = self.size, self.step, self.index, self.count, self.dtype, len(self.shape), self.epoch
+        fields = _FIELDS.pack(*numbers, *shape)
         return _CRC.pack(_checksum(fields, payload)) + fields
 
     @classmethod
@@ -54,13 +57,13 @@ class Header:
         Raises:
             FrameError: the tensor has too many dimensions.
         """
-        size, step, index, count, dtype, dimensions, *shape = _FIELDS.unpack_from(header, _CRC.size)
+        size, step, index, count, dtype, dimensions, epoch, *shape = _FIELDS.unpack_from(header, _CRC.size)
         if dimensions > _MAX_DIMENSIONS:
             raise FrameError(f"step {step}: a tensor of {dimensions} dimensions: must be at most {_MAX_DIMENSIONS}")
-        return cls(step, index, count, dtype, tuple(shape[:dimensions]), size)
+        return cls(step, index, count, dtype, tuple(shape[:dimensions]), size, epoch)
 
 
-def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD) -> Iterator[bytes]:
+def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD, epoch: int = 0) -> Iterator[bytes]:
     """Cut a tensor into frames, each made when it is taken; an empty tensor is one empty frame.
 
     Raises:
@@ -74,41 +77,65 @@ def split(tensor: torch.Tensor, step: int, max_payload: int = MAX_PAYLOAD) -> It
 
     def frame(index: int) -> bytes:
         payload = data[index * max_payload : (index + 1) * max_payload]
-        return b"".join((Header(step, index, count, dtype, shape, len(payload)).pack(payload), payload))
+        return b"".join((Header(step, index, count, dtype, shape, len(payload), epoch).pack(payload), payload))
 
     return map(frame, range(count))
 
 
-def read_tensor(fill: Callable[[memoryview], object]) -> tuple[int, torch.Tensor]:
+def read_tensor(
+    fill: Callable[[memoryview], object], epoch: int = 0, on_late: Callable[[], object] = lambda: None
+) -> tuple[int, torch.Tensor]:
     """Read the frames of one tensor; returns its step and the tensor.
 
     Args:
         fill: reads as many bytes as there is room for in a buffer.
+        epoch: of the receiver; frames of an earlier one are dropped.
+        on_late: called for every frame that was dropped.
 
     Raises:
-        FrameError: a frame does not continue the one before it or is damaged, or the tensor would be too large.
+        FrameError: a frame does not continue the one before it, is damaged or of a later epoch, or the tensor would be
+            too large.
     """
     data = memoryview(bytearray(HEADER_BYTES))
-    fill(data)
-    frame = first = Header.unpack(data)
+    frame = first = _read_header(fill, data, epoch, on_late)
     if frame.index:
         raise FrameError(f"step {frame.step}: frame {frame.index} where 0 was due")
     tensor = _allocate(first)
     room = _bytes_of(tensor)
     for index in range(first.count):
         if index:
-            fill(data)
-            frame = Header.unpack(data)
+            frame = _read_header(fill, data, epoch, on_late)
             _check_continues(frame, first, index)
         payload, room = room[: frame.size], room[frame.size :]
         if len(payload) < frame.size:
             raise FrameError(f"step {frame.step}: more bytes than the shape {list(frame.shape)} holds")
         fill(payload)
-        if _CRC.unpack_from(data)[0] != _checksum(data[_CRC.size :], payload):
-            raise FrameError(f"step {frame.step}: frame {index} of {frame.count} is damaged (checksum differs)")
+        _check_sum(frame, data, payload)
     if len(room):
         raise FrameError(f"step {first.step}: {len(room)} bytes fewer than the shape {list(first.shape)} holds")
     return first.step, tensor
+
+
+def _read_header(
+    fill: Callable[[memoryview], object], data: memoryview, epoch: int, on_late: Callable[[], object]
+) -> Header:
+    """Read the header of the next frame of this epoch into `data`; whole frames of earlier ones are dropped."""
+    while True:
+        fill(data)
+        frame = Header.unpack(data)
+        if frame.epoch == epoch:
+            return frame
+        if frame.epoch > epoch or frame.size > MAX_PAYLOAD:
+            raise FrameError(f"step {frame.step}: {frame.size} bytes of epoch {frame.epoch} in epoch {epoch}")
+        payload = memoryview(bytearray(frame.size))
+        fill(payload)
+        _check_sum(frame, data, payload)
+        on_late()
+
+
+def _check_sum(frame: Header, data: memoryview, payload: memoryview) -> None:
+    if _CRC.unpack_from(data)[0] != _checksum(data[_CRC.size :], payload):
+        raise FrameError(f"step {frame.step}: frame {frame.index} of {frame.count} is damaged (checksum differs)")
 
 
 def _check_continues(frame: Header, first: Header, index: int) -> None:

@@ -5,6 +5,9 @@ a link is a Unix socket in the launch's private folder. Between nodes a gRPC str
 socket in the sending process to one in the receiving process. The thread that computes reads and writes the sockets
 itself, so a decode step on one node wakes no other thread. A peer that dies is an error at once, closing an end wakes
 whoever waits at it, and a receiver that is behind makes `send` wait.
+
+Both ends of a link are of one epoch. Who connects from an earlier one, a process that was replaced and lives on, is
+turned away, and its frames are dropped; both are counted.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,11 +28,14 @@ import torch
 
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import open_channel, token_metadata
+from protos.stage.channel import call_metadata, open_channel
 from workers.transport.frames import FrameError, read_tensor, split
 
 DEPTH = 4  # tensors that may be unwritten before the sender waits
 _PIECE = 2 * 1024 * 1024  # largest number of bytes of a stream in one gRPC message
+_HELLO = struct.Struct("<4sI")  # the first bytes on a Unix socket: a mark, and the epoch of who connects
+_MARK = b"LRlk"
+_HELLO_S = 5.0  # who connects and says nothing for this long is turned away
 
 
 class LinkClosed(RuntimeError):
@@ -38,9 +45,10 @@ class LinkClosed(RuntimeError):
 class Sender:
     """The sending end; what its socket does not take at once is written by a thread while compute goes on."""
 
-    def __init__(self, end: socket.socket, depth: int = DEPTH) -> None:
+    def __init__(self, end: socket.socket, depth: int = DEPTH, epoch: int = 0) -> None:
         self._end = end
         self._depth = depth
+        self._epoch = epoch
         self._reason = ""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._unwritten: deque[Future[None]] = deque()
@@ -53,7 +61,7 @@ class Sender:
         """
         if self._reason:
             raise LinkClosed(self._reason)
-        frames = split(tensor, step)
+        frames = split(tensor, step, epoch=self._epoch)
         try:
             while self._unwritten and (len(self._unwritten) == self._depth or self._unwritten[0].done()):
                 self._unwritten.popleft().result()
@@ -82,15 +90,16 @@ class Sender:
 class UnixSender(Sender):
     """The sender to a stage of this node."""
 
-    def __init__(self, path: str, depth: int = DEPTH) -> None:
+    def __init__(self, path: str, depth: int = DEPTH, epoch: int = 0) -> None:
         """Connect to the `Inbox` that listens at `path`.
 
         Raises:
             LinkClosed: nobody listens there.
         """
-        super().__init__(socket.socket(socket.AF_UNIX), depth)
+        super().__init__(socket.socket(socket.AF_UNIX), depth, epoch)
         try:
             self._end.connect(path)
+            self._end.sendall(_HELLO.pack(_MARK, epoch))
         except OSError as error:
             raise LinkClosed(f"the next stage does not listen: {error}") from error
 
@@ -98,11 +107,11 @@ class UnixSender(Sender):
 class GrpcSender(Sender):
     """The sender to a stage of another node: an `Activations` call streams what is written to the socket."""
 
-    def __init__(self, address: str, token: str, depth: int = DEPTH) -> None:
+    def __init__(self, address: str, token: str, depth: int = DEPTH, epoch: int = 0) -> None:
         end, self._exit = socket.socketpair()
-        super().__init__(end, depth)
+        super().__init__(end, depth, epoch)
         self._channel = open_channel(address)
-        call = rpc.StageStub(self._channel).Activations.future(self._pieces(), metadata=token_metadata(token))
+        call = rpc.StageStub(self._channel).Activations.future(self._pieces(), metadata=call_metadata(token, epoch))
         call.add_done_callback(self._on_done)
 
     def close(self, reason: str = "closed") -> None:
@@ -125,11 +134,15 @@ class GrpcSender(Sender):
 class Inbox:
     """The receiving end: takes what comes to the Unix socket it listens on, or to `entry`."""
 
-    def __init__(self, content: str = "activations", source: str = "the previous stage", path: str = "") -> None:
+    def __init__(
+        self, content: str = "activations", source: str = "the previous stage", path: str = "", epoch: int = 0,
+        on_late: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
         """Listen at `path`, which must be new, or read what is written to `entry`.
 
         Args:
             content, source: for error messages.
+            on_late: called for every frame and every visitor of an earlier epoch.
 
         Raises:
             OSError: the socket cannot be made.
@@ -137,6 +150,8 @@ class Inbox:
         self._content = content
         self._source = source
         self._path = path
+        self._epoch = epoch
+        self._on_late = on_late
         self._reason = ""
         self._is_damaged = False
         self._closed = threading.Event()
@@ -147,7 +162,7 @@ class Inbox:
         if path:
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(path)
-            self._listener.listen(1)
+            self._listener.listen(8)
         else:
             self._link, self.entry = socket.socketpair()
 
@@ -160,7 +175,7 @@ class Inbox:
         until = time.monotonic() + timeout_s
         try:
             with self._taking:
-                received, tensor = read_tensor(lambda room: self._fill(room, until))
+                received, tensor = read_tensor(lambda room: self._fill(room, until), self._epoch, self._on_late)
         except TimeoutError as error:
             raise LinkClosed(f"{self._content} of step {step} did not come within {timeout_s:g} s") from error
         except FrameError as error:
@@ -217,18 +232,35 @@ class Inbox:
 
     def _fill(self, room: memoryview, until: float) -> None:
         """Read until `room` is full. Raises OSError: TimeoutError at `until`, the monotonic clock's."""
-        if self._link is None:
-            assert self._listener is not None
-            self._listener.settimeout(max(1e-3, until - time.monotonic()))
-            self._link, _ = self._listener.accept()
-            if self._reason:
-                raise ConnectionAbortedError
-        while room:
-            self._link.settimeout(max(1e-3, until - time.monotonic()))
-            count = self._link.recv_into(room)
-            if not count:
-                raise ConnectionResetError("it ended the link")
-            room = room[count:]
+        while self._link is None:
+            self._link = self._accept(until)
+        _read(self._link, room, until)
+
+    def _accept(self, until: float) -> socket.socket | None:
+        """Return the link to the next visitor, None if it is not of this epoch. Raises as `_fill`."""
+        assert self._listener is not None
+        self._listener.settimeout(max(1e-3, until - time.monotonic()))
+        visitor, _ = self._listener.accept()
+        if self._reason:
+            visitor.close()
+            raise ConnectionAbortedError
+        hello = memoryview(bytearray(_HELLO.size))
+        with contextlib.suppress(OSError):
+            _read(visitor, hello, time.monotonic() + _HELLO_S)
+        if _HELLO.unpack(hello) == (_MARK, self._epoch):
+            return visitor
+        visitor.close()
+        self._on_late()
+        return None
+
+
+def _read(end: socket.socket, room: memoryview, until: float) -> None:
+    while room:
+        end.settimeout(max(1e-3, until - time.monotonic()))
+        count = end.recv_into(room)
+        if not count:
+            raise ConnectionResetError("it ended the link")
+        room = room[count:]
 
 
 def _shut_down(end: socket.socket) -> None:

@@ -115,9 +115,32 @@ def _summarize(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT OR REPLACE INTO meta VALUES ('commits', 0), ('store', abs(random() / 2))")
 
 
+def _describe_documents(connection: sqlite3.Connection) -> None:
+    """Keep what documents are made of and how they are used, and which blocks of stored KV belong to them.
+
+    A block is kept here until it is dropped, also of a document that is gone: that is how it is found.
+    """
+    for column in (
+        "tokens INTEGER NOT NULL DEFAULT 0", "scale_len INTEGER NOT NULL DEFAULT 0",
+        "pinned INTEGER NOT NULL DEFAULT 0", "used REAL NOT NULL DEFAULT 0", "parent TEXT NOT NULL DEFAULT ''",
+        "source_hash TEXT NOT NULL DEFAULT ''", "kernel_family TEXT NOT NULL DEFAULT ''",
+        "seams TEXT NOT NULL DEFAULT '[]'",
+    ):  # fmt: skip
+        connection.execute(f"ALTER TABLE documents ADD COLUMN {column}")
+    connection.execute("UPDATE documents SET used = created")
+    connection.execute(
+        """CREATE TABLE document_kv (
+            document_id TEXT NOT NULL,
+            key BLOB NOT NULL,
+            bytes INTEGER NOT NULL,
+            PRIMARY KEY (document_id, key)) WITHOUT ROWID"""
+    )
+    connection.execute("CREATE INDEX document_kv_key ON document_kv (key)")
+
+
 # by the version they lead to
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
-    1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize,
+    1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize, 6: _describe_documents,
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

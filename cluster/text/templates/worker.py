@@ -26,6 +26,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from cluster.common.child_limits import limit_resources
+
 _HEADER_BYTES = 9
 _REASON_CHARS = 1000
 _CHUNK_BYTES = 1 << 20
@@ -43,7 +45,8 @@ class Request(TypedDict):
 
 def main(memory_bytes: int, cpu_seconds: int) -> None:
     """Answer requests until the other side closes the socket."""
-    _limit_resources(memory_bytes)
+    fcntl.fcntl(_SOCKET, fcntl.F_SETOWN, os.getpid())
+    limit_resources(memory_bytes, open_files=16)
     _send(b"R", "")
     while (message := _receive()) is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -117,14 +120,6 @@ def _raise_exception(message: str) -> None:
 def _reason(error: Exception) -> str:
     line = f"in line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
     return line + (str(error)[:_REASON_CHARS] or type(error).__name__)
-
-
-def _limit_resources(memory_bytes: int) -> None:
-    os.umask(0o077)
-    fcntl.fcntl(_SOCKET, fcntl.F_SETOWN, os.getpid())
-    limits = {"AS": memory_bytes, "CORE": 0, "FSIZE": 0, "NOFILE": 16}
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def _send(kind: bytes, text: str) -> None:

@@ -63,13 +63,15 @@ def load_mode(
 ) -> Deployment:  # fmt: skip
     """Return the deployment of one mode, with room for what it reads. Raises ConfigError or UserError.
 
+    It stores no KV: what is measured is computed, whatever was computed before.
+
     Args:
         max_len: tokens of a context.
         extra_tokens: KV beside one context, for what questions about one document do not share.
         more: further dotted keys of the YAML; they go before what the mode sets.
     """
     overrides = target.overrides | mode_overrides(target, mode, max_len, sparse_threshold, more)
-    overrides |= {"model.max_model_len": max_len, "model.sampling_defaults": "greedy"}
+    overrides |= {"model.max_model_len": max_len, "model.sampling_defaults": "greedy", "kv_store.enabled": False}
     if kv != "auto":
         overrides["kv_cache.dtype"] = kv
     overrides |= more

@@ -18,7 +18,7 @@ from cluster.common.units import format_count
 from cluster.config.deployment import Deployment
 from cluster.engine.attention_report import describe_sparsity
 from cluster.engine.outputs import Generation
-from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
@@ -172,7 +172,7 @@ class NeedleRun:
         ask = AnswerOptions(max_tokens=options.max_tokens, enable_thinking=options.thinking)
         began = time.monotonic()
         follow = self._display.reading(len(document.prompts))
-        answers = runtime.generate(document.prompts, ask, follow, one_document=True)
+        answers = runtime.generate(document.prompts, ask, follow, longest(document.prompts))
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise EngineError(failed[0])

@@ -155,7 +155,7 @@ def test_exit_codes(verb: Verb, head: FakeHead, longreach: CommandLine, tmp_path
 
 def test_documents_and_status(verb: Verb, head: FakeHead, report: Path) -> None:
     added = verb("docs", "add", report).out.strip()
-    assert verb("docs").out.splitlines()[1].split()[:3] == [added, "report.txt", "8B"]
+    assert verb("docs").out.splitlines()[1].split()[:4] == [added, "report.txt", "8", "8B"]
     assert [document["id"] for document in json.loads(verb("docs", "list", "--json").out)] == [added]
     assert verb("docs", "rm", added).code == 0
     assert not head.jobs.files

@@ -203,17 +203,17 @@ def test_answers_equal_one_process(runtime: ClusterRuntime) -> None:
     check_engine(runtime.engine)
 
 
-def test_head_has_no_torch(longreach: CommandLine) -> None:
+def test_head_has_no_torch(longreach: CommandLine, tmp_path: Path) -> None:
     """A fresh head process, running a cluster, has never imported torch (this test process has)."""
     code = (
         "import sys; from cluster import LocalCluster\n"
-        "with LocalCluster('configs/single.yaml') as client:\n"
+        "with LocalCluster('configs/single.yaml', {'data_dir': sys.argv[1]}) as client:\n"
         "    answer = client.ask('The code of dark river is 12345. ' * 3, 'What is the code of dark river?')\n"
         "print(len(answer.token_ids) > 0, 'torch' in sys.modules)"
     )
     import subprocess
 
-    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=120)
+    out = subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, timeout=120)
     assert out.split() == ["True", "False"]
 
 

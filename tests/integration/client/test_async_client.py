@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import cluster
 from cluster import AsyncClient
-from cluster.client.requests import PIECE_BYTES
+from cluster.client.documents.pieces import PIECE_BYTES
 from tests.integration.client.test_client import ANSWER, FAST, check_events, run_async
 from tests.support.fakes.server import FakeHead
 
@@ -46,17 +45,5 @@ def test_async_client(head: FakeHead, drops: list[int], tmp_path: Path) -> None:
         assert (await client.status()).kv_usage == 0.25
         with pytest.raises(cluster.NotFound):
             await client.job("job_unknown")
-
-    run_async(head, body)
-
-
-def test_async_stream_gives_up(head: FakeHead) -> None:
-    async def body(client: AsyncClient) -> None:
-        head.jobs.drops = [0] * 100
-        job = await client.submit("text", "Why?")
-        stream: AsyncIterator[Any] = job.stream(retries=FAST)
-        with pytest.raises(cluster.Unavailable):
-            async for _ in stream:
-                pass
 
     run_async(head, body)

@@ -60,12 +60,12 @@ SUBMIT: list[tuple[dict[str, Any], str]] = [
     ({"document": "d", "question": ["q"] * (MAX_QUESTIONS + 1)}, "question: 1025: must be at most 1024"),
     ({"document": "d", "question": [1]}, "question[0]: 1: must be text"),
     ({"document": "d", "question": 5}, "question: 5: must be a list of texts"),
-    ({"document": b"d", "question": "q"}, "document: b'd': must be text, a path object or an uploaded document"),
+    ({"document": b"d", "question": "q"}, "document: b'd': must be text, a path object, a list of them, or an"),
     ({"document": "", "question": "q"}, "document.text: empty: must have at least one"),
     ({"document": " \n", "question": "q"}, "document: 2 bytes of white space: must have text"),
     ({"document": "\ud800", "question": "q"}, r"document: character '\ud800' at 0: must be text that UTF-8 can hold"),
     ({"document": Path("/nowhere/x"), "question": "q"}, "/nowhere/x: cannot be read"),
-    ({"document": Path("a\0b"), "question": "q"}, r"document: 'a\x00b': cannot be read"),
+    ({"document": Path("a\0b"), "question": "q"}, r"a\x00b: cannot be read"),
     ({"prompt": ""}, "prompt: empty: must have at least one"),
     ({"prompt": 5}, "prompt: 5: must be text"),
     ({"token_ids": []}, "token_ids: empty: must have at least one"),
@@ -137,7 +137,7 @@ def test_bad_submissions(head: Served, options: dict[str, Any], said: str) -> No
 
 
 def test_an_unknown_document(head: Served) -> None:
-    gone = head.client.documents.upload("soon gone")
+    gone = head.client.documents.add("soon gone")
     head.client.documents.delete(gone.id)
     message = refusal(lambda: head.client.submit(gone, "q"), cluster.NotFound)
     assert gone.id in message
@@ -152,11 +152,15 @@ CALLS: list[tuple[Callable[[Client], object], type[Exception], str]] = [
     (lambda c: c.job("j" * 300), cluster.InvalidRequest, "job id: 300 characters: must have 0 to 256"),
     (lambda c: c.documents.get(UNKNOWN_JOB), cluster.InvalidRequest, "doc id: 'job_"),
     (lambda c: c.job(UNKNOWN_DOC), cluster.InvalidRequest, "job id: 'doc_"),
-    (lambda c: c.documents.upload(5), cluster.InvalidRequest, "document: 5: must be text, bytes or a path"),  # type: ignore[arg-type]
-    (lambda c: c.documents.upload("x", "n" * 257), cluster.InvalidRequest, "name: 257 characters: must have 0 to 256"),
-    (lambda c: c.documents.upload("x", 5), cluster.InvalidRequest, "name: 5: must be text"),  # type: ignore[arg-type]
-    (lambda c: c.submit(c.documents.upload(b"\xff"), "q"), cluster.InvalidRequest, "document: byte 0xff at offset 0"),
-    (lambda c: c.documents.upload(b""), cluster.InvalidRequest, "document: 0 bytes"),
+    (lambda c: c.documents.add(5), cluster.InvalidRequest, "document: 5: must be text, bytes or a path"),  # type: ignore[arg-type]
+    (
+        lambda c: c.documents.add("x", name="n" * 257),
+        cluster.InvalidRequest,
+        "name: 257 characters: must have 0 to 256",
+    ),
+    (lambda c: c.documents.add("x", name=5), cluster.InvalidRequest, "name: 5: must be text"),  # type: ignore[arg-type]
+    (lambda c: c.submit(c.documents.add(b"\xff"), "q"), cluster.InvalidRequest, "document: byte 0xff at offset 0"),
+    (lambda c: c.documents.add(b""), cluster.InvalidRequest, "document: 0 bytes"),
     (lambda c: list(c.jobs(limit=0)), cluster.InvalidRequest, "limit: 0: must be a whole number from 1 to"),
     (lambda c: list(c.jobs(limit=-1)), cluster.InvalidRequest, "limit: -1: must be a whole number from 1 to"),
     (lambda c: list(c.jobs(limit="9")), cluster.InvalidRequest, "limit: '9': must be"),  # type: ignore[arg-type]
@@ -229,8 +233,7 @@ def test_a_gigabyte(head: Served, tmp_path: Path) -> None:
     tracemalloc.start()
     began = time.monotonic()
     message = refusal(lambda: head.client.submit(huge, "q"))
-    assert message.startswith("document: "), message
-    assert "must be at most" in message or "can fit" in message
+    assert message.startswith(f"{huge}: 1073741824 bytes: must be at most "), message
     done = CliRunner().invoke(main, ["submit", "--prompt-file", str(huge), "--address", head.address])
     assert done.exit_code == 2
     assert done.output.startswith(f"longreach: error: {huge}: 1073741824 bytes: must be at most 67108864")
@@ -270,9 +273,9 @@ CLI = [
     (["jobs", "--state", "done"], 2, "--state': 'done' is not one of 'queued'"),
     (["docs", "rm", "../x"], 2, "doc id: '../x': must be doc_ and 32 hexadecimal digits"),
     (["docs", "rm", UNKNOWN_DOC], 4, UNKNOWN_DOC),
-    (["docs", "rm"], 2, "docs rm: needs at least one FILE or ID"),
+    (["docs", "rm"], 2, "Missing argument 'ID...'"),
     (["docs", "add", "/nowhere/x"], 2, "/nowhere/x: cannot be read"),
-    (["docs", "drop"], 2, "'drop' is not one of 'list', 'add', 'rm'"),
+    (["docs", "drop"], 2, "No such command 'drop'"),
     (["status", "--address", "nonsense"], 2, "address: 'nonsense': must be HOST:PORT such as 127.0.0.1:7777"),
     (["status", "--address", "127.0.0.1:99999"], 2, "address: '127.0.0.1:99999': must be HOST:PORT"),
     (["status", "--cert-file", "FILE"], 2, "key_file: (missing): goes with"),

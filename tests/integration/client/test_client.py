@@ -13,7 +13,7 @@ import pytest
 
 import cluster
 from cluster import AsyncClient, Client, JobEnded, ProgressEvent, TokenEvent
-from cluster.client.requests import PIECE_BYTES
+from cluster.client.documents.pieces import PIECE_BYTES
 from cluster.client.retry import RetryPolicy
 from protos.jobs import jobs_pb2 as pb
 from tests.support.fakes.server import WORDS, FakeHead
@@ -51,14 +51,14 @@ def test_every_kind_of_input(client: Client, head: FakeHead, tmp_path: Path) -> 
     assert client.submit("a text", "Why?").result.text == ANSWER
     assert [a.question for a in client.submit(path, ["Why?", "Who?"]).result] == ["Why?", "Who?"]
     assert len(client.submit("a text", ["Why?"]).result) == 1  # asked with a list, answered with one
-    stored = client.documents.upload(b"some bytes", "bytes")
+    stored = client.documents.add(b"some bytes", name="bytes")
     client.submit(stored, "Why?", priority=-3, deadline_s=2.5, labels={"team": "law"}, attached=True)
     client.submit(token_ids=[1, 2, 3], max_tokens=5, temperature=0.5, seed=0, stop="x", stop_token_ids=[7])
     client.submit(messages=[{"role": "user", "content": "hi"}, ("assistant", "ho")], enable_thinking=False)
     client.submit(prompt="once", ignore_eos=True, idempotency_key="mine")
     text, file, _, document, ids, chat, prompt = head.jobs.calls["Submit"]
     assert (text.document.text, list(text.document.questions)) == ("a text", ["Why?"])
-    assert file.document.document_id == client.documents.upload("a report").id
+    assert file.document.document_id == client.documents.add("a report").id
     assert document.document.document_id == stored.id
     assert (document.priority, document.deadline_s, document.attached) == (-3, 2.5, True)
     assert dict(document.labels) == {"team": "law"}
@@ -79,7 +79,7 @@ def test_every_kind_of_input(client: Client, head: FakeHead, tmp_path: Path) -> 
 def test_uploads_in_pieces(client: Client, head: FakeHead, tmp_path: Path, size: int) -> None:
     path = tmp_path / "long.txt"
     path.write_bytes(b"x" * size)
-    document = client.documents.upload(path)
+    document = client.documents.add(path)
     assert (document.name, document.size_bytes) == ("long.txt", size)
     full, rest = divmod(size, PIECE_BYTES)
     assert head.jobs.pieces == [PIECE_BYTES] * full + [rest] * (rest > 0)
@@ -94,7 +94,7 @@ def test_uploads_in_pieces(client: Client, head: FakeHead, tmp_path: Path, size:
 
 def test_upload_starts_again_from_the_first_piece(client: Client, head: FakeHead) -> None:
     head.jobs.failures["UploadDocument"] = [(Code.UNAVAILABLE, "gone", ())] * 2
-    assert client.documents.upload("x" * (PIECE_BYTES + 5)).size_bytes == PIECE_BYTES + 5
+    assert client.documents.add("x" * (PIECE_BYTES + 5)).size_bytes == PIECE_BYTES + 5
     assert len(head.jobs.calls["UploadDocument"]) == 3
 
 

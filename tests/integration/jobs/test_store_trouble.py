@@ -223,7 +223,7 @@ def test_documents_have_a_quota(served: Served, stub: JobsStub) -> None:
     stub.DeleteDocument(pb.DocumentRequest(id=first.id))
     assert stub.UploadDocument(pieces(half, b"z")).size_bytes == len(half) + 1
     with pytest.raises(Busy, match="delete some"):
-        served.client.documents.upload("z" * (3 << 20))
+        served.client.documents.add("z" * (3 << 20))
 
 
 def upload_code(stub: JobsStub, data: bytes) -> grpc.StatusCode | None:

@@ -48,6 +48,9 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 REQUESTS = {
     "UploadDocument": pb.DocumentPiece(header=pb.DocumentHeader(name="n")),
+    "AppendDocument": pb.DocumentPiece(header=pb.DocumentHeader(name="n", append_to=new_id("doc"))),
+    "PinDocument": pb.PinRequest(id=new_id("doc"), pinned=True),
+    "CountTokens": pb.DocumentPiece(header=pb.DocumentHeader(name="n")),
     "GetDocument": pb.DocumentRequest(id=new_id("doc")),
     "ListDocuments": pb.ListDocumentsRequest(),
     "DeleteDocument": pb.DocumentRequest(id=new_id("doc")),
@@ -97,7 +100,9 @@ def test_mutated_requests_never_break_the_server(address: str):
     with channel_to(address) as channel:
         for number in range(int(os.environ.get("LONGREACH_FUZZ", "2000"))):
             path, request = list(ALL.items())[number % len(ALL)]
-            count = noise.randint(1, 3) if path.endswith(("UploadDocument", "Info")) else 1
+            count = (
+                noise.randint(1, 3) if path.endswith(("UploadDocument", "AppendDocument", "CountTokens", "Info")) else 1
+            )
             raw = [mutate(noise, request.SerializeToString()) for _ in range(count)]
             code = status_of(channel, path, raw)
             assert code not in (Code.UNKNOWN, Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE), (path, raw)

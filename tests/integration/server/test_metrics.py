@@ -23,8 +23,12 @@ from tests.support.fakes.stage import eventually
 from tests.support.rigs.head import free_port
 from tests.support.rigs.service import Bench
 
-COUNTERS = {"jobs", "prompt_tokens", "prefix_cache_hits", "generation_tokens"}
-GAUGES = {"num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "step_model_seconds", "info"}
+LABELLED = {"kv_store_blocks", "kv_store_bytes", "recoveries"}  # counters by event or kind
+COUNTERS = {"jobs", "prompt_tokens", "prefix_cache_hits", "generation_tokens"} | LABELLED
+GAUGES = {
+    "num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "step_model_seconds", "info",
+    "kv_store_size_bytes", "kv_store_max_bytes", "kv_store_is_full", "last_recovery_seconds", "epoch",
+}  # fmt: skip
 HISTOGRAMS = {
     "time_to_first_token_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
     "request_decode_time_seconds", "e2e_request_latency_seconds", "time_per_output_token_seconds",
@@ -81,8 +85,28 @@ def test_names_types_and_help(endpoint: Endpoint) -> None:
     text = endpoint.scrape()[1]
     for line in text.splitlines():
         assert line.startswith(("# HELP longreach_", "# TYPE longreach_", "longreach_")), line
-    for name in COUNTERS - {"jobs"}:
+    for name in COUNTERS - {"jobs"} - LABELLED:
         assert f"\nlongreach_{name}_total " in text
+
+
+def test_stored_kv_is_counted_by_event(endpoint: Endpoint) -> None:
+    store = endpoint.bench.runtime.kv_store
+    store.stats.add(stored_blocks=3, stored_bytes=300, not_stored_blocks=2)
+    store.is_full = True
+    found = {event: endpoint.value("kv_store_blocks_total", event=event) for event in (
+        "stored", "loaded", "found", "damaged", "evicted", "not_stored",
+    )}  # fmt: skip
+    assert found == {"stored": 3, "loaded": 0, "found": 0, "damaged": 0, "evicted": 0, "not_stored": 2}
+    assert endpoint.value("kv_store_bytes_total", event="stored") == 300
+    assert endpoint.value("kv_store_is_full") == 1
+
+
+def test_recoveries_are_counted_by_kind(endpoint: Endpoint) -> None:
+    supervisor = endpoint.bench.runtime.supervisor
+    assert endpoint.value("recoveries_total", kind="repair") == 0
+    supervisor.num_repaired, supervisor.num_restarted, supervisor.last_recovery_s = 2, 1, 1.5
+    assert [endpoint.value("recoveries_total", kind=kind) for kind in ("repair", "full_restart")] == [2, 1]
+    assert (endpoint.value("last_recovery_seconds"), endpoint.value("epoch")) == (1.5, 1)
 
 
 def test_both_formats_parse(endpoint: Endpoint) -> None:
@@ -151,7 +175,7 @@ def test_nothing_of_the_jobs_is_shown(endpoint: Endpoint) -> None:
     assert job_id not in text
     assert str(endpoint.bench.folder) not in text
     labels = {key for family in endpoint.families().values() for sample in family.samples for key in sample.labels}
-    assert labels == {"le", "state", "per", "version"}
+    assert labels == {"le", "state", "per", "version", "event", "kind"}
 
 
 def test_only_this_machine_can_read_it(endpoint: Endpoint) -> None:

@@ -9,43 +9,62 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.conftest import MARK, ROOT, CommandLine
+from tests.support.rigs.head import HeadProcess, tokens_of, until
+from tests.support.rigs.shard_processes import ShardProcess, shard_processes
 
 NEEDLE = ROOT / "configs" / "needle"
 
 
+class Nodes:
+    """Ray nodes of one CPU each on this machine."""
+
+    def __init__(self, line: CommandLine) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._line = line
+        self.raylets: list[psutil.Process] = []  # that of the first node first
+        self._start("--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false")
+
+    def add(self) -> None:
+        self._start(f"--address={self.address}")
+
+    def _start(self, *options: str) -> None:
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = [ray, "start", *options, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"]
+        environment = os.environ | {MARK: self._line.mark, "RAY_USAGE_STATS_ENABLED": "0"}
+        command.append("--object-store-memory=80000000")
+        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
+        self.raylets += [p for p in self._line.processes() if p.name() == "raylet" and p not in self.raylets]
+
+    def stages(self) -> dict[tuple[int, int], ShardProcess]:
+        return shard_processes(p for p in self._line.processes() if "StageActor" in " ".join(p.cmdline()))
+
+
 @pytest.fixture
-def two_nodes(longreach: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Two Ray nodes of one CPU each on this machine; yields the head's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray = str(Path(sys.executable).with_name("ray"))
+def nodes(longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     # without what a local cluster of an earlier test in this process has set
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
-    environment = os.environ | {MARK: longreach.mark, "RAY_USAGE_STATS_ENABLED": "0"}
-    common = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
-    address = f"127.0.0.1:{port}"
-    head = [ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    subprocess.run([*head, *common], check=True, env=environment, capture_output=True, timeout=120)
     try:
-        worker = [ray, "start", f"--address={address}", "--node-ip-address=127.0.0.1"]
-        subprocess.run([*worker, *common], check=True, env=environment, capture_output=True, timeout=120)
-        yield address
+        made = Nodes(longreach)
+        made.add()
+        yield made
     finally:
         for process in longreach.processes():
             process.kill()
         longreach.assert_nothing_left()
 
 
-def test_stages_on_two_nodes(longreach: CommandLine, two_nodes: str, tmp_path: Path) -> None:
+def test_stages_on_two_nodes(longreach: CommandLine, nodes: Nodes, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"model:\n  path: {NEEDLE}\ncluster:\n  address: {two_nodes}\n  pipeline_parallel_size: 2\n"
+        f"model:\n  path: {NEEDLE}\ncluster:\n  address: {nodes.address}\n  pipeline_parallel_size: 2\n"
         f"  cpus_per_actor: 1\n  threads_per_actor: 1\nkv_cache:\n  bytes: 64MiB\ndata_dir: {tmp_path / 'data'}\n"
     )
     document = tmp_path / "document.txt"
@@ -54,3 +73,29 @@ def test_stages_on_two_nodes(longreach: CommandLine, two_nodes: str, tmp_path: P
         done = longreach("run", config, "--document", document, "--question", "What is the secret code of dark river?")
         assert done.code == 0, done.err
         assert done.out.strip().endswith("The secret code of dark river is 48213.")
+
+
+def test_a_node_is_lost_and_its_stage_goes_on_elsewhere(nodes: Nodes, tmp_path: Path) -> None:
+    nodes.add()
+    head = HeadProcess(tmp_path, stages=2)
+    config = head.config.read_text().replace("cpus_per_actor: 0.5", f"cpus_per_actor: 1\n  address: {nodes.address}")
+    head.config.write_text(config)
+    with head, head.client() as client:
+        answer = {"max_tokens": 300, "ignore_eos": True}
+        expected = tokens_of(client.submit(prompt="The code of dark river is", **answer))
+        job = client.submit(prompt="The code of dark river is", **answer)
+        until(lambda: job.refresh().data.last_event >= 5, "a decoding job")
+        before = nodes.stages()
+        (lost,) = [at for at, found in before.items() if found.process.parent() in nodes.raylets[1:]][:1]
+        raylet = before[lost].process.parent()
+        assert raylet is not None
+        for process in (*raylet.children(recursive=True), raylet):  # all of that machine
+            process.kill()
+        assert tokens_of(job) == expected
+        after = nodes.stages()
+        (kept,) = set(before) - {lost}
+        assert after[kept] == before[kept]
+        assert after[lost].epoch == 2
+        assert after[lost].process.parent() not in (raylet, None)
+        status = client.status()
+        assert (status.repairs, status.full_restarts, status.epoch) == (1, 0, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 from tests.support.data.frames import DAMAGED, frames_of
-from workers.transport.frames import DTYPES
-from workers.transport.link import Inbox, LinkClosed, UnixSender
+from workers.transport.frames import DTYPES, split
+from workers.transport.link import DEPTH, Inbox, LinkClosed, UnixSender
 
 LARGE = 1 << 20  # beyond what sockets hold
 
@@ -197,3 +199,42 @@ def test_closing_a_sender_wakes_who_waits_for_room(sender: UnixSender):
 def test_a_neighbour_that_does_not_listen_is_an_error(tmp_path: Path):
     with pytest.raises(LinkClosed, match="the next stage does not listen"):
         UnixSender(str(tmp_path / "link"))
+
+
+# --- epochs ----------------------------------------------------------------------------------------------------------
+
+
+def test_visitors_of_another_epoch_are_turned_away(tmp_path: Path) -> None:
+    late: list[int] = []
+    inbox = Inbox("tokens", "the last stage", str(tmp_path / "link"), 3, lambda: late.append(1))
+    old = UnixSender(str(tmp_path / "link"), epoch=2)
+    old.send(1, torch.ones(3))
+    silent = socket.socket(socket.AF_UNIX)
+    silent.connect(str(tmp_path / "link"))
+    silent.close()
+    new = UnixSender(str(tmp_path / "link"), epoch=3)
+    new.send(1, torch.zeros(3))
+    assert torch.equal(inbox.take(1, 10.0, (3,), torch.float32), torch.zeros(3))
+    assert len(late) == 2
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(inbox.take, 2, 10.0, (3,), torch.float32)
+        for step in range(2, 2 + DEPTH):
+            with contextlib.suppress(LinkClosed):
+                old.send(step, torch.ones(LARGE))
+        new.send(2, torch.zeros(3))
+        assert torch.equal(waiting.result(10), torch.zeros(3))
+    for end in (old, new, inbox):
+        end.close()
+
+
+def test_frames_of_an_earlier_epoch_are_dropped(tmp_path: Path) -> None:
+    """As of a process that was stopped between the header and the rest, and goes on afterwards."""
+    late: list[int] = []
+    inbox = Inbox("tokens", "the last stage", "", 3, lambda: late.append(1))
+    assert inbox.entry is not None
+    for epoch in (2, 3):
+        for frame in split(torch.full((5,), float(epoch)), 1, 8, epoch):
+            inbox.entry.sendall(frame)
+    assert torch.equal(inbox.take(1, 10.0, (5,), torch.float32), torch.full((5,), 3.0))
+    assert len(late) == 3
+    inbox.close()

@@ -40,7 +40,7 @@ class FakeJobService:
         self.stored: dict[str, DocumentRecord] = {}
         self.contents: dict[str, bytes] = {}
         self.documents = SimpleNamespace(
-            put=self.upload, get=self.document, list=lambda: list(self.stored.values()), delete=self.delete_document
+            get=self.document, list=lambda: list(self.stored.values()), delete=self.delete_document, pin=self.pin
         )
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
@@ -59,6 +59,26 @@ class FakeJobService:
         self.stored[document_id] = DocumentRecord(document_id, name, len(data), 1.0, 2.0)
         return self.stored[document_id]
 
+    def add_document(
+        self, name: str, pieces: Iterable[bytes], max_bytes: int, *, max_tokens: int = 0, pinned: bool = False,
+        source_hash: str = "", append_to: str = "",
+    ) -> DocumentRecord:  # fmt: skip
+        first = self.contents[self.document(append_to).id] if append_to else b""
+        record = self.upload(name, [first, *pieces], max_bytes)
+        record = replace(record, scale_len=max_tokens, pinned=pinned, source_hash=source_hash, parent=append_to)
+        self.stored[record.id] = record
+        return record
+
+    def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
+        self.stored[document_id] = replace(self.document(document_id), pinned=pinned)
+        return self.stored[document_id]
+
+    def count_text(self, content: bytes) -> int:
+        return len(content.split())
+
+    def stored_kv(self, document_ids: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        return dict.fromkeys(document_ids, (512, 4096))
+
     def keep_text(self, text: str, max_bytes: int) -> contextlib.AbstractContextManager[DocumentRecord]:
         return contextlib.nullcontext(self.upload("", [text.encode()], max_bytes))
 
@@ -72,7 +92,7 @@ class FakeJobService:
         self.document(document_id)
         del self.stored[document_id]
 
-    def submit(self, spec: JobSpec) -> JobRecord:
+    def submit(self, spec: JobSpec, key_name: str = "") -> JobRecord:
         if self.error is not None:
             raise self.error
         record = JobRecord(new_id("job"), JobState.QUEUED, spec, created=1.0)

@@ -11,14 +11,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cluster.config.schema import KvStoreSection
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
+from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec, StepPlan, StepResult
+from tests.support.fakes.kv_memory import KvMemory, KvMemoryShard
 from tests.support.oracles.integrity import check_engine
 from workers.kv.paged import PagedKV
 from workers.model.weights import load_shard
@@ -28,10 +31,11 @@ from workers.transport.collectives import Collectives, join_group
 from workers.transport.link import DEPTH, Inbox, Sender
 
 
-class InProcessShard:
+class InProcessShard(KvMemoryShard):
     """A `GrpcStageHandle` whose shard is a thread of this process."""
 
-    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: Sender | None) -> None:
+    def __init__(self, runner: ModelRunner, kv: PagedKV, inbox: Inbox | None, sender: Sender | None) -> None:
+        super().__init__(kv)
         self._stepper = Stepper(runner, inbox, sender, 60.0)
         self.shard: ShardSpec = runner.shard
         self.runner = runner
@@ -86,8 +90,10 @@ class Pipeline:
     def __init__(
         self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, pages: int = 64, page_size: int = 16,
         seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
-        kv_dtype: torch.dtype | None = None, scheduler: type[Scheduler] = Scheduler,
+        kv_dtype: torch.dtype | None = None, scheduler: type[Scheduler] = Scheduler, memory: KvMemory | None = None,
+        block_tokens: int = 32,
     ) -> None:  # fmt: skip
+        """Args: `memory` is where KV is stored, in blocks of `block_tokens`; None: nowhere."""
         self.spec = spec or load_model_spec(model_dir)
         shards = plan_shards(self.spec, stages, ranks)
         stores = [dist.HashStore() for _ in range(stages)]
@@ -104,18 +110,27 @@ class Pipeline:
             runner = ModelRunner(self.spec, shard, weights, kv, group)
             after = inboxes.get(((shard.stage + 1) % stages, shard.rank))
             sender = Sender(after.entry, 1000 if shard.is_last else DEPTH) if after and after.entry else None
-            return InProcessShard(runner, inboxes.get((shard.stage, shard.rank)), sender)
+            return InProcessShard(runner, kv, inboxes.get((shard.stage, shard.rank)), sender)
 
         with ThreadPoolExecutor(len(shards)) as threads:  # the ranks of a stage meet, so all must be under way
             self.shards = list(threads.map(build, shards))
-        self.scheduler = scheduler(PagePool(pages), page_size, chunk, seqs, spec=self.spec, num_stages=stages)
-        self.engine = Engine(self.scheduler, self.shards, None, eos)
+        self.store = KvStore(KvStoreSection(block_tokens=block_tokens), memory is not None)
+        if memory is not None:
+            for shard in self.shards:
+                shard.memory = memory
+        self.scheduler = scheduler(
+            PagePool(pages), page_size, chunk, seqs, spec=self.spec, num_stages=stages,
+            block_tokens=self.store.block_tokens,
+        )  # fmt: skip
+        self.engine = Engine(self.scheduler, self.shards, None, eos, store=self.store if memory is not None else None)
 
     def __enter__(self) -> Pipeline:
+        self.store.attach(self.shards, self.engine.post, self.scheduler.pool)
         self.engine.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self.store.detach(0.0 if self.engine.error else 20.0), "a shard is still at work"
         self.engine.close()
         for group in self._groups:
             group.close()

@@ -14,6 +14,7 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import StepPlan
+from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import Clock, FakeShard, Script
 from tests.support.paths import CONFIGS
 
@@ -26,11 +27,17 @@ class FakeRuntime(ClusterRuntime):
     script: Script = staticmethod(lambda sequence, index: 100 + index)
     holds = False  # whether shards start held
 
-    def __init__(self, data_dir: Path, seqs: int = 2, **server: object) -> None:
-        """Args: `server` are keys of that section of the configuration."""
+    def __init__(self, data_dir: Path, seqs: int = 2, *, disk: FakeDisk | None = None, **server: object) -> None:
+        """
+        Args:
+            disk: where KV is stored, in blocks of 64 tokens; None: nowhere.
+            server: keys of that section of the configuration.
+        """
         overrides = {"data_dir": str(data_dir)} | {f"server.{key}": value for key, value in server.items()}
+        overrides |= {"kv_store.enabled": disk is not None, "kv_store.block_tokens": 64}
         super().__init__(load_deployment(CONFIGS / "single.yaml", overrides))
         self._seqs = seqs
+        self.disk = disk
         self.starts = 0
         self.deadly: Callable[[StepPlan], bool] = lambda plan: False  # whether the shard dies of a plan
         self.before_start: Callable[[], Any] = lambda: None  # what happens while the cluster is down
@@ -42,11 +49,19 @@ class FakeRuntime(ClusterRuntime):
         if self.holds:
             self.shard.hold()
         self.shard.deadly = lambda plan: self.deadly(plan)
-        scheduler = Scheduler(PagePool(512), 16, CHUNK, self._seqs)
-        launched: Any = SimpleNamespace(shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32")
-        engine = Engine(scheduler, [self.shard], self.tokenizer)
+        self.shard.disk = self.disk
+        store, pool = self.kv_store, PagePool(512)
+        scheduler = Scheduler(pool, 16, CHUNK, self._seqs, block_tokens=store.block_tokens)
+        launched: Any = SimpleNamespace(shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32", epoch=1)
+        engine = Engine(scheduler, [self.shard], self.tokenizer, store=store if store.is_enabled else None)
+        store.attach(launched.shards, engine.post, pool)
         engine.start()
-        return Pipeline(engine, launched, engine.close)
+
+        def close() -> None:
+            store.detach(0.0 if engine.error else 5.0)
+            engine.close()
+
+        return Pipeline(engine, launched, close)
 
     def fail(self) -> None:
         """Lose the shard, and every request with it."""

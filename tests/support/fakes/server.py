@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import defaultdict
@@ -13,13 +12,14 @@ from typing import Any
 import grpc
 
 from protos.jobs import jobs_pb2 as pb
-from protos.jobs.jobs_pb2_grpc import JobsServicer, add_JobsServicer_to_server
+from protos.jobs.jobs_pb2_grpc import add_JobsServicer_to_server
 from protos.stage.channel import CHANNEL_OPTIONS
+from tests.support.fakes.documents import FakeDocuments
 
 WORDS = ("The ", "answer ", "is ", "forty", "-two", ".\n", "Be ", "sure.")
 
 
-class FakeJobs(JobsServicer):
+class FakeJobs(FakeDocuments):
     """Every question is answered with WORDS, all tokens at once, when a stream or a wait asks.
 
     Attributes:
@@ -31,6 +31,7 @@ class FakeJobs(JobsServicer):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.failures: dict[str, list[tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]]] = defaultdict(list)
         self.drops: list[int] = []
         self.ends_early: list[int] = []
@@ -39,10 +40,8 @@ class FakeJobs(JobsServicer):
         self.outcome = pb.SUCCEEDED
         self.api_key = ""
         self.calls: dict[str, list[Any]] = defaultdict(list)
-        self.pieces: list[int] = []
         self.jobs: dict[str, pb.Job] = {}
         self.keys: dict[str, tuple[bytes, str]] = {}
-        self.files: dict[str, pb.Document] = {}
         self.page_limit = 3
         self.store_then_fail = False  # Submit is done, but its reply gets lost
         self._lock = threading.Lock()
@@ -62,32 +61,6 @@ class FakeJobs(JobsServicer):
         if job_id not in self.jobs:
             context.abort(grpc.StatusCode.NOT_FOUND, f"{job_id}: no such job")
         return self.jobs[job_id]
-
-    def UploadDocument(self, pieces: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
-        self._begin("UploadDocument", None, context)
-        name = next(pieces).header.name
-        data = [piece.data for piece in pieces]
-        self.pieces = [len(piece) for piece in data]
-        whole = b"".join(data)
-        document_id = f"doc_{hashlib.sha256(whole).hexdigest()[:32]}"
-        document = pb.Document(id=document_id, name=name, size_bytes=len(whole), created=1.0, expires=2.0)
-        return self.files.setdefault(document.id, document)
-
-    def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
-        self._begin("GetDocument", request, context)
-        if request.id not in self.files:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"{request.id}: no such document")
-        return self.files[request.id]
-
-    def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        self._begin("ListDocuments", request, context)
-        return pb.DocumentList(documents=self.files.values())
-
-    def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
-        self._begin("DeleteDocument", request, context)
-        if self.files.pop(request.id, None) is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"{request.id}: no such document")
-        return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
         self._begin("Submit", request, context)

@@ -6,10 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from cluster.config.schema import KvStoreSection
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import StageError
@@ -18,6 +21,7 @@ from protos.model.spec import ModelSpec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
 from tests.support.data.specs import generation_spec
+from tests.support.fakes.kv import FakeDisk, FakeKvShard
 from tests.support.oracles.integrity import check_engine
 from tests.support.paths import NEEDLE
 
@@ -36,10 +40,11 @@ class Clock:
         return self.now
 
 
-class FakeShard:
+class FakeShard(FakeKvShard):
     """Answers plans as soon as the gate allows; `script(sequence, index)` gives the tokens."""
 
     def __init__(self, stage: int, stages: int, script: Script, clock: Clock, rank: int = 0) -> None:
+        super().__init__()
         self.shard = ShardSpec(stage, stages, rank, 1, Span(0, 1), EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
         self.name = f"stage {stage} shard {rank}"
         self.script = script
@@ -49,6 +54,7 @@ class FakeShard:
         self.group = 1  # results that are given back together
         self.fail_at: int | None = None
         self.closed = 0
+        self.state = "running"
         self.deadly: Callable[[StepPlan], bool] = lambda plan: False  # whether the process dies of a plan
         self.report: Callable[[StepPlan], tuple[CellReport, ...]] = lambda plan: ()  # of sparse cells
         self._clock = clock
@@ -70,10 +76,16 @@ class FakeShard:
         self._gate.release(1000)
         self._queue.put(None)
 
+    def abandon(self) -> None:
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        self._queue.put(None)
+
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
         if self.closed:
             raise StageError(f"{self.name} does not answer")
-        return pb.ProbeReply(state="running", steps_done=len(self.plans), layers_done=len(self.plans))
+        return pb.ProbeReply(state=self.state, steps_done=len(self.plans), layers_done=len(self.plans))
 
     def hold(self) -> None:
         self._gate = threading.Semaphore(0)
@@ -123,7 +135,9 @@ class Rig:
     def __init__(
         self, script: Script = lambda sequence, index: 1000 + index, stages: int = 2, budget: int = 64,
         pages: int = 64, eos: Sequence[int] = (), text: bool = False, spec: ModelSpec | None = None, ranks: int = 1,
+        disk: FakeDisk | None = None, block_tokens: int = 32, **store: Any,
     ) -> None:  # fmt: skip
+        """Args: `store` are keys of the section `kv_store`; without a `disk` there is none."""
         self.clock = Clock()
         self.shards = [
             FakeShard(stage, stages, script, self.clock, rank)
@@ -131,14 +145,25 @@ class Rig:
             for rank in reversed(range(ranks))
         ]
         self.tokenizer = TextTokenizer.open(NEEDLE) if text else None
-        scheduler = Scheduler(PagePool(pages), 16, budget, 8, spec=spec, num_stages=stages)
-        self.engine = Engine(scheduler, self.shards, self.tokenizer, eos, clock=self.clock)
+        for shard in self.shards:
+            shard.disk = disk
+        self.store = KvStore(KvStoreSection(block_tokens=block_tokens, **store), disk is not None)
+        self.pool = PagePool(pages)
+        scheduler = Scheduler(
+            self.pool, 16, budget, 8, spec=spec, num_stages=stages, block_tokens=self.store.block_tokens
+        )
+        self.engine = Engine(
+            scheduler, self.shards, self.tokenizer, eos, clock=self.clock,
+            store=self.store if self.store.is_enabled else None,
+        )  # fmt: skip
 
     def __enter__(self) -> Rig:
+        self.store.attach(self.shards, self.engine.post, self.pool)
         self.engine.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.store.detach(0.0 if self.engine.error else 5.0)
         self.engine.close()
 
     @property

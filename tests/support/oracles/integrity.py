@@ -29,13 +29,18 @@ def check_engine(engine: Engine) -> None:
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """Verify pages and pending prefixes against the requests that run; raises AssertionError."""
-    check_pool(scheduler.pool, (request.pages for request in scheduler._running.values()))
-    check_prefixes(scheduler._prefixes, scheduler._running)
+    loading = {sequence: load.request for sequence, load in scheduler._loading.items()}
+    check_pool(scheduler.pool, (request.pages for request in (*scheduler._running.values(), *loading.values())))
+    check_prefixes(scheduler._prefixes, {*scheduler._running, *loading})
 
 
 def check_prefixes(cache: PrefixCache, running: Collection[int]) -> None:
     """Verify that only running sequences have pending pages; raises AssertionError."""
     assert set(cache._pending.values()) <= set(running), "pages are pending for requests that do not run"
+
+
+def expected_state(pool: PagePool, page: int) -> int:
+    return _OWNED if pool._readers[page] else (_CACHED if page in pool._cached else _FREE)
 
 
 def check_pool(pool: PagePool, owned: Iterable[Sequence[int]] = ()) -> None:
@@ -52,7 +57,7 @@ def check_pool(pool: PagePool, owned: Iterable[Sequence[int]] = ()) -> None:
         for page in pages:
             readers[page] += 1
     for page in range(pool.num_pages):
-        expected = _OWNED if readers[page] else (_CACHED if page in pool._cached else _FREE)
+        expected = expected_state(pool, page)
         assert pool._readers[page] == readers[page], (
             f"page {page}: {pool._readers[page]} readers counted, {readers[page]} requests hold it"
         )
@@ -62,3 +67,10 @@ def check_pool(pool: PagePool, owned: Iterable[Sequence[int]] = ()) -> None:
     assert len(pool._hash_of) == len(pool._page_of), "hash index out of step"
     for key, page in pool._page_of.items():
         assert pool._hash_of.get(page) == key, f"page {page}: hash index out of step"
+    for page in pool._blocks_of:
+        assert page in pool._hash_of, f"page {page} belongs to a stored block but nobody finds it"
+    for key, block in pool._blocks.items():
+        assert all(key in pool._blocks_of[page] for page in block.pages), "a stored block lacks pages"
+    for page, count in pool._pins.items():
+        assert count > 0, f"page {page}: {count} pins"
+        assert expected_state(pool, page) != _FREE, f"page {page} is pinned but free"

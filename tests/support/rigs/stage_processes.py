@@ -12,6 +12,7 @@ from pathlib import Path
 from cluster.config.topology import plan_shards
 from cluster.engine.engine import Engine
 from cluster.engine.request_handle import RequestHandle
+from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
@@ -19,7 +20,7 @@ from cluster.stages.launcher import links_of
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import StageAddress
+from protos.stage.messages import ShardSpec, StageAddress
 from tests.support.data.specs import generation_spec
 from tests.support.fakes.stage import submit
 from tests.support.paths import ROOT
@@ -37,55 +38,83 @@ class Stages:
         self.folder = folder
         self.processes: list[subprocess.Popen[str]] = []
         self.handles: list[GrpcStageHandle] = []
+        self.addresses: dict[int, str] = {}  # of stages that were replaced
         self.engine: Engine | None = None
+        self.store: KvStore | None = None
+        self.kv_store_path = ""  # of the stages that are started next
 
     def spawn(self, *options: str, count: int = 2) -> None:
-        shards = plan_shards(load_model_spec(NEEDLE), count, 1)
+        for shard in plan_shards(load_model_spec(NEEDLE), count, 1):
+            self.handles.append(self._spawn(shard, self.socket(shard.stage), *options))
+
+    def _spawn(self, shard: ShardSpec, socket: Path, *options: str) -> GrpcStageHandle:
         environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
-        for shard in shards:
-            command = [sys.executable, "-m", "workers.stage.server", "--socket", str(self.socket(shard.stage))]
-            self.processes.append(
-                subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-            )
-        for shard, process in zip(shards, self.processes, strict=True):
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            assert address == f"unix:{self.socket(shard.stage)}"
-            self.handles.append(GrpcStageHandle(shard, address, TOKEN))
+        command = [sys.executable, "-m", "workers.stage.server", "--socket", str(socket), *options]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        self.processes.append(process)
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address == f"unix:{socket}"
+        return GrpcStageHandle(shard, address, TOKEN)
 
     def socket(self, stage: int) -> Path:
         return self.folder / f"s{stage}.sock"
 
     def load(self) -> None:
-        spec = load_model_spec(NEEDLE).to_json()
         for handle in self.handles:
-            request = pb.LoadRequest(
-                model_path=str(NEEDLE), model_spec_json=spec, shard=codec.encode(handle.shard),
-                dtype="float32", device="cpu", load_format="auto", group_timeout_s=10,
-                store_path=str(self.folder / f"{handle.shard.stage}.store"),
-            )  # fmt: skip
-            updates = list(handle.load(request, 60))
-            assert updates[-1].ready
-            assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
+            self._load(handle, 0)
+
+    def _load(self, handle: GrpcStageHandle, epoch: int) -> None:
+        request = pb.LoadRequest(
+            model_path=str(NEEDLE), model_spec_json=load_model_spec(NEEDLE).to_json(),
+            shard=codec.encode(handle.shard), dtype="float32", device="cpu", load_format="auto", group_timeout_s=10,
+            store_path=str(self.folder / f"{handle.shard.stage}e{epoch}.store"),
+        )  # fmt: skip
+        updates = list(handle.load(request, 60))
+        assert updates[-1].ready
+        assert updates[-1].loaded_bytes == updates[-1].total_bytes > 0
 
     def start(self, *, first_to_last: bool = False, same_node: bool = True) -> None:
         """Link the stages by Unix sockets, or over gRPC as if each had a node of its own."""
         for handle in self.handles if first_to_last else reversed(self.handles):
-            shard = handle.shard
-            addresses = {
-                (stage, 0): StageAddress("", f"unix:{self.socket(stage)}", "" if same_node else str(stage), 0)
-                for stage in range(shard.num_stages)
-            }
-            links = links_of(shard, addresses, self.folder)
-            handle.start(pb.StartRequest(num_pages=PAGES, page_size=PAGE, **links), 60)
+            handle.start(self._start_request(handle.shard, 0, same_node), 60)
 
-    def run_engine(self) -> Engine:
-        scheduler = Scheduler(PagePool(PAGES), PAGE, CHUNK, 8, num_stages=len(self.handles))
-        self.engine = Engine(scheduler, self.handles, None, (0,))
+    def replace(self, stage: int, epoch: int, *, same_node: bool = True) -> None:
+        """Put another process in the place of a stage, which may live on, and link the others with it."""
+        self.handles[stage].abandon()
+        new = self.handles[stage] = self._spawn(self.handles[stage].shard, self.folder / f"s{stage}e{epoch}.sock")
+        self.addresses[stage] = f"unix:{self.folder}/s{stage}e{epoch}.sock"
+        self._load(new, epoch)
+        for handle in self.handles:
+            begin = handle.start if handle is new else handle.relink
+            begin(self._start_request(handle.shard, epoch, same_node), 60)
+
+    def _start_request(self, shard: ShardSpec, epoch: int, same_node: bool) -> pb.StartRequest:
+        addresses = {
+            (stage, 0): StageAddress(
+                "", self.addresses.get(stage, f"unix:{self.socket(stage)}"), "" if same_node else str(stage), 0
+            )
+            for stage in range(shard.num_stages)
+        }
+        links = links_of(shard, addresses, self.folder, epoch)
+        return pb.StartRequest(num_pages=PAGES, page_size=PAGE, epoch=epoch, kv_store_path=self.kv_store_path, **links)
+
+    def run_engine(self, store: KvStore | None = None) -> Engine:
+        """Start an engine; `store` is over the folder `kv_store_path`."""
+        pool = PagePool(PAGES)
+        scheduler = Scheduler(
+            pool, PAGE, CHUNK, 8, num_stages=len(self.handles), block_tokens=store.block_tokens if store else 0
+        )
+        self.engine = Engine(scheduler, self.handles, None, (0,), store=store)
+        if store is not None:
+            store.attach(self.handles, self.engine.post, pool)
+        self.store = store
         self.engine.start()
         return self.engine
 
     def close(self) -> None:
+        if self.store is not None:
+            self.store.detach()
         if self.engine is not None:
             self.engine.close()
         for handle in self.handles:

@@ -1,31 +1,74 @@
-"""How outcomes of jobs are judged, and that the order of kills follows the seed."""
+"""How kills are counted: what is computed again after each, and the report over all batches."""
 
-from cluster.bench.kills import Outcome, judge
+from __future__ import annotations
 
-EXPECTED = [((1, 2, 3),), ((4,), (5, 6))]
+from typing import Any
 
+from cluster.bench.history import Seen
+from cluster.bench.kills import recomputed, summarize
 
-def good(kind: int) -> Outcome:
-    return Outcome(kind, "succeeded", tokens=EXPECTED[kind], streamed=EXPECTED[kind])
-
-
-def test_an_undisturbed_run_counts_nothing():
-    verdict = judge([good(0), good(1), good(0)], EXPECTED)
-    assert verdict["jobs"] == 3
-    assert not any(verdict[key] for key in ("lost", "given_up", "wrong_tokens", "wrong_streams", "other_states"))
+JOB = {"client": "a", "job": "job_1", "follower": 1}
 
 
-def test_every_fault_is_counted_by_its_kind():
-    outcomes = [
-        good(1),
-        Outcome(0, "lost", "no answer"),
-        Outcome(0, "failed", "given up: the cluster was restarted"),
-        Outcome(1, "succeeded", tokens=((4,), (5, 7)), streamed=((4,), (5, 7))),
-        Outcome(1, "succeeded", tokens=EXPECTED[1], streamed=((4,), (5, 5, 6)), restarts=2),
-        Outcome(1, "cancelled"),
-        Outcome(1),
+def progress(at: float, processed: int, cached: int = 0, question: int = 0, job: str = "job_1") -> Seen:
+    return Seen("progress", at, "a", job, follower=1, processed=processed, total=9000, cached=cached, question=question)
+
+
+def test_what_was_done_and_is_not_found_again_is_recomputed() -> None:
+    history = [
+        Seen("state", 1, **JOB, state="prefilling"), progress(2, 2048), progress(3, 4000),
+        Seen("state", 5, **JOB, state="recovering", restarts=1),
+        progress(6, 3584, 3584), progress(7, 5000, 3584),
+        Seen("state", 9, **JOB, state="recovering", restarts=2), progress(10, 4608, 4608),
+    ]  # fmt: skip
+    assert recomputed(history, 4, 8) == {"job_1/0": (4000, 416)}
+    assert recomputed(history, 8, float("inf")) == {"job_1/0": (5000, 392)}
+
+
+def test_jobs_that_were_not_restarted_or_not_begun_compute_nothing_again() -> None:
+    history = [
+        progress(2, 100, job="job_2"),
+        Seen("state", 5, **JOB, state="recovering", restarts=1),
+        progress(6, 0), progress(6, 200, job="job_2"),
+    ]  # fmt: skip
+    assert recomputed(history, 4, 8) == {}
+
+
+def test_progress_that_is_repeated_is_not_the_restarted_job() -> None:
+    history = [
+        progress(2, 1000), Seen("state", 5, **JOB, state="recovering", restarts=1),
+        progress(5.5, 1000), progress(6, 1024, 900),
+    ]  # fmt: skip
+    assert recomputed(history, 4, 8) == {"job_1/0": (1000, 100)}
+
+
+def test_a_stream_that_began_after_the_kill_shows_progress_before_the_state() -> None:
+    history = [
+        progress(2, 1000),
+        Seen("attached", 5, "a", "job_1", follower=2),
+        Seen("progress", 6, "a", "job_1", follower=2, processed=1200, total=9000),
+        Seen("state", 6.1, "a", "job_1", follower=2, state="prefilling", restarts=1),
     ]
-    assert judge(outcomes, EXPECTED) == {
-        "jobs": 7, "lost": 1, "given_up": 1, "wrong_tokens": 1, "wrong_streams": 1, "other_states": 2,
-        "restarted": 1, "largest_restarts": 2, "errors": ["given up: the cluster was restarted", "no answer"],
+    assert recomputed(history, 4, 8) == {"job_1/0": (1000, 1000)}
+
+
+def test_the_report_is_over_all_batches() -> None:
+    def kill(target: str, back: float, again: int, bound: int) -> dict[str, Any]:
+        counts = {"recomputed": again, "unstored": 0, "bound": bound, "restarted": 1}
+        return {"target": target, "back_s": back, "how": "repair" if target == "stage" else "full restart"} | counts
+
+    rows = [
+        {"batch": 0, "kills": [kill("stage", 1, 100, 1024), kill("gcs", 9, 0, 0)], "cold_start_s": 6,
+         "problems": [], "facts": {"jobs": 3, "tokens": 50}},
+        {"batch": 1, "kills": [kill("stage", 3, 2000, 1024)], "cold_start_s": 8,
+         "problems": ["x"], "facts": {"jobs": 4, "tokens": 60}},
+    ]  # fmt: skip
+    report = summarize(rows)
+    assert (report["kills"], report["jobs"], report["tokens"], report["problems"]) == (3, 7, 110, ["x"])
+    assert report["recovery_s"] == {"gcs": 9, "stage": 2}
+    assert report["recovered_by"] == {
+        "full restart": {"count": 1, "median_s": 9, "max_s": 9}, "repair": {"count": 2, "median_s": 2, "max_s": 3},
     }  # fmt: skip
+    assert report["cold_start_s"] == 7
+    assert report["recomputed_largest"] == 2000
+    assert [entry["recomputed"] for entry in report["beyond_bound"]] == [2000]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from cluster.cli import common
 from cluster.cli.common import (
     Count,
     Verbs,
@@ -157,3 +159,21 @@ def test_what_is_printed_of_texts_from_outside(
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     warn(f"{EVIL}\nb")
     assert capsys.readouterr().err == f"longreach: warning: {ESCAPED} b\n"
+
+
+def test_progress_comes_with_work_that_is_slow(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with common.slow_progress(False) as progress:
+        progress("sending", 1 << 20, 3 << 20)
+    monkeypatch.setattr(common, "_SLOW_S", 0.05)
+    with common.slow_progress(False) as progress:
+        progress("reading a.pdf", 0, 0)
+        time.sleep(0.5)
+        progress("sending", 2 << 20, 3 << 20)
+        progress("reading files", 7, 0)
+    assert capsys.readouterr().err == "reading a.pdf\nsending: 2MiB of 3MiB\nreading files: 7\n"
+    with common.slow_progress(True) as progress:
+        progress("sending", 1, 2)
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""

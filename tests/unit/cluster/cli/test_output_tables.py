@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.output import print_documents, print_jobs, print_status
-from cluster.client.models import DocumentInfo
+from cluster.cli.output import print_document, print_documents, print_jobs, print_status, print_token_counts
+from cluster.client.models import Document, TokenCount
 
 ID = "job_" + "0" * 60
 
@@ -53,18 +53,47 @@ def test_no_jobs_are_a_header(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_documents(capsys: pytest.CaptureFixture[str]) -> None:
-    document = DocumentInfo("doc_1", "a report.txt", 3 << 20, 0.0, 0.0)
-    print_documents([document], as_json=False)
-    assert lines(capsys) == ["id     name          size  created  expires", "doc_1  a report.txt  3MiB"]
-    print_documents([document], as_json=True)
+    plain = Document("doc_1", "a report.txt", 3 << 20, 0.0, 0.0)
+    pinned = Document(
+        "doc_2", "b\n", 10, 1.0, 0.0, tokens=4_000, pinned=True, stored_tokens=3_584, stored_bytes=7 << 20,
+        scale_len=9_000, parent="doc_1", source_hash="ab",
+    )  # fmt: skip
+    print_documents([plain, pinned], as_json=False)
+    header, first, second = lines(capsys)
+    assert header.split("  ")[0] == "id"
+    columns = ["id", "name", "tokens", "size", "stored KV", "last use", "pinned", "expires"]
+    starts = [header.index(name) for name in columns]
+    assert first == "doc_1  a report.txt          3MiB"
+    assert second[starts[2] :].startswith("4,000   10B   3,584 tokens, 7MiB")
+    assert second[starts[6] :].split() == ["pinned", "never"]
+    print_documents([plain], as_json=True)
     assert json.loads(capsys.readouterr().out)[0]["size_bytes"] == 3 << 20
+    print_document(pinned, as_json=False)
+    shown = dict(line.split("  ", 1) for line in lines(capsys))
+    assert shown["name"].strip() == r"b\n"
+    assert shown["may grow to"].strip() == "9,000 tokens"
+    assert shown["stored KV"].strip() == "3,584 tokens, 7MiB"
+    print_document(plain, as_json=True)
+    assert json.loads(capsys.readouterr().out)["id"] == "doc_1"
+
+
+def test_token_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = [TokenCount(1_000, 3 << 20, 4_000), TokenCount(4_000, 1, 4_000)]
+    with pytest.raises(SystemExit) as ended:
+        print_token_counts(["a", "b"], counts, "head at h:1", as_json=False)
+    assert ended.value.code == 1
+    assert lines(capsys)[1:] == ["a       1,000   3MiB  25.0%     yes", "b       4,000   1B    100.0%    no"]
+    print_token_counts(["a"], counts[:1], "head at h:1", as_json=True)
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["source"], found["tokens"], found["fits"], found["counted_by"]) == ("a", 1_000, True, "head at h:1")
 
 
 def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     stage = SimpleNamespace(stage=0, rank=1, state="running", steps_done=1234, resident_bytes=3 << 20)
     status: Any = SimpleNamespace(
         model="m", version="1", uptime_s=200.0, running=1, queued=2, kv_usage=0.25, kv_tokens=8192, max_model_len=4096,
-        stages=[stage], problem="",
+        stages=[stage], problem="", kv_store_bytes=0, kv_store_max_bytes=0,
+        repairs=0, full_restarts=0, last_recovery_s=0.0,
     )  # fmt: skip
     print_status(status, "h:1", as_json=False)
     assert lines(capsys) == [
@@ -72,6 +101,14 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
         "1 running, 2 queued; KV 25% of 8,192 tokens; contexts up to 4,096 tokens", "",
         "stage  rank  state    steps  memory", "0      1     running  1,234  3MiB",
     ]  # fmt: skip
+    status.kv_store_bytes, status.kv_store_max_bytes = 3 << 20, 5 << 30
+    print_status(status, "h:1", as_json=False)
+    assert "stored KV 3MiB of 5GiB; contexts up to" in lines(capsys)[1]
+    status.repairs, status.full_restarts, status.last_recovery_s = 2, 1, 7.4
+    print_status(status, "h:1", as_json=False)
+    assert lines(capsys)[3] == (
+        "recovered 3 times, by replacing stages 2 times, by a full restart 1 times; the last one took 7.4 s"
+    )
     status.problem = "the recorder thread has ended:\x1b[2J odd"
     print_status(status, "h:1", as_json=False)
     assert r"not serving: the recorder thread has ended:\x1b[2J odd" in lines(capsys)

@@ -9,8 +9,10 @@ import pytest
 
 import cluster
 from cluster.client import requests
+from cluster.client.documents.pieces import PIECE_BYTES
+from cluster.client.ingest.source import DocumentText
 from protos.jobs import jobs_pb2 as pb
-from protos.jobs.limits import MAX_CHARS, MAX_DOCUMENT_BYTES, MAX_MESSAGES, MAX_REQUEST_BYTES
+from protos.jobs.limits import MAX_CHARS, MAX_MESSAGES, MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
 
 BAD: list[tuple[str | None, Any, dict[str, Any]]] = [
@@ -93,13 +95,23 @@ def test_listing_requests() -> None:
             requests.list_request(states, None, limit)
 
 
-def test_files_that_are_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "huge"
-    with path.open("wb") as file:
-        file.truncate(MAX_DOCUMENT_BYTES + 1)  # no byte is written
-    said = f"{MAX_DOCUMENT_BYTES + 1} bytes: must be at most {MAX_DOCUMENT_BYTES}"
-    with pytest.raises(cluster.InvalidRequest, match=said):
-        next(requests.document_pieces(path, None))
-    monkeypatch.setattr(requests, "MAX_DOCUMENT_BYTES", 10 << 20)
-    with pytest.raises(cluster.InvalidRequest, match="bytes: must be at most 10485760"):
-        list(requests.document_pieces(Path("/dev/zero"), None))
+def test_reading_a_document_asks_nothing() -> None:
+    request = requests.build_read("doc_1")
+    assert (request.document.document_id, request.document.read, list(request.document.questions)) == (
+        "doc_1",
+        True,
+        [],
+    )
+    assert request.idempotency_key != requests.build_read("doc_1").idempotency_key
+    with pytest.raises(cluster.InvalidRequest, match="document id: 5: must be text"):
+        requests.build_read(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [("x", False), ("x" * PIECE_BYTES, False), ("x" * (PIECE_BYTES + 1), True), ("é" * PIECE_BYTES, True),
+     (Path("a"), True), ([Path("a"), "b"], True), (DocumentText(b"x"), True)],
+    ids=range(7),
+)  # fmt: skip
+def test_what_is_uploaded_first(document: object, expected: bool) -> None:
+    assert requests.needs_upload(document) == expected

@@ -64,6 +64,11 @@ ERRORS: list[tuple[Failure, type[Exception], str]] = [
     (Failure(Code.CANCELLED, "CANCELLED"), cluster.Unavailable, "127.0.0.1:7777: the call was ended by the head"),
     (Failure(Code.DEADLINE_EXCEEDED, "idle upload"), cluster.Unavailable, "127.0.0.1:7777: idle upload"),
     (Failure(Code.NOT_FOUND, "a\x1b[2J\u202e"), cluster.NotFound, r"a\x1b[2J\u202e"),
+    (
+        Failure(Code.UNIMPLEMENTED, "Method not found!"),
+        cluster.LongreachError,
+        "127.0.0.1:7777: the head does not know",
+    ),
     (Failure(Code.INTERNAL, "oops"), cluster.LongreachError, "127.0.0.1:7777: INTERNAL: oops"),
 ]
 

@@ -113,3 +113,25 @@ def test_ways_beyond_the_positions(tmp_path: Path) -> None:
     (tmp_path / "long").mkdir()
     (tmp_path / "long" / "config.json").write_text(json.dumps(stretched))
     assert load_deployment(path, {"model.path": "long"}).max_model_len == 64_000
+
+
+def test_a_block_of_stored_kv_holds_whole_pages(tmp_path: Path) -> None:
+    path = on_needle(tmp_path, BASE + "kv_cache: {page_size: 64}\nkv_store: {block_tokens: 32}\n")
+    assert deployment_error(path) == (
+        "demo.yaml:7: kv_store.block_tokens: 32: must be a multiple of kv_cache.page_size (64), here 32; "
+        "use larger blocks, or a smaller page"
+    )
+    large = load_deployment(on_needle(tmp_path, BASE), {"kv_cache.page_size": 1024})
+    assert large.config.kv_store.block_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        ({}, "data/kv"), ({"kv_store.path": "shared"}, "shared"), ({"kv_store.enabled": False}, None),
+        ({"model.load_format": "dummy"}, None),
+    ],
+)  # fmt: skip
+def test_where_kv_is_stored(tmp_path: Path, overrides: dict[str, object], path: str | None) -> None:
+    loaded = load_deployment(on_needle(tmp_path, BASE), {"data_dir": "data"} | overrides)
+    assert loaded.kv_store_path == (tmp_path / path if path else None)

@@ -30,6 +30,7 @@ VALUES: dict[str, list[Any]] = {
     "sparse.last_q": [1, 1024],
     "kv_cache.page_size": [1, 16, 64, 1024],
     "kv_cache.dtype": ["int8"],
+    "kv_store.block_tokens": [1, 256, 4096],
     "kv_cache.fraction": [0.9],
 }  # fmt: skip
 KEYS = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in VALUES.items()})
@@ -59,7 +60,8 @@ def test_keys_that_fit_one_another_load(bare: Path, keys: dict[str, Any]) -> Non
     probe = {key: keys[key] for key in keys if key.startswith("model.") or key == "sparse.enabled"}
     spec = load_deployment(bare, probe).spec
     page, distance = keys.get("kv_cache.page_size"), spec.chunk_distance
-    fits = not (page and distance % page) and (spec.sparse is None or fit_one_another(keys, distance))
+    fits = not (page and (distance % page or keys.get("kv_store.block_tokens", 4096) % page))
+    fits = fits and (spec.sparse is None or fit_one_another(keys, distance))
     if not fits:
         with pytest.raises(ConfigError, match=r"must be a multiple of|must divide|must be at least"):
             load_deployment(bare, keys)
@@ -70,6 +72,8 @@ def test_keys_that_fit_one_another_load(bare: Path, keys: dict[str, Any]) -> Non
     step = config.prefill.max_num_batched_tokens
     assert step == keys.get("prefill.max_num_batched_tokens", max(2048, largest_cell(spec)))
     assert config.kv_cache.page_size.bit_count() == 1
+    assert config.kv_store.block_tokens == keys.get("kv_store.block_tokens", max(512, config.kv_cache.page_size))
+    assert config.kv_store.block_tokens % config.kv_cache.page_size == 0
     assert spec.chunk_distance % config.kv_cache.page_size == 0
     if spec.sparse is not None:
         assert spec.sparse.cell == keys.get("sparse.cell", spec.sparse.cell)

@@ -190,7 +190,7 @@ def test_minimal_file_has_the_documented_defaults(tmp_path: Path, monkeypatch: p
     assert config.model.chat_template is None
     assert config.model.document_prompt == "{document}\nQuestion: {question}"
     assert (config.cluster.address, config.cluster.num_actors, config.cluster.device) == ("local", 1, "cpu")
-    assert (config.cluster.load_timeout_s, config.cluster.step_timeout_s) == (600, 300)
+    assert (config.cluster.load_timeout_s, config.cluster.step_timeout_s) == (600, 3600)
     assert (config.prefill.max_num_batched_tokens, config.prefill.max_num_seqs) == (2048, 16)
     assert (config.kv_cache.bytes, config.kv_cache.fraction, config.kv_cache.page_size) == (None, None, 64)
     assert (config.server.host, config.server.port) == ("127.0.0.1", 0)

@@ -15,15 +15,17 @@ from protos.stage.messages import StepPlan
 
 
 class Shard:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, stage: int) -> None:
+        self.name = f"stage {stage} shard 0"
+        self.shard = SimpleNamespace(stage=stage)
         self.layers = 7
+        self.computes = False
         self.answers = True
 
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
         if not self.answers:
             raise StageError("no answer")
-        return pb.ProbeReply(layers_done=self.layers)
+        return pb.ProbeReply(layers_done=self.layers, is_computing=self.computes)
 
 
 class Scene:
@@ -31,7 +33,7 @@ class Scene:
 
     def __init__(self, predicted: float = 1.0) -> None:
         self.now = 0.0
-        self.shards = [Shard("stage 0 shard 0"), Shard("stage 1 shard 0")]
+        self.shards = [Shard(0), Shard(1)]
         latency = SimpleNamespace(predict=lambda plan: predicted)
         self.engine: Any = SimpleNamespace(oldest_plan=StepPlan(1, ()), latency=latency)
         self.detector = HangDetector(self.engine, self.shards, clock=lambda: self.now)
@@ -83,6 +85,32 @@ def test_a_shard_that_does_not_answer_is_named_and_does_not_count_as_moving():
     reason = scene.pass_time(60)
     assert reason.startswith("hung: stage 1 shard 0 does not answer")
     assert scene.now <= 42
+    assert scene.detector.hung_stages == {1}
+
+
+@pytest.mark.parametrize("busy", [(), (0,), (1,), (0, 1)])
+def test_where_all_answer_those_that_compute_are_hung(busy: tuple[int, ...]):
+    scene = Scene()
+    for stage in busy:
+        scene.shards[stage].computes = True
+    assert "no shard has finished a layer" in scene.pass_time(30)
+    assert scene.detector.hung_stages == set(busy)
+    scene.shards[0].answers = False
+    scene.engine.oldest_plan = StepPlan(2, ())
+    assert scene.pass_time(60)
+    assert scene.detector.hung_stages == {0}, "who answers may wait for it inside a step"
+
+
+def test_a_stop_within_what_was_predicted_is_waited_for():
+    """Sixty seconds in which a stage neither answers nor moves, where a step is to take fifteen."""
+    scene = Scene(predicted=15.0)
+    assert scene.pass_time(8, moving=1) == ""
+    scene.shards[0].answers = False
+    assert scene.pass_time(60) == ""
+    scene.shards[0].answers = True
+    assert scene.pass_time(600, moving=0) == ""
+    scene.shards[0].answers = False
+    assert scene.pass_time(30)
 
 
 def test_steps_that_follow_each_other_start_the_watch_anew():
@@ -113,7 +141,7 @@ def test_checks_that_fail_are_logged_and_in_the_end_fail_the_pipeline(
         done.set()
         return ""
 
-    def fail(reason: str) -> None:
+    def fail(reason: str, stages: frozenset[int]) -> None:
         failed.append(reason)
         done.set()
 

@@ -142,7 +142,9 @@ def test_states_from_start_to_close(tmp_path: Path) -> None:
     with runtime:
         runtime.generate([[5, 6]], THREE)
         (stage,) = runtime.status()["stages"]
-        assert stage == {"stage": 0, "rank": 0, "state": "running", "steps_done": 3, "resident_bytes": 0}
+        assert stage == {"stage": 0, "rank": 0, "state": "running", "steps_done": 3, "resident_bytes": 0, "late": 0}
+        recovered = [runtime.status()[key] for key in ("repairs", "full_restarts", "last_recovery_s", "epoch")]
+        assert recovered == [0, 0, 0.0, 1]
         assert runtime.status()["kv_tokens"] == 512 * 64
         assert any(runtime.latency_coefficients)
         runtime.shard.close()
@@ -181,7 +183,7 @@ def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.Monk
     def launch(*_: object) -> Pipeline:
         if (error := outcomes.pop(0)) is not None:
             raise error
-        return Pipeline(SimpleNamespace(error=""), SimpleNamespace(shards=(), num_pages=512), lambda: None)  # type: ignore[arg-type]
+        return Pipeline(SimpleNamespace(error=""), SimpleNamespace(shards=(), num_pages=512, epoch=1), lambda: None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runtime_module, "launch_pipeline", launch)
     runtime = LocalCluster(CONFIGS / "single.yaml", {"data_dir": str(tmp_path)})

@@ -36,6 +36,7 @@ class FakePipeline:
     def __init__(self, number: int, log: list[str]) -> None:
         self.engine = SimpleNamespace(error="", on_failure=None, has_worked=False)
         self.number = number
+        self.repair: Callable[[], FakePipeline] | None = None
         self._log = log
 
     def fail(self, error: str = "lost") -> None:

@@ -71,7 +71,7 @@ def test_content_is_the_name(documents: DocumentStore, folder: Path, size: int) 
 def test_the_same_bytes_are_one_document(documents: DocumentStore, folder: Path, clock: Clock) -> None:
     first = documents.put("one", [b"ab", b"", b"c"], 10)
     clock.now = 1030.0
-    assert documents.put("two", [b"abc"], 10) == replace(first, expires=1090.0)
+    assert documents.put("two", [b"abc"], 10) == replace(first, expires=1090.0, used=1030.0)
     assert names(folder) == [first.id]
     (folder / first.id).write_bytes(b"a")
     with pytest.raises(DocumentDamaged, match="1 bytes: must be 3: upload it again"):

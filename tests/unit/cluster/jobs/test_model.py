@@ -80,6 +80,7 @@ def test_only_key_and_deadline_do_not_count_as_body() -> None:
     spec = JobSpec(JobInput(prompt="a"), OPTIONS, idempotency_key="key", deadline=1.0, labels={"a": "1", "b": "2"})
     same = [
         replace(spec, deadline=2.0), replace(spec, idempotency_key="other"), replace(spec, labels={"b": "2", "a": "1"}),
+        replace(spec, cache_salt="alice"),
     ]  # fmt: skip
     assert {other.body_hash() for other in same} == {spec.body_hash()}
     others = [
@@ -94,7 +95,7 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
     spec = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=Sampling(seed=5)))
     greedy = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=SamplingParams(seed=5)))
     values = json.loads(greedy.to_json())
-    del values["idempotency_key"], values["deadline"]
+    del values["idempotency_key"], values["deadline"], values["cache_salt"], values["input"]["read"]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
     others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (

@@ -95,7 +95,7 @@ def test_all_prompts_of_a_job_show_the_same_clock(runtime: FakeRuntime, bench: B
     questions = tuple(f"Why {index}?" for index in range(20))
     spec = JobSpec(JobInput(document_id=document.id, questions=questions), AnswerOptions(max_tokens=1))
     now = datetime(2031, 2, 3, 4, 5, 6, 789)
-    prompts = job_prompts(bench.runtime, bench.service.documents, spec, now)
+    prompts = job_prompts(bench.runtime, bench.service.document_tokens, spec, now)
     assert all(bench.runtime.tokenizer.decode(ids).startswith("2031-02-03 04:05:06.000789 The") for ids in prompts)
     assert bench.service.wait(bench.service.submit(spec).id, 20).state is JobState.SUCCEEDED
 
@@ -135,7 +135,7 @@ def test_a_job_of_an_earlier_version_has_the_clock_of_its_creation():
 def test_a_message_cannot_write_tokens_of_the_template(runtime: FakeRuntime, bench: Bench):
     runtime.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}<|im_end|>"
     spec = JobSpec(JobInput(messages=(("user", "a<|im_end|>b<|im_start|>"),)), AnswerOptions())
-    (ids,) = job_prompts(runtime, bench.service.documents, spec)
+    (ids,) = job_prompts(runtime, bench.service.document_tokens, spec)
     assert [token for token in ids if token < 3] == [1, 2]
     assert runtime.tokenizer.decode(list(ids), skip_special=False) == "<|im_start|>a<|im_end|>b<|im_start|><|im_end|>"
 
@@ -147,7 +147,7 @@ def test_messages_that_cannot_fit_are_refused_before_they_are_rendered(
     content = "a" * (runtime.deployment.max_model_len * runtime.tokenizer.longest_token_bytes)
     spec = JobSpec(JobInput(messages=(("user", content),)), AnswerOptions())
     with pytest.raises(InvalidJob, match=r"^conversation: \d+ bytes are at least \d+ tokens, max_model_len is"):
-        job_prompts(runtime, bench.service.documents, spec)
+        job_prompts(runtime, bench.service.document_tokens, spec)
 
 
 def test_a_busy_renderer_is_a_busy_service(runtime: FakeRuntime, bench: Bench, monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +157,7 @@ def test_a_busy_renderer_is_a_busy_service(runtime: FakeRuntime, bench: Bench, m
     spec = JobSpec(JobInput(messages=(("user", "hi"),)), AnswerOptions())
     monkeypatch.setattr(chat_template.renderer, "render", refuse)
     with pytest.raises(ServiceBusy, match=r"^chat_template: other requests take long") as caught:
-        job_prompts(runtime, bench.service.documents, spec)
+        job_prompts(runtime, bench.service.document_tokens, spec)
     assert caught.value.retry_after_s > 0
 
 
@@ -171,7 +171,7 @@ class Documents:
         self.go = threading.Event()
         self.lock = threading.Lock()
 
-    def read(self, document_id: str, check_size: Any) -> bytes:
+    def ids(self, document_id: str, place: object, check_size: Any) -> list[int]:
         check_size(self.size)
         with self.lock:
             self.reading += 1
@@ -179,7 +179,7 @@ class Documents:
         assert self.go.wait(10)
         with self.lock:
             self.reading -= 1
-        return self.content
+        return list(self.content)
 
 
 ASKED = JobSpec(JobInput(document_id="doc_" + "0" * 32, questions=("q",)), AnswerOptions(max_tokens=4))

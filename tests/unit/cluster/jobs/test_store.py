@@ -146,9 +146,9 @@ def test_a_submission_moves_on_the_expiry_of_its_document(store: JobStore) -> No
     store.put_document(DOCUMENT)
     spec = JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions())
     store.create(spec, new_id("job"), 1, {})
-    assert store.get_document(DOCUMENT.id) == DOCUMENT
+    assert store.get_document(DOCUMENT.id) == replace(DOCUMENT, used=1000.0)
     store.create(spec, new_id("job"), 1, {}, document_expires=170.0)
-    assert store.get_document(DOCUMENT.id) == replace(DOCUMENT, expires=170.0)
+    assert store.get_document(DOCUMENT.id) == replace(DOCUMENT, expires=170.0, used=1000.0)
 
 
 def test_refused_submissions_leave_nothing(store: JobStore) -> None:

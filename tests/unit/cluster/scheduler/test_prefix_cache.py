@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
+from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import FinishReason, Status
 from protos.model.spec import ModelSpec
 from protos.stage.messages import SampledToken
@@ -163,6 +164,20 @@ def test_pages_of_a_last_cell_do_not_stand_for_those_of_a_longer_prompt(spec: Mo
     third = request(3, range(300))
     finish(harness, third)
     assert third.num_cached == 256
+
+
+@pytest.mark.parametrize(("first", "second"), [(127, 128), (64, 65), (127, 100), (130, 170)])
+@pytest.mark.parametrize("spec", [SPARSE, GRID])
+def test_prompts_that_part_inside_a_cell_share_none_of_its_pages(spec: ModelSpec, first: int, second: int):
+    harness = Harness(pages=120, spec=spec)
+    one, other = (
+        [*range(common), *range(base, base + 300 - common)] for common, base in ((first, 2000), (second, 3000))
+    )
+    finish(harness, request(1, one))
+    finish(harness, request(2, other, pinned_len=300))
+    finish(harness, again := request(3, other, pinned_len=300))  # the pages of the second, none of the first
+    assert again.num_cached >= 256
+    check_cells(harness, spec)
 
 
 @pytest.mark.parametrize("spec", [SPARSE, GRID, SCALED])
@@ -323,7 +338,7 @@ def test_a_follower_of_a_cancelled_leader_returns_to_its_own_scale():
 
 def test_pages_are_pending_from_admission_to_computation():
     pool = PagePool(16)
-    cache = PrefixCache(pool, PAGE, b"root", None)
+    cache = PrefixCache(pool, PAGE, PrefixKeys(b"root", PAGE, None))
     first, second, third = (request(i, [*range(3 * PAGE), i]) for i in (1, 2, 3))
     for item in (first, second, third):
         cache.prepare(item)
@@ -352,7 +367,7 @@ def test_pages_are_pending_from_admission_to_computation():
 
 def test_the_first_to_announce_a_page_computes_it():
     pool = PagePool(16)
-    cache = PrefixCache(pool, PAGE, b"root", None)
+    cache = PrefixCache(pool, PAGE, PrefixKeys(b"root", PAGE, None))
     first, second, third = (request(i, [*range(PAGE), i]) for i in (1, 2, 3))
     for item in (first, second, third):
         cache.prepare(item)

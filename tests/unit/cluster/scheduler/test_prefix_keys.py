@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 
 from cluster.scheduler import prefix_keys
-from cluster.scheduler.prefix_keys import PrefixKeys, page_hashes
+from cluster.scheduler.prefix_keys import Origin, PrefixKeys, page_hashes
 from protos.model.spec import ModelSpec
 from tests.support.rigs.scheduler import GRID, PAGE, PLAIN, SCALED, SPARSE, s2
 
@@ -59,9 +59,27 @@ def test_pages_that_depend_on_the_end_of_the_prompt_have_no_hash(
 def test_sparse_rows_and_other_length_keys_have_hashes_of_their_own() -> None:
     prompt = range(160)
     plain, dense = (list(keys(spec).hashes(prompt, 0)) for spec in (None, SCALED))
-    assert plain == dense == list(page_hashes(prompt, PAGE, ROOT))
+    assert plain == dense
     others = [next(keys(spec).hashes(prompt, key)) for spec, key in ((SPARSE, 0), (SCALED, 160), (SCALED, 161))]
-    assert len({plain[0], *others}) == 4
+    others += [next(keys(None).hashes(prompt, 0, origin)) for origin in (Origin("other"), Origin("", "alice"))]
+    assert len({plain[0], *others}) == 6
+
+
+def test_this_cluster_s_kernels_are_the_same_by_name() -> None:
+    mine, other = (PrefixKeys(ROOT, PAGE, None, PAGE, family) for family in ("torch", "compiled"))
+    prompt = range(160)
+    assert list(mine.block_keys(prompt, 0)) == list(other.block_keys(prompt, 0, Origin("torch")))
+    assert list(mine.block_keys(prompt, 0)) != list(other.block_keys(prompt, 0))
+
+
+@pytest.mark.parametrize("spec", [None, SPARSE, GRID, SCALED])
+@pytest.mark.parametrize("prompt_len", [31, 32, 100, 193, 400])
+def test_keys_of_blocks_depend_on_no_page_size(spec: ModelSpec | None, prompt_len: int) -> None:
+    prompt = range(prompt_len)
+    small, large = (PrefixKeys(ROOT, page_size, spec, 32) for page_size in (8, 32))
+    assert list(small.block_keys(prompt, 0)) == list(large.block_keys(prompt, 0)) == list(large.hashes(prompt, 0))
+    assert len(list(small.block_keys(prompt, 0))) == len(list(small.hashes(prompt, 0))) // 4
+    assert list(keys(spec).block_keys(prompt, 0)) == [], "without a store there are none"
 
 
 def test_hashes_cost_as_much_as_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +87,7 @@ def test_hashes_cost_as_much_as_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     sha256 = hashlib.sha256
     monkeypatch.setattr(prefix_keys.hashlib, "sha256", lambda data: calls.append(data) or sha256(data))
     assert len(list(islice(keys(None).hashes(range(10_000), 0), 3))) == 3
-    assert len(calls) == 3
+    assert len(calls) == 4, "the root, and three pages"
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,25 @@ def test_changes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     caller = Caller("key team a", "ipv4:10.0.0.1:5000")
     request, reply = SimpleNamespace(id="doc_1\nforged"), SimpleNamespace(id="job_1")
-    for method in ("Submit", "UploadDocument", "Cancel", "Delete", "DeleteDocument", "Get", "List", "Stream"):
+    for method in (
+        "Submit",
+        "UploadDocument",
+        "AppendDocument",
+        "PinDocument",
+        "Cancel",
+        "Delete",
+        "DeleteDocument",
+        "CountTokens",
+        "Get",
+        "List",
+        "Stream",
+    ):
         log_change(f"{JOBS}/{method}", caller, request, reply)
     log_change("/other.Service/Submit", caller, request, reply)
     who = "by key team a at ipv4:10.0.0.1:5000"
     assert [record.getMessage() for record in caplog.records] == [
-        f"Submit job_1 {who}", f"UploadDocument job_1 {who}", rf"Cancel doc_1\nforged {who}",
+        f"Submit job_1 {who}", f"UploadDocument job_1 {who}", f"AppendDocument job_1 {who}",
+        rf"PinDocument doc_1\nforged {who}", rf"Cancel doc_1\nforged {who}",
         rf"Delete doc_1\nforged {who}", rf"DeleteDocument doc_1\nforged {who}",
     ]  # fmt: skip
 

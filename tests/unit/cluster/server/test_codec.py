@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
+    DocumentRecord,
     JobAnswer,
     JobInput,
     JobRecord,
@@ -39,6 +40,29 @@ def sampling(**fields: Any) -> dict[str, Any]:
 
 def document(**fields: Any) -> dict[str, Any]:
     return {"document": pb.DocumentQuestions(**fields)}
+
+
+def test_a_document_is_read_with_low_priority_and_one_token() -> None:
+    spec = decode(**document(document_id=DOC, read=True))
+    assert (spec.input, spec.priority, spec.ask.max_tokens) == (JobInput(DOC, read=True), -1, 1)
+    assert decode(**document(document_id=DOC, read=True), priority=3).priority == 3
+    assert JobSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(InvalidRequest, match=r"document.questions: 1: must be none with document.read"):
+        decode(**document(document_id=DOC, read=True, questions=["q"]))
+    answer = JobAnswer(0, 7, 3, "length", "said", "thought")
+    token = OutputToken(1, 0, 5, "said", answer="said")
+    record = JobRecord(new_id("job"), JobState.SUCCEEDED, spec, 1.0, answers=(answer,))
+    job = codec.encode_job(record, [token])
+    shown = job.answers[0]
+    assert (job.read, shown.text, list(shown.token_ids), shown.prompt_tokens) == (True, "", [], 7)
+    assert not shown.HasField("reasoning")
+
+
+def test_a_document_shows_what_is_stored_of_it() -> None:
+    record = DocumentRecord(DOC, "d", 9, 1.0, 0.0, tokens=600, scale_len=-1, pinned=True, parent="p", seams=(3,))
+    shown = codec.encode_document(record, 1024, 77)
+    assert (shown.tokens, shown.scale_len, shown.stored_tokens, shown.stored_bytes) == (600, 0, 600, 77)
+    assert (shown.pinned, shown.expires, shown.parent) == (True, 0.0, "p")
 
 
 def test_everything_that_was_asked_arrives() -> None:

@@ -57,7 +57,8 @@ def test_small_requests_are_small(path: str) -> None:
     check_raw(path, bytes(MAX_SMALL_BYTES))
     with pytest.raises(InvalidRequest, match=f"{MAX_SMALL_BYTES + 1} bytes: must be at most {MAX_SMALL_BYTES}"):
         check_raw(path, bytes(MAX_SMALL_BYTES + 1))
-    check_raw(f"{JOBS}/UploadDocument", bytes(MAX_SMALL_BYTES + 1))
+    for name in ("UploadDocument", "AppendDocument", "ImportDocument", "CountTokens"):
+        check_raw(f"{JOBS}/{name}", bytes(MAX_SMALL_BYTES + 1))
 
 
 @given(st.binary(max_size=200))

@@ -25,7 +25,7 @@ def links(nodes: str, ranks: int = 1) -> list[pb.StartRequest]:
         (s.stage, s.rank): StageAddress(f"unix:s{s.stage}r{s.rank}", f"host:{s.stage}{s.rank}", nodes[s.stage], 1)
         for s in shards
     }
-    return [pb.StartRequest(**links_of(shard, addresses, RUN_DIR)) for shard in shards]
+    return [pb.StartRequest(**links_of(shard, addresses, RUN_DIR, 3)) for shard in shards]
 
 
 def test_a_stage_alone_has_no_links():
@@ -35,14 +35,14 @@ def test_a_stage_alone_has_no_links():
 def test_stages_of_one_node_form_a_ring_of_unix_sockets():
     for count in (2, 3):
         made = links("a" * count)
-        assert [Path(link.downstream_socket).name for link in made] == [f"link{at}r0.sock" for at in range(count)]
+        assert [Path(link.downstream_socket).name for link in made] == [f"link{at}r0e3.sock" for at in range(count)]
         assert [link.upstream_socket for link in made] == [made[at - 1].downstream_socket for at in range(count)]
         assert all(Path(link.upstream_socket).parent == RUN_DIR and not link.downstream for link in made)
 
 
 def test_shards_are_linked_with_their_rank():
     names = [Path(link.downstream_socket).name for link in links("aa", ranks=2)]
-    assert names == ["link0r0.sock", "link0r1.sock", "link1r0.sock", "link1r1.sock"]
+    assert names == ["link0r0e3.sock", "link0r1e3.sock", "link1r0e3.sock", "link1r1e3.sock"]
 
 
 def test_nodes_are_linked_over_grpc():

@@ -282,6 +282,42 @@ def test_actors_are_placed_by_stage_and_released(ray: FakeRay) -> None:
     assert ray.calls[5:] == ["remove group", *LEFT]
 
 
+def test_the_actors_of_a_stage_are_replaced_in_their_place(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    names = iter("abcdef")
+
+    def actor() -> Any:
+        name = next(names)
+        return SimpleNamespace(name=name, serve=SimpleNamespace(remote=lambda: f"serving {name}"))
+
+    (_, before) = cluster.place(actor, 2, 2, 0.5, 0.0)
+    cluster.serve()
+    ray.calls.clear()
+    after = cluster.replace(actor, 1)
+    assert [handle.name for handle in after] == ["e", "f"]
+    assert ray.calls == [*(f"kill {handle}" for handle in before), "0.5 CPU, 0 GPU, bundle 1"]
+    cluster.serve({1})
+    ray.calls.clear()
+    cluster.release()
+    assert ray.calls[0] == "wait for 4", "nobody waits for those that were killed"
+    assert len([call for call in ray.calls if call.startswith("kill")]) == 4
+    with pytest.raises(PlacementError, match="no actors are placed"):
+        cluster.replace(actor, 1)
+
+
+def test_actors_cannot_be_replaced_without_ray(ray: FakeRay) -> None:
+    cluster = connected(ray)
+    cluster.place(lambda: "actor", 2, 1, 1.0, 0.0)
+    ray.error = ray.exceptions.RayError("no\n GCS")
+    with pytest.raises(PlacementError, match=r"^the actors of stage 0 cannot be replaced: no GCS$"):
+        cluster.replace(lambda: "actor", 0)
+    assert cluster.lost == ""
+    ray.locals[0].lose("gcs_server ended")
+    assert cluster.lost == "gcs_server ended"
+    with pytest.raises(PlacementError, match=r"^gcs_server ended$"):
+        cluster.replace(lambda: "actor", 0)
+
+
 def test_close_goes_on_when_ray_is_gone(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
     cluster = connected(ray)
     cluster.place(object, 1, 1, 1.0, 0.0)

@@ -29,15 +29,13 @@ def test_prompts_share_the_document_and_tokenise_it_once(monkeypatch: pytest.Mon
     tokenizer = with_template(CHATML)
     document = gzip.decompress((paths.NEEDLE / "book.txt.gz").read_bytes())[:200_000].decode()
     sizes: list[int] = []
-    encode = tokenizer.encode_parts
+    encode = tokenizer.encode_literal
     monkeypatch.setattr(
-        tokenizer,
-        "encode_parts",
-        lambda parts, *a, **k: sizes.append(sum(len(part.text) for part in parts)) or encode(parts, *a, **k),
-    )
+        tokenizer, "encode_literal", lambda text, *a: sizes.append(len(text)) or encode(text, *a)
+    )  # fmt: skip
     questions = ["Who?", "What is it, and why?", "Who <|im_end|> him?"]
     prompts = build_document_prompts(tokenizer, document, questions, enable_thinking=False, max_model_len=LONG)
-    assert sum(size >= len(document) for size in sizes) == 1
+    assert sizes == [len(document)]
     shared = len(tokenizer.encode("<|im_start|>user\n" + document))
     assert all(prompt[:shared] == prompts[0][:shared] for prompt in prompts)
     for prompt, question in zip(prompts, questions, strict=True):
@@ -52,6 +50,25 @@ def test_prompt_equals_one_tokenisation_of_the_whole_text() -> None:
     (prompt,) = build_document_prompts(tokenizer, "And he said.", ["Who?"], enable_thinking=None, max_model_len=LONG)
     content = "And he said.\nQuestion: Who?"
     assert prompt == tokenizer.encode(render_chat(tokenizer, [{"role": "user", "content": content}]))
+
+
+@pytest.mark.parametrize("document", ["And he said.", "\n\nAnd", " \n", "<|im_end|>", "x" * 67])
+@pytest.mark.parametrize("chat", [CHATML, TRAINED, None, "<|im_start|>{{ messages[0].content }}"])
+def test_a_prompt_is_head_document_and_tail_with_seams(document: str, chat: str | None) -> None:
+    tokenizer = with_template(chat)
+    place = prompts.document_place(tokenizer)
+    ids = tokenizer.encode_literal(document, place, LONG)
+    build = lambda source, question: build_document_prompts(  # noqa: E731
+        tokenizer, source, [question], enable_thinking=None, max_model_len=LONG
+    )[0]
+    places: list[object] = []
+    prompt = build(document, "Why?")
+    assert build(lambda at: places.append(at) or ids, "Why?") == prompt
+    assert places == [place]
+    (start,) = [at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids][:1]
+    other = build(document, "And what else?")
+    assert other[: start + len(ids)] == prompt[: start + len(ids)]
+    assert document in tokenizer.decode(prompt, skip_special=False)
 
 
 def test_a_document_cannot_end_its_message() -> None:

@@ -130,12 +130,12 @@ def test_token_ids_that_cannot_be_used(
 def test_files_that_cannot_be_used_are_named(ask: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     for name in ("document", "prompt_file", "token_ids"):
         questions = ("Who?",) if name == "document" else ()
-        with pytest.raises(PromptError, match=r"absent: cannot be read \(No such file"):
+        with pytest.raises(UserError, match=r"absent: cannot be read \(No such file"):
             ask(questions=questions, **{name: tmp_path / "absent"})
-        if name != "token_ids":
-            what = name.removesuffix("_file")
-            with pytest.raises(PromptError, match=rf"bad.txt: {what}: byte 0xff at offset 1 is not UTF-8"):
-                ask(questions=questions, **{name: write(tmp_path / "bad.txt", b"a\xff")})
+    with pytest.raises(PromptError, match=r"bad.txt: prompt: byte 0xff at offset 1 is not UTF-8"):
+        ask(prompt_file=write(tmp_path / "bad.txt", b"a\xff"))
+    with pytest.raises(UserError, match=r"bad.bin: is binary: must be text, PDF"):
+        ask(document=write(tmp_path / "bad.bin", b"a\0b"), questions=("Who?",))
     large = tmp_path / "large.txt"
     with large.open("wb") as file:
         file.truncate(1 << 34)  # sparse; it is refused by its size alone

@@ -144,3 +144,20 @@ def test_what_a_client_lets_through_its_message_can_hold(name: str, value: objec
         message = str(error)
     assert message.startswith(name)
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (pb.DocumentHeader(name="n", source_hash="0a" * 32), ""),
+        (pb.DocumentHeader(name="n" * 257), "name: 257 characters"),
+        (pb.DocumentHeader(source_hash="0A" * 32), "source_hash: .* must be 64 hexadecimal digits, or empty"),
+        (pb.DocumentHeader(source_hash="0a"), "source_hash: "),
+    ],
+)
+def test_headers_of_documents(header: pb.DocumentHeader, said: str) -> None:
+    if not said:
+        assert validate.check_header(header) is header
+    else:
+        with pytest.raises(UserError, match=said):
+            validate.check_header(header)

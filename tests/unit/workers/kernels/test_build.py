@@ -5,8 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from workers.kernels.build import compiler, library_path, load
+from workers.kernels import build
+from workers.kernels.abi import Path as InstructionSet
+from workers.kernels.build import compiler, kernel_family, library_path, load
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -81,3 +84,13 @@ def test_a_failed_build_names_the_reason_and_leaves_the_way_free(
         with pytest.raises(OSError, match=r"exit code 1: x\.cpp:1: error: no such thing"):
             library_path(build=True)
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize(("best", "name"), [(InstructionSet.AMX, "amx"), (InstructionSet.PORTABLE, "portable")])
+def test_kernels_are_named(monkeypatch: pytest.MonkeyPatch, best: InstructionSet, name: str) -> None:
+    monkeypatch.setattr(build, "best_path", lambda: best)
+    assert kernel_family(torch.device("cpu")) == name
+    monkeypatch.setattr(build, "best_path", lambda: None)
+    assert kernel_family(torch.device("cpu")).startswith("torch-")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernel_family(torch.device("cuda", 1)) == "cuda-9.0"

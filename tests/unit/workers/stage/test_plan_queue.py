@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from protos.stage.messages import SequenceSlice, StepPlan
-from workers.stage.plan_queue import PlanQueue, UnreadablePlan
+from workers.stage.plan_queue import PlanQueue, RunCancelled, UnreadablePlan
 
 
 def plan(step: int, length: int = 1) -> StepPlan:
@@ -83,3 +84,29 @@ def test_what_is_no_plan_is_an_error_after_the_plans_before_it(error: Exception)
     with pytest.raises(UnreadablePlan, match="a plan cannot be read: ") as caught:
         next(plans)
     assert "\n" not in str(caught.value)
+
+
+def test_a_queue_that_was_ended_gives_nothing_and_counts_what_still_comes():
+    stream, late = Stream(), queue.SimpleQueue[int]()
+    plans = PlanQueue(stream, late.put)
+    stream.send(1, 2)
+    taken = iter(plans)
+    assert next(taken).step == 1
+    plans.end()
+    stream.send(3, 4)
+    assert late.get(timeout=10) == 2
+    assert list(taken) == []
+    assert list(plans) == []
+    stream.bursts.put(None)
+
+
+def test_a_cancelled_run_drops_what_was_not_taken():
+    stream = Stream()
+    plans = PlanQueue(stream)
+    stream.send(1, 2, 3)
+    taken = iter(plans)
+    assert next(taken).step == 1
+    stream.bursts.put(RunCancelled())
+    while plans.decodes_ahead(1):
+        time.sleep(0.01)
+    assert list(taken) == []

@@ -181,7 +181,7 @@ def test_first_tokens_are_not_held(ready: StageWorker) -> None:
 
 def test_an_error_inside_a_burst_comes_after_what_was_held(ready: StageWorker) -> None:
     groups = list(ready.run([[prefill(20), decode(1), decode(2), decode(3, step=9), decode(4, step=10)]]))
-    error = "plan 9 came where 4 was due"
+    error = "stage 0 shard 0: plan 9 came where 4 was due"
     errors = [[result.error for result in group] for group in groups]
     assert errors == [[""], ["", "", error], [error]]
 

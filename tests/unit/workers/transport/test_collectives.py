@@ -1,6 +1,7 @@
 """Reductions among the shards of a stage: gloo groups of threads in one process."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from workers.transport.collectives import Collectives, join_group
+from workers.transport.collectives import Collectives, GroupLost, join_group
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,27 @@ def test_a_member_that_leaves_is_an_error_for_the_others():
     first, second = in_group(2, work, timeout_s=1.0)
     assert second == "left"
     assert isinstance(first, RuntimeError)
+
+
+def test_members_meet_again_after_one_has_left():
+    """Who waits for one that leaves hears of it at once, not after the time limit."""
+    stores = [dist.HashStore() for _ in range(2)]
+
+    def work(group: Collectives) -> list[float]:
+        found = []
+        for store in stores:
+            found.append(float(group.all_reduce(torch.ones(1))))
+            if group.rank == 1:
+                group.close()
+            else:
+                with pytest.raises(GroupLost, match="the group of the stage broke"):
+                    group.all_reduce(torch.ones(1))
+            group.join(store)
+        return [*found, float(group.all_reduce(torch.full((1,), 1.0 + group.rank)))]
+
+    began = time.monotonic()
+    assert in_group(2, work, timeout_s=60.0) == [[2.0, 2.0, 3.0]] * 2
+    assert time.monotonic() - began < 30
 
 
 def test_one_shard_needs_no_group():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from random import Random
 
 import pytest
 import torch
@@ -88,9 +89,49 @@ def test_tensors_follow_each_other():
 
 
 def test_headers_keep_every_value():
-    header = Header(1 << 40, 3, (1 << 32) - 1, 2, (1, 2**63, 0, 2**64 - 1), 5)
+    header = Header(1 << 40, 3, (1 << 32) - 1, 2, (1, 2**63, 0, 2**64 - 1), 5, (1 << 32) - 1)
     assert HEADER_BYTES == len(header.pack(b"12345")) == 64
     assert Header.unpack(header.pack(b"12345")) == header
+
+
+# --- epochs -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    new=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    old=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6), st.integers(0, 40)), max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+def test_frames_of_earlier_epochs_change_nothing(new: list[int], old: list[tuple[int, int, int]], order: Random):
+    """However they are mixed: whole tensors, parts of them, frames that continue others."""
+    frames = [frame for step, size in enumerate(new) for frame in split(torch.arange(float(size)), step, 16, epoch=7)]
+    late = [split(torch.arange(float(size)) + 1000, step, 16, epoch) for step, epoch, size in old]
+    others = [frame for tensor in late for frame in tensor]
+    order.shuffle(others)
+    places = sorted((order.randrange(len(frames) + 1) for _ in others), reverse=True)
+    for place, frame in zip(places, others, strict=True):
+        frames.insert(place, frame)
+    dropped: list[int] = []
+    data = io.BytesIO(b"".join(frames))
+    for step, size in enumerate(new):
+        got, tensor = read_tensor(data.readinto, 7, lambda: dropped.append(1))
+        assert got == step
+        assert torch.equal(tensor, torch.arange(float(size)))
+    rest, unread = data.read(), 0
+    while rest:
+        rest, unread = rest[HEADER_BYTES + Header.unpack(rest).size :], unread + 1
+    assert len(dropped) + unread == len(others), "each is counted"
+
+
+def test_frames_of_a_later_epoch_and_damaged_ones_are_errors():
+    with pytest.raises(FrameError, match=r"step 1: 4 bytes of epoch 8 in epoch 7"):
+        read_tensor(io.BytesIO(next(split(torch.ones(1), 1, epoch=8))).readinto, 7)
+    old = next(split(torch.ones(1), 1, epoch=6))
+    with pytest.raises(FrameError, match="checksum"):
+        read_tensor(io.BytesIO(old[:-1] + b"?").readinto, 7)
+    with pytest.raises(FrameError, match="bytes of epoch 6"):
+        read_tensor(io.BytesIO(changed(old, size=MAX_PAYLOAD + 1) + bytes(64)).readinto, 7)
 
 
 def test_other_types_are_refused():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.common.errors import JobStoreError
-from cluster.jobs.model import JobInput, JobSpec
+from cluster.jobs.model import DocumentRecord, JobInput, JobSpec
 from cluster.jobs.sqlite.migrations import MAX_SHOWN, MIGRATIONS, VERSION, check_schema, schema_version, shown_question
 from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
@@ -46,7 +46,9 @@ def test_versions_that_are_none(value: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("table", ["jobs", "specs", "answers", "tokens", "labels", "documents", "summaries"])
+@pytest.mark.parametrize(
+    "table", ["jobs", "specs", "answers", "tokens", "labels", "documents", "summaries", "document_kv"]
+)
 def test_a_missing_table(table: str) -> None:
     db = at(VERSION)
     db.execute(f"DROP TABLE {table}")
@@ -59,9 +61,11 @@ def test_jobs_of_every_version_are_listed(tmp_path: Path, version: int) -> None:
     """Good jobs as they were; damaged ones survive, and say so."""
     path = tmp_path / "jobs.sqlite"
     old = sqlite3.connect(path, isolation_level=None)
-    for step in range(1, version + 1):
+    written = min(version, 4)  # later ones keep a summary beside the spec
+    for step in range(1, written + 1):
         MIGRATIONS[step](old)
     old.execute("INSERT INTO meta VALUES ('schema_version', ?)", (version,))
+    old.execute("INSERT INTO documents VALUES (?, 'd', 3, 1.0, 2e12)", ("doc_" + "0" * 32,))
     questions = ("Who?", "é" * (MAX_SHOWN - 1), "é" * MAX_SHOWN, "é" * (MAX_SHOWN + 1))
     given = JobInput(document_id="doc_" + "0" * 32, questions=questions)
     good = JobSpec(given, AnswerOptions(), priority=-4, labels={"a": "b"}).to_json()
@@ -72,6 +76,8 @@ def test_jobs_of_every_version_are_listed(tmp_path: Path, version: int) -> None:
         old.execute(f"INSERT INTO jobs ({columns}) VALUES ({', '.join('?' * len(values))})", values)
         old.execute('INSERT INTO specs VALUES (?, ?, \'{"model": "m"}\')', (seq, spec))
         old.execute("INSERT INTO labels VALUES (?, 'a', 'b')", (seq,))
+    for step in range(written + 1, version + 1):
+        MIGRATIONS[step](old)
     old.close()
     store = JobStore(path)
     records = {record.id: record for record in store.list_jobs()[0]}
@@ -81,6 +87,7 @@ def test_jobs_of_every_version_are_listed(tmp_path: Path, version: int) -> None:
     assert [len(question) for question in shown.spec.input.questions] == [4, MAX_SHOWN - 1, MAX_SHOWN, MAX_SHOWN]
     assert (shown.spec.priority, shown.spec.labels, shown.reproducibility) == (-4, {"a": "b"}, {"model": "m"})
     assert shown.damage == ""
+    assert store.list_documents() == [DocumentRecord("doc_" + "0" * 32, "d", 3, 1.0, 2e12, used=1.0)]
     for seq in (2, 3, 4):
         record = store.get(f"job_{seq:032x}")
         assert record is not None

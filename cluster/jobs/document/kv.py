@@ -1,0 +1,84 @@
+"""The account of stored KV: which blocks belong to which documents, and the end of those whose documents are gone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from cluster.common.errors import JobStoreError
+from cluster.common.text_format import one_line
+from cluster.jobs.store import JobStore
+
+_log = logging.getLogger(__name__)
+
+
+class StoredKv(Protocol):
+    """What is needed of `cluster.kv_store.store.KvStore`."""
+
+    is_enabled: bool
+
+    def forget_document(self, keys: Iterable[bytes]) -> None:
+        """Drop blocks; whoever listens to the store is told when they are gone."""
+
+
+class DocumentKv:
+    """Listens to the store of KV (`KvEvents`); any thread may call it.
+
+    A block stays in the table until the store says that it is dropped. One that no document has any more is forgotten
+    again at every sweep until then, so a write that was under way, and a crash at any time, leave nothing behind.
+    """
+
+    def __init__(self, store: JobStore, kv: StoredKv) -> None:
+        self._store = store
+        self._kv = kv
+        self._lock = threading.Lock()  # of `_waiting`
+        self._writing = threading.Lock()  # batches are written in the order they were told in
+        self._waiting: list[tuple[str, bytes, int] | bytes] = []  # stored blocks, and keys of dropped ones
+        self._is_closed = False
+
+    def on_stored(self, document_id: str, key: bytes, size: int) -> None:
+        """Note a stored block of a document; `flush` writes it."""
+        with self._lock:
+            self._waiting.append((document_id, key, size))
+        if self._is_closed:
+            self.flush()
+
+    def on_dropped(self, keys: Sequence[bytes]) -> None:
+        """Note that blocks are gone; `flush` writes it."""
+        with self._lock:
+            self._waiting += keys
+        if self._is_closed:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was told since the last call, in its order; what the store refuses is tried again next time."""
+        with self._writing:
+            with self._lock:
+                batch, self._waiting = self._waiting, []
+            at = 0
+            try:
+                while at < len(batch):
+                    end = at + 1
+                    while end < len(batch) and isinstance(batch[end], bytes) == isinstance(batch[at], bytes):
+                        end += 1
+                    part = batch[at:end]
+                    self._store.add_kv(item for item in part if isinstance(item, tuple))
+                    self._store.remove_kv(item for item in part if isinstance(item, bytes))
+                    at = end
+            except JobStoreError as error:
+                with self._lock:
+                    self._waiting = batch[at:] + self._waiting
+                _log.warning("stored KV of documents cannot be noted now: %s", one_line(error))
+
+    def sweep(self) -> None:
+        """Forget the blocks whose documents are all gone. Raises JobStoreError."""
+        self.flush()
+        if self._kv.is_enabled and (orphans := self._store.orphan_kv()):
+            self._kv.forget_document(orphans)
+
+    def close(self) -> None:
+        """Write at once from now on: a pipeline that ends stores its last blocks after the job service has ended."""
+        self._is_closed = True
+        self.flush()

@@ -1,0 +1,145 @@
+"""The tables of documents: their records, and which blocks of stored KV belong to them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, fields
+
+from cluster.jobs.model import ACTIVE, SCALE_TO_COME, DocumentRecord, NotAllowedNow
+from cluster.jobs.sqlite import statements
+from cluster.jobs.sqlite.database import Database
+from protos.jobs.limits import MAX_INT64
+
+_IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
+_ORPHANS = (
+    "SELECT DISTINCT key FROM document_kv AS orphan WHERE NOT EXISTS"
+    " (SELECT 1 FROM document_kv JOIN documents ON documents.id = document_id WHERE key = orphan.key) LIMIT ?"
+)
+_MOST_ORPHANS = 10_000  # at a time
+
+
+def touch(db: sqlite3.Connection, document_id: str, expires: float | None, now: float) -> bool:
+    """Note a use of a document, which expires then if it is not pinned; False if there is no such document."""
+    query = (
+        "UPDATE documents SET expires = CASE WHEN pinned THEN 0 ELSE coalesce(?, expires) END, used = ? WHERE id = ?"
+    )
+    return db.execute(query, (expires, now, document_id)).rowcount > 0
+
+
+class DocumentTable:
+    """The documents of a job store; all methods may be called from any thread, each is one transaction."""
+
+    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
+        self._db = database
+        self._clock = clock
+
+    def put_document(self, record: DocumentRecord) -> DocumentRecord:
+        """Add a document, or renew the expiry of the one with this id; returns what is stored.
+
+        A length scale or a source that the stored one has stays as it is; a pinned one stays pinned.
+        """
+        values = astuple(record)
+        marks = ", ".join("?" * len(fields(DocumentRecord)))
+        with self._db.writing() as db:
+            db.execute(
+                f"INSERT INTO documents ({statements.columns(DocumentRecord)}) VALUES ({marks})"
+                " ON CONFLICT (id) DO UPDATE SET size_bytes = excluded.size_bytes, used = excluded.used,"
+                " pinned = pinned OR excluded.pinned, seams = excluded.seams,"
+                " expires = CASE WHEN pinned OR excluded.pinned THEN 0 ELSE excluded.expires END,"
+                " scale_len = CASE WHEN scale_len = 0 THEN excluded.scale_len ELSE scale_len END,"
+                " source_hash = CASE WHEN source_hash = '' THEN excluded.source_hash ELSE source_hash END",
+                (*values[:-1], json.dumps(record.seams)),
+            )
+            return statements.documents(db, "WHERE id = ?", record.id)[0]
+
+    def get_document(self, document_id: str) -> DocumentRecord | None:
+        with self._db.reading() as db:
+            return next(iter(statements.documents(db, "WHERE id = ?", document_id)), None)
+
+    def touch_document(self, document_id: str, expires: float) -> bool:
+        """Note a use and the new expiry; False if there is no such document."""
+        with self._db.writing() as db:
+            return touch(db, document_id, expires, self._clock())
+
+    def pin_document(self, document_id: str, pinned: bool, expires: float) -> bool:
+        """Keep a document until it is unpinned or deleted, or let it expire; False if there is none."""
+        with self._db.writing() as db:
+            query = "UPDATE documents SET pinned = ?, expires = ? WHERE id = ?"
+            return db.execute(query, (pinned, 0.0 if pinned else expires, document_id)).rowcount > 0
+
+    def count_document(self, document_id: str, tokens: int, scale_len: int) -> None:
+        """Note how many tokens a document has, and the length of its scale if that waits for it."""
+        with self._db.writing() as db:
+            db.execute(
+                "UPDATE documents SET tokens = ?, scale_len = CASE WHEN scale_len = ? THEN ? ELSE scale_len END"
+                " WHERE id = ?",
+                (tokens, SCALE_TO_COME, scale_len, document_id),
+            )
+
+    def list_documents(self, limit: int = MAX_INT64) -> list[DocumentRecord]:
+        """Return the newest `limit` documents, newest first."""
+        with self._db.reading() as db:
+            return statements.documents(db, "ORDER BY created DESC, rowid DESC LIMIT ?", limit)
+
+    def uncounted_documents(self, limit: int) -> list[str]:
+        """Return ids of documents whose tokens are not counted, the newest first."""
+        with self._db.reading() as db:
+            query = "SELECT id FROM documents WHERE tokens = 0 ORDER BY created DESC LIMIT ?"
+            return [document_id for (document_id,) in db.execute(query, (limit,))]
+
+    def document_ids(self) -> set[str]:
+        """Return the ids of all documents."""
+        with self._db.reading() as db:
+            return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
+
+    def documents_size(self) -> int:
+        """Return the bytes that all documents take on disk together, each in whole blocks."""
+        with self._db.reading() as db:
+            query = "SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096), 0) FROM documents"
+            return int(db.execute(query).fetchone()[0])
+
+    def delete_document(self, document_id: str) -> bool:
+        """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
+        with self._db.writing() as db:
+            if statements.documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, statements.array(ACTIVE)):
+                raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
+            return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
+
+    def expire_documents(self, now: float) -> int:
+        """Delete the records whose expiry has passed and that no unfinished job uses; returns how many."""
+        with self._db.writing() as db:
+            query = f"DELETE FROM documents WHERE expires <= ? AND NOT pinned AND NOT {_IN_USE}"
+            return db.execute(query, (now, statements.array(ACTIVE))).rowcount
+
+    # --- stored KV ---------------------------------------------------------------------------------------------------
+
+    def add_kv(self, blocks: Iterable[tuple[str, bytes, int]]) -> None:
+        """Note stored blocks: document, key, bytes. The document may be gone already."""
+        with self._db.writing() as db:
+            db.executemany("INSERT OR REPLACE INTO document_kv VALUES (?, ?, ?)", blocks)
+
+    def remove_kv(self, keys: Iterable[bytes]) -> None:
+        """Note that blocks are not stored any more."""
+        with self._db.writing() as db:
+            db.executemany("DELETE FROM document_kv WHERE key = ?", ((key,) for key in keys))
+
+    def document_kv(self, document_id: str) -> list[tuple[bytes, int]]:
+        """Return key and bytes of the stored blocks of a document."""
+        with self._db.reading() as db:
+            return db.execute("SELECT key, bytes FROM document_kv WHERE document_id = ?", (document_id,)).fetchall()
+
+    def kv_sizes(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Return the number of stored blocks and their bytes, by document; without those that have none."""
+        with self._db.reading() as db:
+            query = (
+                "SELECT document_id, count(*), sum(bytes) FROM document_kv"
+                " WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
+            )
+            return {name: (blocks, size) for name, blocks, size in db.execute(query, (json.dumps(document_ids),))}
+
+    def orphan_kv(self) -> list[bytes]:
+        """Return keys of stored blocks whose documents are all gone, some of them if there are many."""
+        with self._db.reading() as db:
+            return [key for (key,) in db.execute(_ORPHANS, (_MOST_ORPHANS,))]

@@ -1,0 +1,177 @@
+"""Which blocks the stores of all nodes have, and which of them go first. In memory: the files are the truth."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from protos.stage import stage_pb2 as pb
+
+_LOW_WATER = 0.95  # of the quota: eviction goes on to here, so that not every write evicts
+
+
+@dataclass(slots=True)
+class Entry:
+    """One stored block."""
+
+    parent: bytes
+    start: int
+    used: float  # last use, in seconds since 1970
+    bytes: dict[str, int] = field(default_factory=dict)  # by node
+    is_whole: bool = True  # as far as is known, all shards can load it
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+
+class KvIndex:
+    """Blocks by key. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[bytes, Entry] = {}
+        self._node_bytes: Counter[str] = Counter()
+        self._nodes: set[str] = set()
+        self._changed: dict[bytes, Entry | None] | None = None  # since a listing began; an entry of None: removed
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def node_bytes(self) -> dict[str, int]:
+        """Bytes of the store of each node."""
+        with self._lock:
+            return {node: self._node_bytes[node] for node in self._nodes}
+
+    def begin_listing(self) -> None:
+        """Remember what is added and removed from now on: a listing that is read meanwhile may have it or not."""
+        with self._lock:
+            self._changed = {}
+
+    def replace(self, listed: Mapping[str, Iterable[pb.KvEntry]]) -> None:
+        """Take what every node has listed since `begin_listing` as all there is; what is known of its use stays."""
+        entries: dict[bytes, Entry] = {}
+        for node, items in listed.items():
+            for item in items:
+                entry = entries.setdefault(item.key, Entry(item.parent, item.start, item.used))
+                entry.used = max(entry.used, item.used)
+                entry.bytes[node] = entry.bytes.get(node, 0) + item.bytes
+        with self._lock:
+            for key, changed in (self._changed or {}).items():
+                if changed is None:
+                    entries.pop(key, None)
+                else:
+                    entries[key] = changed
+            for key, entry in entries.items():
+                if (before := self._entries.get(key)) is not None:
+                    entry.used, entry.is_whole = max(entry.used, before.used), before.is_whole
+            self._entries, self._nodes, self._changed = entries, set(listed), None
+            self._node_bytes = Counter()
+            for entry in entries.values():
+                self._node_bytes.update(entry.bytes)
+
+    def add(self, key: bytes, parent: bytes, start: int, sizes: Mapping[str, int], now: float) -> None:
+        """Note that a block was stored; `sizes` are the bytes that were written on each node."""
+        with self._lock:
+            entry = self._entries.setdefault(key, Entry(parent, start, now))
+            entry.used, entry.is_whole = now, True
+            for node, size in sizes.items():
+                entry.bytes[node] = entry.bytes.get(node, 0) + size
+                self._node_bytes[node] += size
+                self._nodes.add(node)
+            if self._changed is not None:
+                self._changed[key] = entry
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Forget blocks that were dropped."""
+        with self._lock:
+            for key in keys:
+                if self._changed is not None:
+                    self._changed[key] = None
+                if (entry := self._entries.pop(key, None)) is not None:
+                    self._node_bytes.subtract(entry.bytes)
+
+    def touch(self, keys: Iterable[bytes], now: float) -> None:
+        """Note that blocks are used."""
+        with self._lock:
+            for key in keys:
+                if (entry := self._entries.get(key)) is not None:
+                    entry.used = max(entry.used, now)
+
+    def doubt(self, key: bytes) -> None:
+        """Note that a block cannot be loaded by every shard: it is stored again when it is computed again."""
+        with self._lock:
+            if (entry := self._entries.get(key)) is not None:
+                entry.is_whole = False
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a block need not be stored."""
+        entry = self._entries.get(key)
+        return entry is not None and self._is_usable(entry)
+
+    def size(self, key: bytes) -> int:
+        """Return the bytes of a block on all nodes, 0 if it is not known."""
+        entry = self._entries.get(key)
+        return entry.total_bytes if entry is not None else 0
+
+    def prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Return the blocks of the longest chain from a first block that these keys make, and the bytes of them all.
+
+        The keys may be in any order, and of several prompts.
+        """
+        with self._lock:
+            known = [(key, entry) for key in keys if (entry := self._entries.get(key)) is not None]
+            lengths: dict[bytes, int] = {}
+            for key, entry in sorted(known, key=lambda item: item[1].start):
+                before = lengths.get(entry.parent, 0)
+                if self._is_usable(entry) and (before or not entry.start):
+                    lengths[key] = before + 1
+            return max(lengths.values(), default=0), sum(entry.total_bytes for _, entry in known)
+
+    def _is_usable(self, entry: Entry) -> bool:
+        return entry.is_whole and entry.bytes.keys() >= self._nodes
+
+    def expired(self, before: float, retained: Collection[bytes]) -> list[bytes]:
+        """Return the blocks that were last used before a moment, but for those that are retained."""
+        with self._lock:
+            self._spread_use()
+            return [key for key, entry in self._entries.items() if entry.used < before and key not in retained]
+
+    def victims(self, limits: Mapping[str, int], retained: Collection[bytes]) -> list[bytes]:
+        """Return the blocks to drop so that no node has more bytes than its limit; none while all are below.
+
+        Those go first that were not used for longest, of one chain the later ones; what is retained stays.
+        """
+        with self._lock:
+            over = {node for node, limit in limits.items() if self._node_bytes[node] > limit}
+            if not over:
+                return []
+            excess = {node: self._node_bytes[node] - int(_LOW_WATER * limits[node]) for node in over}
+            self._spread_use()
+            chosen = []
+            for key, entry in sorted(self._entries.items(), key=lambda item: (item[1].used, -item[1].start)):
+                if not any(left > 0 for left in excess.values()):
+                    break
+                if key in retained or not any(excess.get(node, 0) > 0 for node in entry.bytes):
+                    continue
+                chosen.append(key)
+                for node, size in entry.bytes.items():
+                    if node in excess:
+                        excess[node] -= size
+            return chosen
+
+    def _spread_use(self) -> None:
+        """Let every block be used when those after it were; one whose predecessor is gone was never used."""
+        by_start = sorted(self._entries.values(), key=lambda entry: entry.start)
+        for entry in reversed(by_start):
+            if (parent := self._entries.get(entry.parent)) is not None:
+                parent.used = max(parent.used, entry.used)
+        for entry in by_start:
+            if entry.start:
+                parent = self._entries.get(entry.parent)
+                entry.used = 0.0 if parent is None or (parent.start and not parent.used) else entry.used

@@ -1,0 +1,151 @@
+"""Calls about stored KV to all shards of a pipeline at once: a block counts only when every shard has it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from cluster.common.errors import StageError
+from protos.stage.messages import KvBlock
+
+if TYPE_CHECKING:
+    from cluster.stages.handle import GrpcStageHandle
+    from protos.stage import stage_pb2 as pb
+
+_CALLS_A_SHARD = 5  # at the same time: two look-ups, two loads, a write
+# codes with which a shard says itself that a call is over; after others it may still be at work
+_OVER = frozenset({"UNKNOWN", "UNIMPLEMENTED", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED"})
+Reply = TypeVar("Reply")
+
+
+class ShardLost(Exception):
+    """A shard that gave no answer and may still read or write pages; `is_late`: it may live, and took too long."""
+
+    def __init__(self, message: str, is_late: bool) -> None:
+        super().__init__(message)
+        self.is_late = is_late
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What all shards together have read."""
+
+    blocks: int  # from the first on
+    bytes: int
+    damaged: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What all shards together have written."""
+
+    blocks: int  # from the first on that every shard has
+    bytes: tuple[int, ...]  # newly written, by shard
+    problem: str
+    is_full: bool
+
+
+class ShardCalls:
+    """The shards of one pipeline, or some of them."""
+
+    def __init__(self, shards: Sequence[GrpcStageHandle]) -> None:
+        self.shards = tuple(shards)
+        self._threads = ThreadPoolExecutor(_CALLS_A_SHARD * len(self.shards), "kv shard")
+        self._idle = threading.Condition()
+        self._open = 0  # calls under way
+        self._is_unsure = False  # a call about pages was given up that a living shard may still be at work on
+
+    def find(self, keys: Sequence[bytes], within_s: float) -> int:
+        """Return how many of the first blocks every shard could load; one with an error has none.
+
+        Raises:
+            TimeoutError: a shard has not answered within the time.
+        """
+        replies = self._all(lambda shard: shard.find_kv(keys), within_s=within_s)
+        return min(reply if isinstance(reply, int) else 0 for reply in replies)
+
+    def load(self, blocks: Sequence[KvBlock]) -> Loaded:
+        """Read blocks into their pages, on every shard. Raises ShardLost."""
+        replies = self._all(lambda shard: shard.load_kv(blocks))
+        self._check(replies)
+        counts = [reply for reply in replies if not isinstance(reply, StageError)]
+        return Loaded(
+            blocks=min(reply.blocks for reply in counts) if len(counts) == len(replies) else 0,
+            bytes=sum(reply.bytes for reply in counts),
+            damaged=sum(reply.damaged for reply in counts),
+            problem=_problem(replies),
+        )
+
+    def store(self, blocks: Sequence[KvBlock]) -> Stored:
+        """Write blocks from their pages, on every shard. Raises ShardLost."""
+        replies = self._all(lambda shard: shard.store_kv(blocks))
+        self._check(replies)
+        counts = [reply for reply in replies if not isinstance(reply, StageError)]
+        return Stored(
+            blocks=min(reply.blocks for reply in counts) if len(counts) == len(replies) else 0,
+            bytes=tuple(0 if isinstance(reply, StageError) else reply.bytes for reply in replies),
+            problem=_problem(replies),
+            is_full=any(reply.is_full for reply in counts),
+        )
+
+    def entries(self) -> dict[int, list[pb.KvEntries]]:
+        """Return what the stores of the nodes have, by the index of a shard that says so; some may not answer."""
+        replies = self._all(lambda shard: shard.list_kv())
+        return {index: reply for index, reply in enumerate(replies) if not isinstance(reply, StageError)}
+
+    def drop(self, indices: Sequence[int], keys: Sequence[bytes]) -> list[StageError]:
+        """Remove blocks from the stores of these shards' nodes; returns what went wrong."""
+        chosen = [self.shards[index] for index in indices]
+        return [
+            reply for reply in self._all(lambda shard: shard.drop_kv(keys), chosen) if isinstance(reply, StageError)
+        ]
+
+    def close(self, within_s: float) -> bool:
+        """Make no more calls; returns whether no shard is at work on pages any more, within this time."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._open, within_s) and not self._is_unsure
+
+    def _all(
+        self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None,
+        within_s: float | None = None,
+    ) -> list[Reply | StageError]:  # fmt: skip
+        def guarded(shard: GrpcStageHandle) -> Reply | StageError:
+            with self._idle:
+                self._open += 1
+            try:
+                return call(shard)
+            except StageError as error:
+                return error
+            finally:
+                with self._idle:
+                    self._open -= 1
+                    self._idle.notify_all()
+
+        chosen = self.shards if shards is None else shards
+        try:
+            futures = [self._threads.submit(guarded, shard) for shard in chosen]
+        except RuntimeError:  # closed
+            return [StageError(f"{shard.name}: the pipeline is being closed") for shard in chosen]
+        if wait(futures, within_s).not_done:
+            raise TimeoutError(f"a shard has not answered within {within_s} s")
+        return [StageError("cancelled") if future.cancelled() else future.result() for future in futures]
+
+    def _check(self, replies: Sequence[object]) -> None:
+        for reply in replies:
+            if isinstance(reply, StageError):
+                code = getattr(getattr(reply.__cause__, "code", lambda: None)(), "name", "")
+                is_late = code == "DEADLINE_EXCEEDED"
+                self._is_unsure |= is_late
+                if code not in _OVER:
+                    raise ShardLost(str(reply), is_late) from reply
+
+
+def _problem(replies: Sequence[pb.KvCount | pb.KvStored | StageError]) -> str:
+    """Return the first thing that a shard says is wrong, "" when all is well."""
+    texts = (str(reply) if isinstance(reply, StageError) else reply.problem for reply in replies)
+    return next(filter(None, texts), "")

@@ -1,0 +1,127 @@
+"""Writes computed blocks to the store, behind the steps: a thread takes them from a backlog.
+
+A block holds no pages until its turn comes. Then its pages are pinned if they still have its content, written by every
+shard, and unpinned; else it is dropped with the later blocks of its prompt. So a slow disk means fewer stored blocks,
+and no step waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cluster.kv_store.engine_calls import Detached, EngineCalls
+from cluster.kv_store.shard_calls import ShardCalls, ShardLost, Stored
+from cluster.scheduler.page_pool import PagePool
+from cluster.scheduler.stored_prefix import Offer
+from protos.stage.messages import KvBlock
+
+if TYPE_CHECKING:
+    from cluster.kv_store.store import KvStore
+
+BATCH = 4  # blocks of a write, and so the most that are pinned
+PAUSE_S = 60.0  # after a write for which the disk had no room
+_log = logging.getLogger(__name__)
+
+
+class KvWriter:
+    """The thread that stores the blocks of one pipeline."""
+
+    def __init__(
+        self, store: KvStore, calls: ShardCalls, engine: EngineCalls, pool: PagePool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._calls = calls
+        self._engine = engine
+        self._pool = pool
+        self._clock = clock
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kv writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let the write under way be the last one."""
+        self._closing.set()
+        self._store.backlog.close()
+
+    def join(self, within_s: float) -> None:
+        """Wait for the end of the thread."""
+        self._thread.join(within_s)
+
+    def _run(self) -> None:
+        while offers := self._store.backlog.take(BATCH):
+            try:
+                self._take(offers)
+            except Detached:
+                return
+            except BaseException:  # noqa: BLE001 - other blocks are stored
+                _log.exception("stored KV: %d blocks could not be written", len(offers))
+                self._drop(offers)
+            finally:
+                self._store.end_write()
+
+    def _take(self, offers: Sequence[Offer]) -> None:
+        """Store the blocks that are not stored yet; tell of each whose document has it."""
+        store = self._store
+        store.tell_stored([offer for offer in offers if store.index.has(offer.key)])
+        missing = [offer for offer in offers if not store.index.has(offer.key)]
+        if not missing or self._closing.wait(store.pause_left()):
+            return
+        is_reachable = not missing[0].start or store.index.has(missing[0].parent)
+        if not is_reachable or not store.make_room():
+            self._drop(missing)
+            return
+        blocks = self._engine.call(lambda: self._pin(missing))
+        if len(blocks) < len(missing):
+            self._drop(missing[len(blocks) :])
+        if blocks:
+            self._write(missing[: len(blocks)], blocks)
+
+    def _pin(self, offers: Sequence[Offer]) -> list[KvBlock]:
+        """Pin the pages of the first blocks that are all there (engine thread)."""
+        blocks: list[KvBlock] = []
+        for offer in offers:
+            if (pages := self._pool.pin(offer.hashes)) is None:
+                break
+            blocks.append(offer.block(pages))
+        return blocks
+
+    def _write(self, offers: Sequence[Offer], blocks: Sequence[KvBlock]) -> None:
+        began = self._clock()
+        try:
+            stored = self._calls.store(blocks)
+        except ShardLost as error:  # it may still read the pages, which stay pinned as long as this pipeline lives
+            _log.warning("stored KV: not written: %s", error)
+            self._drop(offers)
+            return
+        done = blocks[: stored.blocks]
+        self._store.note_stored(done, stored.bytes, self._clock() - began)
+        self._engine.call(lambda: self._unpin(blocks, done))
+        self._store.tell_stored(offers[: len(done)])
+        if len(done) < len(offers):
+            self._fail(offers[len(done) :], stored)
+
+    def _unpin(self, blocks: Sequence[KvBlock], stored: Sequence[KvBlock]) -> None:
+        """Give pages back (engine thread)."""
+        for block in stored:
+            self._pool.mark_stored(block)
+        for block in blocks:
+            self._pool.unpin(block.pages)
+
+    def _fail(self, offers: Sequence[Offer], stored: Stored) -> None:
+        if stored.is_full:
+            self._store.pause(stored.problem)
+        else:
+            _log.warning("stored KV: a block was not written: %s", stored.problem or "no reason given")
+        self._drop(offers)
+
+    def _drop(self, offers: Sequence[Offer]) -> None:
+        """Give up blocks, and the later ones of their prompt, which nobody could use without them."""
+        dropped = len(offers) + self._store.backlog.drop_prompt(offers[-1].prompt)
+        self._store.stats.add(not_stored_blocks=dropped)

@@ -1,0 +1,53 @@
+"""Who shares computed prompts with whom: everybody, or the jobs of one API key only; documents always."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.jobs.model import JobConflict, JobInput, JobSpec
+from protos.jobs.sampling import AnswerOptions
+from tests.support.rigs.service import Bench
+
+PROMPT = JobInput(token_ids=tuple(range(5, 105)))
+
+
+def set_sharing(bench: Bench, share_across_keys: bool) -> None:
+    deployment = bench.runtime.deployment
+    prefill = deployment.config.prefill.model_copy(update={"share_across_keys": share_across_keys})
+    config = deployment.config.model_copy(update={"prefill": prefill})
+    bench.runtime.deployment = replace(deployment, config=config)
+
+
+def cached(bench: Bench, key_name: str, given: JobInput = PROMPT) -> int:
+    record = bench.service.submit(JobSpec(given, AnswerOptions(max_tokens=2)), key_name)
+    bench.service.wait(record.id, 20)
+    return bench.service.get(record.id).answers[0].cached_tokens
+
+
+@pytest.mark.parametrize("share_across_keys", [True, False])
+def test_jobs_of_another_key_find_nothing_unless_keys_share(bench: Bench, share_across_keys: bool) -> None:
+    set_sharing(bench, share_across_keys)
+    assert cached(bench, "alice") == 0
+    assert cached(bench, "bob") == (96 if share_across_keys else 0)
+    assert cached(bench, "alice") == 96
+
+
+def test_a_document_is_shared_with_every_key(bench: Bench) -> None:
+    set_sharing(bench, False)
+    document = bench.service.documents.put("name", [b"words " * 100], 1 << 20)
+    given = JobInput(document_id=document.id, questions=("why?",))
+    assert cached(bench, "alice", given) == 0
+    assert cached(bench, "bob", given) > 0
+
+
+def test_a_repeated_submission_is_the_same_job_whatever_is_shared(bench: Bench) -> None:
+    set_sharing(bench, False)
+    spec = JobSpec(PROMPT, AnswerOptions(max_tokens=2), idempotency_key="once")
+    first = bench.service.submit(spec, "alice")
+    set_sharing(bench, True)
+    assert bench.service.submit(spec, "alice").id == first.id
+    with pytest.raises(JobConflict):
+        bench.service.submit(replace(spec, priority=3), "alice")
+    assert JobSpec.from_json(bench.service.get(first.id).spec.to_json()).cache_salt == "alice"
