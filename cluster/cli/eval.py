@@ -163,6 +163,10 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     help="auto: dca if the checkpoint has its settings, else plain as far as it was trained, else yarn.",
 )  # fmt: skip
 @click.option("--sparse/--no-sparse", default=True, show_default=True, help="Whether sparse prefill is compared.")
+@click.option(
+    "--pinned", default="", metavar="LENGTHS",
+    help="What a length scale pinned to other lengths changes, such as 1.05x,1.25x,2x,max or 256K.",
+)  # fmt: skip
 @_shared_options
 def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     """Read one document dense and sparsely (with --kv int8 also in int8), and compare what comes next.
@@ -173,6 +177,7 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     \b
     longreach eval recall --tokens 32K
     longreach eval recall --model Qwen3-30B-A3B --document report.txt --tokens 64K --kv int8
+    longreach eval recall --tokens 16K --pinned 1.05x,1.25x,2x,max
     """
     from cluster.tools.eval.modes import find_target
     from cluster.tools.eval.recall import EvaluationFailed, RecallOptions, run_recall
@@ -180,17 +185,19 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
 
     with one_line_errors():
         names = ("tokens", "num_next", "positions", "sparse", "kv", "sparse_threshold", "document")
-        options = RecallOptions(more=dict(given["settings"]), **{name: given[name] for name in names})
+        pinned = tuple(text.strip() for text in given["pinned"].split(",") if text.strip())
+        more = dict(given["settings"])
+        options = RecallOptions(pinned=pinned, more=more, **{name: given[name] for name in names})
         target = find_target(given["config"], given["model"])
         with open_display(as_json) as display:
             try:
                 report = run_recall(target, options, display)
             except EvaluationFailed as error:
                 fail(error, EXIT_CLUSTER)
-        kinds = ["int8" if options.kv == "int8" else ""]
+        kinds = ["int8" if options.kv == "int8" else "", "pinned" if options.pinned else ""]
         result = ResultFile(out, "-".join(filter(None, ["eval-recall", report["model"], *kinds])))
         result.write(report)
-        _finish(report, result, picture and options.sparse, as_json)
+        _finish(report, result, picture and (options.sparse or bool(options.pinned)), as_json)
 
 
 @evaluate.command()

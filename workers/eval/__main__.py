@@ -63,7 +63,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             last = now
             print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
 
-    return evaluate(setup, request["prompt"], request["next"], variants, write_progress)
+    return evaluate(setup, request["prompt"], request["next"], variants, write_progress, request["pinned"])
 
 
 if __name__ == "__main__":

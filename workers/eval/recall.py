@@ -1,8 +1,9 @@
-"""What sparse prefill and int8 KV change: logits over one document, compared with those of a dense reference.
+"""What sparse prefill, int8 KV and a pinned length scale change: logits over one document, beside those of a reference.
 
 The reference prefills the document dense, with KV in the computing type, and continues it greedily. Every variant
 prefills the same document in its own way and is then fed the reference's tokens. Decoded rows are dense in all of them,
-so the logits differ by the KV of the prefill, and by the last row of the prompt.
+so the logits differ by the KV of the prefill, and by the last row of the prompt. A reading under a pinned length (its
+length scale is that of a longer prompt, in all rows) is compared with the same way of reading under its own length.
 
 Legend: `N` compared positions, `V` vocabulary.
 """
@@ -40,6 +41,7 @@ class Variant:
     name: str
     sparse: bool = False
     kv: torch.dtype | None = None  # None: the computing type
+    scale_len: int = 0  # length whose length scale its rows use; 0: that of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Reader:
         setup = self.setup
         spec = setup.spec if variant.sparse else replace(setup.spec, sparse=None)
         runner = self._model.runner(spec, len(prompt) + num_next, setup.page_size, variant.kv)
-        feed = SequenceFeed(runner, setup.page_size, len(prompt), keep_logits=True)
+        feed = SequenceFeed(runner, setup.page_size, len(prompt), keep_logits=True, scale_len=variant.scale_len)
         began = time.perf_counter()
         position = 0
         while position < len(prompt):
@@ -100,16 +102,25 @@ class Reader:
 
 
 def evaluate(
-    setup: Setup, prompt: Sequence[int], num_next: int, variants: Sequence[Variant], on_progress: OnProgress
-) -> dict[str, Any]:
-    """Read once for the reference and once per variant; returns `reference` and `variants` as plain data."""
+    setup: Setup, prompt: Sequence[int], num_next: int, variants: Sequence[Variant], on_progress: OnProgress,
+    pinned: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Read once for the reference and once per variant; returns `reference`, `variants` and `pinned` as plain data.
+
+    Args:
+        pinned: lengths whose length scale is compared with that of the prompt, dense, and sparsely if a variant with KV
+            in the computing type is sparse.
+    """
     reader = Reader(setup)
     for variant in (Variant("dense"), *variants):  # warm up: kernels are built and see their shapes before the timing
         reader.read(variant, prompt[:_WARM_UP], 1, lambda phase, done, total: None)
     reference = reader.read(Variant("dense"), prompt, num_next, on_progress)
     entries = []
+    own = {False: reference.logits}  # under the scale of the prompt's own length, dense and sparse
     for variant in variants:
         reading = reader.read(variant, prompt, num_next, on_progress, reference.tokens)
+        if variant == Variant(variant.name, sparse=True):
+            own[True] = reading.logits
         entry = {"name": variant.name, "sparse": variant.sparse, "kv": _name(variant.kv or setup.dtype)}
         entry |= compare(reference.logits, reading.logits) | _seconds(reading)
         if variant.sparse:
@@ -117,7 +128,26 @@ def evaluate(
             entry |= {"heads": head_figures(reading.cells, setup.spec)}
         entries.append(entry)
     kv = {"kv": _name(setup.dtype), "token_ids": reference.tokens}
-    return {"reference": kv | _seconds(reference), "variants": entries}
+    result = {"reference": kv | _seconds(reference), "variants": entries}
+    if pinned:
+        ways = [
+            Variant(f"{'sparse, ' if sparse else ''}pinned to {length}", sparse, scale_len=length)
+            for length in pinned for sparse in own
+        ]  # fmt: skip
+        result["pinned"] = [
+            {"scale_len": way.scale_len, "logit_factor": logit_factor(setup.spec, len(prompt), way.scale_len)}
+            | {"sparse": way.sparse}
+            | compare(own[way.sparse], reader.read(way, prompt, num_next, on_progress, reference.tokens).logits)
+            for way in ways
+        ]
+    return result
+
+
+def logit_factor(spec: ModelSpec, prompt_len: int, scale_len: int) -> float:
+    """Return by what a length scale pinned to `scale_len` multiplies the attention logits of a prompt."""
+    if spec.dual_chunk is None:
+        return 1.0
+    return (spec.dual_chunk.length_scale(scale_len) / spec.dual_chunk.length_scale(prompt_len)) ** 2
 
 
 def compare(reference: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:

@@ -38,11 +38,15 @@ class WholeModel:
 class SequenceFeed:
     """Feeds one sequence to a runner that has no other, step by step, and keeps what comes out."""
 
-    def __init__(self, runner: ModelRunner, page_size: int, prompt_len: int, keep_logits: bool = False) -> None:
+    def __init__(
+        self, runner: ModelRunner, page_size: int, prompt_len: int, keep_logits: bool = False, scale_len: int = 0
+    ) -> None:
+        """Args: `scale_len` is the length whose length scale all rows use; 0: `prompt_len`."""
         self.tokens: list[int] = []  # greedy, one a step that samples
         self.logits: list[torch.Tensor] = []  # their rows [1, V]
         self.cells: list[CellReport] = []
         self._runner, self._page_size, self._prompt_len, self._keep_logits = runner, page_size, prompt_len, keep_logits
+        self._scale_len = scale_len
         self._position = self._step = 0
         runner.reset()
 
@@ -62,6 +66,9 @@ class SequenceFeed:
         start, stop = self._position, self._position + length
         have, need = -(-start // self._page_size), -(-stop // self._page_size)
         wanted = SampleSpec(SamplingParams(), len(self.tokens)) if sample else None
-        part = SequenceSlice(0, start, len(ids), self._prompt_len, list(ids), range(have, need), need, wanted)
+        pages = range(have, need)
+        part = SequenceSlice(
+            0, start, len(ids), self._prompt_len, list(ids), pages, need, wanted, scale_len=self._scale_len
+        )
         self._position, self._step = stop, self._step + 1
         return StepPlan(self._step - 1, (part,))

@@ -32,7 +32,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or there is nothing to draw.
     """
-    figure = _needles(report) if report["what"] == "needle" else _recall(report)
+    if report["what"] == "needle":
+        figure = _needles(report)
+    elif report.get("pinned"):
+        figure = _pinned(report)
+    else:
+        figure = _recall(report)
     figure.savefig(path, dpi=_DPI, format="png")
 
 
@@ -78,16 +83,41 @@ def _recall(report: dict[str, Any]) -> Figure:
     )  # fmt: skip
 
 
+def _pinned(report: dict[str, Any]) -> Figure:
+    """Draw the logit error over the pinned length: the largest as a line, the mean dashed, dense and sparse."""
+    figure = _empty_figure(6.4, 4.4)
+    axis = figure.subplots()
+    for is_sparse, colour in ((False, "#2166ac"), (True, "#b2182b")):
+        entries = [entry for entry in report["pinned"] if entry["sparse"] == is_sparse]
+        stretches = [entry["scale_len"] / report["tokens"] for entry in entries]
+        for name, style in (("max", "-"), ("mean", "--")) if entries else ():
+            errors = [entry[f"logit_error_{name}"] for entry in entries]
+            label = f"{'sparse' if is_sparse else 'dense'}, {name}"
+            axis.plot(stretches, errors, style, color=colour, marker="o", label=label)
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0.0)
+    axis.set_xlabel("pinned length over the document's own")
+    axis.set_ylabel("max|difference| / max|logit|")
+    axis.legend(frameon=False)
+    figure.suptitle(f"{report['model']}: length scale pinned\n{report['tokens']:,} tokens", fontsize=12)
+    return figure
+
+
+def _empty_figure(width: float, height: float) -> Figure:
+    """Return a figure of no window, with no global state; sizes in inches. Raises UserError."""
+    if not has_matplotlib():
+        raise UserError("picture: needs matplotlib: pip install 'longreach[eval]'")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
 def _figure(
     title: str, details: str, panels: Sequence[tuple[str, Grid]], colours: str, scale: str, *, width: float,
     height: float, x: Labels, y: Labels,
 ) -> Figure:  # fmt: skip
     """Return panels (title and values) side by side with one colour scale; sizes in inches. Raises UserError."""
-    if not has_matplotlib():
-        raise UserError("picture: needs matplotlib: pip install 'longreach[eval]'")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")  # of no window, no global state
+    figure = _empty_figure(width, height)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, values) in zip(axes, panels, strict=True):
         image = _heat_map(axis, values, colours)

@@ -1,8 +1,10 @@
-"""Compare sparse prefill and int8 KV with dense attention on one document; a process of `workers.eval` computes."""
+"""Compare sparse prefill, int8 KV and pinned length scales on one document; a process of `workers.eval` computes."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.config.deployment import Deployment
+from cluster.common.units import parse_count
+from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import compute_dtype
 from cluster.engine.attention_report import describe_sparsity
 from cluster.stages.preflight import check_head
@@ -19,9 +22,11 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
-from cluster.tools.eval.modes import Target, dual_chunk_overrides, load_mode, set_aside, trained_window
+from cluster.tools.eval.modes import Target, dual_chunk_overrides, load_mode, mode_overrides, set_aside, trained_window
 from protos.errors import UserError
 from protos.node.environment import usable_cores
+
+MAX_LENGTH = 1 << 31  # tokens
 
 
 class EvaluationFailed(RuntimeError):
@@ -39,11 +44,12 @@ class RecallOptions:
     kv: str = "auto"
     sparse_threshold: int | None = 0
     document: Path | None = None
+    pinned: tuple[str, ...] = ()  # lengths whose length scale is compared with the document's own: 1.25x, 256K, max
     more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
-        if not self.sparse and self.kv == "auto":
-            raise UserError("--no-sparse: leaves nothing to compare: add --kv int8")
+        if not self.sparse and self.kv == "auto" and not self.pinned:
+            raise UserError("--no-sparse: leaves nothing to compare: add --kv int8 or --pinned")
 
     @property
     def variants(self) -> list[dict[str, Any]]:
@@ -76,7 +82,8 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
     check_head(deployment)
     tokenizer = TextTokenizer.open(deployment.config.model.path, deployment.config.model.chat_template)
     prompt = _prompt(tokenizer, options)
-    result = _compute(_request(deployment, options, prompt), display)
+    pinned = _pinned_lengths(target, deployment, positions, options)
+    result = _compute(_request(deployment, options, prompt, pinned), display)
     result["reference"]["text"] = tokenizer.decode(result["reference"].pop("token_ids"))
     sparse = deployment.spec.sparse
     return {
@@ -115,7 +122,36 @@ def _prompt(tokenizer: TextTokenizer, options: RecallOptions) -> list[int]:
     return ids[: options.tokens]
 
 
-def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) -> dict[str, Any]:
+def _pinned_lengths(target: Target, deployment: Deployment, positions: str, options: RecallOptions) -> list[int]:
+    """Return the lengths of `--pinned` in tokens, each once, the shortest first. Raises UserError."""
+    dual = deployment.spec.dual_chunk
+    if options.pinned and (dual is None or dual.original_max_position_embeddings <= 0):
+        raise UserError("--pinned: these positions have no length scale: it belongs to dual chunk attention")
+    lengths = set()
+    for text in options.pinned:
+        if text == "max":
+            length = _longest(target, positions, options)
+        elif re.fullmatch(r"\d+(\.\d+)?x", text):
+            length = math.ceil(options.tokens * float(text[:-1]))
+        else:
+            try:
+                length = parse_count(text)
+            except ValueError as error:
+                raise UserError(f"--pinned: {text!r}: must be a factor as 1.25x, a length as 256K, or max") from error
+        if not options.tokens <= length <= MAX_LENGTH:
+            raise UserError(f"--pinned: {text}: {length} tokens: must be {options.tokens} (--tokens) to {MAX_LENGTH}")
+        lengths.add(length)
+    return sorted(lengths)
+
+
+def _longest(target: Target, positions: str, options: RecallOptions) -> int:
+    """Return how long a document of the deployment may be: `model.max_model_len`, else what the positions cover."""
+    overrides = target.overrides | mode_overrides(target, positions, options.tokens, None, options.more)
+    given = target.settings(options.more).max_model_len
+    return given or load_deployment(target.config, overrides | dict(options.more)).max_model_len
+
+
+def _request(deployment: Deployment, options: RecallOptions, prompt: list[int], pinned: list[int]) -> dict[str, Any]:
     config = deployment.config
     return {
         "model": str(config.model.path),
@@ -129,6 +165,7 @@ def _request(deployment: Deployment, options: RecallOptions, prompt: list[int]) 
         "prompt": prompt,
         "next": options.num_next,
         "variants": options.variants,
+        "pinned": pinned,
     }
 
 

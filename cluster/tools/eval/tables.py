@@ -86,6 +86,21 @@ def recall_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def pinned_table(report: dict[str, Any]) -> Table:
+    """Return a line a pinned length and way to read: how far it is from the same way under the document's own scale."""
+    titles = ("scale of", "prefill", "attention logits", "same next token", "logit error", "mean", "mean KL, nats")
+    table = plain_table(*titles)
+    for column in (table.columns[0], *table.columns[2:]):
+        column.justify = "right"
+    for entry in report["pinned"]:
+        table.add_row(
+            format_count(entry["scale_len"]), "sparse" if entry["sparse"] else "dense",
+            f"x {entry['logit_factor']:.4f}", f"{entry['same_top1']}/{report['next']}",
+            f"{entry['logit_error_max']:.2g}", f"{entry['logit_error_mean']:.2g}", f"{entry['kl_mean']:.2g}",
+        )  # fmt: skip
+    return table
+
+
 def _head_figures(heads: dict[str, Any] | None) -> tuple[str, str, str, str]:
     """Return the last four rows of a column; of a dense variant without `heads`."""
     if not heads:
@@ -112,8 +127,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"{report['next']} tokens after them",
         highlight=False,
     )
-    console.print(recall_table(report))
-    console.print(
-        "recall: attention mass kept in rows that were not looked at when keys were chosen; lowest: its layer and head",
-        style="dim",
-    )
+    if report["variants"]:
+        console.print(recall_table(report))
+        console.print(
+            "recall: attention mass kept in rows that were not looked at when keys were chosen; "
+            "lowest: its layer and head",
+            style="dim",
+        )
+    if report.get("pinned"):
+        console.print(pinned_table(report))
+        console.print("pinned length scale, beside the same prefill under the document's own", style="dim")

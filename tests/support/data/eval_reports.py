@@ -36,3 +36,12 @@ def recall_report(layers: int, heads: int) -> dict[str, Any]:
         "what": "recall", "model": "some-model", "text": "book", "tokens": 65536, "next": 64,
         "reference": {"prefill_s": 9.0}, "variants": [variant, int8],
     }  # fmt: skip
+
+
+def pinned_report() -> dict[str, Any]:
+    entry = {"same_top1": 63, "logit_error_max": 0.02, "logit_error_mean": 0.01, "kl_mean": 0.0004}
+    pinned = [
+        {"scale_len": length, "logit_factor": 1.0 + length / 1e6, "sparse": sparse} | entry
+        for length in (68_813, 131_072) for sparse in (False, True)
+    ]  # fmt: skip
+    return recall_report(2, 2) | {"pinned": pinned}

@@ -43,6 +43,12 @@ def test_show_prints_and_draws_a_result(tmp_path: Path) -> None:
         (["needle", "--depths", "0"], "0 is not in the range"),
         (["needle", "--lengths", "300", "--depths", "8"], "total_tokens"),
         (["recall", "--no-sparse"], "--no-sparse: leaves nothing to compare: add --kv int8"),
+        (["recall", "--pinned", "1.2y"], "--pinned: '1.2y': must be a factor as 1.25x, a length as 256K, or max"),
+        (["recall", "--tokens", "1K", "--pinned", "1000"], "--pinned: 1000: 1000 tokens: must be 1024 (--tokens) to"),
+        (
+            ["recall", "--tokens", "1K", "--positions", "plain", "--pinned", "2x"],
+            "these positions have no length scale",
+        ),
         (["recall", "--document", str(needle_dir() / "words.json")], "--tokens: 65536: the document has 1"),
         (["recall", "--document", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
         (["show", "/nowhere.json"], "/nowhere.json: cannot be read"),

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.tools.eval.plots import draw, has_matplotlib
 from protos.errors import UserError
-from tests.support.data.eval_reports import MODES, needle_report, recall_report
+from tests.support.data.eval_reports import MODES, needle_report, pinned_report, recall_report
 from tests.support.paths import ROOT
 
 
@@ -42,6 +42,14 @@ def test_recall_pictures(tmp_path: Path, layers: int, heads: int) -> None:
     width, height = size_of(path)
     assert width == pytest.approx(150 * (3 * max(2.4, 0.16 * heads + 0.8) + 1.6), abs=2)
     assert height == pytest.approx(150 * max(3.6, 0.16 * layers + 2.0), abs=2)
+
+
+def test_pinned_lengths_are_drawn_as_lines(tmp_path: Path) -> None:
+    report = pinned_report()
+    draw(report, tmp_path / "x.png")
+    assert size_of(tmp_path / "x.png") == (960, 660)
+    report["pinned"] = [entry for entry in report["pinned"] if not entry["sparse"]]
+    draw(report, tmp_path / "y.png")
 
 
 def test_missing_cells_are_drawn_grey(tmp_path: Path) -> None:

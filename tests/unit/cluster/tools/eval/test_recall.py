@@ -123,7 +123,7 @@ def request(checkpoint: Path, **changes: Any) -> dict[str, Any]:
     spec = json.loads(setup(checkpoint).spec.to_json())
     return {
         "model": str(checkpoint), "spec": spec, "dtype": "float32", "device": "cpu", "threads": 1, "chunk": 96,
-        "page_size": 16, "dummy": False, "prompt": PROMPT, "next": 3,
+        "page_size": 16, "dummy": False, "prompt": PROMPT, "next": 3, "pinned": [],
         "variants": [{"name": "sparse", "sparse": True, "kv": "auto"}], **changes,
     }  # fmt: skip
 
@@ -178,6 +178,20 @@ def test_positions_follow_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(seen[0]["prompt"]) == 4032
     with pytest.raises(UserError, match="--sparse"):
         run_recall(DEMO, RecallOptions(500, more={"sparse.enabled": False}), display)
+
+
+def test_pinned_lengths_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def compute(request: dict[str, Any], _: Display) -> dict[str, Any]:
+        seen.append(request)
+        return {"reference": {"token_ids": []}, "variants": [], "pinned": []}
+
+    monkeypatch.setattr("cluster.tools.eval.recall._compute", compute)
+    options = RecallOptions(5000, sparse=False, pinned=("max", "1.25x", "1.2501x", "10K", "6251"))
+    report = run_recall(DEMO, options, Display(Console(quiet=True), quiet=True))
+    assert seen[0]["pinned"] == [6250, 6251, 10240, 140_000]
+    assert report["pinned"] == []
 
 
 @pytest.mark.parametrize(

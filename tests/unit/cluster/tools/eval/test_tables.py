@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from cluster.tools.eval.tables import depth_scores, failures, print_report, strip
-from tests.support.data.eval_reports import needle_report, recall_report
+from tests.support.data.eval_reports import needle_report, pinned_report, recall_report
 
 EVIL = "a\x1b]0;owned\x07\x1b[31m\x9b2J\u202e\u200b\nforged [bold]"
 DANGER = ("\x1b]", "\x07", "\x1b[31m", "\x9b", "\u202e", "\u200b")
@@ -75,3 +75,14 @@ def test_names_in_a_report_stay_text() -> None:
         assert [sign for sign in DANGER if sign in text] == []
         assert not any(line.startswith("forged") for line in text.splitlines())
         assert "forged [bold]" in text
+
+
+def test_pinned_lengths_have_a_line_each() -> None:
+    report = pinned_report()
+    lines = printed(report, 90).splitlines()
+    assert max(map(len, lines)) <= 90
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "68813 dense x 1.0688 63/64 0.02 0.01 0.0004" in text
+    assert "128K sparse x 1.1311 63/64 0.02 0.01 0.0004" in text
+    assert "recall: attention mass" in text
+    assert "recall: attention mass" not in printed(report | {"variants": []})
