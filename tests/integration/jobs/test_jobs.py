@@ -266,7 +266,7 @@ def test_gigabyte_is_refused_early(served: Served, tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(cluster.InvalidRequest, match="max_document_bytes"):
+    with pytest.raises(cluster.InvalidRequest, match="1073741824 bytes: must be at most"):
         served.client.submit(path, "What?")
     assert not list((served.folder / "documents").iterdir())
 
