@@ -131,3 +131,19 @@ def test_victims_bring_every_node_below_its_limit_and_leave_no_orphan(seed: int,
     for key in left:
         name, number = chr(key[0]), int(key[1:])
         assert not number or f"{name}{number - 1}".encode() in left
+
+
+def test_a_block_that_was_just_written_counts_whatever_nodes_are_known() -> None:
+    index = KvIndex()
+    chain(index, "old", 1, 1.0)
+    index.add(b"a", b"", 0, {}, 2.0)  # by a pipeline that has not read yet on which nodes its shards are
+    assert index.has(b"a")
+    changes = pb.KvEntry(key=b"a", start=0, bytes=70, used=2.0)
+    index.begin_listing()
+    index.add(b"b", b"a", 32, {}, 3.0)
+    index.replace({"n": [changes]})
+    assert (index.has(b"a"), index.has(b"b"), index.node_bytes) == (True, True, {"n": 70})
+    index.begin_listing()
+    index.add(b"a", b"", 0, {}, 4.0)
+    index.replace({"n": [changes, pb.KvEntry(key=b"b", parent=b"a", start=32, bytes=30)], "m": []})
+    assert (index.size(b"a"), index.has(b"a"), index.has(b"b")) == (70, True, False), "the other node has it not"

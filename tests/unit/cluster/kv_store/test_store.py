@@ -245,3 +245,18 @@ def test_blocks_that_somebody_puts_there_are_known_after_a_refresh() -> None:
         assert rig.store.stored_prefix(keys) == (10, 10 * BLOCK_BYTES)
     assert rig.store.node_shards() == []
     rig.store.refresh()
+
+
+def test_what_is_written_before_the_first_listing_is_read_counts_and_goes_on() -> None:
+    disk, gate = FakeDisk(), threading.Event()
+    rig = start(disk)
+    for shard in rig.shards:
+        shard.list_kv = lambda listing=shard.list_kv: (gate.wait(20), listing())[1]  # type: ignore[method-assign]
+    with rig:
+        read(rig, 1000)
+        assert len(disk.written) == 10
+        gate.set()
+        ready(rig)
+        assert rig.store.stored_prefix(disk.written) == (10, 10 * BLOCK_BYTES)
+        read(rig, 1000, tokens=480)
+        assert len(disk.written) == 15, "the blocks after them are stored too"
