@@ -116,7 +116,7 @@ class KvStore:
             return True
         if flush_s and not self.is_full:
             self.backlog.wait_empty(flush_s)
-        self._calls = self._engine = self._pool = self._reader = self._writer = self._upkeep = None
+        self._calls = self._engine = self._pool = self._writer = self._upkeep = None  # the reader answers: nothing
         for part in (upkeep, reader, engine, writer):
             part.close()
         are_over = calls.close(within_s)
@@ -242,7 +242,6 @@ class KvStore:
 
     def end_write(self) -> None:
         """Drop what was forgotten while it was written."""
-        self.backlog.done()
         if (upkeep := self._upkeep) is not None:
             upkeep.drop_forgotten()
 

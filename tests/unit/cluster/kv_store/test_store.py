@@ -260,3 +260,36 @@ def test_what_is_written_before_the_first_listing_is_read_counts_and_goes_on() -
         assert rig.store.stored_prefix(disk.written) == (10, 10 * BLOCK_BYTES)
         read(rig, 1000, tokens=480)
         assert len(disk.written) == 15, "the blocks after them are stored too"
+
+
+def test_a_writer_that_ends_late_takes_nothing_from_the_next_pipeline() -> None:
+    with start(FakeDisk()) as rig:
+        ready(rig)
+        gate = rig.shards[0].kv_gate = threading.Event()
+        rig.run([*DOCUMENT, 1], 1)
+        eventually(lambda: "store" in rig.shards[0].kv_calls)
+        late = rig.store._writer
+        assert not rig.store.detach(0.0, 0.05)
+        rig.shards[0].kv_gate = None
+        rig.store.attach(rig.shards, rig.engine.post, rig.pool)
+        rig.store.backlog.busy = frozenset([b"being written"])
+        gate.set()
+        late.join(10)
+        assert not late._thread.is_alive()
+        assert rig.store.backlog.busy == {b"being written"}, "that of the next writer"
+
+
+@pytest.mark.parametrize("at", ["find", "load"])
+def test_an_engine_that_outlives_the_store_computes(at: str) -> None:
+    disk = FakeDisk()
+    with start(disk) as rig:
+        ready(rig)
+        read(rig, 1000)
+    with start(disk) as rig:
+        if at == "load":
+            found = rig.shards[0].find_kv
+            rig.shards[0].find_kv = lambda keys: (rig.store._reader._loaders.shutdown(), found(keys))[1]  # type: ignore[method-assign]
+        else:
+            rig.store.detach()
+        result, _ = rig.run([*DOCUMENT, 1], 1)
+        assert (result.cached_tokens, len(result.token_ids), rig.engine.error) == (0, 1, "")
