@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.config.schema import KvStoreSection
@@ -101,12 +101,13 @@ class KvStore:
         self._writer.start()
         self._upkeep.start()
 
-    def detach(self, flush_s: float = _FLUSH_S, within_s: float = _CALLS_END_S) -> bool:
+    def detach(self, flush_s: float = _FLUSH_S, within_s: float = _CALLS_END_S, replaced: Collection[int] = ()) -> bool:
         """Write what is left, for a moment, and leave the pipeline; may be called twice.
 
         Args:
             flush_s: 0 when its engine or a shard does not work any more.
             within_s: to wait for calls under way.
+            replaced: stages whose processes are not used any more.
 
         Returns:
             Whether no shard is at work for the store: only then may the pages be used by another pipeline.
@@ -119,7 +120,7 @@ class KvStore:
         self._calls = self._engine = self._pool = self._writer = self._upkeep = None  # the reader answers: nothing
         for part in (upkeep, reader, engine, writer):
             part.close()
-        are_over = calls.close(within_s)
+        are_over = calls.close(within_s, replaced)
         writer.join(_WRITER_ENDS_S)
         return are_over
 
