@@ -23,6 +23,7 @@ class Entry:
     used: float  # last use, in seconds since 1970
     bytes: dict[str, int] = field(default_factory=dict)  # by node
     is_whole: bool = True  # as far as is known, all shards can load it
+    written: float = 0.0  # when all shards had written it, in seconds since 1970; 0: not known
     is_unplaced: bool = False  # all shards have written it since the last listing, and on which nodes is not known yet
 
     @property
@@ -72,6 +73,7 @@ class KvIndex:
             for key, entry in entries.items():
                 if (before := self._entries.get(key)) is not None:
                     entry.used, entry.is_whole = max(entry.used, before.used), before.is_whole
+                    entry.written = before.written
             self._entries, self._nodes, self._changed = entries, set(listed), None
             self._node_bytes = Counter()
             for entry in entries.values():
@@ -81,7 +83,8 @@ class KvIndex:
         """Note that a block was stored; `sizes` are the bytes that were written on each node, as far as known."""
         with self._lock:
             entry = self._entries.setdefault(key, Entry(parent, start, now))
-            entry.used, entry.is_whole, entry.is_unplaced = now, True, not sizes
+            entry.used = entry.written = now
+            entry.is_whole, entry.is_unplaced = True, not sizes
             for node, size in sizes.items():
                 entry.bytes[node] = entry.bytes.get(node, 0) + size
                 self._node_bytes[node] += size
@@ -105,10 +108,14 @@ class KvIndex:
                 if (entry := self._entries.get(key)) is not None:
                     entry.used = max(entry.used, now)
 
-    def doubt(self, key: bytes) -> None:
-        """Note that a block cannot be loaded by every shard: it is stored again when it is computed again."""
+    def doubt(self, key: bytes, since: float) -> None:
+        """Note that a block could not be loaded by every shard: it is stored again when it is computed again.
+
+        Args:
+            since: when they began to look; what was written after that may be whole.
+        """
         with self._lock:
-            if (entry := self._entries.get(key)) is not None:
+            if (entry := self._entries.get(key)) is not None and entry.written < since:
                 entry.is_whole = False
 
     def has(self, key: bytes) -> bool:

@@ -72,8 +72,9 @@ class KvReader:
         found = 0
         try:
             if self._clock() >= self._store.mute_until:
+                began = self._store.now()
                 found = self._calls.find(keys, FIND_WITHIN_S)
-                self._store.note_found(keys, found)
+                self._store.note_found(keys, found, began)
         except TimeoutError as error:
             self._mute(MUTE_S, str(error))
         except BaseException:  # noqa: BLE001 - the prompt is computed

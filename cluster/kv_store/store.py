@@ -218,18 +218,19 @@ class KvStore:
 
     # --- of reader, writer and upkeep ---------------------------------------------------------------------------------
 
-    def note_found(self, keys: Sequence[bytes], found: int) -> None:
+    def note_found(self, keys: Sequence[bytes], found: int, began: float) -> None:
+        """Note the answer to a look-up, which began at a time as of `now`."""
         self.stats.add(found_blocks=found)
         self.index.touch(keys[:found], self.now())
         if found < len(keys):
-            self.index.doubt(keys[found])
+            self.index.doubt(keys[found], began)
 
     def note_loaded(self, blocks: Sequence[KvBlock], loaded: Loaded, seconds: float) -> None:
         self.stats.add(
             loaded_blocks=loaded.blocks, loaded_bytes=loaded.bytes, load_s=seconds, damaged_blocks=loaded.damaged
         )
         if loaded.blocks < len(blocks):
-            self.index.doubt(blocks[loaded.blocks].key)
+            self.index.doubt(blocks[loaded.blocks].key, self.now())
             _log.warning("stored KV: a block could not be read and is computed: %s", loaded.problem or "it is gone")
 
     def note_stored(self, blocks: Sequence[KvBlock], sizes: Sequence[int], seconds: float) -> None:

@@ -22,7 +22,7 @@ def test_a_prefix_ends_with_the_first_block_that_is_missing_or_doubtful() -> Non
     index = KvIndex()
     keys = chain(index, "a", 5, 1.0)
     assert index.prefix([*keys, b"other"]) == (5, 500)
-    index.doubt(keys[3])
+    index.doubt(keys[3], 2.0)
     assert index.prefix(keys) == (3, 500)
     assert not index.has(keys[3])
     assert index.node_bytes == {"n": 500}, "it is still there"
@@ -82,7 +82,7 @@ def test_a_block_is_as_recent_as_those_after_it_and_one_without_predecessor_goes
 def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
     index = KvIndex()
     keys = chain(index, "a", 3, 9.0)
-    index.doubt(keys[1])
+    index.doubt(keys[1], 9.5)
 
     def entry(key: bytes, start: int, used: float) -> pb.KvEntry:
         return pb.KvEntry(key=key, parent=keys[0] if start else b"", start=start, bytes=70, used=used)

@@ -293,3 +293,16 @@ def test_an_engine_that_outlives_the_store_computes(at: str) -> None:
             rig.store.detach()
         result, _ = rig.run([*DOCUMENT, 1], 1)
         assert (result.cached_tokens, len(result.token_ids), rig.engine.error) == (0, 1, "")
+
+
+def test_a_look_up_says_nothing_of_what_was_written_after_it_began() -> None:
+    disk = FakeDisk()
+    with start(disk) as rig:
+        ready(rig)
+        began = rig.store.now()
+        read(rig, 1000)
+        keys = sorted(disk.written, key=lambda key: disk.blocks[key].start)
+        rig.store.note_found(keys, 4, began)
+        assert rig.store.stored_prefix(keys)[0] == 10
+        rig.store.note_found(keys, 4, rig.store.now())
+        assert rig.store.stored_prefix(keys)[0] == 4
