@@ -126,7 +126,7 @@ class _Assembly:
         for shard in launched.shards:
             if shard.shard.stage in broken:
                 shard.abandon()  # nobody waits for an answer any more
-        is_at_rest = self.store.detach(0.0)
+        is_at_rest = self.store.detach(0.0, replaced=broken)
         failed.stop()
         if self.ray.lost:
             raise CannotRepair(self.ray.lost)

@@ -23,6 +23,8 @@ class Entry:
     used: float  # last use, in seconds since 1970
     bytes: dict[str, int] = field(default_factory=dict)  # by node
     is_whole: bool = True  # as far as is known, all shards can load it
+    written: float = 0.0  # when all shards had written it, in seconds since 1970; 0: not known
+    is_unplaced: bool = False  # all shards have written it since the last listing, and on which nodes is not known yet
 
     @property
     def total_bytes(self) -> int:
@@ -66,20 +68,23 @@ class KvIndex:
                 if changed is None:
                     entries.pop(key, None)
                 else:
+                    changed.bytes = entries[key].bytes | changed.bytes if key in entries else changed.bytes
                     entries[key] = changed
             for key, entry in entries.items():
                 if (before := self._entries.get(key)) is not None:
                     entry.used, entry.is_whole = max(entry.used, before.used), before.is_whole
+                    entry.written = before.written
             self._entries, self._nodes, self._changed = entries, set(listed), None
             self._node_bytes = Counter()
             for entry in entries.values():
                 self._node_bytes.update(entry.bytes)
 
     def add(self, key: bytes, parent: bytes, start: int, sizes: Mapping[str, int], now: float) -> None:
-        """Note that a block was stored; `sizes` are the bytes that were written on each node."""
+        """Note that a block was stored; `sizes` are the bytes that were written on each node, as far as known."""
         with self._lock:
             entry = self._entries.setdefault(key, Entry(parent, start, now))
-            entry.used, entry.is_whole = now, True
+            entry.used = entry.written = now
+            entry.is_whole, entry.is_unplaced = True, not sizes
             for node, size in sizes.items():
                 entry.bytes[node] = entry.bytes.get(node, 0) + size
                 self._node_bytes[node] += size
@@ -103,10 +108,14 @@ class KvIndex:
                 if (entry := self._entries.get(key)) is not None:
                     entry.used = max(entry.used, now)
 
-    def doubt(self, key: bytes) -> None:
-        """Note that a block cannot be loaded by every shard: it is stored again when it is computed again."""
+    def doubt(self, key: bytes, since: float) -> None:
+        """Note that a block could not be loaded by every shard: it is stored again when it is computed again.
+
+        Args:
+            since: when they began to look; what was written after that may be whole.
+        """
         with self._lock:
-            if (entry := self._entries.get(key)) is not None:
+            if (entry := self._entries.get(key)) is not None and entry.written < since:
                 entry.is_whole = False
 
     def has(self, key: bytes) -> bool:
@@ -134,7 +143,7 @@ class KvIndex:
             return max(lengths.values(), default=0), sum(entry.total_bytes for _, entry in known)
 
     def _is_usable(self, entry: Entry) -> bool:
-        return entry.is_whole and entry.bytes.keys() >= self._nodes
+        return entry.is_whole and (entry.is_unplaced or entry.bytes.keys() >= self._nodes)
 
     def expired(self, before: float, retained: Collection[bytes]) -> list[bytes]:
         """Return the blocks that were last used before a moment, but for those that are retained."""

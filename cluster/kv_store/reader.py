@@ -42,7 +42,10 @@ class KvReader:
 
     def find(self, keys: Sequence[bytes], on_found: Callable[[int], None]) -> None:
         """Answer how many of the first blocks are stored; whatever goes wrong, none are."""
-        self._finders.submit(self._find, keys, on_found)
+        try:
+            self._finders.submit(self._find, keys, on_found)
+        except RuntimeError:  # closed: the engine still works for a moment
+            self._post(lambda: on_found(0))
 
     def load(
         self, blocks: Sequence[KvBlock], is_wanted: Callable[[], bool], on_loaded: Callable[[int], None],
@@ -54,7 +57,10 @@ class KvReader:
             is_wanted: asked between calls, on another thread.
             on_lost: called instead when a shard may still write to the pages, with the reason.
         """
-        self._loaders.submit(self._load, blocks, is_wanted, on_loaded, on_lost)
+        try:
+            self._loaders.submit(self._load, blocks, is_wanted, on_loaded, on_lost)
+        except RuntimeError:  # closed
+            self._post(lambda: on_loaded(0))
 
     def close(self) -> None:
         """Begin nothing more; what is under way ends by itself."""
@@ -66,8 +72,9 @@ class KvReader:
         found = 0
         try:
             if self._clock() >= self._store.mute_until:
+                began = self._store.now()
                 found = self._calls.find(keys, FIND_WITHIN_S)
-                self._store.note_found(keys, found)
+                self._store.note_found(keys, found, began)
         except TimeoutError as error:
             self._mute(MUTE_S, str(error))
         except BaseException:  # noqa: BLE001 - the prompt is computed

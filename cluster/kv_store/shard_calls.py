@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -57,7 +57,7 @@ class ShardCalls:
         self._threads = ThreadPoolExecutor(_CALLS_A_SHARD * len(self.shards), "kv shard")
         self._idle = threading.Condition()
         self._open = 0  # calls under way
-        self._is_unsure = False  # a call about pages was given up that a living shard may still be at work on
+        self._unsure: set[int] = set()  # stages whose shards, if they live, may be at work on a call that ended for us
 
     def find(self, keys: Sequence[bytes], within_s: float) -> int:
         """Return how many of the first blocks every shard could load; one with an error has none.
@@ -104,45 +104,62 @@ class ShardCalls:
             reply for reply in self._all(lambda shard: shard.drop_kv(keys), chosen) if isinstance(reply, StageError)
         ]
 
-    def close(self, within_s: float) -> bool:
-        """Make no more calls; returns whether no shard is at work on pages any more, within this time."""
+    def close(self, within_s: float, replaced: Collection[int] = ()) -> bool:
+        """Make no more calls; returns whether no shard is at work on pages any more, within this time.
+
+        Args:
+            replaced: stages whose processes are not used any more.
+        """
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._idle:
-            return self._idle.wait_for(lambda: not self._open, within_s) and not self._is_unsure
+            return self._idle.wait_for(lambda: not self._open, within_s) and self._unsure <= set(replaced)
 
     def _all(
         self, call: Callable[[GrpcStageHandle], Reply], shards: Sequence[GrpcStageHandle] | None = None,
         within_s: float | None = None,
     ) -> list[Reply | StageError]:  # fmt: skip
         def guarded(shard: GrpcStageHandle) -> Reply | StageError:
-            with self._idle:
-                self._open += 1
             try:
                 return call(shard)
             except StageError as error:
                 return error
-            finally:
-                with self._idle:
-                    self._open -= 1
-                    self._idle.notify_all()
+
+        def begin(shard: GrpcStageHandle) -> Future[Reply | StageError]:
+            self._count(1)
+            try:
+                future = self._threads.submit(guarded, shard)
+            except RuntimeError:
+                self._count(-1)
+                raise
+            future.add_done_callback(lambda _: self._count(-1))
+            return future
 
         chosen = self.shards if shards is None else shards
         try:
-            futures = [self._threads.submit(guarded, shard) for shard in chosen]
+            futures = [begin(shard) for shard in chosen]
         except RuntimeError:  # closed
             return [StageError(f"{shard.name}: the pipeline is being closed") for shard in chosen]
         if wait(futures, within_s).not_done:
             raise TimeoutError(f"a shard has not answered within {within_s} s")
         return [StageError("cancelled") if future.cancelled() else future.result() for future in futures]
 
+    def _count(self, change: int) -> None:
+        with self._idle:
+            self._open += change
+            self._idle.notify_all()
+
     def _check(self, replies: Sequence[object]) -> None:
-        for reply in replies:
+        """Raise ShardLost if a shard may still be at work on a call to all of them."""
+        lost: list[ShardLost] = []
+        for shard, reply in zip(self.shards, replies, strict=True):
             if isinstance(reply, StageError):
                 code = getattr(getattr(reply.__cause__, "code", lambda: None)(), "name", "")
-                is_late = code == "DEADLINE_EXCEEDED"
-                self._is_unsure |= is_late
                 if code not in _OVER:
-                    raise ShardLost(str(reply), is_late) from reply
+                    lost.append(ShardLost(str(reply), is_late=code == "DEADLINE_EXCEEDED"))
+                    if reply.__cause__ is not None:  # else the call was not made
+                        self._unsure.add(shard.shard.stage)
+        if lost:
+            raise next((one for one in lost if one.is_late), lost[0])
 
 
 def _problem(replies: Sequence[pb.KvCount | pb.KvStored | StageError]) -> str:

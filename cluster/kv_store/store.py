@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.config.schema import KvStoreSection
@@ -101,12 +101,13 @@ class KvStore:
         self._writer.start()
         self._upkeep.start()
 
-    def detach(self, flush_s: float = _FLUSH_S, within_s: float = _CALLS_END_S) -> bool:
+    def detach(self, flush_s: float = _FLUSH_S, within_s: float = _CALLS_END_S, replaced: Collection[int] = ()) -> bool:
         """Write what is left, for a moment, and leave the pipeline; may be called twice.
 
         Args:
             flush_s: 0 when its engine or a shard does not work any more.
             within_s: to wait for calls under way.
+            replaced: stages whose processes are not used any more.
 
         Returns:
             Whether no shard is at work for the store: only then may the pages be used by another pipeline.
@@ -116,10 +117,10 @@ class KvStore:
             return True
         if flush_s and not self.is_full:
             self.backlog.wait_empty(flush_s)
-        self._calls = self._engine = self._pool = self._reader = self._writer = self._upkeep = None
+        self._calls = self._engine = self._pool = self._writer = self._upkeep = None  # the reader answers: nothing
         for part in (upkeep, reader, engine, writer):
             part.close()
-        are_over = calls.close(within_s)
+        are_over = calls.close(within_s, replaced)
         writer.join(_WRITER_ENDS_S)
         return are_over
 
@@ -217,18 +218,19 @@ class KvStore:
 
     # --- of reader, writer and upkeep ---------------------------------------------------------------------------------
 
-    def note_found(self, keys: Sequence[bytes], found: int) -> None:
+    def note_found(self, keys: Sequence[bytes], found: int, began: float) -> None:
+        """Note the answer to a look-up, which began at a time as of `now`."""
         self.stats.add(found_blocks=found)
         self.index.touch(keys[:found], self.now())
         if found < len(keys):
-            self.index.doubt(keys[found])
+            self.index.doubt(keys[found], began)
 
     def note_loaded(self, blocks: Sequence[KvBlock], loaded: Loaded, seconds: float) -> None:
         self.stats.add(
             loaded_blocks=loaded.blocks, loaded_bytes=loaded.bytes, load_s=seconds, damaged_blocks=loaded.damaged
         )
         if loaded.blocks < len(blocks):
-            self.index.doubt(blocks[loaded.blocks].key)
+            self.index.doubt(blocks[loaded.blocks].key, self.now())
             _log.warning("stored KV: a block could not be read and is computed: %s", loaded.problem or "it is gone")
 
     def note_stored(self, blocks: Sequence[KvBlock], sizes: Sequence[int], seconds: float) -> None:
@@ -242,7 +244,6 @@ class KvStore:
 
     def end_write(self) -> None:
         """Drop what was forgotten while it was written."""
-        self.backlog.done()
         if (upkeep := self._upkeep) is not None:
             upkeep.drop_forgotten()
 

@@ -35,6 +35,7 @@ class KvWriter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._store = store
+        self._backlog = store.backlog  # of this pipeline: the next one has another
         self._calls = calls
         self._engine = engine
         self._pool = pool
@@ -48,14 +49,14 @@ class KvWriter:
     def close(self) -> None:
         """Let the write under way be the last one."""
         self._closing.set()
-        self._store.backlog.close()
+        self._backlog.close()
 
     def join(self, within_s: float) -> None:
         """Wait for the end of the thread."""
         self._thread.join(within_s)
 
     def _run(self) -> None:
-        while offers := self._store.backlog.take(BATCH):
+        while offers := self._backlog.take(BATCH):
             try:
                 self._take(offers)
             except Detached:
@@ -64,6 +65,7 @@ class KvWriter:
                 _log.exception("stored KV: %d blocks could not be written", len(offers))
                 self._drop(offers)
             finally:
+                self._backlog.done()
                 self._store.end_write()
 
     def _take(self, offers: Sequence[Offer]) -> None:
@@ -123,5 +125,5 @@ class KvWriter:
 
     def _drop(self, offers: Sequence[Offer]) -> None:
         """Give up blocks, and the later ones of their prompt, which nobody could use without them."""
-        dropped = len(offers) + self._store.backlog.drop_prompt(offers[-1].prompt)
+        dropped = len(offers) + self._backlog.drop_prompt(offers[-1].prompt)
         self._store.stats.add(not_stored_blocks=dropped)

@@ -183,8 +183,8 @@ class PagePool:
         return self._readers[page] == 0
 
     def _retire(self, page: int) -> None:
-        """Make a page that has lost its last reader cached or free."""
-        if page in self._hash_of:
+        """Make a page that has lost its last reader cached or free; a pinned one keeps its content in any case."""
+        if page in self._hash_of or page in self._pins:
             self._state[page] = _CACHED
             self._cached[page] = None
         else:

@@ -22,7 +22,7 @@ def test_a_prefix_ends_with_the_first_block_that_is_missing_or_doubtful() -> Non
     index = KvIndex()
     keys = chain(index, "a", 5, 1.0)
     assert index.prefix([*keys, b"other"]) == (5, 500)
-    index.doubt(keys[3])
+    index.doubt(keys[3], 2.0)
     assert index.prefix(keys) == (3, 500)
     assert not index.has(keys[3])
     assert index.node_bytes == {"n": 500}, "it is still there"
@@ -82,7 +82,7 @@ def test_a_block_is_as_recent_as_those_after_it_and_one_without_predecessor_goes
 def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
     index = KvIndex()
     keys = chain(index, "a", 3, 9.0)
-    index.doubt(keys[1])
+    index.doubt(keys[1], 9.5)
 
     def entry(key: bytes, start: int, used: float) -> pb.KvEntry:
         return pb.KvEntry(key=key, parent=keys[0] if start else b"", start=start, bytes=70, used=used)
@@ -131,3 +131,19 @@ def test_victims_bring_every_node_below_its_limit_and_leave_no_orphan(seed: int,
     for key in left:
         name, number = chr(key[0]), int(key[1:])
         assert not number or f"{name}{number - 1}".encode() in left
+
+
+def test_a_block_that_was_just_written_counts_whatever_nodes_are_known() -> None:
+    index = KvIndex()
+    chain(index, "old", 1, 1.0)
+    index.add(b"a", b"", 0, {}, 2.0)  # by a pipeline that has not read yet on which nodes its shards are
+    assert index.has(b"a")
+    changes = pb.KvEntry(key=b"a", start=0, bytes=70, used=2.0)
+    index.begin_listing()
+    index.add(b"b", b"a", 32, {}, 3.0)
+    index.replace({"n": [changes]})
+    assert (index.has(b"a"), index.has(b"b"), index.node_bytes) == (True, True, {"n": 70})
+    index.begin_listing()
+    index.add(b"a", b"", 0, {}, 4.0)
+    index.replace({"n": [changes, pb.KvEntry(key=b"b", parent=b"a", start=32, bytes=30)], "m": []})
+    assert (index.size(b"a"), index.has(b"a"), index.has(b"b")) == (70, True, False), "the other node has it not"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +75,9 @@ def test_a_shard_that_says_itself_that_a_call_is_over_holds_no_pages(code: str, 
     if is_lost:
         with pytest.raises(ShardLost):
             calls.load(BLOCKS)
-        assert calls.close(1) is (code == "UNAVAILABLE"), "it may live and still be at work"
+        assert not calls.close(1), "it may live and still be at work"
+        assert not calls.close(1, {0, 2})
+        assert calls.close(1, {1}), "its process is replaced"
         return
     assert (calls.load(BLOCKS).blocks, calls.store(BLOCKS).blocks) == (0, 0)
     assert calls.store(BLOCKS).problem == "stage 1 shard 0: refused"
@@ -104,3 +108,28 @@ def test_a_look_up_waits_for_so_long() -> None:
     answer.set()
     assert calls.find(KEYS, 5) == 0
     assert calls.close(5)
+
+
+def test_a_call_that_is_about_to_begin_is_under_way() -> None:
+    some = shards(FakeDisk())
+    calls, threads = ShardCalls(some), []
+    submit = calls._threads.submit
+
+    def late(function: Callable[..., object], shard: FakeShard) -> Future[object]:
+        def begin() -> object:
+            threads.append(threading.current_thread())
+            ready.wait(20)  # the thread has the call and has not begun it
+            return function(shard)
+
+        return submit(begin)
+
+    ready = threading.Event()
+    calls._threads.submit = late  # type: ignore[method-assign, assignment]
+    caller = threading.Thread(target=lambda: calls.load(BLOCKS))
+    caller.start()
+    while len(threads) < 3:
+        pass
+    assert not calls.close(0.05)
+    ready.set()
+    caller.join(5)
+    assert calls.close(1)

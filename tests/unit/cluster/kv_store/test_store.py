@@ -245,3 +245,64 @@ def test_blocks_that_somebody_puts_there_are_known_after_a_refresh() -> None:
         assert rig.store.stored_prefix(keys) == (10, 10 * BLOCK_BYTES)
     assert rig.store.node_shards() == []
     rig.store.refresh()
+
+
+def test_what_is_written_before_the_first_listing_is_read_counts_and_goes_on() -> None:
+    disk, gate = FakeDisk(), threading.Event()
+    rig = start(disk)
+    for shard in rig.shards:
+        shard.list_kv = lambda listing=shard.list_kv: (gate.wait(20), listing())[1]  # type: ignore[method-assign]
+    with rig:
+        read(rig, 1000)
+        assert len(disk.written) == 10
+        gate.set()
+        ready(rig)
+        assert rig.store.stored_prefix(disk.written) == (10, 10 * BLOCK_BYTES)
+        read(rig, 1000, tokens=480)
+        assert len(disk.written) == 15, "the blocks after them are stored too"
+
+
+def test_a_writer_that_ends_late_takes_nothing_from_the_next_pipeline() -> None:
+    with start(FakeDisk()) as rig:
+        ready(rig)
+        gate = rig.shards[0].kv_gate = threading.Event()
+        rig.run([*DOCUMENT, 1], 1)
+        eventually(lambda: "store" in rig.shards[0].kv_calls)
+        late = rig.store._writer
+        assert not rig.store.detach(0.0, 0.05)
+        rig.shards[0].kv_gate = None
+        rig.store.attach(rig.shards, rig.engine.post, rig.pool)
+        rig.store.backlog.busy = frozenset([b"being written"])
+        gate.set()
+        late.join(10)
+        assert not late._thread.is_alive()
+        assert rig.store.backlog.busy == {b"being written"}, "that of the next writer"
+
+
+@pytest.mark.parametrize("at", ["find", "load"])
+def test_an_engine_that_outlives_the_store_computes(at: str) -> None:
+    disk = FakeDisk()
+    with start(disk) as rig:
+        ready(rig)
+        read(rig, 1000)
+    with start(disk) as rig:
+        if at == "load":
+            found = rig.shards[0].find_kv
+            rig.shards[0].find_kv = lambda keys: (rig.store._reader._loaders.shutdown(), found(keys))[1]  # type: ignore[method-assign]
+        else:
+            rig.store.detach()
+        result, _ = rig.run([*DOCUMENT, 1], 1)
+        assert (result.cached_tokens, len(result.token_ids), rig.engine.error) == (0, 1, "")
+
+
+def test_a_look_up_says_nothing_of_what_was_written_after_it_began() -> None:
+    disk = FakeDisk()
+    with start(disk) as rig:
+        ready(rig)
+        began = rig.store.now()
+        read(rig, 1000)
+        keys = sorted(disk.written, key=lambda key: disk.blocks[key].start)
+        rig.store.note_found(keys, 4, began)
+        assert rig.store.stored_prefix(keys)[0] == 10
+        rig.store.note_found(keys, 4, rig.store.now())
+        assert rig.store.stored_prefix(keys)[0] == 4

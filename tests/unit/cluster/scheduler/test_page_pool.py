@@ -215,3 +215,17 @@ def test_adopted_pages_are_kept_while_others_are_evicted():
     assert pool.allocate(1, adopted=(2,)) == (2, 0), "an owned page can be adopted once more"
     assert [pool.has(key(number)) for number in range(4)] == [False, False, True, True]
     check_pool(pool, [(2, 3, 1), (2, 0)])
+
+
+def test_a_page_that_is_written_to_the_store_is_given_to_nobody_although_it_is_forgotten_and_released() -> None:
+    pool = PagePool(2)
+    (page,) = pool.allocate(1)  # type: ignore[misc]
+    pool.publish(page, b"a")
+    assert pool.pin([b"a"]) == (page,)
+    pool.unpublish([page])  # a document with another block that begins alike is deleted
+    pool.release([page])
+    assert pool.num_available == 1
+    assert page not in pool.allocate(1)  # type: ignore[operator]
+    assert pool.allocate(1) is None
+    pool.unpin([page])
+    assert pool.allocate(1) == (page,)
