@@ -202,12 +202,13 @@ class ClusterRuntime:
         return encode_prompt(text, self.tokenizer, self.max_model_len)
 
     def reproducibility(
-        self, options: AnswerOptions, prompts: Sequence[Sequence[int]], pinned_len: int = 0
+        self, options: AnswerOptions, prompts: Sequence[Sequence[int]], pinned_len: int = 0, kernel_family: str = ""
     ) -> dict[str, Any]:
         """Return what is needed to get the same tokens again for the prompts of one job.
 
         Args:
             pinned_len: length whose length scale its document has; a longer prompt counts more.
+            kernel_family: kernels that computed KV that was imported with its document.
         """
         params = self.resolve(options).sampling_params
         config, spec, facts = self.deployment.config, self.deployment.spec, environment()
@@ -220,6 +221,7 @@ class ClusterRuntime:
             "kv_dtype": kv_dtype(self.deployment),
             "layout": f"{config.cluster.pipeline_parallel_size} x {config.cluster.expert_parallel_size}",
             "versions": {name: str(facts[name]) for name in ("version", "build", "torch", "ray", "python")}
+            | ({"kernels": kernel_family} if kernel_family else {})
             | ({"tokenizer": "none"} if self.ids_only else {}),
             "seed": params.seed,
             "sampling": params.to_json(),

@@ -10,7 +10,6 @@ only a file without a record, which the next sweep removes.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 import tempfile
@@ -18,9 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from cluster.common.errors import JobStoreError, JobStoreFull
+from cluster.jobs.document.chain import ChainDigest, chain_ids, digest_after, id_of
 from cluster.jobs.document.token_file import SUFFIX, TEMPORARY, tokens_path
 from cluster.jobs.model import (
     DocumentDamaged,
@@ -38,6 +40,7 @@ MAX_NAME = 255  # characters
 MAX_LISTED = 10_000  # documents, some megabytes
 _TEMPORARY = ".upload-"
 assert TEMPORARY.startswith(_TEMPORARY)
+_SPOOL_BYTES = 8 << 20  # of a file without a name, in memory
 _ROOM_AFTER_S = 60.0  # documents expire by the minute
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # nothing is wrong with the file
 
@@ -120,30 +123,68 @@ class DocumentStore:
     ) -> DocumentRecord:  # fmt: skip
         """Store a document, with the text of the one `before` it first."""
         with self._temporary() as (descriptor, path):
-            digest, size = _digest_after(before.id if before else ""), len(first)
+            digest, size = digest_after(before.id if before else ""), len(first)
             if first:
                 self._check_room(path.name, size)
                 with self._errors():
                     _write(descriptor, first)
-            for piece in pieces:
-                size += len(piece)
-                self._check_size(size, max_bytes)
-                self._check_room(path.name, size)
-                digest.update(piece)
-                with self._errors():
-                    _write(descriptor, piece)
+            size = self._receive(descriptor, path.name, pieces, max_bytes, size, digest.update)
             if size == len(first):
                 raise InvalidJob("document: 0 bytes: must have at least 1")
-            with self._errors():
-                os.fsync(descriptor)
             now = self._clock()
             record = DocumentRecord(
-                _id_of(digest), display_name(name), size, now, 0.0 if pinned else now + self._ttl_s,
+                id_of(digest), display_name(name), size, now, 0.0 if pinned else now + self._ttl_s,
                 scale_len=scale_len, pinned=pinned, used=now, source_hash=source_hash,
                 parent=before.id if before else "", kernel_family=before.kernel_family if before else "",
                 seams=(*before.seams, len(first)) if before else (),
             )  # fmt: skip
             return self._keep(path, record, is_provisional)
+
+    def put_archived(
+        self, record: DocumentRecord, pieces: Iterable[bytes], max_bytes: int, finish: Callable[[], str]
+    ) -> DocumentRecord:
+        """Store a document that comes from elsewhere, with what its record says; otherwise as `put`.
+
+        Args:
+            record: whose id, size, name, length scale, source, parent and seams count.
+            finish: called when the text is complete and right, returns the family of the kernels of its KV; when it
+                raises, nothing is stored.
+        """
+        self._check_size(record.size_bytes, max_bytes)
+        with self._temporary() as (descriptor, path):
+            chain = ChainDigest(record.seams)
+            size = self._receive(descriptor, path.name, pieces, max_bytes, 0, chain.update)
+            if size != record.size_bytes or chain.document_id != record.id:
+                raise InvalidJob(f"document: {record.id}: {size} bytes of other content")
+            family, now = finish(), self._clock()
+            return self._keep(
+                path,
+                replace(
+                    record, name=display_name(record.name), created=now, used=now, expires=now + self._ttl_s,
+                    kernel_family=family,
+                ),
+                False,
+            )  # fmt: skip
+
+    def spool(self) -> IO[bytes]:
+        """Return a file without a name, in memory while it is small."""
+        return tempfile.SpooledTemporaryFile(_SPOOL_BYTES, prefix=_TEMPORARY, dir=str(self._folder))
+
+    def _receive(
+        self, descriptor: int, temporary: str, pieces: Iterable[bytes], max_bytes: int, size: int,
+        update: Callable[[bytes], None],
+    ) -> int:  # fmt: skip
+        """Write what arrives, `update` a hash with it, and return the bytes with the `size` of before."""
+        for piece in pieces:
+            size += len(piece)
+            self._check_size(size, max_bytes)
+            self._check_room(temporary, size)
+            update(piece)
+            with self._errors():
+                _write(descriptor, piece)
+        with self._errors():
+            os.fsync(descriptor)
+        return size
 
     @staticmethod
     def _check_size(size: int, max_bytes: int) -> None:
@@ -289,26 +330,6 @@ class DocumentStore:
                 raise JobStoreFull(f"documents {self._folder}: {error.strerror}: free space on its disk") from error
             remedy = "check its disk and its permissions: must be a folder that we may write"
             raise JobStoreError(f"documents {self._folder}: {error.strerror}: {remedy}") from error
-
-
-def chain_ids(content: bytes, seams: Sequence[int]) -> list[str]:
-    """Return the ids of all documents that a content was appended together from; the last one is its own."""
-    ids: list[str] = []
-    for begin, end in zip((0, *seams), (*seams, len(content)), strict=True):
-        digest = _digest_after(ids[-1] if ids else "")
-        digest.update(memoryview(content)[begin:end])
-        ids.append(_id_of(digest))
-    return ids
-
-
-def _digest_after(document_id: str) -> hashlib._Hash:
-    """Return the hash to which the bytes of a document are added, after those of another one."""
-    return hashlib.sha256(f"{document_id}\n".encode() if document_id else b"")
-
-
-def _id_of(digest: hashlib._Hash) -> str:
-    """Return the id of a document from the SHA-256 of its bytes."""
-    return f"doc_{digest.hexdigest()[:32]}"
 
 
 def _read_file(path: Path, size: int) -> bytes:

@@ -88,6 +88,14 @@ class ServiceBusy(JobError):
         self.retry_after_s = retry_after_s
 
 
+class NotReady(JobError):
+    """The pipeline that is needed is being started; try again after `retry_after_s` (gRPC UNAVAILABLE)."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 def new_id(kind: str) -> str:
     """Return a new id of a kind ("job", "doc"): its name, `_` and 32 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(16)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
@@ -75,8 +75,8 @@ def has_length_scale(runtime: ClusterRuntime) -> bool:
     return dual is not None and dual.original_max_position_embeddings > 0
 
 
-def count_tokens(runtime: ClusterRuntime, documents: DocumentTokens, document_id: str) -> int:
-    """Return how many tokens a document has. Raises as `job_prompts`."""
+def document_ids(runtime: ClusterRuntime, documents: DocumentTokens, document_id: str) -> Sequence[int]:
+    """Return the token ids of a document where prompts have it. Raises as `job_prompts`."""
     with contextlib.ExitStack() as turn, _invalid():
 
         def begin(size: int) -> None:
@@ -84,7 +84,7 @@ def count_tokens(runtime: ClusterRuntime, documents: DocumentTokens, document_id
             if size > _LONG_BYTES:
                 turn.enter_context(_turn(BUILD_WAIT_S))
 
-        return len(documents.ids(document_id, documents.place(), begin))
+        return documents.ids(document_id, documents.place(), begin)
 
 
 def count_text(runtime: ClusterRuntime, documents: DocumentTokens, content: bytes) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
@@ -26,6 +26,7 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.document.kv import DocumentKv
 from cluster.jobs.document.tokens import DocumentCounter
+from cluster.jobs.document.transfer import DocumentTransfer
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.execution import JobExecution
 from cluster.jobs.model import (
@@ -45,7 +46,7 @@ from cluster.jobs.prompts import (
     BUILD_WAIT_S,
     check_text,
     count_text,
-    count_tokens,
+    document_ids,
     has_length_scale,
     job_prompts,
     stored_clock,
@@ -78,6 +79,7 @@ class JobService(JobExecution):
         self._timer = WatchedThread(self._watch_time, "timer", self._closing)
         self._counter = DocumentCounter(self.document_tokens)
         self.document_kv = DocumentKv(store, runtime.kv_store)
+        self._transfer = DocumentTransfer(runtime, documents, self.document_tokens, self.document_kv)
         self._draining = False  # no job is taken any more
         self._started = self.now()
 
@@ -153,7 +155,7 @@ class JobService(JobExecution):
         now = datetime.fromtimestamp(self.now())
         prompts = job_prompts(self._runtime, self.document_tokens, spec, now, BUILD_WAIT_S)
         document = self.documents.get(spec.input.document_id) if spec.input.document_id else None
-        pinned_len = max(0, document.scale_len) if document is not None else 0
+        of_document = (max(0, document.scale_len), document.kernel_family) if document is not None else (0, "")
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(job.prompt_tokens for job in self._live.values())
@@ -161,7 +163,7 @@ class JobService(JobExecution):
                 raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
             record, is_new = self._store.create(
                 spec, new_id("job"), spec.input.num_answers,
-                {**self._runtime.reproducibility(spec.ask, prompts, pinned_len), **stored_clock(now)},
+                {**self._runtime.reproducibility(spec.ask, prompts, *of_document), **stored_clock(now)},
                 self._limits.max_queued_jobs, self._document_expires(),
             )  # fmt: skip
             if is_new:
@@ -202,13 +204,26 @@ class JobService(JobExecution):
         record = self.documents.put(
             name, pieces, max_bytes, scale_len=scale_len, pinned=pinned, source_hash=source_hash, append_to=append_to
         )
+        self._count_later(record)
+        return record
+
+    def export_document(self, document_id: str, with_kv: bool) -> Iterator[bytes]:
+        """Return a document as an archive, in pieces. Raises as `DocumentTransfer.export`."""
+        return self._transfer.export(document_id, with_kv)
+
+    def import_document(self, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+        """Store the document of an archive. Raises as `DocumentTransfer.take_in`."""
+        record = self._transfer.take_in(pieces, max_bytes)
+        self._count_later(record)
+        return record
+
+    def _count_later(self, record: DocumentRecord) -> None:
         if (not record.tokens or record.scale_len == SCALE_TO_COME) and not self._runtime.ids_only:
             self._counter.add(record.id)
-        return record
 
     def count_document(self, document_id: str) -> int:
         """Return how many tokens a document has, which are kept. Raises InvalidJob, ServiceBusy, JobNotFound."""
-        return count_tokens(self._runtime, self.document_tokens, document_id)
+        return len(document_ids(self._runtime, self.document_tokens, document_id))
 
     def count_text(self, content: bytes) -> int:
         """Return how many tokens a text has as a document, without storing it. Raises InvalidJob, ServiceBusy."""

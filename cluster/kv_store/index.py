@@ -142,6 +142,16 @@ class KvIndex:
                     lengths[key] = before + 1
             return max(lengths.values(), default=0), sum(entry.total_bytes for _, entry in known)
 
+    def chained(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes, int]]:
+        """Return (key, parent, start) of those of these blocks that a chain leads to, parents before their children."""
+        with self._lock:
+            known = [(key, entry) for key in keys if (entry := self._entries.get(key)) is not None]
+            found: dict[bytes, tuple[bytes, bytes, int]] = {}
+            for key, entry in sorted(known, key=lambda item: (item[1].start, item[0])):
+                if self._is_usable(entry) and (not entry.start or entry.parent in found):
+                    found[key] = (key, entry.parent if entry.start else b"", entry.start)
+            return list(found.values())
+
     def _is_usable(self, entry: Entry) -> bool:
         return entry.is_whole and (entry.is_unplaced or entry.bytes.keys() >= self._nodes)
 

@@ -197,6 +197,15 @@ class KvStore:
         """
         return self.index.prefix(keys)
 
+    def chained(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes, int]]:
+        """Return (key, parent, start) of those of these blocks that can be used, parents before their children."""
+        return self.index.chained(keys)
+
+    def note_imported(self, key: bytes, parent: bytes, start: int, size: int) -> bool:
+        """Note a block whose files, of `size` bytes, were put on every node; returns False if it has no room there."""
+        self.index.add(key, parent, start, dict.fromkeys(self.limits, size), self.now())
+        return self.make_room()
+
     def refresh(self) -> None:
         """Read again what every node has, after somebody has put blocks there."""
         if (upkeep := self._upkeep) is not None:

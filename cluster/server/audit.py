@@ -23,6 +23,7 @@ _CHANGES: dict[str, Callable[[Any, Any], str]] = {
     "Submit": lambda request, reply: reply.id,
     "UploadDocument": lambda request, reply: reply.id,
     "AppendDocument": lambda request, reply: reply.id,
+    "ImportDocument": lambda request, reply: reply.id,
     "PinDocument": lambda request, reply: request.id,
     "Cancel": lambda request, reply: request.id,
     "Delete": lambda request, reply: request.id,

@@ -220,14 +220,21 @@ class _Jobs(rpc.JobsServicer):
         limit = self._service.status()["max_model_len"]
         return pb.TokenCount(tokens=tokens, size_bytes=len(content), max_model_len=limit)
 
+    def ExportDocument(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ArchivePiece]:
+        document_id = check_id(request.id, "doc")
+        for piece in self._service.export_document(document_id, not request.without_kv):
+            yield pb.ArchivePiece(data=piece)
+
+    def ImportDocument(self, requests: Iterator[pb.ArchivePiece], context: grpc.ServicerContext) -> pb.Document:
+        pieces = (_check_piece(request.data) for request in requests)
+        return self._document(self._service.import_document(pieces, self._max_document_bytes))
+
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         began, size = time.monotonic(), 0
         for request in requests:
             if request.WhichOneof("part") != "data":
                 raise InvalidJob("document: messages after the header must have data")
-            if len(request.data) > MAX_PIECE:
-                raise InvalidJob(f"data: {len(request.data)} bytes: must be at most {MAX_PIECE} in one message")
-            size += len(request.data)
+            size += len(_check_piece(request.data))
             seconds = time.monotonic() - began
             if seconds > _SLOW_UPLOAD_S and size < seconds * _SLOW_UPLOAD_RATE:
                 raise InvalidJob(f"document: {size} bytes in {seconds:.0f} s: must be {_SLOW_UPLOAD_RATE} a second")
@@ -324,3 +331,10 @@ class _Jobs(rpc.JobsServicer):
             record, tokens = replace(record, error=record.error or str(damage)), ()
         progress = {} if record.state.is_final else self._service.progress(record.id)
         return codec.encode_job(record, tokens, progress)
+
+
+def _check_piece(data: bytes) -> bytes:
+    """Return the data of one message of an upload. Raises InvalidJob."""
+    if len(data) > MAX_PIECE:
+        raise InvalidJob(f"data: {len(data)} bytes: must be at most {MAX_PIECE} in one message")
+    return data

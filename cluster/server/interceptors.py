@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.common.errors import JobStoreError, JobStoreFull
 from cluster.common.text_format import escape_unprintable
-from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, ServiceBusy
+from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, NotReady, ServiceBusy
 from cluster.server.audit import log_change
 from cluster.server.call_pool import Caller, CallPool, OpenCall
 from cluster.server.wire import check_raw
@@ -35,6 +35,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {  # the first one that fits
     JobConflict: grpc.StatusCode.ALREADY_EXISTS,
     NotAllowedNow: grpc.StatusCode.FAILED_PRECONDITION,
     ServiceBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    NotReady: grpc.StatusCode.UNAVAILABLE,
     JobStoreFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     JobStoreError: grpc.StatusCode.UNAVAILABLE,
 }
@@ -149,8 +150,8 @@ def _status_codes(method: str, context: grpc.ServicerContext) -> Iterator[None]:
         yield
     except Exception as raised:  # noqa: BLE001 - clients get a status whatever it is; closing a generator is none
         error = _of_the_store(raised)
-        if isinstance(error, (ServiceBusy, JobStoreError)):
-            retry_after_s = error.retry_after_s if isinstance(error, ServiceBusy) else _RETRY_AFTER_S
+        if isinstance(error, (ServiceBusy, NotReady, JobStoreError)):
+            retry_after_s = _RETRY_AFTER_S if isinstance(error, JobStoreError) else error.retry_after_s
             context.set_trailing_metadata((("retry-after-ms", str(max(1, round(retry_after_s * 1000)))),))
         if isinstance(error, JobStoreError):
             _log.error("%s: %s", method, error)

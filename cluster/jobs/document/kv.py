@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from cluster.common.errors import JobStoreError
@@ -36,6 +38,7 @@ class DocumentKv:
         self._lock = threading.Lock()  # of `_waiting`
         self._writing = threading.Lock()  # batches are written in the order they were told in
         self._waiting: list[tuple[str, bytes, int] | bytes] = []  # stored blocks, and keys of dropped ones
+        self._importing: dict[str, frozenset[bytes]] = {}  # blocks that are being imported, by their account
         self._is_closed = False
 
     def on_stored(self, document_id: str, key: bytes, size: int) -> None:
@@ -75,8 +78,31 @@ class DocumentKv:
     def sweep(self) -> None:
         """Forget the blocks whose documents are all gone. Raises JobStoreError."""
         self.flush()
-        if self._kv.is_enabled and (orphans := self._store.orphan_kv()):
+        if self._kv.is_enabled and (orphans := set(self._store.orphan_kv()).difference(*self._importing.values())):
             self._kv.forget_document(orphans)
+
+    @contextmanager
+    def importing(self, keys: Iterable[bytes]) -> Iterator[None]:
+        """Keep account of blocks that are put into the store inside of the block.
+
+        They stay those of no document until `add_imported`: when the block, or the process, ends before, the next sweep
+        drops them.
+        """
+        account, held = f"import_{secrets.token_hex(16)}", frozenset(keys)
+        self._importing[account] = held
+        try:
+            self._store.add_kv((account, key, 0) for key in held)
+            yield
+        finally:
+            del self._importing[account]
+            try:
+                self.sweep()
+            except JobStoreError as error:
+                _log.warning("stored KV of an import cannot be looked at now: %s", one_line(error))
+
+    def add_imported(self, document_id: str, sizes: Mapping[bytes, int]) -> None:
+        """Give imported blocks, by their bytes, to a document, which may be stored after that. Raises JobStoreError."""
+        self._store.add_kv((document_id, key, size) for key, size in sizes.items())
 
     def close(self) -> None:
         """Write at once from now on: a pipeline that ends stores its last blocks after the job service has ended."""

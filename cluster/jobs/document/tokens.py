@@ -17,8 +17,9 @@ from cluster.common.errors import JobStoreError
 from cluster.common.text_format import one_line
 from cluster.common.watched_thread import WatchedThread
 from cluster.engine.runtime import ClusterRuntime
+from cluster.jobs.document.chain import chain_ids
 from cluster.jobs.document.token_file import read_tokens, tokens_path, write_tokens
-from cluster.jobs.documents import DocumentStore, chain_ids
+from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, JobError
 from cluster.text.literal_tokenizer import Place
 from cluster.text.prompts import PromptError, document_place
@@ -77,6 +78,25 @@ class DocumentTokens:
     def count(self, document_id: str) -> Sequence[int]:
         """Return the ids where prompts have the document, and so note how many there are. Raises as `ids`."""
         return self.ids(document_id, self.place())
+
+    def mark(self) -> str:
+        """Return a digest of all but the text that ids depend on, "" without a tokenizer. Raises as `ids`."""
+        if self._runtime.ids_only:
+            return ""
+        what = self._runtime.tokenizer.fingerprint + self.place().name.encode()
+        return hashlib.sha256(what).hexdigest()
+
+    def adopt(self, document_id: str, ids: Sequence[int]) -> None:
+        """Take the ids of a document that were made elsewhere, by equal means, unless it has its own."""
+        place = self.place()
+        with self._locks[hash(document_id) % _LOCKS]:
+            record = self._documents.get(document_id)
+            path = tokens_path(self._documents.path(document_id))
+            if read_tokens(path, self._fingerprint(document_id, place)) is None:
+                self._keep(document_id, place, ids)
+                self._documents.store.count_document(
+                    record.id, len(ids), default_scale_len(len(ids), self._runtime.max_model_len)
+                )
 
     def place(self) -> Place:
         """Return the place of documents in prompts. Raises TokenizerError, ChatTemplateError."""

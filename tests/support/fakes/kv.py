@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cluster.common.errors import StageError
@@ -23,6 +24,7 @@ class FakeDisk:
     written: dict[bytes, set[tuple[int, int]]] = field(default_factory=dict)
     used: dict[bytes, float] = field(default_factory=dict)
     is_full: bool = False
+    file_padding: int = 0  # bytes of files beside what they say
     dropped: list[bytes] = field(default_factory=list)
 
     def keys_of(self, shard: tuple[int, int]) -> set[bytes]:
@@ -99,3 +101,34 @@ class FakeKvShard:
         there = [key for key in keys if disk.written.pop(key, None)]
         disk.dropped += there
         return pb.KvCount(blocks=len(there))
+
+    def read_kv(self, keys: Sequence[bytes]) -> Iterator[pb.KvFile]:
+        """Yield a file a shard, which says what its block is, in two pieces."""
+        disk, _ = self._use("read")
+        for key in keys:
+            for stage, rank in sorted(disk.written.get(key, ())):
+                block = disk.blocks[key]
+                values = [key.hex(), block.parent.hex(), block.start, list(block.token_ids), "x" * disk.file_padding]
+                data = json.dumps(values).encode()
+                yield pb.KvFile(key=key, name=f"l{stage}-{stage + 1}_h{rank}-{rank + 1}.safetensors", data=data[:50])
+                yield pb.KvFile(data=data[50:], is_last=True)
+
+    def write_kv(self, files: Iterator[pb.KvFile]) -> pb.KvCount:
+        disk, _ = self._use("write")
+        data, keys = b"", set()
+        for piece in files:
+            keys |= {piece.key} - {b""}
+            data += piece.data
+        (key,) = keys
+        if disk.is_full:
+            return pb.KvCount(problem="No space left on device")
+        try:
+            key_text, parent, start, ids, _ = json.loads(data)
+            block = KvBlock(bytes.fromhex(key_text), bytes.fromhex(parent), start, ids, ())
+        except (ValueError, TypeError):
+            return pb.KvCount(damaged=1, problem="a checksum is wrong")
+        if block.key != key:
+            return pb.KvCount(damaged=1, problem="the key is that of another block")
+        disk.blocks[key] = block
+        disk.written.setdefault(key, set()).add((0, 0))
+        return pb.KvCount(blocks=1, bytes=len(data))

@@ -26,6 +26,7 @@ class FakeRuntime(ClusterRuntime):
 
     script: Script = staticmethod(lambda sequence, index: 100 + index)
     holds = False  # whether shards start held
+    kernel_family = "fake"
 
     def __init__(self, data_dir: Path, seqs: int = 2, *, disk: FakeDisk | None = None, **server: object) -> None:
         """
@@ -51,8 +52,13 @@ class FakeRuntime(ClusterRuntime):
         self.shard.deadly = lambda plan: self.deadly(plan)
         self.shard.disk = self.disk
         store, pool = self.kv_store, PagePool(512)
-        scheduler = Scheduler(pool, 16, CHUNK, self._seqs, block_tokens=store.block_tokens)
-        launched: Any = SimpleNamespace(shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32", epoch=1)
+        scheduler = Scheduler(
+            pool, 16, CHUNK, self._seqs, block_tokens=store.block_tokens, kernel_family=self.kernel_family
+        )
+        launched: Any = SimpleNamespace(
+            shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32", epoch=1,
+            kernel_family=self.kernel_family,
+        )  # fmt: skip
         engine = Engine(scheduler, [self.shard], self.tokenizer, store=store if store.is_enabled else None)
         store.attach(launched.shards, engine.post, pool)
         engine.start()

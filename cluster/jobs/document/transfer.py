@@ -1,0 +1,236 @@
+"""Documents as files: out of a head with tokens and stored KV, and into another one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from cluster.common.text_format import escape_unprintable
+from cluster.config.memory_budget import kv_dtype
+from cluster.engine.attention_report import describe_positions, describe_sparsity
+from cluster.engine.pipeline import cache_root
+from cluster.engine.runtime import ClusterRuntime
+from cluster.jobs.document.archive import (
+    IDS,
+    MANIFEST,
+    PIECE_BYTES,
+    TEXT,
+    ArchivedBlock,
+    ArchivedDocument,
+    ArchivedModel,
+    ArchiveReader,
+    ArchiveWriter,
+    Manifest,
+    bad_archive,
+    joined,
+)
+from cluster.jobs.document.kv import DocumentKv
+from cluster.jobs.document.kv_transfer import KvIntake, kv_members, left_out, ready_shards
+from cluster.jobs.document.tokens import DocumentTokens
+from cluster.jobs.documents import DocumentStore
+from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, InvalidJob, JobDamaged
+from cluster.jobs.prompts import document_ids, has_length_scale
+from protos.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.stages.handle import GrpcStageHandle
+
+_IDS_A_BYTE = 4  # at most; of any tokenizer there are fewer
+_log = logging.getLogger(__name__)
+
+
+class DocumentTransfer:
+    """Exports and imports documents; any thread may call it."""
+
+    def __init__(
+        self, runtime: ClusterRuntime, documents: DocumentStore, tokens: DocumentTokens, account: DocumentKv
+    ) -> None:
+        self._runtime = runtime
+        self._documents = documents
+        self._tokens = tokens
+        self._account = account
+        self._kv = runtime.kv_store
+
+    # --- export ------------------------------------------------------------------------------------------------------
+
+    def export(self, document_id: str, with_kv: bool) -> Iterator[bytes]:
+        """Return the archive of a document in pieces.
+
+        Raises:
+            JobNotFound, DocumentDamaged, JobStoreError: as of `DocumentStore.read`. ServiceBusy: as of `document_ids`.
+            NotReady: its KV cannot be reached, also while it is read.
+        """
+        ids = self._ids(document_id)
+        record, content = self._documents.get(document_id), self._documents.read(document_id)
+        blocks: tuple[ArchivedBlock, ...] = ()
+        shards: list[GrpcStageHandle] = []
+        if with_kv and self._kv.is_enabled:
+            self._account.flush()
+            if keys := [key for key, _ in self._documents.store.document_kv(document_id)]:
+                shards = ready_shards(self._kv)
+                blocks = tuple(
+                    ArchivedBlock(key.hex(), parent.hex(), start) for key, parent, start in self._kv.chained(keys)
+                )
+        document = ArchivedDocument(
+            record.id, record.name, record.size_bytes, len(ids), max(0, record.scale_len), record.source_hash,
+            record.parent, record.seams,
+        )  # fmt: skip
+        mark = self._tokens.mark() if ids else ""
+        manifest = Manifest(document, self._model(record.kernel_family), mark, self._kv.block_tokens, blocks)
+        writer = ArchiveWriter()
+
+        def members() -> Iterator[bytes]:
+            listing = manifest.to_json()
+            yield from writer.member(MANIFEST, len(listing), [listing])
+            yield from writer.member(TEXT, len(content), _cut(content))
+            if ids:
+                packed = _swapped(array("I", ids)).tobytes()
+                yield from writer.member(IDS, len(packed), _cut(packed))
+            yield from kv_members(writer, self._documents, shards, [block.key for block in blocks])
+            yield from writer.end()
+
+        return joined(members())
+
+    def _ids(self, document_id: str) -> array[int]:
+        """Return the token ids; none where there is no tokenizer, or the text cannot be tokenised."""
+        ids = array("I")
+        if not self._runtime.ids_only:
+            try:
+                ids.extend(document_ids(self._runtime, self._tokens, document_id))
+            except JobDamaged:
+                raise
+            except InvalidJob as error:
+                _log.info("document %s is exported without token ids: %s", document_id, error)
+        return ids
+
+    def _model(self, kernel_family: str) -> ArchivedModel:
+        """Return what KV depends on here. Raises EngineError before the first start."""
+        deployment, launched = self._runtime.deployment, self._runtime.launched
+        return ArchivedModel(
+            fingerprint=launched.fingerprint,
+            dtype=launched.dtype,
+            kv_dtype=kv_dtype(deployment),
+            positions=describe_positions(deployment.spec),
+            sparse=describe_sparsity(deployment.spec),
+            root=cache_root(deployment, launched.fingerprint).hex(),
+            kernel_family=kernel_family or launched.kernel_family,
+        )
+
+    # --- import ------------------------------------------------------------------------------------------------------
+
+    def take_in(self, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+        """Store the document of an archive, with its token ids and KV as far as they can be used here.
+
+        All of the archive is checked before the document is there; the log says why its KV is left out.
+
+        Args:
+            max_bytes: of the text.
+
+        Raises:
+            InvalidJob: the archive is damaged, none of ours, or its text too large. ServiceBusy: no room for it.
+                NotReady: its KV cannot be put into the stores now. Nothing is kept then.
+        """
+        reader = ArchiveReader(pieces)
+        manifest = reader.manifest()
+        said = manifest.document
+        member = reader.next()
+        if member is None or (member.name, member.size) != (TEXT, said.size_bytes):
+            raise bad_archive(f"{TEXT} is missing, or not of the size that {MANIFEST} says: export it again")
+        scale_len = said.scale_len or (SCALE_TO_COME if has_length_scale(self._runtime) else 0)
+        record = DocumentRecord(
+            said.id, said.name, said.size_bytes, 0.0, 0.0, scale_len=scale_len, source_hash=said.source_hash,
+            parent=said.parent, seams=said.seams,
+        )  # fmt: skip
+        family = self._family(manifest)
+        intake = KvIntake(self._kv, self._documents, manifest.blocks, self._problem(manifest, family, scale_len))
+        ids = array("I")
+
+        def finish() -> str:
+            self._read_rest(reader, manifest, ids, intake)
+            if intake.problem or not intake.sizes:
+                return ""
+            self._account.add_imported(said.id, intake.sizes)
+            return family
+
+        with self._account.importing(intake.keys):
+            stored = self._documents.put_archived(record, reader.data(), max_bytes, finish)
+        if ids:
+            self._tokens.adopt(stored.id, ids)
+        if intake.problem and manifest.blocks:
+            _log.warning("document %s is imported without its KV: %s", stored.id, escape_unprintable(intake.problem))
+        if intake.sizes:
+            self._kv.refresh()
+        return self._documents.get(stored.id)
+
+    def _read_rest(self, reader: ArchiveReader, manifest: Manifest, ids: array[int], intake: KvIntake) -> None:
+        """Read what comes after the text up to the end; `ids` are added to if they can be used here."""
+        said = manifest.document
+        member = reader.next()
+        if manifest.tokenizer:
+            size = 4 * said.tokens
+            if member is None or (member.name, member.size) != (IDS, size) or size > 4 * _IDS_A_BYTE * said.size_bytes:
+                raise bad_archive(f"{IDS} is missing, or not of the size that {MANIFEST} says: export it again")
+            if self._mark() == manifest.tokenizer:
+                ids.frombytes(b"".join(reader.data()))
+                if max(_swapped(ids), default=0) >= self._runtime.deployment.spec.vocab_size:
+                    raise bad_archive(f"{IDS}: a token that this model does not have: export it again")
+            else:
+                reader.skip()
+            member = reader.next()
+        while member is not None:
+            intake.take(member, reader)
+            member = reader.next()
+        intake.end_block()
+
+    def _mark(self) -> str:
+        with suppress(UserError):
+            return self._tokens.mark()
+        return ""
+
+    def _family(self, manifest: Manifest) -> str:
+        """Return the family of kernels for the record: "" where they are those of this cluster."""
+        family = manifest.model.kernel_family
+        return "" if not manifest.blocks or family == self._runtime.launched.kernel_family else family
+
+    def _problem(self, manifest: Manifest, family: str, scale_len: int) -> str:
+        """Return why the KV of an archive cannot be used here, or ""."""
+        if not self._kv.is_enabled:
+            return "this cluster stores no KV (kv_store.enabled)"
+        ours, theirs = self._model(""), manifest.model
+        names = {
+            "model (fingerprint)": "fingerprint", "type of computation": "dtype", "type of KV": "kv_dtype",
+            "kind of positions": "positions", "sparse prefill": "sparse", "digest of all settings": "root",
+        }  # fmt: skip
+        if problem := left_out(
+            {"kv_store.block_tokens": str(self._kv.block_tokens)}
+            | {name: getattr(ours, field) for name, field in names.items()},
+            {"kv_store.block_tokens": str(manifest.block_tokens)}
+            | {name: getattr(theirs, field) for name, field in names.items()},
+        ):
+            return problem
+        known = self._documents.store.get_document(manifest.document.id)
+        if known is not None and known.scale_len == SCALE_TO_COME:
+            self._ids(known.id)
+            known = self._documents.store.get_document(known.id)
+        if known is not None and known.kernel_family != family:
+            return (
+                f"the document is here already, with KV of other kernels ({known.kernel_family or 'ours'}): delete it"
+            )
+        if known is not None and known.scale_len not in (0, scale_len):
+            return f"the document is here already, with the length scale of {known.scale_len} tokens: delete it"
+        return ""
+
+
+def _cut(data: bytes) -> Iterator[bytes]:
+    return (data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES))
+
+
+def _swapped(ids: array[int]) -> array[int]:
+    """Return ids between the order of bytes here and that of an archive."""
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids

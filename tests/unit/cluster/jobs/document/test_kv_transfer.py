@@ -1,0 +1,108 @@
+"""Stored KV between stores and archives: what fails half-way leaves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.common.errors import StageError
+from cluster.jobs.model import InvalidJob, NotReady
+from tests.support.fakes.kv import FakeDisk
+from tests.support.fakes.stage import eventually
+from tests.support.rigs.archives import (
+    LIMIT,
+    OpenBench,
+    archive_of,
+    check_nothing_kept,
+    pieces,
+    read,
+)
+
+
+def test_a_node_that_fails(open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, other = FakeDisk(), FakeDisk()
+    here, there = open_bench(disk), open_bench(other)
+    document = read(here)
+    archive = archive_of(here, document)
+    shard = type(there.runtime.shard)
+    write, read_kv, calls = shard.write_kv, shard.read_kv, []
+
+    def failing(self: object, given: object) -> object:
+        calls.append(given)
+        if len(calls) % 3 == 0:
+            raise StageError("stage 0 shard 0: gone")
+        return (write if self is there.runtime.shard else read_kv)(self, given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard, "write_kv", failing)
+    monkeypatch.setattr(shard, "read_kv", failing)
+    with pytest.raises(NotReady, match="gone"):
+        there.service.import_document(pieces(archive), LIMIT)
+    check_nothing_kept(there, other)
+    calls.clear()
+    with pytest.raises(NotReady, match="gone"):
+        archive_of(here, document)
+    monkeypatch.undo()
+    monkeypatch.setattr(there.runtime.kv_store, "node_shards", list)
+    with pytest.raises(NotReady, match="being started"):
+        there.service.import_document(pieces(archive), LIMIT)
+    monkeypatch.undo()
+    there.service.import_document(pieces(archive), LIMIT)
+    assert set(other.written) == set(disk.written)
+
+
+def test_a_full_disk_and_a_quota(open_bench: OpenBench, caplog: pytest.LogCaptureFixture) -> None:
+    here, full, small = (
+        open_bench(FakeDisk()),
+        open_bench(FakeDisk(is_full=True)),
+        open_bench(FakeDisk(free_bytes=9999)),
+    )
+    document = read(here)
+    archive = archive_of(here, document)
+    for bench, problem in ((full, "No space left"), (small, "kv_store.max_bytes")):
+        assert bench.service.import_document(pieces(archive), LIMIT).tokens
+        assert problem in caplog.text
+        eventually(lambda bench=bench: bench.runtime.disk.written == {})  # type: ignore[misc]
+        assert bench.service.stored_kv([document]) == {}
+
+
+def test_an_upload_that_breaks_off_and_a_crash(open_bench: OpenBench) -> None:
+    disk, other = FakeDisk(), FakeDisk()
+    here, there = open_bench(disk), open_bench(other)
+    archive = archive_of(here, read(here))
+
+    def cut(error: BaseException) -> Iterator[bytes]:
+        yield archive[:-3000]
+        assert other.written
+        raise error
+
+    with pytest.raises(InvalidJob, match="cut"):
+        there.service.import_document(cut(InvalidJob("request: cut off")), LIMIT)
+    check_nothing_kept(there, other)
+
+    def crash() -> Iterator[bytes]:
+        yield archive[:-3000]
+        there.service.document_kv.sweep()
+        assert other.written, "what is being imported is no orphan"
+        there.service.document_kv._kv = type("Gone", (), {"is_enabled": False})()  # nothing is dropped any more
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        there.service.import_document(crash(), LIMIT)
+    assert other.written
+    there.restart()
+    there.service.document_kv.sweep()
+    check_nothing_kept(there, other)
+
+
+def test_blocks_that_are_here_stay_as_they_are(open_bench: OpenBench) -> None:
+    disk = FakeDisk()
+    here = open_bench(disk)
+    document = read(here)
+    archive = archive_of(here, document)
+    before = dict(disk.blocks)
+    assert here.service.import_document(pieces(archive), LIMIT).id == document
+    assert all(disk.blocks[key] is block for key, block in before.items())
+    with pytest.raises(InvalidJob):
+        here.service.import_document(pieces(archive[:-1500]), LIMIT)
+    assert set(disk.written) == set(before)
