@@ -22,5 +22,5 @@ def open_bench(tmp_path: Path) -> Iterator[OpenBench]:
         return made[-1]
 
     yield make
-    for bench in made:
+    for bench in reversed(made):  # each restores what it found
         bench.close()
