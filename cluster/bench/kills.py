@@ -136,7 +136,8 @@ def recomputed(history: Sequence[Seen], killed_at: float, until_at: float) -> di
     """Return (prompt tokens done before a kill, those of them computed again after it) of each question it restarted.
 
     Streams repeat old progress while nothing is computed, and show the new one before the new state. So progress is of
-    the restarted job if its stream began after the kill, or its numbers are not those of before.
+    the restarted job if its stream began after the kill, or its numbers are not those of before. What it has found is
+    known when it computes: while stored KV is loaded, it shows what was in memory.
 
     Args:
         until_at: the next kill; what comes later is counted for that one.
@@ -155,6 +156,7 @@ def recomputed(history: Sequence[Seen], killed_at: float, until_at: float) -> di
         elif entry.what == "state" and entry.restarts > restarts[entry.job]:
             restarted.add(entry.job)
     found: dict[str, tuple[int, int]] = {}
+    computing: set[str] = set()
     for entry in history:
         if entry.what != "progress" or not killed_at < entry.at < until_at or entry.job not in restarted:
             continue
@@ -163,8 +165,11 @@ def recomputed(history: Sequence[Seen], killed_at: float, until_at: float) -> di
             continue
         is_new = attached.get(entry.follower, 0.0) > killed_at or entry.cached != old.cached
         if is_new or entry.processed < old.processed:
-            again = max(0, old.processed - entry.cached)
-            found.setdefault(f"{entry.job}/{entry.question}", (old.processed, again))
+            name = f"{entry.job}/{entry.question}"
+            if name not in computing:
+                found[name] = old.processed, max(0, old.processed - entry.cached)
+            if entry.processed > entry.cached:
+                computing.add(name)
     return found
 
 

@@ -20,6 +20,7 @@ from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
 
+_FLUSH_WITHOUT_RAY_S = 3.0  # its loss ends the pipeline, and the shards still work
 _SCHEMA = "longreach kv 1"  # of keys; another one finds nothing that was stored before
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class _Assembly:
         with ExitStack() as steps:  # undone in the opposite order: hang detector, KV store, engine, stage processes
             steps.callback(engine.close)
             self.store.attach(launched.shards, engine.post, pool)
-            steps.callback(lambda: self.store.detach(*((0.0, 1.0) if engine.error else ())))
+            steps.callback(lambda: self._leave_store(engine))
             engine.start()
             hang_detector = HangDetector(engine, launched.shards)
             steps.callback(hang_detector.close)
@@ -103,6 +104,13 @@ class _Assembly:
 
         has_others = self.deployment.config.cluster.pipeline_parallel_size > 1
         return Pipeline(engine, launched, closing.close, repair if has_others else None)
+
+    def _leave_store(self, engine: Engine) -> None:
+        """Write blocks that are not stored yet, for a moment, if all shards can: what is lost is computed again."""
+        if not engine.error:
+            self.store.detach()
+        else:
+            self.store.detach(_FLUSH_WITHOUT_RAY_S if self.ray.lost and not engine.lost_stages else 0.0, 1.0)
 
     def _engine(self, launched: Launched, pool: PagePool, latency: LatencyModel | None) -> Engine:
         config, spec, store = self.deployment.config, self.deployment.spec, self.store
@@ -122,14 +130,14 @@ class _Assembly:
         """Replace the broken stages under a failed engine; what their new shards do not have of KV is forgotten."""
         from cluster.stages.launcher import broken_stages  # loads grpc
 
+        if self.ray.lost:
+            raise CannotRepair(self.ray.lost)
         broken = broken_stages(launched.shards) | failed.lost_stages
         for shard in launched.shards:
             if shard.shard.stage in broken:
                 shard.abandon()  # nobody waits for an answer any more
         is_at_rest = self.store.detach(0.0, replaced=broken)
         failed.stop()
-        if self.ray.lost:
-            raise CannotRepair(self.ray.lost)
         num_stages = self.deployment.config.cluster.pipeline_parallel_size
         if 2 * len(broken) > num_stages:
             raise CannotRepair(f"{len(broken)} of {num_stages} stages are broken")

@@ -128,16 +128,17 @@ class PrefixKeys:
     def _chain(self, prompt: Sequence[int], size: int, key: int, origin: Origin) -> Iterator[bytes]:
         """Yield the hashes of pieces of `size` tokens whose KV does not depend on where the prompt ends."""
         spec, length = self._spec, len(prompt)
-        root = self._root_of(length, key, origin)
+        root = self._root_of(length, size, key, origin)
         if spec is None or not self._is_sparse(length):
             return page_hashes(prompt, size, root)
         stable = grid.last_cut(spec, length, length)
         pieces = page_hashes(prompt, size, root, lambda stop: grid.next_cut(spec, stop - 1, length) or stop)
         return islice(pieces, stable // size)
 
-    def _root_of(self, prompt_len: int, key: int, origin: Origin) -> bytes:
+    def _root_of(self, prompt_len: int, size: int, key: int, origin: Origin) -> bytes:
+        """Return the start of the chain of pieces of `size` tokens: the first ones of two sizes may lie in one cell."""
         family = origin.kernel_family or self._kernel_family
-        values = [self._is_sparse(prompt_len), key, family, origin.cache_salt]
+        values = [self._is_sparse(prompt_len), size, key, family, origin.cache_salt]
         return hashlib.sha256(self._root + json.dumps(values).encode()).digest()
 
     def _length_scale(self, length: int) -> float:

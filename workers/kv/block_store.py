@@ -172,7 +172,7 @@ class BlockStore:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all blocks; what writers that have ended left behind is removed."""
-        for prefix in _subfolders(self.root):
+        for prefix in (self.root / name for name in _names(self.root) if len(name) == 2):
             names = [name for name in _names(prefix) if _KEY.fullmatch(name)]
             for name in names:
                 entry = self._entry(prefix / name)
@@ -212,15 +212,20 @@ class BlockStore:
     def identity(self) -> str:
         """Return a text that is equal for shards that see the same store, on whatever nodes."""
         path = self.root / "id"
-        with contextlib.suppress(FileExistsError):
-            descriptor, temporary = self._temporary(self.root)
+        if text := (path.read_text(errors="replace")[:64] if path.is_file() else ""):
+            return text
+        descriptor, temporary = self._temporary(self.root)
+        try:
+            with open(descriptor, "w") as file:
+                file.write(secrets.token_hex(16))
             try:
-                os.write(descriptor, secrets.token_hex(16).encode())
                 os.link(temporary, path)
-            finally:
-                os.close(descriptor)
-                temporary.unlink(missing_ok=True)
-        return path.read_text()[:64]
+            except OSError:
+                if not path.exists() or not path.stat().st_size:  # no hard links, or a power cut has left it empty
+                    os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path.read_text(errors="replace")[:64]
 
     def drop(self, keys: Iterable[bytes]) -> Outcome:
         """Remove blocks with all that is in their folders."""
@@ -369,10 +374,6 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError:
         return []
-
-
-def _subfolders(root: Path) -> list[Path]:
-    return [root / name for name in _names(root) if len(name) == 2]
 
 
 def _remove(path: Path) -> None:

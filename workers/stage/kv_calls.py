@@ -51,103 +51,108 @@ class KvCalls(rpc.StageServicer):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def FindKv(self, request: pb.KvKeys, context: grpc.ServicerContext) -> pb.KvCount:
-        store, _ = self._begin(context)
-        return pb.KvCount(blocks=store.find(_keys(request, context)))
+        with self._begin(context) as (store, _):
+            return pb.KvCount(blocks=store.find(_keys(request, context)))
 
     def LoadKv(self, request: pb.KvBlocks, context: grpc.ServicerContext) -> pb.KvCount:
-        store, pages = self._begin(context)
-        blocks = _blocks(request, pages, context)
-        outcomes = self._each(self._readers, blocks, lambda block: store.load(block, pages), context)
-        reply = pb.KvCount()
-        with contextlib.closing(outcomes):
-            for outcome in outcomes:
-                reply.damaged += outcome.damaged
-                reply.problem = reply.problem or outcome.problem
-                reply.bytes += outcome.num_bytes
-                if not outcome.blocks:
-                    break
-                reply.blocks += 1
-        return reply
+        with self._begin(context) as (store, pages):
+            blocks = _blocks(request, pages, context)
+            outcomes = self._each(self._readers, blocks, lambda block: store.load(block, pages), context)
+            reply = pb.KvCount()
+            with contextlib.closing(outcomes):
+                for outcome in outcomes:
+                    reply.damaged += outcome.damaged
+                    reply.problem = reply.problem or outcome.problem
+                    reply.bytes += outcome.num_bytes
+                    if not outcome.blocks:
+                        break
+                    reply.blocks += 1
+            return reply
 
     def StoreKv(self, request: pb.KvBlocks, context: grpc.ServicerContext) -> pb.KvStored:
-        store, pages = self._begin(context)
-        blocks = _blocks(request, pages, context)
-        outcomes = self._each(self._writer, blocks, lambda block: store.store(block, pages), context)
-        reply = pb.KvStored()
-        with contextlib.closing(outcomes):
-            for outcome in outcomes:
-                reply.problem, reply.is_full = outcome.problem, outcome.is_full
-                reply.bytes += outcome.num_bytes
-                if not outcome.blocks:
-                    break
-                reply.blocks += 1
-        return reply
+        with self._begin(context) as (store, pages):
+            blocks = _blocks(request, pages, context)
+            outcomes = self._each(self._writer, blocks, lambda block: store.store(block, pages), context)
+            reply = pb.KvStored()
+            with contextlib.closing(outcomes):
+                for outcome in outcomes:
+                    reply.problem, reply.is_full = outcome.problem, outcome.is_full
+                    reply.bytes += outcome.num_bytes
+                    if not outcome.blocks:
+                        break
+                    reply.blocks += 1
+            return reply
 
     def ListKv(self, request: pb.KvListRequest, context: grpc.ServicerContext) -> Iterator[pb.KvEntries]:
-        store, _ = self._begin(context)
-        try:
-            free, node, entries = store.free_bytes(), store.identity(), []
-            for entry in store.entries():
-                entries.append(pb.KvEntry(
-                    key=entry.key, parent=entry.parent, start=entry.start, bytes=entry.num_bytes, used=entry.used
-                ))  # fmt: skip
-                if len(entries) == _ENTRIES:
-                    yield pb.KvEntries(entries=entries, free_bytes=free, node=node)
-                    entries = []
-            yield pb.KvEntries(entries=entries, free_bytes=free, node=node)
-        except OSError as error:
-            context.abort(grpc.StatusCode.UNAVAILABLE, f"KV store: {error}")
+        with self._begin(context) as (store, _):
+            try:
+                free, node, entries = store.free_bytes(), store.identity(), []
+                for entry in store.entries():
+                    entries.append(pb.KvEntry(
+                        key=entry.key, parent=entry.parent, start=entry.start, bytes=entry.num_bytes, used=entry.used
+                    ))  # fmt: skip
+                    if len(entries) == _ENTRIES:
+                        yield pb.KvEntries(entries=entries, free_bytes=free, node=node)
+                        entries = []
+                yield pb.KvEntries(entries=entries, free_bytes=free, node=node)
+            except OSError as error:
+                context.abort(grpc.StatusCode.UNAVAILABLE, f"KV store: {error}")
 
     def DropKv(self, request: pb.KvKeys, context: grpc.ServicerContext) -> pb.KvCount:
-        store, _ = self._begin(context)
-        outcome = store.drop(_keys(request, context))
-        return pb.KvCount(blocks=outcome.blocks, bytes=outcome.num_bytes, problem=outcome.problem)
+        with self._begin(context) as (store, _):
+            outcome = store.drop(_keys(request, context))
+            return pb.KvCount(blocks=outcome.blocks, bytes=outcome.num_bytes, problem=outcome.problem)
 
     def ReadKv(self, request: pb.KvKeys, context: grpc.ServicerContext) -> Iterator[pb.KvFile]:
-        store, _ = self._begin(context)
-        for key in _keys(request, context):
-            for path in store.files(key):
-                pieces = store.pieces(path, _PIECE)
-                first = next(pieces, None)
-                if first is None:  # somebody removed it
-                    continue
-                message = pb.KvFile(key=key, name=path.name, data=first)
-                for piece in pieces:
+        with self._begin(context) as (store, _):
+            for key in _keys(request, context):
+                for path in store.files(key):
+                    pieces = store.pieces(path, _PIECE)
+                    first = next(pieces, None)
+                    if first is None:  # somebody removed it
+                        continue
+                    message = pb.KvFile(key=key, name=path.name, data=first)
+                    for piece in pieces:
+                        yield message
+                        message = pb.KvFile(data=piece)
+                    message.is_last = True
                     yield message
-                    message = pb.KvFile(data=piece)
-                message.is_last = True
-                yield message
 
     def WriteKv(self, files: Iterator[pb.KvFile], context: grpc.ServicerContext) -> pb.KvCount:
         from workers.kv.block_file import BadBlock
 
-        store, _ = self._begin(context)
-        reply, keys = pb.KvCount(), set()
-        for first in files:
-            pieces = _pieces_of_file(first, files)
-            try:
-                reply.bytes += store.receive(first.key, first.name, pieces)
-                keys.add(first.key)
-            except (BadBlock, OSError) as error:
-                reply.damaged += isinstance(error, BadBlock)
-                reply.problem = reply.problem or " ".join(str(error).split())
-                for _ in pieces:  # the next file begins after them
-                    pass
-        reply.blocks = len(keys)
-        return reply
+        with self._begin(context) as (store, _):
+            reply, keys = pb.KvCount(), set()
+            for first in files:
+                pieces = _pieces_of_file(first, files)
+                try:
+                    reply.bytes += store.receive(first.key, first.name, pieces)
+                    keys.add(first.key)
+                except (BadBlock, OSError) as error:
+                    reply.damaged += isinstance(error, BadBlock)
+                    reply.problem = reply.problem or " ".join(str(error).split())
+                    for _ in pieces:  # the next file begins after them
+                        pass
+            reply.blocks = len(keys)
+            return reply
 
     # --- parts of calls ----------------------------------------------------------------------------------------------
 
-    def _begin(self, context: grpc.ServicerContext) -> tuple[BlockStore, BlockPages]:
-        """Return the store and the pages for a call; it is refused when there is no store, or too many calls run."""
+    @contextlib.contextmanager
+    def _begin(self, context: grpc.ServicerContext) -> Iterator[tuple[BlockStore, BlockPages]]:
+        """Give the store and the pages to a call; it is refused when there is no store, or too many calls run.
+
+        A call that its client has given up counts until it returns its thread: a disk that hangs takes no more threads.
+        """
         store, pages = self._store, self._pages
         if store is None or pages is None:
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, "no KV store")
         if not self._free_calls.acquire(blocking=False):
             _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_CALLS} calls about the KV store run; try again")
-        if not context.add_callback(self._free_calls.release):
+        try:
+            yield store, pages
+        finally:
             self._free_calls.release()
-        return store, pages
 
     def _each(
         self, pool: futures.ThreadPoolExecutor, blocks: Sequence[KvBlock], act: Callable[[KvBlock], Outcome],

@@ -42,6 +42,15 @@ def test_progress_that_is_repeated_is_not_the_restarted_job() -> None:
     assert recomputed(history, 4, 8) == {"job_1/0": (1000, 100)}
 
 
+def test_progress_while_stored_kv_is_loaded_says_nothing_of_what_is_found() -> None:
+    restart = Seen("state", 5, **JOB, state="recovering", restarts=1)
+    history = [progress(3, 8000), restart, progress(6, 0), progress(7, 7680, 7680), progress(8, 8500, 7680)]
+    assert recomputed(history, 4, 9) == {"job_1/0": (8000, 320)}
+    assert recomputed(history[:-1], 4, 9) == {"job_1/0": (8000, 320)}
+    history = [progress(3, 8000), restart, progress(6, 512, 512), progress(7, 2560, 512)]
+    assert recomputed(history, 4, 9) == {"job_1/0": (8000, 7488)}
+
+
 def test_a_stream_that_began_after_the_kill_shows_progress_before_the_state() -> None:
     history = [
         progress(2, 1000),

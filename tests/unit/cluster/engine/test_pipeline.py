@@ -266,3 +266,22 @@ def test_one_stage_cannot_be_repaired(launch: Any) -> None:
     pipeline: Pipeline = launch()
     assert pipeline.repair is None
     pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("lost", "stages", "flushes"),
+    [("gcs_server ended", (), True), ("gcs_server ended", (1,), False), ("", (), False)],
+)
+def test_what_is_computed_is_stored_when_only_ray_is_lost(
+    two: Pipeline, monkeypatch: pytest.MonkeyPatch, lost: str, stages: tuple[int, ...], flushes: bool
+) -> None:
+    flush_s: list[float] = []
+    monkeypatch.setattr(KvStore, "detach", lambda self, flush=10.0, *_, **__: flush_s.append(flush) is None)
+    monkeypatch.setattr(RayCluster, "lost", lost)
+    fail(two, lost or "the engine failed", stages)
+    if lost:
+        assert two.repair is not None
+        with pytest.raises(CannotRepair, match="gcs_server ended"):
+            two.repair()
+    two.close()
+    assert [seconds > 0 for seconds in flush_s] == [flushes]

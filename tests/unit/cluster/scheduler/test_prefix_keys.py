@@ -82,6 +82,15 @@ def test_keys_of_blocks_depend_on_no_page_size(spec: ModelSpec | None, prompt_le
     assert list(keys(spec).block_keys(prompt, 0)) == [], "without a store there are none"
 
 
+@pytest.mark.parametrize("spec", [PLAIN, SPARSE])
+def test_blocks_of_another_size_have_other_keys(spec: ModelSpec) -> None:
+    """Under sparse prefill the first block of a cell depends on all of it, whatever the size of the block."""
+    prompt = range(20 * PAGE)
+    sizes = [PrefixKeys(ROOT, PAGE, spec, block_tokens=count * PAGE) for count in (1, 2, 4)]
+    found = [key for one in sizes for key in one.block_keys(prompt, 0)]
+    assert len(set(found)) == len(found)
+
+
 def test_hashes_cost_as_much_as_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bytes] = []
     sha256 = hashlib.sha256

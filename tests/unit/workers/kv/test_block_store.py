@@ -192,6 +192,21 @@ def test_what_dead_writers_left_is_removed(tmp_path: Path):
 def test_stores_are_told_apart(tmp_path: Path):
     one, same, other = Shard(tmp_path / "a"), Shard(tmp_path / "a"), Shard(tmp_path / "b")
     assert one.store.identity() == same.store.identity() != other.store.identity()
+    (one.store.root / "id").write_text("")
+    assert one.store.identity() == same.store.identity() != ""
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_stores_without_hard_links_are_told_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    one, same, other = Shard(tmp_path / "a"), Shard(tmp_path / "a"), Shard(tmp_path / "b")
+    assert len(one.store.identity()) == 32
+    assert one.store.identity() == same.store.identity() != other.store.identity()
+    assert os.listdir(one.store.root) == ["id"]
+    assert stat.S_IMODE((one.store.root / "id").stat().st_mode) == 0o600
 
 
 def test_files_are_copied_to_another_store(tmp_path: Path):

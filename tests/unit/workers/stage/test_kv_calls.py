@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +34,11 @@ class Call:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for callback in self._callbacks:
+        self.end()
+
+    def end(self) -> None:
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
             callback()
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
@@ -113,15 +119,47 @@ def test_what_is_no_block_is_refused(tmp_path: Path, blocks: list[KvBlock]) -> N
             refuse(message(blocks), call)
 
 
-def test_calls_are_limited_and_end_with_the_store(tmp_path: Path) -> None:
-    calls, keys = served(Shard(tmp_path)), pb.KvKeys()
-    with Call() as running:
-        for _ in range(MAX_CALLS):
-            calls.FindKv(keys, running)
+def test_calls_are_limited_and_end_with_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, answer, begun = Shard(tmp_path), threading.Event(), threading.Semaphore(0)
+    calls, keys = served(shard), pb.KvKeys()
+
+    def find() -> None:
+        with Call() as call:
+            calls.FindKv(keys, call)
+
+    monkeypatch.setattr(shard.store, "find", lambda keys: (begun.release(), answer.wait(20), 0)[2])
+    with futures.ThreadPoolExecutor(MAX_CALLS) as threads:
+        running = [threads.submit(find) for _ in range(MAX_CALLS)]
+        for _ in running:
+            assert begun.acquire(timeout=20)
         with Call() as call, pytest.raises(Refused, match="RESOURCE_EXHAUSTED"):
             calls.FindKv(keys, call)
-    with Call() as call:
-        calls.FindKv(keys, call)
+        answer.set()
+    find()
+    with Call() as call, pytest.raises(Refused, match="INVALID_ARGUMENT"):
+        calls.FindKv(pb.KvKeys(keys=[b"short"]), call)
+    listings = [calls.ListKv(pb.KvListRequest(), call) for _ in range(2 * MAX_CALLS)]
+    for listing in listings:
+        next(listing)
+        listing.close()  # type: ignore[attr-defined]
     calls.close_store()
     with Call() as call, pytest.raises(Refused, match="FAILED_PRECONDITION: no KV store"):
         calls.FindKv(keys, call)
+
+
+def test_a_call_that_the_disk_holds_counts_after_its_client_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, answer, begun = Shard(tmp_path), threading.Event(), threading.Semaphore(0)
+    calls, keys = served(shard), pb.KvKeys()
+    monkeypatch.setattr(shard.store, "find", lambda keys: (begun.release(), answer.wait(20), 0)[2])
+    with futures.ThreadPoolExecutor(MAX_CALLS) as threads, Call() as given_up:
+        for _ in range(MAX_CALLS):
+            threads.submit(calls.FindKv, keys, given_up)
+            assert begun.acquire(timeout=20)
+        given_up.end()
+        try:
+            with Call() as call, pytest.raises(Refused, match="RESOURCE_EXHAUSTED"):
+                calls.FindKv(keys, call)
+        finally:
+            answer.set()
