@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -69,6 +69,9 @@ _CONNECTION_OPTIONS = dict(CHANNEL_OPTIONS) | {
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,
     "grpc.http2.max_ping_strikes": 5,  # pings that come sooner, until the connection is closed
 }
+
+
+_Piece = TypeVar("_Piece", pb.DocumentPiece, pb.ArchivePiece)
 
 
 class GrpcServer:
@@ -226,18 +229,13 @@ class _Jobs(rpc.JobsServicer):
             yield pb.ArchivePiece(data=piece)
 
     def ImportDocument(self, requests: Iterator[pb.ArchivePiece], context: grpc.ServicerContext) -> pb.Document:
-        pieces = (_check_piece(request.data) for request in requests)
+        pieces = (request.data for request in _arriving(requests))
         return self._document(self._service.import_document(pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
-        began, size = time.monotonic(), 0
-        for request in requests:
+        for request in _arriving(requests):
             if request.WhichOneof("part") != "data":
                 raise InvalidJob("document: messages after the header must have data")
-            size += len(_check_piece(request.data))
-            seconds = time.monotonic() - began
-            if seconds > _SLOW_UPLOAD_S and size < seconds * _SLOW_UPLOAD_RATE:
-                raise InvalidJob(f"document: {size} bytes in {seconds:.0f} s: must be {_SLOW_UPLOAD_RATE} a second")
             yield request.data
         if not context.is_active():  # half a document would be stored as a whole one
             raise InvalidJob("document: the upload was cut off")
@@ -333,8 +331,17 @@ class _Jobs(rpc.JobsServicer):
         return codec.encode_job(record, tokens, progress)
 
 
-def _check_piece(data: bytes) -> bytes:
-    """Return the data of one message of an upload. Raises InvalidJob."""
-    if len(data) > MAX_PIECE:
-        raise InvalidJob(f"data: {len(data)} bytes: must be at most {MAX_PIECE} in one message")
-    return data
+def _arriving(requests: Iterator[_Piece]) -> Iterator[_Piece]:
+    """Yield the messages of an upload. Raises InvalidJob: one is too large, or they trickle in."""
+    waited, size = 0.0, 0
+    while True:
+        began = time.monotonic()
+        if (request := next(requests, None)) is None:
+            return
+        waited += time.monotonic() - began
+        if len(request.data) > MAX_PIECE:
+            raise InvalidJob(f"data: {len(request.data)} bytes: must be at most {MAX_PIECE} in one message")
+        size += len(request.data)
+        if waited > _SLOW_UPLOAD_S and size < waited * _SLOW_UPLOAD_RATE:
+            raise InvalidJob(f"document: {size} bytes in {waited:.0f} s: must be {_SLOW_UPLOAD_RATE} a second")
+        yield request

@@ -165,7 +165,7 @@ class JobsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportDocument(self, request, context):
-        """A document with its tokens and stored KV as one archive, in pieces, and back; see cluster/jobs/archive.py.
+        """A document with its tokens and stored KV as one archive, in pieces, and back; see docs/documents.md.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -30,7 +30,7 @@ VERSION = 1
 FORMAT = "longreach document"
 MANIFEST, TEXT, IDS, SUMS = "manifest.json", "text", "ids", "SHA256SUMS"
 PIECE_BYTES = 1 << 20
-_MAX_MANIFEST = 16 << 20  # bytes; 100,000 blocks
+_MAX_MANIFEST = 8 << 20  # bytes; 40,000 blocks
 _BLOCK = 512  # of tar
 _END = bytes(2 * _BLOCK)
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -85,7 +85,7 @@ class Manifest:
     blocks: tuple[ArchivedBlock, ...]
 
     def to_json(self) -> bytes:
-        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1).encode()
+        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:

@@ -35,7 +35,7 @@ class DocumentKv:
     def __init__(self, store: JobStore, kv: StoredKv) -> None:
         self._store = store
         self._kv = kv
-        self._lock = threading.Lock()  # of `_waiting`
+        self._lock = threading.Lock()  # of `_waiting` and `_importing`
         self._writing = threading.Lock()  # batches are written in the order they were told in
         self._waiting: list[tuple[str, bytes, int] | bytes] = []  # stored blocks, and keys of dropped ones
         self._importing: dict[str, frozenset[bytes]] = {}  # blocks that are being imported, by their account
@@ -78,8 +78,15 @@ class DocumentKv:
     def sweep(self) -> None:
         """Forget the blocks whose documents are all gone. Raises JobStoreError."""
         self.flush()
-        if self._kv.is_enabled and (orphans := set(self._store.orphan_kv()).difference(*self._importing.values())):
+        if not self._kv.is_enabled:
+            return
+        held = self._held()  # what is being imported may be a document's when the table is read, or only after that
+        if orphans := set(self._store.orphan_kv()) - held - self._held():
             self._kv.forget_document(orphans)
+
+    def _held(self) -> set[bytes]:
+        with self._lock:
+            return set().union(*self._importing.values())
 
     @contextmanager
     def importing(self, keys: Iterable[bytes]) -> Iterator[None]:
@@ -89,12 +96,14 @@ class DocumentKv:
         drops them.
         """
         account, held = f"import_{secrets.token_hex(16)}", frozenset(keys)
-        self._importing[account] = held
+        with self._lock:
+            self._importing[account] = held
         try:
             self._store.add_kv((account, key, 0) for key in held)
             yield
         finally:
-            del self._importing[account]
+            with self._lock:
+                del self._importing[account]
             try:
                 self.sweep()
             except JobStoreError as error:

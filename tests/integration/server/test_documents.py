@@ -7,10 +7,12 @@ from pathlib import Path
 
 import grpc
 
+from cluster.server.grpc_server import MAX_PIECE
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from tests.integration.server.calls import code_of, eventually
 from tests.support.fakes.jobs_api import channel_to
+from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served
 
@@ -73,3 +75,40 @@ def test_the_life_of_a_document(tmp_path: Path) -> None:
         ):
             assert code_of(call)[0] is Code.INVALID_ARGUMENT
     runtime.close()
+
+
+def test_out_of_one_head_and_into_another(tmp_path: Path) -> None:
+    disks = FakeDisk(), FakeDisk()
+    runtimes = [FakeRuntime(tmp_path / f"runtime-{number}", disk=disk) for number, disk in enumerate(disks)]
+    for runtime in runtimes:
+        runtime.start()
+    path = tmp_path / "river.longreach"
+    with Served(runtimes[0], tmp_path / "here") as head:
+        document = head.client.documents.add(TEXT.decode(), name="river")
+        head.client.submit(document, "What?", max_tokens=2).wait(30)
+        assert eventually(lambda: head.client.documents.get(document.id).stored_tokens >= 64)
+        runtimes[0].kv_store.backlog.wait_empty(10)
+        size = head.client.documents.export(document.id, path)
+        assert path.stat().st_size == size
+        with channel_to(head.address) as channel:
+            stub = rpc.JobsStub(channel)
+            assert code_of(lambda: list(stub.ExportDocument(pb.ExportRequest(id=GONE))))[0] is Code.NOT_FOUND
+            assert code_of(lambda: list(stub.ExportDocument(pb.ExportRequest(id="x"))))[0] is Code.INVALID_ARGUMENT
+            runtimes[0].kv_store.detach(0.0)
+            export = stub.ExportDocument(pb.ExportRequest(id=document.id))
+            assert code_of(lambda: list(export))[0] is Code.UNAVAILABLE
+            assert dict(export.trailing_metadata())["retry-after-ms"] == "10000"
+    with Served(runtimes[1], tmp_path / "there", max_document_bytes=len(TEXT)) as head:
+        archive = path.read_bytes()
+        with channel_to(head.address) as channel:
+            stub = rpc.JobsStub(channel)
+            for data in (b"", b"x", bytes(MAX_PIECE + 1), archive[:-700]):
+                pieces = iter([pb.ArchivePiece(data=data)])
+                assert code_of(lambda pieces=pieces: stub.ImportDocument(pieces))[0] is Code.INVALID_ARGUMENT
+        assert head.client.documents.list() == []
+        imported = head.client.documents.import_(path)
+        assert (imported.id, imported.name, imported.tokens) == (document.id, "river", imported.tokens)
+        assert imported.stored_tokens >= 64
+        assert head.client.submit(imported, "What?", max_tokens=2).wait(30).answers[0].cached_tokens >= 64
+    for runtime in runtimes:
+        runtime.close()

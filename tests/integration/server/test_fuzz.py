@@ -50,6 +50,8 @@ REQUESTS = {
     "UploadDocument": pb.DocumentPiece(header=pb.DocumentHeader(name="n")),
     "AppendDocument": pb.DocumentPiece(header=pb.DocumentHeader(name="n", append_to=new_id("doc"))),
     "PinDocument": pb.PinRequest(id=new_id("doc"), pinned=True),
+    "ExportDocument": pb.ExportRequest(id=new_id("doc"), without_kv=True),
+    "ImportDocument": pb.ArchivePiece(data=b"manifest.json" + bytes(600)),
     "CountTokens": pb.DocumentPiece(header=pb.DocumentHeader(name="n")),
     "GetDocument": pb.DocumentRequest(id=new_id("doc")),
     "ListDocuments": pb.ListDocumentsRequest(),
@@ -66,6 +68,7 @@ REQUESTS = {
     "Delete": pb.JobRequest(id=ID),
     "ClusterStatus": pb.ClusterStatusRequest(),
 }  # fmt: skip
+_STREAMED = ("UploadDocument", "AppendDocument", "ImportDocument", "CountTokens", "Info")
 OTHERS = {
     "/grpc.health.v1.Health/Check": health_pb2.HealthCheckRequest(service=JOBS_SERVICE),
     "/grpc.health.v1.Health/List": health_pb2.HealthListRequest(),
@@ -100,9 +103,7 @@ def test_mutated_requests_never_break_the_server(address: str):
     with channel_to(address) as channel:
         for number in range(int(os.environ.get("LONGREACH_FUZZ", "2000"))):
             path, request = list(ALL.items())[number % len(ALL)]
-            count = (
-                noise.randint(1, 3) if path.endswith(("UploadDocument", "AppendDocument", "CountTokens", "Info")) else 1
-            )
+            count = noise.randint(1, 3) if path.endswith(_STREAMED) else 1
             raw = [mutate(noise, request.SerializeToString()) for _ in range(count)]
             code = status_of(channel, path, raw)
             assert code not in (Code.UNKNOWN, Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE), (path, raw)

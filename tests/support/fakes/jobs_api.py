@@ -69,6 +69,12 @@ class FakeJobService:
         self.stored[record.id] = record
         return record
 
+    def export_document(self, document_id: str, with_kv: bool) -> Iterator[bytes]:
+        return iter([self.contents[self.document(document_id).id]])
+
+    def import_document(self, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+        return self.upload("imported", pieces, max_bytes)
+
     def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
         self.stored[document_id] = replace(self.document(document_id), pinned=pinned)
         return self.stored[document_id]

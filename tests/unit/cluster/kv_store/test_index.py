@@ -41,6 +41,22 @@ def test_a_prefix_of_keys_in_any_order_is_the_longest_chain() -> None:
     assert index.prefix([]) == (0, 0)
 
 
+def test_chains_come_with_parents_first_and_without_what_nothing_leads_to() -> None:
+    index = KvIndex()
+    keys, other = chain(index, "a", 4, 1.0), chain(index, "b", 2, 1.0)
+    branch = b"branch"
+    index.add(branch, keys[1], 2 * 32, {"n": 50}, 1.0)
+    asked = [branch, *reversed(keys), *other, b"unknown"]
+    found = index.chained(asked)
+    assert {key for key, _, _ in found} == {*keys, *other, branch}
+    for at, (key, parent, start) in enumerate(found):
+        assert (not parent) == (not start)
+        assert not parent or (parent, start - 32) in {(k, s) for k, _, s in found[:at]}, key
+    index.doubt(keys[1])
+    assert {key for key, _, _ in index.chained(asked)} == {keys[0], *other}
+    assert index.chained([]) == []
+
+
 def test_a_block_counts_when_every_node_has_it() -> None:
     index = KvIndex()
     index.add(b"a", b"", 0, {"one": 10}, 1.0)

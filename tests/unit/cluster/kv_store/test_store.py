@@ -306,3 +306,18 @@ def test_a_look_up_says_nothing_of_what_was_written_after_it_began() -> None:
         assert rig.store.stored_prefix(keys)[0] == 10
         rig.store.note_found(keys, 4, rig.store.now())
         assert rig.store.stored_prefix(keys)[0] == 4
+
+
+def test_imported_blocks_count_against_the_quota() -> None:
+    disk = FakeDisk()
+    with start(disk, max_bytes=10 * BLOCK_BYTES) as rig:
+        ready(rig)
+        read(rig, 1000)
+        assert rig.store.size_bytes == 10 * BLOCK_BYTES
+        assert rig.store.note_imported(b"k0", b"", 0, 2 * BLOCK_BYTES)
+        assert rig.store.chained([b"k0"]) == [(b"k0", b"", 0)]
+        assert rig.store.size_bytes <= 10 * BLOCK_BYTES
+        assert len(disk.dropped) == 3, "room was made, and a little more"
+        rig.store.retained(disk.blocks)
+        assert not rig.store.note_imported(b"k1", b"k0", 32, 9 * BLOCK_BYTES)
+        assert not rig.store.index.has(b"k1")

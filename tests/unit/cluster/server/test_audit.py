@@ -48,11 +48,13 @@ def test_changes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         "Submit",
         "UploadDocument",
         "AppendDocument",
+        "ImportDocument",
         "PinDocument",
         "Cancel",
         "Delete",
         "DeleteDocument",
         "CountTokens",
+        "ExportDocument",
         "Get",
         "List",
         "Stream",
@@ -62,6 +64,7 @@ def test_changes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     who = "by key team a at ipv4:10.0.0.1:5000"
     assert [record.getMessage() for record in caplog.records] == [
         f"Submit job_1 {who}", f"UploadDocument job_1 {who}", f"AppendDocument job_1 {who}",
+        f"ImportDocument job_1 {who}",
         rf"PinDocument doc_1\nforged {who}", rf"Cancel doc_1\nforged {who}",
         rf"Delete doc_1\nforged {who}", rf"DeleteDocument doc_1\nforged {who}",
     ]  # fmt: skip

@@ -116,3 +116,35 @@ def test_what_the_store_refuses_is_written_later(
     assert store.document_kv(one) == [(b"k", 10)]
     kv.account.on_stored(one, b"after", 3)
     assert store.kv_sizes([one]) == {one: (2, 13)}
+
+
+def test_imported_blocks_are_held_and_then_belong_to_a_document_or_go(
+    documents: DocumentStore, kv: Kv, store: JobStore
+) -> None:
+    keys = [b"k1", b"k2"]
+    with kv.account.importing(keys):
+        kv.disk |= set(keys)
+        kv.account.sweep()
+        assert kv.disk == set(keys)
+        one = documents.put("a", [b"one"], 10).id
+        kv.account.add_imported(one, {b"k1": 10})
+    assert kv.disk == {b"k1"}, "nobody has the other"
+    assert store.kv_sizes([one]) == {one: (1, 10)}
+    failing = kv.account.importing([b"k1", b"k3"])
+    failing.__enter__()
+    kv.disk.add(b"k3")
+    kv.account.add_imported("doc_that_comes_later", {b"k3": 10})
+    assert not failing.__exit__(ValueError, ValueError("cut off"), None)
+    assert kv.disk == {b"k1"}
+    documents.delete(one)
+    kv.account.flush()
+    assert (kv.disk, store.orphan_kv()) == (set(), [])
+
+
+def test_an_import_that_a_crash_has_ended_leaves_nothing(kv: Kv, store: JobStore) -> None:
+    unfinished = kv.account.importing([b"k1"])
+    unfinished.__enter__()
+    kv.disk.add(b"k1")
+    kv.account = DocumentKv(store, kv)  # of the next head
+    kv.account.sweep()
+    assert kv.disk == set()
