@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.common.errors import StageError
+from cluster.jobs.document.archive import PIECE_BYTES
 from cluster.jobs.model import InvalidJob, NotReady
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.archives import (
     LIMIT,
+    TEXT,
     OpenBench,
     archive_of,
     check_nothing_kept,
@@ -106,3 +108,21 @@ def test_blocks_that_are_here_stay_as_they_are(open_bench: OpenBench) -> None:
     with pytest.raises(InvalidJob):
         here.service.import_document(pieces(archive[:-1500]), LIMIT)
     assert set(disk.written) == set(before)
+
+
+def test_large_files_come_in_pieces_and_leave_no_file(open_bench: OpenBench) -> None:
+    disk, other = FakeDisk(file_padding=9 << 20), FakeDisk(free_bytes=1 << 40)
+    here, there = open_bench(disk), open_bench(other)
+    document = read(here, TEXT[:400])
+    whole = list(here.service.export_document(document, True))
+    assert {len(piece) for piece in whole[:-1]} == {PIECE_BYTES}
+    assert len(whole) > 9 * len(disk.written)
+    begun = here.service.export_document(document, True)
+    for _ in range(5):
+        next(begun)
+    begun.close()  # type: ignore[attr-defined]
+    there.service.import_document(whole, LIMIT)
+    assert set(other.written) == set(disk.written)
+    for bench in (here, there):
+        names = {path.name for path in (bench.folder / "documents").iterdir()}
+        assert names == {document, f"{document}.ids"}
