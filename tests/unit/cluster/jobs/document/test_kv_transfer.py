@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Iterator
 
 import pytest
 
 from cluster.common.errors import StageError
-from cluster.jobs.document.archive import PIECE_BYTES
+from cluster.jobs.document.archive import PIECE_BYTES, ArchiveWriter
+from cluster.jobs.document.kv_transfer import kv_members
 from cluster.jobs.model import InvalidJob, NotReady
+from protos.stage import stage_pb2 as pb
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.archives import (
@@ -126,3 +130,35 @@ def test_large_files_come_in_pieces_and_leave_no_file(open_bench: OpenBench) -> 
     for bench in (here, there):
         names = {path.name for path in (bench.folder / "documents").iterdir()}
         assert names == {document, f"{document}.ids"}
+
+
+class Node:
+    """Has files of every block, in pieces of three bytes; the last file may be cut off."""
+
+    def __init__(self, files: dict[str, bytes], is_cut: bool = False) -> None:
+        self.files, self.is_cut = files, is_cut
+
+    def read_kv(self, keys: list[bytes]) -> Iterator[pb.KvFile]:
+        for name, data in self.files.items():
+            message = pb.KvFile(key=keys[0], name=name)
+            for at in range(0, len(data), 3):
+                message.data, message.is_last = data[at : at + 3], at + 3 >= len(data) and not self.is_cut
+                yield message
+                message = pb.KvFile()
+
+
+def test_files_of_all_nodes_come_once(open_bench: OpenBench) -> None:
+    documents = open_bench(None).service.documents
+    one, two = Node({"a": b"abcdefgh", "b": b"b"}), Node({"b": b"other", "c": b"cde", "a": b"x" * 10})
+    key = "00" * 32
+
+    def members(*nodes: Node) -> bytes:
+        writer = ArchiveWriter()
+        return b"".join([*kv_members(writer, documents, nodes, [key]), *writer.end()])  # type: ignore[arg-type]
+
+    with tarfile.open(fileobj=io.BytesIO(members(one, two))) as tar:
+        found = {name: tar.extractfile(name).read() for name in tar.getnames()[:-1]}  # type: ignore[union-attr]
+    assert found == {f"kv/{key}/a": b"abcdefgh", f"kv/{key}/b": b"b", f"kv/{key}/c": b"cde"}
+    for cut in (Node({"c": b"cdefg"}, True), Node({"a": b"abc"}, True)):
+        with pytest.raises(NotReady, match="cut off"):
+            members(one, cut)
