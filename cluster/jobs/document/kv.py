@@ -55,8 +55,8 @@ class DocumentKv:
         if self._is_closed:
             self.flush()
 
-    def flush(self) -> None:
-        """Write what was told since the last call, in its order; what the store refuses is tried again next time."""
+    def flush(self) -> bool:
+        """Write what was told since the last call, in its order; False: what the store refuses is tried again later."""
         with self._writing:
             with self._lock:
                 batch, self._waiting = self._waiting, []
@@ -74,6 +74,8 @@ class DocumentKv:
                 with self._lock:
                     self._waiting = batch[at:] + self._waiting
                 _log.warning("stored KV of documents cannot be noted now: %s", one_line(error))
+                return False
+        return True
 
     def sweep(self) -> None:
         """Forget the blocks whose documents are all gone. Raises JobStoreError."""
@@ -99,7 +101,7 @@ class DocumentKv:
         with self._lock:
             self._importing[account] = held
         try:
-            self._store.add_kv((account, key, 0) for key in held)
+            self._write([(account, key, 0) for key in held])
             yield
         finally:
             with self._lock:
@@ -111,7 +113,14 @@ class DocumentKv:
 
     def add_imported(self, document_id: str, sizes: Mapping[bytes, int]) -> None:
         """Give imported blocks, by their bytes, to a document, which may be stored after that. Raises JobStoreError."""
-        self._store.add_kv((document_id, key, size) for key, size in sizes.items())
+        self._write([(document_id, key, size) for key, size in sizes.items()])
+
+    def _write(self, blocks: Sequence[tuple[str, bytes, int]]) -> None:
+        """Write blocks at once, after what was told before. Raises JobStoreError."""
+        with self._lock:
+            self._waiting += blocks
+        if not self.flush():
+            raise JobStoreError("stored KV of documents cannot be noted now: try again")
 
     def close(self) -> None:
         """Write at once from now on: a pipeline that ends stores its last blocks after the job service has ended."""

@@ -45,7 +45,8 @@ def kv_members(
             try:
                 for message in (messages := shard.read_kv([bytes.fromhex(key)])):
                     if message.name in names:
-                        _skip_file(message, messages)
+                        for _ in _file_data(message, messages):
+                            pass
                         continue
                     names.add(message.name)
                     with closing(documents.spool()) as file:
@@ -57,16 +58,17 @@ def kv_members(
 
 def _receive_file(file: IO[bytes], message: pb.KvFile, following: Iterator[pb.KvFile]) -> int:
     """Write a file of a block, from its first message on; returns its bytes."""
-    size = file.write(message.data)
-    while not message.is_last:
-        message = next(following)
-        size += file.write(message.data)
-    return size
+    return sum(file.write(data) for data in _file_data(message, following))
 
 
-def _skip_file(message: pb.KvFile, following: Iterator[pb.KvFile]) -> None:
+def _file_data(message: pb.KvFile, following: Iterator[pb.KvFile]) -> Iterator[bytes]:
+    """Yield the data of one file, from its first message on. Raises StageError."""
+    yield message.data
     while not message.is_last:
-        message = next(following)
+        if (after := next(following, None)) is None:
+            raise StageError(f"{message.name or 'a file'} of stored KV is cut off")
+        message = after
+        yield message.data
 
 
 def _pieces(file: IO[bytes]) -> Iterator[bytes]:
@@ -120,7 +122,7 @@ class KvIntake:
         if index > self._now:
             self.end_block()
             self._now = index
-        if name in self._names or len(self._names) == _MAX_FILES:
+        if name in self._names or len(self._names) == _MAX_FILES or not member.size:
             raise member.misplaced()
         self._names.add(name)
         self._check_room(member.size)

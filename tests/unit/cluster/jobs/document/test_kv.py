@@ -141,6 +141,20 @@ def test_imported_blocks_are_held_and_then_belong_to_a_document_or_go(
     assert (kv.disk, store.orphan_kv()) == (set(), [])
 
 
+def test_what_was_told_before_an_import_is_written_before_it(kv: Kv, store: JobStore) -> None:
+    kv.account.on_dropped([b"k1"])  # waits to be written
+    with kv.account.importing([b"k1"]):
+        kv.disk.add(b"k1")
+    assert kv.disk == set()
+    kv.account.flush()
+    kv.account.on_dropped([b"k1"])
+    with kv.account.importing([b"k1"]):
+        kv.account.on_dropped([b"other"])
+        kv.account.add_imported("doc_x", {b"k1": 10})
+        kv.account.flush()
+        assert store.kv_sizes(["doc_x"]) == {"doc_x": (1, 10)}
+
+
 def test_an_import_that_a_crash_has_ended_leaves_nothing(kv: Kv, store: JobStore) -> None:
     unfinished = kv.account.importing([b"k1"])
     unfinished.__enter__()

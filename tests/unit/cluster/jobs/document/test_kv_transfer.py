@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Iterator
 
 import pytest
 
 from cluster.common.errors import StageError
+from cluster.jobs.document.archive import PIECE_BYTES, ArchiveWriter
+from cluster.jobs.document.kv_transfer import kv_members
 from cluster.jobs.model import InvalidJob, NotReady
+from protos.stage import stage_pb2 as pb
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.archives import (
     LIMIT,
+    TEXT,
     OpenBench,
     archive_of,
     check_nothing_kept,
@@ -106,3 +112,53 @@ def test_blocks_that_are_here_stay_as_they_are(open_bench: OpenBench) -> None:
     with pytest.raises(InvalidJob):
         here.service.import_document(pieces(archive[:-1500]), LIMIT)
     assert set(disk.written) == set(before)
+
+
+def test_large_files_come_in_pieces_and_leave_no_file(open_bench: OpenBench) -> None:
+    disk, other = FakeDisk(file_padding=9 << 20), FakeDisk(free_bytes=1 << 40)
+    here, there = open_bench(disk), open_bench(other)
+    document = read(here, TEXT[:400])
+    whole = list(here.service.export_document(document, True))
+    assert {len(piece) for piece in whole[:-1]} == {PIECE_BYTES}
+    assert len(whole) > 9 * len(disk.written)
+    begun = here.service.export_document(document, True)
+    for _ in range(5):
+        next(begun)
+    begun.close()  # type: ignore[attr-defined]
+    there.service.import_document(whole, LIMIT)
+    assert set(other.written) == set(disk.written)
+    for bench in (here, there):
+        names = {path.name for path in (bench.folder / "documents").iterdir()}
+        assert names == {document, f"{document}.ids"}
+
+
+class Node:
+    """Has files of every block, in pieces of three bytes; the last file may be cut off."""
+
+    def __init__(self, files: dict[str, bytes], is_cut: bool = False) -> None:
+        self.files, self.is_cut = files, is_cut
+
+    def read_kv(self, keys: list[bytes]) -> Iterator[pb.KvFile]:
+        for name, data in self.files.items():
+            message = pb.KvFile(key=keys[0], name=name)
+            for at in range(0, len(data), 3):
+                message.data, message.is_last = data[at : at + 3], at + 3 >= len(data) and not self.is_cut
+                yield message
+                message = pb.KvFile()
+
+
+def test_files_of_all_nodes_come_once(open_bench: OpenBench) -> None:
+    documents = open_bench(None).service.documents
+    one, two = Node({"a": b"abcdefgh", "b": b"b"}), Node({"b": b"other", "c": b"cde", "a": b"x" * 10})
+    key = "00" * 32
+
+    def members(*nodes: Node) -> bytes:
+        writer = ArchiveWriter()
+        return b"".join([*kv_members(writer, documents, nodes, [key]), *writer.end()])  # type: ignore[arg-type]
+
+    with tarfile.open(fileobj=io.BytesIO(members(one, two))) as tar:
+        found = {name: tar.extractfile(name).read() for name in tar.getnames()[:-1]}  # type: ignore[union-attr]
+    assert found == {f"kv/{key}/a": b"abcdefgh", f"kv/{key}/b": b"b", f"kv/{key}/c": b"cde"}
+    for cut in (Node({"c": b"cdefg"}, True), Node({"a": b"abc"}, True)):
+        with pytest.raises(NotReady, match="cut off"):
+            members(one, cut)
