@@ -278,6 +278,7 @@ def test_a_writer_that_ends_late_takes_nothing_from_the_next_pipeline() -> None:
         late.join(10)
         assert not late._thread.is_alive()
         assert rig.store.backlog.busy == {b"being written"}, "that of the next writer"
+        rig.store.backlog.done()
 
 
 @pytest.mark.parametrize("at", ["find", "load"])
