@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -139,8 +141,13 @@ class ShardCalls:
             futures = [begin(shard) for shard in chosen]
         except RuntimeError:  # closed
             return [StageError(f"{shard.name}: the pipeline is being closed") for shard in chosen]
-        if wait(futures, within_s).not_done:
-            raise TimeoutError(f"a shard has not answered within {within_s} s")
+        end = None if within_s is None else time.monotonic() + within_s
+        for future in futures:  # `wait` of the library waits for those that `close` has cancelled, for ever
+            try:
+                with contextlib.suppress(CancelledError):
+                    future.exception(None if end is None else max(0.0, end - time.monotonic()))
+            except TimeoutError as error:
+                raise TimeoutError(f"a shard has not answered within {within_s} s") from error
         return [StageError("cancelled") if future.cancelled() else future.result() for future in futures]
 
     def _count(self, change: int) -> None:

@@ -73,7 +73,7 @@ class KvUpkeep:
                     if listers.setdefault(piece.node, index) == index:
                         listed.setdefault(piece.node, []).extend(piece.entries)
                         free[piece.node] = piece.free_bytes
-            if listers:
+            if listers and not self._closing.is_set():  # else another pipeline may have stored more meanwhile
                 self._store.index.replace(listed)
                 self._store.set_limits(free)
                 self._listers = listers

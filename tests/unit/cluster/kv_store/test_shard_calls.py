@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -132,4 +132,27 @@ def test_a_call_that_is_about_to_begin_is_under_way() -> None:
     assert not calls.close(0.05)
     ready.set()
     caller.join(5)
+    assert calls.close(1)
+
+
+def test_nobody_waits_for_a_call_that_closing_has_cancelled() -> None:
+    some = shards(FakeDisk())
+    some[0].kv_gate = threading.Event()
+    calls, lost = ShardCalls(some), []
+    calls._threads = ThreadPoolExecutor(1)  # the other shards wait for the first one
+
+    def load() -> None:
+        try:
+            calls.load(BLOCKS)
+        except ShardLost as error:
+            lost.append(str(error))
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    while not some[0].kv_calls:
+        pass
+    assert not calls.close(0.05)
+    some[0].kv_gate.set()
+    thread.join(5)
+    assert lost == ["cancelled"]
     assert calls.close(1)

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.config.schema import KvStoreSection
 from cluster.kv_store.store import KvStore
+from protos.stage.messages import KvBlock
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import Rig, eventually
 
@@ -177,7 +178,7 @@ def test_what_is_forgotten_without_a_pipeline_goes_with_the_next_one() -> None:
     again.store = store
     with again:
         eventually(lambda: len(disk.written) == 3)
-    assert store.stored_prefix(keys) == (3, 3 * BLOCK_BYTES)
+        eventually(lambda: store.stored_prefix(keys) == (3, 3 * BLOCK_BYTES))
 
 
 def test_a_store_that_is_off_does_nothing() -> None:
@@ -277,6 +278,7 @@ def test_a_writer_that_ends_late_takes_nothing_from_the_next_pipeline() -> None:
         late.join(10)
         assert not late._thread.is_alive()
         assert rig.store.backlog.busy == {b"being written"}, "that of the next writer"
+        rig.store.backlog.done()
 
 
 @pytest.mark.parametrize("at", ["find", "load"])
@@ -321,3 +323,22 @@ def test_imported_blocks_count_against_the_quota() -> None:
         rig.store.retained(disk.blocks)
         assert not rig.store.note_imported(b"k1", b"k0", 32, 9 * BLOCK_BYTES)
         assert not rig.store.index.has(b"k1")
+
+
+def test_a_listing_of_a_pipeline_that_is_left_says_nothing() -> None:
+    disk, gate = FakeDisk(), threading.Event()
+    rig = start(disk)
+    late, listing = rig.shards[0], rig.shards[0].list_kv
+    late.list_kv = lambda: (listing(), gate.wait(20))[0]  # type: ignore[method-assign]
+    with rig:
+        eventually(lambda: "list" in late.kv_calls)
+        thread = rig.store._upkeep._thread
+        rig.store.detach(0.0, 0.0)
+        late.list_kv = listing  # type: ignore[method-assign]
+        rig.store.attach(rig.shards, rig.engine.post, rig.pool)
+        ready(rig)
+        block = KvBlock(b"k" * 32, b"", 0, range(32), (0, 1))
+        rig.store.note_stored([block], [100, 100], 0.1)
+        gate.set()
+        thread.join(10)
+        assert rig.store.stored_prefix([block.key]) == (1, BLOCK_BYTES)
