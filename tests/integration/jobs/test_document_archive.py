@@ -12,6 +12,8 @@ QUESTION = "What is the code of river 7?"
 
 def test_read_on_one_head_and_asked_on_another(tmp_path: Path) -> None:
     path = tmp_path / "rivers.longreach"
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
     with HeadProcess(tmp_path / "large", stages=2, shards=2) as head, head.client() as client:
         document = client.documents.add(TEXT, name="rivers")
         job = client.submit(document, QUESTION, max_tokens=12, ignore_eos=True)

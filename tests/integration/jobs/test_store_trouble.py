@@ -132,6 +132,13 @@ def test_a_store_that_comes_back_is_used_again(served: Served, stub: JobsStub) -
     assert code_of(lambda: stub.Submit(PROMPT))[0] is Code.UNAVAILABLE
     away.rename(served.folder)
     served.runtime.shard.let(100)
+
+    def is_taken() -> bool:
+        with contextlib.suppress(grpc.RpcError):
+            return bool(stub.Submit(PROMPT).id)
+        return False
+
+    until(is_taken, "a job that is taken")
     assert served.client.submit(prompt="Once", max_tokens=3).wait(20)
 
 

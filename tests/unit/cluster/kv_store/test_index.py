@@ -52,7 +52,7 @@ def test_chains_come_with_parents_first_and_without_what_nothing_leads_to() -> N
     for at, (key, parent, start) in enumerate(found):
         assert (not parent) == (not start)
         assert not parent or (parent, start - 32) in {(k, s) for k, _, s in found[:at]}, key
-    index.doubt(keys[1])
+    index.doubt(keys[1], 2.0)
     assert {key for key, _, _ in index.chained(asked)} == {keys[0], *other}
     assert index.chained([]) == []
 
