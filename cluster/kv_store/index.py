@@ -102,11 +102,11 @@ class KvIndex:
                     self._node_bytes.subtract(entry.bytes)
 
     def touch(self, keys: Iterable[bytes], now: float) -> None:
-        """Note that blocks are used."""
-        with self._lock:
-            for key in keys:
-                if (entry := self._entries.get(key)) is not None:
-                    entry.used = max(entry.used, now)
+        """Note that blocks are used. Waits for nobody: the engine calls it, and sorting a large index takes long."""
+        entries = self._entries
+        for key in keys:
+            if (entry := entries.get(key)) is not None:
+                entry.used = max(entry.used, now)
 
     def doubt(self, key: bytes, since: float) -> None:
         """Note that a block could not be loaded by every shard: it is stored again when it is computed again.

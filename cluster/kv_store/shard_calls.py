@@ -94,10 +94,11 @@ class ShardCalls:
             is_full=any(reply.is_full for reply in counts),
         )
 
-    def entries(self) -> dict[int, list[pb.KvEntries]]:
-        """Return what the stores of the nodes have, by the index of a shard that says so; some may not answer."""
-        replies = self._all(lambda shard: shard.list_kv())
-        return {index: reply for index, reply in enumerate(replies) if not isinstance(reply, StageError)}
+    def entries(self, indices: Sequence[int] | None = None) -> dict[int, list[pb.KvEntries]]:
+        """Return what the stores of the nodes of these shards have, by the index of each that answers; None: all."""
+        asked = range(len(self.shards)) if indices is None else indices
+        replies = self._all(lambda shard: shard.list_kv(), [self.shards[index] for index in asked])
+        return {index: reply for index, reply in zip(asked, replies, strict=True) if not isinstance(reply, StageError)}
 
     def drop(self, indices: Sequence[int], keys: Sequence[bytes]) -> list[StageError]:
         """Remove blocks from the stores of these shards' nodes; returns what went wrong."""

@@ -14,6 +14,7 @@ from cluster.scheduler.page_pool import PagePool
 if TYPE_CHECKING:
     from cluster.kv_store.store import KvStore
     from cluster.stages.handle import GrpcStageHandle
+    from protos.stage import stage_pb2 as pb
 
 SWEEP_S = 60.0
 _SWEEPS_A_LISTING = 10  # other heads may use the same folder
@@ -67,7 +68,7 @@ class KvUpkeep:
             listed: dict[str, list[Any]] = {}
             free: dict[str, int] = {}
             listers: dict[str, int] = {}
-            for index, pieces in self._calls.entries().items():
+            for index, pieces in self._list().items():
                 for piece in pieces:
                     self._node_of[index] = piece.node
                     if listers.setdefault(piece.node, index) == index:
@@ -77,6 +78,14 @@ class KvUpkeep:
                 self._store.index.replace(listed)
                 self._store.set_limits(free)
                 self._listers = listers
+
+    def _list(self) -> dict[int, list[pb.KvEntries]]:
+        """Return the listings of the nodes; once the node of every shard is known, one shard of each reads it."""
+        if all(self._node_of):
+            listings = self._calls.entries(sorted(self._listers.values()))
+            if len(listings) == len(self._listers):
+                return listings
+        return self._calls.entries()
 
     def node_shards(self) -> list[GrpcStageHandle]:
         """Return one shard of every node that is known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,3 +164,19 @@ def test_a_block_that_was_just_written_counts_whatever_nodes_are_known() -> None
     index.add(b"a", b"", 0, {}, 4.0)
     index.replace({"n": [changes, pb.KvEntry(key=b"b", parent=b"a", start=32, bytes=30)], "m": []})
     assert (index.size(b"a"), index.has(b"a"), index.has(b"b")) == (70, True, False), "the other node has it not"
+
+
+def test_the_engine_waits_for_nobody_who_reads_or_sorts_a_large_index() -> None:
+    index = KvIndex()
+    keys = chain(index, "a", 3, 1.0)
+    done = threading.Event()
+
+    def use() -> None:
+        index.touch(keys, 9.0)
+        assert index.has(keys[0])
+        done.set()
+
+    with index._lock:
+        threading.Thread(target=use, daemon=True).start()
+        assert done.wait(5)
+    assert index.expired(8.0, ()) == []

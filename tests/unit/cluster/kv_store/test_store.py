@@ -342,3 +342,17 @@ def test_a_listing_of_a_pipeline_that_is_left_says_nothing() -> None:
         gate.set()
         thread.join(10)
         assert rig.store.stored_prefix([block.key]) == (1, BLOCK_BYTES)
+
+
+def test_one_shard_of_a_node_lists_it_once_the_nodes_are_known() -> None:
+    with start(FakeDisk()) as rig:
+        ready(rig)
+        first, second = rig.shards
+        assert (first.kv_calls.count("list"), second.kv_calls.count("list")) == (1, 1)
+        rig.store.refresh()
+        assert (first.kv_calls.count("list"), second.kv_calls.count("list")) == (2, 1)
+        first.broken_kv = True
+        rig.store.refresh()
+        assert rig.store.node_shards() == [second]
+        rig.store.refresh()
+        assert second.kv_calls.count("list") == 3
