@@ -154,5 +154,5 @@ def test_nobody_waits_for_a_call_that_closing_has_cancelled() -> None:
     assert not calls.close(0.05)
     some[0].kv_gate.set()
     thread.join(5)
-    assert lost == ["cancelled"]
+    assert lost in (["cancelled"], ["stage 0 shard 0: the pipeline is being closed"])  # by when the others were begun
     assert calls.close(1)
