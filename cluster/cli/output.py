@@ -352,7 +352,7 @@ def _count(number: int) -> str:
 def _stored(document: Document) -> str:
     from cluster.common.units import format_bytes
 
-    if not document.stored_tokens:
+    if not document.stored_bytes:
         return ""
     return f"{document.stored_tokens:,} tokens, {format_bytes(document.stored_bytes)}"
 

@@ -21,7 +21,7 @@ from cluster.jobs.document.token_file import read_tokens, tokens_path, write_tok
 from cluster.jobs.documents import DocumentStore, chain_ids
 from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, JobError
 from cluster.text.literal_tokenizer import Place
-from cluster.text.prompts import PromptError, document_place
+from cluster.text.prompts import PromptError, document_place, head_tokens
 from protos.errors import UserError
 
 SCALE_STEP = 4096
@@ -45,6 +45,7 @@ class DocumentTokens:
     def __init__(self, runtime: ClusterRuntime, documents: DocumentStore) -> None:
         self._runtime = runtime
         self._documents = documents
+        self._head_tokens: int | None = None
         self._locks = [threading.Lock() for _ in range(_LOCKS)]  # by a hash of the id: nothing is tokenised twice
 
     def ids(
@@ -81,6 +82,16 @@ class DocumentTokens:
     def place(self) -> Place:
         """Return the place of documents in prompts. Raises TokenizerError, ChatTemplateError."""
         return document_place(self._runtime.tokenizer, self._runtime.deployment.config.model.document_prompt)
+
+    def head_tokens(self) -> int:
+        """Return how many tokens come before documents in prompts, 0 while that cannot be told; kept once known."""
+        if self._head_tokens is None and not self._runtime.ids_only:
+            try:
+                template = self._runtime.deployment.config.model.document_prompt
+                self._head_tokens = head_tokens(self._runtime.tokenizer, template)
+            except UserError as error:
+                _log.info("the tokens before a document are not counted: %s", one_line(error))
+        return self._head_tokens or 0
 
     def _fingerprint(self, document_id: str, place: Place) -> bytes:
         what = f"{document_id} {place.name}".encode()

@@ -115,29 +115,41 @@ class DocumentTable:
 
     # --- stored KV ---------------------------------------------------------------------------------------------------
 
-    def add_kv(self, blocks: Iterable[tuple[str, bytes, int]]) -> None:
-        """Note stored blocks: document, key, bytes. The document may be gone already."""
+    def add_kv(self, document_id: str, pinned_len: int, keys: Iterable[bytes]) -> bool:
+        """Note blocks of a document before they are stored; False, and nothing is noted, if it is gone.
+
+        Args:
+            pinned_len: length that decides about their length scale.
+        """
         with self._db.writing() as db:
-            db.executemany("INSERT OR REPLACE INTO document_kv VALUES (?, ?, ?)", blocks)
+            if not db.execute("SELECT 1 FROM documents WHERE id = ?", (document_id,)).fetchone():
+                return False
+            query = "INSERT OR IGNORE INTO document_kv (document_id, key, pinned_len) VALUES (?, ?, ?)"
+            db.executemany(query, ((document_id, key, pinned_len) for key in keys))
+            return True
 
     def remove_kv(self, keys: Iterable[bytes]) -> None:
         """Note that blocks are not stored any more."""
         with self._db.writing() as db:
             db.executemany("DELETE FROM document_kv WHERE key = ?", ((key,) for key in keys))
 
-    def document_kv(self, document_id: str) -> list[tuple[bytes, int]]:
-        """Return key and bytes of the stored blocks of a document."""
-        with self._db.reading() as db:
-            return db.execute("SELECT key, bytes FROM document_kv WHERE document_id = ?", (document_id,)).fetchall()
-
-    def kv_sizes(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return the number of stored blocks and their bytes, by document; without those that have none."""
+    def document_kv(self, document_ids: Sequence[str]) -> dict[str, dict[bytes, int]]:
+        """Return the blocks of documents that may be stored, with their `pinned_len`; without documents of none."""
+        found: dict[str, dict[bytes, int]] = {}
         with self._db.reading() as db:
             query = (
-                "SELECT document_id, count(*), sum(bytes) FROM document_kv"
-                " WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
+                "SELECT document_id, key, pinned_len FROM document_kv"
+                " WHERE document_id IN (SELECT value FROM json_each(?))"
             )
-            return {name: (blocks, size) for name, blocks, size in db.execute(query, (json.dumps(document_ids),))}
+            for document_id, key, pinned_len in db.execute(query, (json.dumps(document_ids),)):
+                found.setdefault(document_id, {})[key] = pinned_len
+        return found
+
+    def pinned_kv(self) -> frozenset[bytes]:
+        """Return the keys of the blocks of pinned documents."""
+        with self._db.reading() as db:
+            query = "SELECT DISTINCT key FROM document_kv JOIN documents ON documents.id = document_id WHERE pinned"
+            return frozenset(key for (key,) in db.execute(query))
 
     def orphan_kv(self) -> list[bytes]:
         """Return keys of stored blocks whose documents are all gone, some of them if there are many."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.common.errors import StageError
@@ -24,6 +24,7 @@ class FakeDisk:
     used: dict[bytes, float] = field(default_factory=dict)
     is_full: bool = False
     dropped: list[bytes] = field(default_factory=list)
+    on_write: Callable[[bytes], None] = lambda key: None
 
     def keys_of(self, shard: tuple[int, int]) -> set[bytes]:
         return {key for key, shards in self.written.items() if shard in shards}
@@ -79,6 +80,7 @@ class FakeKvShard:
         if disk.is_full:
             return pb.KvStored(is_full=True, problem="No space left on device")
         for block in blocks:
+            disk.on_write(block.key)
             disk.blocks[block.key] = block
             disk.written.setdefault(block.key, set()).add(me)
         return pb.KvStored(blocks=len(blocks), bytes=len(blocks) * disk.block_bytes)

@@ -34,8 +34,28 @@ def test_seams_come_back_and_uncounted_documents_are_found(store: JobStore) -> N
 
 def test_a_block_is_orphaned_when_no_document_has_it(store: JobStore) -> None:
     store.put_document(RECORD)
-    store.add_kv([(RECORD.id, b"a", 1), ("doc_gone", b"a", 1), ("doc_gone", b"b", 1)])
+    other = replace(RECORD, id="doc_" + "1" * 32)
+    store.put_document(other)
+    assert store.add_kv(RECORD.id, 5, [b"a"])
+    assert store.add_kv(other.id, 7, [b"a", b"b"])
+    store.delete_document(other.id)
+    assert store.orphan_kv() == [b"b"]
+    assert not store.add_kv(other.id, 7, [b"c"]), "nothing is noted of a document that is gone"
     assert store.orphan_kv() == [b"b"]
     store.remove_kv([b"b"])
     store.delete_document(RECORD.id)
     assert store.orphan_kv() == [b"a"]
+
+
+def test_blocks_by_document_and_those_of_pinned_ones(store: JobStore) -> None:
+    other = replace(RECORD, id="doc_" + "1" * 32, pinned=True)
+    for record in (RECORD, other):
+        store.put_document(record)
+    store.add_kv(RECORD.id, 5, [b"a", b"b"])
+    store.add_kv(RECORD.id, 9, [b"b"])
+    store.add_kv(other.id, 7, [b"c"])
+    assert store.document_kv([RECORD.id, "doc_none"]) == {RECORD.id: {b"a": 5, b"b": 5}}
+    assert store.pinned_kv() == {b"c"}
+    store.pin_document(RECORD.id, True, 0.0)
+    store.pin_document(other.id, False, 1.0)
+    assert store.pinned_kv() == {b"a", b"b"}
