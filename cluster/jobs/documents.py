@@ -26,6 +26,7 @@ from cluster.jobs.model import (
     DocumentDamaged,
     DocumentRecord,
     InvalidJob,
+    JobConflict,
     JobNotFound,
     NotAllowedNow,
     ServiceBusy,
@@ -85,7 +86,8 @@ class DocumentStore:
 
         Raises:
             InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
-                room for it beside the others. JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
+                room for it beside the others. JobConflict: it is known, with another `scale_len` that was asked for.
+            JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
                 behind then.
         """
         if not append_to:
@@ -265,6 +267,12 @@ class DocumentStore:
         """Give the file its name and the document its record, or do neither."""
         path = self.path(record.id)
         with self._lock, self._errors():
+            known = self.store.get_document(record.id)
+            if known is not None and not record.parent and 0 < record.scale_len != known.scale_len > 0:
+                raise JobConflict(
+                    f"max_tokens: {record.scale_len}: document {record.id} is known with {known.scale_len}, on which "
+                    "its KV depends: leave max_tokens out, or delete the document first"
+                )
             is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:

@@ -75,14 +75,16 @@ def has_length_scale(runtime: ClusterRuntime) -> bool:
     return dual is not None and dual.original_max_position_embeddings > 0
 
 
-def count_tokens(runtime: ClusterRuntime, documents: DocumentTokens, document_id: str) -> int:
-    """Return how many tokens a document has. Raises as `job_prompts`."""
+def count_tokens(
+    runtime: ClusterRuntime, documents: DocumentTokens, document_id: str, wait_s: float | None = BUILD_WAIT_S
+) -> int:
+    """Return how many tokens a document has. `wait_s` and what it raises: as of `job_prompts`."""
     with contextlib.ExitStack() as turn, _invalid():
 
         def begin(size: int) -> None:
             check_text(runtime, size)
             if size > _LONG_BYTES:
-                turn.enter_context(_turn(BUILD_WAIT_S))
+                turn.enter_context(_turn(wait_s))
 
         return len(documents.ids(document_id, documents.place(), begin))
 

@@ -77,7 +77,7 @@ class JobService(JobExecution):
         super().__init__(runtime, store, documents, limits, clock)
         self.problem = ""  # why the head does not serve as it should, for `status`
         self._timer = WatchedThread(self._watch_time, "timer", self._closing)
-        self._counter = DocumentCounter(self.document_tokens)
+        self._counter = DocumentCounter(partial(count_tokens, runtime, self.document_tokens, wait_s=None))
         self.document_kv = DocumentKv(store, runtime.kv_store, self._keep_pages)
         self._draining = False  # no job is taken any more
         self._started = self.now()

@@ -129,10 +129,14 @@ class DocumentTokens:
 
 
 class DocumentCounter:
-    """A thread that tokenises documents after their upload, one at a time; their first job then finds the ids."""
+    """A thread that tokenises documents after their upload, one at a time; their first job then finds the ids.
 
-    def __init__(self, tokens: DocumentTokens) -> None:
-        self._tokens = tokens
+    Args:
+        count: tokenises a document, by its id.
+    """
+
+    def __init__(self, count: Callable[[str], object]) -> None:
+        self._count = count
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self.thread = WatchedThread(self._run, "tokenizer", self._closing)
@@ -155,6 +159,6 @@ class DocumentCounter:
             if self._closing.is_set():
                 return
             try:
-                self._tokens.count(document_id)
+                self._count(document_id)
             except (JobError, UserError, JobStoreError) as error:  # whoever asks about it is told
                 _log.info("document %s is not counted: %s", document_id, one_line(error))

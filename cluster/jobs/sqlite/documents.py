@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, fields
 
+from cluster.jobs.document.token_file import HEAD_BYTES
 from cluster.jobs.model import ACTIVE, SCALE_TO_COME, DocumentRecord, NotAllowedNow
 from cluster.jobs.sqlite import statements
 from cluster.jobs.sqlite.database import Database
@@ -38,7 +39,7 @@ class DocumentTable:
     def put_document(self, record: DocumentRecord) -> DocumentRecord:
         """Add a document, or renew the expiry of the one with this id; returns what is stored.
 
-        A length scale or a source that the stored one has stays as it is; a pinned one stays pinned.
+        A source, and a length scale that is more than to come, stay as they are; a pinned document stays pinned.
         """
         values = astuple(record)
         marks = ", ".join("?" * len(fields(DocumentRecord)))
@@ -48,7 +49,8 @@ class DocumentTable:
                 " ON CONFLICT (id) DO UPDATE SET size_bytes = excluded.size_bytes, used = excluded.used,"
                 " pinned = pinned OR excluded.pinned, seams = excluded.seams,"
                 " expires = CASE WHEN pinned OR excluded.pinned THEN 0 ELSE excluded.expires END,"
-                " scale_len = CASE WHEN scale_len = 0 THEN excluded.scale_len ELSE scale_len END,"
+                " scale_len = CASE WHEN scale_len = 0 OR scale_len < 0 AND excluded.scale_len > 0"
+                " THEN excluded.scale_len ELSE scale_len END,"
                 " source_hash = CASE WHEN source_hash = '' THEN excluded.source_hash ELSE source_hash END",
                 (*values[:-1], json.dumps(record.seams)),
             )
@@ -95,9 +97,10 @@ class DocumentTable:
             return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
 
     def documents_size(self) -> int:
-        """Return the bytes that all documents take on disk together, each in whole blocks."""
+        """Return the bytes that all documents take on disk together, with their token ids, each in whole blocks."""
         with self._db.reading() as db:
-            query = "SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096), 0) FROM documents"
+            ids = f"CASE WHEN tokens THEN ({HEAD_BYTES} + 4 * tokens + 4095) / 4096 * 4096 ELSE 0 END"
+            query = f"SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096 + {ids}), 0) FROM documents"
             return int(db.execute(query).fetchone()[0])
 
     def delete_document(self, document_id: str) -> bool:

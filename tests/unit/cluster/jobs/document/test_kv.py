@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 class Kv:
-    """What is on disk, by key, and in memory, by document; a head that writes, drops, and may die before each action."""
+    """What is on disk, by key, and in memory, by document; a head that writes, drops, and may die at each action."""
 
     is_enabled = True
 

@@ -25,6 +25,22 @@ def test_a_length_scale_and_a_pin_stay(store: JobStore) -> None:
     assert not store.pin_document(RECORD.id, True, 1.0)
 
 
+def test_a_scale_that_is_to_come_can_still_be_named(store: JobStore) -> None:
+    store.put_document(replace(RECORD, scale_len=SCALE_TO_COME))
+    assert store.put_document(RECORD).scale_len == SCALE_TO_COME
+    assert store.put_document(replace(RECORD, scale_len=7)).scale_len == 7
+    assert store.put_document(replace(RECORD, scale_len=SCALE_TO_COME)).scale_len == 7
+
+
+def test_token_ids_count_as_bytes_on_disk(store: JobStore) -> None:
+    store.put_document(RECORD)
+    assert store.documents_size() == 4096
+    store.count_document(RECORD.id, 1006, 0)
+    assert store.documents_size() == 2 * 4096
+    store.count_document(RECORD.id, 1007, 0)
+    assert store.documents_size() == 3 * 4096
+
+
 def test_seams_come_back_and_uncounted_documents_are_found(store: JobStore) -> None:
     assert store.put_document(replace(RECORD, seams=(3, 7), parent="p")).seams == (3, 7)
     assert store.uncounted_documents(10) == [RECORD.id]
