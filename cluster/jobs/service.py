@@ -232,7 +232,8 @@ class JobService(JobExecution):
 
     def pipeline_restarted(self) -> None:
         """Queue every unfinished job again; pages that stayed in memory may be of documents deleted meanwhile."""
-        self._forget_kv()
+        with suppress(JobStoreError):  # the next sweep does it
+            self.document_kv.sweep_memory()
         super().pipeline_restarted()
 
     def _keep_pages(self, living: Collection[str]) -> None:

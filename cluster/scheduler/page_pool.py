@@ -111,9 +111,12 @@ class PagePool:
 
     def keep_documents(self, living: Collection[str]) -> None:
         """Let nobody find the pages any more whose documents are all gone; those that nobody reads become free."""
-        kept = {page: tuple(name for name in names if name in living) for page, names in self._documents_of.items()}
-        self._documents_of = {page: names for page, names in kept.items() if names}
-        self.unpublish([page for page, names in kept.items() if not names])
+        known = {name for names in self._documents_of.values() for name in names}
+        if gone := {name for name in known if name not in living}:
+            self.unpublish([page for page, names in self._documents_of.items() if gone.issuperset(names)])
+            for page, names in self._documents_of.items():
+                if not gone.isdisjoint(names):
+                    self._documents_of[page] = tuple(name for name in names if name not in gone)
 
     def release(self, pages: Sequence[int]) -> None:
         """Take one reader from each page; unread pages become cached or free. Later pages are evicted first."""

@@ -62,9 +62,13 @@ class DocumentKv:
 
     def sweep(self) -> None:
         """Forget the blocks and pages whose documents are all gone. Raises JobStoreError."""
-        self._keep_pages(self._store.document_ids())
+        self.sweep_memory()
         if self._kv.is_enabled and (orphans := self._store.orphan_kv()):
             self._kv.forget_document(orphans)
+
+    def sweep_memory(self) -> None:
+        """Let nobody find pages whose documents are all gone. Raises JobStoreError."""
+        self._keep_pages(self._store.document_ids())
 
     def sizes(self, pinned_lens: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Return, by document, how many blocks of one prompt are stored from its first on, and the bytes of all blocks.

@@ -120,3 +120,17 @@ def test_pages_of_a_document_that_is_deleted_while_its_cancelled_job_still_runs(
     eventually(lambda: pool.usage == 0)
     assert not pool.published()
     assert disk.written == {}
+
+
+def test_a_document_deleted_while_there_is_no_pipeline(bench: Bench) -> None:
+    """A repaired pipeline goes on with the pages of the one before it."""
+    document = bench.service.add_document("a", [TEXT], 1 << 20)
+    run(bench, document.id)
+    scheduler = bench.runtime.engine.scheduler
+    kept: list[int] = []
+    bench.runtime.before_start = lambda: bench.service.documents.delete(document.id)
+    bench.service.document_kv._keep_pages = lambda living: kept.append(len(living))
+    assert scheduler.pool.published()
+    bench.runtime.fail()
+    eventually(lambda: bench.runtime.supervisor.running is not None and len(kept) >= 2)
+    assert kept == [0, 0], "at the deletion, and by the next pipeline"
