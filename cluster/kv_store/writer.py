@@ -58,6 +58,7 @@ class KvWriter:
 
     def _run(self) -> None:
         while offers := self._store.backlog.take(BATCH):
+            self._closing.wait(self._store.pause_left())
             claimed = self._claims.take(offer.key for offer in offers)
             try:
                 self._take(offers, claimed)
@@ -80,7 +81,7 @@ class KvWriter:
         if len(allowed) < len(offers):
             self._drop(offers[len(allowed) :])
         missing = [offer for offer in allowed if not store.index.has(offer.key)]
-        if not missing or self._closing.wait(store.pause_left()):
+        if not missing or self._closing.is_set():
             return
         is_reachable = not missing[0].start or store.index.has(missing[0].parent)
         if not is_reachable or not store.make_room():

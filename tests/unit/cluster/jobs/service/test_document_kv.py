@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from cluster.jobs.model import JobInput, JobRecord, JobSpec
+from cluster.jobs.model import JobInput, JobRecord, JobSpec, NotAllowedNow
+from cluster.jobs.store import JobStore
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
@@ -134,3 +137,59 @@ def test_a_document_deleted_while_there_is_no_pipeline(bench: Bench) -> None:
     bench.runtime.fail()
     eventually(lambda: bench.runtime.supervisor.running is not None and len(kept) >= 2)
     assert kept == [0, 0], "at the deletion, and by the next pipeline"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_at_no_moment_is_a_block_on_disk_that_is_not_noted(
+    stored: Bench, disk: FakeDisk, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a SIGKILL at any moment leaves nothing: random questions, deletions, additions, evictions and full disks."""
+    rng = random.Random(seed)
+    wrong: list[str] = []
+    remove_kv = JobStore.remove_kv
+
+    def noted() -> set[bytes]:
+        return {key for keys in stored.store.document_kv(sorted(seen)).values() for key in keys}
+
+    def check_write(key: bytes) -> None:
+        if key not in noted():
+            wrong.append("written before it is noted")
+
+    def check_remove(self: JobStore, keys: Iterable[bytes]) -> None:
+        keys = list(keys)
+        if disk.written.keys() & set(keys):
+            wrong.append("not noted any more before it is dropped")
+        remove_kv(self, keys)
+
+    monkeypatch.setattr(JobStore, "remove_kv", check_remove)
+    monkeypatch.setattr("cluster.kv_store.store.PAUSE_S", 0.01)
+    disk.on_write = check_write
+    texts = [TEXT, TEXT + b"And more of it. " * 20, b"Something else. " * 90]
+    seen: set[str] = set()
+    store = stored.runtime.kv_store
+    for _ in range(40):
+        document = stored.service.add_document("a", [rng.choice(texts)], 1 << 20)
+        seen.add(document.id)
+        given = JobInput(document.id, (f"What {rng.randrange(9)}? " * rng.randint(1, 60),))
+        record = stored.service.submit(JobSpec(given, AnswerOptions(max_tokens=2)))
+        action = rng.randrange(5)
+        if action == 0:
+            stored.service.cancel(record.id)
+        else:
+            stored.service.wait(record.id, 20)
+        if action in (1, 2):
+            with suppress(NotAllowedNow):
+                stored.service.documents.delete(document.id)
+        if action == 3:
+            store.limits = dict.fromkeys(store.limits, rng.choice((5, 20, 500)) * disk.block_bytes)
+            store.sweep()
+        disk.is_full = action == 4 and rng.random() < 0.3
+        assert wrong == []
+        assert set(disk.written) <= noted()
+    for document in stored.service.documents.list():
+        for job in stored.service.jobs((), {}, 100, "")[0]:
+            stored.service.wait(job.id, 20)
+        stored.service.documents.delete(document.id)
+    eventually(lambda: not len(store.backlog) and not store.backlog.busy)
+    assert disk.written == {}
+    eventually(lambda: not stored.runtime.engine.scheduler.pool.published())
