@@ -123,8 +123,10 @@ def print_answers(job: Job, as_json: bool) -> None:
     """Print an ended job. Raises JobFailed when it did not succeed."""
     if as_json:
         say_json(job.data.to_json())
+    elif job.data.read and job.state == "succeeded":
+        say(f"{job.data.document_id}: has been read")
     else:
-        for answer in job.answers:
+        for answer in () if job.data.read else job.answers:
             if answer.question and len(job.answers) > 1:
                 say(answer.question, bold=True)
             if answer.reasoning:
@@ -352,9 +354,7 @@ def _count(number: int) -> str:
 def _stored(document: Document) -> str:
     from cluster.common.units import format_bytes
 
-    if not document.stored_tokens:
-        return ""
-    return f"{document.stored_tokens:,} tokens, {format_bytes(document.stored_bytes)}"
+    return f"{document.stored_tokens:,} tokens, {format_bytes(document.stored_bytes)}" if document.stored_bytes else ""
 
 
 def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:

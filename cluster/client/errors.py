@@ -18,7 +18,7 @@ class NotFound(LongreachError):
 
 
 class Conflict(LongreachError):
-    """An idempotency key used with another body, or a state that does not allow it."""
+    """What is known already is used with something else, as an idempotency key, or a state does not allow it."""
 
 
 class Busy(LongreachError):

@@ -23,10 +23,10 @@ class Document:
 
     Times are seconds since 1970; every use moves `used` and `expires` on, and a `pinned` document never expires (0).
     `tokens` is 0 until it has been counted. `scale_len` is the length, in tokens, whose length scale its jobs use, 0
-    when each job has its own. Of its first `stored_tokens` tokens the KV is stored, in `stored_bytes`, so a question
-    need not wait until they are read. `parent` is the id of the document it was appended to, `source_hash` the SHA-256
-    of the file its text was taken from, and `kernel_family` says which kernels computed KV that was imported; all
-    three are empty where there is none.
+    when each job has its own. Of its first `stored_tokens` tokens the KV is stored, so a question need not wait until
+    they are read; `stored_bytes` are those of all its KV, also that of its questions. `parent` is the id of the
+    document it was appended to, `source_hash` the SHA-256 of the file its text was taken from, and `kernel_family`
+    says which kernels computed KV that was imported; all three are empty where there is none.
     """
 
     id: str
@@ -123,7 +123,7 @@ class JobData:
     Times are seconds since 1970, None for what has not happened yet; `timings` (`queued_s`, `prefill_s`, `ttft_s`,
     `decode_s`, `total_s`) are seconds. `last_event` is the number of the newest token, `restarts` counts how often
     another head took the job up, and `reproducibility` is what the same tokens need: model, versions, the values of
-    sampling that were in force with the seed, and so on.
+    sampling that were in force with the seed, and so on. A job to `read` a document has one answer, an empty one.
     """
 
     id: str
@@ -140,6 +140,7 @@ class JobData:
     restarts: int
     timings: Mapping[str, float] = field(default_factory=dict)
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
+    read: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the job as plain data that `json.dumps` takes; texts are None if the model has no tokenizer."""

@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -161,6 +161,10 @@ class Engine:
     def cancel(self, handle: RequestHandle) -> None:
         """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
         self._inbox.put(lambda: self._cancel(handle))
+
+    def keep_documents(self, living: Collection[str]) -> None:
+        """Let nobody find KV in memory of other documents than these; requests that are submitted later count on it."""
+        self._inbox.put(lambda: self.scheduler.keep_documents(living))
 
     def post(self, action: Callable[[], None]) -> None:
         """Call a function on the engine's thread, soon; after the end of the engine, never."""

@@ -28,6 +28,7 @@ from cluster.jobs.model import (
     DocumentDamaged,
     DocumentRecord,
     InvalidJob,
+    JobConflict,
     JobNotFound,
     NotAllowedNow,
     ServiceBusy,
@@ -88,7 +89,8 @@ class DocumentStore:
 
         Raises:
             InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
-                room for it beside the others. JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
+                room for it beside the others. JobConflict: it is known, with another `scale_len` that was asked for.
+            JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
                 behind then.
         """
         if not append_to:
@@ -157,11 +159,13 @@ class DocumentStore:
             if size != record.size_bytes or chain.document_id != record.id:
                 raise InvalidJob(f"document: {record.id}: {size} bytes of other content")
             family, now = finish(), self._clock()
+            known = self.store.get_document(record.id)
+            scale_len = known.scale_len if known is not None and known.scale_len > 0 else record.scale_len
             return self._keep(
                 path,
                 replace(
                     record, name=display_name(record.name), created=now, used=now, expires=now + self._ttl_s,
-                    kernel_family=family,
+                    kernel_family=family, scale_len=scale_len,
                 ),
                 False,
             )  # fmt: skip
@@ -306,6 +310,12 @@ class DocumentStore:
         """Give the file its name and the document its record, or do neither."""
         path = self.path(record.id)
         with self._lock, self._errors():
+            known = self.store.get_document(record.id) if record.scale_len > 0 and not record.parent else None
+            if known is not None and record.scale_len != known.scale_len > 0:
+                raise JobConflict(
+                    f"max_tokens: {record.scale_len}: document {record.id} is known with {known.scale_len}, on which "
+                    "its KV depends: leave max_tokens out, or delete the document first"
+                )
             is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:

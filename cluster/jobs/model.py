@@ -73,7 +73,7 @@ class JobNotFound(JobError):
 
 
 class JobConflict(JobError):
-    """An idempotency key used with another body, or a state that does not allow it (gRPC ALREADY_EXISTS)."""
+    """What is known already is used with something else: an idempotency key, a document (gRPC ALREADY_EXISTS)."""
 
 
 class NotAllowedNow(JobError):

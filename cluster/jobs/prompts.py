@@ -75,14 +75,16 @@ def has_length_scale(runtime: ClusterRuntime) -> bool:
     return dual is not None and dual.original_max_position_embeddings > 0
 
 
-def document_ids(runtime: ClusterRuntime, documents: DocumentTokens, document_id: str) -> Sequence[int]:
-    """Return the token ids of a document where prompts have it. Raises as `job_prompts`."""
+def document_ids(
+    runtime: ClusterRuntime, documents: DocumentTokens, document_id: str, wait_s: float | None = BUILD_WAIT_S
+) -> Sequence[int]:
+    """Return the token ids of a document where prompts have it. `wait_s` and what it raises: as of `job_prompts`."""
     with contextlib.ExitStack() as turn, _invalid():
 
         def begin(size: int) -> None:
             check_text(runtime, size)
             if size > _LONG_BYTES:
-                turn.enter_context(_turn(BUILD_WAIT_S))
+                turn.enter_context(_turn(wait_s))
 
         return documents.ids(document_id, documents.place(), begin)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from cluster.common.errors import JobStoreError
+from cluster.common.errors import EngineError, JobStoreError
 from cluster.common.text_format import describe_error, one_line
 from cluster.common.watched_thread import Watched, WatchedThread
 from cluster.config.schema import ServerSection
@@ -53,6 +53,7 @@ from cluster.jobs.prompts import (
 )
 from cluster.jobs.store import JobStore, check_queue
 from cluster.jobs.subscriptions import JobEvent
+from protos.model.grid import last_cut
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.25  # how late a job may be noticed that is out of time
@@ -77,8 +78,8 @@ class JobService(JobExecution):
         super().__init__(runtime, store, documents, limits, clock)
         self.problem = ""  # why the head does not serve as it should, for `status`
         self._timer = WatchedThread(self._watch_time, "timer", self._closing)
-        self._counter = DocumentCounter(self.document_tokens)
-        self.document_kv = DocumentKv(store, runtime.kv_store)
+        self._counter = DocumentCounter(partial(document_ids, runtime, self.document_tokens, wait_s=None))
+        self.document_kv = DocumentKv(store, runtime.kv_store, self._keep_pages)
         self._transfer = DocumentTransfer(runtime, documents, self.document_tokens, self.document_kv)
         self._draining = False  # no job is taken any more
         self._started = self.now()
@@ -124,7 +125,6 @@ class JobService(JobExecution):
         self._store.stop_waiting()  # for another process that has locked the database
         self._timer.join()
         self._counter.close()
-        self.document_kv.close()
         self._recorder.close()  # before the supervision ends: that waits for what is being recorded
         self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._subscriptions.close()
@@ -229,10 +229,31 @@ class JobService(JobExecution):
         """Return how many tokens a text has as a document, without storing it. Raises InvalidJob, ServiceBusy."""
         return count_text(self._runtime, self.document_tokens, content)
 
-    def stored_kv(self, document_ids: Sequence[str]) -> Mapping[str, tuple[int, int]]:
-        """Return tokens and bytes of the stored KV of documents; without those that have none."""
-        block = self._runtime.kv_store.block_tokens
-        return {name: (blocks * block, size) for name, (blocks, size) in self._store.kv_sizes(document_ids).items()}
+    def stored_kv(self, records: Sequence[DocumentRecord]) -> Mapping[str, tuple[int, int]]:
+        """Return, by document, how many of its first tokens have stored KV that any question about it can use, and the
+        bytes of all its KV, with that of its questions; without those that have none.
+        """
+        block, spec = self._runtime.kv_store.block_tokens, self._runtime.deployment.spec
+        sizes = self.document_kv.sizes({record.id: max(0, record.scale_len) for record in records})
+        head = self.document_tokens.head_tokens() if sizes else 0
+        found: dict[str, tuple[int, int]] = {}
+        for record in records:
+            if (blocks_and_size := sizes.get(record.id)) is not None:
+                blocks, size = blocks_and_size
+                end = head + record.tokens  # what is stored beyond depends on the question
+                shared = last_cut(spec, end, max(end + 1, record.scale_len)) // block * block
+                found[record.id] = max(0, min(blocks * block, shared) - head), size
+        return found
+
+    def pipeline_restarted(self) -> None:
+        """Queue every unfinished job again; pages that stayed in memory may be of documents deleted meanwhile."""
+        with suppress(JobStoreError):  # the next sweep does it
+            self.document_kv.sweep_memory()
+        super().pipeline_restarted()
+
+    def _keep_pages(self, living: Collection[str]) -> None:
+        with suppress(EngineError):  # without a pipeline: see `pipeline_restarted`
+            self._runtime.engine.keep_documents(living)
 
     def _forget_kv(self) -> None:
         try:
@@ -319,7 +340,6 @@ class JobService(JobExecution):
             now = self.now()
             self._end_overdue(now)
             self._take_up_held()
-            self.document_kv.flush()
             if now >= next_end:
                 next_end = now + _END_EVERY_S
                 self._write_ends()

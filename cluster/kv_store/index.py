@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -155,34 +155,41 @@ class KvIndex:
     def _is_usable(self, entry: Entry) -> bool:
         return entry.is_whole and (entry.is_unplaced or entry.bytes.keys() >= self._nodes)
 
-    def expired(self, before: float, retained: Collection[bytes]) -> list[bytes]:
+    def expired(self, before: float, retained: Callable[[], Set[bytes]]) -> list[bytes]:
         """Return the blocks that were last used before a moment, but for those that are retained."""
         with self._lock:
             self._spread_use()
-            return [key for key, entry in self._entries.items() if entry.used < before and key not in retained]
+            old = [key for key, entry in self._entries.items() if entry.used < before]
+        kept = retained() if old else frozenset()
+        return [key for key in old if key not in kept]
 
-    def victims(self, limits: Mapping[str, int], retained: Collection[bytes]) -> list[bytes]:
+    def victims(self, limits: Mapping[str, int], retained: Callable[[], Set[bytes]]) -> list[bytes]:
         """Return the blocks to drop so that no node has more bytes than its limit; none while all are below.
 
         Those go first that were not used for longest, of one chain the later ones; what is retained stays.
         """
+        if not self._over(limits):
+            return []
+        kept = retained()
         with self._lock:
-            over = {node for node, limit in limits.items() if self._node_bytes[node] > limit}
-            if not over:
-                return []
+            over = self._over(limits)
             excess = {node: self._node_bytes[node] - int(_LOW_WATER * limits[node]) for node in over}
             self._spread_use()
             chosen = []
             for key, entry in sorted(self._entries.items(), key=lambda item: (item[1].used, -item[1].start)):
                 if not any(left > 0 for left in excess.values()):
                     break
-                if key in retained or not any(excess.get(node, 0) > 0 for node in entry.bytes):
+                if key in kept or not any(excess.get(node, 0) > 0 for node in entry.bytes):
                     continue
                 chosen.append(key)
                 for node, size in entry.bytes.items():
                     if node in excess:
                         excess[node] -= size
             return chosen
+
+    def _over(self, limits: Mapping[str, int]) -> set[str]:
+        """Return the nodes that have more bytes than their limit."""
+        return {node for node, limit in limits.items() if self._node_bytes[node] > limit}
 
     def _spread_use(self) -> None:
         """Let every block be used when those after it were; one whose predecessor is gone was never used."""

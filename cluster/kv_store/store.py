@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.config.schema import KvStoreSection
 from cluster.kv_store.backlog import Backlog
+from cluster.kv_store.claims import KeyClaims
 from cluster.kv_store.engine_calls import EngineCalls
 from cluster.kv_store.index import KvIndex
 from cluster.kv_store.reader import BATCH, KvReader
@@ -38,11 +40,17 @@ _log = logging.getLogger(__name__)
 class KvEvents(Protocol):
     """Who keeps account of the KV of documents; called on threads of the store."""
 
-    def on_stored(self, document_id: str, key: bytes, size: int) -> None:
-        """A block of a document's prompt is stored; `size` in bytes. May be told again of the same one."""
+    def before_store(self, document_id: str, pinned_len: int, keys: Sequence[bytes]) -> bool:
+        """Blocks of a prompt are about to be stored, or are already; `pinned_len` decides about its length scale.
+
+        Returns whether the document is there and this is noted for good: else they are not stored.
+        """
 
     def on_dropped(self, keys: Sequence[bytes]) -> None:
-        """Blocks are not stored any more."""
+        """Blocks are not stored any more; none of them is stored again until this returns."""
+
+    def retained(self) -> Set[bytes]:
+        """Return the blocks to keep whatever their age and the quota: those of pinned documents."""
 
 
 class KvStore:
@@ -64,9 +72,9 @@ class KvStore:
         self.index = KvIndex()
         self.stats = KvStats()
         self.backlog = Backlog()
+        self.claims = KeyClaims()  # of the pipeline
         self.settings = settings
         self.limits: dict[str, int] = {}  # bytes, by node
-        self.retained_keys: frozenset[bytes] = frozenset()
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._forgotten: set[bytes] = set()  # that are to be dropped
@@ -93,7 +101,7 @@ class KvStore:
         """
         if not self.is_enabled:
             return
-        self.backlog = Backlog()
+        self.backlog, self.claims = Backlog(), KeyClaims()
         self._calls, self._engine, self._pool = ShardCalls(shards), EngineCalls(post), pool
         self._reader = KvReader(self, self._calls, post)
         self._writer = KvWriter(self, self._calls, self._engine, pool)
@@ -186,10 +194,6 @@ class KvStore:
 
     # --- of documents ------------------------------------------------------------------------------------------------
 
-    def retained(self, keys: Iterable[bytes]) -> None:
-        """Keep exactly these blocks whatever their age and the quota: those of pinned documents."""
-        self.retained_keys = frozenset(keys)
-
     def stored_prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
         """Return how many blocks from the first on are stored, and the bytes of all these on all nodes.
 
@@ -256,16 +260,23 @@ class KvStore:
         if (upkeep := self._upkeep) is not None:
             upkeep.drop_forgotten()
 
-    def tell_stored(self, offers: Sequence[Offer]) -> None:
-        """Tell of stored blocks whose document has them."""
-        for offer in offers:
-            if offer.document_id and self.events is not None:
-                try:
-                    self.events.on_stored(offer.document_id, offer.key, self.index.size(offer.key))
-                except BaseException:  # noqa: BLE001 - it is offered again with the next question
-                    _log.exception("stored KV of document %s could not be noted", offer.document_id)
-                else:
-                    self._told.setdefault(offer.key, set()).add(offer.document_id)
+    def account(self, offers: Sequence[Offer]) -> list[Offer]:
+        """Note whose blocks are about to be stored; returns the first of them that may be."""
+        allowed: list[Offer] = []
+        for (name, pinned_len), group in groupby(offers, lambda offer: (offer.document_id, offer.pinned_len)):
+            blocks = list(group)
+            new = [offer.key for offer in blocks if name not in self._told.get(offer.key, ())] if name else []
+            if new and self.events is not None:
+                if not self.events.before_store(name, pinned_len, new):
+                    break
+                for key in new:
+                    self._told.setdefault(key, set()).add(name)
+            allowed += blocks
+        return allowed
+
+    def retained_keys(self) -> Set[bytes]:
+        """Return the blocks that neither age nor quota drops, fast to look up."""
+        return self.events.retained() if self.events is not None else frozenset()
 
     def pause(self, problem: str) -> None:
         """Store nothing for a while: the disk is full."""
@@ -295,10 +306,9 @@ class KvStore:
             self._forgotten |= set(keys)
 
     def take_forgotten(self) -> set[bytes]:
-        """Return what is to be dropped now: all that was forgotten, but for what is being written."""
+        """Return what is to be dropped."""
         with self._lock:
-            busy = self.backlog.busy
-            keys, self._forgotten = self._forgotten - busy, self._forgotten & busy
+            keys, self._forgotten = self._forgotten, set()
             return keys
 
     def note_dropped(self, keys: Sequence[bytes]) -> None:

@@ -29,6 +29,7 @@ class KvUpkeep:
         self._calls = calls
         self._engine = engine
         self._pool = pool
+        self._claims = store.claims
         self._listers: dict[str, int] = {}  # node -> index of a shard there
         self._node_of = [""] * len(calls.shards)  # by shard
         self._listing = threading.Lock()
@@ -59,7 +60,8 @@ class KvUpkeep:
     def drop_forgotten(self) -> None:
         """Drop what `KvStore.forget_document` was told of, unless it is being written or no node is known."""
         if self._listers and (keys := self._store.take_forgotten()):
-            self._drop(sorted(keys), forget_pages=True)
+            ours = self._drop(sorted(keys), forget_pages=True)
+            self._store.forget_later(keys - ours)
 
     def read_listing(self) -> None:
         """Read from every node what is stored there."""
@@ -77,7 +79,7 @@ class KvUpkeep:
             if listers and not self._closing.is_set():  # else another pipeline may have stored more meanwhile
                 self._store.index.replace(listed)
                 self._store.set_limits(free)
-                self._listers = listers
+                self._listers |= listers  # a node of this pipeline that does not answer now has its blocks all the same
 
     def _list(self) -> dict[int, list[pb.KvEntries]]:
         """Return the listings of the nodes; once the node of every shard is known, one shard of each reads it."""
@@ -120,12 +122,23 @@ class KvUpkeep:
             self._drop(keys)
             self._store.stats.add(evicted_blocks=len(keys))
 
-    def _drop(self, keys: Sequence[bytes], forget_pages: bool = False) -> None:
-        """Remove blocks from every node, and tell of it; `forget_pages`: from memory too."""
-        if errors := self._calls.drop(list(self._listers.values()), keys):
-            _log.warning("stored KV: %d blocks could not be removed on a node: %s", len(keys), errors[0])
-            if forget_pages:
-                self._store.forget_later(keys)  # tried again by the next sweep
-        pool = self._pool
-        self._engine.post(lambda: (pool.forget_blocks if forget_pages else pool.unmark_stored)(keys))
-        self._store.note_dropped(keys)
+    def _drop(self, keys: Sequence[bytes], forget_pages: bool = False) -> set[bytes]:
+        """Remove blocks from every node, and tell of it; `forget_pages`: from memory too.
+
+        Returns those that are gone: not what is being written, and none if a node does not answer.
+        """
+        claimed = self._claims.take(keys)
+        try:
+            ours = [key for key in keys if key in claimed]
+            unknown = [index for index, node in enumerate(self._node_of) if not node]
+            errors = self._calls.drop([*self._listers.values(), *unknown], ours) if ours else []
+            pool = self._pool
+            self._engine.post(lambda: (pool.forget_blocks if forget_pages else pool.unmark_stored)(ours))
+            if not errors:
+                self._store.note_dropped(ours)
+                return claimed
+            self._store.index.remove(ours)
+            _log.warning("stored KV: %d blocks could not be removed on a node: %s", len(ours), errors[0])
+            return set()
+        finally:
+            self._claims.give_back(claimed)

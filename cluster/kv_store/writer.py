@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from cluster.kv_store.engine_calls import Detached, EngineCalls
@@ -39,6 +40,7 @@ class KvWriter:
         self._calls = calls
         self._engine = engine
         self._pool = pool
+        self._claims = store.claims
         self._clock = clock
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv writer", daemon=True)
@@ -57,23 +59,32 @@ class KvWriter:
 
     def _run(self) -> None:
         while offers := self._backlog.take(BATCH):
+            self._closing.wait(self._store.pause_left())
+            claimed = self._claims.take(offer.key for offer in offers)
             try:
-                self._take(offers)
+                self._take(offers, claimed)
             except Detached:
                 return
+            except ShardLost as error:  # it may still be at work: nothing is unpinned or given back
+                _log.warning("stored KV: not written: %s", error)
+                claimed = set()
+                self._drop(offers)
             except BaseException:  # noqa: BLE001 - other blocks are stored
                 _log.exception("stored KV: %d blocks could not be written", len(offers))
                 self._drop(offers)
             finally:
+                self._claims.give_back(claimed)
                 self._backlog.done()
                 self._store.end_write()
 
-    def _take(self, offers: Sequence[Offer]) -> None:
-        """Store the blocks that are not stored yet; tell of each whose document has it."""
+    def _take(self, offers: Sequence[Offer], claimed: Collection[bytes]) -> None:
+        """Store the blocks that are not stored yet, and not being dropped, once it is noted whose they are."""
         store = self._store
-        store.tell_stored([offer for offer in offers if store.index.has(offer.key)])
-        missing = [offer for offer in offers if not store.index.has(offer.key)]
-        if not missing or self._closing.wait(store.pause_left()):
+        allowed = store.account([*takewhile(lambda offer: offer.key in claimed, offers)])
+        if len(allowed) < len(offers):
+            self._drop(offers[len(allowed) :])
+        missing = [offer for offer in allowed if not store.index.has(offer.key)]
+        if not missing or self._closing.is_set():
             return
         is_reachable = not missing[0].start or store.index.has(missing[0].parent)
         if not is_reachable or not store.make_room():
@@ -95,17 +106,12 @@ class KvWriter:
         return blocks
 
     def _write(self, offers: Sequence[Offer], blocks: Sequence[KvBlock]) -> None:
+        """Write pinned blocks. Raises ShardLost."""
         began = self._clock()
-        try:
-            stored = self._calls.store(blocks)
-        except ShardLost as error:  # it may still read the pages, which stay pinned as long as this pipeline lives
-            _log.warning("stored KV: not written: %s", error)
-            self._drop(offers)
-            return
+        stored = self._calls.store(blocks)
         done = blocks[: stored.blocks]
         self._store.note_stored(done, stored.bytes, self._clock() - began)
         self._engine.call(lambda: self._unpin(blocks, done))
-        self._store.tell_stored(offers[: len(done)])
         if len(done) < len(offers):
             self._fail(offers[len(done) :], stored)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from protos.stage.messages import KvBlock
 
@@ -32,6 +32,7 @@ class PagePool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._pins: Counter[int] = Counter()  # pages that are being written to the store
         self._blocks: dict[bytes, KvBlock] = {}  # blocks of the store whose pages are all here
+        self._documents_of: dict[int, tuple[str, ...]] = {}  # of pages that can be found: the documents they belong to
         self._blocks_of: dict[int, set[bytes]] = {}  # page -> keys of stored blocks that begin alike and share it
         self.num_releases = 0  # rises when pages may have become available
 
@@ -89,12 +90,33 @@ class PagePool:
                 self._state[page] = _OWNED
             self._readers[page] += 1
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Make the content of an owned page findable. Of several pages with one hash, the first stays the one found."""
+    def publish(self, page: int, key: bytes, document_id: str = "") -> None:
+        """Make the content of an owned page findable. Of several pages with one hash, the first stays the one found.
+
+        Args:
+            document_id: to whose prompt it belongs, if to one.
+        """
         assert self._readers[page] > 0, "only an owned page can be published"
         if key not in self._page_of and page not in self._hash_of:
             self._page_of[key] = page
             self._hash_of[page] = key
+        if (found := self._page_of.get(key)) is not None:
+            self.note_document([found], document_id)
+
+    def note_document(self, pages: Iterable[int], document_id: str) -> None:
+        """Note that pages that can be found belong to the prompt of a document ("": of none)."""
+        for page in pages if document_id else ():
+            if page in self._hash_of and document_id not in (known := self._documents_of.get(page, ())):
+                self._documents_of[page] = (*known, document_id)
+
+    def keep_documents(self, living: Collection[str]) -> None:
+        """Let nobody find the pages any more whose documents are all gone; those that nobody reads become free."""
+        known = {name for names in self._documents_of.values() for name in names}
+        if gone := {name for name in known if name not in living}:
+            self.unpublish([page for page, names in self._documents_of.items() if gone.issuperset(names)])
+            for page, names in self._documents_of.items():
+                if not gone.isdisjoint(names):
+                    self._documents_of[page] = tuple(name for name in names if name not in gone)
 
     def release(self, pages: Sequence[int]) -> None:
         """Take one reader from each page; unread pages become cached or free. Later pages are evicted first."""
@@ -207,5 +229,6 @@ class PagePool:
         key = self._hash_of.pop(page, None)
         if key is not None:
             del self._page_of[key]
+        self._documents_of.pop(page, None)
         for block in self._blocks_of.pop(page, ()):
             self._blocks.pop(block, None)

@@ -67,21 +67,29 @@ class PrefixCache:
         request.num_published = num_adopted
         request.scale_len = self._keys.scale_len(request.num_prompt, request.length_key)
         self._keys.remember(request.num_prompt, request.length_key)
-        for key in request.hashes[num_adopted:]:
+        self._pool.note_document(request.pages[:num_adopted], request.document_id)
+        for key in () if request.is_private else request.hashes[num_adopted:]:
             if not self._pool.has(key):
                 self._pending.setdefault(key, request.sequence)
 
     def publish(self, request: Request) -> None:
         """Make the prompt pages findable that are computed by now."""
+        if request.is_private:
+            return
         full = min(request.num_computed // self._page_size, len(request.hashes))
         for index in range(request.num_published, full):
-            self._pool.publish(request.pages[index], request.hashes[index])
+            self._pool.publish(request.pages[index], request.hashes[index], request.document_id)
         self._withdraw(request, request.hashes[request.num_published : full])
         request.num_published = full
 
     def end(self, request: Request) -> None:
         """Withdraw the pages that a running request will not compute any more."""
         self._withdraw(request, request.hashes[request.num_published :])
+
+    def hide(self, request: Request) -> None:
+        """Make nothing findable of a request any more, and let nobody wait for it: its document is gone."""
+        request.is_private = True
+        self.end(request)
 
     def _withdraw(self, request: Request, hashes: Sequence[bytes]) -> None:
         for key in hashes:

@@ -11,7 +11,7 @@ still use these pages, and keeps the pages until it is over, even when the reque
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from cluster.scheduler.chunking import Chunk, PrefillShare, chunks, fit_to_grid, share_budget
 from cluster.scheduler.page_pool import PagePool
@@ -202,6 +202,13 @@ class Scheduler:
             self._waiting.remove(request)
         request.finish_reason = reason
         self._finish(request)
+
+    def keep_documents(self, living: Collection[str]) -> None:
+        """Let nobody find KV of documents that are not among `living`, nor what requests about them still compute."""
+        self.pool.keep_documents(living)
+        for request in (*self._waiting, *self._running.values(), *(load.request for load in self._loading.values())):
+            if request.document_id and request.document_id not in living:
+                self._prefixes.hide(request)
 
     # --- internals ---------------------------------------------------------------------------------------------------
 

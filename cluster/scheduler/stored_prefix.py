@@ -44,6 +44,7 @@ class Offer:
     prompt: Sequence[int]
     hashes: tuple[bytes, ...]
     document_id: str
+    pinned_len: int  # of the request
 
     def block(self, pages: Sequence[int]) -> KvBlock:
         """Return the block, in these pages."""
@@ -118,7 +119,7 @@ class StoredPrefixes:
 
     def take_complete(self, request: Request) -> list[Offer]:
         """Return the blocks of a request that are computed since the last call."""
-        if not self._block_tokens:
+        if not self._block_tokens or request.is_private:
             return []
         done = min(request.num_computed // self._block_tokens, len(request.block_keys))
         first, request.num_offered = request.num_offered, max(done, request.num_offered)
@@ -134,4 +135,5 @@ class StoredPrefixes:
         return Offer(
             keys[index], keys[index - 1] if index else b"", index * size, (index + 1) * size, request.prompt,
             tuple(request.hashes[index * self._pages : (index + 1) * self._pages]), request.document_id,
+            request.pinned_len,
         )  # fmt: skip

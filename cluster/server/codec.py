@@ -104,11 +104,10 @@ def _at_least_one(key: str, values: Any) -> Any:
 
 
 def encode_document(record: DocumentRecord, stored_tokens: int = 0, stored_bytes: int = 0) -> pb.Document:
-    """Return a document with what is stored of its KV; the blocks of its questions count as its own."""
+    """Return a document with what is stored of its KV, see `JobService.stored_kv`."""
     values = {name: value for name, value in asdict(record).items() if name != "seams"}
     values["scale_len"] = max(0, record.scale_len)
-    stored = min(stored_tokens, record.tokens)
-    return pb.Document(**values, stored_tokens=stored, stored_bytes=stored_bytes)
+    return pb.Document(**values, stored_tokens=stored_tokens, stored_bytes=stored_bytes)
 
 
 def decode_list(request: pb.ListRequest) -> tuple[list[JobState], dict[str, str], int, str]:

@@ -245,7 +245,7 @@ class _Jobs(rpc.JobsServicer):
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
         records = self._service.documents.list()
-        stored = self._service.stored_kv([record.id for record in records])
+        stored = self._service.stored_kv(records)
         return pb.DocumentList(
             documents=[codec.encode_document(record, *stored.get(record.id, ())) for record in records]
         )
@@ -254,7 +254,7 @@ class _Jobs(rpc.JobsServicer):
         return self._document(self._service.documents.pin(request.id, request.pinned))
 
     def _document(self, record: DocumentRecord) -> pb.Document:
-        return codec.encode_document(record, *self._service.stored_kv([record.id]).get(record.id, ()))
+        return codec.encode_document(record, *self._service.stored_kv([record]).get(record.id, ()))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._service.documents.delete(request.id)

@@ -182,10 +182,19 @@ def document_place(
     tokenizer: TextTokenizer, template: str = DEFAULT_DOCUMENT_PROMPT, enable_thinking: bool | None = None
 ) -> Place:
     """Return the place of a document in its prompts. Raises ChatTemplateError."""
+    return tokenizer.place_after(_head(tokenizer, template, enable_thinking))
+
+
+def head_tokens(tokenizer: TextTokenizer, template: str = DEFAULT_DOCUMENT_PROMPT) -> int:
+    """Return how many tokens come before a document in its prompts. Raises ChatTemplateError."""
+    head = TextPart(_head(tokenizer, template, None))
+    return len(tokenizer.encode_parts([head], add_special=tokenizer.chat_template is None))
+
+
+def _head(tokenizer: TextTokenizer, template: str, enable_thinking: bool | None) -> str:
     mark = f"[document {secrets.token_hex(16)}]"
     content = template.replace("{document}", mark).replace("{question}", "question")
-    head, _ = _split_once(_Renderer(tokenizer, enable_thinking, datetime.now())(content), mark)
-    return tokenizer.place_after(head)
+    return _split_once(_Renderer(tokenizer, enable_thinking, datetime.now())(content), mark)[0]
 
 
 def _split_once(text: str, mark: str) -> tuple[str, str]:

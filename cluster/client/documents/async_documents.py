@@ -65,6 +65,7 @@ class AsyncDocuments:
 
         Raises:
             InvalidRequest: the source cannot be read, or the document is empty or too large.
+            Conflict: it is known, with another `max_tokens`.
             Busy: there is no room for it.
 
         >>> document = await client.documents.add(Path("project/"), name="project", pinned=True)

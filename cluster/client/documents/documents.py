@@ -66,6 +66,7 @@ class Documents:
 
         Raises:
             InvalidRequest: the source cannot be read, or the document is empty or too large.
+            Conflict: it is known, with another `max_tokens`.
             Busy: there is no room for it.
 
         >>> document = client.documents.add(Path("project/"), name="project", pinned=True)

@@ -19,7 +19,10 @@ from protos.errors import InvalidRequest
 
 _UTF8_NAME = 0x800  # flag of a zip member
 _ENCRYPTED = 0x1
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, NotImplementedError)
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, NotImplementedError,
+    IndexError,  # of zipfile, by a name of no characters
+)  # fmt: skip
 
 
 @dataclass(slots=True)

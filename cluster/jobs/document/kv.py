@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,67 +24,72 @@ class StoredKv(Protocol):
     def forget_document(self, keys: Iterable[bytes]) -> None:
         """Drop blocks; whoever listens to the store is told when they are gone."""
 
+    def stored_prefix(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Return how many blocks from the first on are stored, and the bytes of all these."""
+
 
 class DocumentKv:
     """Listens to the store of KV (`KvEvents`); any thread may call it.
 
-    A block stays in the table until the store says that it is dropped. One that no document has any more is forgotten
-    again at every sweep until then, so a write that was under way, and a crash at any time, leave nothing behind.
+    A block is in the table before it is on disk, in one transaction with the question whether its document is there,
+    and stays until the store says that it is dropped. So whatever is on disk of a document that is gone is found, after
+    a crash at any point too, and what was about to be written when it was deleted is not.
+
+    Args:
+        keep_pages: lets nobody find KV in memory of other documents than those.
     """
 
-    def __init__(self, store: JobStore, kv: StoredKv) -> None:
+    def __init__(self, store: JobStore, kv: StoredKv, keep_pages: Callable[[Collection[str]], None]) -> None:
         self._store = store
         self._kv = kv
-        self._lock = threading.Lock()  # of `_waiting` and `_importing`
-        self._writing = threading.Lock()  # batches are written in the order they were told in
-        self._waiting: list[tuple[str, bytes, int] | bytes] = []  # stored blocks, and keys of dropped ones
+        self._keep_pages = keep_pages
+        self._lock = threading.Lock()  # of `_importing`
         self._importing: dict[str, frozenset[bytes]] = {}  # blocks that are being imported, by their account
-        self._is_closed = False
 
-    def on_stored(self, document_id: str, key: bytes, size: int) -> None:
-        """Note a stored block of a document; `flush` writes it."""
-        with self._lock:
-            self._waiting.append((document_id, key, size))
-        if self._is_closed:
-            self.flush()
+    def before_store(self, document_id: str, pinned_len: int, keys: Sequence[bytes]) -> bool:
+        """Note blocks of a document; returns False if it is gone, or nothing can be noted now."""
+        try:
+            return self._store.add_kv(document_id, pinned_len, keys)
+        except JobStoreError as error:
+            _log.warning("KV of document %s is not stored: %s", document_id, one_line(error))
+            return False
 
     def on_dropped(self, keys: Sequence[bytes]) -> None:
-        """Note that blocks are gone; `flush` writes it."""
-        with self._lock:
-            self._waiting += keys
-        if self._is_closed:
-            self.flush()
+        """Note that blocks are gone. What cannot be noted is dropped once more, when their documents are gone."""
+        try:
+            self._store.remove_kv(keys)
+        except JobStoreError as error:
+            _log.warning("dropped KV cannot be noted now: %s", one_line(error))
 
-    def flush(self) -> bool:
-        """Write what was told since the last call, in its order; False: what the store refuses is tried again later."""
-        with self._writing:
-            with self._lock:
-                batch, self._waiting = self._waiting, []
-            at = 0
-            try:
-                while at < len(batch):
-                    end = at + 1
-                    while end < len(batch) and isinstance(batch[end], bytes) == isinstance(batch[at], bytes):
-                        end += 1
-                    part = batch[at:end]
-                    self._store.add_kv(item for item in part if isinstance(item, tuple))
-                    self._store.remove_kv(item for item in part if isinstance(item, bytes))
-                    at = end
-            except JobStoreError as error:
-                with self._lock:
-                    self._waiting = batch[at:] + self._waiting
-                _log.warning("stored KV of documents cannot be noted now: %s", one_line(error))
-                return False
-        return True
+    def retained(self) -> frozenset[bytes]:
+        """Return the blocks of pinned documents. Raises JobStoreError."""
+        return self._store.pinned_kv()
 
     def sweep(self) -> None:
-        """Forget the blocks whose documents are all gone. Raises JobStoreError."""
-        self.flush()
+        """Forget the blocks and pages whose documents are all gone. Raises JobStoreError."""
+        self.sweep_memory()
         if not self._kv.is_enabled:
             return
         held = self._held()  # what is being imported may be a document's when the table is read, or only after that
         if orphans := set(self._store.orphan_kv()) - held - self._held():
             self._kv.forget_document(orphans)
+
+    def sweep_memory(self) -> None:
+        """Let nobody find pages whose documents are all gone. Raises JobStoreError."""
+        self._keep_pages(self._store.document_ids())
+
+    def sizes(self, pinned_lens: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return, by document, how many blocks of one prompt are stored from its first on, and the bytes of all blocks.
+
+        Args:
+            pinned_lens: by document, the length that decides about the length scale of its jobs; the blocks of other
+                scales count as bytes alone. 0: all jobs have one scale.
+        """
+        found = {}
+        for name, blocks in self._store.document_kv(list(pinned_lens)).items():
+            own = [key for key, pinned_len in blocks.items() if pinned_lens[name] in (0, pinned_len)]
+            found[name] = self._kv.stored_prefix(own)[0], self._kv.stored_prefix(blocks)[1]
+        return found
 
     def _held(self) -> set[bytes]:
         with self._lock:
@@ -92,7 +97,7 @@ class DocumentKv:
 
     @contextmanager
     def importing(self, keys: Iterable[bytes]) -> Iterator[None]:
-        """Keep account of blocks that are put into the store inside of the block.
+        """Keep account of blocks that are put into the store inside of the block. Raises JobStoreError.
 
         They stay those of no document until `add_imported`: when the block, or the process, ends before, the next sweep
         drops them.
@@ -101,28 +106,21 @@ class DocumentKv:
         with self._lock:
             self._importing[account] = held
         try:
-            self._write([(account, key, 0) for key in held])
+            self._store.hold_kv(account, 0, held)
             yield
         finally:
             with self._lock:
                 del self._importing[account]
             try:
+                self._store.hold_kv(account, 0, held)  # one may have been dropped before it was put there
                 self.sweep()
             except JobStoreError as error:
                 _log.warning("stored KV of an import cannot be looked at now: %s", one_line(error))
 
-    def add_imported(self, document_id: str, sizes: Mapping[bytes, int]) -> None:
-        """Give imported blocks, by their bytes, to a document, which may be stored after that. Raises JobStoreError."""
-        self._write([(document_id, key, size) for key, size in sizes.items()])
+    def add_imported(self, document_id: str, pinned_len: int, keys: Iterable[bytes]) -> None:
+        """Give imported blocks to a document, which may be stored after that. Raises JobStoreError.
 
-    def _write(self, blocks: Sequence[tuple[str, bytes, int]]) -> None:
-        """Write blocks at once, after what was told before. Raises JobStoreError."""
-        with self._lock:
-            self._waiting += blocks
-        if not self.flush():
-            raise JobStoreError("stored KV of documents cannot be noted now: try again")
-
-    def close(self) -> None:
-        """Write at once from now on: a pipeline that ends stores its last blocks after the job service has ended."""
-        self._is_closed = True
-        self.flush()
+        Args:
+            pinned_len: length that decides about their length scale.
+        """
+        self._store.hold_kv(document_id, pinned_len, keys)

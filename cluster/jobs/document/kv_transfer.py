@@ -92,7 +92,7 @@ class KvIntake:
             NotReady: there is no pipeline.
         """
         self.problem = problem
-        self.sizes: dict[bytes, int] = {}  # by key of blocks that are there, bytes on all nodes
+        self.taken: list[bytes] = []  # keys of blocks that are there
         self._kv = kv
         self._documents = documents
         self._blocks = list(blocks)
@@ -142,7 +142,7 @@ class KvIntake:
             key, parent = bytes.fromhex(block.key), bytes.fromhex(block.parent)
             if block.key not in self._present and not self._kv.note_imported(key, parent, block.start, self._size):
                 self.problem = "pinned documents take all of kv_store.max_bytes"
-            self.sizes[key] = self._kv.index.size(key)
+            self.taken.append(key)
         self._names, self._size = set(), 0
 
     def _check_room(self, size: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _MAGIC = b"LRTOKEN1"
 _DIGEST = 32
+HEAD_BYTES = len(_MAGIC) + 2 * _DIGEST  # before the ids, of 4 bytes each
 SUFFIX = ".ids"
 TEMPORARY = ".upload-ids-"  # of files that are being written; the next start removes them
 

@@ -22,7 +22,7 @@ from cluster.jobs.document.token_file import read_tokens, tokens_path, write_tok
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, JobError
 from cluster.text.literal_tokenizer import Place
-from cluster.text.prompts import PromptError, document_place
+from cluster.text.prompts import PromptError, document_place, head_tokens
 from protos.errors import UserError
 
 SCALE_STEP = 4096
@@ -46,6 +46,7 @@ class DocumentTokens:
     def __init__(self, runtime: ClusterRuntime, documents: DocumentStore) -> None:
         self._runtime = runtime
         self._documents = documents
+        self._head_tokens: int | None = None
         self._locks = [threading.Lock() for _ in range(_LOCKS)]  # by a hash of the id: nothing is tokenised twice
 
     def ids(
@@ -102,6 +103,16 @@ class DocumentTokens:
         """Return the place of documents in prompts. Raises TokenizerError, ChatTemplateError."""
         return document_place(self._runtime.tokenizer, self._runtime.deployment.config.model.document_prompt)
 
+    def head_tokens(self) -> int:
+        """Return how many tokens come before documents in prompts, 0 while that cannot be told; kept once known."""
+        if self._head_tokens is None and not self._runtime.ids_only:
+            try:
+                template = self._runtime.deployment.config.model.document_prompt
+                self._head_tokens = head_tokens(self._runtime.tokenizer, template)
+            except UserError as error:
+                _log.info("the tokens before a document are not counted: %s", one_line(error))
+        return self._head_tokens or 0
+
     def _fingerprint(self, document_id: str, place: Place) -> bytes:
         what = f"{document_id} {place.name}".encode()
         return hashlib.sha256(self._runtime.tokenizer.fingerprint + what).digest()
@@ -138,10 +149,14 @@ class DocumentTokens:
 
 
 class DocumentCounter:
-    """A thread that tokenises documents after their upload, one at a time; their first job then finds the ids."""
+    """A thread that tokenises documents after their upload, one at a time; their first job then finds the ids.
 
-    def __init__(self, tokens: DocumentTokens) -> None:
-        self._tokens = tokens
+    Args:
+        count: tokenises a document, by its id.
+    """
+
+    def __init__(self, count: Callable[[str], object]) -> None:
+        self._count = count
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self.thread = WatchedThread(self._run, "tokenizer", self._closing)
@@ -164,6 +179,6 @@ class DocumentCounter:
             if self._closing.is_set():
                 return
             try:
-                self._tokens.count(document_id)
+                self._count(document_id)
             except (JobError, UserError, JobStoreError) as error:  # whoever asks about it is told
                 _log.info("document %s is not counted: %s", document_id, one_line(error))

@@ -69,8 +69,8 @@ class DocumentTransfer:
         blocks: tuple[ArchivedBlock, ...] = ()
         shards: list[GrpcStageHandle] = []
         if with_kv and self._kv.is_enabled:
-            self._account.flush()
-            if keys := [key for key, _ in self._documents.store.document_kv(document_id)]:
+            noted = self._documents.store.document_kv([document_id]).get(document_id, {})
+            if keys := [key for key, pinned_len in noted.items() if record.scale_len in (0, pinned_len)]:
                 shards = ready_shards(self._kv)
                 blocks = tuple(
                     ArchivedBlock(key.hex(), parent.hex(), start) for key, parent, start in self._kv.chained(keys)
@@ -151,9 +151,9 @@ class DocumentTransfer:
 
         def finish() -> str:
             self._read_rest(reader, manifest, ids, intake)
-            if intake.problem or not intake.sizes:
+            if intake.problem or not intake.taken:
                 return ""
-            self._account.add_imported(said.id, intake.sizes)
+            self._account.add_imported(said.id, said.scale_len, intake.taken)
             return family
 
         with self._account.importing(intake.keys):
@@ -163,7 +163,7 @@ class DocumentTransfer:
                 self._tokens.adopt(stored.id, ids)
         if intake.problem and manifest.blocks:
             _log.warning("document %s is imported without its KV: %s", stored.id, escape_unprintable(intake.problem))
-        if intake.sizes:
+        if intake.taken:
             self._kv.refresh()
         return self._documents.get(stored.id)
 

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, fields
 
+from cluster.jobs.document.token_file import HEAD_BYTES
 from cluster.jobs.model import ACTIVE, SCALE_TO_COME, DocumentRecord, NotAllowedNow
 from cluster.jobs.sqlite import statements
 from cluster.jobs.sqlite.database import Database
@@ -38,7 +39,7 @@ class DocumentTable:
     def put_document(self, record: DocumentRecord) -> DocumentRecord:
         """Add a document, or renew the expiry of the one with this id; returns what is stored.
 
-        A length scale or a source that the stored one has stays as it is; a pinned one stays pinned.
+        A source, and a length scale that is more than to come, stay as they are; a pinned document stays pinned.
         """
         values = astuple(record)
         marks = ", ".join("?" * len(fields(DocumentRecord)))
@@ -48,7 +49,8 @@ class DocumentTable:
                 " ON CONFLICT (id) DO UPDATE SET size_bytes = excluded.size_bytes, used = excluded.used,"
                 " pinned = pinned OR excluded.pinned, seams = excluded.seams,"
                 " expires = CASE WHEN pinned OR excluded.pinned THEN 0 ELSE excluded.expires END,"
-                " scale_len = CASE WHEN scale_len = 0 THEN excluded.scale_len ELSE scale_len END,"
+                " scale_len = CASE WHEN scale_len = 0 OR scale_len < 0 AND excluded.scale_len > 0"
+                " THEN excluded.scale_len ELSE scale_len END,"
                 " source_hash = CASE WHEN source_hash = '' THEN excluded.source_hash ELSE source_hash END",
                 (*values[:-1], json.dumps(record.seams)),
             )
@@ -95,9 +97,10 @@ class DocumentTable:
             return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
 
     def documents_size(self) -> int:
-        """Return the bytes that all documents take on disk together, each in whole blocks."""
+        """Return the bytes that all documents take on disk together, with their token ids, each in whole blocks."""
         with self._db.reading() as db:
-            query = "SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096), 0) FROM documents"
+            ids = f"CASE WHEN tokens THEN ({HEAD_BYTES} + 4 * tokens + 4095) / 4096 * 4096 ELSE 0 END"
+            query = f"SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096 + {ids}), 0) FROM documents"
             return int(db.execute(query).fetchone()[0])
 
     def delete_document(self, document_id: str) -> bool:
@@ -115,29 +118,50 @@ class DocumentTable:
 
     # --- stored KV ---------------------------------------------------------------------------------------------------
 
-    def add_kv(self, blocks: Iterable[tuple[str, bytes, int]]) -> None:
-        """Note stored blocks: document, key, bytes. The document may be gone already."""
+    def add_kv(self, document_id: str, pinned_len: int, keys: Iterable[bytes]) -> bool:
+        """Note blocks of a document before they are stored; False, and nothing is noted, if it is gone.
+
+        Args:
+            pinned_len: length that decides about their length scale.
+        """
         with self._db.writing() as db:
-            db.executemany("INSERT OR REPLACE INTO document_kv VALUES (?, ?, ?)", blocks)
+            if not db.execute("SELECT 1 FROM documents WHERE id = ?", (document_id,)).fetchone():
+                return False
+            self._note_kv(db, document_id, pinned_len, keys)
+            return True
+
+    def hold_kv(self, name: str, pinned_len: int, keys: Iterable[bytes]) -> None:
+        """Note blocks under a name that no document has yet; until one has it, they are those of no document."""
+        with self._db.writing() as db:
+            self._note_kv(db, name, pinned_len, keys)
+
+    @staticmethod
+    def _note_kv(db: sqlite3.Connection, name: str, pinned_len: int, keys: Iterable[bytes]) -> None:
+        query = "INSERT OR IGNORE INTO document_kv (document_id, key, pinned_len) VALUES (?, ?, ?)"
+        db.executemany(query, ((name, key, pinned_len) for key in keys))
 
     def remove_kv(self, keys: Iterable[bytes]) -> None:
         """Note that blocks are not stored any more."""
         with self._db.writing() as db:
             db.executemany("DELETE FROM document_kv WHERE key = ?", ((key,) for key in keys))
 
-    def document_kv(self, document_id: str) -> list[tuple[bytes, int]]:
-        """Return key and bytes of the stored blocks of a document."""
-        with self._db.reading() as db:
-            return db.execute("SELECT key, bytes FROM document_kv WHERE document_id = ?", (document_id,)).fetchall()
-
-    def kv_sizes(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return the number of stored blocks and their bytes, by document; without those that have none."""
+    def document_kv(self, document_ids: Sequence[str]) -> dict[str, dict[bytes, int]]:
+        """Return the blocks of documents that may be stored, with their `pinned_len`; without documents of none."""
+        found: dict[str, dict[bytes, int]] = {}
         with self._db.reading() as db:
             query = (
-                "SELECT document_id, count(*), sum(bytes) FROM document_kv"
-                " WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
+                "SELECT document_id, key, pinned_len FROM document_kv"
+                " WHERE document_id IN (SELECT value FROM json_each(?))"
             )
-            return {name: (blocks, size) for name, blocks, size in db.execute(query, (json.dumps(document_ids),))}
+            for document_id, key, pinned_len in db.execute(query, (json.dumps(document_ids),)):
+                found.setdefault(document_id, {})[key] = pinned_len
+        return found
+
+    def pinned_kv(self) -> frozenset[bytes]:
+        """Return the keys of the blocks of pinned documents."""
+        with self._db.reading() as db:
+            query = "SELECT DISTINCT key FROM document_kv JOIN documents ON documents.id = document_id WHERE pinned"
+            return frozenset(key for (key,) in db.execute(query))
 
     def orphan_kv(self) -> list[bytes]:
         """Return keys of stored blocks whose documents are all gone, some of them if there are many."""

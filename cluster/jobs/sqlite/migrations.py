@@ -138,9 +138,16 @@ def _describe_documents(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX document_kv_key ON document_kv (key)")
 
 
+def _account_before(connection: sqlite3.Connection) -> None:
+    """Note whose a block is before it is stored, and for which length, instead of its size afterwards."""
+    connection.execute("ALTER TABLE document_kv DROP COLUMN bytes")
+    connection.execute("ALTER TABLE document_kv ADD COLUMN pinned_len INTEGER NOT NULL DEFAULT 0")
+
+
 # by the version they lead to
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize, 6: _describe_documents,
+    7: _account_before,
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cluster.common.errors import StageError
@@ -26,6 +26,7 @@ class FakeDisk:
     is_full: bool = False
     file_padding: int = 0  # bytes of files beside what they say
     dropped: list[bytes] = field(default_factory=list)
+    on_write: Callable[[bytes], None] = lambda key: None
 
     def keys_of(self, shard: tuple[int, int]) -> set[bytes]:
         return {key for key, shards in self.written.items() if shard in shards}
@@ -81,6 +82,7 @@ class FakeKvShard:
         if disk.is_full:
             return pb.KvStored(is_full=True, problem="No space left on device")
         for block in blocks:
+            disk.on_write(block.key)
             disk.blocks[block.key] = block
             disk.written.setdefault(block.key, set()).add(me)
         return pb.KvStored(blocks=len(blocks), bytes=len(blocks) * disk.block_bytes)

@@ -33,8 +33,13 @@ def read(bench: Bench, text: bytes = TEXT) -> str:
     document = bench.service.add_document("river", [text], LIMIT, source_hash="ab" * 32)
     assert ask(bench, document.id) == 0
     bench.runtime.kv_store.backlog.wait_empty(10)
-    eventually(lambda: bool(bench.service.stored_kv([document.id])) or (bench.service.document_kv.flush() or False))
+    eventually(lambda: stored_kv(bench, document.id)[0])
     return document.id
+
+
+def stored_kv(bench: Bench, document_id: str) -> tuple[int, int]:
+    """Return tokens and bytes of the stored KV of a document."""
+    return bench.service.stored_kv([bench.service.documents.get(document_id)]).get(document_id, (0, 0))
 
 
 def archive_of(bench: Bench, document_id: str, with_kv: bool = True) -> bytes:
@@ -50,7 +55,6 @@ def check_nothing_kept(bench: Bench, disk: FakeDisk | None, *kept: bytes) -> Non
     assert list((bench.folder / "documents").iterdir()) == []
     if disk is not None:
         eventually(lambda: set(disk.written) == set(kept))
-        bench.service.document_kv.flush()
         eventually(lambda: bench.store.orphan_kv() == [])
 
 

@@ -32,10 +32,10 @@ def long_spec(
 
 def request(
     sequence: int, prompt: Sequence[int], max_tokens: int = 3, stops: Sequence[int] = (), *, pinned_len: int = 0,
-    **sampling: float,
+    document_id: str = "", **sampling: float,
 ) -> Request:  # fmt: skip
     rules = StopRules(max_tokens, frozenset(stops))
-    return Request(sequence, prompt, SamplingParams(**sampling), rules, pinned_len=pinned_len)
+    return Request(sequence, prompt, SamplingParams(**sampling), rules, pinned_len=pinned_len, document_id=document_id)
 
 
 SPARSE = long_spec(100, 64)

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.output import print_document, print_documents, print_jobs, print_status, print_token_counts
+from cluster.cli.output import (
+    print_answers,
+    print_document,
+    print_documents,
+    print_jobs,
+    print_status,
+    print_token_counts,
+)
+from cluster.client.errors import JobFailed
 from cluster.client.models import Document, TokenCount
 
 ID = "job_" + "0" * 60
@@ -112,3 +120,13 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     status.problem = "the recorder thread has ended:\x1b[2J odd"
     print_status(status, "h:1", as_json=False)
     assert r"not serving: the recorder thread has ended:\x1b[2J odd" in lines(capsys)
+
+
+def test_a_job_that_read_a_document_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    data = SimpleNamespace(read=True, document_id="doc_1", has_text=True)
+    answers = [SimpleNamespace(question="", reasoning="", text="", token_ids=())]
+    print_answers(job(state="succeeded", data=data, answers=answers), as_json=False)
+    assert lines(capsys) == ["doc_1: has been read"]
+    with pytest.raises(JobFailed):
+        print_answers(job(state="failed", data=data, answers=answers, error=""), as_json=False)
+    assert lines(capsys) == []

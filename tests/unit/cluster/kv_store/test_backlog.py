@@ -15,7 +15,7 @@ def offers(name: str, count: int, document_id: str = "") -> list[Offer]:
     prompt = list(range(count))
     keys = [f"{name}{number}".encode() for number in range(count)]
     return [
-        Offer(key, keys[number - 1] if number else b"", number, number + 1, prompt, (), document_id)
+        Offer(key, keys[number - 1] if number else b"", number, number + 1, prompt, (), document_id, 0)
         for number, key in enumerate(keys)
     ]
 

@@ -73,15 +73,15 @@ def test_a_block_counts_when_every_node_has_it() -> None:
 def test_later_blocks_of_the_chain_that_was_used_least_recently_go_first() -> None:
     index = KvIndex()
     old, new = chain(index, "old", 5, 1.0), chain(index, "new", 5, 2.0)
-    assert index.victims({"n": 1000}, ()) == []
-    assert index.victims({"n": 800}, ()) == [old[4], old[3], old[2]], "down to 95 % of the quota"
-    assert index.victims({"n": 100}, ()) == [*reversed(old), *reversed(new)]
+    assert index.victims({"n": 1000}, frozenset) == []
+    assert index.victims({"n": 800}, frozenset) == [old[4], old[3], old[2]], "down to 95 % of the quota"
+    assert index.victims({"n": 100}, frozenset) == [*reversed(old), *reversed(new)]
     index.touch(old[:2], 3.0)
-    assert index.victims({"n": 800}, ()) == [old[4], old[3], old[2]]
-    assert index.victims({"n": 600}, ()) == [old[4], old[3], old[2], new[4], new[3]]
-    assert index.victims({"n": 800}, frozenset(old)) == [new[4], new[3], new[2]], "what is retained stays"
-    assert index.victims({"n": 800}, frozenset(old + new)) == []
-    assert index.victims({"other": 0}, ()) == []
+    assert index.victims({"n": 800}, frozenset) == [old[4], old[3], old[2]]
+    assert index.victims({"n": 600}, frozenset) == [old[4], old[3], old[2], new[4], new[3]]
+    assert index.victims({"n": 800}, lambda: frozenset(old)) == [new[4], new[3], new[2]], "what is retained stays"
+    assert index.victims({"n": 800}, lambda: frozenset(old + new)) == []
+    assert index.victims({"other": 0}, frozenset) == []
 
 
 def test_a_block_is_as_recent_as_those_after_it_and_one_without_predecessor_goes_first() -> None:
@@ -90,10 +90,10 @@ def test_a_block_is_as_recent_as_those_after_it_and_one_without_predecessor_goes
     other = chain(index, "b", 3, 2.0)
     index.touch(keys[4:], 5.0)
     index.remove([other[0]])
-    assert index.victims({"n": 600}, ()) == [other[2], other[1]]
-    assert index.expired(4.0, ()) == other[1:]
-    assert index.expired(6.0, frozenset(keys)) == other[1:]
-    assert set(index.expired(6.0, ())) == {*keys, *other[1:]}
+    assert index.victims({"n": 600}, frozenset) == [other[2], other[1]]
+    assert index.expired(4.0, frozenset) == other[1:]
+    assert index.expired(6.0, lambda: frozenset(keys)) == other[1:]
+    assert set(index.expired(6.0, frozenset)) == {*keys, *other[1:]}
 
 
 def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
@@ -106,8 +106,8 @@ def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
 
     index.replace({"n": [entry(keys[0], 0, 1.0), entry(keys[1], 32, 1.0), entry(b"new", 32, 11.0)], "m": []})
     assert (len(index), index.node_bytes) == (3, {"n": 210, "m": 0})
-    assert index.expired(8.0, ()) == []
-    assert set(index.expired(10.0, ())) == {keys[1]}, "the first one is as recent as the new one after it"
+    assert index.expired(8.0, frozenset) == []
+    assert set(index.expired(10.0, frozenset)) == {keys[1]}, "the first one is as recent as the new one after it"
     assert not index.has(keys[1])
 
 
@@ -137,7 +137,7 @@ def test_victims_bring_every_node_below_its_limit_and_leave_no_orphan(seed: int,
     for name in "abc":
         keys += chain(index, name, rng.randint(1, 12), rng.random(), rng.randint(1, 200), rng.choice("nm"))
     index.touch(rng.sample(keys, len(keys) // 2), 2.0)
-    victims = index.victims({"n": limit, "m": 500}, ())
+    victims = index.victims({"n": limit, "m": 500}, frozenset)
     assert len(set(victims)) == len(victims)
     before = index.node_bytes
     index.remove(victims)

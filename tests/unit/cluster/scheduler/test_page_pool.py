@@ -229,3 +229,31 @@ def test_a_page_that_is_written_to_the_store_is_given_to_nobody_although_it_is_f
     assert pool.allocate(1) is None
     pool.unpin([page])
     assert pool.allocate(1) == (page,)
+
+
+def test_pages_go_with_the_last_of_their_documents() -> None:
+    pool = PagePool(5)
+    pages = pool.allocate(5)
+    assert pages is not None
+    for index, name in enumerate(["a", "a", "b", "", "a"]):
+        pool.publish(pages[index], key(index), name)
+    pool.note_document(pages[1:2], "b")
+    pool.note_document(pages[3:4], "")
+    pool.release(pages[:4])
+    pool.keep_documents({"a", "b"})
+    assert pool.published() == list(pages)
+    pool.keep_documents({"b"})
+    assert pool.published() == list(pages[1:4])
+    assert pool.num_available == 4, "one that is read is not free, only not found"
+    pool.keep_documents({"a"})
+    assert pool.published() == list(pages[3:4])
+    pool.release(pages[4:])
+    assert pool.num_available == 5
+    again = pool.allocate(1)
+    assert again is not None
+    pool.publish(again[0], key(7), "a")
+    twin = pool.allocate(1)
+    assert twin is not None
+    pool.publish(twin[0], key(7), "c")
+    pool.keep_documents({"c"})
+    assert again[0] in pool.published(), "it was computed for another document as well"

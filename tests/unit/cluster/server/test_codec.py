@@ -60,8 +60,8 @@ def test_a_document_is_read_with_low_priority_and_one_token() -> None:
 
 def test_a_document_shows_what_is_stored_of_it() -> None:
     record = DocumentRecord(DOC, "d", 9, 1.0, 0.0, tokens=600, scale_len=-1, pinned=True, parent="p", seams=(3,))
-    shown = codec.encode_document(record, 1024, 77)
-    assert (shown.tokens, shown.scale_len, shown.stored_tokens, shown.stored_bytes) == (600, 0, 600, 77)
+    shown = codec.encode_document(record, 512, 77)
+    assert (shown.tokens, shown.scale_len, shown.stored_tokens, shown.stored_bytes) == (600, 0, 512, 77)
     assert (shown.pinned, shown.expires, shown.parent) == (True, 0.0, "p")
 
 

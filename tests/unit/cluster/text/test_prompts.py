@@ -66,6 +66,7 @@ def test_a_prompt_is_head_document_and_tail_with_seams(document: str, chat: str 
     assert build(lambda at: places.append(at) or ids, "Why?") == prompt
     assert places == [place]
     (start,) = [at for at in range(len(prompt)) if prompt[at : at + len(ids)] == ids][:1]
+    assert prompts.head_tokens(tokenizer) == start
     other = build(document, "And what else?")
     assert other[: start + len(ids)] == prompt[: start + len(ids)]
     assert document in tokenizer.decode(prompt, skip_special=False)

@@ -23,6 +23,7 @@ from tests.support.rigs.archives import (
     check_nothing_kept,
     pieces,
     read,
+    stored_kv,
 )
 
 
@@ -69,7 +70,7 @@ def test_a_full_disk_and_a_quota(open_bench: OpenBench, caplog: pytest.LogCaptur
         assert bench.service.import_document(pieces(archive), LIMIT).tokens
         assert problem in caplog.text
         eventually(lambda bench=bench: bench.runtime.disk.written == {})  # type: ignore[misc]
-        assert bench.service.stored_kv([document]) == {}
+        assert stored_kv(bench, document) == (0, 0)
 
 
 def test_an_upload_that_breaks_off_and_a_crash(open_bench: OpenBench) -> None:

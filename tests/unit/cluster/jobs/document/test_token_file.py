@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs.document.token_file import read_tokens, tokens_path, write_tokens
+from cluster.jobs.document.token_file import HEAD_BYTES, read_tokens, tokens_path, write_tokens
 
 MINE, OTHER = b"m" * 32, b"o" * 32
 
@@ -37,3 +37,8 @@ def test_every_damaged_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:
     assert read_tokens(path, MINE) is None
     path.mkdir()
     assert read_tokens(path, MINE) is None
+
+
+def test_a_file_has_the_size_that_is_counted(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a.ids", b"f" * 32, [1] * 1006)
+    assert (tmp_path / "a.ids").stat().st_size == HEAD_BYTES + 4 * 1006 == 4096

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from cluster.jobs import prompts
 from cluster.jobs.document.token_file import tokens_path
 from cluster.jobs.document.tokens import SCALE_STEP, default_scale_len
 from cluster.jobs.model import InvalidJob, JobInput, JobSpec, JobState
@@ -138,3 +141,18 @@ def test_pins(bench: Bench, tmp_path: Path) -> None:
     assert documents.list()[0].expires == 0.0
     assert documents.pin(document.id, False).expires > bench.clock()
     assert documents.sweep(later) == 1
+
+
+def test_the_thread_takes_a_turn_among_long_texts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(prompts, "_turns", turns)
+    monkeypatch.setattr(prompts, "_LONG_BYTES", 8)
+    assert turns.acquire()
+    document = bench.service.add_document("a", [TEXT], 1 << 20)
+    short = bench.service.add_document("a", [b"short"], 1 << 20)
+    time.sleep(0.1)
+    assert bench.service.documents.get(document.id).tokens == bench.service.documents.get(short.id).tokens == 0
+    turns.release()
+    eventually(lambda: bench.service.documents.get(short.id).tokens)
+    assert bench.service.documents.get(document.id).tokens
+    assert turns.acquire(blocking=False), "it is given back"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from cluster.jobs.model import JobInput, JobRecord, JobSpec
+from cluster.engine.engine import Engine
+from cluster.engine.request_handle import RequestHandle
+from cluster.jobs.model import JobConflict, JobInput, JobRecord, JobSpec, JobState
 from protos.jobs.sampling import AnswerOptions
 from protos.model.spec import DualChunkSpec
 from tests.support.rigs.service import Bench
@@ -55,6 +59,19 @@ def test_a_length_to_grow_to_is_inherited_and_a_longer_prompt_uses_its_own(scale
     assert record.reproducibility["scale_len"] == record.answers[0].prompt_tokens > 100
 
 
+def test_a_known_document_keeps_its_scale_and_says_so(scaled: Bench) -> None:
+    add = scaled.service.add_document
+    first = add("a", [TEXT], 1 << 20, max_tokens=4000)
+    for max_tokens in (0, 4000):
+        again = add("b", [TEXT], 1 << 20, max_tokens=max_tokens)
+        assert (again.id, again.scale_len) == (first.id, 4000)
+    with pytest.raises(JobConflict, match=f"max_tokens: 3000: document {first.id} is known with 4000, on which"):
+        add("b", [TEXT], 1 << 20, max_tokens=3000)
+    assert scaled.service.documents.read(first.id) == TEXT
+    scaled.service.documents.delete(first.id)
+    assert add("b", [TEXT], 1 << 20, max_tokens=3000).scale_len == 3000
+
+
 def test_what_is_appended_has_the_scale_of_what_comes_before_though_that_is_not_counted_yet(scaled: Bench) -> None:
     first = scaled.service.add_document("a", [TEXT], 1 << 20)
     child = scaled.service.add_document("a", [b"more"], 1 << 20, append_to=first.id)
@@ -79,8 +96,16 @@ def test_without_a_length_scale_nothing_is_pinned(bench: Bench, original: int | 
     assert bench.service.documents.get(document.id).scale_len == 0
 
 
-def test_jobs_resume_with_the_scale_they_were_submitted_with(bench: Bench) -> None:
+def test_jobs_resume_with_the_scale_they_were_submitted_with(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those of before, whose document had none."""
+    submitted: list[int] = []
+    submit_all = Engine.submit_all
+
+    def note(self: Engine, items: Sequence[Any], after: int = 0) -> list[RequestHandle]:
+        submitted.extend(spec.pinned_len for spec, _ in items)
+        return submit_all(self, items, after)
+
+    monkeypatch.setattr(Engine, "submit_all", note)
     set_scale(bench, 64)
     with bench.service.keep_text(TEXT.decode(), 1 << 20) as document:
         bench.runtime.shard.hold()
@@ -88,11 +113,13 @@ def test_jobs_resume_with_the_scale_they_were_submitted_with(bench: Bench) -> No
     (before,) = pinned_lens(bench, record)
     bench.service.add_document("a", [TEXT], 1 << 20)
     bench.service.count_document(document.id)
+    assert bench.service.documents.get(document.id).scale_len > before
     bench.restart()
-    bench.runtime.shard.hold()
-    job = bench.service._live.get(record.id)
-    assert job is None or [handle.request.pinned_len for handle in job.handles] in ([before], [])
-    assert bench.service.get(record.id).reproducibility["scale_len"] == before
+    ended = bench.service.wait(record.id, 20)
+    assert submitted == [before] * 2, "once by each head"
+    assert (ended.state, ended.reproducibility["scale_len"]) == (JobState.SUCCEEDED, before)
+    set_scale(bench, 64)
+    assert submit(bench, document.id).reproducibility["scale_len"] > before
 
 
 def test_a_document_that_grows_is_not_read_again(bench: Bench) -> None:

@@ -25,6 +25,22 @@ def test_a_length_scale_and_a_pin_stay(store: JobStore) -> None:
     assert not store.pin_document(RECORD.id, True, 1.0)
 
 
+def test_a_scale_that_is_to_come_can_still_be_named(store: JobStore) -> None:
+    store.put_document(replace(RECORD, scale_len=SCALE_TO_COME))
+    assert store.put_document(RECORD).scale_len == SCALE_TO_COME
+    assert store.put_document(replace(RECORD, scale_len=7)).scale_len == 7
+    assert store.put_document(replace(RECORD, scale_len=SCALE_TO_COME)).scale_len == 7
+
+
+def test_token_ids_count_as_bytes_on_disk(store: JobStore) -> None:
+    store.put_document(RECORD)
+    assert store.documents_size() == 4096
+    store.count_document(RECORD.id, 1006, 0)
+    assert store.documents_size() == 2 * 4096
+    store.count_document(RECORD.id, 1007, 0)
+    assert store.documents_size() == 3 * 4096
+
+
 def test_seams_come_back_and_uncounted_documents_are_found(store: JobStore) -> None:
     assert store.put_document(replace(RECORD, seams=(3, 7), parent="p")).seams == (3, 7)
     assert store.uncounted_documents(10) == [RECORD.id]
@@ -34,8 +50,28 @@ def test_seams_come_back_and_uncounted_documents_are_found(store: JobStore) -> N
 
 def test_a_block_is_orphaned_when_no_document_has_it(store: JobStore) -> None:
     store.put_document(RECORD)
-    store.add_kv([(RECORD.id, b"a", 1), ("doc_gone", b"a", 1), ("doc_gone", b"b", 1)])
+    other = replace(RECORD, id="doc_" + "1" * 32)
+    store.put_document(other)
+    assert store.add_kv(RECORD.id, 5, [b"a"])
+    assert store.add_kv(other.id, 7, [b"a", b"b"])
+    store.delete_document(other.id)
+    assert store.orphan_kv() == [b"b"]
+    assert not store.add_kv(other.id, 7, [b"c"]), "nothing is noted of a document that is gone"
     assert store.orphan_kv() == [b"b"]
     store.remove_kv([b"b"])
     store.delete_document(RECORD.id)
     assert store.orphan_kv() == [b"a"]
+
+
+def test_blocks_by_document_and_those_of_pinned_ones(store: JobStore) -> None:
+    other = replace(RECORD, id="doc_" + "1" * 32, pinned=True)
+    for record in (RECORD, other):
+        store.put_document(record)
+    store.add_kv(RECORD.id, 5, [b"a", b"b"])
+    store.add_kv(RECORD.id, 9, [b"b"])
+    store.add_kv(other.id, 7, [b"c"])
+    assert store.document_kv([RECORD.id, "doc_none"]) == {RECORD.id: {b"a": 5, b"b": 5}}
+    assert store.pinned_kv() == {b"c"}
+    store.pin_document(RECORD.id, True, 0.0)
+    store.pin_document(other.id, False, 1.0)
+    assert store.pinned_kv() == {b"a", b"b"}
