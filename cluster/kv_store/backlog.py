@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from cluster.scheduler.stored_prefix import Offer
 
-_MAX_TOKENS = 1 << 23  # of all offers: some 60 MB, with the hashes of their pages
+_MAX_TOKENS = 1 << 23  # of all offers: some 50 MB, with the hashes of their pages
 
 
 class Backlog:
