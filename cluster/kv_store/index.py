@@ -21,6 +21,7 @@ class Entry:
     parent: bytes
     start: int
     used: float  # last use, in seconds since 1970
+    saved: float  # last use as the files say
     bytes: dict[str, int] = field(default_factory=dict)  # by node
     is_whole: bool = True  # as far as is known, all shards can load it
     written: float = 0.0  # when all shards had written it, in seconds since 1970; 0: not known
@@ -60,8 +61,8 @@ class KvIndex:
         entries: dict[bytes, Entry] = {}
         for node, items in listed.items():
             for item in items:
-                entry = entries.setdefault(item.key, Entry(item.parent, item.start, item.used))
-                entry.used = max(entry.used, item.used)
+                entry = entries.setdefault(item.key, Entry(item.parent, item.start, item.used, item.used))
+                entry.used, entry.saved = max(entry.used, item.used), min(entry.saved, item.used)
                 entry.bytes[node] = entry.bytes.get(node, 0) + item.bytes
         with self._lock:
             for key, changed in (self._changed or {}).items():
@@ -82,8 +83,8 @@ class KvIndex:
     def add(self, key: bytes, parent: bytes, start: int, sizes: Mapping[str, int], now: float) -> None:
         """Note that a block was stored; `sizes` are the bytes that were written on each node, as far as known."""
         with self._lock:
-            entry = self._entries.setdefault(key, Entry(parent, start, now))
-            entry.used = entry.written = now
+            entry = self._entries.setdefault(key, Entry(parent, start, now, now))
+            entry.used = entry.saved = entry.written = now
             entry.is_whole, entry.is_unplaced = True, not sizes
             for node, size in sizes.items():
                 entry.bytes[node] = entry.bytes.get(node, 0) + size
@@ -101,12 +102,25 @@ class KvIndex:
                 if (entry := self._entries.pop(key, None)) is not None:
                     self._node_bytes.subtract(entry.bytes)
 
-    def touch(self, keys: Iterable[bytes], now: float) -> None:
-        """Note that blocks are used. Waits for nobody: the engine calls it, and sorting a large index takes long."""
+    def touch(self, keys: Iterable[bytes], now: float, is_saved: bool = False) -> None:
+        """Note that blocks are used. Waits for nobody: the engine calls it, and sorting a large index takes long.
+
+        Args:
+            is_saved: the files say so too.
+        """
         entries = self._entries
         for key in keys:
             if (entry := entries.get(key)) is not None:
                 entry.used = max(entry.used, now)
+                entry.saved = entry.used if is_saved else entry.saved
+
+    def take_unsaved(self, age_s: float) -> list[bytes]:
+        """Return the blocks that were used more than `age_s` after what their files say, once each until a listing."""
+        with self._lock:
+            late = {key: entry for key, entry in self._entries.items() if entry.used - entry.saved > age_s}
+            for entry in late.values():
+                entry.saved = entry.used
+            return list(late)
 
     def doubt(self, key: bytes, since: float) -> None:
         """Note that a block could not be loaded by every shard: it is stored again when it is computed again.

@@ -70,6 +70,10 @@ class ShardCalls:
         replies = self._all(lambda shard: shard.find_kv(keys), within_s=within_s)
         return min(reply if isinstance(reply, int) else 0 for reply in replies)
 
+    def touch(self, indices: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Note in the stores of these shards' nodes that blocks are used; one that does not answer is left out."""
+        self._all(lambda shard: shard.touch_kv(keys), [self.shards[index] for index in indices])
+
     def load(self, blocks: Sequence[KvBlock]) -> Loaded:
         """Read blocks into their pages, on every shard. Raises ShardLost."""
         replies = self._all(lambda shard: shard.load_kv(blocks))

@@ -242,6 +242,7 @@ class KvStore:
         self.stats.add(
             loaded_blocks=loaded.blocks, loaded_bytes=loaded.bytes, load_s=seconds, damaged_blocks=loaded.damaged
         )
+        self.index.touch((block.key for block in blocks[: loaded.blocks]), self.now(), is_saved=True)
         if loaded.blocks < len(blocks):
             self.index.doubt(blocks[loaded.blocks].key, self.now())
             _log.warning("stored KV: a block could not be read and is computed: %s", loaded.problem or "it is gone")
@@ -297,7 +298,10 @@ class KvStore:
         return self._upkeep is not None and self._upkeep.make_room()
 
     def sweep(self) -> None:
-        """Drop what was forgotten, what nobody used for too long, and what is above the quota; also done by itself."""
+        """Drop what was forgotten, what nobody used for too long, and what is above the quota; also done by itself.
+
+        The files of what is used from memory get the time of their use.
+        """
         if self._upkeep is not None:
             self._upkeep.sweep()
 

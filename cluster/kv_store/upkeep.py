@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from protos.stage import stage_pb2 as pb
 
 SWEEP_S = 60.0
+RENEW_S = (
+    3600.0  # how far the files may lag behind the use of a block, or an eighth of the time to live if that is less
+)
+_TOUCH_BATCH = 4096  # blocks of one call
 _SWEEPS_A_LISTING = 10  # other heads may use the same folder
 _log = logging.getLogger(__name__)
 
@@ -44,11 +48,12 @@ class KvUpkeep:
         self._closing.set()
 
     def sweep(self) -> None:
-        """Drop what was forgotten, what nobody used for too long, and what is above the quota."""
+        """Drop what was forgotten, what nobody used for too long, and what is above the quota; renew files in use."""
         store = self._store
         self.drop_forgotten()
         self._evict(store.index.expired(store.now() - store.settings.ttl_s, store.retained_keys))
         self.make_room()
+        self.renew()
 
     def make_room(self) -> bool:
         """Drop what is above the quota; returns False if so much is retained that it stays above."""
@@ -62,6 +67,13 @@ class KvUpkeep:
         if self._listers and (keys := self._store.take_forgotten()):
             ours = self._drop(sorted(keys), forget_pages=True)
             self._store.forget_later(keys - ours)
+
+    def renew(self) -> None:
+        """Let files say that their block is used, from memory too: other heads and the next start go by that."""
+        store = self._store
+        keys = store.index.take_unsaved(min(RENEW_S, store.settings.ttl_s / 8)) if self._listers else []
+        for at in range(0, len(keys), _TOUCH_BATCH):
+            self._calls.touch(list(self._listers.values()), keys[at : at + _TOUCH_BATCH])
 
     def read_listing(self) -> None:
         """Read from every node what is stored there."""

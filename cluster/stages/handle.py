@@ -95,6 +95,11 @@ class GrpcStageHandle:
         """Return how many of the first blocks this shard could load from the store. Raises StageError."""
         return int(self._kv_call(lambda: self._stub.FindKv(pb.KvKeys(keys=keys), **self._kv_options())).blocks)
 
+    def touch_kv(self, keys: Sequence[bytes]) -> pb.KvCount:
+        """Note in the store of the shard's node that blocks are used; returns how many are there. Raises StageError."""
+        reply: pb.KvCount = self._kv_call(lambda: self._stub.TouchKv(pb.KvKeys(keys=keys), **self._kv_options()))
+        return reply
+
     def load_kv(self, blocks: Sequence[KvBlock]) -> pb.KvCount:
         """Read stored blocks into their pages; returns how many, from the first on, are there. Raises StageError."""
         request = pb.KvBlocks(blocks=map(codec.encode, blocks))

@@ -69,6 +69,11 @@ class StageStub:
                 request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
                 response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
                 _registered_method=True)
+        self.TouchKv = channel.unary_unary(
+                '/longreach.stage.v1.Stage/TouchKv',
+                request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+                response_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+                _registered_method=True)
         self.LoadKv = channel.unary_unary(
                 '/longreach.stage.v1.Stage/LoadKv',
                 request_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvBlocks.SerializeToString,
@@ -165,6 +170,13 @@ class StageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TouchKv(self, request, context):
+        """Note that blocks are used now; the reply counts those that are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LoadKv(self, request, context):
         """Read blocks into pages; the reply counts those before the first that could not be read.
         """
@@ -248,6 +260,11 @@ def add_StageServicer_to_server(servicer, server):
             ),
             'FindKv': grpc.unary_unary_rpc_method_handler(
                     servicer.FindKv,
+                    request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.FromString,
+                    response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.SerializeToString,
+            ),
+            'TouchKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.TouchKv,
                     request_deserializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.FromString,
                     response_serializer=longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.SerializeToString,
             ),
@@ -474,6 +491,33 @@ class Stage:
             request,
             target,
             '/longreach.stage.v1.Stage/FindKv',
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
+            longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TouchKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longreach.stage.v1.Stage/TouchKv',
             longreach_dot_stage_dot_v1_dot_stage__pb2.KvKeys.SerializeToString,
             longreach_dot_stage_dot_v1_dot_stage__pb2.KvCount.FromString,
             options,

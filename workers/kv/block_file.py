@@ -338,13 +338,13 @@ def _parse_metadata(header: bytes, name: str) -> dict[str, str]:
 
 
 def read_info(path: Path, shape: BlockShape) -> BlockInfo:
-    """Return what the metadata of a file say of its block. Raises BadBlock, FileNotFoundError, OSError."""
+    """Return what metadata say of their block, but for its tokens. Raises BadBlock, FileNotFoundError, OSError."""
     part = Part.parse(path.name)
     if part is None or not shape.contains(part):
         raise BadBlock(f"{path.name}: not a name of a file of this model")
     descriptor = open_file(path)
     try:
-        return _info(_parse_metadata(_read_header(descriptor, path.name, shape.max_header(part)), path.name))
+        return _info(_parse_metadata(_read_header(descriptor, path.name, shape.max_header(part)), path.name), False)
     finally:
         os.close(descriptor)
 
@@ -369,7 +369,7 @@ def open_file(path: Path) -> int:
     return descriptor
 
 
-def _info(metadata: Mapping[str, str]) -> BlockInfo:
+def _info(metadata: Mapping[str, str], has_tokens: bool = True) -> BlockInfo:
     """Return what metadata say of their block. Raises BadBlock."""
     schema, kind = metadata.get("schema"), metadata.get("kind")
     if schema != SCHEMA:
@@ -379,7 +379,7 @@ def _info(metadata: Mapping[str, str]) -> BlockInfo:
         raise BadBlock(f"kind {str(kind)[:20]!r}: {reserved}")
     try:
         key, parent = bytes.fromhex(metadata["key"]), bytes.fromhex(metadata["parent"])
-        start, ids = int(metadata["start"]), tuple(map(int, metadata["token_ids"].split(",")))
+        start, ids = int(metadata["start"]), tuple(map(int, metadata["token_ids"].split(","))) if has_tokens else ()
     except (KeyError, ValueError) as error:
         raise BadBlock(f"metadata: {' '.join(str(error).split())[:100]}") from error
     if len(key) != 32 or len(parent) not in (0, 32) or start < 0:

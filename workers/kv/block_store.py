@@ -13,15 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from protos.stage.messages import KvBlock
 from workers.kv.block_file import (
@@ -31,27 +28,14 @@ from workers.kv.block_file import (
     BlockShape,
     Part,
     open_file,
-    read_info,
     write_block,
 )
+from workers.kv.block_listing import BlockListing, Entry, names, remove_if_empty
 from workers.kv.block_pages import BlockPages, Rows
 
 FOLDER = "v1"
-_KEY = re.compile(r"[0-9a-f]{64}")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
-_STALE_S = 3600.0  # nobody writes to a temporary file of this age
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _ATTEMPTS = 3  # to write a file into a folder that others remove
-
-
-class Entry(NamedTuple):
-    """One stored block."""
-
-    key: bytes
-    parent: bytes
-    start: int
-    num_bytes: int  # of all its files
-    used: float  # seconds since 1970
 
 
 @dataclass(slots=True)
@@ -80,6 +64,7 @@ class BlockStore:
         """
         self.root = path / FOLDER
         self._shape, self._part = shape, part
+        self._listing = BlockListing(self.root, shape)
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self.root.stat()
         if status.st_uid not in (os.geteuid(), 0):
@@ -172,38 +157,16 @@ class BlockStore:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all blocks; what writers that have ended left behind is removed."""
-        for prefix in (self.root / name for name in _names(self.root) if len(name) == 2):
-            names = [name for name in _names(prefix) if _KEY.fullmatch(name)]
-            for name in names:
-                entry = self._entry(prefix / name)
-                if entry is not None:
-                    yield entry
-            if not names:
-                _remove_if_empty(prefix)
+        return self._listing.entries()
 
-    def _entry(self, folder: Path) -> Entry | None:
-        try:
-            status = folder.lstat()
-        except OSError:
-            return None
-        info, size, files = None, 0, 0
-        for name in _names(folder):
-            path = folder / name
-            if _TEMPORARY.fullmatch(name):
-                _remove_if_stale(path)
-                continue
+    def touch(self, keys: Iterable[bytes]) -> int:
+        """Note that blocks are used now; returns how many of them are there."""
+        count = 0
+        for key in keys:
             with contextlib.suppress(OSError):
-                size += path.lstat().st_size
-                files += 1
-            if info is None:
-                with contextlib.suppress(BadBlock, OSError):
-                    info = read_info(path, self._shape)
-        if not files and time.time() - status.st_mtime > _STALE_S:
-            _remove_if_empty(folder)
-        if not files:
-            return None
-        parent, start = (info.parent, info.start) if info is not None else (b"", 0)
-        return Entry(bytes.fromhex(folder.name), parent, start, size, status.st_mtime)
+                os.utime(self._folder(key), follow_symlinks=False)
+                count += 1
+        return count
 
     def free_bytes(self) -> int:
         """Return what the disk has left for this user."""
@@ -241,7 +204,7 @@ class BlockStore:
                 continue
             except OSError as error:
                 outcome.add_problem(error)
-            _remove_if_empty(folder.parent)
+            remove_if_empty(folder.parent)
         return outcome
 
     # --- the files as they are ---------------------------------------------------------------------------------------
@@ -296,7 +259,7 @@ class BlockStore:
 
     def _parts(self, folder: Path) -> list[Part]:
         """Return the parts of this model that a folder has files of."""
-        parts = map(Part.parse, _names(folder))
+        parts = map(Part.parse, names(folder))
         return [part for part in parts if part is not None and self._shape.contains(part)]
 
     def _is_covered(self, parts: Sequence[Part]) -> bool:
@@ -333,7 +296,7 @@ class BlockStore:
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            _remove_if_empty(folder)
+            remove_if_empty(folder)
             raise
 
     def _temporary(self, folder: Path) -> tuple[int, Path]:
@@ -366,16 +329,6 @@ def _drain(pieces: Iterator[bytes]) -> None:
         pass
 
 
-def _names(folder: Path) -> list[str]:
-    """Return the names in a folder; none when it is no folder, or a link to one."""
-    try:
-        if not stat.S_ISDIR(folder.lstat().st_mode):
-            return []
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []
-
-
 def _remove(path: Path) -> None:
     """Remove whatever is there, never what a link leads to; it may be gone already."""
     with contextlib.suppress(FileNotFoundError):
@@ -387,14 +340,3 @@ def _remove(path: Path) -> None:
                     return
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
         path.unlink()
-
-
-def _remove_if_stale(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - path.lstat().st_mtime > _STALE_S:
-            _remove(path)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()

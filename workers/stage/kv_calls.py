@@ -54,6 +54,10 @@ class KvCalls(rpc.StageServicer):
         with self._begin(context) as (store, _):
             return pb.KvCount(blocks=store.find(_keys(request, context)))
 
+    def TouchKv(self, request: pb.KvKeys, context: grpc.ServicerContext) -> pb.KvCount:
+        with self._begin(context) as (store, _):
+            return pb.KvCount(blocks=store.touch(_keys(request, context)))
+
     def LoadKv(self, request: pb.KvBlocks, context: grpc.ServicerContext) -> pb.KvCount:
         with self._begin(context) as (store, pages):
             blocks = _blocks(request, pages, context)

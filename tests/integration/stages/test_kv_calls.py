@@ -104,6 +104,7 @@ def test_kv_of_two_stages_is_loaded_by_one_and_by_three(make, store: Path) -> No
             assert (reply.blocks, reply.damaged, reply.problem) == (len(keys), 0, "")
         assert answer(other, 20, len(keys) * TOKENS) == expected
     shard = other.handles[0]
+    assert shard.touch_kv([*keys, b"x" * 32]).blocks == len(keys)
     assert shard.drop_kv(keys[1:]).blocks == len(keys) - 1
     assert shard.find_kv(keys) == 1
     assert shard.write_kv(iter(files)).blocks == len(keys)
@@ -124,7 +125,8 @@ def test_without_a_store_every_call_is_refused(make, store: Path) -> None:
     blocks = blocks_of(0)
     for call in (
         lambda: handle.find_kv([b"x" * 32]), lambda: handle.load_kv(blocks), lambda: handle.store_kv(blocks),
-        handle.list_kv, lambda: handle.drop_kv([]), lambda: list(handle.read_kv([])), lambda: handle.write_kv(iter(())),
+        handle.list_kv, lambda: handle.touch_kv([]), lambda: handle.drop_kv([]), lambda: list(handle.read_kv([])),
+        lambda: handle.write_kv(iter(())),
     ):  # fmt: skip
         with pytest.raises(StageError, match=r"no KV store \(FAILED_PRECONDITION\)"):
             call()

@@ -23,6 +23,7 @@ class FakeDisk:
     blocks: dict[bytes, KvBlock] = field(default_factory=dict)
     written: dict[bytes, set[tuple[int, int]]] = field(default_factory=dict)
     used: dict[bytes, float] = field(default_factory=dict)
+    clock: Callable[[], float] = time.time
     is_full: bool = False
     file_padding: int = 0  # bytes of files beside what they say
     dropped: list[bytes] = field(default_factory=list)
@@ -60,6 +61,12 @@ class FakeKvShard:
         disk, me = self._use("find")
         return next((n for n, key in enumerate(keys) if me not in disk.written.get(key, ())), len(keys))
 
+    def touch_kv(self, keys: Sequence[bytes]) -> pb.KvCount:
+        disk, _ = self._use("touch")
+        there = [key for key in keys if key in disk.written]
+        disk.used.update(dict.fromkeys(there, disk.clock()))
+        return pb.KvCount(blocks=len(there))
+
     def load_kv(self, blocks: Sequence[KvBlock]) -> pb.KvCount:
         disk, me = self._use("load")
         pages = [page for block in blocks for page in block.pages]
@@ -72,6 +79,7 @@ class FakeKvShard:
             assert (block.parent, block.start) == (stored.parent, stored.start)
             assert list(block.token_ids) == list(stored.token_ids), "it is another block"
             self.loaded.append(block)
+            disk.used[block.key] = disk.clock()
             count += 1
         return pb.KvCount(blocks=count, bytes=count * disk.block_bytes)
 
@@ -85,6 +93,7 @@ class FakeKvShard:
             disk.on_write(block.key)
             disk.blocks[block.key] = block
             disk.written.setdefault(block.key, set()).add(me)
+            disk.used[block.key] = disk.clock()
         return pb.KvStored(blocks=len(blocks), bytes=len(blocks) * disk.block_bytes)
 
     def list_kv(self) -> list[pb.KvEntries]:
@@ -92,7 +101,7 @@ class FakeKvShard:
         entries = [
             pb.KvEntry(
                 key=key, parent=disk.blocks[key].parent, start=disk.blocks[key].start,
-                bytes=len(shards) * disk.block_bytes, used=disk.used.get(key, time.time()),
+                bytes=len(shards) * disk.block_bytes, used=disk.used.get(key, disk.clock()),
             )
             for key, shards in disk.written.items()
         ]  # fmt: skip

@@ -180,3 +180,21 @@ def test_the_engine_waits_for_nobody_who_reads_or_sorts_a_large_index() -> None:
         threading.Thread(target=use, daemon=True).start()
         assert done.wait(5)
     assert index.expired(8.0, ()) == []
+
+
+def test_blocks_whose_files_lag_behind_their_use_come_once_until_a_listing_shows_it_again() -> None:
+    index = KvIndex()
+    keys = chain(index, "a", 4, 100.0)
+    assert index.take_unsaved(0) == []
+    index.touch(keys[:3], 110.0)
+    index.touch(keys[2:], 130.0)
+    index.touch(keys[3:], 130.0, is_saved=True)
+    assert index.take_unsaved(10) == keys[2:3]
+    assert index.take_unsaved(9.9) == keys[:2]
+    assert index.take_unsaved(0) == []
+    listed = [pb.KvEntry(key=key, start=32 * at, bytes=100, used=100.0) for at, key in enumerate(keys)]
+    later = [pb.KvEntry(key=key, start=32 * at, bytes=100, used=500.0) for at, key in enumerate(keys)]
+    index.replace({"n": listed, "m": later})
+    assert index.take_unsaved(10) == keys, "one node of two lags behind what the other one has"
+    index.replace({"n": later, "m": later})
+    assert index.take_unsaved(0) == []

@@ -75,6 +75,64 @@ def test_blocks_that_nobody_used_for_long_are_dropped() -> None:
         assert len(disk.dropped) == 10
 
 
+def test_a_document_that_is_used_from_memory_stays_young_on_disk() -> None:
+    """Its files are not touched at every use, but by a sweep, within an eighth of the time to live."""
+    disk = FakeDisk()
+    with start(disk, ttl_s=80.0) as rig:
+        ready(rig)
+        read(rig, 1000, tokens=160)
+        read(rig, 2000, tokens=160)
+        begun = rig.store.now()
+
+        def later(seconds: float) -> None:
+            rig.store.now = disk.clock = lambda: begun + seconds
+
+        later(0)
+        disk.used = dict.fromkeys(disk.used, begun)
+        calls = [shard.kv_calls for shard in rig.shards]
+        for seconds, touches in ((5, 0), (9, 0), (15, 1), (24, 1), (30, 2), (79, 3)):
+            later(seconds)
+            read(rig, 1000, tokens=160)
+            rig.store.sweep()
+            assert [called.count("touch") for called in calls] == [touches, 0], "one shard of the node"
+        ages = {disk.blocks[key].token_ids[0] // 1000: begun + 79 - used for key, used in disk.used.items()}
+        assert ages == {1: 0, 2: 79}
+        assert "load" not in calls[0]
+        rig.shards[0].broken_kv = True
+        later(100)
+        rig.store.index.touch(list(disk.written), begun + 100)
+        rig.store._upkeep.renew()
+        rig.shards[0].broken_kv = False
+        rig.store._upkeep.renew()
+        assert calls[0].count("touch") == 4, "not again and again"
+        rig.store.refresh()
+        rig.store._upkeep.renew()
+        assert set(disk.used.values()) == {begun + 100}, "the listing has shown that it failed"
+        count = calls[0].count("touch")
+        rig.store.refresh()
+        rig.store._upkeep.renew()
+        assert calls[0].count("touch") == count
+    with start(disk, ttl_s=80.0) as rig:
+        rig.store.now = lambda: begun + 179
+        ready(rig)
+        rig.store.sweep()
+        assert disk.dropped == []
+
+
+def test_what_is_loaded_need_not_be_renewed() -> None:
+    disk = FakeDisk()
+    with start(disk, ttl_s=800.0) as rig:
+        read(rig, 1000)
+    with start(disk, ttl_s=800.0) as rig:
+        ready(rig)
+        now = rig.store.now()
+        rig.store.now = disk.clock = lambda: now + 500
+        read(rig, 1000)
+        rig.store.sweep()
+        assert "load" in rig.shards[0].kv_calls
+        assert "touch" not in rig.shards[0].kv_calls
+
+
 def test_blocks_stay_in_the_account_while_a_node_does_not_answer() -> None:
     disk = FakeDisk()
     with start(disk) as rig:

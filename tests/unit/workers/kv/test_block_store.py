@@ -170,6 +170,9 @@ def test_blocks_are_listed_and_removed(tmp_path: Path):
     assert listed[keys[1]].used == 5
     shard.store.load(block_of(key=keys[1]), shard.pages)
     assert {e.key: e.used for e in shard.store.entries()}[keys[1]] == pytest.approx(time.time(), abs=60)
+    os.utime(file_of(tmp_path, key=keys[1]).parent, (5, 5))
+    assert shard.store.touch([*keys, b"n" * 32]) == 3
+    assert {e.key: e.used for e in shard.store.entries()}[keys[1]] == pytest.approx(time.time(), abs=60)
     outcome = shard.store.drop([*keys[:2], b"n" * 32])
     assert (outcome.blocks, outcome.num_bytes) == (2, 2 * size)
     assert [entry.key for entry in shard.store.entries()] == keys[2:]

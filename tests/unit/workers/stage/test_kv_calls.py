@@ -75,6 +75,7 @@ def test_blocks_go_to_the_store_and_back(tmp_path: Path) -> None:
         stored = first.StoreKv(message(blocks), call)
         assert (stored.blocks, stored.problem, stored.is_full) == (5, "", False)
         assert first.FindKv(keys, call).blocks == 5
+        assert first.TouchKv(pb.KvKeys(keys=[*keys.keys[:2], b"x" * 32]), call).blocks == 2
         (listed,) = first.ListKv(pb.KvListRequest(), call)
         assert {entry.key for entry in listed.entries} == set(keys.keys)
         assert sum(entry.bytes for entry in listed.entries) == stored.bytes
