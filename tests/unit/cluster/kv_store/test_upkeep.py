@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from protos.stage.messages import KvBlock
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
@@ -75,16 +77,17 @@ def test_blocks_that_nobody_used_for_long_are_dropped() -> None:
         assert len(disk.dropped) == 10
 
 
-def test_blocks_stay_in_the_account_while_a_node_does_not_answer() -> None:
+@pytest.mark.parametrize("answers", [False, True])
+def test_blocks_stay_in_the_account_while_a_node_cannot_remove_them(answers: bool) -> None:
     disk = FakeDisk()
     with start(disk) as rig:
         ready(rig)
         read(rig, 1000, "one")
         keys = set(disk.written)
-        rig.shards[0].broken_kv = True
+        rig.shards[0].broken_kv, disk.is_read_only = not answers, answers
         rig.store.forget_document(keys)
         assert rig.store.events.dropped == []
-        rig.shards[0].broken_kv = False
+        rig.shards[0].broken_kv = disk.is_read_only = False
         rig.store.sweep()
         assert (disk.written, set(rig.store.events.dropped)) == ({}, keys)
 
