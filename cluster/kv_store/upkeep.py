@@ -79,8 +79,8 @@ class KvUpkeep:
             if listers and not self._closing.is_set():  # else another pipeline may have stored more meanwhile
                 self._store.index.replace(listed)
                 self._store.set_limits(free)
-                # a node of this pipeline that does not answer now has its blocks all the same; others may iterate over it
-                self._listers = self._listers | listers
+                # a node of this pipeline that does not answer now has its blocks all the same
+                self._listers = self._listers | listers  # another thread may iterate over it
 
     def _list(self) -> dict[int, list[pb.KvEntries]]:
         """Return the listings of the nodes; once the node of every shard is known, one shard of each reads it."""
