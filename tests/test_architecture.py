@@ -50,7 +50,6 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "protos/generate.py": "test_generated_code_is_current, below",
     "protos/jobs/limits.py": "constants; tests/unit/protos/jobs/test_validate.py",
     "cluster/bench": "measurements of a running cluster, run by hand; what they compute is in test_rig",
-    "cluster/kv_store/writer.py": "tests/unit/cluster/kv_store/test_stored_kv.py: needs an engine",
     "cluster/stages/handle.py": "tests/integration/stages/test_stage_process.py: needs the other process",
     "cluster/stages/ray_owner.py": "tests/integration/stages/test_local_ray.py: a process of its own",
     "workers/bench": "tests/unit/workers/bench/test_main.py and test_peers.py",

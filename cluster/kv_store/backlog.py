@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from cluster.scheduler.stored_prefix import Offer
 
-_MAX_OFFERS = 1 << 16  # 32M tokens at 512 a block
+_MAX_TOKENS = 1 << 23  # of all offers: some 50 MB, with the hashes of their pages
 
 
 class Backlog:
@@ -17,6 +17,7 @@ class Backlog:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._offers: deque[Offer] = deque()
+        self._tokens = 0  # of all of them
         self._keys: set[tuple[bytes, str]] = set()
         self._is_closed = False
         self.busy: frozenset[bytes] = frozenset()  # keys that were taken and are not `done`
@@ -31,10 +32,11 @@ class Backlog:
             for offer in offers:
                 if (offer.key, offer.document_id) in self._keys:
                     continue
-                if len(self._offers) >= _MAX_OFFERS:
+                if self._tokens + len(offer.token_ids) > _MAX_TOKENS:
                     dropped += 1
                     continue
                 self._offers.append(offer)
+                self._tokens += len(offer.token_ids)
                 self._keys.add((offer.key, offer.document_id))
             self._changed.notify_all()
         return dropped
@@ -48,6 +50,7 @@ class Backlog:
                 if taken and self._offers[0].parent != taken[-1].key:
                     break
                 taken.append(self._offers.popleft())
+            self._tokens -= sum(len(offer.token_ids) for offer in taken)
             self._keys.difference_update((offer.key, offer.document_id) for offer in taken)
             self.busy = frozenset(offer.key for offer in taken)
             return taken
@@ -58,9 +61,9 @@ class Backlog:
             self.busy = frozenset()
             self._changed.notify_all()
 
-    def drop_prompt(self, prompt: Sequence[int]) -> int:
-        """Drop every offer of a prompt; returns how many."""
-        return self._keep(lambda offer: offer.prompt is not prompt)
+    def drop_request(self, sequence: int) -> int:
+        """Drop every offer of a request; returns how many."""
+        return self._keep(lambda offer: offer.sequence != sequence)
 
     def discard(self, keys: Collection[bytes]) -> None:
         """Drop the offers with these keys."""
@@ -81,5 +84,6 @@ class Backlog:
         with self._changed:
             before = len(self._offers)
             self._offers = deque(filter(wanted, self._offers))
+            self._tokens = sum(len(offer.token_ids) for offer in self._offers)
             self._keys = {(offer.key, offer.document_id) for offer in self._offers}
             return before - len(self._offers)

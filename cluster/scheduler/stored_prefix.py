@@ -34,20 +34,20 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A computed block of a prompt, by the hashes of its pages: it holds none of them."""
+    """A computed block of a prompt, by the hashes of its pages: it holds none of them, nor the prompt."""
 
     key: bytes
     parent: bytes
     start: int
-    stop: int
-    prompt: Sequence[int]
+    token_ids: array[int]
     hashes: tuple[bytes, ...]
     document_id: str
     pinned_len: int  # of the request
+    sequence: int  # of the request
 
     def block(self, pages: Sequence[int]) -> KvBlock:
         """Return the block, in these pages."""
-        return KvBlock(self.key, self.parent, self.start, array("I", self.prompt[self.start : self.stop]), pages)
+        return KvBlock(self.key, self.parent, self.start, self.token_ids, pages)
 
 
 class StoredPrefixes:
@@ -124,9 +124,10 @@ class StoredPrefixes:
         return [self._offer(request, index) for index in range(first, done)]
 
     def _offer(self, request: Request, index: int) -> Offer:
-        keys, size = request.block_keys, self._block_tokens
+        keys, start = request.block_keys, index * self._block_tokens
         return Offer(
-            keys[index], keys[index - 1] if index else b"", index * size, (index + 1) * size, request.prompt,
+            keys[index], keys[index - 1] if index else b"", start,
+            array("I", request.prompt[start : start + self._block_tokens]),
             tuple(request.hashes[index * self._pages : (index + 1) * self._pages]), request.document_id,
-            request.pinned_len,
+            request.pinned_len, request.sequence,
         )  # fmt: skip

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from workers.kernels.build import kernel_family
+
 _AMPERE = (8, 0)  # compute capability
 _MAX_DIM = 256
 _FOLDED_ROWS = 64  # on a CPU, `T * G` up to which the query heads of a group are folded into rows
@@ -54,6 +56,15 @@ def supports_flash_attn(device: torch.device, dtype: torch.dtype, dim: int) -> b
         and torch.cuda.get_device_capability(device) >= _AMPERE
         and _flash_attn_func() is not None
     )
+
+
+def compute_family(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """Return the `kernel_family` of a device, with `-flash-attn` where that computes attention for this type and dim.
+
+    The results of PyTorch's kernels on the same device differ in their last bits.
+    """
+    family = kernel_family(device)
+    return f"{family}-flash-attn" if supports_flash_attn(device, dtype, dim) else family
 
 
 @functools.cache

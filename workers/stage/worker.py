@@ -21,7 +21,7 @@ from protos.stage.messages import (
     StepPlan,
     StepResult,
 )
-from workers.kernels.build import kernel_family
+from workers.attention.flash import compute_family
 from workers.kv.block_file import BlockShape, Part
 from workers.kv.block_pages import BlockPages, open_pages
 from workers.kv.block_store import BlockStore
@@ -112,7 +112,7 @@ class StageWorker:
             request.group_timeout_s,
         )  # fmt: skip
         total = self._weights.num_bytes
-        family = kernel_family(self._device)
+        family = compute_family(self._device, self._dtype, self._spec.head_dim)
         return LoadProgress(total, total, True, growth, self._available_bytes(), kernel_family=family)
 
     def start(self, request: pb.StartRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 
 import pytest
 
@@ -12,12 +13,14 @@ from cluster.scheduler.stored_prefix import Offer
 
 
 def offers(name: str, count: int, document_id: str = "") -> list[Offer]:
-    prompt = list(range(count))
+    """Blocks of two tokens of a request whose sequence is that of its name's first letter."""
     keys = [f"{name}{number}".encode() for number in range(count)]
     return [
-        Offer(key, keys[number - 1] if number else b"", number, number + 1, prompt, (), document_id, 0)
+        Offer(
+            key, keys[number - 1] if number else b"", 2 * number, array("I", [7, 8]), (), document_id, 0, ord(name[0])
+        )
         for number, key in enumerate(keys)
-    ]
+    ]  # fmt: skip
 
 
 def test_runs_of_one_prompt_are_taken_together() -> None:
@@ -42,11 +45,11 @@ def test_a_block_of_two_documents_is_told_to_both() -> None:
     assert len(backlog) == 0
 
 
-def test_offers_can_be_dropped_by_prompt_and_by_key() -> None:
+def test_offers_can_be_dropped_by_request_and_by_key() -> None:
     backlog = Backlog()
     one, other = offers("a", 3), offers("b", 2)
     backlog.put([*one, *other])
-    assert backlog.drop_prompt(one[0].prompt) == 3
+    assert backlog.drop_request(one[0].sequence) == 3
     backlog.discard({b"b0"})
     assert backlog.take(9) == other[1:]
     backlog.put(one)
@@ -54,10 +57,14 @@ def test_offers_can_be_dropped_by_prompt_and_by_key() -> None:
 
 
 def test_more_than_it_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_OFFERS", 3)
+    monkeypatch.setattr(module, "_MAX_TOKENS", 7)
     backlog = Backlog()
     assert backlog.put(offers("a", 5)) == 2
     assert len(backlog) == 3
+    backlog.take(2)
+    assert backlog.put(offers("b", 5)) == 3, "room for what was taken"
+    backlog.drop_request(ord("b"))
+    assert backlog.put(offers("c", 2)) == 0, "and for what was dropped"
 
 
 def test_closing_ends_a_wait() -> None:

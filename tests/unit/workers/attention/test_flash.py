@@ -13,8 +13,9 @@ import torch
 from tests.support.oracles.attention import attend_reference
 from workers.attention import flash as module
 from workers.attention import torch_backend
-from workers.attention.flash import flash, supports_flash_attn
+from workers.attention.flash import compute_family, flash, supports_flash_attn
 from workers.attention.plan import AttentionPlan, Queries
+from workers.kernels.build import kernel_family
 from workers.kv.paged import PagedKV, PageTable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -77,6 +78,16 @@ def test_flash_attn_is_chosen_where_it_can_run(
     device: torch.device, dtype: torch.dtype, dim: int, expected: bool
 ) -> None:
     assert supports_flash_attn(device, dtype, dim) is expected
+
+
+@pytest.mark.usefixtures("installed")
+def test_kv_of_flash_attn_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0-flash-attn"
+    assert compute_family(CUDA, torch.float32, 128) == "cuda-9.0", "PyTorch's kernels compute"
+    assert compute_family(CPU, torch.bfloat16, 128) == kernel_family(CPU)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    module._flash_attn_func.cache_clear()
+    assert compute_family(CUDA, torch.bfloat16, 128) == "cuda-9.0"
 
 
 @pytest.mark.usefixtures("installed")

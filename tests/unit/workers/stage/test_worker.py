@@ -71,6 +71,19 @@ def test_sparse_cells_are_reported(tmp_path: Path) -> None:
     assert read_message(StepResult, codec.encode(found)).samples == found.samples
 
 
+def test_the_kernels_of_the_type_and_head_dim_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(stage_worker, "compute_family", lambda *args: asked.append(args) or "kernels")
+    request = pb.LoadRequest(
+        model_spec_json=SPEC.to_json(), shard=codec.encode(SHARD), dtype="bfloat16",
+        device="cpu", load_format="dummy", store_path=str(tmp_path / "store"), group_timeout_s=10,
+    )  # fmt: skip
+    worker = StageWorker("", 1, 10.0)
+    assert worker.load(request, lambda progress: None).kernel_family == "kernels"
+    assert asked == [(torch.device("cpu"), torch.bfloat16, SPEC.head_dim)]
+    worker.close()
+
+
 def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
     worker = loaded(tmp_path)
     worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
