@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_the_kv_cache_holds_the_tokens(layout: tuple[int, int], dtype: str, expe
 def test_a_head_is_that_of_the_demo_for_the_length(
     tmp_path: Path, layout: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.bench.kv.rig.free_port", lambda: 1234)
+    monkeypatch.setattr("cluster.bench.kv.rig.free_port", itertools.count(1234).__next__)
     head = DemoHead(tmp_path / "head", layout, 32768, "float32", data=tmp_path / "other")
     deployment = load_deployment(head.config)
     assert deployment.max_model_len == 32768 + ROOM
