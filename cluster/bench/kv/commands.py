@@ -58,13 +58,18 @@ _SEED = click.option("--seed", default=0, show_default=True, help="Of documents 
     "--dtype", type=click.Choice(["auto", "float32"]), default="auto", show_default=True,
     help="auto: as the checkpoint is stored, bfloat16; float32: the tokens of answers are compared, too.",
 )  # fmt: skip
-def kv_questions(length: int, dtype: str, seed: int, folder: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+@click.option(
+    "--keep-page-cache", is_flag=True, help="Leave stored files in it, instead of reading them from the disk."
+)
+def kv_questions(
+    length: int, dtype: str, seed: int, keep_page_cache: bool, folder: Path | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """First tokens of questions about one document: first, again, after `down` and `up`, elsewhere.
 
     2 x 2 processes of the demo model store; 1 x 4, 1 x 1 and an importing head read.
     """
     what = "questions about one document, read for the first time and from stored KV"
-    return {"what": what} | measure_questions(length, dtype, seed, folder, say)
+    return {"what": what} | measure_questions(length, dtype, seed, keep_page_cache, folder, say)
 
 
 @_measurement("64K")
