@@ -75,10 +75,11 @@ def _give_up(head: DemoHead, options: dict[str, Any], way: str, length: int) -> 
     """Submit a prompt and leave it at a share of its prefill; return the tokens that were done then."""
     with head.client() as client, head.client() as other:
         job = client.submit(**options)
-        stream = job.stream()
+        stream, done = job.stream(), 0
         for event in stream:
-            is_there = isinstance(event, ProgressEvent) and event.progress.processed >= GIVEN_UP_AT * length
-            if way != "deadline" and is_there:
+            if isinstance(event, ProgressEvent):
+                done = event.progress.processed
+            if way != "deadline" and done >= GIVEN_UP_AT * length:
                 break
         if way == "cancel":
             job.cancel()
@@ -87,7 +88,7 @@ def _give_up(head: DemoHead, options: dict[str, Any], way: str, length: int) -> 
         until(lambda: ended.refresh().done, "an end of the job")
         if ended.state == "succeeded":
             raise RuntimeError(f"the prompt was read before the {way}: make it longer")
-        return ended.data.answers[0].progress.processed
+        return done
 
 
 def retry_row(way: str, given_up_at: float, whole: Asked, again: Asked) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def _grown(head: DemoHead, length: int, seed: int, bounds: Bounds, say: Say) -> 
         head.settle()
         longer = client.documents.append(document.id, more)
         second = _ask(client, longer.id)
+        document, longer = client.documents.get(document.id), client.documents.get(longer.id)  # counted by now
     share = second.computed / second.answer.prompt_tokens
     say(f"grown by {longer.tokens / document.tokens - 1:.1%}: computed {share:.1%}")
     bounds.at_most("grown document: share of its tokens that are computed", share, APPENDED)
