@@ -1,4 +1,4 @@
-"""`python -m cluster.bench`: what the service costs, how fair it is, what load and kills do to it, vLLM beside it."""
+"""`python -m cluster.bench`: what the service costs, how fair it is, what stored KV saves, what kills do to it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import click
 from cluster.bench.cycles import measure_cycles
 from cluster.bench.faults.suite import FAULTS, run_faults
 from cluster.bench.kills import measure_kills
+from cluster.bench.kv.commands import KV_COMMANDS
 from cluster.bench.load import measure_load
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.bench.soak import draw_soak, measure_soak
@@ -74,6 +75,10 @@ def _count(context: click.Context, option: click.Parameter, text: str) -> int:
 @click.group()
 def main() -> None:
     """Measure the service on this machine."""
+
+
+for _command in KV_COMMANDS:
+    main.add_command(_command)
 
 
 def _measurement(command: Callable[..., dict[str, Any]]) -> click.Command:

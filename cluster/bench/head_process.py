@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import psutil
 from cluster.client.connection import read_state
 from cluster.client.errors import Unavailable
 
-MARK = "LONGREACH_HEAD_MARK"  # in the environment of a head, which every process that it starts inherits
+_MARK = "LONGREACH_HEAD_MARK"
 Role = Literal["head", "stage", "raylet", "gcs"]
 ROLES: tuple[Role, ...] = ("head", "stage", "raylet", "gcs")
 _TITLES: dict[Role, str] = {"stage": "StageActor", "raylet": "raylet/raylet", "gcs": "gcs/gcs_server"}
@@ -34,12 +35,20 @@ def until(condition: Callable[[], object], what: str, within_s: float = _PATIENC
         time.sleep(0.02)
 
 
+def marking(mark: str) -> dict[str, str]:
+    """Return what marks a head in its environment, which every process that it starts inherits.
+
+    Ray's agents overwrite the place of their first environment by their titles, unless they are told not to.
+    """
+    return {_MARK: mark, "SPT_NOENV": "1"}
+
+
 def marked_processes(mark: str) -> list[psutil.Process]:
     """Return the running processes that inherited a mark."""
     processes = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark:
                 processes.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -63,7 +72,7 @@ class HeadProcess:
         """Start a head and wait until it is ready."""
         self.mark = uuid.uuid4().hex
         command = [*self.command, "serve", str(self.config)]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | self.environment
+        environment = os.environ | marking(self.mark) | {"OMP_NUM_THREADS": "1"} | self.environment
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         until(self._is_ready, "a ready head")
@@ -112,9 +121,13 @@ class HeadProcess:
         return self.process.wait(_PATIENCE_S)
 
     def close(self) -> None:
-        """Kill whatever is left of the newest head."""
-        for process in self.processes() if self.mark else ():
-            process.kill()
+        """Kill whatever is left of the newest head, until nothing is."""
+        end = time.monotonic() + _GONE_WITHIN_S
+        while self.mark and (left := self.processes()) and time.monotonic() < end:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.02)
         if self._process is not None:
             self._process.wait()
 

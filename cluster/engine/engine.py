@@ -94,7 +94,7 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
         self._stored_kv = (
-            None if store is None else StoredKv(scheduler, store, self._begin_load, self._resume, self._fail)
+            None if store is None else StoredKv(scheduler, store, self._note_start, self._note_loaded, self._fail)
         )
         self._num_stages = 1 + max(shard.shard.stage for shard in self._shards)
         self._depth = max(2, self._num_stages)
@@ -350,12 +350,9 @@ class Engine:
             handle.started = self._clock()
             self._notify_progress(handle)
 
-    def _begin_load(self, request: Request) -> None:
-        self._note_start(request.sequence)
-
-    def _resume(self, request: Request) -> None:
+    def _note_loaded(self, sequence: int) -> None:
         """Notify the submitter of a request whose stored KV is loaded."""
-        if (handle := self._handles.get(request.sequence)) is not None:
+        if (handle := self._handles.get(sequence)) is not None:
             self._notify_progress(handle)
 
     def _notify_progress(self, handle: RequestHandle) -> None:

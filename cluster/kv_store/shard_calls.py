@@ -104,12 +104,9 @@ class ShardCalls:
         replies = self._all(lambda shard: shard.list_kv(), [self.shards[index] for index in asked])
         return {index: reply for index, reply in zip(asked, replies, strict=True) if not isinstance(reply, StageError)}
 
-    def drop(self, indices: Sequence[int], keys: Sequence[bytes]) -> list[StageError]:
-        """Remove blocks from the stores of these shards' nodes; returns what went wrong."""
-        chosen = [self.shards[index] for index in indices]
-        return [
-            reply for reply in self._all(lambda shard: shard.drop_kv(keys), chosen) if isinstance(reply, StageError)
-        ]
+    def drop(self, indices: Sequence[int], keys: Sequence[bytes]) -> str:
+        """Remove blocks from the stores of these shards' nodes; returns the first thing that went wrong, or ""."""
+        return _problem(self._all(lambda shard: shard.drop_kv(keys), [self.shards[index] for index in indices]))
 
     def close(self, within_s: float, replaced: Collection[int] = ()) -> bool:
         """Make no more calls; returns whether no shard is at work on pages any more, within this time.

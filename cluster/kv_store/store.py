@@ -207,7 +207,7 @@ class KvStore:
 
     def note_imported(self, key: bytes, parent: bytes, start: int, size: int) -> bool:
         """Note a block whose files, of `size` bytes, were put on every node; returns False if it has no room there."""
-        self.index.add(key, parent, start, dict.fromkeys(self.limits, size), self.now())
+        self.index.add(key, parent, start, dict.fromkeys(self.index.node_bytes, size), self.now())
         return self.make_room() and self.index.has(key)  # it may itself have had to go
 
     def refresh(self) -> None:

@@ -15,12 +15,12 @@ class StoredKv:
     """Carries out what a scheduler wants of a store that is attached to its engine."""
 
     def __init__(
-        self, scheduler: Scheduler, store: KvStore, on_begin: Callable[[Request], None],
-        on_loaded: Callable[[Request], None], fail: Callable[[str], None],
+        self, scheduler: Scheduler, store: KvStore, on_begin: Callable[[int], None],
+        on_loaded: Callable[[int], None], fail: Callable[[str], None],
     ) -> None:  # fmt: skip
         """
         Args:
-            on_begin, on_loaded: called when a load begins, and when it has ended.
+            on_begin, on_loaded: called with the sequence of a request whose load begins, and when it has ended.
             fail: called when a shard may write to pages that nobody can count on any more.
         """
         self._scheduler = scheduler
@@ -33,9 +33,9 @@ class StoredKv:
         """Look up and load what requests wait for; they are admitted even when no step can be sent yet."""
         self._scheduler.admit()
         for look_up in self._scheduler.stored.take_look_ups():
-            self._store.find(look_up.keys, partial(self._scheduler.found, look_up))
+            self._store.find(look_up.keys, partial(self._scheduler.stored.found, look_up))
         for load in self._scheduler.take_loads():
-            self._on_begin(load.request)
+            self._on_begin(load.request.sequence)
             self._store.load(load.blocks, partial(_is_wanted, load.request), partial(self._loaded, load), self._fail)
 
     def offer(self, requests: Iterable[Request]) -> None:
@@ -47,7 +47,7 @@ class StoredKv:
     def _loaded(self, load: Load, blocks: int) -> None:
         self._scheduler.loaded(load, blocks)
         if _is_wanted(load.request):
-            self._on_loaded(load.request)
+            self._on_loaded(load.request.sequence)
 
 
 def _is_wanted(request: Request) -> bool:

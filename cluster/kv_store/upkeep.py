@@ -91,7 +91,8 @@ class KvUpkeep:
             if listers and not self._closing.is_set():  # else another pipeline may have stored more meanwhile
                 self._store.index.replace(listed)
                 self._store.set_limits(free)
-                self._listers |= listers  # a node of this pipeline that does not answer now has its blocks all the same
+                # a node of this pipeline that does not answer now has its blocks all the same
+                self._listers = self._listers | listers  # another thread may iterate over it
 
     def _list(self) -> dict[int, list[pb.KvEntries]]:
         """Return the listings of the nodes; once the node of every shard is known, one shard of each reads it."""
@@ -131,26 +132,25 @@ class KvUpkeep:
 
     def _evict(self, keys: Sequence[bytes]) -> None:
         if keys:
-            self._drop(keys)
-            self._store.stats.add(evicted_blocks=len(keys))
+            self._store.stats.add(evicted_blocks=len(self._drop(keys)))
 
     def _drop(self, keys: Sequence[bytes], forget_pages: bool = False) -> set[bytes]:
         """Remove blocks from every node, and tell of it; `forget_pages`: from memory too.
 
-        Returns those that are gone: not what is being written, and none if a node does not answer.
+        Returns those that are gone: not what is being written, and none if a node does not answer or could not.
         """
         claimed = self._claims.take(keys)
         try:
             ours = [key for key in keys if key in claimed]
             unknown = [index for index, node in enumerate(self._node_of) if not node]
-            errors = self._calls.drop([*self._listers.values(), *unknown], ours) if ours else []
+            problem = self._calls.drop([*self._listers.values(), *unknown], ours) if ours else ""
             pool = self._pool
             self._engine.post(lambda: (pool.forget_blocks if forget_pages else pool.unmark_stored)(ours))
-            if not errors:
+            if not problem:
                 self._store.note_dropped(ours)
                 return claimed
             self._store.index.remove(ours)
-            _log.warning("stored KV: %d blocks could not be removed on a node: %s", len(ours), errors[0])
+            _log.warning("stored KV: %d blocks could not be removed on a node: %s", len(ours), problem)
             return set()
         finally:
             self._claims.give_back(claimed)

@@ -18,7 +18,7 @@ from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
 from cluster.scheduler.prefix_keys import PrefixKeys
 from cluster.scheduler.request import FinishReason, Request, Status
-from cluster.scheduler.stored_prefix import Load, LookUp, StoredPrefixes
+from cluster.scheduler.stored_prefix import Load, StoredPrefixes
 from protos.errors import UserError
 from protos.model import grid
 from protos.model.spec import ModelSpec
@@ -62,7 +62,7 @@ class Scheduler:
         self._num_stages = num_stages
         keys = PrefixKeys(cache_root, page_size, spec, block_tokens, kernel_family)
         self._prefixes = PrefixCache(pool, page_size, keys, share_across_lengths)
-        self.stored = StoredPrefixes(self._prefixes, pool, page_size, block_tokens)
+        self.stored = StoredPrefixes(self._prefixes, page_size, block_tokens)
         self._step = 0
         self._committed = 0  # the newest step whose result is here
         self._waiting: deque[Request] = deque()
@@ -134,10 +134,6 @@ class Scheduler:
         self._loads = [load for load in self._loads if load.after_step > self._committed]
         return ready
 
-    def found(self, look_up: LookUp, blocks: int) -> None:
-        """Take the answer to a look-up of `stored`."""
-        self.stored.found(look_up, blocks)
-
     def loaded(self, load: Load, blocks: int) -> None:
         """Take the end of a load, of which the first `blocks` are there: the request goes on after them.
 
@@ -148,7 +144,8 @@ class Scheduler:
         pages = self._prefixes.usable(request, self.stored.pages_before(load.first + blocks))
         request.num_cached = request.num_computed = request.num_scheduled = pages * self._page_size
         self._prefixes.publish(request)
-        self.stored.mark(load.blocks[:blocks])
+        for block in load.blocks[:blocks]:
+            self.pool.mark_stored(block)
         if request.status is Status.FINISHED:
             self._give_back(request)
         else:

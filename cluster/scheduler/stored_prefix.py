@@ -9,7 +9,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.prefix_cache import PrefixCache
 from cluster.scheduler.request import Request
 from protos.stage.messages import KvBlock
@@ -58,9 +57,8 @@ class StoredPrefixes:
         block_tokens: of a block; 0: there is no store, and nothing is looked up.
     """
 
-    def __init__(self, prefixes: PrefixCache, pool: PagePool, page_size: int, block_tokens: int) -> None:
+    def __init__(self, prefixes: PrefixCache, page_size: int, block_tokens: int) -> None:
         self._prefixes = prefixes
-        self._pool = pool
         self._block_tokens = block_tokens
         self._pages = block_tokens // page_size  # of a block
         self._look_ups: list[LookUp] = []
@@ -124,11 +122,6 @@ class StoredPrefixes:
         done = min(request.num_computed // self._block_tokens, len(request.block_keys))
         first, request.num_offered = request.num_offered, max(done, request.num_offered)
         return [self._offer(request, index) for index in range(first, done)]
-
-    def mark(self, blocks: Sequence[KvBlock]) -> None:
-        """Note that the store has the content of these pages."""
-        for block in blocks:
-            self._pool.mark_stored(block)
 
     def _offer(self, request: Request, index: int) -> Offer:
         keys, start = request.block_keys, index * self._block_tokens

@@ -140,6 +140,10 @@ class _Gauges(Collector):
         for event in ("stored", "loaded"):
             family.add_metric([event], counters[f"{event}_bytes"])
         yield family
+        family = CounterMetricFamily("longreach_kv_store_seconds", "Time of writing and reading.", labels=["event"])
+        for event, name in (("stored", "store_s"), ("loaded", "load_s")):
+            family.add_metric([event], counters[name])
+        yield family
         for name, text, value in (
             ("size_bytes", "Bytes of stored KV on all nodes.", store.size_bytes),
             ("max_bytes", "Quota of stored KV on all nodes.", store.max_bytes),

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.bench.head_process import MARK, marked_processes
+from cluster.bench.head_process import marked_processes, marking
 from tests.support.paths import ROOT
 from tests.support.rigs.stage_processes import Stages
 
@@ -41,7 +41,7 @@ class CommandLine:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "cluster.cli", *map(str, arguments)]
-        environment = os.environ | {MARK: self.mark}
+        environment = os.environ | marking(self.mark)
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, prefill, decode, all, peers and make-checkpoint."""
+"""Command line of the benchmarks: kernels, prefill, decode, all, peers, kv-files and make-checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from protos.node.environment import write_result
 from workers.bench.kernels import KernelSetup, run_kernels
+from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
 from workers.bench.peers import measure_peers
 from workers.bench.timing import Figure
@@ -72,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     )
     peers = verbs.add_parser("peers", help="this runner and transformers in alternation on one checkpoint (CPU)")
     _model_options(peers, needed=True)
+    files = verbs.add_parser("kv-files", help="MB/s of writing and reading stored KV, beside plain files")
+    files.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to measure (default: temporary files)")
+    files.add_argument("--blocks", type=count, default=64, help="files of 512 tokens, 4 MiB each (default: 64)")
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
@@ -138,6 +142,9 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
         decode = 0 if verb == "prefill" else 2 if quick else _DECODE_TOKENS
         model = options.model or benchmark_spec(1 if quick else 8)
         yield from run_model(model, dtype, device, sizes, options.chunk, decode, options.repeats or (1 if quick else 3))
+    if verb == "kv-files":
+        blocks, repeats = (2, 2) if quick else (options.blocks, options.repeats or 5)
+        yield from measure_kv_files(options.folder, blocks, dtype, repeats)
     if verb == "peers":
         threads = torch.get_num_threads()
         yield from measure_peers(options.model, options.chunk, threads, options.lengths, options.repeats or 3)

@@ -105,7 +105,7 @@ class KvCalls(rpc.StageServicer):
     def DropKv(self, request: pb.KvKeys, context: grpc.ServicerContext) -> pb.KvCount:
         with self._begin(context) as (store, _):
             outcome = store.drop(_keys(request, context))
-            return pb.KvCount(blocks=outcome.blocks, bytes=outcome.num_bytes, problem=outcome.problem)
+            return pb.KvCount(blocks=outcome.blocks, problem=outcome.problem)
 
     def ReadKv(self, request: pb.KvKeys, context: grpc.ServicerContext) -> Iterator[pb.KvFile]:
         with self._begin(context) as (store, _):

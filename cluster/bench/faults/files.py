@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster.bench.faults.rig import FaultHead, Rig, Running, Verdict, mixed_jobs, random_prompt
 from cluster.bench.faults.yaml_files import generate
-from cluster.bench.head_process import MARK, marked_processes, until
+from cluster.bench.head_process import marked_processes, marking, until
 from cluster.bench.history import History
 from cluster.bench.recorder import Recorder, Refused
 from cluster.config.deployment import load_deployment
@@ -51,7 +51,7 @@ def _refused_start(rig: Rig, verdict: Verdict, what: str, model: Path) -> None:
         mark = uuid.uuid4().hex
         command = [sys.executable, "-m", "cluster.cli", "serve", str(head.config)]
         done = subprocess.run(
-            command, env=os.environ | {MARK: mark}, capture_output=True, text=True, timeout=_START_S, check=False
+            command, env=os.environ | marking(mark), capture_output=True, text=True, timeout=_START_S, check=False
         )
         lines = [line for line in done.stderr.splitlines() if line.startswith("longreach: error: ")]
         verdict.facts[what] = [done.returncode, lines[-1][:300].replace(str(model), "MODEL") if lines else ""]

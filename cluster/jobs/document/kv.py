@@ -112,7 +112,7 @@ class DocumentKv:
             with self._lock:
                 del self._importing[account]
             try:
-                self._store.hold_kv(account, 0, held)  # one may have been dropped before it was put there
+                self._store.release_kv(account, held)  # one may have been dropped before it was put there
                 self.sweep()
             except JobStoreError as error:
                 _log.warning("stored KV of an import cannot be looked at now: %s", one_line(error))

@@ -122,8 +122,9 @@ class DocumentTokens:
         runtime, limit = self._runtime, self._runtime.max_model_len
         begins = (0, *record.seams)
         ids, first = array("I"), 0
+        earlier_ids = chain_ids(content, record.seams)
         for part in range(len(begins) - 1, 0, -1):
-            earlier = chain_ids(content, record.seams[:part])[part - 1]
+            earlier = earlier_ids[part - 1]
             known = read_tokens(tokens_path(self._documents.path(earlier)), self._fingerprint(earlier, place))
             if known is not None:
                 ids, first = known, part

@@ -135,6 +135,13 @@ class DocumentTable:
         with self._db.writing() as db:
             self._note_kv(db, name, pinned_len, keys)
 
+    def release_kv(self, name: str, keys: Iterable[bytes]) -> None:
+        """Note blocks as `hold_kv` does, as far as no other name has them."""
+        with self._db.writing() as db:
+            self._note_kv(db, name, 0, keys)
+            others = "SELECT 1 FROM document_kv AS other WHERE other.key = document_kv.key AND other.document_id != ?1"
+            db.execute(f"DELETE FROM document_kv WHERE document_id = ?1 AND EXISTS ({others})", (name,))
+
     @staticmethod
     def _note_kv(db: sqlite3.Connection, name: str, pinned_len: int, keys: Iterable[bytes]) -> None:
         query = "INSERT OR IGNORE INTO document_kv (document_id, key, pinned_len) VALUES (?, ?, ?)"

@@ -23,7 +23,7 @@ from tests.support.fakes.stage import eventually
 from tests.support.rigs.head import free_port
 from tests.support.rigs.service import Bench
 
-LABELLED = {"kv_store_blocks", "kv_store_bytes", "recoveries"}  # counters by event or kind
+LABELLED = {"kv_store_blocks", "kv_store_bytes", "kv_store_seconds", "recoveries"}  # counters by event or kind
 COUNTERS = {"jobs", "prompt_tokens", "prefix_cache_hits", "generation_tokens"} | LABELLED
 GAUGES = {
     "num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "step_model_seconds", "info",
@@ -91,13 +91,14 @@ def test_names_types_and_help(endpoint: Endpoint) -> None:
 
 def test_stored_kv_is_counted_by_event(endpoint: Endpoint) -> None:
     store = endpoint.bench.runtime.kv_store
-    store.stats.add(stored_blocks=3, stored_bytes=300, not_stored_blocks=2)
+    store.stats.add(stored_blocks=3, stored_bytes=300, store_s=1.5, not_stored_blocks=2)
     store.is_full = True
     found = {event: endpoint.value("kv_store_blocks_total", event=event) for event in (
         "stored", "loaded", "found", "damaged", "evicted", "not_stored",
     )}  # fmt: skip
     assert found == {"stored": 3, "loaded": 0, "found": 0, "damaged": 0, "evicted": 0, "not_stored": 2}
     assert endpoint.value("kv_store_bytes_total", event="stored") == 300
+    assert endpoint.value("kv_store_seconds_total", event="stored") == 1.5
     assert endpoint.value("kv_store_is_full") == 1
 
 

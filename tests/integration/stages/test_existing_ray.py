@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import MARK, ROOT, CommandLine
+from cluster.bench.head_process import marking
+from tests.integration.conftest import ROOT, CommandLine
 from tests.support.rigs.head import HeadProcess, tokens_of, until
 from tests.support.rigs.shard_processes import ShardProcess, shard_processes
 
@@ -36,7 +37,7 @@ class Nodes:
     def _start(self, *options: str) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
         command = [ray, "start", *options, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"]
-        environment = os.environ | {MARK: self._line.mark, "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = os.environ | marking(self._line.mark) | {"RAY_USAGE_STATS_ENABLED": "0"}
         command.append("--object-store-memory=80000000")
         subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
         self.raylets += [p for p in self._line.processes() if p.name() == "raylet" and p not in self.raylets]

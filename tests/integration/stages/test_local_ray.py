@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import MARK, CommandLine
+from cluster.bench.head_process import marking
+from tests.integration.conftest import CommandLine
 from tests.support.paths import ROOT
 from tests.support.rigs.head import until
 
@@ -53,7 +54,7 @@ class Program:
     def __init__(self, line: CommandLine, folder: Path, orphan: bool = False) -> None:
         home = folder / "home"
         home.mkdir(mode=0o500)
-        environment = os.environ | {"HOME": str(home), "TMPDIR": str(folder), MARK: line.mark}
+        environment = os.environ | {"HOME": str(home), "TMPDIR": str(folder)} | marking(line.mark)
         command = [sys.executable, "-c", PROGRAM]
         if orphan:
             command = ["sh", "-c", 'exec 3<&0; "$@" <&3 & exit 0', "sh", *command]

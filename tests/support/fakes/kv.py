@@ -25,6 +25,7 @@ class FakeDisk:
     used: dict[bytes, float] = field(default_factory=dict)
     clock: Callable[[], float] = time.time
     is_full: bool = False
+    is_read_only: bool = False
     file_padding: int = 0  # bytes of files beside what they say
     dropped: list[bytes] = field(default_factory=list)
     on_write: Callable[[bytes], None] = lambda key: None
@@ -109,6 +110,8 @@ class FakeKvShard:
 
     def drop_kv(self, keys: Sequence[bytes]) -> pb.KvCount:
         disk, _ = self._use("drop")
+        if disk.is_read_only:
+            return pb.KvCount(problem="Read-only file system")
         there = [key for key in keys if disk.written.pop(key, None)]
         disk.dropped += there
         return pb.KvCount(blocks=len(there))

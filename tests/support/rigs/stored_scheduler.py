@@ -57,7 +57,7 @@ class StoredHarness(Harness):
     def answer_look_up(self, at: int = 0) -> None:
         look_up = self.look_ups.pop(at)
         found = next((n for n, key in enumerate(look_up.keys) if key not in self.disk), len(look_up.keys))
-        self.scheduler.found(look_up, found)
+        self.scheduler.stored.found(look_up, found)
         self.collect()
 
     def answer_load(self, at: int = 0, fails_after: int | None = None) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.common.errors import EngineError
 from cluster.engine.outputs import PrefillProgress
+from cluster.engine.request_handle import RequestHandle
 from cluster.kv_store import store as store_module
 from cluster.scheduler.request import FinishReason
 from protos.stage.messages import StepPlan
@@ -28,6 +29,23 @@ def stored(rig: Rig) -> int:
     return rig.store.stats.stored_blocks
 
 
+def disk_with_document(**cluster: int) -> FakeDisk:
+    """Return a disk on which a cluster has stored DOCUMENT."""
+    disk = FakeDisk()
+    with Rig(disk=disk, **cluster) as rig:
+        rig.run([*DOCUMENT, 1])
+        eventually(lambda: stored(rig) == 10)
+    return disk
+
+
+def begin_load(rig: Rig, shard: int) -> RequestHandle:
+    """Return a request about DOCUMENT whose load waits for the gate of a shard."""
+    rig.shards[shard].kv_gate = threading.Event()
+    handle, _ = rig.submit([*DOCUMENT, 2])
+    eventually(lambda: "load" in rig.shards[shard].kv_calls)
+    return handle
+
+
 def test_what_one_cluster_stores_the_next_one_loads() -> None:
     disk = FakeDisk()
     with Rig(disk=disk) as rig:
@@ -45,10 +63,7 @@ def test_what_one_cluster_stores_the_next_one_loads() -> None:
 
 
 def test_a_cluster_of_more_shards_finds_what_all_of_them_can_load() -> None:
-    disk = FakeDisk()
-    with Rig(disk=disk, stages=1) as rig:
-        rig.run([*DOCUMENT, 1])
-        eventually(lambda: stored(rig) == 10)
+    disk = disk_with_document(stages=1)
     key = next(key for key, block in disk.blocks.items() if block.start == 96)
     disk.written[key].discard((0, 0))
     with Rig(disk=disk, stages=1) as rig:
@@ -59,10 +74,7 @@ def test_a_cluster_of_more_shards_finds_what_all_of_them_can_load() -> None:
 
 @pytest.mark.parametrize("shard", [0, 1])
 def test_a_shard_that_does_not_answer_a_look_up_has_nothing(shard: int) -> None:
-    disk = FakeDisk()
-    with Rig(disk=disk) as rig:
-        rig.run([*DOCUMENT, 1])
-        eventually(lambda: stored(rig) == 10)
+    disk = disk_with_document()
     with Rig(disk=disk) as rig:
         rig.shards[shard].broken_kv = True
         again, _ = rig.run([*DOCUMENT, 2])
@@ -70,14 +82,9 @@ def test_a_shard_that_does_not_answer_a_look_up_has_nothing(shard: int) -> None:
 
 
 def test_blocks_that_vanish_between_look_up_and_load_are_computed() -> None:
-    disk = FakeDisk()
+    disk = disk_with_document()
     with Rig(disk=disk) as rig:
-        rig.run([*DOCUMENT, 1])
-        eventually(lambda: stored(rig) == 10)
-    with Rig(disk=disk) as rig:
-        rig.shards[0].kv_gate = threading.Event()
-        handle, _ = rig.submit([*DOCUMENT, 2])
-        eventually(lambda: "load" in rig.shards[0].kv_calls)
+        handle = begin_load(rig, 0)
         disk.forget(next(key for key, block in disk.blocks.items() if block.start == 160))
         rig.shards[0].kv_gate.set()
         assert handle.wait(WAIT).cached_tokens == 160
@@ -85,14 +92,9 @@ def test_blocks_that_vanish_between_look_up_and_load_are_computed() -> None:
 
 
 def test_a_shard_that_is_lost_in_a_load_fails_the_pipeline() -> None:
-    disk = FakeDisk()
+    disk = disk_with_document()
     with Rig(disk=disk) as rig:
-        rig.run([*DOCUMENT, 1])
-        eventually(lambda: stored(rig) == 10)
-    with Rig(disk=disk) as rig:
-        rig.shards[1].kv_gate = threading.Event()
-        handle, _ = rig.submit([*DOCUMENT, 2])
-        eventually(lambda: "load" in rig.shards[1].kv_calls)
+        handle = begin_load(rig, 1)
         rig.shards[1].broken_kv = True
         rig.shards[1].kv_gate.set()
         with pytest.raises(EngineError, match=r"stored KV could not be read: stage 1 shard 0: no answer"):
@@ -100,14 +102,9 @@ def test_a_shard_that_is_lost_in_a_load_fails_the_pipeline() -> None:
 
 
 def test_others_run_while_stored_kv_is_loaded() -> None:
-    disk = FakeDisk()
+    disk = disk_with_document()
     with Rig(disk=disk) as rig:
-        rig.run([*DOCUMENT, 1])
-        eventually(lambda: stored(rig) == 10)
-    with Rig(disk=disk) as rig:
-        rig.shards[0].kv_gate = threading.Event()
-        handle, _ = rig.submit([*DOCUMENT, 2])
-        eventually(lambda: "load" in rig.shards[0].kv_calls)
+        handle = begin_load(rig, 0)
         other, _ = rig.submit([5] * 100, 5)
         assert len(other.wait(WAIT).token_ids) == 5
         assert not handle.done.is_set()
@@ -190,10 +187,7 @@ def test_a_retry_after_a_cancel_at_60_percent_computes_at_most_45(same_cluster: 
 
 @pytest.mark.parametrize("at", ["find", "load"])
 def test_a_cancel_while_kv_is_looked_up_or_loaded_leaves_no_page(at: str) -> None:
-    disk = FakeDisk()
-    with Rig(disk=disk) as rig:
-        rig.run([*DOCUMENT, 1])
-        eventually(lambda: stored(rig) == 10)
+    disk = disk_with_document()
     with Rig(disk=disk) as rig:
         gate = rig.shards[0].kv_gate = threading.Event()
         handle, _ = rig.submit([*DOCUMENT, 2])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from protos.stage.messages import KvBlock
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
@@ -133,16 +135,17 @@ def test_what_is_loaded_need_not_be_renewed() -> None:
         assert "touch" not in rig.shards[0].kv_calls
 
 
-def test_blocks_stay_in_the_account_while_a_node_does_not_answer() -> None:
+@pytest.mark.parametrize("answers", [False, True])
+def test_blocks_stay_in_the_account_while_a_node_cannot_remove_them(answers: bool) -> None:
     disk = FakeDisk()
     with start(disk) as rig:
         ready(rig)
         read(rig, 1000, "one")
         keys = set(disk.written)
-        rig.shards[0].broken_kv = True
+        rig.shards[0].broken_kv, disk.is_read_only = not answers, answers
         rig.store.forget_document(keys)
         assert rig.store.events.dropped == []
-        rig.shards[0].broken_kv = False
+        rig.shards[0].broken_kv = disk.is_read_only = False
         rig.store.sweep()
         assert (disk.written, set(rig.store.events.dropped)) == ({}, keys)
 
@@ -185,7 +188,9 @@ def test_imported_blocks_count_against_the_quota() -> None:
         ready(rig)
         read(rig, 1000)
         assert rig.store.size_bytes == 10 * BLOCK_BYTES
+        rig.store.limits["a node that is gone"] = 1
         assert rig.store.note_imported(b"k0", b"", 0, 2 * BLOCK_BYTES)
+        assert rig.store.index.has(next(iter(disk.written))), "that the gone node has no block of it does not matter"
         assert rig.store.chained([b"k0"]) == [(b"k0", b"", 0)]
         assert rig.store.size_bytes <= 10 * BLOCK_BYTES
         assert len(disk.dropped) == 3, "room was made, and a little more"

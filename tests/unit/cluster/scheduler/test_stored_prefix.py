@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.scheduler.request import FinishReason, Status
+from cluster.scheduler.request import FinishReason, Request, Status
 from protos.model.spec import ModelSpec
 from tests.support.rigs.scheduler import (
     GRID,
@@ -26,10 +26,26 @@ from tests.support.rigs.stored_scheduler import BLOCK, StoredHarness, submit_and
 DOCUMENT = list(range(1000, 1400))
 
 
-def fill(disk: dict, *prompts: list[int], spec: ModelSpec = PLAIN, **options: object) -> None:
-    """Store prompts by another cluster, which has ended since."""
-    harness = StoredHarness(pages=200, spec=spec, disk=disk, **options)
+def disk_with(*prompts: list[int], spec: ModelSpec = PLAIN) -> dict:
+    """Return what another cluster, which has ended since, has stored of prompts."""
+    harness = StoredHarness(pages=200, spec=spec)
     submit_and(harness, *(request(index, prompt) for index, prompt in enumerate(prompts)))
+    return harness.disk
+
+
+def behind_a_cancelled_one(steps: int) -> tuple[StoredHarness, Request]:
+    """Return a request whose load needs pages that so many steps in flight of a cancelled request write to."""
+    harness = StoredHarness(pages=27, disk=disk_with(DOCUMENT))
+    harness.add(first := request(1, [9] * 400, 2))
+    harness.collect()
+    harness.answer_look_up()
+    for _ in range(steps):
+        harness.schedule()
+    harness.scheduler.stop(first, FinishReason.CANCELLED)
+    harness.add(item := request(2, DOCUMENT, 2))
+    harness.collect()
+    harness.answer_look_up()
+    return harness, item
 
 
 def ask(prompt: list[int], disk: dict, spec: ModelSpec = PLAIN, **options: object) -> tuple[int, StoredHarness]:
@@ -52,8 +68,7 @@ def ask(prompt: list[int], disk: dict, spec: ModelSpec = PLAIN, **options: objec
     ],
 )  # fmt: skip
 def test_a_stored_prefix_is_loaded_up_to_the_last_legal_cut(spec: ModelSpec, common: int, cached: int) -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT, spec=spec)
+    disk = disk_with(DOCUMENT, spec=spec)
     prompt = [*DOCUMENT[:common], *range(5000, 5400 - common)]
     assert ask(prompt, disk, spec)[0] == cached
 
@@ -61,8 +76,7 @@ def test_a_stored_prefix_is_loaded_up_to_the_last_legal_cut(spec: ModelSpec, com
 @pytest.mark.parametrize("spec", [PLAIN, SPARSE, GRID, SCALED])
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 65, 192, 193])
 def test_the_same_prompt_again_computes_at_least_one_token(spec: ModelSpec, size: int) -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT[:size], spec=spec)
+    disk = disk_with(DOCUMENT[:size], spec=spec)
     cached, _ = ask(DOCUMENT[:size], disk, spec)
     assert cached <= size - 1
     if spec is PLAIN:
@@ -91,8 +105,7 @@ def test_a_short_prompt_and_a_cluster_without_a_store_look_nothing_up() -> None:
 
 
 def test_others_pass_a_request_that_is_looked_up_or_loaded() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
+    disk = disk_with(DOCUMENT)
     harness = StoredHarness(pages=100, disk=disk)
     harness.add(first := request(1, DOCUMENT, 2), second := request(2, [7] * 20, 2))
     harness.step()
@@ -109,8 +122,7 @@ def test_others_pass_a_request_that_is_looked_up_or_loaded() -> None:
 
 
 def test_followers_wait_for_a_prefix_that_is_loaded() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
+    disk = disk_with(DOCUMENT)
     harness = StoredHarness(pages=100, disk=disk)
     leader, *followers = (request(index, [*DOCUMENT, index], 2) for index in range(1, 4))
     harness.add(leader)
@@ -129,8 +141,7 @@ def test_followers_wait_for_a_prefix_that_is_loaded() -> None:
 @pytest.mark.parametrize("good", [0, 1, 5, 11])
 @pytest.mark.parametrize("spec", [PLAIN, SPARSE, GRID])
 def test_a_load_that_fails_in_part_goes_on_after_the_last_good_cut(spec: ModelSpec, good: int) -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT, spec=spec)
+    disk = disk_with(DOCUMENT, spec=spec)
     harness = StoredHarness(pages=100, disk=disk, spec=spec)
     harness.add(item := request(1, DOCUMENT))
     harness.collect()
@@ -147,8 +158,7 @@ def test_a_load_that_fails_in_part_goes_on_after_the_last_good_cut(spec: ModelSp
 
 @pytest.mark.parametrize("at", ["look-up", "load", "loaded"])
 def test_a_cancelled_request_leaves_no_page_and_keeps_what_was_read(at: str) -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
+    disk = disk_with(DOCUMENT)
     harness = StoredHarness(pages=30, disk=disk)
     harness.add(item := request(1, DOCUMENT))
     harness.collect()
@@ -171,18 +181,7 @@ def test_a_cancelled_request_leaves_no_page_and_keeps_what_was_read(at: str) -> 
 
 
 def test_a_load_waits_for_steps_that_still_write_to_its_pages() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
-    harness = StoredHarness(pages=27, disk=disk)
-    harness.add(first := request(1, [9] * 400, 2))
-    harness.collect()
-    harness.answer_look_up()
-    harness.schedule()
-    harness.schedule()
-    harness.scheduler.stop(first, FinishReason.CANCELLED)
-    harness.add(item := request(2, DOCUMENT, 2))
-    harness.collect()
-    harness.answer_look_up()
+    harness, item = behind_a_cancelled_one(2)
     assert (item.status, harness.loads) == (Status.LOADING, []), "its pages are still written to"
     harness.commit()
     assert harness.loads == []
@@ -193,17 +192,7 @@ def test_a_load_waits_for_steps_that_still_write_to_its_pages() -> None:
 
 
 def test_a_request_that_ends_before_its_load_begins_gives_its_pages_back_at_once() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
-    harness = StoredHarness(pages=27, disk=disk)
-    harness.add(first := request(1, [9] * 400, 2))
-    harness.collect()
-    harness.answer_look_up()
-    harness.schedule()
-    harness.scheduler.stop(first, FinishReason.CANCELLED)
-    harness.add(item := request(2, DOCUMENT, 2))
-    harness.collect()
-    harness.answer_look_up()
+    harness, item = behind_a_cancelled_one(1)
     harness.scheduler.stop(item, FinishReason.CANCELLED)
     assert harness.pool.usage == 0
     harness.commit()
@@ -212,8 +201,7 @@ def test_a_request_that_ends_before_its_load_begins_gives_its_pages_back_at_once
 
 
 def test_no_block_is_read_into_a_page_that_others_read() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
+    disk = disk_with(DOCUMENT)
     harness = StoredHarness(pages=100, disk=disk)
     harness.add(short := request(1, [*DOCUMENT[:48], 7], 40))  # three pages, one and a half blocks
     harness.collect()
@@ -234,8 +222,7 @@ def test_no_block_is_read_into_a_page_that_others_read() -> None:
 
 
 def test_another_owner_and_other_kernels_find_nothing() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT)
+    disk = disk_with(DOCUMENT)
     for origin in (("other", ""), ("", "alice")):
         harness = StoredHarness(pages=100, disk=disk)
         item = request(1, DOCUMENT)
@@ -258,8 +245,7 @@ def test_two_documents_in_a_pool_for_one_come_from_the_store() -> None:
 
 
 def test_a_prompt_of_another_length_scale_finds_nothing_unless_pinned() -> None:
-    disk: dict = {}
-    fill(disk, DOCUMENT, spec=SCALED)
+    disk = disk_with(DOCUMENT, spec=SCALED)
     assert ask([*DOCUMENT, 7], disk, SCALED)[0] == 0
     harness = StoredHarness(pages=100, spec=SCALED, disk=disk)
     item = request(1, [*DOCUMENT[:390], 7], pinned_len=400)

@@ -173,11 +173,33 @@ def test_blocks_are_listed_and_removed(tmp_path: Path):
     os.utime(file_of(tmp_path, key=keys[1]).parent, (5, 5))
     assert shard.store.touch([*keys, b"n" * 32]) == 3
     assert {e.key: e.used for e in shard.store.entries()}[keys[1]] == pytest.approx(time.time(), abs=60)
-    outcome = shard.store.drop([*keys[:2], b"n" * 32])
-    assert (outcome.blocks, outcome.num_bytes) == (2, 2 * size)
+    assert shard.store.drop([*keys[:2], b"n" * 32]).blocks == 2
     assert [entry.key for entry in shard.store.entries()] == keys[2:]
     shard.store.drop(keys)
     assert [path for path in (tmp_path / "v1").iterdir() if path.is_dir()] == []
+
+
+def test_a_block_is_removed_while_another_head_ends_a_file_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shard, block, lstat = Shard(tmp_path), block_of(), Path.lstat
+    shard.store.store(block, shard.pages)
+    folder = file_of(tmp_path).parent
+    (folder / f".{'0' * 16}.tmp").write_bytes(b"x")
+
+    def renamed(path: Path) -> os.stat_result:
+        if path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", renamed)
+    assert (shard.store.drop([block.key]).blocks, folder.exists()) == (1, False)
+
+
+def test_something_else_in_the_place_of_a_block_is_removed_too(tmp_path: Path):
+    shard, folder = Shard(tmp_path), file_of(tmp_path).parent
+    folder.parent.mkdir()
+    folder.write_text("no folder")
+    outcome = shard.store.drop([block_of().key])
+    assert (outcome.blocks, outcome.problem, folder.parent.exists()) == (1, "", False)
 
 
 def test_what_dead_writers_left_is_removed(tmp_path: Path):

@@ -186,6 +186,11 @@ def test_what_the_store_refuses_is_not_written_and_dropped_again(
     assert store.orphan_kv() == []
 
 
+def noted(store: JobStore) -> list[tuple[str, bytes]]:
+    with store._db.reading() as db:
+        return db.execute("SELECT document_id, key FROM document_kv").fetchall()
+
+
 def test_imported_blocks_are_held_and_then_belong_to_a_document_or_go(
     documents: DocumentStore, kv: Kv, store: JobStore
 ) -> None:
@@ -198,6 +203,7 @@ def test_imported_blocks_are_held_and_then_belong_to_a_document_or_go(
         kv.account.add_imported(one, 8, [b"k1"])
     assert set(kv.disk) == {b"k1"}, "nobody has the other"
     assert store.document_kv([one]) == {one: {b"k1": 8}}
+    assert noted(store) == [(one, b"k1")], "nothing else stays of an import"
     failing = kv.account.importing([b"k1", b"k3"])
     failing.__enter__()
     kv.disk[b"k3"] = 10

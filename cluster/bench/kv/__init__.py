@@ -1,0 +1,1 @@
+"""Measurements of stored KV: what it saves, what storing it costs."""
