@@ -298,10 +298,7 @@ class KvStore:
         return self._upkeep is not None and self._upkeep.make_room()
 
     def sweep(self) -> None:
-        """Drop what was forgotten, what nobody used for too long, and what is above the quota; also done by itself.
-
-        The files of what is used from memory get the time of their use.
-        """
+        """Drop what was forgotten, what nobody used for too long, and what is above the quota; also done by itself."""
         if self._upkeep is not None:
             self._upkeep.sweep()
 
