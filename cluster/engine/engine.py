@@ -162,9 +162,15 @@ class Engine:
         """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
         self._inbox.put(lambda: self._cancel(handle))
 
-    def keep_documents(self, living: Collection[str]) -> None:
-        """Let nobody find KV in memory of other documents than these; requests that are submitted later count on it."""
-        self._inbox.put(lambda: self.scheduler.keep_documents(living))
+    def keep_documents(self, read_living: Callable[[], Collection[str]]) -> None:
+        """Let nobody find KV in memory of documents that are gone; requests that are submitted later count on it.
+
+        Args:
+            read_living: returns the others; one that is added meanwhile may be missing. What it raises is raised.
+        """
+        later = next(self._sequences)  # requests from here on may be about one that is added now
+        living = read_living()
+        self._inbox.put(lambda: self.scheduler.keep_documents(living, later))
 
     def post(self, action: Callable[[], None]) -> None:
         """Call a function on the engine's thread, soon; after the end of the engine, never."""
