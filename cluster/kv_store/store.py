@@ -69,7 +69,7 @@ class KvStore:
         self.block_tokens = settings.block_tokens if self.is_enabled else 0
         self.now = clock
         self.events: KvEvents | None = None
-        self.index = KvIndex()
+        self.index = KvIndex(clock)
         self.stats = KvStats()
         self.backlog = Backlog()
         self.claims = KeyClaims()  # of the pipeline
