@@ -163,12 +163,8 @@ class Engine:
         self._inbox.put(lambda: self._cancel(handle))
 
     def keep_documents(self, read_living: Callable[[], Collection[str]]) -> None:
-        """Let nobody find KV in memory of documents that are gone; requests that are submitted later count on it.
-
-        Args:
-            read_living: returns the others; one that is added meanwhile may be missing. What it raises is raised.
-        """
-        later = next(self._sequences)  # requests from here on may be about one that is added now
+        """Let nobody find KV in memory of other documents than `read_living` returns; later requests count on it."""
+        later = next(self._sequences)  # requests from here on may be about a document that is added meanwhile
         living = read_living()
         self._inbox.put(lambda: self.scheduler.keep_documents(living, later))
 
