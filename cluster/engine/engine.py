@@ -162,9 +162,11 @@ class Engine:
         """Stop a request; its result has finish reason `cancelled`, and its steps in flight are dropped."""
         self._inbox.put(lambda: self._cancel(handle))
 
-    def keep_documents(self, living: Collection[str]) -> None:
-        """Let nobody find KV in memory of other documents than these; requests that are submitted later count on it."""
-        self._inbox.put(lambda: self.scheduler.keep_documents(living))
+    def keep_documents(self, read_living: Callable[[], Collection[str]]) -> None:
+        """Let nobody find KV in memory of other documents than `read_living` returns; later requests count on it."""
+        later = next(self._sequences)  # requests from here on may be about a document that is added meanwhile
+        living = read_living()
+        self._inbox.put(lambda: self.scheduler.keep_documents(living, later))
 
     def post(self, action: Callable[[], None]) -> None:
         """Call a function on the engine's thread, soon; after the end of the engine, never."""

@@ -251,9 +251,9 @@ class JobService(JobExecution):
             self.document_kv.sweep_memory()
         super().pipeline_restarted()
 
-    def _keep_pages(self, living: Collection[str]) -> None:
+    def _keep_pages(self, read_living: Callable[[], Collection[str]]) -> None:
         with suppress(EngineError):  # without a pipeline: see `pipeline_restarted`
-            self._runtime.engine.keep_documents(living)
+            self._runtime.engine.keep_documents(read_living)
 
     def _forget_kv(self) -> None:
         try:

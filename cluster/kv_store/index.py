@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from protos.stage import stage_pb2 as pb
 
+_NEW_S = 3600.0  # another head may have written the one before such a block while a listing was read
 _LOW_WATER = 0.95  # of the quota: eviction goes on to here, so that not every write evicts
 
 
@@ -35,7 +37,9 @@ class Entry:
 class KvIndex:
     """Blocks by key. Any thread may call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """Args: `clock` gives seconds since 1970."""
+        self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[bytes, Entry] = {}
         self._node_bytes: Counter[str] = Counter()
@@ -206,12 +210,13 @@ class KvIndex:
         return {node for node, limit in limits.items() if self._node_bytes[node] > limit}
 
     def _spread_use(self) -> None:
-        """Let every block be used when those after it were; one whose predecessor is gone was never used."""
+        """Let every block be used when those after it were; an old one whose predecessor is gone was never used."""
+        new = self._clock() - _NEW_S
         by_start = sorted(self._entries.values(), key=lambda entry: entry.start)
         for entry in reversed(by_start):
             if (parent := self._entries.get(entry.parent)) is not None:
                 parent.used = max(parent.used, entry.used)
         for entry in by_start:
-            if entry.start:
+            if entry.start and entry.used < new:
                 parent = self._entries.get(entry.parent)
                 entry.used = 0.0 if parent is None or (parent.start and not parent.used) else entry.used

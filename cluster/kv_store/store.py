@@ -69,7 +69,7 @@ class KvStore:
         self.block_tokens = settings.block_tokens if self.is_enabled else 0
         self.now = clock
         self.events: KvEvents | None = None
-        self.index = KvIndex()
+        self.index = KvIndex(clock)
         self.stats = KvStats()
         self.backlog = Backlog()
         self.claims = KeyClaims()  # of the pipeline
@@ -217,7 +217,7 @@ class KvStore:
 
     def node_shards(self) -> list[GrpcStageHandle]:
         """Return one shard of every node, which reads and writes the files there; none while no node is known."""
-        return self._upkeep.node_shards() if self._upkeep is not None else []
+        return upkeep.node_shards() if (upkeep := self._upkeep) is not None else []
 
     def forget_document(self, keys: Iterable[bytes]) -> None:
         """Drop blocks, on disk and in memory: now, or as soon as a pipeline runs and its nodes are known."""
@@ -249,7 +249,7 @@ class KvStore:
 
     def note_stored(self, blocks: Sequence[KvBlock], sizes: Sequence[int], seconds: float) -> None:
         """Note blocks that were written; `sizes` are the new bytes of all of them, by shard."""
-        nodes = self._upkeep.by_node(sizes) if self._upkeep is not None else {}
+        nodes = upkeep.by_node(sizes) if (upkeep := self._upkeep) is not None else {}
         each = {node: size // max(1, len(blocks)) for node, size in nodes.items()}
         for block in blocks:
             self.index.add(block.key, block.parent, block.start, each, self.now())
@@ -295,12 +295,12 @@ class KvStore:
 
     def make_room(self) -> bool:
         """Drop what is above the quota; returns False if so much is retained that it stays above."""
-        return self._upkeep is not None and self._upkeep.make_room()
+        return (upkeep := self._upkeep) is not None and upkeep.make_room()
 
     def sweep(self) -> None:
         """Drop what was forgotten, what nobody used for too long, and what is above the quota; also done by itself."""
-        if self._upkeep is not None:
-            self._upkeep.sweep()
+        if (upkeep := self._upkeep) is not None:
+            upkeep.sweep()
 
     def forget_later(self, keys: Iterable[bytes]) -> None:
         with self._lock:

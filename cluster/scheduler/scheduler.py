@@ -200,11 +200,18 @@ class Scheduler:
         request.finish_reason = reason
         self._finish(request)
 
-    def keep_documents(self, living: Collection[str]) -> None:
-        """Let nobody find KV of documents that are not among `living`, nor what requests about them still compute."""
+    def keep_documents(self, living: Collection[str], later: int) -> None:
+        """Let nobody find KV of documents that are gone, nor what requests about them still compute.
+
+        Args:
+            living: documents that are not gone; nor are those of requests from sequence `later` on.
+        """
+        loading = (load.request for load in self._loading.values())
+        requests = [item for item in (*self._waiting, *self._running.values(), *loading) if item.document_id]
+        living = {*living, *(item.document_id for item in requests if item.sequence >= later)}
         self.pool.keep_documents(living)
-        for request in (*self._waiting, *self._running.values(), *(load.request for load in self._loading.values())):
-            if request.document_id and request.document_id not in living:
+        for request in requests:
+            if request.document_id not in living:
                 self._prefixes.hide(request)
 
     # --- internals ---------------------------------------------------------------------------------------------------

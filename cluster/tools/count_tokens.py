@@ -5,22 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.config.deployment import load_deployment
-from cluster.text.prompts import PromptError
+from cluster.text.prompts import decode_document, document_place
 from cluster.text.tokenizer import TextTokenizer
+from protos.jobs.limits import MAX_UINT32
 
 
 def count_tokens(config: Path, texts: list[bytes]) -> tuple[list[int], int]:
     """Return (tokens of each text as a document has them, longest context in tokens) for the model of a YAML file.
 
     Raises:
-        UserError: the configuration, the checkpoint or its tokenizer cannot be used, or a text is not UTF-8.
+        UserError: the configuration, the checkpoint, its tokenizer or chat template cannot be used, or a text is empty
+            or not UTF-8.
     """
     deployment = load_deployment(config)
-    tokenizer = TextTokenizer.open(deployment.config.model.path, deployment.config.model.chat_template)
-    counts = []
-    for text in texts:
-        try:
-            counts.append(len(tokenizer.encode(text.decode("utf-8"), literal=True)))
-        except UnicodeDecodeError as error:
-            raise PromptError(f"document: byte 0x{text[error.start]:02x} is not UTF-8") from error
+    model = deployment.config.model
+    tokenizer = TextTokenizer.open(model.path, model.chat_template)
+    place = document_place(tokenizer, model.document_prompt)
+    counts = [len(tokenizer.encode_literal(decode_document(text), place, MAX_UINT32)) for text in texts]
     return counts, deployment.max_model_len

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from cluster.bench.head_process import marked_processes, marking
+from tests.support.fakes.server import FakeHead
 from tests.support.paths import ROOT
 from tests.support.rigs.stage_processes import Stages
 
@@ -118,3 +119,19 @@ def running(stages: Stages) -> Stages:
     stages.load()
     stages.start()
     return stages
+
+
+@pytest.fixture
+def head() -> Iterator[FakeHead]:
+    """Yield a service in memory; most tests of real heads have another `head`."""
+    running = FakeHead()
+    yield running
+    running.jobs.released.set()
+    running.stop()
+
+
+@pytest.fixture
+def verb(head: FakeHead, longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Return the command line of that service."""
+    monkeypatch.setenv("LONGREACH_ADDRESS", head.address)
+    return longreach

@@ -36,10 +36,12 @@ class DocumentKv:
     a crash at any point too, and what was about to be written when it was deleted is not.
 
     Args:
-        keep_pages: lets nobody find KV in memory of other documents than those.
+        keep_pages: lets nobody find KV in memory of other documents than those that its argument returns.
     """
 
-    def __init__(self, store: JobStore, kv: StoredKv, keep_pages: Callable[[Collection[str]], None]) -> None:
+    def __init__(
+        self, store: JobStore, kv: StoredKv, keep_pages: Callable[[Callable[[], Collection[str]]], None]
+    ) -> None:
         self._store = store
         self._kv = kv
         self._keep_pages = keep_pages
@@ -76,7 +78,7 @@ class DocumentKv:
 
     def sweep_memory(self) -> None:
         """Let nobody find pages whose documents are all gone. Raises JobStoreError."""
-        self._keep_pages(self._store.document_ids())
+        self._keep_pages(self._store.document_ids)
 
     def sizes(self, pinned_lens: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Return, by document, how many blocks of one prompt are stored from its first on, and the bytes of all blocks.

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from protos.jobs import jobs_pb2 as pb
-from tests.integration.conftest import CommandLine, Finished
+from tests.integration.conftest import CommandLine
 from tests.support.documents.office import pdf
 from tests.support.fakes.documents import MAX_MODEL_LEN
 from tests.support.fakes.server import WORDS, FakeHead
 from tests.support.paths import ROOT
 
 UNKNOWN = "doc_" + "f" * 32
-Verb = Callable[..., Finished]
-
-
-@pytest.fixture
-def head() -> Iterator[FakeHead]:
-    running = FakeHead()
-    yield running
-    running.jobs.released.set()
-    running.stop()
-
-
-@pytest.fixture
-def verb(head: FakeHead, longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Verb:
-    monkeypatch.setenv("LONGREACH_ADDRESS", head.address)
-    return longreach
 
 
 @pytest.fixture
@@ -42,7 +26,7 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_document_from_first_to_last(verb: Verb, head: FakeHead, project: Path, tmp_path: Path) -> None:
+def test_a_document_from_first_to_last(verb: CommandLine, head: FakeHead, project: Path, tmp_path: Path) -> None:
     done = verb("docs", "add", project, "--pin", "--max-tokens", "4k", "--read")
     added = done.out.strip()
     assert (done.code, head.jobs.files[added].scale_len, head.jobs.files[added].pinned) == (0, 4000, True)
@@ -78,7 +62,7 @@ def test_a_document_from_first_to_last(verb: Verb, head: FakeHead, project: Path
     assert not head.jobs.files
 
 
-def test_questions_about_documents(verb: Verb, head: FakeHead, project: Path, tmp_path: Path) -> None:
+def test_questions_about_documents(verb: CommandLine, head: FakeHead, project: Path, tmp_path: Path) -> None:
     added = verb("docs", "add", project).out.strip()
     (tmp_path / "b.pdf").write_bytes(pdf(["text of a page"]))
     answer = "".join(WORDS).strip()
@@ -93,7 +77,7 @@ def test_questions_about_documents(verb: Verb, head: FakeHead, project: Path, tm
     assert text.index("==> project <==") < text.index("==> b.pdf <==\n[Page 1 of 1]\ntext of a page")
 
 
-def test_several_files(verb: Verb, head: FakeHead, tmp_path: Path) -> None:
+def test_several_files(verb: CommandLine, head: FakeHead, tmp_path: Path) -> None:
     for name in ("b", "a"):
         (tmp_path / name).write_text(name)
     done = verb("docs", "add", tmp_path / "b", tmp_path / "a", "--json")
@@ -124,7 +108,7 @@ def test_several_files(verb: Verb, head: FakeHead, tmp_path: Path) -> None:
     ],
     ids=range(13),
 )
-def test_mistakes_are_one_line(verb: Verb, arguments: list[str], code: int, said: str) -> None:
+def test_mistakes_are_one_line(verb: CommandLine, arguments: list[str], code: int, said: str) -> None:
     done = verb(*[ROOT / word if word == "README.md" else word for word in arguments])
     assert (done.code, done.err.count("\n"), done.out) == (code, 1, ""), done.err
     assert done.err.startswith("longreach: error: ")
@@ -136,7 +120,7 @@ def test_text_is_shown_without_a_head(longreach: CommandLine, project: Path) -> 
     assert (done.code, done.out) == (0, "Files:\na.py\n\n==> a.py <==\nimport os\n")
 
 
-def test_tokens(verb: Verb, head: FakeHead, project: Path, tmp_path: Path) -> None:
+def test_tokens(verb: CommandLine, head: FakeHead, project: Path, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("x" * MAX_MODEL_LEN)
     done = verb("tokens", project)
     assert done.code == 0
@@ -158,7 +142,7 @@ def test_tokens(verb: Verb, head: FakeHead, project: Path, tmp_path: Path) -> No
     assert "counted by the tokenizer of" in done.err
 
 
-def test_reading_that_fails(verb: Verb, head: FakeHead, project: Path) -> None:
+def test_reading_that_fails(verb: CommandLine, head: FakeHead, project: Path) -> None:
     added = verb("docs", "add", project).out.strip()
     head.jobs.outcome = pb.FAILED
     done = verb("docs", "read", added, "--wait")

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from protos.jobs import jobs_pb2 as pb
-from tests.integration.conftest import CommandLine, Finished, read_at_least
+from tests.integration.conftest import CommandLine, read_at_least
 from tests.support.fakes.server import WORDS, FakeHead
 
 ANSWER = "".join(WORDS).strip()
 UNKNOWN = "job_" + "f" * 32
-Verb = Callable[..., Finished]
-
-
-@pytest.fixture
-def head() -> Iterator[FakeHead]:
-    running = FakeHead()
-    yield running
-    running.jobs.released.set()
-    running.stop()
-
-
-@pytest.fixture
-def verb(head: FakeHead, longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Verb:
-    monkeypatch.setenv("LONGREACH_ADDRESS", head.address)
-    return longreach
 
 
 @pytest.fixture
@@ -40,7 +24,7 @@ def report(tmp_path: Path) -> Path:
     return path
 
 
-def test_submit_then_wait_and_list(verb: Verb, head: FakeHead, report: Path) -> None:
+def test_submit_then_wait_and_list(verb: CommandLine, head: FakeHead, report: Path) -> None:
     done = verb("submit", "--document", report, "--question", "Why?", "--label", "team=law", "--max-tokens", "1k")
     assert (done.code, done.err) == (0, "")
     job_id = done.out.strip()
@@ -65,7 +49,7 @@ def test_submit_then_wait_and_list(verb: Verb, head: FakeHead, report: Path) -> 
     assert json.loads(verb("jobs", "--label", "team=tax", "--json").out) == []
 
 
-def test_inputs_that_cannot_be_used(verb: Verb, head: FakeHead, tmp_path: Path, report: Path) -> None:
+def test_inputs_that_cannot_be_used(verb: CommandLine, head: FakeHead, tmp_path: Path, report: Path) -> None:
     bad = tmp_path / "ids.json"
     bad.write_text('{"no": "list"}')
     question = ("--question", "Why?")
@@ -85,7 +69,7 @@ def test_inputs_that_cannot_be_used(verb: Verb, head: FakeHead, tmp_path: Path, 
     assert not head.jobs.jobs
 
 
-def test_stream_prints_tokens(verb: Verb, head: FakeHead, report: Path) -> None:
+def test_stream_prints_tokens(verb: CommandLine, head: FakeHead, report: Path) -> None:
     head.jobs.drops = [3]
     done = verb("submit", "--document", report, "--question", "Why?", "--stream")
     assert done.code == 0
@@ -97,7 +81,7 @@ def test_stream_prints_tokens(verb: Verb, head: FakeHead, report: Path) -> None:
     assert events[-1]["job"]["state"] == "succeeded"
 
 
-def test_stream_of_several_questions_prints_whole_lines(verb: Verb, report: Path) -> None:
+def test_stream_of_several_questions_prints_whole_lines(verb: CommandLine, report: Path) -> None:
     done = verb("submit", "--document", report, "--question", "Why?", "--question", "Who?", "--stream")
     assert done.out.splitlines() == [
         "[1] The answer is forty-two.", "[2] The answer is forty-two.", "[1] Be sure.", "[2] Be sure.",
@@ -105,7 +89,7 @@ def test_stream_of_several_questions_prints_whole_lines(verb: Verb, report: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_detaches(longreach: CommandLine, verb: Verb, head: FakeHead, number: signal.Signals) -> None:
+def test_interrupt_detaches(longreach: CommandLine, verb: CommandLine, head: FakeHead, number: signal.Signals) -> None:
     head.jobs.hold_after = 5
     job_id = "job_" + "0" * 32
     head.jobs.jobs[job_id] = pb.Job(id=job_id, state=pb.QUEUED, answers=[pb.Answer()])
@@ -122,7 +106,7 @@ def test_interrupt_detaches(longreach: CommandLine, verb: Verb, head: FakeHead, 
     assert (shown + rest).rstrip("\n") + again.out == "".join(WORDS) + "\n"
 
 
-def test_exit_codes(verb: Verb, head: FakeHead, longreach: CommandLine, tmp_path: Path) -> None:
+def test_exit_codes(verb: CommandLine, head: FakeHead, longreach: CommandLine, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("once")
     head.jobs.outcome = pb.FAILED
@@ -153,7 +137,7 @@ def test_exit_codes(verb: Verb, head: FakeHead, longreach: CommandLine, tmp_path
     assert done.err.count("\n") == 1
 
 
-def test_documents_and_status(verb: Verb, head: FakeHead, report: Path) -> None:
+def test_documents_and_status(verb: CommandLine, head: FakeHead, report: Path) -> None:
     added = verb("docs", "add", report).out.strip()
     assert verb("docs").out.splitlines()[1].split()[:4] == [added, "report.txt", "8", "8B"]
     assert [document["id"] for document in json.loads(verb("docs", "list", "--json").out)] == [added]

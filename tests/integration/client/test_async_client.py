@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,6 @@ from cluster import AsyncClient
 from cluster.client.documents.pieces import PIECE_BYTES
 from tests.integration.client.test_client import ANSWER, FAST, check_events, run_async
 from tests.support.fakes.server import FakeHead
-
-
-@pytest.fixture
-def head() -> Iterator[FakeHead]:
-    running = FakeHead()
-    yield running
-    running.jobs.released.set()
-    running.stop()
 
 
 @pytest.mark.parametrize("drops", [[], [1], [3, 2, 3]])

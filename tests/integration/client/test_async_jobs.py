@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,14 +11,6 @@ import cluster
 from cluster import AsyncClient
 from tests.integration.client.test_client import FAST, run_async
 from tests.support.fakes.server import FakeHead
-
-
-@pytest.fixture
-def head() -> Iterator[FakeHead]:
-    running = FakeHead()
-    yield running
-    running.jobs.released.set()
-    running.stop()
 
 
 def test_async_stream_gives_up(head: FakeHead) -> None:

@@ -24,14 +24,6 @@ Code = grpc.StatusCode
 
 
 @pytest.fixture
-def head() -> Iterator[FakeHead]:
-    running = FakeHead()
-    yield running
-    running.jobs.released.set()
-    running.stop()
-
-
-@pytest.fixture
 def client(head: FakeHead) -> Iterator[Client]:
     with Client(head.address, retries=FAST) as opened:
         yield opened

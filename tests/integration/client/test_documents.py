@@ -21,13 +21,6 @@ GONE = (grpc.StatusCode.UNAVAILABLE, "gone", ())
 
 
 @pytest.fixture
-def head() -> Iterator[FakeHead]:
-    running = FakeHead()
-    yield running
-    running.stop()
-
-
-@pytest.fixture
 def client(head: FakeHead) -> Iterator[Client]:
     with Client(head.address, retries=FAST) as opened:
         yield opened

@@ -96,6 +96,16 @@ def test_a_block_is_as_recent_as_those_after_it_and_one_without_predecessor_goes
     assert set(index.expired(6.0, frozenset)) == {*keys, *other[1:]}
 
 
+def test_a_new_block_stays_whose_predecessor_another_head_wrote_while_the_folder_was_listed() -> None:
+    now = 10_000.0
+    index = KvIndex(lambda: now)
+    entry = pb.KvEntry(key=b"child", parent=b"parent", start=32, bytes=70, used=9_900.0)
+    index.replace({"n": [entry]})
+    assert index.expired(9_000.0, frozenset) == []
+    now += 7200
+    assert index.expired(9_000.0, frozenset) == [b"child"]
+
+
 def test_a_listing_replaces_everything_but_what_is_known_of_use() -> None:
     index = KvIndex()
     keys = chain(index, "a", 3, 9.0)

@@ -199,6 +199,23 @@ def test_a_cancel_while_kv_is_looked_up_or_loaded_leaves_no_page(at: str) -> Non
         check_engine(rig.engine)
 
 
+def test_a_document_that_is_added_while_the_living_ones_are_read_is_stored() -> None:
+    with Rig(disk=FakeDisk(), pages=100) as rig:
+        gone, _ = rig.submit([*DOCUMENT[:64], 1], document_id="gone")
+        gone.wait(WAIT)
+        added: list[RequestHandle] = []
+
+        def read_living() -> set[str]:
+            added.append(rig.submit([*range(5000, 5320), 1], document_id="new")[0])
+            return set()
+
+        rig.engine.keep_documents(read_living)
+        added[0].wait(WAIT)
+        assert rig.run([*range(5000, 5320), 2], document_id="new")[0].cached_tokens == 320
+        eventually(lambda: stored(rig) == 12)
+        assert rig.pool.match(gone.request.hashes) == ()
+
+
 def test_a_failed_pipeline_stores_nothing_more_and_ends_at_once() -> None:
     deadly: list[StepPlan] = []
     with Rig(disk=FakeDisk(), budget=32) as rig:

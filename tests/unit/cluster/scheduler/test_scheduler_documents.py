@@ -73,7 +73,7 @@ def test_nothing_is_found_of_a_deleted_document_whatever_its_requests_are_doing(
         harness.schedule()
         if harness.in_flight:
             harness.commit()
-    harness.scheduler.keep_documents({"other"})
+    harness.scheduler.keep_documents({"other"}, 3)
     harness.check()
 
     def found() -> set[float]:
@@ -101,10 +101,10 @@ def test_pages_of_two_documents_stay_as_long_as_one_of_them() -> None:
     submit_and(harness, request(3, plain))
     pages = len(harness.pool.published())
     assert pages == (192 + 3 * 64) // PAGE
-    harness.scheduler.keep_documents({"two"})
+    harness.scheduler.keep_documents({"two"}, 4)
     assert len(harness.pool.published()) == pages - 64 // PAGE
     assert harness.pool.match(harness.requests[2].hashes) != ()
-    harness.scheduler.keep_documents(set())
+    harness.scheduler.keep_documents(set(), 4)
     assert len(harness.pool.published()) == 64 // PAGE, "of the plain prompt, and not found by itself"
     assert harness.pool.match(harness.requests[3].hashes) == ()
 
@@ -116,7 +116,7 @@ def test_nobody_waits_for_a_request_whose_document_is_gone() -> None:
     harness.add(follower := request(2, DOCUMENT))
     harness.collect()
     assert follower.status is Status.WAITING
-    harness.scheduler.keep_documents(set())
+    harness.scheduler.keep_documents(set(), 4)
     harness.run()
     assert (leader.num_cached, follower.num_cached) == (0, 0)
     assert leader.output == follower.output == expected_output(DOCUMENT, 3)

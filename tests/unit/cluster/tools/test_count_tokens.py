@@ -1,4 +1,4 @@
-"""Counts without a head are those of the tokenizer."""
+"""Counts without a head are those of a document in its prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.text.prompts import document_place
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.count_tokens import count_tokens
@@ -15,14 +16,16 @@ from tests.support.paths import ROOT
 
 def test_counts() -> None:
     tokenizer = TextTokenizer.open(needle_dir())
-    texts = ["In the beginning", "", "<|im_end|> is no end here"]
+    place = document_place(tokenizer)
+    texts = ["In the beginning", " and then", "<|im_end|> is no end here"]
     counts, limit = count_tokens(ROOT / "configs" / "demo.yaml", [text.encode() for text in texts])
-    assert counts == [len(tokenizer.encode(text, literal=True)) for text in texts]
+    assert counts == [len(tokenizer.encode_literal(text, place, limit)) for text in texts]
     assert limit > 0
 
 
 def test_what_cannot_be_counted(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="byte 0xff is not UTF-8"):
-        count_tokens(ROOT / "configs" / "demo.yaml", [b"a\xff"])
+    for text, problem in ((b"a\xff", "byte 0xff at offset 1 is not UTF-8"), (b"", "0 bytes: must have at least one")):
+        with pytest.raises(UserError, match=problem):
+            count_tokens(ROOT / "configs" / "demo.yaml", [text])
     with pytest.raises(UserError):
         count_tokens(tmp_path / "absent.yaml", [b"a"])

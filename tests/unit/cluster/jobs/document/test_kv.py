@@ -36,8 +36,8 @@ class Kv:
         self.lives -= 1
         return action()
 
-    def keep(self, living: Collection[str]) -> None:
-        self.memory &= set(living)
+    def keep(self, read_living: Callable[[], Collection[str]]) -> None:
+        self.memory &= set(read_living())
 
     def forget_document(self, keys: Iterable[bytes]) -> None:
         self.forgotten |= set(keys)

@@ -128,7 +128,7 @@ def test_a_document_deleted_while_there_is_no_pipeline(bench: Bench) -> None:
     scheduler = bench.runtime.engine.scheduler
     kept: list[int] = []
     bench.runtime.before_start = lambda: bench.service.documents.delete(document.id)
-    bench.service.document_kv._keep_pages = lambda living: kept.append(len(living))
+    bench.service.document_kv._keep_pages = lambda read: kept.append(len(read()))
     assert scheduler.pool.published()
     bench.runtime.fail()
     eventually(lambda: bench.runtime.supervisor.running is not None and len(kept) >= 2)
