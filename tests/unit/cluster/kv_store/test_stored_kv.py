@@ -203,6 +203,7 @@ def test_a_document_that_is_added_while_the_living_ones_are_read_is_stored() -> 
     with Rig(disk=FakeDisk(), pages=100) as rig:
         gone, _ = rig.submit([*DOCUMENT[:64], 1], document_id="gone")
         gone.wait(WAIT)
+        eventually(lambda: stored(rig) == 2)
         added: list[RequestHandle] = []
 
         def read_living() -> set[str]:
