@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import json
 import math
 import mmap
 import os
 import re
-import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,21 +28,19 @@ import numpy as np
 import numpy.typing as npt
 
 from protos.stage.messages import KvBlock, Span
+from workers.kv.open_file import BadBlock, open_file
 
 SCHEMA = "1"
 PAGES, STATE = "pages", "state"  # kinds; STATE is reserved for the recurrent state of hybrid models
 HEADER_PREFIX = b'{"__metadata__":'
 _NAME = re.compile(r"l(\d{1,5})-(\d{1,5})_h(\d{1,5})-(\d{1,5})\.safetensors", re.ASCII)
+_CRCS = re.compile(rb'"crc32":"([0-9a-f ]+)"')
 _CODES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 _WIDTHS = {"BF16": 2, "F32": 4, "I8": 1}
 _POPULATE_READ = 22  # MADV_POPULATE_READ: faults pages in, and reports what touching them would end the process for
 
 Arrays = tuple[npt.NDArray[Any], ...]  # of one layer and head: keys, values, and for int8 their scales
 _madvise = ctypes.CDLL(None, use_errno=True).madvise if hasattr(mmap, "MADV_NORMAL") else None
-
-
-class BadBlock(ValueError):
-    """Raised for a file that is not what it should be; the message is one line."""
 
 
 class Part(NamedTuple):
@@ -69,6 +67,11 @@ class Part(NamedTuple):
     def cells(self) -> Iterator[tuple[int, int]]:
         """Yield every (layer, head)."""
         return ((layer, head) for layer in range(*self.layers) for head in range(*self.heads))
+
+    @property
+    def size(self) -> int:
+        """How many pairs of layer and head."""
+        return self.layers.size * self.heads.size
 
     def has(self, layer: int, head: int) -> bool:
         """Return whether it contains a layer and head."""
@@ -97,12 +100,12 @@ class BlockShape:
 
     def max_header(self, part: Part) -> int:
         """Return the most bytes that the header of a file may have."""
-        return 4096 + 16 * self.max_tokens + part.layers.size * part.heads.size * 4 * 192
+        return 4096 + 16 * self.max_tokens + part.size * 4 * 192
 
     def max_bytes(self, part: Part) -> int:
         """Return the most bytes that a file may have."""
         cell = sum(_WIDTHS[code] * math.prod(shape) for _, code, shape in self.sides(self.max_tokens))
-        return 8 + self.max_header(part) + part.layers.size * part.heads.size * cell
+        return 8 + self.max_header(part) + part.size * cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +122,6 @@ class BlockInfo:
         return cls(block.key, block.parent, block.start, tuple(block.token_ids))
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
 def write_block(
     descriptor: int, shape: BlockShape, part: Part, info: BlockInfo, read: Callable[[int, int], Arrays]
 ) -> int:
@@ -135,7 +135,7 @@ def write_block(
     Raises:
         OSError: the file cannot be written.
     """
-    crcs = [0] * (part.layers.size * part.heads.size * len(shape.sides(1)))
+    crcs = [0] * (part.size * len(shape.sides(1)))
     offset = len(_header(shape, part, info, crcs))
     at = 0
     # The scales are stored first, so that every tensor begins at a multiple of the size of its elements.
@@ -174,7 +174,7 @@ def _header(shape: BlockShape, part: Part, info: BlockInfo, crcs: Sequence[int])
         "key": info.key.hex(),
         "parent": info.parent.hex(),
         "start": str(info.start),
-        "token_ids": ",".join(map(str, info.token_ids)),
+        "token_ids": _ids_text(info.token_ids),
         "dtype": shape.dtype,
         "head_dim": str(shape.head_dim),
         "layers": f"{part.layers.start}-{part.layers.stop}",
@@ -190,6 +190,11 @@ def _header(shape: BlockShape, part: Part, info: BlockInfo, crcs: Sequence[int])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+@functools.lru_cache(maxsize=16)  # a block may have several files
+def _ids_text(token_ids: tuple[int, ...]) -> str:
+    return ",".join(map(str, token_ids))
 
 
 def _metadata_crc(metadata: Mapping[str, str]) -> str:
@@ -216,10 +221,13 @@ class BlockReader:
     the mapping is read here: its header must be, byte by byte, the one that `write_block` writes.
     """
 
-    def __init__(self, path: Path, shape: BlockShape, destination: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, shape: BlockShape, destination: Path | None = None, asked: BlockInfo | None = None
+    ) -> None:
         """
         Args:
             destination: what its path will be, if that is another one.
+            asked: what it likely is; exactly the header of that block need not be parsed.
 
         Raises:
             BadBlock: it is not a file of a block of this shape that the name and the folder's name say.
@@ -232,17 +240,19 @@ class BlockReader:
         descriptor = open_file(path)
         try:
             header = _read_header(descriptor, named.name, shape.max_header(part))
-            metadata = _parse_metadata(header, named.name)
-            self.info = _check_metadata(metadata, shape, part)
-            if self.info.key.hex() != named.parent.name:
-                raise BadBlock(f"{named.name}: key {self.info.key.hex()[:16]}...: not that of its folder")
-            tensors = _tensors(shape, part, len(self.info.token_ids))
-            crcs = _parse_crcs(metadata["crc32"], len(tensors), named.name)
-            if header != _header(shape, part, self.info, crcs):
-                raise BadBlock(f"{named.name}: tensors other than those of its layers and heads")
+            crcs = _crcs_of(header, shape, part, asked) if asked is not None else None
+            if asked is None or crcs is None:
+                metadata = _parse_metadata(header, named.name)
+                asked = _check_metadata(metadata, shape, part)
+                crcs = _parse_crcs(metadata["crc32"], part.size * len(shape.sides(1)), named.name)
+                if header != _header(shape, part, asked, crcs):
+                    raise BadBlock(f"{named.name}: tensors other than those of its layers and heads")
+            self.info = asked
+            if (key := asked.key.hex()) != named.parent.name:
+                raise BadBlock(f"{named.name}: key {key[:16]}...: not that of its folder")
             self.part, self._shape = part, shape
             self._tensors, size = {}, len(header)
-            for crc, (name, code, sizes) in zip(crcs, tensors, strict=True):
+            for crc, (name, code, sizes) in zip(crcs, _tensors(shape, part, len(asked.token_ids)), strict=True):
                 self._tensors[name] = (size, code, sizes, crc)
                 size += _WIDTHS[code] * math.prod(sizes)
             if os.fstat(descriptor).st_size != size:
@@ -300,6 +310,15 @@ def _fault_in(data: npt.NDArray[np.uint8], name: str) -> None:
             raise BadBlock(f"{name}: cannot be read ({os.strerror(code)})")
 
 
+def _crcs_of(header: bytes, shape: BlockShape, part: Part, asked: BlockInfo) -> list[int] | None:
+    """Return the checksums in a header that is, byte by byte, that of this block; else None."""
+    found = _CRCS.search(header)
+    crcs = [int(crc, 16) for crc in found[1].split()] if found else []
+    return (
+        crcs if len(crcs) == part.size * len(shape.sides(1)) and header == _header(shape, part, asked, crcs) else None
+    )
+
+
 def _parse_crcs(text: str, count: int, name: str) -> list[int]:
     try:
         crcs = [int(crc, 16) for crc in text.split(" ")]
@@ -347,26 +366,6 @@ def read_info(path: Path, shape: BlockShape) -> BlockInfo:
         return _info(_parse_metadata(_read_header(descriptor, path.name, shape.max_header(part)), path.name), False)
     finally:
         os.close(descriptor)
-
-
-def open_file(path: Path) -> int:
-    """Return a descriptor of a regular file; nothing is followed or waited for.
-
-    Raises:
-        BadBlock: it is something else. FileNotFoundError: there is none. OSError: it cannot be opened.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EIO):
-            raise BadBlock(f"{path.name}: {error.strerror}") from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BadBlock(f"{path.name}: not a regular file")
-    return descriptor
 
 
 def _info(metadata: Mapping[str, str], has_tokens: bool = True) -> BlockInfo:

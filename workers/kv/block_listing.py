@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from workers.kv.block_file import BadBlock, BlockShape, read_info
+from workers.kv.block_file import BlockShape, read_info
+from workers.kv.open_file import BadBlock
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")

@@ -21,17 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos.stage.messages import KvBlock
-from workers.kv.block_file import (
-    BadBlock,
-    BlockInfo,
-    BlockReader,
-    BlockShape,
-    Part,
-    open_file,
-    write_block,
-)
+from workers.kv.block_file import BlockInfo, BlockReader, BlockShape, Part, write_block
 from workers.kv.block_listing import BlockListing, Entry, names, remove_if_empty
 from workers.kv.block_pages import BlockPages, Rows
+from workers.kv.open_file import BadBlock, open_file, read_ahead
 
 FOLDER = "v1"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -86,6 +79,13 @@ class BlockStore:
             count += 1
         return count
 
+    def read_ahead(self, keys: Iterable[bytes]) -> None:
+        """Have the system begin to read the files that `load` will want of blocks."""
+        own = list(self._part.cells())
+        for folder in map(self._folder, keys):
+            parts = (part for part in self._parts(folder) if any(part.has(*cell) for cell in own))
+            read_ahead(folder / part.name for part in parts)
+
     def load(self, block: KvBlock, pages: BlockPages) -> Outcome:
         """Read one block into its pages, which hold anything when it fails.
 
@@ -115,7 +115,7 @@ class BlockStore:
     ) -> list[tuple[int, int]]:  # fmt: skip
         """Read layers and heads from one file; returns those that were read: none of a bad file, which is removed."""
         try:
-            reader = BlockReader(path, self._shape)
+            reader = BlockReader(path, self._shape, asked=BlockInfo.of(block))
             reader.check(block)
             for layer, head in cells:
                 arrays = reader.read(layer, head)

@@ -61,6 +61,7 @@ class KvCalls(rpc.StageServicer):
     def LoadKv(self, request: pb.KvBlocks, context: grpc.ServicerContext) -> pb.KvCount:
         with self._begin(context) as (store, pages):
             blocks = _blocks(request, pages, context)
+            store.read_ahead(block.key for block in blocks)
             outcomes = self._each(self._readers, blocks, lambda block: store.load(block, pages), context)
             reply = pb.KvCount()
             with contextlib.closing(outcomes):
@@ -123,7 +124,7 @@ class KvCalls(rpc.StageServicer):
                     yield message
 
     def WriteKv(self, files: Iterator[pb.KvFile], context: grpc.ServicerContext) -> pb.KvCount:
-        from workers.kv.block_file import BadBlock
+        from workers.kv.open_file import BadBlock
 
         with self._begin(context) as (store, _):
             reply, keys = pb.KvCount(), set()

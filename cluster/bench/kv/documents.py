@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.head_process import until
-from cluster.bench.kv.rig import Asked, Bounds, DemoHead, Say, follow, stored_bytes
+from cluster.bench.kv.rig import Asked, Bounds, DemoHead, Say, difference, follow, stored_bytes
 from cluster.bench.kv.storing import prefill, token_ids
 from cluster.client.client import Client, Job
 from cluster.client.models import ProgressEvent
@@ -22,7 +22,7 @@ GROWTH = 0.1  # of a document
 APPENDED = 0.12  # of the longer document's tokens, that are computed
 _LAYOUT = (2, 2)
 _WAYS = ("cancel", "deadline", "disconnect")
-_GONE_WITHIN_S = 60.0
+_GONE_WITHIN_S = 150.0  # what a crash or a race leaves goes with one of two sweeps, a minute apart
 _STAYS_GONE_S = 5.0
 _QUESTION = "What is the secret code of old stone?"
 
@@ -157,10 +157,10 @@ def _deleted(head: DemoHead, length: int, seed: int, bounds: Bounds, say: Say) -
                 head.settle()
             else:
                 _stop_early(job, length)
-            before = stored_bytes(head.store)
-            began = time.monotonic()
+            before, counts, began = stored_bytes(head.store), head.counts(), time.monotonic()
             client.documents.delete(document.id)
             row = {"when": when, "bytes_before": before} | _watch(head.store, began)
+            row["blocks_written_meanwhile"] = int(difference(head.counts(), counts)["stored blocks"])
             say(f"deleted {when}: {before} bytes before, {row['bytes_left']} left after {row['gone_after_s']} s")
             bounds.equal(f"bytes of KV left of a document deleted {when}", row["bytes_left"], 0)
             rows.append(row)

@@ -62,7 +62,11 @@ class DemoHead(HeadProcess):
         super().__init__(config, data, folder / "head.log")
 
     def __enter__(self) -> DemoHead:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

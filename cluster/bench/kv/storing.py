@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ _LAYOUT = (2, 2)
 _AFTER = 97  # tokens of an answer
 _SHORT = 200  # tokens of the prompt that is decoded beside a long prefill
 _WARM_UP = 8192  # tokens
+_TOGETHER_S = 0.001  # between tokens of one message
 
 
 def token_ids(length: int, seed: str) -> list[int]:
@@ -103,7 +105,22 @@ def _decode_beside(head: DemoHead, client: Client, length: int, number: int) -> 
     stored = difference(head.counts(), before)["stored blocks"]
     short.cancel()
     thread.join()
-    return [after - one for one, after in zip(times[count - 1 :], times[count:], strict=False)], int(stored)
+    return step_times(times[count - 1 :]), int(stored)
+
+
+def step_times(times: Sequence[float]) -> list[float]:
+    """Return the seconds of the step of each token but those that came first, from when tokens came.
+
+    Tokens of several steps come together: each of these took an equal part.
+    """
+    steps, since, together = list[float](), None, 0
+    for at, following in zip(times, [*times[1:], math.inf], strict=False):
+        together += 1
+        if following - at > _TOGETHER_S:
+            if since is not None:
+                steps += [(at - since) / together] * together
+            since, together = at, 0
+    return steps
 
 
 def judge_storing(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

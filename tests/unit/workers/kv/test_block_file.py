@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from protos.stage.messages import KvBlock, Span
 from tests.support.rigs.kv_shard import DTYPES, HEADS, LAYERS, Shard, block_of, file_of, parts
 from workers.kv import block_file
-from workers.kv.block_file import BadBlock, Part
+from workers.kv.block_file import Part
+from workers.kv.open_file import BadBlock
 
 
 def is_refused(shard: Shard, block: KvBlock, reason: str = "") -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from protos.stage.messages import Span
-from tests.support.rigs.kv_shard import DTYPES, KEY, LAYERS, PAGES, WHOLE, Shard, block_of, file_of, parts
-from workers.kv.block_file import BadBlock, Part
+from tests.support.rigs.kv_shard import DTYPES, HEADS, KEY, LAYERS, PAGES, WHOLE, Shard, block_of, file_of, parts
+from workers.kv.block_file import Part
+from workers.kv.open_file import BadBlock
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -272,3 +273,17 @@ def test_damaged_received_files_are_not_kept(tmp_path: Path, damage: str):
     with pytest.raises(BadBlock):
         there.store.receive(KEY, WHOLE.name, iter(pieces))
     assert [path for path in (tmp_path / "b").rglob("*") if path.is_file()] == []
+
+
+def test_only_files_that_a_shard_wants_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    block = block_of(1, 2)
+    halves = [Part(Span(0, 1), Span(0, HEADS)), Part(Span(1, LAYERS), Span(0, HEADS))]
+    for part in halves:
+        shard = Shard(tmp_path, part, "float32", 1)
+        assert shard.store.store(block, shard.pages).blocks == 1
+    read = list[Path]()
+    monkeypatch.setattr("workers.kv.block_store.read_ahead", read.extend)
+    for part, expected in ((halves[0], halves[:1]), (halves[1], halves[1:]), (parts(1, 1)[0], halves)):
+        read.clear()
+        Shard(tmp_path, part, "float32", 1).store.read_ahead([block.key, bytes(32)])
+        assert sorted(path.name for path in read) == sorted(one.name for one in expected)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.bench.kv.storing import judge_storing, token_ids
+import pytest
+
+from cluster.bench.kv.storing import judge_storing, step_times, token_ids
 
 
 def run(first_token_s: float, decode_ms: float, *beside: float) -> dict[str, Any]:
@@ -26,3 +28,10 @@ def test_prompts_are_repeatable_and_differ_from_the_start() -> None:
     assert token_ids(100, "a") == token_ids(100, "a")
     assert token_ids(100, "a")[:10] != token_ids(100, "b")[:10]
     assert set(token_ids(10_000, "a")) <= set(range(5, 4096))
+
+
+def test_tokens_that_come_together_took_equal_parts() -> None:
+    assert step_times([1.0, 2.0, 4.0]) == [1.0, 2.0]
+    together = [1.0, 1.0001, 3.0, 3.0001, 3.0002, 3.0003, 3.5]
+    assert step_times(together) == pytest.approx([0.5] * 4 + [0.5], abs=1e-3)
+    assert step_times([]) == step_times([7.0]) == []
