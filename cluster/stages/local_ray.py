@@ -102,9 +102,8 @@ class LocalRay:
         except subprocess.TimeoutExpired:
             self._owner.kill()
             self._owner.wait()
-        if self._owner.returncode < 0:  # it was killed, and has killed nobody
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._owner.pid, signal.SIGKILL)
+        if self._owner.returncode < 0:
+            self._kill_group()
         if self._follower is not threading.current_thread():
             self._follower.join(_CLOSE_TIMEOUT_S)  # `on_lost` is not called after this
         self._folder.remove()
@@ -118,9 +117,17 @@ class LocalRay:
         self._first.put(first or {"error": self._last_words()})
         if not first or "address" not in first:
             return
-        last = next(lines, {"lost": "the process that owns Ray has ended"})
-        if not self._closing.is_set():
-            self._on_lost(last["lost"])
+        last = next(lines, None)
+        if self._closing.is_set():
+            return
+        if last is None:
+            self._kill_group()
+        self._on_lost(last["lost"] if last else "the process that owns Ray has ended")
+
+    def _kill_group(self) -> None:
+        """Kill what an owner that was killed has left: Ray's agents would wait a minute for the rest of it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._owner.pid, signal.SIGKILL)
 
     def _last_words(self) -> str:
         """Return the last line that an owner without an answer has written."""

@@ -32,6 +32,21 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tu
     return run
 
 
+def group_of(ray: LocalRay) -> list[int]:
+    """Return what runs of the owner's process group."""
+    return [
+        process.pid for process in psutil.process_iter(["status"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE and _group(process.pid) == ray._owner.pid
+    ]  # fmt: skip
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return 0
+
+
 def is_clean() -> bool:
     return not os.listdir(tempfile.gettempdir())
 
@@ -71,6 +86,15 @@ def test_a_loss_is_told_once(start: Callable[[str], tuple[LocalRay, list[str]]],
     until(lambda: lost, "a loss", 30.0)
     ray.close()
     assert lost == [told]
+    assert is_clean()
+
+
+def test_what_a_killed_owner_leaves_is_ended_at_once(start: Callable[[str], tuple[LocalRay, list[str]]]) -> None:
+    ray, lost = start("if not os.fork(): os.close(1), time.sleep(60)\n" + ADDRESS + "os.kill(os.getpid(), 9)")
+    assert ray.address(30.0)
+    until(lambda: lost, "a loss", 30.0)
+    until(lambda: not group_of(ray), "nothing of its group runs", 10.0)
+    ray.close()
     assert is_clean()
 
 
