@@ -54,10 +54,10 @@ def killed_at_random_chunks(rig: Rig, seed: int) -> Verdict:
     """SIGKILL of random stages at random chunks of one prompt, one after the other."""
     draw, history = random.Random(seed), History()
     head = rig.head()
-    requests = mixed_jobs(seed, _LONG)
-    kills = 4 if rig.full else 2
+    length, kills = (_LONG, 4) if rig.full else (4000, 2)
+    requests = mixed_jobs(seed, length)
     with Running(head.address, history, requests, seed) as running:
-        for at in sorted(draw.sample(range(256, _LONG - 500), kills)):
+        for at in sorted(draw.sample(range(256, length - 500), kills)):
             running.until_progress("long", at)
             draw.choice(_victims(head)).kill()
             head.wait_until_running()

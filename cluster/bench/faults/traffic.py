@@ -39,8 +39,9 @@ def more_jobs_than_memory(rig: Rig, seed: int) -> Verdict:
     verdict.facts |= {"kv_tokens": room, "asked_tokens": count * (700 + answer), "most_at_once": most}
     verdict.expect(most <= 3, f"{most} jobs ran where memory is for 3")
     verdict.expect(usage <= 1, f"the memory is used to {usage:.0%}")
+    compared = 500 if rig.full else 200  # tokens; jobs are cancelled long before
     return rig.judge(
-        verdict, history, {k: random_prompt(seed * 60 + n, 700, max_tokens=500) for n, k in enumerate(wide)}
+        verdict, history, {k: random_prompt(seed * 60 + n, 700, max_tokens=compared) for n, k in enumerate(wide)}
     )
 
 
@@ -123,11 +124,12 @@ def cancel_in_every_state(rig: Rig, seed: int) -> Verdict:
     history, verdict = History(), Verdict()
     head = rig.head()
     with Recorder(head.address, history, "a") as client, Recorder(head.address, history, "b") as other:
-        requests = {f"filler {n}": random_prompt(seed * 70 + n, 64, max_tokens=400) for n in range(4)}
+        answer, long = (400, 8000) if rig.full else (200, 5000)  # tokens; the reference computes them all
+        requests = {f"filler {n}": random_prompt(seed * 70 + n, 64, max_tokens=answer) for n in range(4)}
         requests |= {
-            "queued": random_prompt(seed, 900), "prefilling": random_prompt(seed + 1, 8000),
-            "decoding": random_prompt(seed + 2, 64, max_tokens=400),
-            "recovering": random_prompt(seed + 3, 6000, max_tokens=200), "ended": random_prompt(seed + 4, 64),
+            "queued": random_prompt(seed, 900), "prefilling": random_prompt(seed + 1, long),
+            "decoding": random_prompt(seed + 2, 64, max_tokens=answer),
+            "recovering": random_prompt(seed + 3, long), "ended": random_prompt(seed + 4, 64),
         }  # fmt: skip
         ids: dict[str, str] = {}
         followers = []

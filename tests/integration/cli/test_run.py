@@ -221,8 +221,8 @@ def test_idle_cluster_is_quiet(runtime: ClusterRuntime) -> None:
     """Head and stage processes together below 5 % of a core while nothing is asked."""
     assert runtime.launched is not None
     ours = [psutil.Process(pid) for pid in runtime.launched.pids] + [psutil.Process()]
-    shares = []
-    for _ in range(4):  # the quietest window counts: ends of earlier tests and a busy machine only add
+    shares = [1.0]
+    while min(shares) >= 0.05 and len(shares) <= 4:  # one quiet window will do: other work on the machine only adds
         before = sum(sum(p.cpu_times()[:2]) for p in ours)
         time.sleep(4.0)
         shares.append((sum(sum(p.cpu_times()[:2]) for p in ours) - before) / 4.0)

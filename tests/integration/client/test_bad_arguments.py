@@ -18,14 +18,13 @@ from click.testing import CliRunner
 import cluster
 from cluster import Client
 from cluster.cli.main import main
-from cluster.jobs.model import new_id
 from protos.jobs.limits import MAX_DEADLINE_S, MAX_QUESTIONS, MAX_REQUEST_BYTES
 from protos.stage.channel import CHANNEL_OPTIONS
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served
 
 NAN, INF = float("nan"), float("inf")
-UNKNOWN_JOB, UNKNOWN_DOC = new_id("job"), new_id("doc")
+UNKNOWN_JOB, UNKNOWN_DOC = "job_" + "1f" * 16, "doc_" + "1f" * 16
 TRAVERSAL = ["../../etc/passwd", "job_../../x", "doc_" + "0" * 31 + "/", "..", "/etc/passwd", "job_" + "0" * 31 + "\0"]
 
 

@@ -18,10 +18,19 @@ from protos.jobs.jobs_pb2_grpc import JobsStub
 from tests.support.rigs.head import LONG, HeadProcess, tokens_of, until
 from tests.support.rigs.head_jobs import DECODES, long_document, submit
 
+# hangs are noticed after five seconds instead of twenty
+_SOON = """
+from functools import partial
+from cluster.engine import pipeline
+pipeline.HangDetector = partial(pipeline.HangDetector, floor_s=5.0)
+"""
+
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadProcess]:
-    with HeadProcess(tmp_path_factory.mktemp("head"), server="  drain_timeout_s: 60") as running:
+    made = HeadProcess(tmp_path_factory.mktemp("head"), server="  drain_timeout_s: 60")
+    made.prelude = _SOON
+    with made as running:
         yield running
 
 
@@ -118,7 +127,7 @@ def test_killed_stage_is_replaced(head: HeadProcess, haystack: Haystack) -> None
 
 
 def test_hung_stage_is_replaced(head: HeadProcess, haystack: Haystack) -> None:
-    """A stage that stops answering, though its process lives: late after 20 s, then replaced like a dead one."""
+    """A stage that stops answering, though its process lives: late after 5 s here, then replaced like a dead one."""
     with head.client() as client:
         expected = tokens_of(submit(client, 1, haystack))
         job = submit(client, 1, haystack)

@@ -13,10 +13,13 @@ import pytest
 
 from tests.support.rigs.head import LONG, HeadProcess, tokens_of, until
 
-# the files `broken` and `later` beside the head's data make its recorder fail and its clock a day fast
+# the files `broken` and `later` beside the head's data make its recorder fail and its clock a day fast; a write waits
+# for a lock for two seconds instead of ten
 _TROUBLES = """
 import pathlib, time
+import cluster.jobs.sqlite.database as database
 from cluster.jobs.recorder import Recorder
+database._BUSY_TIMEOUT_S = 2.0
 folder = pathlib.Path({folder!r})
 commit, now = Recorder._commit_first, time.time
 def broken(recorder):
@@ -61,7 +64,7 @@ def test_locked_clock_and_thread(head: HeadProcess) -> None:
         until(lambda: jobs[0].refresh().data.last_event >= 5, "a decoding job")
         with locked(head):  # for longer than a write waits, while a stage dies
             head.actors()[0].kill()
-            time.sleep(12.0)
+            time.sleep(4.0)
             assert not jobs[2].refresh().done
         assert [tokens_of(job) for job in jobs] == [expected] * 3
         assert head.process.poll() is None

@@ -46,20 +46,23 @@ class Nodes:
         return shard_processes(p for p in self._line.processes() if "StageActor" in " ".join(p.cmdline()))
 
 
-@pytest.fixture
-def nodes(longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    # without what a local cluster of an earlier test in this process has set
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
-    try:
-        made = Nodes(longreach)
-        made.add()
-        yield made
-    finally:
-        for process in longreach.processes():
-            process.kill()
-        longreach.assert_nothing_left()
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Two nodes, which all tests use one after the other."""
+    line = CommandLine()
+    with pytest.MonkeyPatch.context() as patch:
+        # without what a local cluster of an earlier test in this process has set
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
+        try:
+            made = Nodes(line)
+            made.add()
+            yield made
+        finally:
+            for process in line.processes():
+                process.kill()
+            line.assert_nothing_left()
 
 
 def test_stages_on_two_nodes(longreach: CommandLine, nodes: Nodes, tmp_path: Path) -> None:
@@ -70,18 +73,18 @@ def test_stages_on_two_nodes(longreach: CommandLine, nodes: Nodes, tmp_path: Pat
     )
     document = tmp_path / "document.txt"
     document.write_text("And he went.\nThe secret code of dark river is 48213.\nAnd it was so.\n" * 1)
-    for _ in range(2):  # the cluster is left as it was found: a second run finds the same room
-        done = longreach("run", config, "--document", document, "--question", "What is the secret code of dark river?")
-        assert done.code == 0, done.err
-        assert done.out.strip().endswith("The secret code of dark river is 48213.")
+    done = longreach("run", config, "--document", document, "--question", "What is the secret code of dark river?")
+    assert done.code == 0, done.err
+    assert done.out.strip().endswith("The secret code of dark river is 48213.")
 
 
 def test_a_node_is_lost_and_its_stage_goes_on_elsewhere(nodes: Nodes, tmp_path: Path) -> None:
-    nodes.add()
+    """The test before has left the nodes as it found them: they have room for these stages."""
     head = HeadProcess(tmp_path, stages=2)
     config = head.config.read_text().replace("cpus_per_actor: 0.5", f"cpus_per_actor: 1\n  address: {nodes.address}")
     head.config.write_text(config)
     with head, head.client() as client:
+        nodes.add()
         answer = {"max_tokens": 300, "ignore_eos": True}
         expected = tokens_of(client.submit(prompt="The code of dark river is", **answer))
         job = client.submit(prompt="The code of dark river is", **answer)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.config.topology import plan_shards
@@ -44,14 +45,23 @@ class Stages:
         self.kv_store_path = ""  # of the stages that are started next
 
     def spawn(self, *options: str, count: int = 2) -> None:
-        for shard in plan_shards(load_model_spec(NEEDLE), count, 1):
-            self.handles.append(self._spawn(shard, self.socket(shard.stage), *options))
+        """Start the processes beside each other."""
+        shards = plan_shards(load_model_spec(NEEDLE), count, 1)
+        processes = [self._start_process(self.socket(shard.stage), *options) for shard in shards]
+        self.handles += [
+            self._connect(process, shard, self.socket(shard.stage))
+            for process, shard in zip(processes, shards, strict=True)
+        ]
 
-    def _spawn(self, shard: ShardSpec, socket: Path, *options: str) -> GrpcStageHandle:
+    def _start_process(self, socket: Path, *options: str) -> subprocess.Popen[str]:
         environment = os.environ | {TOKEN_VARIABLE: TOKEN, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "workers.stage.server", "--socket", str(socket), *options]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         self.processes.append(process)
+        return process
+
+    @staticmethod
+    def _connect(process: subprocess.Popen[str], shard: ShardSpec, socket: Path) -> GrpcStageHandle:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         assert address == f"unix:{socket}"
@@ -61,10 +71,10 @@ class Stages:
         return self.folder / f"s{stage}.sock"
 
     def load(self) -> None:
-        for handle in self.handles:
-            self._load(handle, 0)
+        with ThreadPoolExecutor(len(self.handles)) as threads:
+            list(threads.map(self._load, self.handles))
 
-    def _load(self, handle: GrpcStageHandle, epoch: int) -> None:
+    def _load(self, handle: GrpcStageHandle, epoch: int = 0) -> None:
         request = pb.LoadRequest(
             model_path=str(NEEDLE), model_spec_json=load_model_spec(NEEDLE).to_json(),
             shard=codec.encode(handle.shard), dtype="float32", device="cpu", load_format="auto", group_timeout_s=10,
@@ -82,7 +92,8 @@ class Stages:
     def replace(self, stage: int, epoch: int, *, same_node: bool = True) -> None:
         """Put another process in the place of a stage, which may live on, and link the others with it."""
         self.handles[stage].abandon()
-        new = self.handles[stage] = self._spawn(self.handles[stage].shard, self.folder / f"s{stage}e{epoch}.sock")
+        shard, socket = self.handles[stage].shard, self.folder / f"s{stage}e{epoch}.sock"
+        new = self.handles[stage] = self._connect(self._start_process(socket), shard, socket)
         self.addresses[stage] = f"unix:{self.folder}/s{stage}e{epoch}.sock"
         self._load(new, epoch)
         for handle in self.handles:

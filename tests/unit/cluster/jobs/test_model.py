@@ -27,6 +27,7 @@ OPTIONS = AnswerOptions(9, SamplingParams(0.5, seed=(1 << 63) - 1, logprobs=2), 
         (f"{DOC}\n", "doc", False),
         ("", "doc", False),
     ],
+    ids=range(7),
 )
 def test_ids(value: str, kind: str, is_good: bool) -> None:
     if is_good:
