@@ -99,13 +99,17 @@ def _decode_beside(head: DemoHead, client: Client, length: int, number: int) -> 
     thread = threading.Thread(target=decode)
     thread.start()
     until(lambda: times, "a first token of the short prompt")
-    count = len(times)
-    prefill(client, token_ids(length, f"beside {number}"))
+    began = time.perf_counter()
+    long = prefill(client, token_ids(length, f"beside {number}"))
     is_over.set()
     stored = difference(head.counts(), before)["stored blocks"]
     short.cancel()
     thread.join()
-    return step_times(times[count - 1 :]), int(stored)
+    first, last = began + long.reached(1), began + long.first_token_s
+    steps = step_times([at for at in times if first - _TOGETHER_S <= at <= last + _TOGETHER_S])
+    if not steps:
+        raise RuntimeError("no step had a token of the short and a chunk of the long prompt: make that longer")
+    return steps, int(stored)
 
 
 def step_times(times: Sequence[float]) -> list[float]:
