@@ -15,7 +15,8 @@ from protos.stage.messages import KvBlock
 if TYPE_CHECKING:
     from cluster.kv_store.store import KvStore
 
-BATCH = 16  # blocks of one call: a request that ends meanwhile waits for no more
+BATCH = 16  # blocks of one call, at least: a request that ends meanwhile waits for no more,
+BATCH_BYTES = 64 << 20  # or than for the blocks of so many bytes on all nodes
 FIND_WITHIN_S = 10.0
 MUTE_S = 60.0  # no look-up after one that was not answered in time: the prompts behind it are computed at once
 MUTE_AFTER_LOAD_S = 600.0  # nor after such a load, which has cost a pipeline
@@ -88,10 +89,11 @@ class KvReader:
         done = 0
         expected = sum(self._store.index.size(block.key) for block in blocks)
         is_told = expected < LARGE_BYTES
+        count = max(BATCH, BATCH_BYTES * len(blocks) // max(1, expected))
         try:
             while done < len(blocks) and is_wanted():
                 is_told = is_told or self._tell(expected, blocks)
-                batch = blocks[done : done + BATCH]
+                batch = blocks[done : done + count]
                 began = self._clock()
                 loaded = self._calls.load(batch)
                 self._store.note_loaded(batch, loaded, self._clock() - began)

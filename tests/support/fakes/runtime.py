@@ -15,7 +15,7 @@ from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from protos.stage.messages import StepPlan
 from tests.support.fakes.kv import FakeDisk
-from tests.support.fakes.stage import Clock, FakeShard, Script
+from tests.support.fakes.stage import Clock, FakeShard, Script, eventually
 from tests.support.paths import CONFIGS
 
 CHUNK = 64  # tokens of a step
@@ -71,4 +71,5 @@ class FakeRuntime(ClusterRuntime):
 
     def fail(self) -> None:
         """Lose the shard, and every request with it."""
+        eventually(lambda: hasattr(self.shard, "lose"))
         self.shard.lose("stage 0 shard 0 is gone")

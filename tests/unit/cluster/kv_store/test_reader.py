@@ -22,6 +22,7 @@ BLOCKS = [KvBlock(bytes([n]), bytes([n - 1]) if n else b"", 32 * n, range(32), (
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> KvReader:
     monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "BATCH_BYTES", 0)
     clock, disk = Clock(), FakeDisk(block_bytes=SIZE)
     shard = FakeShard(0, 1, lambda sequence, index: 0, clock)
     shard.disk = disk
@@ -54,11 +55,17 @@ def test_a_large_load_is_told_as_soon_as_the_speed_is_known(
     ]
 
 
-def test_a_load_that_nobody_wants_any_more_ends_with_the_call_under_way(reader: KvReader) -> None:
+def test_a_load_that_nobody_wants_any_more_ends_with_the_call_under_way(
+    reader: KvReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[int] = []
     answers = iter((True, False))
     reader._load(BLOCKS, lambda: next(answers), done.append, pytest.fail)
     assert done == [4]
+    monkeypatch.setattr(module, "BATCH_BYTES", 7 * SIZE)
+    answers = iter((True, False))
+    reader._load(BLOCKS, lambda: next(answers), done.append, pytest.fail)
+    assert done == [4, 7], "small blocks are read by more than that"
 
 
 def test_after_a_look_up_without_an_answer_prompts_are_computed_at_once(
