@@ -274,7 +274,8 @@ class Launcher:
             links = links_of(handle.shard, self._addresses, run_dir, self._epoch)
             request = pb.StartRequest(
                 num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=kv_store_path,
-                epoch=self._epoch, store_path=self._meeting(handle.shard), **links,
+                epoch=self._epoch, store_path=self._meeting(handle.shard),
+                kv_block_tokens=self._deployment.config.kv_store.block_tokens, **links,
             )  # fmt: skip
             is_new = handle.shard in new
             (handle.start if is_new else handle.relink)(request, _START_TIMEOUT_S)

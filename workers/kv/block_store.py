@@ -155,6 +155,10 @@ class BlockStore:
 
     # --- blocks of all shards ----------------------------------------------------------------------------------------
 
+    def count(self) -> int:
+        """Return how many blocks there are, usable or not."""
+        return sum(len(names(self.root / prefix)) for prefix in names(self.root) if len(prefix) == 2)
+
     def entries(self) -> Iterator[Entry]:
         """Yield all blocks; what writers that have ended left behind is removed."""
         return self._listing.entries()

@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.kv.huge_pages import advise_huge_pages
+from workers.kv.host_memory import advise_huge_pages, commit_memory
 
+_COMMITTED_BYTES = 1 << 30  # at the start, at most
 _HUGE_PAGE = 2 << 20  # bytes
 _HUGE_MIN_BYTES = 8 << 20  # of a head's slots; below, rounding up to whole huge pages would cost too much
 
@@ -128,6 +129,18 @@ class PagedKV:
         if self._scales is None:
             return LayerKV(keys, values)
         return LayerKV(keys, values, self._scales[0, index], self._scales[1, index])
+
+    def commit(self, slots: int) -> None:
+        """Have the system give memory under the first slots now, instead of when they are written to.
+
+        What a virtual machine has not used yet may be slow to come, when somebody waits for stored KV. At most 1 GiB.
+        """
+        tensors = [self._data] if self._scales is None else [self._data, self._scales]
+        row = sum(tensor[:, :, :, 0].nbytes for tensor in tensors)
+        slots = min(slots, self.num_pages * self.page_size, _COMMITTED_BYTES // row)
+        for tensor in tensors:
+            for rows in tensor.view(-1, *tensor.shape[3:])[:, :slots]:
+                commit_memory(rows)
 
     def write(self, layer: int, runs: Sequence[SlotRun], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store `keys` and `values` `[T, K, D]` in the slots of `runs`, whose lengths add up to `T`.

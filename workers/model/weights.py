@@ -22,7 +22,7 @@ import torch
 
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
-from workers.kv.huge_pages import advise_huge_pages
+from workers.kv.host_memory import advise_huge_pages
 from workers.model import compiled
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors

@@ -158,7 +158,7 @@ class StageServer(KvCalls):
         try:
             self._compute.submit(self._worker.start, request).result()
             if request.kv_store_path:
-                self.open_store(*self._worker.open_kv_store(Path(request.kv_store_path)))
+                self.open_store(*self._worker.open_kv_store(Path(request.kv_store_path), request.kv_block_tokens))
         except Exception as error:  # noqa: BLE001 - see _load
             self._fail(error)
             context.abort(grpc.StatusCode.INTERNAL, self._error)

@@ -135,8 +135,11 @@ class StageWorker:
         self._warm_up(request.page_size)
         self._listen(request)
 
-    def open_kv_store(self, path: Path) -> tuple[BlockStore, BlockPages]:
-        """Open the folder of stored KV, and the access to this shard's pages.
+    def open_kv_store(self, path: Path, block_tokens: int) -> tuple[BlockStore, BlockPages]:
+        """Open the folder of stored KV, and the access to this shard's pages; as many as it fills have memory then.
+
+        Args:
+            block_tokens: of a stored block.
 
         Raises:
             ValueError: the folder cannot be used.
@@ -153,6 +156,7 @@ class StageWorker:
                 f"kv_store.path: {path}: cannot be used ({error.strerror}): name a folder that this user can write to, "
                 "or say kv_store.enabled: false"
             ) from error
+        kv.commit(store.count() * block_tokens)
         return store, open_pages(kv, self._shard.layers.size)
 
     def unlink(self, epoch: int) -> None:

@@ -40,7 +40,7 @@ def test_a_block_comes_back_in_any_layout(
         shard = Shard(tmp_path, part, dtype, page_size, seed=99)
         untouched = replace(block, pages=tuple(set(range(PAGES)) - set(elsewhere.pages)))
         before = shard.content(untouched)
-        assert shard.store.find([block.key, b"x" * 32]) == 1
+        assert shard.store.find([block.key, b"x" * 32]) == shard.store.count() == 1
         outcome = shard.store.load(elsewhere, shard.pages)
         assert (outcome.blocks, outcome.damaged, outcome.problem) == (1, 0, "")
         found = shard.content(elsewhere)

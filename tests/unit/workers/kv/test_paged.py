@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.kv import paged
 from workers.kv.paged import PagedKV, PageTable, PlanMismatch, SlotRun, quantise
 
 
@@ -146,3 +147,26 @@ def test_long_ranges_begin_at_different_places_of_a_huge_page(dtype: torch.dtype
         got = cache[:, at].float() * (1.0 if scales is None else scales[:, at, None])
         assert cache.stride()[1:] == (64, 1)
         assert torch.allclose(got.transpose(0, 1), rows.float(), atol=0.02 if dtype == torch.int8 else 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_first_slots_of_every_head_are_committed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed: list[torch.Tensor] = []
+    monkeypatch.setattr(paged, "commit_memory", committed.append)
+    kv = PagedKV(3, 2, 17, 5, 16, dtype)
+    kv.commit(67)
+    rows = [(kv.layer(layer), head) for layer in range(3) for head in range(2)]
+    own = [tensor[head] for layer, head in rows for tensor in (layer.keys, layer.values)]
+    own += [
+        tensor[head] for layer, head in rows for tensor in (layer.key_scales, layer.value_scales) if tensor is not None
+    ]
+    assert sorted(rows.data_ptr() for rows in committed) == sorted(tensor.data_ptr() for tensor in own)
+    assert {len(rows) for rows in committed} == {67}
+    committed.clear()
+    kv.commit(1000)
+    assert {len(rows) for rows in committed} == {80}
+    row = sum(rows[0].nbytes for rows in committed)
+    monkeypatch.setattr(paged, "_COMMITTED_BYTES", 9 * row + 3)
+    committed.clear()
+    kv.commit(1000)
+    assert {len(rows) for rows in committed} == {9}

@@ -1,13 +1,16 @@
-"""Advice about huge pages reaches the kernel for large host tensors, and only for these."""
+"""Advice about memory reaches the kernel: huge pages for large host tensors, pages that are given at once."""
 
 from __future__ import annotations
 
+import mmap
+import platform
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 
-from workers.kv.huge_pages import MIN_BYTES, advise_huge_pages
+from workers.kv.host_memory import MIN_BYTES, advise_huge_pages, commit_memory
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -36,3 +39,25 @@ def test_large_tensors_are_advised() -> None:
 def test_small_and_foreign_tensors_are_left_alone() -> None:
     for tensor in (torch.empty(MIN_BYTES - 1, dtype=torch.uint8), torch.empty(1 << 26, device="meta")):
         assert advise_huge_pages(tensor) is tensor
+
+
+def _resident(tensor: torch.Tensor) -> int:
+    """Bytes under a tensor that have memory, by /proc/self/pagemap."""
+    page = mmap.PAGESIZE
+    first, last = tensor.data_ptr() // page, (tensor.data_ptr() + tensor.nbytes - 1) // page
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(8 * first)
+        entries = file.read(8 * (last + 1 - first))
+    return page * sum(entry >> 63 for (entry,) in struct.iter_unpack("<Q", entries))
+
+
+@pytest.mark.skipif(tuple(map(int, platform.release().split(".")[:2])) < (5, 14), reason="of newer kernels")
+def test_committed_memory_is_there_and_keeps_its_content() -> None:
+    tensor = torch.empty(1 << 26, dtype=torch.uint8)
+    tensor[:3] = 7
+    assert _resident(tensor) < 1 << 24
+    commit_memory(tensor[: 1 << 25])
+    assert 1 << 25 <= _resident(tensor) < 1 << 26
+    assert tensor[:3].tolist() == [7, 7, 7]
+    for nothing in (tensor[:0], torch.empty(1 << 26, device="meta")):
+        commit_memory(nothing)
