@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -11,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from cluster.bench.faults.rig import PATIENT, free_port, merged
 from cluster.bench.head_process import HeadProcess, until
 from cluster.client.client import Client, Job
 from cluster.client.models import Answer, JobEnded, ProgressEvent, TokenEvent
 from cluster.config.memory_budget import DTYPE_BYTES
+from cluster.config.yaml_source import ConfigSource
 from cluster.tools.assets import configs_dir, needle_dir
 from protos.model.config_json import load_model_spec
 
@@ -48,7 +48,7 @@ class DemoHead(HeadProcess):
         folder.mkdir(parents=True)
         self.port, self.metrics_port = free_port(), free_port()
         data = data or folder / "data"
-        demo = yaml.safe_load((configs_dir() / "demo.yaml").read_text())
+        demo = ConfigSource(configs_dir() / "demo.yaml", {}).data
         settings = merged(demo, {
             "model": {"path": str(needle_dir()), "dtype": dtype, "max_model_len": length + ROOM},
             "cluster": {"pipeline_parallel_size": layout[0], "expert_parallel_size": layout[1]},
@@ -58,7 +58,7 @@ class DemoHead(HeadProcess):
             "data_dir": str(data),
         })  # fmt: skip
         config = folder / "head.yaml"
-        config.write_text(yaml.safe_dump(settings))
+        config.write_text(json.dumps(settings))  # JSON is YAML too
         super().__init__(config, data, folder / "head.log")
 
     def __enter__(self) -> DemoHead:

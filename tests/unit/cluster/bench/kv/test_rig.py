@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cluster.bench.kv.rig import (
     ROOM,
@@ -44,7 +44,7 @@ def test_a_head_is_that_of_the_demo_for_the_length(
     assert deployment.max_model_len == 32768 + ROOM
     assert len(deployment.shards) == layout[0] * layout[1]
     assert deployment.kv_store_path == head.store
-    assert yaml.safe_load(head.config.read_text())["sparse"]["n_vertical"] == 1000
+    assert json.loads(head.config.read_text())["sparse"]["n_vertical"] == 1000
     off = DemoHead(tmp_path / "off", layout, 32768, is_storing=False)
     assert load_deployment(off.config).kv_store_path is None
 
