@@ -132,16 +132,23 @@ def _victims(head: FaultHead, target: Target, draw: random.Random) -> list[psuti
     return [process for (number, _), process in shards.items() if number == stage]
 
 
-def recomputed(history: Sequence[Seen], killed_at: float, until_at: float) -> dict[str, tuple[int, int]]:
+def recomputed(
+    history: Sequence[Seen], killed_at: float, until_at: float, waiting: dict[str, int]
+) -> dict[str, tuple[int, int]]:
     """Return (prompt tokens done before a kill, those of them computed again after it) of each question it restarted.
 
     Streams repeat old progress while nothing is computed, and show the new one before the new state. So progress is of
     the restarted job if its stream began after the kill, or its numbers are not those of before. What it has found is
-    known when it computes: while stored KV is loaded, it shows what was in memory.
+    known when it computes: while stored KV is loaded, it shows what was in memory. One that is killed again before that
+    is counted for the later kill.
 
     Args:
         until_at: the next kill; what comes later is counted for that one.
+        waiting: by question, tokens done before an earlier kill, of those that had not begun to compute again at this
+            one; replaced by those that have not at the next.
     """
+    carried = dict(waiting)
+    waiting.clear()
     before: dict[tuple[str, int], Seen] = {}
     restarts: dict[str, int] = defaultdict(int)
     restarted: set[str] = set()
@@ -155,21 +162,19 @@ def recomputed(history: Sequence[Seen], killed_at: float, until_at: float) -> di
             restarts[entry.job] = max(restarts[entry.job], entry.restarts)
         elif entry.what == "state" and entry.restarts > restarts[entry.job]:
             restarted.add(entry.job)
+    names = {key: f"{key[0]}/{key[1]}" for key in before}
+    done = {name: max(before[key].processed, carried.get(name, 0)) for key, name in names.items()}
+    lost = {key for key, name in names.items() if done[name] and (key[0] in restarted or name in carried)}
     found: dict[str, tuple[int, int]] = {}
-    computing: set[str] = set()
     for entry in history:
-        if entry.what != "progress" or not killed_at < entry.at < until_at or entry.job not in restarted:
+        key = entry.job, entry.question
+        if entry.what != "progress" or not killed_at < entry.at < until_at or key not in lost:
             continue
-        old = before.get((entry.job, entry.question))
-        if old is None or not old.processed:
-            continue
+        old, name = before[key], names[key]
         is_new = attached.get(entry.follower, 0.0) > killed_at or entry.cached != old.cached
-        if is_new or entry.processed < old.processed:
-            name = f"{entry.job}/{entry.question}"
-            if name not in computing:
-                found[name] = old.processed, max(0, old.processed - entry.cached)
-            if entry.processed > entry.cached:
-                computing.add(name)
+        if (is_new or entry.processed < old.processed) and entry.processed > entry.cached:
+            found.setdefault(name, (done[name], max(0, done[name] - entry.cached)))
+    waiting.update((names[key], done[names[key]]) for key in lost if names[key] not in found)
     return found
 
 
@@ -208,10 +213,11 @@ def _batch(
         cold = time.monotonic() - began
         head.stop()
         prompts = stored.prompts()
+    waiting: dict[str, int] = {}
     ids = {entry.job: list(load.requests[entry.kind].token_ids.ids) for entry in history.of("submitted")}
     for index, (began, at_kill) in enumerate(moments):
         later = moments[index + 1][0] if index + 1 < len(moments) else float("inf")
-        affected = recomputed(list(history), began, later)
+        affected = recomputed(list(history), began, later, waiting)
         again = sum(tokens for _, tokens in affected.values())
         unstored = sum(
             max(0, before // BLOCK * BLOCK - at_kill.prefix(ids[name.split("/")[0]], prompts))
