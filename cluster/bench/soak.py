@@ -274,7 +274,11 @@ def draw_soak(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(14, 9), layout="constrained")
     minutes = [entry["at_s"] / 60 for entry in report["samples"]]
-    for axes, (name, found) in zip(figure.subplots(3, 4).flat, report["growth"].items(), strict=False):
+    panels = list(figure.subplots(3, 4).flat)
+    for axes in panels:
+        axes.set_visible(False)
+    for axes, (name, found) in zip(panels, report["growth"].items(), strict=False):
+        axes.set_visible(True)
         axes.plot(minutes, [entry[name] for entry in report["samples"]], ".-", markersize=3)
         axes.set_title(f"{name}{'' if found['flat'] else ' (grows)'}", fontsize=9)
         axes.set_ylim(bottom=0)

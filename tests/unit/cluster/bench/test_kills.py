@@ -19,7 +19,7 @@ def test_what_was_done_and_is_not_found_again_is_recomputed() -> None:
         Seen("state", 1, **JOB, state="prefilling"), progress(2, 2048), progress(3, 4000),
         Seen("state", 5, **JOB, state="recovering", restarts=1),
         progress(6, 3584, 3584), progress(7, 5000, 3584),
-        Seen("state", 9, **JOB, state="recovering", restarts=2), progress(10, 4608, 4608),
+        Seen("state", 9, **JOB, state="recovering", restarts=2), progress(10, 4608, 4608), progress(11, 4700, 4608),
     ]  # fmt: skip
     assert recomputed(history, 4, 8, {}) == {"job_1/0": (4000, 416)}
     assert recomputed(history, 8, float("inf"), {}) == {"job_1/0": (5000, 392)}
