@@ -15,7 +15,6 @@ _FAST = ("tests/unit/", "tests/test_")
 _ALONE = (
     "tests/faults/", "tests/gpu/", "tests/integration/cli/", "tests/integration/jobs/", "tests/integration/stages/",
 )  # fmt: skip
-_BESIDE = ("tests/integration/client/", "tests/integration/server/")  # they mostly wait, as those marked do
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,7 +49,7 @@ def _group(items: list[pytest.Item]) -> None:
     """Make each file a group, which one process runs; the last two are what may run beside heads, and these."""
 
     def last_group(item: pytest.Item) -> str:
-        if item.nodeid.startswith(_BESIDE) or item.get_closest_marker("beside") is not None:
+        if item.get_closest_marker("beside") is not None:
             return "1 beside"
         return "2 alone" if item.nodeid.startswith(_ALONE) else ""
 

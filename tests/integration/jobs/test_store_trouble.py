@@ -26,7 +26,6 @@ from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import Served, until
 from tests.support.rigs.service import Bench
 
-pytestmark = pytest.mark.beside
 Code = grpc.StatusCode
 TEXT = "The code of dark river is 1."
 
