@@ -14,7 +14,6 @@ from tests.support.fakes.documents import MAX_MODEL_LEN
 from tests.support.fakes.server import WORDS, FakeHead
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.beside
 UNKNOWN = "doc_" + "f" * 32
 
 

@@ -13,7 +13,6 @@ from protos.jobs import jobs_pb2 as pb
 from tests.integration.conftest import CommandLine, read_at_least
 from tests.support.fakes.server import WORDS, FakeHead
 
-pytestmark = pytest.mark.beside
 ANSWER = "".join(WORDS).strip()
 UNKNOWN = "job_" + "f" * 32
 

@@ -20,7 +20,6 @@ ANSWER = AnswerOptions(max_tokens=20, ignore_eos=True)
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_a_minute_within_the_prediction_is_waited_for(
     write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
