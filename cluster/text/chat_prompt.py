@@ -131,8 +131,9 @@ class _Marks:
         return self.mark(value, is_foreign or key in _FOREIGN)
 
     def _mark_key(self, key: str, is_foreign: bool) -> str:
-        """Mark the name of a field: a foreign one in any case, since a template may change it before it writes it."""
-        return (self._mark if is_foreign and key not in _SCHEMA_WORDS else "") + self._mark_whole(key)
+        """Mark the name of a field: a foreign one at both ends, as a template may change it before it writes it."""
+        ends = self._mark * (is_foreign and key not in _SCHEMA_WORDS)
+        return f"{ends}{self._mark_whole(key)}{ends}"
 
     def remove(self, rendered: str) -> tuple[str, frozenset[int]]:
         """Return a text without its marks, and where they were: before the characters of these indices."""
