@@ -32,6 +32,7 @@ from cluster.text.prompts import (
     encode_prompt,
 )
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
+from cluster.text.tools.formats import ToolFormat, tool_format
 from cluster.text.tools.prompt import template_messages, template_tools
 from protos.errors import UserError
 from protos.jobs.chat import ChatMessage, Tool
@@ -195,6 +196,12 @@ class ClusterRuntime:
             self.tokenizer, template_messages(messages), tools=template_tools(tools), tool_choice=tool_choice,
             enable_thinking=options.enable_thinking, now=now, max_model_len=limit,
         )  # fmt: skip
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """The form of tool calls in the model's answers (`model.tool_parser`)."""
+        template = self._tokenizer.chat_template if self._tokenizer is not None else None
+        return tool_format(self.deployment.config.model.tool_parser, template)
 
     def check_chat_template(self) -> None:
         """Render a message, so that a template that never can be is found before a start; raises ChatTemplateError."""

@@ -17,6 +17,7 @@ from cluster.text.chat_template import render_user_message
 from cluster.text.prompts import check_size, decode_document
 from cluster.text.reasoning import opens_reasoning
 from cluster.text.templates.process import RendererBusy
+from cluster.text.tools.formats import ToolFormat
 from cluster.text.tools.prompt import chat_texts
 from protos.errors import UserError
 from protos.jobs.limits import MAX_UINT32
@@ -145,6 +146,8 @@ def _job_prompts(
 
 def _chat_prompt(runtime: ClusterRuntime, source: JobInput, spec: JobSpec, now: datetime | None) -> list[int]:
     choice = source.tool_choice.mode if source.tools else None
+    if choice in ("required", "named") and runtime.tool_format is ToolFormat.NONE:
+        raise InvalidJob(f"tool_choice: {choice}: the model has no form of tool calls: set model.tool_parser")
     return runtime.chat_prompt(source.messages or (), spec.ask, now, source.tools, choice)
 
 

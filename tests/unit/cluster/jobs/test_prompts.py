@@ -17,7 +17,7 @@ from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored
 from cluster.text import chat_template
 from cluster.text.templates.process import RendererBusy
 from cluster.text.tokenizer import TextTokenizer
-from protos.jobs.chat import ChatMessage
+from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.service import Bench
@@ -228,3 +228,21 @@ def test_few_long_ones_are_read_at_once(runtime: FakeRuntime, monkeypatch: pytes
         thread.join(20)
     assert documents.most == at_a_time
     assert job_prompts(runtime, documents, ASKED, wait_s=0.05)
+
+
+def test_a_chat_with_tools_is_rendered_with_them(runtime: FakeRuntime, bench: Bench) -> None:
+    runtime.tokenizer.chat_template = "{{ tools | tojson }} {{ tool_choice }} {{ messages | tojson }}<tool_call>"
+    call = ToolCall("c", "f", '{"a": 1}')
+    source = JobInput(messages=(ChatMessage("assistant", "b", "hm", (call,)),), tools=(Tool("f"),))
+    (prompt,) = job_prompts(runtime, bench.service.document_tokens, JobSpec(source, AnswerOptions()))
+    assert runtime.tokenizer.decode(prompt) == (
+        '[{"type": "function", "function": {"name": "f"}}] auto [{"role": "assistant", "content": "b", '
+        '"reasoning_content": "hm", "reasoning": "hm", "tool_calls": [{"id": "c", "type": "function", '
+        '"function": {"name": "f", "arguments": {"a": 1}}}]}]<tool_call>'
+    )
+
+
+def test_a_call_is_not_required_of_a_model_without_a_form_of_calls(runtime: FakeRuntime, bench: Bench) -> None:
+    source = JobInput(messages=(ChatMessage("user", "a"),), tools=(Tool("f"),), tool_choice=ToolChoice("required"))
+    with pytest.raises(InvalidJob, match="tool_choice: required: the model has no form of tool calls"):
+        job_prompts(runtime, bench.service.document_tokens, JobSpec(source, AnswerOptions()))
