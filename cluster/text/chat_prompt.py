@@ -55,8 +55,10 @@ def encode_chat(
             tokenizer, values, enable_thinking=enable_thinking, now=now, tools=marked_tools, tool_choice=tool_choice
         )
 
-    added = [text for text in tokenizer.added_texts if not text.isspace()]  # white space controls nothing
-    marks = _Marks(added, list(all_texts([*messages, *(tools or ())])), tokenizer.chat_template or "")
+    template = tokenizer.chat_template or ""
+    own = {template[start:end].strip() for start, end in tokenizer.find_respelt(template)}
+    added = [text for text in (*tokenizer.added_texts, *own) if text and not text.isspace()]  # that controls nothing
+    marks = _Marks(added, list(all_texts([*messages, *(tools or ())])), template)
     marked, marked_tools = marks.mark(messages), marks.mark(tools)
     rendered = render(marked)
     if marked != messages and any(_has_reasoning(message) for message in messages):
@@ -65,7 +67,10 @@ def encode_chat(
         if marks.remove(rendered)[0] != marks.remove(expected)[0]:
             apart = render(marks.mark([_split_reasoning(message, tokenizer) for message in messages]))
             rendered = apart if marks.remove(apart)[0] == marks.remove(expected)[0] else rendered
-    return tokenizer.encode_parts(_parts(marks, rendered), max_model_len=max_model_len)
+    text, places = marks.remove(rendered)
+    literal = list(marks.spelt_by_messages(text, places)) if places else []
+    literal += [span for span in tokenizer.find_respelt(text) if text[slice(*span)].strip() not in own]
+    return tokenizer.encode_parts(_parts(text, literal), max_model_len=max_model_len)
 
 
 def _has_reasoning(message: Mapping[str, Any]) -> bool:
@@ -210,12 +215,11 @@ def _unused_character(used: str) -> str:
     raise ChatTemplateError("messages: use all characters from U+E000 to U+F8FF: leave one of these private ones out")
 
 
-def _parts(marks: _Marks, rendered: str) -> list[TextPart]:
-    """Return the parts of a rendered text: added tokens that a message spells are literal."""
-    text, places = marks.remove(rendered)
+def _parts(text: str, literal: Sequence[tuple[int, int]]) -> list[TextPart]:
+    """Return the parts of a text of which some, by start and end, are literal."""
     parts: list[TextPart] = []
     done = 0
-    for start, end in marks.spelt_by_messages(text, places) if places else ():
-        parts += [TextPart(text[done:start]), TextPart(text[start:end], literal=True)]
-        done = end
+    for start, end in sorted(literal):
+        parts += [TextPart(text[done : max(done, start)]), TextPart(text[max(done, start) : end], literal=True)]
+        done = max(done, end)
     return [*parts, TextPart(text[done:])]
