@@ -33,9 +33,10 @@ from cluster.text.prompts import (
 )
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from cluster.text.tools.formats import ToolFormat, tool_format
+from cluster.text.tools.grammar import tag_tokens, tool_grammar
 from cluster.text.tools.prompt import template_messages, template_tools
 from protos.errors import UserError
-from protos.jobs.chat import ChatMessage, Tool
+from protos.jobs.chat import ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
 
@@ -202,6 +203,10 @@ class ClusterRuntime:
         """The form of tool calls in the model's answers (`model.tool_parser`)."""
         template = self._tokenizer.chat_template if self._tokenizer is not None else None
         return tool_format(self.deployment.config.model.tool_parser, template)
+
+    def call_grammar(self, tools: Sequence[Tool], choice: ToolChoice) -> str | None:
+        """Return the grammar of an answer that the choice, or a strict tool, constrains; see `tool_grammar`."""
+        return tool_grammar(self.tool_format, tools, choice, tag_tokens(self.tokenizer)) if tools else None
 
     def check_chat_template(self) -> None:
         """Render a message, so that a template that never can be is found before a start; raises ChatTemplateError."""

@@ -20,7 +20,7 @@ from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
 from cluster.text.templates.process import ChatTemplateError
 from cluster.text.tools.formats import ToolFormat
-from protos.jobs.chat import ChatMessage
+from protos.jobs.chat import ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
@@ -202,8 +202,11 @@ def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.Monk
 
 def test_the_form_of_tool_calls_is_that_of_the_chat_template(runtime: FakeRuntime) -> None:
     assert runtime.tool_format is ToolFormat.NONE
+    assert runtime.call_grammar([Tool("f")], ToolChoice("required")) is None
     runtime.tokenizer.chat_template = "{{ tools }}<tool_call>"
     assert runtime.tool_format is ToolFormat.QWEN3_JSON
+    assert "f" in (runtime.call_grammar([Tool("f")], ToolChoice("required")) or "")
+    assert runtime.call_grammar([Tool("f")], ToolChoice()) is runtime.call_grammar([], ToolChoice()) is None
     model = runtime.deployment.config.model.model_copy(update={"tool_parser": "none"})
     config = runtime.deployment.config.model_copy(update={"model": model})
     runtime.deployment = replace(runtime.deployment, config=config)

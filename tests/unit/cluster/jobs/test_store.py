@@ -28,7 +28,7 @@ from cluster.jobs.model import (
     new_id,
 )
 from cluster.jobs.store import MAX_PAGE, JobStore
-from protos.jobs.chat import ChatMessage
+from protos.jobs.chat import ChatMessage, Tool, ToolCall
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams, TokenLogprob
 
@@ -107,6 +107,9 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
         JobInput(token_ids=(1, 2)),
         JobInput(token_ids=()),
         JobInput(messages=(ChatMessage("user", "hi"),)),
+        JobInput(
+            messages=(ChatMessage("assistant", "", "hm", (ToolCall("c", "f"),)),), tools=(Tool("f", strict=True),)
+        ),
         JobInput(prompt=""),
     ],
 )
