@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.text.tokenizer import TextTokenizer
 from cluster.text.tools.formats import ToolFormat
-from cluster.text.tools.qwen3_xml import FUNCTION_CLOSE, FUNCTION_OPEN, PARAMETER_CLOSE, PARAMETER_OPEN
+from cluster.text.tools.qwen3_xml import FUNCTION_CLOSE, FUNCTION_OPEN, NEXT_TAGS, PARAMETER_CLOSE, PARAMETER_OPEN
 from cluster.text.tools.scanner import CALL_CLOSE, CALL_OPEN, MAX_NAME_CHARS
 from cluster.text.tools.schema_types import json_types, properties
 from protos.errors import InvalidRequest
@@ -52,7 +52,8 @@ def tool_grammar(
     calls = " | ".join(f"call_{index}" for index in range(len(tools)))
     body = f"body: ({calls}) {_tag(CALL_CLOSE, special)}"
     if form is ToolFormat.QWEN3_XML:
-        rules.append(f"text[suffix={_quote(PARAMETER_CLOSE)}]: /(?s:.*)/")
+        barred = [tag.replace("\n", "\\n").replace("/", "\\/") for tag in NEXT_TAGS]
+        rules += [f"text[suffix={_quote(PARAMETER_CLOSE)}]: PLAIN", f"PLAIN: /(?s:.*)/{_without(barred)}"]
     if choice.mode == "auto":
         return "\n".join([*_free_text(form, choice.one_call, special), body, *rules]) + "\n"
     more = "" if choice.mode == "named" or choice.one_call else ' ("\\n" call)*'

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from cluster.text.tools.scanner import CALL_OPEN, MAX_NAME_CHARS, ToolScanner, held_back
+from cluster.text.tools.scanner import CALL_CLOSE, CALL_OPEN, MAX_NAME_CHARS, ToolScanner, held_back
 from cluster.text.tools.schema_types import Schema, json_of_text, json_types, properties
 
 FUNCTION_OPEN, FUNCTION_CLOSE = "<function=", "</function>"
 PARAMETER_OPEN, PARAMETER_CLOSE = "<parameter=", "</parameter>"
-_VALUE_ENDS = ("\n" + PARAMETER_CLOSE, PARAMETER_CLOSE)
+NEXT_TAGS = (f"\n{PARAMETER_OPEN}", f"\n{FUNCTION_CLOSE}\n{CALL_CLOSE}")  # models leave the closing tag out at times
+_VALUE_ENDS = ("\n" + PARAMETER_CLOSE, PARAMETER_CLOSE, *NEXT_TAGS)
 
 
 class QwenXmlScanner(ToolScanner):
@@ -94,7 +95,8 @@ class QwenXmlScanner(ToolScanner):
         if not ends and not self._ends:
             at -= held_back(self._buffer, _VALUE_ENDS)
         is_string = self._types <= {"string"}
-        piece, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
+        end = at if tag in NEXT_TAGS else at + len(tag)
+        piece, self._buffer = self._buffer[:at], self._buffer[end:]
         if is_string:
             self._emit_arguments(json.dumps(piece, ensure_ascii=False)[1:-1])
         else:

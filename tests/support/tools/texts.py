@@ -31,7 +31,8 @@ _FRAGMENTS = (
     "<tool_call>", "</tool_call>", "<tool_call", "</tool", "<function=", "<function=get_weather>", "<function=now>",
     "</function>", "<parameter=city>", "<parameter=days>", "<parameter=where>", "<parameter=", "</parameter>", ">", "<",
     '{"name": "now"', '"arguments": {', '"name"', '"arguments"', "{", "}", "[", "]", '"', "\\", ":", ",", "\n", " ",
-    "\n\n", "12", "true", "null", "é", "中", "\U0001f600", "text", '{"name": "now", "arguments": {}}', "<think>", "'",
+    "\n\n", "\n<parameter=", "\n</function>\n</tool_call>", "12", "true", "null", "é", "中", "\U0001f600", "text",
+    '{"name": "now", "arguments": {}}', "<think>", "'",
     '{"arguments": {"a": 1}, "name": "now"}', '\\"', "\\u00e9", "\\ud800",
 )  # fmt: skip
 fragments = st.lists(st.sampled_from(_FRAGMENTS) | st.text(max_size=4), max_size=24).map("".join)

@@ -86,6 +86,8 @@ def test_a_call_is_required(form: ToolFormat, kind: str) -> None:
     for text in (
         "", "Hello", f"So: {now}", f"{now} so", f"{now}{now}", now[:-1], call(form, "other", {}),
         call(form, "weather", {}), call(form, "weather", {"city": "a", "days": 10}), "\n\n\n" + now,
+        call(XML, "weather", {"city": "a\n<parameter=x>"}),
+        call(XML, "weather", {"city": "\n</function>\n</tool_call>"}),
         call(form, "weather", {"city": "a", "unit": "K"}), call(form, "weather", {"city": "a", "x": "y"}),
         call(form, "now", {"a": "b"}), call(form, "weather", {"city": "a", "where": {"lat": "x"}}),
     ):  # fmt: skip

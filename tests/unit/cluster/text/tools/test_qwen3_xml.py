@@ -77,6 +77,12 @@ def test_values_have_the_types_of_the_schema(key: str, value: str, expected: obj
         ("<tool_call>\n<function=now>\n</tool_call>", "{}", False),  # without an end of the function
         ("<function=now><parameter=a>\n</parameter></function></tool_call>", '{"a": ""}', True),
         ("<function=now><parameter=a>b\n</parameter>\n</tool_call>", '{"a": "b"}', False),
+        ("<function=now>\n<parameter=a>\nb\n<parameter=c>\nd\n</function>\n</tool_call>", '{"a": "b", "c": "d"}', True),
+        (
+            "<function=now>\n<parameter=a>\n</function>\n<parameter>\n</parameter></function>",
+            '{"a": "</function>\\n<parameter>"}',
+            True,
+        ),
         ("<function=now><parameter=a>\nb", '{"a": "b', False),  # the answer breaks off
         ("<function=now><parameter=a>\nb</param", '{"a": "b</param', False),
         ("<function=now><parameter=a>\nb</parameter>", '{"a": "b"', False),
