@@ -129,8 +129,8 @@ def test_calls_in_free_text_follow_strict_schemas(form: ToolFormat, kind: str) -
 
 
 @pytest.mark.parametrize("form", [JSON, XML])
-@given(values=st.fixed_dictionaries(
-    {"city": st.text(max_size=20).filter(lambda text: "</parameter>" not in text)},
+@given(values=st.fixed_dictionaries(  # llguidance writes DEL as an escape only
+    {"city": st.text(st.characters(exclude_characters="\x7f", exclude_categories=["Cs"]), max_size=20)},
     optional={"days": st.integers(1, 9), "unit": st.sampled_from("CF"), "where": st.just({})},
 ))  # fmt: skip
 @settings(max_examples=50, deadline=None)
