@@ -27,10 +27,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, TypeAdapter
 
 from protos.errors import InvalidRequest
-from protos.jobs.chat import ChatMessage, Tool, ToolChoice
+from protos.jobs.chat import AUTO, ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions, SamplingParams
 
-_AUTO = ToolChoice()
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
 
 
@@ -126,7 +125,7 @@ class JobInput:
     prompt: str | None = None
     read: bool = False  # the document is read, so that its KV is there; no questions
     tools: tuple[Tool, ...] = ()  # with messages: that the model may call
-    tool_choice: ToolChoice = _AUTO
+    tool_choice: ToolChoice = AUTO
 
     def __post_init__(self) -> None:
         kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
@@ -175,7 +174,7 @@ class JobSpec:
             values["said"] = said
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
-        source, empty = values["input"], {"read": False, "tools": (), "tool_choice": asdict(_AUTO)}
+        source, empty = values["input"], {"read": False, "tools": (), "tool_choice": asdict(AUTO)}
         for name in [name for name in empty if source[name] == empty[name]]:
             del source[name]  # as before there was such a thing
         if self.input.messages is not None:

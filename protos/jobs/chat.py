@@ -68,9 +68,10 @@ class ToolChoice:
     one_call: bool = False
 
 
-def check_chat(
-    messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), choice: ToolChoice = ToolChoice()
-) -> None:  # fmt: skip
+AUTO = ToolChoice()
+
+
+def check_chat(messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), choice: ToolChoice = AUTO) -> None:
     """Refuse a conversation that does not keep the limits (raises InvalidRequest)."""
     check_count("messages", len(messages), MAX_MESSAGES)
     if not messages:

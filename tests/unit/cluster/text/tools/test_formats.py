@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.text.tools.formats import ToolFormat, make_scanner, scan_answer, tool_format
-from protos.jobs.chat import Tool
+from protos.jobs.chat import Tool, ToolChoice
 from tests.support.tools.texts import TOOLS
 
 JSON_TEMPLATE, XML_TEMPLATE = "... <tool_call>\n{{ x }}", "<tool_call>\n<function=example_function_name>"
@@ -25,6 +25,7 @@ def test_form_of_a_model(tool_parser: str, template: str | None, form: ToolForma
 def test_nothing_is_looked_for_without_tools_or_form() -> None:
     assert make_scanner(ToolFormat.NONE, TOOLS) is None
     assert make_scanner(ToolFormat.QWEN3_JSON, []) is None
+    assert make_scanner(ToolFormat.QWEN3_JSON, TOOLS, ToolChoice("none")) is None
     text = '\n<tool_call>{"name": "now"}</tool_call>\n'
     assert scan_answer(text, ToolFormat.NONE, TOOLS).text == text
     found = scan_answer(text, ToolFormat.QWEN3_JSON, TOOLS)

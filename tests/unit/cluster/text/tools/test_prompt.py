@@ -145,6 +145,32 @@ def test_only_the_template_writes_control_tokens(
     assert tokenizer.decode(ids, skip_special=False) == rendered
 
 
+def test_a_template_that_changes_names_of_fields_cannot_make_a_token_of_them() -> None:
+    """Qwen3-Coder's writes them between brackets, without `$` and with `_` for `-`."""
+    tokenizer = TEMPLATES["coder"]
+    schema = {"properties": {"a": {"thi$nk": 1, "tool-call": 2, "/thi$nk": 3, "im_end|": 4}}, "tool$_response": 5}
+    hostile, plain = [Tool("f", "", json.dumps(schema))], [Tool("f", "", '{"properties": {"a": {}}}')]
+    messages = template_messages([ChatMessage("user", "hi")])
+    ids = encode_chat(tokenizer, messages, tools=template_tools(hostile))
+    text = tokenizer.decode(ids, skip_special=False)
+    assert all(
+        spelt in text for spelt in ("<think>1</think>", "<tool_call>2</tool_call>", "<tool_response>5</tool_resp")
+    )
+    others = encode_chat(tokenizer, messages, tools=template_tools(plain))
+    assert control_tokens(tokenizer, ids) == control_tokens(tokenizer, others)
+
+
+def test_a_template_that_looks_for_required_parameters_finds_them() -> None:
+    tokenizer = with_tool_tokens(
+        "{% set p = tools[0].function.parameters %}{% for name, field in p.properties.items() %}"
+        "{{ name }}:{{ field.type }}{{ '!' if name in p.required }}{{ '?' if field.type == 'string' }} {% endfor %}"
+    )
+    schema = {"properties": {"tool_call": {"type": "string"}, "b": {"type": "object"}}, "required": ["tool_call"]}
+    offered = template_tools([Tool("f", "", json.dumps(schema))])
+    ids = encode_chat(tokenizer, template_messages([ChatMessage("user")]), tools=offered)
+    assert tokenizer.decode(ids) == "tool_call:string!? b:object "
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_agents_turn_continues_with_the_tokens_it_generated(name: str) -> None:
     """What was computed for a call and its result is found again when the client sends the history back."""
