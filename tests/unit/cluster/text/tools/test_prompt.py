@@ -112,7 +112,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[ChatMessage], list[Tool], list[
     call = ToolCall("c", draw(hostile) or "f", json.dumps({key: draw(hostile) for key in keys}))
     bad = [
         ChatMessage("system", draw(hostile)),
-        ChatMessage("user", draw(hostile)),
+        ChatMessage("user", "u" + draw(hostile)),  # else it may be read as the result of a tool
         ChatMessage("assistant", "x" + draw(hostile).replace("</think>", "") + "x", "r" + draw(hostile), (call,)),
         ChatMessage("tool", draw(hostile), tool_call_id="c"),
     ]
@@ -131,7 +131,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[ChatMessage], list[Tool], list[
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(conversation=conversations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_only_the_template_writes_control_tokens(
     name: str, conversation: tuple[list[ChatMessage], list[Tool], list[ChatMessage], list[Tool]]
 ) -> None:
