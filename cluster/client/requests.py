@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TypedDict
 
 from cluster.client.documents.pieces import PIECE_BYTES
@@ -13,6 +14,8 @@ from cluster.client.models import Document
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
+from protos.jobs.chat import check_chat
+from protos.jobs.chat_values import read_messages, read_tool_choice, read_tools
 from protos.jobs.limits import (
     MAX_CHARS,
     MAX_DEADLINE_S,
@@ -31,7 +34,10 @@ class SubmitOptions(TypedDict, total=False):
 
     Attributes:
         token_ids: a prompt as token ids.
-        messages: a chat; `{"role": ..., "content": ...}` or `(role, content)` each.
+        messages: a chat; `(role, content)` or a mapping each, of OpenAI's form: `role`, `content`, `reasoning`,
+            `tool_calls`, `tool_call_id`.
+        tools: that the model may call, with messages: `{"type": "function", "function": {"name": ...}}` each.
+        tool_choice: auto (the default), none, required, or `{"type": "function", "function": {"name": ...}}`.
         prompt: a raw prompt, tokenised as it is.
         max_tokens: most tokens of an answer, at least 1. Default: 256.
         temperature: 0 is greedy, at most 100. Default, as of the next four: what the model's generation_config.json
@@ -54,7 +60,9 @@ class SubmitOptions(TypedDict, total=False):
     """
 
     token_ids: Sequence[int] | None
-    messages: Sequence[Mapping[str, str] | tuple[str, str]] | None
+    messages: Sequence[Mapping[str, Any] | tuple[str, str]] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
     prompt: str | None
     max_tokens: int | None
     temperature: float | None
@@ -89,6 +97,8 @@ def build_submit(document: object, question: str | Sequence[str] | None, options
     inputs = {name for name in ("token_ids", "messages", "prompt") if options.get(name) is not None}
     if len(inputs) + (document is not None) != 1:
         raise InvalidRequest("input: must be exactly one of document (with question), token_ids, messages, prompt")
+    if options.get("tools") and "messages" not in inputs:
+        raise InvalidRequest("tools: must be none without messages")
     if (document is None) != (question is None):
         raise InvalidRequest("question: goes with a document, and a document needs at least one question")
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -121,7 +131,7 @@ def _input(document: object, question: object, values: dict[str, Any]) -> dict[s
     if "token_ids" in values:
         return {"token_ids": pb.TokenIds(ids=validate.check_token_ids("token_ids", values["token_ids"]))}
     if "messages" in values:
-        return {"chat": pb.Chat(messages=validate.check_messages(values["messages"]))}
+        return {"chat": _chat(values)}
     if "prompt" in values:
         return {"prompt": validate.check_text("prompt", values["prompt"])}
     questions = _questions(question)
@@ -132,6 +142,17 @@ def _input(document: object, question: object, values: dict[str, Any]) -> dict[s
         return {"document": pb.DocumentQuestions(document_id=document.id, questions=questions)}
     shown = validate.show(document)
     raise InvalidRequest(f"document: {shown}: must be text, a path object, a list of them, or an uploaded document")
+
+
+def _chat(values: Mapping[str, Any]) -> pb.Chat:
+    messages = read_messages(values["messages"])
+    tools, choice = read_tools(values.get("tools")), read_tool_choice(values.get("tool_choice"))
+    check_chat(messages, tools, choice)
+    return pb.Chat(
+        messages=[pb.Message(**asdict(message)) for message in messages],
+        tools=[pb.Tool(**asdict(tool)) for tool in tools],
+        tool_choice=pb.ToolChoice(**asdict(choice)) if tools else None,
+    )
 
 
 def _questions(question: object) -> list[str]:

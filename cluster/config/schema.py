@@ -66,6 +66,8 @@ class ModelSection(Section):
         description="must be the name of one of the model's chat templates, or of a .jinja file in model.path",
     )  # fmt: skip
 
+    tool_parser: Literal["auto", "qwen3_json", "qwen3_xml", "none"] = "auto"
+
     @field_validator("served_model_name", mode="before")
     @classmethod
     def _default_name(cls, value: object, info: ValidationInfo) -> object:

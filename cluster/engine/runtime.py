@@ -32,7 +32,11 @@ from cluster.text.prompts import (
     encode_prompt,
 )
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
+from cluster.text.tools.formats import ToolFormat, tool_format
+from cluster.text.tools.grammar import tag_tokens, tool_grammar
+from cluster.text.tools.prompt import template_messages, template_tools
 from protos.errors import UserError
+from protos.jobs.chat import ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions
 from protos.node.environment import environment
 
@@ -175,22 +179,34 @@ class ClusterRuntime:
         return check_document(data, self.tokenizer, self.max_model_len)
 
     def chat_prompt(
-        self, messages: Sequence[tuple[str, str]], options: AnswerOptions, now: datetime | None = None
-    ) -> list[int]:
-        """Return token ids of (role, content) messages through the chat template.
+        self, messages: Sequence[ChatMessage], options: AnswerOptions, now: datetime | None = None,
+        tools: Sequence[Tool] = (), tool_choice: str | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Return token ids of a conversation through the chat template.
 
         Args:
+            tools, tool_choice: that the model may call.
             now: what the clock of the template says; None reads the clock.
 
         Raises:
             PromptError: messages that cannot fit. ChatTemplateError, RendererBusy: see `render_chat`.
         """
         limit = self.max_model_len
-        check_texts([content for _, content in messages], self.tokenizer, limit, "conversation")
-        conversation = [{"role": role, "content": content} for role, content in messages]
+        check_texts([message.content for message in messages], self.tokenizer, limit, "conversation")
         return encode_chat(
-            self.tokenizer, conversation, enable_thinking=options.enable_thinking, now=now, max_model_len=limit
-        )
+            self.tokenizer, template_messages(messages), tools=template_tools(tools), tool_choice=tool_choice,
+            enable_thinking=options.enable_thinking, now=now, max_model_len=limit,
+        )  # fmt: skip
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """The form of tool calls in the model's answers (`model.tool_parser`)."""
+        template = self._tokenizer.chat_template if self._tokenizer is not None else None
+        return tool_format(self.deployment.config.model.tool_parser, template)
+
+    def call_grammar(self, tools: Sequence[Tool], choice: ToolChoice) -> str | None:
+        """Return the grammar of an answer that the choice, or a strict tool, constrains; see `tool_grammar`."""
+        return tool_grammar(self.tool_format, tools, choice, tag_tokens(self.tokenizer)) if tools else None
 
     def check_chat_template(self) -> None:
         """Render a message, so that a template that never can be is found before a start; raises ChatTemplateError."""

@@ -22,11 +22,12 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
 from protos.errors import InvalidRequest
+from protos.jobs.chat import AUTO, ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions, SamplingParams
 
 _ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
@@ -108,6 +109,11 @@ def check_id(value: str, kind: str) -> str:
     return value
 
 
+def _as_message(value: object) -> object:
+    """Return what is stored of a message; earlier versions stored (role, content)."""
+    return dict(zip(("role", "content"), value, strict=True)) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True, slots=True)
 class JobInput:
     """What a job is about: exactly one of a stored document with questions, token ids, chat messages, a raw prompt."""
@@ -115,9 +121,11 @@ class JobInput:
     document_id: str = ""
     questions: tuple[str, ...] = ()
     token_ids: tuple[int, ...] | None = None
-    messages: tuple[tuple[str, str], ...] | None = None  # (role, content)
+    messages: tuple[Annotated[ChatMessage, BeforeValidator(_as_message)], ...] | None = None
     prompt: str | None = None
     read: bool = False  # the document is read, so that its KV is there; no questions
+    tools: tuple[Tool, ...] = ()  # with messages: that the model may call
+    tool_choice: ToolChoice = AUTO
 
     def __post_init__(self) -> None:
         kinds = [bool(self.document_id), self.token_ids is not None, self.messages is not None, self.prompt is not None]
@@ -125,6 +133,8 @@ class JobInput:
             raise InvalidJob("input: must be exactly one of document with questions, token_ids, chat, prompt")
         if self.read and (not self.document_id or self.questions):
             raise InvalidJob("document.read: true: must have a document and no questions")
+        if self.tools and self.messages is None:
+            raise InvalidJob(f"tools: {len(self.tools)}: must be none without messages")
 
     @property
     def num_answers(self) -> int:
@@ -164,8 +174,14 @@ class JobSpec:
             values["said"] = said
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
-        if not values["input"]["read"]:
-            del values["input"]["read"]  # as before there was such a thing
+        source, empty = values["input"], {"read": False, "tools": (), "tool_choice": asdict(AUTO)}
+        for name in [name for name in empty if source[name] == empty[name]]:
+            del source[name]  # as before there was such a thing
+        if self.input.messages is not None:
+            source["messages"] = [
+                (one.role, one.content) if one == ChatMessage(one.role, one.content) else asdict(one)
+                for one in self.input.messages
+            ]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,11 +12,13 @@ from functools import partial
 from cluster.common.text_format import one_line
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.document.tokens import DocumentTokens
-from cluster.jobs.model import InvalidJob, JobRecord, JobSpec, ServiceBusy
+from cluster.jobs.model import InvalidJob, JobInput, JobRecord, JobSpec, ServiceBusy
 from cluster.text.chat_template import render_user_message
 from cluster.text.prompts import check_size, decode_document
 from cluster.text.reasoning import opens_reasoning
 from cluster.text.templates.process import RendererBusy
+from cluster.text.tools.formats import ToolFormat
+from cluster.text.tools.prompt import chat_texts
 from protos.errors import UserError
 from protos.jobs.limits import MAX_UINT32
 
@@ -127,8 +129,8 @@ def _job_prompts(
             ids = partial(documents.ids, source.document_id, check_size=check)
             prompts = runtime.document_prompts(ids, source.questions or (_READ,), spec.ask, now)
         elif source.messages is not None:
-            begin(sum(len(content) for _, content in source.messages))
-            prompts = [runtime.chat_prompt(source.messages, spec.ask, now)]
+            begin(sum(map(len, chat_texts(source.messages, source.tools))))
+            prompts = [_chat_prompt(runtime, source, spec, now)]
         elif source.prompt is not None:
             begin(len(source.prompt))
             prompts = [runtime.text_prompt(source.prompt)]
@@ -140,6 +142,13 @@ def _job_prompts(
     except UserError as error:
         raise InvalidJob(one_line(error)) from error
     return [array("I", prompt) for prompt in prompts]
+
+
+def _chat_prompt(runtime: ClusterRuntime, source: JobInput, spec: JobSpec, now: datetime | None) -> list[int]:
+    choice = source.tool_choice.mode if source.tools else None
+    if choice in ("required", "named") and runtime.tool_format is ToolFormat.NONE:
+        raise InvalidJob(f"tool_choice: {choice}: the model has no form of tool calls: set model.tool_parser")
+    return runtime.chat_prompt(source.messages or (), spec.ask, now, source.tools, choice)
 
 
 def stored_clock(now: datetime) -> Mapping[str, str]:
@@ -164,7 +173,7 @@ def reasoning_opened(runtime: ClusterRuntime, spec: JobSpec, question: int) -> b
                 content = content.replace(name, value)
             prompt = runtime.tokenizer.encode(render_user_message(runtime.tokenizer, content, spec.ask.enable_thinking))
         elif source.messages is not None:
-            prompt = runtime.chat_prompt(source.messages, spec.ask)
+            prompt = _chat_prompt(runtime, source, spec, None)
         elif source.prompt is not None:
             prompt = runtime.tokenizer.encode(source.prompt)
         else:

@@ -22,10 +22,11 @@ from cluster.jobs.model import DocumentRecord, JobAnswer, JobInput, JobRecord, J
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
+from protos.jobs.chat import ChatMessage, Tool, ToolChoice, check_chat
+from protos.jobs.convert import read_message
 from protos.jobs.limits import MAX_CHARS, MAX_INT64, MAX_PAGE
 
 _DEFAULT_PAGE = 100
-_ROLES = ("system", "user", "assistant", "tool")
 _STATES: dict[JobState, pb.State] = {state: getattr(pb, state.name) for state in JobState}
 _BY_NUMBER: dict[int, JobState] = {int(number): state for state, number in _STATES.items()}
 # seconds of a job: until the first of its answers began and had a token, else of the longest answer
@@ -72,13 +73,19 @@ def _decode_input(request: pb.SubmitRequest, store_text: Callable[[str], str]) -
         case "token_ids":
             return JobInput(token_ids=tuple(_at_least_one("token_ids", request.token_ids.ids)))
         case "chat":
-            messages = _at_least_one("chat.messages", request.chat.messages)
-            for role in (message.role for message in messages if message.role not in _ROLES):
-                raise InvalidRequest(f"chat.messages.role: {show_value(role)}: must be one of {', '.join(_ROLES)}")
-            return JobInput(messages=tuple((message.role, message.content) for message in messages))
+            return _decode_chat(request.chat)
         case "prompt":
             return JobInput(prompt=_at_least_one("prompt", request.prompt))
     raise InvalidRequest("input: (missing): must be one of document with questions, token_ids, chat, prompt")
+
+
+def _decode_chat(chat: pb.Chat) -> JobInput:
+    messages = tuple(read_message(ChatMessage, message) for message in chat.messages)
+    tools = tuple(read_message(Tool, tool) for tool in chat.tools)
+    choice = read_message(ToolChoice, chat.tool_choice)
+    choice = choice if choice.mode else replace(choice, mode="auto")
+    check_chat(messages, tools, choice)
+    return JobInput(messages=messages, tools=tools, tool_choice=choice)
 
 
 def _decode_document(source: pb.DocumentQuestions, store_text: Callable[[str], str]) -> JobInput:

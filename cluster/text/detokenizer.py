@@ -9,8 +9,10 @@ from collections.abc import Collection, Sequence
 from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
 from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
+from cluster.text.tools.scanner import CALL_CLOSE, CALL_OPEN
 from protos.errors import UserError
 
+_SHOWN = frozenset({OPEN_TAG, CLOSE_TAG, CALL_OPEN, CALL_CLOSE})  # special in some models; what they mark is told
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of vocabularies with byte fallback
 
 
@@ -146,7 +148,7 @@ class OutputText:
             return ""
         if self._tokenizer.is_special(token_id):  # otherwise without text
             entry = self._tokenizer.id_to_token(token_id)
-            return self._decoder.flush() + entry if entry in (OPEN_TAG, CLOSE_TAG) else ""
+            return self._decoder.flush() + entry if entry in _SHOWN else ""
         return self._decoder.push(token_id)
 
     def _add(self, raw: str, is_end: bool = False) -> tuple[str, str, str]:

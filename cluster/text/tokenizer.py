@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -197,6 +197,14 @@ class TextTokenizer:
             return False
         text = normalizer.normalize_str(text)
         return any(normalizer.normalize_str(added) in text for added in normalized)
+
+    def find_respelt(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield start and end of the added tokens in a text that it spells only once it is normalized."""
+        if self._tokenizer.normalizer is None or not any(token.normalized for token in self._added.values()):
+            return
+        for token, start, end in self._literal.find_added(text, continues=False):
+            if text[start:end].strip() != token.content.strip():
+                yield start, end
 
     def is_special(self, token_id: int) -> bool:
         """Return whether the id is a special token such as `<|im_end|>`."""

@@ -165,19 +165,3 @@ def check_labels(values: object) -> dict[str, str]:
         check_text("labels", key, MAX_CHARS, min_chars=1)
         check_text(f"labels.{show(key)}", value, MAX_CHARS)
     return dict(values)
-
-
-def check_messages(values: object) -> list[pb.Message]:
-    """Return chat messages given as (role, content) or as a mapping of both."""
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)) or not values:
-        raise InvalidRequest(f"messages: {show(values)}: must be a list of at least one message")
-    messages = []
-    for index, value in enumerate(values):
-        key, pair = f"messages[{index}]", value
-        if isinstance(value, Mapping) and value.keys() == {"role", "content"}:
-            pair = value["role"], value["content"]
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise InvalidRequest(f"{key}: {show(value)}: must have role and content and nothing else")
-        role, content = check_text(f"{key}.role", pair[0]), check_text(f"{key}.content", pair[1])
-        messages.append(pb.Message(role=role, content=content))
-    return messages

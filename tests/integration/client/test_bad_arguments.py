@@ -77,7 +77,7 @@ SUBMIT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages: []: must be a list of at least one message"),
     ({"messages": ["hi"]}, "messages[0]: 'hi': must have role and content"),
     ({"messages": [("user", "a"), {"role": "user"}]}, "messages[1]: {'role': 'user'}: must have role and content"),
-    ({"messages": [("king", "a")]}, "chat.messages.role: king: must be one of system, user, assistant, tool"),
+    ({"messages": [("king", "a")]}, "messages[0].role: 'king': must be one of system, user, assistant, tool"),
     ({"messages": [("user", 3)]}, "messages[0].content: 3: must be text"),
     ({"max_tokens": -1}, "max_tokens: -1: must be a whole number from 1 to 4294967295"),
     ({"max_tokens": 0}, "max_tokens: 0: must be a whole number from 1 to 4294967295"),

@@ -26,8 +26,11 @@ BAD: list[tuple[str | None, Any, dict[str, Any]]] = [
     (None, None, {"token_ids": [1 << 32]}),
     (None, None, {"token_ids": ["1"]}),
     (None, None, {"messages": [{"role": "user"}]}),
-    (None, None, {"messages": [{"role": "user", "content": "c", "name": "n"}]}),
+    (None, None, {"messages": [{"role": "user", "content": "c", "nam": "n"}]}),
     (None, None, {"messages": ["hi"]}),
+    (None, None, {"prompt": "p", "tools": [{"name": "f"}]}),
+    (None, None, {"messages": [("user", "a")], "tools": [{"name": "f g"}]}),
+    (None, None, {"messages": [("user", "a")], "tool_choice": "required"}),
     (None, None, {"prompt": "\ud800"}),
     ("text", [1], {}),
     (None, None, {"prompt": "p", "labels": {"k": 1}}),
@@ -66,7 +69,7 @@ def test_left_out_options_stay_unset() -> None:
     [
         ({"stop": "x" * (MAX_CHARS + 1)}, "stop: 257 characters: must have 1 to 256 characters"),
         ({"repetition_penalty": 0.001}, "repetition_penalty: 0.001: must be a number from 0.01 to 100"),
-        ({"messages": [("user", "a")] * (MAX_MESSAGES + 1)}, "chat.messages: 4097: must be at most 4096"),
+        ({"messages": [("user", "a")] * (MAX_MESSAGES + 1)}, "messages: 4097: must be at most 4096"),
         ({"prompt": "x" * MAX_REQUEST_BYTES}, "prompt: 671"),
     ],
 )
@@ -81,7 +84,18 @@ def test_limits_of_the_head_hold_before_anything_is_sent(options: Any, said: str
 def test_keyword_arguments_are_the_declared_options() -> None:
     names = list(get_type_hints(requests.SubmitOptions, localns={"DocumentInfo": object}))
     assert [name for name in names if name in OPTIONS] == list(OPTIONS)
-    others = {"token_ids", "messages", "prompt", "priority", "deadline_s", "attached", "idempotency_key", "labels"}
+    others = {
+        "token_ids",
+        "messages",
+        "tools",
+        "tool_choice",
+        "prompt",
+        "priority",
+        "deadline_s",
+        "attached",
+        "idempotency_key",
+        "labels",
+    }
     assert set(names) - set(OPTIONS) == others
 
 
@@ -115,3 +129,23 @@ def test_reading_a_document_asks_nothing() -> None:
 )  # fmt: skip
 def test_what_is_uploaded_first(document: object, expected: bool) -> None:
     assert requests.needs_upload(document) == expected
+
+
+def test_a_chat_with_tools_has_the_fields_of_the_contract() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    chat: requests.SubmitOptions = {
+        "messages": [("user", "a"), {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    }
+    message = requests.build_submit(None, None, chat).chat
+    assert message == pb.Chat(
+        messages=[
+            pb.Message(role="user", content="a"),
+            pb.Message(
+                role="assistant", reasoning="hm", tool_calls=[pb.ToolCall(id="c1", name="f", arguments='{"a": 1}')]
+            ),
+        ],
+        tools=[pb.Tool(name="f", parameters='{"type": "object"}')],
+        tool_choice=pb.ToolChoice(mode="named", name="f"),
+    )

@@ -131,6 +131,8 @@ BAD = [
      "^demo.yaml:2: model.document_prompt: "),
     (BASE.replace("  path", "  chat_template: ../x.jinja\n  path"),
      r"^demo.yaml:2: model.chat_template: ../x.jinja: must be the name of one of the model.s chat templates, or of a"),
+    (BASE.replace("  path", "  tool_parser: hermes\n  path"),
+     "demo.yaml:2: model.tool_parser: hermes: must be one of auto, qwen3_json, qwen3_xml, none"),
     (BASE.replace("  path", "  chat_template: ''\n  path"), "^demo.yaml:2: model.chat_template: .* must be the name"),
     (BASE.replace("  path", "  rope_scaling: {rope_type: yarn}\n  path"),
      "demo.yaml:2: model.rope_scaling.factor: (missing): required with rope_type yarn; it is never inferred"),
@@ -188,6 +190,7 @@ def test_minimal_file_has_the_documented_defaults(tmp_path: Path, monkeypatch: p
     assert config.model.max_model_len is None
     assert config.model.rope_scaling is None
     assert config.model.chat_template is None
+    assert config.model.tool_parser == "auto"
     assert config.model.document_prompt == "{document}\nQuestion: {question}"
     assert (config.cluster.address, config.cluster.num_actors, config.cluster.device) == ("local", 1, "cpu")
     assert (config.cluster.load_timeout_s, config.cluster.step_timeout_s) == (600, 3600)
@@ -209,7 +212,7 @@ def test_values_are_read_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", "/home/someone")
     text = """\
 model: {path: ~/m, served_model_name: 'yes', max_model_len: 256K, document_prompt: "{document}{{}} {question}",
-  chat_template: rag}
+  chat_template: rag, tool_parser: qwen3_xml}
 cluster: {address: "[::1]:6379", cpus_per_actor: 1, network_interface: eth0}
 kv_cache: {bytes: 1.5GB, page_size: 1}
 server: {host: 0.0.0.0, port: 65535}
@@ -221,6 +224,7 @@ data_dir: 2024-01-01
     assert config.model.served_model_name == "yes"
     assert config.model.max_model_len == 262_144
     assert config.model.chat_template == "rag"
+    assert config.model.tool_parser == "qwen3_xml"
     assert config.model.document_prompt.format(document="d", question="q") == "d{} q"
     assert config.cluster.cpus_per_actor == 1.0
     assert (config.kv_cache.bytes, config.kv_cache.fraction) == (1_500_000_000, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from cluster.engine.runtime import ClusterRuntime, LocalCluster
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.prompts import PromptError
 from cluster.text.templates.process import ChatTemplateError
+from cluster.text.tools.formats import ToolFormat
+from protos.jobs.chat import ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.fakes.stage import eventually
@@ -104,9 +107,9 @@ def test_texts_far_beyond_the_model_are_refused_before_they_are_read(
         "document": lambda: runtime.document_prompts("a" * size, ["q"], THREE),
         "question": lambda: runtime.document_prompts("d", ["q", "世" * (size // 3)], THREE),
         "prompt": lambda: runtime.text_prompt("a" * size),
-        "message": lambda: runtime.chat_prompt([("user", "a" * size)], THREE),
-        "messages": lambda: runtime.chat_prompt([("user", "a" * (size // 100))] * 100, THREE),
-        "system": lambda: runtime.chat_prompt([("system", "a" * size), ("user", "hi")], THREE),
+        "message": lambda: runtime.chat_prompt([ChatMessage("user", "a" * size)], THREE),
+        "messages": lambda: runtime.chat_prompt([ChatMessage("user", "a" * (size // 100))] * 100, THREE),
+        "system": lambda: runtime.chat_prompt([ChatMessage("system", "a" * size), ChatMessage("user", "hi")], THREE),
     }
     names = {"message": "conversation", "messages": "conversation", "system": "conversation"}
 
@@ -195,3 +198,16 @@ def test_ray_outlives_a_pipeline_but_not_a_failed_start(monkeypatch: pytest.Monk
     assert len(closed) == 1
     runtime.close()
     assert len(closed) == 2
+
+
+def test_the_form_of_tool_calls_is_that_of_the_chat_template(runtime: FakeRuntime) -> None:
+    assert runtime.tool_format is ToolFormat.NONE
+    assert runtime.call_grammar([Tool("f")], ToolChoice("required")) is None
+    runtime.tokenizer.chat_template = "{{ tools }}<tool_call>"
+    assert runtime.tool_format is ToolFormat.QWEN3_JSON
+    assert "f" in (runtime.call_grammar([Tool("f")], ToolChoice("required")) or "")
+    assert runtime.call_grammar([Tool("f")], ToolChoice()) is runtime.call_grammar([], ToolChoice()) is None
+    model = runtime.deployment.config.model.model_copy(update={"tool_parser": "none"})
+    config = runtime.deployment.config.model_copy(update={"model": model})
+    runtime.deployment = replace(runtime.deployment, config=config)
+    assert runtime.tool_format is ToolFormat.NONE

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from cluster.jobs.model import ACTIVE, FINAL, WAITING, InvalidJob, JobInput, JobSpec, JobState, check_id, new_id
+from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.sampling import AnswerOptions, Sampling
 from protos.stage.messages import SamplingParams
 
@@ -49,7 +50,7 @@ def test_every_state_is_waiting_running_or_final() -> None:
     [
         {},
         {"prompt": "a", "token_ids": (1,)},
-        {"document_id": DOC, "questions": ("q",), "messages": (("user", "hi"),)},
+        {"document_id": DOC, "questions": ("q",), "messages": (ChatMessage("user", "hi"),)},
     ],
 )
 def test_an_input_is_exactly_one_thing(values: dict[str, object]) -> None:
@@ -68,13 +69,41 @@ def test_an_answer_for_every_question() -> None:
         JobInput(document_id=DOC, questions=("Who?", "Warum?")),
         JobInput(token_ids=(1, 2)),
         JobInput(token_ids=()),
-        JobInput(messages=(("user", "hi"), ("assistant", ""))),
+        JobInput(messages=(ChatMessage("user", "hi"), ChatMessage("assistant", ""))),
+        JobInput(messages=(
+            ChatMessage("assistant", "", "hm", (ToolCall("c1", "f", '{"a": 1}'),)),
+            ChatMessage("tool", "r", tool_call_id="c1", name="f"),
+        ), tools=(Tool("f", "d", '{"type": "object"}', True), Tool("g")), tool_choice=ToolChoice("named", "g", True)),
         JobInput(prompt=""),
     ],
-)
+)  # fmt: skip
 def test_a_spec_goes_through_json(source: JobInput) -> None:
     spec = JobSpec(source, OPTIONS, -3, 5.5, True, "key", {"team": "a'b", "ü": ""})
     assert JobSpec.from_json(spec.to_json()) == spec
+
+
+def test_messages_of_earlier_versions_are_read_and_have_the_same_hash() -> None:
+    chat = JobInput(messages=(ChatMessage("user", "hi"), ChatMessage("assistant", "")))
+    spec = JobSpec(chat, AnswerOptions(sampling=Sampling(seed=5)))
+    values = json.loads(spec.to_json())
+    values["input"]["messages"] = [["user", "hi"], ["assistant", ""]]
+    for name in ("tools", "tool_choice"):
+        del values["input"][name]
+    assert JobSpec.from_json(json.dumps(values)) == spec
+    del values["idempotency_key"], values["deadline"], values["cache_salt"], values["input"]["read"]
+    values["ask"]["sampling"] = {**asdict(SamplingParams(seed=5))}
+    before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    assert spec.body_hash() == before
+
+
+def test_tools_and_reasoning_make_another_submission() -> None:
+    chat = JobInput(messages=(ChatMessage("assistant", "hi"),))
+    sources = [
+        chat, replace(chat, tools=(Tool("f"),)), replace(chat, tool_choice=ToolChoice("none")),
+        replace(chat, tools=(Tool("f"),), tool_choice=ToolChoice("named", "f")),
+        JobInput(messages=(ChatMessage("assistant", "hi", "hm"),)),
+    ]  # fmt: skip
+    assert len({JobSpec(source, OPTIONS).body_hash() for source in sources}) == len(sources)
 
 
 def test_only_key_and_deadline_do_not_count_as_body() -> None:
@@ -96,7 +125,9 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
     spec = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=Sampling(seed=5)))
     greedy = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=SamplingParams(seed=5)))
     values = json.loads(greedy.to_json())
-    del values["idempotency_key"], values["deadline"], values["cache_salt"], values["input"]["read"]
+    del values["idempotency_key"], values["deadline"], values["cache_salt"]
+    for name in ("read", "tools", "tool_choice"):
+        del values["input"][name]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
     others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (

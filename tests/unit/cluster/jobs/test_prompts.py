@@ -17,6 +17,7 @@ from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened, stored
 from cluster.text import chat_template
 from cluster.text.templates.process import RendererBusy
 from cluster.text.tokenizer import TextTokenizer
+from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.service import Bench
@@ -37,8 +38,8 @@ def runtime(tmp_path: Path) -> FakeRuntime:
     [
         (JobInput(document_id=DOCUMENT, questions=("q",)), None, True),
         (JobInput(document_id=DOCUMENT, questions=("q",)), False, False),
-        (JobInput(messages=(("user", "hi"),)), None, True),
-        (JobInput(messages=(("user", "hi"),)), False, False),
+        (JobInput(messages=(ChatMessage("user", "hi"),)), None, True),
+        (JobInput(messages=(ChatMessage("user", "hi"),)), False, False),
         (JobInput(prompt="once <think>\n"), None, True),
         (JobInput(prompt="<think> once"), None, False),
         (JobInput(token_ids=(1, 2, 3)), None, False),
@@ -62,7 +63,7 @@ def test_token_ids_that_end_inside_the_tag(runtime: FakeRuntime):
 
 def test_a_template_that_cannot_be_rendered_opens_nothing(runtime: FakeRuntime):
     runtime.tokenizer.chat_template = "{{ raise_exception('no') }}<think>"
-    spec = JobSpec(JobInput(messages=(("user", "hi"),)), AnswerOptions())
+    spec = JobSpec(JobInput(messages=(ChatMessage("user", "hi"),)), AnswerOptions())
     assert not reasoning_opened(runtime, spec, 0), "of a job that another model has answered"
 
 
@@ -104,7 +105,7 @@ def test_a_restart_keeps_the_clock_of_a_job(make: Callable[..., Bench], monkeypa
     bench = make()
     bench.runtime.tokenizer.chat_template = CLOCK
     bench.runtime.shard.hold()
-    job = bench.service.submit(JobSpec(JobInput(messages=(("user", "hi"),)), AnswerOptions(max_tokens=2)))
+    job = bench.service.submit(JobSpec(JobInput(messages=(ChatMessage("user", "hi"),)), AnswerOptions(max_tokens=2)))
     clock = clock_of(job)
     assert abs(clock.timestamp() - job.created) < 60
     (before,) = (list(handle.request.prompt) for handle in bench.service._live[job.id].handles)
@@ -134,7 +135,7 @@ def test_a_job_of_an_earlier_version_has_the_clock_of_its_creation():
 
 def test_a_message_cannot_write_tokens_of_the_template(runtime: FakeRuntime, bench: Bench):
     runtime.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}<|im_end|>"
-    spec = JobSpec(JobInput(messages=(("user", "a<|im_end|>b<|im_start|>"),)), AnswerOptions())
+    spec = JobSpec(JobInput(messages=(ChatMessage("user", "a<|im_end|>b<|im_start|>"),)), AnswerOptions())
     (ids,) = job_prompts(runtime, bench.service.document_tokens, spec)
     assert [token for token in ids if token < 3] == [1, 2]
     assert runtime.tokenizer.decode(list(ids), skip_special=False) == "<|im_start|>a<|im_end|>b<|im_start|><|im_end|>"
@@ -145,7 +146,7 @@ def test_messages_that_cannot_fit_are_refused_before_they_are_rendered(
 ):
     monkeypatch.setattr(chat_template.renderer, "render", None)
     content = "a" * (runtime.deployment.max_model_len * runtime.tokenizer.longest_token_bytes)
-    spec = JobSpec(JobInput(messages=(("user", content),)), AnswerOptions())
+    spec = JobSpec(JobInput(messages=(ChatMessage("user", content),)), AnswerOptions())
     with pytest.raises(InvalidJob, match=r"^conversation: \d+ bytes are at least \d+ tokens, max_model_len is"):
         job_prompts(runtime, bench.service.document_tokens, spec)
 
@@ -154,7 +155,7 @@ def test_a_busy_renderer_is_a_busy_service(runtime: FakeRuntime, bench: Bench, m
     def refuse(request: object) -> str:
         raise RendererBusy("chat_template: other requests take long to be rendered: try again")
 
-    spec = JobSpec(JobInput(messages=(("user", "hi"),)), AnswerOptions())
+    spec = JobSpec(JobInput(messages=(ChatMessage("user", "hi"),)), AnswerOptions())
     monkeypatch.setattr(chat_template.renderer, "render", refuse)
     with pytest.raises(ServiceBusy, match=r"^chat_template: other requests take long") as caught:
         job_prompts(runtime, bench.service.document_tokens, spec)
@@ -194,7 +195,7 @@ def no_tokens(*_: object, **__: object) -> None:
     [
         (ASKED.input, "document"),
         (JobInput(prompt="a" * (64 << 20)), "prompt"),
-        (JobInput(messages=(("user", "a"), ("user", "a" * (64 << 20)))), "conversation"),
+        (JobInput(messages=(ChatMessage("user", "a"), ChatMessage("user", "a" * (64 << 20)))), "conversation"),
     ],
 )
 def test_what_cannot_fit_is_refused_by_its_bytes(
@@ -227,3 +228,21 @@ def test_few_long_ones_are_read_at_once(runtime: FakeRuntime, monkeypatch: pytes
         thread.join(20)
     assert documents.most == at_a_time
     assert job_prompts(runtime, documents, ASKED, wait_s=0.05)
+
+
+def test_a_chat_with_tools_is_rendered_with_them(runtime: FakeRuntime, bench: Bench) -> None:
+    runtime.tokenizer.chat_template = "{{ tools | tojson }} {{ tool_choice }} {{ messages | tojson }}<tool_call>"
+    call = ToolCall("c", "f", '{"a": 1}')
+    source = JobInput(messages=(ChatMessage("assistant", "b", "hm", (call,)),), tools=(Tool("f"),))
+    (prompt,) = job_prompts(runtime, bench.service.document_tokens, JobSpec(source, AnswerOptions()))
+    assert runtime.tokenizer.decode(prompt) == (
+        '[{"type": "function", "function": {"name": "f"}}] auto [{"role": "assistant", "content": "b", '
+        '"reasoning_content": "hm", "reasoning": "hm", "tool_calls": [{"id": "c", "type": "function", '
+        '"function": {"name": "f", "arguments": {"a": 1}}}]}]<tool_call>'
+    )
+
+
+def test_a_call_is_not_required_of_a_model_without_a_form_of_calls(runtime: FakeRuntime, bench: Bench) -> None:
+    source = JobInput(messages=(ChatMessage("user", "a"),), tools=(Tool("f"),), tool_choice=ToolChoice("required"))
+    with pytest.raises(InvalidJob, match="tool_choice: required: the model has no form of tool calls"):
+        job_prompts(runtime, bench.service.document_tokens, JobSpec(source, AnswerOptions()))

@@ -28,6 +28,7 @@ from cluster.jobs.model import (
     new_id,
 )
 from cluster.jobs.store import MAX_PAGE, JobStore
+from protos.jobs.chat import ChatMessage, Tool, ToolCall
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import SamplingParams, TokenLogprob
 
@@ -102,7 +103,15 @@ def test_a_job_comes_back_as_it_was(store: JobStore, path: Path) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [JobInput(token_ids=(1, 2)), JobInput(token_ids=()), JobInput(messages=(("user", "hi"),)), JobInput(prompt="")],
+    [
+        JobInput(token_ids=(1, 2)),
+        JobInput(token_ids=()),
+        JobInput(messages=(ChatMessage("user", "hi"),)),
+        JobInput(
+            messages=(ChatMessage("assistant", "", "hm", (ToolCall("c", "f"),)),), tools=(Tool("f", strict=True),)
+        ),
+        JobInput(prompt=""),
+    ],
 )
 def test_every_kind_of_input(store: JobStore, given: JobInput) -> None:
     record = store.get(submit(store, JobSpec(given, AnswerOptions())))
@@ -159,7 +168,7 @@ def test_refused_submissions_leave_nothing(store: JobStore) -> None:
         store.create(PLAIN, "doc_" + "0" * 32, 1, {})
     with pytest.raises(JobNotFound, match="upload it again"):
         submit(store, JobSpec(JobInput(document_id=DOCUMENT.id, questions=("?",)), AnswerOptions()))
-    for broken in (JobInput(prompt="a\ud800"), JobInput(messages=(("user", "\udfff"),))):
+    for broken in (JobInput(prompt="a\ud800"), JobInput(messages=(ChatMessage("user", "\udfff"),))):
         with pytest.raises(InvalidJob, match="must be valid Unicode"):
             submit(store, JobSpec(broken, AnswerOptions()))
     with pytest.raises(InvalidJob, match="must be valid Unicode"):

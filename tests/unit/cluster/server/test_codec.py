@@ -22,6 +22,7 @@ from cluster.server import codec
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import limits
+from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.sampling import AnswerOptions, Sampling
 from protos.stage.messages import SamplingParams
 
@@ -101,7 +102,10 @@ def test_a_seed_nobody_asked_for_is_another_one_for_every_job() -> None:
     ("fields", "expected"),
     [
         ({"token_ids": pb.TokenIds(ids=[1, 2])}, JobInput(token_ids=(1, 2))),
-        ({"chat": pb.Chat(messages=[pb.Message(role="user", content="")])}, JobInput(messages=(("user", ""),))),
+        (
+            {"chat": pb.Chat(messages=[pb.Message(role="user", content="")])},
+            JobInput(messages=(ChatMessage("user", ""),)),
+        ),
         (document(document_id=DOC, questions=["q"]), JobInput(document_id=DOC, questions=("q",))),
         (document(document_id=DOC, questions=["q"] * 1024), JobInput(document_id=DOC, questions=("q",) * 1024)),
     ],
@@ -138,9 +142,9 @@ def test_lists_and_numbers_have_a_largest_size(fields: Callable[[int], dict[str,
         ({}, "input: (missing): must be one of document with questions, token_ids, chat, prompt"),
         ({"prompt": ""}, "prompt: empty: must have at least one"),
         ({"token_ids": pb.TokenIds()}, "token_ids: empty: must have at least one"),
-        ({"chat": pb.Chat()}, "chat.messages: empty: must have at least one"),
+        ({"chat": pb.Chat()}, "messages: empty: must have at least one"),
         ({"chat": pb.Chat(messages=[pb.Message(role="root\n")])},
-         "chat.messages.role: \"root\\n\": must be one of system, user, assistant, tool"),
+         "messages[0].role: 'root\\n': must be one of system, user, assistant, tool"),
         (document(text="t"), "document.questions: empty: must have at least one"),
         (document(questions=["q"]), "document: (missing): must have text or document_id"),
         (document(text="", questions=["q"]), "document.text: empty: must have at least one"),
@@ -277,3 +281,25 @@ def test_any_sampling_is_read_or_refused_in_one_line(given_: pb.Sampling) -> Non
     except InvalidRequest as error:
         message = str(error)
     assert len(message.splitlines()) <= 1
+
+
+def test_a_chat_with_tools() -> None:
+    chat = pb.Chat(
+        messages=[
+            pb.Message(role="assistant", reasoning="hm", tool_calls=[pb.ToolCall(id="c1", name="f", arguments="{}")]),
+            pb.Message(role="tool", content="r", tool_call_id="c1", name="f"),
+        ],
+        tools=[pb.Tool(name="f", description="d", parameters="{}", strict=True)],
+        tool_choice=pb.ToolChoice(mode="required", one_call=True),
+    )
+    assert decode(chat=chat).input == JobInput(
+        messages=(
+            ChatMessage("assistant", "", "hm", (ToolCall("c1", "f"),)),
+            ChatMessage("tool", "r", tool_call_id="c1", name="f"),
+        ),
+        tools=(Tool("f", "d", "{}", True),),
+        tool_choice=ToolChoice("required", "", True),
+    )
+    chat.tool_choice.mode = "some"
+    with pytest.raises(InvalidRequest, match="tool_choice: 'some': must be one of auto, none, required, named"):
+        decode(chat=chat)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from cluster.text import chat_prompt
 from cluster.text.chat_prompt import encode_chat
@@ -230,3 +230,26 @@ def test_messages_with_private_characters() -> None:
     assert tokenizer.decode(ids, skip_special=False) == render_chat(tokenizer, chat(some))
     with pytest.raises(ChatTemplateError, match="private"):
         encode_chat(tokenizer, chat("".join(map(chr, range(0xE000, 0xF900)))))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "contents"),
+    [
+        (normalizers.NFKC(), ["＜tool＞", "<tool＞", "<tool>", "a"]),
+        (normalizers.Lowercase(), ["<TOOL>", "<tool>", "<Tool> <tOOl>"]),
+        (normalizers.StripAccents(), ["<to\u0301ol>", "a"]),
+        (normalizers.Replace("x", ""), ["<toxol>", "<xtool>x"]),
+    ],
+)
+def test_what_spells_a_token_once_it_is_normalized_stays_text(normalizer: Any, contents: list[str]) -> None:
+    tokenizer = Tokenizer.from_str((paths.NEEDLE / "tokenizer.json").read_text())
+    tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=True)])
+    template = "{% for m in messages %}<tool>{{ m.content }}<TOOL>{% endfor %}"
+    wrapped = TextTokenizer(tokenizer.to_str().encode(), {}, template)
+    marker = wrapped.encode("<tool>")
+    assert len(marker) == 1
+    own = sum(token == marker[0] for token in wrapped.encode("<tool>a<TOOL>"))
+    for content in contents:
+        ids = encode_chat(wrapped, [{"role": "user", "content": content}])
+        assert ids.count(marker[0]) == own, content

@@ -62,7 +62,7 @@ def test_a_user_message_stands_alone_without_template() -> None:
         ("{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}", "the output passes"),
         ("{{ 'x' * 10000000000 }}", "needs more than 512 MiB of memory"),
-        ("{{ 'x' * 10000000 }}", "the output passes 1048586 characters"),
+        ("{{ 'x' * 10000000 }}", "the output passes 1048616 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[0].content + 1 }}", ""),

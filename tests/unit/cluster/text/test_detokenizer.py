@@ -247,3 +247,12 @@ def test_tags_that_are_special_tokens_are_tags_too() -> None:
     shown = [output.push(token, is_last=token == ids[-1]) for token in ids]
     assert output.result() == ("why", "so")
     assert "".join(text for text, *_ in shown) == "<think>why</think>\nso"
+
+
+def test_tags_of_tool_calls_that_are_special_tokens_are_shown() -> None:
+    tokenizer = Tokenizer.from_str((NEEDLE_DIR / "tokenizer.json").read_text())
+    tokenizer.add_special_tokens(["<tool_call>", "</tool_call>"])
+    special = wrap(tokenizer)
+    output = OutputText(special, ())
+    text = "a<tool_call>b</tool_call>"
+    assert "".join(output.push(token)[2] for token in special.encode(text + "<|im_end|>")) + output.flush()[2] == text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cluster.text.token_bytes import UNBOUNDED
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
@@ -144,3 +144,11 @@ def test_files_are_measured_before_they_are_read(tmp_path: Path, name: str) -> N
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(TokenizerError, match="lone surrogates"):
         NEEDLE.encode("a\ud800")
+
+
+def test_added_tokens_that_are_spelt_once_they_are_normalized() -> None:
+    tokenizer = Tokenizer.from_str((paths.NEEDLE / "tokenizer.json").read_text())
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=True)])
+    assert list(wrap(tokenizer).find_respelt("<TOOL>")) == []
+    tokenizer.normalizer = normalizers.Lowercase()
+    assert list(wrap(tokenizer).find_respelt("é<tool> <TOOL>")) == [(8, 14)]

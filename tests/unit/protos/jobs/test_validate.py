@@ -45,10 +45,6 @@ GOOD: list[tuple[Callable[[], object], object]] = [
     (lambda: validate.check_token_ids("k", np.arange(3)), [0, 1, 2]),
     (lambda: validate.check_token_ids("k", range(2)), [0, 1]),
     (lambda: validate.check_labels({"a": ""}), {"a": ""}),
-    (
-        lambda: validate.check_messages([{"role": "user", "content": "c"}, ("assistant", "")]),
-        [pb.Message(role="user", content="c"), pb.Message(role="assistant", content="")],
-    ),
     (lambda: validate.check_option("stop", ""), []),
     (lambda: validate.check_option("stop_token_ids", (1, 2)), [1, 2]),
     (lambda: validate.check_option("max_tokens", limits.MAX_UINT32), limits.MAX_UINT32),
@@ -87,9 +83,6 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: validate.check_labels([]), "labels: []: must be a mapping of text to text"),
     (lambda: validate.check_labels({1: "a"}), "labels: 1: must be text"),
     (lambda: validate.check_labels({"a": "b" * 257}), "labels.'a': 257 characters: must have 0 to 256 characters"),
-    (lambda: validate.check_messages("hi"), "messages: 'hi': must be a list of at least one message"),
-    (lambda: validate.check_messages([("a", "b", "c")]), "messages[0]: ('a', 'b', 'c'): must have role and content "
-     "and nothing else"),
     (lambda: validate.check_option("stop", 5), "stop: 5: must be a list of texts"),
     (lambda: validate.check_option("seed", 1 << 63), "seed: 9223372036854775808: must be a whole number from 0 to "
      "9223372036854775807"),
