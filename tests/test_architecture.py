@@ -33,7 +33,7 @@ MAX_FILES = 12
 LAYERS = {
     "protos": ["errors", "generate", "jobs", "model", "stage", "node"],
     "cluster": [
-        "common", "config", "text", "scheduler", "stages", "kv_store", "engine", "jobs", "client", "server", "tools",
+        "common", "config", "text", "constraints", "scheduler", "stages", "kv_store", "engine", "jobs", "client", "server", "tools",
         "bench", "cli",
     ],
     "workers": [

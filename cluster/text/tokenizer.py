@@ -198,6 +198,14 @@ class TextTokenizer:
         text = normalizer.normalize_str(text)
         return any(normalizer.normalize_str(added) in text for added in normalized)
 
+    def definition(self) -> str:
+        """Return `tokenizer.json` with every added token that other files declare."""
+        return str(self._tokenizer.to_str())
+
+    def added_id(self, text: str) -> int | None:
+        """Return the id of an added token, special or not; None for other texts."""
+        return self._id_of.get(text)
+
     def is_special(self, token_id: int) -> bool:
         """Return whether the id is a special token such as `<|im_end|>`."""
         return token_id in self._special_ids

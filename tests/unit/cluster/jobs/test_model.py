@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.jobs.model import ACTIVE, FINAL, WAITING, InvalidJob, JobInput, JobSpec, JobState, check_id, new_id
+from protos.jobs.constraint import Constraint
 from protos.jobs.sampling import AnswerOptions, Sampling
 from protos.stage.messages import SamplingParams
 
@@ -74,7 +75,10 @@ def test_an_answer_for_every_question() -> None:
 )
 def test_a_spec_goes_through_json(source: JobInput) -> None:
     spec = JobSpec(source, OPTIONS, -3, 5.5, True, "key", {"team": "a'b", "ü": ""})
-    assert JobSpec.from_json(spec.to_json()) == spec
+    constrained = replace(spec, ask=replace(OPTIONS, structured_outputs=Constraint("choice", '["é", "b"]')))
+    for one in (spec, constrained):
+        assert JobSpec.from_json(one.to_json()) == one
+    assert spec.body_hash() != constrained.body_hash()
 
 
 def test_only_key_and_deadline_do_not_count_as_body() -> None:
@@ -97,6 +101,7 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
     greedy = JobSpec(JobInput(prompt="a"), AnswerOptions(sampling=SamplingParams(seed=5)))
     values = json.loads(greedy.to_json())
     del values["idempotency_key"], values["deadline"], values["cache_salt"], values["input"]["read"]
+    del values["ask"]["structured_outputs"]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
     others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (

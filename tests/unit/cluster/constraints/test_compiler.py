@@ -1,0 +1,206 @@
+"""Masks against a slow reference, every id one by one: does the text so far with that token still begin a match?"""
+
+import json
+import random
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.constraints import compiler as compiler_module
+from cluster.constraints.compiler import ConstraintCompiler, ConstraintError, Matcher
+from cluster.constraints.json_schema import WHITE_SPACE
+from cluster.text.token_bytes import token_bytes
+from cluster.text.tokenizer import TextTokenizer
+from protos.errors import InvalidRequest, UserError
+from protos.jobs.constraint import Constraint
+from tests.support.paths import NEEDLE
+
+pytest.importorskip("llguidance", reason="llguidance comes with the extra structured")
+VOCAB = 4099  # three ids beyond the tokenizer's
+ENDS = (0, 2)
+TOKENIZER = TextTokenizer.open(NEEDLE)
+COMPILER = ConstraintCompiler(TOKENIZER, VOCAB, ENDS)
+BYTES = [
+    b"" if TOKENIZER.is_special(i) else token_bytes(TOKENIZER.id_to_token(i) or "") for i in range(TOKENIZER.vocab_size)
+]
+WS = f"(?:{WHITE_SPACE})?"
+BOOL = "(?:true|false)"
+
+
+@pytest.fixture(autouse=True)
+def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler_module, "try_grammar", lambda grammar: None)
+
+
+def ids_of(mask: bytes) -> set[int]:
+    return {token for token in range(8 * len(mask)) if mask[token // 8] >> token % 8 & 1}
+
+
+def reference(pattern: str, text: bytes) -> set[int]:
+    """The ids that may follow `text`, those of the end included where it may end."""
+    compiled = regex.compile(pattern.encode())
+    fits = {
+        i
+        for i, piece in enumerate(BYTES)
+        if piece and compiled.fullmatch(text + piece, partial=True, concurrent=False) is not None
+    }
+    return fits | (set(ENDS) if compiled.fullmatch(text) else set())
+
+
+def check_walk(constraint: Constraint, pattern: str, seed: int, steps: int = 12) -> None:
+    """Take random steps under a constraint; before each, every id is compared with the reference."""
+    matcher, text, draw = COMPILER.begin(constraint), b"", random.Random(seed)
+    for _ in range(steps):
+        allowed = ids_of(matcher.mask(ENDS))
+        expected = reference(pattern, text)
+        if (allowed or set(ENDS)) != expected:  # of text that is forced, the usual token alone is let through
+            assert len(allowed) == 1, (pattern, text, allowed ^ expected)
+            assert allowed < expected
+            assert len({BYTES[token][:1] for token in expected}) == 1
+        going_on = sorted(allowed - set(ENDS))
+        if not going_on:
+            return
+        token = draw.choice(going_on)
+        matcher.accept(token)
+        text += BYTES[token]
+
+
+EXPRESSIONS = [
+    "[0-9]{4}-[0-9]{2}", "(yes|no|maybe)", "a*", "(ab|a)(bc|c)?", "[a-z]{1,5}( [a-z]{1,3}){0,2}", "the .{3}[.!]",
+    '"[^"\\\\]{0,4}"', "(a|b)*c", "x{17}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", EXPRESSIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_expressions(pattern: str, seed: int) -> None:
+    ascii_only = pattern.replace(".{3}", "[ -~]{3}").replace('[^"\\\\]', "[ !#-\\[\\]-~]")
+    check_walk(Constraint("regex", ascii_only), ascii_only, seed)
+
+
+small = st.recursive(
+    st.sampled_from(["a", "b", "the", "0", "[0-9]", "[a-e]", " "]),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=2, max_size=3).map("".join),
+        st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})"),
+        st.tuples(inner, st.sampled_from(["?", "*", "+", "{2}", "{0,3}"])).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(small, st.integers(0, 1000))
+def test_random_expressions(pattern: str, seed: int) -> None:
+    check_walk(Constraint("regex", pattern), pattern, seed, steps=4)
+
+
+SCHEMAS: list[tuple[dict, str]] = [
+    ({"type": "boolean"}, BOOL),
+    ({"enum": ["the", "a\"b", 17, None, {"a": 1}]}, rf'"the"|"a\\"b"|17|null|\{{{WS}"a"{WS}:{WS}1{WS}\}}'),
+    ({"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+     rf"\[{WS}(?:{BOOL}{WS}(?:,{WS}{BOOL}{WS})?)?\]"),
+    ({"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"const": 5}}, "required": ["a"],
+      "additionalProperties": False},
+     rf'\{{{WS}"a"{WS}:{WS}{BOOL}{WS}(?:,{WS}"b"{WS}:{WS}5{WS})?\}}'),
+    ({"type": "integer", "minimum": 3, "maximum": 12}, "[3-9]|1[0-2]"),
+    ({"anyOf": [{"const": "x"}, {"type": "null"}]}, '"x"|null'),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"prefixItems": [{"const": 1}, {"const": 2}], "items": False,
+      "type": "array", "minItems": 2}}}, rf"\[{WS}1{WS},{WS}2{WS}\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "pattern"), SCHEMAS)
+@pytest.mark.parametrize("seed", range(2))
+def test_schemas(schema: dict, pattern: str, seed: int) -> None:
+    check_walk(Constraint("json_schema", json.dumps(schema)), pattern, seed, steps=16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text("abthe01 ", min_size=1, max_size=6), min_size=1, max_size=4, unique=True), st.integers(0, 99))
+def test_choices(choices: list[str], seed: int) -> None:
+    check_walk(Constraint("choice", json.dumps(choices)), "|".join(map(regex.escape, choices)), seed)
+
+
+def texts_of(matcher: Matcher, text: str) -> bool:
+    try:
+        for token in TOKENIZER.encode(text, literal=True):
+            matcher.accept(token)
+    except ConstraintError:
+        return False
+    return bool(matcher.mask(ENDS)) and (not ids_of(matcher.mask(ENDS)) or ENDS[0] in ids_of(matcher.mask(ENDS)))
+
+
+@pytest.mark.parametrize(
+    ("value", "right", "wrong"),
+    [
+        ({"json_object": True}, ['{"a": [1, {"b": null}]}', "{}", '{\n  "a": "é"\n}'], ["[]", '{"a":', "{}{}"]),
+        ({"grammar": 'start: "<a>" %json {"type": "integer"} "</a>"'}, ["<a>5</a>"], ["<a>x</a>", "<a>5"]),
+        ({"choice": ["é\n", '"']}, ["é\n", '"'], ["e", ""]),
+        ({"json": {"type": "string", "pattern": "^(?:ab)+$"}}, ['"abab"'], ['"aba"', '"abc"']),
+        ({"json": {"type": "string", "format": "date"}}, ['"2024-02-29"'], ['"2024-2-29"', '"x"']),
+    ],
+)
+def test_kinds(value: dict, right: list[str], wrong: list[str]) -> None:
+    for text in right:
+        assert texts_of(COMPILER.begin(Constraint.from_value(value)), text), text
+    for text in wrong:
+        assert not texts_of(COMPILER.begin(Constraint.from_value(value)), text), text
+
+
+def test_white_space_is_bounded_also_where_a_grammar_has_a_schema() -> None:
+    schema = {"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False}
+    for constraint in (
+        Constraint("json_schema", json.dumps(schema)),
+        Constraint("grammar", f"start: %json {json.dumps(schema | {'x-guidance': {'whitespace_pattern': '.*'}})}"),
+        Constraint("json_object"),
+    ):
+        matcher = COMPILER.begin(constraint)
+        matcher.accept_text("{\n" + 32 * " ")
+        white = {i for i, piece in enumerate(BYTES) if piece and not piece.strip()}
+        assert not ids_of(matcher.mask(ENDS)) & white
+
+
+def test_end_ids_are_let_through_where_the_answer_may_end_only() -> None:
+    matcher = COMPILER.begin(Constraint("regex", "ab*"))
+    assert not ids_of(matcher.mask((7,))) & {0, 2, 7}
+    matcher.accept_text("a")
+    assert ids_of(matcher.mask((0, 7, 5000))) >= {0, 7}
+    assert not ids_of(matcher.mask(())) & {0, 2}, "the end token is ignored"
+    assert len(matcher.mask(())) == (VOCAB + 7) // 8
+
+
+def test_states_of_answers_are_apart() -> None:
+    first, second = (COMPILER.begin(Constraint("regex", "ab")) for _ in range(2))
+    first.accept_text("a")
+    before = second.mask(ENDS)
+    first.accept_text("b")
+    assert not any(first.mask(ENDS))
+    assert second.mask(ENDS) == before
+
+
+def test_wrong_token() -> None:
+    matcher = COMPILER.begin(Constraint("regex", "ab"))
+    with pytest.raises(ConstraintError):
+        matcher.accept(TOKENIZER.encode("z")[0])
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match="look-around"):
+        COMPILER.check(Constraint("regex", "a(?=b)"))
+    with pytest.raises(UserError, match=r"needs the model's tokenizer\.json"):
+        ConstraintCompiler(None, 10, ()).check(Constraint("regex", "a"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'longreach\[structured\]'"):
+        ConstraintCompiler(TOKENIZER, 4096, ()).check(Constraint("regex", "a"))
+
+
+def test_compiled_constraints_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(compiler_module, "try_grammar", tried.append)
+    compiler = ConstraintCompiler(TOKENIZER, 4096, ENDS)
+    for index in (0, 0, *range(1, compiler_module._KEPT + 1), 0):
+        compiler.begin(Constraint("regex", f"a{index}"))
+    assert len(tried) == compiler_module._KEPT + 2, "the first was dropped in the end"
