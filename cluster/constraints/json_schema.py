@@ -55,7 +55,7 @@ def check(schema: Any, where: str = "#") -> None:
         if depth > _MAX_DEPTH:
             raise InvalidRequest(f"structured_outputs.json: {place[:200]}...: must be at most {_MAX_DEPTH} levels deep")
         for keyword, way_out in _REFUSED.items():
-            if keyword in one and not _says_nothing(keyword, one[keyword]):
+            if keyword in one:
                 raise InvalidRequest(f"structured_outputs.json: {keyword} at {place}: is not supported: {way_out}")
         reference = one.get("$ref", "#")
         if not isinstance(reference, str) or not re.fullmatch(r"#(/.*)?", reference, re.DOTALL):
@@ -94,7 +94,3 @@ def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in _MAPPINGS:
         if isinstance(schema.get(name), Mapping):
             yield from ((f"{name}/{key}", one) for key, one in schema[name].items())
-
-
-def _says_nothing(keyword: str, value: Any) -> bool:
-    return keyword == "uniqueItems" and value is False

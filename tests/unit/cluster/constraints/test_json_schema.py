@@ -56,7 +56,6 @@ def test_depth_is_bounded() -> None:
     "schema",
     [
         True,
-        {"uniqueItems": False},
         {"$id": "https://x", "$schema": "y", "title": "not", "x-nullable": 1},
         {"properties": {"not": {"type": "string"}, "if": True}, "required": ["not"]},
         {"enum": [{"not": 1}], "const": {"uniqueItems": True}, "default": {"if": 1}},
