@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from cluster.constraints.compiler import Matcher
+from cluster.constraints.compiler import Matcher, is_empty
 from cluster.text.reasoning import OPEN_TAG
 from cluster.text.tokenizer import TextTokenizer
 
@@ -56,7 +56,7 @@ class ConstrainedAnswer:
             self.mask = b""
             return
         mask = self._matcher.mask(self._end_ids)
-        self.is_complete = not any(mask)
+        self.is_complete = is_empty(mask)
         if self._open_id is not None:
             mask[self._open_id // 8] |= 1 << self._open_id % 8
         self.mask = bytes(mask)

@@ -62,7 +62,7 @@ class Matcher:
             _clear(mask, token)
         for token in range(self._vocab_size, 8 * size):
             _clear(mask, token)
-        if not any(mask):
+        if is_empty(mask):
             if self._matcher.is_accepting():
                 return mask
             raise ConstraintError("no token of the model continues the answer as its constraint asks")
@@ -149,6 +149,15 @@ class ConstraintCompiler:
 
 def grammar_of(constraint: Constraint) -> str:
     """Return what llguidance compiles. Raises InvalidRequest: a schema that is not supported."""
+    try:
+        return _grammar(constraint)
+    except InvalidRequest:
+        raise
+    except ValueError as error:  # lone surrogates, which JSON can carry, or no JSON as Rust reads it
+        raise InvalidRequest(f"structured_outputs: {' '.join(str(error).split())[:200]}") from error
+
+
+def _grammar(constraint: Constraint) -> str:
     from llguidance import LLMatcher
 
     match constraint.kind:
@@ -159,6 +168,11 @@ def grammar_of(constraint: Constraint) -> str:
         case "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, constraint.choices())))
     return LLMatcher.grammar_from_lark(json_schema.bound_white_space(constraint.text))
+
+
+def is_empty(mask: bytes | bytearray) -> bool:
+    """Return whether no bit of a mask is set."""
+    return mask.count(0) == len(mask)
 
 
 def _clear(mask: bytearray, token: int) -> None:

@@ -15,7 +15,7 @@ from protos.errors import InvalidRequest
 
 # Between tokens of JSON: nothing, one space, or a line break with an indent. A pattern without an upper bound lets a
 # model write white space until it is cut off.
-WHITE_SPACE = r" |\r?\n[ \t]{0,32}"
+WHITE_SPACE = r" |\r?\n[ \t]{0,16}"
 _MAX_DEPTH = 64  # of schemas inside schemas
 _SCHEMAS = ("additionalProperties", "items")  # keywords whose value is a schema
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")  # a list of them

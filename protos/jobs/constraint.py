@@ -33,6 +33,8 @@ class Constraint:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvalidRequest(f"{_KEY}.kind: {self.kind[:60]!r}: must be one of {', '.join(KINDS)}")
+        if not self.text.isascii():
+            _check_unicode(self.text)
         if len(self.text) > MAX_CONSTRAINT_CHARS:
             size = f"{len(self.text)} characters: must have at most {MAX_CONSTRAINT_CHARS}"
             raise InvalidRequest(f"{_KEY}.text: {size}")
@@ -83,6 +85,13 @@ class Constraint:
         if not isinstance(value, (dict, bool)):
             raise InvalidRequest(f"{_KEY}.json: {type(value).__name__}: must be a JSON schema, an object")
         return value
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{_KEY}.text: has lone surrogates at {error.start}: must be valid Unicode") from error
 
 
 def _load(name: str, text: str) -> Any:

@@ -138,7 +138,8 @@ def texts_of(matcher: Matcher, text: str) -> bool:
     [
         ({"json_object": True}, ['{"a": [1, {"b": null}]}', "{}", '{\n  "a": "é"\n}'], ["[]", '{"a":', "{}{}"]),
         ({"grammar": 'start: "<a>" %json {"type": "integer"} "</a>"'}, ["<a>5</a>"], ["<a>x</a>", "<a>5"]),
-        ({"choice": ["é\n", '"']}, ["é\n", '"'], ["e", ""]),
+        ({"choice": ["é\n", '"', "😀"]}, ["é\n", '"', "😀"], ["e", "\u2028"]),
+        ({"json": '{"const": "\\ud83d\\ude00"}'}, ['"😀"'], ['"x"']),
         ({"json": {"type": "string", "pattern": "^(?:ab)+$"}}, ['"abab"'], ['"aba"', '"abc"']),
         ({"json": {"type": "string", "format": "date"}}, ['"2024-02-29"'], ['"2024-2-29"', '"x"']),
     ],
@@ -158,7 +159,7 @@ def test_white_space_is_bounded_also_where_a_grammar_has_a_schema() -> None:
         Constraint("json_object"),
     ):
         matcher = COMPILER.begin(constraint)
-        matcher.accept_text("{\n" + 32 * " ")
+        matcher.accept_text("{\n" + 16 * " ")
         white = {i for i, piece in enumerate(BYTES) if piece and not piece.strip()}
         assert not ids_of(matcher.mask(ENDS)) & white
 
@@ -190,6 +191,9 @@ def test_wrong_token() -> None:
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequest, match="look-around"):
         COMPILER.check(Constraint("regex", "a(?=b)"))
+    for value in ({"json": '{"const": "\\ud800"}'}, {"choice": '["\\ud800"]'}, {"json": '{"maximum": NaN}'}):
+        with pytest.raises(InvalidRequest):
+            COMPILER.check(Constraint.from_value(value))
     with pytest.raises(UserError, match=r"needs the model's tokenizer\.json"):
         ConstraintCompiler(None, 10, ()).check(Constraint("regex", "a"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -43,6 +43,7 @@ def test_forms(value: Any, kind: str, text: str) -> None:
         ({"json": {"a": object()}}, "structured_outputs.json: cannot be written as JSON ("),
         ({"json": ""}, "structured_outputs.text: must not be empty for json_schema"),
         ({"regex": 5}, "structured_outputs.regex: int: must be text"),
+        ({"regex": "\ud800"}, "structured_outputs.text: has lone surrogates at 0: must be valid Unicode"),
         ({"regex": ""}, "structured_outputs.text: must not be empty for regex"),
         ({"choice": []}, "structured_outputs.choice: must be a list of at least one text"),
         ({"choice": ["a", 5]}, "structured_outputs.choice: must be a list"),
