@@ -29,6 +29,7 @@ _REFUSED = {  # keyword: way out
     "unevaluatedItems": "use items", "unevaluatedProperties": "use additionalProperties",
     "additionalItems": "use prefixItems and items", "$dynamicRef": "use $ref", "$recursiveRef": "use $ref",
 }  # fmt: skip
+_FORMATS = ("date", "time", "date-time", "duration", "ipv4", "ipv6", "uuid", "email", "hostname", "uri")
 _LARK_PIECE = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*|%json\s*(?=\{)')
 
 
@@ -61,6 +62,12 @@ def check(schema: Any, where: str = "#") -> None:
         if not isinstance(reference, str) or not re.fullmatch(r"#(/.*)?", reference, re.DOTALL):
             shown = str(reference)[:100]
             raise InvalidRequest(f"structured_outputs.json: $ref {shown!r} at {place}: must begin with #/ or be #")
+        if "format" in one and one["format"] not in _FORMATS:
+            known = ", ".join(_FORMATS)
+            shown = str(one["format"])[:60]
+            raise InvalidRequest(
+                f"structured_outputs.json: format {shown!r} at {place}: must be one of {known}; else use pattern"
+            )
         if isinstance(one.get("items"), list):
             raise InvalidRequest(f"structured_outputs.json: items at {place}: is a list: use prefixItems")
         if "$id" in one and place != where:

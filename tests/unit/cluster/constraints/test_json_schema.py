@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.constraints.json_schema import _REFUSED, bound_white_space, check, to_compile
+from cluster.constraints.json_schema import _FORMATS, _REFUSED, bound_white_space, check, to_compile
 from protos.errors import InvalidRequest
 
 
@@ -32,6 +32,7 @@ def test_refused_by_name_and_place(keyword, around, place) -> None:
         ({"$ref": "http://x/y"}, r"\$ref 'http://x/y' at #: must begin with #/"),
         ({"$ref": "#name"}, r"\$ref '#name' at #"),
         ({"$ref": 5}, r"\$ref '5' at #"),
+        ({"format": "iri"}, "format 'iri' at #: must be one of date, .*; else use pattern"),
         ({"items": [{}]}, "items at #: is a list: use prefixItems"),
         ({"anyOf": [5]}, "int at #/anyOf/0: must be a schema"),
         ({"properties": {"a": {"$id": "x"}}}, r"\$id at #/properties/a"),
@@ -81,3 +82,10 @@ def test_schemas_in_grammars() -> None:
         bound_white_space('start: %json {"items": {"not": {}}}')
     with pytest.raises(InvalidRequest, match="%json: is no JSON"):
         bound_white_space('start: %json {"items": ')
+
+
+def test_every_format_compiles() -> None:
+    llguidance = pytest.importorskip("llguidance", reason="llguidance comes with the extra structured")
+    for name in _FORMATS:
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(to_compile({"type": "string", "format": name}))
+        assert llguidance.LLMatcher.validate_grammar(grammar) == ""
