@@ -6,12 +6,12 @@ import importlib.util
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.constraints import json_schema
 from cluster.constraints.trial import limits, try_grammar
-from cluster.text.tokenizer import TextTokenizer
+from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from protos.errors import InvalidRequest, UserError
 from protos.jobs.constraint import Constraint
 
@@ -88,7 +88,7 @@ class ConstraintCompiler:
         """Args: `vocab_size` is that of the model, which may have ids beyond the tokenizer's."""
         self._text_tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._end_ids = sorted(end_ids)
+        self._end_ids = sorted(token for token in end_ids if token < vocab_size)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
@@ -137,14 +137,32 @@ class ConstraintCompiler:
 
         with self._lock:
             if self._tokenizer is None:
-                size = max(self._vocab_size, self._text_tokenizer.vocab_size)
-                try:
-                    definition = self._text_tokenizer.definition()
-                    self._tokenizer = LLTokenizer(definition, n_vocab=size, eos_token=self._end_ids or None)
-                except ValueError as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise UserError(f"structured_outputs: this model's tokenizer cannot be used ({reason})") from error
+                vocabulary = _Vocabulary(self._text_tokenizer, self._vocab_size, self._end_ids)
+                self._tokenizer = LLTokenizer(vocabulary, eos_token=self._end_ids or None)  # type: ignore[arg-type]
             return self._tokenizer
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it: the bytes of every id, and how text behind other text is tokenised."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
+        try:
+            tokens = tokenizer.vocabulary()
+        except TokenizerError as error:
+            raise UserError(f"structured_outputs: this model's tokenizer cannot be used: {error}") from error
+        self.tokens = tokens + [b""] * (vocab_size - len(tokens))
+        self.special_token_ids = [token for token in range(len(tokens)) if tokenizer.is_special(token)]
+        if not end_ids:  # it wants one: an id that no model has
+            self.tokens.append(b"<end>")
+            self.special_token_ids.append(len(self.tokens) - 1)
+        self.eos_token_id = end_ids[0] if end_ids else len(self.tokens) - 1
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, literal=True, continues=True)
 
 
 def grammar_of(constraint: Constraint) -> str:

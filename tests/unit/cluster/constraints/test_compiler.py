@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from cluster.constraints import compiler as compiler_module
 from cluster.constraints.compiler import ConstraintCompiler, ConstraintError, Matcher
 from cluster.constraints.json_schema import WHITE_SPACE
+from cluster.text.detokenizer import IncrementalDecoder
 from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import InvalidRequest, UserError
 from protos.jobs.constraint import Constraint
+from tests.support.data.tokenizer_families import FAMILIES, word_piece
+from tests.support.data.tokenizers import wrap
 from tests.support.paths import NEEDLE
 
 pytest.importorskip("llguidance", reason="llguidance comes with the extra structured")
@@ -208,3 +211,47 @@ def test_compiled_constraints_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for index in (0, 0, *range(1, compiler_module._KEPT + 1), 0):
         compiler.begin(Constraint("regex", f"a{index}"))
     assert len(tried) == compiler_module._KEPT + 2, "the first was dropped in the end"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_of_tokenizers(family: str) -> None:
+    """What is decoded of random tokens under the masks of other tokenizers matches; special tokens never come."""
+    tokenizer = wrap(FAMILIES[family]())
+    compiler = ConstraintCompiler(tokenizer, tokenizer.vocab_size + 5, [])
+    for seed in range(20):
+        matcher, text, draw = (
+            compiler.begin(Constraint("regex", "x[a-z<>]{2,5}( [a-z]{1,3}){1,2}é?")),
+            "",
+            random.Random(seed),
+        )
+        decoder = IncrementalDecoder(tokenizer)
+        while allowed := sorted(ids_of(matcher.mask(()))):
+            token = draw.choice(allowed)
+            assert not tokenizer.is_special(token)
+            assert token < tokenizer.vocab_size
+            matcher.accept(token)
+            text += decoder.push(token)
+        assert regex.fullmatch("x[a-z<>]{2,5}( [a-z]{1,3}){1,2}é?", text + decoder.flush())
+
+
+def test_special_tokens_come_by_name_only() -> None:
+    start = TOKENIZER.added_id("<|im_start|>")
+    assert start is not None
+    matcher = COMPILER.begin(Constraint("grammar", 'start: "a" <|im_start|> "b"'))
+    matcher.accept_text("a")
+    assert ids_of(matcher.mask(ENDS)) == {start}
+    matcher = COMPILER.begin(Constraint("choice", '["<|im_start|>"]'))
+    assert start not in ids_of(matcher.mask(ENDS))
+
+
+def test_model_without_end_token() -> None:
+    compiler = ConstraintCompiler(TOKENIZER, TOKENIZER.vocab_size, [])
+    matcher = compiler.begin(Constraint("regex", "(the)+"))
+    matcher.accept_text("the")
+    assert ids_of(matcher.mask(())) == {i for i, piece in enumerate(BYTES) if piece and b"thethethe".startswith(piece)}
+
+
+def test_tokenizer_that_cannot_be_used() -> None:
+    tokenizer = wrap(word_piece())
+    with pytest.raises(UserError, match="this model's tokenizer cannot be used"):
+        ConstraintCompiler(tokenizer, tokenizer.vocab_size, []).check(Constraint("regex", "a"))

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from cluster.text.token_bytes import UNBOUNDED
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from tests.support import paths
+from tests.support.data.tokenizer_families import FAMILIES, word_piece
 from tests.support.data.tokenizers import NEEDLE, SENTENCEPIECE, sentencepiece_like, wrap
 
 TAKES_SPACE = {"added_tokens_decoder": {NEEDLE.vocab_size: {"content": "<user>", "normalized": False, "rstrip": True}}}
@@ -144,3 +145,20 @@ def test_files_are_measured_before_they_are_read(tmp_path: Path, name: str) -> N
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(TokenizerError, match="lone surrogates"):
         NEEDLE.encode("a\ud800")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_vocabulary_joins_to_the_text(family: str) -> None:
+    tokenizer = wrap(FAMILIES[family]())
+    vocabulary = tokenizer.vocabulary()
+    assert len(vocabulary) == tokenizer.vocab_size
+    for text in ("a b ab", "xé é", "<s> 😀 <tool>", "tx  ab\n"):
+        ids = tokenizer.encode(text, literal=True, continues=True)
+        assert b"".join(vocabulary[token] for token in ids) == text.encode()
+
+
+def test_vocabulary_of_another_kind() -> None:
+    with pytest.raises(TokenizerError, match="its decoder is neither"):
+        wrap(word_piece()).vocabulary()
+    assert NEEDLE.added_id("<|im_start|>") == 1
+    assert NEEDLE.added_id("a") is None
