@@ -143,7 +143,11 @@ class ConstraintCompiler:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance takes it: the bytes of every id, and how text behind other text is tokenised."""
+    """A tokenizer as llguidance takes it: the bytes of every id, and how text behind other text is tokenised.
+
+    Special for it, so that a grammar has them by name (`<tool_call>`) and no text does, are special tokens and all
+    added ones that look like tags.
+    """
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -154,7 +158,8 @@ class _Vocabulary:
         except TokenizerError as error:
             raise UserError(f"structured_outputs: this model's tokenizer cannot be used: {error}") from error
         self.tokens = tokens + [b""] * (vocab_size - len(tokens))
-        self.special_token_ids = [token for token in range(len(tokens)) if tokenizer.is_special(token)]
+        tags = {tokenizer.added_id(text) for text in tokenizer.added_texts if text[0] == "<" and text[-1] == ">"}
+        self.special_token_ids = [i for i in range(len(tokens)) if i in tags or tokenizer.is_special(i)]
         if not end_ids:  # it wants one: an id that no model has
             self.tokens.append(b"<end>")
             self.special_token_ids.append(len(self.tokens) - 1)

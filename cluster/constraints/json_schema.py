@@ -76,7 +76,10 @@ def check(schema: Any, where: str = "#") -> None:
 
 
 def bound_white_space(grammar: str) -> str:
-    """Return a Lark grammar whose `%json` schemas are as `to_compile` returns them. Raises as that does."""
+    """Return a Lark grammar in whose `%json` schemas white space is bounded too.
+
+    What such a schema says in `x-guidance` counts; without `lenient` there, it is checked. Raises InvalidRequest.
+    """
     decoder, pieces, at = json.JSONDecoder(), [], 0
     while found := _LARK_PIECE.search(grammar, at):
         pieces.append(grammar[at : found.end()])
@@ -86,8 +89,18 @@ def bound_white_space(grammar: str) -> str:
                 schema, at = decoder.raw_decode(grammar, at)
             except (ValueError, RecursionError) as error:
                 raise InvalidRequest(f"structured_outputs.grammar: %json: is no JSON ({str(error)[:100]})") from error
-            pieces.append(json.dumps(to_compile(schema, "%json#"), ensure_ascii=False))
+            pieces.append(json.dumps(_in_grammar(schema), ensure_ascii=False))
     return "".join([*pieces, grammar[at:]])
+
+
+def _in_grammar(schema: Mapping[str, Any]) -> dict[str, Any]:
+    given = schema.get("x-guidance")
+    settings = dict(given) if isinstance(given, Mapping) else {}
+    if settings.get("lenient") is not True:
+        check(schema, "%json#")
+    if settings.get("whitespace_flexible") is not False:
+        settings.setdefault("whitespace_pattern", WHITE_SPACE)
+    return {**schema, "x-guidance": settings}
 
 
 def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -104,8 +104,9 @@ OBJECTS: list[Schema] = [
     obj(**{f"p{i}": SMALL for i in range(20)}), obj([], **{f"p{i}": BOOL for i in range(8)}),
     obj(tags=array(WORD, 1, 3), on=BOOL), obj(point=array({"type": "number", "minimum": 0, "maximum": 1}, 2, 2)),
     {"type": "object", "additionalProperties": BOOL, "maxProperties": 2},
-    {"type": "object", "additionalProperties": SMALL, "minProperties": 1, "maxProperties": 2},
-    {"type": "object", "properties": {"a": BOOL}, "required": ["a"], "additionalProperties": NULL, "maxProperties": 2},
+    {"type": "object", "patternProperties": {"^[a-z]{1,9}$": SMALL}, "additionalProperties": False, "minProperties": 1,
+     "maxProperties": 2},
+    {"type": "object", "properties": {"a": BOOL}, "required": ["a"], "additionalProperties": NULL, "maxProperties": 1},
     {"type": "object", "patternProperties": {"^x[0-9]$": BOOL}, "additionalProperties": False, "maxProperties": 3},
     {"type": "object", "patternProperties": {"^[a-c]{1,2}$": SMALL, "^[x-z]$": NULL}, "additionalProperties": False,
      "minProperties": 1, "maxProperties": 2},
@@ -148,7 +149,7 @@ REFERENCES: list[Schema] = [
     {"$ref": "#/$defs/t", "$defs": {"t": {"anyOf": [BOOL, array({"$ref": "#/$defs/t"}, 0, 1)]}}},
     {"type": "array", "items": {"$ref": "#/$defs/p"}, "minItems": 2, "maxItems": 2,
      "$defs": {"p": {"type": "array", "prefixItems": [SMALL, SMALL], "items": False, "minItems": 2}}},
-    obj(["a"], a=SMALL, b={"$ref": "#"}),
+    obj(["a"], a=BOOL, b={"anyOf": [NULL, BOOL, {"$ref": "#"}]}),
 ]  # fmt: skip
 
 RECORDS: list[Schema] = [

@@ -72,7 +72,8 @@ def measure_constraints(model: Path, tokens: int) -> dict[str, Any]:
 
 def _walk(compiler: ConstraintCompiler, constraint: Constraint, ends: list[int], tokens: int) -> list[float]:
     """Return the seconds of each step of random answers, a new one when one is complete."""
-    draw, seconds = random.Random(0), []
+    draw = random.Random(0)
+    seconds: list[float] = []
     answer: ConstrainedAnswer | None = None
     while len(seconds) < tokens:
         if answer is None:

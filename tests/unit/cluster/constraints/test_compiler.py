@@ -16,7 +16,7 @@ from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
 from protos.errors import InvalidRequest, UserError
 from protos.jobs.constraint import Constraint
-from tests.support.data.tokenizer_families import FAMILIES, word_piece
+from tests.support.data.tokenizer_families import FAMILIES, byte_level, word_piece
 from tests.support.data.tokenizers import wrap
 from tests.support.paths import NEEDLE
 
@@ -158,7 +158,7 @@ def test_white_space_is_bounded_also_where_a_grammar_has_a_schema() -> None:
     schema = {"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False}
     for constraint in (
         Constraint("json_schema", json.dumps(schema)),
-        Constraint("grammar", f"start: %json {json.dumps(schema | {'x-guidance': {'whitespace_pattern': '.*'}})}"),
+        Constraint("grammar", f"start: %json {json.dumps(schema)}"),
         Constraint("json_object"),
     ):
         matcher = COMPILER.begin(constraint)
@@ -242,6 +242,19 @@ def test_special_tokens_come_by_name_only() -> None:
     assert ids_of(matcher.mask(ENDS)) == {start}
     matcher = COMPILER.begin(Constraint("choice", '["<|im_start|>"]'))
     assert start not in ids_of(matcher.mask(ENDS))
+
+
+def test_tags_that_are_added_tokens_come_by_name_only() -> None:
+    tokenizer = wrap(byte_level(), added_tokens_decoder={"269": {"content": "<tool_call>", "special": False}})
+    call = tokenizer.added_id("<tool_call>")
+    assert call is not None
+    assert not tokenizer.is_special(call)
+    compiler = ConstraintCompiler(tokenizer, tokenizer.vocab_size, [])
+    assert ids_of(compiler.begin(Constraint("grammar", "start: <tool_call> /a/")).mask(())) == {call}
+    spelled = compiler.begin(Constraint("choice", '["<tool_call>"]'))
+    assert call not in ids_of(spelled.mask(()))
+    spelled.accept_text("<tool_call>")
+    assert not any(spelled.mask(()))
 
 
 def test_model_without_end_token() -> None:

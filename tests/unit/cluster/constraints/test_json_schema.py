@@ -78,6 +78,8 @@ def test_schemas_in_grammars() -> None:
     assert first.startswith('start: "a" %json {"type": "null", "x-guidance": ')
     assert first.endswith("}} b")
     assert json.loads(second[len("b: %json") :])["const"] == "}"
+    spelled = {"not": {}, "x-guidance": {"lenient": True, "whitespace_flexible": False}}
+    assert json.loads(bound_white_space(f"%json {json.dumps(spelled)}")[6:]) == spelled, "it says how itself"
     with pytest.raises(InvalidRequest, match="not at %json#/items"):
         bound_white_space('start: %json {"items": {"not": {}}}')
     with pytest.raises(InvalidRequest, match="%json: is no JSON"):
