@@ -91,6 +91,7 @@ class ConstraintCompiler:
         self._end_ids = sorted(token for token in end_ids if token < vocab_size)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._special: list[str] = []
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
 
     def check(self, constraint: Constraint) -> None:
@@ -117,7 +118,7 @@ class ConstraintCompiler:
         from llguidance import LLMatcher
 
         grammar = grammar_of(constraint)
-        try_grammar(grammar)
+        try_grammar(grammar, self._special)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
         if matcher.is_error():
             raise InvalidRequest(f"structured_outputs: {' '.join(matcher.get_error().split())[:300]}")
@@ -138,6 +139,7 @@ class ConstraintCompiler:
         with self._lock:
             if self._tokenizer is None:
                 vocabulary = _Vocabulary(self._text_tokenizer, self._vocab_size, self._end_ids)
+                self._special = [vocabulary.tokens[i].decode(errors="replace") for i in vocabulary.special_token_ids]
                 self._tokenizer = LLTokenizer(vocabulary, eos_token=self._end_ids or None)  # type: ignore[arg-type]
             return self._tokenizer
 

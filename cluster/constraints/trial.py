@@ -7,11 +7,13 @@ and thousands of properties take minutes. What the child has survived within its
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,11 @@ def limits() -> Any:
     return LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
 
 
-def try_grammar(grammar: str) -> None:
+def try_grammar(grammar: str, special: Sequence[str] = ()) -> None:
     """Compile a grammar in a child process and take the first steps of an answer.
+
+    Args:
+        special: the special tokens of the model, which a grammar may name.
 
     Raises:
         InvalidRequest: it cannot be compiled, matches nothing, or takes too much. CompilerBusy: others do.
@@ -47,7 +52,7 @@ def try_grammar(grammar: str) -> None:
     if not _at_once.acquire(timeout=_WALL_SECONDS):
         raise CompilerBusy("structured_outputs: other constraints take long to be compiled: try again")
     try:
-        code, problem = _run(grammar)
+        code, problem = _run(json.dumps([grammar, *special]))
     finally:
         _at_once.release()
     if code == 0 and not problem:
@@ -59,7 +64,7 @@ def try_grammar(grammar: str) -> None:
     raise InvalidRequest(f"structured_outputs: {problem}")
 
 
-def _run(grammar: str) -> tuple[int, str]:
+def _run(task: str) -> tuple[int, str]:
     """Return the exit code of a child, -SIGKILL when it took too long, and what is wrong with the grammar."""
     found = importlib.util.find_spec("llguidance")
     assert found is not None
@@ -68,7 +73,7 @@ def _run(grammar: str) -> tuple[int, str]:
     environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _PROGRAM, *map(str, paths)], input=grammar.encode("utf-8", "replace"),
+            [sys.executable, "-I", "-S", "-c", _PROGRAM, *map(str, paths)], input=task.encode(),
             capture_output=True, timeout=_WALL_SECONDS, cwd="/", env=environment,
             start_new_session=True, check=False,
         )  # fmt: skip
@@ -78,40 +83,43 @@ def _run(grammar: str) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Try the grammar on standard input; writes what is wrong with it, nothing if it works."""
-    grammar = sys.stdin.buffer.read().decode()
+    """Try the grammar of standard input, behind it special tokens; writes what is wrong with it, if anything is."""
+    grammar, *special = json.loads(sys.stdin.buffer.read())
     limit_resources(MEMORY_BYTES, open_files=16, cpu_seconds=CPU_SECONDS)
     threading.stack_size(_STACK_BYTES)
     problems: list[str] = []
-    thread = threading.Thread(target=lambda: problems.append(_problem(grammar)))
+    thread = threading.Thread(target=lambda: problems.append(_problem(grammar, special)))
     thread.start()
     thread.join()
     sys.stdout.write(problems[0] if problems else "cannot be compiled")
 
 
 class _Bytes:
-    """A tokenizer whose tokens are the 256 bytes, and an end token; ids are one more than the byte."""
+    """A tokenizer whose tokens are the 256 bytes, with ids from 1, special ones behind them, and an end token, 0."""
 
     eos_token_id, bos_token_id = 0, None
-    special_token_ids = (0,)
-    tokens = (b"<end>", *(bytes([byte]) for byte in range(256)))
     is_tokenizer_wrapper = True
+
+    def __init__(self, special: Sequence[str]) -> None:
+        self.tokens = [b"<end>", *(bytes([byte]) for byte in range(256)), *(text.encode() for text in special)]
+        self.special_token_ids = [0, *range(257, len(self.tokens))]
 
     def __call__(self, text: str) -> list[int]:
         return [byte + 1 for byte in text.encode()]
 
 
-def _problem(grammar: str) -> str:
+def _problem(grammar: str, special: Sequence[str]) -> str:
     """Return what is wrong with a grammar, or "": it cannot be compiled, or its answers cannot begin."""
     import llguidance
 
-    tokenizer = llguidance.LLTokenizer(_Bytes(), slices=[])  # type: ignore[arg-type]
+    vocabulary = _Bytes(special)
+    tokenizer = llguidance.LLTokenizer(vocabulary, slices=[])  # type: ignore[arg-type]
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
     for step in range(_STEPS):
         mask = b"" if matcher.is_stopped() else matcher.compute_bitmask()
         if matcher.is_error():
             return " ".join(matcher.get_error().split())[:300]
-        ids = [token for token in range(1, 257) if mask and mask[token // 8] >> token % 8 & 1]
+        ids = [token for token in range(1, len(vocabulary.tokens)) if mask and mask[token // 8] >> token % 8 & 1]
         if not ids:
             return "" if step and matcher.is_accepting() else "no text, or none but the empty one, can match it"
         matcher.consume_token(ids[len(ids) // 2])

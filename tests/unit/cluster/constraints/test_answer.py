@@ -18,7 +18,7 @@ OPEN = 7  # stands for the opening tag
 
 @pytest.fixture(autouse=True)
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler_module, "try_grammar", lambda grammar: None)
+    monkeypatch.setattr(compiler_module, "try_grammar", lambda *_: None)
 
 
 def answer(pattern: str, reasoning: bool = False, open_id: int | None = None) -> ConstrainedAnswer:

@@ -31,7 +31,7 @@ WORDS = Constraint("regex", "(the|there|then){2,4}x?")
 
 @pytest.fixture(autouse=True)
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler_module, "try_grammar", lambda grammar: None)
+    monkeypatch.setattr(compiler_module, "try_grammar", lambda *_: None)
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -23,6 +23,7 @@ def references(count: int) -> str:
 def test_what_works_passes() -> None:
     try_grammar(llguidance.LLMatcher.grammar_from_json_schema(references(20)))
     try_grammar(chain(100))
+    try_grammar('start: "a" <call> "b"', ["<call>", "<é>"])
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def test_what_works_passes() -> None:
         (chain(20_000), "is too deep, or needs too much memory: make it smaller"),
         (llguidance.LLMatcher.grammar_from_json_schema(references(20_000)), "is too deep"),
         ("start: x", 'unknown name: "x"'),
+        ("start: <call>", "unknown special token"),
         ('start: "a" &', "structured_outputs: "),
         ('start: ""', "no text, or none but the empty one"),
         (llguidance.LLMatcher.grammar_from_regex("(" * 10_000), "invalid regex"),

@@ -28,7 +28,7 @@ OPTIONS = AnswerOptions(400, structured_outputs=Constraint.from_value({"json": S
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(compiler, "try_grammar", lambda grammar: None)
+    monkeypatch.setattr(compiler, "try_grammar", lambda *_: None)
     made = Bench(tmp_path)
     yield made
     made.close()
@@ -84,7 +84,7 @@ def test_refused_at_submission(bench: Bench, constraint: Constraint, problem: st
 
 
 def test_busy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def busy(grammar: str) -> None:
+    def busy(*_: object) -> None:
         raise CompilerBusy("others")
 
     monkeypatch.setattr(compiler, "try_grammar", busy)
