@@ -93,6 +93,8 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         if isinstance(self.sampling, SamplingParams):  # every value is said
             object.__setattr__(self, "sampling", Sampling(*astuple(self.sampling)))
+        if self.structured_outputs is not None:  # a mapping as vLLM has it will do
+            object.__setattr__(self, "structured_outputs", Constraint.from_value(self.structured_outputs))
         OPTIONS["max_tokens"].check(self.max_tokens)
         if not all(self.stop):
             raise InvalidRequest('stop: "": a stop string must have at least one character')

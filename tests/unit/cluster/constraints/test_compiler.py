@@ -3,6 +3,7 @@
 import json
 import random
 
+import jsonschema
 import pytest
 import regex
 from hypothesis import given, settings
@@ -119,6 +120,46 @@ SCHEMAS: list[tuple[dict, str]] = [
 @pytest.mark.parametrize("seed", range(2))
 def test_schemas(schema: dict, pattern: str, seed: int) -> None:
     check_walk(Constraint("json_schema", json.dumps(schema)), pattern, seed, steps=16)
+
+
+WORD = st.sampled_from(["a", "the", "b c", "é"])
+plain_schemas = st.one_of(
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "pattern": "^[a-c]{1,3}$"}]),
+    st.tuples(st.integers(-20, 20), st.integers(0, 30)).map(
+        lambda pair: {"type": "integer", "minimum": pair[0], "maximum": sum(pair)}
+    ),
+    st.integers(0, 4).map(lambda size: {"type": "string", "maxLength": size}),
+    st.lists(WORD, min_size=1, max_size=3, unique=True).map(lambda words: {"enum": words}),
+)
+random_schemas = st.recursive(
+    plain_schemas,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.integers(0, 2)).map(
+            lambda pair: {"type": "array", "items": pair[0], "minItems": pair[1], "maxItems": 2}
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(
+            lambda parts: {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: {"anyOf": parts}),
+        st.tuples(st.dictionaries(WORD, inner, max_size=3), st.booleans()).map(
+            lambda pair: {"type": "object", "properties": pair[0], "required": list(pair[0])[: 2 * pair[1]],
+                          "additionalProperties": False}
+        ),
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_schemas, st.integers(0, 1000))
+def test_random_schemas(schema: dict, seed: int) -> None:
+    """Random answers to their end, as text: they are JSON and validate."""
+    matcher, text, draw = COMPILER.begin(Constraint("json_schema", json.dumps(schema))), b"", random.Random(seed)
+    while allowed := ids_of(matcher.mask(ENDS)) - set(ENDS):
+        token = draw.choice(sorted(allowed))
+        matcher.accept(token)
+        text += BYTES[token]
+    jsonschema.validate(json.loads(text), schema)
 
 
 @settings(max_examples=25, deadline=None)
