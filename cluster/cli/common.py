@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cluster.common.logs import escape_warnings
 from cluster.common.text_format import escape_controls, escape_unprintable, one_line
+from protos.errors import InvalidRequest
+from protos.jobs.constraint import Constraint
 from protos.jobs.sampling import OPTIONS
 
 if TYPE_CHECKING:
@@ -57,6 +60,22 @@ class Count(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # not ge
             return parse_count(value)
         except UnitError as error:
             self.fail(str(error), param, ctx)
+
+
+class SchemaFile(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """The path of a file with a JSON schema, which the answer must match."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Constraint:
+        if isinstance(value, Constraint):
+            return value
+        try:
+            return Constraint("json_schema", Path(value).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            self.fail(f"{value}: cannot be read as UTF-8 text ({one_line(error, 100)})", param, ctx)
+        except InvalidRequest as error:
+            self.fail(f"{value}: {error}", param, ctx)
 
 
 @contextmanager
@@ -119,11 +138,15 @@ def warn(text: str) -> None:
 
 
 # what the command line adds to the declarations of the options
-_SPELLINGS = {"stop_token_ids": "--stop-token-id", "enable_thinking": "--thinking/--no-thinking"}
+_SPELLINGS = {
+    "stop_token_ids": "--stop-token-id", "enable_thinking": "--thinking/--no-thinking",
+    "structured_outputs": "--json-schema",
+}  # fmt: skip
 _ADDED: dict[str, dict[str, Any]] = {
     "max_tokens": {"type": Count(), "show_default": True},
     "ignore_eos": {"is_flag": True},
     "logprobs": {"metavar": "K"},
+    "structured_outputs": {"type": SchemaFile(), "metavar": "FILE"},
 }
 
 

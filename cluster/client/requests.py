@@ -16,6 +16,7 @@ from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.chat import check_chat
 from protos.jobs.chat_values import read_messages, read_tool_choice, read_tools
+from protos.jobs.constraint import Constraint
 from protos.jobs.limits import (
     MAX_CHARS,
     MAX_DEADLINE_S,
@@ -52,6 +53,8 @@ class SubmitOptions(TypedDict, total=False):
         stop_token_ids: end an answer at any of these ids, at most 64.
         ignore_eos: do not stop at the model's end token.
         enable_thinking: what the chat template is told.
+        structured_outputs: what the text of an answer must match, as vLLM has it: `{"json": schema}`,
+            `{"json_object": True}`, `{"regex": ...}`, `{"choice": [...]}` or `{"grammar": ...}` (Lark).
         priority: higher runs earlier. Default: 0.
         deadline_s: seconds from now until the job fails by itself, at most 30 days.
         attached: cancel the job when the stream that follows it ends.
@@ -76,6 +79,7 @@ class SubmitOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     enable_thinking: bool | None
+    structured_outputs: Mapping[str, Any] | Constraint | None
     priority: int
     deadline_s: float | None
     attached: bool
@@ -103,7 +107,7 @@ def build_submit(document: object, question: str | Sequence[str] | None, options
         raise InvalidRequest("question: goes with a document, and a document needs at least one question")
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     request = pb.SubmitRequest(
-        sampling=pb.Sampling(**{name: validate.check_option(name, values[name]) for name in OPTIONS if name in values}),
+        sampling=pb.Sampling(**{name: _option(name, values[name]) for name in OPTIONS if name in values}),
         priority=validate.check_integer("priority", values.get("priority", 0), -MAX_INT32 - 1, MAX_INT32),
         attached=validate.check_flag("attached", options.get("attached", False)),
         idempotency_key=validate.check_text("idempotency_key", values.get("idempotency_key") or secrets.token_hex(16)),
@@ -117,6 +121,12 @@ def build_submit(document: object, question: str | Sequence[str] | None, options
     if size > MAX_REQUEST_BYTES:
         raise too_large(str(request.WhichOneof("input")), size)
     return request
+
+
+def _option(name: str, value: object) -> Any:
+    """Return a checked option as its field takes it."""
+    checked = validate.check_option(name, value)
+    return pb.StructuredOutputs(kind=checked.kind, text=checked.text) if isinstance(checked, Constraint) else checked
 
 
 def too_large(key: str, size: int) -> InvalidRequest:

@@ -23,19 +23,16 @@ from typing import TYPE_CHECKING
 
 from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
+from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.in_flight import InFlightStep, InFlightSteps
 from cluster.engine.latency_model import LatencyModel
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
-from cluster.engine.request_handle import EngineEvent, RequestHandle
+from cluster.engine.request_handle import EngineEvent, RequestFactory, RequestHandle
 from cluster.kv_store.store import KvStore
 from cluster.kv_store.stored_kv import StoredKv
-from cluster.scheduler.prefix_keys import Origin
-from cluster.scheduler.request import FinishReason, Request, StopRules
+from cluster.scheduler.request import FinishReason, Request
 from cluster.scheduler.scheduler import Scheduler
-from cluster.text.detokenizer import OutputText
-from cluster.text.reasoning import opens_reasoning
 from cluster.text.tokenizer import TextTokenizer
-from protos.errors import UserError
 from protos.stage.messages import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -78,7 +75,7 @@ class Engine:
     def __init__(
         self, scheduler: Scheduler, shards: Sequence[GrpcStageHandle], tokenizer: TextTokenizer | None,
         eos_token_ids: Sequence[int] = (), clock: Callable[[], float] = time.monotonic, store: KvStore | None = None,
-        latency: LatencyModel | None = None,
+        latency: LatencyModel | None = None, constraints: ConstraintCompiler | None = None,
     ) -> None:  # fmt: skip
         """Args: `store` is attached to this engine; `latency` is what one before it has learned about the shards."""
         self.scheduler = scheduler
@@ -90,8 +87,7 @@ class Engine:
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
         self.on_failure: Callable[[], None] | None = None  # called once, when every request has ended with `error`
         self._shards = list(shards)
-        self._tokenizer = tokenizer
-        self._eos = frozenset(eos_token_ids)
+        self._requests = RequestFactory(tokenizer, frozenset(eos_token_ids), constraints)
         self._clock = clock
         self._stored_kv = (
             None if store is None else StoredKv(scheduler, store, self._note_start, self._note_loaded, self._fail)
@@ -272,17 +268,12 @@ class Engine:
             yield StepOutcome(handle, step, token, is_first or (token is None and not has_ended), has_ended)
 
     def _token(self, handle: RequestHandle) -> OutputToken:
-        """The newest token with its text; a stop string in it ends the request."""
-        request = handle.request
-        text, reasoning, answer = handle.text.push(request.output[-1], is_last=request.finish_reason is not None)
-        if handle.text.stopped:
-            self.scheduler.stop(request, FinishReason.STOP)
-            request.finish_reason = FinishReason.STOP
-        sample = request.samples[-1]
-        return OutputToken(
-            next(handle.numbers), handle.spec.question, sample.token_id, text, sample.logprob, sample.top,
-            handle.text.part, reasoning, answer,
-        )  # fmt: skip
+        """The newest token with its text, which may end the request."""
+        token, has_ended = handle.take_token()
+        if has_ended:
+            self.scheduler.stop(handle.request, FinishReason.STOP)
+            handle.request.finish_reason = FinishReason.STOP
+        return token
 
     def _notify(self, outcome: StepOutcome) -> None:
         """Call the submitter of a request with what a step changed for it."""
@@ -311,24 +302,7 @@ class Engine:
     def _handle(
         self, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], numbers: Iterator[int]
     ) -> RequestHandle:
-        if not len(spec.prompt):
-            raise UserError("prompt: 0 tokens: must have at least one")
-        options = spec.options
-        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self._eos)
-        now = self._clock()
-        rules = StopRules(options.max_tokens, stops)
-        request = Request(
-            next(self._sequences), spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
-            Origin(spec.kernel_family, spec.cache_salt), spec.document_id,
-        )  # fmt: skip
-        opened = self._tokenizer is not None and opens_reasoning(self._tokenizer, spec.prompt)
-        text = OutputText(self._tokenizer, options.stop, opened, stops)
-        for sample in spec.resume:
-            request.accept(sample)
-            text.push(sample.token_id)
-            if text.stopped:
-                request.finish_reason = FinishReason.STOP
-        return RequestHandle(request, spec, text, on_event, now, numbers)
+        return self._requests.open(next(self._sequences), spec, on_event, self._clock(), numbers)
 
     def _add(self, handles: Sequence[RequestHandle]) -> None:
         for handle in handles:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cluster.common.errors import StageError
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype
+from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
 from cluster.engine.latency_model import LatencyModel
@@ -19,6 +20,7 @@ from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
+from protos.model.spec import ModelSpec
 
 _FLUSH_WITHOUT_RAY_S = 3.0  # its loss ends the pipeline, and the shards still work
 _SCHEMA = "longreach kv 1"  # of keys; another one finds nothing that was stored before
@@ -52,7 +54,7 @@ class Pipeline:
 
 def launch_pipeline(
     deployment: Deployment, tokenizer: TextTokenizer | None, ray: RayCluster,
-    on_status: Callable[[LaunchStatus], None], store: KvStore,
+    on_status: Callable[[LaunchStatus], None], store: KvStore, constraints: ConstraintCompiler | None = None,
 ) -> Pipeline:  # fmt: skip
     """Start the stages of a deployment and an engine over them; returns the running pipeline.
 
@@ -65,7 +67,7 @@ def launch_pipeline(
     with ExitStack() as steps:
         steps.callback(launcher.close)
         launched = launcher.start()
-        assembly = _Assembly(deployment, tokenizer, ray, launcher, store)
+        assembly = _Assembly(deployment, tokenizer, ray, launcher, store, constraints)
         pipeline = assembly.connect(launched, PagePool(launched.num_pages))
         steps.pop_all()
         return pipeline
@@ -80,6 +82,7 @@ class _Assembly:
     ray: RayCluster
     launcher: Launcher
     store: KvStore
+    constraints: ConstraintCompiler | None
 
     def connect(self, launched: Launched, pool: PagePool, latency: LatencyModel | None = None) -> Pipeline:
         """Start an engine over running stages; whatever fails, the engine is closed, the launcher is the caller's."""
@@ -120,10 +123,9 @@ class _Assembly:
             num_stages=config.cluster.pipeline_parallel_size, share_across_lengths=config.prefill.share_across_lengths,
             block_tokens=store.block_tokens, kernel_family=launched.kernel_family,
         )  # fmt: skip
-        ends = {*spec.eos_token_ids, *(self.tokenizer.end_ids if self.tokenizer is not None else ())}
         return Engine(
-            scheduler, launched.shards, self.tokenizer, sorted(ends), store=store if store.is_enabled else None,
-            latency=latency,
+            scheduler, launched.shards, self.tokenizer, end_ids(spec, self.tokenizer),
+            store=store if store.is_enabled else None, latency=latency, constraints=self.constraints,
         )  # fmt: skip
 
     def _repair(self, failed: Engine, launched: Launched, pool: PagePool) -> Pipeline:
@@ -151,6 +153,11 @@ class _Assembly:
         else:  # without a broken stage the engine itself may be the reason: what it says of pages is not trusted
             pool.unpublish(pool.published())
         return self.connect(repaired, pool, failed.latency)
+
+
+def end_ids(spec: ModelSpec, tokenizer: TextTokenizer | None) -> list[int]:
+    """Return the tokens that end an answer, of the model and of its tokenizer."""
+    return sorted({*spec.eos_token_ids, *(tokenizer.end_ids if tokenizer is not None else ())})
 
 
 def cache_root(deployment: Deployment, fingerprint: str) -> bytes:

@@ -1,19 +1,26 @@
-"""A submitted request as its caller sees it: events while it runs, one result at its end."""
+"""A submitted request as its caller sees it, and how it is made: events while it runs, one result at its end."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
+from cluster.constraints.answer import ConstrainedAnswer, open_token
+from cluster.constraints.compiler import ConstraintCompiler, ConstraintError
 from cluster.engine.attention_report import AttentionReport
 from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress, Timings
-from cluster.scheduler.request import FinishReason, Request
+from cluster.scheduler.prefix_keys import Origin
+from cluster.scheduler.request import FinishReason, Request, StopRules
 from cluster.text.detokenizer import OutputText
+from cluster.text.reasoning import opens_reasoning
+from cluster.text.tokenizer import TextTokenizer
+from protos.errors import UserError
 from protos.model.spec import ModelSpec
+from protos.stage.messages import SampledToken
 
 EngineEvent = PrefillProgress | OutputToken | Generation
 # A signal just before the lock is taken does not interrupt the wait: its handler runs once this time is over.
@@ -31,6 +38,7 @@ class RequestHandle:
     on_event: Callable[[EngineEvent], None]
     submitted: float
     numbers: Iterator[int]  # for the next tokens of its submission
+    constrained: ConstrainedAnswer | None = None  # what its answer must match
     attention: AttentionReport = field(default_factory=AttentionReport)
     started: float | None = None
     first_token: float | None = None
@@ -47,6 +55,38 @@ class RequestHandle:
         if self.result.finish_reason is FinishReason.ERROR:
             raise EngineError(self.result.error)
         return self.result
+
+    def resume(self, samples: Sequence[SampledToken]) -> None:
+        """Take tokens that another engine has sampled; the request may have ended with them."""
+        for sample in samples:
+            self.request.accept(sample)
+            _, _, answer = self.text.push(sample.token_id)
+            if self._ends_with(sample.token_id, answer):
+                self.request.finish_reason = FinishReason.STOP
+
+    def take_token(self) -> tuple[OutputToken, bool]:
+        """Return the newest token with its text, and whether its text ends the request."""
+        request = self.request
+        sample = request.samples[-1]
+        pieces = self.text.push(sample.token_id, is_last=request.finish_reason is not None)
+        has_ended = self._ends_with(sample.token_id, pieces[2])
+        if has_ended and not self.text.stopped:  # nothing follows that could claim what is withheld
+            text, reasoning, answer = (a + b for a, b in zip(pieces, self.text.flush(), strict=True))
+        else:
+            text, reasoning, answer = pieces
+        token = OutputToken(
+            next(self.numbers), self.spec.question, sample.token_id, text, sample.logprob, sample.top,
+            self.text.part, reasoning, answer,
+        )  # fmt: skip
+        return token, has_ended
+
+    def _ends_with(self, token_id: int, answer: str) -> bool:
+        """Follow the constraint; returns whether a stop string or the end of what it allows ends the answer."""
+        if self.constrained is None or self.text.stopped:
+            return self.text.stopped
+        self.constrained.push(token_id, self.text.part, answer)
+        self.request.mask = self.constrained.mask
+        return self.constrained.is_complete
 
     def notify(self, event: EngineEvent) -> None:
         """Call the submitter; a callback that raises is not called again."""
@@ -96,3 +136,56 @@ class RequestHandle:
             decode_s=now - first,
             total_s=now - self.submitted,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFactory:
+    """Makes requests for one model; `constraints` is None where no answer can have one."""
+
+    tokenizer: TextTokenizer | None
+    eos: frozenset[int]
+    constraints: ConstraintCompiler | None = None
+
+    def open(
+        self, sequence: int, spec: GenerationSpec, on_event: Callable[[EngineEvent], None], now: float,
+        numbers: Iterator[int],
+    ) -> RequestHandle:  # fmt: skip
+        """Return a request with the tokens that it resumes after.
+
+        Raises:
+            UserError: the prompt is empty, or the constraint cannot be compiled.
+        """
+        if not len(spec.prompt):
+            raise UserError("prompt: 0 tokens: must have at least one")
+        options = spec.options
+        stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self.eos)
+        rules = StopRules(options.max_tokens, stops)
+        request = Request(
+            sequence, spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
+            Origin(spec.kernel_family, spec.cache_salt), spec.document_id,
+        )  # fmt: skip
+        opened = self.tokenizer is not None and opens_reasoning(self.tokenizer, spec.prompt)
+        text = OutputText(self.tokenizer, options.stop, opened, stops)
+        handle = RequestHandle(request, spec, text, on_event, now, numbers, self._constrained(spec, stops, opened))
+        if handle.constrained is not None:
+            request.is_constrained, request.mask = True, handle.constrained.mask
+        try:
+            handle.resume(spec.resume)
+        except ConstraintError as error:
+            raise UserError(f"structured_outputs: the answer cannot go on: {error}") from error
+        return handle
+
+    def _constrained(self, spec: GenerationSpec, stops: frozenset[int], opened: bool) -> ConstrainedAnswer | None:
+        constraint = spec.options.structured_outputs
+        if constraint is None:
+            return None
+        if self.constraints is None or self.tokenizer is None:
+            raise UserError("structured_outputs: needs the model's tokenizer")
+        open_id = None if opened else open_token(self.tokenizer, spec.options.enable_thinking)
+        try:
+            answer = ConstrainedAnswer(self.constraints.begin(constraint), stops, opened, open_id)
+        except ConstraintError as error:
+            raise UserError(f"structured_outputs: {error}") from error
+        if answer.is_complete:
+            raise UserError("structured_outputs: no text but the empty one can match it")
+        return answer

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import kv_dtype
+from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
-from cluster.engine.pipeline import Pipeline, launch_pipeline
+from cluster.engine.pipeline import Pipeline, end_ids, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
 from cluster.kv_store.store import KvStore
@@ -65,6 +66,8 @@ class ClusterRuntime:
         self._tokenizer_path = model.path / "tokenizer.json"
         self.ids_only = not self._tokenizer_path.exists()  # prompts and answers are token ids, without text
         self._tokenizer = None if self.ids_only else TextTokenizer.open(model.path, model.chat_template)
+        spec = deployment.spec
+        self.constraints = ConstraintCompiler(self._tokenizer, spec.vocab_size, end_ids(spec, self._tokenizer))
         self.supervisor = PipelineSupervisor(self._launch)
         self.kv_store = KvStore(deployment.config.kv_store, deployment.kv_store_path is not None)
         self._ray = RayCluster(deployment.config.cluster.address)
@@ -93,7 +96,9 @@ class ClusterRuntime:
 
     def _launch(self) -> Pipeline:
         try:
-            return launch_pipeline(self.deployment, self._tokenizer, self._ray, self._on_status, self.kv_store)
+            return launch_pipeline(
+                self.deployment, self._tokenizer, self._ray, self._on_status, self.kv_store, self.constraints
+            )
         except BaseException:
             self._ray.close()  # the next attempt starts it anew: it may be the cause
             raise
@@ -298,10 +303,12 @@ class ClusterRuntime:
         }  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], options: AnswerOptions) -> None:
-        """Refuse prompts and stops this model cannot take (UserError); the cluster need not run yet."""
+        """Refuse prompts, stops and constraints this model cannot take (UserError); the cluster need not run yet."""
         check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         if options.stop and self.ids_only:
             raise UserError(f"stop: {options.stop[0]!r}: needs {self._tokenizer_path}: use stop_token_ids")
+        if options.structured_outputs is not None:
+            self.constraints.check(options.structured_outputs)
         for prompt in prompts:
             if not len(prompt):
                 raise UserError("prompt: 0 tokens: must have at least one")

@@ -172,6 +172,8 @@ class JobSpec:
         values["ask"]["sampling"] = {name: greedy[name] if v is None else v for name, v in sampling.items()}
         if said := [name for name in sampling if name != "seed" and sampling[name] == greedy[name] is not None]:
             values["said"] = said
+        if values["ask"]["structured_outputs"] is None:
+            del values["ask"]["structured_outputs"]  # as before there was such a thing
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
         source, empty = values["input"], {"read": False, "tools": (), "tool_choice": asdict(AUTO)}

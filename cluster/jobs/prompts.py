@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import partial
 
 from cluster.common.text_format import one_line
+from cluster.constraints.trial import CompilerBusy
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.document.tokens import DocumentTokens
 from cluster.jobs.model import InvalidJob, JobInput, JobRecord, JobSpec, ServiceBusy
@@ -137,7 +138,7 @@ def _job_prompts(
         else:
             prompts = [list(source.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)
-    except RendererBusy as error:
+    except (RendererBusy, CompilerBusy) as error:
         raise ServiceBusy(str(error), 5.0) from error
     except UserError as error:
         raise InvalidJob(one_line(error)) from error

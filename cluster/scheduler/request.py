@@ -55,6 +55,8 @@ class Request:
     pinned_len: int = 0  # length whose length scale it uses, that of the longest prompt of its job; 0: its own
     origin: Origin = OWN  # with whose prompts it shares KV
     document_id: str = ""  # that the prompt is about
+    is_constrained: bool = False  # each token is sampled under a mask that needs the one before: it never runs ahead
+    mask: bytes = b""  # of the next token, see `SampleSpec`
     is_private: bool = False  # its document is gone: nobody finds what it computes from now on
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)

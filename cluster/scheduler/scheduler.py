@@ -75,8 +75,9 @@ class Scheduler:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the next step gives every running request one token, and nothing waits to be admitted."""
-        return not self._waiting and all(request.remaining <= 1 for request in self._running.values())
+        """Whether every step gives every running request one token, and nothing waits to be admitted."""
+        running = self._running.values()
+        return not self._waiting and all(r.remaining <= 1 and not r.is_constrained for r in running)
 
     def is_sparse(self, part: SequenceSlice) -> bool:
         """Return whether the rows of a slice select their keys; all of them do or none."""
@@ -268,7 +269,7 @@ class Scheduler:
 
     def _remaining(self, request: Request) -> int:
         """Return the tokens to schedule; one that is being sampled counts if the stages can go on by themselves."""
-        ahead = request.samples_in_flight
+        ahead = 0 if request.is_constrained else request.samples_in_flight
         if ahead and len(request.output) + ahead < request.stop.max_tokens:
             return request.remaining + ahead
         return request.remaining
@@ -293,7 +294,8 @@ class Scheduler:
             history: Sequence[int] = ()
             if request.sampling.repetition_penalty != 1.0 and not request.sampled_at:
                 history = sorted(set(request.tokens(0, stop)))
-            sample = SampleSpec(request.sampling, len(request.output) + request.samples_in_flight, history)
+            index = len(request.output) + request.samples_in_flight
+            sample = SampleSpec(request.sampling, index, history, request.mask)
             request.samples_in_flight += 1
             request.sampled_at = self._step + 1
         num_pages = -(-stop // self._page_size)

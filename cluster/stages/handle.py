@@ -175,7 +175,7 @@ class GrpcStageHandle:
     def send(self, plans: Sequence[StepPlan]) -> None:
         """Queue plans; never waits for the steps."""
         if self._run is not None:
-            self._run.plans.put(codec.plans_to_pb(plans, with_tokens=self.shard.is_first))
+            self._run.plans.put(codec.plans_to_pb(plans, self.shard.is_first, self.shard.is_last))
 
     def disconnect(self) -> None:
         """End the run, if there is one; a long step is not waited for."""

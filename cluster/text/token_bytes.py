@@ -5,6 +5,7 @@ The bound lets an over-long document be refused before it is tokenised, so it ha
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ _NFC_ASCII_BYTES = {"K": 3, ";": 2, "`": 3}
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_BYTE_ENTRY = re.compile(r"<0x[0-9A-F]{2}>")
 BYTE_LEVEL_ALPHABET = frozenset(_BYTE_OF)
 
 
@@ -25,6 +27,11 @@ def token_bytes(entry: str) -> bytes:
     if all(char in _BYTE_OF for char in entry):
         return bytes(_BYTE_OF[char] for char in entry)
     return entry.encode()
+
+
+def piece_bytes(entry: str) -> bytes:
+    """Return the bytes of a vocabulary entry with word-start marks and byte tokens (Llama 2, Mistral)."""
+    return bytes([int(entry[3:5], 16)]) if _BYTE_ENTRY.fullmatch(entry) else entry.replace("▁", " ").encode()
 
 
 def max_source_bytes(piece: bytes, canonical: bool) -> int:

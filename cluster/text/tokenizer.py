@@ -18,7 +18,7 @@ from cluster.text.literal_tokenizer import LiteralTokenizers, Place
 from cluster.text.pieces import TextCutter
 from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
 from cluster.text.templates.files import read_chat_template
-from cluster.text.token_bytes import is_byte_level, longest_token_bytes
+from cluster.text.token_bytes import is_byte_level, longest_token_bytes, piece_bytes, token_bytes
 from protos.errors import UserError
 
 _MAX_FILE_BYTES = 1 << 28  # of tokenizer.json and its like
@@ -205,6 +205,22 @@ class TextTokenizer:
         for token, start, end in self._literal.find_added(text, continues=False):
             if text[start:end].strip() != token.content.strip():
                 yield start, end
+
+    def vocabulary(self) -> list[bytes]:
+        """Return the bytes that each id stands for behind other tokens; b"" for ids without an entry.
+
+        Raises TokenizerError: the decoder does more than join the tokens.
+        """
+        steps = json.dumps(self._layout.get("decoder"))
+        if not self.is_byte_level and not ("ByteFallback" in steps or "Metaspace" in steps):
+            raise TokenizerError("tokenizer.json: its decoder is neither byte-level nor one of word-start marks")
+        convert = token_bytes if self.is_byte_level else piece_bytes
+        entries = (self.id_to_token(token) for token in range(self.vocab_size))
+        return [b"" if entry is None else convert(entry) for entry in entries]
+
+    def added_id(self, text: str) -> int | None:
+        """Return the id of an added token, special or not; None for other texts."""
+        return self._id_of.get(text)
 
     def is_special(self, token_id: int) -> bool:
         """Return whether the id is a special token such as `<|im_end|>`."""

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from protos.errors import InvalidRequest
+from protos.jobs.constraint import Constraint
 from protos.jobs.limits import MAX_INT64, MAX_LOGPROBS
 
 
@@ -85,10 +86,15 @@ class AnswerOptions:
     stop_token_ids: tuple[int, ...] = _option((), "End the answer at this id (repeatable).")
     ignore_eos: bool = _option(False, "Do not stop at the model's end token.")
     enable_thinking: bool | None = _option(None, "enable_thinking for the chat template.")
+    structured_outputs: Constraint | None = _option(  # noqa: RUF009
+        None, "Answer with JSON that matches the schema in this file."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.sampling, SamplingParams):  # every value is said
             object.__setattr__(self, "sampling", Sampling(*astuple(self.sampling)))
+        if self.structured_outputs is not None:  # a mapping as vLLM has it will do
+            object.__setattr__(self, "structured_outputs", Constraint.from_value(self.structured_outputs))
         OPTIONS["max_tokens"].check(self.max_tokens)
         if not all(self.stop):
             raise InvalidRequest('stop: "": a stop string must have at least one character')

@@ -14,6 +14,8 @@ from typing import Any
 
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs.constraint import Constraint
+from protos.jobs.convert import read_message
 from protos.jobs.limits import (
     MAX_CHARS,
     MAX_DEADLINE_S,
@@ -58,7 +60,10 @@ def read_options(sampling: pb.Sampling) -> AnswerOptions:
     for stop in sampling.stop:
         check_text("stop", stop, MAX_CHARS, min_chars=1)
     present = {item.name: value for item, value in sampling.ListFields()}
-    return AnswerOptions.from_values({name: tuple(v) if OPTIONS[name].is_list else v for name, v in present.items()})
+    values: dict[str, Any] = {name: tuple(value) if OPTIONS[name].is_list else value for name, value in present.items()}
+    if "structured_outputs" in values:
+        values["structured_outputs"] = read_message(Constraint, sampling.structured_outputs)
+    return AnswerOptions.from_values(values)
 
 
 def check_option(name: str, value: object) -> Any:
@@ -69,6 +74,8 @@ def check_option(name: str, value: object) -> Any:
         return check_texts(name, values, min_chars=1) if option.kind is str else check_token_ids(name, values)
     if option.kind is bool:
         return check_flag(name, value)
+    if option.kind is Constraint:
+        return Constraint.from_value(value)
     if option.kind is int:
         return check_integer(name, value, int(option.low), MAX_UINT32 if option.high == math.inf else int(option.high))
     return check_number(name, value, option.low, option.high)

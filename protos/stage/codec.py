@@ -23,13 +23,31 @@ def encode(value: object) -> Any:
     return _encoder(type(value).__name__)(value)
 
 
-def plans_to_pb(plans: Iterable[StepPlan], with_tokens: bool = True) -> pb.StepPlans:
-    """Encode plans; `with_tokens=False` leaves out the token ids, which only the first stage reads."""
-    return pb.StepPlans(plans=map(encode, plans if with_tokens else map(_without_tokens, plans)))
+def plans_to_pb(plans: Iterable[StepPlan], with_tokens: bool = True, with_masks: bool = True) -> pb.StepPlans:
+    """Encode plans, or leave out what a stage does not read.
+
+    Args:
+        with_tokens: have the token ids, which only the first stage reads.
+        with_masks: have the masks of samples, which only the last stage reads.
+    """
+    if not with_tokens:
+        plans = map(_without_tokens, plans)
+    if not with_masks:
+        plans = map(_without_masks, plans)
+    return pb.StepPlans(plans=map(encode, plans))
 
 
 def _without_tokens(plan: StepPlan) -> StepPlan:
     return replace(plan, slices=tuple(replace(part, token_ids=()) for part in plan.slices))
+
+
+def _without_masks(plan: StepPlan) -> StepPlan:
+    if not any(part.sample is not None and part.sample.mask for part in plan.slices):
+        return plan
+    parts = (
+        part if part.sample is None else replace(part, sample=replace(part.sample, mask=b"")) for part in plan.slices
+    )
+    return replace(plan, slices=tuple(parts))
 
 
 @functools.cache

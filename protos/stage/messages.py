@@ -55,6 +55,7 @@ class SampleSpec:
     params: SamplingParams
     token_index: int  # 0 for the first generated token; with the seed it fixes the noise
     history: Sequence[int] = ()  # distinct ids so far; with the first sample of a penalised request, else empty
+    mask: bytes = b""  # a bit for each id that may be sampled, the lowest bit of a byte first; empty: all may be
 
 
 @dataclass(frozen=True, slots=True)

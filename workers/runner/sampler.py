@@ -49,6 +49,21 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def apply_mask(logits: torch.Tensor, mask: bytes) -> torch.Tensor:
+    """Return logits `[V]` of which those without their bit in `mask` are -inf; the lowest bit of a byte is first.
+
+    Raises:
+        RuntimeError: the mask is shorter than the vocabulary, or lets nothing through.
+    """
+    size = logits.numel()
+    if 8 * len(mask) < size:
+        raise RuntimeError(f"a mask of {len(mask)} bytes for {size} tokens")
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=size, bitorder="little")
+    if not bits.any():
+        raise RuntimeError("a mask that lets no token through")
+    return logits.masked_fill(torch.from_numpy(bits == 0).to(logits.device), -math.inf)
+
+
 def _all_finite(x: torch.Tensor) -> bool:
     """Return whether no value is infinite or NaN. Every step waits for this, so one sum decides if it can."""
     total = float(x.numpy().sum()) if x.device.type == "cpu" else float(x.sum())
@@ -74,10 +89,13 @@ class Sampler:
         self._seen.clear()
 
     def sample(self, sequence: int, logits: torch.Tensor, spec: SampleSpec) -> SampledToken:
-        """Choose one token from `[V]` float32 logits.
+        """Choose one token from `[V]` float32 logits, one of the mask if there is one.
+
+        Its log-probability is that of the logits as they are: without penalty, mask, temperature and filters.
 
         Raises:
-            RuntimeError: the logits are not finite, or a penalised sequence arrives without its history.
+            RuntimeError: the logits are not finite, a penalised sequence arrives without its history, or the mask lets
+                nothing through.
         """
         params = spec.params
         if not _all_finite(logits):
@@ -85,6 +103,8 @@ class Sampler:
         scores = logits
         if params.repetition_penalty != 1.0:
             scores = penalise(logits, self._seen_mask(sequence, spec, logits.device), params.repetition_penalty)
+        if spec.mask:
+            scores = apply_mask(scores, spec.mask)
         if params.temperature == 0.0:
             token = _highest(scores)
         else:

@@ -108,6 +108,7 @@ SUBMIT: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [1 << 31]}, "stop_token_ids: 2147483648 at index 0: must be between 0 and"),
     ({"ignore_eos": 1}, "ignore_eos: 1: must be True or False"),
     ({"enable_thinking": "no"}, "enable_thinking: 'no': must be True or False"),
+    ({"structured_outputs": {"xml": 1}}, "structured_outputs.xml: unknown: must be one of json, json_object, regex,"),
     ({"attached": None}, "attached: None: must be True or False"),
     ({"priority": 1 << 31}, "priority: 2147483648: must be a whole number from -2147483648 to 2147483647"),
     ({"priority": "high"}, "priority: 'high': must be a whole number"),

@@ -137,6 +137,25 @@ def test_duplicates_in_parallel(served: Served) -> None:
     assert len(tokens_of(job)[0]) == job.data.last_event == 4
 
 
+def test_structured_outputs(served: Served) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "yes"]}, "b": {"type": "boolean"}},
+        "required": ["a"],
+    }
+    closed = schema | {"additionalProperties": False}
+    job = served.client.submit(prompt="Once", max_tokens=400, temperature=1.0, structured_outputs={"json": closed})
+    answer = json.loads(job.result.text)
+    assert answer["a"] in ("x", "yes")
+    assert answer.keys() <= {"a", "b"}
+    document = "The code of dark river is 1. " * 20
+    options: Any = {"max_tokens": 30, "structured_outputs": {"choice": ["the river", "none"]}}
+    answers = served.client.submit(document, ["Which?", "What?"], **options).result
+    assert {one.text for one in answers} <= {"the river", "none"}
+    assert {one.finish_reason for one in answers} == {"stop"}
+    check_idle(served)
+
+
 def test_cancel_in_every_state(served: Served) -> None:
     decoding = served.occupy()
     queued = served.client.submit(prompt="Once", max_tokens=5)
@@ -287,6 +306,12 @@ BAD: list[tuple[Callable[[Client], object], type[Exception], str]] = [
     (lambda c: c.submit(prompt="Once", top_p=0.0), cluster.InvalidRequest, "top_p"),
     (lambda c: c.submit(prompt="Once", deadline_s=0.0), cluster.InvalidRequest, "deadline"),
     (lambda c: c.submit(prompt="Once", deadline_s=-5.0), cluster.InvalidRequest, "deadline"),
+    (lambda c: c.submit(prompt="Once", structured_outputs={"regex": "a(?=b)"}), cluster.InvalidRequest, "look-around"),
+    (
+        lambda c: c.submit(prompt="Once", structured_outputs={"json": {"not": {}}}),
+        cluster.InvalidRequest,
+        "not at #: is",
+    ),
     (lambda c: c.submit(prompt=""), cluster.InvalidRequest, "prompt"),
     (lambda c: c.submit(token_ids=[]), cluster.InvalidRequest, "token"),
     (lambda c: c.submit(token_ids=[5, 4096]), cluster.InvalidRequest, "4096 at index 1: must be between 0 and 4095"),

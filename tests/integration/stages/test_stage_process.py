@@ -1,5 +1,6 @@
 """Real stage processes over Unix sockets: two stages with one shard each, the needle checkpoint, no Ray."""
 
+import json
 import os
 import queue
 import signal
@@ -17,6 +18,8 @@ import torch
 from cluster.common.errors import EngineError, StageError
 from cluster.engine.hang_detector import HangDetector
 from cluster.stages.handle import GrpcStageHandle
+from cluster.text.tokenizer import TextTokenizer
+from protos.jobs.constraint import Constraint
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
 from protos.stage.channel import open_channel, token_metadata
@@ -275,3 +278,20 @@ def test_a_process_without_a_token_says_what_is_missing(tmp_path: Path):
     assert done.returncode == 2
     assert TOKEN_VARIABLE in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_constrained_answers(running: Stages) -> None:
+    """Masks reach the last stage: what it samples matches, beside an answer that runs ahead."""
+    choices = ["amber", "the ancient river", "there"]
+    specs = [
+        generation_spec(
+            [5, 6, 7], 40, SamplingParams(1.0, seed=seed), structured_outputs=Constraint("choice", json.dumps(choices))
+        )
+        for seed in range(3)
+    ]
+    engine = running.run_engine(tokenizer=TextTokenizer.open(NEEDLE))
+    handles = [submit(engine, spec) for spec in (*specs, SPECS[1])]
+    *constrained, free = (handle.wait(60) for handle in handles)
+    assert {result.text for result in constrained} <= {*choices}
+    assert list(free.token_ids) == list(submit(engine, SPECS[1]).wait(60).token_ids)
+    check_engine(engine)

@@ -13,11 +13,13 @@ import torch.distributed as dist
 
 from cluster.config.schema import KvStoreSection
 from cluster.config.topology import plan_shards
+from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
 from cluster.kv_store.store import KvStore
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
+from cluster.text.tokenizer import TextTokenizer
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, ShardSpec, StepPlan, StepResult
@@ -91,7 +93,7 @@ class Pipeline:
         self, model_dir: Path, stages: int, ranks: int, *, chunk: int = 256, pages: int = 64, page_size: int = 16,
         seqs: int = 8, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None, eos: Sequence[int] = (),
         kv_dtype: torch.dtype | None = None, scheduler: type[Scheduler] = Scheduler, memory: KvMemory | None = None,
-        block_tokens: int = 32,
+        block_tokens: int = 32, tokenizer: TextTokenizer | None = None, constraints: ConstraintCompiler | None = None,
     ) -> None:  # fmt: skip
         """Args: `memory` is where KV is stored, in blocks of `block_tokens`; None: nowhere."""
         self.spec = spec or load_model_spec(model_dir)
@@ -122,7 +124,10 @@ class Pipeline:
             PagePool(pages), page_size, chunk, seqs, spec=self.spec, num_stages=stages,
             block_tokens=self.store.block_tokens,
         )  # fmt: skip
-        self.engine = Engine(self.scheduler, self.shards, None, eos, store=self.store if memory is not None else None)
+        self.engine = Engine(
+            self.scheduler, self.shards, tokenizer, eos, store=self.store if memory is not None else None,
+            constraints=constraints,
+        )  # fmt: skip
 
     def __enter__(self) -> Pipeline:
         self.store.attach(self.shards, self.engine.post, self.scheduler.pool)

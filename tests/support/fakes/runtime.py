@@ -59,7 +59,10 @@ class FakeRuntime(ClusterRuntime):
             shards=(self.shard,), num_pages=512, fingerprint="f", dtype="float32", epoch=1,
             kernel_family=self.kernel_family,
         )  # fmt: skip
-        engine = Engine(scheduler, [self.shard], self.tokenizer, store=store if store.is_enabled else None)
+        engine = Engine(
+            scheduler, [self.shard], self.tokenizer, store=store if store.is_enabled else None,
+            constraints=self.constraints,
+        )  # fmt: skip
         store.attach(launched.shards, engine.post, pool)
         engine.start()
 

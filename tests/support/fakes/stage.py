@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,16 @@ from cluster.stages.handle import StageError
 from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import CellReport, SampledToken, ShardSpec, Span, StepPlan, StepResult, TokenLogprob
+from protos.stage.messages import (
+    CellReport,
+    SampledToken,
+    SequenceSlice,
+    ShardSpec,
+    Span,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
 from tests.support.data.specs import generation_spec
 from tests.support.fakes.kv import FakeDisk, FakeKvShard
 from tests.support.oracles.integrity import check_engine
@@ -41,7 +51,10 @@ class Clock:
 
 
 class FakeShard(FakeKvShard):
-    """Answers plans as soon as the gate allows; `script(sequence, index)` gives the tokens."""
+    """Answers plans as soon as the gate allows; `script(sequence, index)` gives the tokens.
+
+    Under a mask that does not have it, the token is one of the mask that depends on the index.
+    """
 
     def __init__(self, stage: int, stages: int, script: Script, clock: Clock, rank: int = 0) -> None:
         super().__init__()
@@ -103,7 +116,7 @@ class FakeShard(FakeKvShard):
             self._clock.now += self.step_s
             error = "stage 0 shard 0, step 1: broken" if plan.step == self.fail_at else ""
             samples = tuple(
-                SampledToken(part.sequence, self.script(part.sequence, part.sample.token_index), *self._logprobs(part))
+                SampledToken(part.sequence, self._token(part), *self._logprobs(part))
                 for part in plan.slices
                 if part.sample and self.shard.is_last
             )
@@ -115,6 +128,14 @@ class FakeShard(FakeKvShard):
             if len(results) >= self.group or self._queue.empty():
                 on_results(results)
                 results = []
+
+    def _token(self, part: SequenceSlice) -> int:
+        assert part.sample is not None
+        token, mask = self.script(part.sequence, part.sample.token_index), part.sample.mask
+        if not mask or (token < 8 * len(mask) and mask[token // 8] >> token % 8 & 1):
+            return token
+        allowed = [token for token in range(8 * len(mask)) if mask[token // 8] >> token % 8 & 1]
+        return random.Random(part.sample.token_index).choice(allowed)
 
     @staticmethod
     def _logprobs(part) -> tuple:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.config.topology import plan_shards
+from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.engine import Engine
 from cluster.engine.request_handle import RequestHandle
 from cluster.kv_store.store import KvStore
@@ -18,6 +19,7 @@ from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.launcher import links_of
+from cluster.text.tokenizer import TextTokenizer
 from protos.model.config_json import load_model_spec
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
@@ -110,13 +112,14 @@ class Stages:
         links = links_of(shard, addresses, self.folder, epoch)
         return pb.StartRequest(num_pages=PAGES, page_size=PAGE, epoch=epoch, kv_store_path=self.kv_store_path, **links)
 
-    def run_engine(self, store: KvStore | None = None) -> Engine:
-        """Start an engine; `store` is over the folder `kv_store_path`."""
+    def run_engine(self, store: KvStore | None = None, tokenizer: TextTokenizer | None = None) -> Engine:
+        """Start an engine; `store` is over the folder `kv_store_path`, with a `tokenizer` there are constraints."""
         pool = PagePool(PAGES)
         scheduler = Scheduler(
             pool, PAGE, CHUNK, 8, num_stages=len(self.handles), block_tokens=store.block_tokens if store else 0
         )
-        self.engine = Engine(scheduler, self.handles, None, (0,), store=store)
+        constraints = ConstraintCompiler(tokenizer, 4096, [0]) if tokenizer is not None else None
+        self.engine = Engine(scheduler, self.handles, tokenizer, (0,), store=store, constraints=constraints)
         if store is not None:
             store.attach(self.handles, self.engine.post, pool)
         self.store = store

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -120,8 +121,22 @@ def test_sampling_options_have_defaults() -> None:
         "('stop', ('a', 'b'))",
         "('temperature', None)",  # the model's files decide
         "('seed', None)",
+        "('structured_outputs', None)",
     ):
         assert pair in done.output
+
+
+def test_schema_of_a_file(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text('{"type": "integer"}')
+    bad.write_text("[")
+    done = CliRunner().invoke(tool, ["verb", "--json-schema", str(good)])
+    assert """Constraint(kind='json_schema', text='{"type": "integer"}')""" in done.output
+    for path, problem in ((bad, "structured_outputs.json: is no JSON"), (tmp_path / "none", "cannot be read as UTF-8")):
+        done = CliRunner().invoke(tool, ["verb", "--json-schema", str(path)], prog_name="tool")
+        assert done.exit_code == 2
+        assert problem in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_display_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from cluster.client import requests
 from cluster.client.documents.pieces import PIECE_BYTES
 from cluster.client.ingest.source import DocumentText
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs.constraint import Constraint
 from protos.jobs.limits import MAX_CHARS, MAX_MESSAGES, MAX_REQUEST_BYTES
 from protos.jobs.sampling import OPTIONS
 
@@ -39,6 +40,9 @@ BAD: list[tuple[str | None, Any, dict[str, Any]]] = [
     (None, None, {"prompt": "p", "seed": 1 << 64}),
     (None, None, {"prompt": "p", "priority": 1 << 31}),
     (None, None, {"prompt": "p", "temperature": "hot"}),
+    (None, None, {"prompt": "p", "structured_outputs": {"xml": "a"}}),
+    (None, None, {"prompt": "p", "structured_outputs": "a+"}),
+    (None, None, {"prompt": "p", "structured_outputs": {"choice": ["\ud800"]}}),
 ]
 
 
@@ -97,6 +101,15 @@ def test_keyword_arguments_are_the_declared_options() -> None:
         "labels",
     }
     assert set(names) - set(OPTIONS) == others
+
+
+def test_structured_outputs_in_the_forms_of_vllm() -> None:
+    schema = {"type": "integer"}
+    for value in ({"json": schema}, {"json": '{"type": "integer"}'}, Constraint("json_schema", '{"type": "integer"}')):
+        request = requests.build_submit(None, None, {"prompt": "p", "structured_outputs": value})
+        assert request.sampling.structured_outputs == pb.StructuredOutputs(
+            kind="json_schema", text='{"type": "integer"}'
+        )
 
 
 def test_listing_requests() -> None:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from cluster.text.token_bytes import UNBOUNDED
 from cluster.text.tokenizer import TextTokenizer, TokenizerError
 from tests.support import paths
+from tests.support.data.tokenizer_families import FAMILIES, word_piece
 from tests.support.data.tokenizers import NEEDLE, SENTENCEPIECE, sentencepiece_like, wrap
 
 TAKES_SPACE = {"added_tokens_decoder": {NEEDLE.vocab_size: {"content": "<user>", "normalized": False, "rstrip": True}}}
@@ -152,3 +153,20 @@ def test_added_tokens_that_are_spelt_once_they_are_normalized() -> None:
     assert list(wrap(tokenizer).find_respelt("<TOOL>")) == []
     tokenizer.normalizer = normalizers.Lowercase()
     assert list(wrap(tokenizer).find_respelt("é<tool> <TOOL>")) == [(8, 14)]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_vocabulary_joins_to_the_text(family: str) -> None:
+    tokenizer = wrap(FAMILIES[family]())
+    vocabulary = tokenizer.vocabulary()
+    assert len(vocabulary) == tokenizer.vocab_size
+    for text in ("a b ab", "xé é", "<s> 😀 <tool>", "tx  ab\n"):
+        ids = tokenizer.encode(text, literal=True, continues=True)
+        assert b"".join(vocabulary[token] for token in ids) == text.encode()
+
+
+def test_vocabulary_of_another_kind() -> None:
+    with pytest.raises(TokenizerError, match="its decoder is neither"):
+        wrap(word_piece()).vocabulary()
+    assert NEEDLE.added_id("<|im_start|>") == 1
+    assert NEEDLE.added_id("a") is None

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from cluster.cli.main import main
-from protos.errors import UserError
+from protos.errors import InvalidRequest, UserError
 from protos.jobs import jobs_pb2 as pb
+from protos.jobs.constraint import Constraint
 from protos.jobs.sampling import OPTIONS, AnswerOptions, Sampling, SamplingParams
 from protos.stage import messages, stage_pb2
 
@@ -99,3 +100,10 @@ def test_messages_and_command_line_have_the_declared_names() -> None:
         for name, option in OPTIONS.items():
             assert options[name].multiple == option.is_list  # type: ignore[attr-defined]
             assert options[name].help.startswith(option.meaning)  # type: ignore[attr-defined]
+
+
+def test_constraints_in_the_form_of_vllm() -> None:
+    options = AnswerOptions(structured_outputs={"regex": "a+"})  # type: ignore[arg-type]
+    assert options.structured_outputs == Constraint("regex", "a+")
+    with pytest.raises(InvalidRequest, match="structured_outputs: 0 keys"):
+        AnswerOptions(structured_outputs="a+")  # type: ignore[arg-type]

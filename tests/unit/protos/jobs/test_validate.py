@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from protos.errors import UserError
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import limits, validate
+from protos.jobs.constraint import Constraint
 from protos.jobs.sampling import OPTIONS, AnswerOptions, SamplingParams
 
 
@@ -102,11 +103,13 @@ def test_a_submission_is_read_with_its_options() -> None:
     fields = {
         "max_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5,
         "seed": 0, "logprobs": 0, "stop": ["x"], "stop_token_ids": [5], "ignore_eos": True, "enable_thinking": False,
+        "structured_outputs": pb.StructuredOutputs(kind="regex", text="a+"),
     }  # fmt: skip
     assert list(fields) == [item.name for item in pb.Sampling.DESCRIPTOR.fields]
     assert fields.keys() == OPTIONS.keys()
     options = validate.check_submit(pb.SubmitRequest(sampling=pb.Sampling(**fields)))
-    assert options == AnswerOptions(7, SamplingParams(0.5, 3, 0.9, 0.1, 1.5, 0, 0), ("x",), (5,), True, False)
+    params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, 0, 0)
+    assert options == AnswerOptions(7, params, ("x",), (5,), True, False, Constraint("regex", "a+"))
     assert validate.check_submit(pb.SubmitRequest()) == AnswerOptions()
 
 
@@ -115,6 +118,10 @@ def test_a_submission_is_read_with_its_options() -> None:
     [
         ({"sampling": pb.Sampling(stop=[""])}, "stop: 0 characters: must have 1 to 256 characters"),
         ({"sampling": pb.Sampling(top_p=0.0)}, "top_p: 0: must be above 0 and at most 1"),
+        (
+            {"sampling": pb.Sampling(structured_outputs=pb.StructuredOutputs())},
+            "structured_outputs.kind: '': must be one of json_schema, json_object, regex, choice, grammar",
+        ),
         ({"deadline_s": math.inf}, "deadline_s: inf: must be a number of seconds above 0 and at most 2592000"),
         ({"idempotency_key": "k" * 257}, "idempotency_key: 257 characters: must have 0 to 256 characters"),
         ({"labels": {str(n): "" for n in range(33)}}, "labels: 33: must be at most 32"),

@@ -39,7 +39,7 @@ PARAMS = st.builds(
     seed=st.integers(0, (1 << 63) - 1),
     logprobs=st.none() | st.integers(0, 100),
 )
-SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=IDS)
+SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=IDS, mask=st.binary(max_size=9))
 SLICES = st.builds(
     SequenceSlice,
     sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_pages=IDS, num_pages=U32,
@@ -102,6 +102,16 @@ def test_plans(plan: StepPlan):
 def test_plans_for_later_stages_lose_their_token_ids_only(plan: StepPlan):
     bare = replace(plan, slices=tuple(replace(part, token_ids=()) for part in plan.slices))
     assert round_trip(plan, with_tokens=False) == bare
+
+
+@settings(max_examples=50, deadline=None)
+@given(PLANS)
+def test_plans_for_earlier_stages_lose_their_masks_only(plan: StepPlan):
+    (message,) = wire(codec.plans_to_pb([plan], with_masks=False)).plans
+    bare = [
+        part if part.sample is None else replace(part, sample=replace(part.sample, mask=b"")) for part in plan.slices
+    ]
+    assert read_message(StepPlan, message) == replace(plan, slices=tuple(bare))
 
 
 @settings(max_examples=100, deadline=None)

@@ -268,3 +268,72 @@ def test_non_finite_logits_are_refused(bad: float):
     scores[100] = bad
     with pytest.raises(RuntimeError, match="sequence 4: logits of token 6 are not finite"):
         Sampler(VOCAB).sample(4, scores, spec(6))
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def packed(allowed: Sequence[int], size: int = VOCAB) -> bytes:
+    bits = np.zeros(size, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+@pytest.mark.parametrize("size", [17, 67, 193, 256, VOCAB])
+@pytest.mark.parametrize("seed", range(3))
+def test_mask_against_a_loop(size: int, seed: int):
+    values, draw = logits(seed, size), np.random.default_rng(seed)
+    allowed = sorted(draw.choice(size, 1 + seed * 5, replace=False).tolist())
+    masked = sampler_module.apply_mask(values, packed(allowed, size))
+    for token in range(size):
+        assert masked[token] == (values[token] if token in allowed else -math.inf)
+    assert torch.equal(sampler_module.apply_mask(values, packed(allowed, size) + b"\xff\xff"), masked), "padding"
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), *FILTERS, SamplingParams(temperature=1.0, repetition_penalty=3.0)]
+)
+def test_masked_samples_are_of_the_mask(params: SamplingParams):
+    sampler, values = Sampler(VOCAB), logits()
+    worst = values.argsort()[:5].tolist()
+    for index in range(20):
+        history = (1, 2) if not index else ()
+        one = sampler.sample(1, values, SampleSpec(params, index, history, packed(worst)))
+        assert one.token_id in worst
+
+
+def test_mask_of_one_token_is_that_token():
+    for params in (SamplingParams(), SamplingParams(temperature=1.0, top_k=3, top_p=0.1, min_p=1.0)):
+        assert Sampler(VOCAB).sample(1, logits(), SampleSpec(params, 0, mask=packed([137]))).token_id == 137
+
+
+def test_mask_of_everything_changes_nothing():
+    for params in (SamplingParams(), *FILTERS):
+        plain, masked = (
+            Sampler(VOCAB).sample(1, logits(), SampleSpec(params, 3, mask=mask)) for mask in (b"", b"\xff" * 33)
+        )
+        assert plain == masked
+
+
+def test_masked_distribution():
+    params, values, allowed = SamplingParams(temperature=1.0, seed=5), logits(), [3, 50, 256]
+    drawn = [
+        Sampler(VOCAB).sample(1, values, SampleSpec(params, i, mask=packed(allowed))).token_id for i in range(4000)
+    ]
+    expected = torch.softmax(values[allowed].double(), dim=-1)
+    for token, share in zip(allowed, expected.tolist(), strict=True):
+        assert abs(drawn.count(token) / len(drawn) - share) < 4 * math.sqrt(share * (1 - share) / len(drawn)) + 1e-3
+
+
+def test_logprobs_are_those_without_the_mask():
+    values = logits()
+    one = Sampler(VOCAB).sample(1, values, SampleSpec(SamplingParams(logprobs=3), 0, mask=packed([137])))
+    wide = torch.log_softmax(values.double(), dim=-1)
+    assert one.logprob == float(wide[137])
+    assert [item.token_id for item in one.top] == wide.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("mask", [b"\xff" * 32, bytes(33), bytes(32) + b"\xfe"])
+def test_bad_masks(mask: bytes):
+    with pytest.raises(RuntimeError, match="a mask "):
+        Sampler(VOCAB).sample(1, logits(), SampleSpec(SamplingParams(), 0, mask=mask))

@@ -1,0 +1,1 @@
+"""Measurements of constraints: what compiling and masks cost."""
