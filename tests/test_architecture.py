@@ -33,8 +33,8 @@ MAX_FILES = 12
 LAYERS = {
     "protos": ["errors", "generate", "jobs", "model", "stage", "node"],
     "cluster": [
-        "common", "config", "text", "scheduler", "stages", "kv_store", "engine", "jobs", "client", "server", "tools",
-        "bench", "cli",
+        "common", "config", "text", "scheduler", "stages", "kv_store", "engine", "jobs", "client", "access", "http",
+        "server", "tools", "bench", "cli",
     ],
     "workers": [
         "kernels", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench", "training",

@@ -365,7 +365,8 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
     if as_json:
         say_json(asdict(status) | {"address": address})
         return
-    say(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
+    over_http = f", HTTP at {status.http_url}" if status.http_url else ""
+    say(f"{status.model} at {address}{over_http}, version {status.version}, up {format_duration(status.uptime_s)}")
     quota = status.kv_store_max_bytes
     stored = f"stored KV {format_bytes(status.kv_store_bytes)} of {format_bytes(quota)}; " if quota else ""
     click.echo(  # numbers only

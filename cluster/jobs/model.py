@@ -60,6 +60,10 @@ class InvalidJob(JobError, InvalidRequest):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
 
 
+class ContextTooLong(InvalidJob):
+    """The prompt, alone or with the answer it asks for, does not fit the context of the model."""
+
+
 class JobDamaged(InvalidJob):
     """What is stored of one job cannot be read. Only this job fails; nothing is wrong with the store as a whole."""
 
@@ -143,6 +147,7 @@ class JobSpec:
     idempotency_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""  # it shares KV with jobs of the same one only
+    shorten: bool = False  # `ask.max_tokens` is lowered to what the context has room for
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -164,6 +169,8 @@ class JobSpec:
             values["said"] = said
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
+        if values.pop("shorten"):  # what it was lowered to is not said by the client
+            values["ask"]["max_tokens"] = 0
         if not values["input"]["read"]:
             del values["input"]["read"]  # as before there was such a thing
         return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()

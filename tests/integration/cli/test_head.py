@@ -39,7 +39,7 @@ def run_head(config_path, on_status, on_ready, on_warning):
     if os.environ["FAKE_HEAD"] == "slow":
         stop.wait()
         return 0
-    on_ready("0.0.0.0:4242")
+    on_ready("0.0.0.0:4242", "")
     stop.wait()
     if os.environ["FAKE_HEAD"] == "deaf":
         threading.Event().wait()
