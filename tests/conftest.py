@@ -15,7 +15,11 @@ _FAST = ("tests/unit/", "tests/test_")
 _ALONE = (
     "tests/faults/", "tests/gpu/", "tests/integration/cli/", "tests/integration/jobs/", "tests/integration/stages/",
 )  # fmt: skip
-_BESIDE = ("tests/integration/client/", "tests/integration/server/")  # they mostly wait, as those marked do
+_BESIDE = (
+    "tests/integration/client/",
+    "tests/integration/http/",
+    "tests/integration/server/",
+)  # they mostly wait, as those marked do
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,6 +19,7 @@ from cluster.http.backend import Backend
 from cluster.http.guard import Keys
 from cluster.http.server import HttpServer
 from cluster.jobs.model import JobAnswer, JobRecord, JobSpec, JobState
+from cluster.jobs.subscriptions import JobEvent
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.tokenizer import TextTokenizer
 from tests.support.fakes.jobs_api import FakeJobService
@@ -56,6 +57,11 @@ class AnsweringService(FakeJobService):
         self.specs.append(spec)
         self.key_names.append(key_name)
         return super().submit(spec, key_name)
+
+    def _events(self, job_id: str, after: int) -> Iterator[JobEvent]:
+        for event in super()._events(job_id, after):
+            endless = isinstance(event, list) and self.endless
+            yield [replace(token, answer=token.text) for token in event] if endless else event
 
     def finish(self, job_id: str) -> JobRecord:
         answer = JobAnswer(0, 17, 5, self.finish_reason, "".join(t.answer for t in self.output))
