@@ -155,7 +155,7 @@ class ServerSection(Section):
     metrics_host: Host = Field(default="127.0.0.1", description="must be a host name or an IP address")
     http_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
     http_host: Host = Field(default="127.0.0.1", description="must be a host name or an IP address")
-    http_max_tokens: Count = Field(default=32768, ge=1, le=1 << 30, description=COUNT_RULE)
+    http_max_tokens: Count = Field(default=32768, ge=1, le=1 << 30, description=f"{COUNT_RULE}, from 1 to {1 << 30}")
     http_reasoning_field: Literal["both", "reasoning", "reasoning_content"] = "both"
     max_queued_jobs: int = Field(default=256, ge=1, le=1 << 20, description=f"{POSITIVE} and at most {1 << 20}")
     max_document_bytes: Bytes = Field(

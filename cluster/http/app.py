@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from cluster.http import probes
-from cluster.http.backend import Backend
-from cluster.http.errors import ApiError
-from cluster.http.guard import Guard, Keys
+from cluster.http.core.backend import Backend
+from cluster.http.core.errors import ApiError
+from cluster.http.core.guard import Guard, Keys
 from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.http.backend import Backend
-from cluster.http.errors import ApiError, refuse
+from cluster.http.core.backend import Backend
+from cluster.http.core.errors import ApiError, refuse
 from protos.jobs import validate
 from protos.jobs.limits import MAX_CHARS, MAX_INT32, MAX_STOPS
 from protos.jobs.sampling import AnswerOptions

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from cluster.http.backend import Backend
+from cluster.http.core.backend import Backend
 
 
 def make_router(backend: Backend) -> APIRouter:

@@ -31,7 +31,7 @@ from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
 
 if TYPE_CHECKING:
-    from cluster.http.server import HttpServer
+    from cluster.http.http_server import HttpServer
 
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
 _LOOK_EVERY_S = 1.0  # how soon the main thread notices that the head must end
@@ -118,8 +118,8 @@ class Head:
             self._steps = steps.pop_all()
 
     def _make_http(self, streams: CallPool) -> HttpServer:
-        from cluster.http.backend import Backend
-        from cluster.http.server import HttpServer
+        from cluster.http.core.backend import Backend
+        from cluster.http.http_server import HttpServer
 
         security = self._config.security
         keys = load_api_keys(security.api_keys_file) if security.api_keys_file else None
@@ -131,7 +131,8 @@ class Head:
         if server.http_port and find_spec("fastapi") is None:
             need = "needs packages that are not installed: pip install 'longreach[http]', or server.http_port: 0"
             raise PreflightError(f"server.http_port: {server.http_port}: {need}")
-        check_port(server.http_host, server.http_port)
+        if server.http_port:
+            check_port(server.http_host, server.http_port)
         if self._port is None:
             check_port(server.host, server.port)
         check_port(server.metrics_host, server.metrics_port)

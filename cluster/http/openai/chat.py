@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.http.answers import Answer, finish_reason, progress_text, spelling
-from cluster.http.backend import Backend
-from cluster.http.body import read_model
-from cluster.http.calls import call_of
-from cluster.http.errors import to_api_error
-from cluster.http.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.backend import Backend
+from cluster.http.core.body import read_model
+from cluster.http.core.calls import call_of
+from cluster.http.core.errors import to_api_error
+from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.sse import error_event, event
 from cluster.http.openai.chat_request import CHAT_PARAMS, ChatRequest, chat_spec
-from cluster.http.sse import error_event, event
 from cluster.jobs.subscriptions import ProgressUpdate
 from protos.stage.messages import TokenLogprob
 

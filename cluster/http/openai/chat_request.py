@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cluster.http.backend import Backend
-from cluster.http.errors import refuse
+from cluster.http.core.backend import Backend
+from cluster.http.core.errors import refuse
 from cluster.http.options import (
     AnswerFields,
     RequestModel,

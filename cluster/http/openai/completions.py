@@ -12,15 +12,15 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.engine.outputs import OutputToken
 from cluster.http.answers import Answer, finish_reason, spelling
-from cluster.http.backend import Backend
-from cluster.http.body import read_model
-from cluster.http.calls import call_of
-from cluster.http.errors import refuse
-from cluster.http.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.backend import Backend
+from cluster.http.core.body import read_model
+from cluster.http.core.calls import call_of
+from cluster.http.core.errors import refuse
+from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.sse import error_event, event
 from cluster.http.openai.chat import body_of
 from cluster.http.openai.chat_request import StreamOptions
 from cluster.http.options import AnswerFields, answer_options, check_model, check_supported, job_fields
-from cluster.http.sse import error_event, event
 from cluster.jobs.model import JobInput, JobSpec
 from protos.jobs import validate
 

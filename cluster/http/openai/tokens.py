@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from cluster.engine.runtime import check_ids
-from cluster.http.backend import Backend
-from cluster.http.body import read_model
-from cluster.http.errors import refuse
+from cluster.http.core.backend import Backend
+from cluster.http.core.body import read_model
+from cluster.http.core.errors import refuse
 from cluster.http.openai.chat import body_of
 from cluster.http.openai.chat_request import ChatMessage, chat_messages
 from cluster.http.options import RequestModel, check_model

@@ -15,9 +15,9 @@ from cluster.access.call_pool import CallPool
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.outputs import OutputToken
 from cluster.http.app import make_app
-from cluster.http.backend import Backend
-from cluster.http.guard import Keys
-from cluster.http.server import HttpServer
+from cluster.http.core.backend import Backend
+from cluster.http.core.guard import Keys
+from cluster.http.http_server import HttpServer
 from cluster.jobs.model import JobAnswer, JobRecord, JobSpec, JobState
 from cluster.jobs.subscriptions import JobEvent
 from cluster.text.chat_prompt import encode_chat

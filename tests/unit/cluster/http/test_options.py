@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.http.errors import ApiError
+from cluster.http.core.errors import ApiError
 from cluster.http.options import AnswerFields, answer_options, check_supported, first_set, job_fields
 from protos.errors import InvalidRequest
 

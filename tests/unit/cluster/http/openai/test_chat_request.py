@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster.http.backend import Backend
-from cluster.http.body import parse
-from cluster.http.errors import ApiError, to_api_error
+from cluster.http.core.backend import Backend
+from cluster.http.core.body import parse
+from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.openai.chat_request import ChatRequest, chat_spec
 from cluster.jobs.model import JobSpec
 from tests.support.fakes.jobs_api import FakeJobService

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from cluster.access.call_pool import CallEnd, Caller
-from cluster.http.calls import HttpCall
+from cluster.http.core.calls import HttpCall
 from cluster.jobs.model import ServiceBusy
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend

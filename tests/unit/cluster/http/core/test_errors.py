@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from cluster.common.errors import EngineError, JobStoreError, JobStoreFull
-from cluster.http.errors import ApiError, refuse, to_api_error
+from cluster.http.core.errors import ApiError, refuse, to_api_error
 from cluster.jobs.model import (
     ContextTooLong,
     InvalidJob,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.http import body as body_module
-from cluster.http.body import parse
-from cluster.http.errors import ApiError
+from cluster.http.core import body as body_module
+from cluster.http.core.body import parse
+from cluster.http.core.errors import ApiError
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from tests.support.rigs.http import AnsweringService, direct_client

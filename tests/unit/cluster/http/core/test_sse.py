@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from cluster.http.errors import ApiError
-from cluster.http.sse import error_event, event
+from cluster.http.core.errors import ApiError
+from cluster.http.core.sse import error_event, event
 
 
 def test_an_event_is_one_line_whatever_its_text() -> None:

@@ -10,8 +10,8 @@ from fastapi import Request
 from starlette.types import Scope
 
 from cluster.access.call_pool import CallEnd, Caller, OpenCall
-from cluster.http.backend import Backend
-from cluster.http.errors import BUSY, SERVER, ApiError
+from cluster.http.core.backend import Backend
+from cluster.http.core.errors import BUSY, SERVER, ApiError
 
 _SCOPE_KEY = "longreach.call"
 _STATUS = {CallEnd.NO_ROOM: (429, BUSY), CallEnd.NOT_READ: (503, SERVER), CallEnd.NOT_SENT: (408, SERVER)}

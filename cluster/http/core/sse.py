@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.http.errors import to_api_error
+from cluster.http.core.errors import to_api_error
 
 
 def event(data: Mapping[str, Any]) -> bytes:

@@ -16,10 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.access.call_pool import Caller
 from cluster.common.addresses import is_loopback
-from cluster.http.backend import Backend
-from cluster.http.calls import HttpCall
-from cluster.http.errors import ApiError, to_api_error
-from cluster.http.following import ClientGone
+from cluster.http.core.backend import Backend
+from cluster.http.core.calls import HttpCall
+from cluster.http.core.errors import ApiError, to_api_error
+from cluster.http.core.following import ClientGone
 
 # monitors and load balancers have no key; they only learn whether the server is serving
 OPEN = frozenset({("GET", "/health"), ("HEAD", "/health"), ("GET", "/ready"), ("HEAD", "/ready")})

@@ -12,9 +12,9 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from cluster.http.backend import Backend
-from cluster.http.calls import call_of
-from cluster.http.errors import ApiError
+from cluster.http.core.backend import Backend
+from cluster.http.core.calls import call_of
+from cluster.http.core.errors import ApiError
 from protos.jobs.limits import MAX_REQUEST_BYTES, MAX_TOKEN_IDS
 from protos.jobs.validate import show
 

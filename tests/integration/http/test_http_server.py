@@ -16,8 +16,8 @@ import pytest
 
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
-from cluster.http import protocol
-from cluster.http.server import HttpServer
+from cluster.http.core import protocol
+from cluster.http.http_server import HttpServer
 from cluster.jobs.model import JobState
 from tests.support.data.certificates import Authority
 from tests.support.rigs.head import until

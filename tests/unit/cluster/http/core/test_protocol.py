@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from cluster.http.protocol import HEAD_S, STALL_S, BoundedProtocol
+from cluster.http.core.protocol import HEAD_S, STALL_S, BoundedProtocol
 
 
 class Loop:

@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.common.text_format import one_line
-from cluster.http.backend import Backend
-from cluster.http.calls import call_of
-from cluster.http.errors import SERVER, ApiError
+from cluster.http.core.backend import Backend
+from cluster.http.core.calls import call_of
+from cluster.http.core.errors import SERVER, ApiError
 from cluster.jobs.model import JobError, JobRecord, JobSpec, JobState
 from cluster.jobs.subscriptions import JobEvent
 

@@ -18,9 +18,9 @@ from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection
 from cluster.http.app import make_app
-from cluster.http.backend import SHORT_CALLS, Backend
-from cluster.http.guard import Keys
-from cluster.http.protocol import KEEP_ALIVE_S, BoundedProtocol
+from cluster.http.core.backend import SHORT_CALLS, Backend
+from cluster.http.core.guard import Keys
+from cluster.http.core.protocol import KEEP_ALIVE_S, BoundedProtocol
 
 _IDLE_CONNECTIONS = 384  # beside one for each of `server.max_streams`; more are closed at once
 _BACKLOG = 256

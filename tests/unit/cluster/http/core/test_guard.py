@@ -10,7 +10,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from cluster.access.call_pool import CallEnd
-from cluster.http.guard import Guard
+from cluster.http.core.guard import Guard
 from cluster.jobs.model import ServiceBusy
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cluster.http import following
-from cluster.http.backend import Backend
-from cluster.http.following import ClientGone, EventStream, Followed, while_connected
-from cluster.http.sse import error_event
+from cluster.http.core import following
+from cluster.http.core.backend import Backend
+from cluster.http.core.following import ClientGone, EventStream, Followed, while_connected
+from cluster.http.core.sse import error_event
 from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState
 from protos.jobs.sampling import AnswerOptions
 from tests.support.rigs.head import until
