@@ -39,15 +39,15 @@ class Followed:
         self.record = record
         self._backend = backend
         self._stream = backend.service.stream(record.id)
-        self._pull: Future[JobEvent | bool] | None = None
+        # the first event at once: from then on the job counts as followed
+        self._pull: Future[JobEvent | bool] = backend.followers.submit(next, self._stream, False)
 
     async def events(self) -> AsyncIterator[JobEvent]:
         """Yield the events of the job from its first token on, until it has ended; called once.
 
         None, at least every two seconds, says that there is nothing new. Raises ApiError: the head is stopping.
         """
-        while not self.record.state.is_final:
-            self._pull = self._backend.followers.submit(next, self._stream, False)
+        while True:
             event = await asyncio.wrap_future(self._pull)
             if event is False:
                 problem = "the head is stopping: ask again in a moment"
@@ -55,6 +55,9 @@ class Followed:
             if isinstance(event, JobRecord):
                 self.record = event
             yield event  # type: ignore[misc]
+            if self.record.state.is_final:
+                return
+            self._pull = self._backend.followers.submit(next, self._stream, False)
 
     def leave(self) -> None:
         """Let a thread end what is left."""
@@ -65,7 +68,7 @@ class Followed:
         try:
             if not self.record.state.is_final:
                 self._backend.service.cancel(self.record.id)  # wakes the thread that waits for news
-            if self._pull is not None and not self._pull.cancel():
+            if not self._pull.cancel():
                 with suppress(Exception):  # was raised to who asked for it
                     self._pull.result()
             self._stream.close()

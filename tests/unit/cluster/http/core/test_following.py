@@ -40,6 +40,21 @@ def test_events_come_until_the_job_has_ended() -> None:
     asyncio.run(run())
 
 
+def test_a_job_is_followed_before_anybody_asks_for_its_events() -> None:
+    """One that nobody follows would be cancelled after a while: answers to several prompts are shown one by one."""
+
+    async def run() -> None:
+        service = AnsweringService()
+        service.endless = True
+        backend, job = begin(service)
+        until(lambda: service.pulled == 1)
+        job.leave()
+        until(service.closed.is_set)
+        backend.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("taken", [0, 3])
 def test_leaving_a_job_cancels_it(taken: int) -> None:
     async def run() -> None:
@@ -51,8 +66,7 @@ def test_leaving_a_job_cancels_it(taken: int) -> None:
             await anext(events)
         job.leave()
         until(lambda: service.get(job.record.id).state is JobState.CANCELLED)
-        if taken:
-            until(service.closed.is_set)
+        until(service.closed.is_set)
         backend.close()
 
     asyncio.run(run())
