@@ -375,9 +375,8 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
     )
     if recoveries := status.repairs + status.full_restarts:
         kinds = f"by replacing stages {status.repairs} times, by a full restart {status.full_restarts} times"
-        click.echo(
-            f"recovered {recoveries} times, {kinds}; the last one took {format_duration(status.last_recovery_s)}\n"
-        )
+        last = format_duration(status.last_recovery_s)
+        click.echo(f"recovered {recoveries} times, {kinds}; the last one took {last}\n")
     if status.problem:
         click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))
