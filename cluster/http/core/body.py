@@ -21,7 +21,7 @@ from protos.jobs.validate import show
 MAX_SMALL_BYTES = 256 << 10  # of requests that carry neither a prompt nor a document
 _MAX_ALL_BYTES = 512 << 20  # of all bodies that are being read or parsed
 _SLOW_S, _SLOW_RATE = 60.0, 1024  # from this time on a body must have come with so many bytes a second
-_BIG_BYTES = 1 << 20
+_BIG_BYTES = 64 << 10
 _MAX_PARTS = 1 << 16  # objects, lists and texts of a big body: each costs much more memory than it has bytes
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _VARIANT = re.compile(r"(str|bool|int|literal|list)(\[|$)")  # how pydantic names the variants of a union

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import refuse
@@ -18,7 +18,7 @@ from cluster.http.options import (
     first_set,
     job_fields,
 )
-from cluster.jobs.model import JobInput, JobSpec
+from cluster.jobs.model import JobInput, JobSpec, check_id
 from cluster.text.reasoning import CLOSE_TAG, OPEN_TAG
 from protos.jobs import validate
 from protos.jobs.limits import MAX_MESSAGES
@@ -64,7 +64,7 @@ class StreamOptions(RequestModel):
 class ChatRequest(AnswerFields):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], FailFast()]
     max_completion_tokens: int | None = Field(None, description="Default: all that fits, up to server.http_max_tokens.")
     max_tokens: int | None = Field(None, description="The old name of max_completion_tokens.")
     stream: bool | None = None
@@ -96,14 +96,46 @@ def chat_spec(backend: Backend, request: ChatRequest) -> JobSpec:
     check_model(backend, request.model)
     check_supported(request)
     check_tools(request)
-    messages = chat_messages(backend, request.messages)
+    source = document_input(request.messages) or JobInput(messages=chat_messages(backend, request.messages))
     max_tokens = first_set((request.max_completion_tokens, request.max_tokens))
     options = answer_options(
         request, max_tokens, _logprobs(request), _thinking(request), backend.limits.http_max_tokens
     )
-    return JobSpec(
-        JobInput(messages=messages), options, attached=True, shorten=max_tokens is None, **job_fields(request)
-    )
+    return JobSpec(source, options, attached=True, shorten=max_tokens is None, **job_fields(request))
+
+
+def document_input(messages: Sequence[ChatMessage]) -> JobInput | None:
+    """Return a question about a stored document: a single user message with a file part. None without such a part.
+
+    Raises ApiError: more than one file, or other messages beside it.
+    """
+    found = [
+        (f"messages[{index}].content[{at}]", part)
+        for index, message in enumerate(messages)
+        for at, part in enumerate(message.content if isinstance(message.content, list) else ())
+        if part.type == "file"
+    ]
+    if not found:
+        return None
+    where, part = found[0]
+    if part.file is None or not part.file.file_id:
+        raise refuse(f"{where}.file.file_id", "(missing): must be the id of a stored document", "unsupported_value")
+    if len(found) > 1:
+        raise refuse(f"{found[1][0]}.type", "a second file: a request is about one", "unsupported_value")
+    if len(messages) > 1 or messages[0].role != "user":
+        problem = "with a file part must be a single user message"
+        raise refuse("messages", f"{len(messages)}: {problem}", "unsupported_value")
+    parts = [part for part in messages[0].content or () if isinstance(part, ContentPart)]
+    texts = [_part_text(f"messages[0].content[{at}]", part) for at, part in enumerate(parts) if part.type != "file"]
+    question = validate.check_text("messages[0].content", "\n".join(texts))
+    if not question.strip():
+        raise refuse("messages[0].content", "must have a part of type text beside the file")
+    return JobInput(check_id(document_id(part.file.file_id), "doc"), (question,))
+
+
+def document_id(file_id: str) -> str:
+    """Return the id of the document that a file is: `file-` and `doc_` are followed by the same digits."""
+    return f"doc_{file_id.removeprefix('file-')}" if file_id.startswith("file-") else file_id
 
 
 def chat_messages(backend: Backend, messages: Sequence[ChatMessage]) -> tuple[tuple[str, str], ...]:
@@ -154,7 +186,7 @@ def _content(where: str, message: ChatMessage, keeps_reasoning: bool) -> str:
 def _part_text(where: str, part: ContentPart) -> str:
     if part.type in ("text", "input_text", "output_text", "refusal"):
         return part.text or ""
-    raise refuse(f"{where}.type", f"{validate.show(part.type)}: must be text", "unsupported_value")
+    raise refuse(f"{where}.type", f"{validate.show(part.type)}: must be text or file", "unsupported_value")
 
 
 def _logprobs(request: ChatRequest) -> int | None:

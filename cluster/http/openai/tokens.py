@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from cluster.engine.runtime import check_ids
 from cluster.http.core.backend import Backend
@@ -34,7 +34,7 @@ class DetokenizeRequest(RequestModel):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: Annotated[list[int], FailFast()] = Field(description="Token ids.")
 
 
 def make_router(backend: Backend) -> APIRouter:

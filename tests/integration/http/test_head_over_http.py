@@ -58,6 +58,17 @@ def test_chat_completions_and_tokens(served: Served) -> None:
     assert served.head.service.status()["http_url"] == served.url
 
 
+def test_a_question_about_a_stored_document(served: Served) -> None:
+    record = served.head.service.add_document("report", [b"The code of dark river is 4711. " * 20], 1 << 20)
+    parts = [{"type": "file", "file": {"file_id": record.id}}, {"type": "text", "text": "What is the code?"}]
+    asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": 3}
+    first, second = (served.post("/v1/chat/completions", **asked).json()["usage"] for _ in range(2))
+    assert first["prompt_tokens"] > 200
+    assert second["prompt_tokens_details"]["cached_tokens"] > 0
+    parts[0]["file"]["file_id"] = f"file-{'0' * 32}"  # type: ignore[index]
+    assert served.post("/v1/chat/completions", **asked).status_code == 404
+
+
 def test_an_answer_without_a_limit_has_all_that_fits(tmp_path: Path) -> None:
     served = Served(tmp_path, http_max_tokens=10**6)
     try:

@@ -97,7 +97,8 @@ KNOWN = st.fixed_dictionaries({}, optional={
     "messages": MESSAGES | VALUES, "prompt": WORDS | st.lists(st.integers(0, 300), max_size=3) | VALUES,
 })  # fmt: skip
 MORE = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3)
-BODIES = st.builds(lambda more, known: {**more, **known}, MORE, KNOWN)
+RIGHT = {"messages": [{"role": "user", "content": "a"}], "prompt": "a", "tokens": [5], "max_tokens": 2}
+BODIES = st.builds(lambda more, known: {**RIGHT, **more, **known}, MORE, KNOWN | st.just({}))
 
 
 @settings(max_examples=60, deadline=None)

@@ -88,6 +88,40 @@ def test_earlier_reasoning_reaches_a_template_that_knows_it(
     assert without[1] == ("assistant", "yes")
 
 
+DOCUMENT = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize("file_id", [f"file-{DOCUMENT}", f"doc_{DOCUMENT}"])
+def test_a_file_part_is_a_stored_document(backend: Backend, file_id: str) -> None:
+    texts = [{"type": "text", "text": "What"}, {"type": "text", "text": "now?"}]
+    parts = [{"type": "file", "file": {"file_id": file_id}}, *texts]
+    source = spec_of(backend, messages=[{"role": "user", "content": parts}]).input
+    assert (source.document_id, source.questions, source.messages) == (f"doc_{DOCUMENT}", ("What\nnow?",), None)
+
+
+FILE = {"type": "file", "file": {"file_id": f"file-{DOCUMENT}"}}
+TEXT = {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(("messages", "param"), [
+    ([{"role": "user", "content": [FILE]}], "messages[0].content"),
+    ([{"role": "user", "content": [FILE, TEXT, FILE]}], "messages[0].content[2].type"),
+    ([{"role": "system", "content": "x"}, {"role": "user", "content": [FILE, TEXT]}], "messages"),
+    ([{"role": "assistant", "content": [FILE, TEXT]}], "messages"),
+    ([{"role": "user", "content": [{"type": "file", "file": {"file_data": "YQ=="}}, TEXT]}],
+     "messages[0].content[0].file.file_id"),
+    ([{"role": "user", "content": [{"type": "file"}, TEXT]}], "messages[0].content[0].file.file_id"),
+    ([{"role": "user", "content": [FILE, {"type": "image_url"}]}], "messages[0].content[1].type"),
+])  # fmt: skip
+def test_other_messages_with_files_are_refused(backend: Backend, messages: list[Any], param: str) -> None:
+    assert refusal(backend, messages=messages).param == param
+
+
+def test_an_id_that_is_none_is_refused(backend: Backend) -> None:
+    parts = [{"type": "file", "file": {"file_id": "file-../../etc"}}, TEXT]
+    assert refusal(backend, messages=[{"role": "user", "content": parts}]).status == 400
+
+
 def test_both_names_of_the_token_limit(backend: Backend) -> None:
     assert spec_of(backend, max_tokens=7).ask.max_tokens == 7
     assert spec_of(backend, max_tokens=7, max_completion_tokens=9).ask.max_tokens == 9
