@@ -164,6 +164,18 @@ def test_client_is_light() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
+def test_only_the_package_http_needs_its_extra() -> None:
+    needed = {"fastapi", "starlette", "uvicorn"}
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "cluster").rglob("*.py")
+        if {module.split(".")[0] for module, _ in imports(path)} & needed
+    ]
+    assert [name for name in found if not name.startswith("cluster/http/")] == []
+    code = f"import sys, cluster.server.head; print(sorted({needed} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
 SERVING = {
     "head": ["cluster.cli.main", "cluster.cli.head", "cluster.server.head"],
     "stage": ["workers.stage.actor", "workers.stage.server", "workers.stage.worker"],

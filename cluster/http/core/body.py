@@ -18,7 +18,6 @@ from cluster.http.core.errors import ApiError
 from protos.jobs.limits import MAX_REQUEST_BYTES, MAX_TOKEN_IDS
 from protos.jobs.validate import show
 
-MAX_SMALL_BYTES = 256 << 10  # of requests that carry neither a prompt nor a document
 _MAX_ALL_BYTES = 512 << 20  # of all bodies that are being read or parsed
 _SLOW_S, _SLOW_RATE = 60.0, 1024  # from this time on a body must have come with so many bytes a second
 _BIG_BYTES = 64 << 10

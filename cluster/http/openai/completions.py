@@ -15,7 +15,7 @@ from cluster.http.answers import Answer, finish_reason, spelling
 from cluster.http.core.backend import Backend
 from cluster.http.core.body import read_model
 from cluster.http.core.calls import call_of
-from cluster.http.core.errors import refuse
+from cluster.http.core.errors import refuse, to_api_error
 from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
 from cluster.http.core.sse import error_event, event
 from cluster.http.openai.chat import body_of
@@ -59,20 +59,17 @@ def make_router(backend: Backend) -> APIRouter:
         call_of(request).become_stream()
         asked = await read_model(backend, request, CompletionRequest)
         specs = await backend.call(completion_specs, backend, asked)
-        choices = [
-            Choice(backend, asked, index, await submit(backend, request, partial(_same, spec)))
-            for index, spec in enumerate(specs)
-        ]
+        try:
+            jobs = [await submit(backend, request, partial(specs.__getitem__, at)) for at in range(len(specs))]
+        except Exception as error:
+            raise to_api_error(error, {"token_ids": "prompt"}) from error
+        choices = [Choice(backend, asked, index, job) for index, job in enumerate(jobs)]
         answer = Completion(backend, asked, choices)
         if asked.stream:
             return EventStream(answer.stream(), error_event)
         return JSONResponse(await collect(request, answer.whole()))
 
     return router
-
-
-def _same(spec: JobSpec) -> JobSpec:
-    return spec
 
 
 def completion_specs(backend: Backend, request: CompletionRequest) -> list[JobSpec]:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.access import call_pool
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
 from cluster.http.core import protocol
@@ -127,6 +128,15 @@ def test_half_a_body(service: AnsweringService, url: str) -> None:
     time.sleep(0.2)
     assert not service.specs
     assert httpx.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"messages'])
+def test_a_body_that_stalls(url: str, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(call_pool, "STALL_S", 0.2)
+    monkeypatch.setattr(call_pool, "PRESSED_STALL_S", 0.2)
+    answer = read_all(connect(url, post(sent, size=500)))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"not_sent"' in answer
 
 
 def test_more_streams_than_the_limit(service: AnsweringService, url: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.jobs.model import InvalidJob
 from tests.support.rigs.http import AnsweringService, direct_client, needle_tokenizer
 
 
@@ -33,6 +34,12 @@ def test_texts_and_token_ids_one_or_several(prompt: Any, texts: list[Any], ids: 
     assert answer["object"] == "text_completion"
     assert answer["usage"]["total_tokens"] == 23 * len(texts)
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 5 * len(texts)}
+
+
+def test_token_ids_are_the_prompt_in_errors() -> None:
+    service = AnsweringService()
+    service.error = InvalidJob("token_ids: 999 at index 0: must be between 0 and 511")
+    assert ask(service, prompt=[999]).json()["error"]["param"] == "prompt"
 
 
 def test_reasoning_is_text_like_any_other() -> None:
