@@ -104,3 +104,12 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
         {"temperature": 0.0}, {"top_p": 1.0}, {"temperature": 0.5}, {"top_k": 5},
     )]  # fmt: skip
     assert len({other.body_hash() for other in (spec, greedy, *others)}) == 6
+
+
+def test_what_an_answer_was_shortened_to_is_not_part_of_the_submission() -> None:
+    """A repeated submission is the same one, though the store has the length that fitted."""
+    asked = JobSpec(JobInput(prompt="a"), AnswerOptions(max_tokens=32768), shorten=True)
+    stored = replace(asked, ask=replace(asked.ask, max_tokens=17))
+    assert asked.body_hash() == stored.body_hash()
+    assert asked.body_hash() != replace(asked, shorten=False).body_hash()
+    assert JobSpec.from_json(stored.to_json()) == stored
