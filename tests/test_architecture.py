@@ -34,7 +34,7 @@ LAYERS = {
     "protos": ["errors", "generate", "jobs", "model", "stage", "node"],
     "cluster": [
         "common", "config", "text", "constraints", "scheduler", "stages", "kv_store", "engine", "jobs", "client",
-        "server", "tools", "bench", "cli",
+        "access", "http", "server", "tools", "bench", "cli",
     ],
     "workers": [
         "kernels", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench", "training",
@@ -161,6 +161,18 @@ def test_stage_actor_imports_torch_late() -> None:
 
 def test_client_is_light() -> None:
     code = "import sys; from cluster import Client; print([m for m in ('ray', 'torch', 'grpc') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+def test_only_the_package_http_needs_its_extra() -> None:
+    needed = {"fastapi", "starlette", "uvicorn"}
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "cluster").rglob("*.py")
+        if {module.split(".")[0] for module, _ in imports(path)} & needed
+    ]
+    assert [name for name in found if not name.startswith("cluster/http/")] == []
+    code = f"import sys, cluster.server.head; print(sorted({needed} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 

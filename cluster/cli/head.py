@@ -67,10 +67,10 @@ def serve(config: Path, notify_fd: int | None) -> None:
                     display.launch(status)
                     report(phase=status.phase, loaded_bytes=status.loaded_bytes, total_bytes=status.total_bytes)
 
-                def on_ready(address: str) -> None:
-                    files.announce(address, loaded.security)
+                def on_ready(address: str, http_url: str) -> None:
+                    files.announce(address, loaded.security, http_url)
                     display.clear()
-                    display.say(f"head ready at {address}")
+                    display.say(f"head ready at {address}{_over_http(http_url)}")
                     report(address=address)
 
                 def on_warning(line: str) -> None:
@@ -195,7 +195,11 @@ def _print_state(files: HeadFiles, state: dict[str, Any], what: str, as_json: bo
     if as_json:
         say_json(state | {"log": str(files.log)})
     else:
-        say(f"{what} at {state['address']} (pid {state['pid']}), log {files.log}")
+        say(f"{what} at {state['address']}{_over_http(state['http_url'])} (pid {state['pid']}), log {files.log}")
+
+
+def _over_http(url: str) -> str:
+    return f", HTTP at {url}" if url else ""
 
 
 @click.command()

@@ -365,18 +365,18 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
     if as_json:
         say_json(asdict(status) | {"address": address})
         return
-    say(f"{status.model} at {address}, version {status.version}, up {format_duration(status.uptime_s)}")
-    quota = status.kv_store_max_bytes
-    stored = f"stored KV {format_bytes(status.kv_store_bytes)} of {format_bytes(quota)}; " if quota else ""
+    where = f"{address}, HTTP at {status.http_url}" if status.http_url else address
+    say(f"{status.model} at {where}, version {status.version}, up {format_duration(status.uptime_s)}")
+    size, quota = format_bytes(status.kv_store_bytes), status.kv_store_max_bytes
+    stored = f"stored KV {size} of {format_bytes(quota)}; " if quota else ""
     click.echo(  # numbers only
         f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
         f"{stored}contexts up to {status.max_model_len:,} tokens\n"
     )
     if recoveries := status.repairs + status.full_restarts:
-        click.echo(
-            f"recovered {recoveries} times, by replacing stages {status.repairs} times, by a full restart "
-            f"{status.full_restarts} times; the last one took {format_duration(status.last_recovery_s)}\n"
-        )
+        kinds = f"by replacing stages {status.repairs} times, by a full restart {status.full_restarts} times"
+        last = format_duration(status.last_recovery_s)
+        click.echo(f"recovered {recoveries} times, {kinds}; the last one took {last}\n")
     if status.problem:
         click.echo(f"not serving: {escape_unprintable(status.problem)}\n")
     rows = [(str(s.stage), str(s.rank), s.state, f"{s.steps_done:,}", format_bytes(s.resident_bytes))

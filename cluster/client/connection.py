@@ -114,7 +114,7 @@ def _file(argument: FileName, variable: str) -> Path | None:
 
 
 def read_state(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a ready head wrote: address, pid, started (seconds since 1970), ca_file, server_name.
+    """Return what a ready head wrote: address, pid, started (seconds since 1970), ca_file, server_name, http_url.
 
     `ca_file` is its certificate and empty without TLS; `server_name` is a name in it when the address is none.
 
@@ -129,7 +129,7 @@ def read_state(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
             raise Unavailable(f"{path}: was left by a head that no longer runs: {START_HINT}")
         state = json.loads(path.read_bytes())
         values = {"address": str(state["address"]), "pid": int(state["pid"]), "started": float(state["started"])}
-        return values | {key: str(state.get(key, "")) for key in ("ca_file", "server_name")}
+        return values | {key: str(state.get(key, "")) for key in ("ca_file", "server_name", "http_url")}
     except OSError as error:
         ended = f"; the last head ended: {reason}" if (reason := last_failure(data_dir)) else ""
         raise Unavailable(f"{path}: cannot be read ({error.strerror}): {START_HINT}{ended}") from error

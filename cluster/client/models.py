@@ -178,7 +178,8 @@ class ClusterStatus:
     `kv_store_bytes` of KV are stored on disk, at most `kv_store_max_bytes` (0: none, or not known yet).
     After `repairs` failures of the pipeline only some stages were replaced, after `full_restarts` all of it was; the
     newest recovery took `last_recovery_s`. `epoch` is 1 when a pipeline is started, and one more with each repair.
-    `problem` says why the head does not serve as it should and is empty when all is well.
+    `problem` says why the head does not serve as it should and is empty when all is well. `http_url` is where it serves
+    OpenAI's protocols, empty where it does not.
     """
 
     model: str
@@ -197,6 +198,7 @@ class ClusterStatus:
     full_restarts: int = 0
     last_recovery_s: float = 0.0
     epoch: int = 0
+    http_url: str = ""
 
 
 @dataclass(frozen=True, slots=True)

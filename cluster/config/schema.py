@@ -155,6 +155,10 @@ class ServerSection(Section):
     port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (no door) to 65535")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
     metrics_host: Host = Field(default="127.0.0.1", description="must be a host name or an IP address")
+    http_port: int = Field(default=0, ge=0, le=65535, description="must be a whole number from 0 (none) to 65535")
+    http_host: Host = Field(default="127.0.0.1", description="must be a host name or an IP address")
+    http_max_tokens: Count = Field(default=32768, ge=1, le=1 << 30, description=f"{COUNT_RULE}, from 1 to {1 << 30}")
+    http_reasoning_field: Literal["both", "reasoning", "reasoning_content"] = "both"
     max_queued_jobs: int = Field(default=256, ge=1, le=1 << 20, description=f"{POSITIVE} and at most {1 << 20}")
     max_document_bytes: Bytes = Field(
         default=64 << 20, ge=1, le=16 << 30, description=f"{BYTES_RULE}, from 1 byte to 16GiB"
@@ -171,6 +175,9 @@ class ServerSection(Section):
     def _ports_differ(self) -> ServerSection:
         if self.metrics_port and self.metrics_port == self.port:
             raise broken_rule("metrics_port", "is server.port too; give each its own port")
+        for other in ("port", "metrics_port"):
+            if self.http_port and self.http_port == getattr(self, other):
+                raise broken_rule("http_port", f"is server.{other} too; give each its own port")
         return self
 
     @model_validator(mode="after")
@@ -226,12 +233,13 @@ class Config(Section):
     def _public_bind_is_authenticated(self) -> Config:
         security = self.security
         guarded = security.api_keys_file is not None and security.tls_cert_file is not None
-        if not (is_loopback(self.server.host) or guarded or security.allow_insecure_bind):
-            raise broken_rule(
-                "server.host",
-                "is not a loopback address; use 127.0.0.1, or give security.api_keys_file with tls_cert_file and "
-                "tls_key_file, or say security.allow_insecure_bind: true",
-            )
+        for key in ("host", "http_host"):
+            if not (is_loopback(getattr(self.server, key)) or guarded or security.allow_insecure_bind):
+                raise broken_rule(
+                    f"server.{key}",
+                    "is not a loopback address; use 127.0.0.1, or give security.api_keys_file with tls_cert_file and "
+                    "tls_key_file, or say security.allow_insecure_bind: true",
+                )
         if not (is_loopback(self.server.metrics_host) or security.allow_insecure_bind):
             raise broken_rule(
                 "server.metrics_host",

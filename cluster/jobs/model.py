@@ -61,6 +61,10 @@ class InvalidJob(JobError, InvalidRequest):
     """The request itself is wrong (gRPC INVALID_ARGUMENT)."""
 
 
+class ContextTooLong(InvalidJob):
+    """The prompt, alone or with the answer it asks for, does not fit the context of the model."""
+
+
 class JobDamaged(InvalidJob):
     """What is stored of one job cannot be read. Only this job fails; nothing is wrong with the store as a whole."""
 
@@ -153,6 +157,7 @@ class JobSpec:
     idempotency_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""  # it shares KV with jobs of the same one only
+    shorten: bool = False  # `ask.max_tokens` is lowered to what the context has room for
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -176,6 +181,8 @@ class JobSpec:
             del values["ask"]["structured_outputs"]  # as before there was such a thing
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
+        if values.pop("shorten"):  # what it was lowered to is not said by the client
+            values["ask"]["max_tokens"] = 0
         source, empty = values["input"], {"read": False, "tools": (), "tool_choice": asdict(AUTO)}
         for name in [name for name in empty if source[name] == empty[name]]:
             del source[name]  # as before there was such a thing

@@ -13,11 +13,12 @@ from cluster.common.text_format import one_line
 from cluster.constraints.trial import CompilerBusy
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.document.tokens import DocumentTokens
-from cluster.jobs.model import InvalidJob, JobInput, JobRecord, JobSpec, ServiceBusy
+from cluster.jobs.model import ContextTooLong, InvalidJob, JobInput, JobRecord, JobSpec, ServiceBusy
 from cluster.text.chat_template import render_user_message
-from cluster.text.prompts import check_size, decode_document
+from cluster.text.prompts import PromptTooLong, check_size, decode_document
 from cluster.text.reasoning import opens_reasoning
 from cluster.text.templates.process import RendererBusy
+from cluster.text.tokenizer import TooManyTokens
 from cluster.text.tools.formats import ToolFormat
 from cluster.text.tools.prompt import chat_texts
 from protos.errors import UserError
@@ -69,7 +70,7 @@ def check_text(runtime: ClusterRuntime, num_bytes: int) -> None:
     try:
         check_size(num_bytes, runtime.tokenizer, runtime.max_model_len)
     except UserError as error:
-        raise InvalidJob(one_line(error)) from error
+        raise _refusal(error) from error
 
 
 def has_length_scale(runtime: ClusterRuntime) -> bool:
@@ -111,7 +112,13 @@ def _invalid() -> Iterator[None]:
     except UserError as error:
         if isinstance(error, InvalidJob):
             raise
-        raise InvalidJob(one_line(error)) from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: UserError) -> InvalidJob:
+    """Return what is wrong with a text as an error of the request."""
+    kind = ContextTooLong if isinstance(error, (ContextTooLong, PromptTooLong, TooManyTokens)) else InvalidJob
+    return kind(one_line(error))
 
 
 def _job_prompts(
@@ -141,7 +148,7 @@ def _job_prompts(
     except (RendererBusy, CompilerBusy) as error:
         raise ServiceBusy(str(error), 5.0) from error
     except UserError as error:
-        raise InvalidJob(one_line(error)) from error
+        raise _refusal(error) from error
     return [array("I", prompt) for prompt in prompts]
 
 

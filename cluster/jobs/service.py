@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -22,7 +23,7 @@ from cluster.common.text_format import describe_error, one_line
 from cluster.common.watched_thread import Watched, WatchedThread
 from cluster.config.schema import ServerSection
 from cluster.engine.outputs import OutputToken
-from cluster.engine.runtime import ClusterRuntime
+from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.document.kv import DocumentKv
 from cluster.jobs.document.tokens import DocumentCounter
@@ -77,6 +78,7 @@ class JobService(JobExecution):
         """Args: as of `JobExecution`."""
         super().__init__(runtime, store, documents, limits, clock)
         self.problem = ""  # why the head does not serve as it should, for `status`
+        self.http_url = ""  # where clients reach it over HTTP, for `status`
         self._timer = WatchedThread(self._watch_time, "timer", self._closing)
         self._counter = DocumentCounter(partial(document_ids, runtime, self.document_tokens, wait_s=None))
         self.document_kv = DocumentKv(store, runtime.kv_store, self._keep_pages)
@@ -111,6 +113,11 @@ class JobService(JobExecution):
         self._timer.start()
         self._supervisor.supervise(self)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether no job is taken any more."""
+        return self._draining
+
     def drain(self, timeout_s: float) -> None:
         """Refuse new jobs and wait for the running ones; the next head process continues what is left."""
         self._draining = True
@@ -139,7 +146,8 @@ class JobService(JobExecution):
                 only; what is about a document shares it with all.
         """
         if not self._runtime.deployment.config.prefill.share_across_keys and not spec.input.document_id:
-            spec = replace(spec, cache_salt=key_name)
+            salt = f"{key_name}\n{spec.cache_salt}" if spec.cache_salt else key_name
+            spec = replace(spec, cache_salt=salt)
         if self.store_problem:
             raise JobStoreError(self.store_problem)
         known, waiting = self._store.admission(spec)
@@ -153,7 +161,7 @@ class JobService(JobExecution):
             raise InvalidJob("deadline_s: already over: must be in the future")
         check_queue(waiting, self._limits.max_queued_jobs)
         now = datetime.fromtimestamp(self.now())
-        prompts = job_prompts(self._runtime, self.document_tokens, spec, now, BUILD_WAIT_S)
+        spec, prompts = self._build(spec, now)
         document = self.documents.get(spec.input.document_id) if spec.input.document_id else None
         of_document = (max(0, document.scale_len), document.kernel_family) if document is not None else (0, "")
         with self._lock:
@@ -169,6 +177,15 @@ class JobService(JobExecution):
             if is_new:
                 self._enqueue_new(record, prompts)
         return record
+
+    def _build(self, spec: JobSpec, now: datetime) -> tuple[JobSpec, list[array[int]]]:
+        """Return the prompts of a submission, and the submission with as long an answer as it gets."""
+        least = replace(spec, ask=replace(spec.ask, max_tokens=1)) if spec.shorten else spec
+        prompts = job_prompts(self._runtime, self.document_tokens, least, now, BUILD_WAIT_S)
+        if spec.shorten:
+            room = self._runtime.max_model_len - longest(prompts)
+            spec = replace(spec, ask=replace(spec.ask, max_tokens=min(spec.ask.max_tokens, room)))
+        return spec, prompts
 
     def keep_text(self, text: str, max_bytes: int) -> AbstractContextManager[DocumentRecord]:
         """Store the document that a submission brings, for a block; it is kept unless the block raises.
@@ -314,7 +331,10 @@ class JobService(JobExecution):
             waiting, running = self.counts()
         except JobStoreError:  # `problem` says it
             waiting, running = 0, len(self._live)
-        own = {"queued": waiting, "running": running, "uptime_s": self.now() - self._started, "problem": self.problem}
+        own = {
+            "queued": waiting, "running": running, "uptime_s": self.now() - self._started, "problem": self.problem,
+            "http_url": self.http_url,
+        }  # fmt: skip
         return self._runtime.status() | own
 
     def check_pipeline(self) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
+from cluster.access.call_pool import Caller
 from cluster.common.text_format import escape_unprintable
-from cluster.server.call_pool import Caller
 from cluster.server.security import ApiKeys, presented_key
 
 _REFUSALS_EVERY_S = 10.0  # between lines about refused calls

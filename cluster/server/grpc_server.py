@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.access.call_pool import CallPool, StallWatch
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection, ServerSection
@@ -25,7 +26,6 @@ from cluster.jobs.model import DocumentRecord, InvalidJob, JobDamaged, JobRecord
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.server import codec
 from cluster.server.audit import Callers, RefusalLog
-from cluster.server.call_pool import CallPool, StallWatch
 from cluster.server.interceptors import CallGuard, Pools
 from cluster.server.security import (
     ApiKeys,
@@ -82,12 +82,15 @@ class GrpcServer:
     """
 
     def __init__(
-        self, service: JobService, server: ServerSection, security: SecuritySection, port_override: int | None = None
-    ) -> None:
+        self, service: JobService, server: ServerSection, security: SecuritySection, port_override: int | None = None,
+        streams: CallPool | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             port_override: replaces `server.port`; 0 binds any free port.
+            streams: places of calls that may last for hours, where other servers of the head share them.
         """
+        self._streams = streams or CallPool(server.max_streams, "server.max_streams")
         self._service = service
         self._config = server
         self._security = security
@@ -120,7 +123,7 @@ class GrpcServer:
         watches = ThreadPoolExecutor(2 * (_WATCHERS + _CHECKS), thread_name_prefix="grpc-health")
         self._executors = [calls, watches]
         ours = Pools(
-            CallPool(limit, "server.max_streams"), CallPool(_SHORT_CALLS, "of short calls", can_preempt=False),
+            self._streams, CallPool(_SHORT_CALLS, "of short calls", can_preempt=False),
             threading.Semaphore(_RUNNING),
         )  # fmt: skip
         of_health = Pools(

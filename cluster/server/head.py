@@ -1,4 +1,4 @@
-"""The head process: runtime, job service, gRPC server and metrics of one deployment, from start to drain."""
+"""The head process: runtime, job service, gRPC and HTTP servers and metrics of one deployment, from start to drain."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster.common.errors import ClusterError
+from cluster.access.call_pool import CallPool
+from cluster.common.errors import ClusterError, PreflightError
 from cluster.common.signals import call_undisturbed
 from cluster.common.steady_clock import SteadyClock
 from cluster.config.deployment import Deployment, load_deployment
@@ -18,12 +21,17 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
+from cluster.server.audit import RefusalLog
 from cluster.server.grpc_server import GrpcServer
 from cluster.server.health import HealthMonitor
 from cluster.server.metrics import MetricsServer
-from cluster.server.security import check_security
+from cluster.server.security import check_security, load_api_keys
+from cluster.server.state_files import reachable
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
+
+if TYPE_CHECKING:
+    from cluster.http.http_server import HttpServer
 
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
 _LOOK_EVERY_S = 1.0  # how soon the main thread notices that the head must end
@@ -62,7 +70,7 @@ class Head:
         self._steps = ExitStack()
 
     def start(self) -> None:
-        """Start pipeline, job service, metrics and gRPC server; raises as `run_head`, with nothing left running."""
+        """Start pipeline, job service, metrics and servers; raises as `run_head`, with nothing left running."""
         server, data_dir = self._config.server, self._config.data_dir
         self._check_ports()
         check_security(self._config.security)
@@ -84,23 +92,47 @@ class Head:
                 self.service, self.runtime, server.metrics_host, server.metrics_port
             )
             steps.callback(metrics.close)
-            self._grpc = GrpcServer(self.service, server, self._config.security, self._port)
+            streams = CallPool(server.max_streams, "server.max_streams")
+            self._grpc = GrpcServer(self.service, server, self._config.security, self._port, streams)
             steps.callback(self._grpc.close, 1.0)
+            self._http = self._make_http(streams) if server.http_port else None
+            if self._http is not None:
+                steps.callback(self._http.close, 1.0)
             steps.callback(self.service.close)
             self._check_ports()  # the weights took a while, and jobs are taken up only by a head that can be reached
             self.service.start()
             metrics.start()
             self.address = self._grpc.start()
+            if self._http is not None:
+                scheme, _, address = self._http.start().partition("//")
+                self.service.http_url = f"{scheme}//{reachable(address)}"
             self._health = HealthMonitor(
-                lambda: [*self.service.threads, metrics.threads, *self._grpc.threads],
+                lambda: [
+                    *self.service.threads, metrics.threads, *self._grpc.threads,
+                    *(self._http.threads if self._http is not None else ()),
+                ],
                 [self.service.check_store, self.service.check_pipeline], self._show,
             )  # fmt: skip
             steps.callback(self._health.close)
             self._health.start()
             self._steps = steps.pop_all()
 
+    def _make_http(self, streams: CallPool) -> HttpServer:
+        from cluster.http.core.backend import Backend
+        from cluster.http.http_server import HttpServer
+
+        security = self._config.security
+        keys = load_api_keys(security.api_keys_file) if security.api_keys_file else None
+        backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text)
+        return HttpServer(backend, security, keys, on_refused=RefusalLog().add)
+
     def _check_ports(self) -> None:
         server = self._config.server
+        if server.http_port and find_spec("fastapi") is None:
+            need = "needs packages that are not installed: pip install 'longreach[http]', or server.http_port: 0"
+            raise PreflightError(f"server.http_port: {server.http_port}: {need}")
+        if server.http_port:
+            check_port(server.http_host, server.http_port)
         if self._port is None:
             check_port(server.host, server.port)
         check_port(server.metrics_host, server.metrics_port)
@@ -121,12 +153,12 @@ class Head:
         self.service.drain(self._config.server.drain_timeout_s)
 
     def close(self) -> None:
-        """Stop without touching the state of unfinished jobs: service, gRPC, metrics, store, pipeline."""
+        """Stop without touching the state of unfinished jobs: service, HTTP, gRPC, metrics, store, pipeline."""
         self._steps.close()
 
 
 def run_head(
-    config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None],
+    config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str, str], None],
     on_warning: Callable[[str], None] = lambda line: None,
 ) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, then drain; returns the exit code. Called on the main thread.
@@ -138,7 +170,7 @@ def run_head(
 
     Args:
         on_status: what is being started.
-        on_ready: called once with the address clients connect to.
+        on_ready: called once with the address clients connect to, and the URL over HTTP, "" without.
         on_warning: called at the start with what is lost of the job store, as one line.
 
     Raises:
@@ -161,7 +193,7 @@ class _Life:
     """The life of a head, from start to drain."""
 
     def __init__(
-        self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str], None],
+        self, config_path: Path, on_status: Callable[[LaunchStatus], None], on_ready: Callable[[str, str], None],
         on_warning: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._config_path = config_path
@@ -184,7 +216,7 @@ class _Life:
             head = steps.enter_context(closing(Head(deployment, self._on_launch, on_warning=self._on_warning)))
             head.start()
             self._is_ready = True
-            self._on_ready(head.address)
+            self._on_ready(head.address, head.service.http_url)
             while not head.failure and not self._stopping.wait(_LOOK_EVERY_S):
                 pass
             if not head.failure:

@@ -19,11 +19,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from cluster.access.call_pool import CallEnd, Caller, CallPool, EndCall, OpenCall
 from cluster.common.errors import JobStoreError, JobStoreFull
 from cluster.common.text_format import escape_unprintable
 from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, NotReady, ServiceBusy
 from cluster.server.audit import log_change
-from cluster.server.call_pool import Caller, CallPool, OpenCall
 from cluster.server.wire import check_raw
 from protos.errors import InvalidRequest
 
@@ -38,6 +38,11 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {  # the first one that fits
     NotReady: grpc.StatusCode.UNAVAILABLE,
     JobStoreFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     JobStoreError: grpc.StatusCode.UNAVAILABLE,
+}
+_END_CODES = {
+    CallEnd.NO_ROOM: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CallEnd.NOT_READ: grpc.StatusCode.UNAVAILABLE,  # a reader may come back at once, at the token where it was
+    CallEnd.NOT_SENT: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
 _log = logging.getLogger(__name__)
@@ -123,7 +128,7 @@ def _guard(
     def unary(raw: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         with _status_codes(method, context):
             caller = identify(context)
-            with pool.open(caller, context) as call:
+            with pool.open(caller, _ending(context)) as call:
                 request = argument(raw, call)
                 with running:
                     reply = behavior(request, context)
@@ -131,7 +136,7 @@ def _guard(
             return reply
 
     def stream(raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
-        with _status_codes(method, context), pool.open(identify(context), context) as call:
+        with _status_codes(method, context), pool.open(identify(context), _ending(context)) as call:
             for reply in behavior(argument(raw, call), context):
                 with call.client("read"):
                     yield reply
@@ -141,6 +146,18 @@ def _guard(
         guarded.experimental_thread_pool = pools.threads
     make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     return make(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
+
+
+def _ending(context: grpc.ServicerContext) -> EndCall:
+    """Return what ends a call with a status, from any thread."""
+
+    def end(reason: CallEnd, details: str) -> None:
+        try:  # `ServicerContext.abort` is for the call's own thread, and `cancel` has no status
+            context._rpc_event.call.cancel(_END_CODES[reason].value[0], details)
+        except (AttributeError, TypeError):  # another grpc: the client then sees CANCELLED
+            context.cancel()
+
+    return end
 
 
 @contextlib.contextmanager

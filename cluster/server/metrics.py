@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -164,6 +164,10 @@ class MetricsServer:
         self._server: BoundedServer | None = None
         self.threads = WatchedThreads("metrics")
         service.on_ended(self.jobs.observe)
+
+    def text(self) -> bytes:
+        """Return all metrics in the text format."""
+        return generate_latest(self.registry)
 
     def start(self) -> None:
         """Bind the port and answer. Raises PreflightError when it is taken."""

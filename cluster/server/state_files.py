@@ -68,12 +68,12 @@ class HeadFiles:
             self.release()
             raise
 
-    def announce(self, address: str, security: SecuritySection | None = None) -> None:
+    def announce(self, address: str, security: SecuritySection | None = None, http_url: str = "") -> None:
         """Write `head.json`: this process is ready at an address, with this certificate. Raises PreflightError."""
         here = reachable(address)
         state = {
             "address": here, "pid": os.getpid(), "started": psutil.Process().create_time(),
-            "ca_file": "", "server_name": "",
+            "ca_file": "", "server_name": "", "http_url": http_url,
         }  # fmt: skip
         if security is not None and security.tls_cert_file is not None:
             state |= {"ca_file": str(security.tls_cert_file), "server_name": name_for(security, here)}

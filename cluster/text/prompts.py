@@ -27,6 +27,10 @@ class PromptError(UserError):
     """A document or question that cannot become a prompt; one line for the user."""
 
 
+class PromptTooLong(PromptError):
+    """A prompt that does not fit the context, alone or with its answer."""
+
+
 def check_document(data: bytes, tokenizer: TextTokenizer, max_model_len: int, what: str = "document") -> str:
     """Return the text of a file. Raises PromptError naming `what` it is: empty, not UTF-8, or sure to be too long."""
     if data:
@@ -59,7 +63,7 @@ def check_size(num_bytes: int, tokenizer: TextTokenizer, max_model_len: int, wha
     min_tokens = tokenizer.min_tokens(num_bytes, literal=what != "prompt")
     if min_tokens >= max_model_len:
         max_bytes = (max_model_len - 1) * tokenizer.longest_token_bytes
-        raise PromptError(
+        raise PromptTooLong(
             f"{what}: {num_bytes} bytes are at least {min_tokens} tokens, max_model_len is {max_model_len}: "
             f"no {what} above {max_bytes} bytes can fit"
         )
@@ -88,9 +92,11 @@ def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int, *, doc
     numbers = f"prompt: {prompt_tokens} tokens + max_tokens {max_tokens} = {total}, max_model_len is {max_model_len}"
     fits = max_model_len - max_tokens - (prompt_tokens - document_tokens if document_tokens else 0)
     if fits < 1:
-        raise PromptError(f"{numbers}: lower max_tokens or raise max_model_len")
+        raise PromptTooLong(f"{numbers}: lower max_tokens or raise max_model_len")
     what = "a document" if document_tokens else "a prompt"
-    raise PromptError(f"{numbers}: {what} of at most {fits} tokens fits; shorten it by {total - max_model_len} tokens")
+    raise PromptTooLong(
+        f"{numbers}: {what} of at most {fits} tokens fits; shorten it by {total - max_model_len} tokens"
+    )
 
 
 def build_document_prompts(

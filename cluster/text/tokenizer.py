@@ -28,6 +28,10 @@ class TokenizerError(UserError):
     """A tokenizer file is missing or unusable, or a text cannot be tokenised; one line for the user."""
 
 
+class TooManyTokens(TokenizerError):
+    """A text was given up because it has more tokens than the context."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextPart:
     """A piece of a prompt. In a literal one (a document, a question, a message) added tokens are characters."""
@@ -179,7 +183,7 @@ class TextTokenizer:
         for piece in self.cutter.pieces("".join(part.text for part in parts)):
             if len(ids) > limit:
                 problem = f"at least {len(ids)} tokens, max_model_len is {limit}"
-                raise TokenizerError(f"prompt: {problem}: shorten the text")
+                raise TooManyTokens(f"prompt: {problem}: shorten the text")
             ids += _encode(self._literal.at(place, is_literal), piece)
             place = Place.INSIDE
 

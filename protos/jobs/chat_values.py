@@ -54,7 +54,7 @@ def _message(key: str, value: object, ignore_unknown: bool) -> ChatMessage:
 
 
 def _content(key: str, value: object) -> str:
-    """Return a text, or the texts of parts joined."""
+    """Return a text, or the texts of parts, joined by line breaks."""
     if value is None:
         return ""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -65,7 +65,7 @@ def _content(key: str, value: object) -> str:
         if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
             raise InvalidRequest(f"{key}[{index}].type: {show(kind)}: must be text")
         texts.append(check_text(f"{key}[{index}].{_TEXT_PARTS[kind]}", part.get(_TEXT_PARTS[kind])))
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _calls(key: str, values: object) -> tuple[ToolCall, ...]:

@@ -39,7 +39,7 @@ def run_head(config_path, on_status, on_ready, on_warning):
     if os.environ["FAKE_HEAD"] == "slow":
         stop.wait()
         return 0
-    on_ready("0.0.0.0:4242")
+    on_ready("0.0.0.0:4242", "http://127.0.0.1:8000")
     stop.wait()
     if os.environ["FAKE_HEAD"] == "deaf":
         threading.Event().wait()
@@ -70,7 +70,7 @@ def test_up_and_down_each_twice(
     done = longreach("up", config, "--json")
     assert done.code == 0, done.err
     state = json.loads((data / "head.json").read_text())
-    assert state["address"] == "127.0.0.1:4242"
+    assert (state["address"], state["http_url"]) == ("127.0.0.1:4242", "http://127.0.0.1:8000")
     assert int((data / "head.pid").read_text()) == state["pid"]
     process = psutil.Process(state["pid"])
     assert abs(process.create_time() - state["started"]) < 1
@@ -79,7 +79,7 @@ def test_up_and_down_each_twice(
 
     done = longreach("up", config)
     assert done.code == 0
-    assert "already running" in done.out
+    assert "already running at 127.0.0.1:4242, HTTP at http://127.0.0.1:8000 (pid " in done.out
     done = longreach("serve", config)
     assert done.code == 3
     assert "longreach down" in done.err

@@ -13,9 +13,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.access import call_pool
 from cluster.config.schema import SecuritySection
 from cluster.engine.outputs import OutputToken
-from cluster.server import call_pool, grpc_server
+from cluster.server import grpc_server
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.stage.channel import CHANNEL_OPTIONS

@@ -101,7 +101,7 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     status: Any = SimpleNamespace(
         model="m", version="1", uptime_s=200.0, running=1, queued=2, kv_usage=0.25, kv_tokens=8192, max_model_len=4096,
         stages=[stage], problem="", kv_store_bytes=0, kv_store_max_bytes=0,
-        repairs=0, full_restarts=0, last_recovery_s=0.0,
+        repairs=0, full_restarts=0, last_recovery_s=0.0, http_url="",
     )  # fmt: skip
     print_status(status, "h:1", as_json=False)
     assert lines(capsys) == [
@@ -117,6 +117,9 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys)[3] == (
         "recovered 3 times, by replacing stages 2 times, by a full restart 1 times; the last one took 7.4 s"
     )
+    status.http_url = "http://127.0.0.1:8000"
+    print_status(status, "h:1", as_json=False)
+    assert lines(capsys)[0].startswith("m at h:1, HTTP at http://127.0.0.1:8000, version 1")
     status.problem = "the recorder thread has ended:\x1b[2J odd"
     print_status(status, "h:1", as_json=False)
     assert r"not serving: the recorder thread has ended:\x1b[2J odd" in lines(capsys)

@@ -114,6 +114,18 @@ BAD = [
     (BASE + "server: {drain_timeout_s: .inf}\n", "^demo.yaml:8: server.drain_timeout_s: inf: must be a number of sec"),
     (BASE + "server: {port: 9000, metrics_port: 9000}\n",
      "demo.yaml:8: server.metrics_port: 9000: is server.port too; give each its own port"),
+    (BASE + "server: {port: 9000, http_port: 9000}\n",
+     "demo.yaml:8: server.http_port: 9000: is server.port too; give each its own port"),
+    (BASE + "server: {metrics_port: 9000, http_port: 9000}\n",
+     "demo.yaml:8: server.http_port: 9000: is server.metrics_port too; give each its own port"),
+    (BASE + "server: {http_host: 0.0.0.0}\n",
+     "demo.yaml:8: server.http_host: 0.0.0.0: is not a loopback address; use 127.0.0.1, or give security.api_keys_file "
+     "with tls_cert_file and tls_key_file, or say security.allow_insecure_bind: true"),
+    (BASE + "server: {http_reasoning_field: thoughts}\n",
+     "demo.yaml:8: server.http_reasoning_field: thoughts: must be one of both, reasoning, "
+     "reasoning_content"),
+    (BASE + "server: {http_max_tokens: 0}\n", "demo.yaml:8: server.http_max_tokens: 0: must be a whole number "
+     "such as 4096, 1_000, 256k (256000) or 256K (262144), from 1 to 1073741824"),
     (BASE + "server: {metrics_host: 0.0.0.0}\n",
      "demo.yaml:8: server.metrics_host: 0.0.0.0: is not a loopback address, and metrics have neither keys nor TLS; "
      "use 127.0.0.1, or say security.allow_insecure_bind: true"),

@@ -95,7 +95,7 @@ def test_messages_of_earlier_versions_are_read_and_have_the_same_hash() -> None:
         del values["input"][name]
     assert JobSpec.from_json(json.dumps(values)) == spec
     del values["idempotency_key"], values["deadline"], values["cache_salt"], values["input"]["read"]
-    del values["ask"]["structured_outputs"]
+    del values["ask"]["structured_outputs"], values["shorten"]
     values["ask"]["sampling"] = {**asdict(SamplingParams(seed=5))}
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
@@ -133,10 +133,19 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
     del values["idempotency_key"], values["deadline"], values["cache_salt"]
     for name in ("read", "tools", "tool_choice"):
         del values["input"][name]
-    del values["ask"]["structured_outputs"]
+    del values["ask"]["structured_outputs"], values["shorten"]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
     others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (
         {"temperature": 0.0}, {"top_p": 1.0}, {"temperature": 0.5}, {"top_k": 5},
     )]  # fmt: skip
     assert len({other.body_hash() for other in (spec, greedy, *others)}) == 6
+
+
+def test_what_an_answer_was_shortened_to_is_not_part_of_the_submission() -> None:
+    """A repeated submission is the same one, though the store has the length that fitted."""
+    asked = JobSpec(JobInput(prompt="a"), AnswerOptions(max_tokens=32768), shorten=True)
+    stored = replace(asked, ask=replace(asked.ask, max_tokens=17))
+    assert asked.body_hash() == stored.body_hash()
+    assert asked.body_hash() != replace(asked, shorten=False).body_hash()
+    assert JobSpec.from_json(stored.to_json()) == stored

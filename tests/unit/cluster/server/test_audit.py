@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.access.call_pool import Caller
 from cluster.server.audit import Callers, RefusalLog, log_change
-from cluster.server.call_pool import Caller
 from cluster.server.security import ApiKeys
 
 KEY = "0123456789abcdef"

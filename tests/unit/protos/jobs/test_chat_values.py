@@ -29,7 +29,7 @@ def test_messages_as_clients_send_them() -> None:
     assert messages == (
         ChatMessage("user", "a"),
         ChatMessage("system", "rules"),
-        ChatMessage("user", "bc"),
+        ChatMessage("user", "b\nc"),
         ChatMessage("assistant", tool_calls=(ToolCall("c1", "f", '{"a": 1}'),)),
         ChatMessage("assistant", "", "r", (ToolCall("", "f", '{"é": 1.5}'),)),
         ChatMessage("assistant", "d", "hm"),

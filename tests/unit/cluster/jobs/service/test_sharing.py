@@ -20,8 +20,8 @@ def set_sharing(bench: Bench, share_across_keys: bool) -> None:
     bench.runtime.deployment = replace(deployment, config=config)
 
 
-def cached(bench: Bench, key_name: str, given: JobInput = PROMPT) -> int:
-    record = bench.service.submit(JobSpec(given, AnswerOptions(max_tokens=2)), key_name)
+def cached(bench: Bench, key_name: str, given: JobInput = PROMPT, salt: str = "") -> int:
+    record = bench.service.submit(JobSpec(given, AnswerOptions(max_tokens=2), cache_salt=salt), key_name)
     bench.service.wait(record.id, 20)
     return bench.service.get(record.id).answers[0].cached_tokens
 
@@ -32,6 +32,13 @@ def test_jobs_of_another_key_find_nothing_unless_keys_share(bench: Bench, share_
     assert cached(bench, "alice") == 0
     assert cached(bench, "bob") == (96 if share_across_keys else 0)
     assert cached(bench, "alice") == 96
+
+
+@pytest.mark.parametrize("share_across_keys", [True, False])
+def test_a_request_may_share_with_those_of_its_own_salt_only(bench: Bench, share_across_keys: bool) -> None:
+    set_sharing(bench, share_across_keys)
+    assert [cached(bench, "alice", salt=salt) for salt in ("", "x", "x", "y", "alice")] == [0, 0, 96, 0, 0]
+    assert cached(bench, "bob", salt="x") == (96 if share_across_keys else 0)
 
 
 def test_a_document_is_shared_with_every_key(bench: Bench) -> None:

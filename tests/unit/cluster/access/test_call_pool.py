@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
-import grpc
 import pytest
 
+from cluster.access import call_pool
+from cluster.access.call_pool import PRESSED_STALL_S, REFUSED_S, STALL_S, CallEnd, Caller, CallPool, OpenCall
 from cluster.jobs.model import ServiceBusy
-from cluster.server import call_pool
-from cluster.server.call_pool import PRESSED_STALL_S, REFUSED_S, STALL_S, Caller, CallPool, OpenCall
-
-
-class Context:
-    """Notes with which status its call was ended."""
-
-    ended: tuple[grpc.StatusCode, str] | None = None
-
-    def cancel(self) -> None:
-        self.ended = (grpc.StatusCode.CANCELLED, "")
 
 
 class Rig:
@@ -27,19 +18,18 @@ class Rig:
     def __init__(self, size: int, can_preempt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr(call_pool.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(OpenCall, "end", lambda call, code, details: self._end(call, code, details))
         self.pool = CallPool(size, "the limit", can_preempt)
-        self.ended: list[tuple[str, grpc.StatusCode]] = []
+        self.ended: list[tuple[str, CallEnd]] = []
         self.details: list[str] = []
         self._stack = contextlib.ExitStack()
 
-    def _end(self, call: OpenCall, code: grpc.StatusCode, details: str) -> None:
-        self.ended.append((str(call.caller), code))
+    def _end(self, caller: Caller, reason: CallEnd, details: str) -> None:
+        self.ended.append((str(caller), reason))
         self.details.append(details)
 
     def open(self, name: str, peer: str = "", stack: contextlib.ExitStack | None = None) -> OpenCall:
         caller = Caller(name, peer or name)
-        return (stack or self._stack).enter_context(self.pool.open(caller, Context()))  # type: ignore[arg-type]
+        return (stack or self._stack).enter_context(self.pool.open(caller, partial(self._end, caller)))
 
     def refused(self, name: str, peer: str = "") -> bool:
         try:
@@ -53,9 +43,6 @@ class Rig:
 @pytest.fixture
 def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rig:
     return Rig(*getattr(request, "param", (4, True)), monkeypatch=monkeypatch)  # type: ignore[misc]
-
-
-Code = grpc.StatusCode
 
 
 def test_one_caller_may_have_everything_and_no_more(rig: Rig) -> None:
@@ -73,7 +60,7 @@ def test_the_idlest_call_of_who_has_most_gives_way(rig: Rig) -> None:
         with call.client("read"):
             pass
     rig.open("b")
-    assert rig.ended == [("a at a2", Code.RESOURCE_EXHAUSTED)]
+    assert rig.ended == [("a at a2", CallEnd.NO_ROOM)]
     rig.open("b")
     assert [who for who, _ in rig.ended] == ["a at a2", "a at a0"]
     assert rig.refused("b")  # each has half
@@ -108,7 +95,7 @@ def test_a_stalled_call_makes_room_for_anybody(rig: Rig, action: str) -> None:
         assert rig.refused("a")
         rig.now += 1
         assert not rig.refused("a")
-    code = Code.DEADLINE_EXCEEDED if action == "send" else Code.UNAVAILABLE
+    code = CallEnd.NOT_SENT if action == "send" else CallEnd.NOT_READ
     assert rig.ended == [("a at a", code)]
     assert "for 5 s" in rig.details[0]
 
@@ -123,7 +110,7 @@ def test_stalled_calls_are_ended_after_a_while(rig: Rig) -> None:
         rig.pool.end_stalled()
     rig.now += 10 * STALL_S
     rig.pool.end_stalled()
-    assert sorted(rig.ended) == [("b at b", Code.DEADLINE_EXCEEDED), ("c at c", Code.UNAVAILABLE)]
+    assert sorted(rig.ended) == [("b at b", CallEnd.NOT_SENT), ("c at c", CallEnd.NOT_READ)]
     assert rig.pool._calls == {waiting}
 
 
@@ -161,9 +148,3 @@ def test_places_come_back(rig: Rig) -> None:
                 rig.open(name, stack=stack)
             raise KeyError
         assert len(rig.pool) == 0
-
-
-def test_another_grpc_ends_calls_without_a_status() -> None:
-    context = Context()
-    OpenCall(Caller("a", "b"), context).end(Code.ABORTED, "x")  # type: ignore[arg-type]
-    assert context.ended == (Code.CANCELLED, "")

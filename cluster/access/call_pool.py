@@ -1,20 +1,19 @@
-"""The open calls of a gRPC server: how many there may be, who gives way, and when a call that stalls is ended.
+"""The open calls of the servers: how many there may be, who gives way, and when a call that stalls is ended.
 
-Every open call holds a thread of the server. A call stalls while the head waits for its client: for the next piece of
-an upload, for the message of a request, or for a reader that does not read. A stream that waits for its job does not.
+A call stalls while the head waits for its client: for the next piece of an upload, for the message of a request, or
+for a reader that does not read. A stream that waits for its job does not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-
-import grpc
 
 from cluster.common.watched_thread import WatchedThread
 from cluster.jobs.model import ServiceBusy
@@ -32,18 +31,29 @@ class Caller:
     """Who makes a call: the name of its API key, else the host it comes from, and its connection."""
 
     name: str
-    peer: str  # as gRPC writes it, such as ipv4:127.0.0.1:41234: one connection
+    peer: str  # one connection, as gRPC writes it, such as ipv4:127.0.0.1:41234
 
     def __str__(self) -> str:
         return f"{self.name} at {self.peer}"
 
 
-class OpenCall:
-    """A call in a pool. Its own thread says when it waits for the client; any thread may end it."""
+class CallEnd(enum.Enum):
+    """Why a call is ended by the server."""
 
-    def __init__(self, caller: Caller, context: grpc.ServicerContext) -> None:
+    NO_ROOM = "no_room"  # others want its place
+    NOT_READ = "not_read"
+    NOT_SENT = "not_sent"
+
+
+EndCall = Callable[[CallEnd, str], None]  # the reason and its text; called from any thread
+
+
+class OpenCall:
+    """A call in a pool. Its owner says when it waits for the client; any thread may end it."""
+
+    def __init__(self, caller: Caller, end: EndCall) -> None:
         self.caller = caller
-        self._context = context
+        self._end = end
         self._active = time.monotonic()
         self._waits_to = ""  # what for, while it waits for the client
         self.is_ended = False  # by `end`; gRPC may show that to the call's thread as the end of its messages
@@ -67,19 +77,13 @@ class OpenCall:
 
     def end_stalled(self, seconds: float) -> None:
         """End the call because its client does nothing; a reader may come back at once, at the token where it was."""
-        if self._waits_to == "read":
-            code, text = grpc.StatusCode.UNAVAILABLE, "the client has read nothing"
-        else:
-            code, text = grpc.StatusCode.DEADLINE_EXCEEDED, "the client has sent nothing"
-        self.end(code, f"{text} for {seconds:.0f} s: the call was ended, make it again")
+        reason, what = (CallEnd.NOT_READ, "read") if self._waits_to == "read" else (CallEnd.NOT_SENT, "sent")
+        self.end(reason, f"the client has {what} nothing for {seconds:.0f} s: the call was ended, make it again")
 
-    def end(self, code: grpc.StatusCode, details: str) -> None:
-        """End the call with a status, whatever its thread waits for; that thread soon comes back."""
+    def end(self, reason: CallEnd, details: str) -> None:
+        """End the call, whatever it waits for; its owner soon comes back."""
         self.is_ended = True
-        try:  # `ServicerContext.abort` is for the call's own thread, and `cancel` has no status
-            self._context._rpc_event.call.cancel(code.value[0], details)
-        except (AttributeError, TypeError):  # another grpc: the client then sees CANCELLED
-            self._context.cancel()
+        self._end(reason, details)
 
 
 class CallPool:
@@ -106,9 +110,13 @@ class CallPool:
         return len(self._calls)
 
     @contextlib.contextmanager
-    def open(self, caller: Caller, context: grpc.ServicerContext) -> Iterator[OpenCall]:
-        """Hold a place inside the block. Raises ServiceBusy when none is free and nobody has to give way."""
-        call = OpenCall(caller, context)
+    def open(self, caller: Caller, end: EndCall) -> Iterator[OpenCall]:
+        """Hold a place inside the block. Raises ServiceBusy when none is free and nobody has to give way.
+
+        Args:
+            end: ends the call before its time.
+        """
+        call = OpenCall(caller, end)
         with self._lock:
             gives_way = self._admit(caller)
             if gives_way is not None:
@@ -138,7 +146,7 @@ class CallPool:
             call.end_stalled(stalled)
         else:
             _log.warning("a call of %s was ended: others want its place", call.caller)
-            call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"ended to make room for others ({self._what}): {self._size}")
+            call.end(CallEnd.NO_ROOM, f"ended to make room for others ({self._what}): {self._size}")
 
     def _admit(self, caller: Caller) -> OpenCall | None:
         """Return the call that makes room, None when there is room. Raises ServiceBusy."""

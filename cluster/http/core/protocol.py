@@ -1,0 +1,60 @@
+"""uvicorn's HTTP/1.1 protocol with bounds in time and number: connections that send or read nothing are closed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_S = 10.0  # for the head of a request, from the connection or its first byte on
+STALL_S = 30.0  # for a reader that has more to read than the buffers of the connection hold
+KEEP_ALIVE_S = 60  # between requests
+
+
+class BoundedProtocol(H11Protocol):
+    """One connection."""
+
+    def __init__(self, *args: Any, max_connections: int, **kwargs: Any) -> None:
+        """
+        Args:
+            max_connections: more are closed at once.
+        """
+        super().__init__(*args, **kwargs)
+        self._max_connections = max_connections
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            transport.abort()
+            return
+        self._head_timer = self.loop.call_later(HEAD_S, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        cycle = self.cycle
+        super().data_received(data)
+        if self.cycle is not cycle:  # the head of a request is complete
+            _cancel(self._head_timer)
+            self._head_timer = None
+        elif self._head_timer is None and (cycle is None or cycle.response_complete):
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._read_timer = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        _cancel(self._read_timer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        _cancel(self._head_timer)
+        _cancel(self._read_timer)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

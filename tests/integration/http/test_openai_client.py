@@ -1,0 +1,129 @@
+"""OpenAI's own client against the server: what its users call, as they call it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from cluster.jobs.model import JobState, ServiceBusy
+from cluster.server.security import ApiKeys
+from tests.support.rigs.head import until
+from tests.support.rigs.http import AnsweringService, serving_http
+
+KEY = "0123456789abcdef"
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def service() -> AnsweringService:
+    return AnsweringService(reasoning=("hm ", "so"))
+
+
+@pytest.fixture
+def url(service: AnsweringService) -> Iterator[str]:
+    with serving_http(service, ApiKeys({KEY: "team a"})) as made:
+        yield f"{made}/v1"
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+def test_a_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="needle", messages=HI, logprobs=True, top_logprobs=2)  # type: ignore[arg-type]
+    (choice,) = answer.choices
+    assert choice.message.content == "The answer is forty-two."
+    assert choice.message.reasoning_content == "hm so"  # type: ignore[attr-defined]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert choice.logprobs.content[2].top_logprobs[0].logprob == -0.25
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 5
+
+
+def test_a_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="needle", messages=HI, stream=True, stream_options={"include_usage": True},  # type: ignore[arg-type]
+        extra_body={"return_progress": True, "chat_template_kwargs": {"enable_thinking": True}},
+    )  # fmt: skip
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "The answer is forty-two."
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 8
+    assert chunks[1].prompt_progress["total"] == 100  # type: ignore[attr-defined]
+
+
+def test_the_helper_for_streams(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model="needle", messages=HI) as stream:  # type: ignore[arg-type]
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+    assert text == "The answer is forty-two."
+
+
+def test_asyncio(url: str) -> None:
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=url, api_key=KEY) as client:
+            whole = await client.chat.completions.create(model="needle", messages=HI)  # type: ignore[arg-type]
+            stream = await client.chat.completions.create(model="needle", messages=HI, stream=True)  # type: ignore[arg-type]
+            parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            return [whole.choices[0].message.content or "", "".join(parts)]
+
+    assert asyncio.run(run()) == ["The answer is forty-two."] * 2
+
+
+def test_completions_and_models(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="needle", prompt=[[1, 2], [3]], max_tokens=4, logprobs=1)
+    assert [choice.text for choice in answer.choices] == ["hm soThe answer is forty-two."] * 2
+    parts = [c.choices[0].text for c in client.completions.create(model="needle", prompt="a", stream=True)]
+    assert "".join(parts) == "hm soThe answer is forty-two."
+    assert [model.id for model in client.models.list()] == ["needle"]
+    assert client.models.retrieve("needle").max_model_len == 4096  # type: ignore[attr-defined]
+
+
+def test_closing_a_stream_ends_the_job(service: AnsweringService, client: openai.OpenAI) -> None:
+    service.endless = True
+    stream = client.chat.completions.create(model="needle", messages=HI, stream=True)  # type: ignore[arg-type]
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    until(lambda: [record.state for record in service.records.values()] == [JobState.CANCELLED])
+
+
+def test_errors_are_those_that_the_client_knows(service: AnsweringService, client: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="needle", messages=HI, n=2)  # type: ignore[arg-type]
+    assert (bad.value.param, bad.value.code) == ("n", "unsupported_value")
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="gpt-4o", messages=HI)  # type: ignore[arg-type]
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+    service.error = ServiceBusy("queue: 256 jobs wait", 0.05)
+    with pytest.raises(openai.RateLimitError, match="256 jobs wait"):
+        client.chat.completions.create(model="needle", messages=HI)  # type: ignore[arg-type]
+    service.outcome, service.error = JobState.FAILED, None
+    with pytest.raises(openai.InternalServerError, match="the pipeline broke"):
+        client.chat.completions.create(model="needle", messages=HI)  # type: ignore[arg-type]
+    with pytest.raises(openai.APIError, match="the pipeline broke"):
+        list(client.chat.completions.create(model="needle", messages=HI, stream=True))  # type: ignore[arg-type]
+
+
+def test_the_client_tries_again_when_it_was_told_to(service: AnsweringService, url: str) -> None:
+    service.error = ServiceBusy("full", 0.05)
+    submit, tries = service.submit, []
+
+    def later(*arguments: object) -> object:
+        tries.append(1)
+        service.error = None if len(tries) == 3 else service.error
+        return submit(*arguments)  # type: ignore[arg-type]
+
+    service.submit = later  # type: ignore[method-assign, assignment]
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=3) as client:
+        assert client.chat.completions.create(model="needle", messages=HI).choices  # type: ignore[arg-type]
+    assert len(tries) == 3
