@@ -103,7 +103,8 @@ def _param(text: str, params: Mapping[str, str] | None) -> str | None:
     match = _KEY.match(text)
     if match is None:
         return None
-    return (params or {}).get(match[1], match[1])
+    key, known = match[1], params or {}
+    return known.get(key) or known.get(re.split(r"[.\[]", key)[0], key)
 
 
 def _of_the_store(error: Exception) -> JobStoreError:

@@ -18,7 +18,7 @@ from cluster.http.core.calls import call_of
 from cluster.http.core.errors import to_api_error
 from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
 from cluster.http.core.sse import error_event, event
-from cluster.http.openai.chat_request import CHAT_PARAMS, ChatRequest, chat_spec
+from cluster.http.openai.chat_request import ChatRequest, chat_params, chat_spec
 from cluster.jobs.subscriptions import ProgressUpdate
 from protos.stage.messages import TokenLogprob
 
@@ -41,7 +41,7 @@ def make_router(backend: Backend) -> APIRouter:
         try:
             job = await submit(backend, request, partial(chat_spec, backend, asked))
         except Exception as error:
-            raise to_api_error(error, CHAT_PARAMS) from error
+            raise to_api_error(error, chat_params(asked)) from error
         chunks = ChatChunks(backend, asked, job)
         if asked.stream:
             return EventStream(chunks.stream(), error_event)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
 
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import refuse
+from cluster.http.openai.answer_format import read_constraint
 from cluster.http.options import (
     AnswerFields,
     RequestModel,
@@ -104,6 +106,8 @@ def chat_spec(backend: Backend, request: ChatRequest) -> JobSpec:
     options = answer_options(
         request, max_tokens, _logprobs(request), _thinking(request), backend.limits.http_max_tokens
     )
+    constraint = read_constraint(request.response_format, request.structured_outputs)
+    options = replace(options, structured_outputs=constraint)
     return JobSpec(source, options, attached=True, shorten=max_tokens is None, **job_fields(request))
 
 
@@ -150,19 +154,21 @@ def chat_messages(messages: Sequence[RequestMessage]) -> tuple[ChatMessage, ...]
 
 
 def check_tools(request: ChatRequest) -> None:
-    """Refuse tools and structured output (ApiError)."""
-    kind = request.response_format.get("type") if isinstance(request.response_format, dict) else request.response_format
-    used = {
-        "tools": request.tools, "response_format": None if kind == "text" else request.response_format,
-        "structured_outputs": request.structured_outputs,
-        "tool_choice": None if request.tool_choice in ("none", "auto") else request.tool_choice,
-    }  # fmt: skip
-    for name, value in used.items():
+    """Refuse tools (ApiError)."""
+    choice = None if request.tool_choice in ("none", "auto") else request.tool_choice
+    for name, value in (("tools", request.tools), ("tool_choice", choice)):
         if value:
             raise refuse(name, f"{validate.show(value)}: is not supported here: leave it out", "unsupported_value")
     for index, message in enumerate(request.messages):
         if message.tool_calls:
             raise refuse(f"messages[{index}].tool_calls", "are not supported here: leave them out", "unsupported_value")
+
+
+def chat_params(request: ChatRequest) -> Mapping[str, str]:
+    """Return the fields of a request by the names that messages of the job service begin with."""
+    if request.structured_outputs:
+        return CHAT_PARAMS
+    return {**CHAT_PARAMS, "structured_outputs": "response_format"}
 
 
 def _part_text(where: str, part: ContentPart) -> str:

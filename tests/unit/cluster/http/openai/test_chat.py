@@ -10,7 +10,7 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import PrefillProgress
-from cluster.jobs.model import ContextTooLong, JobState, ServiceBusy
+from cluster.jobs.model import ContextTooLong, InvalidJob, JobState, ServiceBusy
 from cluster.jobs.subscriptions import ProgressUpdate
 from tests.support.rigs.http import AnsweringService, direct_client
 
@@ -143,3 +143,16 @@ def test_the_head_stops_in_the_middle() -> None:
     last = chunks(ask(service, {"stream": True}))[-1]
     assert last["error"]["code"] == "stopping"
     assert ask(service).status_code == 503
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}),
+    ("structured_outputs", {"json": {"not": {}}}),
+])  # fmt: skip
+def test_a_constraint_that_cannot_be_compiled_is_refused_by_its_field(field: str, value: dict[str, Any]) -> None:
+    service = AnsweringService()
+    service.error = InvalidJob("structured_outputs.json: not at #: is not supported: leave it out")
+    refused = ask(service, {field: value})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith(field)
+    assert "not at #" in refused.json()["error"]["message"]

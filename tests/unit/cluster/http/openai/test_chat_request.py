@@ -14,6 +14,7 @@ from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.openai.chat_request import ChatRequest, chat_spec
 from cluster.jobs.model import JobSpec
 from protos.jobs.chat import ChatMessage
+from protos.jobs.constraint import Constraint
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend
 
@@ -30,6 +31,14 @@ def backend() -> Iterator[Backend]:
 def spec_of(backend: Backend, **fields: Any) -> JobSpec:
     body = json.dumps({"messages": [USER], **fields}).encode()
     return chat_spec(backend, parse(ChatRequest, body))
+
+
+@pytest.mark.parametrize(("fields", "constraint"), [
+    ({}, None), ({"response_format": {"type": "json_object"}}, Constraint("json_object")),
+    ({"structured_outputs": {"regex": "a+"}}, Constraint("regex", "a+")),
+])  # fmt: skip
+def test_what_the_answer_must_match(backend: Backend, fields: dict[str, Any], constraint: Constraint | None) -> None:
+    assert spec_of(backend, **fields).ask.structured_outputs == constraint
 
 
 def refusal(backend: Backend, **fields: Any) -> ApiError:
@@ -158,8 +167,7 @@ def test_sampling_and_more(backend: Backend) -> None:
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ({"modalities": ["text", "audio"]}, "modalities"), ({"audio": {}}, "audio"), ({"functions": [{}]}, "functions"),
     ({"chat_template_kwargs": {"enable_thinking": 3}}, "chat_template_kwargs.enable_thinking"),
