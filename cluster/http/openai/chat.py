@@ -19,6 +19,7 @@ from cluster.http.core.errors import to_api_error
 from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
 from cluster.http.core.sse import error_event, event
 from cluster.http.openai.chat_request import ChatRequest, chat_params, chat_spec
+from cluster.http.openai.tool_calls import CallWriter
 from cluster.jobs.subscriptions import ProgressUpdate
 from protos.stage.messages import TokenLogprob
 
@@ -69,6 +70,9 @@ class ChatChunks:
             "id": f"chatcmpl-{job.record.id.removeprefix('job_')}", "created": int(job.record.created),
             "model": backend.model,
         }  # fmt: skip
+        source = job.record.spec.input
+        answer_id = job.record.id.removeprefix("job_")
+        self._calls = CallWriter(backend.runtime.tool_format, source.tools, source.tool_choice, answer_id)
         self._began = time.monotonic()
         self._next_line = 0.0  # when progress may be told again as text
 
@@ -79,11 +83,13 @@ class ChatChunks:
                 self._answer.add(news, keep=True)
         check_outcome(self._job.record)
         tokens = self._answer.tokens
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(token.answer for token in tokens)}
+        self._calls.push("".join(token.answer for token in tokens))
+        self._calls.flush()
+        message = {"role": "assistant", **self._calls.message()}
         message |= self._reasoning("".join(token.reasoning for token in tokens))
         choice = {
             "index": 0, "message": message, "logprobs": self._logprobs(tokens),
-            "finish_reason": finish_reason(self._job.record),
+            "finish_reason": self._finish_reason(),
         }  # fmt: skip
         usage = self._answer.usage(self._job.record)
         return {**self._base, "object": "chat.completion", "choices": [choice], "usage": usage}
@@ -100,16 +106,23 @@ class ChatChunks:
             else:
                 yield b""
         check_outcome(self._job.record)
-        yield self._chunk({}, finish=finish_reason(self._job.record))
+        yield b"".join(self._chunk(delta) for delta in self._calls.flush())
+        yield self._chunk({}, finish=self._finish_reason())
         if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
             yield event(self._base | {
                 "object": "chat.completion.chunk", "choices": [], "usage": self._answer.usage(self._job.record),
             })  # fmt: skip
 
     def _token(self, token: OutputToken) -> bytes:
-        delta = self._reasoning(token.reasoning) | ({"content": token.answer} if token.answer else {})
+        deltas = [delta for delta in (self._reasoning(token.reasoning), *self._calls.push(token.answer)) if delta]
         logprobs = self._logprobs([token])
-        return self._chunk(delta, logprobs=logprobs) if delta or logprobs else b""
+        if logprobs is None:
+            return b"".join(map(self._chunk, deltas))
+        first, *others = deltas or [{}]
+        return self._chunk(first, logprobs=logprobs) + b"".join(map(self._chunk, others))
+
+    def _finish_reason(self) -> str:
+        return self._calls.finish_reason(finish_reason(self._job.record))
 
     def _progress(self, progress: PrefillProgress) -> bytes:
         if self._asked.return_progress == "reasoning":

@@ -22,8 +22,9 @@ from cluster.http.options import (
 )
 from cluster.jobs.model import JobInput, JobSpec, check_id
 from protos.jobs import validate
-from protos.jobs.chat import ChatMessage, check_chat
-from protos.jobs.chat_values import read_messages
+from protos.jobs.chat import AUTO, check_chat
+from protos.jobs.chat_values import read_messages, read_tool_choice, read_tools
+from protos.jobs.constraint import Constraint
 from protos.jobs.limits import MAX_MESSAGES
 
 # fields of this protocol by the names that messages of the job service begin with
@@ -66,7 +67,15 @@ class StreamOptions(RequestModel):
     include_usage: bool | None = None
 
 
-class ChatRequest(AnswerFields):
+class ToolFields(RequestModel):
+    """What requests may say about tools."""
+
+    tools: list[Any] | None = None
+    tool_choice: Any = Field(None, description="none, auto, required, or a function with its name.")
+    parallel_tool_calls: Any = Field(None, description="false: at most one call.")
+
+
+class ChatRequest(AnswerFields, ToolFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[RequestMessage], FailFast()]
@@ -82,8 +91,6 @@ class ChatRequest(AnswerFields):
     return_progress: bool | Literal["reasoning"] | None = Field(
         None, description='Stream how far the prompt is read: as `prompt_progress`, or with "reasoning" as that text.'
     )
-    tools: list[Any] | None = None
-    tool_choice: Any = None
     response_format: Any = None
     structured_outputs: Any = None
     modalities: list[str] | None = None
@@ -100,14 +107,15 @@ def chat_spec(backend: Backend, request: ChatRequest) -> JobSpec:
     """Return the job of a chat completion. Raises ApiError, InvalidRequest."""
     check_model(backend, request.model)
     check_supported(request)
-    check_tools(request)
-    source = document_input(request.messages) or JobInput(messages=chat_messages(request.messages))
+    source = document_input(request.messages)
+    if source is not None and request.tools:
+        raise refuse("tools", "are beside a part of type file: leave one of them out", "unsupported_value")
+    source = source or conversation(request.messages, request)
     max_tokens = first_set((request.max_completion_tokens, request.max_tokens))
     options = answer_options(
         request, max_tokens, _logprobs(request), _thinking(request), backend.limits.http_max_tokens
     )
-    constraint = read_constraint(request.response_format, request.structured_outputs)
-    options = replace(options, structured_outputs=constraint)
+    options = replace(options, structured_outputs=_constraint(backend, request, source))
     return JobSpec(source, options, attached=True, shorten=max_tokens is None, **job_fields(request))
 
 
@@ -145,30 +153,33 @@ def document_id(file_id: str) -> str:
     return f"doc_{file_id.removeprefix('file-')}" if file_id.startswith("file-") else file_id
 
 
-def chat_messages(messages: Sequence[RequestMessage]) -> tuple[ChatMessage, ...]:
-    """Return the messages of a conversation, with content where there is none. Raises InvalidRequest."""
+def conversation(messages: Sequence[RequestMessage], request: ToolFields) -> JobInput:
+    """Return messages and tools as input of a job; content is empty where there is none. Raises InvalidRequest."""
     validate.check_count("messages", len(messages), MAX_MESSAGES)
     found = read_messages([{"content": "", **message.model_dump(exclude_none=True)} for message in messages])
-    check_chat(found)
-    return found
+    tools = read_tools(request.tools)
+    choice = read_tool_choice(request.tool_choice, False if request.parallel_tool_calls is False else None)
+    check_chat(found, tools, choice)
+    return JobInput(messages=found, tools=tools, tool_choice=choice if tools else AUTO)
 
 
-def check_tools(request: ChatRequest) -> None:
-    """Refuse tools (ApiError)."""
-    choice = None if request.tool_choice in ("none", "auto") else request.tool_choice
-    for name, value in (("tools", request.tools), ("tool_choice", choice)):
-        if value:
-            raise refuse(name, f"{validate.show(value)}: is not supported here: leave it out", "unsupported_value")
-    for index, message in enumerate(request.messages):
-        if message.tool_calls:
-            raise refuse(f"messages[{index}].tool_calls", "are not supported here: leave them out", "unsupported_value")
+def _constraint(backend: Backend, request: ChatRequest, source: JobInput) -> Constraint | None:
+    """Return what the answer must match, be it for its format or for its tools. Raises ApiError, InvalidRequest."""
+    asked = read_constraint(request.response_format, request.structured_outputs)
+    if not source.tools or source.tool_choice.mode == "none":
+        return asked
+    if asked is not None:
+        name = "structured_outputs" if request.structured_outputs else "response_format"
+        raise refuse(name, 'is beside tools, which no such answer can call: leave one out, or tool_choice "none"')
+    grammar = backend.runtime.call_grammar(source.tools, source.tool_choice)
+    return Constraint("grammar", grammar) if grammar is not None else None
 
 
 def chat_params(request: ChatRequest) -> Mapping[str, str]:
     """Return the fields of a request by the names that messages of the job service begin with."""
     if request.structured_outputs:
         return CHAT_PARAMS
-    return {**CHAT_PARAMS, "structured_outputs": "response_format"}
+    return {**CHAT_PARAMS, "structured_outputs": "tools" if request.tools else "response_format"}
 
 
 def _part_text(where: str, part: ContentPart) -> str:

@@ -13,14 +13,14 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.body import read_model
 from cluster.http.core.errors import refuse
 from cluster.http.openai.chat import body_of
-from cluster.http.openai.chat_request import RequestMessage, chat_messages
+from cluster.http.openai.chat_request import RequestMessage, ToolFields, conversation
 from cluster.http.options import RequestModel, check_model
 from protos.jobs import validate
 from protos.jobs.limits import MAX_TOKEN_IDS
 from protos.jobs.sampling import AnswerOptions
 
 
-class TokenizeRequest(RequestModel):
+class TokenizeRequest(ToolFields):
     """`POST /tokenize`: a raw prompt, or messages under the chat template."""
 
     model: str | None = None
@@ -78,7 +78,9 @@ def _tokenize(backend: Backend, asked: TokenizeRequest) -> dict[str, Any]:
     if asked.messages is not None:
         thinking = (asked.chat_template_kwargs or {}).get("enable_thinking")
         options = AnswerOptions(enable_thinking=thinking if isinstance(thinking, bool) else None)
-        ids = runtime.chat_prompt(chat_messages(asked.messages), options)
+        source = conversation(asked.messages, asked)
+        choice = source.tool_choice.mode if source.tools else None
+        ids = runtime.chat_prompt(source.messages or (), options, tools=source.tools, tool_choice=choice)
     else:
         ids = runtime.text_prompt(validate.check_text("prompt", asked.prompt))
     strings = [runtime.tokenizer.id_to_token(i) for i in ids] if asked.return_token_strs else None

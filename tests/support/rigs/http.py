@@ -22,7 +22,10 @@ from cluster.jobs.model import JobAnswer, JobRecord, JobSpec, JobState
 from cluster.jobs.subscriptions import JobEvent
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.tokenizer import TextTokenizer
-from cluster.text.tools.prompt import template_messages
+from cluster.text.tools.formats import ToolFormat
+from cluster.text.tools.grammar import tool_grammar
+from cluster.text.tools.prompt import template_messages, template_tools
+from protos.jobs.chat import ToolChoice
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.head import NEEDLE
 
@@ -85,14 +88,21 @@ def fake_runtime(**changes: object) -> Any:
     """A runtime with a tokenizer and nothing else."""
     tokenizer = needle_tokenizer()
 
-    def chat_prompt(messages: Any, options: Any, **changes: Any) -> list[int]:
-        return encode_chat(tokenizer, template_messages(messages), enable_thinking=options.enable_thinking, **changes)
+    def chat_prompt(messages: Any, options: Any, tools: Any = (), tool_choice: str | None = None) -> list[int]:
+        return encode_chat(
+            tokenizer, template_messages(messages), tools=template_tools(tools), tool_choice=tool_choice,
+            enable_thinking=options.enable_thinking,
+        )  # fmt: skip
+
+    def call_grammar(tools: Any, choice: ToolChoice) -> str | None:
+        return tool_grammar(ToolFormat.QWEN3_JSON, tools, choice)
 
     model = SimpleNamespace(served_model_name="needle")
     config = SimpleNamespace(model=model)
     spec = SimpleNamespace(vocab_size=tokenizer.vocab_size)
     return SimpleNamespace(
         tokenizer=tokenizer, max_model_len=4096, version="1.2.3", chat_prompt=chat_prompt,
+        tool_format=ToolFormat.QWEN3_JSON, call_grammar=call_grammar,
         text_prompt=lambda text: tokenizer.encode(text, add_special=True),
         deployment=SimpleNamespace(config=config, spec=spec), **changes,
     )  # fmt: skip

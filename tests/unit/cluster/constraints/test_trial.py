@@ -5,8 +5,16 @@ import json
 import pytest
 
 from cluster.constraints import trial
+from cluster.constraints.compiler import ConstraintCompiler, is_empty
 from cluster.constraints.trial import try_grammar
+from cluster.text.tokenizer import TextTokenizer
+from cluster.text.tools.formats import ToolFormat
+from cluster.text.tools.grammar import tag_tokens, tool_grammar
 from protos.errors import InvalidRequest
+from protos.jobs.chat import Tool, ToolChoice
+from protos.jobs.constraint import Constraint
+from tests.support.data.tokenizers import NEEDLE
+from tests.support.tools.models import QWEN3, with_tool_tokens
 
 llguidance = pytest.importorskip("llguidance", reason="llguidance comes with the extra structured")
 
@@ -63,3 +71,26 @@ def test_others_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
             try_grammar(chain(1))
     finally:
         trial._at_once.release(2)
+
+
+@pytest.mark.parametrize("mode", ["required", "named", "auto"])
+@pytest.mark.parametrize("form", [ToolFormat.QWEN3_JSON, ToolFormat.QWEN3_XML])
+@pytest.mark.parametrize("tokenizer", [with_tool_tokens(QWEN3), NEEDLE], ids=["tokens", "text"])
+def test_grammars_of_tools_are_compiled(tokenizer: TextTokenizer, form: ToolFormat, mode: str) -> None:
+    tools = [Tool("f", "", '{"type": "object", "properties": {"a": {"type": "integer"}}}', strict=True), Tool("now")]
+    choice = ToolChoice(mode, "f" if mode == "named" else "")
+    grammar = tool_grammar(form, tools, choice, tag_tokens(tokenizer))
+    assert grammar is not None
+    compiler = ConstraintCompiler(tokenizer, tokenizer.vocab_size, [0])
+    matcher = compiler.begin(Constraint("grammar", grammar))
+    tag = tokenizer.added_id("<tool_call>")
+    mask = matcher.mask([0])
+    if tag is not None:
+        assert mask[tag // 8] >> tag % 8 & 1
+    for token in tokenizer.encode(
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>' if form is ToolFormat.QWEN3_JSON else
+        "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    ):  # fmt: skip
+        matcher.accept(token)
+    mask = matcher.mask([0])
+    assert is_empty(mask) if mode == "named" else mask[0] & 1  # the answer ends here, or may

@@ -156,3 +156,58 @@ def test_a_constraint_that_cannot_be_compiled_is_refused_by_its_field(field: str
     assert refused.status_code == 400
     assert refused.json()["error"]["param"].startswith(field)
     assert "not at #" in refused.json()["error"]["message"]
+
+
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}}
+CALLS = (
+    "Let me ", "look.\n<tool", '_call>\n{"name": "f", "argu', 'ments": {"a"', ": 1}}\n</tool_call>", "\n<tool_call>\n",
+    '{"name": "now"}', "\n</tool_call>",
+)  # fmt: skip
+
+
+def test_tool_calls_of_one_object() -> None:
+    (choice,) = ask(AnsweringService(CALLS, ("hm",)), {"tools": [FUNCTION]}).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert (message["content"], message["reasoning"]) == ("Let me look.", "hm")
+    assert [call["type"] for call in message["tool_calls"]] == ["function"] * 2
+    assert [call["function"] for call in message["tool_calls"]] == [
+        {"name": "f", "arguments": '{"a": 1}'}, {"name": "now", "arguments": "{}"},
+    ]  # fmt: skip
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+    alone = ask(AnsweringService(CALLS[1:]), {"tools": [FUNCTION], "parallel_tool_calls": False}).json()
+    assert len(alone["choices"][0]["message"]["tool_calls"]) == 1
+    only = ask(AnsweringService(CALLS[5:]), {"tools": [FUNCTION]}).json()
+    assert only["choices"][0]["message"]["content"] is None
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_tool_calls_of_a_stream(logprobs: bool) -> None:
+    found = chunks(ask(AnsweringService(CALLS), {"stream": True, "tools": [FUNCTION], "logprobs": logprobs}))
+    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert text(found, "content") == "Let me look."
+    deltas = [one for chunk in found for one in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    for index, (name, arguments) in enumerate([("f", '{"a": 1}'), ("now", "{}")]):
+        first, *others = [one for one in deltas if one["index"] == index]
+        assert first["id"].startswith("call_")
+        assert first == {
+            "index": index, "id": first["id"], "type": "function", "function": {"name": name, "arguments": ""},
+        }  # fmt: skip
+        assert all(set(one) == {"index", "function"} and set(one["function"]) == {"arguments"} for one in others)
+        assert "".join(one["function"]["arguments"] for one in others) == arguments
+    entries = [entry for c in found for entry in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert len(entries) == (len(CALLS) if logprobs else 0)
+
+
+def test_what_looks_like_a_call_is_text_without_tools() -> None:
+    for body in ({}, {"tools": [FUNCTION], "tool_choice": "none"}):
+        (choice,) = ask(AnsweringService(CALLS), body).json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("".join(CALLS), "stop")
+        assert "tool_calls" not in choice["message"]
+
+
+def test_a_call_that_is_cut_short_ends_by_its_length() -> None:
+    service = AnsweringService(CALLS[:4])
+    service.finish_reason = "length"
+    found = chunks(ask(service, {"stream": True, "tools": [FUNCTION]}))
+    assert found[-1]["choices"][0]["finish_reason"] == "length"

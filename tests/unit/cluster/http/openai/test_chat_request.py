@@ -13,11 +13,13 @@ from cluster.http.core.body import parse
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.openai.chat_request import ChatRequest, chat_spec
 from cluster.jobs.model import JobSpec
-from protos.jobs.chat import ChatMessage
+from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.constraint import Constraint
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend
 
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FUNCTION = {"type": "function", "function": {"name": "f", "description": "d", "parameters": PARAMETERS}}
 USER = {"role": "user", "content": "hi"}
 
 
@@ -82,6 +84,40 @@ def test_roles_and_parts(backend: Backend) -> None:
         ChatMessage("system", "be brief"), ChatMessage("user", "a\nb"), ChatMessage("assistant"),
         ChatMessage("tool", "42", tool_call_id="call_1", name="f"),
     )  # fmt: skip
+
+
+def test_tools_and_earlier_calls(backend: Backend) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        USER, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+    ]  # fmt: skip
+    spec = spec_of(backend, messages=messages, tools=[FUNCTION], parallel_tool_calls=True)
+    assert spec.input.tools == (Tool("f", "d", json.dumps(PARAMETERS)),)
+    assert spec.input.tool_choice == ToolChoice()
+    assert spec.ask.structured_outputs is None
+    assert spec.input.messages == (
+        ChatMessage("user", "hi"), ChatMessage("assistant", tool_calls=(ToolCall("c1", "f", '{"a": 1}'),)),
+        ChatMessage("tool", "2", tool_call_id="c1"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "choice"), [
+    ("required", ToolChoice("required", one_call=True)),
+    ({"type": "function", "function": {"name": "f"}}, ToolChoice("named", "f", True)),
+])  # fmt: skip
+def test_calls_that_must_be_made_are_a_grammar(backend: Backend, said: object, choice: ToolChoice) -> None:
+    spec = spec_of(backend, tools=[FUNCTION], tool_choice=said, parallel_tool_calls=False)
+    assert spec.input.tool_choice == choice
+    grammar = backend.runtime.call_grammar(spec.input.tools, choice)
+    assert grammar
+    assert spec.ask.structured_outputs == Constraint("grammar", grammar)
+
+
+def test_a_format_counts_where_no_tool_may_be_called(backend: Backend) -> None:
+    spec = spec_of(backend, tools=[FUNCTION], tool_choice="none", response_format={"type": "json_object"})
+    assert spec.ask.structured_outputs == Constraint("json_object")
+    assert spec.input.tools
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
@@ -166,9 +202,15 @@ def test_sampling_and_more(backend: Backend) -> None:
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-    ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice"),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [FUNCTION], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [FUNCTION], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"tools": [FUNCTION], "messages": [{"role": "user", "content": [FILE, TEXT]}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
     ({"modalities": ["text", "audio"]}, "modalities"), ({"audio": {}}, "audio"), ({"functions": [{}]}, "functions"),
     ({"chat_template_kwargs": {"enable_thinking": 3}}, "chat_template_kwargs.enable_thinking"),
     ({"priority": 1 << 40}, "priority"), ({"cache_salt": "x" * 300}, "cache_salt"), ({"stream": "maybe"}, "stream"),
