@@ -179,7 +179,8 @@ def chat_params(request: ChatRequest) -> Mapping[str, str]:
     """Return the fields of a request by the names that messages of the job service begin with."""
     if request.structured_outputs:
         return CHAT_PARAMS
-    return {**CHAT_PARAMS, "structured_outputs": "tools" if request.tools else "response_format"}
+    has_format = request.response_format not in (None, "text", {"type": "text"})
+    return {**CHAT_PARAMS, "structured_outputs": "response_format" if has_format else "tools"}
 
 
 def _part_text(where: str, part: ContentPart) -> str:

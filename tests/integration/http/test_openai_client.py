@@ -10,6 +10,7 @@ import pytest
 
 from cluster.jobs.model import JobState, ServiceBusy
 from cluster.server.security import ApiKeys
+from protos.jobs.constraint import Constraint
 from tests.support.rigs.head import until
 from tests.support.rigs.http import AnsweringService, serving_http
 
@@ -127,3 +128,47 @@ def test_the_client_tries_again_when_it_was_told_to(service: AnsweringService, u
     with openai.OpenAI(base_url=url, api_key=KEY, max_retries=3) as client:
         assert client.chat.completions.create(model="needle", messages=HI).choices  # type: ignore[arg-type]
     assert len(tries) == 3
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+CALLS = (
+    '<tool_call>\n{"name": "f", "arg',
+    'uments": {"a": 1}}\n</tool',
+    '_call>\n<tool_call>\n{"name": "now"}\n</tool_call>',
+)
+
+
+def test_a_turn_with_tools() -> None:
+    service = AnsweringService(CALLS, ("hm",))
+    with serving_http(service) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        made = client.chat.completions.create(model="needle", messages=HI, tools=TOOLS, tool_choice="required")  # type: ignore[call-overload]
+        choice = made.choices[0]
+        assert choice.finish_reason == "tool_calls"
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+        assert calls == [("f", '{"a": 1}'), ("now", "{}")]
+        with client.chat.completions.stream(model="needle", messages=HI, tools=TOOLS) as stream:  # type: ignore[arg-type]
+            streamed = stream.get_final_completion().choices[0].message.tool_calls
+        assert streamed is not None
+        assert [(call.function.name, call.function.arguments) for call in streamed] == calls
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "2"} for call in choice.message.tool_calls]
+        history = [*HI, choice.message.model_dump(exclude_unset=True), *results]
+        service.output = service.output[:1]
+        client.chat.completions.create(model="needle", messages=history, tools=TOOLS)  # type: ignore[call-overload]
+    said = service.specs[-1].input.messages
+    assert said is not None
+    assert [call.id for call in said[1].tool_calls] == [message.tool_call_id for message in said[2:]]
+    assert said[1].reasoning == "hm"
+
+
+def test_a_format(client: openai.OpenAI, service: AnsweringService) -> None:
+    schema = {"name": "n", "strict": True, "schema": {"type": "object"}}
+    client.chat.completions.create(  # type: ignore[call-overload]
+        model="needle", messages=HI, response_format={"type": "json_schema", "json_schema": schema}
+    )
+    assert service.specs[-1].ask.structured_outputs == Constraint("json_schema", '{"type": "object"}')
