@@ -209,9 +209,11 @@ class ClusterRuntime:
         template = self._tokenizer.chat_template if self._tokenizer is not None else None
         return tool_format(self.deployment.config.model.tool_parser, template)
 
-    def call_grammar(self, tools: Sequence[Tool], choice: ToolChoice) -> str | None:
-        """Return the grammar of an answer that the choice, or a strict tool, constrains; see `tool_grammar`."""
-        return tool_grammar(self.tool_format, tools, choice, tag_tokens(self.tokenizer)) if tools else None
+    def call_grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, schema: Mapping[str, Any] | None = None
+    ) -> str | None:
+        """Return the grammar of an answer that the choice, a strict tool or a schema constrains; see `tool_grammar`."""
+        return tool_grammar(self.tool_format, tools, choice, tag_tokens(self.tokenizer), schema) if tools else None
 
     def check_chat_template(self) -> None:
         """Render a message, so that a template that never can be is found before a start; raises ChatTemplateError."""

@@ -21,6 +21,7 @@ from cluster.http.options import (
     job_fields,
 )
 from cluster.jobs.model import JobInput, JobSpec, check_id
+from cluster.text.tools.formats import ToolFormat
 from protos.jobs import validate
 from protos.jobs.chat import AUTO, check_chat
 from protos.jobs.chat_values import read_messages, read_tool_choice, read_tools
@@ -166,12 +167,14 @@ def conversation(messages: Sequence[RequestMessage], request: ToolFields) -> Job
 def _constraint(backend: Backend, request: ChatRequest, source: JobInput) -> Constraint | None:
     """Return what the answer must match, be it for its format or for its tools. Raises ApiError, InvalidRequest."""
     asked = read_constraint(request.response_format, request.structured_outputs)
-    if not source.tools or source.tool_choice.mode == "none":
+    runtime = backend.runtime
+    if not source.tools or source.tool_choice.mode == "none" or runtime.tool_format is ToolFormat.NONE:
         return asked
-    if asked is not None:
-        name = "structured_outputs" if request.structured_outputs else "response_format"
-        raise refuse(name, 'is beside tools, which no such answer can call: leave one out, or tool_choice "none"')
-    grammar = backend.runtime.call_grammar(source.tools, source.tool_choice)
+    schema = asked.schema() if asked is not None and asked.kind in ("json_schema", "json_object") else None
+    if asked is not None and not isinstance(schema, dict):
+        problem = 'must be a JSON schema beside tools that may be called: leave one out, or say tool_choice "none"'
+        raise refuse("structured_outputs", problem)
+    grammar = runtime.call_grammar(source.tools, source.tool_choice, schema if isinstance(schema, dict) else None)
     return Constraint("grammar", grammar) if grammar is not None else None
 
 

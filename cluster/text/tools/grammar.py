@@ -32,18 +32,21 @@ def tag_tokens(tokenizer: TextTokenizer) -> frozenset[str]:
 
 
 def tool_grammar(
-    form: ToolFormat, tools: Sequence[Tool], choice: ToolChoice, special: Collection[str] = frozenset()
-) -> str | None:
+    form: ToolFormat, tools: Sequence[Tool], choice: ToolChoice, special: Collection[str] = frozenset(),
+    schema: Mapping[str, Any] | None = None,
+) -> str | None:  # fmt: skip
     """Return the grammar of an answer behind its reasoning; None where any text will do.
 
     Args:
         special: see `tag_tokens`.
+        schema: of an answer without calls; one that may call tools is then either calls or such JSON.
 
     Raises:
         InvalidRequest: a strict tool has a keyword, or any tool a parameter, that the form of calls cannot have.
     """
-    is_free = choice.mode == "none" or (choice.mode == "auto" and not any(tool.strict for tool in tools))
-    if form is ToolFormat.NONE or not tools or is_free:
+    has_schema = choice.mode == "auto" and schema is not None
+    is_free = choice.mode == "auto" and not has_schema and not any(tool.strict for tool in tools)
+    if form is ToolFormat.NONE or not tools or is_free or choice.mode == "none":
         return None
     if choice.mode == "named":
         tools = [tool for tool in tools if tool.name == choice.name]
@@ -54,11 +57,16 @@ def tool_grammar(
     if form is ToolFormat.QWEN3_XML:
         barred = [tag.replace("\n", "\\n").replace("/", "\\/") for tag in NEXT_TAGS]
         rules += [f"text[suffix={_quote(PARAMETER_CLOSE)}]: PLAIN", f"PLAIN: /(?s:.*)/{_without(barred)}"]
-    if choice.mode == "auto":
+    if choice.mode == "auto" and not has_schema:
         return "\n".join([*_free_text(form, choice.one_call, special), body, *rules]) + "\n"
     more = "" if choice.mode == "named" or choice.one_call else ' ("\\n" call)*'
     call = f"call: {_tag(CALL_OPEN, special)} body"
-    return "\n".join([f"start: LEAD call{more}", _LEAD, call, body, *rules]) + "\n"
+    start = f"start: LEAD call{more}"
+    if has_schema and schema is not None:
+        start = f"start: LEAD (call{more} | answer)"
+        values = {key: value for key, value in schema.items() if key != "x-guidance"}
+        rules.append("answer: %json " + json.dumps(values, ensure_ascii=False))
+    return "\n".join([start, _LEAD, call, body, *rules]) + "\n"
 
 
 def _free_text(form: ToolFormat, one_call: bool, special: Collection[str]) -> list[str]:

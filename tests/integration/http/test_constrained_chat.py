@@ -83,6 +83,22 @@ def test_an_answer_matches_its_schema(backend: Backend) -> None:
     assert json.loads(answer.json()["choices"][0]["message"]["content"])["a"] in ("x", 1)
 
 
+@pytest.mark.parametrize("form", [ToolFormat.QWEN3_JSON, ToolFormat.QWEN3_XML, ToolFormat.NONE])
+def test_an_answer_beside_tools_is_a_call_or_matches_its_schema(
+    backend: Backend, form: ToolFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeRuntime, "tool_format", form)
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    format_ = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    answer = ask(backend, tools=TOOLS, response_format=format_)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert message.get("tool_calls") or json.loads(message["content"]) == {"a": 1}
+    schema["not"] = {}
+    refused = ask(backend, tools=TOOLS, response_format=format_)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
+
+
 def test_what_cannot_be_compiled_is_refused_by_field_and_keyword(backend: Backend) -> None:
     schema = {"type": "object", "properties": {"a": {"not": {}}}}
     described = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}

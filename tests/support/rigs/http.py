@@ -94,8 +94,8 @@ def fake_runtime(**changes: object) -> Any:
             enable_thinking=options.enable_thinking,
         )  # fmt: skip
 
-    def call_grammar(tools: Any, choice: ToolChoice) -> str | None:
-        return tool_grammar(ToolFormat.QWEN3_JSON, tools, choice)
+    def call_grammar(tools: Any, choice: ToolChoice, schema: Any = None) -> str | None:
+        return tool_grammar(ToolFormat.QWEN3_JSON, tools, choice, schema=schema)
 
     model = SimpleNamespace(served_model_name="needle")
     config = SimpleNamespace(model=model)

@@ -205,7 +205,6 @@ def test_sampling_and_more(backend: Backend) -> None:
     ({"tools": [{"type": "function"}]}, "tools[0].name"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice"),
     ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-    ({"tools": [FUNCTION], "response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [FUNCTION], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"tools": [FUNCTION], "messages": [{"role": "user", "content": [FILE, TEXT]}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),

@@ -143,6 +143,21 @@ def test_what_matches_is_scanned_as_a_call(form: ToolFormat, values: dict[str, A
     assert [(one.name, json.loads(one.arguments), one.complete) for one in found.calls] == [("weather", values, True)]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("form", [JSON, XML])
+def test_an_answer_is_calls_or_follows_a_schema(form: ToolFormat, kind: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "x-guidance": {"x": 1}}
+    grammar = tool_grammar(form, [WEATHER, NOW], AUTO, tag_tokens(TOKENIZERS[kind]), schema)
+    paris = call(form, "weather", PARIS)
+    for text in (paris, f"{paris}\n{call(form, 'now', {})}", '{"a": 5}', '\n\n{"a": 5}'):
+        assert matches(grammar, text, kind), text
+    for text in ("", "Hello", '{"a": "b"}', f'{paris}\n{{"a": 5}}'):
+        assert not matches(grammar, text, kind), text
+    for choice in (REQUIRED, NAMED):
+        assert tool_grammar(form, [NOW], choice, schema=schema) == tool_grammar(form, [NOW], choice)
+    assert tool_grammar(form, [NOW], ToolChoice("none"), schema=schema) is None
+
+
 def test_answers_that_any_text_will_do_for() -> None:
     tools = [WEATHER, NOW]
     assert tool_grammar(JSON, tools, AUTO) is None
