@@ -6,6 +6,7 @@ import contextlib
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -22,6 +23,7 @@ from cluster.text.tokenizer import TooManyTokens
 from cluster.text.tools.formats import ToolFormat
 from cluster.text.tools.prompt import chat_texts
 from protos.errors import UserError
+from protos.jobs.constraint import Constraint
 from protos.jobs.limits import MAX_UINT32
 
 _READ = "Continue."  # asked where a document is only read; its answer is not shown
@@ -157,6 +159,19 @@ def _chat_prompt(runtime: ClusterRuntime, source: JobInput, spec: JobSpec, now: 
     if choice in ("required", "named") and runtime.tool_format is ToolFormat.NONE:
         raise InvalidJob(f"tool_choice: {choice}: the model has no form of tool calls: set model.tool_parser")
     return runtime.chat_prompt(source.messages or (), spec.ask, now, source.tools, choice)
+
+
+def constrain_calls(runtime: ClusterRuntime, spec: JobSpec) -> JobSpec:
+    """Return a submission whose answer is constrained to the calls that its tools ask for (InvalidJob)."""
+    source = spec.input
+    if not source.tools or spec.ask.structured_outputs is not None:
+        return spec
+    try:
+        grammar = runtime.call_grammar(source.tools, source.tool_choice)
+        constraint = Constraint("grammar", grammar) if grammar is not None else None
+    except UserError as error:
+        raise InvalidJob(one_line(error)) from error
+    return replace(spec, ask=replace(spec.ask, structured_outputs=constraint))
 
 
 def stored_clock(now: datetime) -> Mapping[str, str]:

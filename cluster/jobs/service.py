@@ -46,6 +46,7 @@ from cluster.jobs.model import (
 from cluster.jobs.prompts import (
     BUILD_WAIT_S,
     check_text,
+    constrain_calls,
     count_text,
     document_ids,
     has_length_scale,
@@ -150,6 +151,7 @@ class JobService(JobExecution):
             spec = replace(spec, cache_salt=salt)
         if self.store_problem:
             raise JobStoreError(self.store_problem)
+        spec = constrain_calls(self._runtime, spec)
         known, waiting = self._store.admission(spec)
         if known is not None:  # a repeated submission is answered whatever goes on
             return known

@@ -12,6 +12,8 @@ import pytest
 from cluster.constraints import compiler
 from cluster.constraints.trial import CompilerBusy
 from cluster.jobs.model import InvalidJob, JobInput, JobSpec, JobState, ServiceBusy
+from cluster.text.tools.formats import ToolFormat, scan_answer
+from protos.jobs.chat import ChatMessage, Tool, ToolChoice
 from protos.jobs.constraint import Constraint
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
@@ -90,3 +92,18 @@ def test_busy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "try_grammar", busy)
     with pytest.raises(ServiceBusy, match="others"):
         bench.submit(ask=OPTIONS)
+
+
+@pytest.mark.parametrize("form", [ToolFormat.QWEN3_JSON, ToolFormat.QWEN3_XML])
+def test_a_tool_that_must_be_called_is(bench: Bench, form: ToolFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRuntime, "tool_format", form)
+    tools, messages = (Tool("now"), Tool("other")), (ChatMessage("user", "hi"),)
+    source = JobInput(messages=messages, tools=tools, tool_choice=ToolChoice("named", "now"))
+    spec = JobSpec(source, AnswerOptions(200), idempotency_key="key")
+    job_id = bench.service.submit(spec).id
+    assert bench.service.submit(spec).id == job_id
+    bench.reaches(job_id, JobState.SUCCEEDED)
+    (call,) = scan_answer(bench.service.get(job_id).answers[0].text, form, tools).calls
+    assert (call.name, call.arguments, call.complete) == ("now", "{}", True)
+    free = bench.service.submit(JobSpec(replace(source, tool_choice=ToolChoice()), AnswerOptions(2)))
+    assert free.spec.ask.structured_outputs is None
