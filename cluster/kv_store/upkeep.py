@@ -64,9 +64,11 @@ class KvUpkeep:
 
     def drop_forgotten(self) -> None:
         """Drop what `KvStore.forget_document` was told of, unless it is being written or no node is known."""
-        if self._listers and (keys := self._store.take_forgotten()):
+        while self._listers and (keys := self._store.take_forgotten()):
             ours = self._drop(sorted(keys), forget_pages=True)
             self._store.forget_later(keys - ours)
+            if not ours:
+                return  # what is left may have been written while others were dropped: only then once more
 
     def renew(self) -> None:
         """Let files say that their block is used, from memory too: other heads and the next start go by that."""

@@ -236,3 +236,22 @@ def test_a_look_up_says_nothing_of_what_was_written_after_it_began() -> None:
         assert rig.store.stored_prefix(keys)[0] == 10
         rig.store.note_found(keys, 4, rig.store.now())
         assert rig.store.stored_prefix(keys)[0] == 4
+
+
+def test_a_block_whose_write_ends_while_others_are_dropped_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FakeDisk()
+    with start(disk) as rig:
+        ready(rig)
+        read(rig, 1000)
+        late, *others = sorted(disk.written)
+        assert rig.store.claims.take([late]) == {late}
+        calls = rig.store._upkeep._calls
+        drop = calls.drop
+
+        def dropping(indices: list[int], keys: list[bytes]) -> str:
+            rig.store.claims.give_back([late])
+            return drop(indices, keys)
+
+        monkeypatch.setattr(calls, "drop", dropping)
+        rig.store.forget_document([late, *others])
+        assert not disk.written
