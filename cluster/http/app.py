@@ -13,6 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from cluster.http import probes
+from cluster.http.anthropic import messages
+from cluster.http.anthropic.messages_request import CountTokensRequest, MessagesRequest
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError
 from cluster.http.core.guard import Guard, Keys
@@ -21,7 +23,9 @@ from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
 
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)  # read by the routes themselves
+_BODIES = (  # read by the routes themselves
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest, CountTokensRequest,
+)  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -52,7 +56,7 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions)]
+    return [module.make_router(backend) for module in (probes, tokens, chat, completions, messages)]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:
@@ -64,7 +68,7 @@ async def _show_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = f"{request.method} {request.url.path}: {error.detail}"
     shown = ApiError(error.status_code, problem, code=_CODES.get(error.status_code))
-    return JSONResponse(shown.body, shown.status, dict(error.headers or {}))
+    return JSONResponse(shown.body_for(request.url.path), shown.status, dict(error.headers or {}))
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -40,7 +40,11 @@ class FakeJobService:
         self.stored: dict[str, DocumentRecord] = {}
         self.contents: dict[str, bytes] = {}
         self.documents = SimpleNamespace(
-            get=self.document, list=lambda: list(self.stored.values()), delete=self.delete_document, pin=self.pin
+            get=self.document,
+            list=lambda: list(self.stored.values()),
+            delete=self.delete_document,
+            pin=self.pin,
+            read=lambda document_id: self.contents[self.document(document_id).id],
         )
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []

@@ -16,5 +16,9 @@ def test_an_event_is_one_line_whatever_its_text() -> None:
     assert json.loads(raw.removeprefix(b"data: ")) == {"text": "a\r\nb\u2028€"}
 
 
+def test_an_event_may_have_a_name() -> None:
+    assert event({"type": "ping"}, "ping") == b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
 def test_an_error_is_an_event() -> None:
     assert json.loads(error_event(ApiError(429, "x", code="busy"))[6:])["error"]["code"] == "busy"
