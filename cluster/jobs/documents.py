@@ -78,7 +78,7 @@ class DocumentStore:
 
     def put(
         self, name: str, pieces: Iterable[bytes], max_bytes: int, *, scale_len: int = 0, pinned: bool = False,
-        source_hash: str = "", append_to: str = "",
+        source_hash: str = "", append_to: str = "", purpose: str = "",
     ) -> DocumentRecord:  # fmt: skip
         """Store a document as it arrives; the same bytes give the same document with a new expiry and its old name.
 
@@ -86,6 +86,7 @@ class DocumentStore:
             scale_len: length whose length scale its jobs use; one that is appended has that of the other.
             source_hash: SHA-256 of the file that the text was taken from.
             append_to: id of the document that comes before; `max_bytes` is of both together.
+            purpose: see `DocumentRecord`.
 
         Raises:
             InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
@@ -94,7 +95,7 @@ class DocumentStore:
                 behind then.
         """
         if not append_to:
-            return self._put(name, pieces, max_bytes, False, scale_len, pinned, source_hash)
+            return self._put(name, pieces, max_bytes, False, scale_len, pinned, source_hash, purpose=purpose)
         before = self.get(append_to)
         first = self.read(append_to, lambda size: self._check_size(size + 1, max_bytes))
         if before.scale_len:
@@ -122,6 +123,7 @@ class DocumentStore:
     def _put(
         self, name: str, pieces: Iterable[bytes], max_bytes: int, is_provisional: bool, scale_len: int = 0,
         pinned: bool = False, source_hash: str = "", before: DocumentRecord | None = None, first: bytes = b"",
+        purpose: str = "",
     ) -> DocumentRecord:  # fmt: skip
         """Store a document, with the text of the one `before` it first."""
         with self._temporary() as (descriptor, path):
@@ -138,7 +140,7 @@ class DocumentStore:
                 id_of(digest), display_name(name), size, now, 0.0 if pinned else now + self._ttl_s,
                 scale_len=scale_len, pinned=pinned, used=now, source_hash=source_hash,
                 parent=before.id if before else "", kernel_family=before.kernel_family if before else "",
-                seams=(*before.seams, len(first)) if before else (),
+                purpose=purpose, seams=(*before.seams, len(first)) if before else (),
             )  # fmt: skip
             return self._keep(path, record, is_provisional)
 

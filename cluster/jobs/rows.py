@@ -222,7 +222,8 @@ def _is_count(value: object) -> bool:
 def document_record(row: Sequence[Any]) -> DocumentRecord:
     """Return a document; of a damaged row the size is 0, so that its file is not taken for what was uploaded."""
     reader = _Reader()
-    document_id, name, size, created, expires, tokens, scale_len, pinned, used, parent, source, family, seams = row
+    document_id, name, size, created, expires, tokens, scale_len, pinned, used, parent, source, *rest = row
+    family, purpose, seams = rest
     record = DocumentRecord(
         id=str(document_id),
         name=reader.text("name", name),
@@ -236,6 +237,7 @@ def document_record(row: Sequence[Any]) -> DocumentRecord:
         parent=reader.text("parent", parent),
         source_hash=reader.text("source_hash", source),
         kernel_family=reader.text("kernel_family", family),
+        purpose=reader.text("purpose", purpose),
         seams=reader.offsets("seams", seams),
     )
     return replace(record, name=record.name or "(damaged record)", size_bytes=0) if reader.damage else record
