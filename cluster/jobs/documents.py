@@ -252,6 +252,10 @@ class DocumentStore:
         """Return the newest MAX_LISTED documents, newest first."""
         return self.store.list_documents(MAX_LISTED)
 
+    def page(self, limit: int, after: str, purpose: str | None, newest_first: bool) -> Sequence[DocumentRecord]:
+        """Return a part of the list. Args: as of `DocumentTable.page_documents`."""
+        return self.store.page_documents(limit, after, purpose, newest_first)
+
     def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
         """Keep a document until it is unpinned or deleted, or let it expire as if it were used now; returns it."""
         check_id(document_id, "doc")

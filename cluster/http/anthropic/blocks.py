@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cluster.http.core.sse import event
+from cluster.http.core.sse import named_event
 from cluster.text.tools.events import AnswerText, CallArguments, CallStarted, ToolEvent
 
 
@@ -69,7 +69,7 @@ class BlockWriter:
         self.blocks.append({"type": kind, **content})
         self._is_open = True
         shown = {"type": "content_block_start", "index": len(self.blocks) - 1, "content_block": self.blocks[-1]}
-        return ended + event(shown, "content_block_start")
+        return ended + named_event(shown)
 
     def end(self) -> bytes:
         """End the open block; returns the events of it."""
@@ -82,11 +82,11 @@ class BlockWriter:
         elif block["type"] == "tool_use":
             block["input"] = parse_input(self._arguments.pop(at, ""))
         self._is_open = False
-        return signed + event({"type": "content_block_stop", "index": at}, "content_block_stop")
+        return signed + named_event({"type": "content_block_stop", "index": at})
 
     def _delta(self, delta: Mapping[str, Any]) -> bytes:
         shown = {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
-        return event(shown, "content_block_delta")
+        return named_event(shown)
 
 
 def parse_input(arguments: str) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from cluster.http.core.body import read_model
 from cluster.http.core.calls import call_of
 from cluster.http.core.errors import to_api_error
 from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
-from cluster.http.core.sse import event
+from cluster.http.core.sse import named_event
 from cluster.http.openai.chat import body_of
 from cluster.http.options import check_model
 from protos.jobs.sampling import AnswerOptions
 
-PING = event({"type": "ping"}, "ping")
+PING = named_event({"type": "ping"})
 _PATH = "/v1/messages"
 _SPARE_TOKENS = 8  # more than a stop sequence has tokens where each is one byte
 
@@ -45,7 +45,7 @@ def make_router(backend: Backend) -> APIRouter:
         call_of(request).become_stream()
         asked = await read_model(backend, request, MessagesRequest)
         try:
-            job = await submit(backend, request, partial(messages_spec, backend, asked))
+            job = await submit(backend, request, partial(messages_spec, backend, asked, backend.service.documents))
         except Exception as error:
             raise to_api_error(error, MESSAGES_PARAMS) from error
         answer = MessageAnswer(backend, asked, job)
@@ -68,14 +68,14 @@ def make_router(backend: Backend) -> APIRouter:
 
 def _count(backend: Backend, asked: CountTokensRequest) -> int:
     check_model(backend, asked.model)
-    source = messages_input(backend, asked)
+    source = messages_input(asked, backend.service.documents)
     choice = source.tool_choice.mode if source.tools else None
     options = AnswerOptions(enable_thinking=thinks(asked))
     return len(backend.runtime.chat_prompt(source.messages or (), options, tools=source.tools, tool_choice=choice))
 
 
 def _error_event(error: Exception) -> bytes:
-    return event(to_api_error(error, MESSAGES_PARAMS).body_for(_PATH), "error")
+    return named_event(to_api_error(error, MESSAGES_PARAMS).body_for(_PATH))
 
 
 class MessageAnswer:
@@ -111,11 +111,11 @@ class MessageAnswer:
             "stop_sequence": None,
             "usage": usage,
         }
-        yield event({"type": "message_start", "message": begun}, "message_start") + PING
+        yield named_event({"type": "message_start", "message": begun}) + PING
         async for piece in self._events():
             yield piece
         shown = {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
-        yield event(shown, "message_delta") + event({"type": "message_stop"}, "message_stop")
+        yield named_event(shown) + named_event({"type": "message_stop"})
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Yield the events of the content. Raises ApiError: the answer failed."""

@@ -12,7 +12,7 @@ from pydantic import FailFast, Field
 from cluster.http.conversation import answer_constraint, make_conversation
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import refuse
-from cluster.http.files.attachments import Attachment, Attachments
+from cluster.http.files.attachments import Attachment, Attachments, Documents
 from cluster.http.openai.answer_format import read_constraint
 from cluster.http.options import (
     AnswerFields,
@@ -89,11 +89,15 @@ class MessagesRequest(AnswerFields, CountTokensRequest):
     output_config: dict[str, Any] | None = Field(None, description="`format`: a JSON schema that the answer matches.")
 
 
-def messages_spec(backend: Backend, request: MessagesRequest) -> JobSpec:
-    """Return the job of a request. Raises ApiError, InvalidRequest, and what reading a file raises."""
+def messages_spec(backend: Backend, request: MessagesRequest, documents: Documents) -> JobSpec:
+    """Return the job of a request. Raises ApiError, InvalidRequest, and what reading a file raises.
+
+    Args:
+        documents: those that the client may see.
+    """
     check_model(backend, request.model)
     check_supported(request)
-    source = messages_input(backend, request)
+    source = messages_input(request, documents)
     options = answer_options(
         request.model_copy(update={"stop": request.stop_sequences}), request.max_tokens, None, thinks(request), 0
     )
@@ -102,14 +106,14 @@ def messages_spec(backend: Backend, request: MessagesRequest) -> JobSpec:
     return JobSpec(source, options, attached=True, shorten=True, **job_fields(request))
 
 
-def messages_input(backend: Backend, request: CountTokensRequest) -> JobInput:
-    """Return messages and tools as input of a job. Raises as `messages_spec`."""
+def messages_input(request: CountTokensRequest, documents: Documents) -> JobInput:
+    """Return messages and tools as input of a job. Args and errors: as of `messages_spec`."""
     if request.mcp_servers:
         raise refuse("mcp_servers", "are not supported: leave them out", "unsupported_value")
     if request.messages and request.messages[-1].role == "assistant":
         problem = "the last message is an assistant's: must be a user's"
         raise refuse(f"messages[{len(request.messages) - 1}].role", problem, "unsupported_value")
-    reader = _Reader(Attachments(backend))
+    reader = _Reader(Attachments(documents))
     values = [value for at, one in enumerate(request.messages) for value in reader.messages(f"messages[{at}]", one)]
     system = _BILLING.sub("", reader.text("system", request.system or "", billing=True))
     if system:

@@ -20,7 +20,7 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.calls import HttpCall
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.core.following import ClientGone
-from cluster.http.core.sse import event
+from cluster.http.core.sse import event, named_event
 
 # monitors and load balancers have no key; they only learn whether the server is serving
 OPEN = frozenset({("GET", "/health"), ("HEAD", "/health"), ("GET", "/ready"), ("HEAD", "/ready")})
@@ -133,6 +133,7 @@ class _Answer:
             return
         shown = error.body_for(self._path)
         body = json.dumps(shown).encode()
+        last = named_event(shown) if "type" in shown else event(shown)
         async with asyncio.timeout(_LAST_WORD_S if self._started else None):
             if not self._started:
                 headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
@@ -142,7 +143,7 @@ class _Answer:
                 await self._send({"type": "http.response.start", "status": error.status, "headers": raw})
                 await self._send({"type": "http.response.body", "body": body})
             elif self._is_stream:
-                await self._send({"type": "http.response.body", "body": event(shown, shown.get("type"))})
+                await self._send({"type": "http.response.body", "body": last})
 
 
 def _headers(scope: Scope) -> dict[str, list[str]]:

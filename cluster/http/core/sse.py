@@ -9,10 +9,14 @@ from typing import Any
 from cluster.http.core.errors import to_api_error
 
 
-def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
-    """Return one event."""
-    head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def event(data: Mapping[str, Any]) -> bytes:
+    """Return one event without a name."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Return one event that has its `type` as its name too."""
+    return f"event: {data['type']}\n".encode() + event(data)
 
 
 def error_event(error: Exception) -> bytes:

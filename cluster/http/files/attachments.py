@@ -6,12 +6,12 @@ import base64
 import binascii
 import tempfile
 from dataclasses import dataclass
+from typing import Protocol
 
 from cluster.client.ingest.tree import section, show_path
-from cluster.http.core.backend import Backend
 from cluster.http.core.errors import TOO_LONG, refuse
 from cluster.http.files.extraction import file_text
-from cluster.jobs.model import check_id
+from cluster.jobs.model import DocumentRecord, check_id
 from protos.jobs.limits import MAX_REQUEST_BYTES
 from protos.jobs.validate import check_text
 
@@ -29,16 +29,28 @@ def file_id(document_id: str) -> str:
     return f"{_FILE}{document_id.removeprefix('doc_')}"
 
 
+class Documents(Protocol):
+    """The stored documents that a client may see; see `DocumentStore`."""
+
+    def get(self, document_id: str) -> DocumentRecord: ...
+
+    def read(self, document_id: str) -> bytes: ...
+
+
 class Attachments:
     """Reads the files of one request, which may have so many bytes of text together. Raises as `Attachment.read`."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, documents: Documents) -> None:
+        """
+        Args:
+            documents: those that the client may see.
+        """
+        self._documents = documents
         self._left = MAX_REQUEST_BYTES
 
     def text(self, attachment: Attachment) -> str:
         """Return the text of a file under a header with its name, as it stands in the message."""
-        name, text = attachment.read(self._backend, self._left)
+        name, text = attachment.read(self._documents, self._left)
         self._left -= len(text.encode())
         if self._left < 0:
             raise refuse(attachment.where, f"more than {MAX_REQUEST_BYTES} bytes of text in all files", TOO_LONG)
@@ -58,7 +70,7 @@ class Attachment:
     data: str = ""
     text: str = ""
 
-    def read(self, backend: Backend, max_bytes: int = MAX_REQUEST_BYTES) -> tuple[str, str]:
+    def read(self, documents: Documents, max_bytes: int = MAX_REQUEST_BYTES) -> tuple[str, str]:
         """Return name and text; blocks.
 
         Args:
@@ -69,7 +81,6 @@ class Attachment:
                 DocumentDamaged, ServiceBusy: the document cannot be read (now).
         """
         if self.id:
-            documents = backend.service.documents
             record = documents.get(check_id(document_id(self.id), "doc"))
             if record.size_bytes > max_bytes:
                 raise refuse(self.where, f"more than {MAX_REQUEST_BYTES} bytes of text in all files", TOO_LONG)

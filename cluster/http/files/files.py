@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
@@ -20,6 +20,9 @@ from cluster.jobs.document.chain import ChainDigest
 from cluster.jobs.model import DocumentDamaged, DocumentRecord, JobNotFound, check_id
 from protos.jobs import validate
 
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
+
 MAX_LISTED = 10_000
 _USER_DATA, _BATCH, BATCH_OUTPUT = "user_data", "batch", "batch_output"
 _UPLOADED = (_USER_DATA, _BATCH)
@@ -29,15 +32,15 @@ _PIECE = 1 << 20
 
 def make_router(backend: Backend) -> APIRouter:
     """Return the routes."""
-    router = APIRouter()
+    router, service = APIRouter(), backend.service
 
     @router.post("/v1/files", summary="Store a file.", openapi_extra=_UPLOAD)
     async def create(request: Request) -> dict[str, Any]:
         call_of(request).become_stream()
         limits = backend.limits
-        with await read_form(backend, request, backend.service.documents.spool, limits.max_document_bytes) as form:
+        with await read_form(backend, request, service.documents.spool, limits.max_document_bytes) as form:
             try:
-                return file_object(await backend.call(_store, backend, form))
+                return file_object(await backend.call(_store, service, form, limits.max_document_bytes))
             except Exception as error:
                 raise to_api_error(error, {"document": "file"}) from error
 
@@ -45,23 +48,23 @@ def make_router(backend: Backend) -> APIRouter:
     async def files(
         after: str = "", limit: int = MAX_LISTED, order: str = "desc", purpose: str | None = None
     ) -> dict[str, Any]:
-        return await backend.call(_page, backend, after, limit, order, purpose)
+        return await backend.call(_page, service, after, limit, order, purpose)
 
     @router.get("/v1/files/{file}", summary="Describe a file.")
     async def get(file: str) -> dict[str, Any]:
-        return file_object(await backend.call(_get, backend, file))
+        return file_object(await backend.call(_get, service, file))
 
     @router.get("/v1/files/{file}/content", summary="Return the text of a file.")
     async def content(file: str) -> Response:
-        record = await backend.call(_get, backend, file)
-        path = await backend.call(_checked, backend, record)
+        record = await backend.call(_get, service, file)
+        path = await backend.call(_checked, service, record)
         kind = "application/jsonl" if record.purpose else "text/plain"
         return FileResponse(path, media_type=f"{kind}; charset=utf-8", filename=record.name)
 
     @router.delete("/v1/files/{file}", summary="Delete a file.")
     async def delete(file: str) -> dict[str, Any]:
-        record = await backend.call(_get, backend, file)
-        await backend.call(backend.service.documents.delete, record.id)
+        record = await backend.call(_get, service, file)
+        await backend.call(service.documents.delete, record.id)
         return {"id": file_id(record.id), "object": "file", "deleted": True}
 
     return router
@@ -96,43 +99,43 @@ def file_object(record: DocumentRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _get(backend: Backend, file: str) -> DocumentRecord:
+def _get(service: JobService, file: str) -> DocumentRecord:
     """Return a stored file. Raises JobNotFound, also for what is no id."""
     document = document_id(file)
     try:
         check_id(document, "doc")
     except ValueError as error:
         raise JobNotFound(f"file: {validate.show(file)}: not found") from error
-    return backend.service.documents.get(document)
+    return service.documents.get(document)
 
 
-def _store(backend: Backend, form: Form) -> DocumentRecord:
+def _store(service: JobService, form: Form, limit: int) -> DocumentRecord:
     """Store the file of a form. Raises ApiError, InvalidRequest, JobError."""
     purpose = form.fields.get("purpose", "")
     if purpose not in _UPLOADED:
         raise refuse("purpose", f"{validate.show(purpose)}: must be one of {', '.join(_UPLOADED)}")
     if form.filename is None:
         raise refuse("file", "(missing): must be a part of the form")
-    limit, name = backend.limits.max_document_bytes, form.filename
+    name = form.filename
     if purpose == _BATCH:
-        return backend.service.documents.put(name, _pieces(form.file), limit, purpose=_BATCH)
+        return service.documents.put(name, _pieces(form.file), limit, purpose=_BATCH)
     text = file_text("file", cast(BinaryIO, form.file), name)
-    return backend.service.add_document(text.name, [text.data], limit, source_hash=text.source_hash)
+    return service.add_document(text.name, [text.data], limit, source_hash=text.source_hash)
 
 
 def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     return iter(partial(file.read, _PIECE), b"")
 
 
-def _page(backend: Backend, after: str, limit: int, order: str, purpose: str | None) -> dict[str, Any]:
+def _page(service: JobService, after: str, limit: int, order: str, purpose: str | None) -> dict[str, Any]:
     validate.check_integer("limit", limit, 1, MAX_LISTED)
     if order not in ("asc", "desc"):
         raise refuse("order", f"{validate.show(order)}: must be asc or desc")
     if purpose is not None and purpose not in _PURPOSES:
         raise refuse("purpose", f"{validate.show(purpose)}: must be one of {', '.join(_PURPOSES)}")
-    known = _get(backend, after).id if after else ""
+    known = _get(service, after).id if after else ""
     stored = "" if purpose == _USER_DATA else purpose
-    found = backend.service.documents.store.page_documents(limit + 1, known, stored, order == "desc")
+    found = service.documents.page(limit + 1, known, stored, order == "desc")
     return page_of([file_object(record) for record in found], limit)
 
 
@@ -145,9 +148,9 @@ def page_of(objects: list[dict[str, Any]], limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _checked(backend: Backend, record: DocumentRecord) -> Path:
+def _checked(service: JobService, record: DocumentRecord) -> Path:
     """Return where a file is, whose content is what was uploaded. Raises ApiError, DocumentDamaged."""
-    path, chain = backend.service.documents.path(record.id), ChainDigest(record.seams)
+    path, chain = service.documents.path(record.id), ChainDigest(record.seams)
     try:
         with path.open("rb") as file:
             for piece in _pieces(file):

@@ -40,7 +40,7 @@ def make_router(backend: Backend) -> APIRouter:
         call_of(request).become_stream()
         asked = await read_model(backend, request, ChatRequest)
         try:
-            job = await submit(backend, request, partial(chat_spec, backend, asked))
+            job = await submit(backend, request, partial(chat_spec, backend, asked, backend.service.documents))
         except Exception as error:
             raise to_api_error(error, chat_params(asked)) from error
         chunks = ChatChunks(backend, asked, job)

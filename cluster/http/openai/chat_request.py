@@ -11,7 +11,7 @@ from pydantic import FailFast, Field
 from cluster.http.conversation import answer_constraint, make_conversation
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import refuse
-from cluster.http.files.attachments import Attachment, Attachments, document_id
+from cluster.http.files.attachments import Attachment, Attachments, Documents, document_id
 from cluster.http.openai.answer_format import read_constraint
 from cluster.http.options import (
     AnswerFields,
@@ -101,11 +101,15 @@ class ChatRequest(AnswerFields, ToolFields):
     prompt_logprobs: int | None = None
 
 
-def chat_spec(backend: Backend, request: ChatRequest) -> JobSpec:
-    """Return the job of a chat completion. Raises ApiError, InvalidRequest."""
+def chat_spec(backend: Backend, request: ChatRequest, documents: Documents) -> JobSpec:
+    """Return the job of a chat completion. Raises ApiError, InvalidRequest, and what reading a file raises.
+
+    Args:
+        documents: those that the client may see.
+    """
     check_model(backend, request.model)
     check_supported(request)
-    source = chat_input(backend, request.messages, request)
+    source = chat_input(request.messages, request, documents)
     max_tokens = first_set((request.max_completion_tokens, request.max_tokens))
     options = answer_options(
         request, max_tokens, _logprobs(request), _thinking(request), backend.limits.http_max_tokens
@@ -115,7 +119,7 @@ def chat_spec(backend: Backend, request: ChatRequest) -> JobSpec:
     return JobSpec(source, options, attached=True, shorten=max_tokens is None, **job_fields(request))
 
 
-def chat_input(backend: Backend, messages: Sequence[RequestMessage], request: ToolFields) -> JobInput:
+def chat_input(messages: Sequence[RequestMessage], request: ToolFields, documents: Documents) -> JobInput:
     """Return the input of a job.
 
     A single user message with one stored file, without tools, is a question about that document; any other file
@@ -128,7 +132,7 @@ def chat_input(backend: Backend, messages: Sequence[RequestMessage], request: To
     if is_alone and files[0].file_id:
         return _question(messages[0], files[0].file_id)
     if files:
-        reader = Attachments(backend)
+        reader = Attachments(documents)
         messages = [_with_texts(reader, f"messages[{index}]", message) for index, message in enumerate(messages)]
     return conversation(messages, request)
 

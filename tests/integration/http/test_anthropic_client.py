@@ -13,7 +13,7 @@ import pytest
 
 from cluster.jobs.model import ContextTooLong, JobState, ServiceBusy
 from cluster.server.security import ApiKeys
-from tests.support.data.requests import claude_code
+from tests.support.data.clients import claude_code
 from tests.support.rigs.head import until
 from tests.support.rigs.http import AnsweringService, serving_http
 

@@ -16,7 +16,7 @@ from cluster.http.core.errors import ApiError, to_api_error
 from cluster.jobs.model import JobSpec
 from protos.jobs.chat import ChatMessage, ToolCall, ToolChoice
 from protos.jobs.constraint import Constraint
-from tests.support.data.requests import claude_code
+from tests.support.data.clients import claude_code
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend
 
@@ -33,7 +33,7 @@ def backend() -> Iterator[Backend]:
 
 def spec_of(backend: Backend, **fields: Any) -> JobSpec:
     body = json.dumps({"max_tokens": 9, "messages": [USER], **fields}).encode()
-    return messages_spec(backend, parse(MessagesRequest, body))
+    return messages_spec(backend, parse(MessagesRequest, body), backend.service.documents)
 
 
 def refusal(backend: Backend, **fields: Any) -> ApiError:

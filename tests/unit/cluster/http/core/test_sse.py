@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from cluster.http.core.errors import ApiError
-from cluster.http.core.sse import error_event, event
+from cluster.http.core.sse import error_event, event, named_event
 
 
 def test_an_event_is_one_line_whatever_its_text() -> None:
@@ -17,7 +17,7 @@ def test_an_event_is_one_line_whatever_its_text() -> None:
 
 
 def test_an_event_may_have_a_name() -> None:
-    assert event({"type": "ping"}, "ping") == b'event: ping\ndata: {"type":"ping"}\n\n'
+    assert named_event({"type": "ping"}) == b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 def test_an_error_is_an_event() -> None:

@@ -32,7 +32,7 @@ def backend() -> Iterator[Backend]:
 
 def spec_of(backend: Backend, **fields: Any) -> JobSpec:
     body = json.dumps({"messages": [USER], **fields}).encode()
-    return chat_spec(backend, parse(ChatRequest, body))
+    return chat_spec(backend, parse(ChatRequest, body), backend.service.documents)
 
 
 @pytest.mark.parametrize(("fields", "constraint"), [
