@@ -16,6 +16,8 @@ from starlette.types import ASGIApp
 from cluster.http import probes
 from cluster.http.anthropic import messages
 from cluster.http.anthropic.messages_request import CountTokensRequest, MessagesRequest
+from cluster.http.batches import batches
+from cluster.http.batches.batches import BatchRequest
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError, refuse
 from cluster.http.core.guard import Guard, Keys
@@ -28,6 +30,7 @@ from protos.jobs.validate import show
 
 _BODIES = (  # read by the routes themselves
     ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest, CountTokensRequest,
+    BatchRequest,
 )  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -60,7 +63,7 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions, messages, files)]
+    return [module.make_router(backend) for module in (probes, tokens, chat, completions, messages, files, batches)]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:

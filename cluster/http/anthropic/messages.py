@@ -25,7 +25,7 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.body import read_model
 from cluster.http.core.calls import call_of
 from cluster.http.core.errors import to_api_error
-from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.following import EventStream, JobEvents, check_outcome, collect, submit
 from cluster.http.core.sse import named_event
 from cluster.http.openai.chat import body_of
 from cluster.http.options import check_model
@@ -81,7 +81,7 @@ def _error_event(error: Exception) -> bytes:
 class MessageAnswer:
     """The answer of one job in the form of the protocol."""
 
-    def __init__(self, backend: Backend, asked: MessagesRequest, job: Followed) -> None:
+    def __init__(self, backend: Backend, asked: MessagesRequest, job: JobEvents) -> None:
         self._backend = backend
         self._asked = asked
         self._job = job

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -25,6 +25,14 @@ KEEP_ALIVE_S = 10.0  # the longest silence of a stream
 _EARLY_S = 2.0  # a stream is asked for news at least this often, so it says something so much before
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+
+
+class JobEvents(Protocol):
+    """A job of which an answer is made: its events come once, and its record is that of its end afterwards."""
+
+    record: JobRecord
+
+    def events(self) -> AsyncIterator[JobEvent]: ...
 
 
 class Followed:

@@ -46,12 +46,16 @@ class FakeJobService:
             pin=self.pin,
             read=lambda document_id: self.contents[self.document(document_id).id],
         )
+        self.batches = SimpleNamespace(unfinished_batches=list, expire_batches=lambda before: 0)
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
         self.committed: dict[str, list[OutputToken]] = {}  # what `tokens` gives, instead of made-up ones
         self.endless = False
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
+
+    def on_ended(self, callback: Any) -> None:
+        pass
 
     def now(self) -> float:
         return time.time()

@@ -1,0 +1,145 @@
+"""Batches: many requests in one file, answered one by one when nothing else is to do, as two files of results."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from cluster.http.batches.endpoints import ENDPOINTS
+from cluster.http.core.backend import Backend
+from cluster.http.core.body import read_model
+from cluster.http.core.calls import call_of
+from cluster.http.core.errors import ApiError, refuse
+from cluster.http.files.attachments import document_id, file_id
+from cluster.http.files.files import page_of
+from cluster.http.openai.chat import body_of
+from cluster.http.options import RequestModel
+from cluster.jobs.model import JobNotFound, NotAllowedNow, check_id, new_id
+from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
+from protos.jobs import validate
+from protos.jobs.limits import MAX_CHARS
+
+_MAX_LISTED, _LISTED = 100, 20
+_MAX_METADATA, _MAX_VALUE = 16, 512
+_WINDOW = re.compile(r"([1-9][0-9]{0,3})([mhd])")
+_SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
+_MAX_WINDOW_S = 30 * 86400.0
+_CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
+
+
+class BatchRequest(RequestModel):
+    """`POST /v1/batches`."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str = "24h"
+    metadata: dict[str, str] | None = None
+
+
+def make_router(backend: Backend) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter()
+
+    @router.post("/v1/batches", summary="Begin a batch.", openapi_extra=body_of(BatchRequest))
+    async def create(request: Request) -> dict[str, Any]:
+        asked = await read_model(backend, request, BatchRequest)
+        return batch_object(await backend.call(_create, backend, asked, call_of(request).key_name))
+
+    @router.get("/v1/batches", summary="List batches, the newest first.")
+    async def batches(request: Request, after: str = "", limit: int = _LISTED) -> dict[str, Any]:
+        return await backend.call(_page, backend, call_of(request).key_name, after, limit)
+
+    @router.get("/v1/batches/{batch}", summary="Describe a batch.")
+    async def get(request: Request, batch: str) -> dict[str, Any]:
+        return batch_object(await backend.call(_get, backend, batch, call_of(request).key_name))
+
+    @router.post("/v1/batches/{batch}/cancel", summary="Cancel a batch.")
+    async def cancel(request: Request, batch: str) -> dict[str, Any]:
+        return batch_object(await backend.call(_cancel, backend, batch, call_of(request).key_name))
+
+    return router
+
+
+def batch_object(batch: BatchRecord) -> dict[str, Any]:
+    """Return a batch as clients see it."""
+    ended = {f"{end}_at": None for end in ("completed", "failed", "expired", "cancelled")}
+    if batch.finished is not None and batch.status.is_final:
+        ended[f"{batch.status.value}_at"] = int(batch.finished)  # type: ignore[assignment]
+    return {
+        "id": batch.id, "object": "batch", "endpoint": batch.endpoint, "status": batch.status.value,
+        "errors": {"object": "list", "data": [*batch.problems]} if batch.problems else None,
+        "input_file_id": file_id(batch.input), "completion_window": batch.completion_window,
+        "output_file_id": file_id(batch.output) if batch.output else None,
+        "error_file_id": file_id(batch.errors) if batch.errors else None,
+        "created_at": int(batch.created), "expires_at": int(batch.expires), "in_progress_at": _seconds(batch.started),
+        "finalizing_at": _seconds(batch.finalizing), "cancelling_at": _seconds(batch.cancelling), **ended,
+        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "metadata": dict(batch.metadata),
+    }  # fmt: skip
+
+
+def _seconds(time: float | None) -> int | None:
+    return None if time is None else int(time)
+
+
+def _create(backend: Backend, asked: BatchRequest, owner: str) -> BatchRecord:
+    """Store a batch. Raises ApiError, InvalidRequest, JobNotFound."""
+    if asked.endpoint not in ENDPOINTS:
+        allowed = f"must be one of {', '.join(ENDPOINTS)}"
+        raise refuse("endpoint", f"{validate.show(asked.endpoint)}: {allowed}", "unsupported_value")
+    match = _WINDOW.fullmatch(asked.completion_window)
+    window = int(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not 0 < window <= _MAX_WINDOW_S:
+        shown = validate.show(asked.completion_window)
+        raise refuse("completion_window", f"{shown}: must be minutes, hours or days up to 30 days, such as 24h")
+    metadata = asked.metadata or {}
+    validate.check_count("metadata", len(metadata), _MAX_METADATA)
+    for key, value in metadata.items():
+        validate.check_text("metadata", key, MAX_CHARS)
+        validate.check_text(f"metadata.{key[:60]}", value, _MAX_VALUE)
+    service, known = backend.service, document_id(asked.input_file_id)
+    try:
+        service.documents.get(check_id(known, "doc"))
+    except ValueError as error:
+        raise refuse("input_file_id", f"{validate.show(asked.input_file_id)}: must be the id of a file") from error
+    if service.is_draining:
+        raise ApiError(503, "the head is stopping: ask again in a moment", code="stopping", retry_after_s=5.0)
+    now = service.now()
+    batch = BatchRecord(
+        new_id("batch"), owner, BatchStatus.VALIDATING, asked.endpoint, known, asked.completion_window, now,
+        now + window, metadata,
+    )  # fmt: skip
+    service.batches.create_batch(batch)
+    backend.batches_changed.set()
+    return batch
+
+
+def _get(backend: Backend, batch_id: str, owner: str) -> BatchRecord:
+    """Return a batch of an owner. Raises JobNotFound."""
+    batch = backend.service.batches.get_batch(batch_id) if batch_id.isascii() else None
+    if batch is None or batch.owner != owner:
+        raise JobNotFound(f"batch: {validate.show(batch_id)}: not found (it may have expired)")
+    return batch
+
+
+def _page(backend: Backend, owner: str, after: str, limit: int) -> dict[str, Any]:
+    validate.check_integer("limit", limit, 1, _MAX_LISTED)
+    known = _get(backend, after, owner).id if after else ""
+    found = backend.service.batches.list_batches(owner, limit + 1, known)
+    return page_of([batch_object(batch) for batch in found], limit)
+
+
+def _cancel(backend: Backend, batch_id: str, owner: str) -> BatchRecord:
+    """Begin to cancel a batch, unless that was done before. Raises NotAllowedNow: it has ended otherwise."""
+    known = _get(backend, batch_id, owner)
+    moved = backend.service.batches.move_batch(
+        known.id, [BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS], BatchStatus.CANCELLING
+    )
+    if moved:
+        backend.batches_changed.set()
+    batch = _get(backend, batch_id, owner)
+    if batch.status not in _CANCELLED:
+        raise NotAllowedNow(f"batch: {batch.id}: is {batch.status.value}: cannot be cancelled any more")
+    return batch
