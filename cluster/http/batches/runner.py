@@ -27,7 +27,7 @@ from cluster.http.core.body import parse
 from cluster.http.core.errors import to_api_error
 from cluster.http.files.files import BATCH_OUTPUT
 from cluster.http.options import RequestModel
-from cluster.jobs.model import ACTIVE, JobError, JobNotFound, JobRecord, JobSpec
+from cluster.jobs.model import ACTIVE, JobError, JobNotFound, JobRecord, JobSpec, JobState
 from cluster.jobs.sqlite.batches import BatchLine, BatchRecord, BatchStatus
 
 PRIORITY = -1  # of the jobs of lines, at most: they wait for all others
@@ -216,15 +216,24 @@ class BatchRunner:
                 except BaseException:
                     self._ended.put(job_id)
                     raise
-                del self._active[key]
-                for done in active.jobs:
-                    self._lines.pop(done, None)
+                self._forget(key)
+
+    def _forget(self, key: _Key) -> None:
+        """Let go of a line, whose jobs have ended."""
+        for job_id in self._active.pop(key).jobs:
+            self._lines.pop(job_id, None)
 
     def _has_ended(self, job_id: str) -> bool:
         try:
             return self._service.get(job_id).state.is_final
         except JobNotFound:  # deleted by somebody: its line has an error
             return True
+
+    def _is_cancelled(self, job_id: str) -> bool:
+        try:
+            return self._service.get(job_id).state is JobState.CANCELLED
+        except JobNotFound:
+            return False
 
     def _store_answer(self, key: _Key, active: _ActiveLine) -> None:
         batch_id, endpoint, asked = key[0], active.endpoint, active.asked
@@ -250,7 +259,9 @@ class BatchRunner:
             for record in running:
                 self._service.cancel(record.id)
         for key, active in [*self._active.items()]:
-            if key[0] == batch.id:
+            if key[0] == batch.id and any(self._is_cancelled(job_id) for job_id in active.jobs):
+                self._forget(key)
+            elif key[0] == batch.id:
                 for job_id in active.jobs:
                     self._ended.put(job_id)
         self._collect()

@@ -17,12 +17,6 @@ from tests.support.rigs.http import make_backend
 from tests.support.rigs.service import Bench
 
 
-def chat(custom_id: str, text: str = "hi", **body: Any) -> dict[str, Any]:
-    """A line of an input file."""
-    asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 3, **body}
-    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": asked}
-
-
 class Batches:
     """A job service with a runner; `restart` is the death of the head and the start of the next."""
 

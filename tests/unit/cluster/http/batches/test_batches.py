@@ -14,7 +14,8 @@ from cluster.http.app import make_app
 from cluster.http.batches.batches import batch_object
 from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
 from cluster.server.security import ApiKeys
-from tests.unit.cluster.http.batches.conftest import Batches, chat
+from tests.support.data.clients.batch_lines import chat
+from tests.unit.cluster.http.batches.conftest import Batches
 
 S = BatchStatus
 KEYS = {"a" * 16: "team a", "b" * 16: "team b"}
@@ -64,7 +65,8 @@ def test_a_new_batch(batches: Batches) -> None:
     ({"input_file_id": None}, 400, "input_file_id"), ({"endpoint": "/v1/embeddings"}, 400, "endpoint"),
     ({"completion_window": "0h"}, 400, "completion_window"), ({"completion_window": "31d"}, 400, "completion_window"),
     ({"completion_window": "soon"}, 400, "completion_window"), ({"metadata": {"a": 1}}, 400, "metadata.a"),
-    ({"metadata": {str(n): "" for n in range(17)}}, 400, "metadata"), ({"metadata": {"a": "x" * 513}}, 400, "metadata.a"),
+    ({"metadata": {str(n): "" for n in range(17)}}, 400, "metadata"),
+    ({"metadata": {"a": "x" * 513}}, 400, "metadata.a"),
 ])  # fmt: skip
 def test_what_is_no_batch(batches: Batches, fields: dict[str, Any], status: int, param: str | None) -> None:
     refused = begin(batches, **fields)

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.http.batches.lines import answered, not_answered, read_lines
 from cluster.jobs.sqlite.batches import BatchLine
-from tests.unit.cluster.http.batches.conftest import chat
+from tests.support.data.clients.batch_lines import chat
 
 BATCH = "batch_" + "0" * 32
 CHAT = "/v1/chat/completions"

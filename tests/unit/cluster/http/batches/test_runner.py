@@ -10,8 +10,9 @@ import pytest
 from cluster.http.batches import runner as runner_module
 from cluster.jobs.model import FINAL, JobState
 from cluster.jobs.sqlite.batches import BatchStatus
+from tests.support.data.clients.batch_lines import chat
 from tests.support.fakes.stage import eventually
-from tests.unit.cluster.http.batches.conftest import Batches, chat
+from tests.unit.cluster.http.batches.conftest import Batches
 
 S = BatchStatus
 LINES = [chat(f"c{n}", f"question {n}") for n in range(6)]
