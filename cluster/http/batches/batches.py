@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -26,6 +27,7 @@ _MAX_METADATA, _MAX_VALUE = 16, 512
 _WINDOW = re.compile(r"([1-9][0-9]{0,3})([mhd])")
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_WINDOW_S = 30 * 86400.0
+_log = logging.getLogger(__name__)
 _CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
 
 
@@ -45,7 +47,10 @@ def make_router(backend: Backend) -> APIRouter:
     @router.post("/v1/batches", summary="Begin a batch.", openapi_extra=body_of(BatchRequest))
     async def create(request: Request) -> dict[str, Any]:
         asked = await read_model(backend, request, BatchRequest)
-        return batch_object(await backend.call(_create, backend, asked, call_of(request).key_name))
+        call = call_of(request)
+        batch = await backend.call(_create, backend, asked, call.key_name)
+        _log.info("%s %s by %s", request.url.path, batch.id, call.caller)
+        return batch_object(batch)
 
     @router.get("/v1/batches", summary="List batches, the newest first.")
     async def batches(request: Request, after: str = "", limit: int = _LISTED) -> dict[str, Any]:
@@ -57,7 +62,10 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.post("/v1/batches/{batch}/cancel", summary="Cancel a batch.")
     async def cancel(request: Request, batch: str) -> dict[str, Any]:
-        return batch_object(await backend.call(_cancel, backend, batch, call_of(request).key_name))
+        call = call_of(request)
+        found = await backend.call(_cancel, backend, batch, call.key_name)
+        _log.info("/v1/batches/cancel %s by %s", found.id, call.caller)
+        return batch_object(found)
 
     return router
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ _USER_DATA, _BATCH, BATCH_OUTPUT = "user_data", "batch", "batch_output"
 _UPLOADED = (_USER_DATA, _BATCH)
 _PURPOSES = (*_UPLOADED, BATCH_OUTPUT)
 _PIECE = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 def make_router(backend: Backend) -> APIRouter:
@@ -40,9 +42,11 @@ def make_router(backend: Backend) -> APIRouter:
         limits = backend.limits
         with await read_form(backend, request, service.documents.spool, limits.max_document_bytes) as form:
             try:
-                return file_object(await backend.call(_store, service, form, limits.max_document_bytes))
+                record = await backend.call(_store, service, form, limits.max_document_bytes)
             except Exception as error:
                 raise to_api_error(error, {"document": "file"}) from error
+        _log.info("%s %s by %s", request.url.path, record.id, call_of(request).caller)
+        return file_object(record)
 
     @router.get("/v1/files", summary="List files, the newest first.")
     async def files(
@@ -62,9 +66,10 @@ def make_router(backend: Backend) -> APIRouter:
         return FileResponse(path, media_type=f"{kind}; charset=utf-8", filename=record.name)
 
     @router.delete("/v1/files/{file}", summary="Delete a file.")
-    async def delete(file: str) -> dict[str, Any]:
+    async def delete(request: Request, file: str) -> dict[str, Any]:
         record = await backend.call(_get, service, file)
         await backend.call(service.documents.delete, record.id)
+        _log.info("DELETE /v1/files %s by %s", record.id, call_of(request).caller)
         return {"id": file_id(record.id), "object": "file", "deleted": True}
 
     return router
