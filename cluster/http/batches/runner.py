@@ -27,7 +27,7 @@ from cluster.http.core.body import parse
 from cluster.http.core.errors import to_api_error
 from cluster.http.files.files import BATCH_OUTPUT
 from cluster.http.options import RequestModel
-from cluster.jobs.model import ACTIVE, JobError, JobNotFound, JobRecord, JobSpec, JobState
+from cluster.jobs.model import ACTIVE, InvalidJob, JobError, JobNotFound, JobRecord, JobSpec, JobState
 from cluster.jobs.sqlite.batches import BatchLine, BatchRecord, BatchStatus
 
 PRIORITY = -1  # of the jobs of lines, at most: they wait for all others
@@ -91,6 +91,8 @@ class BatchRunner:
                 self.look()
             except (JobStoreError, JobError) as error:  # the store cannot be used now
                 _log.warning("batches wait: %s", one_line(error))
+            except Exception:  # noqa: BLE001 - whatever is wrong with batches, the head goes on
+                _log.exception("batches cannot go on now")
             self._changed.wait(_LOOK_EVERY_S)
 
     def look(self) -> None:
@@ -109,11 +111,10 @@ class BatchRunner:
                 return
             try:
                 self._advance(batch, now)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with one batch, others go on
-                if not isinstance(error, (JobStoreError, JobError)):
-                    _log.exception("%s cannot go on now", batch.id)
-                else:
-                    _log.warning("%s waits: %s", batch.id, one_line(error))
+            except (JobStoreError, JobError) as error:
+                _log.warning("%s waits: %s", batch.id, one_line(error))
+            except Exception:  # noqa: BLE001 - whatever is wrong with one batch, others go on
+                _log.exception("%s cannot go on now", batch.id)
         self._fill(now)
 
     def _advance(self, batch: BatchRecord, now: float) -> None:
@@ -123,8 +124,11 @@ class BatchRunner:
             self._break_off(batch, BatchStatus.CANCELLED, "the batch was cancelled")
         elif batch.status is BatchStatus.IN_PROGRESS and now >= batch.expires:
             self._break_off(batch, BatchStatus.EXPIRED, f"not answered within {batch.completion_window}")
-        elif batch.status is BatchStatus.FINALIZING or not self._table.open_lines(batch.id, 0, 1):
-            self._table.move_batch(batch.id, [BatchStatus.IN_PROGRESS], BatchStatus.FINALIZING)
+        elif batch.status is BatchStatus.FINALIZING or (
+            batch.status is BatchStatus.IN_PROGRESS
+            and not self._table.open_lines(batch.id, 0, 1)
+            and self._table.move_batch(batch.id, [BatchStatus.IN_PROGRESS], BatchStatus.FINALIZING)
+        ):
             self._end(batch, BatchStatus.FINALIZING, BatchStatus.COMPLETED)
 
     # --- from the input file to jobs ---------------------------------------------------------------------------------
@@ -132,6 +136,8 @@ class BatchRunner:
     def _begin(self, batch: BatchRecord) -> None:
         """Read the input file: its lines are stored, or the batch fails because it cannot be used."""
         try:
+            if batch.endpoint not in ENDPOINTS:  # of another version
+                raise InvalidJob(f"endpoint: {batch.endpoint}: must be one of {', '.join(ENDPOINTS)}")
             content = self._service.documents.read(batch.input)
             lines = [*read_lines(content, batch.endpoint, batch.id)]
         except JobError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.common.errors import JobStoreError
 from cluster.http.batches import runner as runner_module
 from cluster.jobs.model import FINAL, JobState
 from cluster.jobs.sqlite.batches import BatchStatus
@@ -171,3 +172,33 @@ def test_a_job_that_somebody_deletes_is_an_error_of_its_line(batches: Batches) -
     batches.backend.batches_changed.set()
     batch = batches.reaches(batch_id, S.COMPLETED)
     assert batches.results(batch.errors)[0]["response"]["status_code"] == 404
+
+
+def test_batches_of_another_version_are_left_alone(batches: Batches) -> None:
+    unknown, damaged, fine = (batches.create(LINES[:1]) for _ in range(3))
+    with batches.bench.store._db.writing() as db:
+        db.execute("UPDATE batches SET endpoint = '/v2/new' WHERE id = ?", (unknown,))
+        db.execute("UPDATE batches SET status = 'resting' WHERE id = ?", (damaged,))
+    batches.runner.start()
+    batches.reaches(fine, S.COMPLETED)
+    assert "/v2/new" in str(batches.reaches(unknown, S.FAILED).problems[0]["message"])
+    assert batches.get(damaged).problems[0]["code"] == "damaged"
+
+
+def test_a_store_that_cannot_be_used_is_waited_for(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = batches.create(LINES)
+    tries: list[int] = []
+    answer_line = batches.bench.store.answer_line
+
+    def refuse(*given: Any) -> bool:
+        tries.append(1)
+        if len(tries) < 3:
+            batches.backend.batches_changed.set()
+            raise JobStoreError("job store: locked") if len(tries) == 1 else ZeroDivisionError
+        return answer_line(*given)
+
+    monkeypatch.setattr(batches.bench.store, "answer_line", refuse)
+    batches.runner.start()
+    batch = batches.reaches(batch_id, S.COMPLETED)
+    assert (batch.completed, batch.failed) == (6, 0)
+    assert not batches.runner.thread.problem
