@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from cluster.common.watched_thread import WatchedThread
 from cluster.jobs.model import ServiceBusy
+from cluster.jobs.tenants.tenant import Tenant
 
 STALL_S = 30.0  # a call that stalls for so long is ended
 PRESSED_STALL_S = 5.0  # and after this time already when its pool is full and another call wants in
@@ -26,12 +27,24 @@ _CHECK_EVERY_S = 0.5
 _log = logging.getLogger(__name__)
 
 
+class KeyRefused(Exception):
+    """A call without a valid API key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a call: the name of its API key, else the host it comes from, and its connection."""
+    """Who makes a call: the name of its API key, else the host it comes from, and its connection.
+
+    Attributes:
+        peer: one connection, as gRPC writes it, such as ipv4:127.0.0.1:41234.
+        tenant: whose jobs and documents it may see; None for a call without a key that needs none.
+        key_id: of the key, see `access.keys`; empty without.
+    """
 
     name: str
-    peer: str  # one connection, as gRPC writes it, such as ipv4:127.0.0.1:41234
+    peer: str
+    tenant: Tenant | None = None
+    key_id: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} at {self.peer}"

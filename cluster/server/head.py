@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.access.audit import AUDIT_FILE, AuditLog
 from cluster.access.call_pool import CallPool
+from cluster.access.keys import load_api_keys
 from cluster.common.errors import ClusterError, PreflightError
 from cluster.common.signals import call_undisturbed
 from cluster.common.steady_clock import SteadyClock
@@ -21,11 +23,10 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from cluster.server.audit import RefusalLog
 from cluster.server.grpc_server import GrpcServer
 from cluster.server.health import HealthMonitor
 from cluster.server.metrics import MetricsServer
-from cluster.server.security import check_security, load_api_keys
+from cluster.server.security import check_security
 from cluster.server.state_files import reachable
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
@@ -93,7 +94,11 @@ class Head:
             )
             steps.callback(metrics.close)
             streams = CallPool(server.max_streams, "server.max_streams")
-            self._grpc = GrpcServer(self.service, server, self._config.security, self._port, streams)
+            self._audit = AuditLog(data_dir / AUDIT_FILE)
+            steps.callback(self._audit.close)
+            self._grpc = GrpcServer(
+                self.service, server, self._config.security, self._port, streams, audit=self._audit
+            )  # fmt: skip
             steps.callback(self._grpc.close, 1.0)
             self._http = self._make_http(streams) if server.http_port else None
             if self._http is not None:
@@ -123,8 +128,8 @@ class Head:
 
         security = self._config.security
         keys = load_api_keys(security.api_keys_file) if security.api_keys_file else None
-        backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text)
-        return HttpServer(backend, security, keys, on_refused=RefusalLog().add)
+        backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text, self._audit)
+        return HttpServer(backend, security, keys, on_refused=self._audit.refuse)
 
     def _check_ports(self) -> None:
         server = self._config.server
