@@ -97,22 +97,27 @@ def load_api_keys(path: Path) -> ApiKeys:
 
 def parse_keys(path: Path, content: bytes) -> ApiKeys:
     """Return the keys of a file with this content, perhaps none. Raises PreflightError as `load_api_keys`."""
+    return ApiKeys({}, {digest: tenant for _, digest, tenant in read_lines(path, content)})
+
+
+def read_lines(path: Path, content: bytes) -> list[tuple[int, bytes, Tenant]]:
+    """Return number, SHA-256 of the key and tenant of each line. Raises PreflightError as `load_api_keys`."""
     try:
         text = content.decode("ascii")
     except UnicodeDecodeError as error:
         raise PreflightError(f"{WHAT}: {path}: byte {error.start}: must be ASCII text") from None
-    hashed: dict[bytes, Tenant] = {}
+    found = list(_parse(path, text))
     lines: dict[bytes, int] = {}
     first_of: dict[str, tuple[int, Tenant]] = {}
-    for number, digest, tenant in _parse(path, text):
+    for number, digest, tenant in found:
         where = f"{WHAT}: {path}:{number}"
         if digest in lines:
             raise PreflightError(f"{where}: the key of line {lines[digest]} again; each line needs its own")
         line, other = first_of.setdefault(tenant.name, (number, tenant))
         if other != tenant:
             raise PreflightError(f"{where}: other options than in line {line}: keys of one name must have the same")
-        lines[digest], hashed[digest] = number, tenant
-    return ApiKeys({}, hashed)
+        lines[digest] = number
+    return found
 
 
 def _parse(path: Path, text: str) -> Iterator[tuple[int, bytes, Tenant]]:

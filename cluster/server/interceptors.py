@@ -43,6 +43,7 @@ _END_CODES = {
     CallEnd.NO_ROOM: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CallEnd.NOT_READ: grpc.StatusCode.UNAVAILABLE,  # a reader may come back at once, at the token where it was
     CallEnd.NOT_SENT: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CallEnd.REVOKED: grpc.StatusCode.UNAUTHENTICATED,
 }
 
 _log = logging.getLogger(__name__)

@@ -21,7 +21,10 @@ from cluster.jobs.tenants.service import TenantService
 from cluster.jobs.tenants.tenant import Tenant
 
 _SCOPE_KEY = "longreach.call"
-_STATUS = {CallEnd.NO_ROOM: (429, BUSY), CallEnd.NOT_READ: (503, SERVER), CallEnd.NOT_SENT: (408, SERVER)}
+_STATUS = {
+    CallEnd.NO_ROOM: (429, BUSY), CallEnd.NOT_READ: (503, SERVER), CallEnd.NOT_SENT: (408, SERVER),
+    CallEnd.REVOKED: (401, "authentication_error"),
+}  # fmt: skip
 
 
 class HttpCall:
@@ -82,7 +85,8 @@ class HttpCall:
     def _end(self, reason: CallEnd, details: str) -> None:
         """End the call, from any thread."""
         status, kind = _STATUS[reason]
-        error = ApiError(status, details, kind=kind, code=reason.value, retry_after_s=1.0)
+        retry_after_s = 1.0 if reason is not CallEnd.REVOKED else None
+        error = ApiError(status, details, kind=kind, code=reason.value, retry_after_s=retry_after_s)
         self._loop.call_soon_threadsafe(self._cancel, error)
 
     def _cancel(self, error: ApiError) -> None:
