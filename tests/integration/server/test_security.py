@@ -9,9 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.access.audit import AuditLog
 from cluster.common.errors import PreflightError
@@ -20,7 +18,7 @@ from cluster.server.grpc_server import SERVICES
 from cluster.server.security import OPEN_METHODS
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
-from tests.integration.server.calls import code_of, pieces
+from tests.integration.server.calls import code_of, every_method, pieces
 from tests.support.data.certificates import Authority
 from tests.support.fakes.jobs_api import FakeJobService, channel_to, serving, write_secret
 
@@ -57,25 +55,6 @@ def locked(tmp_path: Path) -> Iterator[tuple[FakeJobService, grpc.Channel]]:
         yield service, channel
 
 
-def ask_reflection(channel: grpc.Channel, **request: str) -> reflection_pb2.ServerReflectionResponse:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    requests = iter([reflection_pb2.ServerReflectionRequest(**request)])
-    return next(stub.ServerReflectionInfo(requests, metadata=key_metadata(KEY), timeout=10))
-
-
-def every_method(channel: grpc.Channel) -> list[str]:
-    """Paths of all methods of all services, from the server itself."""
-    paths = []
-    for service in ask_reflection(channel, list_services="").list_services_response.service:
-        found = ask_reflection(channel, file_containing_symbol=service.name).file_descriptor_response
-        for raw in found.file_descriptor_proto:
-            file = descriptor_pb2.FileDescriptorProto.FromString(raw)
-            for described in file.service:
-                if f"{file.package}.{described.name}" == service.name:
-                    paths += [f"/{service.name}/{method.name}" for method in described.method]
-    return paths
-
-
 def status_of(channel: grpc.Channel, path: str, metadata: list[tuple[str, str]]) -> grpc.StatusCode:
     try:
         call = channel.stream_stream(path)(iter([b""]), metadata=metadata, timeout=10)
@@ -88,7 +67,7 @@ def status_of(channel: grpc.Channel, path: str, metadata: list[tuple[str, str]])
 
 def test_no_method_answers_without_the_right_key(locked: tuple[FakeJobService, grpc.Channel]):
     service, channel = locked
-    paths = every_method(channel)
+    paths = every_method(channel, key_metadata(KEY))
     assert {path.split("/")[1] for path in paths} == set(SERVICES)
     assert len(paths) >= 12 + 2 + 1
     assert set(paths) >= OPEN_METHODS
