@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from cluster.access.keys import Keys
 from cluster.http import probes
 from cluster.http.anthropic import messages
 from cluster.http.anthropic.messages_request import CountTokensRequest, MessagesRequest
@@ -20,7 +21,7 @@ from cluster.http.batches import batches
 from cluster.http.batches.batches import BatchRequest
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError, refuse
-from cluster.http.core.guard import Guard, Keys
+from cluster.http.core.guard import Guard
 from cluster.http.files import files
 from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest

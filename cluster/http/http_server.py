@@ -14,13 +14,13 @@ from typing import Any
 import uvicorn
 
 from cluster.access.call_pool import StallWatch
+from cluster.access.keys import Keys
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection
 from cluster.http.app import make_app
 from cluster.http.batches.runner import BatchRunner
 from cluster.http.core.backend import SHORT_CALLS, Backend
-from cluster.http.core.guard import Keys
 from cluster.http.core.protocol import KEEP_ALIVE_S, BoundedProtocol
 
 _IDLE_CONNECTIONS = 384  # beside one for each of `server.max_streams`; more are closed at once
@@ -51,7 +51,7 @@ class HttpServer:
         self._thread: threading.Thread | None = None
         self._serving = WatchedThreads("HTTP")
         self._stalls = StallWatch([backend.streams, backend.short])
-        self._batches = BatchRunner(backend)
+        self._batches = BatchRunner(backend, backend.service)
 
     @property
     def threads(self) -> list[Watched]:

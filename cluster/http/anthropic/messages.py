@@ -27,6 +27,7 @@ from cluster.http.core.calls import call_of
 from cluster.http.core.errors import to_api_error
 from cluster.http.core.following import EventStream, JobEvents, check_outcome, collect, submit
 from cluster.http.core.sse import named_event
+from cluster.http.files.attachments import Documents
 from cluster.http.openai.chat import body_of
 from cluster.http.options import check_model
 from protos.jobs.sampling import AnswerOptions
@@ -42,10 +43,11 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.post(_PATH, summary="Answer a conversation (Anthropic).", openapi_extra=body_of(MessagesRequest))
     async def create(request: Request) -> Response:
-        call_of(request).become_stream()
+        call = call_of(request)
+        call.become_stream()
         asked = await read_model(backend, request, MessagesRequest)
         try:
-            job = await submit(backend, request, partial(messages_spec, backend, asked, backend.service.documents))
+            job = await submit(backend, request, partial(messages_spec, backend, asked, call.service.documents))
         except Exception as error:
             raise to_api_error(error, MESSAGES_PARAMS) from error
         answer = MessageAnswer(backend, asked, job)
@@ -59,16 +61,16 @@ def make_router(backend: Backend) -> APIRouter:
     async def count(request: Request) -> dict[str, int]:
         asked = await read_model(backend, request, CountTokensRequest)
         try:
-            return {"input_tokens": await backend.call(_count, backend, asked)}
+            return {"input_tokens": await backend.call(_count, backend, asked, call_of(request).service.documents)}
         except Exception as error:
             raise to_api_error(error, MESSAGES_PARAMS) from error
 
     return router
 
 
-def _count(backend: Backend, asked: CountTokensRequest) -> int:
+def _count(backend: Backend, asked: CountTokensRequest, documents: Documents) -> int:
     check_model(backend, asked.model)
-    source = messages_input(asked, backend.service.documents)
+    source = messages_input(asked, documents)
     choice = source.tool_choice.mode if source.tools else None
     options = AnswerOptions(enable_thinking=thinks(asked))
     return len(backend.runtime.chat_prompt(source.messages or (), options, tools=source.tools, tool_choice=choice))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -17,8 +16,9 @@ from cluster.http.files.attachments import document_id, file_id
 from cluster.http.files.files import page_of
 from cluster.http.openai.chat import body_of
 from cluster.http.options import RequestModel
-from cluster.jobs.model import JobNotFound, NotAllowedNow, check_id, new_id
+from cluster.jobs.model import check_id, new_id
 from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
+from cluster.jobs.tenants.service import TenantService
 from protos.jobs import validate
 from protos.jobs.limits import MAX_CHARS
 
@@ -27,8 +27,6 @@ _MAX_METADATA, _MAX_VALUE = 16, 512
 _WINDOW = re.compile(r"([1-9][0-9]{0,3})([mhd])")
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 _MAX_WINDOW_S = 30 * 86400.0
-_log = logging.getLogger(__name__)
-_CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
 
 
 class BatchRequest(RequestModel):
@@ -47,24 +45,24 @@ def make_router(backend: Backend) -> APIRouter:
     @router.post("/v1/batches", summary="Begin a batch.", openapi_extra=body_of(BatchRequest))
     async def create(request: Request) -> dict[str, Any]:
         asked = await read_model(backend, request, BatchRequest)
-        call = call_of(request)
-        batch = await backend.call(_create, backend, asked, call.key_name)
-        _log.info("%s %s by %s", request.url.path, batch.id, call.caller)
+        batch = await backend.call(_create, call_of(request).service, asked)
+        backend.batches_changed.set()
         return batch_object(batch)
 
     @router.get("/v1/batches", summary="List batches, the newest first.")
     async def batches(request: Request, after: str = "", limit: int = _LISTED) -> dict[str, Any]:
-        return await backend.call(_page, backend, call_of(request).key_name, after, limit)
+        validate.check_integer("limit", limit, 1, _MAX_LISTED)
+        found = await backend.call(call_of(request).service.batches.page, limit + 1, after)
+        return page_of([batch_object(batch) for batch in found], limit)
 
     @router.get("/v1/batches/{batch}", summary="Describe a batch.")
     async def get(request: Request, batch: str) -> dict[str, Any]:
-        return batch_object(await backend.call(_get, backend, batch, call_of(request).key_name))
+        return batch_object(await backend.call(call_of(request).service.batches.get, batch))
 
     @router.post("/v1/batches/{batch}/cancel", summary="Cancel a batch.")
     async def cancel(request: Request, batch: str) -> dict[str, Any]:
-        call = call_of(request)
-        found = await backend.call(_cancel, backend, batch, call.key_name)
-        _log.info("/v1/batches/cancel %s by %s", found.id, call.caller)
+        found = await backend.call(call_of(request).service.batches.cancel, batch)
+        backend.batches_changed.set()
         return batch_object(found)
 
     return router
@@ -92,7 +90,7 @@ def _seconds(time: float | None) -> int | None:
     return None if time is None else int(time)
 
 
-def _create(backend: Backend, asked: BatchRequest, owner: str) -> BatchRecord:
+def _create(service: TenantService, asked: BatchRequest) -> BatchRecord:
     """Store a batch. Raises ApiError, InvalidRequest, JobNotFound."""
     if asked.endpoint not in ENDPOINTS:
         allowed = f"must be one of {', '.join(ENDPOINTS)}"
@@ -107,7 +105,7 @@ def _create(backend: Backend, asked: BatchRequest, owner: str) -> BatchRecord:
     for key, value in metadata.items():
         validate.check_text("metadata", key, MAX_CHARS)
         validate.check_text(f"metadata.{key[:60]}", value, _MAX_VALUE)
-    service, known = backend.service, document_id(asked.input_file_id)
+    known = document_id(asked.input_file_id)
     try:
         service.documents.get(check_id(known, "doc"))
     except ValueError as error:
@@ -116,38 +114,8 @@ def _create(backend: Backend, asked: BatchRequest, owner: str) -> BatchRecord:
         raise ApiError(503, "the head is stopping: ask again in a moment", code="stopping", retry_after_s=5.0)
     now = service.now()
     batch = BatchRecord(
-        new_id("batch"), owner, BatchStatus.VALIDATING, asked.endpoint, known, asked.completion_window, now,
-        now + window, metadata,
+        new_id("batch"), service.tenant.name, BatchStatus.VALIDATING, asked.endpoint, known,
+        asked.completion_window, now, now + window, metadata,
     )  # fmt: skip
-    service.batches.create_batch(batch)
-    backend.batches_changed.set()
-    return batch
-
-
-def _get(backend: Backend, batch_id: str, owner: str) -> BatchRecord:
-    """Return a batch of an owner. Raises JobNotFound."""
-    batch = backend.service.batches.get_batch(batch_id) if batch_id.isascii() else None
-    if batch is None or batch.owner != owner:
-        raise JobNotFound(f"batch: {validate.show(batch_id)}: not found (it may have expired)")
-    return batch
-
-
-def _page(backend: Backend, owner: str, after: str, limit: int) -> dict[str, Any]:
-    validate.check_integer("limit", limit, 1, _MAX_LISTED)
-    known = _get(backend, after, owner).id if after else ""
-    found = backend.service.batches.list_batches(owner, limit + 1, known)
-    return page_of([batch_object(batch) for batch in found], limit)
-
-
-def _cancel(backend: Backend, batch_id: str, owner: str) -> BatchRecord:
-    """Begin to cancel a batch, unless that was done before. Raises NotAllowedNow: it has ended otherwise."""
-    known = _get(backend, batch_id, owner)
-    moved = backend.service.batches.move_batch(
-        known.id, [BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS], BatchStatus.CANCELLING
-    )
-    if moved:
-        backend.batches_changed.set()
-    batch = _get(backend, batch_id, owner)
-    if batch.status not in _CANCELLED:
-        raise NotAllowedNow(f"batch: {batch.id}: is {batch.status.value}: cannot be cancelled any more")
+    service.batches.create(batch)
     return batch

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from cluster.common.errors import JobStoreError
 from cluster.common.text_format import one_line
@@ -29,6 +30,11 @@ from cluster.http.files.files import BATCH_OUTPUT
 from cluster.http.options import RequestModel
 from cluster.jobs.model import ACTIVE, InvalidJob, JobError, JobNotFound, JobRecord, JobSpec, JobState
 from cluster.jobs.sqlite.batches import BatchLine, BatchRecord, BatchStatus
+from cluster.jobs.tenants.service import TenantService
+from cluster.jobs.tenants.tenant import ANYONE, Tenant
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
 
 PRIORITY = -1  # of the jobs of lines, at most: they wait for all others
 LABEL = "batch"
@@ -55,10 +61,14 @@ class _ActiveLine:
 class BatchRunner:
     """Works on all batches of a job service, from `start` to `close`."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, service: JobService) -> None:
+        """
+        Args:
+            service: knows no callers; what is done for a batch is done as its owner.
+        """
         self._backend = backend
-        self._service = backend.service
-        self._table = backend.service.batches
+        self._service = service
+        self._table = service.batches
         self._changed = backend.batches_changed
         self._closing = threading.Event()
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()  # jobs
@@ -68,7 +78,7 @@ class BatchRunner:
         self._retry_at: dict[str, float] = {}  # when the service may have room for a batch
         self._check_at = self._forget_at = 0.0
         self.thread = WatchedThread(self._run, "batch", self._closing)
-        backend.service.on_ended(lambda record, tokens: self._note_end(record))
+        service.on_ended(lambda record, tokens: self._note_end(record))
 
     def start(self) -> None:
         self.thread.start()
@@ -173,11 +183,9 @@ class BatchRunner:
         endpoint, asked = ENDPOINTS[batch.endpoint], None
         try:
             asked = parse(endpoint.model, self._body(batch, line)).model_copy(update={"stream": False})
-            specs = endpoint.specs(self._backend, asked, self._service.documents)
-            records = [
-                self._service.submit(_of_line(spec, batch, line, index), batch.owner)
-                for index, spec in enumerate(specs)
-            ]
+            owner = TenantService(self._service, owner_of(batch))
+            specs = endpoint.specs(self._backend, asked, owner.documents)
+            records = [owner.submit(_of_line(spec, batch, line, index)) for index, spec in enumerate(specs)]
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to this line
             shown = endpoint.error(error, asked)
             if shown.status in (429, 503):
@@ -291,13 +299,19 @@ class BatchRunner:
             return ""
         name = f"{batch.id}_{'output' if is_good else 'error'}.jsonl"
         most = self._backend.limits.max_documents_bytes
-        return self._service.documents.put(name, chain([first], pieces), most, purpose=BATCH_OUTPUT).id
+        owner = owner_of(batch)
+        return self._service.documents.put(name, chain([first], pieces), most, purpose=BATCH_OUTPUT, tenant=owner).id
 
     def _results(self, batch: BatchRecord, is_good: bool) -> Iterator[bytes]:
         after = 0
         while lines := self._table.results(batch.id, is_good, after, _PAGE):
             after = lines[-1].line
             yield "".join(f"{line.result}\n" for line in lines).encode()
+
+
+def owner_of(batch: BatchRecord) -> Tenant:
+    """Return as whom the work on a batch is done: with what its owner sees, and without limits of its key."""
+    return Tenant(batch.owner) if batch.owner else ANYONE
 
 
 def _of_line(spec: JobSpec, batch: BatchRecord, line: BatchLine, index: int) -> JobSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,47 +18,49 @@ from cluster.http.files.extraction import file_text
 from cluster.http.files.multipart import Form, read_form
 from cluster.jobs.document.chain import ChainDigest
 from cluster.jobs.model import DocumentDamaged, DocumentRecord, JobNotFound, check_id
+from cluster.jobs.tenants.tenant import owned_id
 from protos.jobs import validate
 
 if TYPE_CHECKING:
-    from cluster.jobs.service import JobService
+    from cluster.jobs.tenants.service import TenantService
 
 MAX_LISTED = 10_000
 _USER_DATA, _BATCH, BATCH_OUTPUT = "user_data", "batch", "batch_output"
 _UPLOADED = (_USER_DATA, _BATCH)
 _PURPOSES = (*_UPLOADED, BATCH_OUTPUT)
 _PIECE = 1 << 20
-_log = logging.getLogger(__name__)
 
 
 def make_router(backend: Backend) -> APIRouter:
     """Return the routes."""
-    router, service = APIRouter(), backend.service
+    router = APIRouter()
 
     @router.post("/v1/files", summary="Store a file.", openapi_extra=_UPLOAD)
     async def create(request: Request) -> dict[str, Any]:
-        call_of(request).become_stream()
+        call = call_of(request)
+        call.become_stream()
+        service = call.service
         limits = backend.limits
         with await read_form(backend, request, service.documents.spool, limits.max_document_bytes) as form:
             try:
                 record = await backend.call(_store, service, form, limits.max_document_bytes)
             except Exception as error:
                 raise to_api_error(error, {"document": "file"}) from error
-        _log.info("%s %s by %s", request.url.path, record.id, call_of(request).caller)
         return file_object(record)
 
     @router.get("/v1/files", summary="List files, the newest first.")
     async def files(
-        after: str = "", limit: int = MAX_LISTED, order: str = "desc", purpose: str | None = None
+        request: Request, after: str = "", limit: int = MAX_LISTED, order: str = "desc", purpose: str | None = None
     ) -> dict[str, Any]:
-        return await backend.call(_page, service, after, limit, order, purpose)
+        return await backend.call(_page, call_of(request).service, after, limit, order, purpose)
 
     @router.get("/v1/files/{file}", summary="Describe a file.")
-    async def get(file: str) -> dict[str, Any]:
-        return file_object(await backend.call(_get, service, file))
+    async def get(request: Request, file: str) -> dict[str, Any]:
+        return file_object(await backend.call(_get, call_of(request).service, file))
 
     @router.get("/v1/files/{file}/content", summary="Return the text of a file.")
-    async def content(file: str) -> Response:
+    async def content(request: Request, file: str) -> Response:
+        service = call_of(request).service
         record = await backend.call(_get, service, file)
         path = await backend.call(_checked, service, record)
         kind = "application/jsonl" if record.purpose else "text/plain"
@@ -67,9 +68,9 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.delete("/v1/files/{file}", summary="Delete a file.")
     async def delete(request: Request, file: str) -> dict[str, Any]:
+        service = call_of(request).service
         record = await backend.call(_get, service, file)
         await backend.call(service.documents.delete, record.id)
-        _log.info("DELETE /v1/files %s by %s", record.id, call_of(request).caller)
         return {"id": file_id(record.id), "object": "file", "deleted": True}
 
     return router
@@ -104,7 +105,7 @@ def file_object(record: DocumentRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _get(service: JobService, file: str) -> DocumentRecord:
+def _get(service: TenantService, file: str) -> DocumentRecord:
     """Return a stored file. Raises JobNotFound, also for what is no id."""
     document = document_id(file)
     try:
@@ -114,7 +115,7 @@ def _get(service: JobService, file: str) -> DocumentRecord:
     return service.documents.get(document)
 
 
-def _store(service: JobService, form: Form, limit: int) -> DocumentRecord:
+def _store(service: TenantService, form: Form, limit: int) -> DocumentRecord:
     """Store the file of a form. Raises ApiError, InvalidRequest, JobError."""
     purpose = form.fields.get("purpose", "")
     if purpose not in _UPLOADED:
@@ -123,7 +124,7 @@ def _store(service: JobService, form: Form, limit: int) -> DocumentRecord:
         raise refuse("file", "(missing): must be a part of the form")
     name = form.filename
     if purpose == _BATCH:
-        return service.documents.put(name, _pieces(form.file), limit, purpose=_BATCH)
+        return service.documents.put(name, _pieces(form.file), limit, _BATCH)
     text = file_text("file", cast(BinaryIO, form.file), name)
     return service.add_document(text.name, [text.data], limit, source_hash=text.source_hash)
 
@@ -132,7 +133,7 @@ def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     return iter(partial(file.read, _PIECE), b"")
 
 
-def _page(service: JobService, after: str, limit: int, order: str, purpose: str | None) -> dict[str, Any]:
+def _page(service: TenantService, after: str, limit: int, order: str, purpose: str | None) -> dict[str, Any]:
     validate.check_integer("limit", limit, 1, MAX_LISTED)
     if order not in ("asc", "desc"):
         raise refuse("order", f"{validate.show(order)}: must be asc or desc")
@@ -153,7 +154,7 @@ def page_of(objects: list[dict[str, Any]], limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _checked(service: JobService, record: DocumentRecord) -> Path:
+def _checked(service: TenantService, record: DocumentRecord) -> Path:
     """Return where a file is, whose content is what was uploaded. Raises ApiError, DocumentDamaged."""
     path, chain = service.documents.path(record.id), ChainDigest(record.seams)
     try:
@@ -162,6 +163,6 @@ def _checked(service: JobService, record: DocumentRecord) -> Path:
                 chain.update(piece)
     except FileNotFoundError as error:
         raise ApiError(404, f"file: {file_id(record.id)}: its content is gone: upload it again") from error
-    if chain.document_id != record.id:
+    if owned_id(record.owner, chain.document_id) != record.id:
         raise DocumentDamaged(f"file: {file_id(record.id)}: has other content than was uploaded: upload it again")
     return path

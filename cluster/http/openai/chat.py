@@ -37,10 +37,11 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation.", openapi_extra=body_of(ChatRequest))
     async def complete(request: Request) -> Response:
-        call_of(request).become_stream()
+        call = call_of(request)
+        call.become_stream()
         asked = await read_model(backend, request, ChatRequest)
         try:
-            job = await submit(backend, request, partial(chat_spec, backend, asked, backend.service.documents))
+            job = await submit(backend, request, partial(chat_spec, backend, asked, call.service.documents))
         except Exception as error:
             raise to_api_error(error, chat_params(asked)) from error
         chunks = ChatChunks(backend, asked, job)

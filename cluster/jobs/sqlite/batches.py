@@ -104,12 +104,11 @@ class BatchTable:
         with self._db.reading() as db:
             return next(iter(_records(db, "WHERE id = ?", batch_id)), None)
 
-    def list_batches(self, owner: str, limit: int, after: str = "") -> list[BatchRecord]:
-        """Return batches of an owner, the newest first, those older than `after`."""
+    def list_batches(self, owner: str | None, limit: int, after: str = "") -> list[BatchRecord]:
+        """Return batches of an owner, or (None) of all, the newest first, those older than `after`."""
         with self._db.reading() as db:
-            if not after:
-                return _records(db, "WHERE owner = ? ORDER BY seq DESC LIMIT ?", owner, limit)
-            return _records(db, f"WHERE owner = ? AND seq < {_SEQ} ORDER BY seq DESC LIMIT ?", owner, after, limit)
+            where = "WHERE (?1 IS NULL OR owner = ?1) AND (?2 = '' OR seq < (SELECT seq FROM batches WHERE id = ?2))"
+            return _records(db, f"{where} ORDER BY seq DESC LIMIT ?3", owner, after, limit)
 
     def unfinished_batches(self) -> list[BatchRecord]:
         """Return the batches that have not ended, the oldest first."""

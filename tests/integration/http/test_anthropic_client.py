@@ -11,8 +11,8 @@ import anthropic
 import httpx
 import pytest
 
+from cluster.access.keys import ApiKeys
 from cluster.jobs.model import ContextTooLong, JobState, ServiceBusy
-from cluster.server.security import ApiKeys
 from tests.support.data.clients import claude_code
 from tests.support.rigs.head import until
 from tests.support.rigs.http import AnsweringService, serving_http

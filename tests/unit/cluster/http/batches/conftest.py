@@ -12,9 +12,13 @@ import pytest
 from cluster.http.batches.batches import BatchRequest, _create
 from cluster.http.batches.runner import BatchRunner
 from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
+from cluster.jobs.tenants.service import TenantService
+from cluster.jobs.tenants.tenant import Tenant
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.http import make_backend
 from tests.support.rigs.service import Bench
+
+TEAM = Tenant("team a")
 
 
 class Batches:
@@ -27,7 +31,7 @@ class Batches:
 
     def open(self) -> None:
         self.backend = make_backend(self.bench.service, **self.server)
-        self.runner = BatchRunner(self.backend)
+        self.runner = BatchRunner(self.backend, self.bench.service)
 
     def close(self) -> None:
         self.runner.close()
@@ -43,9 +47,11 @@ class Batches:
     def create(self, lines: list[Any], endpoint: str = "/v1/chat/completions", **fields: Any) -> str:
         """Begin a batch, not the work on it; lines that are no text are shown as JSON."""
         content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-        record = self.bench.service.documents.put("in.jsonl", [content.encode() or b"\n"], 1 << 20, purpose="batch")
+        record = self.bench.service.documents.put(
+            "in.jsonl", [content.encode() or b"\n"], 1 << 20, purpose="batch", tenant=TEAM
+        )
         asked = BatchRequest(input_file_id=record.id, endpoint=endpoint, **fields)
-        return _create(self.backend, asked, "team a").id
+        return _create(TenantService(self.bench.service, TEAM), asked).id
 
     def get(self, batch_id: str) -> BatchRecord:
         batch = self.bench.service.batches.get_batch(batch_id)

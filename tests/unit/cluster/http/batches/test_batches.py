@@ -10,15 +10,16 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.access.keys import ApiKeys
 from cluster.http.app import make_app
 from cluster.http.batches.batches import batch_object
 from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
-from cluster.server.security import ApiKeys
+from cluster.jobs.tenants.tenant import Tenant
 from tests.support.data.clients.batch_lines import chat
-from tests.unit.cluster.http.batches.conftest import Batches
+from tests.unit.cluster.http.batches.conftest import TEAM, Batches
 
 S = BatchStatus
-KEYS = {"a" * 16: "team a", "b" * 16: "team b"}
+KEYS = {"a" * 16: TEAM, "b" * 16: Tenant("team b")}
 FILE = "file-" + "0" * 32
 RECORD = BatchRecord("batch_1", "", S.IN_PROGRESS, "/v1/completions", "doc_2", "24h", 1.5, 9.5, {"k": "v"}, started=2.5)
 
@@ -44,7 +45,7 @@ def get(batches: Batches, path: str = "", key: str = "a" * 16, **query: object) 
 
 
 def begin(batches: Batches, **body: Any) -> httpx.Response:
-    record = batches.bench.service.documents.put("in", [b"{}"], 100, purpose="batch")
+    record = batches.bench.service.documents.put("in", [b"{}"], 100, purpose="batch", tenant=TEAM)
     asked = {"input_file_id": record.id.replace("doc_", "file-"), "endpoint": "/v1/completions", **body}
     return post(batches, **asked)
 
