@@ -15,6 +15,7 @@ from cluster.bench.kv.rig import (
     DemoHead,
     Layout,
     Say,
+    block_tokens,
     difference,
     disk_rate,
     follow,
@@ -31,7 +32,6 @@ from cluster.tools.eval.haystack import Haystack, Needle, build_haystack, is_rig
 
 WITHIN_S = 1.0  # first token of a question about a document that was read before,
 SHARE = 0.05  # and as a share of the time of the first question
-BLOCK = 512  # tokens, kv_store.block_tokens
 STORED: Layout = (2, 2)
 OTHERS: tuple[Layout, ...] = ((1, 4), (1, 1))
 
@@ -74,7 +74,7 @@ class Questions:
 
 def question_row(asked: Asked, counts: Counts, needle: Needle) -> dict[str, Any]:
     """Return the figures of a question, from what the client saw and what the head counted meanwhile."""
-    answer, loaded = asked.answer, int(counts.get("loaded blocks", 0)) * BLOCK
+    answer, loaded = asked.answer, int(counts.get("loaded blocks", 0)) * block_tokens()
     size, seconds = counts.get("loaded bytes", 0.0), counts.get("loaded seconds", 0.0)
     return {
         "first_token_s": round(asked.first_token_s, 3), "total_s": round(asked.total_s, 3),
