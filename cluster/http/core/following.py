@@ -85,10 +85,9 @@ async def submit(backend: Backend, request: Request, make_spec: Callable[[], Job
         make_spec: called in a thread.
     """
     call = call_of(request)
-    record = await backend.call(lambda: backend.service.submit(make_spec(), call.key_name))
+    record = await backend.call(lambda: call.service.submit(make_spec()))
     followed = Followed(backend, record)
     call.at_end(followed.leave)
-    _log.info("%s %s by %s", request.url.path, record.id, call.caller)
     return followed
 
 
