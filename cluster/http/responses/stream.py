@@ -14,7 +14,7 @@ from typing import Any
 from cluster.engine.outputs import PrefillProgress
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import to_api_error
-from cluster.http.core.following import Followed, check_outcome
+from cluster.http.core.following import KEEP_ALIVE_S, Followed, check_outcome
 from cluster.http.core.sse import named_event
 from cluster.http.responses.output import Event
 from cluster.http.responses.response import (
@@ -28,7 +28,8 @@ from cluster.http.responses.response import (
 )
 from cluster.jobs.subscriptions import ProgressUpdate
 
-_PROGRESS_S = 1.0  # between events about progress: each has the whole response in it
+_PROGRESS_S = 1.0  # between events about progress, each of which has the whole response in it
+_PROGRESS_RATE = 1 << 17  # characters a second that long instructions and many tools may take for it
 
 
 class ResponseStream:
@@ -98,7 +99,8 @@ class ResponseStream:
         now = time.monotonic()
         if now < self._next_progress:
             return b""
-        self._next_progress = now + _PROGRESS_S
+        pause_s = max(_PROGRESS_S, len(self._job.record.spec.request) / _PROGRESS_RATE)
+        self._next_progress = now + min(pause_s, KEEP_ALIVE_S)
         response = show_response(self._job.record, self._writer, progress, "in_progress")
         return named_event({"type": "response.in_progress", "response": response, "sequence_number": self._newest})
 

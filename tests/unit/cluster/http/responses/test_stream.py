@@ -26,6 +26,7 @@ from tests.support.rigs.http import AnsweringService, make_backend
 @pytest.fixture(autouse=True)
 def _all_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_PROGRESS_S", 0.0)
+    monkeypatch.setattr(stream, "_PROGRESS_RATE", 1 << 40)
 
 
 def events_of(service: AnsweringService, after: int = -1, **fields: Any) -> list[dict[str, Any]]:
@@ -129,6 +130,25 @@ def test_progress_is_not_told_all_the_time(monkeypatch: pytest.MonkeyPatch) -> N
     service.events = [ProgressUpdate(0, PrefillProgress(100, 10, n, 2000)) for n in range(20)] + service.events
     events = events_of(service)
     assert len(events) - len(numbered(events)) == 1
+
+
+def test_progress_with_long_instructions_is_told_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            nonlocal now
+            now += 1.0
+            return now
+
+    monkeypatch.setattr(stream, "time", Clock)
+    monkeypatch.setattr(stream, "_PROGRESS_RATE", 10_000)
+    service = AnsweringService(("a",))
+    service.events = [ProgressUpdate(0, PrefillProgress(100, 10, n, 2000)) for n in range(20)]
+    for instructions, told in (("x", 21), ("x" * 40_000, 5), ("x" * 300_000, 3)):
+        events = events_of(service, instructions=instructions)
+        assert len(events) - len(numbered(events)) == told
 
 
 CALLS = ("x", '<tool_call>\n{"name": "f", "argu', 'ments": {"a": 1}}\n</tool_call>', "y")
