@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
@@ -43,9 +43,15 @@ class Followed:
         self.record = record
         self._backend = backend
         self._ends_job = ends_job
-        self._stream = backend.service.stream(record.id)
+        self._stream: Generator[JobEvent] | None = None
         # the first event at once: from then on the job counts as followed
-        self._pull: Future[JobEvent | bool] = backend.followers.submit(next, self._stream, False)
+        self._pull: Future[JobEvent | bool] = backend.followers.submit(self._next)
+
+    def _next(self) -> JobEvent | bool:
+        """Return the next event, False if there is none; blocks. The job is read here: it may have a long prompt."""
+        if self._stream is None:
+            self._stream = self._backend.service.stream(self.record.id)
+        return next(self._stream, False)
 
     async def events(self) -> AsyncIterator[JobEvent]:
         """Yield the events of the job from its first token on, until the record of its end; called once.
@@ -64,7 +70,7 @@ class Followed:
             yield event  # type: ignore[misc]
             if is_last:
                 return
-            self._pull = self._backend.followers.submit(next, self._stream, False)
+            self._pull = self._backend.followers.submit(self._next)
 
     def leave(self) -> None:
         """Let a thread end what is left."""
@@ -78,7 +84,8 @@ class Followed:
             if not self._pull.cancel():
                 with suppress(Exception):  # was raised to who asked for it
                     self._pull.result()
-            self._stream.close()
+            if self._stream is not None:
+                self._stream.close()
         except JobError as error:
             _log.warning("job %s: cannot be left: %s", self.record.id, one_line(error))
         except Exception:  # noqa: BLE001 - nobody waits for this

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.engine.outputs import OutputToken
+from cluster.http.answers import AnswerScanner
 from cluster.http.responses.names import call_id, digits, function_name
 from cluster.text.tools.events import AnswerText, CallArguments, CallEnded, CallStarted, ToolEvent
-from cluster.text.tools.scanner import ToolScanner
 
 Event = dict[str, Any]
 _PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
@@ -65,19 +65,15 @@ class OutputWriter:
         num_tokens, num_reasoning: how many tokens there were, and those of them that are reasoning.
     """
 
-    def __init__(
-        self, job_id: str, scanner: ToolScanner | None, one_call: bool, names: Mapping[str, tuple[str, str]]
-    ) -> None:
+    def __init__(self, job_id: str, scanner: AnswerScanner, names: Mapping[str, tuple[str, str]]) -> None:
         """
         Args:
-            scanner: finds calls; None: there are none.
-            one_call: calls after the first are dropped.
+            scanner: finds calls.
             names: see `split_names`.
         """
         self.num_tokens = self.num_reasoning = 0
         self._job_id = job_id
         self._scanner = scanner
-        self._one_call = one_call
         self._names = names
         self._items: list[_Item] = []
         self._open: _Item | None = None  # the last item, while it may go on
@@ -87,10 +83,7 @@ class OutputWriter:
         self.num_tokens += 1
         self.num_reasoning += token.part == "reasoning"
         events = self._write("reasoning", token.reasoning) if token.reasoning else []
-        if token.answer:
-            found = [AnswerText(token.answer)] if self._scanner is None else self._scanner.push(token.answer)
-            events += self._take(found)
-        return events
+        return events + self._take(self._scanner.push(token.answer))
 
     def end(self, complete: bool, failed: bool = False) -> list[Event]:
         """Return the last events: the answer has ended.
@@ -99,7 +92,7 @@ class OutputWriter:
             complete: nothing was cut short. A call that was is never said to be done: clients would make it.
             failed: no item is said to be done any more.
         """
-        events = self._take(self._scanner.flush()) if self._scanner is not None else []
+        events = self._take(self._scanner.flush())
         if complete and all(item.kind == "reasoning" for item in self._items):
             events += self._write("message", "")
         if self._open is None:
@@ -115,17 +108,17 @@ class OutputWriter:
         """Return the items so far."""
         return [item.show() for item in self._items]
 
-    def _take(self, found: list[ToolEvent] | list[AnswerText]) -> list[Event]:
+    def _take(self, found: list[ToolEvent]) -> list[Event]:
         events: list[Event] = []
         for event in found:
             match event:
                 case AnswerText(text):
                     events += self._write("message", text)
-                case CallStarted(index, name) if not (self._one_call and index):
+                case CallStarted(index, name):
                     events += self._begin_call(index, name)
-                case CallArguments(index, fragment) if not (self._one_call and index):
+                case CallArguments(_, fragment):
                     events += self._append(fragment)
-                case CallEnded(index, complete) if not (self._one_call and index):
+                case CallEnded(_, complete):
                     if complete:
                         events += self._close()
                     elif self._open is not None:

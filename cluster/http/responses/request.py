@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -22,6 +22,9 @@ from protos.jobs.chat import ChatMessage, ToolCall, check_chat
 from protos.jobs.chat_values import dump
 from protos.jobs.limits import MAX_CHARS
 from protos.jobs.validate import check_count, check_text, show
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
 
 _MAX_METADATA = 16
 # what a field of a chat completion is called here; the first that fits counts
@@ -81,10 +84,13 @@ class ResponsesRequest(AnswerFields, ToolFields):
         return self.store is not False
 
 
-def response_spec(backend: Backend, request: ResponsesRequest, idempotency_key: str = "") -> JobSpec:
+def response_spec(
+    service: JobService, backend: Backend, request: ResponsesRequest, idempotency_key: str = ""
+) -> JobSpec:
     """Return the job of a response. Raises ApiError, InvalidRequest, with the names of this protocol.
 
     Args:
+        service: has the response that it goes on from.
         idempotency_key: of a response in the background: the same request with it is the same response.
     """
     _check(request)
@@ -94,7 +100,7 @@ def response_spec(backend: Backend, request: ResponsesRequest, idempotency_key: 
     except Exception as error:
         raise in_own_words(error, request) from error
     if request.previous_response_id:
-        spec = _go_on(backend, request, spec)
+        spec = _go_on(service, backend, request, spec)
     key = check_text("Idempotency-Key", idempotency_key, MAX_CHARS) if request.background else ""
     said = dump("request", {"api": API, "response": _said(backend, request)})
     return replace(spec, attached=not request.background, idempotency_key=key, request=said)
@@ -192,10 +198,10 @@ def _said(backend: Backend, request: ResponsesRequest) -> dict[str, Any]:
 # --- going on from an earlier response -------------------------------------------------------------------------------
 
 
-def _go_on(backend: Backend, request: ResponsesRequest, spec: JobSpec) -> JobSpec:
+def _go_on(service: JobService, backend: Backend, request: ResponsesRequest, spec: JobSpec) -> JobSpec:
     """Return the job with the conversation of the earlier response before its own."""
     assert request.previous_response_id is not None
-    before = previous_messages(backend, request.previous_response_id)
+    before = previous_messages(service, backend, request.previous_response_id)
     if spec.input.messages is None:
         raise refuse("previous_response_id", "beside a stored file: leave one of them out", "unsupported_value")
     at = 1 if request.instructions else 0
@@ -204,10 +210,10 @@ def _go_on(backend: Backend, request: ResponsesRequest, spec: JobSpec) -> JobSpe
     return replace(spec, input=replace(spec.input, messages=messages))
 
 
-def previous_messages(backend: Backend, value: str) -> tuple[ChatMessage, ...]:
+def previous_messages(service: JobService, backend: Backend, value: str) -> tuple[ChatMessage, ...]:
     """Return the conversation of a stored response up to its answer, without its instructions. Raises ApiError."""
     try:
-        record = stored_response(backend, value)
+        record = stored_response(service, value)
     except ApiError as error:
         raise ApiError(
             error.status, f"previous_{error.message}", param="previous_response_id", code=error.code

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.engine.outputs import PrefillProgress
-from cluster.http.answers import finish_reason
+from cluster.http.answers import AnswerScanner, finish_reason
 from cluster.http.core.backend import Backend
 from cluster.http.responses.names import job_id, not_found, response_id, split_names
 from cluster.http.responses.output import OutputWriter
 from cluster.jobs.model import JobNotFound, JobRecord, JobState
-from cluster.text.tools.formats import make_scanner
 from protos.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
 
 API = "responses"  # in what is stored of a request
 _PAGE = 1000  # tokens read at once
@@ -20,10 +22,10 @@ _DECODING_POLL_MS, _WAITING_POLL_MS = 1000, 2000
 _POLL_MS = (500, 30_000)  # the least and the most of what follows from the time that is left
 
 
-def stored_response(backend: Backend, value: str) -> JobRecord:
+def stored_response(service: JobService, value: str) -> JobRecord:
     """Return the job of a stored response by its id. Raises ApiError: there is none."""
     try:
-        record: JobRecord = backend.service.get(job_id(value))
+        record = service.get(job_id(value))
     except JobNotFound as error:
         raise not_found(value) from error
     if not said_of(record).get("store"):
@@ -41,25 +43,25 @@ def said_of(record: JobRecord) -> dict[str, Any]:
 def make_writer(backend: Backend, record: JobRecord) -> OutputWriter:
     """Return what turns the tokens of a job into output."""
     source = record.spec.input
-    scanner = make_scanner(backend.runtime.tool_format, source.tools, source.tool_choice)
-    return OutputWriter(record.id, scanner, source.tool_choice.one_call, split_names(said_of(record)["tools"]))
+    scanner = AnswerScanner(backend.runtime.tool_format, source.tools, source.tool_choice)
+    return OutputWriter(record.id, scanner, split_names(said_of(record)["tools"]))
 
 
-def read_response(backend: Backend, record: JobRecord) -> dict[str, Any]:
+def read_response(service: JobService, backend: Backend, record: JobRecord) -> dict[str, Any]:
     """Return a response as it is, with its output so far."""
     writer, after = make_writer(backend, record), 0
-    while tokens := backend.service.tokens(record.id, after, _PAGE):
+    while tokens := service.tokens(record.id, after, _PAGE):
         for token in tokens:
             writer.push(token)
         after = tokens[-1].number
     if record.state.is_final:
         writer.end(is_complete(record), not has_answer(record))
-    return show_response(record, writer, progress_of(backend, record))
+    return show_response(record, writer, progress_of(service, record))
 
 
-def progress_of(backend: Backend, record: JobRecord) -> PrefillProgress | None:
+def progress_of(service: JobService, record: JobRecord) -> PrefillProgress | None:
     """Return how far the prompt of a job is read, None while that is not known."""
-    return None if record.state.is_final else backend.service.progress(record.id).get(0)
+    return None if record.state.is_final else service.progress(record.id).get(0)
 
 
 def show_response(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -23,6 +23,9 @@ from cluster.jobs.model import JobRecord
 from protos.jobs.limits import MAX_INT64
 from protos.jobs.validate import show
 
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
+
 _MAX_ITEMS, _ITEMS = 100, 20  # of a page
 
 
@@ -30,14 +33,26 @@ def make_router(backend: Backend) -> APIRouter:
     """Return the routes."""
     router = APIRouter()
 
+    async def stored(request: Request) -> tuple[JobService, JobRecord]:
+        """Return the service as the caller sees it, and the job of the response that is asked for."""
+        service = backend.service
+        return service, await backend.call(stored_response, service, request.path_params["response_id"])
+
+    async def shown(service: JobService, record: JobRecord) -> Response:
+        """Return a response as it is, and when to ask again."""
+        body = await backend.call(read_response, service, backend, record)
+        wait_ms = poll_after_ms(record, progress_of(service, record))
+        return JSONResponse(body, headers={"openai-poll-after-ms": str(wait_ms)} if wait_ms is not None else {})
+
     @router.post("/v1/responses", summary="Make a response.", openapi_extra=body_of(ResponsesRequest))
     async def create(request: Request) -> Response:
         asked = await read_model(backend, request, ResponsesRequest)
         key = request.headers.get("idempotency-key", "")
-        make_spec = partial(response_spec, backend, asked, key)
+        service = backend.service
+        make_spec = partial(response_spec, service, backend, asked, key)
         try:
             if asked.background and not asked.stream:
-                return await _shown(backend, await store(backend, request, make_spec))
+                return await shown(service, await store(backend, request, make_spec))
             call_of(request).become_stream()
             if asked.background:
                 job = follow(backend, request, await store(backend, request, make_spec), ends_job=False)
@@ -58,40 +73,33 @@ def make_router(backend: Backend) -> APIRouter:
         is_stream = _word(request, "stream", "false", ("true", "false", "1", "0")) in ("true", "1")
         if is_stream:
             call_of(request).become_stream()
-        record = await backend.call(stored_response, backend, response_id)
+        service, record = await stored(request)
         if not is_stream:
-            return await _shown(backend, record)
+            return await shown(service, record)
         made = ResponseStream(backend, follow(backend, request, record, ends_job=False), after)
         return EventStream(made.stream(), made.error_event, last=b"")
 
     @router.post("/v1/responses/{response_id}/cancel", summary="End a response; one that has ended stays as it is.")
-    async def cancel(response_id: str) -> Response:
-        record = await backend.call(stored_response, backend, response_id)
-        return await _shown(backend, await backend.call(backend.service.cancel, record.id))
+    async def cancel(request: Request, response_id: str) -> Response:
+        service, record = await stored(request)
+        return await shown(service, await backend.call(service.cancel, record.id))
 
     @router.delete("/v1/responses/{response_id}", summary="Forget a response that has ended.")
-    async def delete(response_id: str) -> dict[str, Any]:
-        record = await backend.call(stored_response, backend, response_id)
-        await backend.call(backend.service.delete, record.id)
+    async def delete(request: Request, response_id: str) -> dict[str, Any]:
+        service, record = await stored(request)
+        await backend.call(service.delete, record.id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     @router.get("/v1/responses/{response_id}/input_items", summary="List the input.", openapi_extra=_PAGE_QUERY)
     async def input_items(request: Request, response_id: str) -> dict[str, Any]:
         limit = _integer(request, "limit", _ITEMS, 1, _MAX_ITEMS)
         order = _word(request, "order", "desc", ("asc", "desc"))
-        record = await backend.call(stored_response, backend, response_id)
+        _, record = await stored(request)
         said = said_of(record)
         items = listed_items(record, said["instructions"] or "", split_names(said["tools"]))
         return page(items, request.query_params.get("after", ""), limit, order == "desc")
 
     return router
-
-
-async def _shown(backend: Backend, record: JobRecord) -> Response:
-    """Return a response as it is, and when to ask again."""
-    body = await backend.call(read_response, backend, record)
-    wait_ms = poll_after_ms(record, progress_of(backend, record))
-    return JSONResponse(body, headers={"openai-poll-after-ms": str(wait_ms)} if wait_ms is not None else {})
 
 
 def _integer(request: Request, name: str, default: int, low: int, high: int) -> int:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.engine.outputs import OutputToken
+from cluster.http.answers import AnswerScanner
 from cluster.http.responses.output import OutputWriter
-from cluster.text.tools.qwen3_json import QwenJsonScanner
+from cluster.text.tools.formats import ToolFormat
+from protos.jobs.chat import Tool, ToolChoice
 
 JOB = f"job_{'0123456789abcdef' * 2}"
 NUMBER = JOB.removeprefix("job_")
@@ -38,7 +40,8 @@ def write(
     failed: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The events and the output."""
-    writer = OutputWriter(JOB, QwenJsonScanner() if tools else None, one_call, NAMES)
+    scanner = AnswerScanner(ToolFormat.QWEN3_JSON, [Tool("f")] if tools else [], ToolChoice(one_call=one_call))
+    writer = OutputWriter(JOB, scanner, NAMES)
     events = [event for token in found for event in writer.push(token)]
     events += writer.end(complete, failed)
     return events, writer.output()
@@ -145,7 +148,7 @@ def test_the_events_add_up_to_the_output(cuts: list[int], complete: bool) -> Non
 
 
 def test_tokens_are_counted() -> None:
-    writer = OutputWriter(JOB, None, False, {})
+    writer = OutputWriter(JOB, AnswerScanner(ToolFormat.NONE, [], ToolChoice()), {})
     for token in tokens("a", "b", reasoning=("x",)):
         writer.push(token)
     assert (writer.num_tokens, writer.num_reasoning) == (3, 1)

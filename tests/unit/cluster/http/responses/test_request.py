@@ -39,7 +39,7 @@ def request_of(**fields: Any) -> ResponsesRequest:
 
 
 def spec_of(backend: Backend, key: str = "", **fields: Any) -> JobSpec:
-    return response_spec(backend, request_of(**fields), key)
+    return response_spec(backend.service, backend, request_of(**fields), key)
 
 
 def said(backend: Backend, **fields: Any) -> dict[str, Any]:

@@ -21,14 +21,14 @@ from tests.support.rigs.http import AnsweringService, make_backend
 def submitted(service: AnsweringService, **fields: Any) -> JobRecord:
     request = ResponsesRequest.model_validate({"input": "hi", "background": True, **fields})
     backend = make_backend(service)
-    record = service.submit(response_spec(backend, request))
+    record = service.submit(response_spec(backend.service, backend, request))
     backend.close()
     return record
 
 
 def read(service: AnsweringService, record: JobRecord) -> dict[str, Any]:
     backend = make_backend(service)
-    shown = read_response(backend, record)
+    shown = read_response(service, backend, record)
     backend.close()
     json.dumps(shown, allow_nan=False)
     return shown
@@ -114,12 +114,12 @@ def test_only_stored_responses_are_found() -> None:
     service = AnsweringService()
     backend = make_backend(service)
     record = submitted(service)
-    assert stored_response(backend, response_id(record.id)) == record
+    assert stored_response(service, response_id(record.id)) == record
     unstored = submitted(service, background=False, store=False)
     chat = service.submit(JobSpec(JobInput(prompt="a"), AnswerOptions()))
     assert said_of(chat) == {}
     for value in (response_id(unstored.id), response_id(chat.id), f"resp_{'0' * 32}", record.id, "../x"):
         with pytest.raises(ApiError) as caught:
-            stored_response(backend, value)
+            stored_response(service, value)
         assert (caught.value.status, caught.value.code) == (404, "not_found")
     backend.close()

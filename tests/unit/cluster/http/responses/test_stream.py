@@ -35,7 +35,7 @@ def events_of(service: AnsweringService, after: int = -1, **fields: Any) -> list
     async def run() -> bytes:
         backend = make_backend(service)
         request = ResponsesRequest.model_validate({"input": "hi", **fields})
-        job = Followed(backend, service.submit(response_spec(backend, request)), ends_job=False)
+        job = Followed(backend, service.submit(response_spec(backend.service, backend, request)), ends_job=False)
         pieces = [piece async for piece in ResponseStream(backend, job, after).stream()]
         backend.close()
         return b"".join(pieces)
@@ -174,7 +174,7 @@ def test_a_stream_goes_on_from_any_number(after: int, cuts: set[int], progress: 
 def test_one_object() -> None:
     async def run(service: AnsweringService) -> dict[str, Any]:
         backend = make_backend(service)
-        spec = response_spec(backend, ResponsesRequest.model_validate({"input": "hi"}))
+        spec = response_spec(backend.service, backend, ResponsesRequest.model_validate({"input": "hi"}))
         try:
             return await ResponseStream(backend, Followed(backend, service.submit(spec))).whole()
         finally:
@@ -191,7 +191,7 @@ def test_an_error_has_a_type_and_the_number_of_the_newest_event() -> None:
     async def run() -> bytes:
         service = AnsweringService(("a",))
         backend = make_backend(service)
-        spec = response_spec(backend, ResponsesRequest.model_validate({"input": "hi"}))
+        spec = response_spec(backend.service, backend, ResponsesRequest.model_validate({"input": "hi"}))
         service.finish = lambda job_id: replace(service.get(job_id))  # type: ignore[method-assign]  # it has not ended
         made = ResponseStream(backend, Followed(backend, service.submit(spec)))
         with pytest.raises(ApiError) as caught:
