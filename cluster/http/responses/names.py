@@ -72,8 +72,9 @@ def flat_tools(tools: Iterable[Any]) -> list[Any]:
 def _members(where: str, space: Mapping[str, Any]) -> Iterable[Any]:
     if not isinstance(space.get("name"), str):
         raise refuse(f"{where}.name", f"{show(space.get('name'))}: must be a text")
-    tools = space.get("tools")
-    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+    if not isinstance(space.get("tools"), list):
+        raise refuse(f"{where}.tools", f"{show(space.get('tools'))}: must be a list of functions")
+    for index, tool in enumerate(space["tools"]):
         at = f"{where}.tools[{index}]"
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
             kind = tool.get("type") if isinstance(tool, Mapping) else None
@@ -87,7 +88,7 @@ def split_names(tools: Iterable[Any]) -> dict[str, tuple[str, str]]:
         str(full_name(space["name"], tool["name"])): (space["name"], tool["name"])
         for space in tools
         if space.get("type") == "namespace"
-        for tool in space.get("tools") or ()
+        for tool in space["tools"]
     }
 
 

@@ -39,6 +39,8 @@ def test_five_deaths_of_the_head(tmp_path: Path) -> None:
         reader = BackgroundReader(client, made.id)
         read_through_deaths(reader, restart, LIVES)
         reader.check()
+        with head.client() as jobs:
+            assert jobs.job(made.id.replace("resp_", "job_")).data.restarts >= len(LIVES) - 1  # it ran when they died
         assert reader.text == undisturbed.text
         assert [event["type"] for event in reader.events] == [event["type"] for event in undisturbed.events]
         again = BackgroundReader(client, made.id)

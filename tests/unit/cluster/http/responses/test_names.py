@@ -39,6 +39,7 @@ def test_functions_of_a_namespace_have_a_name_that_is_split_again() -> None:
 @pytest.mark.parametrize(("tools", "param"), [
     ([{"type": "custom", "name": "a"}], "tools[0].type"), (["a"], "tools[0].type"), ([{"type": []}], "tools[0].type"),
     ([SHELL, {"type": "mcp"}], "tools[1].type"), ([{**DOCS, "name": 1}], "tools[0].name"),
+    ([{**DOCS, "tools": "x"}], "tools[0].tools"), ([{"type": "namespace", "name": "a"}], "tools[0].tools"),
     ([{**DOCS, "tools": [{"type": "custom"}]}], "tools[0].tools[0].type"),
     ([{**DOCS, "tools": [1]}], "tools[0].tools[0].type"),
 ])  # fmt: skip
