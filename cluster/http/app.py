@@ -27,11 +27,13 @@ from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.http.responses import routes as responses
+from cluster.http.responses.request import ResponsesRequest
 from protos.jobs.validate import show
 
 _BODIES = (  # read by the routes themselves
-    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest, CountTokensRequest,
-    BatchRequest,
+    ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest,
+    CountTokensRequest, BatchRequest,
 )  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -64,7 +66,8 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions, messages, files, batches)]
+    modules = (probes, tokens, chat, completions, responses, messages, files, batches)
+    return [module.make_router(backend) for module in modules]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:

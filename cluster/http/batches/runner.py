@@ -49,8 +49,13 @@ _Key = tuple[str, int]  # batch and line
 
 @dataclass
 class _ActiveLine:
-    """A line whose jobs run."""
+    """A line whose jobs run.
 
+    Attributes:
+        owner: the service as who made the batch sees it.
+    """
+
+    owner: TenantService
     line: BatchLine
     endpoint: Endpoint
     asked: RequestModel
@@ -184,7 +189,7 @@ class BatchRunner:
         try:
             asked = parse(endpoint.model, self._body(batch, line)).model_copy(update={"stream": False})
             owner = TenantService(self._service, owner_of(batch))
-            specs = endpoint.specs(self._backend, asked, owner.documents)
+            specs = endpoint.specs(self._backend, asked, owner)
             records = [owner.submit(_of_line(spec, batch, line, index)) for index, spec in enumerate(specs)]
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to this line
             shown = endpoint.error(error, asked)
@@ -194,7 +199,7 @@ class BatchRunner:
             self._answer(batch.id, line, shown.status, "", shown.body)
         else:
             ids = [record.id for record in records]
-            self._active[batch.id, line.line] = _ActiveLine(line, endpoint, asked, ids, set(ids))
+            self._active[batch.id, line.line] = _ActiveLine(owner, line, endpoint, asked, ids, set(ids))
             self._lines |= dict.fromkeys(ids, (batch.id, line.line))
             for record in records:
                 if record.state.is_final:  # made by an earlier head
@@ -252,7 +257,7 @@ class BatchRunner:
     def _store_answer(self, key: _Key, active: _ActiveLine) -> None:
         batch_id, endpoint, asked = key[0], active.endpoint, active.asked
         try:
-            jobs = [EndedJob(self._service, self._service.get(job_id)) for job_id in active.jobs]
+            jobs = [EndedJob(active.owner, active.owner.get(job_id)) for job_id in active.jobs]
             status, body = 200, asyncio.run(_body_of(endpoint, self._backend, asked, jobs))
         except JobStoreError:
             raise

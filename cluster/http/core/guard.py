@@ -135,7 +135,7 @@ class _Answer:
             return
         shown = error.body_for(self._path)
         body = json.dumps(shown).encode()
-        last = named_event(shown) if "type" in shown else event(shown)
+        last = named_event(shown) if "type" in shown else event({"type": "error", **shown})
         async with asyncio.timeout(_LAST_WORD_S if self._started else None):
             if not self._started:
                 headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}

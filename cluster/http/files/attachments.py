@@ -98,6 +98,6 @@ class Attachment:
     def _decoded(self) -> bytes:
         encoded = self.data.partition(",")[2] if self.data.startswith("data:") else self.data
         try:
-            return base64.b64decode(encoded, validate=True)
+            return base64.b64decode("".join(encoded.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise refuse(self.where, f"must be base64: {error}") from error
