@@ -317,7 +317,7 @@ def print_document(document: Document, as_json: bool) -> None:
         "created": _when(document.created), "last use": _when(document.used),
         "expires": "never, it is pinned" if document.pinned else _when(document.expires),
         "appended to": document.parent, "taken from": f"SHA-256 {document.source_hash}" if document.source_hash else "",
-        "kernels": document.kernel_family,
+        "kernels": document.kernel_family, "shared": "with every key" if document.shared else "",
     }  # fmt: skip
     width = max(map(len, rows))
     for name, value in rows.items():

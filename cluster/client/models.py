@@ -26,7 +26,8 @@ class Document:
     when each job has its own. Of its first `stored_tokens` tokens the KV is stored, so a question need not wait until
     they are read; `stored_bytes` are those of all its KV, also that of its questions. `parent` is the id of the
     document it was appended to, `source_hash` the SHA-256 of the file its text was taken from, and `kernel_family`
-    says which kernels computed KV that was imported; all three are empty where there is none.
+    says which kernels computed KV that was imported; all three are empty where there is none. A `shared` document is
+    seen by every API key of the head, others by keys of its owner's name only.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Document:
     parent: str = ""
     source_hash: str = ""
     kernel_family: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,18 +40,20 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class DocumentHeader(_message.Message):
-    __slots__ = ("name", "append_to", "max_tokens", "source_hash", "pinned")
+    __slots__ = ("name", "append_to", "max_tokens", "source_hash", "pinned", "shared")
     NAME_FIELD_NUMBER: _ClassVar[int]
     APPEND_TO_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_HASH_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     name: str
     append_to: str
     max_tokens: int
     source_hash: str
     pinned: bool
-    def __init__(self, name: _Optional[str] = ..., append_to: _Optional[str] = ..., max_tokens: _Optional[int] = ..., source_hash: _Optional[str] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    shared: bool
+    def __init__(self, name: _Optional[str] = ..., append_to: _Optional[str] = ..., max_tokens: _Optional[int] = ..., source_hash: _Optional[str] = ..., pinned: _Optional[bool] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class DocumentPiece(_message.Message):
     __slots__ = ("header", "data")
@@ -62,7 +64,7 @@ class DocumentPiece(_message.Message):
     def __init__(self, header: _Optional[_Union[DocumentHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Document(_message.Message):
-    __slots__ = ("id", "name", "size_bytes", "created", "expires", "tokens", "scale_len", "pinned", "used", "stored_tokens", "stored_bytes", "parent", "source_hash", "kernel_family")
+    __slots__ = ("id", "name", "size_bytes", "created", "expires", "tokens", "scale_len", "pinned", "used", "stored_tokens", "stored_bytes", "parent", "source_hash", "kernel_family", "shared")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +79,7 @@ class Document(_message.Message):
     PARENT_FIELD_NUMBER: _ClassVar[int]
     SOURCE_HASH_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     size_bytes: int
@@ -91,7 +94,8 @@ class Document(_message.Message):
     parent: str
     source_hash: str
     kernel_family: str
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created: _Optional[float] = ..., expires: _Optional[float] = ..., tokens: _Optional[int] = ..., scale_len: _Optional[int] = ..., pinned: _Optional[bool] = ..., used: _Optional[float] = ..., stored_tokens: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., parent: _Optional[str] = ..., source_hash: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
+    shared: bool
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created: _Optional[float] = ..., expires: _Optional[float] = ..., tokens: _Optional[int] = ..., scale_len: _Optional[int] = ..., pinned: _Optional[bool] = ..., used: _Optional[float] = ..., stored_tokens: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., parent: _Optional[str] = ..., source_hash: _Optional[str] = ..., kernel_family: _Optional[str] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class DocumentRequest(_message.Message):
     __slots__ = ("id",)
