@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import JobRecord
 from cluster.text.token_bytes import token_bytes
 from cluster.text.tokenizer import TextTokenizer
+from cluster.text.tools.events import AnswerText, ScannedText, ToolEvent
+from cluster.text.tools.formats import ToolFormat, make_scanner
+from protos.jobs.chat import Tool, ToolChoice
 
 
 class Answer:
@@ -35,6 +38,41 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": self.num_reasoning},
         }
+
+
+class AnswerScanner:
+    """Splits the text of one answer into text and tool calls; without tools all of it is text.
+
+    Attributes:
+        found: text and calls so far.
+    """
+
+    def __init__(self, form: ToolFormat, tools: Iterable[Tool], choice: ToolChoice) -> None:
+        """
+        Args:
+            choice: with `one_call`, calls after the first are dropped.
+        """
+        self.found = ScannedText()
+        self._scanner = make_scanner(form, tools, choice)
+        self._max_calls = 1 if choice.one_call else None
+
+    def push(self, text: str) -> list[ToolEvent]:
+        """Return what the next text of the answer has in it."""
+        if self._scanner is not None:
+            return self._take(self._scanner.push(text))
+        return self._take([AnswerText(text)] if text else [])
+
+    def flush(self) -> list[ToolEvent]:
+        """Return what was held back: the answer has ended."""
+        return self._take(self._scanner.flush()) if self._scanner is not None else []
+
+    def _take(self, events: Iterable[ToolEvent]) -> list[ToolEvent]:
+        kept = [event for event in events if isinstance(event, AnswerText) or self._is_wanted(event.index)]
+        self.found.add(kept)
+        return kept
+
+    def _is_wanted(self, index: int) -> bool:
+        return self._max_calls is None or index < self._max_calls
 
 
 def finish_reason(record: JobRecord) -> str:

@@ -21,8 +21,16 @@ from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.http.responses import routes as responses
+from cluster.http.responses.request import ResponsesRequest
 
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)  # read by the routes themselves
+_BODIES = (
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)  # read by the routes themselves
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -53,7 +61,7 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions)]
+    return [module.make_router(backend) for module in (probes, tokens, chat, completions, responses)]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:

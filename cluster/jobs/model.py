@@ -168,6 +168,7 @@ class JobSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""  # it shares KV with jobs of the same one only
     shorten: bool = False  # `ask.max_tokens` is lowered to what the context has room for
+    request: str = ""  # JSON of what its protocol shows again with the job; nothing else reads it
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -189,6 +190,8 @@ class JobSpec:
             values["said"] = said
         if values["ask"]["structured_outputs"] is None:
             del values["ask"]["structured_outputs"]  # as before there was such a thing
+        if not values["request"]:
+            del values["request"]  # as before there was such a thing
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
         if values.pop("shorten"):  # what it was lowered to is not said by the client

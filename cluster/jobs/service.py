@@ -26,6 +26,7 @@ from cluster.engine.outputs import OutputToken
 from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.document.kv import DocumentKv
+from cluster.jobs.document.preload import DocumentPreload
 from cluster.jobs.document.tokens import DocumentCounter
 from cluster.jobs.document.transfer import DocumentTransfer
 from cluster.jobs.documents import DocumentStore
@@ -85,6 +86,7 @@ class JobService(JobExecution):
         self._counter = DocumentCounter(partial(document_ids, runtime, self.document_tokens, wait_s=None))
         self.document_kv = DocumentKv(store, runtime.kv_store, self._keep_pages)
         self._transfer = DocumentTransfer(runtime, documents, self.document_tokens, self.document_kv)
+        self._preload = DocumentPreload(runtime, documents, self.document_tokens, self.stored_kv)
         self._draining = False  # no job is taken any more
         self._started = self.now()
 
@@ -94,12 +96,8 @@ class JobService(JobExecution):
     def threads(self) -> list[Watched]:
         """The threads without which jobs do not go on."""
         supervisor = self._supervisor.thread
-        return [
-            self._recorder.thread,
-            self._timer,
-            self._counter.thread,
-            *([supervisor] if supervisor is not None else []),
-        ]
+        own: list[Watched] = [self._recorder.thread, self._timer, self._counter.thread, self._preload.thread]
+        return own if supervisor is None else [*own, supervisor]
 
     def start(self) -> None:
         """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
@@ -114,6 +112,7 @@ class JobService(JobExecution):
             self._counter.start(self._store.uncounted_documents(_COUNT_AT_START))
         self._timer.start()
         self._supervisor.supervise(self)
+        self._preload.start()
 
     @property
     def is_draining(self) -> bool:
@@ -134,6 +133,7 @@ class JobService(JobExecution):
         self._store.stop_waiting()  # for another process that has locked the database
         self._timer.join()
         self._counter.close()
+        self._preload.close()
         self._recorder.close()  # before the supervision ends: that waits for what is being recorded
         self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._subscriptions.close()
@@ -234,6 +234,7 @@ class JobService(JobExecution):
         """Store the document of an archive. Raises as `DocumentTransfer.take_in`."""
         record = self._transfer.take_in(pieces, max_bytes, tenant)
         self._count_later(record)
+        self._preload.add(record.id)
         return record
 
     def _count_later(self, record: DocumentRecord) -> None:

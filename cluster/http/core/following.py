@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
@@ -29,21 +29,32 @@ _log = logging.getLogger(__name__)
 
 
 class Followed:
-    """An attached job of one request; it is cancelled at the end of the request, unless it has ended by then.
+    """A job that one request follows.
 
     Attributes:
         record: the job, at last as it ended.
     """
 
-    def __init__(self, backend: Backend, record: JobRecord) -> None:
+    def __init__(self, backend: Backend, record: JobRecord, ends_job: bool = True) -> None:
+        """
+        Args:
+            ends_job: the job is cancelled at the end of the request, unless it has ended by then.
+        """
         self.record = record
         self._backend = backend
-        self._stream = backend.service.stream(record.id)
+        self._ends_job = ends_job
+        self._stream: Generator[JobEvent] | None = None
         # the first event at once: from then on the job counts as followed
-        self._pull: Future[JobEvent | bool] = backend.followers.submit(next, self._stream, False)
+        self._pull: Future[JobEvent | bool] = backend.followers.submit(self._next)
+
+    def _next(self) -> JobEvent | bool:
+        """Return the next event, False if there is none; blocks. The job is read here: it may have a long prompt."""
+        if self._stream is None:
+            self._stream = self._backend.service.stream(self.record.id)
+        return next(self._stream, False)
 
     async def events(self) -> AsyncIterator[JobEvent]:
-        """Yield the events of the job from its first token on, until it has ended; called once.
+        """Yield the events of the job from its first token on, until the record of its end; called once.
 
         None, at least every two seconds, says that there is nothing new. Raises ApiError: the head is stopping.
         """
@@ -52,12 +63,14 @@ class Followed:
             if event is False:
                 problem = "the head is stopping: ask again in a moment"
                 raise ApiError(503, problem, kind=SERVER, code="stopping", retry_after_s=5.0)
+            is_last = False
             if isinstance(event, JobRecord):
                 self.record = event
+                is_last = event.state.is_final
             yield event  # type: ignore[misc]
-            if self.record.state.is_final:
+            if is_last:
                 return
-            self._pull = self._backend.followers.submit(next, self._stream, False)
+            self._pull = self._backend.followers.submit(self._next)
 
     def leave(self) -> None:
         """Let a thread end what is left."""
@@ -66,29 +79,39 @@ class Followed:
 
     def _leave(self) -> None:
         try:
-            if not self.record.state.is_final:
+            if self._ends_job and not self.record.state.is_final:
                 self._backend.service.cancel(self.record.id)  # wakes the thread that waits for news
             if not self._pull.cancel():
                 with suppress(Exception):  # was raised to who asked for it
                     self._pull.result()
-            self._stream.close()
+            if self._stream is not None:
+                self._stream.close()
         except JobError as error:
             _log.warning("job %s: cannot be left: %s", self.record.id, one_line(error))
         except Exception:  # noqa: BLE001 - nobody waits for this
             _log.exception("job %s: cannot be left", self.record.id)
 
 
-async def submit(backend: Backend, request: Request, make_spec: Callable[[], JobSpec]) -> Followed:
+async def store(backend: Backend, request: Request, make_spec: Callable[[], JobSpec]) -> JobRecord:
     """Return the job of a request, stored and queued. Raises what making the spec and submitting raise.
 
     Args:
         make_spec: called in a thread.
     """
     call = call_of(request)
-    record = await backend.call(lambda: call.service.submit(make_spec()))
-    followed = Followed(backend, record)
-    call.at_end(followed.leave)
+    return await backend.call(lambda: call.service.submit(make_spec()))
+
+
+def follow(backend: Backend, request: Request, record: JobRecord, ends_job: bool) -> Followed:
+    """Return a job that is followed until the end of the request. Args: `ends_job` as of `Followed`."""
+    followed = Followed(backend, record, ends_job)
+    call_of(request).at_end(followed.leave)
     return followed
+
+
+async def submit(backend: Backend, request: Request, make_spec: Callable[[], JobSpec]) -> Followed:
+    """Return the job of a request, which ends with the request. Args and errors: as of `store`."""
+    return follow(backend, request, await store(backend, request, make_spec), ends_job=True)
 
 
 def check_outcome(record: JobRecord) -> None:

@@ -20,6 +20,7 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.calls import HttpCall, no_key
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.core.following import ClientGone
+from cluster.http.core.sse import event
 from cluster.jobs.tenants.tenant import ANYONE
 
 # monitors and load balancers have no key; they only learn whether the server is serving
@@ -141,7 +142,8 @@ class _Answer:
                 await self._send({"type": "http.response.start", "status": error.status, "headers": raw})
                 await self._send({"type": "http.response.body", "body": body})
             elif self._is_stream:
-                await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+                last = event({"type": "error", **error.body})
+                await self._send({"type": "http.response.body", "body": last})
 
 
 def _headers(scope: Scope) -> dict[str, list[str]]:

@@ -14,6 +14,11 @@ def event(data: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Return one event that has its `type` as its name too."""
+    return f"event: {data['type']}\n".encode() + event(data)
+
+
 def error_event(error: Exception) -> bytes:
     """Return an error as an event."""
     return event(to_api_error(error).body)

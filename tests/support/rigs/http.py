@@ -63,6 +63,9 @@ class AnsweringService(FakeJobService):
         self.key_names.append(tenant.name)
         return super().submit(spec, tenant)
 
+    def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> list[OutputToken]:
+        return self.output[after : min(after + limit, self.get(job_id).last_event)]
+
     def _events(self, job_id: str, after: int) -> Iterator[JobEvent]:
         for event in super()._events(job_id, after):
             endless = isinstance(event, list) and self.endless

@@ -40,6 +40,18 @@ def test_events_come_until_the_job_has_ended() -> None:
     asyncio.run(run())
 
 
+def test_a_job_that_has_ended_is_followed_from_its_first_token() -> None:
+    async def run() -> None:
+        service = AnsweringService()
+        backend = make_backend(service)
+        job = Followed(backend, service.finish(service.submit(SPEC).id), ends_job=False)
+        found = [event async for event in job.events()]
+        assert [event for event in found if isinstance(event, list)] == service.events
+        backend.close()
+
+    asyncio.run(run())
+
+
 def test_a_job_is_followed_before_anybody_asks_for_its_events() -> None:
     """One that nobody follows would be cancelled after a while: answers to several prompts are shown one by one."""
 
@@ -67,6 +79,21 @@ def test_leaving_a_job_cancels_it(taken: int) -> None:
         job.leave()
         until(lambda: service.get(job.record.id).state is JobState.CANCELLED)
         until(service.closed.is_set)
+        backend.close()
+
+    asyncio.run(run())
+
+
+def test_leaving_a_job_that_goes_on_without_its_client() -> None:
+    async def run() -> None:
+        service = AnsweringService()
+        service.endless = True
+        backend = make_backend(service)
+        job = Followed(backend, service.submit(SPEC), ends_job=False)
+        await anext(job.events())
+        job.leave()
+        until(service.closed.is_set)
+        assert not service.get(job.record.id).state.is_final
         backend.close()
 
     asyncio.run(run())

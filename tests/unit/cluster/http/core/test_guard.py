@@ -61,7 +61,7 @@ def test_a_call_that_gives_way_says_so(started: bool) -> None:
     assert start["status"] == (200 if started else 429)
     assert b"others want its place" in body["body"]
     assert not body.get("more_body")
-    assert body["body"].startswith(b"data: ") == started
+    assert body["body"].startswith(b'data: {"type":"error",') == started
 
 
 def test_another_cancellation_is_not_swallowed() -> None:

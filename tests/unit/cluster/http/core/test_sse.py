@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from cluster.http.core.errors import ApiError
-from cluster.http.core.sse import error_event, event
+from cluster.http.core.sse import error_event, event, named_event
 
 
 def test_an_event_is_one_line_whatever_its_text() -> None:
@@ -14,6 +14,10 @@ def test_an_event_is_one_line_whatever_its_text() -> None:
     assert raw.endswith(b"\n\n")
     assert raw.count(b"\n") == 2
     assert json.loads(raw.removeprefix(b"data: ")) == {"text": "a\r\nb\u2028€"}
+
+
+def test_an_event_may_have_a_name() -> None:
+    assert named_event({"type": "a.b", "n": 1}) == b'event: a.b\ndata: {"type":"a.b","n":1}\n\n'
 
 
 def test_an_error_is_an_event() -> None:
