@@ -1,6 +1,7 @@
 """Every route and method: without a key, with a wrong one, and with that of another tenant.
 
-A route needs a rule in `RULES`: who may call it, and what of a tenant it names. One without fails here.
+A route needs a rule in `RULES`: who may call it, and what of a tenant it names, in its path or in what is sent. One
+without fails here.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Send = Callable[[str], dict[str, Any]]  # from the public id of an object, what 
 
 @dataclass(frozen=True)
 class Rule:
-    """Who may call a route.
+    """Who may call a route, in one way of calling it.
 
     Attributes:
         who: "open": no key is needed; "key": any key, and the answer has nothing of anybody; "admin"; "own": it makes
@@ -51,48 +52,8 @@ class Rule:
     """
 
     who: str
-    make: Callable[[TenantService], str] | None = None
+    make: Callable[[Rig], str] | None = None
     send: Send = lambda name: {}
-
-
-def chat(content: Any) -> Send:
-    return lambda name: {"json": {"messages": [{"role": "user", "content": content}], "max_tokens": 2}}
-
-
-RULES: dict[tuple[str, str], Rule] = {
-    **{(method, path): Rule("open") for method in ("GET", "HEAD") for path in ("/health", "/ready")},
-    **{("GET", path): Rule("key") for path in ("/version", "/v1/models", "/v1/models/{model:path}", "/openapi.json")},
-    ("HEAD", "/openapi.json"): Rule("key"),
-    ("POST", "/tokenize"): Rule("key", send=lambda name: {"json": {"prompt": "a"}}),
-    ("POST", "/detokenize"): Rule("key", send=lambda name: {"json": {"tokens": [1]}}),
-    ("GET", "/metrics"): Rule("admin"),
-    ("POST", "/v1/chat/completions"): Rule("own", send=chat("a")),
-    ("POST", "/v1/completions"): Rule("own", send=lambda name: {"json": {"prompt": "a", "max_tokens": 2}}),
-}
-
-
-def submit(service: TenantService) -> str:
-    spec = JobSpec(JobInput(prompt=MARK), AnswerOptions(max_tokens=2), labels={"mark": MARK})
-    return service.submit(spec).id
-
-
-def upload(service: TenantService) -> str:
-    return service.add_document(MARK, [MARK.encode()], 1 << 20).id
-
-
-def every_route() -> set[tuple[str, str]]:
-    """Method and path of every route, as the application has them."""
-    backend = Backend(None, fake_runtime(), ServerSection(), CallPool(9, "the limit"))  # type: ignore[arg-type]
-    try:
-        routes = [*make_routes(backend).routes, *(route for router in make_routers(backend) for route in router.routes)]
-    finally:
-        backend.close()
-    return {
-        (method, route.path)
-        for route in routes
-        if isinstance(route, Route | APIRoute)
-        for method in route.methods or ()
-    }
 
 
 class Rig:
@@ -102,7 +63,7 @@ class Rig:
         self.bench = bench
         self.backend = Backend(bench.service, bench.runtime, ServerSection(), CallPool(64, "the limit"))
         self.app = make_app(self.backend, ApiKeys(KEYS))
-        self.ids = [submit(self.of("ann")), upload(self.of("ann"))]
+        self.ids = [job(self), document(self)]
 
     def of(self, name: str) -> TenantService:
         return TenantService(self.bench.service, Tenant(name))
@@ -122,6 +83,80 @@ class Rig:
         return MARK in text or any(one.partition("_")[2] in text for one in self.ids if one not in known)
 
 
+def job(rig: Rig) -> str:
+    """A job of ann that has ended."""
+    spec = JobSpec(JobInput(prompt=MARK), AnswerOptions(max_tokens=2), labels={"mark": MARK})
+    return rig.of("ann").wait(rig.of("ann").submit(spec).id, 20).id
+
+
+def document(rig: Rig) -> str:
+    return rig.of("ann").add_document(MARK, [MARK.encode()], 1 << 20).id
+
+
+def response(rig: Rig) -> str:
+    """A stored response of ann that has ended."""
+    body = {"input": MARK, "background": True, "max_output_tokens": 16}
+    name: str = rig.call("POST", "/v1/responses", ANN, json=body).json()["id"]
+    rig.of("ann").wait(f"job_{name.partition('_')[2]}", 20)
+    return name
+
+
+def ask(**more: Any) -> Send:
+    """A request for a response; NAME in its values stands for an id."""
+    text = json.dumps({"input": "a", "max_output_tokens": 16, **more})
+    return lambda name: {"json": json.loads(text.replace("NAME", name))}
+
+
+def chat(content: Any) -> Send:
+    """A chat completion; NAME in its content stands for an id."""
+    text = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 2})
+    return lambda name: {"json": json.loads(text.replace("NAME", name))}
+
+
+FILE = [{"type": "text", "text": "why?"}, {"type": "file", "file": {"file_id": "NAME"}}]
+RULES: dict[tuple[str, str], list[Rule]] = {
+    **{(method, path): [Rule("open")] for method in ("GET", "HEAD") for path in ("/health", "/ready")},
+    **{("GET", path): [Rule("key")] for path in ("/version", "/v1/models", "/v1/models/{model:path}", "/openapi.json")},
+    ("HEAD", "/openapi.json"): [Rule("key")],
+    ("POST", "/tokenize"): [Rule("key", send=lambda name: {"json": {"prompt": "a"}})],
+    ("POST", "/detokenize"): [Rule("key", send=lambda name: {"json": {"tokens": [1]}})],
+    ("GET", "/metrics"): [Rule("admin")],
+    ("POST", "/v1/chat/completions"): [Rule("own", send=chat("a")), Rule("owner", document, chat(FILE))],
+    ("POST", "/v1/responses"): [
+        Rule("own", send=ask()),
+        Rule("own", send=ask(stream=True)),
+        Rule("own", send=ask(background=True)),
+        Rule("owner", response, ask(previous_response_id="NAME")),
+    ],
+    ("GET", "/v1/responses/{response_id}"): [
+        Rule("owner", response),
+        Rule("owner", response, lambda name: {"params": {"stream": "true"}}),
+    ],
+    ("GET", "/v1/responses/{response_id}/input_items"): [Rule("owner", response)],
+    ("POST", "/v1/responses/{response_id}/cancel"): [Rule("owner", response)],
+    ("DELETE", "/v1/responses/{response_id}"): [Rule("owner", response)],
+    ("POST", "/v1/completions"): [Rule("own", send=lambda name: {"json": {"prompt": "a", "max_tokens": 2}})],
+}
+
+
+EVERY = [(*route, rule) for route, rules in RULES.items() for rule in rules]
+
+
+def every_route() -> set[tuple[str, str]]:
+    """Method and path of every route, as the application has them."""
+    backend = Backend(None, fake_runtime(), ServerSection(), CallPool(9, "the limit"))  # type: ignore[arg-type]
+    try:
+        routes = [*make_routes(backend).routes, *(route for router in make_routers(backend) for route in router.routes)]
+    finally:
+        backend.close()
+    return {
+        (method, route.path)
+        for route in routes
+        if isinstance(route, Route | APIRoute)
+        for method in route.methods or ()
+    }
+
+
 @pytest.fixture
 def rig(bench: Bench) -> Iterator[Rig]:
     made = Rig(bench)
@@ -137,14 +172,14 @@ def request_of(path: str, rule: Rule, name: str) -> tuple[str, dict[str, Any]]:
 def test_every_route_has_a_rule() -> None:
     """A new one: say in RULES who may call it, and what it names."""
     assert every_route() - RULES.keys() == set()
-    assert {key for key, rule in RULES.items() if rule.who == "open"} == OPEN
+    assert {(method, path) for method, path, rule in EVERY if rule.who == "open"} == OPEN
 
 
 @pytest.mark.parametrize("key", ["", "wrong" * 4, ANN[:-1], f"ann:{ANN}"])
 def test_without_a_valid_key_nothing_is_served(rig: Rig, key: str) -> None:
     refused = set()
-    for (method, path), rule in RULES.items():
-        name = rule.make(rig.of("ann")) if rule.make is not None else "x"
+    for method, path, rule in EVERY:
+        name = rule.make(rig) if rule.make is not None else "x"
         target, sent = request_of(path, rule, name)
         answer = rig.call(method, target, key, **sent)
         if rule.who == "open":
@@ -158,7 +193,7 @@ def test_without_a_valid_key_nothing_is_served(rig: Rig, key: str) -> None:
 
 
 def test_another_key_gets_what_an_unknown_object_gives(rig: Rig) -> None:
-    for (method, path), rule in RULES.items():
+    for method, path, rule in EVERY:
         if rule.make is None:
             target, sent = request_of(path, rule, "needle")
             answer = rig.call(method, target, BOB, **sent)
@@ -166,7 +201,7 @@ def test_another_key_gets_what_an_unknown_object_gives(rig: Rig) -> None:
             assert answer.status_code < 500, (method, path, answer.text)
             assert not rig.leaks(answer), (method, path)
             continue
-        name = rule.make(rig.of("ann"))
+        name = rule.make(rig)
         rig.ids.append(name)
         absent = re.sub(r"[0-9a-f]{32}", UNKNOWN, name)
         told = []
@@ -188,7 +223,7 @@ def test_an_admin_may_see_metrics(rig: Rig) -> None:
 
 
 def test_what_a_caller_makes_is_its_own(rig: Rig) -> None:
-    for (method, path), rule in RULES.items():
+    for method, path, rule in EVERY:
         if rule.who == "own":
             before = {record.id for record in rig.of("bob").jobs([], {}, 100, "")[0]}
             target, sent = request_of(path, rule, "x")
