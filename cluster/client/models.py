@@ -181,7 +181,8 @@ class ClusterStatus:
     After `repairs` failures of the pipeline only some stages were replaced, after `full_restarts` all of it was; the
     newest recovery took `last_recovery_s`. `epoch` is 1 when a pipeline is started, and one more with each repair.
     `problem` says why the head does not serve as it should and is empty when all is well. `http_url` is where it serves
-    OpenAI's protocols, empty where it does not.
+    OpenAI's protocols, empty where it does not. `own_only`: the API key is no admin's, so jobs are those of its name,
+    and `kv_usage` and `kv_store_bytes`, which show what others do, are 0.
     """
 
     model: str
@@ -201,6 +202,7 @@ class ClusterStatus:
     last_recovery_s: float = 0.0
     epoch: int = 0
     http_url: str = ""
+    own_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -610,7 +610,7 @@ class StageStatus(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[str] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., late: _Optional[int] = ...) -> None: ...
 
 class ClusterStatusReply(_message.Message):
-    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem", "kv_store_bytes", "kv_store_max_bytes", "repairs", "full_restarts", "last_recovery_s", "epoch", "http_url")
+    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem", "kv_store_bytes", "kv_store_max_bytes", "repairs", "full_restarts", "last_recovery_s", "epoch", "http_url", "own_only")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -628,6 +628,7 @@ class ClusterStatusReply(_message.Message):
     LAST_RECOVERY_S_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HTTP_URL_FIELD_NUMBER: _ClassVar[int]
+    OWN_ONLY_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     queued: int
@@ -645,4 +646,5 @@ class ClusterStatusReply(_message.Message):
     last_recovery_s: float
     epoch: int
     http_url: str
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ..., kv_store_bytes: _Optional[int] = ..., kv_store_max_bytes: _Optional[int] = ..., repairs: _Optional[int] = ..., full_restarts: _Optional[int] = ..., last_recovery_s: _Optional[float] = ..., epoch: _Optional[int] = ..., http_url: _Optional[str] = ...) -> None: ...
+    own_only: bool
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ..., kv_store_bytes: _Optional[int] = ..., kv_store_max_bytes: _Optional[int] = ..., repairs: _Optional[int] = ..., full_restarts: _Optional[int] = ..., last_recovery_s: _Optional[float] = ..., epoch: _Optional[int] = ..., http_url: _Optional[str] = ..., own_only: _Optional[bool] = ...) -> None: ...
