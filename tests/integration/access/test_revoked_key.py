@@ -19,6 +19,7 @@ from cluster.access.key_file import KeyFile
 from cluster.access.live_keys import LiveKeys
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.http.http_server import HttpServer
+from cluster.jobs.subscriptions import JobEvent
 from cluster.jobs.tenants.tenant import Tenant
 from cluster.server.grpc_server import GrpcServer
 from protos.jobs import jobs_pb2 as pb
@@ -28,6 +29,15 @@ from tests.support.fakes.jobs_api import channel_to
 from tests.support.rigs.http import AnsweringService, make_backend
 
 CHAT = {"messages": [{"role": "user", "content": "a"}], "stream": True}
+
+
+class SteadyService(AnsweringService):
+    """Its streams have some 100 tokens a second."""
+
+    def _events(self, job_id: str, after: int) -> Iterator[JobEvent]:
+        for event in super()._events(job_id, after):
+            time.sleep(0.01)
+            yield event
 
 
 @dataclass
@@ -48,18 +58,20 @@ class Rig:
         request = pb.StreamRequest(id=self.submit(key))
         try:
             for _ in self.stub.Stream(request, metadata=[("authorization", f"Bearer {key}")], timeout=30):
-                time.sleep(0.001)
+                pass
         except grpc.RpcError as error:
             return error.code()
         return None
 
     def chat(self, key: str) -> str:
         """Read a chat over HTTP until it ends; return its last event."""
-        last = ""
+        last, until = "", time.monotonic() + 30
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=CHAT, headers=headers, timeout=30) as answer:
             for line in answer.iter_lines():
                 last = line or last
+                if time.monotonic() > until:
+                    return "it did not end"
         return last
 
 
@@ -67,7 +79,7 @@ class Rig:
 def rig(tmp_path: Path) -> Iterator[Rig]:
     file = KeyFile(tmp_path / "keys")
     law, ops = file.create(Tenant("law")), file.create(Tenant("ops"))
-    service = AnsweringService()
+    service = SteadyService()
     service.endless = True
     backend = make_backend(service)
     audit = AuditLog(tmp_path / "audit.jsonl")

@@ -241,4 +241,4 @@ def test_no_route_goes_around_the_tenants() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "service" and ast.unparse(node.value).endswith("backend")
     }
-    assert found <= {"core/calls.py", "core/following.py", "probes.py", "http_server.py"}
+    assert found <= {"core/calls.py", "core/following.py", "probes.py"}
