@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ _MAX_BYTES = 10 << 20  # of a file; then it is renamed to audit.jsonl.1, and so 
 _KEPT = 9  # older files
 _REFUSALS_EVERY_S = 10.0  # between lines about refused calls
 _MAX_METHOD = 100  # characters of what was refused
+_log = logging.getLogger(__name__)
 
 
 class AuditLog:
@@ -70,6 +72,9 @@ class AuditLog:
 
 
 class _PrivateFile(RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        _log.error("the audit log cannot be written (%s): it lacks %s", sys.exc_info()[1], record.getMessage())
+
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return open(descriptor, "a", encoding=self.encoding)

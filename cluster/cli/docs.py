@@ -77,11 +77,12 @@ def list_documents(**options: Any) -> None:
 @_read_option
 @click.option("--max-tokens", type=Count(), help="Length that it may grow to; see docs append.")
 @click.option("--pin", is_flag=True, help="Keep it, with its stored KV, until it is unpinned or deleted.")
+@click.option("--share", is_flag=True, help="Let every API key of the head read it and ask about it.")
 @_encoding_option
 @head_options
 def add(
     sources: tuple[Path, ...], together: bool, name: str | None, read: bool, max_tokens: int | None, pin: bool,
-    encoding: str | None, **options: Any,
+    share: bool, encoding: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Add documents and print their ids; the same text has the same id.
 
@@ -97,7 +98,9 @@ def add(
     with open_client(options) as client, slow_progress(options["as_json"]) as progress:
         for source in [list(sources)] if together else [[source] for source in sources]:
             text = output.read_paths(source, encoding, progress)
-            document = client.documents.add(text, name=name, max_tokens=max_tokens, pinned=pin, progress=progress)
+            document = client.documents.add(
+                text, name=name, max_tokens=max_tokens, pinned=pin, shared=share, progress=progress
+            )
             added.append(_finish(client, document, read, options))
     if options["as_json"]:
         say_json(added)

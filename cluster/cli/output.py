@@ -317,7 +317,7 @@ def print_document(document: Document, as_json: bool) -> None:
         "created": _when(document.created), "last use": _when(document.used),
         "expires": "never, it is pinned" if document.pinned else _when(document.expires),
         "appended to": document.parent, "taken from": f"SHA-256 {document.source_hash}" if document.source_hash else "",
-        "kernels": document.kernel_family,
+        "kernels": document.kernel_family, "shared": "with every key" if document.shared else "",
     }  # fmt: skip
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -368,11 +368,11 @@ def print_status(status: ClusterStatus, address: str, as_json: bool) -> None:
     where = f"{address}, HTTP at {status.http_url}" if status.http_url else address
     say(f"{status.model} at {where}, version {status.version}, up {format_duration(status.uptime_s)}")
     size, quota = format_bytes(status.kv_store_bytes), status.kv_store_max_bytes
-    stored = f"stored KV {size} of {format_bytes(quota)}; " if quota else ""
-    click.echo(  # numbers only
-        f"{status.running} running, {status.queued} queued; KV {status.kv_usage:.0%} of {status.kv_tokens:,} tokens; "
-        f"{stored}contexts up to {status.max_model_len:,} tokens\n"
-    )
+    stored = f"stored KV {size} of {format_bytes(quota)}; " if quota and not status.own_only else ""
+    used, whose = ("", " of this key") if status.own_only else (f"{status.kv_usage:.0%} of ", "")
+    jobs = f"{status.running} running, {status.queued} queued{whose}"  # numbers only
+    kv = f"KV {used}{status.kv_tokens:,} tokens; {stored}"
+    click.echo(f"{jobs}; {kv}contexts up to {status.max_model_len:,} tokens\n")
     if recoveries := status.repairs + status.full_restarts:
         kinds = f"by replacing stages {status.repairs} times, by a full restart {status.full_restarts} times"
         last = format_duration(status.last_recovery_s)

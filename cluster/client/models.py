@@ -26,7 +26,8 @@ class Document:
     when each job has its own. Of its first `stored_tokens` tokens the KV is stored, so a question need not wait until
     they are read; `stored_bytes` are those of all its KV, also that of its questions. `parent` is the id of the
     document it was appended to, `source_hash` the SHA-256 of the file its text was taken from, and `kernel_family`
-    says which kernels computed KV that was imported; all three are empty where there is none.
+    says which kernels computed KV that was imported; all three are empty where there is none. A `shared` document is
+    seen by every API key of the head, others by keys of its owner's name only.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Document:
     parent: str = ""
     source_hash: str = ""
     kernel_family: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,8 @@ class ClusterStatus:
     After `repairs` failures of the pipeline only some stages were replaced, after `full_restarts` all of it was; the
     newest recovery took `last_recovery_s`. `epoch` is 1 when a pipeline is started, and one more with each repair.
     `problem` says why the head does not serve as it should and is empty when all is well. `http_url` is where it serves
-    OpenAI's protocols, empty where it does not.
+    OpenAI's protocols, empty where it does not. `own_only`: the API key is no admin's, so jobs are those of its name,
+    and `kv_usage` and `kv_store_bytes`, which show what others do, are 0.
     """
 
     model: str
@@ -199,6 +202,7 @@ class ClusterStatus:
     last_recovery_s: float = 0.0
     epoch: int = 0
     http_url: str = ""
+    own_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,7 @@ class _Jobs(rpc.JobsServicer):
         service = self._of(context)
         record = service.add_document(
             header.name, self._pieces(requests, context), self._max_document_bytes, max_tokens=header.max_tokens,
-            pinned=header.pinned, source_hash=header.source_hash, append_to=header.append_to,
+            pinned=header.pinned, source_hash=header.source_hash, append_to=header.append_to, shared=header.shared,
         )  # fmt: skip
         return _document(service, record)
 

@@ -40,18 +40,20 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class DocumentHeader(_message.Message):
-    __slots__ = ("name", "append_to", "max_tokens", "source_hash", "pinned")
+    __slots__ = ("name", "append_to", "max_tokens", "source_hash", "pinned", "shared")
     NAME_FIELD_NUMBER: _ClassVar[int]
     APPEND_TO_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_HASH_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     name: str
     append_to: str
     max_tokens: int
     source_hash: str
     pinned: bool
-    def __init__(self, name: _Optional[str] = ..., append_to: _Optional[str] = ..., max_tokens: _Optional[int] = ..., source_hash: _Optional[str] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    shared: bool
+    def __init__(self, name: _Optional[str] = ..., append_to: _Optional[str] = ..., max_tokens: _Optional[int] = ..., source_hash: _Optional[str] = ..., pinned: _Optional[bool] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class DocumentPiece(_message.Message):
     __slots__ = ("header", "data")
@@ -62,7 +64,7 @@ class DocumentPiece(_message.Message):
     def __init__(self, header: _Optional[_Union[DocumentHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Document(_message.Message):
-    __slots__ = ("id", "name", "size_bytes", "created", "expires", "tokens", "scale_len", "pinned", "used", "stored_tokens", "stored_bytes", "parent", "source_hash", "kernel_family")
+    __slots__ = ("id", "name", "size_bytes", "created", "expires", "tokens", "scale_len", "pinned", "used", "stored_tokens", "stored_bytes", "parent", "source_hash", "kernel_family", "shared")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +79,7 @@ class Document(_message.Message):
     PARENT_FIELD_NUMBER: _ClassVar[int]
     SOURCE_HASH_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FAMILY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     size_bytes: int
@@ -91,7 +94,8 @@ class Document(_message.Message):
     parent: str
     source_hash: str
     kernel_family: str
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created: _Optional[float] = ..., expires: _Optional[float] = ..., tokens: _Optional[int] = ..., scale_len: _Optional[int] = ..., pinned: _Optional[bool] = ..., used: _Optional[float] = ..., stored_tokens: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., parent: _Optional[str] = ..., source_hash: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
+    shared: bool
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created: _Optional[float] = ..., expires: _Optional[float] = ..., tokens: _Optional[int] = ..., scale_len: _Optional[int] = ..., pinned: _Optional[bool] = ..., used: _Optional[float] = ..., stored_tokens: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., parent: _Optional[str] = ..., source_hash: _Optional[str] = ..., kernel_family: _Optional[str] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class DocumentRequest(_message.Message):
     __slots__ = ("id",)
@@ -606,7 +610,7 @@ class StageStatus(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[str] = ..., steps_done: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., late: _Optional[int] = ...) -> None: ...
 
 class ClusterStatusReply(_message.Message):
-    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem", "kv_store_bytes", "kv_store_max_bytes", "repairs", "full_restarts", "last_recovery_s", "epoch", "http_url")
+    __slots__ = ("model", "max_model_len", "queued", "running", "kv_usage", "kv_tokens", "stages", "uptime_s", "version", "problem", "kv_store_bytes", "kv_store_max_bytes", "repairs", "full_restarts", "last_recovery_s", "epoch", "http_url", "own_only")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -624,6 +628,7 @@ class ClusterStatusReply(_message.Message):
     LAST_RECOVERY_S_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HTTP_URL_FIELD_NUMBER: _ClassVar[int]
+    OWN_ONLY_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     queued: int
@@ -641,4 +646,5 @@ class ClusterStatusReply(_message.Message):
     last_recovery_s: float
     epoch: int
     http_url: str
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ..., kv_store_bytes: _Optional[int] = ..., kv_store_max_bytes: _Optional[int] = ..., repairs: _Optional[int] = ..., full_restarts: _Optional[int] = ..., last_recovery_s: _Optional[float] = ..., epoch: _Optional[int] = ..., http_url: _Optional[str] = ...) -> None: ...
+    own_only: bool
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., problem: _Optional[str] = ..., kv_store_bytes: _Optional[int] = ..., kv_store_max_bytes: _Optional[int] = ..., repairs: _Optional[int] = ..., full_restarts: _Optional[int] = ..., last_recovery_s: _Optional[float] = ..., epoch: _Optional[int] = ..., http_url: _Optional[str] = ..., own_only: _Optional[bool] = ...) -> None: ...

@@ -41,18 +41,20 @@ class Documents:
     @overload
     def add(
         self, source: Source | Sequence[Source], *, name: str | None = ..., read: Literal[False] = ...,
-        max_tokens: int | None = ..., pinned: bool = ..., encoding: str | None = ..., progress: Progress | None = ...,
+        max_tokens: int | None = ..., pinned: bool = ..., shared: bool = ..., encoding: str | None = ...,
+        progress: Progress | None = ...,
     ) -> Document: ...  # fmt: skip
 
     @overload
     def add(
         self, source: Source | Sequence[Source], *, name: str | None = ..., read: Literal[True],
-        max_tokens: int | None = ..., pinned: bool = ..., encoding: str | None = ..., progress: Progress | None = ...,
+        max_tokens: int | None = ..., pinned: bool = ..., shared: bool = ..., encoding: str | None = ...,
+        progress: Progress | None = ...,
     ) -> tuple[Document, Job]: ...  # fmt: skip
 
     def add(
         self, source: Source | Sequence[Source], *, name: str | None = None, read: bool = False,
-        max_tokens: int | None = None, pinned: bool = False, encoding: str | None = None,
+        max_tokens: int | None = None, pinned: bool = False, shared: bool = False, encoding: str | None = None,
         progress: Progress | None = None,
     ) -> Document | tuple[Document, Job]:  # fmt: skip
         """Store a document and return it; with `read=True` return it with the job that reads it now.
@@ -62,6 +64,7 @@ class Documents:
             max_tokens: the length that it may grow to by `append`: its length scale is that of this length, so only
                 what is added is read.
             pinned: keep it, with its stored KV, until it is unpinned or deleted.
+            shared: every API key of the head may read it and ask about it; only yours can pin or delete it.
             encoding: of text files, such as "cp1251"; by default it is found out.
 
         Raises:
@@ -72,7 +75,7 @@ class Documents:
         >>> document = client.documents.add(Path("project/"), name="project", pinned=True)
         >>> print(document.id, document.tokens)
         """
-        header = upload_header(name, max_tokens, pinned, "")
+        header = upload_header(name, max_tokens, pinned, "", shared)
         return self._send("UploadDocument", header, source, read, encoding, progress)
 
     @overload

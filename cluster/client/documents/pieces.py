@@ -20,20 +20,17 @@ PIECE_BYTES = 1 << 20  # of one message
 
 
 def upload_header(
-    name: str | None, max_tokens: int | None, pinned: bool, append_to: str, text_name: str | None = None
+    name: str | None, max_tokens: int | None, pinned: bool, append_to: str, shared: bool = False
 ) -> pb.DocumentHeader:
-    """Return the header of an upload; its values are checked (InvalidRequest).
-
-    Args:
-        text_name: the name of what is sent, where the caller names none.
-    """
+    """Return the header of an upload; its values are checked (InvalidRequest)."""
     if name is not None:
         validate.check_text("name", name, MAX_CHARS)
     return pb.DocumentHeader(
-        name=name or text_name or "",
+        name=name or "",
         append_to=append_to,
         max_tokens=0 if max_tokens is None else validate.check_integer("max_tokens", max_tokens, 1, MAX_UINT32),
         pinned=validate.check_flag("pinned", pinned),
+        shared=validate.check_flag("shared", shared),
     )
 
 

@@ -18,6 +18,7 @@ from cluster.jobs.document.tokens import DocumentTokens
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import DocumentRecord, JobError, JobInput, JobSpec
 from cluster.jobs.prompts import job_prompts
+from cluster.jobs.tenants.tenant import kv_owner_of
 from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 
@@ -105,10 +106,12 @@ class DocumentPreload:
         """Load what is stored of a document, and compute its end; given up when it turns out not to be stored."""
         options = AnswerOptions(max_tokens=1)
         source = JobInput(record.id, (), read=True)
+        shares = self._runtime.deployment.config.prefill.share_across_keys
         (prompt,) = job_prompts(self._runtime, self._tokens, JobSpec(source, options))
         spec = GenerationSpec(
             prompt, self._runtime.resolve(options), PRIORITY, pinned_len=max(record.scale_len, len(prompt)),
-            kernel_family=record.kernel_family, document_id=record.id,
+            cache_salt="" if shares else kv_owner_of(record), kernel_family=record.kernel_family,
+            document_id=record.id,
         )  # fmt: skip
         most = max(0, len(prompt) - stored) if len(prompt) - stored <= MOST_COMPUTED else 0
         began = time.monotonic()

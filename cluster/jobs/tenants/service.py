@@ -147,6 +147,5 @@ class TenantService:
         status = dict(self._service.status())
         if not self.tenant.is_admin:
             status["queued"], status["running"] = self._service.counts(self.tenant.name)
-            for name in ("kv_usage", "kv_store_bytes"):
-                status.pop(name, None)
+            status |= {"kv_usage": 0.0, "kv_store_bytes": 0, "own_only": True}
         return status

@@ -27,9 +27,10 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_a_document_from_first_to_last(verb: CommandLine, head: FakeHead, project: Path, tmp_path: Path) -> None:
-    done = verb("docs", "add", project, "--pin", "--max-tokens", "4k", "--read")
+    done = verb("docs", "add", project, "--pin", "--share", "--max-tokens", "4k", "--read")
     added = done.out.strip()
     assert (done.code, head.jobs.files[added].scale_len, head.jobs.files[added].pinned) == (0, 4000, True)
+    assert head.jobs.files[added].shared
     said, reading = done.err.splitlines()
     assert said == "project: 1 file; left out: 1 binary file"
     assert reading.startswith("reading it: longreach wait job_")

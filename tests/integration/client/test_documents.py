@@ -36,8 +36,9 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_add_takes_every_kind_of_source(client: Client, head: FakeHead, project: Path) -> None:
-    text = client.documents.add("a text", name="mine", max_tokens=900, pinned=True)
+    text = client.documents.add("a text", name="mine", max_tokens=900, pinned=True, shared=True)
     assert (text.name, text.scale_len, text.pinned, text.expires, text.source_hash) == ("mine", 900, True, 0.0, "")
+    assert text.shared
     folder = client.documents.add(project)
     assert folder.name == "project"
     assert head.jobs.texts[folder.id] == b"Files:\nsrc/\n  a.py\n\n==> src/a.py <==\nimport os\n"

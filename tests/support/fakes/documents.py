@@ -46,6 +46,7 @@ class FakeDocuments(JobsServicer):
         document = pb.Document(
             id=f"doc_{hashlib.sha256(text).hexdigest()[:32]}", name=header.name, size_bytes=len(text), created=1.0,
             expires=0.0 if header.pinned else 2.0, tokens=len(text), scale_len=header.max_tokens, pinned=header.pinned,
+            shared=header.shared,
             parent=header.append_to, source_hash=header.source_hash,
         )  # fmt: skip
         self.texts[document.id] = text

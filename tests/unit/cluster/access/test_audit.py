@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.access import audit as audit_module
 from cluster.access.audit import AuditLog
 from cluster.access.call_pool import Caller
@@ -71,3 +73,14 @@ def test_without_a_path_nothing_is_written() -> None:
     log.note(LAW, "submit", "job_1")
     log.refuse("a", "b")
     log.close()
+
+
+def test_a_disk_that_is_full_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = AuditLog(tmp_path / "log" / "audit")
+    (tmp_path / "log").rmdir()
+    log.note(LAW, "submit", "job_1")
+    assert "the audit log cannot be written ([Errno 2]" in caplog.text
+    assert "job_1" in caplog.text, "what it lacks is in the log"
+    (tmp_path / "log").mkdir()
+    log.note(LAW, "submit", "job_2")
+    assert lines(tmp_path / "log" / "audit")[0]["subject"] == "job_2"

@@ -101,7 +101,7 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     status: Any = SimpleNamespace(
         model="m", version="1", uptime_s=200.0, running=1, queued=2, kv_usage=0.25, kv_tokens=8192, max_model_len=4096,
         stages=[stage], problem="", kv_store_bytes=0, kv_store_max_bytes=0,
-        repairs=0, full_restarts=0, last_recovery_s=0.0, http_url="",
+        repairs=0, full_restarts=0, last_recovery_s=0.0, http_url="", own_only=False,
     )  # fmt: skip
     print_status(status, "h:1", as_json=False)
     assert lines(capsys) == [
@@ -112,6 +112,9 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     status.kv_store_bytes, status.kv_store_max_bytes = 3 << 20, 5 << 30
     print_status(status, "h:1", as_json=False)
     assert "stored KV 3MiB of 5GiB; contexts up to" in lines(capsys)[1]
+    status.own_only = True
+    print_status(status, "h:1", as_json=False)
+    assert lines(capsys)[1] == "1 running, 2 queued of this key; KV 8,192 tokens; contexts up to 4,096 tokens"
     status.repairs, status.full_restarts, status.last_recovery_s = 2, 1, 7.4
     print_status(status, "h:1", as_json=False)
     assert lines(capsys)[3] == (

@@ -1,6 +1,7 @@
 """Every route and method: without a key, with a wrong one, and with that of another tenant.
 
-A route needs a rule in `RULES`: who may call it, and what of a tenant it names. One without fails here.
+A route needs a rule in `RULES`: who may call it, and what of a tenant it names, in its path or in what is sent. One
+without fails here.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Send = Callable[[str], dict[str, Any]]  # from the public id of an object, what 
 
 @dataclass(frozen=True)
 class Rule:
-    """Who may call a route.
+    """Who may call a route, in one way of calling it.
 
     Attributes:
         who: "open": no key is needed; "key": any key, and the answer has nothing of anybody; "admin"; "own": it makes
@@ -53,88 +54,8 @@ class Rule:
     """
 
     who: str
-    make: Callable[[TenantService], str] | None = None
+    make: Callable[[Rig], str] | None = None
     send: Send = lambda name: {}
-
-
-def chat(content: Any) -> Send:
-    return lambda name: {"json": {"messages": [{"role": "user", "content": content}], "max_tokens": 2}}
-
-
-def file(service: TenantService) -> str:
-    return file_id(upload(service))
-
-
-def batch(service: TenantService) -> str:
-    now = service.now()
-    made = BatchRecord(
-        new_id("batch"), service.tenant.name, BatchStatus.VALIDATING, "/v1/completions", upload(service), "24h", now,
-        now + 9.0, {"mark": MARK},
-    )  # fmt: skip
-    service.batches.create(made)
-    return made.id
-
-
-def digits(name: str) -> str:
-    """What follows the kind of an object in its id."""
-    return re.split("[_-]", name)[-1]
-
-
-FORM = {"files": {"file": ("a", b"words")}, "data": {"purpose": "batch"}}
-MESSAGE = {"max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}
-
-
-def message(name: str) -> dict[str, Any]:
-    document = {"type": "document", "source": {"type": "file", "file_id": name}}
-    return {"json": MESSAGE | {"messages": [{"role": "user", "content": [document]}]}}
-
-
-RULES: dict[tuple[str, str], Rule] = {
-    **{(method, path): Rule("open") for method in ("GET", "HEAD") for path in ("/health", "/ready")},
-    **{("GET", path): Rule("key") for path in ("/version", "/v1/models", "/v1/models/{model:path}", "/openapi.json")},
-    ("HEAD", "/openapi.json"): Rule("key"),
-    ("POST", "/tokenize"): Rule("key", send=lambda name: {"json": {"prompt": "a"}}),
-    ("POST", "/detokenize"): Rule("key", send=lambda name: {"json": {"tokens": [1]}}),
-    ("GET", "/metrics"): Rule("admin"),
-    ("POST", "/v1/messages"): Rule("owner", file, message),
-    ("POST", "/v1/messages/count_tokens"): Rule("owner", file, message),
-    ("POST", "/v1/files"): Rule("own", send=lambda name: FORM),
-    ("GET", "/v1/files"): Rule("own"),
-    **{("GET", f"/v1/files/{{file}}{path}"): Rule("owner", file) for path in ("", "/content")},
-    ("DELETE", "/v1/files/{file}"): Rule("owner", file),
-    ("POST", "/v1/batches"): Rule(
-        "owner", file, lambda name: {"json": {"input_file_id": name, "endpoint": "/v1/completions"}}
-    ),
-    ("GET", "/v1/batches"): Rule("own"),
-    ("GET", "/v1/batches/{batch}"): Rule("owner", batch),
-    ("POST", "/v1/batches/{batch}/cancel"): Rule("owner", batch),
-    ("POST", "/v1/chat/completions"): Rule("own", send=chat("a")),
-    ("POST", "/v1/completions"): Rule("own", send=lambda name: {"json": {"prompt": "a", "max_tokens": 2}}),
-}
-
-
-def submit(service: TenantService) -> str:
-    spec = JobSpec(JobInput(prompt=MARK), AnswerOptions(max_tokens=2), labels={"mark": MARK})
-    return service.submit(spec).id
-
-
-def upload(service: TenantService) -> str:
-    return service.add_document(MARK, [MARK.encode()], 1 << 20).id
-
-
-def every_route() -> set[tuple[str, str]]:
-    """Method and path of every route, as the application has them."""
-    backend = Backend(None, fake_runtime(), ServerSection(), CallPool(9, "the limit"))  # type: ignore[arg-type]
-    try:
-        routes = [*make_routes(backend).routes, *(route for router in make_routers(backend) for route in router.routes)]
-    finally:
-        backend.close()
-    return {
-        (method, route.path)
-        for route in routes
-        if isinstance(route, Route | APIRoute)
-        for method in route.methods or ()
-    }
 
 
 class Rig:
@@ -144,7 +65,7 @@ class Rig:
         self.bench = bench
         self.backend = Backend(bench.service, bench.runtime, ServerSection(), CallPool(64, "the limit"))
         self.app = make_app(self.backend, ApiKeys(KEYS))
-        self.ids = [submit(self.of("ann")), upload(self.of("ann"))]
+        self.ids = [job(self), document(self)]
 
     def of(self, name: str) -> TenantService:
         return TenantService(self.bench.service, Tenant(name))
@@ -164,6 +85,121 @@ class Rig:
         return MARK in text or any(digits(one) in text for one in self.ids if digits(one) not in map(digits, known))
 
 
+def job(rig: Rig) -> str:
+    """A job of ann that has ended."""
+    spec = JobSpec(JobInput(prompt=MARK), AnswerOptions(max_tokens=2), labels={"mark": MARK})
+    return rig.of("ann").wait(rig.of("ann").submit(spec).id, 20).id
+
+
+def document(rig: Rig) -> str:
+    return rig.of("ann").add_document(MARK, [MARK.encode()], 1 << 20).id
+
+
+def file(rig: Rig) -> str:
+    return file_id(document(rig))
+
+
+def batch(rig: Rig) -> str:
+    ann, now = rig.of("ann"), rig.of("ann").now()
+    made = BatchRecord(
+        new_id("batch"), "ann", BatchStatus.VALIDATING, "/v1/completions", document(rig), "24h", now, now + 9.0,
+        {"mark": MARK},
+    )  # fmt: skip
+    ann.batches.create(made)
+    return made.id
+
+
+def digits(name: str) -> str:
+    """What follows the kind of an object in its id."""
+    return re.split("[_-]", name)[-1]
+
+
+def response(rig: Rig) -> str:
+    """A stored response of ann that has ended."""
+    body = {"input": MARK, "background": True, "max_output_tokens": 16}
+    name: str = rig.call("POST", "/v1/responses", ANN, json=body).json()["id"]
+    rig.of("ann").wait(f"job_{name.partition('_')[2]}", 20)
+    return name
+
+
+def ask(**more: Any) -> Send:
+    """A request for a response; NAME in its values stands for an id."""
+    text = json.dumps({"input": "a", "max_output_tokens": 16, **more})
+    return lambda name: {"json": json.loads(text.replace("NAME", name))}
+
+
+def chat(content: Any) -> Send:
+    """A chat completion; NAME in its content stands for an id."""
+    text = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 2})
+    return lambda name: {"json": json.loads(text.replace("NAME", name))}
+
+
+def message(content: Any) -> Send:
+    """A message; NAME in its content stands for an id."""
+    text = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 2})
+    return lambda name: {"json": json.loads(text.replace("NAME", name))}
+
+
+FILE = [{"type": "text", "text": "why?"}, {"type": "file", "file": {"file_id": "NAME"}}]
+INPUT_PARTS = [{"type": "input_file", "file_id": "NAME"}, {"type": "input_text", "text": "why?"}]
+FILE_BLOCK = [{"type": "document", "source": {"type": "file", "file_id": "NAME"}}]
+FORM = {"files": {"file": ("a", b"words")}, "data": {"purpose": "batch"}}
+RULES: dict[tuple[str, str], list[Rule]] = {
+    **{(method, path): [Rule("open")] for method in ("GET", "HEAD") for path in ("/health", "/ready")},
+    **{("GET", path): [Rule("key")] for path in ("/version", "/v1/models", "/v1/models/{model:path}", "/openapi.json")},
+    ("HEAD", "/openapi.json"): [Rule("key")],
+    ("POST", "/tokenize"): [Rule("key", send=lambda name: {"json": {"prompt": "a"}})],
+    ("POST", "/detokenize"): [Rule("key", send=lambda name: {"json": {"tokens": [1]}})],
+    ("GET", "/metrics"): [Rule("admin")],
+    ("POST", "/v1/chat/completions"): [Rule("own", send=chat("a")), Rule("owner", document, chat(FILE))],
+    ("POST", "/v1/responses"): [
+        Rule("own", send=ask()),
+        Rule("own", send=ask(stream=True)),
+        Rule("own", send=ask(background=True)),
+        Rule("owner", response, ask(previous_response_id="NAME")),
+        Rule("owner", file, ask(input=[{"role": "user", "content": INPUT_PARTS}])),
+    ],
+    ("GET", "/v1/responses/{response_id}"): [
+        Rule("owner", response),
+        Rule("owner", response, lambda name: {"params": {"stream": "true"}}),
+    ],
+    ("GET", "/v1/responses/{response_id}/input_items"): [Rule("owner", response)],
+    ("POST", "/v1/responses/{response_id}/cancel"): [Rule("owner", response)],
+    ("DELETE", "/v1/responses/{response_id}"): [Rule("owner", response)],
+    ("POST", "/v1/completions"): [Rule("own", send=lambda name: {"json": {"prompt": "a", "max_tokens": 2}})],
+    ("POST", "/v1/messages"): [Rule("own", send=message("a")), Rule("owner", file, message(FILE_BLOCK))],
+    ("POST", "/v1/messages/count_tokens"): [Rule("own", send=message("a")), Rule("owner", file, message(FILE_BLOCK))],
+    ("POST", "/v1/files"): [Rule("own", send=lambda name: FORM)],
+    ("GET", "/v1/files"): [Rule("own"), Rule("owner", file, lambda name: {"params": {"after": name}})],
+    **{("GET", f"/v1/files/{{file}}{rest}"): [Rule("owner", file)] for rest in ("", "/content")},
+    ("DELETE", "/v1/files/{file}"): [Rule("owner", file)],
+    ("POST", "/v1/batches"): [
+        Rule("owner", file, lambda name: {"json": {"input_file_id": name, "endpoint": "/v1/completions"}})
+    ],
+    ("GET", "/v1/batches"): [Rule("own"), Rule("owner", batch, lambda name: {"params": {"after": name}})],
+    ("GET", "/v1/batches/{batch}"): [Rule("owner", batch)],
+    ("POST", "/v1/batches/{batch}/cancel"): [Rule("owner", batch)],
+}
+
+
+EVERY = [(*route, rule) for route, rules in RULES.items() for rule in rules]
+
+
+def every_route() -> set[tuple[str, str]]:
+    """Method and path of every route, as the application has them."""
+    backend = Backend(None, fake_runtime(), ServerSection(), CallPool(9, "the limit"))  # type: ignore[arg-type]
+    try:
+        routes = [*make_routes(backend).routes, *(route for router in make_routers(backend) for route in router.routes)]
+    finally:
+        backend.close()
+    return {
+        (method, route.path)
+        for route in routes
+        if isinstance(route, Route | APIRoute)
+        for method in route.methods or ()
+    }
+
+
 @pytest.fixture
 def rig(bench: Bench) -> Iterator[Rig]:
     made = Rig(bench)
@@ -179,14 +215,14 @@ def request_of(path: str, rule: Rule, name: str) -> tuple[str, dict[str, Any]]:
 def test_every_route_has_a_rule() -> None:
     """A new one: say in RULES who may call it, and what it names."""
     assert every_route() - RULES.keys() == set()
-    assert {key for key, rule in RULES.items() if rule.who == "open"} == OPEN
+    assert {(method, path) for method, path, rule in EVERY if rule.who == "open"} == OPEN
 
 
 @pytest.mark.parametrize("key", ["", "wrong" * 4, ANN[:-1], f"ann:{ANN}"])
 def test_without_a_valid_key_nothing_is_served(rig: Rig, key: str) -> None:
     refused = set()
-    for (method, path), rule in RULES.items():
-        name = rule.make(rig.of("ann")) if rule.make is not None else "x"
+    for method, path, rule in EVERY:
+        name = rule.make(rig) if rule.make is not None else "x"
         target, sent = request_of(path, rule, name)
         answer = rig.call(method, target, key, **sent)
         if rule.who == "open":
@@ -200,7 +236,7 @@ def test_without_a_valid_key_nothing_is_served(rig: Rig, key: str) -> None:
 
 
 def test_another_key_gets_what_an_unknown_object_gives(rig: Rig) -> None:
-    for (method, path), rule in RULES.items():
+    for method, path, rule in EVERY:
         if rule.make is None:
             target, sent = request_of(path, rule, "needle")
             answer = rig.call(method, target, BOB, **sent)
@@ -208,7 +244,7 @@ def test_another_key_gets_what_an_unknown_object_gives(rig: Rig) -> None:
             assert answer.status_code < 500, (method, path, answer.text)
             assert not rig.leaks(answer), (method, path)
             continue
-        name = rule.make(rig.of("ann"))
+        name = rule.make(rig)
         rig.ids.append(name)
         absent = re.sub(r"[0-9a-f]{32}", UNKNOWN, name)
         told = []
@@ -230,7 +266,7 @@ def test_an_admin_may_see_metrics(rig: Rig) -> None:
 
 
 def test_what_a_caller_makes_is_its_own(rig: Rig) -> None:
-    for (method, path), rule in RULES.items():
+    for method, path, rule in EVERY:
         if rule.who == "own":
             before = {record.id for record in rig.of("bob").jobs([], {}, 100, "")[0]}
             target, sent = request_of(path, rule, "x")
@@ -240,7 +276,9 @@ def test_what_a_caller_makes_is_its_own(rig: Rig) -> None:
 
 
 def test_no_route_goes_around_the_tenants() -> None:
-    """Only `core`, and what asks whether the head serves, may use the job service that knows no callers."""
+    """Only `core`, and what asks whether the head serves, may use the job service that knows no callers; batches are
+    worked on as their owners.
+    """
     root = Path(make_app.__code__.co_filename).parent
     found = {
         str(path.relative_to(root))
@@ -248,4 +286,4 @@ def test_no_route_goes_around_the_tenants() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "service" and ast.unparse(node.value).endswith("backend")
     }
-    assert found <= {"core/calls.py", "core/following.py", "probes.py", "http_server.py"}
+    assert found <= {"core/calls.py", "core/following.py", "http_server.py", "probes.py"}

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from cluster.access.key_file import KeyFile
 from cluster.common.errors import JobStoreError, PreflightError
 from cluster.config.deployment import load_deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.model import JobInput, JobSpec, JobState, ServiceBusy
 from cluster.jobs.sqlite.commit_mark import CommitMark
 from cluster.jobs.store import JobStore
+from cluster.jobs.tenants.tenant import Tenant
 from cluster.server.head import Head
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import FakeRuntime
+from tests.support.fakes.stage import eventually
 from tests.support.paths import CONFIGS
 
 SPEC = JobSpec(JobInput(token_ids=(5, 6)), AnswerOptions(max_tokens=3))
@@ -53,6 +56,25 @@ def test_start_and_close_over_a_runtime_that_goes_on(tmp_path: Path) -> None:
         assert again.service.get(job.id).state is JobState.SUCCEEDED
         assert {again.service.wait(job.id, 20).state for job in running} == {JobState.SUCCEEDED}
         again.close()
+
+
+def test_keys_of_a_running_head_are_those_of_the_file(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys")
+    key = file.create(Tenant("law"))
+    with FakeRuntime(tmp_path / "data") as runtime:
+        config = runtime.deployment.config
+        security = config.security.model_copy(update={"api_keys_file": tmp_path / "keys"})
+        deployment = replace(runtime.deployment, config=config.model_copy(update={"security": security}))
+        head = Head(deployment, runtime=runtime)
+        head.start()
+        keys = head._keys
+        assert keys is not None
+        assert keys.tenant(key) == Tenant("law")
+        file.revoke("law")
+        eventually(lambda: keys.tenant(key) is None)
+        assert not keys.thread.is_dead
+        head.close()
+    assert "key_revoked" in (tmp_path / "data" / "log" / "audit.jsonl").read_text()
 
 
 def test_a_port_that_is_taken_while_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from protos.jobs import jobs_pb2 as pb
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 17])
 def test_pieces_begin_anew(size: int) -> None:
     told: list[tuple[str, int, int]] = []
-    header = upload_header("a", 9, True, "doc_1")
+    header = upload_header("a", 9, True, "doc_1", True)
     pieces = upload_pieces(header, DocumentText(b"x" * size, source_hash="ab"), lambda *what: told.append(what))
     for _ in range(2):
         first, *rest = pieces()
         assert first.header == pb.DocumentHeader(
-            name="a", max_tokens=9, pinned=True, append_to="doc_1", source_hash="ab"
+            name="a", max_tokens=9, pinned=True, append_to="doc_1", source_hash="ab", shared=True
         )
         assert b"".join(piece.data for piece in rest) == b"x" * size
         assert all(0 < len(piece.data) <= PIECE_BYTES for piece in rest)
@@ -32,7 +32,7 @@ def test_pieces_begin_anew(size: int) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "n" * 257}, "name: 257 characters"), ({"name": 5}, "name: 5: must be text"),
     ({"max_tokens": 0}, "max_tokens: 0: must be a whole number from 1"), ({"max_tokens": "9"}, "max_tokens: '9'"),
-    ({"pinned": 1}, "pinned: 1: must be True or False"),
+    ({"pinned": 1}, "pinned: 1: must be True or False"), ({"shared": 1}, "shared: 1: must be True or False"),
 ]  # fmt: skip
 
 

@@ -6,11 +6,13 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.jobs.document import preload
 from cluster.jobs.model import JobInput, JobRecord, JobSpec
+from cluster.jobs.tenants.tenant import Tenant
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
@@ -36,9 +38,9 @@ def text(seed: int, words: int = 200) -> bytes:
     return " ".join(rng.choice(["stone", "river", "code", "dark", "old"]) for _ in range(words)).encode()
 
 
-def add(bench: Bench, seed: int, words: int = 200, pinned: bool = False) -> str:
+def add(bench: Bench, seed: int, words: int = 200, pinned: bool = False, **whose: Any) -> str:
     """Add a document and have it read; returns its id."""
-    document = bench.service.add_document(f"{seed}", [text(seed, words)], 1 << 20, pinned=pinned)
+    document = bench.service.add_document(f"{seed}", [text(seed, words)], 1 << 20, pinned=pinned, **whose)
     ask(bench, document.id, "")
     backlog = bench.runtime.kv_store.backlog
     eventually(lambda: not len(backlog) and not backlog.busy)
@@ -61,8 +63,11 @@ def starts(bench: Bench) -> set[int]:
     return {block.start for block in bench.runtime.shard.loaded}
 
 
-def test_questions_after_a_start_find_the_document_in_memory(bench: Bench, disk: FakeDisk) -> None:
-    name = add(bench, 1)
+@pytest.mark.parametrize("whose", [{}, {"tenant": Tenant("ann")}, {"tenant": Tenant("ann"), "shared": True}])
+def test_questions_after_a_start_find_the_document_in_memory(
+    bench: Bench, disk: FakeDisk, whose: dict[str, Any]
+) -> None:
+    name = add(bench, 1, **whose)
     tokens = bench.service.documents.get(name).tokens
     bench.restart()
     settle(bench)

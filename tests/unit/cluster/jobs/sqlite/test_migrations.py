@@ -11,6 +11,7 @@ from cluster.common.errors import JobStoreError
 from cluster.jobs.model import DocumentRecord, JobInput, JobSpec
 from cluster.jobs.sqlite.migrations import MAX_SHOWN, MIGRATIONS, VERSION, check_schema, schema_version, shown_question
 from cluster.jobs.store import JobStore
+from cluster.jobs.tenants.tenant import Tenant
 from protos.jobs.sampling import AnswerOptions
 
 PATH = Path("jobs.sqlite")
@@ -93,4 +94,28 @@ def test_jobs_of_every_version_are_listed(tmp_path: Path, version: int) -> None:
         record = store.get(f"job_{seq:032x}")
         assert record is not None
         assert record.damage
+    store.close()
+
+
+def test_what_was_there_before_tenants_is_nobodys(tmp_path: Path) -> None:
+    """Its idempotency key holds for who has no key; no name sees it."""
+    path = tmp_path / "jobs.sqlite"
+    old = sqlite3.connect(path, isolation_level=None)
+    for step in range(1, 8):
+        MIGRATIONS[step](old)
+    old.execute("INSERT INTO meta VALUES ('schema_version', 7)")
+    spec = JobSpec(JobInput(prompt="a"), AnswerOptions(), idempotency_key="once")
+    columns = "(id, state, body_hash, num_answers, created, idempotency_key)"
+    old.execute(
+        f"INSERT INTO jobs {columns} VALUES (?, 'queued', ?, 1, 1.0, 'once')", (f"job_{1:032x}", spec.body_hash())
+    )
+    old.execute("INSERT INTO specs VALUES (1, ?, '{}')", (spec.to_json(),))
+    old.execute("INSERT INTO summaries VALUES (1, 0, '[]', '{}')")
+    old.close()
+    store = JobStore(path)
+    known, is_new = store.create(spec, f"job_{2:032x}", 1, {})
+    assert (known.id, known.owner, is_new) == (f"job_{1:032x}", "", False)
+    assert store.create(spec, f"job_{2:032x}", 1, {}, tenant=Tenant("law"))[1]
+    assert [record.id for record in store.list_jobs(owner="law")[0]] == [f"job_{2:032x}"]
+    assert len(store.list_jobs()[0]) == 2
     store.close()

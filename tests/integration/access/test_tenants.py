@@ -165,3 +165,21 @@ def test_lists_and_counts_are_those_of_the_caller(rig: Rig) -> None:
         found = stub.ListDocuments(pb.ListDocumentsRequest(), metadata=metadata(key)).documents
         assert [one.id for one in found] == [name]
     assert len(stub.ListDocuments(pb.ListDocumentsRequest(), metadata=metadata(OPS)).documents) == 2
+
+
+def test_a_shared_document_is_everybodys_to_read(rig: Rig) -> None:
+    stub = rpc.JobsStub(rig.channel)
+
+    def upload() -> Iterator[pb.DocumentPiece]:
+        yield pb.DocumentPiece(header=pb.DocumentHeader(name="law", shared=True))
+        yield pb.DocumentPiece(data=b"The code of dark river is 1.")
+
+    shared = stub.UploadDocument(upload(), metadata=metadata(ANN))
+    assert shared.shared
+    seen = stub.GetDocument(pb.DocumentRequest(id=shared.id), metadata=metadata(BOB))
+    assert (seen.id, seen.name) == (shared.id, "law")
+    assert rig.call("Submit", BOB, shared.id)[0] is grpc.StatusCode.OK
+    for method in ("PinDocument", "DeleteDocument"):
+        code, details, _ = rig.call(method, BOB, shared.id)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "only that key can change it" in details
