@@ -25,7 +25,7 @@ FORBIDDEN = {
 ALLOWED = {("cluster/stages/launcher.py", "workers")}  # the bridge, imported inside functions
 VERBS = {
     "run", "doctor", "demo", "serve", "up", "down",
-    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval",
+    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys",
 }  # fmt: skip
 MAX_LINES = 400
 MAX_FILES = 12

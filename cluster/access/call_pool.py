@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from cluster.common.watched_thread import WatchedThread
 from cluster.jobs.model import ServiceBusy
+from cluster.jobs.tenants.tenant import Tenant
 
 STALL_S = 30.0  # a call that stalls for so long is ended
 PRESSED_STALL_S = 5.0  # and after this time already when its pool is full and another call wants in
@@ -26,12 +27,24 @@ _CHECK_EVERY_S = 0.5
 _log = logging.getLogger(__name__)
 
 
+class KeyRefused(Exception):
+    """A call without a valid API key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a call: the name of its API key, else the host it comes from, and its connection."""
+    """Who makes a call: the name of its API key, else the host it comes from, and its connection.
+
+    Attributes:
+        peer: one connection, as gRPC writes it, such as ipv4:127.0.0.1:41234.
+        tenant: whose jobs and documents it may see; None for a call without a key that needs none.
+        key_id: of the key, see `access.keys`; empty without.
+    """
 
     name: str
-    peer: str  # one connection, as gRPC writes it, such as ipv4:127.0.0.1:41234
+    peer: str
+    tenant: Tenant | None = None
+    key_id: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} at {self.peer}"
@@ -43,6 +56,7 @@ class CallEnd(enum.Enum):
     NO_ROOM = "no_room"  # others want its place
     NOT_READ = "not_read"
     NOT_SENT = "not_sent"
+    REVOKED = "revoked"  # the key
 
 
 EndCall = Callable[[CallEnd, str], None]  # the reason and its text; called from any thread
@@ -118,6 +132,7 @@ class CallPool:
         """
         call = OpenCall(caller, end)
         with self._lock:
+            self._check_tenant(caller)
             gives_way = self._admit(caller)
             if gives_way is not None:
                 self._calls.discard(gives_way)
@@ -138,6 +153,25 @@ class CallPool:
             self._calls.difference_update(stalled)
         for call in stalled:
             self._end(call)
+
+    def end_where(self, is_over: Callable[[Caller], bool], reason: CallEnd, details: str) -> list[Caller]:
+        """End the calls of some callers; returns these."""
+        with self._lock:
+            over = [call for call in self._calls if is_over(call.caller)]
+            self._calls.difference_update(over)
+        for call in over:
+            call.end(reason, details)
+        return [call.caller for call in over]
+
+    def _check_tenant(self, caller: Caller) -> None:
+        """Refuse one more call of a tenant that has as many as it may (ServiceBusy); short calls do not count."""
+        most = caller.tenant.max_streams if caller.tenant is not None and self._can_preempt else None
+        if most is not None and sum(call.caller.name == caller.name for call in self._calls) >= most:
+            raise ServiceBusy(
+                f"{most} calls of the {caller.name} are open: must be at most {most} (its limit streams): close one, "
+                "or have the limit raised",
+                1.0,
+            )
 
     def _end(self, call: OpenCall) -> None:
         stalled = call.stalled_s(time.monotonic())

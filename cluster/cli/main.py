@@ -18,6 +18,7 @@ from cluster.cli import docs as cli_docs
 from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
+from cluster.cli import keys as cli_keys
 from cluster.cli.common import (
     EXIT_WRONG,
     Count,
@@ -48,7 +49,7 @@ def main() -> None:
     os.umask(0o077)  # whatever is written is private
 
 
-for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_docs.VERBS, *cli_eval.VERBS):
+for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_docs.VERBS, *cli_eval.VERBS, *cli_keys.VERBS):
     main.add_command(verb)
 
 

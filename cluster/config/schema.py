@@ -117,7 +117,7 @@ class PrefillSection(Section):
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 24, description=f"{POSITIVE} and at most {1 << 24}")
     max_num_seqs: int = Field(default=16, ge=1, le=1 << 16, description=f"{POSITIVE} and at most {1 << 16}")
     share_across_lengths: bool = False
-    share_across_keys: bool = True
+    share_across_keys: bool = False
 
 
 class KvCacheSection(Section):
@@ -146,6 +146,7 @@ class KvStoreSection(Section):
     max_bytes: Bytes | None = Field(default=None, ge=1, description=BYTES_RULE)
     ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
     block_tokens: PowerOfTwo = Field(default=512, ge=1, le=1 << 20, description="must be a power of two")
+    preload: float = Field(default=0.8, ge=0, le=1, description="must be a share of the KV cache, 0 to 1")
 
 
 class ServerSection(Section):

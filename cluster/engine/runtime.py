@@ -262,6 +262,12 @@ class ClusterRuntime:
         return pipeline.engine.scheduler.pool.usage if pipeline is not None else 0.0
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds, 0 while no pipeline runs."""
+        pipeline, page_size = self.supervisor.running, self.deployment.config.kv_cache.page_size
+        return pipeline.engine.scheduler.pool.num_pages * page_size if pipeline is not None else 0
+
+    @property
     def epoch(self) -> int:
         """Number of the newest pipeline over its processes: 1 when they are started, one more with each repair."""
         return self.supervisor.newest.launched.epoch if self.supervisor.newest is not None else 0
@@ -274,13 +280,12 @@ class ClusterRuntime:
 
     def status(self) -> dict[str, Any]:
         """Return sizes, use of KV, and the state of every shard."""
-        config, newest, running = self.deployment.config, self.supervisor.newest, self.supervisor.running
-        num_pages = running.engine.scheduler.pool.num_pages if running is not None else 0
+        config, newest = self.deployment.config, self.supervisor.newest
         return {
             "model": config.model.served_model_name,
             "max_model_len": self.max_model_len,
             "kv_usage": self.kv_usage,
-            "kv_tokens": num_pages * config.kv_cache.page_size,
+            "kv_tokens": self.kv_tokens,
             "kv_store_bytes": self.kv_store.size_bytes,
             "kv_store_max_bytes": self.kv_store.max_bytes,
             "stages": [self._shard_status(shard) for shard in newest.launched.shards] if newest is not None else [],

@@ -12,10 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from cluster.access.keys import Keys
 from cluster.http import probes
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError
-from cluster.http.core.guard import Guard, Keys
+from cluster.http.core.guard import Guard
 from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest

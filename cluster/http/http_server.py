@@ -14,12 +14,12 @@ from typing import Any
 import uvicorn
 
 from cluster.access.call_pool import StallWatch
+from cluster.access.keys import Keys
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection
 from cluster.http.app import make_app
 from cluster.http.core.backend import SHORT_CALLS, Backend
-from cluster.http.core.guard import Keys
 from cluster.http.core.protocol import KEEP_ALIVE_S, BoundedProtocol
 
 _IDLE_CONNECTIONS = 384  # beside one for each of `server.max_streams`; more are closed at once

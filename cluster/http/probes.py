@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from cluster.http.core.backend import Backend
+from cluster.http.core.calls import call_of
 
 
 def make_router(backend: Backend) -> APIRouter:
@@ -30,7 +31,8 @@ def make_router(backend: Backend) -> APIRouter:
         return {"version": backend.runtime.version}
 
     @router.get("/metrics", summary="Metrics for Prometheus.")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        call_of(request).check_admin()
         return Response(await backend.call(backend.metrics), media_type=CONTENT_TYPE_LATEST)
 
     return router

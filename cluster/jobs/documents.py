@@ -33,9 +33,12 @@ from cluster.jobs.model import (
     NotAllowedNow,
     ServiceBusy,
     check_id,
+    document_not_found,
 )
 from cluster.jobs.sqlite.files import NO_SPACE
 from cluster.jobs.store import JobStore
+from cluster.jobs.tenants.limits import check_document_bytes
+from cluster.jobs.tenants.tenant import ANYONE, Tenant, owned_id
 
 MAX_NAME = 255  # characters
 MAX_LISTED = 10_000  # documents, some megabytes
@@ -66,7 +69,7 @@ class DocumentStore:
         self._clock = clock
         self._max_bytes = max_bytes
         self._lock = threading.Lock()  # names in the folder and their records change together
-        self._uploading: dict[str, int] = {}  # temporary files that a sweep must leave alone, with their bytes
+        self._uploading: dict[str, tuple[int, str]] = {}  # temporary files a sweep must leave alone: bytes, owner
         self._provisional: dict[str, int] = {}  # documents that only submissions have brought: how many of them
         with self._errors():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -78,14 +81,17 @@ class DocumentStore:
 
     def put(
         self, name: str, pieces: Iterable[bytes], max_bytes: int, *, scale_len: int = 0, pinned: bool = False,
-        source_hash: str = "", append_to: str = "",
+        source_hash: str = "", append_to: str = "", tenant: Tenant = ANYONE, shared: bool = False,
     ) -> DocumentRecord:  # fmt: skip
         """Store a document as it arrives; the same bytes give the same document with a new expiry and its old name.
+
+        It is the tenant's: the same bytes of another tenant are another document.
 
         Args:
             scale_len: length whose length scale its jobs use; one that is appended has that of the other.
             source_hash: SHA-256 of the file that the text was taken from.
             append_to: id of the document that comes before; `max_bytes` is of both together.
+            shared: every tenant may read it.
 
         Raises:
             InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
@@ -93,18 +99,22 @@ class DocumentStore:
             JobStoreError: the disk. And whatever `pieces` raises. Nothing is left
                 behind then.
         """
+        said = DocumentRecord(
+            "", name, 0, 0.0, 0.0, scale_len=scale_len, pinned=pinned, source_hash=source_hash, shared=shared
+        )
         if not append_to:
-            return self._put(name, pieces, max_bytes, False, scale_len, pinned, source_hash)
+            return self._put(said, tenant, pieces, max_bytes, False)
         before = self.get(append_to)
         first = self.read(append_to, lambda size: self._check_size(size + 1, max_bytes))
-        if before.scale_len:
-            scale_len = before.scale_len
-        return self._put(name or before.name, pieces, max_bytes, False, scale_len, pinned, source_hash, before, first)
+        said = replace(said, name=name or before.name, scale_len=before.scale_len or scale_len)
+        return self._put(said, tenant, pieces, max_bytes, False, before, first)
 
     @contextmanager
-    def provisional(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> Iterator[DocumentRecord]:
+    def provisional(
+        self, name: str, pieces: Iterable[bytes], max_bytes: int, tenant: Tenant = ANYONE
+    ) -> Iterator[DocumentRecord]:
         """Store a document as `put` does, for a block; when that raises, it goes unless others have it by then."""
-        record = self._put(name, pieces, max_bytes, True)
+        record = self._put(DocumentRecord("", name, 0, 0.0, 0.0), tenant, pieces, max_bytes, True)
         is_kept = False
         try:
             yield record
@@ -120,52 +130,56 @@ class DocumentStore:
                         self._remove_files(record.id)
 
     def _put(
-        self, name: str, pieces: Iterable[bytes], max_bytes: int, is_provisional: bool, scale_len: int = 0,
-        pinned: bool = False, source_hash: str = "", before: DocumentRecord | None = None, first: bytes = b"",
+        self, said: DocumentRecord, tenant: Tenant, pieces: Iterable[bytes], max_bytes: int, is_provisional: bool,
+        before: DocumentRecord | None = None, first: bytes = b"",
     ) -> DocumentRecord:  # fmt: skip
-        """Store a document, with the text of the one `before` it first."""
-        with self._temporary() as (descriptor, path):
-            digest, size = digest_after(before.id if before else ""), len(first)
+        """Store a document of which so much is said, with the text of the one `before` it first."""
+        with self._temporary(tenant) as (descriptor, path):
+            size = len(first)
+            digest = digest_after(chain_ids(first, before.seams)[-1] if before else "")
             if first:
-                self._check_room(path.name, size)
+                self._check_room(path.name, size, tenant)
                 with self._errors():
                     _write(descriptor, first)
-            size = self._receive(descriptor, path.name, pieces, max_bytes, size, digest.update)
+            size = self._receive(descriptor, path.name, tenant, pieces, max_bytes, size, digest.update)
             if size == len(first):
                 raise InvalidJob("document: 0 bytes: must have at least 1")
             now = self._clock()
-            record = DocumentRecord(
-                id_of(digest), display_name(name), size, now, 0.0 if pinned else now + self._ttl_s,
-                scale_len=scale_len, pinned=pinned, used=now, source_hash=source_hash,
+            record = replace(
+                said, id=owned_id(tenant.name, id_of(digest)), owner=tenant.name, name=display_name(said.name),
+                size_bytes=size, created=now, used=now, expires=0.0 if said.pinned else now + self._ttl_s,
                 parent=before.id if before else "", kernel_family=before.kernel_family if before else "",
                 seams=(*before.seams, len(first)) if before else (),
             )  # fmt: skip
             return self._keep(path, record, is_provisional)
 
     def put_archived(
-        self, record: DocumentRecord, pieces: Iterable[bytes], max_bytes: int, finish: Callable[[], str]
-    ) -> DocumentRecord:
+        self, record: DocumentRecord, pieces: Iterable[bytes], max_bytes: int, finish: Callable[[], str],
+        tenant: Tenant = ANYONE,
+    ) -> DocumentRecord:  # fmt: skip
         """Store a document that comes from elsewhere, with what its record says; otherwise as `put`.
 
         Args:
-            record: whose id, size, name, length scale, source, parent and seams count.
+            record: whose id, size, name, length scale, source, parent and seams count; `id` and `parent` are those that
+                the content has.
             finish: called when the text is complete and right, returns the family of the kernels of its KV; when it
                 raises, nothing is stored.
         """
         self._check_size(record.size_bytes, max_bytes)
-        with self._temporary() as (descriptor, path):
+        with self._temporary(tenant) as (descriptor, path):
             chain = ChainDigest(record.seams)
-            size = self._receive(descriptor, path.name, pieces, max_bytes, 0, chain.update)
+            size = self._receive(descriptor, path.name, tenant, pieces, max_bytes, 0, chain.update)
             if size != record.size_bytes or chain.document_id != record.id:
                 raise InvalidJob(f"document: {record.id}: {size} bytes of other content")
             family, now = finish(), self._clock()
-            known = self.store.get_document(record.id)
+            own, parent = (owned_id(tenant.name, one) if one else "" for one in (record.id, record.parent))
+            known = self.store.get_document(own)
             scale_len = known.scale_len if known is not None and known.scale_len > 0 else record.scale_len
             return self._keep(
                 path,
                 replace(
-                    record, name=display_name(record.name), created=now, used=now, expires=now + self._ttl_s,
-                    kernel_family=family, scale_len=scale_len,
+                    record, id=own, name=display_name(record.name), created=now, used=now, expires=now + self._ttl_s,
+                    kernel_family=family, scale_len=scale_len, parent=parent, owner=tenant.name,
                 ),
                 False,
             )  # fmt: skip
@@ -175,14 +189,14 @@ class DocumentStore:
         return tempfile.SpooledTemporaryFile(_SPOOL_BYTES, prefix=_TEMPORARY, dir=str(self._folder))
 
     def _receive(
-        self, descriptor: int, temporary: str, pieces: Iterable[bytes], max_bytes: int, size: int,
+        self, descriptor: int, temporary: str, tenant: Tenant, pieces: Iterable[bytes], max_bytes: int, size: int,
         update: Callable[[bytes], None],
     ) -> int:  # fmt: skip
         """Write what arrives, `update` a hash with it, and return the bytes with the `size` of before."""
         for piece in pieces:
             size += len(piece)
             self._check_size(size, max_bytes)
-            self._check_room(temporary, size)
+            self._check_room(temporary, size, tenant)
             update(piece)
             with self._errors():
                 _write(descriptor, piece)
@@ -195,14 +209,21 @@ class DocumentStore:
         if size > max_bytes:
             raise InvalidJob(f"document: {size} bytes or more: must be at most {max_bytes} (server.max_document_bytes)")
 
-    def _check_room(self, temporary: str, size: int) -> None:
-        """Refuse an upload of so many bytes when there is no room for it beside the documents and other uploads."""
+    def _check_room(self, temporary: str, size: int, tenant: Tenant) -> None:
+        """Refuse an upload of so many bytes when there is no room for it beside the documents and other uploads.
+
+        What is told is nothing of other tenants.
+        """
         with self._lock:
-            self._uploading[temporary] = size
-            total = self.store.documents_size() + sum(self._uploading.values())
+            self._uploading[temporary] = size, tenant.name
+            uploads = [*self._uploading.values()]
+            total = self.store.documents_size() + sum(size for size, _ in uploads)
+            if tenant.max_document_bytes is not None:
+                own = self.store.documents_size(tenant.name) + sum(size for size, who in uploads if who == tenant.name)
+                check_document_bytes(tenant, own)
         if total > self._max_bytes:
             raise ServiceBusy(
-                f"documents: {total} bytes with this one: must be at most {self._max_bytes} together "
+                f"documents: no room for {size} bytes: must be at most {self._max_bytes} together "
                 "(server.max_documents_bytes): delete some, or wait until some expire",
                 _ROOM_AFTER_S,
             )
@@ -235,7 +256,7 @@ class DocumentStore:
             raise DocumentDamaged(
                 f"document: {document_id}: {len(content)} bytes{more}: must be {record.size_bytes}: upload it again"
             )
-        if chain_ids(content, record.seams)[-1] != document_id:
+        if owned_id(record.owner, chain_ids(content, record.seams)[-1]) != document_id:
             raise DocumentDamaged(f"document: {document_id}: its file has other content: upload it again")
         return content
 
@@ -243,12 +264,12 @@ class DocumentStore:
         """Return the record. Raises InvalidJob (not an id) and JobNotFound."""
         record = self.store.get_document(check_id(document_id, "doc"))
         if record is None:
-            raise JobNotFound(f"document: {document_id}: not found: upload it again")
+            raise document_not_found(document_id)
         return record
 
-    def list(self) -> Sequence[DocumentRecord]:
-        """Return the newest MAX_LISTED documents, newest first."""
-        return self.store.list_documents(MAX_LISTED)
+    def list(self, owner: str | None = None) -> Sequence[DocumentRecord]:
+        """Return the newest MAX_LISTED documents that an owner sees, or (None) of all, newest first."""
+        return self.store.list_documents(MAX_LISTED, owner)
 
     def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
         """Keep a document until it is unpinned or deleted, or let it expire as if it were used now; returns it."""
@@ -291,13 +312,13 @@ class DocumentStore:
         return self._folder / check_id(document_id, "doc")
 
     @contextmanager
-    def _temporary(self) -> Iterator[tuple[int, Path]]:
+    def _temporary(self, tenant: Tenant) -> Iterator[tuple[int, Path]]:
         """Make a file with mode 0600 that is deleted at the end of the block unless it was renamed."""
         self.store.check()  # the folder may have gone with it
         with self._lock, self._errors():
             descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
             path = Path(name)
-            self._uploading[path.name] = 0
+            self._uploading[path.name] = 0, tenant.name
         try:
             yield descriptor, path
         finally:

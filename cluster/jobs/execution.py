@@ -26,12 +26,12 @@ from cluster.jobs.model import (
     ACTIVE,
     InvalidJob,
     JobError,
-    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
     ServiceBusy,
     check_id,
+    job_not_found,
 )
 from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
@@ -83,7 +83,7 @@ class JobExecution:
     def get(self, job_id: str) -> JobRecord:
         record = self._store.get(check_id(job_id, "job"))
         if record is None:
-            raise JobNotFound(f"job {job_id}: not found (it may have expired)")
+            raise job_not_found(job_id)
         return record
 
     def progress(self, job_id: str) -> Mapping[int, PrefillProgress]:

@@ -77,6 +77,16 @@ class JobNotFound(JobError):
     """No such job or document (gRPC NOT_FOUND)."""
 
 
+def job_not_found(job_id: str) -> JobNotFound:
+    """Return the error of a job that is not there, or not the caller's."""
+    return JobNotFound(f"job {job_id}: not found (it may have expired)")
+
+
+def document_not_found(document_id: str) -> JobNotFound:
+    """Return the error of a document that is not there, or not the caller's."""
+    return JobNotFound(f"document: {document_id}: not found: upload it again")
+
+
 class JobConflict(JobError):
     """What is known already is used with something else: an idempotency key, a document (gRPC ALREADY_EXISTS)."""
 
@@ -234,6 +244,7 @@ class JobRecord:
     answers: tuple[JobAnswer, ...] = ()
     reproducibility: Mapping[str, Any] = field(default_factory=dict)
     damage: str = ""
+    owner: str = ""  # name of the tenant
 
     @property
     def ask(self) -> AnswerOptions:
@@ -266,4 +277,6 @@ class DocumentRecord:
     parent: str = ""  # document that it was appended to, which may be gone
     source_hash: str = ""
     kernel_family: str = ""  # kernels that computed imported KV; empty: those of this cluster
+    owner: str = ""  # name of the tenant
+    shared: bool = False  # every tenant sees it
     seams: tuple[int, ...] = ()  # offsets, in bytes, of what was appended: parts are tokenised one by one

@@ -48,6 +48,7 @@ class JobRow(NamedTuple):
     restarts: Any
     num_answers: Any
     document_id: Any
+    owner: Any
     priority: Any
     questions: Any
     reproducibility: Any
@@ -167,6 +168,7 @@ def _record(reader: _Reader, row: JobRow, answers: Sequence[Sequence[Any]], spec
         "restarts": reader.count("restarts", row.restarts, MAX_UINT32),
         "reproducibility": reader.mapping("reproducibility", row.reproducibility),
         "answers": tuple(_answer(reader, values) for values in answers),
+        "owner": reader.text("owner", row.owner),
     }
     error = reader.text("error", row.error)
     damage = reader.damage and f"the stored job is damaged: {reader.damage}"
@@ -222,7 +224,8 @@ def _is_count(value: object) -> bool:
 def document_record(row: Sequence[Any]) -> DocumentRecord:
     """Return a document; of a damaged row the size is 0, so that its file is not taken for what was uploaded."""
     reader = _Reader()
-    document_id, name, size, created, expires, tokens, scale_len, pinned, used, parent, source, family, seams = row
+    document_id, name, size, created, expires, tokens, scale_len, pinned, used, parent, source, family = row[:12]
+    owner, shared, seams = row[12:]
     record = DocumentRecord(
         id=str(document_id),
         name=reader.text("name", name),
@@ -236,6 +239,8 @@ def document_record(row: Sequence[Any]) -> DocumentRecord:
         parent=reader.text("parent", parent),
         source_hash=reader.text("source_hash", source),
         kernel_family=reader.text("kernel_family", family),
+        owner=reader.text("owner", owner),
+        shared=bool(reader.count("shared", shared, 1)),
         seams=reader.offsets("seams", seams),
     )
     return replace(record, name=record.name or "(damaged record)", size_bytes=0) if reader.damage else record

@@ -26,6 +26,7 @@ from cluster.engine.outputs import OutputToken
 from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.engine.supervisor import PipelineState
 from cluster.jobs.document.kv import DocumentKv
+from cluster.jobs.document.preload import DocumentPreload
 from cluster.jobs.document.tokens import DocumentCounter
 from cluster.jobs.document.transfer import DocumentTransfer
 from cluster.jobs.documents import DocumentStore
@@ -53,8 +54,9 @@ from cluster.jobs.prompts import (
     job_prompts,
     stored_clock,
 )
-from cluster.jobs.store import JobStore, check_queue
+from cluster.jobs.store import JobStore
 from cluster.jobs.subscriptions import JobEvent
+from cluster.jobs.tenants.tenant import ANYONE, Tenant, cache_salt, kv_owner_of
 from protos.model.grid import last_cut
 
 _log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class JobService(JobExecution):
         self._counter = DocumentCounter(partial(document_ids, runtime, self.document_tokens, wait_s=None))
         self.document_kv = DocumentKv(store, runtime.kv_store, self._keep_pages)
         self._transfer = DocumentTransfer(runtime, documents, self.document_tokens, self.document_kv)
+        self._preload = DocumentPreload(runtime, documents, self.document_tokens, self.stored_kv)
         self._draining = False  # no job is taken any more
         self._started = self.now()
 
@@ -93,12 +96,8 @@ class JobService(JobExecution):
     def threads(self) -> list[Watched]:
         """The threads without which jobs do not go on."""
         supervisor = self._supervisor.thread
-        return [
-            self._recorder.thread,
-            self._timer,
-            self._counter.thread,
-            *([supervisor] if supervisor is not None else []),
-        ]
+        own: list[Watched] = [self._recorder.thread, self._timer, self._counter.thread, self._preload.thread]
+        return own if supervisor is None else [*own, supervisor]
 
     def start(self) -> None:
         """Resume what an earlier head process left unfinished, and begin to work. The runtime must be running."""
@@ -113,6 +112,7 @@ class JobService(JobExecution):
             self._counter.start(self._store.uncounted_documents(_COUNT_AT_START))
         self._timer.start()
         self._supervisor.supervise(self)
+        self._preload.start()
 
     @property
     def is_draining(self) -> bool:
@@ -133,26 +133,23 @@ class JobService(JobExecution):
         self._store.stop_waiting()  # for another process that has locked the database
         self._timer.join()
         self._counter.close()
+        self._preload.close()
         self._recorder.close()  # before the supervision ends: that waits for what is being recorded
         self._supervisor.release()  # the pipeline must not be started again while its owner closes it
         self._subscriptions.close()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    def submit(self, spec: JobSpec, key_name: str = "") -> JobRecord:
+    def submit(self, spec: JobSpec, tenant: Tenant = ANYONE) -> JobRecord:
         """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy.
 
         Args:
-            key_name: of the API key. Without `prefill.share_across_keys`, a prompt shares KV with others of the key
-                only; what is about a document shares it with all.
+            tenant: owns the job. Whether it sees the document is for `TenantService` to say.
         """
-        if not self._runtime.deployment.config.prefill.share_across_keys and not spec.input.document_id:
-            salt = f"{key_name}\n{spec.cache_salt}" if spec.cache_salt else key_name
-            spec = replace(spec, cache_salt=salt)
         if self.store_problem:
             raise JobStoreError(self.store_problem)
         spec = constrain_calls(self._runtime, spec)
-        known, waiting = self._store.admission(spec)
+        known = self._store.admit(spec, self._limits.max_queued_jobs, tenant)
         if known is not None:  # a repeated submission is answered whatever goes on
             return known
         if self._draining:
@@ -161,20 +158,22 @@ class JobService(JobExecution):
             raise ServiceBusy(reason, 5.0)
         if spec.deadline is not None and spec.deadline <= self.now():
             raise InvalidJob("deadline_s: already over: must be in the future")
-        check_queue(waiting, self._limits.max_queued_jobs)
         now = datetime.fromtimestamp(self.now())
         spec, prompts = self._build(spec, now)
         document = self.documents.get(spec.input.document_id) if spec.input.document_id else None
+        shares = self._runtime.deployment.config.prefill.share_across_keys
+        kv_owner = "" if shares else tenant.name if document is None else kv_owner_of(document)
+        spec = replace(spec, cache_salt=cache_salt(kv_owner, spec.cache_salt))
         of_document = (max(0, document.scale_len), document.kernel_family) if document is not None else (0, "")
         with self._lock:
             size = sum(len(prompt) for prompt in prompts)
             held = sum(job.prompt_tokens for job in self._live.values())
             if held and held + size > _MAX_QUEUED_TOKENS:
-                raise ServiceBusy(f"queue: unfinished jobs hold {held} prompt tokens", 30.0)
+                raise ServiceBusy(f"queue: unfinished jobs leave no room for {size} prompt tokens: wait", 30.0)
             record, is_new = self._store.create(
                 spec, new_id("job"), spec.input.num_answers,
                 {**self._runtime.reproducibility(spec.ask, prompts, *of_document), **stored_clock(now)},
-                self._limits.max_queued_jobs, self._document_expires(),
+                self._limits.max_queued_jobs, self._document_expires(), tenant,
             )  # fmt: skip
             if is_new:
                 self._enqueue_new(record, prompts)
@@ -189,7 +188,7 @@ class JobService(JobExecution):
             spec = replace(spec, ask=replace(spec.ask, max_tokens=min(spec.ask.max_tokens, room)))
         return spec, prompts
 
-    def keep_text(self, text: str, max_bytes: int) -> AbstractContextManager[DocumentRecord]:
+    def keep_text(self, text: str, max_bytes: int, tenant: Tenant = ANYONE) -> AbstractContextManager[DocumentRecord]:
         """Store the document that a submission brings, for a block; it is kept unless the block raises.
 
         Raises InvalidJob, before anything is stored, when it cannot fit the model.
@@ -197,11 +196,11 @@ class JobService(JobExecution):
         content = text.encode()
         if len(content) <= max_bytes:  # else `provisional` refuses it
             check_text(self._runtime, len(content))
-        return self.documents.provisional("", [content], max_bytes)
+        return self.documents.provisional("", [content], max_bytes, tenant)
 
     def add_document(
         self, name: str, pieces: Iterable[bytes], max_bytes: int, *, max_tokens: int = 0, pinned: bool = False,
-        source_hash: str = "", append_to: str = "",
+        source_hash: str = "", append_to: str = "", tenant: Tenant = ANYONE, shared: bool = False,
     ) -> DocumentRecord:  # fmt: skip
         """Store a document with the length scale that its jobs use, and let it be tokenised.
 
@@ -221,8 +220,9 @@ class JobService(JobExecution):
             self.count_document(append_to)
         scale_len = (max_tokens or SCALE_TO_COME) if has_length_scale(self._runtime) else 0
         record = self.documents.put(
-            name, pieces, max_bytes, scale_len=scale_len, pinned=pinned, source_hash=source_hash, append_to=append_to
-        )
+            name, pieces, max_bytes, scale_len=scale_len, pinned=pinned, source_hash=source_hash, append_to=append_to,
+            tenant=tenant, shared=shared,
+        )  # fmt: skip
         self._count_later(record)
         return record
 
@@ -230,10 +230,11 @@ class JobService(JobExecution):
         """Return a document as an archive, in pieces. Raises as `DocumentTransfer.export`."""
         return self._transfer.export(document_id, with_kv)
 
-    def import_document(self, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+    def import_document(self, pieces: Iterable[bytes], max_bytes: int, tenant: Tenant = ANYONE) -> DocumentRecord:
         """Store the document of an archive. Raises as `DocumentTransfer.take_in`."""
-        record = self._transfer.take_in(pieces, max_bytes)
+        record = self._transfer.take_in(pieces, max_bytes, tenant)
         self._count_later(record)
+        self._preload.add(record.id)
         return record
 
     def _count_later(self, record: DocumentRecord) -> None:
@@ -285,10 +286,14 @@ class JobService(JobExecution):
         return self._store.tokens(job_id, after, limit)
 
     def jobs(
-        self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
+        self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str, owner: str | None = None
     ) -> tuple[Sequence[JobRecord], str]:
-        """Return jobs, the newest first, and the cursor of the next page (empty at the end)."""
-        return self._store.list_jobs(states, labels, limit, cursor)
+        """Return jobs of an owner or (None) all, the newest first, and the cursor of the next page ("" at the end)."""
+        return self._store.list_jobs(states, labels, limit, cursor, owner)
+
+    def owner(self, job_id: str) -> str | None:
+        """Return whose a job is; None for an unknown one."""
+        return self._store.owner(job_id)
 
     def wait(self, job_id: str, timeout_s: float) -> JobRecord:
         """Return the job once it has ended, or as it is after `timeout_s`."""
@@ -319,9 +324,9 @@ class JobService(JobExecution):
             raise NotAllowedNow(f"job {job_id}: still runs: cancel it first")
         self._subscriptions.notify([job_id])
 
-    def counts(self) -> tuple[int, int]:
-        """Return how many jobs wait and how many run."""
-        return self._store.count(WAITING), self._store.count(ACTIVE - WAITING)
+    def counts(self, owner: str | None = None) -> tuple[int, int]:
+        """Return how many jobs, of an owner or (None) of all, wait and how many run."""
+        return self._store.count(WAITING, owner), self._store.count(ACTIVE - WAITING, owner)
 
     def on_ended(self, callback: Callable[[JobRecord, dict[int, int]], None]) -> None:
         """Call with every job that ends, and its number of tokens by question (metrics)."""

@@ -7,9 +7,11 @@ JobStoreError when the store itself fails, the errors of `cluster.jobs.model` wh
 
 from __future__ import annotations
 
+import hmac
 import json
 import logging
 import re
+import secrets
 import threading
 import time
 from collections import defaultdict
@@ -20,28 +22,28 @@ from typing import Any
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
     FINAL,
-    WAITING,
     InvalidJob,
     JobAnswer,
     JobConflict,
     JobDamaged,
-    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
     ServiceBusy,
     check_id,
+    document_not_found,
 )
 from cluster.jobs.rows import job_state, token
 from cluster.jobs.sqlite import statements
 from cluster.jobs.sqlite.database import Database
 from cluster.jobs.sqlite.documents import DocumentTable, touch
 from cluster.jobs.sqlite.migrations import shown_question
+from cluster.jobs.tenants.tenant import ANYONE, Tenant
 from cluster.text.reasoning import ReasoningSplitter
 from protos.jobs.limits import MAX_INT64, MAX_PAGE
 
 _log = logging.getLogger(__name__)
-_CURSOR = re.compile(r"j[0-9a-f]{15}")  # the seq of the last job of a page
+_CURSOR = re.compile(r"j[0-9a-f]{32}")
 _LISTINGS = 4  # at a time; others wait
 _LISTING_WAIT_S = 10.0
 
@@ -77,19 +79,24 @@ class JobStore(DocumentTable):
         """Let writes fail at once, instead of after seconds, while another process has locked the database."""
         self._db.stop_waiting()
 
-    def admission(self, spec: JobSpec) -> tuple[JobRecord | None, int]:
-        """Return the job that an earlier submission with this idempotency key made, and how many jobs wait.
+    def admit(self, spec: JobSpec, max_queued: int, tenant: Tenant = ANYONE) -> JobRecord | None:
+        """Return the job that an earlier submission of the tenant with this idempotency key made.
 
-        Raises JobConflict as `create` does.
+        Without one, raises ServiceBusy when too many jobs wait, of all or of the tenant. JobConflict: as of `create`.
         """
         with self._db.reading() as db:
-            return statements.by_key(db, spec), statements.count(db, WAITING)
+            known = statements.by_key(db, spec, tenant.name)
+            if known is None:
+                statements.check_queue(db, max_queued, tenant)
+            return known
 
     def create(
         self, spec: JobSpec, job_id: str, num_answers: int, reproducibility: Mapping[str, Any],
-        max_queued: int | None = None, document_expires: float | None = None,
+        max_queued: int | None = None, document_expires: float | None = None, tenant: Tenant = ANYONE,
     ) -> tuple[JobRecord, bool]:  # fmt: skip
         """Store a queued job and return it, and True; with an idempotency key in use, the job that has it, and False.
+
+        Idempotency keys are those of the tenant, who owns the job.
 
         Args:
             max_queued: how many jobs may wait; None for any number.
@@ -103,19 +110,18 @@ class JobStore(DocumentTable):
         assert num_answers >= 1, num_answers
         document, key = spec.input.document_id or None, spec.idempotency_key or None
         with self._db.writing() as db:
-            if (known := statements.by_key(db, spec)) is not None:
+            if (known := statements.by_key(db, spec, tenant.name)) is not None:
                 return known, False
-            if max_queued is not None:
-                check_queue(statements.count(db, WAITING), max_queued)
+            statements.check_queue(db, max_queued, tenant)
             if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
                 raise JobConflict(f"job id: {job_id}: is in use: take a new one")
             if document and not touch(db, document, document_expires, self._clock()):
-                raise JobNotFound(f"document: {document}: not found: upload it again")
+                raise document_not_found(document)
             created = self._clock()
             seq = db.execute(
-                "INSERT INTO jobs (id, state, idempotency_key, body_hash, num_answers, created, document_id)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (job_id, JobState.QUEUED, key, spec.body_hash(), num_answers, created, document),
+                "INSERT INTO jobs (id, state, owner, owner_key, body_hash, num_answers, created, document_id)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (job_id, JobState.QUEUED, tenant.name, key, spec.body_hash(), num_answers, created, document),
             ).lastrowid
             db.execute("INSERT INTO specs VALUES (?, ?, '{}')", (seq, spec.to_json()))
             questions = json.dumps([*map(shown_question, spec.input.questions)], ensure_ascii=False)
@@ -124,7 +130,10 @@ class JobStore(DocumentTable):
             db.executemany("INSERT INTO labels VALUES (?, ?, ?)", [(seq, *label) for label in spec.labels.items()])
             answers = tuple(map(JobAnswer, range(num_answers)))
             statements.insert(db, "answers", seq, answers)
-        return JobRecord(job_id, JobState.QUEUED, spec, created, answers=answers, reproducibility=reproducibility), True
+        record = JobRecord(
+            job_id, JobState.QUEUED, spec, created, answers=answers, reproducibility=reproducibility, owner=tenant.name
+        )
+        return record, True
 
     def transition(self, job_id: str, expected: Collection[JobState], new: JobState, error: str = "") -> bool:
         """Change the state if it is one of `expected`; returns False if it is not, or the job is gone."""
@@ -156,6 +165,12 @@ class JobStore(DocumentTable):
         """Return the job with its answers, without tokens."""
         with self._db.reading() as db:
             return statements.one(db, job_id)
+
+    def owner(self, job_id: str) -> str | None:
+        """Return whose a job is, without reading its spec; None for an unknown one."""
+        with self._db.reading() as db:
+            row = db.execute("SELECT owner FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else str(row[0])
 
     def state(self, job_id: str) -> JobState | None:
         """Return the state of a job, without reading its spec; None for an unknown one."""
@@ -217,19 +232,22 @@ class JobStore(DocumentTable):
 
     def list_jobs(
         self, states: Collection[JobState] = (), labels: Mapping[str, str] | None = None, limit: int = 100,
-        cursor: str = "",
+        cursor: str = "", owner: str | None = None,
     ) -> tuple[list[JobRecord], str]:  # fmt: skip
         """Return jobs in any of `states` (none: all) with all `labels`, newest first, and the cursor of the next page.
+
+        Those of one owner, or (None) of all.
 
         A cursor stays valid while jobs come and go: no job is listed twice or skipped. It is empty after the last page.
         """
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidJob(f"page_size: {limit}: must be between 1 and {MAX_PAGE}")
-        if cursor and not _CURSOR.fullmatch(cursor):
-            raise InvalidJob(f"page_token: {cursor[:60]!r}: must be one that a list gave, or empty")
-        below = int(cursor[1:], 16) if cursor else MAX_INT64
+        below = self._read_cursor(cursor) if cursor else MAX_INT64
         where = ["seq < ?"]
         values: list[object] = [below]
+        if owner is not None:
+            where.append("owner = ?")
+            values.append(owner)
         if states:
             where.append("state IN (SELECT value FROM json_each(?))")
             values.append(statements.array(states))
@@ -245,7 +263,21 @@ class JobStore(DocumentTable):
                 records = statements.page(db, found[:limit])
         finally:
             self._listings.release()
-        return records, f"j{found[len(records) - 1]:015x}" if len(records) < len(found) else ""
+        return records, self._cursor(found[len(records) - 1]) if len(records) < len(found) else ""
+
+    def _cursor(self, seq: int) -> str:
+        """Return the cursor after a job: its number, hidden, since that tells how many jobs all tenants had."""
+        nonce = secrets.token_hex(8)
+        return f"j{nonce}{seq ^ self._mask(nonce):016x}"
+
+    def _read_cursor(self, cursor: str) -> int:
+        if not _CURSOR.fullmatch(cursor):
+            raise InvalidJob(f"page_token: {cursor[:60]!r}: must be one that a list gave, or empty")
+        return min(int(cursor[17:], 16) ^ self._mask(cursor[1:17]), MAX_INT64)
+
+    def _mask(self, nonce: str) -> int:
+        digest = hmac.digest(f"{self._db.number}".encode(), nonce.encode(), "sha256")
+        return int.from_bytes(digest[:8])
 
     def unfinished_ids(self) -> list[str]:
         """Return the ids of all jobs that have not ended, oldest first; reads nothing else of them."""
@@ -263,10 +295,10 @@ class JobStore(DocumentTable):
             if record is not None:
                 yield record
 
-    def count(self, states: Collection[JobState] = ()) -> int:
-        """Count the jobs in any of `states` (none: all)."""
+    def count(self, states: Collection[JobState] = (), owner: str | None = None) -> int:
+        """Count the jobs in any of `states` (none: all), of one owner or (None) of all."""
         with self._db.reading() as db:
-            return statements.count(db, states or JobState)
+            return statements.count(db, states or JobState, owner)
 
     def delete(self, job_id: str) -> bool:
         """Delete an ended job with its tokens and its idempotency key; False if it is unknown or has not ended."""
@@ -281,9 +313,3 @@ class JobStore(DocumentTable):
             ids = [job_id for (job_id,) in db.execute(query, (statements.array(FINAL), now - ttl_s))]
         self._db.checkpoint()  # this is called every minute or so
         return sum(self.delete(job_id) for job_id in ids)  # one transaction each: steps commit in between
-
-
-def check_queue(waiting: int, max_queued: int) -> None:
-    """Refuse one more job when `max_queued` wait already (raises ServiceBusy)."""
-    if waiting >= max_queued:
-        raise ServiceBusy(f"queue: {waiting} jobs wait, the limit is server.max_queued_jobs", 10.0)

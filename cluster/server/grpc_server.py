@@ -12,29 +12,26 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.access.audit import AuditLog
 from cluster.access.call_pool import CallPool, StallWatch
+from cluster.access.keys import Keys, load_api_keys
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.jobs.model import DocumentRecord, InvalidJob, JobDamaged, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
+from cluster.jobs.tenants.service import TenantService
 from cluster.server import codec
-from cluster.server.audit import Callers, RefusalLog
+from cluster.server.callers import Callers, tenant_of
 from cluster.server.interceptors import CallGuard, Pools
-from cluster.server.security import (
-    ApiKeys,
-    CertificateWatch,
-    KeyInterceptor,
-    load_api_keys,
-    presented_key,
-    server_credentials,
-)
+from cluster.server.security import CertificateWatch, KeyInterceptor, server_credentials
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import jobs_pb2_grpc as rpc
 from protos.jobs import validate
@@ -83,13 +80,16 @@ class GrpcServer:
 
     def __init__(
         self, service: JobService, server: ServerSection, security: SecuritySection, port_override: int | None = None,
-        streams: CallPool | None = None,
+        streams: CallPool | None = None, keys: Keys | None = None, audit: AuditLog | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             port_override: replaces `server.port`; 0 binds any free port.
             streams: places of calls that may last for hours, where other servers of the head share them.
+            keys: those that give access, instead of `security.api_keys_file` as it is at the start.
         """
+        self._keys = keys
+        self._audit = audit or AuditLog()
         self._streams = streams or CallPool(server.max_streams, "server.max_streams")
         self._service = service
         self._config = server
@@ -116,7 +116,10 @@ class GrpcServer:
         """
         if not self._is_enabled:
             return ""
-        keys = load_api_keys(self._security.api_keys_file) if self._security.api_keys_file else None
+        keys = self._keys
+        if keys is None and self._security.api_keys_file is not None:
+            keys = load_api_keys(self._security.api_keys_file)
+        callers = Callers(keys)
         credentials = server_credentials(self._security)
         limit = self._config.max_streams
         calls = ThreadPoolExecutor(limit + _SHORT_CALLS + _SPARE_CALLS, thread_name_prefix="grpc")
@@ -132,17 +135,18 @@ class GrpcServer:
         )  # fmt: skip
         self._stalls = StallWatch([ours.long, ours.short, of_health.long, of_health.short])
         guard = CallGuard(
-            ours, {f"/{JOBS_SERVICE}/Wait"}, {health.SERVICE_NAME: of_health}, Callers(keys).identify
+            ours, {f"/{JOBS_SERVICE}/Wait"}, {health.SERVICE_NAME: of_health}, callers.identify
         )  # fmt: skip
         most = limit + _SHORT_CALLS + _SPARE_CALLS + 2 * (_WATCHERS + _CHECKS)
         bounds = {"max_concurrent_streams": most, "max_allowed_incoming_connections": limit + _IDLE_CONNECTIONS}
         server = grpc.server(
             calls,
-            interceptors=[*([KeyInterceptor(keys, RefusalLog().add)] if keys is not None else []), guard],
+            interceptors=[*([KeyInterceptor(keys, self._audit.refuse)] if keys is not None else []), guard],
             options=[*_CONNECTION_OPTIONS.items(), *((f"grpc.{key}", value) for key, value in bounds.items())],
             maximum_concurrent_rpcs=most,
         )
-        rpc.add_JobsServicer_to_server(_Jobs(self._service, self._config.max_document_bytes, keys), server)  # type: ignore[no-untyped-call, unused-ignore]
+        jobs = _Jobs(self._service, self._config.max_document_bytes, callers, self._audit)
+        rpc.add_JobsServicer_to_server(jobs, server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -181,12 +185,21 @@ class GrpcServer:
 
 
 class _Jobs(rpc.JobsServicer):
-    """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes."""
+    """Implements jobs.proto; methods raise the errors of `jobs.model`, which `CallGuard` turns into status codes.
 
-    def __init__(self, service: JobService, max_document_bytes: int, keys: ApiKeys | None = None) -> None:
-        self._service = service
+    Every method asks `_of` for the jobs and documents of its caller.
+    """
+
+    def __init__(self, service: JobService, max_document_bytes: int, callers: Callers, audit: AuditLog) -> None:
+        self._all = service
         self._max_document_bytes = max_document_bytes
-        self._keys = keys
+        self._callers = callers
+        self._audit = audit
+
+    def _of(self, context: grpc.ServicerContext) -> TenantService:
+        """Return the service as the caller sees it. Raises KeyRefused."""
+        caller = self._callers.identify(context)
+        return TenantService(self._all, tenant_of(caller), partial(self._audit.note, caller))
 
     def UploadDocument(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> pb.Document:
         header = self._header(requests)
@@ -202,11 +215,12 @@ class _Jobs(rpc.JobsServicer):
     def _add(
         self, header: pb.DocumentHeader, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext
     ) -> pb.Document:
-        record = self._service.add_document(
+        service = self._of(context)
+        record = service.add_document(
             header.name, self._pieces(requests, context), self._max_document_bytes, max_tokens=header.max_tokens,
             pinned=header.pinned, source_hash=header.source_hash, append_to=header.append_to,
         )  # fmt: skip
-        return self._document(record)
+        return _document(service, record)
 
     def _header(self, requests: Iterator[pb.DocumentPiece]) -> pb.DocumentHeader:
         first = next(requests, None)
@@ -222,18 +236,20 @@ class _Jobs(rpc.JobsServicer):
             if len(content) > self._max_document_bytes:
                 most = f"must be at most {self._max_document_bytes} (server.max_document_bytes)"
                 raise InvalidJob(f"document: {len(content)} bytes or more: {most}")
-        tokens = self._service.count_text(bytes(content))
-        limit = self._service.status()["max_model_len"]
+        service = self._of(context)
+        tokens = service.count_text(bytes(content))
+        limit = service.status()["max_model_len"]
         return pb.TokenCount(tokens=tokens, size_bytes=len(content), max_model_len=limit)
 
     def ExportDocument(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ArchivePiece]:
         document_id = check_id(request.id, "doc")
-        for piece in self._service.export_document(document_id, not request.without_kv):
+        for piece in self._of(context).export_document(document_id, not request.without_kv):
             yield pb.ArchivePiece(data=piece)
 
     def ImportDocument(self, requests: Iterator[pb.ArchivePiece], context: grpc.ServicerContext) -> pb.Document:
         pieces = (request.data for request in _arriving(requests))
-        return self._document(self._service.import_document(pieces, self._max_document_bytes))
+        service = self._of(context)
+        return _document(service, service.import_document(pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         for request in _arriving(requests):
@@ -244,51 +260,49 @@ class _Jobs(rpc.JobsServicer):
             raise InvalidJob("document: the upload was cut off")
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
-        return self._document(self._service.documents.get(request.id))
+        service = self._of(context)
+        return _document(service, service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        records = self._service.documents.list()
-        stored = self._service.stored_kv(records)
+        service = self._of(context)
+        records = service.documents.list()
+        stored = service.stored_kv(records)
         return pb.DocumentList(
             documents=[codec.encode_document(record, *stored.get(record.id, ())) for record in records]
         )
 
     def PinDocument(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.Document:
-        return self._document(self._service.documents.pin(request.id, request.pinned))
-
-    def _document(self, record: DocumentRecord) -> pb.Document:
-        return codec.encode_document(record, *self._service.stored_kv([record]).get(record.id, ()))
+        service = self._of(context)
+        return _document(service, service.documents.pin(request.id, request.pinned))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
-        self._service.documents.delete(request.id)
+        self._of(context).documents.delete(request.id)
         return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
+        service = self._of(context)
         with contextlib.ExitStack() as texts:  # one that comes with a refused submission is not kept
 
             def store_text(text: str) -> str:
-                return texts.enter_context(self._service.keep_text(text, self._max_document_bytes)).id
+                return texts.enter_context(service.keep_text(text, self._max_document_bytes)).id
 
-            spec = codec.decode_submit(request, self._service.now(), store_text)
-            record = self._service.submit(spec, self._key_name(context))
-        return self._whole(record)
-
-    def _key_name(self, context: grpc.ServicerContext) -> str:
-        key = presented_key(context.invocation_metadata()) if self._keys is not None else None
-        return (self._keys.name(key) or "") if self._keys is not None and key is not None else ""
+            spec = codec.decode_submit(request, service.now(), store_text)
+            record = service.submit(spec)
+        return _whole(service, record)
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
-        return self._whole(self._service.get(check_id(request.id, "job")))
+        service = self._of(context)
+        return _whole(service, service.get(request.id))
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.JobList:
-        records, cursor = self._service.jobs(*codec.decode_list(request))
+        records, cursor = self._of(context).jobs(*codec.decode_list(request))
         return pb.JobList(jobs=map(codec.encode_job, records), next_page_token=cursor)
 
     def Stream(self, request: pb.StreamRequest, context: grpc.ServicerContext) -> Iterator[pb.JobEvent]:
         """Closing the events, also when the client has gone, ends an attached job."""
-        number = request.after
+        service, number = self._of(context), request.after
         validate.check_count("after", number, MAX_INT64)
-        with contextlib.closing(self._service.stream(check_id(request.id, "job"), number)) as events:
+        with contextlib.closing(service.stream(request.id, number)) as events:
             for event in events:
                 if not context.is_active():
                     return
@@ -300,38 +314,44 @@ class _Jobs(rpc.JobsServicer):
                 elif isinstance(event, ProgressUpdate):
                     yield pb.JobEvent(number=number, progress=asdict(event))
                 else:
-                    job = self._whole(event) if event.state.is_final else codec.encode_job(event)
+                    job = _whole(service, event) if event.state.is_final else codec.encode_job(event)
                     yield pb.JobEvent(number=number, job=job)
 
     def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.Job:
-        job_id = check_id(request.id, "job")
+        service, job_id = self._of(context), check_id(request.id, "job")
         left = validate.check_number("timeout_s", request.timeout_s, 0.0, MAX_WAIT_S, unit=" of seconds")
         while True:
             began, poll = time.monotonic(), min(left, _POLL_S)
-            record = self._service.wait(job_id, poll)
+            record = service.wait(job_id, poll)
             left -= poll
             ended_early = time.monotonic() - began < poll * 0.9  # the service is closing
             if record.state.is_final or left <= 0 or ended_early or not context.is_active():
-                return self._whole(record)
+                return _whole(service, record)
 
     def Cancel(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
-        return self._whole(self._service.cancel(check_id(request.id, "job")))
+        service = self._of(context)
+        return _whole(service, service.cancel(request.id))
 
     def Delete(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Empty:
-        self._service.delete(check_id(request.id, "job"))
+        self._of(context).delete(request.id)
         return pb.Empty()
 
     def ClusterStatus(self, request: pb.ClusterStatusRequest, context: grpc.ServicerContext) -> pb.ClusterStatusReply:
-        return pb.ClusterStatusReply(**self._service.status())
+        return pb.ClusterStatusReply(**self._of(context).status())
 
-    def _whole(self, record: JobRecord) -> pb.Job:
-        """Return the job with its tokens and, while it runs, its progress."""
-        try:
-            tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
-        except JobDamaged as damage:
-            record, tokens = replace(record, error=record.error or str(damage)), ()
-        progress = {} if record.state.is_final else self._service.progress(record.id)
-        return codec.encode_job(record, tokens, progress)
+
+def _whole(service: TenantService, record: JobRecord) -> pb.Job:
+    """Return the job with its tokens and, while it runs, its progress."""
+    try:
+        tokens = service.tokens(record.id, 0, record.last_event) if record.last_event else ()
+    except JobDamaged as damage:
+        record, tokens = replace(record, error=record.error or str(damage)), ()
+    progress = {} if record.state.is_final else service.progress(record.id)
+    return codec.encode_job(record, tokens, progress)
+
+
+def _document(service: TenantService, record: DocumentRecord) -> pb.Document:
+    return codec.encode_document(record, *service.stored_kv([record]).get(record.id, ()))
 
 
 def _arriving(requests: Iterator[_Piece]) -> Iterator[_Piece]:

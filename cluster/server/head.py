@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.access.audit import AUDIT_FILE, AuditLog
 from cluster.access.call_pool import CallPool
+from cluster.access.live_keys import LiveKeys
 from cluster.common.errors import ClusterError, PreflightError
 from cluster.common.signals import call_undisturbed
 from cluster.common.steady_clock import SteadyClock
@@ -21,11 +23,10 @@ from cluster.engine.runtime import ClusterRuntime
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.service import JobService
 from cluster.jobs.store import JobStore
-from cluster.server.audit import RefusalLog
 from cluster.server.grpc_server import GrpcServer
 from cluster.server.health import HealthMonitor
 from cluster.server.metrics import MetricsServer
-from cluster.server.security import check_security, load_api_keys
+from cluster.server.security import check_security
 from cluster.server.state_files import reachable
 from cluster.stages.launcher import LaunchStatus
 from cluster.stages.preflight import check_port
@@ -93,7 +94,13 @@ class Head:
             )
             steps.callback(metrics.close)
             streams = CallPool(server.max_streams, "server.max_streams")
-            self._grpc = GrpcServer(self.service, server, self._config.security, self._port, streams)
+            self._audit = AuditLog(data_dir / AUDIT_FILE)
+            steps.callback(self._audit.close)
+            keys_file = self._config.security.api_keys_file
+            self._keys = LiveKeys(keys_file, streams, self._audit) if keys_file is not None else None
+            self._grpc = GrpcServer(
+                self.service, server, self._config.security, self._port, streams, self._keys, self._audit
+            )
             steps.callback(self._grpc.close, 1.0)
             self._http = self._make_http(streams) if server.http_port else None
             if self._http is not None:
@@ -102,6 +109,9 @@ class Head:
             self._check_ports()  # the weights took a while, and jobs are taken up only by a head that can be reached
             self.service.start()
             metrics.start()
+            if self._keys is not None:
+                steps.callback(self._keys.close)
+                self._keys.start()
             self.address = self._grpc.start()
             if self._http is not None:
                 scheme, _, address = self._http.start().partition("//")
@@ -110,6 +120,7 @@ class Head:
                 lambda: [
                     *self.service.threads, metrics.threads, *self._grpc.threads,
                     *(self._http.threads if self._http is not None else ()),
+                    *([self._keys.thread] if self._keys is not None else ()),
                 ],
                 [self.service.check_store, self.service.check_pipeline], self._show,
             )  # fmt: skip
@@ -121,10 +132,8 @@ class Head:
         from cluster.http.core.backend import Backend
         from cluster.http.http_server import HttpServer
 
-        security = self._config.security
-        keys = load_api_keys(security.api_keys_file) if security.api_keys_file else None
-        backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text)
-        return HttpServer(backend, security, keys, on_refused=RefusalLog().add)
+        backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text, self._audit)
+        return HttpServer(backend, self._config.security, self._keys, on_refused=self._audit.refuse)
 
     def _check_ports(self) -> None:
         server = self._config.server

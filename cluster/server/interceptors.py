@@ -19,17 +19,17 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from cluster.access.call_pool import CallEnd, Caller, CallPool, EndCall, OpenCall
+from cluster.access.call_pool import CallEnd, Caller, CallPool, EndCall, KeyRefused, OpenCall
 from cluster.common.errors import JobStoreError, JobStoreFull
 from cluster.common.text_format import escape_unprintable
 from cluster.jobs.model import InvalidJob, JobConflict, JobNotFound, NotAllowedNow, NotReady, ServiceBusy
-from cluster.server.audit import log_change
 from cluster.server.wire import check_raw
 from protos.errors import InvalidRequest
 
 _MAX_DETAILS = 1000  # characters; details travel as a header
 _RETRY_AFTER_S = 5.0  # of a store that cannot be used now
 _CODES: dict[type[Exception], grpc.StatusCode] = {  # the first one that fits
+    KeyRefused: grpc.StatusCode.UNAUTHENTICATED,
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     JobNotFound: grpc.StatusCode.NOT_FOUND,
     JobConflict: grpc.StatusCode.ALREADY_EXISTS,
@@ -43,6 +43,7 @@ _END_CODES = {
     CallEnd.NO_ROOM: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CallEnd.NOT_READ: grpc.StatusCode.UNAVAILABLE,  # a reader may come back at once, at the token where it was
     CallEnd.NOT_SENT: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CallEnd.REVOKED: grpc.StatusCode.UNAUTHENTICATED,
 }
 
 _log = logging.getLogger(__name__)
@@ -127,12 +128,10 @@ def _guard(
 
     def unary(raw: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         with _status_codes(method, context):
-            caller = identify(context)
-            with pool.open(caller, _ending(context)) as call:
+            with pool.open(identify(context), _ending(context)) as call:
                 request = argument(raw, call)
                 with running:
                     reply = behavior(request, context)
-            log_change(method, caller, request, reply)
             return reply
 
     def stream(raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:

@@ -27,6 +27,36 @@ DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 RECALLS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1)
 
 
+MAX_KEYS = 100  # names of API keys that are told apart in a process; jobs of further ones count together
+OTHER_KEYS = "(others)"
+
+
+class KeyMetrics:
+    """Counters of ended jobs by the name of the API key that owns them; without keys there are none."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._names: set[str] = set()
+        self._jobs = Counter(
+            "longreach_key_jobs", "Ended jobs by API key and state.", ["key", "state"], registry=registry
+        )
+        self._tokens = Counter(
+            "longreach_key_tokens", "Tokens of ended jobs by API key: of prompts, found computed, generated.",
+            ["key", "kind"], registry=registry,
+        )  # fmt: skip
+
+    def observe(self, record: JobRecord, generated: dict[int, int]) -> None:
+        """Count an ended job; `generated`: tokens by question."""
+        if not record.owner:
+            return
+        if len(self._names) < MAX_KEYS:
+            self._names.add(record.owner)
+        key = record.owner if record.owner in self._names else OTHER_KEYS
+        self._jobs.labels(key, record.state.value).inc()
+        self._tokens.labels(key, "prompt").inc(sum(answer.prompt_tokens for answer in record.answers))
+        self._tokens.labels(key, "cached").inc(sum(answer.cached_tokens for answer in record.answers))
+        self._tokens.labels(key, "generated").inc(sum(generated.values()))
+
+
 class JobMetrics:
     """Counters and histograms of ended jobs."""
 
@@ -164,6 +194,7 @@ class MetricsServer:
         self._server: BoundedServer | None = None
         self.threads = WatchedThreads("metrics")
         service.on_ended(self.jobs.observe)
+        service.on_ended(KeyMetrics(self.registry).observe)
 
     def text(self) -> bytes:
         """Return all metrics in the text format."""

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos.stage.messages import KvBlock, Span
+from workers.kv.direct_file import DirectFile
 from workers.kv.open_file import BadBlock, open_file
 
 SCHEMA = "1"
@@ -136,18 +137,16 @@ def write_block(
         OSError: the file cannot be written.
     """
     crcs = [0] * (part.size * len(shape.sides(1)))
-    offset = len(_header(shape, part, info, crcs))
-    at = 0
+    file, at = DirectFile(descriptor, len(_header(shape, part, info, crcs))), 0
     # The scales are stored first, so that every tensor begins at a multiple of the size of its elements.
     for layer, head, order in _order(shape, part):
         arrays = read(layer, head)
         for index in order:
             data = arrays[index].reshape(-1).view(np.uint8).data
             crcs[at] = zlib.crc32(data)
-            offset = _pwrite(descriptor, data, offset)
+            file.append(data)
             at += 1
-    _pwrite(descriptor, memoryview(_header(shape, part, info, crcs)), 0)
-    return offset
+    return file.finish(_header(shape, part, info, crcs))
 
 
 def _order(shape: BlockShape, part: Part) -> Iterator[tuple[int, int, Sequence[int]]]:
@@ -201,14 +200,6 @@ def _metadata_crc(metadata: Mapping[str, str]) -> str:
     """Return the CRC-32 of all values but itself, by sorted name."""
     text = json.dumps(sorted(item for item in metadata.items() if item[0] != "metadata_crc32"))
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-    """Write all of `data`; returns the offset after it. Raises OSError."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-    return offset
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

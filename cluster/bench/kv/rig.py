@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -102,6 +103,12 @@ class DemoHead(HeadProcess):
         until(is_quiet, "an end of storing", _SETTLED_WITHIN_S)
         os.sync()
         return seen
+
+
+@functools.cache
+def block_tokens() -> int:
+    """Return the tokens of a stored block of such a head."""
+    return int(ConfigSource(configs_dir() / "demo.yaml", {}).data["kv_store"]["block_tokens"])
 
 
 def kv_cache_bytes(layout: Layout, tokens: int, dtype: str) -> int:

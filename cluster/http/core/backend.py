@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from cluster.access.audit import AuditLog
 from cluster.access.call_pool import CallPool
 from cluster.config.schema import ServerSection
 
@@ -24,9 +25,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Backend:
-    """One job service, as the routes see it.
+    """One job service, as the servers see it; routes use `HttpCall.service`, which has what the caller may see.
 
     Attributes:
+        service: knows no callers.
         streams: places of calls that may last for hours, shared with the other servers of the head.
         short: places of all other calls.
         metrics: returns all metrics in the text format of Prometheus.
@@ -37,6 +39,7 @@ class Backend:
     limits: ServerSection
     streams: CallPool
     metrics: Callable[[], bytes] = lambda: b""
+    audit: AuditLog = field(default_factory=AuditLog)
     short: CallPool = field(default_factory=lambda: CallPool(SHORT_CALLS, "of short calls", can_preempt=False))
 
     def __post_init__(self) -> None:

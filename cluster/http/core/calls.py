@@ -1,10 +1,15 @@
-"""One open HTTP request: who makes it, its place among the others, and how it is ended before its time."""
+"""One open HTTP request: who makes it, its place among the others, and how it is ended before its time.
+
+A route reaches jobs and documents by `call_of(request).service` alone: that is the job service as the caller sees it.
+What belongs to another key is not there. `Backend.service` knows no callers, and no route may use it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 from fastapi import Request
 from starlette.types import Scope
@@ -12,22 +17,26 @@ from starlette.types import Scope
 from cluster.access.call_pool import CallEnd, Caller, OpenCall
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import BUSY, SERVER, ApiError
+from cluster.jobs.tenants.service import TenantService
+from cluster.jobs.tenants.tenant import Tenant
 
 _SCOPE_KEY = "longreach.call"
-_STATUS = {CallEnd.NO_ROOM: (429, BUSY), CallEnd.NOT_READ: (503, SERVER), CallEnd.NOT_SENT: (408, SERVER)}
+_STATUS = {
+    CallEnd.NO_ROOM: (429, BUSY), CallEnd.NOT_READ: (503, SERVER), CallEnd.NOT_SENT: (408, SERVER),
+    CallEnd.REVOKED: (401, "authentication_error"),
+}  # fmt: skip
 
 
 class HttpCall:
     """A request from its first byte to the end of its response; lives on the event loop.
 
     Attributes:
-        key_name: of the API key, empty without.
+        caller: with the tenant.
         ended: why the server has ended it, None while it has not.
     """
 
-    def __init__(self, backend: Backend, caller: Caller, key_name: str) -> None:
+    def __init__(self, backend: Backend, caller: Caller) -> None:
         self.caller = caller
-        self.key_name = key_name
         self.ended: ApiError | None = None
         self._backend = backend
         self._loop = asyncio.get_running_loop()
@@ -35,6 +44,23 @@ class HttpCall:
         self._places = ExitStack()
         self._at_end = ExitStack()
         self._open: OpenCall | None = None
+
+    @property
+    def tenant(self) -> Tenant:
+        """Whose request it is. Raises ApiError: nobody's whose key counts."""
+        if self.caller.tenant is None:
+            raise no_key()
+        return self.caller.tenant
+
+    @property
+    def service(self) -> TenantService:
+        """The job service as the caller sees it: its own jobs and documents. Raises ApiError as `tenant`."""
+        return TenantService(self._backend.service, self.tenant, partial(self._backend.audit.note, self.caller))
+
+    def check_admin(self) -> None:
+        """Refuse the request unless it may see what others do (ApiError)."""
+        if not self.tenant.is_admin:
+            raise ApiError(403, "an admin key is needed for this", kind="permission_error", code="admin_only")
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -59,7 +85,8 @@ class HttpCall:
     def _end(self, reason: CallEnd, details: str) -> None:
         """End the call, from any thread."""
         status, kind = _STATUS[reason]
-        error = ApiError(status, details, kind=kind, code=reason.value, retry_after_s=1.0)
+        retry_after_s = 1.0 if reason is not CallEnd.REVOKED else None
+        error = ApiError(status, details, kind=kind, code=reason.value, retry_after_s=retry_after_s)
         self._loop.call_soon_threadsafe(self._cancel, error)
 
     def _cancel(self, error: ApiError) -> None:
@@ -70,6 +97,12 @@ class HttpCall:
     def attach(self, scope: Scope) -> None:
         """Let the routes find the call."""
         scope[_SCOPE_KEY] = self
+
+
+def no_key() -> ApiError:
+    """Return the error of a request without a valid key."""
+    problem = "an API key is needed: header `Authorization: Bearer KEY`, or `x-api-key: KEY`"
+    return ApiError(401, problem, kind="authentication_error", code="invalid_api_key")
 
 
 def call_of(request: Request) -> HttpCall:

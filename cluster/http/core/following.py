@@ -99,9 +99,7 @@ async def store(backend: Backend, request: Request, make_spec: Callable[[], JobS
         make_spec: called in a thread.
     """
     call = call_of(request)
-    record = await backend.call(lambda: backend.service.submit(make_spec(), call.key_name))
-    _log.info("%s %s by %s", request.url.path, record.id, call.caller)
-    return record
+    return await backend.call(lambda: call.service.submit(make_spec()))
 
 
 def follow(backend: Backend, request: Request, record: JobRecord, ends_job: bool) -> Followed:

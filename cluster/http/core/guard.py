@@ -9,30 +9,24 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.access.call_pool import Caller
+from cluster.access.keys import Keys, key_id
 from cluster.common.addresses import is_loopback
 from cluster.http.core.backend import Backend
-from cluster.http.core.calls import HttpCall
+from cluster.http.core.calls import HttpCall, no_key
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.core.following import ClientGone
 from cluster.http.core.sse import event
+from cluster.jobs.tenants.tenant import ANYONE
 
 # monitors and load balancers have no key; they only learn whether the server is serving
 OPEN = frozenset({("GET", "/health"), ("HEAD", "/health"), ("GET", "/ready"), ("HEAD", "/ready")})
 _LAST_WORD_S = 1.0  # for the end of a stream that is ended before its time
 _log = logging.getLogger(__name__)
-
-
-class Keys(Protocol):
-    """The API keys of the head."""
-
-    def name(self, key: str) -> str | None:
-        """Return the name of a key, None when it is not one of them."""
 
 
 class Guard:
@@ -84,24 +78,32 @@ class Guard:
         peer = f"{host}:{client[1]}"
         if self._is_local:
             _check_origin(headers)
-        name = self._key_name(headers)
-        if name is None and self._keys is not None and (scope["method"], scope["path"]) not in OPEN:
+        caller = self._caller(headers, host, peer)
+        if caller.tenant is None and (scope["method"], scope["path"]) not in OPEN:
             self._on_refused(peer, scope["path"])
-            problem = "an API key is needed: header `Authorization: Bearer KEY`, or `x-api-key: KEY`"
-            raise ApiError(401, problem, kind="authentication_error", code="invalid_api_key")
-        return HttpCall(self._backend, Caller(f"key {name}" if name is not None else host, peer), name or "")
+            raise no_key()
+        return HttpCall(self._backend, caller)
 
-    def _key_name(self, headers: Mapping[str, list[str]]) -> str | None:
+    def _caller(self, headers: Mapping[str, list[str]], host: str, peer: str) -> Caller:
         if self._keys is None:
-            return None
-        bearers, plain = headers.get("authorization", []), headers.get("x-api-key", [])
-        if len(bearers) > 1 or len(plain) > 1:
-            return None
-        given = set(plain)
-        for value in bearers:
-            scheme, _, key = value.partition(" ")
-            given |= {key.strip() if scheme.lower() == "bearer" else ""}
-        return self._keys.name(given.pop()) if len(given) == 1 else None
+            return Caller(host, peer, ANYONE)
+        key = _presented_key(headers)
+        tenant = self._keys.tenant(key) if key is not None else None
+        if key is None or tenant is None:
+            return Caller(host, peer)
+        return Caller(f"key {tenant.name}", peer, tenant, key_id(key))
+
+
+def _presented_key(headers: Mapping[str, list[str]]) -> str | None:
+    """Return the key of a request, None when it is absent, given twice or of another kind."""
+    bearers, plain = headers.get("authorization", []), headers.get("x-api-key", [])
+    if len(bearers) > 1 or len(plain) > 1:
+        return None
+    given = set(plain)
+    for value in bearers:
+        scheme, _, key = value.partition(" ")
+        given |= {key.strip() if scheme.lower() == "bearer" else ""}
+    return given.pop() if len(given) == 1 else None
 
 
 class _Answer:

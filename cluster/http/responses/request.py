@@ -24,7 +24,7 @@ from protos.jobs.limits import MAX_CHARS
 from protos.jobs.validate import check_count, check_text, show
 
 if TYPE_CHECKING:
-    from cluster.jobs.service import JobService
+    from cluster.jobs.tenants.service import TenantService
 
 _MAX_METADATA = 16
 # what a field of a chat completion is called here; the first that fits counts
@@ -86,7 +86,7 @@ class ResponsesRequest(AnswerFields, ToolFields):
 
 
 def response_spec(
-    service: JobService, backend: Backend, request: ResponsesRequest, idempotency_key: str = ""
+    service: TenantService, backend: Backend, request: ResponsesRequest, idempotency_key: str = ""
 ) -> JobSpec:
     """Return the job of a response. Raises ApiError, InvalidRequest, with the names of this protocol.
 
@@ -204,7 +204,7 @@ def _said(backend: Backend, request: ResponsesRequest) -> dict[str, Any]:
 # --- going on from an earlier response -------------------------------------------------------------------------------
 
 
-def _go_on(service: JobService, backend: Backend, request: ResponsesRequest, spec: JobSpec) -> JobSpec:
+def _go_on(service: TenantService, backend: Backend, request: ResponsesRequest, spec: JobSpec) -> JobSpec:
     """Return the job with the conversation of the earlier response before its own."""
     assert request.previous_response_id is not None
     before = previous_messages(service, backend, request.previous_response_id)
@@ -216,7 +216,7 @@ def _go_on(service: JobService, backend: Backend, request: ResponsesRequest, spe
     return replace(spec, input=replace(spec.input, messages=messages))
 
 
-def previous_messages(service: JobService, backend: Backend, value: str) -> tuple[ChatMessage, ...]:
+def previous_messages(service: TenantService, backend: Backend, value: str) -> tuple[ChatMessage, ...]:
     """Return the conversation of a stored response up to its answer, without its instructions. Raises ApiError."""
     try:
         record = stored_response(service, value)

@@ -14,7 +14,7 @@ from cluster.jobs.model import JobNotFound, JobRecord, JobState
 from protos.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from cluster.jobs.service import JobService
+    from cluster.jobs.tenants.service import TenantService
 
 API = "responses"  # in what is stored of a request
 _PAGE = 1000  # tokens read at once
@@ -22,7 +22,7 @@ _DECODING_POLL_MS, _WAITING_POLL_MS = 1000, 2000
 _POLL_MS = (500, 30_000)  # the least and the most of what follows from the time that is left
 
 
-def stored_response(service: JobService, value: str) -> JobRecord:
+def stored_response(service: TenantService, value: str) -> JobRecord:
     """Return the job of a stored response by its id. Raises ApiError: there is none."""
     try:
         record = service.get(job_id(value))
@@ -47,7 +47,7 @@ def make_writer(backend: Backend, record: JobRecord) -> OutputWriter:
     return OutputWriter(record.id, scanner, split_names(said_of(record)["tools"]))
 
 
-def read_response(service: JobService, backend: Backend, record: JobRecord) -> dict[str, Any]:
+def read_response(service: TenantService, backend: Backend, record: JobRecord) -> dict[str, Any]:
     """Return a response as it is, with its output so far."""
     writer, after = make_writer(backend, record), 0
     while tokens := service.tokens(record.id, after, _PAGE):
@@ -59,7 +59,7 @@ def read_response(service: JobService, backend: Backend, record: JobRecord) -> d
     return show_response(record, writer, progress_of(service, record))
 
 
-def progress_of(service: JobService, record: JobRecord) -> PrefillProgress | None:
+def progress_of(service: TenantService, record: JobRecord) -> PrefillProgress | None:
     """Return how far the prompt of a job is read, None while that is not known."""
     return None if record.state.is_final else service.progress(record.id).get(0)
 

@@ -24,7 +24,7 @@ from protos.jobs.limits import MAX_INT64
 from protos.jobs.validate import show
 
 if TYPE_CHECKING:
-    from cluster.jobs.service import JobService
+    from cluster.jobs.tenants.service import TenantService
 
 _MAX_ITEMS, _ITEMS = 100, 20  # of a page
 
@@ -33,12 +33,12 @@ def make_router(backend: Backend) -> APIRouter:
     """Return the routes."""
     router = APIRouter()
 
-    async def stored(request: Request) -> tuple[JobService, JobRecord]:
+    async def stored(request: Request) -> tuple[TenantService, JobRecord]:
         """Return the service as the caller sees it, and the job of the response that is asked for."""
-        service = backend.service
+        service = call_of(request).service
         return service, await backend.call(stored_response, service, request.path_params["response_id"])
 
-    async def shown(service: JobService, record: JobRecord) -> Response:
+    async def shown(service: TenantService, record: JobRecord) -> Response:
         """Return a response as it is, and when to ask again."""
         body = await backend.call(read_response, service, backend, record)
         wait_ms = poll_after_ms(record, progress_of(service, record))
@@ -48,7 +48,7 @@ def make_router(backend: Backend) -> APIRouter:
     async def create(request: Request) -> Response:
         asked = await read_model(backend, request, ResponsesRequest)
         key = request.headers.get("idempotency-key", "")
-        service = backend.service
+        service = call_of(request).service
         make_spec = partial(response_spec, service, backend, asked, key)
         try:
             if asked.background and not asked.stream:

@@ -21,6 +21,7 @@ from cluster.jobs.document.chain import chain_ids
 from cluster.jobs.document.token_file import read_tokens, tokens_path, write_tokens
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, JobError
+from cluster.jobs.tenants.tenant import owned_id
 from cluster.text.literal_tokenizer import Place
 from cluster.text.prompts import PromptError, document_place, head_tokens
 from protos.errors import UserError
@@ -124,7 +125,7 @@ class DocumentTokens:
         ids, first = array("I"), 0
         earlier_ids = chain_ids(content, record.seams)
         for part in range(len(begins) - 1, 0, -1):
-            earlier = earlier_ids[part - 1]
+            earlier = owned_id(record.owner, earlier_ids[part - 1])
             known = read_tokens(tokens_path(self._documents.path(earlier)), self._fingerprint(earlier, place))
             if known is not None:
                 ids, first = known, part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from array import array
@@ -28,12 +29,14 @@ from cluster.jobs.document.archive import (
     bad_archive,
     joined,
 )
+from cluster.jobs.document.chain import chain_ids
 from cluster.jobs.document.kv import DocumentKv
 from cluster.jobs.document.kv_transfer import KvIntake, kv_members, left_out, ready_shards
 from cluster.jobs.document.tokens import DocumentTokens
 from cluster.jobs.documents import DocumentStore
 from cluster.jobs.model import SCALE_TO_COME, DocumentRecord, InvalidJob, JobDamaged
 from cluster.jobs.prompts import document_ids, has_length_scale
+from cluster.jobs.tenants.tenant import ANYONE, Tenant, kv_owner_of, owned_id
 from protos.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,12 +78,15 @@ class DocumentTransfer:
                 blocks = tuple(
                     ArchivedBlock(key.hex(), parent.hex(), start) for key, parent, start in self._kv.chained(keys)
                 )
+        *before, own = chain_ids(content, record.seams)  # the same ids for every owner
         document = ArchivedDocument(
-            record.id, record.name, record.size_bytes, len(ids), max(0, record.scale_len), record.source_hash,
-            record.parent, record.seams,
+            own, record.name, record.size_bytes, len(ids), max(0, record.scale_len), record.source_hash,
+            before[-1] if before else "", record.seams,
         )  # fmt: skip
         mark = self._tokens.mark() if ids else ""
-        manifest = Manifest(document, self._model(record.kernel_family), mark, self._kv.block_tokens, blocks)
+        manifest = Manifest(
+            document, self._model(record.kernel_family, kv_owner_of(record)), mark, self._kv.block_tokens, blocks
+        )
         writer = ArchiveWriter()
 
         def members() -> Iterator[bytes]:
@@ -107,28 +113,32 @@ class DocumentTransfer:
                 _log.info("document %s is exported without token ids: %s", document_id, error)
         return ids
 
-    def _model(self, kernel_family: str) -> ArchivedModel:
-        """Return what KV depends on here. Raises EngineError before the first start."""
+    def _model(self, kernel_family: str, kv_owner: str) -> ArchivedModel:
+        """Return what KV of an owner depends on here. Raises EngineError before the first start."""
         deployment, launched = self._runtime.deployment, self._runtime.launched
+        root = cache_root(deployment, launched.fingerprint)
+        if kv_owner and not deployment.config.prefill.share_across_keys:
+            root = hashlib.sha256(root + kv_owner.encode()).digest()
         return ArchivedModel(
             fingerprint=launched.fingerprint,
             dtype=launched.dtype,
             kv_dtype=kv_dtype(deployment),
             positions=describe_positions(deployment.spec),
             sparse=describe_sparsity(deployment.spec),
-            root=cache_root(deployment, launched.fingerprint).hex(),
+            root=root.hex(),
             kernel_family=kernel_family or launched.kernel_family,
         )
 
     # --- import ------------------------------------------------------------------------------------------------------
 
-    def take_in(self, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+    def take_in(self, pieces: Iterable[bytes], max_bytes: int, tenant: Tenant = ANYONE) -> DocumentRecord:
         """Store the document of an archive, with its token ids and KV as far as they can be used here.
 
         All of the archive is checked before the document is there; the log says why its KV is left out.
 
         Args:
             max_bytes: of the text.
+            tenant: owns the document. KV is believed, and found by what it says it is of, so only an admin brings it.
 
         Raises:
             InvalidJob: the archive is damaged, none of ours, or its text too large. ServiceBusy: no room for it.
@@ -145,19 +155,20 @@ class DocumentTransfer:
             said.id, said.name, said.size_bytes, 0.0, 0.0, scale_len=scale_len, source_hash=said.source_hash,
             parent=said.parent, seams=said.seams,
         )  # fmt: skip
-        family = self._family(manifest)
-        intake = KvIntake(self._kv, self._documents, manifest.blocks, self._problem(manifest, family, scale_len))
+        family, own = self._family(manifest), owned_id(tenant.name, said.id)
+        problem = self._problem(manifest, family, scale_len, tenant, own)
+        intake = KvIntake(self._kv, self._documents, manifest.blocks, problem)
         ids = array("I")
 
         def finish() -> str:
             self._read_rest(reader, manifest, ids, intake)
             if intake.problem or not intake.taken:
                 return ""
-            self._account.add_imported(said.id, said.scale_len, intake.taken)
+            self._account.add_imported(own, said.scale_len, intake.taken)
             return family
 
         with self._account.importing(intake.keys):
-            stored = self._documents.put_archived(record, reader.data(), max_bytes, finish)
+            stored = self._documents.put_archived(record, reader.data(), max_bytes, finish, tenant)
         if ids:
             with suppress(UserError):  # they are made anew
                 self._tokens.adopt(stored.id, ids)
@@ -197,11 +208,13 @@ class DocumentTransfer:
         family = manifest.model.kernel_family
         return "" if not manifest.blocks or family == self._runtime.launched.kernel_family else family
 
-    def _problem(self, manifest: Manifest, family: str, scale_len: int) -> str:
-        """Return why the KV of an archive cannot be used here, or ""."""
+    def _problem(self, manifest: Manifest, family: str, scale_len: int, tenant: Tenant, own: str) -> str:
+        """Return why the KV of an archive cannot be used here, or ""; `own` is the id of the document here."""
         if not self._kv.is_enabled:
             return "this cluster stores no KV (kv_store.enabled)"
-        ours, theirs = self._model(""), manifest.model
+        if not tenant.is_admin:
+            return "only an admin key may bring KV"
+        ours, theirs = self._model("", tenant.name), manifest.model
         names = {
             "model (fingerprint)": "fingerprint", "type of computation": "dtype", "type of KV": "kv_dtype",
             "kind of positions": "positions", "sparse prefill": "sparse", "digest of all settings": "root",
@@ -213,7 +226,7 @@ class DocumentTransfer:
             | {name: getattr(theirs, field) for name, field in names.items()},
         ):
             return problem
-        known = self._documents.store.get_document(manifest.document.id)
+        known = self._documents.store.get_document(own)
         if known is not None and known.scale_len == SCALE_TO_COME:
             self._ids(known.id)
             known = self._documents.store.get_document(known.id)

@@ -92,6 +92,11 @@ class Database:
         with self.writing():
             pass
 
+    @property
+    def number(self) -> int:
+        """A random number of this database, which nobody is told."""
+        return self._store
+
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Run a transaction: committed at the end of the block, rolled back when anything is raised in it."""

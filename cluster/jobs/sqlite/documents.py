@@ -47,7 +47,7 @@ class DocumentTable:
             db.execute(
                 f"INSERT INTO documents ({statements.columns(DocumentRecord)}) VALUES ({marks})"
                 " ON CONFLICT (id) DO UPDATE SET size_bytes = excluded.size_bytes, used = excluded.used,"
-                " pinned = pinned OR excluded.pinned, seams = excluded.seams,"
+                " pinned = pinned OR excluded.pinned, seams = excluded.seams, shared = shared OR excluded.shared,"
                 " expires = CASE WHEN pinned OR excluded.pinned THEN 0 ELSE excluded.expires END,"
                 " scale_len = CASE WHEN scale_len = 0 OR scale_len < 0 AND excluded.scale_len > 0"
                 " THEN excluded.scale_len ELSE scale_len END,"
@@ -80,10 +80,11 @@ class DocumentTable:
                 (tokens, SCALE_TO_COME, scale_len, document_id),
             )
 
-    def list_documents(self, limit: int = MAX_INT64) -> list[DocumentRecord]:
-        """Return the newest `limit` documents, newest first."""
+    def list_documents(self, limit: int = MAX_INT64, owner: str | None = None) -> list[DocumentRecord]:
+        """Return the newest `limit` documents that an owner sees, or (None) of all, newest first."""
         with self._db.reading() as db:
-            return statements.documents(db, "ORDER BY created DESC, rowid DESC LIMIT ?", limit)
+            where = "WHERE ?1 IS NULL OR owner = ?1 OR shared ORDER BY created DESC, rowid DESC LIMIT ?2"
+            return statements.documents(db, where, owner, limit)
 
     def uncounted_documents(self, limit: int) -> list[str]:
         """Return ids of documents whose tokens are not counted, the newest first."""
@@ -96,12 +97,14 @@ class DocumentTable:
         with self._db.reading() as db:
             return {document_id for (document_id,) in db.execute("SELECT id FROM documents")}
 
-    def documents_size(self) -> int:
-        """Return the bytes that all documents take on disk together, with their token ids, each in whole blocks."""
+    def documents_size(self, owner: str | None = None) -> int:
+        """Return the bytes that the documents of an owner, or (None) all, take on disk together, with their token ids,
+        each in whole blocks.
+        """
         with self._db.reading() as db:
             ids = f"CASE WHEN tokens THEN ({HEAD_BYTES} + 4 * tokens + 4095) / 4096 * 4096 ELSE 0 END"
             query = f"SELECT coalesce(sum((size_bytes + 4095) / 4096 * 4096 + {ids}), 0) FROM documents"
-            return int(db.execute(query).fetchone()[0])
+            return int(db.execute(f"{query} WHERE ?1 IS NULL OR owner = ?1", (owner,)).fetchone()[0])
 
     def delete_document(self, document_id: str) -> bool:
         """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""

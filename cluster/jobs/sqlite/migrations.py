@@ -144,10 +144,25 @@ def _account_before(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE document_kv ADD COLUMN pinned_len INTEGER NOT NULL DEFAULT 0")
 
 
+def _name_owners(connection: sqlite3.Connection) -> None:
+    """Keep whose jobs and documents are; those of before belong to nobody's key.
+
+    `owner_key` replaces `idempotency_key`, which was unique over all owners.
+    """
+    connection.execute("ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE jobs ADD COLUMN owner_key TEXT")
+    connection.execute("UPDATE jobs SET owner_key = idempotency_key, idempotency_key = NULL")
+    connection.execute("CREATE UNIQUE INDEX jobs_owner_key ON jobs (owner, owner_key) WHERE owner_key IS NOT NULL")
+    connection.execute("CREATE INDEX jobs_owner ON jobs (owner)")
+    connection.execute("ALTER TABLE documents ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
+    connection.execute("ALTER TABLE documents ADD COLUMN shared INTEGER NOT NULL DEFAULT 0")
+    connection.execute("CREATE INDEX documents_owner ON documents (owner)")
+
+
 # by the version they lead to
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize, 6: _describe_documents,
-    7: _account_before,
+    7: _account_before, 8: _name_owners,
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

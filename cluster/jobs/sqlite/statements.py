@@ -13,6 +13,7 @@ from cluster.common.errors import JobStoreError
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
     FINAL,
+    WAITING,
     DocumentRecord,
     JobAnswer,
     JobConflict,
@@ -20,8 +21,11 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
+    ServiceBusy,
 )
 from cluster.jobs.rows import COLUMNS, JobRow, document_record, job_record, listed_record
+from cluster.jobs.tenants.limits import check_queued_jobs
+from cluster.jobs.tenants.tenant import Tenant
 
 _RECORD = (
     f"SELECT {COLUMNS}, spec FROM jobs LEFT JOIN summaries ON summaries.job = seq LEFT JOIN specs ON specs.job = seq"
@@ -100,14 +104,28 @@ def transition(
     return cursor.rowcount > 0
 
 
-def count(db: sqlite3.Connection, states: Iterable[JobState]) -> int:
-    query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?))"
-    return int(db.execute(query, (array(states),)).fetchone()[0])
+def count(db: sqlite3.Connection, states: Iterable[JobState], owner: str | None = None) -> int:
+    """Count the jobs in any of `states`, of one owner or (None) of all."""
+    query = "SELECT count(*) FROM jobs WHERE state IN (SELECT value FROM json_each(?1)) AND (?2 IS NULL OR owner = ?2)"
+    return int(db.execute(query, (array(states), owner)).fetchone()[0])
 
 
-def by_key(db: sqlite3.Connection, spec: JobSpec) -> JobRecord | None:
+def check_queue(db: sqlite3.Connection, max_queued: int | None, tenant: Tenant) -> None:
+    """Refuse one more job of a tenant when `max_queued` wait already, or as many of its own as it may have.
+
+    Raises ServiceBusy, which tells nothing of others.
+    """
+    if tenant.max_queued_jobs is not None:
+        check_queued_jobs(tenant, count(db, WAITING, tenant.name))
+    if max_queued is not None and count(db, WAITING) >= max_queued:
+        raise ServiceBusy(f"queue: {max_queued} jobs wait, the limit is server.max_queued_jobs", 10.0)
+
+
+def by_key(db: sqlite3.Connection, spec: JobSpec, owner: str) -> JobRecord | None:
+    """Return the job that an owner submitted with this idempotency key. Raises JobConflict: with another body."""
     key = spec.idempotency_key
-    row = db.execute("SELECT id, body_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone() if key else None
+    query = "SELECT id, body_hash FROM jobs WHERE owner = ? AND owner_key = ?"
+    row = db.execute(query, (owner, key)).fetchone() if key else None
     if row is not None and row[1] != spec.body_hash():
         raise JobConflict(f"idempotency_key: {key[:60]!r}: used by {row[0]} with another body: use a new key")
     return None if row is None else one(db, row[0])

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from cluster.access.keys import ApiKeys
 from cluster.jobs.model import JobState, ServiceBusy
-from cluster.server.security import ApiKeys
 from protos.jobs.constraint import Constraint
 from tests.support.rigs.head import until
 from tests.support.rigs.http import AnsweringService, serving_http

@@ -23,7 +23,9 @@ from tests.support.fakes.stage import eventually
 from tests.support.rigs.head import free_port
 from tests.support.rigs.service import Bench
 
-LABELLED = {"kv_store_blocks", "kv_store_bytes", "kv_store_seconds", "recoveries"}  # counters by event or kind
+LABELLED = {  # counters by event or kind
+    "kv_store_blocks", "kv_store_bytes", "kv_store_seconds", "recoveries", "key_jobs", "key_tokens",
+}  # fmt: skip
 COUNTERS = {"jobs", "prompt_tokens", "prefix_cache_hits", "generation_tokens"} | LABELLED
 GAUGES = {
     "num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "step_model_seconds", "info",

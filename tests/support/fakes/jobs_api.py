@@ -14,20 +14,24 @@ from typing import Any
 
 import grpc
 
+from cluster.access.audit import AuditLog
+from cluster.access.keys import Keys
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
     InvalidJob,
     JobAnswer,
-    JobNotFound,
     JobRecord,
     JobSpec,
     JobState,
     check_id,
+    document_not_found,
+    job_not_found,
     new_id,
 )
 from cluster.jobs.subscriptions import JobEvent, ProgressUpdate
+from cluster.jobs.tenants.tenant import ANYONE, Tenant, owned_id
 from cluster.server.grpc_server import GrpcServer
 from protos.stage.channel import CHANNEL_OPTIONS
 
@@ -40,7 +44,7 @@ class FakeJobService:
         self.stored: dict[str, DocumentRecord] = {}
         self.contents: dict[str, bytes] = {}
         self.documents = SimpleNamespace(
-            get=self.document, list=lambda: list(self.stored.values()), delete=self.delete_document, pin=self.pin
+            get=self.document, list=self.list_documents, delete=self.delete_document, pin=self.pin, read=self.read
         )
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
@@ -52,28 +56,36 @@ class FakeJobService:
     def now(self) -> float:
         return time.time()
 
-    def upload(self, name: str, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
+    def list_documents(self, owner: str | None = None) -> list[DocumentRecord]:
+        return [one for one in self.stored.values() if owner in (None, one.owner) or one.shared]
+
+    def read(self, document_id: str, check_size: object = None) -> bytes:
+        return self.contents[document_id]
+
+    def upload(self, name: str, pieces: Iterable[bytes], tenant: Tenant = ANYONE) -> DocumentRecord:
         data = b"".join(pieces)
-        document_id = f"doc_{hashlib.sha256(data).hexdigest()[:32]}"
+        document_id = owned_id(tenant.name, f"doc_{hashlib.sha256(data).hexdigest()[:32]}")
         self.contents[document_id] = data
-        self.stored[document_id] = DocumentRecord(document_id, name, len(data), 1.0, 2.0)
+        self.stored[document_id] = DocumentRecord(document_id, name, len(data), 1.0, 2.0, owner=tenant.name)
         return self.stored[document_id]
 
     def add_document(
         self, name: str, pieces: Iterable[bytes], max_bytes: int, *, max_tokens: int = 0, pinned: bool = False,
-        source_hash: str = "", append_to: str = "",
+        source_hash: str = "", append_to: str = "", tenant: Tenant = ANYONE, shared: bool = False,
     ) -> DocumentRecord:  # fmt: skip
         first = self.contents[self.document(append_to).id] if append_to else b""
-        record = self.upload(name, [first, *pieces], max_bytes)
-        record = replace(record, scale_len=max_tokens, pinned=pinned, source_hash=source_hash, parent=append_to)
+        record = self.upload(name, [first, *pieces], tenant)
+        record = replace(
+            record, scale_len=max_tokens, pinned=pinned, source_hash=source_hash, parent=append_to, shared=shared
+        )
         self.stored[record.id] = record
         return record
 
     def export_document(self, document_id: str, with_kv: bool) -> Iterator[bytes]:
         return iter([self.contents[self.document(document_id).id]])
 
-    def import_document(self, pieces: Iterable[bytes], max_bytes: int) -> DocumentRecord:
-        return self.upload("imported", pieces, max_bytes)
+    def import_document(self, pieces: Iterable[bytes], max_bytes: int, tenant: Tenant = ANYONE) -> DocumentRecord:
+        return self.upload("imported", pieces, tenant)
 
     def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
         self.stored[document_id] = replace(self.document(document_id), pinned=pinned)
@@ -85,23 +97,25 @@ class FakeJobService:
     def stored_kv(self, document_ids: Sequence[str]) -> Mapping[str, tuple[int, int]]:
         return dict.fromkeys(document_ids, (512, 4096))
 
-    def keep_text(self, text: str, max_bytes: int) -> contextlib.AbstractContextManager[DocumentRecord]:
-        return contextlib.nullcontext(self.upload("", [text.encode()], max_bytes))
+    def keep_text(
+        self, text: str, max_bytes: int, tenant: Tenant = ANYONE
+    ) -> contextlib.AbstractContextManager[DocumentRecord]:
+        return contextlib.nullcontext(self.upload("", [text.encode()], tenant))
 
     def document(self, document_id: str) -> DocumentRecord:
         check_id(document_id, "doc")
         if document_id not in self.stored:
-            raise JobNotFound(f"document {document_id}: not found")
+            raise document_not_found(document_id)
         return self.stored[document_id]
 
     def delete_document(self, document_id: str) -> None:
         self.document(document_id)
         del self.stored[document_id]
 
-    def submit(self, spec: JobSpec, key_name: str = "") -> JobRecord:
+    def submit(self, spec: JobSpec, tenant: Tenant = ANYONE) -> JobRecord:
         if self.error is not None:
             raise self.error
-        record = JobRecord(new_id("job"), JobState.QUEUED, spec, created=1.0)
+        record = JobRecord(new_id("job"), JobState.QUEUED, spec, created=1.0, owner=tenant.name)
         self.records[record.id] = record
         return record
 
@@ -113,8 +127,14 @@ class FakeJobService:
 
     def get(self, job_id: str) -> JobRecord:
         if job_id not in self.records:
-            raise JobNotFound(f"job {job_id}: not found")
+            raise job_not_found(job_id)
         return self.records[job_id]
+
+    def owner(self, job_id: str) -> str | None:
+        return self.records[job_id].owner if job_id in self.records else None
+
+    def counts(self, owner: str | None = None) -> tuple[int, int]:
+        return len([one for one in self.records.values() if owner in (None, one.owner)]), 0
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[OutputToken]:
         if job_id in self.committed:
@@ -126,11 +146,11 @@ class FakeJobService:
         return {0: PrefillProgress(100, 10, 20, 5000)}
 
     def jobs(
-        self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str
+        self, states: Sequence[JobState], labels: Mapping[str, str], limit: int, cursor: str, owner: str | None = None
     ) -> tuple[Sequence[JobRecord], str]:
         if cursor and cursor not in self.records:
             raise InvalidJob("page_token: not one of ours")
-        found = [r for r in self.records.values() if not states or r.state in states]
+        found = [r for r in self.records.values() if (not states or r.state in states) and owner in (None, r.owner)]
         return found[:limit], (found[limit - 1].id if len(found) > limit else "")
 
     def stream(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
@@ -175,11 +195,12 @@ class FakeJobService:
 
 @contextlib.contextmanager
 def serving(
-    service: FakeJobService, security: SecuritySection | None = None, **limits: object
-) -> Iterator[tuple[GrpcServer, str]]:
+    service: FakeJobService, security: SecuritySection | None = None, *, audit: AuditLog | None = None,
+    keys: Keys | None = None, **limits: object,
+) -> Iterator[tuple[GrpcServer, str]]:  # fmt: skip
     """A server on a free port and its address."""
     section = ServerSection(**limits)  # type: ignore[arg-type]
-    server = GrpcServer(service, section, security or SecuritySection(), 0)  # type: ignore[arg-type]
+    server = GrpcServer(service, section, security or SecuritySection(), 0, keys=keys, audit=audit)  # type: ignore[arg-type]
     address = server.start()
     try:
         yield server, address

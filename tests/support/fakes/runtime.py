@@ -28,14 +28,17 @@ class FakeRuntime(ClusterRuntime):
     holds = False  # whether shards start held
     kernel_family = "fake"
 
-    def __init__(self, data_dir: Path, seqs: int = 2, *, disk: FakeDisk | None = None, **server: object) -> None:
+    def __init__(
+        self, data_dir: Path, seqs: int = 2, *, disk: FakeDisk | None = None, preload: float = 0.0, **server: object
+    ) -> None:
         """
         Args:
             disk: where KV is stored, in blocks of 64 tokens; None: nowhere.
+            preload: share of the KV cache that stored documents fill after a start.
             server: keys of that section of the configuration.
         """
         overrides = {"data_dir": str(data_dir)} | {f"server.{key}": value for key, value in server.items()}
-        overrides |= {"kv_store.enabled": disk is not None, "kv_store.block_tokens": 64}
+        overrides |= {"kv_store.enabled": disk is not None, "kv_store.block_tokens": 64, "kv_store.preload": preload}
         super().__init__(load_deployment(CONFIGS / "single.yaml", overrides))
         self._seqs = seqs
         self.disk = disk

@@ -12,14 +12,15 @@ from typing import Any
 import httpx
 
 from cluster.access.call_pool import CallPool
+from cluster.access.keys import Keys
 from cluster.config.schema import SecuritySection, ServerSection
 from cluster.engine.outputs import OutputToken
 from cluster.http.app import make_app
 from cluster.http.core.backend import Backend
-from cluster.http.core.guard import Keys
 from cluster.http.http_server import HttpServer
 from cluster.jobs.model import JobAnswer, JobRecord, JobSpec, JobState
 from cluster.jobs.subscriptions import JobEvent
+from cluster.jobs.tenants.tenant import ANYONE, Tenant
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.tokenizer import TextTokenizer
 from cluster.text.tools.formats import ToolFormat
@@ -57,10 +58,10 @@ class AnsweringService(FakeJobService):
         self.output = [*thought, *said]
         self.events = [[token] for token in self.output]
 
-    def submit(self, spec: JobSpec, key_name: str = "") -> JobRecord:
+    def submit(self, spec: JobSpec, tenant: Tenant = ANYONE) -> JobRecord:
         self.specs.append(spec)
-        self.key_names.append(key_name)
-        return super().submit(spec, key_name)
+        self.key_names.append(tenant.name)
+        return super().submit(spec, tenant)
 
     def tokens(self, job_id: str, after: int = 0, limit: int = 1000) -> list[OutputToken]:
         return self.output[after : min(after + limit, self.get(job_id).last_event)]

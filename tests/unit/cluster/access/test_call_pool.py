@@ -10,6 +10,7 @@ import pytest
 from cluster.access import call_pool
 from cluster.access.call_pool import PRESSED_STALL_S, REFUSED_S, STALL_S, CallEnd, Caller, CallPool, OpenCall
 from cluster.jobs.model import ServiceBusy
+from cluster.jobs.tenants.tenant import Tenant
 
 
 class Rig:
@@ -148,3 +149,28 @@ def test_places_come_back(rig: Rig) -> None:
                 rig.open(name, stack=stack)
             raise KeyError
         assert len(rig.pool) == 0
+
+
+def test_a_tenant_has_its_own_limit_of_streams() -> None:
+    limited = Caller("key law", "p", Tenant("law", max_streams=2))
+    other = Caller("key ops", "p", Tenant("ops"))
+    for can_preempt in (True, False):
+        pool = CallPool(9, "the limit", can_preempt)
+        with contextlib.ExitStack() as stack:
+            for caller in (limited, limited, other):
+                stack.enter_context(pool.open(caller, lambda *_: None))
+            if can_preempt:
+                with pytest.raises(ServiceBusy, match=r"^2 calls of the key law are open: must be at most 2"):
+                    stack.enter_context(pool.open(limited, lambda *_: None))
+            else:
+                stack.enter_context(pool.open(limited, lambda *_: None))
+            stack.enter_context(pool.open(other, lambda *_: None))
+
+
+def test_calls_of_some_callers_are_ended(rig: Rig) -> None:
+    for name in "aab":
+        rig.open(name)
+    ended = rig.pool.end_where(lambda caller: caller.name == "a", CallEnd.REVOKED, "why")
+    assert [caller.name for caller in ended] == ["a", "a"]
+    assert rig.ended == [("a at a", CallEnd.REVOKED)] * 2
+    assert len(rig.pool) == 1

@@ -10,9 +10,9 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 
+from cluster.access.keys import ApiKeys
 from cluster.http.app import make_routers, make_routes
 from cluster.http.core.guard import OPEN
-from cluster.server.security import ApiKeys
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import AnsweringService, direct_client, make_backend
 

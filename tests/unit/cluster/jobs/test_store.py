@@ -133,16 +133,18 @@ def test_one_key_is_one_job(store: JobStore) -> None:
     assert store.create(spec, new_id("job"), 1, {})[1], "a deleted job gives its key back"
 
 
-def test_admission_says_what_is_known_and_how_many_wait(store: JobStore) -> None:
+def test_a_full_queue_takes_what_is_known_only(store: JobStore) -> None:
     spec = replace(PLAIN, idempotency_key="key")
-    assert store.admission(spec) == (None, 0)
+    assert store.admit(spec, 1) is None
     record, _ = store.create(spec, new_id("job"), 1, {})
     waiting = run_to(store, submit(store), JobState.PREFILLING, JobState.RECOVERING)
     run_to(store, submit(store), JobState.PREFILLING, JobState.DECODING)
-    assert store.admission(spec) == (record, 2)
-    assert store.admission(PLAIN) == (None, 2)
+    assert store.admit(spec, 2) == record
+    assert store.admit(PLAIN, 3) is None
+    with pytest.raises(ServiceBusy):
+        store.admit(PLAIN, 2)
     with pytest.raises(JobConflict, match="another body"):
-        store.admission(replace(spec, priority=1))
+        store.admit(replace(spec, priority=1), 3)
     with pytest.raises(ServiceBusy, match=r"queue: 2 jobs wait, the limit is server\.max_queued_jobs") as caught:
         store.create(PLAIN, new_id("job"), 1, {}, max_queued=2)
     assert caught.value.retry_after_s == 10.0
@@ -312,8 +314,19 @@ def test_lists_are_filtered(store: JobStore) -> None:
     assert [store.count(), store.count(FINAL), store.count({JobState.QUEUED})] == [4, 1, 2]
 
 
+def test_a_cursor_does_not_tell_how_many_jobs_there_were(store: JobStore) -> None:
+    for _ in range(20):
+        submit(store)
+    cursors = [store.list_jobs(limit=limit)[1] for limit in (1, 1, 2)]
+    assert len({cursor[:17] for cursor in cursors}) == 3
+    first, again, second = (store.list_jobs(limit=1, cursor=cursor)[0][0].id for cursor in cursors)
+    assert first == again != second
+    garbage = f"j{'0' * 16}{'f' * 16}"
+    assert len(store.list_jobs(cursor=garbage)[0]) <= 20
+
+
 @pytest.mark.parametrize(
-    "cursor", ["x", "j0", "j" + "g" * 15, "j" + "0" * 16, "0; DROP TABLE jobs", "j00000000000000\u0665"]
+    "cursor", ["x", "j0", "j" + "g" * 32, "j" + "0" * 33, "0; DROP TABLE jobs", "j" + "0" * 31 + "\u0665"]
 )
 def test_forged_cursors(store: JobStore, cursor: str) -> None:
     with pytest.raises(InvalidJob, match="page_token"):

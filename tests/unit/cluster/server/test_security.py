@@ -1,9 +1,6 @@
-"""The keys file, the comparison of keys, names of certificates, the rule of public hosts; the interceptor in full is in
-tests/integration."""
+"""Names and dates of certificates, the rule of public hosts; the interceptor in full is in tests/integration."""
 
 import datetime
-import hashlib
-import os
 import re
 from pathlib import Path
 
@@ -14,16 +11,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from cluster.common.certificates import certificate_names, date_problems
-from cluster.common.errors import PreflightError
 from cluster.config.deployment import ConfigError, load_config
 from cluster.config.schema import SecuritySection
 from cluster.server import security as security_module
 from cluster.server.security import (
-    MIN_KEY_CHARS,
-    ApiKeys,
     CertificateWatch,
     certificate_warnings,
-    load_api_keys,
     server_credentials,
 )
 from tests.support.data.certificates import Authority
@@ -37,111 +30,6 @@ def write(tmp_path: Path, content: str | bytes, mode: int = 0o600) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     path.chmod(mode)
     return path
-
-
-@pytest.mark.parametrize(
-    ("content", "keys"),
-    [
-        (KEY, [KEY]),
-        (f"{KEY}\n", [KEY]),
-        (f"team a:{KEY}\r\n\r\n# note: {KEY}xx\n  other : {KEY}2  \n", [KEY, KEY + "2"]),
-        (f"a:b:{KEY}", [KEY]),
-        ("x" * 4096, ["x" * 4096]),
-    ],
-)
-def test_keys_are_read(tmp_path: Path, content: str, keys: list[str]) -> None:
-    loaded = load_api_keys(write(tmp_path, content))
-    assert len(loaded) == len(keys)
-    assert all(loaded.name(key) for key in keys)
-    wrong = ("", KEY + "x", KEY[1:], KEY.upper(), f"team a:{KEY}", "\udc80")
-    assert [loaded.name(key) for key in wrong] == [None] * len(wrong)
-
-
-def test_keys_have_names(tmp_path: Path) -> None:
-    loaded = load_api_keys(write(tmp_path, f"{KEY}\nteam a : {KEY}2\nx:y:{KEY}3\nteam a:{KEY}4\n:{KEY}5\n"))
-    names = [loaded.name(f"{KEY}{end}") for end in ("", *"2345")]
-    digests = [hashlib.sha256(f"{KEY}{end}".encode()).hexdigest()[:8] for end in ("", "5")]
-    assert names == [f"sha256:{digests[0]}", "team a", "x:y", "team a", f"sha256:{digests[1]}"]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "has no key"),
-        ("# only a comment\n", "has no key"),
-        ("short", ":1: the key has 5 characters: must have at least 16"),
-        (f"{KEY}\n\nname:{KEY[:15]}", ":3: the key has 15 characters"),
-        ("name:", ":1: the key has 0 characters"),
-        (f"{KEY} {KEY}", ":1: a key must not contain spaces"),
-        (f"{KEY}\x01", ":1: a key must not contain spaces or control characters"),
-        (f"a:{KEY}\nb:{KEY}", ":2: the key of line 1 again"),
-        ("schlüssel:" + KEY, "must be ASCII"),
-        (b"\xff\xfe" + KEY.encode(), "must be ASCII"),
-        (f"{KEY}\n" * (1 << 17), "must be at most 1048576 bytes"),
-        (f"{'n' * 101}:{KEY}", ":1: a name must have at most 100 characters"),
-        (f"a\x1b[31m:{KEY}", ":1: a name must have at most 100 characters, none of control"),
-    ],
-)
-def test_bad_files_are_refused_in_one_line_without_keys(tmp_path: Path, content: str | bytes, said: str) -> None:
-    with pytest.raises(PreflightError) as caught:
-        load_api_keys(write(tmp_path, content))
-    message = str(caught.value)
-    assert message.startswith("security.api_keys_file: ")
-    assert said in message
-    assert KEY[:15] not in message
-    assert len(message.splitlines()) == 1
-
-
-@pytest.mark.parametrize(("mode", "ok"), [(0o600, True), (0o400, True), (0o640, True), (0o644, False), (0o602, False)])
-def test_the_file_must_not_be_open_to_others(tmp_path: Path, mode: int, ok: bool) -> None:
-    path = write(tmp_path, KEY, mode)
-    if ok:
-        assert len(load_api_keys(path)) == 1
-    else:
-        with pytest.raises(PreflightError, match=f"mode {mode:o}: must not be open to others; chmod 600"):
-            load_api_keys(path)
-
-
-@pytest.mark.parametrize("is_link", [False, True])
-def test_others_must_not_be_able_to_replace_the_file(tmp_path: Path, is_link: bool) -> None:
-    folder = tmp_path / "open"
-    folder.mkdir()
-    path = write(folder, KEY)
-    if is_link:
-        path = tmp_path / "link"
-        path.symlink_to(folder / "keys")
-    folder.chmod(0o1777)  # as /tmp: nobody may rename what is another's
-    assert len(load_api_keys(path)) == 1
-    folder.chmod(0o777)
-    with pytest.raises(PreflightError, match=f"mode 777 of {folder}: others could replace the file; chmod o-w"):
-        load_api_keys(path)
-
-
-def test_a_link_counts_as_its_file(tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(write(tmp_path, KEY, 0o644))
-    with pytest.raises(PreflightError, match="mode 644"):
-        load_api_keys(link)
-
-
-def test_a_pipe_is_no_keys_file(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe, 0o600)
-    with pytest.raises(PreflightError, match="cannot be read: must be a regular file"):
-        load_api_keys(pipe)
-
-
-def test_missing_files(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(PreflightError, match=r"^security\.api_keys_file: .*: cannot be read"):
-            load_api_keys(path)
-
-
-def test_keys_are_not_kept_as_text() -> None:
-    keys = ApiKeys({KEY: ""})
-    assert KEY not in repr(vars(keys))
-    assert KEY not in repr(keys)
-    assert len(KEY) == MIN_KEY_CHARS
 
 
 def test_without_tls_there_are_no_credentials() -> None:

@@ -18,13 +18,13 @@ def test_a_place_is_held_changed_and_given_back() -> None:
     async def run() -> None:
         backend = make_backend(FakeJobService(), max_streams=1)
         ended = []
-        call = HttpCall(backend, Caller("a", "a1"), "")
+        call = HttpCall(backend, Caller("a", "a1"))
         with call.place():
             assert (len(backend.short), len(backend.streams)) == (1, 0)
             call.become_stream()
             call.at_end(lambda: ended.append(len(backend.streams)))
             assert (len(backend.short), len(backend.streams)) == (0, 1)
-            other = HttpCall(backend, Caller("a", "a1"), "")
+            other = HttpCall(backend, Caller("a", "a1"))
             with other.place(), pytest.raises(ServiceBusy, match=r"server\.max_streams"):
                 other.become_stream()
             with call.waiting("read"):
@@ -42,7 +42,7 @@ def test_a_place_is_held_changed_and_given_back() -> None:
 def test_any_thread_may_end_it(reason: CallEnd, status: int) -> None:
     async def run() -> None:
         backend = make_backend(FakeJobService())
-        call = HttpCall(backend, Caller("a", "a1"), "")
+        call = HttpCall(backend, Caller("a", "a1"))
         with call.place():
             assert call._open is not None
             threading.Thread(target=call._open.end, args=(reason, "why")).start()

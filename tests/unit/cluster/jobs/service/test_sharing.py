@@ -1,4 +1,4 @@
-"""Who shares computed prompts with whom: everybody, or the jobs of one API key only; documents always."""
+"""Who shares computed prompts with whom: the jobs of one API key, or all; documents that are shared always."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from cluster.jobs.model import JobConflict, JobInput, JobSpec
+from cluster.jobs.tenants.tenant import Tenant
 from protos.jobs.sampling import AnswerOptions
 from tests.support.rigs.service import Bench
 
+ALICE = Tenant("alice")
 PROMPT = JobInput(token_ids=tuple(range(5, 105)))
 
 
@@ -21,7 +23,7 @@ def set_sharing(bench: Bench, share_across_keys: bool) -> None:
 
 
 def cached(bench: Bench, key_name: str, given: JobInput = PROMPT, salt: str = "") -> int:
-    record = bench.service.submit(JobSpec(given, AnswerOptions(max_tokens=2), cache_salt=salt), key_name)
+    record = bench.service.submit(JobSpec(given, AnswerOptions(max_tokens=2), cache_salt=salt), Tenant(key_name))
     bench.service.wait(record.id, 20)
     return bench.service.get(record.id).answers[0].cached_tokens
 
@@ -41,20 +43,33 @@ def test_a_request_may_share_with_those_of_its_own_salt_only(bench: Bench, share
     assert cached(bench, "bob", salt="x") == (96 if share_across_keys else 0)
 
 
-def test_a_document_is_shared_with_every_key(bench: Bench) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_kv_of_a_document_is_its_owners_unless_it_is_shared(bench: Bench, shared: bool) -> None:
     set_sharing(bench, False)
-    document = bench.service.documents.put("name", [b"words " * 100], 1 << 20)
+    found = {}
+    for name in ("alice", "bob"):
+        document = bench.service.documents.put("a", [b"words " * 100], 1 << 20, tenant=Tenant(name), shared=shared)
+        found[name] = cached(bench, name, JobInput(document_id=document.id, questions=("why?",)))
+    assert found["alice"] == 0
+    assert (found["bob"] > 0) == shared
+
+
+def test_no_salt_is_taken_for_another_key(bench: Bench) -> None:
+    set_sharing(bench, False)
+    document = bench.service.documents.put("a", [b"words " * 100], 1 << 20, tenant=Tenant("bob"), shared=True)
     given = JobInput(document_id=document.id, questions=("why?",))
-    assert cached(bench, "alice", given) == 0
-    assert cached(bench, "bob", given) > 0
+    assert cached(bench, "alice") == 0
+    assert cached(bench, "bob", salt="alice") == 0
+    prompt = bench.service.get(bench.service.submit(JobSpec(given, AnswerOptions(), cache_salt="alice")).id)
+    assert prompt.spec.cache_salt == "\nalice"
 
 
 def test_a_repeated_submission_is_the_same_job_whatever_is_shared(bench: Bench) -> None:
     set_sharing(bench, False)
     spec = JobSpec(PROMPT, AnswerOptions(max_tokens=2), idempotency_key="once")
-    first = bench.service.submit(spec, "alice")
+    first = bench.service.submit(spec, ALICE)
     set_sharing(bench, True)
-    assert bench.service.submit(spec, "alice").id == first.id
+    assert bench.service.submit(spec, ALICE).id == first.id
     with pytest.raises(JobConflict):
-        bench.service.submit(replace(spec, priority=3), "alice")
+        bench.service.submit(replace(spec, priority=3), ALICE)
     assert JobSpec.from_json(bench.service.get(first.id).spec.to_json()).cache_salt == "alice"
