@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +26,8 @@ from cluster.config.schema import ServerSection
 from cluster.http.app import make_app, make_routers, make_routes
 from cluster.http.core.backend import Backend
 from cluster.http.core.guard import OPEN
+from cluster.http.responses.names import response_id
+from cluster.http.responses.request import ResponsesRequest, response_spec
 from cluster.jobs.model import JobInput, JobSpec
 from cluster.jobs.tenants.service import TenantService
 from cluster.jobs.tenants.tenant import Tenant
@@ -68,12 +71,26 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/metrics"): Rule("admin"),
     ("POST", "/v1/chat/completions"): Rule("own", send=chat("a")),
     ("POST", "/v1/completions"): Rule("own", send=lambda name: {"json": {"prompt": "a", "max_tokens": 2}}),
+    ("POST", "/v1/responses"): Rule("own", send=lambda name: {"json": {"input": "a", "max_output_tokens": 2}}),
+    **{
+        (method, f"/v1/responses/{{response_id}}{rest}"): Rule("owner", lambda service: respond(service))
+        for method, rest in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
+    },
 }
 
 
 def submit(service: TenantService) -> str:
     spec = JobSpec(JobInput(prompt=MARK), AnswerOptions(max_tokens=2), labels={"mark": MARK})
     return service.submit(spec).id
+
+
+def respond(service: TenantService, prompt: str = MARK) -> str:
+    """The id of a response that has ended."""
+    backend: Any = SimpleNamespace(runtime=fake_runtime(), limits=ServerSection(), model="needle")
+    asked = ResponsesRequest.model_validate({"input": prompt, "background": True, "max_output_tokens": 2})
+    record = service.wait(service.submit(response_spec(service, backend, asked)).id, 30.0)
+    assert record.state.is_final
+    return response_id(record.id)
 
 
 def upload(service: TenantService) -> str:
@@ -179,6 +196,20 @@ def test_another_key_gets_what_an_unknown_object_gives(rig: Rig) -> None:
         assert told[0] == told[1], (method, path)
         target, sent = request_of(path, rule, name)
         assert rig.call(method, target, ANN, **sent).status_code < 400, (method, path)
+
+
+def test_a_response_does_not_go_on_from_one_of_another_key(rig: Rig) -> None:
+    name = respond(rig.of("ann"))
+    told = []
+    for asked in (name, f"resp_{UNKNOWN}"):
+        body = {"input": "a", "max_output_tokens": 2, "previous_response_id": asked}
+        answer = rig.call("POST", "/v1/responses", BOB, json=body)
+        told.append((answer.status_code, answer.text.replace(asked, "ID")))
+        assert not rig.leaks(answer, asked)
+        stream = rig.call("GET", f"/v1/responses/{asked}?stream=true", BOB)
+        assert (stream.status_code, MARK in stream.text) == (404, False)
+    assert told[0] == told[1]
+    assert rig.call("POST", "/v1/responses", ANN, json=body | {"previous_response_id": name}).status_code == 200
 
 
 def test_an_admin_may_see_metrics(rig: Rig) -> None:
