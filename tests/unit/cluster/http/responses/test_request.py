@@ -19,7 +19,7 @@ from cluster.http.responses.response import said_of
 from cluster.jobs.model import ContextTooLong, InvalidJob, JobAnswer, JobRecord, JobSpec, JobState
 from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.constraint import Constraint
-from tests.support.data.clients.codex import SHELL, first_request, request_after_calls
+from tests.support.data.clients.codex import DOCS, SEARCH, SHELL, first_request, request_after_calls
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend
 
@@ -137,6 +137,8 @@ FILE = {"role": "user", "content": [{"type": "input_file", "file_id": DOCUMENT},
     ({"model": "gpt-4o"}, "model"), ({"temperature": -1}, "temperature"), ({"n": 2}, "n"),
     ({"tools": [{"type": "custom"}]}, "tools[0].type"), ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+    ({"tools": [SEARCH, {**DOCS, "tools": [{"type": "function", "name": "a b"}]}]}, "tools[1].tools[0].name"),
+    ({"tools": [SEARCH, SHELL, SHELL]}, "tools[2].name"),
     ({"text": {"format": {"type": "x"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
     ({"input": [{"role": "user", "content": FILE["content"][:1]}]}, "input"),
