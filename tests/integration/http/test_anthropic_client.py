@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -13,8 +14,10 @@ import pytest
 
 from cluster.access.keys import ApiKeys
 from cluster.jobs.model import ContextTooLong, JobState, ServiceBusy
+from cluster.server.head import Head
 from tests.support.data.clients import claude_code
-from tests.support.rigs.head import until
+from tests.support.fakes.runtime import FakeRuntime
+from tests.support.rigs.head import free_port, until
 from tests.support.rigs.http import AnsweringService, serving_http
 
 KEY = "0123456789abcdef"
@@ -122,3 +125,18 @@ def test_errors_are_those_that_the_client_knows(
     service.error, service.outcome = None, JobState.FAILED
     with pytest.raises(anthropic.APIError, match="the pipeline broke"), client.messages.stream(**ASK) as stream:
         stream.get_final_message()
+
+
+def test_the_prefix_of_claude_code_is_found_although_its_first_line_changes(tmp_path: Path) -> None:
+    with FakeRuntime(tmp_path, http_port=free_port()) as runtime:
+        head = Head(runtime.deployment, runtime=runtime)
+        head.start()
+        found = []
+        for billing in ("fa690", "0b1c2"):
+            body = claude_code.first_turn(billing, stream=False, max_tokens=2, tools=[], model=None)
+            usage = httpx.post(f"{head.service.http_url}/v1/messages", json=body, timeout=30).json()["usage"]
+            found.append((usage["input_tokens"], usage["cache_read_input_tokens"]))
+        head.close()
+    (all_tokens, before), (rest, cached) = found
+    assert (before, rest + cached) == (0, all_tokens)
+    assert cached >= all_tokens - 17  # all whole pages
