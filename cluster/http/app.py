@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -16,12 +18,19 @@ from cluster.http import probes
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError
 from cluster.http.core.guard import Guard, Keys
+from cluster.http.native import cluster, documents, jobs
+from cluster.http.native.documents import PinRequest
+from cluster.http.native.job_request import JobRequest
 from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
+from protos.jobs.validate import show
 
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)  # read by the routes themselves
+# read by the routes themselves
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, JobRequest, PinRequest,
+)  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -45,6 +54,7 @@ def make_routes(backend: Backend) -> FastAPI:
     for router in make_routers(backend):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _show_http_error)
+    app.add_exception_handler(RequestValidationError, _show_wrong_parameter)
     app.add_exception_handler(Exception, _pass_on)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -52,7 +62,7 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions)]
+    return [module.make_router(backend) for module in (probes, tokens, chat, completions, jobs, documents, cluster)]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:
@@ -65,6 +75,15 @@ async def _show_http_error(request: Request, error: Exception) -> Response:
     problem = f"{request.method} {request.url.path}: {error.detail}"
     shown = ApiError(error.status_code, problem, code=_CODES.get(error.status_code))
     return JSONResponse(shown.body, shown.status, dict(error.headers or {}))
+
+
+async def _show_wrong_parameter(request: Request, error: Exception) -> Response:
+    """Say which parameter of the path or the query is wrong."""
+    assert isinstance(error, RequestValidationError)
+    detail = error.errors()[0]
+    name = str(detail["loc"][-1])
+    shown = ApiError(400, f"{name}: {show(detail['input'])}: {detail['msg']}", param=name)
+    return JSONResponse(shown.body, shown.status)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -11,20 +11,20 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.access import codec, job_calls
 from cluster.access.call_pool import CallPool, StallWatch
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import DocumentRecord, InvalidJob, JobDamaged, JobRecord, check_id
+from cluster.jobs.model import DocumentRecord, InvalidJob, JobRecord, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
-from cluster.server import codec
 from cluster.server.audit import Callers, RefusalLog
 from cluster.server.interceptors import CallGuard, Pools
 from cluster.server.security import (
@@ -247,30 +247,20 @@ class _Jobs(rpc.JobsServicer):
         return self._document(self._service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        records = self._service.documents.list()
-        stored = self._service.stored_kv(records)
-        return pb.DocumentList(
-            documents=[codec.encode_document(record, *stored.get(record.id, ())) for record in records]
-        )
+        return job_calls.list_documents(self._service)
 
     def PinDocument(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.Document:
         return self._document(self._service.documents.pin(request.id, request.pinned))
 
     def _document(self, record: DocumentRecord) -> pb.Document:
-        return codec.encode_document(record, *self._service.stored_kv([record]).get(record.id, ()))
+        return job_calls.show_document(self._service, record)
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._service.documents.delete(request.id)
         return pb.Empty()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
-        with contextlib.ExitStack() as texts:  # one that comes with a refused submission is not kept
-
-            def store_text(text: str) -> str:
-                return texts.enter_context(self._service.keep_text(text, self._max_document_bytes)).id
-
-            spec = codec.decode_submit(request, self._service.now(), store_text)
-            record = self._service.submit(spec, self._key_name(context))
+        record = job_calls.submit(self._service, request, self._key_name(context), self._max_document_bytes)
         return self._whole(record)
 
     def _key_name(self, context: grpc.ServicerContext) -> str:
@@ -281,8 +271,7 @@ class _Jobs(rpc.JobsServicer):
         return self._whole(self._service.get(check_id(request.id, "job")))
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.JobList:
-        records, cursor = self._service.jobs(*codec.decode_list(request))
-        return pb.JobList(jobs=map(codec.encode_job, records), next_page_token=cursor)
+        return job_calls.list_jobs(self._service, request)
 
     def Stream(self, request: pb.StreamRequest, context: grpc.ServicerContext) -> Iterator[pb.JobEvent]:
         """Closing the events, also when the client has gone, ends an attached job."""
@@ -325,13 +314,7 @@ class _Jobs(rpc.JobsServicer):
         return pb.ClusterStatusReply(**self._service.status())
 
     def _whole(self, record: JobRecord) -> pb.Job:
-        """Return the job with its tokens and, while it runs, its progress."""
-        try:
-            tokens = self._service.tokens(record.id, 0, record.last_event) if record.last_event else ()
-        except JobDamaged as damage:
-            record, tokens = replace(record, error=record.error or str(damage)), ()
-        progress = {} if record.state.is_final else self._service.progress(record.id)
-        return codec.encode_job(record, tokens, progress)
+        return job_calls.whole_job(self._service, record)
 
 
 def _arriving(requests: Iterator[_Piece]) -> Iterator[_Piece]:

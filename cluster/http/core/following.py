@@ -29,21 +29,29 @@ _log = logging.getLogger(__name__)
 
 
 class Followed:
-    """An attached job of one request; it is cancelled at the end of the request, unless it has ended by then.
+    """A job that one request follows; one that belongs to the request is cancelled with it unless it has ended by then.
 
     Attributes:
         record: the job, at last as it ended.
     """
 
-    def __init__(self, backend: Backend, record: JobRecord) -> None:
+    def __init__(self, backend: Backend, record: JobRecord, after: int = 0, is_own: bool = True) -> None:
+        """
+        Args:
+            after: number of the token after which its events begin.
+            is_own: whether the job belongs to the request.
+
+        Raises InvalidJob: there is no such token yet.
+        """
         self.record = record
         self._backend = backend
-        self._stream = backend.service.stream(record.id)
+        self._is_own = is_own
+        self._stream = backend.service.stream(record.id, after)
         # the first event at once: from then on the job counts as followed
         self._pull: Future[JobEvent | bool] = backend.followers.submit(next, self._stream, False)
 
     async def events(self) -> AsyncIterator[JobEvent]:
-        """Yield the events of the job from its first token on, until it has ended; called once.
+        """Yield the events of the job until it has ended; called once.
 
         None, at least every two seconds, says that there is nothing new. Raises ApiError: the head is stopping.
         """
@@ -66,7 +74,7 @@ class Followed:
 
     def _leave(self) -> None:
         try:
-            if not self.record.state.is_final:
+            if self._is_own and not self.record.state.is_final:
                 self._backend.service.cancel(self.record.id)  # wakes the thread that waits for news
             if not self._pull.cancel():
                 with suppress(Exception):  # was raised to who asked for it

@@ -1,0 +1,56 @@
+"""Calls of the job service that all servers make: requests in, messages of jobs.proto out."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cluster.access import codec
+from cluster.jobs.model import DocumentRecord, JobDamaged, JobRecord
+from protos.jobs import jobs_pb2 as pb
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
+
+
+def submit(service: JobService, request: pb.SubmitRequest, key_name: str, max_document_bytes: int) -> JobRecord:
+    """Return the job of a request, stored and queued. Raises InvalidRequest, and as `JobService.submit`.
+
+    Args:
+        max_document_bytes: of a text that comes with the request; it is not kept when the request is refused.
+    """
+    with contextlib.ExitStack() as texts:
+
+        def store_text(text: str) -> str:
+            return texts.enter_context(service.keep_text(text, max_document_bytes)).id
+
+        return service.submit(codec.decode_submit(request, service.now(), store_text), key_name)
+
+
+def whole_job(service: JobService, record: JobRecord) -> pb.Job:
+    """Return a job with its tokens and, while it runs, its progress."""
+    try:
+        tokens = service.tokens(record.id, 0, record.last_event) if record.last_event else ()
+    except JobDamaged as damage:
+        record, tokens = replace(record, error=record.error or str(damage)), ()
+    progress = {} if record.state.is_final else service.progress(record.id)
+    return codec.encode_job(record, tokens, progress)
+
+
+def list_jobs(service: JobService, request: pb.ListRequest) -> pb.JobList:
+    """Return one page of jobs, without tokens. Raises InvalidRequest."""
+    records, cursor = service.jobs(*codec.decode_list(request))
+    return pb.JobList(jobs=map(codec.encode_job, records), next_page_token=cursor)
+
+
+def show_document(service: JobService, record: DocumentRecord) -> pb.Document:
+    """Return a document with what is stored of its KV."""
+    return codec.encode_document(record, *service.stored_kv([record]).get(record.id, ()))
+
+
+def list_documents(service: JobService) -> pb.DocumentList:
+    """Return all documents."""
+    records = service.documents.list()
+    stored = service.stored_kv(records)
+    return pb.DocumentList(documents=[codec.encode_document(one, *stored.get(one.id, ())) for one in records])
