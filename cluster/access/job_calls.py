@@ -39,9 +39,10 @@ def whole_job(service: JobService, record: JobRecord) -> pb.Job:
 
 
 def list_jobs(service: JobService, request: pb.ListRequest) -> pb.JobList:
-    """Return one page of jobs, without tokens. Raises InvalidRequest."""
+    """Return one page of jobs, without tokens, with the progress of those that run. Raises InvalidRequest."""
     records, cursor = service.jobs(*codec.decode_list(request))
-    return pb.JobList(jobs=map(codec.encode_job, records), next_page_token=cursor)
+    jobs = [codec.encode_job(one, None, {} if one.state.is_final else service.progress(one.id)) for one in records]
+    return pb.JobList(jobs=jobs, next_page_token=cursor)
 
 
 def show_document(service: JobService, record: DocumentRecord) -> pb.Document:

@@ -25,6 +25,7 @@ from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.http.page import routes as page
 from protos.jobs.validate import show
 
 # read by the routes themselves
@@ -62,7 +63,9 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions, jobs, documents, cluster)]
+    return [
+        module.make_router(backend) for module in (probes, page, tokens, chat, completions, jobs, documents, cluster)
+    ]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:

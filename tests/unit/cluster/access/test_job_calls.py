@@ -70,6 +70,7 @@ def test_lists() -> None:
     ids = [job_calls.submit(service, SUBMIT, "", 100).id for _ in range(3)]
     page = job_calls.list_jobs(service, pb.ListRequest(page_size=2))
     assert ([job.id for job in page.jobs], page.next_page_token) == (ids[:2], ids[1])
+    assert page.jobs[0].answers[0].progress.processed == 20
     (record,) = service.documents.list()
     service.stored_kv = lambda records: {record.id: (512, 4096)}
     (listed,) = job_calls.list_documents(service).documents
