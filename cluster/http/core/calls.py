@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from starlette.types import Scope
@@ -12,6 +13,9 @@ from starlette.types import Scope
 from cluster.access.call_pool import CallEnd, Caller, OpenCall
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import BUSY, SERVER, ApiError
+
+if TYPE_CHECKING:
+    from cluster.jobs.service import JobService
 
 _SCOPE_KEY = "longreach.call"
 _STATUS = {CallEnd.NO_ROOM: (429, BUSY), CallEnd.NOT_READ: (503, SERVER), CallEnd.NOT_SENT: (408, SERVER)}
@@ -35,6 +39,11 @@ class HttpCall:
         self._places = ExitStack()
         self._at_end = ExitStack()
         self._open: OpenCall | None = None
+
+    @property
+    def service(self) -> JobService:
+        """The job service as the caller sees it."""
+        return self._backend.service
 
     @contextmanager
     def place(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from cluster.http.core.upload import receive
 from cluster.http.native import shapes
 from cluster.http.openai.chat import body_of
 from cluster.jobs.model import DocumentRecord, check_id
+from cluster.jobs.service import JobService
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import validate
 from protos.jobs.limits import MAX_UINT32
@@ -44,23 +45,24 @@ def make_router(backend: Backend) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["longreach"])
     _add_uploads(router, backend)
-    service = backend.service
 
     @router.get("/v1/documents", summary="All documents.", response_model=shapes.DocumentPage)
-    async def list_() -> Response:
+    async def list_(request: Request) -> Response:
+        service = call_of(request).service
+
         def found() -> list[dict[str, Any]]:
             return [shapes.document_object(message) for message in job_calls.list_documents(service).documents]
 
         return JSONResponse({"documents": await backend.call(found)})
 
     @router.get("/v1/documents/{document_id}", summary="A document.", response_model=Document)
-    async def get(document_id: str) -> Response:
-        record = await backend.call(service.documents.get, check_id(document_id, "doc"))
-        return await _show(backend, record)
+    async def get(request: Request, document_id: str) -> Response:
+        documents = call_of(request).service.documents
+        return await _show(backend, request, await backend.call(documents.get, check_id(document_id, "doc")))
 
     @router.post("/v1/documents/{document_id}/read", summary="Queue a job that reads it.", response_model=JobData)
     async def read(request: Request, document_id: str) -> Response:
-        key_name = call_of(request).key_name
+        service, key_name = call_of(request).service, call_of(request).key_name
         asked = build_read(check_id(document_id, "doc"))
 
         def submit() -> dict[str, Any]:
@@ -75,13 +77,13 @@ def make_router(backend: Backend) -> APIRouter:
     )  # fmt: skip
     async def pin(request: Request, document_id: str) -> Response:
         asked = await read_model(backend, request, PinRequest)
-        return await _show(
-            backend, await backend.call(service.documents.pin, check_id(document_id, "doc"), asked.pinned)
-        )
+        documents = call_of(request).service.documents
+        record = await backend.call(documents.pin, check_id(document_id, "doc"), asked.pinned)
+        return await _show(backend, request, record)
 
     @router.delete("/v1/documents/{document_id}", summary="Forget it with its KV.", response_model=shapes.Deleted)
-    async def delete(document_id: str) -> Response:
-        await backend.call(service.documents.delete, check_id(document_id, "doc"))
+    async def delete(request: Request, document_id: str) -> Response:
+        await backend.call(call_of(request).service.documents.delete, check_id(document_id, "doc"))
         return JSONResponse({"id": document_id, "deleted": True})
 
     @router.get(
@@ -90,7 +92,7 @@ def make_router(backend: Backend) -> APIRouter:
     )  # fmt: skip
     async def export(request: Request, document_id: str, without_kv: bool = False) -> Response:
         call_of(request).become_stream()
-        archive = Archive(backend, check_id(document_id, "doc"), not without_kv)
+        archive = Archive(backend, call_of(request).service, check_id(document_id, "doc"), not without_kv)
         await archive.begin()
         return StreamingResponse(archive.pieces(), media_type=_ARCHIVE)
 
@@ -99,11 +101,12 @@ def make_router(backend: Backend) -> APIRouter:
 
 def _add_uploads(router: APIRouter, backend: Backend) -> None:
     """Add the routes whose bodies are documents."""
-    service, max_bytes = backend.service, backend.limits.max_document_bytes
+    max_bytes = backend.limits.max_document_bytes
 
     async def add(request: Request, header: pb.DocumentHeader) -> Response:
         validate.check_header(header)
         _check_raw(request, max_bytes)
+        service = call_of(request).service
 
         def take(pieces: Iterator[bytes]) -> DocumentRecord:
             return service.add_document(
@@ -111,7 +114,7 @@ def _add_uploads(router: APIRouter, backend: Backend) -> None:
                 source_hash=header.source_hash, append_to=header.append_to,
             )  # fmt: skip
 
-        return await _show(backend, await receive(backend, request, take))
+        return await _show(backend, request, await receive(backend, request, take))
 
     @router.post(
         "/v1/documents", summary="Store a text: the body.", response_model=Document, openapi_extra=_BYTES,
@@ -141,12 +144,13 @@ def _add_uploads(router: APIRouter, backend: Backend) -> None:
         openapi_extra=_BYTES,
     )  # fmt: skip
     async def import_(request: Request) -> Response:
+        service = call_of(request).service
         record = await receive(backend, request, lambda pieces: service.import_document(pieces, max_bytes))
-        return await _show(backend, record)
+        return await _show(backend, request, record)
 
 
-async def _show(backend: Backend, record: DocumentRecord) -> Response:
-    message = await backend.call(job_calls.show_document, backend.service, record)
+async def _show(backend: Backend, request: Request, record: DocumentRecord) -> Response:
+    message = await backend.call(job_calls.show_document, call_of(request).service, record)
     return JSONResponse(shapes.document_object(message))
 
 
@@ -165,13 +169,14 @@ def _check_raw(request: Request, max_bytes: int) -> None:
 class Archive:
     """A document as an archive, made piece by piece in a thread while a client reads."""
 
-    def __init__(self, backend: Backend, document_id: str, with_kv: bool) -> None:
+    def __init__(self, backend: Backend, service: JobService, document_id: str, with_kv: bool) -> None:
         self._backend = backend
+        self._service = service
         self._iterator: Iterator[bytes] = iter(())
         self._pull = backend.followers.submit(self._open, document_id, with_kv)
 
     def _open(self, document_id: str, with_kv: bool) -> bytes:
-        self._iterator = self._backend.service.export_document(document_id, with_kv)
+        self._iterator = self._service.export_document(document_id, with_kv)
         return next(self._iterator, b"")
 
     async def begin(self) -> None:

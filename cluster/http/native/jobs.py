@@ -21,6 +21,7 @@ from cluster.http.native import shapes
 from cluster.http.native.job_request import PARAMS, JobRequest, submit_request
 from cluster.http.openai.chat import body_of
 from cluster.jobs.model import JobRecord, check_id
+from cluster.jobs.service import JobService
 from cluster.jobs.subscriptions import ProgressUpdate
 from protos.jobs.limits import MAX_INT64
 
@@ -32,19 +33,16 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 def make_router(backend: Backend) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["longreach"])
-    service = backend.service
-
-    def whole(job_id: str) -> dict[str, Any]:
-        return shapes.job_object(job_calls.whole_job(service, service.get(check_id(job_id, "job"))))
 
     @router.post("/v1/jobs", summary="Queue a job.", response_model=JobData, openapi_extra=body_of(JobRequest))
     async def submit(request: Request, idempotency_key: Annotated[str | None, Header()] = None) -> Response:
         asked = await read_model(backend, request, JobRequest)
-        key_name = call_of(request).key_name
+        service, key_name = call_of(request).service, call_of(request).key_name
 
         def make() -> dict[str, Any]:
             message = submit_request(asked, idempotency_key)
-            return whole(job_calls.submit(service, message, key_name, backend.limits.max_document_bytes).id)
+            record = job_calls.submit(service, message, key_name, backend.limits.max_document_bytes)
+            return shapes.job_object(job_calls.whole_job(service, record))
 
         try:
             return JSONResponse(await backend.call(make))
@@ -53,11 +51,13 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.get("/v1/jobs", summary="Jobs, the newest first.", response_model=shapes.JobPage)
     async def list_(
+        request: Request,
         state: Annotated[list[str], Query(description="In one of these states.")] = [],  # noqa: B006
         label: Annotated[list[str], Query(description="With these labels, `key=value`.")] = [],  # noqa: B006
         page_size: Annotated[int, Query(ge=1, le=PAGE_SIZE)] = PAGE_SIZE,
         page_token: Annotated[str, Query(description="`next_page_token` of the page before.")] = "",
     ) -> Response:
+        service = call_of(request).service
         found = list_request(state, _labels(label), page_size)
         found.page_token = page_token
 
@@ -68,8 +68,8 @@ def make_router(backend: Backend) -> APIRouter:
         return JSONResponse(await backend.call(page))
 
     @router.get("/v1/jobs/{job_id}", summary="A job with its answers so far.", response_model=JobData)
-    async def get(job_id: str) -> Response:
-        return JSONResponse(await backend.call(whole, job_id))
+    async def get(request: Request, job_id: str) -> Response:
+        return JSONResponse(await backend.call(_whole, call_of(request).service, job_id))
 
     @router.get("/v1/jobs/{job_id}/events", summary="Follow a job, after any token.", responses=_EVENTS)
     async def events(
@@ -79,22 +79,27 @@ def make_router(backend: Backend) -> APIRouter:
     ) -> Response:  # fmt: skip
         call = call_of(request)
         call.become_stream()
-        record = await backend.call(service.get, check_id(job_id, "job"))
+        record = await backend.call(call.service.get, check_id(job_id, "job"))
         job = Followed(backend, record, _first(after, last_event_id), is_own=False)
         call.at_end(job.leave)
-        return EventStream(_events(backend, job), error_event, last=b"")
+        return EventStream(_events(backend, call.service, job), error_event, last=b"")
 
     @router.post("/v1/jobs/{job_id}/cancel", summary="End a job.", response_model=JobData)
-    async def cancel(job_id: str) -> Response:
+    async def cancel(request: Request, job_id: str) -> Response:
+        service = call_of(request).service
         await backend.call(service.cancel, check_id(job_id, "job"))
-        return JSONResponse(await backend.call(whole, job_id))
+        return JSONResponse(await backend.call(_whole, service, job_id))
 
     @router.delete("/v1/jobs/{job_id}", summary="Forget an ended job.", response_model=shapes.Deleted)
-    async def delete(job_id: str) -> Response:
-        await backend.call(service.delete, check_id(job_id, "job"))
+    async def delete(request: Request, job_id: str) -> Response:
+        await backend.call(call_of(request).service.delete, check_id(job_id, "job"))
         return JSONResponse({"id": job_id, "deleted": True})
 
     return router
+
+
+def _whole(service: JobService, job_id: str) -> dict[str, Any]:
+    return shapes.job_object(job_calls.whole_job(service, service.get(check_id(job_id, "job"))))
 
 
 def _labels(given: Sequence[str]) -> dict[str, str]:
@@ -113,19 +118,17 @@ def _first(after: int | None, last_event_id: str) -> int:
     return int(last_event_id)
 
 
-async def _events(backend: Backend, job: Followed) -> AsyncIterator[bytes]:
+async def _events(backend: Backend, service: JobService, job: Followed) -> AsyncIterator[bytes]:
     """Yield the events of a job until it has ended, b"" where there is nothing new."""
     async for news in job.events():
         if isinstance(news, ProgressUpdate):
             yield shapes.progress_event(news)
         elif isinstance(news, JobRecord):
-            yield await backend.call(_job_event, backend, news)
+            yield await backend.call(_job_event, service, news)
         else:
             yield shapes.token_events(news) if news else b""
 
 
-def _job_event(backend: Backend, record: JobRecord) -> bytes:
+def _job_event(service: JobService, record: JobRecord) -> bytes:
     is_last = record.state.is_final
-    return shapes.job_event(
-        job_calls.whole_job(backend.service, record) if is_last else codec.encode_job(record), is_last
-    )
+    return shapes.job_event(job_calls.whole_job(service, record) if is_last else codec.encode_job(record), is_last)

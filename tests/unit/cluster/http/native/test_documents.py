@@ -90,7 +90,7 @@ def test_an_archive_that_breaks_is_no_whole_one() -> None:
 
     async def run() -> None:
         backend = make_backend(Broken())
-        archive = Archive(backend, NO_DOC, True)
+        archive = Archive(backend, backend.service, NO_DOC, True)
         await archive.begin()
         with pytest.raises(JobNotFound):
             assert [piece async for piece in archive.pieces()]
