@@ -109,10 +109,10 @@ class JobView {
     setText(byId("job-title"), titleOf(job));
     showState(this.state, job.state);
     setText(this.error, job.error);
+    if (ended && document.activeElement === this.cancel) byId("job-title").focus(); // the button goes
     show(this.cancel, !ended);
     show(this.remove, ended);
     show(this.again, job.document_id !== "");
-    if (ended && document.activeElement === this.cancel) byId("job-title").focus();
     if (!this.views && !job.read) {
       const isOnly = job.answers.length === 1;
       this.views = job.answers.map((answer) => new AnswerView(answer.question, isOnly));

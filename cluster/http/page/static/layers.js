@@ -2,7 +2,7 @@
 
 import { count, h, percent, s } from "./dom.js";
 
-const WIDTH = 720;
+const NARROW = 600; // window, in CSS pixels
 const LEFT = 44;
 const RIGHT = 8;
 const PANEL = 110; // height of a panel
@@ -41,47 +41,56 @@ function sentence(attention) {
 }
 
 function picture(layers, attention) {
+  const width = window.innerWidth < NARROW ? 340 : 720;
   const total = TOP + 2 * PANEL + GAP + 30;
   const id = `layers-${++number}`;
-  const floor = Math.min(0.9, Math.floor(10 * Math.min(...layers.map((one) => one.recall.low))) / 10);
-  const step = (WIDTH - LEFT - RIGHT) / layers.length;
+  const tenth = (round, share) => Math.min(1, round(10 * share) / 10);
+  const low = Math.min(0.9, tenth(Math.floor, Math.min(...layers.map((one) => one.recall.low))));
+  const high = tenth(Math.ceil, Math.max(...layers.map((one) => one.density.high)));
+  const recall = { top: TOP, low, high: 1, width };
+  const density = { top: TOP + PANEL + GAP, low: 0, high, width };
+  const step = (width - LEFT - RIGHT) / layers.length;
   const x = (index) => LEFT + step * (index + 0.5);
-  const second = TOP + PANEL + GAP;
-  const words = `By layer: recall ${percent(attention.held_out_recall)} and density ${percent(attention.density)} in the mean; ` +
-    "the table below has the figures.";
-  const every = Math.ceil(layers.length / 24);
-  return s("svg", { viewBox: `0 0 ${WIDTH} ${total}`, role: "img", "aria-labelledby": id, class: "layers" },
+  const bottom = density.top + PANEL;
+  const words = `By layer: recall ${percent(attention.held_out_recall)} and density ${percent(attention.density)} in the ` +
+    "mean; the table below has the figures.";
+  const every = Math.ceil((layers.length * 28) / (width - LEFT - RIGHT));
+  return s("svg", { viewBox: `0 0 ${width} ${total}`, role: "img", "aria-labelledby": id, class: "layers" },
     s("title", { id }, words),
-    panel("Recall: mean of the heads, and from the worst to the best", TOP, floor),
-    panel("Density: mean of the heads, and from the least to the most", second, 0),
+    panel("Recall: mean of the heads, and from the worst to the best", recall),
+    panel("Density: mean of the heads, and from the least to the most", density),
     ...layers.map((one, index) => s("g", {},
-      mark(x(index), TOP, floor, one.recall, step, "recall"),
-      mark(x(index), second, 0, one.density, step, "density"),
-      index % every === 0 && s("text", { x: x(index), y: second + PANEL + 14, "text-anchor": "middle" }, one.layer),
-      s("rect", { x: x(index) - step / 2, y: TOP, width: step, height: second + PANEL - TOP, class: "touch" },
+      mark(x(index), recall, one.recall, step, "recall"),
+      mark(x(index), density, one.density, step, "density"),
+      index % every === 0 && s("text", { x: x(index), y: bottom + 14, "text-anchor": "middle" }, one.layer),
+      s("rect", { x: x(index) - step / 2, y: TOP, width: step, height: bottom - TOP, class: "touch" },
         s("title", {}, `Layer ${one.layer}: recall ${percent(one.recall.mean)} ` +
           `(${percent(one.recall.low)} to ${percent(one.recall.high)}), density ${percent(one.density.mean)} ` +
           `(${percent(one.density.low)} to ${percent(one.density.high)})`)))),
-    s("text", { x: LEFT + (WIDTH - LEFT - RIGHT) / 2, y: total - 2, "text-anchor": "middle" }, "layer"));
+    s("text", { x: (LEFT + width - RIGHT) / 2, y: total - 2, "text-anchor": "middle" }, "layer"));
 }
 
-const heightOf = (share, top, floor) => top + PANEL * (1 - (share - floor) / (1 - floor));
+const heightOf = (share, { top, low, high }) => top + PANEL * (1 - (share - low) / (high - low));
 
-function panel(title, top, floor) {
-  const ticks = [floor, (1 + floor) / 2, 1];
+function panel(title, scale) {
+  const { top, low, high, width } = scale;
   return s("g", {},
     s("text", { x: LEFT, y: top - 7, class: "title" }, title),
-    ...ticks.flatMap((tick) => [
-      s("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: heightOf(tick, top, floor), y2: heightOf(tick, top, floor), class: "grid" }),
-      s("text", { x: LEFT - 6, y: heightOf(tick, top, floor) + 4, "text-anchor": "end" }, `${Math.round(100 * tick)} %`),
-    ]));
+    ...[low, (low + high) / 2, high].flatMap((tick) => {
+      const y = heightOf(tick, scale);
+      return [
+        s("line", { x1: LEFT, x2: width - RIGHT, y1: y, y2: y, class: "grid" }),
+        s("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, `${Math.round(1000 * tick) / 10} %`),
+      ];
+    }));
 }
 
-function mark(x, top, floor, { mean: middle, low, high }, step, kind) {
-  const y = (share) => heightOf(share, top, floor);
+function mark(x, scale, { mean: middle, low, high }, step, kind) {
+  const y = (share) => heightOf(share, scale);
   const width = Math.min(28, step * 0.6);
+  const column = { x: x - width / 2, y: y(middle), width, height: y(0) - y(middle), class: "column" };
   return s("g", { class: kind },
-    kind === "density" && s("rect", { x: x - width / 2, y: y(middle), width, height: y(0) - y(middle), class: "column" }),
+    kind === "density" && s("rect", column),
     s("line", { x1: x, x2: x, y1: y(low), y2: y(high), class: "range" }),
     kind === "recall" && s("circle", { cx: x, cy: y(middle), r: Math.min(4.5, step * 0.3) }));
 }
