@@ -145,7 +145,7 @@ def test_a_document_and_its_questions(live: LiveHead, visit: OpenPage) -> None:
     shard.let(10_000)
     until(lambda: job.locator(".state").inner_text() == "succeeded")
     record = live.newest()
-    assert job.locator(".answer").last.text_content() == record.answers[0].text
+    assert job.locator(".answer").last.text_content() == record.answers[0].text.strip()
     assert page.get_by_role("status").inner_text().startswith("Answered.")
     assert page.locator("#jobs li").count() == 2
     until(lambda: page.locator("#jobs .state").first.inner_text() == "succeeded")
@@ -193,6 +193,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(visit: OpenPage) -> None:
         dialog = page.get_by_role("dialog", name="API key")
         dialog.wait_for()
         assert tab.focused() == "key"
+        assert accessibility_problems(page) == []
         for wrong in ("wrong-wrong-wrong-wrong", "two words"):
             page.keyboard.type(wrong)
             page.keyboard.press("Enter")

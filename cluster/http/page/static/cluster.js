@@ -16,14 +16,14 @@ export function showCluster(status) {
     ["Version", status.version],
   ]);
   const rows = status.stages.map((stage) => [
-    `${stage.stage}.${stage.rank}`, stage.state, count(stage.steps_done), bytes(stage.resident_bytes),
+    stage.stage, stage.rank, stage.state, count(stage.steps_done), bytes(stage.resident_bytes),
   ]);
   const table = byId("stages");
   const key = JSON.stringify(rows);
   if (table.dataset.key === key) return;
   table.dataset.key = key;
-  table.replaceChildren(...rows.map(([name, state, ...numbers]) => h("tr", {},
-    h("th", { scope: "row" }, name), h("td", {}, state), ...numbers.map((text) => h("td", { class: "number" }, text)))));
+  table.replaceChildren(...rows.map(([name, rank, state, ...numbers]) => h("tr", {},
+    h("th", { scope: "row" }, name), h("td", {}, rank), h("td", {}, state), ...numbers.map((text) => h("td", { class: "number" }, text)))));
 }
 
 /** Say whether the head serves. */

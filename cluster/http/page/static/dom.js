@@ -75,13 +75,14 @@ export function makeBar(label) {
   };
 }
 
-/** Fill a list of facts: [name, value] each, without those that have no value. */
+/** Fill a list of facts: [name, value, whether it is wide] each, without those that have no value. */
 export function setFacts(list, facts) {
   const shown = facts.filter(([, value]) => value !== "" && value != null);
   const key = JSON.stringify(shown);
   if (list.dataset.key === key) return;
   list.dataset.key = key;
-  list.replaceChildren(...shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  list.replaceChildren(...shown.map(([name, value, isWide]) =>
+    h("div", { class: isWide ? "wide" : null }, h("dt", {}, name), h("dd", {}, value))));
 }
 
 let lastWords = 0;

@@ -150,15 +150,20 @@ class JobView {
       ["First token after", ended && timings.ttft_s ? duration(timings.ttft_s) : ""],
       ["In all", ended && timings.total_s ? duration(timings.total_s) : ""],
       ["Restarts", restarts ? count(restarts) : ""],
-      ["Id", this.id],
+      ["Id", this.id, true],
     ]);
   }
 
   sayEnd() {
-    const text = this.job.answers.map((answer) => answer.text.trim()).join(" ").slice(0, 400);
-    speak(this.job.state === "succeeded" ? `Answered. ${text}` : `The job has ${this.job.state}. ${this.job.error}`);
+    const { state, read, error, answers } = this.job;
+    const text = answers.map(textOf).join(" ").slice(0, 400);
+    if (state === "succeeded") speak(read ? "The document has been read." : `Answered. ${text}`);
+    else speak(state === "failed" ? `The job has failed. ${error}` : "The job was cancelled.");
   }
 }
+
+/** Return the text of an answer, the ids of its tokens where the model has no tokenizer. */
+const textOf = (answer) => (answer.text ?? answer.token_ids.join(" ")).trim();
 
 const tokens = (number) => (number ? `${count(number)} tokens` : "");
 
@@ -182,11 +187,11 @@ class AnswerView {
       this.reasoning.append(token.reasoning);
     }
     const text = token.part ? token.answer : token.text;
-    if (text) this.text.append(text);
+    if (text) this.text.append(this.text.textContent ? text : text.trimStart());
   }
 
   update(answer, ended) {
-    setText(this.text, answer.text ?? "");
+    setText(this.text, textOf(answer));
     setText(this.reasoning, answer.reasoning ?? "");
     show(this.thought, Boolean(answer.reasoning));
     const ends = { length: "The answer was cut at its longest length.", cancelled: "Cancelled.", error: "It failed." };

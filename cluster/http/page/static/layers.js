@@ -35,7 +35,7 @@ function sentence(attention) {
   if (attention.mode !== "sparse") return "Dense attention: every token read all before it.";
   if (!attention.cells) return "Sparse attention; no part of this prompt was chosen anew: it was there already.";
   const fallbacks = attention.fallbacks ? `, ${count(attention.fallbacks)} heads of cells turned dense` : "";
-  return `Sparse attention in ${count(attention.cells)} cells: it visits ${percent(attention.density)} of the pairs and ` +
+  return `Sparse attention in ${count(attention.cells)} ${attention.cells === 1 ? "cell" : "cells"}: it visits ${percent(attention.density)} of the pairs and ` +
     `keeps ${percent(attention.held_out_recall)} of the attention (worst head and cell ` +
     `${percent(attention.held_out_recall_min)})${fallbacks}.`;
 }
@@ -57,8 +57,8 @@ function picture(layers, attention) {
   const every = Math.ceil((layers.length * 28) / (width - LEFT - RIGHT));
   return s("svg", { viewBox: `0 0 ${width} ${total}`, role: "img", "aria-labelledby": id, class: "layers" },
     s("title", { id }, words),
-    panel("Recall: mean of the heads, and from the worst to the best", recall),
-    panel("Density: mean of the heads, and from the least to the most", density),
+    panel("Recall of the heads: mean, and worst to best", recall),
+    panel("Density of the heads: mean, and least to most", density),
     ...layers.map((one, index) => s("g", {},
       mark(x(index), recall, one.recall, step, "recall"),
       mark(x(index), density, one.density, step, "density"),
