@@ -92,6 +92,8 @@ async def _show_wrong_parameter(request: Request, error: Exception) -> Response:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for operation in (one for path in document["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)  # of the framework: ours is the 400 of every wrong request
         modes: Any = [(model, "validation") for model in _BODIES]
         _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

@@ -119,7 +119,9 @@ class JobView {
       this.answers.replaceChildren(...this.views.map((view) => view.element));
     }
     if (isWhole) job.answers.forEach((answer, index) => this.views?.[index].update(answer, ended));
-    this.showProgress(ended || this.hasTokens ? null : progressOf(job));
+    const at = progressOf(job);
+    if (ended || this.hasTokens || job.state === "decoding") this.showProgress(null);
+    else if (at?.total || this.bar.element.hidden) this.showProgress(at); // a change of state does not say how far it is
     this.showFacts();
     if (ended && !hadEnded) this.sayEnd();
   }
@@ -131,8 +133,7 @@ class JobView {
   showProgress(at) {
     const text = progressText(at);
     show(this.bar.element, text !== "");
-    const waiting = this.job.state === "queued" ? "waiting for its turn" : "";
-    setText(this.progress, text || (isFinal(this.job.state) || this.hasTokens ? "" : waiting));
+    setText(this.progress, text || (this.job.state === "queued" ? "waiting for its turn" : ""));
     if (!text) return;
     this.bar.update(at.processed / at.total, text);
     speak(text, false);

@@ -100,9 +100,17 @@ def test_the_openapi_document_describes_the_bodies() -> None:
         with direct_client(AnsweringService()) as client:
             document = (await client.get("/openapi.json")).json()
         schemas = document["components"]["schemas"]
-        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/jobs"):
             body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert body["$ref"].removeprefix("#/components/schemas/") in schemas
+        shapes = {"/v1/jobs/{job_id}": "JobData", "/v1/documents": "DocumentPage", "/v1/cluster": "ClusterObject"}
+        for path, name in shapes.items():
+            shown = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+            assert shown["$ref"] == f"#/components/schemas/{name}"
+        events = document["paths"]["/v1/jobs/{job_id}/events"]["get"]["responses"]
+        assert "text/event-stream" in events["200"]["content"]
+        assert "'422'" not in str(document)  # wrong parameters are a 400 like everything else
+        assert not [path for path in document["paths"] if path == "/" or path.startswith("/page")]
         named = set(re.findall(r'"#/components/schemas/(\w+)"', str(document).replace("'", '"')))
         assert named <= set(schemas)
 
