@@ -11,7 +11,7 @@ import pytest
 
 from cluster.engine.outputs import OutputToken
 from cluster.http.native.shapes import token_events
-from cluster.jobs.model import JobState
+from cluster.jobs.model import JobState, NotAllowedNow
 from cluster.server.head import Head
 from cluster.server.security import ApiKeys
 from tests.support.fakes.runtime import CHUNK, FakeRuntime
@@ -306,6 +306,32 @@ def test_nothing_is_wrong_for_axe_and_nothing_too_wide(visit: OpenPage, width: i
         page.get_by_text("Figures by layer").click()
         assert accessibility_problems(page) == []
         assert not tab.is_too_wide()
+
+
+def test_what_could_not_be_done_is_said_until_something_can(visit: OpenPage) -> None:
+    service = described(AnsweringService())
+    pin = service.documents.pin
+
+    def refuse(document_id: str, pinned: bool) -> Any:
+        raise NotAllowedNow("it is being read")
+
+    service.documents.pin = refuse
+    with serving_http(service) as url:
+        tab = visit(url)
+        page = tab.open()
+        pinning = page.locator("#documents").get_by_role("button", name="Pin")
+        pinning.click()
+        banner = page.get_by_role("alert").filter(has_text="it is being read")
+        banner.wait_for()
+        with page.expect_response("**/v1/documents"):
+            page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # it looks at once
+        page.wait_for_timeout(300)
+        assert banner.is_visible()
+        service.documents.pin = pin
+        pinning.click()
+        banner.wait_for(state="hidden")
+        assert [one for one in tab.complaints if "409" not in one] == []
+        tab.complaints.clear()
 
 
 def test_a_head_that_is_gone_is_said(visit: OpenPage) -> None:

@@ -13,12 +13,15 @@ const IDLE_MS = 8000;
 const PAGE = 20; // jobs
 const MAX_JOBS = 100; // that one listing has
 
-const current = { jobs: PAGE, timer: 0, asked: false };
+const current = { jobs: PAGE, timer: 0, asked: false, isOfAction: false };
 
 const actions = {
   ask: (given) => askAbout(given.id ?? given),
   opened: (job) => open(job.id),
-  changed: refresh,
+  changed: () => {
+    showProblem(null);
+    return refresh();
+  },
   failed: showProblem,
 };
 const showDocuments = makeDocuments(actions);
@@ -39,7 +42,10 @@ function showChosen() {
   current.asked = true; // from now on somebody chooses
 }
 
-function showProblem(error) {
+/** Show a problem until there is another, or none; one of an action stays until an action succeeds. */
+function showProblem(error, isOfAction = true) {
+  if (!error && !isOfAction && current.isOfAction) return;
+  current.isOfAction = isOfAction && Boolean(error);
   const banner = byId("banner");
   show(banner, Boolean(error));
   setText(banner, error ? error.message : "");
@@ -58,10 +64,10 @@ async function refresh() {
     showJobs(page.jobs, page.next_page_token !== "" && current.jobs < MAX_JOBS);
     markShown(location.hash.slice(1));
     if (page.jobs.some((job) => !isFinal(job.state))) pause = BUSY_MS;
-    showProblem(null);
+    showProblem(null, false);
   } catch (error) {
     showHealth(error.status === 401 ? "needs a key" : "not reached", false);
-    showProblem(error.status === 401 ? null : error);
+    showProblem(error.status === 401 ? null : error, false);
     pause = error.status === 401 ? 0 : IDLE_MS;
   }
   clearTimeout(current.timer);
@@ -101,7 +107,7 @@ function makeKeys() {
 }
 
 makeKeys();
-makeAsk(actions.opened, refresh);
+makeAsk(actions.opened, actions.changed);
 byId("more-jobs").addEventListener("click", () => {
   current.jobs = Math.min(MAX_JOBS, current.jobs + PAGE);
   refresh();
