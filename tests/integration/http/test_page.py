@@ -11,9 +11,10 @@ import pytest
 
 from cluster.engine.outputs import OutputToken
 from cluster.http.native.shapes import token_events
-from cluster.jobs.model import JobState, NotAllowedNow
+from cluster.jobs.model import JobInput, JobSpec, JobState, NotAllowedNow
 from cluster.server.head import Head
 from cluster.server.security import ApiKeys
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.runtime import CHUNK, FakeRuntime
 from tests.support.rigs.browser import Visit, accessibility_problems, open_browser
 from tests.support.rigs.head import free_port, until
@@ -306,6 +307,28 @@ def test_nothing_is_wrong_for_axe_and_nothing_too_wide(visit: OpenPage, width: i
         page.get_by_text("Figures by layer").click()
         assert accessibility_problems(page) == []
         assert not tab.is_too_wide()
+
+
+def test_a_list_that_grows_keeps_the_focus(visit: OpenPage) -> None:
+    service = described(AnsweringService())
+    spec = JobSpec(JobInput(prompt="a"), AnswerOptions())
+    jobs = [service.submit(spec) for _ in range(45)]
+    with serving_http(service) as url:
+        tab = visit(url)
+        page = tab.open()
+        rows = page.locator("#jobs li")
+        assert rows.count() == 20
+        for count in (40, 45):
+            page.get_by_role("button", name="Show more").click()
+            until(lambda count=count: rows.count() == count)  # type: ignore[misc]
+        page.get_by_role("button", name="Show more").wait_for(state="hidden")
+        rows.nth(3).get_by_role("link").focus()
+        for job in jobs[:3]:
+            del service.records[job.id]
+        service.submit(spec)
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # it looks at once
+        until(lambda: rows.count() == 43)
+        assert page.evaluate("document.activeElement.hash") == f"#{jobs[3].id}"
 
 
 def test_what_could_not_be_done_is_said_until_something_can(visit: OpenPage) -> None:
