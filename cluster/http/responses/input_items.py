@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +93,7 @@ class _Reader:
 
 
 def _content(key: str, value: object) -> str | list[Message]:
-    """Return a text, or with a stored file the parts of a chat message."""
+    """Return a text, or with a file the parts of a chat message."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence):
@@ -115,29 +113,15 @@ def _part(key: str, part: object) -> Message:
 
 
 def _file(key: str, part: Mapping[str, Any]) -> Message:
-    """Return the part of a stored file, or the text of one that comes with the request."""
+    """Return the part of a file, stored or with its content, as chat messages have it."""
     if part.get("file_url"):
         raise refuse(f"{key}.file_url", "is not fetched: upload the file and say its file_id", _UNSUPPORTED)
     if file_id := part.get("file_id"):
         return {"type": "file", "file": {"file_id": _text(f"{key}.file_id", file_id)}}
     if part.get("file_data") is None:
         raise refuse(f"{key}.file_id", "(missing): must be the id of a stored document, or file_data given")
-    return {"type": "text", "text": _decode(f"{key}.file_data", _text(f"{key}.file_data", part["file_data"]))}
-
-
-def _decode(key: str, data: str) -> str:
-    """Return the text of a file in base64, with or without `data:` and its type before it."""
-    if data.startswith("data:"):
-        data = data.partition(",")[2]
-    try:
-        raw = base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise refuse(key, f"{show(data)}: must be base64, or data:TYPE;base64, and that") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problem = f"{len(raw)} bytes: must be text in UTF-8: other files are documents, see `longreach docs`"
-        raise refuse(key, problem, _UNSUPPORTED) from error
+    name = "" if part.get("filename") is None else _text(f"{key}.filename", part["filename"])
+    return {"type": "file", "file": {"file_data": _text(f"{key}.file_data", part["file_data"]), "filename": name}}
 
 
 def _reasoning(key: str, item: Mapping[str, Any]) -> str:

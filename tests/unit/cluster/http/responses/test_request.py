@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -126,11 +127,21 @@ def test_a_question_about_a_stored_file(backend: Backend) -> None:
     assert (spec.input.document_id, spec.input.questions) == (DOCUMENT, ("Be brief.\nWhat?",))
 
 
+@pytest.mark.parametrize("before", ["", "data:text/plain;base64,", "data:;base64,"])
+def test_a_file_in_the_request_is_its_text(backend: Backend, before: str) -> None:
+    data = before + base64.b64encode("\ufeffStraße\n".encode()).decode()
+    parts = [{"type": "input_file", "file_data": data, "filename": "a.txt"}, {"type": "input_text", "text": "What?"}]
+    messages = spec_of(backend, input=[{"role": "user", "content": parts}]).input.messages
+    assert messages is not None
+    assert messages[-1].content == "==> a.txt <==\nStraße\n\nWhat?"
+
+
 FILE = {"role": "user", "content": [{"type": "input_file", "file_id": DOCUMENT}, {"type": "input_text", "text": "a"}]}
 
 
 @pytest.mark.parametrize(("fields", "param"), [
     ({"background": True, "store": False}, "store"), ({"conversation": "c"}, "conversation"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "§"}]}]}, "input"),
     ({"prompt": {"id": "p"}}, "prompt"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"metadata": {str(n): "" for n in range(17)}}, "metadata"), ({"metadata": {"a": 1}}, "metadata.a"),
     ({"input": []}, "input"), ({"input": 5}, "input"), ({"max_output_tokens": 0}, "max_output_tokens"),
