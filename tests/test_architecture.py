@@ -165,7 +165,7 @@ def test_client_is_light() -> None:
 
 
 def test_only_the_package_http_needs_its_extra() -> None:
-    needed = {"fastapi", "starlette", "uvicorn"}
+    needed = {"fastapi", "starlette", "uvicorn", "python_multipart"}
     found = [
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "cluster").rglob("*.py")

@@ -171,6 +171,7 @@ class ServerSection(Section):
     document_ttl_s: float = Field(default=7 * 86400.0, gt=0, le=MAX_TTL_S, description=TTL_RULE)
     drain_timeout_s: float = Field(default=30.0, ge=0, le=86400)
     max_streams: int = Field(default=128, ge=1, le=4096)
+    max_batch_jobs: int = Field(default=4, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _ports_differ(self) -> ServerSection:

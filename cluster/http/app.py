@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -14,23 +15,26 @@ from starlette.types import ASGIApp
 
 from cluster.access.keys import Keys
 from cluster.http import probes
+from cluster.http.anthropic import messages
+from cluster.http.anthropic.messages_request import CountTokensRequest, MessagesRequest
+from cluster.http.batches import batches
+from cluster.http.batches.batches import BatchRequest
 from cluster.http.core.backend import Backend
-from cluster.http.core.errors import ApiError
+from cluster.http.core.errors import ApiError, refuse
 from cluster.http.core.guard import Guard
+from cluster.http.files import files
 from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
 from cluster.http.responses import routes as responses
 from cluster.http.responses.request import ResponsesRequest
+from protos.jobs.validate import show
 
-_BODIES = (
-    ChatRequest,
-    CompletionRequest,
-    ResponsesRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
-)  # read by the routes themselves
+_BODIES = (  # read by the routes themselves
+    ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest,
+    CountTokensRequest, BatchRequest,
+)  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -54,6 +58,7 @@ def make_routes(backend: Backend) -> FastAPI:
     for router in make_routers(backend):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _show_http_error)
+    app.add_exception_handler(RequestValidationError, _show_invalid)
     app.add_exception_handler(Exception, _pass_on)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -61,7 +66,8 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    return [module.make_router(backend) for module in (probes, tokens, chat, completions, responses)]
+    modules = (probes, tokens, chat, completions, responses, messages, files, batches)
+    return [module.make_router(backend) for module in modules]
 
 
 async def _pass_on(request: Request, error: Exception) -> Response:
@@ -69,11 +75,20 @@ async def _pass_on(request: Request, error: Exception) -> Response:
     raise error
 
 
+async def _show_invalid(request: Request, error: Exception) -> Response:
+    """Refuse a parameter of a query, by its name."""
+    assert isinstance(error, RequestValidationError)
+    detail = error.errors()[0]
+    name = str(detail["loc"][-1])
+    shown = refuse(name, f"{show(detail['input'])}: {detail['msg']}")
+    return JSONResponse(shown.body_for(request.url.path), shown.status)
+
+
 async def _show_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = f"{request.method} {request.url.path}: {error.detail}"
     shown = ApiError(error.status_code, problem, code=_CODES.get(error.status_code))
-    return JSONResponse(shown.body, shown.status, dict(error.headers or {}))
+    return JSONResponse(shown.body_for(request.url.path), shown.status, dict(error.headers or {}))
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

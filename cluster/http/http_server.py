@@ -19,6 +19,7 @@ from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection
 from cluster.http.app import make_app
+from cluster.http.batches.runner import BatchRunner
 from cluster.http.core.backend import SHORT_CALLS, Backend
 from cluster.http.core.protocol import KEEP_ALIVE_S, BoundedProtocol
 
@@ -50,11 +51,12 @@ class HttpServer:
         self._thread: threading.Thread | None = None
         self._serving = WatchedThreads("HTTP")
         self._stalls = StallWatch([backend.streams, backend.short])
+        self._batches = BatchRunner(backend, backend.service)
 
     @property
     def threads(self) -> list[Watched]:
         """The threads without which clients are not served."""
-        return [self._serving, self._stalls.thread]
+        return [self._serving, self._stalls.thread, self._batches.thread]
 
     def start(self) -> str:
         """Bind and answer requests; returns the URL.
@@ -73,6 +75,7 @@ class HttpServer:
         thread.start()
         self._serving.watch([thread])
         self._stalls.start()
+        self._batches.start()
         self._server, self._thread = server, thread
         scheme = "https" if server.config.is_ssl else "http"
         host, port = listener.getsockname()[:2]
@@ -114,6 +117,7 @@ class HttpServer:
         """Refuse new connections, let running requests end for `grace_s`, cancel the rest; may be called twice."""
         server, self._server = self._server, None
         if server is not None and self._thread is not None:
+            self._batches.close()
             self._serving.release()
             server.config.timeout_graceful_shutdown = max(1, round(grace_s))
             server.should_exit = True

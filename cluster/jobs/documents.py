@@ -81,7 +81,7 @@ class DocumentStore:
 
     def put(
         self, name: str, pieces: Iterable[bytes], max_bytes: int, *, scale_len: int = 0, pinned: bool = False,
-        source_hash: str = "", append_to: str = "", tenant: Tenant = ANYONE, shared: bool = False,
+        source_hash: str = "", append_to: str = "", tenant: Tenant = ANYONE, shared: bool = False, purpose: str = "",
     ) -> DocumentRecord:  # fmt: skip
         """Store a document as it arrives; the same bytes give the same document with a new expiry and its old name.
 
@@ -92,6 +92,7 @@ class DocumentStore:
             source_hash: SHA-256 of the file that the text was taken from.
             append_to: id of the document that comes before; `max_bytes` is of both together.
             shared: every tenant may read it.
+            purpose: see `DocumentRecord`.
 
         Raises:
             InvalidJob: it is empty, or has more than `max_bytes` (as soon as that is known). ServiceBusy: there is no
@@ -100,8 +101,9 @@ class DocumentStore:
                 behind then.
         """
         said = DocumentRecord(
-            "", name, 0, 0.0, 0.0, scale_len=scale_len, pinned=pinned, source_hash=source_hash, shared=shared
-        )
+            "", name, 0, 0.0, 0.0, scale_len=scale_len, pinned=pinned, source_hash=source_hash, shared=shared,
+            purpose=purpose,
+        )  # fmt: skip
         if not append_to:
             return self._put(said, tenant, pieces, max_bytes, False)
         before = self.get(append_to)

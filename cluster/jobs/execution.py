@@ -35,6 +35,7 @@ from cluster.jobs.model import (
 )
 from cluster.jobs.prompts import clock_of, job_prompts, reasoning_opened
 from cluster.jobs.recorder import LiveJob, Recorder, committed_tokens
+from cluster.jobs.sqlite.batches import BatchTable
 from cluster.jobs.store import JobStore
 from cluster.jobs.store_retry import StoreAbandoned, StoreRetry, may_pass
 from cluster.jobs.subscriptions import Subscriptions
@@ -65,6 +66,7 @@ class JobExecution:
         self._supervisor = runtime.supervisor
         self._store = store
         self.documents = documents
+        self.batches: BatchTable = store
         self.document_tokens = DocumentTokens(runtime, documents)
         self._limits = limits
         self.now = clock or SteadyClock()

@@ -30,7 +30,7 @@ from protos.errors import InvalidRequest
 from protos.jobs.chat import AUTO, ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions, SamplingParams
 
-_ID = re.compile(r"(job|doc)_[0-9a-f]{32}")
+_ID = re.compile(r"(job|doc|batch)_[0-9a-f]{32}")
 
 
 class JobState(enum.StrEnum):
@@ -112,7 +112,7 @@ class NotReady(JobError):
 
 
 def new_id(kind: str) -> str:
-    """Return a new id of a kind ("job", "doc"): its name, `_` and 32 hexadecimal digits."""
+    """Return a new id of a kind ("job", "doc", "batch"): its name, `_` and 32 hexadecimal digits."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 
@@ -279,4 +279,5 @@ class DocumentRecord:
     kernel_family: str = ""  # kernels that computed imported KV; empty: those of this cluster
     owner: str = ""  # name of the tenant
     shared: bool = False  # every tenant sees it
+    purpose: str = ""  # of a file that nobody asks about: "batch", "batch_output"; its tokens are not counted
     seams: tuple[int, ...] = ()  # offsets, in bytes, of what was appended: parts are tokenised one by one

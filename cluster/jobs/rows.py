@@ -225,7 +225,7 @@ def document_record(row: Sequence[Any]) -> DocumentRecord:
     """Return a document; of a damaged row the size is 0, so that its file is not taken for what was uploaded."""
     reader = _Reader()
     document_id, name, size, created, expires, tokens, scale_len, pinned, used, parent, source, family = row[:12]
-    owner, shared, seams = row[12:]
+    owner, shared, purpose, seams = row[12:]
     record = DocumentRecord(
         id=str(document_id),
         name=reader.text("name", name),
@@ -241,6 +241,7 @@ def document_record(row: Sequence[Any]) -> DocumentRecord:
         kernel_family=reader.text("kernel_family", family),
         owner=reader.text("owner", owner),
         shared=bool(reader.count("shared", shared, 1)),
+        purpose=reader.text("purpose", purpose),
         seams=reader.offsets("seams", seams),
     )
     return replace(record, name=record.name or "(damaged record)", size_bytes=0) if reader.damage else record

@@ -1,4 +1,4 @@
-"""Jobs, their answers and tokens, and the list of documents, in one SQLite file.
+"""Jobs, their answers and tokens, batches, and the list of documents, in one SQLite file.
 
 Failure contract: what a method has written when it returns survives the death of the process. Every method is one
 transaction: it happens as a whole or not at all. A job that has ended never changes its state again. Errors:
@@ -35,6 +35,7 @@ from cluster.jobs.model import (
 )
 from cluster.jobs.rows import job_state, token
 from cluster.jobs.sqlite import statements
+from cluster.jobs.sqlite.batches import BatchTable
 from cluster.jobs.sqlite.database import Database
 from cluster.jobs.sqlite.documents import DocumentTable, touch
 from cluster.jobs.sqlite.migrations import shown_question
@@ -50,7 +51,7 @@ _LISTING_WAIT_S = 10.0
 StateChange = tuple[str, Collection[JobState], JobState]  # job id, states it must be in, new state
 
 
-class JobStore(DocumentTable):
+class JobStore(DocumentTable, BatchTable):
     """Durable state of the head process; all methods may be called from any thread."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:

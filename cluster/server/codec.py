@@ -112,7 +112,8 @@ def _at_least_one(key: str, values: Any) -> Any:
 
 def encode_document(record: DocumentRecord, stored_tokens: int = 0, stored_bytes: int = 0) -> pb.Document:
     """Return a document with what is stored of its KV, see `JobService.stored_kv`."""
-    values = {name: value for name, value in asdict(record).items() if name not in ("seams", "owner")}
+    hidden = ("seams", "owner", "purpose")
+    values = {name: value for name, value in asdict(record).items() if name not in hidden}
     values["scale_len"] = max(0, record.scale_len)
     return pb.Document(**values, stored_tokens=stored_tokens, stored_bytes=stored_bytes)
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
 _LOOK_EVERY_S = 1.0  # how soon the main thread notices that the head must end
 _END_WITHIN_S = 90.0  # from the end of the drain; a start of the pipeline that is under way is waited for for 60 s
+_HTTP_PACKAGES = ("fastapi", "uvicorn", "python_multipart")  # of the extra `http`
 _EXIT_FAILED = 3  # as in `cluster.cli`
 _log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class Head:
 
     def _check_ports(self) -> None:
         server = self._config.server
-        if server.http_port and find_spec("fastapi") is None:
+        if server.http_port and not all(map(find_spec, _HTTP_PACKAGES)):
             need = "needs packages that are not installed: pip install 'longreach[http]', or server.http_port: 0"
             raise PreflightError(f"server.http_port: {server.http_port}: {need}")
         if server.http_port:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.client.ingest.conversion import convert
+from cluster.client.ingest.conversion import ConversionLimits, convert
 from cluster.client.ingest.limits import MAX_BYTES, Budget
 from cluster.client.ingest.text import NotText, decode, is_binary
 from cluster.client.ingest.tree import Progress, folder_text, reading, section, show_path
@@ -24,6 +24,7 @@ _HTML = (".html", ".htm", ".xhtml")
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # gzip, bzip2, xz
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _PIECE = 1 << 20
+_LIMITS = ConversionLimits()
 _READABLE = ": must be text, PDF, Office, EPUB, HTML, zip or tar"
 
 
@@ -99,27 +100,40 @@ def _read_one(source: object, encoding: str | None, progress: Progress | None) -
         found = folder_text(path, Budget(), progress)
         return DocumentText(found.text.encode("utf-8", "replace"), name, "", found.notes())
     try:
-        return _read_file(path, name, encoding)
+        with _open(path) as file:
+            return read_file(file, name, encoding)
     except InvalidRequest as error:
         shown = show_path([os.fsencode(path)])
         raise InvalidRequest(str(error) if str(error).startswith(shown) else f"{shown}: {error}") from error
 
 
-def _read_file(path: Path, name: str, encoding: str | None) -> DocumentText:
-    with _open(path) as file:
-        head = file.read(1024)
-        if head.startswith(_OLD_OFFICE):
-            raise InvalidRequest("is a document of an old Office: save it as DOCX, PPTX or XLSX")
-        kind = file_kind(path, head) if encoding is None else ""
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if not kind and size > MAX_BYTES:
-            raise _too_large(size)
-        if kind:
-            digest = _digest(file)
-            data, notes = convert(kind, file)
-            return DocumentText(data, name, digest, notes)
-        data = file.read(MAX_BYTES)
+def read_file(
+    file: BinaryIO, name: str, encoding: str | None = None, limits: ConversionLimits = _LIMITS
+) -> DocumentText:
+    """Return the text of an open file.
+
+    Args:
+        file: a real file, at its beginning.
+        name: of the file, whose suffix tells HTML from other text.
+        encoding: as of `read_source`.
+        limits: what taking the text out of a file of a format may cost.
+
+    Raises:
+        InvalidRequest: as of `read_source`.
+    """
+    head = file.read(1024)
+    if head.startswith(_OLD_OFFICE):
+        raise InvalidRequest("is a document of an old Office: save it as DOCX, PPTX or XLSX")
+    kind = file_kind(Path(name), head) if encoding is None else ""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not kind and size > MAX_BYTES:
+        raise _too_large(size)
+    if kind:
+        digest = _digest(file)
+        data, notes = convert(kind, file, limits)
+        return DocumentText(data, name, digest, notes)
+    data = file.read(MAX_BYTES)
     try:
         text, found = decode(data, encoding)
     except NotText as error:

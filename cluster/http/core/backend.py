@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Backend:
 
     calls: ThreadPoolExecutor = field(init=False)
     followers: ThreadPoolExecutor = field(init=False)  # one thread waits for news of each open stream
+    batches_changed: threading.Event = field(default_factory=threading.Event, init=False)  # wakes who works on them
 
     async def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Return what a blocking function returns, called in a thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -58,30 +58,42 @@ async def read_model(
 
 async def _read(request: Request, max_bytes: int, held: list[int]) -> bytes:
     """Return the whole body; what is declared too long is refused before it is read."""
-    call = call_of(request)
-    declared = request.headers.get("content-length", "0")
-    if not re.fullmatch(r"[0-9]{1,15}", declared) or int(declared) > max_bytes:
-        raise _too_large(declared, max_bytes)
-    body, began = bytearray(), time.monotonic()
-    pieces = request.stream().__aiter__()
-    while True:
-        try:
-            with call.waiting("send"):
-                piece = await anext(pieces, None)
-        except ClientDisconnect as error:
-            raise ApiError(400, "request: cut off") from error
-        if piece is None:
-            return bytes(body)
+    body = bytearray()
+    async for piece in pieces(request, max_bytes):
         body += piece
-        if len(body) > max_bytes:
-            raise _too_large(str(len(body)), max_bytes)
         held.append(len(piece))
         _memory.size += len(piece)
         if _memory.size > _MAX_ALL_BYTES:
             raise ApiError(429, "requests: too many bytes at a time: try again", code="busy", retry_after_s=2.0)
+    return bytes(body)
+
+
+async def pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body of a request as it comes; what is declared too long is refused before it is read.
+
+    Raises ApiError: it is too long, comes too slowly, or was cut off.
+    """
+    call = call_of(request)
+    declared = request.headers.get("content-length", "0")
+    if not re.fullmatch(r"[0-9]{1,15}", declared) or int(declared) > max_bytes:
+        raise _too_large(declared, max_bytes)
+    size, began = 0, time.monotonic()
+    stream = request.stream().__aiter__()
+    while True:
+        try:
+            with call.waiting("send"):
+                piece = await anext(stream, None)
+        except ClientDisconnect as error:
+            raise ApiError(400, "request: cut off") from error
+        if piece is None:
+            return
+        size += len(piece)
+        if size > max_bytes:
+            raise _too_large(str(size), max_bytes)
         waited = time.monotonic() - began
-        if waited > _SLOW_S and len(body) < waited * _SLOW_RATE:
-            raise ApiError(408, f"request: {len(body)} bytes in {waited:.0f} s: must be {_SLOW_RATE} a second")
+        if waited > _SLOW_S and size < waited * _SLOW_RATE:
+            raise ApiError(408, f"request: {size} bytes in {waited:.0f} s: must be {_SLOW_RATE} a second")
+        yield piece
 
 
 def _too_large(size: str, max_bytes: int) -> ApiError:

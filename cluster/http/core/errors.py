@@ -1,4 +1,4 @@
-"""One mapping from our errors to HTTP: status, `Retry-After`, and the error object of OpenAI's protocols."""
+"""One mapping from our errors to HTTP: status, `Retry-After`, and the error object of the protocol at hand."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ _MAX_MESSAGE = 1000  # characters
 _STORE_RETRY_S = 5.0  # of a store that cannot be used now
 _KEY = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
 _log = logging.getLogger(__name__)
+# Anthropic's protocol: where it is spoken, its types of errors, and how it begins to say that a prompt is too long,
+# by which its clients decide to shorten the conversation
+_ANTHROPIC = "/v1/messages"
+_KINDS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
+}  # fmt: skip
+_ANTHROPIC_TOO_LONG = "prompt is too long: "
 
 
 class ApiError(Exception):
@@ -48,6 +56,14 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON that clients get."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """Return the JSON that clients of a route get, in the form of its protocol."""
+        if path != _ANTHROPIC and not path.startswith(f"{_ANTHROPIC}/"):
+            return self.body
+        message = f"{_ANTHROPIC_TOO_LONG}{self.message}" if self.code == TOO_LONG else self.message
+        kind = _KINDS.get(self.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
     @property
     def headers(self) -> dict[str, str]:

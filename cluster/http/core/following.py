@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -23,9 +23,16 @@ from cluster.jobs.subscriptions import JobEvent
 
 KEEP_ALIVE_S = 10.0  # the longest silence of a stream
 _EARLY_S = 2.0  # a stream is asked for news at least this often, so it says something so much before
-_KEEP_ALIVE = b": keep-alive\n\n"
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+
+
+class JobEvents(Protocol):
+    """A job of which an answer is made: its events come once, and its record is that of its end afterwards."""
+
+    record: JobRecord
+
+    def events(self) -> AsyncIterator[JobEvent]: ...
 
 
 class Followed:
@@ -167,17 +174,20 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, pieces: AsyncIterator[bytes], show_error: Callable[[Exception], bytes], last: bytes = b"data: [DONE]\n\n"
-    ) -> None:
+        self, pieces: AsyncIterator[bytes], show_error: Callable[[Exception], bytes],
+        last: bytes = b"data: [DONE]\n\n", keep_alive: bytes = b": keep-alive\n\n",
+    ) -> None:  # fmt: skip
         """
         Args:
             pieces: whole events, b"" where there is nothing to say.
             show_error: returns the event of an error.
             last: what ends the stream, however it ends.
+            keep_alive: what is sent when nothing else has been for a while.
         """
         self._pieces = pieces
         self._show_error = show_error
         self._last = last
+        self._keep_alive = keep_alive
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
 
@@ -199,6 +209,6 @@ class EventStream(Response):
             if not piece:
                 if now - quiet_since < KEEP_ALIVE_S - _EARLY_S:
                     continue
-                piece = _KEEP_ALIVE
+                piece = self._keep_alive
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             quiet_since = now

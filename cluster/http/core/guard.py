@@ -20,7 +20,7 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.calls import HttpCall, no_key
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.core.following import ClientGone
-from cluster.http.core.sse import event
+from cluster.http.core.sse import event, named_event
 from cluster.jobs.tenants.tenant import ANYONE
 
 # monitors and load balancers have no key; they only learn whether the server is serving
@@ -52,7 +52,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(send, scope["path"])
         try:
             call = self._admit(scope)
             call.attach(scope)
@@ -109,7 +109,8 @@ def _presented_key(headers: Mapping[str, list[str]]) -> str | None:
 class _Answer:
     """The response of one request, as far as it was sent."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, path: str) -> None:
+        self._path = path
         self.call: HttpCall | None = None
         self._send = send
         self._started = self._ended = self._is_stream = False
@@ -132,7 +133,9 @@ class _Answer:
         """End the response with an error, as far as that can still be said."""
         if self._ended:
             return
-        body = json.dumps(error.body).encode()
+        shown = error.body_for(self._path)
+        body = json.dumps(shown).encode()
+        last = named_event(shown) if "type" in shown else event({"type": "error", **shown})
         async with asyncio.timeout(_LAST_WORD_S if self._started else None):
             if not self._started:
                 headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
@@ -142,7 +145,6 @@ class _Answer:
                 await self._send({"type": "http.response.start", "status": error.status, "headers": raw})
                 await self._send({"type": "http.response.body", "body": body})
             elif self._is_stream:
-                last = event({"type": "error", **error.body})
                 await self._send({"type": "http.response.body", "body": last})
 
 

@@ -16,7 +16,7 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.body import read_model
 from cluster.http.core.calls import call_of
 from cluster.http.core.errors import to_api_error
-from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.following import EventStream, JobEvents, check_outcome, collect, submit
 from cluster.http.core.sse import error_event, event
 from cluster.http.openai.chat_request import ChatRequest, chat_params, chat_spec
 from cluster.http.openai.tool_calls import CallWriter
@@ -37,10 +37,11 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation.", openapi_extra=body_of(ChatRequest))
     async def complete(request: Request) -> Response:
-        call_of(request).become_stream()
+        call = call_of(request)
+        call.become_stream()
         asked = await read_model(backend, request, ChatRequest)
         try:
-            job = await submit(backend, request, partial(chat_spec, backend, asked))
+            job = await submit(backend, request, partial(chat_spec, backend, asked, call.service.documents))
         except Exception as error:
             raise to_api_error(error, chat_params(asked)) from error
         chunks = ChatChunks(backend, asked, job)
@@ -60,7 +61,7 @@ def body_of(model: type[Any]) -> dict[str, Any]:
 class ChatChunks:
     """The answer of one job in the form of the protocol."""
 
-    def __init__(self, backend: Backend, asked: ChatRequest, job: Followed) -> None:
+    def __init__(self, backend: Backend, asked: ChatRequest, job: JobEvents) -> None:
         self._backend = backend
         self._asked = asked
         self._job = job

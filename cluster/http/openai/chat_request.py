@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
 
+from cluster.http.conversation import answer_constraint, make_conversation
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import refuse
+from cluster.http.files.attachments import Attachment, Attachments, Documents, document_id
 from cluster.http.openai.answer_format import read_constraint
 from cluster.http.options import (
     AnswerFields,
@@ -21,12 +23,7 @@ from cluster.http.options import (
     job_fields,
 )
 from cluster.jobs.model import JobInput, JobSpec, check_id
-from cluster.text.tools.formats import ToolFormat
 from protos.jobs import validate
-from protos.jobs.chat import AUTO, check_chat
-from protos.jobs.chat_values import read_messages, read_tool_choice, read_tools
-from protos.jobs.constraint import Constraint
-from protos.jobs.limits import MAX_MESSAGES
 
 # fields of this protocol by the names that messages of the job service begin with
 CHAT_PARAMS = {"prompt": "messages", "conversation": "messages", "logprobs": "top_logprobs"}
@@ -104,78 +101,77 @@ class ChatRequest(AnswerFields, ToolFields):
     prompt_logprobs: int | None = None
 
 
-def chat_spec(backend: Backend, request: ChatRequest) -> JobSpec:
-    """Return the job of a chat completion. Raises ApiError, InvalidRequest."""
+def chat_spec(backend: Backend, request: ChatRequest, documents: Documents) -> JobSpec:
+    """Return the job of a chat completion. Raises ApiError, InvalidRequest, and what reading a file raises.
+
+    Args:
+        documents: those that the client may see.
+    """
     check_model(backend, request.model)
     check_supported(request)
-    source = document_input(request.messages)
-    if source is not None and request.tools:
-        raise refuse("tools", "are beside a part of type file: leave one of them out", "unsupported_value")
-    source = source or conversation(request.messages, request)
+    source = chat_input(request.messages, request, documents)
     max_tokens = first_set((request.max_completion_tokens, request.max_tokens))
     options = answer_options(
         request, max_tokens, _logprobs(request), _thinking(request), backend.limits.http_max_tokens
     )
-    options = replace(options, structured_outputs=_constraint(backend, request, source))
+    asked = read_constraint(request.response_format, request.structured_outputs)
+    options = replace(options, structured_outputs=answer_constraint(backend, asked, source))
     return JobSpec(source, options, attached=True, shorten=max_tokens is None, **job_fields(request))
 
 
-def document_input(messages: Sequence[RequestMessage]) -> JobInput | None:
-    """Return a question about a stored document: a single user message with a file part. None without such a part.
+def chat_input(messages: Sequence[RequestMessage], request: ToolFields, documents: Documents) -> JobInput:
+    """Return the input of a job.
 
-    Raises ApiError: more than one file, or other messages beside it.
+    A single user message with one stored file, without tools, is a question about that document; any other file
+    becomes text of its message.
+
+    Raises ApiError, InvalidRequest, and what reading a file raises.
     """
-    found = [
-        (f"messages[{index}].content[{at}]", part)
-        for index, message in enumerate(messages)
-        for at, part in enumerate(message.content if isinstance(message.content, list) else ())
-        if part.type == "file"
+    files = [part.file or FilePart() for message in messages for part in _parts(message) if part.type == "file"]
+    is_alone = len(files) == len(messages) == 1 and messages[0].role == "user" and not request.tools
+    if is_alone and files[0].file_id:
+        return _question(messages[0], files[0].file_id)
+    if files:
+        reader = Attachments(documents)
+        messages = [_with_texts(reader, f"messages[{index}]", message) for index, message in enumerate(messages)]
+    return conversation(messages, request)
+
+
+def _question(message: RequestMessage, file_id: str) -> JobInput:
+    texts = [
+        _part_text(f"messages[0].content[{at}]", part) for at, part in enumerate(_parts(message)) if part.type != "file"
     ]
-    if not found:
-        return None
-    where, part = found[0]
-    if part.file is None or not part.file.file_id:
-        raise refuse(f"{where}.file.file_id", "(missing): must be the id of a stored document", "unsupported_value")
-    if len(found) > 1:
-        raise refuse(f"{found[1][0]}.type", "a second file: a request is about one", "unsupported_value")
-    if len(messages) > 1 or messages[0].role != "user":
-        problem = "with a file part must be a single user message"
-        raise refuse("messages", f"{len(messages)}: {problem}", "unsupported_value")
-    parts = [part for part in messages[0].content or () if isinstance(part, ContentPart)]
-    texts = [_part_text(f"messages[0].content[{at}]", part) for at, part in enumerate(parts) if part.type != "file"]
     question = validate.check_text("messages[0].content", "\n".join(texts))
     if not question.strip():
         raise refuse("messages[0].content", "must have a part of type text beside the file")
-    return JobInput(check_id(document_id(part.file.file_id), "doc"), (question,))
+    return JobInput(check_id(document_id(file_id), "doc"), (question,))
 
 
-def document_id(file_id: str) -> str:
-    """Return the id of the document that a file is: `file-` and `doc_` are followed by the same digits."""
-    return f"doc_{file_id.removeprefix('file-')}" if file_id.startswith("file-") else file_id
+def _with_texts(reader: Attachments, where: str, message: RequestMessage) -> RequestMessage:
+    """Return a message with the texts of its files in place of the files."""
+    parts = [
+        ContentPart(type="text", text=reader.text(_attachment(f"{where}.content[{at}].file", part.file)))
+        if part.type == "file"
+        else part
+        for at, part in enumerate(_parts(message))
+    ]
+    return message.model_copy(update={"content": parts}) if parts else message
+
+
+def _attachment(where: str, file: FilePart | None) -> Attachment:
+    file = file or FilePart()
+    return Attachment(where, file.filename or "", file.file_id or "", file.file_data or "")
+
+
+def _parts(message: RequestMessage) -> list[ContentPart]:
+    return message.content if isinstance(message.content, list) else []
 
 
 def conversation(messages: Sequence[RequestMessage], request: ToolFields) -> JobInput:
     """Return messages and tools as input of a job; content is empty where there is none. Raises InvalidRequest."""
-    validate.check_count("messages", len(messages), MAX_MESSAGES)
-    found = read_messages([{"content": "", **message.model_dump(exclude_none=True)} for message in messages])
-    tools = read_tools(request.tools)
-    choice = read_tool_choice(request.tool_choice, False if request.parallel_tool_calls is False else None)
-    check_chat(found, tools, choice)
-    return JobInput(messages=found, tools=tools, tool_choice=choice if tools else AUTO)
-
-
-def _constraint(backend: Backend, request: ChatRequest, source: JobInput) -> Constraint | None:
-    """Return what the answer must match, be it for its format or for its tools. Raises ApiError, InvalidRequest."""
-    asked = read_constraint(request.response_format, request.structured_outputs)
-    runtime = backend.runtime
-    if not source.tools or source.tool_choice.mode == "none" or runtime.tool_format is ToolFormat.NONE:
-        return asked
-    schema = asked.schema() if asked is not None and asked.kind in ("json_schema", "json_object") else None
-    if asked is not None and not isinstance(schema, dict):
-        problem = 'must be a JSON schema beside tools that may be called: leave one out, or say tool_choice "none"'
-        raise refuse("structured_outputs", problem)
-    grammar = runtime.call_grammar(source.tools, source.tool_choice, schema if isinstance(schema, dict) else None)
-    return Constraint("grammar", grammar) if grammar is not None else None
+    values = [{"content": "", **message.model_dump(exclude_none=True)} for message in messages]
+    parallel = False if request.parallel_tool_calls is False else None
+    return make_conversation(values, request.tools, request.tool_choice, parallel)
 
 
 def chat_params(request: ChatRequest) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.body import read_model
 from cluster.http.core.calls import call_of
 from cluster.http.core.errors import refuse, to_api_error
-from cluster.http.core.following import EventStream, Followed, check_outcome, collect, submit
+from cluster.http.core.following import EventStream, JobEvents, check_outcome, collect, submit
 from cluster.http.core.sse import error_event, event
 from cluster.http.openai.chat import body_of
 from cluster.http.openai.chat_request import StreamOptions
@@ -24,6 +24,7 @@ from cluster.http.options import AnswerFields, answer_options, check_model, chec
 from cluster.jobs.model import JobInput, JobSpec
 from protos.jobs import validate
 
+PARAMS = {"token_ids": "prompt"}  # fields by the names that messages of the job service begin with
 _MAX_PROMPTS = 64  # of one request
 _MAX_LOGPROBS = 20
 
@@ -62,7 +63,7 @@ def make_router(backend: Backend) -> APIRouter:
         try:
             jobs = [await submit(backend, request, partial(specs.__getitem__, at)) for at in range(len(specs))]
         except Exception as error:
-            raise to_api_error(error, {"token_ids": "prompt"}) from error
+            raise to_api_error(error, PARAMS) from error
         choices = [Choice(backend, asked, index, job) for index, job in enumerate(jobs)]
         answer = Completion(backend, asked, choices)
         if asked.stream:
@@ -98,7 +99,7 @@ def _input(prompt: str | list[int]) -> JobInput:
 class Choice:
     """The answer to one prompt."""
 
-    def __init__(self, backend: Backend, asked: CompletionRequest, index: int, job: Followed) -> None:
+    def __init__(self, backend: Backend, asked: CompletionRequest, index: int, job: JobEvents) -> None:
         self.index = index
         self.job = job
         self.answer = Answer()

@@ -161,14 +161,22 @@ def _text(key: str, value: object) -> str:
     raise refuse(key, f"{'(missing)' if value is None else show(value)}: must be a text")
 
 
-def with_instructions(messages: list[Message], instructions: str | None) -> list[Message]:
-    """Return messages with the instructions before them: as a message, or before the question about a file."""
+def with_instructions(messages: list[Message], instructions: str | None, has_tools: bool) -> list[Message]:
+    """Return messages with the instructions before them: as a message, or before the question about a stored file."""
     if not instructions:
         return messages
-    if len(messages) == 1 and isinstance(messages[0]["content"], list):
-        parts = [{"type": "text", "text": instructions}, *messages[0]["content"]]
-        return [{**messages[0], "content": parts}]
+    if _is_question(messages) and not has_tools:
+        (message,) = messages
+        return [{**message, "content": [{"type": "text", "text": instructions}, *message["content"]]}]
     return [{"role": "system", "content": instructions}, *messages]
+
+
+def _is_question(messages: list[Message]) -> bool:
+    """Return whether they are a question about a stored document: one message of the user with one stored file."""
+    if len(messages) != 1 or messages[0]["role"] != "user" or isinstance(messages[0]["content"], str):
+        return False
+    files = [part["file"] for part in messages[0]["content"] if part["type"] == "file"]
+    return len(files) == 1 and bool(files[0].get("file_id"))
 
 
 def listed_items(record: JobRecord, instructions: str, names: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:

@@ -51,25 +51,26 @@ def full_name(namespace: object, name: object) -> object:
     return name
 
 
-def flat_tools(tools: Iterable[Any]) -> list[Any]:
-    """Return the tools of a request as functions, those of a namespace under their full names.
+def flat_tools(tools: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Return the tools of a request as functions, those of a namespace under their full names, with their places.
 
     What only OpenAI's servers run themselves is left out: clients send it with every request, and the model is not told
     of it. Raises ApiError: another type.
     """
-    found: list[Any] = []
+    found: list[tuple[str, Any]] = []
     for index, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, Mapping) else None
+        place = f"tools[{index}]"
         if kind == "namespace":
-            found += _members(f"tools[{index}]", tool)
+            found += _members(place, tool)
         elif kind == "function":
-            found.append(tool)
+            found.append((place, tool))
         elif not (isinstance(kind, str) and kind in IGNORED_TOOLS):
-            raise refuse(f"tools[{index}].type", f"{show(kind)}: must be function or namespace", "unsupported_value")
+            raise refuse(f"{place}.type", f"{show(kind)}: must be function or namespace", "unsupported_value")
     return found
 
 
-def _members(where: str, space: Mapping[str, Any]) -> Iterable[Any]:
+def _members(where: str, space: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     if not isinstance(space.get("name"), str):
         raise refuse(f"{where}.name", f"{show(space.get('name'))}: must be a text")
     if not isinstance(space.get("tools"), list):
@@ -79,7 +80,7 @@ def _members(where: str, space: Mapping[str, Any]) -> Iterable[Any]:
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
             kind = tool.get("type") if isinstance(tool, Mapping) else None
             raise refuse(f"{at}.type", f"{show(kind)}: must be function", "unsupported_value")
-        yield {**tool, "name": full_name(space.get("name"), tool.get("name"))}
+        yield at, {**tool, "name": full_name(space.get("name"), tool.get("name"))}
 
 
 def split_names(tools: Iterable[Any]) -> dict[str, tuple[str, str]]:

@@ -38,6 +38,7 @@ _FIELDS = (
     (re.compile(r"max_completion_tokens|max_tokens"), "max_output_tokens"),
     (re.compile(r"reasoning_effort"), "reasoning.effort"),
 )
+_TOOL = re.compile(r"tools\[(\d+)\]")
 
 
 class Reasoning(RequestModel):
@@ -96,7 +97,7 @@ def response_spec(
     _check(request)
     chat = _chat_request(request)
     try:
-        spec = chat_spec(backend, chat)
+        spec = chat_spec(backend, chat, service.documents)
     except Exception as error:
         raise in_own_words(error, request) from error
     if request.previous_response_id:
@@ -118,6 +119,10 @@ def in_own_words(error: Exception, request: ResponsesRequest) -> ApiError:
             if at := pattern.match(shown.message):
                 shown.message = name + shown.message[at.end() :]
             break
+    if match := _TOOL.match(shown.param or ""):  # counted among the functions
+        place, _ = flat_tools(request.tools or ())[int(match[1])]
+        shown.param = place + str(shown.param)[match.end() :]
+        shown.message = place + shown.message[match.end() :]
     return shown
 
 
@@ -141,7 +146,8 @@ def _check(request: ResponsesRequest) -> None:
 def _chat_request(request: ResponsesRequest) -> ChatRequest:
     """Return the chat completion that asks for the same."""
     text, reasoning = request.text or TextOptions(), request.reasoning or Reasoning()
-    messages = with_instructions(to_messages(request.input), request.instructions)
+    tools = [tool for _, tool in flat_tools(request.tools or ())]
+    messages = with_instructions(to_messages(request.input), request.instructions, bool(tools))
     if not messages:
         raise refuse("input", "empty: must have at least one item")
     same = {*AnswerFields.model_fields, "enable_thinking", "chat_template_kwargs", "structured_outputs"}
@@ -150,7 +156,7 @@ def _chat_request(request: ResponsesRequest) -> ChatRequest:
         "max_completion_tokens": request.max_output_tokens,
         "reasoning_effort": reasoning.effort,
         "response_format": _format(text.format),
-        "tools": flat_tools(request.tools or ()) or None,
+        "tools": tools or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "parallel_tool_calls": request.parallel_tool_calls,
     }

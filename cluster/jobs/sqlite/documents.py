@@ -10,10 +10,15 @@ from dataclasses import astuple, fields
 from cluster.jobs.document.token_file import HEAD_BYTES
 from cluster.jobs.model import ACTIVE, SCALE_TO_COME, DocumentRecord, NotAllowedNow
 from cluster.jobs.sqlite import statements
+from cluster.jobs.sqlite.batches import ENDED
 from cluster.jobs.sqlite.database import Database
 from protos.jobs.limits import MAX_INT64
 
-_IN_USE = "EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
+_ENDED_BATCHES = ", ".join(f"'{status}'" for status in sorted(ENDED))
+_IN_USE = (
+    "(EXISTS (SELECT 1 FROM jobs WHERE document_id = documents.id AND state IN (SELECT value FROM json_each(?)))"
+    f" OR id IN (SELECT input FROM batches WHERE status NOT IN ({_ENDED_BATCHES})))"
+)
 _ORPHANS = (
     "SELECT DISTINCT key FROM document_kv AS orphan WHERE NOT EXISTS"
     " (SELECT 1 FROM document_kv JOIN documents ON documents.id = document_id WHERE key = orphan.key) LIMIT ?"
@@ -39,7 +44,8 @@ class DocumentTable:
     def put_document(self, record: DocumentRecord) -> DocumentRecord:
         """Add a document, or renew the expiry of the one with this id; returns what is stored.
 
-        A source, and a length scale that is more than to come, stay as they are; a pinned document stays pinned.
+        A source, and a length scale that is more than to come, stay as they are; a pinned document stays pinned. The
+        purpose is the newest.
         """
         values = astuple(record)
         marks = ", ".join("?" * len(fields(DocumentRecord)))
@@ -48,6 +54,7 @@ class DocumentTable:
                 f"INSERT INTO documents ({statements.columns(DocumentRecord)}) VALUES ({marks})"
                 " ON CONFLICT (id) DO UPDATE SET size_bytes = excluded.size_bytes, used = excluded.used,"
                 " pinned = pinned OR excluded.pinned, seams = excluded.seams, shared = shared OR excluded.shared,"
+                " purpose = excluded.purpose,"
                 " expires = CASE WHEN pinned OR excluded.pinned THEN 0 ELSE excluded.expires END,"
                 " scale_len = CASE WHEN scale_len = 0 OR scale_len < 0 AND excluded.scale_len > 0"
                 " THEN excluded.scale_len ELSE scale_len END,"
@@ -86,10 +93,39 @@ class DocumentTable:
             where = "WHERE ?1 IS NULL OR owner = ?1 OR shared ORDER BY created DESC, rowid DESC LIMIT ?2"
             return statements.documents(db, where, owner, limit)
 
+    def page_documents(
+        self,
+        limit: int,
+        after: str = "",
+        purpose: str | None = None,
+        newest_first: bool = True,
+        owner: str | None = None,
+    ) -> list[DocumentRecord]:
+        """Return documents in the order in which they were added, those behind `after` (an id).
+
+        Args:
+            purpose: None for any.
+            owner: who sees them; None: all.
+        """
+        order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
+        where, values = ["TRUE"], []
+        if owner is not None:
+            where.append("(owner = ? OR shared)")
+            values.append(owner)
+        if after:
+            where.append(f"(created, rowid) {beyond} (SELECT created, rowid FROM documents WHERE id = ?)")
+            values.append(after)
+        if purpose is not None:
+            where.append("purpose = ?")
+            values.append(purpose)
+        with self._db.reading() as db:
+            rest = f"WHERE {' AND '.join(where)} ORDER BY created {order}, rowid {order} LIMIT ?"
+            return statements.documents(db, rest, *values, limit)
+
     def uncounted_documents(self, limit: int) -> list[str]:
         """Return ids of documents whose tokens are not counted, the newest first."""
         with self._db.reading() as db:
-            query = "SELECT id FROM documents WHERE tokens = 0 ORDER BY created DESC LIMIT ?"
+            query = "SELECT id FROM documents WHERE tokens = 0 AND purpose = '' ORDER BY created DESC LIMIT ?"
             return [document_id for (document_id,) in db.execute(query, (limit,))]
 
     def document_ids(self) -> set[str]:
@@ -110,7 +146,9 @@ class DocumentTable:
         """Delete the record; False if there is none. Raises NotAllowedNow while an unfinished job uses it."""
         with self._db.writing() as db:
             if statements.documents(db, f"WHERE id = ? AND {_IN_USE}", document_id, statements.array(ACTIVE)):
-                raise NotAllowedNow(f"document: {document_id}: an unfinished job uses it: wait or cancel the job")
+                raise NotAllowedNow(
+                    f"document: {document_id}: an unfinished job uses it, or a batch: wait or cancel it"
+                )
             return db.execute("DELETE FROM documents WHERE id = ?", (document_id,)).rowcount > 0
 
     def expire_documents(self, now: float) -> int:

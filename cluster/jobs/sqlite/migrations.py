@@ -159,10 +159,51 @@ def _name_owners(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX documents_owner ON documents (owner)")
 
 
+def _keep_batches(connection: sqlite3.Connection) -> None:
+    """Keep what a file is for, and batches with the results of their lines until these are written to a file."""
+    connection.execute("ALTER TABLE documents ADD COLUMN purpose TEXT NOT NULL DEFAULT ''")
+    connection.execute(
+        """CREATE TABLE batches (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            owner TEXT NOT NULL,
+            status TEXT NOT NULL,
+            endpoint TEXT NOT NULL,
+            input TEXT NOT NULL,
+            completion_window TEXT NOT NULL,
+            metadata TEXT NOT NULL,
+            problems TEXT NOT NULL,
+            created REAL NOT NULL,
+            expires REAL NOT NULL,
+            started REAL,
+            finalizing REAL,
+            finished REAL,
+            cancelling REAL,
+            output TEXT NOT NULL,
+            errors TEXT NOT NULL,
+            total INTEGER NOT NULL,
+            completed INTEGER NOT NULL,
+            failed INTEGER NOT NULL)"""
+    )
+    connection.execute("CREATE INDEX batches_status ON batches (status)")
+    connection.execute(
+        """CREATE TABLE batch_lines (
+            batch INTEGER NOT NULL REFERENCES batches (seq) ON DELETE CASCADE,
+            line INTEGER NOT NULL,
+            start INTEGER NOT NULL,
+            size INTEGER NOT NULL,
+            custom_id TEXT NOT NULL,
+            status INTEGER NOT NULL,
+            result TEXT NOT NULL,
+            PRIMARY KEY (batch, line)) WITHOUT ROWID"""
+    )
+    connection.execute("CREATE INDEX batch_lines_status ON batch_lines (batch, status, line)")
+
+
 # by the version they lead to
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize, 6: _describe_documents,
-    7: _account_before, 8: _name_owners,
+    7: _account_before, 8: _name_owners, 9: _keep_batches,
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

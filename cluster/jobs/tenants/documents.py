@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from cluster.jobs.model import DocumentRecord, NotAllowedNow, document_not_found
 
@@ -31,6 +32,23 @@ class TenantDocuments:
 
     def read(self, document_id: str, check_size: Callable[[int], None] = lambda size: None) -> bytes:
         return self._documents.read(self.get(document_id).id, check_size)
+
+    def page(self, limit: int, after: str, purpose: str | None, newest_first: bool) -> Sequence[DocumentRecord]:
+        """Return a part of the list. Args: as of `DocumentTable.page_documents`."""
+        owner = None if self._tenant.is_admin else self._tenant.name
+        return self._documents.store.page_documents(limit, after, purpose, newest_first, owner)
+
+    def path(self, document_id: str) -> Path:
+        return self._documents.path(self.get(document_id).id)
+
+    def spool(self) -> IO[bytes]:
+        return self._documents.spool()
+
+    def put(self, name: str, pieces: Iterable[bytes], max_bytes: int, purpose: str) -> DocumentRecord:
+        """Store a file of the tenant that nobody asks about."""
+        record = self._documents.put(name, pieces, max_bytes, purpose=purpose, tenant=self._tenant)
+        self._note("upload_document", record.id)
+        return record
 
     def pin(self, document_id: str, pinned: bool) -> DocumentRecord:
         record = self._documents.pin(self._own(document_id), pinned)

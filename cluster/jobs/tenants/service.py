@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import DocumentRecord, JobRecord, JobSpec, JobState, check_id, job_not_found
 from cluster.jobs.subscriptions import JobEvent
+from cluster.jobs.tenants.batches import TenantBatches
 from cluster.jobs.tenants.documents import TenantDocuments
 from cluster.jobs.tenants.tenant import ANYONE, Tenant
 
@@ -32,6 +33,7 @@ class TenantService:
         """
         self.tenant = tenant
         self.documents = TenantDocuments(service, tenant, note)
+        self.batches = TenantBatches(service, tenant, note)
         self._service = service
         self._note = note
         self._owner = None if tenant.is_admin else tenant.name  # of what is listed and counted
@@ -39,6 +41,11 @@ class TenantService:
     def now(self) -> float:
         """Return the time of the head, in seconds since 1970."""
         return self._service.now()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no job is taken any more."""
+        return self._service.is_draining
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 

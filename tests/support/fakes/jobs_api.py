@@ -44,14 +44,22 @@ class FakeJobService:
         self.stored: dict[str, DocumentRecord] = {}
         self.contents: dict[str, bytes] = {}
         self.documents = SimpleNamespace(
-            get=self.document, list=self.list_documents, delete=self.delete_document, pin=self.pin, read=self.read
+            get=self.document,
+            list=self.list_documents,
+            delete=self.delete_document,
+            pin=self.pin,
+            read=self.read,
         )
+        self.batches = SimpleNamespace(unfinished_batches=list, expire_batches=lambda before: 0)
         self.error: Exception | None = None  # raised by every submit
         self.events: list[JobEvent] = []
         self.committed: dict[str, list[OutputToken]] = {}  # what `tokens` gives, instead of made-up ones
         self.endless = False
         self.pulled = 0  # events a stream has taken
         self.closed = threading.Event()  # a stream was closed
+
+    def on_ended(self, callback: Any) -> None:
+        pass
 
     def now(self) -> float:
         return time.time()

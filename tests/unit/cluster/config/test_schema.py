@@ -124,6 +124,8 @@ BAD = [
     (BASE + "server: {http_reasoning_field: thoughts}\n",
      "demo.yaml:8: server.http_reasoning_field: thoughts: must be one of both, reasoning, "
      "reasoning_content"),
+    (BASE + "server: {max_batch_jobs: 0}\n",
+     "demo.yaml:8: server.max_batch_jobs: 0: must be a whole number from 1 to 4096"),
     (BASE + "server: {http_max_tokens: 0}\n", "demo.yaml:8: server.http_max_tokens: 0: must be a whole number "
      "such as 4096, 1_000, 256k (256000) or 256K (262144), from 1 to 1073741824"),
     (BASE + "server: {metrics_host: 0.0.0.0}\n",

@@ -45,7 +45,14 @@ def test_nothing_is_served_without_a_key(headers: dict[str, str]) -> None:
             return found
 
     found = asyncio.run(answers())
-    assert {"/v1/chat/completions", "/metrics", "/openapi.json", "/tokenize"} <= {path for _, path in found}
+    assert {
+        "/v1/chat/completions",
+        "/metrics",
+        "/openapi.json",
+        "/tokenize",
+        "/v1/files/x/content",
+        "/v1/batches/x",
+    } <= {path for _, path in found}
     served = {key: answer for key, answer in found.items() if answer.status_code != 401}
     assert {(method, path) for method, path in served if path != "/v1/../health"} == OPEN
     refused = found["GET", "/v1/models"]
@@ -100,7 +107,14 @@ def test_the_openapi_document_describes_the_bodies() -> None:
         with direct_client(AnsweringService()) as client:
             document = (await client.get("/openapi.json")).json()
         schemas = document["components"]["schemas"]
-        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+        for path in (
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/tokenize",
+            "/detokenize",
+            "/v1/messages",
+            "/v1/batches",
+        ):
             body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert body["$ref"].removeprefix("#/components/schemas/") in schemas
         named = set(re.findall(r'"#/components/schemas/(\w+)"', str(document).replace("'", '"')))

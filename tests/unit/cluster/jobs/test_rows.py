@@ -181,7 +181,7 @@ def test_rows_that_no_constraint_would_allow() -> None:
         assert (record.state, bool(record.damage)) == (JobState.FAILED, True)
         assert isinstance(record, JobRecord)
         assert encode_job(record).error == record.error
-    assert document_record([None] * 15).size_bytes == 0
+    assert document_record([None] * 16).size_bytes == 0
     assert (job_state(None), job_state("queued")) == (JobState.FAILED, JobState.QUEUED)
 
 

@@ -58,7 +58,7 @@ def test_whatever_is_no_text_is_refused(data: bytes) -> None:
     except NotText:
         return
     assert text.encode(encoding) == data or encoding.startswith("utf")
-    assert not is_binary(data)
+    assert not is_binary(data) or data.startswith(b"%PDF-")  # which is read as such before it is decoded
 
 
 @pytest.mark.parametrize("data", [b"\0", b"\x7fELF\x02\x01\x01\0\0\0\0\0", b"abc\0" * 9, b"\x89PNG\r\n\x1a\n\xff\x00"])

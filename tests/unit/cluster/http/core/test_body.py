@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.http.anthropic.messages_request import MessagesRequest
 from cluster.http.core import body as body_module
 from cluster.http.core.body import parse
 from cluster.http.core.errors import ApiError
@@ -18,7 +19,14 @@ from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from tests.support.rigs.http import AnsweringService, direct_client
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/tokenize",
+    "/detokenize",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+)
 
 
 def post(path: str, content: Any, headers: dict[str, str] | None = None) -> httpx.Response:
@@ -37,7 +45,8 @@ def post(path: str, content: Any, headers: dict[str, str] | None = None) -> http
 def test_what_is_no_request_is_refused(path: str, content: bytes) -> None:
     answer = post(path, content)
     assert answer.status_code == 400
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    more = set() if path.startswith("/v1/messages") else {"param", "code"}
+    assert set(answer.json()["error"]) == {"message", "type"} | more
 
 
 @pytest.mark.parametrize("declared", ["99999999999", "-1", "x", "1" * 5000])
@@ -84,13 +93,30 @@ def test_too_many_objects_are_refused_before_they_are_made(part: str) -> None:
         parse(ChatRequest, content.encode())
 
 
-WORDS = st.sampled_from(["user", "assistant", "tool", "text", "a", "", "\x00", "<|im_end|>", "none", "auto", "é😀"])
+WORDS = st.sampled_from(
+    [
+        "user",
+        "assistant",
+        "tool",
+        "text",
+        "type",
+        "document",
+        "tool_result",
+        "a",
+        "",
+        "\x00",
+        "<|im_end|>",
+        "none",
+        "auto",
+        "é😀",
+    ]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.just("content"), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "tokens"})
+FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *MessagesRequest.model_fields, "tokens"})
 CONTENT = WORDS | st.lists(VALUES, max_size=2) | VALUES
 MESSAGES = st.lists(st.fixed_dictionaries({"role": WORDS, "content": CONTENT}), max_size=2)
 KNOWN = st.fixed_dictionaries({}, optional={

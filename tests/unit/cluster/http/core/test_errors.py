@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from cluster.common.errors import EngineError, JobStoreError, JobStoreFull
-from cluster.http.core.errors import ApiError, refuse, to_api_error
+from cluster.http.core.errors import BUSY, TOO_LONG, ApiError, refuse, to_api_error
 from cluster.jobs.model import (
     ContextTooLong,
     InvalidJob,
@@ -60,3 +60,12 @@ def test_messages_are_one_printable_line_of_bounded_length() -> None:
     shown = ApiError(400, "a\r\nb" + "c" * 5000)
     assert "\n" not in shown.message
     assert len(shown.message) == 1000
+
+
+def test_a_route_of_anthropics_protocol_has_errors_of_its_form() -> None:
+    error = ApiError(429, "full", kind=BUSY, code="busy")
+    shown = {"type": "error", "error": {"type": "rate_limit_error", "message": "full"}}
+    assert error.body_for("/v1/messages") == error.body_for("/v1/messages/count_tokens") == shown
+    assert error.body_for("/v1/messages2") == error.body_for("/v1/chat/completions") == error.body
+    assert ApiError(400, "x", code=TOO_LONG).body_for("/v1/messages")["error"]["message"] == "prompt is too long: x"
+    assert ApiError(409, "x").body_for("/v1/messages")["error"]["type"] == "invalid_request_error"

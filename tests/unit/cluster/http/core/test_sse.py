@@ -17,7 +17,7 @@ def test_an_event_is_one_line_whatever_its_text() -> None:
 
 
 def test_an_event_may_have_a_name() -> None:
-    assert named_event({"type": "a.b", "n": 1}) == b'event: a.b\ndata: {"type":"a.b","n":1}\n\n'
+    assert named_event({"type": "ping"}) == b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 def test_an_error_is_an_event() -> None:

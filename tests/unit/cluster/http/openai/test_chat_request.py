@@ -32,7 +32,7 @@ def backend() -> Iterator[Backend]:
 
 def spec_of(backend: Backend, **fields: Any) -> JobSpec:
     body = json.dumps({"messages": [USER], **fields}).encode()
-    return chat_spec(backend, parse(ChatRequest, body))
+    return chat_spec(backend, parse(ChatRequest, body), backend.service.documents)
 
 
 @pytest.mark.parametrize(("fields", "constraint"), [
@@ -145,16 +145,27 @@ TEXT = {"type": "text", "text": "What?"}
 
 @pytest.mark.parametrize(("messages", "param"), [
     ([{"role": "user", "content": [FILE]}], "messages[0].content"),
-    ([{"role": "user", "content": [FILE, TEXT, FILE]}], "messages[0].content[2].type"),
-    ([{"role": "system", "content": "x"}, {"role": "user", "content": [FILE, TEXT]}], "messages"),
-    ([{"role": "assistant", "content": [FILE, TEXT]}], "messages"),
-    ([{"role": "user", "content": [{"type": "file", "file": {"file_data": "YQ=="}}, TEXT]}],
-     "messages[0].content[0].file.file_id"),
-    ([{"role": "user", "content": [{"type": "file"}, TEXT]}], "messages[0].content[0].file.file_id"),
+    ([{"role": "user", "content": [{"type": "file", "file": {"file_data": "Y?"}}, TEXT]}],
+     "messages[0].content[0].file"),
+    ([{"role": "user", "content": [{"type": "file"}, TEXT]}], "messages[0].content[0].file"),
     ([{"role": "user", "content": [FILE, {"type": "image_url"}]}], "messages[0].content[1].type"),
 ])  # fmt: skip
-def test_other_messages_with_files_are_refused(backend: Backend, messages: list[Any], param: str) -> None:
+def test_files_that_cannot_be_read_are_refused(backend: Backend, messages: list[Any], param: str) -> None:
     assert refusal(backend, messages=messages).param == param
+
+
+def test_other_files_become_text_of_their_messages(backend: Backend) -> None:
+    record = backend.service.add_document("report.txt", [b"4711\n"], 100)
+    stored = {"type": "file", "file": {"file_id": f"file-{record.id.removeprefix('doc_')}"}}
+    sent = {"type": "file", "file": {"filename": "a.md", "file_data": f"data:text/markdown;base64,{'SGk='}"}}
+    for messages, extra in (
+        ([USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": [stored, TEXT, sent]}], {}),
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": [stored, TEXT, sent]}], {}),
+        ([{"role": "user", "content": [stored, TEXT, sent]}], {"tools": [FUNCTION]}),
+    ):
+        found = spec_of(backend, messages=messages, **extra).input.messages
+        assert found is not None
+        assert found[-1].content == "==> report.txt <==\n4711\n\nWhat?\n==> a.md <==\nHi\n"
 
 
 def test_an_id_that_is_none_is_refused(backend: Backend) -> None:
@@ -206,7 +217,6 @@ def test_sampling_and_more(backend: Backend) -> None:
     ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice"),
     ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": [FUNCTION], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
-    ({"tools": [FUNCTION], "messages": [{"role": "user", "content": [FILE, TEXT]}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),

@@ -57,14 +57,22 @@ def test_a_file_in_the_request_is_its_text(before: str) -> None:
 
 
 def test_instructions_are_a_message_or_come_before_the_question() -> None:
-    assert with_instructions([USER], "Be brief.") == [{"role": "system", "content": "Be brief."}, USER]
-    assert with_instructions([USER], None) == [USER]
+    assert with_instructions([USER], "Be brief.", False) == [{"role": "system", "content": "Be brief."}, USER]
+    assert with_instructions([USER], None, False) == [USER]
     parts = [{"type": "input_file", "file_id": DOCUMENT}, {"type": "input_text", "text": "What?"}]
-    (message,) = with_instructions(to_messages([{"role": "user", "content": parts}]), "Be brief.")
+    (message,) = with_instructions(to_messages([{"role": "user", "content": parts}]), "Be brief.", False)
     assert message["content"] == [
         {"type": "text", "text": "Be brief."}, {"type": "file", "file": {"file_id": DOCUMENT}},
         {"type": "text", "text": "What?"},
     ]  # fmt: skip
+
+
+def test_instructions_are_a_message_beside_other_files() -> None:
+    file, text = {"type": "input_file", "file_id": DOCUMENT}, {"type": "input_text", "text": "What?"}
+    system = {"role": "system", "content": "Be brief."}
+    for items in ([*message(file, text), USER], message(file, file), [{"role": "system", "content": [file]}]):
+        assert with_instructions(to_messages(items), "Be brief.", False)[0] == system
+    assert with_instructions(to_messages(message(file, text)), "Be brief.", True)[0] == system
 
 
 def message(*parts: object) -> list[Any]:
@@ -105,7 +113,7 @@ def record_of(source: JobInput) -> JobRecord:
 
 def test_the_items_of_a_stored_response() -> None:
     body = request_after_calls()
-    messages = with_instructions(to_messages(body["input"]), body["instructions"])
+    messages = with_instructions(to_messages(body["input"]), body["instructions"], True)
     record = record_of(JobInput(messages=read_messages(messages)))
     found = listed_items(record, body["instructions"], split_names([DOCS]))
     assert [item["type"] for item in found] == [

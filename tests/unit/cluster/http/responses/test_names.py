@@ -27,12 +27,14 @@ def test_what_is_no_id_is_not_found(value: str) -> None:
 
 def test_functions_of_a_namespace_have_a_name_that_is_split_again() -> None:
     tools = names.flat_tools([SHELL, SEARCH, DOCS])
-    assert [tool["name"] for tool in tools] == ["shell", "mcp__docs__search"]
+    assert [(place, tool["name"]) for place, tool in tools] == [
+        ("tools[0]", "shell"), ("tools[2].tools[0]", "mcp__docs__search"),
+    ]  # fmt: skip
     split = names.split_names([SHELL, SEARCH, DOCS])
     assert names.function_name("mcp__docs__search", split) == {"name": "search", "namespace": "mcp__docs"}
     assert names.function_name("shell", split) == {"name": "shell"}
     plain = {**DOCS, "name": "functions"}
-    assert names.flat_tools([plain])[0]["name"] == "search"
+    assert names.flat_tools([plain])[0][1]["name"] == "search"
     assert names.function_name("search", names.split_names([plain])) == {"name": "search", "namespace": "functions"}
 
 

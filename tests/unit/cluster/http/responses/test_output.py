@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.engine.outputs import OutputToken
@@ -127,6 +127,7 @@ def test_an_answer_of_nothing_has_a_message() -> None:
     assert write([], complete=False) == ([], [])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=8), st.booleans())
 def test_the_events_add_up_to_the_output(cuts: list[int], complete: bool) -> None:
     """However the text is cut into tokens."""

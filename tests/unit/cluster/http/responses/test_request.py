@@ -19,7 +19,7 @@ from cluster.http.responses.response import said_of
 from cluster.jobs.model import ContextTooLong, InvalidJob, JobAnswer, JobRecord, JobSpec, JobState
 from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.constraint import Constraint
-from tests.support.data.clients.codex import SHELL, first_request, request_after_calls
+from tests.support.data.clients.codex import DOCS, SEARCH, SHELL, first_request, request_after_calls
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.rigs.http import make_backend
 
@@ -49,7 +49,9 @@ def said(backend: Backend, **fields: Any) -> dict[str, Any]:
 def test_a_text_is_the_chat_completion_that_says_the_same(backend: Backend) -> None:
     spec = spec_of(backend, temperature=0.5, max_output_tokens=7, reasoning={"effort": "none"}, request_id="r")
     chat = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0.5, "max_tokens": 7, "request_id": "r"}
-    same = chat_spec(backend, parse(ChatRequest, json.dumps(chat | {"reasoning_effort": "none"}).encode()))
+    same = chat_spec(
+        backend, parse(ChatRequest, json.dumps(chat | {"reasoning_effort": "none"}).encode()), backend.service.documents
+    )
     assert replace(spec, request="") == same
     assert spec.attached
 
@@ -135,9 +137,10 @@ FILE = {"role": "user", "content": [{"type": "input_file", "file_id": DOCUMENT},
     ({"model": "gpt-4o"}, "model"), ({"temperature": -1}, "temperature"), ({"n": 2}, "n"),
     ({"tools": [{"type": "custom"}]}, "tools[0].type"), ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+    ({"tools": [SEARCH, {**DOCS, "tools": [{"type": "function", "name": "a b"}]}]}, "tools[1].tools[0].name"),
+    ({"tools": [SEARCH, SHELL, SHELL]}, "tools[2].name"),
     ({"text": {"format": {"type": "x"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-    ({"input": [FILE, FILE]}, "input"), ({"input": [FILE], "tools": [SHELL]}, "tools"),
     ({"input": [{"role": "user", "content": FILE["content"][:1]}]}, "input"),
     ({"input": [FILE], "previous_response_id": "resp_1"}, "previous_response_id"),
     ({"previous_response_id": f"resp_{'0' * 32}"}, "previous_response_id"),

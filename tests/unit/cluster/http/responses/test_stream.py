@@ -155,7 +155,7 @@ CALLS = ("x", '<tool_call>\n{"name": "f", "argu', 'ments": {"a": 1}}\n</tool_cal
 TOOLS = [{"type": "function", "name": "f"}]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(-1, 40), st.sets(st.integers(1, 5)), st.lists(st.integers(0, 5), max_size=4), st.booleans())
 def test_a_stream_goes_on_from_any_number(after: int, cuts: set[int], progress: list[int], background: bool) -> None:
     """Whatever comes together, and wherever progress is told."""

@@ -75,3 +75,27 @@ def test_blocks_by_document_and_those_of_pinned_ones(store: JobStore) -> None:
     store.pin_document(RECORD.id, True, 0.0)
     store.pin_document(other.id, False, 1.0)
     assert store.pinned_kv() == {b"a", b"b"}
+
+
+def test_documents_come_in_pages(store: JobStore) -> None:
+    ids = [f"doc_{n:032x}" for n in range(5)]
+    for n, document_id in enumerate(ids):
+        purpose = "batch" if n % 2 else ""
+        store.put_document(replace(RECORD, id=document_id, created=float(n // 2), purpose=purpose))
+
+    def page(*given: object, **more: object) -> list[str]:
+        return [record.id for record in store.page_documents(*given, **more)]  # type: ignore[arg-type]
+
+    assert page(9) == ids[::-1]
+    assert page(2) + page(9, ids[3]) == ids[::-1]
+    assert page(9, ids[1], newest_first=False) == ids[2:]
+    assert page(9, ids[3], purpose="batch") == [ids[1]]
+    assert page(9, purpose="") == ids[::-2]
+    assert page(9, "doc_" + "f" * 32) == []
+
+
+def test_the_newest_upload_says_the_purpose_and_batch_files_are_not_counted(store: JobStore) -> None:
+    assert store.put_document(replace(RECORD, purpose="batch")).purpose == "batch"
+    assert store.uncounted_documents(9) == []
+    assert store.put_document(RECORD).purpose == ""
+    assert store.uncounted_documents(9) == [RECORD.id]

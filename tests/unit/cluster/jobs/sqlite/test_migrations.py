@@ -48,7 +48,8 @@ def test_versions_that_are_none(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "table", ["jobs", "specs", "answers", "tokens", "labels", "documents", "summaries", "document_kv"]
+    "table",
+    ["jobs", "specs", "answers", "tokens", "labels", "documents", "summaries", "document_kv", "batches", "batch_lines"],
 )
 def test_a_missing_table(table: str) -> None:
     db = at(VERSION)

@@ -58,17 +58,21 @@ def every_operation(job_id: str, document_id: str) -> dict[str, Callable[[Tenant
         "documents.get": lambda s: s.documents.get(document_id),
         "documents.read": lambda s: s.documents.read(document_id),
         "documents.pin": lambda s: s.documents.pin(document_id, True),
+        "documents.path": lambda s: s.documents.path(document_id),
         "documents.delete": lambda s: s.documents.delete(document_id),
     }
 
 
-NAMELESS = {"now", "jobs", "keep_text", "import_document", "count_text", "stored_kv", "status", "documents.list"}
+NAMELESS = {
+    "now", "is_draining", "jobs", "keep_text", "import_document", "count_text", "stored_kv", "status", "documents.list",
+    "documents.page", "documents.spool", "documents.put",
+}  # fmt: skip
 
 
 def test_every_method_is_among_the_operations(bench: Bench) -> None:
     """A new method must say below whether it names a job or a document."""
     service = of(bench, "ann")
-    found = {name for name in dir(service) if not name.startswith("_")} - {"tenant", "documents"}
+    found = {name for name in dir(service) if not name.startswith("_")} - {"tenant", "documents", "batches"}
     found |= {f"documents.{name}" for name in dir(service.documents) if not name.startswith("_")}
     assert found == {*every_operation("", ""), *NAMELESS}
 
