@@ -156,7 +156,7 @@ def test_each_key_gets_its_share(tmp_path: Path, service: FakeJobService):
         of_bob = [wait(bob) for _ in range(STREAMS)]
         assert eventually(lambda: sum(call.done() for call in of_alice) == STREAMS / 2, 2)
         assert eventually(lambda: sum(call.done() for call in of_bob) == STREAMS / 2, 2)
-        assert stub.Get(pb.JobRequest(id=job.id), metadata=bob).id == job.id
+        assert stub.Get(pb.JobRequest(id=jobs[bob[0]]), metadata=bob).id == jobs[bob[0]]
 
 
 def closed_within(connection: socket.socket, seconds: float) -> bool:
