@@ -90,7 +90,7 @@ class GrpcServer:
         """
         self._keys = keys
         self._audit = audit or AuditLog()
-        self._streams = streams or CallPool(server.max_streams, "server.max_streams")
+        self._streams = streams if streams is not None else CallPool(server.max_streams, "server.max_streams")
         self._service = service
         self._config = server
         self._security = security
