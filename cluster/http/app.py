@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -23,17 +24,22 @@ from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError, refuse
 from cluster.http.core.guard import Guard
 from cluster.http.files import files
+from cluster.http.native import cluster, documents, jobs
+from cluster.http.native.documents import PinRequest
+from cluster.http.native.job_request import JobRequest
 from cluster.http.openai import chat, completions, tokens
 from cluster.http.openai.chat_request import ChatRequest
 from cluster.http.openai.completions import CompletionRequest
 from cluster.http.openai.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.http.page import routes as page
 from cluster.http.responses import routes as responses
 from cluster.http.responses.request import ResponsesRequest
 from protos.jobs.validate import show
 
-_BODIES = (  # read by the routes themselves
+# read by the routes themselves
+_BODIES: tuple[type[BaseModel], ...] = (
     ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest,
-    CountTokensRequest, BatchRequest,
+    CountTokensRequest, BatchRequest, JobRequest, PinRequest,
 )  # fmt: skip
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -66,7 +72,9 @@ def make_routes(backend: Backend) -> FastAPI:
 
 def make_routers(backend: Backend) -> list[APIRouter]:
     """Return the routes of every protocol."""
-    modules = (probes, tokens, chat, completions, responses, messages, files, batches)
+    modules = (
+        probes, page, tokens, chat, completions, responses, messages, files, batches, jobs, documents, cluster,
+    )  # fmt: skip
     return [module.make_router(backend) for module in modules]
 
 
@@ -94,6 +102,8 @@ async def _show_http_error(request: Request, error: Exception) -> Response:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for operation in (one for path in document["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)  # of the framework: ours is the 400 of every wrong request
         modes: Any = [(model, "validation") for model in _BODIES]
         _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,16 +19,16 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from cluster.access import codec, job_calls
 from cluster.access.audit import AuditLog
 from cluster.access.call_pool import CallPool, StallWatch
 from cluster.access.keys import Keys, load_api_keys
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import Watched, WatchedThreads
 from cluster.config.schema import SecuritySection, ServerSection
-from cluster.jobs.model import DocumentRecord, InvalidJob, JobDamaged, JobRecord, check_id
+from cluster.jobs.model import InvalidJob, check_id
 from cluster.jobs.subscriptions import ProgressUpdate
 from cluster.jobs.tenants.service import TenantService
-from cluster.server import codec
 from cluster.server.callers import Callers, tenant_of
 from cluster.server.interceptors import CallGuard, Pools
 from cluster.server.security import CertificateWatch, KeyInterceptor, server_credentials
@@ -90,7 +90,7 @@ class GrpcServer:
         """
         self._keys = keys
         self._audit = audit or AuditLog()
-        self._streams = streams or CallPool(server.max_streams, "server.max_streams")
+        self._streams = streams if streams is not None else CallPool(server.max_streams, "server.max_streams")
         self._service = service
         self._config = server
         self._security = security
@@ -220,7 +220,7 @@ class _Jobs(rpc.JobsServicer):
             header.name, self._pieces(requests, context), self._max_document_bytes, max_tokens=header.max_tokens,
             pinned=header.pinned, source_hash=header.source_hash, append_to=header.append_to, shared=header.shared,
         )  # fmt: skip
-        return _document(service, record)
+        return job_calls.show_document(service, record)
 
     def _header(self, requests: Iterator[pb.DocumentPiece]) -> pb.DocumentHeader:
         first = next(requests, None)
@@ -249,7 +249,7 @@ class _Jobs(rpc.JobsServicer):
     def ImportDocument(self, requests: Iterator[pb.ArchivePiece], context: grpc.ServicerContext) -> pb.Document:
         pieces = (request.data for request in _arriving(requests))
         service = self._of(context)
-        return _document(service, service.import_document(pieces, self._max_document_bytes))
+        return job_calls.show_document(service, service.import_document(pieces, self._max_document_bytes))
 
     def _pieces(self, requests: Iterator[pb.DocumentPiece], context: grpc.ServicerContext) -> Iterator[bytes]:
         for request in _arriving(requests):
@@ -261,19 +261,14 @@ class _Jobs(rpc.JobsServicer):
 
     def GetDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Document:
         service = self._of(context)
-        return _document(service, service.documents.get(request.id))
+        return job_calls.show_document(service, service.documents.get(request.id))
 
     def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext) -> pb.DocumentList:
-        service = self._of(context)
-        records = service.documents.list()
-        stored = service.stored_kv(records)
-        return pb.DocumentList(
-            documents=[codec.encode_document(record, *stored.get(record.id, ())) for record in records]
-        )
+        return job_calls.list_documents(self._of(context))
 
     def PinDocument(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.Document:
         service = self._of(context)
-        return _document(service, service.documents.pin(request.id, request.pinned))
+        return job_calls.show_document(service, service.documents.pin(request.id, request.pinned))
 
     def DeleteDocument(self, request: pb.DocumentRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._of(context).documents.delete(request.id)
@@ -281,22 +276,15 @@ class _Jobs(rpc.JobsServicer):
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.Job:
         service = self._of(context)
-        with contextlib.ExitStack() as texts:  # one that comes with a refused submission is not kept
-
-            def store_text(text: str) -> str:
-                return texts.enter_context(service.keep_text(text, self._max_document_bytes)).id
-
-            spec = codec.decode_submit(request, service.now(), store_text)
-            record = service.submit(spec)
-        return _whole(service, record)
+        record = job_calls.submit(service, request, self._max_document_bytes)
+        return job_calls.whole_job(service, record)
 
     def Get(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
         service = self._of(context)
-        return _whole(service, service.get(request.id))
+        return job_calls.whole_job(service, service.get(request.id))
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.JobList:
-        records, cursor = self._of(context).jobs(*codec.decode_list(request))
-        return pb.JobList(jobs=map(codec.encode_job, records), next_page_token=cursor)
+        return job_calls.list_jobs(self._of(context), request)
 
     def Stream(self, request: pb.StreamRequest, context: grpc.ServicerContext) -> Iterator[pb.JobEvent]:
         """Closing the events, also when the client has gone, ends an attached job."""
@@ -314,7 +302,7 @@ class _Jobs(rpc.JobsServicer):
                 elif isinstance(event, ProgressUpdate):
                     yield pb.JobEvent(number=number, progress=asdict(event))
                 else:
-                    job = _whole(service, event) if event.state.is_final else codec.encode_job(event)
+                    job = job_calls.whole_job(service, event) if event.state.is_final else codec.encode_job(event)
                     yield pb.JobEvent(number=number, job=job)
 
     def Wait(self, request: pb.WaitRequest, context: grpc.ServicerContext) -> pb.Job:
@@ -326,11 +314,11 @@ class _Jobs(rpc.JobsServicer):
             left -= poll
             ended_early = time.monotonic() - began < poll * 0.9  # the service is closing
             if record.state.is_final or left <= 0 or ended_early or not context.is_active():
-                return _whole(service, record)
+                return job_calls.whole_job(service, record)
 
     def Cancel(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Job:
         service = self._of(context)
-        return _whole(service, service.cancel(request.id))
+        return job_calls.whole_job(service, service.cancel(request.id))
 
     def Delete(self, request: pb.JobRequest, context: grpc.ServicerContext) -> pb.Empty:
         self._of(context).delete(request.id)
@@ -338,20 +326,6 @@ class _Jobs(rpc.JobsServicer):
 
     def ClusterStatus(self, request: pb.ClusterStatusRequest, context: grpc.ServicerContext) -> pb.ClusterStatusReply:
         return pb.ClusterStatusReply(**self._of(context).status())
-
-
-def _whole(service: TenantService, record: JobRecord) -> pb.Job:
-    """Return the job with its tokens and, while it runs, its progress."""
-    try:
-        tokens = service.tokens(record.id, 0, record.last_event) if record.last_event else ()
-    except JobDamaged as damage:
-        record, tokens = replace(record, error=record.error or str(damage)), ()
-    progress = {} if record.state.is_final else service.progress(record.id)
-    return codec.encode_job(record, tokens, progress)
-
-
-def _document(service: TenantService, record: DocumentRecord) -> pb.Document:
-    return codec.encode_document(record, *service.stored_kv([record]).get(record.id, ()))
 
 
 def _arriving(requests: Iterator[_Piece]) -> Iterator[_Piece]:

@@ -71,13 +71,22 @@ async def _read(request: Request, max_bytes: int, held: list[int]) -> bytes:
 async def pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """Yield the body of a request as it comes; what is declared too long is refused before it is read.
 
-    Raises ApiError: it is too long, comes too slowly, or was cut off.
+    Raises ApiError: it is too long, and as `arriving`.
     """
-    call = call_of(request)
     declared = request.headers.get("content-length", "0")
     if not re.fullmatch(r"[0-9]{1,15}", declared) or int(declared) > max_bytes:
         raise _too_large(declared, max_bytes)
-    size, began = 0, time.monotonic()
+    size = 0
+    async for piece in arriving(request):
+        size += len(piece)
+        if size > max_bytes:
+            raise _too_large(str(size), max_bytes)
+        yield piece
+
+
+async def arriving(request: Request) -> AsyncIterator[bytes]:
+    """Yield the body of a request as it comes. Raises ApiError: it is cut off, or trickles in."""
+    call, began, size = call_of(request), time.monotonic(), 0
     stream = request.stream().__aiter__()
     while True:
         try:
@@ -88,8 +97,6 @@ async def pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
         if piece is None:
             return
         size += len(piece)
-        if size > max_bytes:
-            raise _too_large(str(size), max_bytes)
         waited = time.monotonic() - began
         if waited > _SLOW_S and size < waited * _SLOW_RATE:
             raise ApiError(408, f"request: {size} bytes in {waited:.0f} s: must be {_SLOW_RATE} a second")

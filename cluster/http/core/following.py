@@ -42,15 +42,18 @@ class Followed:
         record: the job, at last as it ended.
     """
 
-    def __init__(self, backend: Backend, record: JobRecord, ends_job: bool = True) -> None:
+    def __init__(
+        self, backend: Backend, record: JobRecord, ends_job: bool = True, stream: Generator[JobEvent] | None = None
+    ) -> None:
         """
         Args:
             ends_job: the job is cancelled at the end of the request, unless it has ended by then.
+            stream: its events, where they do not begin with its first token.
         """
         self.record = record
         self._backend = backend
         self._ends_job = ends_job
-        self._stream: Generator[JobEvent] | None = None
+        self._stream = stream
         # the first event at once: from then on the job counts as followed
         self._pull: Future[JobEvent | bool] = backend.followers.submit(self._next)
 
@@ -61,7 +64,7 @@ class Followed:
         return next(self._stream, False)
 
     async def events(self) -> AsyncIterator[JobEvent]:
-        """Yield the events of the job from its first token on, until the record of its end; called once.
+        """Yield the events of the job until the record of its end; called once.
 
         None, at least every two seconds, says that there is nothing new. Raises ApiError: the head is stopping.
         """
@@ -109,9 +112,11 @@ async def store(backend: Backend, request: Request, make_spec: Callable[[], JobS
     return await backend.call(lambda: call.service.submit(make_spec()))
 
 
-def follow(backend: Backend, request: Request, record: JobRecord, ends_job: bool) -> Followed:
-    """Return a job that is followed until the end of the request. Args: `ends_job` as of `Followed`."""
-    followed = Followed(backend, record, ends_job)
+def follow(
+    backend: Backend, request: Request, record: JobRecord, ends_job: bool, stream: Generator[JobEvent] | None = None
+) -> Followed:
+    """Return a job that is followed until the end of the request. Args: as of `Followed`."""
+    followed = Followed(backend, record, ends_job, stream)
     call_of(request).at_end(followed.leave)
     return followed
 

@@ -21,10 +21,11 @@ from cluster.http.core.calls import HttpCall, no_key
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.core.following import ClientGone
 from cluster.http.core.sse import event, named_event
+from cluster.http.page import routes as page
 from cluster.jobs.tenants.tenant import ANYONE
 
-# monitors and load balancers have no key; they only learn whether the server is serving
-OPEN = frozenset({("GET", "/health"), ("HEAD", "/health"), ("GET", "/ready"), ("HEAD", "/ready")})
+# monitors and load balancers have no key; they only learn whether the server is serving. The page is the same for all
+OPEN = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/health", "/ready", *page.FILES))
 _LAST_WORD_S = 1.0  # for the end of a stream that is ended before its time
 _log = logging.getLogger(__name__)
 

@@ -146,17 +146,17 @@ def test_each_key_gets_its_share(tmp_path: Path, service: FakeJobService):
     alice, bob = ([("authorization", f"Bearer {key}")] for key in KEYS.values())
     with serving(service, security, max_streams=STREAMS) as (_, address), Clients(address).stack as stack:
         stub = rpc.JobsStub(stack.enter_context(grpc.insecure_channel(address)))  # one connection for both
-        job = stub.Submit(PROMPT, metadata=alice)
+        jobs = {key[0]: stub.Submit(PROMPT, metadata=key).id for key in (alice, bob)}
 
         def wait(key: list[tuple[str, str]]) -> grpc.Future:
-            return stub.Wait.future(pb.WaitRequest(id=job.id, timeout_s=4), metadata=key)
+            return stub.Wait.future(pb.WaitRequest(id=jobs[key[0]], timeout_s=4), metadata=key)
 
         of_alice = [wait(alice) for _ in range(STREAMS)]
         time.sleep(0.3)
         of_bob = [wait(bob) for _ in range(STREAMS)]
         assert eventually(lambda: sum(call.done() for call in of_alice) == STREAMS / 2, 2)
         assert eventually(lambda: sum(call.done() for call in of_bob) == STREAMS / 2, 2)
-        assert stub.Get(pb.JobRequest(id=job.id), metadata=bob).id == job.id
+        assert stub.Get(pb.JobRequest(id=jobs[bob[0]]), metadata=bob).id == jobs[bob[0]]
 
 
 def closed_within(connection: socket.socket, seconds: float) -> bool:

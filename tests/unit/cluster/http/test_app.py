@@ -53,8 +53,8 @@ def test_nothing_is_served_without_a_key(headers: dict[str, str]) -> None:
         "/v1/files/x/content",
         "/v1/batches/x",
     } <= {path for _, path in found}
-    served = {key: answer for key, answer in found.items() if answer.status_code != 401}
-    assert {(method, path) for method, path in served if path != "/v1/../health"} == OPEN
+    served = [answer.request for answer in found.values() if answer.status_code != 401]
+    assert {(request.method, request.url.path) for request in served} == OPEN  # as it was sent: `..` and `//` are gone
     refused = found["GET", "/v1/models"]
     assert refused.json()["error"]["code"] == "invalid_api_key"
     assert refused.headers["www-authenticate"] == "Bearer"
@@ -114,9 +114,18 @@ def test_the_openapi_document_describes_the_bodies() -> None:
             "/detokenize",
             "/v1/messages",
             "/v1/batches",
+            "/v1/jobs",
         ):
             body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert body["$ref"].removeprefix("#/components/schemas/") in schemas
+        shapes = {"/v1/jobs/{job_id}": "JobData", "/v1/documents": "DocumentPage", "/v1/cluster": "ClusterObject"}
+        for path, name in shapes.items():
+            shown = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+            assert shown["$ref"] == f"#/components/schemas/{name}"
+        events = document["paths"]["/v1/jobs/{job_id}/events"]["get"]["responses"]
+        assert "text/event-stream" in events["200"]["content"]
+        assert "'422'" not in str(document)  # wrong parameters are a 400 like everything else
+        assert not [path for path in document["paths"] if path == "/" or path.startswith("/page")]
         named = set(re.findall(r'"#/components/schemas/(\w+)"', str(document).replace("'", '"')))
         assert named <= set(schemas)
 

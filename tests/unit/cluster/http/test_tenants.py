@@ -27,6 +27,7 @@ from cluster.http.app import make_app, make_routers, make_routes
 from cluster.http.core.backend import Backend
 from cluster.http.core.guard import OPEN
 from cluster.http.files.attachments import file_id
+from cluster.http.page import routes as page
 from cluster.jobs.model import JobInput, JobSpec, new_id
 from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
 from cluster.jobs.tenants.service import TenantService
@@ -95,6 +96,11 @@ def document(rig: Rig) -> str:
     return rig.of("ann").add_document(MARK, [MARK.encode()], 1 << 20).id
 
 
+def text(rig: Rig) -> str:
+    """A document of ann that nobody uses."""
+    return rig.of("ann").add_document("", [f"{MARK}, once more".encode()], 1 << 20).id
+
+
 def file(rig: Rig) -> str:
     return file_id(document(rig))
 
@@ -145,7 +151,7 @@ INPUT_PARTS = [{"type": "input_file", "file_id": "NAME"}, {"type": "input_text",
 FILE_BLOCK = [{"type": "document", "source": {"type": "file", "file_id": "NAME"}}]
 FORM = {"files": {"file": ("a", b"words")}, "data": {"purpose": "batch"}}
 RULES: dict[tuple[str, str], list[Rule]] = {
-    **{(method, path): [Rule("open")] for method in ("GET", "HEAD") for path in ("/health", "/ready")},
+    **{(method, path): [Rule("open")] for method in ("GET", "HEAD") for path in ("/health", "/ready", *page.FILES)},
     **{("GET", path): [Rule("key")] for path in ("/version", "/v1/models", "/v1/models/{model:path}", "/openapi.json")},
     ("HEAD", "/openapi.json"): [Rule("key")],
     ("POST", "/tokenize"): [Rule("key", send=lambda name: {"json": {"prompt": "a"}})],
@@ -179,6 +185,22 @@ RULES: dict[tuple[str, str], list[Rule]] = {
     ("GET", "/v1/batches"): [Rule("own"), Rule("owner", batch, lambda name: {"params": {"after": name}})],
     ("GET", "/v1/batches/{batch}"): [Rule("owner", batch)],
     ("POST", "/v1/batches/{batch}/cancel"): [Rule("owner", batch)],
+    ("POST", "/v1/jobs"): [
+        Rule("own", send=lambda name: {"json": {"prompt": "a", "max_tokens": 2}}),
+        Rule("owner", document, lambda name: {"json": {"document_id": name, "questions": ["a"], "max_tokens": 2}}),
+    ],
+    ("GET", "/v1/jobs"): [Rule("own")],
+    **{("GET", f"/v1/jobs/{{job_id}}{rest}"): [Rule("owner", job)] for rest in ("", "/events")},
+    ("POST", "/v1/jobs/{job_id}/cancel"): [Rule("owner", job)],
+    ("DELETE", "/v1/jobs/{job_id}"): [Rule("owner", job)],
+    ("POST", "/v1/documents"): [Rule("own", send=lambda name: {"content": b"words"})],
+    ("GET", "/v1/documents"): [Rule("own")],
+    **{("GET", f"/v1/documents/{{document_id}}{rest}"): [Rule("owner", document)] for rest in ("", "/export")},
+    **{("POST", f"/v1/documents/{{document_id}}/{act}"): [Rule("owner", document)] for act in ("read", "pin")},
+    ("POST", "/v1/documents/{document_id}/append"): [Rule("owner", document, lambda name: {"content": b"more"})],
+    ("DELETE", "/v1/documents/{document_id}"): [Rule("owner", text)],
+    ("POST", "/v1/documents/import"): [Rule("key", send=lambda name: {"content": b"no archive"})],
+    ("GET", "/v1/cluster"): [Rule("key")],
 }
 
 

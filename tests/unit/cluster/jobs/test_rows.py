@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.access.codec import encode_job
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
     ACTIVE,
@@ -23,7 +24,6 @@ from cluster.jobs.model import (
 )
 from cluster.jobs.rows import JobRow, document_record, job_record, job_state, listed_record
 from cluster.jobs.store import JobStore
-from cluster.server.codec import encode_job
 from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import TokenLogprob
 

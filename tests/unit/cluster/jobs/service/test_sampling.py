@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.access.codec import encode_job
 from cluster.jobs.model import InvalidJob, JobInput, JobSpec
-from cluster.server.codec import encode_job
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs.convert import to_dict
 from protos.jobs.sampling import AnswerOptions, Sampling, SamplingParams

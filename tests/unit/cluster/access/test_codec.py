@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.access import codec
 from cluster.engine.outputs import OutputToken, PrefillProgress
 from cluster.jobs.model import (
     DocumentRecord,
@@ -18,7 +19,6 @@ from cluster.jobs.model import (
     JobState,
     new_id,
 )
-from cluster.server import codec
 from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import limits
