@@ -16,6 +16,7 @@ from cluster import AsyncClient, Client
 from cluster.config.schema import SecuritySection
 from cluster.server.state_files import HeadFiles
 from tests.integration.conftest import CommandLine
+from tests.integration.server.calls import eventually
 from tests.support.data.certificates import Authority
 from tests.support.fakes.jobs_api import FakeJobService, serving, write_secret
 from tests.support.rigs.head import HeadProcess
@@ -255,6 +256,17 @@ def test_a_real_head_behind_tls_and_keys(
         assert done.code == 0, done.err
         with Client.from_state(head.data) as client:
             assert len(list(client.jobs(["succeeded"]))) == 2
+        made = longreach("keys", "create", "law", "--file", str(keys))
+        monkeypatch.setenv("LONGREACH_API_KEY", made.out.strip())
+        assert eventually(lambda: longreach("status", *data).code == 0)
+        with Client.from_state(head.data) as client:
+            assert list(client.jobs()) == [], "those of another key"
+        assert longreach("keys", "revoke", "law", "--file", str(keys)).code == 0
+        assert eventually(lambda: longreach("status", *data).code == 2)
+    audit = (head.data / "log" / "audit.jsonl").read_text()
+    actions = [json.loads(line)["action"] for line in audit.splitlines()]
+    assert actions[0] == "key_refused"
+    assert [one for one in actions if one != "key_refused"] == ["submit", "submit", "key_added", "key_revoked"]
 
 
 def test_a_key_does_not_travel_in_plain_text(longreach: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
