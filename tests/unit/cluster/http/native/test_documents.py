@@ -33,13 +33,13 @@ def test_a_document_from_its_upload_to_its_end() -> None:
     service = described(AnsweringService())
 
     async def act(client: httpx.AsyncClient) -> None:
-        params = {"name": "report", "max_tokens": 4000, "pinned": "true", "source_hash": "0" * 64}
+        params = {"name": "report", "max_tokens": 4000, "pinned": "true", "source_hash": "0" * 64, "shared": "true"}
         added = (await client.post("/v1/documents", content=b"A text.", params=params)).json()
         assert service.contents[added["id"]] == b"A text."
         assert (added["name"], added["scale_len"], added["pinned"], added["source_hash"]) == (
             "report", 4000, True, "0" * 64,
         )  # fmt: skip
-        assert (added["stored_tokens"], added["stored_bytes"]) == (512, 4096)
+        assert (added["stored_tokens"], added["stored_bytes"], added["shared"]) == (512, 4096, True)
         url = f"/v1/documents/{added['id']}"
         longer = (await client.post(f"{url}/append", content=b" More.", params={"name": "longer"})).json()
         assert (service.contents[longer["id"]], longer["parent"]) == (b"A text. More.", added["id"])
