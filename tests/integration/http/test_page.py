@@ -93,7 +93,7 @@ def described(service: AnsweringService, **attention: Any) -> AnsweringService:
 
     service.finish = finish_described  # type: ignore[method-assign]
     service.stored_kv = lambda records: {record.id: (512, 4096) for record in records}  # type: ignore[method-assign]
-    service.upload(HOSTILE, [b"A text."], 100)
+    service.upload(HOSTILE, [b"A text."])
     return service
 
 
@@ -210,6 +210,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(visit: OpenPage) -> None:
         page.keyboard.type(KEY)
         page.keyboard.press("Enter")
         until(lambda: page.locator("#health").inner_text() == "serving")
+        assert "Jobs of this key" in page.locator("#cluster").inner_text()
         ask(page, "A text.")
         until(lambda: page.locator("#job .state").inner_text() == "succeeded")
         kept = "[Object.values({...sessionStorage}), localStorage.length, document.cookie, location.href.includes(%r)]"

@@ -7,10 +7,10 @@ export function showCluster(status) {
   setText(byId("model"), status.model);
   showHealth(status.problem ? `problem: ${status.problem}` : "serving", !status.problem);
   setFacts(byId("cluster"), [
-    ["Jobs", `${count(status.running)} running, ${count(status.queued)} waiting`],
+    [status.own_only ? "Jobs of this key" : "Jobs", `${count(status.running)} running, ${count(status.queued)} waiting`],
     ["Context", `${count(status.max_model_len)} tokens`],
-    ["KV cache", `${percent(status.kv_usage)} of ${count(status.kv_tokens)} tokens`],
-    ["Stored KV", status.kv_store_max_bytes ? `${bytes(status.kv_store_bytes)} of ${bytes(status.kv_store_max_bytes)}` : ""],
+    ["KV cache", `${status.own_only ? "" : `${percent(status.kv_usage)} of `}${count(status.kv_tokens)} tokens`],
+    ["Stored KV", status.kv_store_max_bytes && !status.own_only ? `${bytes(status.kv_store_bytes)} of ${bytes(status.kv_store_max_bytes)}` : ""],
     ["Recoveries", recoveries(status)],
     ["Up for", duration(status.uptime_s)],
     ["Version", status.version],
