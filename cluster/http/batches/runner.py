@@ -276,6 +276,8 @@ class BatchRunner:
         """End a batch before its time: its jobs are cancelled, and lines without an answer say why."""
         while running := self._service.jobs([*ACTIVE], {LABEL: batch.id}, _PAGE, "")[0]:
             for record in running:
+                if self._closing.is_set():
+                    return  # the service may have ended before its jobs: the next head does it
                 self._service.cancel(record.id)
         for key, active in [*self._active.items()]:
             if key[0] == batch.id and any(self._is_cancelled(job_id) for job_id in active.jobs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from cluster.common.errors import JobStoreError
 from cluster.http.batches import runner as runner_module
-from cluster.jobs.model import FINAL, JobState
+from cluster.jobs.model import FINAL, JobRecord, JobState
 from cluster.jobs.sqlite.batches import BatchStatus
 from tests.support.data.clients.batch_lines import chat
 from tests.support.fakes.stage import eventually
@@ -202,3 +203,26 @@ def test_a_store_that_cannot_be_used_is_waited_for(batches: Batches, monkeypatch
     batch = batches.reaches(batch_id, S.COMPLETED)
     assert (batch.completed, batch.failed) == (6, 0)
     assert not batches.runner.thread.problem
+
+
+def test_a_head_that_ends_leaves_a_batch_that_is_being_cancelled_to_the_next(
+    batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches.bench.runtime.shard.hold()
+    batch_id = batches.create(LINES)
+    batches.runner.start()
+    eventually(lambda: len(batches.runner._active) == 2)
+    tried = threading.Event()
+
+    def never_ends(job_id: str) -> JobRecord:
+        tried.set()
+        return batches.bench.service.get(job_id)
+
+    monkeypatch.setattr(batches.bench.service, "cancel", never_ends)
+    batches.bench.service.batches.move_batch(batch_id, [S.IN_PROGRESS], S.CANCELLING)
+    batches.backend.batches_changed.set()
+    assert tried.wait(30)
+    batches.restart()
+    assert batches.get(batch_id).status is S.CANCELLING
+    batches.runner.start()
+    assert batches.reaches(batch_id, S.CANCELLED).failed == 6
