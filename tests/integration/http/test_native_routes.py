@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from cluster.jobs.model import InvalidJob, JobNotFound
+from cluster.jobs.model import InvalidJob
 from tests.support.rigs.head import until
 from tests.support.rigs.http import AnsweringService, serving_http
 
@@ -57,8 +57,6 @@ def test_an_archive_ends_when_nobody_reads_it() -> None:
         ended = threading.Event()
 
         def export_document(self, document_id: str, with_kv: bool) -> Iterator[bytes]:
-            if document_id == NO_DOC:
-                raise JobNotFound("no such document")
             try:
                 while True:
                     yield b"a" * 65536
