@@ -31,7 +31,7 @@ def test_read_on_one_head_and_asked_on_another(tmp_path: Path) -> None:
         assert imported.kernel_family == ""
         job = client.submit(imported, QUESTION, max_tokens=12, ignore_eos=True)
         assert tokens_of(job) == expected
-        assert job.answers[0].cached_tokens == 512 * blocks
+        assert job.answers[0].cached_tokens >= 512 * blocks, "loaded ahead, with the end of the document"
         client.documents.delete(imported.id)
         until(lambda: not stored_keys(head), "no byte of KV is left", LONG)
 
