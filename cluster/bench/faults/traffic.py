@@ -209,13 +209,15 @@ def long_job_beside_short_ones(rig: Rig, seed: int) -> Verdict:
     draw = random.Random(seed)
     if rig.full:
         million = {"model": {"max_model_len": "1010k", "rope_scaling": None, "config_file": "config_1m.json"}}
-        memory = {"kv_cache": {"bytes": "2560MiB"}, "prefill": {"max_num_batched_tokens": 8192}}
-        head = rig.head(2, 1, **million, **memory)
+        sparse = {"sparse": {"enabled": True, "n_vertical": 1000, "n_slash": 100}}  # as the demo; short ones are dense
+        head = rig.head(2, 1, **million, **sparse, kv_cache={"bytes": "2560MiB"})
     else:
         head = rig.head()
-    length, count = (1_000_000, 100) if rig.full else (20_000, 20)
+    length, count, tokens = (1_000_000, 100, 2) if rig.full else (20_000, 20, 8)  # each token takes a chunk's time
     long = random_prompt(seed, length)
-    short = {f"short {n}": random_prompt(seed * 1000 + n, draw.randint(20, 400), max_tokens=8) for n in range(count)}
+    short = {
+        f"short {n}": random_prompt(seed * 1000 + n, draw.randint(20, 400), max_tokens=tokens) for n in range(count)
+    }
     waits: list[float] = []
     with Recorder(head.address, history, "long") as client, Recorder(head.address, history, "short") as other:
         job = client.submit("long", long, f"long {seed}")
