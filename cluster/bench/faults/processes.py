@@ -8,7 +8,7 @@ import time
 
 import psutil
 
-from cluster.bench.faults.rig import CHUNK, FaultHead, Requests, Rig, Running, Verdict, mixed_jobs, random_prompt
+from cluster.bench.faults.rig import FaultHead, Requests, Rig, Running, Verdict, mixed_jobs, random_prompt
 from cluster.bench.head_process import until
 from cluster.bench.history import History
 
@@ -141,17 +141,17 @@ def worker_slow(rig: Rig, seed: int) -> Verdict:
 
 def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
     """Let every chunk take 14 s, so that 70 s are within its prediction, then stop a stage for 60 s inside of one."""
-    total = 24  # several pass between two stops on a machine with other work
-    history, requests = History(), {"prompt": random_prompt(seed, total * CHUNK)}
-    with rig.fresh(2, 1) as head:
+    chunk, total = 3072, 10  # long ones: a stop hits the next one, also on a machine with other work
+    history, requests = History(), {"prompt": random_prompt(seed, total * chunk)}
+    with rig.fresh(2, 1, prefill={"max_num_batched_tokens": chunk}) as head:
         head.start()
         before = head.stage_pids()
         victim = _victims(head)[-1]
         with Running(head.address, history, requests, seed) as running:
             chunks = 0
             for seconds in (14.0,) * 5 + (60.0,):
-                chunks = _processed(history) // CHUNK + 1
-                running.until_progress("prompt", chunks * CHUNK)
+                chunks = _processed(history) // chunk + 1
+                running.until_progress("prompt", chunks * chunk)
                 victim.suspend()
                 time.sleep(seconds)
                 victim.resume()

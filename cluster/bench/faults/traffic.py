@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cluster.bench.faults.rig import FaultHead, Rig, Running, Verdict, mixed_jobs, random_prompt
 from cluster.bench.head_process import until
@@ -207,12 +208,14 @@ def long_job_beside_short_ones(rig: Rig, seed: int) -> Verdict:
     """100 short jobs while a prompt of a million tokens is read: each has its first token in bounded time."""
     history, verdict = History(), Verdict()
     draw = random.Random(seed)
+    sections: dict[str, Any] = {}
     if rig.full:
-        million = {"model": {"max_model_len": "1010k", "rope_scaling": None, "config_file": "config_1m.json"}}
-        sparse = {"sparse": {"enabled": True, "n_vertical": 1000, "n_slash": 100}}  # as the demo; short ones are dense
-        head = rig.head(2, 1, **million, **sparse, kv_cache={"bytes": "2560MiB"})
-    else:
-        head = rig.head()
+        sections = {
+            "model": {"max_model_len": "1010k", "rope_scaling": None, "config_file": "config_1m.json"},
+            "sparse": {"enabled": True, "n_vertical": 1000, "n_slash": 100},  # as the demo; short ones are dense
+            "kv_cache": {"bytes": "5GiB"},
+        }
+    head = rig.head(2, 1, **sections)
     length, count, tokens = (1_000_000, 100, 2) if rig.full else (20_000, 20, 8)  # each token takes a chunk's time
     long = random_prompt(seed, length)
     short = {
@@ -241,4 +244,4 @@ def long_job_beside_short_ones(rig: Rig, seed: int) -> Verdict:
         "first_token_s": {"median": round(waits[count // 2], 2), "max": round(waits[-1], 2)},
     }  # fmt: skip
     verdict.expect(waits[count // 2] < 30, f"a short job waits {waits[count // 2]:.1f} s (median)")
-    return rig.judge(verdict, history, short if rig.full else short | {"long": long})
+    return rig.judge(verdict, history, short if rig.full else short | {"long": long}, sections)
