@@ -147,14 +147,16 @@ def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
         head.start()
         before = head.stage_pids()
         victim = _victims(head)[-1]
+        idle_s = victim.cpu_times().user
         with Running(head.address, history, requests, seed) as running:
             chunks = 0
+            until(lambda: victim.cpu_times().user > idle_s + 0.2, "a stage that computes")  # the first chunk, too
             for seconds in (14.0,) * 5 + (60.0,):
-                chunks = _processed(history) // chunk + 1
-                running.until_progress("prompt", chunks * chunk)
                 victim.suspend()
                 time.sleep(seconds)
                 victim.resume()
+                chunks = _processed(history) // chunk + 1
+                running.until_progress("prompt", chunks * chunk)
         verdict.facts["stopped_at_chunk"] = chunks
         verdict.expect(not running.failed and chunks < total, "the prompt was read before the stage was stopped")
         verdict.expect(head.stage_pids() == before, "a stage that was within its prediction was replaced")
