@@ -146,7 +146,7 @@ def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
     with rig.fresh(2, 1, prefill={"max_num_batched_tokens": chunk}) as head:
         head.start()
         before = head.stage_pids()
-        victim = _victims(head)[-1]
+        victim = head.shards()[1, 0]  # the last stage: the next chunk waits for it when progress is seen
         idle_s = victim.cpu_times().user
         with Running(head.address, history, requests, seed) as running:
             chunks = 0
