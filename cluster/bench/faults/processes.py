@@ -140,7 +140,7 @@ def worker_slow(rig: Rig, seed: int) -> Verdict:
 
 
 def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
-    """Let a stage run at a seventh of its speed, so that 60 s are within its prediction, then stop it for as long."""
+    """Let a stage run at a fifteenth of its speed, so that 60 s are within its prediction, then stop it for as long."""
     chunk, total = 3072, 10
     history, requests = History(), {"prompt": random_prompt(seed, total * chunk)}
     with rig.fresh(2, 1, prefill={"max_num_batched_tokens": chunk}) as head:
@@ -151,7 +151,7 @@ def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
         def slow_down() -> None:
             while not slow.is_set():
                 victim.suspend()
-                time.sleep(0.12)
+                time.sleep(0.28)
                 victim.resume()
                 time.sleep(0.02)
 
@@ -159,7 +159,7 @@ def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
         thread.start()
         try:
             with Running(head.address, history, requests, seed) as running:
-                running.until_progress("prompt", 5 * chunk)
+                running.until_progress("prompt", 4 * chunk)
                 slow.set()
                 thread.join()
                 stopped_at = _processed(history) // chunk
