@@ -59,7 +59,7 @@ class SequenceFeed:
             self.logits.append(out.logits.cpu())
 
     def skip(self, ids: Sequence[int]) -> None:
-        """Take the pages of the next rows without computing them."""
+        """Take the pages of the next rows without computing them: an earlier feed of the runner has."""
         self._runner.prepare(self._plan(ids[:1], len(ids), False))
 
     def _plan(self, ids: Sequence[int], length: int, sample: bool) -> StepPlan:

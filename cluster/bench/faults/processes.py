@@ -8,7 +8,7 @@ import time
 
 import psutil
 
-from cluster.bench.faults.rig import CHUNK, FaultHead, Requests, Rig, Running, Verdict, mixed_jobs, random_prompt
+from cluster.bench.faults.rig import FaultHead, Requests, Rig, Running, Verdict, mixed_jobs, random_prompt
 from cluster.bench.head_process import until
 from cluster.bench.history import History
 
@@ -140,22 +140,37 @@ def worker_slow(rig: Rig, seed: int) -> Verdict:
 
 
 def _stop_for_a_minute(rig: Rig, seed: int, verdict: Verdict) -> None:
-    """Let every chunk take 14 s, so that 70 s are within its prediction, then stop a stage for 60 s inside of one."""
-    history, requests = History(), {"prompt": random_prompt(seed, 10 * CHUNK)}
-    with rig.fresh(2, 1) as head:
+    """Let a stage run at a fifteenth of its speed, so that 60 s are within its prediction, then stop it for as long."""
+    chunk, total = 3072, 10
+    history, requests = History(), {"prompt": random_prompt(seed, total * chunk)}
+    with rig.fresh(2, 1, prefill={"max_num_batched_tokens": chunk}) as head:
         head.start()
-        before = head.stage_pids()
-        victim = _victims(head)[-1]
-        with Running(head.address, history, requests, seed) as running:
-            chunks = 0
-            for seconds in (14.0,) * 5 + (60.0,):
-                chunks = _processed(history) // CHUNK + 1
-                running.until_progress("prompt", chunks * CHUNK)
+        before, slow = head.stage_pids(), threading.Event()
+        victim = head.shards()[1, 0]  # the last stage: it begins the next chunk when progress is seen
+
+        def slow_down() -> None:
+            while not slow.is_set():
                 victim.suspend()
-                time.sleep(seconds)
+                time.sleep(0.28)
                 victim.resume()
-        verdict.facts["stopped_at_chunk"] = chunks
-        verdict.expect(not running.failed and chunks < 10, "the prompt was read before the stage was stopped")
+                time.sleep(0.02)
+
+        thread = threading.Thread(target=slow_down)
+        thread.start()
+        try:
+            with Running(head.address, history, requests, seed) as running:
+                running.until_progress("prompt", 4 * chunk)
+                slow.set()
+                thread.join()
+                stopped_at = _processed(history) // chunk
+                victim.suspend()
+                time.sleep(60)
+                victim.resume()
+        finally:
+            slow.set()
+            thread.join()
+        verdict.facts["stopped_at_chunk"] = stopped_at
+        verdict.expect(not running.failed and stopped_at < total - 1, "the prompt was read before the stage stopped")
         verdict.expect(head.stage_pids() == before, "a stage that was within its prediction was replaced")
     rig.judge(verdict, history, requests, most_restarts=0)
 

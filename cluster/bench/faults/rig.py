@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -148,14 +149,13 @@ class Rig:
         self.full = full
         self._count = 0
         self._shared: dict[str, FaultHead] = {}  # by their settings, the last used one last
-        self._reference: FaultHead | None = None
-        self._known: dict[bytes, Tokens] = {}
+        self._references: dict[str, FaultHead] = {}  # by what differs from the usual settings
+        self._known: dict[tuple[str, bytes], Tokens] = {}
 
     def close(self) -> None:
         """Kill what runs."""
-        for head in (*self._shared.values(), self._reference):
-            if head is not None:
-                head.close()
+        for head in (*self._shared.values(), *self._references.values()):
+            head.close()
 
     def head(self, stages: int = 2, shards: int = 1, **sections: Any) -> FaultHead:
         """Return a running head of these settings, that of an earlier fault where it is well; two are kept."""
@@ -190,29 +190,40 @@ class Rig:
         folder.mkdir()
         return folder
 
-    def tokens(self, requests: Requests) -> dict[str, Tokens]:
-        """Return the tokens of requests by kind, as an undisturbed head of one process gives them."""
-        missing = {
-            kind: r for kind, r in requests.items() if r.SerializeToString(deterministic=True) not in self._known
-        }
+    def tokens(self, requests: Requests, sections: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Tokens]:
+        """Return the tokens of requests by kind, as an undisturbed head of one process gives them.
+
+        Args:
+            sections: of its configuration, that differ from the usual ones.
+        """
+        settings = json.dumps(dict(sections), sort_keys=True)
+        keys = {kind: (settings, r.SerializeToString(deterministic=True)) for kind, r in requests.items()}
+        missing = {kind: r for kind, r in requests.items() if keys[kind] not in self._known}
         if missing:
-            if self._reference is None:
-                store = {"enabled": False}
-                self._reference = FaultHead(self.new_folder(), 1, 1, kv_store=store)
-                self._reference.start()
-            with Recorder(self._reference.address, History(), "reference") as client:
+            if settings not in self._references:
+                head = FaultHead(self.new_folder(), 1, 1, **{**sections, "kv_store": {"enabled": False}})
+                self._references[settings] = head
+                head.start()
+            with Recorder(self._references[settings].address, History(), "reference") as client:
                 ids = {kind: client.submit(kind, r, os.urandom(8).hex()) for kind, r in missing.items()}
                 for kind, job_id in ids.items():
                     job = client.wait(job_id)
                     if job.state != pb.SUCCEEDED:
                         raise RuntimeError(f"undisturbed {kind} ended otherwise: {job.error}")
-                    key = missing[kind].SerializeToString(deterministic=True)
-                    self._known[key] = tuple(tuple(answer.token_ids) for answer in job.answers)
-        return {kind: self._known[r.SerializeToString(deterministic=True)] for kind, r in requests.items()}
+                    self._known[keys[kind]] = tuple(tuple(answer.token_ids) for answer in job.answers)
+        return {kind: self._known[keys[kind]] for kind in requests}
 
-    def judge(self, verdict: Verdict, history: History, requests: Requests, **allowed: Any) -> Verdict:
-        """Add every violation of a history to a verdict; see `Expected` for what may be allowed."""
-        found = judge(history, Expected(self.tokens(requests), **allowed))
+    def judge(
+        self, verdict: Verdict, history: History, requests: Requests,
+        sections: Mapping[str, Any] = MappingProxyType({}), **allowed: Any,
+    ) -> Verdict:  # fmt: skip
+        """Add every violation of a history to a verdict.
+
+        Args:
+            sections: as of `tokens`.
+            allowed: see `Expected`.
+        """
+        found = judge(history, Expected(self.tokens(requests, sections), **allowed))
         verdict.problems += [str(violation) for violation in found[:20]]
         verdict.facts |= {
             "jobs": len({entry.job for entry in history.of("submitted")}),

@@ -16,7 +16,7 @@ from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.eval.haystack import build_haystack, read_source
 
-GIVEN_UP_AT = 0.6  # of a prompt
+GIVEN_UP_AT = 0.6  # of the time of a prefill; more of the tokens, since later ones take longer
 RETRY = 0.45  # of tokens and time, that the next try computes and takes; of what was left, 0.05 more
 GROWTH = 0.1  # of a document
 APPENDED = 0.12  # of the longer document's tokens, that are computed
@@ -56,13 +56,15 @@ def _retries(head: DemoHead, length: int, seed: int, bounds: Bounds, say: Say) -
         prefill(client, token_ids(length, f"{seed} warm up"))
         head.settle()
         whole = prefill(client, token_ids(length, f"{seed} whole"))
+        seconds = GIVEN_UP_AT * whole.first_token_s
+        tokens = max((done for at, done in whole.progress if at <= seconds), default=0)
         for way in _WAYS:
             head.settle()
             ids = token_ids(length, f"{seed} {way}")
             options: dict[str, Any] = {"attached": way == "disconnect"}
             if way == "deadline":
-                options["deadline_s"] = whole.reached(GIVEN_UP_AT * length)
-            done = _give_up(head, {"token_ids": ids, "max_tokens": 1, "temperature": 0.0} | options, way, length)
+                options["deadline_s"] = seconds
+            done = _give_up(head, {"token_ids": ids, "max_tokens": 1, "temperature": 0.0} | options, way, tokens)
             again = prefill(client, ids)
             row = retry_row(way, done / length, whole, again)
             rows.append(row)
@@ -71,15 +73,15 @@ def _retries(head: DemoHead, length: int, seed: int, bounds: Bounds, say: Say) -
     return rows
 
 
-def _give_up(head: DemoHead, options: dict[str, Any], way: str, length: int) -> int:
-    """Submit a prompt and leave it at a share of its prefill; return the tokens that were done then."""
+def _give_up(head: DemoHead, options: dict[str, Any], way: str, tokens: int) -> int:
+    """Submit a prompt and leave it when so many of its tokens are done; return how many were done then."""
     with head.client() as client, head.client() as other:
         job = client.submit(**options)
         stream, done = job.stream(), 0
         for event in stream:
             if isinstance(event, ProgressEvent):
                 done = event.progress.processed
-            if way != "deadline" and done >= GIVEN_UP_AT * length:
+            if way != "deadline" and done >= tokens:
                 break
         if way == "cancel":
             job.cancel()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.head_process import until
 from cluster.bench.kv.rig import (
     Asked,
     Bounds,
@@ -69,6 +70,8 @@ class Questions:
     def ask_loaded(self, head: DemoHead, document: Document, where: str, layout: Layout) -> None:
         """Ask the next one once a head that has just started, or imported, has loaded what is stored."""
         loaded = head.settle()
+        with head.client() as client:
+            until(lambda: client.status().kv_usage == 0, "an end of loading")
         self.ask(head, document, where, layout)
         self.rows[-1] |= {
             "loaded_before_mb": round(loaded["loaded bytes"] / 1e6, 2),

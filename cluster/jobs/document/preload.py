@@ -63,8 +63,7 @@ class DocumentPreload:
 
     def close(self) -> None:
         self._closing.set()
-        if (handle := self._handle) is not None:
-            self._cancel(handle)
+        self._cancel_soon()
         self._queue.put("")
         self.thread.join()
 

@@ -54,7 +54,6 @@ class Served:
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(health_module, "CHECK_EVERY_S", 0.02)
     monkeypatch.setattr(watched_thread_module, "PAUSE_S", 0.01)
-    monkeypatch.setattr(watched_thread_module, "SHOWN_S", 0.5)
     monkeypatch.setattr(supervisor_module, "PAUSES_S", (0.0,) * 5)
     made = Served(tmp_path)
     yield made
@@ -96,10 +95,12 @@ def test_a_thread_that_fails_once_is_shown_and_goes_on(
     served: Served, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert served.is_serving
+    monkeypatch.setattr(watched_thread_module, "SHOWN_S", 60.0)
     with Client(served.head.address) as client:
         THREADS[name](served, monkeypatch, 1)
         eventually(lambda: not served.is_serving)
         assert client.status().problem == (f"the {name} thread failed and was started again: KeyError: 'injected'")
+        monkeypatch.setattr(watched_thread_module, "SHOWN_S", 0.0)
         eventually(lambda: served.is_serving)
         assert client.status().problem == ""
     assert "Traceback" in caplog.text

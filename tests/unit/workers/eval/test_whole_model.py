@@ -46,11 +46,15 @@ def test_steps_of_any_length_give_the_same_token(model: WholeModel, spec: ModelS
 
 
 def test_skipped_rows_have_pages_and_no_tokens(model: WholeModel, spec: ModelSpec) -> None:
-    feed = SequenceFeed(model.runner(spec, 60, 16), 16, len(IDS))
+    runner = model.runner(spec, 60, 16)
+    computed = SequenceFeed(runner, 16, len(IDS))
+    computed.take(IDS)
+    computed.take(IDS[-1:])
+    feed = SequenceFeed(runner, 16, len(IDS))
     feed.skip(IDS)
     assert feed.tokens == []
     feed.take(IDS[-1:])
-    assert len(feed.tokens) == 1
+    assert feed.tokens == computed.tokens[1:]
     assert feed.logits == []
 
 
