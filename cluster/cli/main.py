@@ -30,6 +30,7 @@ from cluster.cli.common import (
     say_json,
     say_text,
 )
+from cluster.common.text_format import escape_unprintable
 from protos.jobs.sampling import AnswerOptions
 
 
@@ -113,6 +114,16 @@ def _sparsity(attention: dict[str, Any] | None) -> str:
     return f"sparse prefill visited {density:.1%} of the pairs; held-out rows kept {recall:.1%} of their attention\n"
 
 
+def _http(again: dict[str, Any] | None) -> str:
+    if again is None:
+        return "pip install 'longreach[http]' adds OpenAI's protocols over HTTP\n"
+    same = "the same answer" if again["is_same"] else f"another answer: {escape_unprintable(again['text'])}"
+    return (
+        f"over HTTP (POST {again['url']}/completions): {same}, {again['seconds']:.1f} s, "
+        f"{again['cached_tokens']:,} tokens cached\n"
+    )
+
+
 @main.command()
 @click.option(
     "--tokens", type=Count(), default="128k", show_default=True,
@@ -164,9 +175,10 @@ def _print_demo(report: dict[str, Any]) -> None:
         f"{_sparsity(report['sparse'])}"
         f"time to first token {report['ttft_s']:.1f} s, prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, "
         f"decode {report['decode_tokens_per_s']:,.0f} tokens/s\n"
+        f"{_http(report['http'])}"
         f"{report['total_s']:.0f} s in all; {report['peak_memory_bytes'] / 2**30:.1f} GiB, all processes together",
-        highlight=False,
-    )
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @main.command()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _SWITCH_INTERVAL_S = 0.0005  # between threads of the head; Python's 5 ms would delay the engine by as much a step
 _LOOK_EVERY_S = 1.0  # how soon the main thread notices that the head must end
 _END_WITHIN_S = 90.0  # from the end of the drain; a start of the pipeline that is under way is waited for for 60 s
-_HTTP_PACKAGES = ("fastapi", "uvicorn", "python_multipart")  # of the extra `http`
+HTTP_PACKAGES = ("fastapi", "uvicorn", "python_multipart")  # of the extra `http`
 _EXIT_FAILED = 3  # as in `cluster.cli`
 _log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Head:
 
     def __init__(
         self, deployment: Deployment, on_status: Callable[[LaunchStatus], None] = lambda status: None, *,
-        runtime: ClusterRuntime | None = None, port: int | None = None, clock: Callable[[], float] | None = None,
-        on_warning: Callable[[str], None] = lambda line: None,
+        runtime: ClusterRuntime | None = None, port: int | None = None, http_port: int | None = None,
+        clock: Callable[[], float] | None = None, on_warning: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -59,12 +59,14 @@ class Head:
             on_warning: called at the start with what is lost of the job store, as one line.
             runtime: one that runs already and goes on after `close`, instead of one of its own.
             port: replaces `server.port`; here 0 binds any free port.
+            http_port: replaces `server.http_port` in the same way.
             clock: seconds since 1970 that pass evenly, instead of a `SteadyClock`.
         """
         self.runtime = runtime or ClusterRuntime(deployment, on_status)
         self._owns_runtime = runtime is None
         self._config = deployment.config
         self._port = port
+        self._http_port = http_port
         self._clock = clock or SteadyClock()
         self._on_warning = on_warning
         self._health: HealthMonitor | None = None
@@ -103,7 +105,7 @@ class Head:
                 self.service, server, self._config.security, self._port, streams, self._keys, self._audit
             )
             steps.callback(self._grpc.close, 1.0)
-            self._http = self._make_http(streams) if server.http_port else None
+            self._http = self._make_http(streams) if server.http_port or self._http_port is not None else None
             if self._http is not None:
                 steps.callback(self._http.close, 1.0)
             steps.callback(self.service.close)
@@ -134,14 +136,16 @@ class Head:
         from cluster.http.http_server import HttpServer
 
         backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text, self._audit)
-        return HttpServer(backend, self._config.security, self._keys, on_refused=self._audit.refuse)
+        return HttpServer(
+            backend, self._config.security, self._keys, port=self._http_port, on_refused=self._audit.refuse
+        )
 
     def _check_ports(self) -> None:
         server = self._config.server
-        if server.http_port and not all(map(find_spec, _HTTP_PACKAGES)):
+        if server.http_port and not all(map(find_spec, HTTP_PACKAGES)):
             need = "needs packages that are not installed: pip install 'longreach[http]', or server.http_port: 0"
             raise PreflightError(f"server.http_port: {server.http_port}: {need}")
-        if server.http_port:
+        if server.http_port and self._http_port is None:
             check_port(server.http_host, server.http_port)
         if self._port is None:
             check_port(server.host, server.port)

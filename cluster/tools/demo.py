@@ -14,6 +14,7 @@ from cluster.config.deployment import Deployment
 from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
 from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.demo_http import HttpAnswer, ask_over_http, can_serve_http
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right
 from cluster.tools.eval.modes import Target, load_mode
@@ -76,7 +77,7 @@ def tree_pss_bytes() -> int:
 
 def demo_report(
     options: DemoOptions, haystack: Haystack, answers: Sequence[Generation], layout: tuple[int, int], ready_s: float,
-    total_s: float, peak_memory_bytes: int,
+    total_s: float, peak_memory_bytes: int, over_http: HttpAnswer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return answers beside the truth, and what the run cost, as plain data.
 
@@ -84,6 +85,7 @@ def demo_report(
 
     Args:
         peak_memory_bytes: of all processes together.
+        over_http: the longest question, asked again over HTTP.
     """
     first = min(answers, key=lambda answer: answer.timings.ttft_s)
     decoded = sum(len(answer.token_ids) - 1 for answer in answers)
@@ -113,6 +115,7 @@ def demo_report(
         "prefill_tokens_per_s": round((first.prompt_tokens - first.cached_tokens) / first.timings.prefill_s, 1),
         "decode_tokens_per_s": round(decoded / decoding, 1) if decoding > 0 else None,
         "cached_tokens": sum(answer.cached_tokens for answer in answers),
+        "http": over_http.to_json() if over_http is not None else None,
         "total_s": round(total_s, 2),
         "peak_memory_bytes": peak_memory_bytes,
         "seed": options.seed,
@@ -144,12 +147,18 @@ def run_demo(options: DemoOptions, display: Display) -> dict[str, Any]:
     runtime = ClusterRuntime(deployment, display.launch)
     haystack = build_haystack(runtime.tokenizer, options.tokens, options.needles, options.seed, needle_dir())
     questions = [needle.question for needle in haystack.needles]
+    wanted = AnswerOptions(max_tokens=ANSWER_TOKENS)
     parallel = deployment.config.cluster
     layout = (parallel.pipeline_parallel_size, parallel.expert_parallel_size)
     with MemoryWatch() as memory, runtime:
         ready = time.monotonic() - began
         display.say(f"cluster ready in {ready:.1f} s: {layout[0]} stages x {layout[1]} shards")
-        answers = runtime.ask_all(
-            haystack.document, questions, AnswerOptions(max_tokens=ANSWER_TOKENS), display.reading(len(questions))
-        )
-    return demo_report(options, haystack, answers, layout, ready, time.monotonic() - began, memory.peak_bytes)
+        prompts = runtime.document_prompts(haystack.document, questions, wanted)
+        last = max(range(len(prompts)), key=lambda index: len(prompts[index]))  # its length scale is all theirs
+        answers = runtime.generate(prompts, wanted, display.reading(len(questions)), len(prompts[last]))
+        again = None
+        if can_serve_http():
+            display.status("asking once more over HTTP")
+            again = ask_over_http(runtime, prompts[last], answers[last].text, ANSWER_TOKENS)
+    total = time.monotonic() - began
+    return demo_report(options, haystack, answers, layout, ready, total, memory.peak_bytes, again)

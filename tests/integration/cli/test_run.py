@@ -37,6 +37,8 @@ def test_demo_answers_everything(longreach: CommandLine) -> None:
     assert report["ttft_s"] > 0
     assert report["prefill_tokens_per_s"] > 0
     assert report["cached_tokens"] > 7 * 7000  # seven of eight questions found the document computed
+    assert report["http"]["is_same"]
+    assert report["http"]["cached_tokens"] > 7000
     longreach.assert_nothing_left()
 
 

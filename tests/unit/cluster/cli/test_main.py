@@ -85,6 +85,10 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, right: int, code: int) -> None:
         "questions": questions, "right": right, "total": 2, "tokens": 8000, "positions": "dca", "ready_s": 1.0,
         "sparse": {"mode": "sparse", "density": 0.2, "held_out_recall": 0.97}, "ttft_s": 2.0, "total_s": 9.0,
         "prefill_tokens_per_s": 4000.0, "decode_tokens_per_s": 80.0, "peak_memory_bytes": 1 << 30,
+        "http": {
+            "url": "http://127.0.0.1:80/v1", "text": "[no]", "is_same": right == 2, "seconds": 0.4,
+            "cached_tokens": 7936,
+        },
     }  # fmt: skip
     monkeypatch.setattr(demo, "run_demo", lambda *_: report)
     done = invoke("demo", "--tokens", "8k")
@@ -96,7 +100,11 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, right: int, code: int) -> None:
     assert ("[no]" in lines[4]) is (right == 1)
     text = " ".join(lines)
     assert "sparse prefill visited 20.0% of the pairs; held-out rows kept 97.0% of their attention" in text
+    same = "the same answer" if right == 2 else "another answer: [no]"
+    assert f"over HTTP (POST http://127.0.0.1:80/v1/completions): {same}, 0.4 s, 7,936 tokens cached" in text
     assert json.loads(invoke("demo", "--json").stdout) == report
+    report["http"] = None
+    assert "pip install 'longreach[http]' adds OpenAI's protocols over HTTP" in invoke("demo").stdout
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("slow", 0), ("error", 1)])

@@ -90,6 +90,7 @@ def test_a_port_that_is_taken_while_the_weights_load(tmp_path: Path, monkeypatch
         head.start()
         runtime.shard.hold()
         job = head.service.submit(SPEC)
+        eventually(lambda: head.service.get(job.id).state is not JobState.QUEUED)
         head.close()
         runtime.shard.let(1000)
         monkeypatch.setattr("cluster.server.head.check_port", check_port)

@@ -61,6 +61,7 @@ def test_report() -> None:
     assert report["questions"][0]["truth"] == report["questions"][0]["answer"]
     assert report["sparse"]["density"] == 0.25
     assert (report["ttft_s"], report["prefill_tokens_per_s"], report["decode_tokens_per_s"]) == (2.0, 4000.0, 20.0)
+    assert report["http"] is None
     assert (report["stages"], report["shards_per_stage"], report["peak_memory_bytes"]) == (2, 2, 1 << 30)
 
 
