@@ -46,6 +46,11 @@ def main() -> None:
     Measure accuracy:  longreach eval needle --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
     Read now, ask later: longreach docs add contract.pdf --read
+
+    \b
+    Exit codes: 0 done; 1 a wrong answer (demo), a failed check (doctor), a job that failed, was cancelled or has not
+    ended in time; 2 bad input; 3 the cluster could not start, be reached, or go on; 4 no such job, document or key;
+    130 interrupted.
     """
     os.umask(0o077)  # whatever is written is private
 
