@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from cluster.common.errors import JobStoreError
@@ -154,12 +154,12 @@ class BatchRunner:
             if batch.endpoint not in ENDPOINTS:  # of another version
                 raise InvalidJob(f"endpoint: {batch.endpoint}: must be one of {', '.join(ENDPOINTS)}")
             content = self._service.documents.read(batch.input)
-            lines = [*read_lines(content, batch.endpoint, batch.id)]
+            lines = [*islice(read_lines(content, batch.endpoint, batch.id), MAX_LINES + 1)]
         except JobError as error:
             self._table.fail_batch(batch.id, [_problem("invalid_input_file", str(error))])
             return
         if len(lines) > MAX_LINES:
-            message = f"{len(lines)} requests: must be at most {MAX_LINES}"
+            message = f"more than {MAX_LINES} requests: must be at most {MAX_LINES}: make several files"
             self._table.fail_batch(batch.id, [_problem("too_many_requests", message)])
         elif all(line.status for line in lines):
             found = [_problem_of(line) for line in lines[:_MAX_PROBLEMS]]
