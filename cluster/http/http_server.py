@@ -51,7 +51,7 @@ class HttpServer:
         self._thread: threading.Thread | None = None
         self._serving = WatchedThreads("HTTP")
         self._stalls = StallWatch([backend.streams, backend.short])
-        self._batches = BatchRunner(backend, backend.service)
+        self._batches = BatchRunner(backend, backend.service, keys)
 
     @property
     def threads(self) -> list[Watched]:
