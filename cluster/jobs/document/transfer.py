@@ -93,7 +93,7 @@ class DocumentTransfer:
             listing = manifest.to_json()
             yield from writer.member(MANIFEST, len(listing), [listing])
             yield from writer.member(TEXT, len(content), _cut(content))
-            if ids:
+            if ids and tenant.is_admin:
                 packed = _swapped(array("I", ids)).tobytes()
                 yield from writer.member(IDS, len(packed), _cut(packed))
             yield from kv_members(writer, self._documents, shards, [block.key for block in blocks])
@@ -139,6 +139,7 @@ class DocumentTransfer:
         Args:
             max_bytes: of the text.
             tenant: owns the document. KV is believed, and found by what it says it is of, so only an admin brings it.
+                So are token ids: others could bring those of control tokens.
 
         Raises:
             InvalidJob: the archive is damaged, none of ours, or its text too large. ServiceBusy: no room for it.
@@ -169,7 +170,7 @@ class DocumentTransfer:
 
         with self._account.importing(intake.keys):
             stored = self._documents.put_archived(record, reader.data(), max_bytes, finish, tenant)
-        if ids:
+        if ids and tenant.is_admin:
             with suppress(UserError):  # they are made anew
                 self._tokens.adopt(stored.id, ids)
         if intake.problem and manifest.blocks:
