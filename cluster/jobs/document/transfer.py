@@ -75,8 +75,11 @@ class DocumentTransfer:
             noted = self._documents.store.document_kv([document_id]).get(document_id, {})
             if keys := [key for key, pinned_len in noted.items() if record.scale_len in (0, pinned_len)]:
                 shards = ready_shards(self._kv)
+                end = self._tokens.head_tokens() + len(ids) if record.shared else sys.maxsize  # questions are private
                 blocks = tuple(
-                    ArchivedBlock(key.hex(), parent.hex(), start) for key, parent, start in self._kv.chained(keys)
+                    ArchivedBlock(key.hex(), parent.hex(), start)
+                    for key, parent, start in self._kv.chained(keys)
+                    if start + self._kv.block_tokens <= end
                 )
         *before, own = chain_ids(content, record.seams)  # the same ids for every owner
         document = ArchivedDocument(
@@ -93,7 +96,7 @@ class DocumentTransfer:
             listing = manifest.to_json()
             yield from writer.member(MANIFEST, len(listing), [listing])
             yield from writer.member(TEXT, len(content), _cut(content))
-            if ids and tenant.is_admin:
+            if ids:
                 packed = _swapped(array("I", ids)).tobytes()
                 yield from writer.member(IDS, len(packed), _cut(packed))
             yield from kv_members(writer, self._documents, shards, [block.key for block in blocks])

@@ -88,7 +88,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     audit = AuditLog(tmp_path / "audit.jsonl")
     keys = LiveKeys(tmp_path / "keys", backend.streams, audit)
     server = GrpcServer(service, ServerSection(), SecuritySection(), 0, backend.streams, keys, audit)  # type: ignore[arg-type]
-    # keys.watch(backend.short)
+    keys.watch(backend.short)
     http = HttpServer(backend, SecuritySection(), keys, port=0)
     keys.start()
     with channel_to(server.start()) as channel:

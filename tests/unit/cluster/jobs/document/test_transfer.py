@@ -179,3 +179,17 @@ def test_only_an_admin_says_what_the_tokens_of_a_text_are(open_bench: OpenBench,
     (prompt,) = job_prompts(there.runtime, there.service.document_tokens, spec)
     text = there.runtime.tokenizer.decode(prompt, skip_special=False)
     assert (TEXT.decode() in text) != is_admin
+
+
+def test_an_archive_of_a_shared_document_has_nothing_of_its_questions(open_bench: OpenBench) -> None:
+    disk = FakeDisk()
+    here = open_bench(disk)
+    document = here.service.add_document("a", [TEXT], LIMIT, tenant=Tenant("ann"), shared=True)
+    question = JobSpec(JobInput(document.id, ("Why is the river dark? " * 80,)), AnswerOptions(max_tokens=1))
+    here.service.wait(here.service.submit(question, Tenant("ann")).id, 20)
+    here.runtime.kv_store.backlog.wait_empty(10)
+    last = here.service.document_tokens.head_tokens() + here.service.count_document(document.id)
+    eventually(lambda: len(disk.written) > last // 64)
+    with tarfile.open(fileobj=io.BytesIO(archive_of(here, document.id))) as tar:
+        blocks = {name.split("/")[1] for name in tar.getnames() if name.startswith("kv/")}
+    assert len(blocks) == last // 64
