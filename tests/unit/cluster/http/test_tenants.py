@@ -327,6 +327,34 @@ def test_an_import_keeps_the_limit_of_its_key(rig: Rig) -> None:
     assert rig.call("GET", "/v1/documents", BOB).json()["documents"] == []
 
 
+def test_a_form_keeps_the_limit_of_its_key_while_it_comes(rig: Rig) -> None:
+    rig.app = make_app(rig.backend, ApiKeys({**KEYS, BOB: Tenant("bob", max_document_bytes=8192)}))
+    sizes: list[int] = []
+    spool = rig.bench.service.documents.spool
+
+    class Counted:
+        def __init__(self) -> None:
+            self._file = spool()
+
+        def write(self, data: bytes) -> int:
+            sizes.append(len(data))
+            return self._file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    rig.bench.service.documents.spool = Counted  # type: ignore[assignment, method-assign]
+    for purpose in ("batch", "user_data"):
+        form = {"files": {"file": ("a", b"words " * 200_000)}, "data": {"purpose": purpose}}
+        answer = rig.call("POST", "/v1/files", BOB, **form)
+        assert answer.status_code == 429, answer.text
+        assert "its limit document-bytes" in answer.json()["error"]["message"]
+        assert sum(sizes) <= 8192
+    small = {"files": {"file": ("a", b"words " * 100)}, "data": {"purpose": "batch"}}
+    assert rig.call("POST", "/v1/files", BOB, **small).status_code == 200
+    assert not rig.bench.service.documents._uploading
+
+
 def test_no_route_goes_around_the_tenants() -> None:
     """Only `core`, and what asks whether the head serves, may use the job service that knows no callers; batches are
     worked on as their owners.

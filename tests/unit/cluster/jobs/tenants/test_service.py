@@ -65,7 +65,7 @@ def every_operation(job_id: str, document_id: str) -> dict[str, Callable[[Tenant
 
 NAMELESS = {
     "now", "is_draining", "jobs", "keep_text", "import_document", "count_text", "stored_kv", "status", "documents.list",
-    "documents.page", "documents.spool", "documents.put",
+    "documents.page", "documents.spool", "documents.receiving", "documents.put",
 }  # fmt: skip
 
 
