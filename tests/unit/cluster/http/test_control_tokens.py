@@ -116,7 +116,8 @@ def hostile(rng: random.Random, spellings: list[str]) -> str:
     at = rng.randrange(1, len(text))
     return rng.choice([
         text, text, text[:at], text[at:], text.upper(), f" {text} ", f"a{text}\n{other}",
-        f"{text[:at]}\u200b{text[at:]}", text.replace("<", "\\u003c"), text.replace("<", "\uff1c"), f"{other}{text}", "x",
+        f"{text[:at]}\u200b{text[at:]}", text.replace("<", "\\u003c"), text.replace("<", "\uff1c"),
+        f"{other}{text}", "x",
     ])  # fmt: skip
 
 
