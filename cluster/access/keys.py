@@ -34,6 +34,9 @@ class Keys(Protocol):
     def tenant(self, key: str) -> Tenant | None:
         """Return the tenant of a key, None if it is not one of the keys."""
 
+    def named(self, name: str) -> Tenant | None:
+        """Return the tenant of a name, None if it has no key."""
+
 
 class ApiKeys:
     """The keys that give access. Only their SHA-256 is kept, so that no key can end up in a log or a dump."""
@@ -63,6 +66,10 @@ class ApiKeys:
             if hmac.compare_digest(known, digest):
                 found = tenant
         return found
+
+    def named(self, name: str) -> Tenant | None:
+        """Return the tenant of a name, None if it has no key."""
+        return next((tenant for tenant in self._tenants.values() if tenant.name == name), None)
 
     @property
     def names(self) -> dict[str, str]:

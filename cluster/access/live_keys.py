@@ -29,13 +29,13 @@ class LiveKeys:
         """Read the file.
 
         Args:
-            streams: calls that may last for hours; those of keys that are gone are ended.
+            streams: calls that may last for hours; those of keys that are gone are ended, see `watch`.
 
         Raises:
             PreflightError: as `load_api_keys`.
         """
         self._path = path
-        self._streams = streams
+        self._pools = [streams]
         self._audit = audit
         self._keys = load_api_keys(path)
         self._content = read_secret(WHAT, path)
@@ -46,6 +46,14 @@ class LiveKeys:
     def tenant(self, key: str) -> Tenant | None:
         """Return the tenant of a key, None if it is not one of the keys."""
         return self._keys.tenant(key)
+
+    def named(self, name: str) -> Tenant | None:
+        """Return the tenant of a name, None if it has no key."""
+        return self._keys.named(name)
+
+    def watch(self, pool: CallPool) -> None:
+        """End the calls of keys that are gone in another pool too; called before `start`."""
+        self._pools.append(pool)
 
     @property
     def names(self) -> set[str]:
@@ -76,11 +84,12 @@ class LiveKeys:
             _log.error("%s: the keys stay as they were", problem)
         self._problem = problem
         known = self._keys.names
-        for caller in self._streams.end_where(
-            lambda caller: bool(caller.key_id) and caller.key_id not in known,
-            CallEnd.REVOKED, "the API key was revoked",
-        ):  # fmt: skip
-            _log.info("a call of %s was ended: its key was revoked", caller)
+        for pool in self._pools:
+            for caller in pool.end_where(
+                lambda caller: bool(caller.key_id) and caller.key_id not in known,
+                CallEnd.REVOKED, "the API key was revoked",
+            ):  # fmt: skip
+                _log.info("a call of %s was ended: its key was revoked", caller)
 
     def _change(self, keys: ApiKeys) -> None:
         before, after = self._keys.names, keys.names

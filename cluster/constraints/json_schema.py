@@ -30,7 +30,8 @@ _REFUSED = {  # keyword: way out
     "additionalItems": "use prefixItems and items", "$dynamicRef": "use $ref", "$recursiveRef": "use $ref",
 }  # fmt: skip
 _FORMATS = ("date", "time", "date-time", "duration", "ipv4", "ipv6", "uuid", "email", "hostname", "uri")
-_LARK_PIECE = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*|%json\s*(?=\{)')
+# What has no end goes to the end of its line: else it would be tried again from every mark in it.
+_LARK_PIECE = re.compile(r'"(?:\\.|[^"\\\n])*+"?|/(?:\\.|[^/\\\n])++/?|//[^\n]*+|#[^\n]*+|%json\s*+(?=\{)')
 
 
 def to_compile(schema: Mapping[str, Any] | bool, where: str = "#") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.engine.attention_report import AttentionSummary
+from cluster.scheduler.prefix_keys import Private
 from cluster.scheduler.request import FinishReason
 from cluster.text.tokenizer import TextTokenizer
 from protos.jobs.sampling import AnswerOptions, SamplingParams
@@ -26,6 +27,7 @@ class GenerationSpec:
     cache_salt: str = ""  # prompts share KV with those of the same salt only
     kernel_family: str = ""  # kernels whose stored KV it uses; empty: those of this cluster
     document_id: str = ""  # that it is about: its stored KV is noted there
+    private: Private | None = None  # what follows a shared document, which is its owner's alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ class RequestFactory:
         rules = StopRules(options.max_tokens, stops)
         request = Request(
             sequence, spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
-            Origin(spec.kernel_family, spec.cache_salt), spec.document_id,
+            Origin(spec.kernel_family, spec.cache_salt, spec.private), spec.document_id,
         )  # fmt: skip
         opened = self.tokenizer is not None and opens_reasoning(self.tokenizer, spec.prompt)
         text = OutputText(self.tokenizer, options.stop, opened, stops)

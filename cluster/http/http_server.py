@@ -25,6 +25,7 @@ from cluster.http.core.protocol import KEEP_ALIVE_S, BoundedProtocol
 
 _IDLE_CONNECTIONS = 384  # beside one for each of `server.max_streams`; more are closed at once
 _BACKLOG = 256
+_HANDSHAKE_S = 10.0  # of TLS
 _MAX_HEAD_BYTES = 32 << 10  # request line and headers
 
 
@@ -51,7 +52,7 @@ class HttpServer:
         self._thread: threading.Thread | None = None
         self._serving = WatchedThreads("HTTP")
         self._stalls = StallWatch([backend.streams, backend.short])
-        self._batches = BatchRunner(backend, backend.service)
+        self._batches = BatchRunner(backend, backend.service, keys)
 
     @property
     def threads(self) -> list[Watched]:
@@ -129,6 +130,14 @@ class HttpServer:
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests that are no HTTP; errors are logged by us
     try:
-        asyncio.run(server.serve([listener]))
+        asyncio.run(_serve(server, listener))
     finally:
         listener.close()
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serve; who does not begin TLS in time is closed: the protocol knows of connections that have."""
+    loop: Any = asyncio.get_running_loop()
+    if server.config.is_ssl:
+        loop.create_server = partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_S)
+    await server.serve([listener])

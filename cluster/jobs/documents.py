@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
+import secrets
 import tempfile
 import threading
 import time
@@ -23,6 +23,7 @@ from typing import IO
 
 from cluster.common.errors import JobStoreError, JobStoreFull
 from cluster.jobs.document.chain import ChainDigest, chain_ids, digest_after, id_of
+from cluster.jobs.document.disk import read_file, sync_folder, write_all
 from cluster.jobs.document.token_file import SUFFIX, TEMPORARY, tokens_path
 from cluster.jobs.model import (
     DocumentDamaged,
@@ -142,7 +143,7 @@ class DocumentStore:
             if first:
                 self._check_room(path.name, size, tenant)
                 with self._errors():
-                    _write(descriptor, first)
+                    write_all(descriptor, first)
             size = self._receive(descriptor, path.name, tenant, pieces, max_bytes, size, digest.update)
             if size == len(first):
                 raise InvalidJob("document: 0 bytes: must have at least 1")
@@ -190,6 +191,19 @@ class DocumentStore:
         """Return a file without a name, in memory while it is small."""
         return tempfile.SpooledTemporaryFile(_SPOOL_BYTES, prefix=_TEMPORARY, dir=str(self._folder))
 
+    @contextmanager
+    def receiving(self, tenant: Tenant) -> Iterator[Callable[[int], None]]:
+        """Count a file that is on its way among the uploads: what is yielded is told its bytes so far.
+
+        That raises ServiceBusy: there is no room for it.
+        """
+        name = f"{_TEMPORARY}{secrets.token_hex(16)}"
+        try:
+            yield lambda size: self._check_room(name, size, tenant)
+        finally:
+            with self._lock:
+                self._uploading.pop(name, None)
+
     def _receive(
         self, descriptor: int, temporary: str, tenant: Tenant, pieces: Iterable[bytes], max_bytes: int, size: int,
         update: Callable[[bytes], None],
@@ -201,7 +215,7 @@ class DocumentStore:
             self._check_room(temporary, size, tenant)
             update(piece)
             with self._errors():
-                _write(descriptor, piece)
+                write_all(descriptor, piece)
         with self._errors():
             os.fsync(descriptor)
         return size
@@ -243,7 +257,7 @@ class DocumentStore:
         record = self.get(document_id)
         check_size(record.size_bytes)
         try:
-            content = _read_file(self.path(document_id), record.size_bytes)
+            content = read_file(self.path(document_id), record.size_bytes)
         except OSError as error:
             if error.errno in _OF_THE_PROCESS or not os.access(self._folder, os.R_OK | os.X_OK):
                 with self._errors():
@@ -342,7 +356,7 @@ class DocumentStore:
             is_new = not path.exists()
             temporary.replace(path)  # replaces a file that was damaged, too
             try:
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
                 stored = self.store.put_document(record)
             except BaseException:
                 if is_new:
@@ -365,32 +379,6 @@ class DocumentStore:
             raise JobStoreError(f"documents {self._folder}: {error.strerror}: {remedy}") from error
 
 
-def _read_file(path: Path, size: int) -> bytes:
-    """Return the content of a regular file, but not more than one byte beyond `size`; others raise OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place must not block
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(size + 1)
-    finally:
-        os.close(descriptor)
-
-
 def display_name(name: str) -> str:
     """Return a name that can be shown on one line: 1 to MAX_NAME printable characters. It never becomes a path."""
     return "".join(c for c in " ".join(name.split()) if c.isprintable())[:MAX_NAME].strip() or "document"
-
-
-def _write(descriptor: int, piece: bytes) -> None:
-    rest = memoryview(piece)
-    while rest:  # a disk that fills up accepts a part first
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,6 +39,7 @@ from cluster.jobs.sqlite.batches import BatchTable
 from cluster.jobs.store import JobStore
 from cluster.jobs.store_retry import StoreAbandoned, StoreRetry, may_pass
 from cluster.jobs.subscriptions import Subscriptions
+from cluster.scheduler.prefix_keys import Private
 from cluster.scheduler.request import FinishReason
 from protos.errors import UserError
 from protos.stage.messages import SampledToken
@@ -190,12 +191,13 @@ class JobExecution:
         stored = record.reproducibility.get("scale_len", 0)  # what was in force when it was submitted
         scale_len = max(stored if isinstance(stored, int) else 0, longest(prompts))
         items = []
+        family, private = self._of_document(record)
         for question, prompt in enumerate(prompts):
             if question not in job.ended:
                 resume = tuple(done.get(question, ()))
                 generation = GenerationSpec(
                     prompt, ask, spec.priority, resume, question, scale_len, spec.cache_salt,
-                    self._kernel_family(spec), spec.input.document_id,
+                    family, spec.input.document_id, private,
                 )  # fmt: skip
                 items.append((generation, self._recorder.callback(job, question)))
         try:
@@ -204,9 +206,15 @@ class JobExecution:
             if self._supervisor.state is PipelineState.DOWN:
                 self._decide_end(record.id, self._supervisor.reason)
 
-    def _kernel_family(self, spec: JobSpec) -> str:
-        document = self._store.get_document(spec.input.document_id) if spec.input.document_id else None
-        return document.kernel_family if document is not None else ""
+    def _of_document(self, record: JobRecord) -> tuple[str, Private | None]:
+        """Return the family of the kernels of a job's document, and where the job's own KV begins if that is shared."""
+        name = record.spec.input.document_id
+        document = self._store.get_document(name) if name else None
+        if document is None:
+            return "", None
+        is_ours = not document.shared or self._runtime.deployment.config.prefill.share_across_keys
+        end = self.document_tokens.head_tokens() + document.tokens
+        return document.kernel_family, None if is_ours else Private(end, record.owner)
 
     def _take_up_held(self) -> None:
         """Queue one job again that no engine has although a pipeline runs: it had to wait for a suspect."""

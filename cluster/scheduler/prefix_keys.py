@@ -24,9 +24,17 @@ _TOLERANCE = 0.005  # relative difference of s ** 2 up to which pages of another
 _MAX_LENGTHS = 64  # lengths to remember
 
 
+class Private(NamedTuple):
+    """From which token on KV is of one owner alone, where a prompt begins with what is everybody's."""
+
+    start: int
+    salt: str
+
+
 def page_hashes(
-    token_ids: Sequence[int], page_size: int, root: bytes, depends_to: Callable[[int], int] = lambda stop: stop
-) -> Iterator[bytes]:
+    token_ids: Sequence[int], page_size: int, root: bytes, depends_to: Callable[[int], int] = lambda stop: stop,
+    private: Private | None = None,
+) -> Iterator[bytes]:  # fmt: skip
     """Yield the SHA-256 of every full page, chained: a hash stands for the page and everything before it.
 
     Blocks of the store are hashed likewise, at their own size, so that no page size changes their keys.
@@ -39,6 +47,8 @@ def page_hashes(
     previous, hashed = root, 0
     for stop in range(page_size, len(token_ids) + 1, page_size):
         end = max(depends_to(stop), hashed)
+        if private is not None and end > private.start:
+            previous, private = hashlib.sha256(previous + private.salt.encode()).digest(), None
         tokens = array("I", token_ids[hashed:end])
         previous, hashed = hashlib.sha256(previous + tokens.tobytes()).digest(), end
         yield previous
@@ -49,6 +59,7 @@ class Origin(NamedTuple):
 
     kernel_family: str = ""  # kernels that computed it, if not those of this cluster
     cache_salt: str = ""  # whose it is, if not everybody's
+    private: Private | None = None  # whose it is from some token on
 
 
 OWN = Origin()
@@ -130,9 +141,11 @@ class PrefixKeys:
         spec, length = self._spec, len(prompt)
         root = self._root_of(length, size, key, origin)
         if spec is None or not self._is_sparse(length):
-            return page_hashes(prompt, size, root)
+            return page_hashes(prompt, size, root, private=origin.private)
         stable = grid.last_cut(spec, length, length)
-        pieces = page_hashes(prompt, size, root, lambda stop: grid.next_cut(spec, stop - 1, length) or stop)
+        pieces = page_hashes(
+            prompt, size, root, lambda stop: grid.next_cut(spec, stop - 1, length) or stop, origin.private
+        )
         return islice(pieces, stable // size)
 
     def _root_of(self, prompt_len: int, size: int, key: int, origin: Origin) -> bytes:

@@ -136,6 +136,8 @@ class Head:
         from cluster.http.http_server import HttpServer
 
         backend = Backend(self.service, self.runtime, self._config.server, streams, self._metrics.text, self._audit)
+        if self._keys is not None:
+            self._keys.watch(backend.short)  # a body may take its time, and begin what outlasts the request
         return HttpServer(
             backend, self._config.security, self._keys, port=self._http_port, on_refused=self._audit.refuse
         )

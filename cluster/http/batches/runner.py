@@ -15,9 +15,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
+from cluster.access.keys import Keys
 from cluster.common.errors import JobStoreError
 from cluster.common.text_format import one_line
 from cluster.common.watched_thread import WatchedThread
@@ -66,13 +67,15 @@ class _ActiveLine:
 class BatchRunner:
     """Works on all batches of a job service, from `start` to `close`."""
 
-    def __init__(self, backend: Backend, service: JobService) -> None:
+    def __init__(self, backend: Backend, service: JobService, keys: Keys | None = None) -> None:
         """
         Args:
             service: knows no callers; what is done for a batch is done as its owner.
+            keys: with the limits of owners; None: there are none.
         """
         self._backend = backend
         self._service = service
+        self._keys = keys
         self._table = service.batches
         self._changed = backend.batches_changed
         self._closing = threading.Event()
@@ -154,12 +157,12 @@ class BatchRunner:
             if batch.endpoint not in ENDPOINTS:  # of another version
                 raise InvalidJob(f"endpoint: {batch.endpoint}: must be one of {', '.join(ENDPOINTS)}")
             content = self._service.documents.read(batch.input)
-            lines = [*read_lines(content, batch.endpoint, batch.id)]
+            lines = [*islice(read_lines(content, batch.endpoint, batch.id), MAX_LINES + 1)]
         except JobError as error:
             self._table.fail_batch(batch.id, [_problem("invalid_input_file", str(error))])
             return
         if len(lines) > MAX_LINES:
-            message = f"{len(lines)} requests: must be at most {MAX_LINES}"
+            message = f"more than {MAX_LINES} requests: must be at most {MAX_LINES}: make several files"
             self._table.fail_batch(batch.id, [_problem("too_many_requests", message)])
         elif all(line.status for line in lines):
             found = [_problem_of(line) for line in lines[:_MAX_PROBLEMS]]
@@ -168,7 +171,7 @@ class BatchRunner:
             _log.info("%s has %d requests", batch.id, len(lines))
 
     def _fill(self, now: float) -> None:
-        """Make jobs of the next lines, as many as may run, in turn for all batches."""
+        """Make jobs of the next lines, as many as may run, in turn for all batches whose owners have a key."""
         batches = [
             one
             for one in self._table.unfinished_batches()
@@ -179,16 +182,22 @@ class BatchRunner:
                 return
             running = Counter(batch_id for batch_id, _ in self._active)
             batch = min(batches, key=lambda one: running[one.id])
-            lines = self._table.open_lines(batch.id, self._begun[batch.id], 1)
-            if not lines or not self._make_jobs(batch, lines[0], now):
+            lines, owner = self._table.open_lines(batch.id, self._begun[batch.id], 1), self._owner(batch)
+            if not lines or owner is None or not self._make_jobs(batch, owner, lines[0], now):
                 batches.remove(batch)
 
-    def _make_jobs(self, batch: BatchRecord, line: BatchLine, now: float) -> bool:
+    def _owner(self, batch: BatchRecord) -> Tenant | None:
+        """Return as whom the lines of a batch are submitted, with the limits of now; None: its keys are revoked."""
+        if not batch.owner:
+            return ANYONE
+        return self._keys.named(batch.owner) if self._keys is not None else Tenant(batch.owner)
+
+    def _make_jobs(self, batch: BatchRecord, tenant: Tenant, line: BatchLine, now: float) -> bool:
         """Make the jobs of a line, or find them if they were made; False if there is no room: it is tried again."""
         endpoint, asked = ENDPOINTS[batch.endpoint], None
         try:
             asked = parse(endpoint.model, self._body(batch, line)).model_copy(update={"stream": False})
-            owner = TenantService(self._service, owner_of(batch))
+            owner = TenantService(self._service, tenant)
             specs = endpoint.specs(self._backend, asked, owner)
             records = [owner.submit(_of_line(spec, batch, line, index)) for index, spec in enumerate(specs)]
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to this line
@@ -306,7 +315,7 @@ class BatchRunner:
             return ""
         name = f"{batch.id}_{'output' if is_good else 'error'}.jsonl"
         most = self._backend.limits.max_documents_bytes
-        owner = owner_of(batch)
+        owner = Tenant(batch.owner)  # whatever its limits: these are answers to what was let in
         return self._service.documents.put(name, chain([first], pieces), most, purpose=BATCH_OUTPUT, tenant=owner).id
 
     def _results(self, batch: BatchRecord, is_good: bool) -> Iterator[bytes]:
@@ -314,11 +323,6 @@ class BatchRunner:
         while lines := self._table.results(batch.id, is_good, after, _PAGE):
             after = lines[-1].line
             yield "".join(f"{line.result}\n" for line in lines).encode()
-
-
-def owner_of(batch: BatchRecord) -> Tenant:
-    """Return as whom the work on a batch is done: with what its owner sees, and without limits of its key."""
-    return Tenant(batch.owner) if batch.owner else ANYONE
 
 
 def _of_line(spec: JobSpec, batch: BatchRecord, line: BatchLine, index: int) -> JobSpec:

@@ -22,7 +22,8 @@ _MAX_ALL_BYTES = 512 << 20  # of all bodies that are being read or parsed
 _SLOW_S, _SLOW_RATE = 60.0, 1024  # from this time on a body must have come with so many bytes a second
 _BIG_BYTES = 64 << 10
 _MAX_PARTS = 1 << 16  # objects, lists and texts of a big body: each costs much more memory than it has bytes
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# One that has no end goes to the end of the body: else it would be tried again from every quotation mark in it.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _VARIANT = re.compile(r"(str|bool|int|literal|list)(\[|$)")  # how pydantic names the variants of a union
 _Model = TypeVar("_Model", bound=BaseModel)
 

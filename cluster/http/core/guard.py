@@ -166,6 +166,10 @@ def _check_origin(headers: Mapping[str, list[str]]) -> None:
         if not _host_of(origin) or origin.partition("://")[2] not in hosts:
             problem = f"origin: {origin!r}: pages of other sites are not served without API keys"
             raise ApiError(403, problem, code="foreign_origin")
+    site, mode = (headers.get(f"sec-fetch-{name}", [""])[0] for name in ("site", "mode"))
+    if site in ("cross-site", "same-site") and mode != "navigate":  # no Origin: images, scripts; links may be followed
+        problem = f"sec-fetch-site: {site}: pages of other sites are not served without API keys"
+        raise ApiError(403, problem, code="foreign_origin")
 
 
 def _host_of(url: str) -> str:

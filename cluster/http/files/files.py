@@ -41,7 +41,10 @@ def make_router(backend: Backend) -> APIRouter:
         call.become_stream()
         service = call.service
         limits = backend.limits
-        with await read_form(backend, request, service.documents.spool, limits.max_document_bytes) as form:
+        documents = service.documents
+        with documents.receiving() as check_room:
+            received = await read_form(backend, request, documents.spool, limits.max_document_bytes, check_room)
+        with received as form:
             try:
                 record = await backend.call(_store, service, form, limits.max_document_bytes)
             except Exception as error:

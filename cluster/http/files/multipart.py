@@ -38,12 +38,16 @@ class Form:
         self.file.close()
 
 
-async def read_form(backend: Backend, request: Request, open_file: Callable[[], IO[bytes]], max_bytes: int) -> Form:
+async def read_form(
+    backend: Backend, request: Request, open_file: Callable[[], IO[bytes]], max_bytes: int,
+    check_room: Callable[[int], None] = lambda size: None,
+) -> Form:  # fmt: skip
     """Return the form of a request, whose part `file` is the file; it is closed with the form.
 
     Args:
         open_file: makes an empty file.
         max_bytes: of the file.
+        check_room: told how many bytes of the file there are so far; may raise.
 
     Raises:
         ApiError: it is no form, too large, comes too slowly, or was cut off. Nothing is left behind then.
@@ -54,7 +58,7 @@ async def read_form(backend: Backend, request: Request, open_file: Callable[[], 
         raise ApiError(400, "request: must be multipart/form-data with a boundary")
     form = Form(await backend.call(open_file))
     try:
-        reader = _Reader(form, max_bytes)
+        reader = _Reader(form, max_bytes, check_room)
         parser = MultipartParser(boundary, reader.callbacks())
         async for piece in pieces(request, max_bytes + FORM_BYTES):
             await backend.call(parser.write, piece)
@@ -73,9 +77,10 @@ async def read_form(backend: Backend, request: Request, open_file: Callable[[], 
 class _Reader:
     """Takes in what the parser finds; `is_complete` at the end of the form."""
 
-    def __init__(self, form: Form, max_bytes: int) -> None:
+    def __init__(self, form: Form, max_bytes: int, check_room: Callable[[int], None]) -> None:
         self._form = form
-        self._left = max_bytes
+        self._max_bytes = self._left = max_bytes
+        self._check_room = check_room
         self._num_parts = 0
         self._begin()
         self.is_complete = False
@@ -130,6 +135,7 @@ class _Reader:
             self._left -= end - start
             if self._left < 0:
                 raise ApiError(413, "file: too large (server.max_document_bytes)", code="request_too_large")
+            self._check_room(self._max_bytes - self._left)
             self._form.file.write(data[start:end])
             return
         self._text += data[start:end]

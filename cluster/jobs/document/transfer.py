@@ -75,8 +75,11 @@ class DocumentTransfer:
             noted = self._documents.store.document_kv([document_id]).get(document_id, {})
             if keys := [key for key, pinned_len in noted.items() if record.scale_len in (0, pinned_len)]:
                 shards = ready_shards(self._kv)
+                end = self._tokens.head_tokens() + len(ids) if record.shared else sys.maxsize  # questions are private
                 blocks = tuple(
-                    ArchivedBlock(key.hex(), parent.hex(), start) for key, parent, start in self._kv.chained(keys)
+                    ArchivedBlock(key.hex(), parent.hex(), start)
+                    for key, parent, start in self._kv.chained(keys)
+                    if start + self._kv.block_tokens <= end
                 )
         *before, own = chain_ids(content, record.seams)  # the same ids for every owner
         document = ArchivedDocument(
@@ -139,6 +142,7 @@ class DocumentTransfer:
         Args:
             max_bytes: of the text.
             tenant: owns the document. KV is believed, and found by what it says it is of, so only an admin brings it.
+                So are token ids: others could bring those of control tokens.
 
         Raises:
             InvalidJob: the archive is damaged, none of ours, or its text too large. ServiceBusy: no room for it.
@@ -169,7 +173,7 @@ class DocumentTransfer:
 
         with self._account.importing(intake.keys):
             stored = self._documents.put_archived(record, reader.data(), max_bytes, finish, tenant)
-        if ids:
+        if ids and tenant.is_admin:
             with suppress(UserError):  # they are made anew
                 self._tokens.adopt(stored.id, ids)
         if intake.problem and manifest.blocks:

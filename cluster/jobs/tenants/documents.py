@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -43,6 +44,9 @@ class TenantDocuments:
 
     def spool(self) -> IO[bytes]:
         return self._documents.spool()
+
+    def receiving(self) -> AbstractContextManager[Callable[[int], None]]:
+        return self._documents.receiving(self._tenant)
 
     def put(self, name: str, pieces: Iterable[bytes], max_bytes: int, purpose: str) -> DocumentRecord:
         """Store a file of the tenant that nobody asks about."""

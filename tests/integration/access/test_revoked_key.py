@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,7 @@ class Rig:
     url: str
     streams: CallPool
     audit: Path
+    service: AnsweringService
 
     def submit(self, key: str) -> str:
         return self.stub.Submit(pb.SubmitRequest(prompt="a"), metadata=[("authorization", f"Bearer {key}")]).id
@@ -85,10 +88,13 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     audit = AuditLog(tmp_path / "audit.jsonl")
     keys = LiveKeys(tmp_path / "keys", backend.streams, audit)
     server = GrpcServer(service, ServerSection(), SecuritySection(), 0, backend.streams, keys, audit)  # type: ignore[arg-type]
+    keys.watch(backend.short)
     http = HttpServer(backend, SecuritySection(), keys, port=0)
     keys.start()
     with channel_to(server.start()) as channel:
-        yield Rig(file, law, ops, rpc.JobsStub(channel), http.start(), backend.streams, tmp_path / "audit.jsonl")
+        yield Rig(
+            file, law, ops, rpc.JobsStub(channel), http.start(), backend.streams, tmp_path / "audit.jsonl", service
+        )  # fmt: skip
     keys.close()
     server.close(0.0)
     http.close(0.0)
@@ -116,3 +122,16 @@ def test_open_streams_of_a_revoked_key_end(rig: Rig) -> None:
     assert rig.law not in rig.audit.read_text()
     new = rig.file.create(Tenant("new"))
     assert eventually(lambda: httpx.get(f"{rig.url}/v1/models", headers={"x-api-key": new}).status_code == 200)
+
+
+def test_a_request_that_was_begun_with_a_revoked_key_does_nothing(rig: Rig) -> None:
+    host, _, port = rig.url.partition("//")[2].partition(":")
+    head = f"POST /v1/responses HTTP/1.1\r\nHost: {host}\r\nx-api-key: {rig.law}\r\nContent-Length: 40\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f'{head}{{"input": "a", '.encode())
+        time.sleep(0.3)
+        rig.file.revoke("law")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
+        with contextlib.suppress(OSError):
+            connection.sendall(b'"background": true}   ')
+    assert rig.service.specs == []

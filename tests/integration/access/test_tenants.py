@@ -183,3 +183,16 @@ def test_a_shared_document_is_everybodys_to_read(rig: Rig) -> None:
         code, details, _ = rig.call(method, BOB, shared.id)
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "only that key can change it" in details
+
+
+def test_an_archive_becomes_a_document_of_whoever_imports_it(rig: Rig) -> None:
+    stub, name = rpc.JobsStub(rig.channel), rig.make("doc")
+    archive = [*stub.ExportDocument(pb.ExportRequest(id=name), metadata=metadata(ANN))]
+    made = stub.ImportDocument(iter(archive), metadata=metadata(BOB))
+    assert (made.name, made.shared) == (MARK, False)
+    assert made.id != name
+    listed = stub.ListDocuments(pb.ListDocumentsRequest(), metadata=metadata(BOB)).documents
+    assert [one.id for one in listed] == [made.id]
+    assert rig.call("GetDocument", ANN, made.id)[0] is grpc.StatusCode.NOT_FOUND
+    assert rig.call("DeleteDocument", BOB, made.id)[0] is grpc.StatusCode.OK
+    assert rig.call("GetDocument", ANN, name)[0] is grpc.StatusCode.OK

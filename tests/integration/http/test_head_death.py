@@ -8,13 +8,13 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.rigs.background import BackgroundReader, read_through_deaths
+from tests.support.rigs.background import BackgroundReader, die_again_and_again, read_to_end
 from tests.support.rigs.head import HeadProcess, free_port
 
-LIVES = (2, 40, 40, 40, 40)  # events between deaths; the first comes before the prompt is read
+LIVES = (2, 20, 20, 20, 20)  # events between deaths; the first comes before the prompt is read
 BODY: dict[str, Any] = {
     "input": "The code of dark river is 12345. " * 150 + "What is the code?",  # a prompt of some steps
-    "max_output_tokens": 1200,
+    "max_output_tokens": 600,
     "background": True,
     "extra_body": {"ignore_eos": True},
 }
@@ -32,13 +32,14 @@ def test_five_deaths_of_the_head(tmp_path: Path) -> None:
             head.kill()
             head.start()
 
-        undisturbed = BackgroundReader(client, client.responses.create(**BODY).id)
-        undisturbed.read()
-        undisturbed.check()
         made = client.responses.create(**BODY)
         reader = BackgroundReader(client, made.id)
-        read_through_deaths(reader, restart, LIVES)
+        die_again_and_again(reader, restart, LIVES)
+        undisturbed = BackgroundReader(client, client.responses.create(**BODY).id)  # beside what is left of the other
+        read_to_end(reader)
         reader.check()
+        undisturbed.read()
+        undisturbed.check()
         with head.client() as jobs:
             assert jobs.job(made.id.replace("resp_", "job_")).data.restarts >= len(LIVES) - 1  # it ran when they died
         assert reader.text == undisturbed.text

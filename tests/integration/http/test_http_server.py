@@ -17,6 +17,7 @@ import pytest
 from cluster.access import call_pool
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
+from cluster.http import http_server
 from cluster.http.core import protocol
 from cluster.http.http_server import HttpServer
 from cluster.jobs.model import JobState
@@ -190,6 +191,16 @@ def test_two_hundred_streams_at_once() -> None:
     with serving_http(service, max_streams=256) as url:
         texts = asyncio.run(run(url))
     assert all(text.endswith("data: [DONE]\n\n") and text.count("word ") == 20 for text in texts)
+
+
+def test_who_does_not_begin_tls_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_HANDSHAKE_S", 0.5)
+    certificate, key = Authority(tmp_path, "ours").issue("head")
+    security = SecuritySection(tls_cert_file=certificate, tls_key_file=key)
+    with serving_http(AnsweringService(), security=security) as url:
+        began = time.monotonic()
+        assert read_all(connect(url)) == b""
+        assert time.monotonic() - began < 8
 
 
 def test_tls_and_certificates_of_clients(tmp_path: Path) -> None:

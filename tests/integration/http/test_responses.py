@@ -12,7 +12,7 @@ import pytest
 
 from cluster.jobs.model import JobState
 from tests.support.data.clients.codex import first_request, request_after_calls
-from tests.support.rigs.background import BackgroundReader, read_through_deaths
+from tests.support.rigs.background import BackgroundReader, die_again_and_again, read_to_end
 from tests.support.rigs.head import free_port, until
 from tests.support.rigs.http import AnsweringService, serving_http
 from tests.support.rigs.service import Bench
@@ -154,7 +154,8 @@ def test_the_next_head_counts_the_same(bench: Bench, client: openai.OpenAI) -> N
         bench.runtime.shard.let(2)
 
     bench.runtime.shard.let(3)
-    read_through_deaths(reader, restart, (2, 3, 1, 2))
+    die_again_and_again(reader, restart, (2, 3, 1, 2))
+    read_to_end(reader)
     reader.check()
     assert reader.text == whole.text
     again = BackgroundReader(client, response.id)

@@ -68,8 +68,8 @@ class BackgroundReader:
         assert self.text == "".join(texts)
 
 
-def read_through_deaths(reader: BackgroundReader, restart: Callable[[], None], lives: Sequence[int]) -> None:
-    """Read a response to its end under heads that die and are followed by others.
+def die_again_and_again(reader: BackgroundReader, restart: Callable[[], None], lives: Sequence[int]) -> None:
+    """Read a response under heads that die and are followed by others, until the last has begun.
 
     Args:
         restart: kills the head and starts the next.
@@ -79,5 +79,9 @@ def read_through_deaths(reader: BackgroundReader, restart: Callable[[], None], l
         reader.read(more)
         assert not reader.has_ended, "the answer is too short for so many deaths"
         restart()
+
+
+def read_to_end(reader: BackgroundReader) -> None:
+    """Read a response to its end."""
     while not reader.has_ended:
         reader.read()

@@ -76,6 +76,15 @@ def test_a_call_that_was_let_in_just_before_ends_too(rig: Rig) -> None:
         assert rig.ended == [("law", CallEnd.REVOKED)]
 
 
+def test_short_calls_end_too(rig: Rig) -> None:
+    short = CallPool(9, "of short calls", can_preempt=False)
+    rig.keys.watch(short)
+    rig.write(f"ops:{OPS}\n")
+    with short.open(Caller("law", "p", Tenant("law"), key_id(LAW)), partial(rig._end, "law")):
+        rig.keys.look()
+        assert rig.ended == [("law", CallEnd.REVOKED)]
+
+
 def test_a_file_that_cannot_be_used_changes_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     for change in (lambda: rig.write("law:short"), lambda: rig.path.chmod(0o644), rig.path.unlink):
         change()

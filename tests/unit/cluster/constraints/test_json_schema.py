@@ -1,6 +1,7 @@
 """Which schemas are refused, by keyword and place; schemas in grammars."""
 
 import json
+import time
 
 import pytest
 
@@ -91,3 +92,13 @@ def test_every_format_compiles() -> None:
     for name in _FORMATS:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(to_compile({"type": "string", "format": name}))
         assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ['"' + '\\"' * 100_000, "/" + "\\/" * 100_000, "%json " * 40_000, "%json" + " " * 200_000]
+)
+def test_what_has_no_end_in_a_grammar_is_read_once(text: str) -> None:
+    """All other requests would wait for as long."""
+    began = time.process_time()
+    assert bound_white_space(f"start: {text}") == f"start: {text}"
+    assert time.process_time() - began < 2.0

@@ -84,6 +84,10 @@ def test_without_keys_foreign_hosts_and_pages_are_refused() -> None:
                 ({"Host": "evil.example:8000"}, 403), ({"Host": "["}, 403),
                 ({"Origin": "http://127.0.0.1:8000"}, 200), ({"Origin": "http://evil.example"}, 403),
                 ({"Origin": "null"}, 403), ({"Origin": "http://["}, 403), ({"Origin": "http://127.0.0.1:9000"}, 403),
+                ({"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
+                ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),  # an image, a script
+                ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),  # another port
+                ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),  # a link
             ):  # fmt: skip
                 answer = await client.get("/v1/models", headers=headers)
                 assert answer.status_code == status, headers

@@ -297,6 +297,64 @@ def test_what_a_caller_makes_is_its_own(rig: Rig) -> None:
             assert made.isdisjoint(record.id for record in rig.of("ann").jobs([], {}, 100, "")[0])
 
 
+def test_an_archive_becomes_a_document_of_whoever_imports_it(rig: Rig) -> None:
+    name = document(rig)
+    archive = rig.call("GET", f"/v1/documents/{name}/export", ANN).content
+    assert rig.call("GET", f"/v1/documents/{name}/export", BOB).status_code == 404
+    made = rig.call("POST", "/v1/documents/import", BOB, content=archive).json()
+    assert (made["name"], made["size_bytes"], made["shared"]) == (MARK, len(MARK), False)
+    assert made["id"] != name
+    listed = rig.call("GET", "/v1/documents", BOB).json()["documents"]
+    assert [one["id"] for one in listed] == [made["id"]]
+    assert rig.call("GET", f"/v1/documents/{made['id']}", ANN).status_code == 404
+    assert rig.call("DELETE", f"/v1/documents/{made['id']}", BOB).status_code == 200
+    assert rig.call("GET", f"/v1/documents/{name}/export", ANN).content == archive
+    with_parent = rig.call("POST", f"/v1/documents/{name}/append", ANN, content=b" and more").json()
+    archive = rig.call("GET", f"/v1/documents/{with_parent['id']}/export", ANN).content
+    made = rig.call("POST", "/v1/documents/import", BOB, content=archive).json()
+    assert made["id"] != with_parent["id"]
+    assert digits(name) not in str(made)
+    assert rig.call("GET", f"/v1/documents/{made['parent']}", BOB).status_code == 404
+
+
+def test_an_import_keeps_the_limit_of_its_key(rig: Rig) -> None:
+    rig.app = make_app(rig.backend, ApiKeys({**KEYS, BOB: Tenant("bob", max_document_bytes=8192)}))
+    name = rig.of("ann").add_document("", [MARK.encode() * 2000], 1 << 20).id
+    archive = rig.call("GET", f"/v1/documents/{name}/export", ANN).content
+    answer = rig.call("POST", "/v1/documents/import", BOB, content=archive)
+    assert answer.status_code == 429
+    assert "its limit document-bytes" in answer.json()["error"]["message"]
+    assert rig.call("GET", "/v1/documents", BOB).json()["documents"] == []
+
+
+def test_a_form_keeps_the_limit_of_its_key_while_it_comes(rig: Rig) -> None:
+    rig.app = make_app(rig.backend, ApiKeys({**KEYS, BOB: Tenant("bob", max_document_bytes=8192)}))
+    sizes: list[int] = []
+    spool = rig.bench.service.documents.spool
+
+    class Counted:
+        def __init__(self) -> None:
+            self._file = spool()
+
+        def write(self, data: bytes) -> int:
+            sizes.append(len(data))
+            return self._file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    rig.bench.service.documents.spool = Counted  # type: ignore[assignment, method-assign]
+    for purpose in ("batch", "user_data"):
+        form = {"files": {"file": ("a", b"words " * 200_000)}, "data": {"purpose": purpose}}
+        answer = rig.call("POST", "/v1/files", BOB, **form)
+        assert answer.status_code == 429, answer.text
+        assert "its limit document-bytes" in answer.json()["error"]["message"]
+        assert sum(sizes) <= 8192
+    small = {"files": {"file": ("a", b"words " * 100)}, "data": {"purpose": "batch"}}
+    assert rig.call("POST", "/v1/files", BOB, **small).status_code == 200
+    assert not rig.bench.service.documents._uploading
+
+
 def test_no_route_goes_around_the_tenants() -> None:
     """Only `core`, and what asks whether the head serves, may use the job service that knows no callers; batches are
     worked on as their owners.

@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 
 from cluster.scheduler import prefix_keys
-from cluster.scheduler.prefix_keys import Origin, PrefixKeys, page_hashes
+from cluster.scheduler.prefix_keys import Origin, PrefixKeys, Private, page_hashes
 from protos.model.spec import ModelSpec
 from tests.support.rigs.scheduler import GRID, PAGE, PLAIN, SCALED, SPARSE, s2
 
@@ -139,3 +139,21 @@ def test_only_the_lengths_used_last_are_remembered(monkeypatch: pytest.MonkeyPat
     for length in (301, 302, 301, 303):
         lengths.remember(length, length)
     assert lengths.similar_keys(300, 300) == [301, 303]
+
+
+@pytest.mark.parametrize("spec", [None, PLAIN, SPARSE, GRID])
+@pytest.mark.parametrize("start", [0, 1, 15, 16, 17, 67, 128, 160, 193, 320])
+def test_pages_that_reach_beyond_what_is_shared_are_of_one_owner(spec: ModelSpec | None, start: int) -> None:
+    prompt = range(320)
+    plain, ann, bob = (
+        [*keys(spec).hashes(prompt, 0, Origin(private=private))]
+        for private in (None, Private(start, "ann"), Private(start, "bob"))
+    )
+    common = next((at for at, (one, other) in enumerate(zip(ann, bob, strict=True)) if one != other), len(ann))
+    assert plain[:common] == ann[:common]
+    assert not {*plain, *bob}.intersection(ann[common:])
+    changed = [*prompt]
+    changed[start:] = [9] * (320 - start)  # what the others do not depend on
+    assert [*keys(spec).hashes(changed, 0)][:common] == plain[:common]
+    if spec is None or spec is PLAIN:
+        assert common == start // PAGE

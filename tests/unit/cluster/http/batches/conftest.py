@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.access.keys import Keys
 from cluster.http.batches.batches import BatchRequest, _create
 from cluster.http.batches.runner import BatchRunner
 from cluster.jobs.sqlite.batches import BatchRecord, BatchStatus
@@ -24,14 +25,14 @@ TEAM = Tenant("team a")
 class Batches:
     """A job service with a runner; `restart` is the death of the head and the start of the next."""
 
-    def __init__(self, folder: Path, **server: Any) -> None:
-        self.server = server
+    def __init__(self, folder: Path, keys: Keys | None = None, **server: Any) -> None:
+        self.server, self.keys = server, keys
         self.bench = Bench(folder, seqs=4, **server)
         self.open()
 
     def open(self) -> None:
         self.backend = make_backend(self.bench.service, **self.server)
-        self.runner = BatchRunner(self.backend, self.bench.service)
+        self.runner = BatchRunner(self.backend, self.bench.service, self.keys)
 
     def close(self) -> None:
         self.runner.close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
+from itertools import islice
 
 import pytest
 
@@ -41,6 +44,20 @@ def test_a_bad_line_has_the_result_that_says_why(line: object, custom_id: str | 
     assert result["custom_id"] == custom_id
     assert result["response"]["status_code"] == 400
     assert result["response"]["body"]["error"]["param"] == param
+
+
+def test_lines_are_read_one_by_one() -> None:
+    """A file of millions of short lines is given up at the first too many, and white space costs nothing."""
+    content = b" \n" * (8 << 20) + b"{}\n" * (8 << 20)
+    tracemalloc.start()
+    began = time.process_time()
+    found = [*islice(read_lines(content, CHAT, BATCH), 3)]
+    assert time.process_time() - began < 2.0
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert [one.line for one in found] == [(8 << 20) + n for n in (1, 2, 3)]
+    assert [one.size for one in found] == [2, 2, 2]
+    assert [*read_lines(b" \n" * 9, CHAT, BATCH)] == []
 
 
 def test_results() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.access.keys import ApiKeys
 from cluster.common.errors import JobStoreError
 from cluster.http.batches import runner as runner_module
 from cluster.jobs.model import FINAL, JobRecord, JobState
 from cluster.jobs.sqlite.batches import BatchStatus
+from cluster.jobs.tenants.tenant import Tenant
 from tests.support.data.clients.batch_lines import chat
 from tests.support.fakes.stage import eventually
-from tests.unit.cluster.http.batches.conftest import Batches
+from tests.unit.cluster.http.batches.conftest import TEAM, Batches
 
 S = BatchStatus
 LINES = [chat(f"c{n}", f"question {n}") for n in range(6)]
@@ -159,6 +162,70 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
         assert batches.get(batch_id).completed == 6
     finally:
         batches.close()
+
+
+def test_lines_keep_the_limits_of_their_key(tmp_path: Path) -> None:
+    keys = ApiKeys({"k" * 20: replace(TEAM, max_queued_jobs=1)})
+    batches = Batches(tmp_path, keys, max_batch_jobs=8)
+    try:
+        batches.bench.runtime.shard.hold()
+        others = [batches.bench.submit() for _ in range(4)]  # take all places
+        batch_id = batches.create(LINES)
+        batches.runner.start()
+        eventually(lambda: batches.runner._retry_at)
+        assert len(batches.jobs(batch_id)) == 1
+        batches.bench.runtime.shard.let(10_000)
+        while not batches.get(batch_id).status.is_final:
+            batches.bench.ahead += 15.0
+            batches.backend.batches_changed.set()
+            batches.bench.runtime.shard.let(100)
+        assert batches.get(batch_id).completed == 6
+        assert all(batches.bench.state(one) is JobState.SUCCEEDED for one in others)
+    finally:
+        batches.close()
+
+
+def test_a_batch_waits_while_its_owner_has_no_key(tmp_path: Path) -> None:
+    keys = LiveKeysOf("other")
+    batches = Batches(tmp_path, keys, max_batch_jobs=8)
+    try:
+        batch_id = batches.create(LINES)
+        batches.runner.start()
+        batches.reaches(batch_id, S.IN_PROGRESS)
+        batches.runner.close()
+        batches.runner.look()
+        assert batches.jobs(batch_id) == []
+        keys.name = TEAM.name
+        batches.restart()
+        batches.runner.start()
+        assert batches.reaches(batch_id, S.COMPLETED).completed == 6
+    finally:
+        batches.close()
+
+
+def test_the_lines_of_an_admin_see_what_the_admin_sees(tmp_path: Path) -> None:
+    batches = Batches(tmp_path, ApiKeys({"k" * 20: replace(TEAM, is_admin=True)}), max_batch_jobs=2)
+    try:
+        other = batches.bench.service.add_document("a", [b"words"], 99, tenant=Tenant("other"))
+        content = [{"type": "text", "text": "why?"}, {"type": "file", "file": {"file_id": other.id}}]
+        batch_id = batches.create([chat("a", messages=[{"role": "user", "content": content}])])
+        batches.runner.start()
+        assert batches.reaches(batch_id, S.COMPLETED).completed == 1
+    finally:
+        batches.close()
+
+
+class LiveKeysOf:
+    """Keys of one name, which may change."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def tenant(self, key: str) -> Tenant | None:
+        return None
+
+    def named(self, name: str) -> Tenant | None:
+        return Tenant(name) if name == self.name else None
 
 
 def test_a_job_that_somebody_deletes_is_an_error_of_its_line(batches: Batches) -> None:

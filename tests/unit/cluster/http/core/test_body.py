@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -84,6 +85,15 @@ def test_a_long_text_may_have_anything_in_it() -> None:
     assert request.messages[0].content == text
     ids = list(range(300_000))
     assert parse(CompletionRequest, json.dumps({"prompt": ids}).encode()).prompt == ids
+
+
+@pytest.mark.parametrize("body", [b'\\"' * (1 << 20), b'"' + b'\\"' * (1 << 20), b'"' * (1 << 17), b'"\\' * (1 << 20)])
+def test_texts_without_an_end_are_read_once(body: bytes) -> None:
+    """All other requests would wait for as long."""
+    began = time.process_time()
+    with pytest.raises(ApiError):
+        parse(ChatRequest, body)
+    assert time.process_time() - began < 2.0
 
 
 @pytest.mark.parametrize("part", ['{"role":"user","content":"x"}', "[]", "{}", '""'])

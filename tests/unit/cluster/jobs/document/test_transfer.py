@@ -10,7 +10,10 @@ import tarfile
 import pytest
 
 from cluster.jobs.document.token_file import tokens_path
-from cluster.jobs.model import InvalidJob, JobNotFound
+from cluster.jobs.model import InvalidJob, JobInput, JobNotFound, JobSpec
+from cluster.jobs.prompts import job_prompts
+from cluster.jobs.tenants.tenant import Tenant
+from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.kv import FakeDisk
 from tests.support.fakes.stage import eventually
 from tests.support.rigs.archives import (
@@ -162,3 +165,31 @@ def test_appended_documents(open_bench: OpenBench) -> None:
     assert (record.id, record.parent, record.seams) == (longer.id, first, (len(TEXT),))
     longest = [bench.service.add_document("", [b" End."], LIMIT, append_to=longer.id).id for bench in (here, there)]
     assert longest[0] == longest[1]
+
+
+@pytest.mark.parametrize("is_admin", [True, False])
+def test_only_an_admin_says_what_the_tokens_of_a_text_are(open_bench: OpenBench, is_admin: bool) -> None:
+    here, there = open_bench(None), open_bench(None)
+    tenant = Tenant("bob", is_admin)
+    document = here.service.add_document("a", [TEXT], LIMIT).id
+    forged = rebuilt(archive_of(here, document), lambda members: members.update(ids=bytes(len(members["ids"]))))
+    name = there.service.import_document(pieces(forged), LIMIT, tenant).id
+    eventually(lambda: there.service.documents.get(name).tokens > 0)
+    spec = JobSpec(JobInput(name, ("Why?",)), AnswerOptions(max_tokens=1))
+    (prompt,) = job_prompts(there.runtime, there.service.document_tokens, spec)
+    text = there.runtime.tokenizer.decode(prompt, skip_special=False)
+    assert (TEXT.decode() in text) != is_admin
+
+
+def test_an_archive_of_a_shared_document_has_nothing_of_its_questions(open_bench: OpenBench) -> None:
+    disk = FakeDisk()
+    here = open_bench(disk)
+    document = here.service.add_document("a", [TEXT], LIMIT, tenant=Tenant("ann"), shared=True)
+    question = JobSpec(JobInput(document.id, ("Why is the river dark? " * 80,)), AnswerOptions(max_tokens=1))
+    here.service.wait(here.service.submit(question, Tenant("ann")).id, 20)
+    here.runtime.kv_store.backlog.wait_empty(10)
+    last = here.service.document_tokens.head_tokens() + here.service.count_document(document.id)
+    eventually(lambda: len(disk.written) > last // 64)
+    with tarfile.open(fileobj=io.BytesIO(archive_of(here, document.id))) as tar:
+        blocks = {name.split("/")[1] for name in tar.getnames() if name.startswith("kv/")}
+    assert len(blocks) == last // 64

@@ -73,3 +73,16 @@ def test_a_repeated_submission_is_the_same_job_whatever_is_shared(bench: Bench) 
     with pytest.raises(JobConflict):
         bench.service.submit(replace(spec, priority=3), ALICE)
     assert JobSpec.from_json(bench.service.get(first.id).spec.to_json()).cache_salt == "alice"
+
+
+def test_what_a_key_asks_about_a_shared_document_is_its_own(bench: Bench) -> None:
+    """Or a guess would tell by its cached tokens that somebody has asked just that."""
+    set_sharing(bench, False)
+    document = bench.service.documents.put("a", [b"words " * 100], 1 << 20, tenant=ALICE, shared=True)
+    given = JobInput(document_id=document.id, questions=("why is it secret? " * 20,))
+    prefix = bench.service.document_tokens.head_tokens() + bench.service.count_document(document.id)
+    assert cached(bench, "alice", given) == 0
+    whole = cached(bench, "alice", given)
+    assert whole > prefix + 32
+    assert prefix - 16 <= cached(bench, "bob", given) <= prefix
+    assert cached(bench, "bob", given) == whole

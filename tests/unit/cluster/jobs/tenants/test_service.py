@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from cluster.jobs.model import JobError, JobInput, JobNotFound, JobSpec, NotAllo
 from cluster.jobs.tenants.service import TenantService
 from cluster.jobs.tenants.tenant import ANYONE, Tenant
 from protos.jobs.sampling import AnswerOptions
+from tests.support.fakes.stage import eventually
 from tests.support.rigs.service import Bench
 
 NAMES = ("ann", "bob")
@@ -65,7 +68,7 @@ def every_operation(job_id: str, document_id: str) -> dict[str, Callable[[Tenant
 
 NAMELESS = {
     "now", "is_draining", "jobs", "keep_text", "import_document", "count_text", "stored_kv", "status", "documents.list",
-    "documents.page", "documents.spool", "documents.put",
+    "documents.page", "documents.spool", "documents.receiving", "documents.put",
 }  # fmt: skip
 
 
@@ -155,6 +158,28 @@ def test_limits_of_a_tenant(bench: Bench) -> None:
     with pytest.raises(ServiceBusy, match=r"of the key ann with this one: must be at most 8192 .*document-bytes"):
         upload(ann, "y" * 8193)
     upload(bob, "y" * 8193)
+
+
+def test_requests_at_once_do_not_share_the_last_place(bench: Bench) -> None:
+    bench.runtime.shard.hold()
+    others = of(bench, "bob")
+    for _ in range(4):
+        submit(others)  # run and wait before all else
+    eventually(lambda: others.status()["running"] > 0)
+    ann = of(bench, "ann", max_queued_jobs=3, max_document_bytes=5 * 4096)
+
+    def attempt(action: Callable[[], str]) -> bool:
+        try:
+            return bool(action())
+        except ServiceBusy:
+            return False
+
+    with ThreadPoolExecutor(12) as pool:
+        assert sum(pool.map(attempt, [partial(submit, ann)] * 12)) == 3
+        kept = sum(pool.map(attempt, [partial(upload, ann, f"{n} " * 2000) for n in range(10, 22)]))
+    assert bench.store.documents_size("ann") <= 5 * 4096 + kept * 3 * 4096  # files of token ids come afterwards
+    assert sum(one.size_bytes for one in ann.documents.list()) <= 5 * 4096
+    assert len(ann.documents.list()) == kept
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
