@@ -185,11 +185,15 @@ class JobSpec:
         """
         values = asdict(self)
         sampling, greedy = values["ask"]["sampling"], asdict(SamplingParams())
+        for name in ("presence_penalty", "frequency_penalty"):
+            if sampling[name] is None:
+                del sampling[name]  # as before there was such a thing
         values["ask"]["sampling"] = {name: greedy[name] if v is None else v for name, v in sampling.items()}
         if said := [name for name in sampling if name != "seed" and sampling[name] == greedy[name] is not None]:
             values["said"] = said
-        if values["ask"]["structured_outputs"] is None:
-            del values["ask"]["structured_outputs"]  # as before there was such a thing
+        later = {"structured_outputs": None, "thinking_budget": None, "min_tokens": 0, "logit_bias": ()}
+        for name in [name for name in later if values["ask"][name] == later[name]]:
+            del values["ask"][name]  # as before there was such a thing
         if not values["request"]:
             del values["request"]  # as before there was such a thing
         for key in ("idempotency_key", "deadline", "cache_salt"):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from protos.jobs.logit_bias import TokenBias as TokenBias
 from protos.jobs.sampling import SamplingParams as SamplingParams  # the part of a plan that a job asks for
 
 
@@ -56,6 +57,11 @@ class SampleSpec:
     token_index: int  # 0 for the first generated token; with the seed it fixes the noise
     history: Sequence[int] = ()  # distinct ids so far; with the first sample of a penalised request, else empty
     mask: bytes = b""  # a bit for each id that may be sampled, the lowest bit of a byte first; empty: all may be
+    outputs: Sequence[int] = ()  # ids sampled before; with the first sample under a presence or frequency penalty
+    bias: Sequence[TokenBias] = ()  # with the first sample of a request that has one
+    is_biased: bool = False  # by `bias`, or by that of the first sample
+    banned: Sequence[int] = ()  # ids that are not sampled unless the mask leaves nothing else
+    forced: int | None = None  # the token, whatever the logits are
 
 
 @dataclass(frozen=True, slots=True)

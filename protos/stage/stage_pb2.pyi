@@ -105,7 +105,7 @@ class StartReply(_message.Message):
     def __init__(self) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "presence_penalty", "frequency_penalty")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,8 @@ class SamplingParams(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -120,19 +122,39 @@ class SamplingParams(_message.Message):
     repetition_penalty: float
     seed: int
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    presence_penalty: float
+    frequency_penalty: float
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ...) -> None: ...
+
+class TokenBias(_message.Message):
+    __slots__ = ("token_id", "bias")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    bias: float
+    def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class SampleSpec(_message.Message):
-    __slots__ = ("params", "token_index", "history", "mask")
+    __slots__ = ("params", "token_index", "history", "mask", "outputs", "bias", "is_biased", "banned", "forced")
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    IS_BIASED_FIELD_NUMBER: _ClassVar[int]
+    BANNED_FIELD_NUMBER: _ClassVar[int]
+    FORCED_FIELD_NUMBER: _ClassVar[int]
     params: SamplingParams
     token_index: int
     history: _containers.RepeatedScalarFieldContainer[int]
     mask: bytes
-    def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    outputs: _containers.RepeatedScalarFieldContainer[int]
+    bias: _containers.RepeatedCompositeFieldContainer[TokenBias]
+    is_biased: bool
+    banned: _containers.RepeatedScalarFieldContainer[int]
+    forced: int
+    def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., mask: _Optional[bytes] = ..., outputs: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., is_biased: _Optional[bool] = ..., banned: _Optional[_Iterable[int]] = ..., forced: _Optional[int] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
     __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len")

@@ -131,6 +131,8 @@ class FakeShard(FakeKvShard):
 
     def _token(self, part: SequenceSlice) -> int:
         assert part.sample is not None
+        if part.sample.forced is not None:
+            return part.sample.forced
         token, mask = self.script(part.sequence, part.sample.token_index), part.sample.mask
         if not mask or (token < 8 * len(mask) and mask[token // 8] >> token % 8 & 1):
             return token

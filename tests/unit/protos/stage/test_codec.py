@@ -22,6 +22,7 @@ from protos.stage.messages import (
     Span,
     StepPlan,
     StepResult,
+    TokenBias,
     TokenLogprob,
 )
 
@@ -36,10 +37,16 @@ PARAMS = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1),
     repetition_penalty=st.floats(0.01, 100),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
     seed=st.integers(0, (1 << 63) - 1),
     logprobs=st.none() | st.integers(0, 100),
 )
-SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=IDS, mask=st.binary(max_size=9))
+SAMPLES = st.builds(
+    SampleSpec, params=PARAMS, token_index=U32, history=IDS, mask=st.binary(max_size=9), outputs=IDS,
+    bias=st.lists(st.builds(TokenBias, U32, REAL), max_size=3).map(tuple), is_biased=st.booleans(), banned=IDS,
+    forced=st.none() | U32,
+)  # fmt: skip
 SLICES = st.builds(
     SequenceSlice,
     sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_pages=IDS, num_pages=U32,
