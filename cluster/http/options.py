@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError, refuse
+from cluster.jobs.model import JobSpec
 from protos.jobs import validate
-from protos.jobs.limits import MAX_CHARS, MAX_INT32, MAX_STOPS, MAX_UINT32
+from protos.jobs.limits import MAX_CHARS, MAX_INT32, MAX_INT64, MAX_STOPS, MAX_UINT32
 from protos.jobs.sampling import AnswerOptions
+
+MAX_CHOICES = 8  # answers to one prompt
 
 
 class RequestModel(BaseModel):
@@ -42,7 +46,7 @@ class AnswerFields(RequestModel):
     priority: int | None = Field(None, description="Lower ones go first, as in vLLM.")
     cache_salt: str | None = Field(None, description="Computed prefixes are shared with requests of the same one only.")
     request_id: str | None = None
-    # known to clients, with values that cannot be honoured here
+    # known to clients, with values that cannot be honoured here, or not by every protocol
     n: int | None = None
     best_of: int | None = None
     use_beam_search: bool | None = None
@@ -63,6 +67,20 @@ def check_supported(request: BaseModel) -> None:
         value = getattr(request, name)
         if value is not None and value not in _HARMLESS[name]:
             raise refuse(name, f"{validate.show(value)}: is not supported here: leave it out", "unsupported_value")
+
+
+def num_choices(request: AnswerFields) -> int:
+    """Return how many answers a request asks for. Raises InvalidRequest."""
+    return validate.check_integer("n", 1 if request.n is None else request.n, 1, MAX_CHOICES)
+
+
+def choices_of(spec: JobSpec, count: int) -> list[JobSpec]:
+    """Return the jobs of several answers to one prompt: a seed that is said is that of the first, and rises by one."""
+    seed = spec.ask.sampling.seed
+    if seed is None:
+        return [spec] * count
+    seeds = [(seed + index) & MAX_INT64 for index in range(count)]
+    return [replace(spec, ask=replace(spec.ask, sampling=replace(spec.ask.sampling, seed=one))) for one in seeds]
 
 
 def check_model(backend: Backend, name: str | None) -> None:

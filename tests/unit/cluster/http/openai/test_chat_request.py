@@ -11,8 +11,9 @@ import pytest
 from cluster.http.core.backend import Backend
 from cluster.http.core.body import parse
 from cluster.http.core.errors import ApiError, to_api_error
-from cluster.http.openai.chat_request import ChatRequest, chat_spec
+from cluster.http.openai.chat_request import ChatRequest, chat_spec, chat_specs
 from cluster.jobs.model import JobSpec
+from protos.errors import InvalidRequest
 from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.constraint import Constraint
 from tests.support.fakes.jobs_api import FakeJobService
@@ -203,6 +204,21 @@ def test_sampling_and_more(backend: Backend) -> None:
     assert spec_of(backend, logprobs=True).ask.sampling.logprobs == 0
 
 
+def test_several_answers_are_a_job_each(backend: Backend) -> None:
+    def specs(**fields: Any) -> list[JobSpec]:
+        asked = parse(ChatRequest, json.dumps({"messages": [USER], **fields}).encode())
+        return chat_specs(backend, asked, backend.service.documents)
+
+    assert specs() == specs(n=1) == [spec_of(backend)]
+    assert specs(n=3) == [spec_of(backend)] * 3
+    found = specs(n=3, seed=(1 << 63) - 2)
+    assert [spec.ask.sampling.seed for spec in found] == [(1 << 63) - 2, (1 << 63) - 1, 0]
+    assert found[1] == spec_of(backend, seed=(1 << 63) - 1)
+    for count in (0, 9, -1):
+        with pytest.raises(InvalidRequest, match=rf"^n: {count}: must be a whole number from 1 to 8$"):
+            specs(n=count)
+
+
 def test_what_bends_the_choice_of_tokens_is_the_job_s(backend: Backend) -> None:
     ask = spec_of(
         backend, presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={"7": -100, "5": 1}, min_tokens=3,
@@ -215,7 +231,8 @@ def test_what_bends_the_choice_of_tokens_is_the_job_s(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("fields", "param"), [
-    ({"n": 2}, "n"), ({"logit_bias": {"5": 101}}, "logit_bias"), ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"min_tokens": -5}, "min_tokens"), ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ({"frequency_penalty": 2.5}, "frequency_penalty"), ({"presence_penalty": -2.5}, "presence_penalty"),
     ({"thinking_token_budget": -5}, "thinking_token_budget"), ({"thinking_budget": -5}, "thinking_budget"),
