@@ -42,6 +42,7 @@ class RequestHandle:
     constrained: ConstrainedAnswer | None = None  # what its answer must match
     thinking: ThinkingBudget | None = None  # what bounds its reasoning
     attention: AttentionReport = field(default_factory=AttentionReport)
+    scored: list[SampledToken] = field(default_factory=list)  # tokens of the prompt, from the second on
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -143,9 +144,15 @@ class RequestHandle:
             attention=attention,
             sampling=self.request.sampling,
             is_own_error=is_own_error,
+            prompt=self._prompt(),
         )
         self.notify(self.result)
         self.done.set()
+
+    def _prompt(self) -> tuple[SampledToken, ...]:
+        if self.spec.prompt_logprobs is None:
+            return ()
+        return SampledToken(self.request.sequence, self.spec.prompt[0]), *self.scored
 
     def _timings(self, now: float) -> Timings:
         started = self.started if self.started is not None else now
@@ -185,6 +192,7 @@ class RequestFactory:
         request = Request(
             sequence, spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
             Origin(spec.kernel_family, spec.cache_salt), spec.document_id, options.logit_bias,
+            prompt_logprobs=spec.prompt_logprobs,
         )  # fmt: skip
         opened = self.tokenizer is not None and opens_reasoning(self.tokenizer, spec.prompt)
         text = OutputText(self.tokenizer, options.stop, opened, stops, options.min_tokens)
@@ -196,6 +204,8 @@ class RequestFactory:
             handle.resume(spec.resume)
         except ConstraintError as error:
             raise UserError(f"structured_outputs: the answer cannot go on: {error}") from error
+        if spec.prompt_logprobs is not None and request.finish_reason is not None:
+            raise UserError("logprobs: those of the prompt were lost with the head that computed them: ask again")
         return handle
 
     def _thinking(self, spec: GenerationSpec, opened: bool) -> ThinkingBudget | None:

@@ -195,7 +195,7 @@ class JobExecution:
                 resume = tuple(done.get(question, ()))
                 generation = GenerationSpec(
                     prompt, ask, spec.priority, resume, question, scale_len, spec.cache_salt,
-                    self._kernel_family(spec), spec.input.document_id,
+                    self._kernel_family(spec), spec.input.document_id, spec.prompt_logprobs,
                 )  # fmt: skip
                 items.append((generation, self._recorder.callback(job, question)))
         try:

@@ -59,6 +59,7 @@ class Request:
     document_id: str = ""  # that the prompt is about
     logit_bias: Sequence[TokenBias] = ()
     free_until: int | None = None  # tokens of the answer from this index on need the one before; None: none does
+    prompt_logprobs: int | None = None  # of the prompt, with so many best ones: all of it is computed; None: not asked
     mask: bytes = b""  # of the next token, see `SampleSpec`
     forced: int | None = None  # the next token, likewise
     is_private: bool = False  # its document is gone: nobody finds what it computes from now on

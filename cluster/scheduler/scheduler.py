@@ -299,9 +299,14 @@ class Scheduler:
         new_pages = request.pages[0 if is_first else -(-start // self._page_size) : num_pages]
         request.num_scheduled = stop
         tokens = request.tokens(start, stop)
+        targets: Sequence[int] = ()
+        top = request.prompt_logprobs
+        if top is not None and start + 1 < request.num_prompt:
+            targets = request.tokens(start + 1, min(stop + 1, request.num_prompt))
         return SequenceSlice(
-            request.sequence, start, length, request.num_prompt, tokens, new_pages, num_pages, sample, request.scale_len
-        )
+            request.sequence, start, length, request.num_prompt, tokens, new_pages, num_pages, sample,
+            request.scale_len, targets, top or 0,
+        )  # fmt: skip
 
     def _finish(self, request: Request) -> None:
         status, request.status = request.status, Status.FINISHED

@@ -13,6 +13,7 @@ MAX_LABELS = 32
 MAX_CHARS = 256  # of a label, a stop string, an idempotency key, an id, a cursor, the name of a document
 MAX_CONSTRAINT_CHARS = 1 << 18  # of a JSON schema, a regular expression, a list of choices or a grammar
 MAX_LOGIT_BIAS = 1024  # tokens with a bias of their own
+MAX_SCORED_TOKENS = 32768  # of a prompt, with log-probabilities of its own
 MAX_LOGPROBS = 100  # tokens with their log-probability beside the sampled one
 MAX_DEADLINE_S = 30 * 86400.0
 MAX_WAIT_S = 3600.0  # of one call

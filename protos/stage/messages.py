@@ -79,6 +79,8 @@ class SequenceSlice:
     num_pages: int  # of the table afterwards; a stage whose table differs refuses the step
     sample: SampleSpec | None = None
     scale_len: int = 0  # length the DCA temperature is taken at; 0: prompt_len
+    targets: Sequence[int] = ()  # read by the last stage: tokens behind the first rows, whose log-probability is asked
+    top: int = 0  # of each such row the log-probabilities of so many best tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ class StepResult:
     error: str = ""
     cells: tuple[CellReport, ...] = ()
     estimate_us: int = 0  # of compute_us: estimating and selecting of sparse cells
+    targets: tuple[SampledToken, ...] = ()  # those of the slices, in order, with log-probabilities
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ class SampleSpec(_message.Message):
     def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., mask: _Optional[bytes] = ..., outputs: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., is_biased: _Optional[bool] = ..., banned: _Optional[_Iterable[int]] = ..., forced: _Optional[int] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
-    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len")
+    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len", "targets", "top")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,8 @@ class SequenceSlice(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     start: int
     length: int
@@ -176,7 +178,9 @@ class SequenceSlice(_message.Message):
     num_pages: int
     sample: SampleSpec
     scale_len: int
-    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedScalarFieldContainer[int]
+    top: int
+    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ..., targets: _Optional[_Iterable[int]] = ..., top: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step", "slices", "released")
@@ -237,7 +241,7 @@ class CellReport(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., layer: _Optional[int] = ..., first_head: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ..., estimated_recall: _Optional[_Iterable[float]] = ..., held_out_recall: _Optional[_Iterable[float]] = ..., dense: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us")
+    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us", "targets")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +250,7 @@ class StepResult(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CELLS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_US_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
     step: int
     stage: int
     rank: int
@@ -254,7 +259,8 @@ class StepResult(_message.Message):
     error: str
     cells: _containers.RepeatedCompositeFieldContainer[CellReport]
     estimate_us: int
-    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedCompositeFieldContainer[SampledToken]
+    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ...) -> None: ...
 
 class StepResults(_message.Message):
     __slots__ = ("results", "epoch")

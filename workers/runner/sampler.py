@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protos.stage.messages import SampledToken, SampleSpec, SamplingParams, TokenBias, TokenLogprob
+from protos.stage.messages import SampledToken, SampleSpec, SamplingParams, SequenceSlice, TokenBias, TokenLogprob
 
 
 def gumbel_noise(seed: int, token_index: int, size: int) -> torch.Tensor:
@@ -75,6 +75,24 @@ def ban(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
     """Return logits `[V]` of which those of `ids` are -inf, unchanged if nothing else could be sampled."""
     rest = logits.index_fill(0, torch.tensor([i for i in ids if i < len(logits)], device=logits.device), -math.inf)
     return rest if bool((rest > -math.inf).any()) else logits
+
+
+def score(logits: torch.Tensor, part: SequenceSlice, first: int) -> list[SampledToken]:
+    """Return targets of a slice with log-probabilities: `first`, and as many after it as there are logits `[n, V]`.
+
+    Raises:
+        RuntimeError: the logits are not finite.
+    """
+    if not _all_finite(logits):
+        raise RuntimeError(f"sequence {part.sequence}: logits behind token {part.start + first} are not finite")
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    targets = part.targets[first : first + len(logits)]
+    own = logprobs[torch.arange(len(logits)), torch.tensor(list(targets), dtype=torch.int64)].tolist()
+    values, ids = logprobs.topk(min(part.top, logits.shape[-1]))
+    tops = [tuple(map(TokenLogprob, *row)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [
+        SampledToken(part.sequence, token, logprob, top) for token, logprob, top in zip(targets, own, tops, strict=True)
+    ]
 
 
 def _all_finite(x: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,8 @@ from cluster.http.options import (
     job_fields,
     num_choices,
 )
-from cluster.jobs.model import JobInput, JobSpec
+from cluster.jobs.model import JobInput, JobSpec, PromptToken
+from cluster.text.detokenizer import IncrementalDecoder
 from protos.jobs import validate
 
 PARAMS = {"token_ids": "prompt"}  # fields by the names that messages of the job service begin with
@@ -57,6 +58,16 @@ class CompletionRequest(AnswerFields):
         """The prompts, one or several."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the tokens of the prompt come with log-probabilities."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def is_echo_alone(self) -> bool:
+        """Whether nothing but the prompt is asked for; one token is computed all the same, and not shown."""
+        return bool(self.echo) and self.max_tokens == 0
 
 
 def make_router(backend: Backend) -> APIRouter:
@@ -93,10 +104,14 @@ def completion_specs(backend: Backend, request: CompletionRequest) -> list[JobSp
         raise refuse("n", f"{count}: with {len(prompts)} prompts: must be at most {_MAX_PROMPTS} answers together")
     if request.logprobs is not None:
         validate.check_integer("logprobs", request.logprobs, 0, _MAX_LOGPROBS)
-        if request.echo:
-            raise refuse("echo", "true: is not supported with logprobs: prompts have none", "unsupported_value")
-    options = answer_options(request, request.max_tokens, request.logprobs, None, backend.limits.http_max_tokens)
-    more = {"attached": True, "shorten": request.max_tokens is None, **job_fields(request)}
+    if request.is_scored and request.stream:
+        raise refuse("stream", "true: is not supported with echo and logprobs", "unsupported_value")
+    most = 1 if request.is_echo_alone else request.max_tokens
+    options = answer_options(request, most, request.logprobs, None, backend.limits.http_max_tokens)
+    more = {
+        "attached": True, "shorten": request.max_tokens is None,
+        "prompt_logprobs": request.logprobs if request.is_scored else None, **job_fields(request),
+    }  # fmt: skip
     return [one for prompt in prompts for one in choices_of(JobSpec(_input(prompt), options, **more), count)]
 
 
@@ -127,7 +142,7 @@ class Choice:
     async def run(self) -> AsyncIterator[Sequence[OutputToken] | None]:
         """Yield tokens as they come, None where there are no new ones. Raises ApiError: the answer failed."""
         async for news in self.job.events():
-            if isinstance(news, Sequence):
+            if isinstance(news, Sequence) and not self._asked.is_echo_alone:
                 self.answer.add(news, keep=not self._asked.stream)
                 yield news
             else:
@@ -137,6 +152,7 @@ class Choice:
     def show(self, text: str, tokens: Sequence[OutputToken], ended: bool) -> dict[str, Any]:
         """Return the choice, or a part of it."""
         finish = finish_reason(self.job.record) if ended else None
+        finish = "length" if ended and self._asked.is_echo_alone else finish
         return {"index": self.index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def _logprobs(self, tokens: Sequence[OutputToken]) -> dict[str, Any] | None:
@@ -144,14 +160,29 @@ class Choice:
             return None
         tokenizer = self._backend.runtime.tokenizer
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
+        prompt = self.job.record.answers[0].prompt if self._asked.is_scored else ()
+        shown: Sequence[OutputToken | PromptToken] = [*prompt, *tokens]
+        sizes = [*self._sizes(prompt), *(len(token.text) for token in tokens)]
+        for token, size in zip(shown, sizes, strict=True):
             found["tokens"].append(spelling(tokenizer, token.token_id)[0])
             found["token_logprobs"].append(token.logprob)
             top = [(token.token_id, token.logprob), *token.top[: self._asked.logprobs]]
-            found["top_logprobs"].append({spelling(tokenizer, token_id)[0]: logprob for token_id, logprob in top})
+            by_text = {spelling(tokenizer, token_id)[0]: logprob for token_id, logprob in top}
+            found["top_logprobs"].append(None if token.logprob is None else by_text)
             found["text_offset"].append(self._offset)
-            self._offset += len(token.text)
+            self._offset += size
         return found
+
+    def _sizes(self, prompt: Sequence[PromptToken]) -> Iterator[int]:
+        """Yield how many characters of the prompt's text each of its tokens makes certain."""
+        tokenizer = self._backend.runtime.tokenizer
+        decoder = IncrementalDecoder(tokenizer)
+        for token in prompt:
+            is_special = tokenizer.is_special(token.token_id)
+            text = (
+                decoder.flush() + spelling(tokenizer, token.token_id)[0] if is_special else decoder.push(token.token_id)
+            )
+            yield len(text)
 
 
 class Completion:
