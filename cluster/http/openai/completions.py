@@ -189,6 +189,7 @@ class Completion:
     """The answers to all prompts of a request, in the form of the protocol."""
 
     def __init__(self, backend: Backend, asked: CompletionRequest, choices: Sequence[Choice]) -> None:
+        self._backend = backend
         self._asked = asked
         self._choices = choices
         record = choices[0].job.record
@@ -204,7 +205,8 @@ class Completion:
             async for _ in choice.run():
                 pass
             tokens = choice.answer.tokens
-            shown.append(choice.show(choice.prompt_text() + "".join(token.text for token in tokens), tokens, True))
+            text = choice.prompt_text() + "".join(token.text for token in tokens)
+            shown.append(await self._backend.call(choice.show, text, tokens, True))  # a prompt may have many tokens
         return {**self._base, "choices": shown, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[bytes]:

@@ -50,7 +50,7 @@ SAMPLES = st.builds(
 SLICES = st.builds(
     SequenceSlice,
     sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_pages=IDS, num_pages=U32,
-    sample=st.none() | SAMPLES, scale_len=U32,
+    sample=st.none() | SAMPLES, scale_len=U32, targets=IDS, top=U32,
 )  # fmt: skip
 PLANS = st.builds(
     StepPlan,
@@ -75,6 +75,7 @@ RESULTS = st.builds(
     StepResult,
     step=U64, stage=U32, rank=U32, compute_us=U64, samples=st.lists(TOKENS, max_size=3).map(tuple),
     error=st.text(max_size=20), cells=st.lists(CELLS, max_size=3).map(tuple), estimate_us=U64,
+    targets=st.lists(TOKENS, max_size=3).map(tuple),
 )  # fmt: skip
 PROGRESS = st.builds(
     LoadProgress,
@@ -116,7 +117,8 @@ def test_plans_for_later_stages_lose_their_token_ids_only(plan: StepPlan):
 def test_plans_for_earlier_stages_lose_their_masks_only(plan: StepPlan):
     (message,) = wire(codec.plans_to_pb([plan], with_masks=False)).plans
     bare = [
-        part if part.sample is None else replace(part, sample=replace(part.sample, mask=b"")) for part in plan.slices
+        replace(part, targets=(), sample=None if part.sample is None else replace(part.sample, mask=b""))
+        for part in plan.slices
     ]
     assert read_message(StepPlan, message) == replace(plan, slices=tuple(bare))
 

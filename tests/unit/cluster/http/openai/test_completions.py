@@ -101,7 +101,9 @@ def test_a_stream_of_several_prompts() -> None:
     ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": [-1]}, "prompt[0]"),
     ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": "a", "logprobs": 21}, "logprobs"), ({"prompt": "a", "n": 9}, "n"),
     ({"prompt": ["a"] * 20, "n": 4}, "n"),
-    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"), ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, "stream"),
+    ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "max_tokens": 0, "logprobs": 1}, "max_tokens"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"), ({"prompt": "a", "best_of": 3}, "best_of"),
 ])  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param: str) -> None:
