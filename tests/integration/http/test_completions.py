@@ -1,4 +1,4 @@
-"""`echo` with `logprobs`, as evaluation harnesses ask for it, through job service and engine over a fake stage."""
+"""Several answers to a prompt, and log-probabilities of prompts, through job service and engine over a fake stage."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.support.rigs.service import Bench
 
 TEXT = "The code of dark river is naïve 中文.<|im_end|>\n" * 5
 IDS = NEEDLE.encode(TEXT)
+BODY = {"messages": [{"role": "user", "content": "some words " * 60}], "n": 4, "max_tokens": 8}
 
 
 @pytest.fixture
@@ -112,3 +113,39 @@ def test_the_end_of_the_pipeline(bench: Bench, backend: Backend, monkeypatch: py
 
     assert asyncio.run(run())["choices"] == whole
     assert {job.state for job in bench.service.jobs([], {}, 9, "")[0]} == {JobState.SUCCEEDED}
+
+
+# --- several answers -------------------------------------------------------------------------------------------------
+
+
+async def post(backend: Backend, **body: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(make_app(backend, None), client=("127.0.0.1", 4711))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        return await client.post("/v1/chat/completions", json=BODY | body, timeout=60)
+
+
+def test_the_prompt_is_computed_once(bench: Bench, backend: Backend) -> None:
+    answer = asyncio.run(post(backend, seed=3)).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 32
+    records, _ = bench.service.jobs([], {}, 10, "")
+    assert {record.reproducibility["sampling"]["seed"] for record in records} == {3, 4, 5, 6}
+    prompts = {record.answers[0].prompt_tokens for record in records}
+    assert prompts == {usage["prompt_tokens"]}
+    computed = sum(record.answers[0].prompt_tokens - record.answers[0].cached_tokens for record in records)
+    assert computed <= usage["prompt_tokens"] + 3 * 16, "of the others, the last page alone"
+
+
+def test_who_leaves_cancels_all(bench: Bench, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRuntime, "holds", True)
+    bench.runtime.shard.hold()
+
+    async def run() -> None:
+        task = asyncio.create_task(post(backend, stream=True))
+        while sum(bench.service.counts()) < 4:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(run())
+    eventually(lambda: {job.state for job in bench.service.jobs([], {}, 10, "")[0]} == {JobState.CANCELLED})
