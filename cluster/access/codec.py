@@ -55,7 +55,7 @@ def decode_submit(request: pb.SubmitRequest, now: float, store_text: Callable[[s
     source = _decode_input(request, store_text)
     priority = request.priority
     if source.read:
-        options = replace(options, max_tokens=1)
+        options = options.shortened(1)
         priority = priority or _READ_PRIORITY
     return JobSpec(source, options, priority, deadline, request.attached, key, dict(request.labels))
 

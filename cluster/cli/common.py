@@ -17,6 +17,7 @@ from cluster.common.logs import escape_warnings
 from cluster.common.text_format import escape_controls, escape_unprintable, one_line
 from protos.errors import InvalidRequest
 from protos.jobs.constraint import Constraint
+from protos.jobs.logit_bias import TokenBias, read_logit_bias
 from protos.jobs.sampling import OPTIONS
 
 if TYPE_CHECKING:
@@ -76,6 +77,22 @@ class SchemaFile(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(f"{value}: cannot be read as UTF-8 text ({one_line(error, 100)})", param, ctx)
         except InvalidRequest as error:
             self.fail(f"{value}: {error}", param, ctx)
+
+
+class BiasWord(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """`ID=BIAS`: what is added to the logit of a token."""
+
+    name = "bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TokenBias:
+        if isinstance(value, TokenBias):
+            return value
+        token, _, bias = str(value).partition("=")
+        try:
+            (found,) = read_logit_bias({token: float(bias)})
+        except ValueError:
+            self.fail(f"{value!r}: must be ID=BIAS, with a token id and a number from -100 to 100", param, ctx)
+        return found
 
 
 @contextmanager
@@ -147,6 +164,8 @@ _ADDED: dict[str, dict[str, Any]] = {
     "ignore_eos": {"is_flag": True},
     "logprobs": {"metavar": "K"},
     "structured_outputs": {"type": SchemaFile(), "metavar": "FILE"},
+    "thinking_budget": {"type": Count()},
+    "logit_bias": {"type": BiasWord(), "metavar": "ID=BIAS"},
 }
 
 

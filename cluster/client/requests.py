@@ -49,12 +49,17 @@ class SubmitOptions(TypedDict, total=False):
         repetition_penalty: above 1 discourages repetition, 0.01 to 100.
         seed: the same seed gives the same tokens. Default: another one for every job.
         logprobs: report log-probabilities of the sampled and of the K best tokens, 0 to 100.
+        presence_penalty: above 0 discourages tokens that the answer has, -2 to 2.
+        frequency_penalty: the same, for each time that it has them, -2 to 2.
         stop: end an answer at any of these texts, at most 64.
         stop_token_ids: end an answer at any of these ids, at most 64.
         ignore_eos: do not stop at the model's end token.
         enable_thinking: what the chat template is told.
         structured_outputs: what the text of an answer must match, as vLLM has it: `{"json": schema}`,
             `{"json_object": True}`, `{"regex": ...}`, `{"choice": [...]}` or `{"grammar": ...}` (Lark).
+        thinking_budget: after so many tokens of reasoning it is made to end; 0: an empty block.
+        min_tokens: fewest tokens of an answer: before, no end token, stop id or stop string ends it.
+        logit_bias: by token id, what is added to its logit, -100 to 100; at most 1024.
         priority: higher runs earlier. Default: 0.
         deadline_s: seconds from now until the job fails by itself, at most 30 days.
         attached: cancel the job when the stream that follows it ends.
@@ -75,11 +80,16 @@ class SubmitOptions(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | None
     logprobs: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     enable_thinking: bool | None
     structured_outputs: Mapping[str, Any] | Constraint | None
+    thinking_budget: int | None
+    min_tokens: int
+    logit_bias: Mapping[int, float] | None
     priority: int
     deadline_s: float | None
     attached: bool
@@ -126,6 +136,8 @@ def build_submit(document: object, question: str | Sequence[str] | None, options
 def _option(name: str, value: object) -> Any:
     """Return a checked option as its field takes it."""
     checked = validate.check_option(name, value)
+    if name == "logit_bias":
+        return [pb.TokenBias(token_id=one.token_id, bias=one.bias) for one in checked]
     return pb.StructuredOutputs(kind=checked.kind, text=checked.text) if isinstance(checked, Constraint) else checked
 
 

@@ -249,6 +249,9 @@ class Engine:
             self._decode_s += (seconds - self._decode_s) * (0.2 if self._decode_s else 1.0)
         if self.on_step is not None:
             self.on_step(step.plan, step.slowest_s)
+        for target in step.targets:
+            if (asked := self._handles.get(target.sequence)) is not None:
+                asked.scored.append(target)
         touched = self.scheduler.commit(step.plan, step.samples)
         self.has_worked = True
         if self._stored_kv is not None:

@@ -18,6 +18,7 @@ class InFlightStep:
     compute_us: int = 0  # of all shards
     estimate_us: int = 0  # the part of it that selected keys
     samples: tuple[SampledToken, ...] = ()
+    targets: tuple[SampledToken, ...] = ()
     cells: list[CellReport] = field(default_factory=list)
 
     @property
@@ -67,6 +68,7 @@ class InFlightSteps:
         self._late_us = 0
         step.estimate_us += result.estimate_us
         step.samples += result.samples
+        step.targets += result.targets
         step.cells += result.cells
         step.awaited.discard((result.stage, result.rank))
         done = []

@@ -28,6 +28,7 @@ class GenerationSpec:
     kernel_family: str = ""  # kernels whose stored KV it uses; empty: those of this cluster
     document_id: str = ""  # that it is about: its stored KV is noted there
     private: Private | None = None  # what follows a shared document, which is its owner's alone
+    prompt_logprobs: int | None = None  # of the tokens of the prompt, with those of so many best ones; None: not asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Generation:
     error: str = ""
     attention: AttentionSummary | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)  # the values in force, with the seed
+    prompt: tuple[SampledToken, ...] = ()  # tokens of the prompt with log-probabilities, none of the first, if asked
     is_own_error: bool = False  # `error` is about this prompt: the pipeline works, and another one would fail as well
 
     def to_json(self, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:

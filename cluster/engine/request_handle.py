@@ -11,6 +11,7 @@ from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
 from cluster.constraints.answer import ConstrainedAnswer, open_token
 from cluster.constraints.compiler import ConstraintCompiler, ConstraintError
+from cluster.constraints.thinking import ThinkingBudget, closing_ids
 from cluster.engine.attention_report import AttentionReport
 from cluster.engine.outputs import Generation, GenerationSpec, OutputToken, PrefillProgress, Timings
 from cluster.scheduler.prefix_keys import Origin
@@ -39,11 +40,16 @@ class RequestHandle:
     submitted: float
     numbers: Iterator[int]  # for the next tokens of its submission
     constrained: ConstrainedAnswer | None = None  # what its answer must match
+    thinking: ThinkingBudget | None = None  # what bounds its reasoning
     attention: AttentionReport = field(default_factory=AttentionReport)
+    scored: list[SampledToken] = field(default_factory=list)  # tokens of the prompt, from the second on
     started: float | None = None
     first_token: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
     result: Generation | None = None
+
+    def __post_init__(self) -> None:
+        self._restrict()
 
     def wait(self, timeout_s: float | None = None) -> Generation:
         """Return the result; raises TimeoutError, or EngineError when the cluster failed."""
@@ -61,7 +67,7 @@ class RequestHandle:
         for sample in samples:
             self.request.accept(sample)
             _, _, answer = self.text.push(sample.token_id)
-            if self._ends_with(sample.token_id, answer):
+            if self._follow(sample.token_id, answer):
                 self.request.finish_reason = FinishReason.STOP
 
     def take_token(self) -> tuple[OutputToken, bool]:
@@ -69,7 +75,7 @@ class RequestHandle:
         request = self.request
         sample = request.samples[-1]
         pieces = self.text.push(sample.token_id, is_last=request.finish_reason is not None)
-        has_ended = self._ends_with(sample.token_id, pieces[2])
+        has_ended = self._follow(sample.token_id, pieces[2])
         if has_ended and not self.text.stopped:  # nothing follows that could claim what is withheld
             text, reasoning, answer = (a + b for a, b in zip(pieces, self.text.flush(), strict=True))
         else:
@@ -80,13 +86,29 @@ class RequestHandle:
         )  # fmt: skip
         return token, has_ended
 
-    def _ends_with(self, token_id: int, answer: str) -> bool:
-        """Follow the constraint; returns whether a stop string or the end of what it allows ends the answer."""
-        if self.constrained is None or self.text.stopped:
-            return self.text.stopped
-        self.constrained.push(token_id, self.text.part, answer)
-        self.request.mask = self.constrained.mask
-        return self.constrained.is_complete
+    def _follow(self, token_id: int, answer: str) -> bool:
+        """Follow the constraint and the budget of reasoning.
+
+        Returns whether a stop string, or the end of what the constraint allows, ends the answer.
+        """
+        if self.text.stopped:
+            return True
+        if self.thinking is not None:
+            self.thinking.push(self.text.part, self.text.may_reason)
+        if self.constrained is not None:
+            self.constrained.push(token_id, self.text.part, answer)
+        self._restrict()
+        return self.constrained is not None and self.constrained.is_complete
+
+    def _restrict(self) -> None:
+        """Tell the request which tokens may come next."""
+        request = self.request
+        if self.constrained is not None:
+            request.mask, request.free_until = self.constrained.mask, 0
+        elif self.thinking is not None:
+            request.free_until = self.thinking.free_until
+        if self.thinking is not None:
+            request.forced = self.thinking.forced
 
     def notify(self, event: EngineEvent) -> None:
         """Call the submitter; a callback that raises is not called again."""
@@ -122,9 +144,15 @@ class RequestHandle:
             attention=attention,
             sampling=self.request.sampling,
             is_own_error=is_own_error,
+            prompt=self._prompt(),
         )
         self.notify(self.result)
         self.done.set()
+
+    def _prompt(self) -> tuple[SampledToken, ...]:
+        if self.spec.prompt_logprobs is None:
+            return ()
+        return SampledToken(self.request.sequence, self.spec.prompt[0]), *self.scored
 
     def _timings(self, now: float) -> Timings:
         started = self.started if self.started is not None else now
@@ -153,27 +181,40 @@ class RequestFactory:
         """Return a request with the tokens that it resumes after.
 
         Raises:
-            UserError: the prompt is empty, or the constraint cannot be compiled.
+            UserError: the prompt is empty, the constraint cannot be compiled, or the tokenizer is missing for what is
+                asked.
         """
         if not len(spec.prompt):
             raise UserError("prompt: 0 tokens: must have at least one")
         options = spec.options
         stops = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self.eos)
-        rules = StopRules(options.max_tokens, stops)
+        rules = StopRules(options.max_tokens, stops, options.min_tokens)
         request = Request(
             sequence, spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
-            Origin(spec.kernel_family, spec.cache_salt, spec.private), spec.document_id,
+            Origin(spec.kernel_family, spec.cache_salt, spec.private), spec.document_id, options.logit_bias,
+            prompt_logprobs=spec.prompt_logprobs,
         )  # fmt: skip
         opened = self.tokenizer is not None and opens_reasoning(self.tokenizer, spec.prompt)
-        text = OutputText(self.tokenizer, options.stop, opened, stops)
-        handle = RequestHandle(request, spec, text, on_event, now, numbers, self._constrained(spec, stops, opened))
-        if handle.constrained is not None:
-            request.is_constrained, request.mask = True, handle.constrained.mask
+        text = OutputText(self.tokenizer, options.stop, opened, stops, options.min_tokens)
+        handle = RequestHandle(
+            request, spec, text, on_event, now, numbers, self._constrained(spec, stops, opened),
+            self._thinking(spec, opened),
+        )  # fmt: skip
         try:
             handle.resume(spec.resume)
         except ConstraintError as error:
             raise UserError(f"structured_outputs: the answer cannot go on: {error}") from error
+        if spec.prompt_logprobs is not None and request.finish_reason is not None:
+            raise UserError("logprobs: those of the prompt were lost with the head that computed them: ask again")
         return handle
+
+    def _thinking(self, spec: GenerationSpec, opened: bool) -> ThinkingBudget | None:
+        budget = spec.options.thinking_budget
+        if budget is None:
+            return None
+        if self.tokenizer is None:
+            raise UserError("thinking_budget: needs the model's tokenizer")
+        return ThinkingBudget(budget, closing_ids(self.tokenizer, budget, spec.prompt, opened), opened)
 
     def _constrained(self, spec: GenerationSpec, stops: frozenset[int], opened: bool) -> ConstrainedAnswer | None:
         constraint = spec.options.structured_outputs

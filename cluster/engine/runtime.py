@@ -14,6 +14,7 @@ from cluster.common.errors import EngineError, StageError
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import kv_dtype
 from cluster.constraints.compiler import ConstraintCompiler
+from cluster.constraints.thinking import closing_ids
 from cluster.engine.attention_report import describe_positions, describe_sparsity
 from cluster.engine.engine import Engine
 from cluster.engine.outputs import Generation, GenerationSpec
@@ -314,6 +315,11 @@ class ClusterRuntime:
         check_ids(options.stop_token_ids, self.deployment.spec.vocab_size, "stop_token_ids")
         if options.stop and self.ids_only:
             raise UserError(f"stop: {options.stop[0]!r}: needs {self._tokenizer_path}: use stop_token_ids")
+        check_ids([one.token_id for one in options.logit_bias], self.deployment.spec.vocab_size, "logit_bias")
+        if options.thinking_budget is not None:
+            if self.ids_only:
+                raise UserError(f"thinking_budget: {options.thinking_budget}: needs {self._tokenizer_path}")
+            closing_ids(self.tokenizer, options.thinking_budget, (), reasoning=False)
         if options.structured_outputs is not None:
             self.constraints.check(options.structured_outputs)
         for prompt in prompts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.engine.outputs import OutputToken, PrefillProgress
@@ -28,9 +28,14 @@ class Answer:
         if keep:
             self.tokens += tokens
 
-    def usage(self, record: JobRecord) -> dict[str, Any]:
-        """Return the `usage` of chat and completions."""
+    def usage(self, record: JobRecord, counts_prompt: bool = True) -> dict[str, Any]:
+        """Return the `usage` of chat and completions.
+
+        Args:
+            counts_prompt: False for an answer whose prompt another one has counted.
+        """
         prompt, cached = record.answers[0].prompt_tokens, record.answers[0].cached_tokens
+        prompt, cached = (prompt, cached) if counts_prompt else (0, 0)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.num_tokens,
@@ -38,6 +43,16 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": self.num_reasoning},
         }
+
+
+def total_usage(usages: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sums of numbers, also of those of the mappings inside."""
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for name, value in usage.items():
+            is_group = isinstance(value, Mapping)
+            total[name] = total_usage([total.get(name, {}), value]) if is_group else total.get(name, 0) + value
+    return total
 
 
 class AnswerScanner:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError, refuse
+from cluster.jobs.model import JobSpec
 from protos.jobs import validate
-from protos.jobs.limits import MAX_CHARS, MAX_INT32, MAX_STOPS
+from protos.jobs.limits import MAX_CHARS, MAX_INT32, MAX_INT64, MAX_STOPS, MAX_UINT32
 from protos.jobs.sampling import AnswerOptions
+
+MAX_CHOICES = 8  # answers to one prompt
 
 
 class RequestModel(BaseModel):
@@ -29,6 +33,12 @@ class AnswerFields(RequestModel):
     top_k: int | None = Field(None, description="0 and -1: all tokens.")
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = Field(None, description="By token id, -100 to 100; at most 1024 tokens.")
+    min_tokens: int | None = None
+    thinking_token_budget: int | None = Field(None, description="Reasoning is made to end after so many tokens.")
+    thinking_budget: int | None = Field(None, description="The same, as DashScope has it.")
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -36,21 +46,15 @@ class AnswerFields(RequestModel):
     priority: int | None = Field(None, description="Lower ones go first, as in vLLM.")
     cache_salt: str | None = Field(None, description="Computed prefixes are shared with requests of the same one only.")
     request_id: str | None = None
-    # known to clients, with values that cannot be honoured here
+    # known to clients, with values that cannot be honoured here, or not by every protocol
     n: int | None = None
     best_of: int | None = None
-    min_tokens: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None
-    thinking_token_budget: int | None = None
     use_beam_search: bool | None = None
 
 
 # values that mean the same as leaving the field out; all others are refused
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "min_tokens": (0,), "frequency_penalty": (0.0,), "presence_penalty": (0.0,),
-    "logit_bias": ({},), "thinking_token_budget": (), "use_beam_search": (False,), "modalities": (["text"], []),
+    "n": (1,), "best_of": (1,), "use_beam_search": (False,), "modalities": (["text"], []),
     "audio": (), "functions": ([],), "function_call": ("none",), "chat_template": (),
     "continue_final_message": (False,), "add_generation_prompt": (True,), "suffix": ("",), "prompt_embeds": (),
     "prompt_logprobs": (0,),
@@ -63,6 +67,20 @@ def check_supported(request: BaseModel) -> None:
         value = getattr(request, name)
         if value is not None and value not in _HARMLESS[name]:
             raise refuse(name, f"{validate.show(value)}: is not supported here: leave it out", "unsupported_value")
+
+
+def num_choices(request: AnswerFields) -> int:
+    """Return how many answers a request asks for. Raises InvalidRequest."""
+    return validate.check_integer("n", 1 if request.n is None else request.n, 1, MAX_CHOICES)
+
+
+def choices_of(spec: JobSpec, count: int) -> list[JobSpec]:
+    """Return the jobs of several answers to one prompt: a seed that is said is that of the first, and rises by one."""
+    seed = spec.ask.sampling.seed
+    if seed is None:
+        return [spec] * count
+    seeds = [(seed + index) & MAX_INT64 for index in range(count)]
+    return [replace(spec, ask=replace(spec.ask, sampling=replace(spec.ask.sampling, seed=one))) for one in seeds]
 
 
 def check_model(backend: Backend, name: str | None) -> None:
@@ -90,13 +108,22 @@ def answer_options(
         "max_tokens": max_tokens if max_tokens is not None else default,
         "temperature": request.temperature, "top_p": request.top_p, "min_p": request.min_p,
         "top_k": 0 if request.top_k == -1 else request.top_k, "repetition_penalty": request.repetition_penalty,
-        "seed": request.seed, "logprobs": logprobs, "ignore_eos": request.ignore_eos,
-        "enable_thinking": enable_thinking,
+        "presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty,
+        "logit_bias": request.logit_bias, "seed": request.seed, "logprobs": logprobs, "ignore_eos": request.ignore_eos,
+        "min_tokens": request.min_tokens, "enable_thinking": enable_thinking, "thinking_budget": _budget(request),
     }  # fmt: skip
     options = {name: validate.check_option(name, value) for name, value in said.items() if value is not None}
     options["stop"] = tuple(filter(None, stops))
     options["stop_token_ids"] = tuple(validate.check_token_ids("stop_token_ids", stop_ids))
     return AnswerOptions.from_values(options)
+
+
+def _budget(request: AnswerFields) -> int | None:
+    """Return how many tokens of reasoning there may be; None: any number. Raises InvalidRequest."""
+    for name in ("thinking_token_budget", "thinking_budget"):
+        if (value := getattr(request, name)) is not None:
+            return validate.check_integer(name, value, 0, MAX_UINT32)
+    return None
 
 
 def job_fields(request: AnswerFields) -> dict[str, Any]:

@@ -22,13 +22,14 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
 
 from protos.errors import InvalidRequest
 from protos.jobs.chat import AUTO, ChatMessage, Tool, ToolChoice
 from protos.jobs.sampling import AnswerOptions, SamplingParams
+from protos.stage.messages import TokenLogprob
 
 _ID = re.compile(r"(job|doc|batch)_[0-9a-f]{32}")
 
@@ -168,6 +169,7 @@ class JobSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     cache_salt: str = ""  # it shares KV with jobs of the same one only
     shorten: bool = False  # `ask.max_tokens` is lowered to what the context has room for
+    prompt_logprobs: int | None = None  # of the tokens of its prompts, with those of so many best ones; None: not asked
     request: str = ""  # JSON of what its protocol shows again with the job; nothing else reads it
 
     def to_json(self) -> str:
@@ -185,13 +187,18 @@ class JobSpec:
         """
         values = asdict(self)
         sampling, greedy = values["ask"]["sampling"], asdict(SamplingParams())
+        for name in ("presence_penalty", "frequency_penalty"):
+            if sampling[name] is None:
+                del sampling[name]  # as before there was such a thing
         values["ask"]["sampling"] = {name: greedy[name] if v is None else v for name, v in sampling.items()}
         if said := [name for name in sampling if name != "seed" and sampling[name] == greedy[name] is not None]:
             values["said"] = said
-        if values["ask"]["structured_outputs"] is None:
-            del values["ask"]["structured_outputs"]  # as before there was such a thing
-        if not values["request"]:
-            del values["request"]  # as before there was such a thing
+        later = {"structured_outputs": None, "thinking_budget": None, "min_tokens": 0, "logit_bias": ()}
+        for name in [name for name in later if values["ask"][name] == later[name]]:
+            del values["ask"][name]  # as before there was such a thing
+        for name in ("request", "prompt_logprobs"):
+            if values[name] in ("", None):
+                del values[name]  # as before there was such a thing
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
         if values.pop("shorten"):  # what it was lowered to is not said by the client
@@ -210,6 +217,14 @@ class JobSpec:
 _SPEC = TypeAdapter(JobSpec)
 
 
+class PromptToken(NamedTuple):
+    """A token of a prompt with its log-probability, which the first one has not, and those of the best tokens."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class JobAnswer:
     """One question's answer. `finish_reason` is empty while it runs; text and reasoning are set when it has ended."""
@@ -222,6 +237,7 @@ class JobAnswer:
     reasoning: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)  # fields of cluster.engine.outputs.Timings
     attention: Mapping[str, Any] = field(default_factory=dict)  # of cluster.engine.attention_report.AttentionSummary
+    prompt: tuple[PromptToken, ...] = ()  # its tokens, if log-probabilities of them were asked for
 
 
 @dataclass(frozen=True, slots=True)

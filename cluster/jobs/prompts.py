@@ -24,7 +24,7 @@ from cluster.text.tools.formats import ToolFormat
 from cluster.text.tools.prompt import chat_texts
 from protos.errors import UserError
 from protos.jobs.constraint import Constraint
-from protos.jobs.limits import MAX_UINT32
+from protos.jobs.limits import MAX_SCORED_TOKENS, MAX_UINT32
 
 _READ = "Continue."  # asked where a document is only read; its answer is not shown
 _CLOCK = "clock"  # in what is stored to get the same tokens again
@@ -147,6 +147,9 @@ def _job_prompts(
         else:
             prompts = [list(source.token_ids or ())]
         runtime.check_prompts(prompts, spec.ask)
+        if spec.prompt_logprobs is not None and max(map(len, prompts)) > MAX_SCORED_TOKENS:
+            most = f"must be at most {MAX_SCORED_TOKENS} for log-probabilities of a prompt"
+            raise InvalidJob(f"prompt: {max(map(len, prompts))} tokens: {most}")
     except (RendererBusy, CompilerBusy) as error:
         raise ServiceBusy(str(error), 5.0) from error
     except UserError as error:

@@ -17,7 +17,7 @@ from cluster.common.watched_thread import WatchedThread
 from cluster.engine.outputs import Generation, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.jobs.blame import Progress
-from cluster.jobs.model import ACTIVE, JobAnswer, JobState
+from cluster.jobs.model import ACTIVE, JobAnswer, JobState, PromptToken
 from cluster.jobs.store import JobStore, StateChange
 from cluster.jobs.store_retry import StoreAbandoned, StoreRetry
 from cluster.scheduler.request import FinishReason
@@ -213,6 +213,7 @@ def _answer(question: int, result: Generation, detailed: bool) -> JobAnswer:
         reasoning=result.reasoning,
         timings=asdict(result.timings),
         attention=attention,
+        prompt=tuple(PromptToken(one.token_id, one.logprob, one.top) for one in result.prompt),
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from cluster.common.text_format import one_line
 from cluster.engine.outputs import OutputToken
 from cluster.jobs.model import (
@@ -22,6 +24,7 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
+    PromptToken,
 )
 from cluster.scheduler.request import FinishReason
 from protos.jobs.limits import MAX_INT32, MAX_INT64, MAX_UINT32
@@ -29,6 +32,7 @@ from protos.jobs.sampling import AnswerOptions
 from protos.stage.messages import TokenLogprob
 
 _NO_OPTIONS = AnswerOptions()
+_PROMPT = TypeAdapter(tuple[PromptToken, ...])
 NO_SPEC = JobSpec(JobInput(token_ids=()), _NO_OPTIONS)  # of a job whose own cannot be read
 _FINISH_REASONS = frozenset(reason.value for reason in FinishReason)
 _PARTS = ("answer", "reasoning", "")  # "": stored by an earlier version, not split yet
@@ -111,6 +115,15 @@ class _Reader:
         self._note(name, value)
         return ()
 
+    def prompt(self, name: str, value: object) -> tuple[PromptToken, ...]:
+        if value == "[]":
+            return ()
+        try:
+            return _PROMPT.validate_json(self.text(name, value))
+        except ValueError:
+            self._note(name, value)
+            return ()
+
     def spec(self, value: object) -> JobSpec:
         try:
             spec = JobSpec.from_json(value)  # type: ignore[arg-type]  # what is no text raises too
@@ -177,7 +190,7 @@ def _record(reader: _Reader, row: JobRow, answers: Sequence[Sequence[Any]], spec
 
 def _answer(reader: _Reader, row: Sequence[Any]) -> JobAnswer:
     """Return an answer from its columns, which are the fields of JobAnswer."""
-    question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention = row
+    question, prompt_tokens, cached_tokens, finish_reason, text, reasoning, timings, attention, prompt = row
     reason = reader.text("finish_reason", finish_reason)
     if reason and reason not in _FINISH_REASONS:
         reader.damage = reader.damage or f"finish_reason: {reason[:40]!r}"
@@ -195,6 +208,7 @@ def _answer(reader: _Reader, row: Sequence[Any]) -> JobAnswer:
         reasoning=None if reasoning is None else reader.text("reasoning", reasoning),
         timings=seconds,
         attention=reader.mapping("attention", attention),
+        prompt=reader.prompt("prompt", prompt),
     )
 
 

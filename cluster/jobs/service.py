@@ -181,11 +181,11 @@ class JobService(JobExecution):
 
     def _build(self, spec: JobSpec, now: datetime) -> tuple[JobSpec, list[array[int]]]:
         """Return the prompts of a submission, and the submission with as long an answer as it gets."""
-        least = replace(spec, ask=replace(spec.ask, max_tokens=1)) if spec.shorten else spec
+        least = replace(spec, ask=spec.ask.shortened(1)) if spec.shorten else spec
         prompts = job_prompts(self._runtime, self.document_tokens, least, now, BUILD_WAIT_S)
         if spec.shorten:
             room = self._runtime.max_model_len - longest(prompts)
-            spec = replace(spec, ask=replace(spec.ask, max_tokens=min(spec.ask.max_tokens, room)))
+            spec = replace(spec, ask=spec.ask.shortened(room))
         return spec, prompts
 
     def keep_text(self, text: str, max_bytes: int, tenant: Tenant = ANYONE) -> AbstractContextManager[DocumentRecord]:

@@ -128,9 +128,12 @@ class PrefixCache:
 
     def _rehash(self, request: Request, key: int) -> None:
         request.length_key = key
+        request.num_found, request.is_looked_up = None, False
+        request.hashes = request.block_keys = ()
+        if request.prompt_logprobs is not None:  # each row is needed: it shares nothing
+            return
         request.hashes = list(self._keys.hashes(request.prompt, key, request.origin))
         request.block_keys = list(self._keys.block_keys(request.prompt, key, request.origin))
-        request.num_found, request.is_looked_up = None, False
 
     def _is_known_or_pending(self, key: bytes) -> bool:
         return key in self._pending or self._pool.has(key)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.scheduler.prefix_keys import OWN, Origin
-from protos.stage.messages import SampledToken, SamplingParams
+from protos.stage.messages import SampledToken, SamplingParams, TokenBias
 
 
 class Status(enum.Enum):
@@ -32,11 +32,13 @@ class FinishReason(enum.Enum):
 class StopRules:
     """When generation ends: after `max_tokens` (at least 1), or with one of `token_ids`.
 
-    `token_ids` are the model's end-of-sequence ids, unless they are ignored, and the caller's.
+    `token_ids` are the model's end-of-sequence ids, unless they are ignored, and the caller's. None of them is sampled
+    among the first `min_tokens` tokens.
     """
 
     max_tokens: int
     token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -55,8 +57,11 @@ class Request:
     pinned_len: int = 0  # length whose length scale it uses, that of the longest prompt of its job; 0: its own
     origin: Origin = OWN  # with whose prompts it shares KV
     document_id: str = ""  # that the prompt is about
-    is_constrained: bool = False  # each token is sampled under a mask that needs the one before: it never runs ahead
+    logit_bias: Sequence[TokenBias] = ()
+    free_until: int | None = None  # tokens of the answer from this index on need the one before; None: none does
+    prompt_logprobs: int | None = None  # of the prompt, with so many best ones: all of it is computed; None: not asked
     mask: bytes = b""  # of the next token, see `SampleSpec`
+    forced: int | None = None  # the next token, likewise
     is_private: bool = False  # its document is gone: nobody finds what it computes from now on
     output: list[int] = field(default_factory=list)
     samples: list[SampledToken] = field(default_factory=list)
@@ -98,6 +103,11 @@ class Request:
     def remaining(self) -> int:
         """Tokens present that are not scheduled; 0 while the next one is being sampled."""
         return self.num_tokens - self.num_scheduled
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the next token can be planned before those in flight are known."""
+        return self.free_until is None or len(self.output) + self.samples_in_flight < self.free_until
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the ids of positions `start .. stop - 1`, prompt and output as one sequence."""

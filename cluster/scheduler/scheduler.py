@@ -22,7 +22,7 @@ from cluster.scheduler.stored_prefix import Load, StoredPrefixes
 from protos.errors import UserError
 from protos.model import grid
 from protos.model.spec import ModelSpec
-from protos.stage.messages import KvBlock, SampledToken, SampleSpec, SequenceSlice, StepPlan
+from protos.stage.messages import KvBlock, SampledToken, SampleSpec, SequenceSlice, StepPlan, TokenBias
 
 
 class DoesNotFit(UserError):
@@ -77,7 +77,7 @@ class Scheduler:
     def is_decoding(self) -> bool:
         """Whether every step gives every running request one token, and nothing waits to be admitted."""
         running = self._running.values()
-        return not self._waiting and all(r.remaining <= 1 and not r.is_constrained for r in running)
+        return not self._waiting and all(r.remaining <= 1 and r.may_run_ahead for r in running)
 
     def is_sparse(self, part: SequenceSlice) -> bool:
         """Return whether the rows of a slice select their keys; all of them do or none."""
@@ -269,7 +269,7 @@ class Scheduler:
 
     def _remaining(self, request: Request) -> int:
         """Return the tokens to schedule; one that is being sampled counts if the stages can go on by themselves."""
-        ahead = 0 if request.is_constrained else request.samples_in_flight
+        ahead = request.samples_in_flight if request.may_run_ahead else 0
         if ahead and len(request.output) + ahead < request.stop.max_tokens:
             return request.remaining + ahead
         return request.remaining
@@ -291,11 +291,7 @@ class Scheduler:
         stop = start + length
         sample = None
         if stop >= request.num_tokens:  # beyond: the token in between is in flight
-            history: Sequence[int] = ()
-            if request.sampling.repetition_penalty != 1.0 and not request.sampled_at:
-                history = sorted(set(request.tokens(0, stop)))
-            index = len(request.output) + request.samples_in_flight
-            sample = SampleSpec(request.sampling, index, history, request.mask)
+            sample = _sample_spec(request, stop)
             request.samples_in_flight += 1
             request.sampled_at = self._step + 1
         num_pages = -(-stop // self._page_size)
@@ -303,9 +299,14 @@ class Scheduler:
         new_pages = request.pages[0 if is_first else -(-start // self._page_size) : num_pages]
         request.num_scheduled = stop
         tokens = request.tokens(start, stop)
+        targets: Sequence[int] = ()
+        top = request.prompt_logprobs
+        if top is not None and start + 1 < request.num_prompt:
+            targets = request.tokens(start + 1, min(stop + 1, request.num_prompt))
         return SequenceSlice(
-            request.sequence, start, length, request.num_prompt, tokens, new_pages, num_pages, sample, request.scale_len
-        )
+            request.sequence, start, length, request.num_prompt, tokens, new_pages, num_pages, sample,
+            request.scale_len, targets, top or 0,
+        )  # fmt: skip
 
     def _finish(self, request: Request) -> None:
         status, request.status = request.status, Status.FINISHED
@@ -327,3 +328,21 @@ class Scheduler:
         self.pool.release(request.pages)
         self._prefixes.end(request)
         request.pages = ()
+
+
+def _sample_spec(request: Request, stop: int) -> SampleSpec:
+    """Return how the token behind position `stop - 1` is sampled; the first one brings what the sampler keeps."""
+    params, index = request.sampling, len(request.output) + request.samples_in_flight
+    history: Sequence[int] = ()
+    outputs: Sequence[int] = ()
+    bias: Sequence[TokenBias] = ()
+    if not request.sampled_at:
+        if params.repetition_penalty != 1.0:
+            history = sorted(set(request.tokens(0, stop)))
+        if params.counts_tokens:
+            outputs = tuple(request.output)
+        bias = request.logit_bias
+    banned = sorted(request.stop.token_ids) if index < request.stop.min_tokens else ()
+    return SampleSpec(
+        params, index, history, request.mask, outputs, bias, bool(request.logit_bias), banned, request.forced
+    )

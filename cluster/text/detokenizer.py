@@ -72,13 +72,19 @@ class StopMatcher:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """Return the text that no stop string can claim any more; `stopped` says whether one is complete."""
+    def push(self, text: str, counts: bool = True) -> str:
+        """Return the text that no stop string can claim any more; `stopped` says whether one is complete.
+
+        Args:
+            counts: False where a stop string that this text completes does not stop anything.
+        """
         if self.stopped:
             return ""
-        buffer = self._held + text
-        matches = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
-        if matches:
+        buffer, old = self._held + text, len(self._held)
+        matches = [
+            (at + len(stop), at) for stop in self._stops if (at := buffer.find(stop, max(0, old + 1 - len(stop)))) >= 0
+        ]
+        if matches and counts:
             self._held, self.stopped = "", True
             return buffer[: min(matches)[1]]
         held = range(max(0, len(buffer) - self._longest + 1), len(buffer))  # may begin a stop string
@@ -97,17 +103,19 @@ class OutputText:
 
     A stop string counts in the answer only: what the model reasons, tags and the newlines behind them cannot hold one.
     A token of `end_ids` ends the output and is no part of its text, special or not. Without a tokenizer there is no
-    text. `reasoning_opened` says that the prompt ended inside `<think>`.
+    text. `reasoning_opened` says that the prompt ended inside `<think>`. What the first `min_tokens` tokens complete is
+    no stop string.
     """
 
     def __init__(
         self, tokenizer: TextTokenizer | None, stop: Sequence[str], reasoning_opened: bool = False,
-        end_ids: Collection[int] = frozenset(),
+        end_ids: Collection[int] = frozenset(), min_tokens: int = 0,
     ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
         self._end_ids = end_ids
         self._matcher = StopMatcher(stop)
+        self._left = min_tokens + 1  # tokens until stop strings count
         self._splitter = ReasoningSplitter(reasoning_opened)
         self._parts: tuple[list[str], list[str]] = ([], [])  # reasoning, answer
 
@@ -121,11 +129,17 @@ class OutputText:
         """The part that the newest text belongs to: "reasoning" or "answer"."""
         return self._splitter.part
 
+    @property
+    def may_reason(self) -> bool:
+        """Whether the output may still begin with reasoning: all of it so far may belong to an opening tag."""
+        return self._splitter.may_open
+
     def push(self, token_id: int, is_last: bool = False) -> tuple[str, str, str]:
         """Return the text that became certain with a token, and what it adds to reasoning and to the answer.
 
         With `is_last` the output ends with this token: nothing is withheld.
         """
+        self._left = max(0, self._left - 1)
         added = self._add(self._decode(token_id))
         if is_last and not self.stopped:
             text, reasoning, answer = self.flush()
@@ -159,7 +173,7 @@ class OutputText:
             rest = self._splitter.flush()
             reasoning, answer = reasoning + rest[0], answer + rest[1]
         before = "" if self._splitter.undecided else certain[: len(certain) - len(answer)]  # the answer is its end
-        answer = self._matcher.push(answer) + (self._matcher.flush() if is_end else "")
+        answer = self._matcher.push(answer, counts=not self._left) + (self._matcher.flush() if is_end else "")
         for part, piece in zip(self._parts, (reasoning, answer), strict=True):
             part.append(piece)
         return before + answer, reasoning, answer

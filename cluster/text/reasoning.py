@@ -52,6 +52,11 @@ class ReasoningSplitter:
         return "reasoning" if is_reasoning else "answer"
 
     @property
+    def may_open(self) -> bool:
+        """Whether the text so far may still become an opening tag, or begin the reasoning that a prompt has opened."""
+        return self._state == "start"
+
+    @property
     def undecided(self) -> str:
         """The text so far, while it may be the answer's or belong to an opening tag."""
         return self._held if self._state == "start" and not self._opened else ""

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 from protos.errors import InvalidRequest
 from protos.jobs.constraint import Constraint
 from protos.jobs.limits import MAX_INT64, MAX_LOGPROBS
+from protos.jobs.logit_bias import TokenBias, read_logit_bias
 
 
 def _option(default: Any, meaning: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Any:
@@ -39,6 +40,8 @@ class Sampling:
     repetition_penalty: float | None = _option(None, "Above 1 discourages repetition.", 0.01, 100.0)
     seed: int | None = _option(None, "Same seed, same samples; default: a fresh one.", 0, MAX_INT64)
     logprobs: int | None = _option(None, "Report log-probabilities of the K best tokens.", 0, MAX_LOGPROBS)
+    presence_penalty: float | None = _option(None, "Above 0 discourages tokens that the answer has.", -2.0, 2.0)
+    frequency_penalty: float | None = _option(None, "The same, for each time that it has them.", -2.0, 2.0)
 
     def __post_init__(self) -> None:
         for option in _SAMPLING:
@@ -49,7 +52,8 @@ class Sampling:
 class SamplingParams:
     """How one token is chosen, with every value of `Sampling` said; here the defaults are greedy.
 
-    `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off.
+    `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` switch those filters off. The repetition penalty is
+    about prompt and answer, the other two about the answer alone.
 
     Raises:
         InvalidRequest: a value is out of its range.
@@ -62,10 +66,17 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int = 0
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for option in _SAMPLING:
             option.check(getattr(self, option.name))
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how often an answer has a token."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that decide about tokens, by name."""
@@ -77,7 +88,7 @@ class AnswerOptions:
     """Generation options shared by all questions of one call.
 
     Raises:
-        InvalidRequest: a value is out of its range, or a stop string is empty.
+        InvalidRequest: a value is out of its range, a stop string is empty, or `min_tokens` are more than `max_tokens`.
     """
 
     max_tokens: int = _option(256, "Most tokens of an answer.", 1)
@@ -89,13 +100,20 @@ class AnswerOptions:
     structured_outputs: Constraint | None = _option(  # noqa: RUF009
         None, "Answer with JSON that matches the schema in this file."
     )
+    thinking_budget: int | None = _option(None, "Most tokens of reasoning before it is made to end.", 0)
+    min_tokens: int = _option(0, "Fewest tokens of an answer.", 0)
+    logit_bias: tuple[TokenBias, ...] = _option((), "Add BIAS, -100 to 100, to the logit of a token (repeatable).")
 
     def __post_init__(self) -> None:
         if isinstance(self.sampling, SamplingParams):  # every value is said
             object.__setattr__(self, "sampling", Sampling(*astuple(self.sampling)))
         if self.structured_outputs is not None:  # a mapping as vLLM has it will do
             object.__setattr__(self, "structured_outputs", Constraint.from_value(self.structured_outputs))
-        OPTIONS["max_tokens"].check(self.max_tokens)
+        object.__setattr__(self, "logit_bias", read_logit_bias(self.logit_bias))
+        for name in ("max_tokens", "min_tokens", "thinking_budget"):
+            OPTIONS[name].check(getattr(self, name))
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens: {self.min_tokens}: must be at most max_tokens, {self.max_tokens}")
         if not all(self.stop):
             raise InvalidRequest('stop: "": a stop string must have at least one character')
 
@@ -117,6 +135,11 @@ class AnswerOptions:
         said = {name: value for name, value in said.items() if value is not None}
         seed = secrets.randbits(63) if seed is None else seed
         return replace(self, sampling=replace(defaults, **{"seed": seed} | said))
+
+    def shortened(self, max_tokens: int) -> AnswerOptions:
+        """Return the options of an answer with at most so many tokens."""
+        most = min(self.max_tokens, max_tokens)
+        return replace(self, max_tokens=most, min_tokens=min(self.min_tokens, most))
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -26,6 +26,7 @@ from protos.jobs.limits import (
     MAX_TOKEN_IDS,
     MAX_UINT32,
 )
+from protos.jobs.logit_bias import TokenBias, read_logit_bias
 from protos.jobs.sampling import OPTIONS, AnswerOptions
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -63,12 +64,16 @@ def read_options(sampling: pb.Sampling) -> AnswerOptions:
     values: dict[str, Any] = {name: tuple(value) if OPTIONS[name].is_list else value for name, value in present.items()}
     if "structured_outputs" in values:
         values["structured_outputs"] = read_message(Constraint, sampling.structured_outputs)
+    if "logit_bias" in values:
+        values["logit_bias"] = read_logit_bias([(one.token_id, one.bias) for one in sampling.logit_bias])
     return AnswerOptions.from_values(values)
 
 
 def check_option(name: str, value: object) -> Any:
     """Return a generation option as the type it is declared with. Raises InvalidRequest."""
     option = OPTIONS[name]
+    if option.kind is TokenBias:
+        return read_logit_bias(value or ())
     if option.is_list:
         values = value or ()
         return check_texts(name, values, min_chars=1) if option.kind is str else check_token_ids(name, values)

@@ -28,7 +28,7 @@ def plans_to_pb(plans: Iterable[StepPlan], with_tokens: bool = True, with_masks:
 
     Args:
         with_tokens: have the token ids, which only the first stage reads.
-        with_masks: have the masks of samples, which only the last stage reads.
+        with_masks: have the masks of samples, and targets, which only the last stage reads.
     """
     if not with_tokens:
         plans = map(_without_tokens, plans)
@@ -42,10 +42,11 @@ def _without_tokens(plan: StepPlan) -> StepPlan:
 
 
 def _without_masks(plan: StepPlan) -> StepPlan:
-    if not any(part.sample is not None and part.sample.mask for part in plan.slices):
+    if not any(part.targets or (part.sample is not None and part.sample.mask) for part in plan.slices):
         return plan
     parts = (
-        part if part.sample is None else replace(part, sample=replace(part.sample, mask=b"")) for part in plan.slices
+        replace(part, targets=(), sample=None if part.sample is None else replace(part.sample, mask=b""))
+        for part in plan.slices
     )
     return replace(plan, slices=tuple(parts))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from protos.jobs.logit_bias import TokenBias as TokenBias
 from protos.jobs.sampling import SamplingParams as SamplingParams  # the part of a plan that a job asks for
 
 
@@ -56,6 +57,11 @@ class SampleSpec:
     token_index: int  # 0 for the first generated token; with the seed it fixes the noise
     history: Sequence[int] = ()  # distinct ids so far; with the first sample of a penalised request, else empty
     mask: bytes = b""  # a bit for each id that may be sampled, the lowest bit of a byte first; empty: all may be
+    outputs: Sequence[int] = ()  # ids sampled before; with the first sample under a presence or frequency penalty
+    bias: Sequence[TokenBias] = ()  # with the first sample of a request that has one
+    is_biased: bool = False  # by `bias`, or by that of the first sample
+    banned: Sequence[int] = ()  # ids that are not sampled unless the mask leaves nothing else
+    forced: int | None = None  # the token, whatever the logits are
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,8 @@ class SequenceSlice:
     num_pages: int  # of the table afterwards; a stage whose table differs refuses the step
     sample: SampleSpec | None = None
     scale_len: int = 0  # length the DCA temperature is taken at; 0: prompt_len
+    targets: Sequence[int] = ()  # read by the last stage: tokens behind the first rows, whose log-probability is asked
+    top: int = 0  # of each such row the log-probabilities of so many best tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +141,7 @@ class StepResult:
     error: str = ""
     cells: tuple[CellReport, ...] = ()
     estimate_us: int = 0  # of compute_us: estimating and selecting of sparse cells
+    targets: tuple[SampledToken, ...] = ()  # those of the slices, in order, with log-probabilities
 
 
 @dataclass(frozen=True, slots=True)

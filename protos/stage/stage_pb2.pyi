@@ -105,7 +105,7 @@ class StartReply(_message.Message):
     def __init__(self) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs", "presence_penalty", "frequency_penalty")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,8 @@ class SamplingParams(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -120,22 +122,42 @@ class SamplingParams(_message.Message):
     repetition_penalty: float
     seed: int
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    presence_penalty: float
+    frequency_penalty: float
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ...) -> None: ...
+
+class TokenBias(_message.Message):
+    __slots__ = ("token_id", "bias")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    bias: float
+    def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class SampleSpec(_message.Message):
-    __slots__ = ("params", "token_index", "history", "mask")
+    __slots__ = ("params", "token_index", "history", "mask", "outputs", "bias", "is_biased", "banned", "forced")
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    IS_BIASED_FIELD_NUMBER: _ClassVar[int]
+    BANNED_FIELD_NUMBER: _ClassVar[int]
+    FORCED_FIELD_NUMBER: _ClassVar[int]
     params: SamplingParams
     token_index: int
     history: _containers.RepeatedScalarFieldContainer[int]
     mask: bytes
-    def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    outputs: _containers.RepeatedScalarFieldContainer[int]
+    bias: _containers.RepeatedCompositeFieldContainer[TokenBias]
+    is_biased: bool
+    banned: _containers.RepeatedScalarFieldContainer[int]
+    forced: int
+    def __init__(self, params: _Optional[_Union[SamplingParams, _Mapping]] = ..., token_index: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., mask: _Optional[bytes] = ..., outputs: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., is_biased: _Optional[bool] = ..., banned: _Optional[_Iterable[int]] = ..., forced: _Optional[int] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
-    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len")
+    __slots__ = ("sequence", "start", "length", "prompt_len", "token_ids", "new_pages", "num_pages", "sample", "scale_len", "targets", "top")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +167,8 @@ class SequenceSlice(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     SCALE_LEN_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     start: int
     length: int
@@ -154,7 +178,9 @@ class SequenceSlice(_message.Message):
     num_pages: int
     sample: SampleSpec
     scale_len: int
-    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedScalarFieldContainer[int]
+    top: int
+    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., prompt_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_pages: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., sample: _Optional[_Union[SampleSpec, _Mapping]] = ..., scale_len: _Optional[int] = ..., targets: _Optional[_Iterable[int]] = ..., top: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step", "slices", "released")
@@ -215,7 +241,7 @@ class CellReport(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., layer: _Optional[int] = ..., first_head: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ..., estimated_recall: _Optional[_Iterable[float]] = ..., held_out_recall: _Optional[_Iterable[float]] = ..., dense: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us")
+    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us", "targets")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +250,7 @@ class StepResult(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CELLS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_US_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
     step: int
     stage: int
     rank: int
@@ -232,7 +259,8 @@ class StepResult(_message.Message):
     error: str
     cells: _containers.RepeatedCompositeFieldContainer[CellReport]
     estimate_us: int
-    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedCompositeFieldContainer[SampledToken]
+    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ...) -> None: ...
 
 class StepResults(_message.Message):
     __slots__ = ("results", "epoch")

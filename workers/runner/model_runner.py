@@ -14,8 +14,10 @@ from workers.model.batch import PageTables, token_ids
 from workers.model.decoder import Decoder, Ready
 from workers.model.sparse_prefill import CellLog
 from workers.model.weights import ShardWeights
-from workers.runner.sampler import Sampler
+from workers.runner.sampler import Sampler, score
 from workers.transport.collectives import Collectives
+
+_SCORED_ROWS = 64  # whose logits are in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class StepOutput:
     logits: torch.Tensor | None = None  # [samples, V] float32, at rank 0 of the last stage, on request
     cells: tuple[CellReport, ...] = ()  # of the sparse cells of the step, layer by layer
     estimate_us: int = 0  # time for estimating and selecting their keys
+    targets: tuple[SampledToken, ...] = ()  # of the plan's slices with log-probabilities, at rank 0 of the last stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class ModelRunner:
         reports = StepOutput(cells=tuple(log.cells), estimate_us=round(log.seconds * 1e6))
         if not self.shard.is_last:
             return replace(reports, hidden=hidden)
+        reports = replace(reports, targets=self._score(plan, hidden))
         if not len(batch.sample_rows):
             return reports
         logits = self.decoder.logits(hidden[batch.sample_rows])
@@ -131,3 +135,16 @@ class ModelRunner:
         if self._collectives.rank != 0:
             return replace(reports, tokens=tokens)
         return replace(reports, samples=samples, tokens=tokens, logits=logits if keep_logits else None)
+
+    def _score(self, plan: StepPlan, hidden: torch.Tensor) -> tuple[SampledToken, ...]:
+        """Return the targets of the slices with log-probabilities; the output head is applied to few rows at a time."""
+        found: list[SampledToken] = []
+        begin = 0
+        for part in plan.slices:
+            for first in range(0, len(part.targets), _SCORED_ROWS):
+                last = min(first + _SCORED_ROWS, len(part.targets))
+                logits = self.decoder.logits(hidden[begin + first : begin + last])  # every rank takes part
+                if self._collectives.rank == 0:
+                    found += score(logits, part, first)
+            begin += part.length
+        return tuple(found)

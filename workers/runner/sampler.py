@@ -7,11 +7,13 @@ generator. So a job resumed on another layout, or after a crash, samples the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from protos.stage.messages import SampledToken, SampleSpec, SamplingParams, TokenLogprob
+from protos.stage.messages import SampledToken, SampleSpec, SamplingParams, SequenceSlice, TokenBias, TokenLogprob
 
 
 def gumbel_noise(seed: int, token_index: int, size: int) -> torch.Tensor:
@@ -49,6 +51,11 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def penalise_counts(logits: torch.Tensor, counts: torch.Tensor, presence: float, frequency: float) -> torch.Tensor:
+    """Take `presence` from the logits of ids that the answer has, and `frequency` for each time (int32 `[V]`)."""
+    return logits - frequency * counts - presence * (counts > 0)
+
+
 def apply_mask(logits: torch.Tensor, mask: bytes) -> torch.Tensor:
     """Return logits `[V]` of which those without their bit in `mask` are -inf; the lowest bit of a byte is first.
 
@@ -64,6 +71,30 @@ def apply_mask(logits: torch.Tensor, mask: bytes) -> torch.Tensor:
     return logits.masked_fill(torch.from_numpy(bits == 0).to(logits.device), -math.inf)
 
 
+def ban(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    """Return logits `[V]` of which those of `ids` are -inf, unchanged if nothing else could be sampled."""
+    rest = logits.index_fill(0, torch.tensor([i for i in ids if i < len(logits)], device=logits.device), -math.inf)
+    return rest if bool((rest > -math.inf).any()) else logits
+
+
+def score(logits: torch.Tensor, part: SequenceSlice, first: int) -> list[SampledToken]:
+    """Return targets of a slice with log-probabilities: `first`, and as many after it as there are logits `[n, V]`.
+
+    Raises:
+        RuntimeError: the logits are not finite.
+    """
+    if not _all_finite(logits):
+        raise RuntimeError(f"sequence {part.sequence}: logits behind token {part.start + first} are not finite")
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    targets = part.targets[first : first + len(logits)]
+    own = logprobs[torch.arange(len(logits)), torch.tensor(list(targets), dtype=torch.int64)].tolist()
+    values, ids = logprobs.topk(min(part.top, logits.shape[-1]))
+    tops = [tuple(map(TokenLogprob, *row)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [
+        SampledToken(part.sequence, token, logprob, top) for token, logprob, top in zip(targets, own, tops, strict=True)
+    ]
+
+
 def _all_finite(x: torch.Tensor) -> bool:
     """Return whether no value is infinite or NaN. Every step waits for this, so one sum decides if it can."""
     total = float(x.numpy().sum()) if x.device.type == "cpu" else float(x.sum())
@@ -75,54 +106,101 @@ def _highest(x: torch.Tensor) -> int:
     return int(x.numpy().argmax()) if x.device.type == "cpu" else int(x.argmax())
 
 
+def _bias_of(bias: Sequence[TokenBias], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, values = zip(*bias, strict=True)
+    return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(values, device=device)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of a sequence that is penalised or biased."""
+
+    seen: torch.Tensor | None = None  # bool [V], ids of prompt and answer
+    counts: torch.Tensor | None = None  # int32 [V], of the answer
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None  # ids, and what is added to their logits
+
+
 class Sampler:
-    """Samples tokens; keeps only which ids a penalised sequence has seen."""
+    """Samples tokens; keeps only the history of penalised sequences and the bias of biased ones."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._seen: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, _Kept] = {}
 
     def forget(self, sequence: int) -> None:
-        self._seen.pop(sequence, None)
+        self._kept.pop(sequence, None)
 
     def clear(self) -> None:
-        self._seen.clear()
+        self._kept.clear()
 
     def sample(self, sequence: int, logits: torch.Tensor, spec: SampleSpec) -> SampledToken:
         """Choose one token from `[V]` float32 logits, one of the mask if there is one.
 
-        Its log-probability is that of the logits as they are: without penalty, mask, temperature and filters.
+        Order as in vLLM: bias, repetition penalty, frequency and presence penalties, mask and banned ids, temperature
+        and filters. Its log-probability is that of the logits as they are, without any of them.
 
         Raises:
-            RuntimeError: the logits are not finite, a penalised sequence arrives without its history, or the mask lets
-                nothing through.
+            RuntimeError: the logits are not finite, a penalised or biased sequence arrives without its history or bias,
+                or the mask lets nothing through.
         """
         params = spec.params
         if not _all_finite(logits):
             raise RuntimeError(f"sequence {sequence}: logits of token {spec.token_index} are not finite")
-        scores = logits
-        if params.repetition_penalty != 1.0:
-            scores = penalise(logits, self._seen_mask(sequence, spec, logits.device), params.repetition_penalty)
+        kept = self._keep(sequence, spec, logits.device)
+        scores = self._adjust(logits, kept, params) if kept is not None else logits
         if spec.mask:
             scores = apply_mask(scores, spec.mask)
-        if params.temperature == 0.0:
+        if spec.banned:
+            scores = ban(scores, spec.banned)
+        if spec.forced is not None:
+            token = spec.forced
+        elif params.temperature == 0.0:
             token = _highest(scores)
         else:
             filtered = filter_logits(scores, params)
             noise = gumbel_noise(params.seed, spec.token_index, filtered.numel()).to(filtered.device)
             token = _highest(filtered + noise)
-        if params.repetition_penalty != 1.0:
-            self._seen[sequence][token] = True
+        if kept is not None and kept.seen is not None:
+            kept.seen[token] = True
+        if kept is not None and kept.counts is not None:
+            kept.counts[token] += 1
         return self._with_logprobs(sequence, token, logits, params.logprobs)
 
-    def _seen_mask(self, sequence: int, spec: SampleSpec, device: torch.device) -> torch.Tensor:
+    def _keep(self, sequence: int, spec: SampleSpec, device: torch.device) -> _Kept | None:
+        """Return what is kept of a sequence, made of what its first sample brings; None if nothing is."""
+        params = spec.params
+        is_penalised = params.repetition_penalty != 1.0
+        if not (is_penalised or params.counts_tokens or spec.is_biased):
+            return None
+        kept = self._kept.setdefault(sequence, _Kept())
         if spec.history:
-            mask = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
-            mask[torch.tensor(list(spec.history), dtype=torch.int64, device=device)] = True
-            self._seen[sequence] = mask
-        if sequence not in self._seen:
-            raise RuntimeError(f"sequence {sequence}: the plan penalises repetition but brings no history")
-        return self._seen[sequence]
+            kept.seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
+            kept.seen[torch.tensor(list(spec.history), dtype=torch.int64, device=device)] = True
+        if params.counts_tokens and (spec.outputs or not spec.token_index):
+            outputs = torch.tensor(list(spec.outputs), dtype=torch.int64, device=device)
+            kept.counts = torch.bincount(outputs, minlength=self._vocab_size).to(torch.int32)
+        if spec.bias:
+            kept.bias = _bias_of(spec.bias, device)
+        for what, is_needed, value in (
+            ("repetition but brings no history", is_penalised, kept.seen),
+            ("what the answer has but does not bring it", params.counts_tokens, kept.counts),
+        ):
+            if is_needed and value is None:
+                raise RuntimeError(f"sequence {sequence}: the plan penalises {what}")
+        if spec.is_biased and kept.bias is None:
+            raise RuntimeError(f"sequence {sequence}: the plan has a bias but does not bring it")
+        return kept
+
+    @staticmethod
+    def _adjust(logits: torch.Tensor, kept: _Kept, params: SamplingParams) -> torch.Tensor:
+        scores = logits
+        if kept.bias is not None:
+            scores = scores.index_add(0, kept.bias[0], kept.bias[1].to(scores.dtype))
+        if kept.seen is not None:
+            scores = penalise(scores, kept.seen, params.repetition_penalty)
+        if kept.counts is not None:
+            scores = penalise_counts(scores, kept.counts, params.presence_penalty, params.frequency_penalty)
+        return scores
 
     @staticmethod
     def _with_logprobs(sequence: int, token: int, logits: torch.Tensor, count: int | None) -> SampledToken:

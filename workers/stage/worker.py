@@ -272,7 +272,7 @@ class StageWorker:
                 self.steps_done += 1
                 return StepResult(
                     plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
-                    cells=out.cells, estimate_us=out.estimate_us,
+                    cells=out.cells, estimate_us=out.estimate_us, targets=out.targets,
                 )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - the engine must learn what stopped the step
                 is_own = not isinstance(error, (LinkClosed, GroupLost))

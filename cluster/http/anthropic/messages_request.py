@@ -24,7 +24,8 @@ from cluster.http.options import (
 )
 from cluster.jobs.model import JobInput, JobSpec
 from protos.jobs.chat_values import dump
-from protos.jobs.validate import show
+from protos.jobs.limits import MAX_UINT32
+from protos.jobs.validate import check_integer, show
 
 # fields of this protocol by the names that messages of the job service begin with
 MESSAGES_PARAMS = {
@@ -98,9 +99,8 @@ def messages_spec(backend: Backend, request: MessagesRequest, documents: Documen
     check_model(backend, request.model)
     check_supported(request)
     source = messages_input(request, documents)
-    options = answer_options(
-        request.model_copy(update={"stop": request.stop_sequences}), request.max_tokens, None, thinks(request), 0
-    )
+    said = {"stop": request.stop_sequences, "thinking_token_budget": _budget(request)}
+    options = answer_options(request.model_copy(update=said), request.max_tokens, None, thinks(request), 0)
     asked = read_constraint(_format(request.output_config), None)
     options = replace(options, structured_outputs=answer_constraint(backend, asked, source))
     return JobSpec(source, options, attached=True, shorten=True, **job_fields(request))
@@ -129,6 +129,14 @@ def thinks(request: CountTokensRequest) -> bool:
     if not isinstance(kind, str) or kind not in _THINKING:
         raise refuse("thinking.type", f"{show(kind)}: must be one of {', '.join(_THINKING)}")
     return _THINKING[kind]
+
+
+def _budget(request: MessagesRequest) -> int | None:
+    """Return how many tokens of reasoning there may be; None: any number. Raises InvalidRequest."""
+    budget = (request.thinking or {}).get("budget_tokens")
+    if budget is None:
+        return request.thinking_token_budget
+    return check_integer("thinking.budget_tokens", budget, 0, MAX_UINT32)
 
 
 class _Reader:

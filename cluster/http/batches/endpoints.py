@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import ApiError, to_api_error
 from cluster.http.core.following import check_outcome
-from cluster.http.openai.chat import ChatChunks
-from cluster.http.openai.chat_request import ChatRequest, chat_params, chat_spec
+from cluster.http.openai.chat import ChatCompletion
+from cluster.http.openai.chat_request import ChatRequest, chat_params, chat_specs
 from cluster.http.openai.completions import PARAMS, Choice, Completion, CompletionRequest, completion_specs
 from cluster.http.options import RequestModel
 from cluster.http.responses.request import ResponsesRequest, response_spec
@@ -61,8 +61,7 @@ class Endpoint:
 
 
 def _answer_chat(backend: Backend, asked: ChatRequest, jobs: Sequence[EndedJob]) -> Awaitable[dict[str, Any]]:
-    (job,) = jobs
-    return ChatChunks(backend, asked, job).whole()
+    return ChatCompletion(backend, asked, jobs).whole()
 
 
 def _answer_prompts(backend: Backend, asked: CompletionRequest, jobs: Sequence[EndedJob]) -> Awaitable[dict[str, Any]]:
@@ -78,7 +77,7 @@ async def _answer_response(backend: Backend, asked: ResponsesRequest, jobs: Sequ
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(
-        ChatRequest, lambda backend, asked, service: [chat_spec(backend, asked, service.documents)], _answer_chat,
+        ChatRequest, lambda backend, asked, service: chat_specs(backend, asked, service.documents), _answer_chat,
         chat_params,
     ),
     "/v1/completions": Endpoint(

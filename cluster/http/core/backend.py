@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHORT_CALLS = 96  # that answer at once and are open at a time
 _RUNNING = 32  # calls of the service that run at a time; the others wait for their turn
+_MAX_FOLLOWED = 4096  # jobs that wait
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -45,12 +46,13 @@ class Backend:
 
     def __post_init__(self) -> None:
         calls = ThreadPoolExecutor(_RUNNING, thread_name_prefix="http")
-        followers = ThreadPoolExecutor(2 * self.limits.max_streams + 8, thread_name_prefix="http-stream")
+        jobs = min(self.limits.max_queued_jobs, _MAX_FOLLOWED)  # one request may have several
+        followers = ThreadPoolExecutor(2 * self.limits.max_streams + jobs + 8, thread_name_prefix="http-stream")
         object.__setattr__(self, "calls", calls)
         object.__setattr__(self, "followers", followers)
 
     calls: ThreadPoolExecutor = field(init=False)
-    followers: ThreadPoolExecutor = field(init=False)  # one thread waits for news of each open stream
+    followers: ThreadPoolExecutor = field(init=False)  # one thread waits for news of each job that is followed
     batches_changed: threading.Event = field(default_factory=threading.Event, init=False)  # wakes who works on them
 
     async def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

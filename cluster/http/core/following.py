@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 from fastapi import Request
@@ -124,6 +125,37 @@ def follow(
 async def submit(backend: Backend, request: Request, make_spec: Callable[[], JobSpec]) -> Followed:
     """Return the job of a request, which ends with the request. Args and errors: as of `store`."""
     return follow(backend, request, await store(backend, request, make_spec), ends_job=True)
+
+
+async def submit_all(backend: Backend, request: Request, make_specs: Callable[[], Sequence[JobSpec]]) -> list[Followed]:
+    """Return the jobs of a request, all of which end with it. Args and errors: as of `store`."""
+    specs = await backend.call(make_specs)
+    return [await submit(backend, request, partial(specs.__getitem__, at)) for at in range(len(specs))]
+
+
+async def merge(sources: Sequence[AsyncIterator[_T]]) -> AsyncIterator[_T]:
+    """Yield what several iterators do, as it comes. Raises what the first of them raises."""
+
+    async def step(at: int) -> tuple[int, list[_T]]:
+        async for piece in sources[at]:
+            return at, [piece]
+        return at, []
+
+    if len(sources) == 1:
+        async for piece in sources[0]:
+            yield piece
+        return
+    pending = {asyncio.ensure_future(step(at)) for at in range(len(sources))}
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for at, pieces in sorted(task.result() for task in done):
+                if pieces:
+                    pending.add(asyncio.ensure_future(step(at)))
+                    yield pieces[0]
+    finally:
+        for task in pending:
+            task.cancel()
 
 
 def check_outcome(record: JobRecord) -> None:

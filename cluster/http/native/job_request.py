@@ -34,12 +34,17 @@ class JobRequest(NativeModel):
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     logprobs: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     enable_thinking: bool | None = None
+    thinking_budget: int | None = Field(None, description="After so many tokens of reasoning it is made to end.")
+    min_tokens: int | None = None
+    logit_bias: dict[str, Any] | None = Field(None, description="By token id, -100 to 100; at most 1024.")
     structured_outputs: dict[str, Any] | None = None
     priority: int | None = Field(None, description="Higher ones run earlier; default 0.")
     deadline_s: float | None = Field(None, description="Seconds until the job fails by itself.")

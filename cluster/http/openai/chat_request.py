@@ -19,8 +19,10 @@ from cluster.http.options import (
     answer_options,
     check_model,
     check_supported,
+    choices_of,
     first_set,
     job_fields,
+    num_choices,
 )
 from cluster.jobs.model import JobInput, JobSpec, check_id
 from protos.jobs import validate
@@ -101,8 +103,16 @@ class ChatRequest(AnswerFields, ToolFields):
     prompt_logprobs: int | None = None
 
 
+def chat_specs(backend: Backend, request: ChatRequest, documents: Documents) -> list[JobSpec]:
+    """Return a job for each answer that a chat completion asks for. Args and errors: as of `chat_spec`."""
+    count = num_choices(request)
+    return choices_of(chat_spec(backend, request.model_copy(update={"n": None}), documents), count)
+
+
 def chat_spec(backend: Backend, request: ChatRequest, documents: Documents) -> JobSpec:
-    """Return the job of a chat completion. Raises ApiError, InvalidRequest, and what reading a file raises.
+    """Return the job of a chat completion with one answer.
+
+    Raises ApiError, InvalidRequest, and what reading a file raises.
 
     Args:
         documents: those that the client may see.

@@ -200,10 +200,14 @@ def _keep_batches(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX batch_lines_status ON batch_lines (batch, status, line)")
 
 
+def _keep_prompt_logprobs(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE answers ADD COLUMN prompt TEXT NOT NULL DEFAULT '[]'")
+
+
 # by the version they lead to
 MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
     1: _create, 2: _name_documents, 3: _keep_attention, 4: _keep_parts, 5: _summarize, 6: _describe_documents,
-    7: _account_before, 8: _name_owners, 9: _keep_batches,
+    7: _account_before, 8: _name_owners, 9: _keep_batches, 10: _keep_prompt_logprobs,
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

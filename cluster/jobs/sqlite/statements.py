@@ -143,7 +143,7 @@ def one(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
 def page(db: sqlite3.Connection, found: Sequence[int]) -> list[JobRecord]:
     """Return jobs as listings show them, from the first on, until they have _PAGE_BYTES together."""
     whole = "CASE WHEN json_valid(attention) THEN json_remove(attention, '$.layers') ELSE attention END"
-    answers = _ANSWERS.format(columns(JobAnswer).replace("attention", whole))
+    answers = _ANSWERS.format(columns(JobAnswer).replace("attention", whole).removesuffix("prompt") + "'[]'")
     records: list[JobRecord] = []
     size = 0
     for seq in found:

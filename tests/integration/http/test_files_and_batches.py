@@ -87,7 +87,7 @@ def test_a_pdf_with_the_request_or_before_it(client: openai.OpenAI) -> None:
 
 
 def test_a_batch(client: openai.OpenAI) -> None:
-    lines = [chat(f"c{n}", f"question {n}") for n in range(5)] + [chat("bad", n=2)]
+    lines = [chat(f"c{n}", f"question {n}") for n in range(5)] + [chat("bad", n=9)]
     batch_id = begin(client, lines)
     batch = finish(client, batch_id)
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (6, 5, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -87,6 +88,22 @@ def test_completions_and_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("needle").max_model_len == 4096  # type: ignore[attr-defined]
 
 
+def test_several_answers_and_what_bends_them(client: openai.OpenAI, service: AnsweringService) -> None:
+    bent: dict[str, Any] = {
+        "n": 2, "presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": {"5": -100}, "seed": 3,
+        "extra_body": {"thinking_token_budget": 7, "min_tokens": 2},
+    }  # fmt: skip
+    answer = client.chat.completions.create(model="needle", messages=HI, **bent)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    chunks = list(client.chat.completions.create(model="needle", messages=HI, stream=True, **bent))
+    for index in (0, 1):
+        texts = [c.choices[0].delta.content or "" for c in chunks if c.choices[0].index == index]
+        assert "".join(texts) == "The answer is forty-two."
+    asks = [spec.ask for spec in service.specs]
+    assert [ask.sampling.seed for ask in asks] == [3, 4, 3, 4]
+    assert {(ask.thinking_budget, ask.min_tokens, ask.logit_bias) for ask in asks} == {(7, 2, ((5, -100.0),))}
+
+
 def test_closing_a_stream_ends_the_job(service: AnsweringService, client: openai.OpenAI) -> None:
     service.endless = True
     stream = client.chat.completions.create(model="needle", messages=HI, stream=True)  # type: ignore[arg-type]
@@ -98,8 +115,8 @@ def test_closing_a_stream_ends_the_job(service: AnsweringService, client: openai
 
 def test_errors_are_those_that_the_client_knows(service: AnsweringService, client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="needle", messages=HI, n=2)  # type: ignore[arg-type]
-    assert (bad.value.param, bad.value.code) == ("n", "unsupported_value")
+        client.chat.completions.create(model="needle", messages=HI, n=9)  # type: ignore[arg-type]
+    assert (bad.value.param, bad.value.status_code) == ("n", 400)
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="gpt-4o", messages=HI)  # type: ignore[arg-type]
     assert unknown.value.code == "model_not_found"

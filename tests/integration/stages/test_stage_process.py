@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cluster.common.errors import EngineError, StageError
+from cluster.constraints.thinking import closing_ids
 from cluster.engine.hang_detector import HangDetector
 from cluster.stages.handle import GrpcStageHandle
 from cluster.text.tokenizer import TextTokenizer
@@ -46,6 +47,14 @@ SPECS = [
     generation_spec([(7 * i) % 4000 + 5 for i in range(300)], 6, ignore_eos=True),
     generation_spec([11, 12, 13], 5, SamplingParams(temperature=1.0, top_p=0.9, seed=5), ignore_eos=True),
     generation_spec([(3 * i) % 4000 + 5 for i in range(PAGE)], 4, SamplingParams(repetition_penalty=1.3, logprobs=2)),
+    generation_spec(
+        [9] * 67,
+        9,
+        SamplingParams(presence_penalty=1.5, frequency_penalty=0.5),
+        logit_bias={7: 2.5},
+        min_tokens=8,
+        prompt_logprobs=2,
+    ),
 ]
 
 
@@ -109,6 +118,11 @@ def test_processes_give_the_tokens_of_one_process(stages: Stages, first_to_last:
         expected = pipeline.generate(*SPECS)
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert [result.finish_reason for result in results] == [result.finish_reason for result in expected]
+    assert len(results[-1].prompt) == 67
+    for one, other in zip(results[-1].prompt[1:], expected[-1].prompt[1:], strict=True):
+        assert one.token_id == other.token_id
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [best.token_id for best in one.top] == [best.token_id for best in other.top]
     for handle in stages.handles:
         reply = handle.probe()
         assert (reply.state, reply.error) == ("running", "")
@@ -293,5 +307,9 @@ def test_constrained_answers(running: Stages) -> None:
     handles = [submit(engine, spec) for spec in (*specs, SPECS[1])]
     *constrained, free = (handle.wait(60) for handle in handles)
     assert {result.text for result in constrained} <= {*choices}
+    closing = closing_ids(TextTokenizer.open(NEEDLE), 5, (), reasoning=True)
+    prompt = TextTokenizer.open(NEEDLE).encode("What?<think>", literal=True)
+    bounded = submit(engine, generation_spec(prompt, 60, thinking_budget=5, ignore_eos=True)).wait(60)
+    assert list(bounded.token_ids[5 : 5 + len(closing)]) == closing
     assert list(free.token_ids) == list(submit(engine, SPECS[1]).wait(60).token_ids)
     check_engine(engine)

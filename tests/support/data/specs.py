@@ -8,7 +8,16 @@ from typing import Any
 from cluster.engine.outputs import GenerationSpec
 from protos.jobs.sampling import AnswerOptions, SamplingParams
 
-_OF_THE_PROMPT = ("priority", "resume", "question", "pinned_len", "cache_salt", "kernel_family", "document_id")
+_OF_THE_PROMPT = (
+    "priority",
+    "resume",
+    "question",
+    "pinned_len",
+    "cache_salt",
+    "kernel_family",
+    "document_id",
+    "prompt_logprobs",
+)
 
 
 def generation_spec(

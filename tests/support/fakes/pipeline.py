@@ -81,7 +81,7 @@ class InProcessShard(KvMemoryShard):
                 error = str(problem) or repr(problem)
             result = StepResult(
                 plan.step, self.shard.stage, self.shard.rank, 1000, out.samples, error, out.cells,
-                out.estimate_us,
+                out.estimate_us, out.targets,
             )  # fmt: skip
             on_results([result])
 

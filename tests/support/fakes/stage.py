@@ -120,17 +120,27 @@ class FakeShard(FakeKvShard):
                 for part in plan.slices
                 if part.sample and self.shard.is_last
             )
+            targets = tuple(
+                SampledToken(
+                    part.sequence, token, -1.0 - token / 1000, tuple(TokenLogprob(i, -0.5) for i in range(part.top))
+                )
+                for part in plan.slices
+                for token in part.targets
+                if self.shard.is_last
+            )
             where = self.shard.stage, self.shard.rank
             cells = self.report(plan)
             estimate_us = 100_000 if cells else 0
             took_us = round(self.step_s * 1e6)
-            results.append(StepResult(plan.step, *where, took_us, samples, error, cells, estimate_us))
+            results.append(StepResult(plan.step, *where, took_us, samples, error, cells, estimate_us, targets))
             if len(results) >= self.group or self._queue.empty():
                 on_results(results)
                 results = []
 
     def _token(self, part: SequenceSlice) -> int:
         assert part.sample is not None
+        if part.sample.forced is not None:
+            return part.sample.forced
         token, mask = self.script(part.sequence, part.sample.token_index), part.sample.mask
         if not mask or (token < 8 * len(mask) and mask[token // 8] >> token % 8 & 1):
             return token

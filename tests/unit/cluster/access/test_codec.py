@@ -23,6 +23,7 @@ from protos.errors import InvalidRequest
 from protos.jobs import jobs_pb2 as pb
 from protos.jobs import limits
 from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
+from protos.jobs.logit_bias import TokenBias
 from protos.jobs.sampling import AnswerOptions, Sampling
 from protos.stage.messages import SamplingParams
 
@@ -70,14 +71,15 @@ def test_everything_that_was_asked_arrives() -> None:
     fields = {
         "max_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5,
         "seed": (1 << 63) - 1, "logprobs": 0, "stop": ["x"], "stop_token_ids": [5], "ignore_eos": True,
-        "enable_thinking": False,
+        "enable_thinking": False, "presence_penalty": 1.0, "frequency_penalty": -1.0, "thinking_budget": 8,
+        "min_tokens": 2, "logit_bias": [pb.TokenBias(token_id=3, bias=-2.5)],
     }  # fmt: skip
     spec = decode(
         **document(text="t", questions=["a", "b"]), sampling=pb.Sampling(**fields), priority=-3, deadline_s=5.0,
         attached=True, idempotency_key="k", labels={"team": ""},
     )  # fmt: skip
-    params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, (1 << 63) - 1, 0)
-    assert spec.ask == AnswerOptions(7, params, ("x",), (5,), True, False)
+    params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, (1 << 63) - 1, 0, 1.0, -1.0)
+    assert spec.ask == AnswerOptions(7, params, ("x",), (5,), True, False, None, 8, 2, (TokenBias(3, -2.5),))
     assert spec.input == JobInput(document_id=DOC, questions=("a", "b"))
     assert (spec.priority, spec.deadline, spec.attached, spec.idempotency_key) == (-3, NOW + 5, True, "k")
     assert spec.labels == {"team": ""}

@@ -139,6 +139,20 @@ def test_schema_of_a_file(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
+def test_biases_and_budgets() -> None:
+    words = ["verb", "--logit-bias", "5=-100", "--logit-bias", "7=1.5", "--thinking-budget", "2k", "--min-tokens", "3"]
+    done = CliRunner().invoke(tool, words)
+    for pair in (
+        "('logit_bias', (TokenBias(token_id=5, bias=-100.0), TokenBias(token_id=7, bias=1.5)))",
+        "('thinking_budget', 2000)", "('min_tokens', 3)",
+    ):  # fmt: skip
+        assert pair in done.output
+    for word in ("5", "5=", "=1", "5=101", "a=1", "5=nan"):
+        done = CliRunner().invoke(tool, ["verb", "--logit-bias", word], prog_name="tool")
+        assert done.exit_code == 2
+        assert f"{word!r}: must be ID=BIAS, with a token id and a number from -100 to 100" in done.stderr
+
+
 def test_display_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with open_display(quiet=False) as display:
         display.say("hello")

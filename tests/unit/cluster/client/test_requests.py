@@ -74,6 +74,10 @@ def test_left_out_options_stay_unset() -> None:
         ({"stop": "x" * (MAX_CHARS + 1)}, "stop: 257 characters: must have 1 to 256 characters"),
         ({"repetition_penalty": 0.001}, "repetition_penalty: 0.001: must be a number from 0.01 to 100"),
         ({"messages": [("user", "a")] * (MAX_MESSAGES + 1)}, "messages: 4097: must be at most 4096"),
+        ({"presence_penalty": 3}, "presence_penalty: 3: must be a number from -2 to 2"),
+        ({"logit_bias": {5: 200}}, "logit_bias: '200': must be a number from -100 to 100"),
+        ({"min_tokens": 300}, "min_tokens: 300: must be at most max_tokens, 256"),
+        ({"thinking_budget": -1}, "thinking_budget: -1: must be a whole number from 0"),
         ({"prompt": "x" * MAX_REQUEST_BYTES}, "prompt: 671"),
     ],
 )

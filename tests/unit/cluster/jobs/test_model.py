@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
@@ -91,13 +92,16 @@ def test_messages_of_earlier_versions_are_read_and_have_the_same_hash() -> None:
     spec = JobSpec(chat, AnswerOptions(sampling=Sampling(seed=5)))
     values = json.loads(spec.to_json())
     values["input"]["messages"] = [["user", "hi"], ["assistant", ""]]
-    del values["request"]
+    del values["request"], values["prompt_logprobs"]
     for name in ("tools", "tool_choice"):
         del values["input"][name]
     assert JobSpec.from_json(json.dumps(values)) == spec
     del values["idempotency_key"], values["deadline"], values["cache_salt"], values["input"]["read"]
-    del values["ask"]["structured_outputs"], values["shorten"]
-    values["ask"]["sampling"] = {**asdict(SamplingParams(seed=5))}
+    for name in ("structured_outputs", "thinking_budget", "min_tokens", "logit_bias"):
+        del values["ask"][name]
+    del values["shorten"]
+    values["ask"]["sampling"] = asdict(SamplingParams(seed=5))
+    del values["ask"]["sampling"]["presence_penalty"], values["ask"]["sampling"]["frequency_penalty"]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
 
@@ -135,13 +139,28 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
     del values["idempotency_key"], values["deadline"], values["cache_salt"]
     for name in ("read", "tools", "tool_choice"):
         del values["input"][name]
-    del values["ask"]["structured_outputs"], values["shorten"], values["request"]
+    for name in ("structured_outputs", "thinking_budget", "min_tokens", "logit_bias"):
+        del values["ask"][name]
+    del values["ask"]["sampling"]["presence_penalty"], values["ask"]["sampling"]["frequency_penalty"]
+    del values["shorten"], values["request"], values["prompt_logprobs"]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
     others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (
         {"temperature": 0.0}, {"top_p": 1.0}, {"temperature": 0.5}, {"top_k": 5},
     )]  # fmt: skip
     assert len({other.body_hash() for other in (spec, greedy, *others)}) == 6
+
+
+def test_later_options_make_another_submission_and_their_absence_the_same_as_before() -> None:
+    spec = JobSpec(JobInput(prompt="p"), AnswerOptions(sampling=Sampling(seed=1)))
+    asks: list[dict[str, Any]] = [
+        {"thinking_budget": 0}, {"min_tokens": 1}, {"logit_bias": {3: 1.0}},
+        {"sampling": Sampling(seed=1, presence_penalty=0.0)}, {"sampling": Sampling(seed=1, frequency_penalty=1.0)},
+    ]  # fmt: skip
+    others = [replace(spec, ask=replace(spec.ask, **values)) for values in asks]
+    assert len({spec.body_hash(), *(other.body_hash() for other in others)}) == 1 + len(others)
+    for other in others:
+        assert JobSpec.from_json(other.to_json()) == other
 
 
 def test_what_an_answer_was_shortened_to_is_not_part_of_the_submission() -> None:

@@ -20,6 +20,7 @@ from cluster.jobs.model import (
     JobRecord,
     JobSpec,
     JobState,
+    PromptToken,
     new_id,
 )
 from cluster.jobs.rows import JobRow, document_record, job_record, job_state, listed_record
@@ -58,6 +59,8 @@ DAMAGES = [  # SQL on the job with seq 1
     'UPDATE answers SET timings = \'{"ttft_s": "soon"}\'',
     "UPDATE answers SET attention = '7'",
     "UPDATE answers SET text = x'ff'",
+    "UPDATE answers SET prompt = '[[1, \"x\", []]]'",
+    "UPDATE answers SET prompt = 7",
     "UPDATE answers SET prompt_tokens = -5",
     "UPDATE answers SET question = question + 9000000000",
     "UPDATE summaries SET reproducibility = '[1]'",
@@ -177,12 +180,29 @@ def test_a_damaged_document(opened: Callable[[str], JobStore], path: Path, colum
 
 def test_rows_that_no_constraint_would_allow() -> None:
     nothing = JobRow(1, *[None] * (len(JobRow._fields) - 1))
-    for record in (job_record(nothing, [[None] * 8], None), listed_record(nothing, [[None] * 8], {None: None})):
+    for record in (job_record(nothing, [[None] * 9], None), listed_record(nothing, [[None] * 9], {None: None})):
         assert (record.state, bool(record.damage)) == (JobState.FAILED, True)
         assert isinstance(record, JobRecord)
         assert encode_job(record).error == record.error
     assert document_record([None] * 16).size_bytes == 0
     assert (job_state(None), job_state("queued")) == (JobState.FAILED, JobState.QUEUED)
+
+
+def test_log_probabilities_of_a_prompt_are_read_as_they_were_stored(path: Path) -> None:
+    store = JobStore(path)
+    top = (TokenLogprob(7, -0.1), TokenLogprob(5, -3.0000000000000004))
+    prompt = (PromptToken(3, None, ()), PromptToken(5, -3.0000000000000004, top))
+    job_id = new_id("job")
+    spec = JobSpec(JobInput(token_ids=(3, 5)), AnswerOptions(), prompt_logprobs=2)
+    store.create(spec, job_id, 1, {})
+    answer = JobAnswer(0, 2, 0, "stop", "text", prompt=prompt)
+    store.commit_step([], [(job_id, ACTIVE, JobState.SUCCEEDED)], [(job_id, answer)])
+    record = store.get(job_id)
+    assert record is not None
+    assert record.answers == (answer,)
+    assert record.spec == spec
+    assert store.list_jobs()[0][0].answers[0].prompt == (), "listings do without"
+    store.close()
 
 
 def test_a_listing_reads_no_specs(path: Path) -> None:

@@ -84,6 +84,26 @@ def test_stop_matcher_equals_the_naive_one(pieces: list[str], stops: list[str]) 
     assert shown + matcher.flush() == naive_stop(text, stops)[0]
 
 
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=3),
+    st.integers(0, 8),
+)
+def test_stop_strings_of_the_first_pieces_do_not_count(pieces: list[str], stops: list[str], free: int) -> None:
+    """Against every end of the text: the first one behind the free pieces at which a stop string is complete."""
+    matcher, shown = StopMatcher(stops), ""
+    for at, piece in enumerate(pieces):
+        shown += matcher.push(piece, counts=at >= free)
+    text, least = "".join(pieces), len("".join(pieces[:free]))
+    for end in range(least + 1, len(text) + 1):
+        if endings := [stop for stop in stops if text[:end].endswith(stop)]:
+            assert matcher.stopped
+            assert shown == text[: end - max(map(len, endings))] or len(shown) > end - max(map(len, endings))
+            return
+    assert not matcher.stopped
+    assert shown + matcher.flush() == text
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="stop"):
         StopMatcher(["a", ""])

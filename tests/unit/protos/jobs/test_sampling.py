@@ -23,6 +23,8 @@ from protos.stage import messages, stage_pb2
         ("top_p", (1e-9, 1), (-0.1, 1.1, math.nan), "between 0 and 1"),
         ("min_p", (0, 1), (-0.1, 1.1), "between 0 and 1"),
         ("repetition_penalty", (0.01, 100), (0.0, 101.0), "between 0.01 and 100"),
+        ("presence_penalty", (-2, 0, 2), (-2.1, 2.1, math.nan), "between -2 and 2"),
+        ("frequency_penalty", (-2, 0, 2), (-2.1, 2.1, math.nan), "between -2 and 2"),
         ("seed", (0, (1 << 63) - 1), (-1, 1 << 63), "between 0 and 9.22337e+18"),
         ("logprobs", (0, 100, None), (-1, 101), "between 0 and 100"),
     ],
@@ -50,6 +52,18 @@ def test_ranges_of_answers() -> None:
         AnswerOptions(stop=("a", ""))
 
 
+def test_fewest_tokens_and_budgets_of_answers() -> None:
+    options = AnswerOptions(max_tokens=5, min_tokens=5, thinking_budget=0)
+    assert (options.min_tokens, options.thinking_budget) == (5, 0)
+    with pytest.raises(UserError, match=r"^min_tokens: 6: must be at most max_tokens, 5$"):
+        AnswerOptions(max_tokens=5, min_tokens=6)
+    for name in ("min_tokens", "thinking_budget"):
+        with pytest.raises(UserError, match=rf"^{name}: -1: must be at least 0$"):
+            AnswerOptions(**{name: -1})
+    assert options.shortened(3) == AnswerOptions(max_tokens=3, min_tokens=3, thinking_budget=0)
+    assert options.shortened(9) == options
+
+
 def test_options_by_name_go_where_they_belong() -> None:
     options = AnswerOptions.from_values({"max_tokens": 3, "top_k": 5, "seed": 7, "stop": ("x",), "ignore_eos": True})
     assert options == AnswerOptions(3, Sampling(top_k=5, seed=7), ("x",), ignore_eos=True)
@@ -63,6 +77,7 @@ def test_what_is_not_said_comes_from_the_defaults() -> None:
     assert replace(resolved, seed=5) == replace(defaults, top_k=0, temperature=0.0)
     assert AnswerOptions().resolve(defaults).sampling_params.to_json().keys() == set(OPTIONS) & {
         "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+            "presence_penalty", "frequency_penalty",
     }  # fmt: skip
     said = SamplingParams(0.1, 2, 0.3, 0.4, 1.5, 6, 7)
     assert AnswerOptions(sampling=said).resolve(defaults).sampling_params == said

@@ -103,13 +103,14 @@ def test_a_submission_is_read_with_its_options() -> None:
     fields = {
         "max_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5,
         "seed": 0, "logprobs": 0, "stop": ["x"], "stop_token_ids": [5], "ignore_eos": True, "enable_thinking": False,
-        "structured_outputs": pb.StructuredOutputs(kind="regex", text="a+"),
+        "structured_outputs": pb.StructuredOutputs(kind="regex", text="a+"), "thinking_budget": 0, "min_tokens": 3,
+        "presence_penalty": 0.5, "frequency_penalty": -2.0, "logit_bias": [pb.TokenBias(token_id=4, bias=-100)],
     }  # fmt: skip
     assert list(fields) == [item.name for item in pb.Sampling.DESCRIPTOR.fields]
     assert fields.keys() == OPTIONS.keys()
     options = validate.check_submit(pb.SubmitRequest(sampling=pb.Sampling(**fields)))
-    params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, 0, 0)
-    assert options == AnswerOptions(7, params, ("x",), (5,), True, False, Constraint("regex", "a+"))
+    params = SamplingParams(0.5, 3, 0.9, 0.1, 1.5, 0, 0, 0.5, -2.0)
+    assert options == AnswerOptions(7, params, ("x",), (5,), True, False, Constraint("regex", "a+"), 0, 3, {4: -100})  # type: ignore[arg-type]
     assert validate.check_submit(pb.SubmitRequest()) == AnswerOptions()
 
 

@@ -22,6 +22,7 @@ from protos.stage.messages import (
     Span,
     StepPlan,
     StepResult,
+    TokenBias,
     TokenLogprob,
 )
 
@@ -36,14 +37,20 @@ PARAMS = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1),
     repetition_penalty=st.floats(0.01, 100),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
     seed=st.integers(0, (1 << 63) - 1),
     logprobs=st.none() | st.integers(0, 100),
 )
-SAMPLES = st.builds(SampleSpec, params=PARAMS, token_index=U32, history=IDS, mask=st.binary(max_size=9))
+SAMPLES = st.builds(
+    SampleSpec, params=PARAMS, token_index=U32, history=IDS, mask=st.binary(max_size=9), outputs=IDS,
+    bias=st.lists(st.builds(TokenBias, U32, REAL), max_size=3).map(tuple), is_biased=st.booleans(), banned=IDS,
+    forced=st.none() | U32,
+)  # fmt: skip
 SLICES = st.builds(
     SequenceSlice,
     sequence=U64, start=U32, length=U32, prompt_len=U32, token_ids=IDS, new_pages=IDS, num_pages=U32,
-    sample=st.none() | SAMPLES, scale_len=U32,
+    sample=st.none() | SAMPLES, scale_len=U32, targets=IDS, top=U32,
 )  # fmt: skip
 PLANS = st.builds(
     StepPlan,
@@ -68,6 +75,7 @@ RESULTS = st.builds(
     StepResult,
     step=U64, stage=U32, rank=U32, compute_us=U64, samples=st.lists(TOKENS, max_size=3).map(tuple),
     error=st.text(max_size=20), cells=st.lists(CELLS, max_size=3).map(tuple), estimate_us=U64,
+    targets=st.lists(TOKENS, max_size=3).map(tuple),
 )  # fmt: skip
 PROGRESS = st.builds(
     LoadProgress,
@@ -109,7 +117,8 @@ def test_plans_for_later_stages_lose_their_token_ids_only(plan: StepPlan):
 def test_plans_for_earlier_stages_lose_their_masks_only(plan: StepPlan):
     (message,) = wire(codec.plans_to_pb([plan], with_masks=False)).plans
     bare = [
-        part if part.sample is None else replace(part, sample=replace(part.sample, mask=b"")) for part in plan.slices
+        replace(part, targets=(), sample=None if part.sample is None else replace(part.sample, mask=b""))
+        for part in plan.slices
     ]
     assert read_message(StepPlan, message) == replace(plan, slices=tuple(bare))
 

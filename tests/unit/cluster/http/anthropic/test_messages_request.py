@@ -63,6 +63,7 @@ def test_the_first_request_of_claude_code(backend: Backend) -> None:
     assert [tool.name for tool in specs[0].input.tools] == ["Read", "Bash"]
     assert json.loads(specs[0].input.tools[0].parameters)["required"] == ["file_path"]
     assert (specs[0].ask.enable_thinking, specs[0].ask.max_tokens) == (True, 32000)
+    assert specs[0].ask.thinking_budget == 31999
 
 
 def test_a_later_request_of_claude_code(backend: Backend) -> None:
@@ -118,10 +119,12 @@ def test_tool_choice(backend: Backend, choice: dict[str, Any], expected: ToolCho
 
 def test_options(backend: Backend) -> None:
     spec = spec_of(
-        backend, stop_sequences=["END"], temperature=0.5, top_k=4, top_p=0.5, thinking={"type": "adaptive"},
+        backend, stop_sequences=["END"], temperature=0.5, top_k=4, top_p=0.5,
+        thinking={"type": "adaptive", "budget_tokens": 9},
         output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}}, metadata={"user_id": "u"},
     )  # fmt: skip
     assert (spec.ask.stop, spec.ask.sampling.top_k, spec.ask.enable_thinking) == (("END",), 4, True)
+    assert spec.ask.thinking_budget == 9
     assert spec.ask.structured_outputs == Constraint("json_schema", '{"type": "object"}')
 
 
@@ -137,7 +140,9 @@ def test_options(backend: Backend) -> None:
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"), ({"tools": [1]}, "tools[0]"),
     ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "perhaps"}}, "tool_choice.type"),
-    ({"thinking": {"type": "much"}}, "thinking.type"), ({"stop_sequences": ["a" * 300]}, "stop_sequences"),
+    ({"thinking": {"type": "much"}}, "thinking.type"),
+    ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
+    ({"stop_sequences": ["a" * 300]}, "stop_sequences"),
     ({"mcp_servers": [{"url": "http://a"}]}, "mcp_servers"), ({"temperature": -1}, "temperature"),
     ({"output_config": {"format": {"type": "json_schema", "schema": 1}}}, "response_format.json_schema.schema"),
 ])  # fmt: skip

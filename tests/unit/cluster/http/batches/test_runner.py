@@ -29,7 +29,7 @@ def ids(results: list[dict[str, Any]]) -> list[str]:
 
 def test_good_and_bad_lines(batches: Batches) -> None:
     wrong = chat("wrong", model="gpt-4o")
-    batch_id = batches.create([LINES[0], "{", chat("n2", n=2), LINES[1], wrong, chat("s", stream=True)])
+    batch_id = batches.create([LINES[0], "{", chat("n9", n=9), LINES[1], wrong, chat("s", stream=True)])
     batches.runner.start()
     batch = batches.reaches(batch_id, S.COMPLETED)
     assert (batch.total, batch.completed, batch.failed) == (6, 3, 3)
@@ -37,7 +37,7 @@ def test_good_and_bad_lines(batches: Batches) -> None:
     assert ids(good) == ["c0", "c1", "s"]
     assert {result["response"]["body"]["object"] for result in good} == {"chat.completion"}
     assert [result["response"]["body"]["usage"]["completion_tokens"] for result in good] == [3, 3, 3]
-    assert ids(bad) == [None, "n2", "wrong"]
+    assert ids(bad) == [None, "n9", "wrong"]
     assert [result["response"]["status_code"] for result in bad] == [400, 400, 404]
     assert bad[1]["response"]["body"]["error"]["param"] == "n"
     jobs = batches.jobs(batch_id)
@@ -45,6 +45,16 @@ def test_good_and_bad_lines(batches: Batches) -> None:
     assert [job.spec.labels["custom_id"] for job in jobs] == ids(good)
     outputs = [batches.bench.service.documents.get(one) for one in (batch.output, batch.errors)]
     assert {record.purpose for record in outputs} == {"batch_output"}
+
+
+def test_a_line_may_have_several_answers(batches: Batches) -> None:
+    batch_id = batches.create([chat("n2", n=2)])
+    batches.runner.start()
+    (result,) = batches.results(batches.reaches(batch_id, S.COMPLETED).output)
+    body = result["response"]["body"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["usage"]["completion_tokens"] == 6
+    assert len(batches.jobs(batch_id)) == 2
 
 
 def test_a_line_may_have_several_prompts(batches: Batches) -> None:

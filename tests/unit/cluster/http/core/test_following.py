@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from cluster.http.core import following
 from cluster.http.core.backend import Backend
-from cluster.http.core.following import ClientGone, EventStream, Followed, while_connected
+from cluster.http.core.following import ClientGone, EventStream, Followed, merge, while_connected
 from cluster.http.core.sse import error_event
 from cluster.jobs.model import JobInput, JobRecord, JobSpec, JobState
 from protos.jobs.sampling import AnswerOptions
@@ -183,3 +184,48 @@ def test_a_stream_says_something_every_ten_seconds(monkeypatch: pytest.MonkeyPat
         assert dict(sent[0]["headers"])[b"cache-control"] == b"no-cache"
 
     asyncio.run(run())
+
+
+def test_several_streams_are_merged_as_they_come() -> None:
+    async def run() -> None:
+        gates = [asyncio.Event() for _ in range(3)]
+
+        async def source(at: int) -> AsyncIterator[tuple[int, int]]:
+            for turn in range(3):
+                await gates[at].wait()
+                gates[at].clear()
+                yield at, turn
+
+        found: list[tuple[int, int]] = []
+        merged = merge([source(at) for at in range(3)])
+        for at in (2, 0, 2, 2, 1, 0, 1, 0, 1):
+            gates[at].set()
+            found.append(await anext(merged))
+        assert [at for at, _ in found] == [2, 0, 2, 2, 1, 0, 1, 0, 1]
+        assert await anext(merged, None) is None
+        assert [piece async for piece in merge([])] == []
+
+    asyncio.run(run())
+
+
+def test_the_first_error_ends_all_streams() -> None:
+    ended: list[int] = []
+
+    async def source(at: int) -> AsyncIterator[int]:
+        try:
+            while True:
+                if at == 1:
+                    raise ValueError("one failed")
+                yield at
+                await asyncio.sleep(10)
+        finally:
+            ended.append(at)
+
+    async def run() -> None:
+        with pytest.raises(ValueError, match="one failed"):
+            async for _ in merge([source(at) for at in range(3)]):
+                pass
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert sorted(ended) == [0, 1, 2]

@@ -72,6 +72,27 @@ def test_a_stream_begins_with_the_role_and_ends_with_reason_usage_and_done() -> 
     assert not any("usage" in chunk for chunk in without)
 
 
+def test_several_answers_in_one_object_and_one_stream() -> None:
+    whole = ask(AnsweringService(reasoning=("hm",)), {"n": 3}).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in whole["choices"]} == {"The answer is forty-two."}
+    assert (whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"]) == (17, 21)
+    service = AnsweringService(reasoning=("hm",))
+    service.events = [ProgressUpdate(0, PrefillProgress(100, 10, 60, 2000)), *service.events]
+    body = {"n": 3, "stream": True, "return_progress": True, "stream_options": {"include_usage": True}}
+    found = chunks(ask(service, body))
+    assert [chunk["choices"][0]["index"] for chunk in found[:3]] == [0, 1, 2]
+    assert len({chunk["id"] for chunk in found}) == 1
+    assert found[-1]["usage"] == whole["usage"]
+    assert {chunk["choices"][0]["index"] for chunk in found if "prompt_progress" in chunk} == {0}
+    for index in range(3):
+        own = [chunk for chunk in found[:-1] if chunk["choices"][0]["index"] == index]
+        assert text(own, "content") == "The answer is forty-two."
+        assert text(own, "reasoning") == "hm"
+        reasons = [chunk["choices"][0]["finish_reason"] for chunk in own]
+        assert reasons == [None] * (len(reasons) - 1) + ["stop"]
+
+
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
 def test_a_setting_picks_one_name_of_reasoning(field: str) -> None:
     service = AnsweringService(reasoning=("hm",))

@@ -11,8 +11,9 @@ import pytest
 from cluster.http.core.backend import Backend
 from cluster.http.core.body import parse
 from cluster.http.core.errors import ApiError, to_api_error
-from cluster.http.openai.chat_request import ChatRequest, chat_spec
+from cluster.http.openai.chat_request import ChatRequest, chat_spec, chat_specs
 from cluster.jobs.model import JobSpec
+from protos.errors import InvalidRequest
 from protos.jobs.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from protos.jobs.constraint import Constraint
 from tests.support.fakes.jobs_api import FakeJobService
@@ -66,8 +67,8 @@ def test_what_clients_send_and_nobody_needs_is_ignored(backend: Backend) -> None
         "made_up": {"x": [1]}, "stream_options": {"include_usage": True}, "response_format": {"type": "text"},
     }  # fmt: skip
     harmless = {
-        "n": 1, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "tools": [], "tool_choice": "auto",
-        "modalities": ["text"], "stop": None, "seed": None, "model": None, "min_tokens": 0,
+        "n": 1, "logit_bias": {}, "frequency_penalty": None, "thinking_token_budget": None, "tools": [],
+        "tool_choice": "auto", "modalities": ["text"], "stop": None, "seed": None, "model": None, "min_tokens": 0,
     }  # fmt: skip
     spec = spec_of(backend, **ignored, **harmless)
     assert spec == spec_of(backend)
@@ -203,9 +204,38 @@ def test_sampling_and_more(backend: Backend) -> None:
     assert spec_of(backend, logprobs=True).ask.sampling.logprobs == 0
 
 
+def test_several_answers_are_a_job_each(backend: Backend) -> None:
+    def specs(**fields: Any) -> list[JobSpec]:
+        asked = parse(ChatRequest, json.dumps({"messages": [USER], **fields}).encode())
+        return chat_specs(backend, asked, backend.service.documents)
+
+    assert specs() == specs(n=1) == [spec_of(backend)]
+    assert specs(n=3) == [spec_of(backend)] * 3
+    found = specs(n=3, seed=(1 << 63) - 2)
+    assert [spec.ask.sampling.seed for spec in found] == [(1 << 63) - 2, (1 << 63) - 1, 0]
+    assert found[1] == spec_of(backend, seed=(1 << 63) - 1)
+    for count in (0, 9, -1):
+        with pytest.raises(InvalidRequest, match=rf"^n: {count}: must be a whole number from 1 to 8$"):
+            specs(n=count)
+
+
+def test_what_bends_the_choice_of_tokens_is_the_job_s(backend: Backend) -> None:
+    ask = spec_of(
+        backend, presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={"7": -100, "5": 1}, min_tokens=3,
+        thinking_token_budget=9,
+    ).ask  # fmt: skip
+    assert (ask.sampling.presence_penalty, ask.sampling.frequency_penalty) == (1.5, -0.5)
+    assert (ask.logit_bias, ask.min_tokens, ask.thinking_budget) == (((5, 1.0), (7, -100.0)), 3, 9)
+    assert spec_of(backend, thinking_budget=0).ask.thinking_budget == 0
+    assert spec_of(backend, thinking_budget=5, thinking_token_budget=4).ask.thinking_budget == 4
+
+
 @pytest.mark.parametrize(("fields", "param"), [
-    ({"n": 2}, "n"), ({"logit_bias": {"5": 1}}, "logit_bias"), ({"min_tokens": 5}, "min_tokens"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"), ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"min_tokens": -5}, "min_tokens"), ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"), ({"presence_penalty": -2.5}, "presence_penalty"),
+    ({"thinking_token_budget": -5}, "thinking_token_budget"), ({"thinking_budget": -5}, "thinking_budget"),
     ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_k": -2}, "top_k"), ({"seed": -1}, "seed"),
     ({"stop": "x" * 300}, "stop"), ({"stop": ["x"] * 65}, "stop"), ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"), ({"top_logprobs": 2}, "top_logprobs"),

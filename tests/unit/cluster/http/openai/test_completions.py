@@ -47,6 +47,25 @@ def test_reasoning_is_text_like_any_other() -> None:
     assert answer["choices"][0]["text"] == "hm The answer is forty-two."
 
 
+def test_several_answers_to_each_prompt() -> None:
+    service = AnsweringService()
+    body = {"prompt": ["a", "b"], "n": 3, "seed": 5, "max_tokens": 5, "echo": True}
+    answer = ask(service, **body).json()
+    assert [spec.input.prompt for spec in service.specs] == ["a", "a", "a", "b", "b", "b"]
+    assert [spec.ask.sampling.seed for spec in service.specs] == [5, 6, 7, 5, 6, 7]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert [choice["text"][0] for choice in answer["choices"]] == ["a", "a", "a", "b", "b", "b"]
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (34, 36, 70)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 10}
+    stream = ask(AnsweringService(), **body, stream=True).text
+    events = [json.loads(line[6:]) for line in stream.split("\n\n") if line.startswith("data: {")]
+    for choice in answer["choices"]:
+        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == ["stop"]
+
+
 def test_the_prompt_comes_first_when_asked_for() -> None:
     ids = needle_tokenizer().encode("hello there")
     for prompt in ("hello there", ids):
@@ -80,8 +99,11 @@ def test_a_stream_of_several_prompts() -> None:
 @pytest.mark.parametrize(("body", "param"), [
     ({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["a", ""]}, "prompt"),
     ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": [-1]}, "prompt[0]"),
-    ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": "a", "logprobs": 21}, "logprobs"), ({"prompt": "a", "n": 2}, "n"),
-    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"), ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": "a", "logprobs": 21}, "logprobs"), ({"prompt": "a", "n": 9}, "n"),
+    ({"prompt": ["a"] * 20, "n": 4}, "n"),
+    ({"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, "stream"),
+    ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "max_tokens": 0, "logprobs": 1}, "max_tokens"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"), ({"prompt": "a", "best_of": 3}, "best_of"),
 ])  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param: str) -> None:
