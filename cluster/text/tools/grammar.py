@@ -20,6 +20,18 @@ from protos.jobs.chat import Tool, ToolChoice
 
 _SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # of templates
 _TEXT_KEYWORDS = ("pattern", "format", "minLength", "maxLength")  # of strings, which no rule for plain text can have
+_OPEN = frozenset(
+    {
+        "additionalProperties",
+        "patternProperties",
+        "unevaluatedProperties",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "$ref",
+        "if",
+    }
+)  # keywords of a schema whose names are not all under `properties`
 _LEAD = r"LEAD: /\n{0,2}/"  # behind reasoning
 
 
@@ -129,8 +141,10 @@ def _plain(tool: Tool, key: str, value: object, root: Mapping[str, Any]) -> str:
 
 
 def _schema(tool: Tool) -> Mapping[str, Any]:
-    found: dict[str, Any] = json.loads(tool.parameters or "{}")
-    return {"type": "object", **found} if found else {"type": "object", "properties": {}, "additionalProperties": False}
+    """Return the schema of the arguments; names that it does not list are none, unless it says that they may be."""
+    found: dict[str, Any] = json.loads(tool.parameters or "{}") or {"properties": {}}
+    is_listed = "properties" in found and not _OPEN.intersection(found)
+    return {"type": "object", **found, **({"additionalProperties": False} if is_listed else {})}
 
 
 def _value(schema: Mapping[str, Any], strict: bool) -> str:

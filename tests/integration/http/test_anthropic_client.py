@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,16 +58,6 @@ def test_a_stream_adds_up_to_the_message(client: anthropic.Anthropic) -> None:
     assert (final.stop_reason, final.usage.output_tokens) == ("end_turn", 8)
 
 
-def test_asyncio(url: str) -> None:
-    async def run() -> list[str]:
-        async with anthropic.AsyncAnthropic(base_url=url, auth_token=KEY) as client:
-            whole = await client.messages.create(**ASK)
-            async with client.messages.stream(**ASK) as stream:
-                return [whole.content[-1].text, await stream.get_final_text()]
-
-    assert asyncio.run(run()) == ["The answer is forty-two."] * 2
-
-
 def test_a_turn_with_tools() -> None:
     service = AnsweringService(CALL, ("hm",))
     with serving_http(service) as url, anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
@@ -90,14 +78,6 @@ def test_a_turn_with_tools() -> None:
     said = service.specs[-1].input.messages
     assert said is not None
     assert (said[1].reasoning, said[1].tool_calls[0].id, said[2].tool_call_id) == ("hm", call.id, call.id)
-
-
-@pytest.mark.parametrize("turn", [claude_code.first_turn, claude_code.second_turn])
-def test_requests_of_claude_code(url: str, turn: Any) -> None:
-    headers = {**claude_code.HEADERS, "Authorization": f"Bearer {KEY}"}
-    answer = httpx.post(f"{url}/v1/messages?beta=true", json=turn(), headers=headers)
-    kinds = [json.loads(line[6:])["type"] for line in answer.text.splitlines() if line.startswith("data: ")]
-    assert (answer.status_code, kinds[0], kinds[-1]) == (200, "message_start", "message_stop")
 
 
 def test_closing_a_stream_ends_the_job(service: AnsweringService, client: anthropic.Anthropic) -> None:

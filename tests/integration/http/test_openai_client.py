@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,32 +59,6 @@ def test_a_stream(client: openai.OpenAI) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 8
     assert chunks[1].prompt_progress["total"] == 100  # type: ignore[attr-defined]
-
-
-def test_the_helper_for_streams(client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(model="needle", messages=HI) as stream:  # type: ignore[arg-type]
-        text = "".join(event.delta for event in stream if event.type == "content.delta")
-    assert text == "The answer is forty-two."
-
-
-def test_asyncio(url: str) -> None:
-    async def run() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=url, api_key=KEY) as client:
-            whole = await client.chat.completions.create(model="needle", messages=HI)  # type: ignore[arg-type]
-            stream = await client.chat.completions.create(model="needle", messages=HI, stream=True)  # type: ignore[arg-type]
-            parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
-            return [whole.choices[0].message.content or "", "".join(parts)]
-
-    assert asyncio.run(run()) == ["The answer is forty-two."] * 2
-
-
-def test_completions_and_models(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="needle", prompt=[[1, 2], [3]], max_tokens=4, logprobs=1)
-    assert [choice.text for choice in answer.choices] == ["hm soThe answer is forty-two."] * 2
-    parts = [c.choices[0].text for c in client.completions.create(model="needle", prompt="a", stream=True)]
-    assert "".join(parts) == "hm soThe answer is forty-two."
-    assert [model.id for model in client.models.list()] == ["needle"]
-    assert client.models.retrieve("needle").max_model_len == 4096  # type: ignore[attr-defined]
 
 
 def test_several_answers_and_what_bends_them(client: openai.OpenAI, service: AnsweringService) -> None:

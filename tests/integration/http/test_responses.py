@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,19 +123,6 @@ def test_who_goes(bench: Bench, client: openai.OpenAI, background: bool) -> None
         until(lambda: (job := live.get(f"job_{made.id[5:]}")) is None or job.cancelled)
         bench.runtime.shard.let(1000)
         until(lambda: job_of(bench, made).state is JobState.CANCELLED)
-
-
-def test_asyncio(bench: Bench) -> None:
-    async def run() -> list[str]:
-        url = f"{bench.service.http_url}/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            whole = await client.responses.create(input="hi", max_output_tokens=4)
-            stream = await client.responses.create(input="hi", max_output_tokens=4, stream=True)
-            parts = [event.delta async for event in stream if event.type == "response.output_text.delta"]
-            return [whole.output_text, "".join(parts)]
-
-    whole, parts = asyncio.run(run())
-    assert whole == parts
 
 
 def test_the_next_head_counts_the_same(bench: Bench, client: openai.OpenAI) -> None:

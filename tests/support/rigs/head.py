@@ -42,14 +42,16 @@ def free_port() -> int:
 
 
 class HeadProcess(HeadOfBenchmarks):
-    """`longreach serve` over configs/needle, on a port of its own."""
+    """`longreach serve` over the needle checkpoint, on a port of its own."""
 
-    def __init__(self, folder: Path, stages: int = 1, server: str = "", shards: int = 1) -> None:
+    def __init__(
+        self, folder: Path, stages: int = 1, server: str = "", shards: int = 1, model: Path = NEEDLE
+    ) -> None:  # fmt: skip
         super().__init__(folder / "head.yaml", folder / "data", folder / "head.log")
         self.port = free_port()
         self.prelude = ""  # Python code that the next head runs before all else
         self.config.write_text(
-            f"model:\n  path: {NEEDLE}\n  dtype: float32\n  max_model_len: 40k\n"
+            f"model:\n  path: {model}\n  dtype: float32\n  max_model_len: 40k\n"
             "  rope_scaling: {rope_type: yarn, factor: 10.0, original_max_position_embeddings: 4096}\n"
             f"cluster:\n  pipeline_parallel_size: {stages}\n  expert_parallel_size: {shards}\n"
             "  threads_per_actor: 1\n  cpus_per_actor: 0.5\n"

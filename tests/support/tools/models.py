@@ -13,6 +13,7 @@ from tests.support import paths
 ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _HERE = Path(__file__).parent
 QWEN3 = (_HERE / "qwen3.jinja").read_text()
+NEEDLE_WITH_TOOLS = (_HERE / "needle.jinja").read_text()  # what the needle model understands, with calls and results
 QWEN3_CODER = (_HERE / "qwen3_coder.jinja").read_text()
 
 

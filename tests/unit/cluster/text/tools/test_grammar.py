@@ -94,6 +94,19 @@ def test_a_call_is_required(form: ToolFormat, kind: str) -> None:
         assert not matches(grammar, text, kind), text
 
 
+@pytest.mark.parametrize(
+    ("more", "is_open"), [({}, False), ({"additionalProperties": True}, True), ({"allOf": []}, True)]
+)
+def test_arguments_that_the_schema_does_not_list(more: dict[str, Any], is_open: bool) -> None:
+    """A model that is made to call would go on inventing them."""
+    tool = Tool("f", "", json.dumps({"properties": {"a": {"type": "integer"}}, **more}))
+    grammar = grammar_of(JSON, [tool], ToolChoice("named", "f"))
+    assert matches(grammar, call(JSON, "f", {"a": 1}))
+    assert matches(grammar, call(JSON, "f", {"a": 1, "b": 2})) is is_open
+    anything = grammar_of(JSON, [Tool("f", "", '{"type": "object"}')], ToolChoice("named", "f"))
+    assert matches(anything, call(JSON, "f", {"b": 2}))
+
+
 @pytest.mark.parametrize("form", [JSON, XML])
 def test_one_call_at_most(form: ToolFormat) -> None:
     now = call(form, "now", {})
