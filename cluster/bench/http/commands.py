@@ -1,4 +1,4 @@
-"""The commands of `python -m cluster.bench` about the HTTP server."""
+"""The commands of `python -m cluster.bench` about the HTTP server; they need the extra `test`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from cluster.bench.http.fuzz import Tally, read_document, schema_pieces, send_cases, send_mutations, timed
-from cluster.bench.http.rig import HttpHead, ask, cancel_all, make_objects, wait_until_idle
 from cluster.bench.resumable import Results
 from protos.node.environment import write_result
 
@@ -45,6 +43,9 @@ def http_fuzz(out: Path | None, cases: int, mutations: int, seed: int, resume: P
 
 
 def _fuzz(cases: int, mutations: int, seed: int, resume: Path | None) -> dict[str, Any]:
+    from cluster.bench.http.fuzz import read_document, schema_pieces, send_cases, send_mutations, timed
+    from cluster.bench.http.rig import HttpHead, ask, cancel_all, make_objects, wait_until_idle
+
     results = Results(resume, {"cases": cases, "mutations": mutations, "seed": seed})
     done = {row["piece"] for row in results.rows}
     with tempfile.TemporaryDirectory() as root, closing(HttpHead(Path(root), **_FUZZED)) as head:
@@ -72,6 +73,8 @@ def _fuzz(cases: int, mutations: int, seed: int, resume: Path | None) -> dict[st
 
 
 def _summary(rows: list[dict[str, Any]], problems: list[str]) -> dict[str, Any]:
+    from cluster.bench.http.fuzz import Tally
+
     result: dict[str, Any] = {}
     for part in ("schema", "mutated"):
         tally = Tally()
@@ -86,4 +89,25 @@ def _summary(rows: list[dict[str, Any]], problems: list[str]) -> dict[str, Any]:
     return result | {"problems": problems}
 
 
-HTTP_COMMANDS.append(http_fuzz)
+@click.command("http-overhead")
+@click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="Of one token, by client.")
+@click.option("--answers", type=click.IntRange(1), default=5, show_default=True, help="Long ones, by client.")
+@click.option("--tokens", type=click.IntRange(2), default=1024, show_default=True, help="Of a long answer.")
+@_OUT
+def http_overhead(out: Path | None, requests: int, answers: int, tokens: int) -> None:
+    """What HTTP adds to a request and to a streamed token over gRPC: httpx, openai and our client in turns."""
+    from cluster.bench.http.overhead import measure_overhead
+    from cluster.bench.http.rig import HttpHead
+
+    with tempfile.TemporaryDirectory() as root, closing(HttpHead(Path(root))) as head:
+        head.start()
+        head.wait_until_running()
+        found = measure_overhead(head, requests, answers, tokens, _say)
+    what = "requests of one token and streamed tokens, over HTTP and over gRPC"
+    result = {"what": what, "requests": requests, "answers": answers, "tokens": tokens} | found
+    click.echo(write_result(out, result))
+    if not result["met"]:
+        raise SystemExit(1)
+
+
+HTTP_COMMANDS += [http_fuzz, http_overhead]
