@@ -21,6 +21,7 @@ import click
 from cluster.bench.constraints.cost import measure_constraints
 from cluster.bench.cycles import measure_cycles
 from cluster.bench.faults.suite import FAULTS, run_faults
+from cluster.bench.http.commands import HTTP_COMMANDS
 from cluster.bench.kills import measure_kills
 from cluster.bench.kv.commands import KV_COMMANDS
 from cluster.bench.load import measure_load
@@ -80,7 +81,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, with the heads it has started
 
 
-for _command in KV_COMMANDS:
+for _command in (*KV_COMMANDS, *HTTP_COMMANDS):
     main.add_command(_command)
 
 

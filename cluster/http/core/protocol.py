@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cluster.http.core.errors import ApiError
 
 HEAD_S = 10.0  # for the head of a request, from the connection or its first byte on
 STALL_S = 30.0  # for a reader that has more to read than the buffers of the connection hold
@@ -40,6 +44,21 @@ class BoundedProtocol(H11Protocol):
             self._head_timer = None
         elif self._head_timer is None and (cycle is None or cycle.response_complete):
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP with an error object, unless an answer is on its way, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            path = self.scope["path"] if self.conn.our_state is h11.SEND_RESPONSE and self.scope else ""
+            error = ApiError(400, "request: must be HTTP/1.1 with a body as long as its headers say", code="not_http")
+            body = json.dumps(error.body_for(path)).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -16,36 +15,19 @@ from cluster.server import head as head_module
 from cluster.server.head import Head
 from tests.support.fakes.runtime import CHUNK, FakeRuntime
 from tests.support.rigs.head import free_port, until
+from tests.support.rigs.http import HeadOverHttp
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 
 
-class Served:
-    """A head with a port for HTTP."""
-
-    def __init__(self, folder: Path, **server: object) -> None:
-        self.runtime = FakeRuntime(folder, http_port=free_port(), **server)
-        self.runtime.start()
-        self.head = Head(self.runtime.deployment, runtime=self.runtime)
-        self.head.start()
-        self.url = self.head.service.http_url
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=30)
-
-    def close(self) -> None:
-        self.head.close()
-        self.runtime.close()
-
-
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    made = Served(tmp_path)
+def served(tmp_path: Path) -> Iterator[HeadOverHttp]:
+    made = HeadOverHttp(tmp_path)
     yield made
     made.close()
 
 
-def test_chat_completions_and_tokens(served: Served) -> None:
+def test_chat_completions_and_tokens(served: HeadOverHttp) -> None:
     assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["max_model_len"] == served.runtime.max_model_len
     chat = served.post("/v1/chat/completions", **BODY).json()
     assert chat["choices"][0]["finish_reason"] == "length"
@@ -58,7 +40,7 @@ def test_chat_completions_and_tokens(served: Served) -> None:
     assert served.head.service.status()["http_url"] == served.url
 
 
-def test_a_question_about_a_stored_document(served: Served) -> None:
+def test_a_question_about_a_stored_document(served: HeadOverHttp) -> None:
     record = served.head.service.add_document("report", [b"The code of dark river is 4711. " * 20], 1 << 20)
     parts = [{"type": "file", "file": {"file_id": record.id}}, {"type": "text", "text": "What is the code?"}]
     asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": 3}
@@ -70,7 +52,7 @@ def test_a_question_about_a_stored_document(served: Served) -> None:
 
 
 def test_an_answer_without_a_limit_has_all_that_fits(tmp_path: Path) -> None:
-    served = Served(tmp_path, http_max_tokens=10**6)
+    served = HeadOverHttp(tmp_path, http_max_tokens=10**6)
     try:
         size = served.runtime.max_model_len - 20
         whole = served.post("/v1/completions", prompt=[5] * size).json()
@@ -89,7 +71,7 @@ def test_an_answer_without_a_limit_has_all_that_fits(tmp_path: Path) -> None:
         served.close()
 
 
-def test_a_retry_after_a_broken_connection_finds_what_was_computed(served: Served) -> None:
+def test_a_retry_after_a_broken_connection_finds_what_was_computed(served: HeadOverHttp) -> None:
     prompt = [*range(3, 3 + 4 * CHUNK)]
     served.runtime.shard.hold()
     with httpx.stream("POST", f"{served.url}/v1/completions", json={"prompt": prompt, "stream": True}) as answer:
@@ -105,7 +87,7 @@ def test_a_retry_after_a_broken_connection_finds_what_was_computed(served: Serve
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 2 * CHUNK - 16
 
 
-def test_the_end_of_the_head_ends_streams_with_an_error(served: Served) -> None:
+def test_the_end_of_the_head_ends_streams_with_an_error(served: HeadOverHttp) -> None:
     served.runtime.shard.hold()
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=BODY | {"stream": True}, timeout=30) as answer:
         lines = answer.iter_lines()

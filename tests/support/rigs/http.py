@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.http.http_server import HttpServer
 from cluster.jobs.model import JobAnswer, JobRecord, JobSpec, JobState
 from cluster.jobs.subscriptions import JobEvent
 from cluster.jobs.tenants.tenant import ANYONE, Tenant
+from cluster.server.head import Head
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.tokenizer import TextTokenizer
 from cluster.text.tools.formats import ToolFormat
@@ -28,7 +30,8 @@ from cluster.text.tools.grammar import tool_grammar
 from cluster.text.tools.prompt import template_messages, template_tools
 from protos.jobs.chat import ToolChoice
 from tests.support.fakes.jobs_api import FakeJobService
-from tests.support.rigs.head import NEEDLE
+from tests.support.fakes.runtime import FakeRuntime
+from tests.support.rigs.head import NEEDLE, free_port
 
 WORDS = ("The ", "answer ", "is ", "forty", "-two", ".")
 
@@ -141,3 +144,21 @@ def serving_http(
         yield url
     finally:
         server.close(0.0)
+
+
+class HeadOverHttp:
+    """A whole head over a fake shard, with a port for HTTP."""
+
+    def __init__(self, folder: Path, **server: object) -> None:
+        self.runtime = FakeRuntime(folder, http_port=free_port(), **server)
+        self.runtime.start()
+        self.head = Head(self.runtime.deployment, runtime=self.runtime)
+        self.head.start()
+        self.url = self.head.service.http_url
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=30)
+
+    def close(self) -> None:
+        self.head.close()
+        self.runtime.close()

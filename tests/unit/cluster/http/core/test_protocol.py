@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ class Transport:
     """Notes whether it was closed."""
 
     aborted = closed = False
+    written = b""
 
     def abort(self) -> None:
         self.aborted = True
@@ -52,7 +54,9 @@ class Transport:
     def get_extra_info(self, name: str) -> Any:
         return None
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes) -> None:
+        self.written += data
+
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
@@ -131,3 +135,29 @@ def test_nothing_is_left_after_the_end(rig: Rig) -> None:
     rig.loop.pass_time(1000)
     assert not transport.aborted
     assert not rig.state.connections
+
+
+@pytest.mark.parametrize(("sent", "path"), [
+    (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", ""),
+    (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "/v1/messages"),
+])  # fmt: skip
+def test_what_is_no_http_is_refused_by_an_error_object(rig: Rig, sent: bytes, path: str) -> None:
+    protocol, transport = rig.connect()
+    protocol.data_received(sent)
+    head, _, body = transport.written.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"application/json" in head
+    found = json.loads(body)
+    assert found["error"]["message"].startswith("request: must be HTTP/1.1")
+    assert (found.get("type") == "error") == (path == "/v1/messages")
+    assert transport.closed
+
+
+def test_what_follows_an_answer_and_is_no_http_has_none(rig: Rig) -> None:
+    """The client would take it for more of the answer."""
+    protocol, transport = rig.connect()
+    protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    protocol.conn.send(__import__("h11").Response(status_code=200, headers=[]))
+    protocol.data_received(b"zz\r\n")
+    assert transport.written == b""
+    assert transport.closed
