@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: what its users call, as they call it."""
+"""OpenAI's own client over a service whose answers are written down: reasoning, limits, ends."""
 
 from __future__ import annotations
 
