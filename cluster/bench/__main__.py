@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from cluster.bench.constraints.cost import measure_constraints
+from cluster.bench.constraints.commands import CONSTRAINT_COMMANDS
 from cluster.bench.cycles import measure_cycles
 from cluster.bench.faults.suite import FAULTS, run_faults
 from cluster.bench.http.commands import HTTP_COMMANDS
@@ -81,7 +81,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, with the heads it has started
 
 
-for _command in (*KV_COMMANDS, *HTTP_COMMANDS):
+for _command in (*KV_COMMANDS, *HTTP_COMMANDS, *CONSTRAINT_COMMANDS):
     main.add_command(_command)
 
 
@@ -285,15 +285,6 @@ def kills(
     click.echo(write_result(out, result))
     if result["problems"] or result["beyond_bound"]:
         raise SystemExit(1)
-
-
-@main.command()
-@click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="Has the tokenizer's files.")
-@click.option("--tokens", type=click.IntRange(10), default=2000, show_default=True, help="Of each constraint.")
-@_OUT
-def constraints(out: Path | None, model: Path, tokens: int) -> None:
-    """What constraints cost the head: to compile one, and the mask of each token of random answers under it."""
-    click.echo(write_result(out, {"what": "masks of constrained answers"} | measure_constraints(model, tokens)))
 
 
 @main.command()

@@ -1,1 +1,1 @@
-"""Measurements of constraints: what compiling and masks cost."""
+"""Measurements of constraints: what compiling and masks cost, and what they add to a token."""

@@ -14,7 +14,7 @@ from cluster.constraints.trial import try_grammar
 from cluster.text.tokenizer import TextTokenizer
 from protos.jobs.constraint import Constraint
 
-_RECORD: dict[str, Any] = {
+RECORD: dict[str, Any] = {
     "type": "object",
     "properties": {
         "answer": {"type": "string"},
@@ -35,7 +35,7 @@ _RECORD: dict[str, Any] = {
 }
 _CONSTRAINTS: dict[str, object] = {
     "json_object": {"json_object": True},
-    "record": {"json": _RECORD},
+    "record": {"json": RECORD},
     "regex": {"regex": "[A-Z][a-z]{1,20}( [a-z]{1,20}){0,30}[.]"},
     "choice": {"choice": [f"choice number {index}" for index in range(100)]},
     "tool_call": {"grammar": 'start: "<tool_call>" %json ' + '{"type": "object"}' + ' "</tool_call>"'},

@@ -100,7 +100,8 @@ async def arriving(request: Request) -> AsyncIterator[bytes]:
         size += len(piece)
         waited = time.monotonic() - began
         if waited > _SLOW_S and size < waited * _SLOW_RATE:
-            raise ApiError(408, f"request: {size} bytes in {waited:.0f} s: must be {_SLOW_RATE} a second")
+            problem = f"request: {size} bytes in {waited:.0f} s: must be {_SLOW_RATE} a second"
+            raise ApiError(408, problem, code="not_sent")
         yield piece
 
 

@@ -13,6 +13,7 @@ from cluster.http.core.errors import ApiError
 
 HEAD_S = 10.0  # for the head of a request, from the connection or its first byte on
 STALL_S = 30.0  # for a reader that has more to read than the buffers of the connection hold
+BUFFERED_BYTES = 64 << 10  # of a connection; only one more piece is written before its client has read of them
 KEEP_ALIVE_S = 60  # between requests
 
 
@@ -34,6 +35,7 @@ class BoundedProtocol(H11Protocol):
         if len(self.connections) > self._max_connections:
             transport.abort()
             return
+        transport.set_write_buffer_limits(BUFFERED_BYTES)
         self._head_timer = self.loop.call_later(HEAD_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +19,14 @@ import pytest
 from cluster.access import call_pool
 from cluster.common.errors import PreflightError
 from cluster.config.schema import SecuritySection
+from cluster.engine.outputs import OutputToken
 from cluster.http import http_server
+from cluster.http.core import body as bodies
 from cluster.http.core import protocol
+from cluster.http.core.protocol import BUFFERED_BYTES, BoundedProtocol
 from cluster.http.http_server import HttpServer
 from cluster.jobs.model import JobState
+from cluster.jobs.subscriptions import JobEvent
 from tests.support.data.certificates import Authority
 from tests.support.rigs.head import until
 from tests.support.rigs.http import AnsweringService, make_backend, serving_http
@@ -29,10 +35,14 @@ BODY = {"messages": [{"role": "user", "content": "hi"}]}
 STREAM = json.dumps(BODY | {"stream": True}).encode()
 
 
-def connect(url: str, *pieces: bytes) -> socket.socket:
-    """A connection on which something was sent."""
+def connect(url: str, *pieces: bytes, buffered: int = 0) -> socket.socket:
+    """A connection on which something was sent; the kernel keeps about `buffered` bytes for it that it has not read."""
     address = url.rpartition("//")[2].rpartition(":")
-    client = socket.create_connection((address[0], int(address[2])), timeout=20)
+    client = socket.socket()
+    client.settimeout(20)
+    if buffered:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffered)
+    client.connect((address[0], int(address[2])))
     for piece in pieces:
         client.sendall(piece)
     return client
@@ -117,6 +127,34 @@ def test_a_reader_that_does_not_read_takes_no_memory_and_slows_nobody(
     slow.close()
 
 
+def test_what_waits_for_readers_that_do_not_read_is_bounded(
+    service: AnsweringService, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections: list[BoundedProtocol] = []
+    made = BoundedProtocol.connection_made
+
+    def connection_made(self: BoundedProtocol, transport: asyncio.Transport) -> None:
+        made(self, transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)  # fills soon
+        connections.append(self)
+
+    monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
+    service.endless = True
+    readers = [connect(url, post(STREAM), buffered=16 << 10) for _ in range(3)]
+
+    def nothing_moves() -> bool:
+        pulled = service.pulled
+        time.sleep(0.3)
+        return len(connections) == 3 and all(one.flow.write_paused for one in connections) and pulled == service.pulled
+
+    until(nothing_moves)
+    piece = 1024  # more than a token takes
+    assert all(0 < one.transport.get_write_buffer_size() <= BUFFERED_BYTES + piece for one in connections)
+    for reader in readers:
+        reader.close()
+    until(lambda: cancelled(service) == 3)
+
+
 def test_who_sends_nothing_is_closed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEAD_S", 0.2)
     silent, trickling = connect(url), connect(url, b"GET /health HT")
@@ -138,6 +176,41 @@ def test_a_body_that_stalls(url: str, monkeypatch: pytest.MonkeyPatch, sent: byt
     answer = read_all(connect(url, post(sent, size=500)))
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"not_sent"' in answer
+
+
+def test_a_body_that_trickles(service: AnsweringService, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_SLOW_S", 2.0)
+    began = time.monotonic()
+    client = connect(url, post(b"", size=500))
+    ended = threading.Event()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            for byte in b'{"messages": []}':
+                client.sendall(bytes([byte]))
+                if ended.wait(1.0):
+                    return
+
+    sender = threading.Thread(target=trickle)
+    sender.start()
+    try:
+        waits = []
+        for _ in range(5):  # another client, meanwhile
+            asked = time.monotonic()
+            assert httpx.post(f"{url}/v1/chat/completions", json=BODY, timeout=20).status_code == 200
+            waits.append(time.monotonic() - asked)
+        answer = read_all(client)  # to the end of the connection
+        took = time.monotonic() - began
+    finally:
+        ended.set()
+        sender.join()
+        client.close()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"s: must be 1024 a second" in answer
+    assert b'"code": "not_sent"' in answer
+    assert 2.0 <= took < 10.0
+    assert max(waits) < 2.0
+    assert len(service.specs) == len(waits)
 
 
 def test_more_streams_than_the_limit(service: AnsweringService, url: str) -> None:
@@ -177,20 +250,47 @@ def test_a_stored_limit_of_bodies_counts_before_they_are_sent(url: str) -> None:
     assert read_all(client).startswith(b"HTTP/1.1 413 ")
 
 
+class NumberedService(AnsweringService):
+    """Answers to the number in a message: tokens of its own, none before `count` streams wait for theirs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._all = threading.Barrier(count)
+
+    def _events(self, job_id: str, after: int) -> Iterator[JobEvent]:
+        messages = self.get(job_id).spec.input.messages
+        assert messages is not None
+        self._all.wait(60)
+        for n, text in enumerate(numbered_words(int(messages[0].content)), 1):
+            yield [OutputToken(n, 0, n, text, -0.5, (), "answer", "", text)]
+        yield self.finish(job_id)
+
+
+def numbered_words(number: int) -> list[str]:
+    return [f"{number}.{n} " for n in range(20 + number % 7)]
+
+
 def test_two_hundred_streams_at_once() -> None:
-    service = AnsweringService(tuple("word " for _ in range(20)))
+    count = 200
 
-    async def run(url: str) -> list[str]:
-        limits = httpx.Limits(max_connections=200)
-        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
-            answers = await asyncio.gather(
-                *(client.post(f"{url}/v1/chat/completions", content=STREAM) for _ in range(200))
-            )
-        return [answer.text for answer in answers]
+    async def ask(client: httpx.AsyncClient, number: int) -> list[str]:
+        body = {"messages": [{"role": "user", "content": str(number)}], "stream": True}
+        texts = []
+        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = [line async for line in answer.aiter_lines() if line.startswith("data: ")]
+        assert lines[-1] == "data: [DONE]"
+        for line in lines[:-1]:
+            texts += [choice["delta"].get("content", "") for choice in json.loads(line[6:])["choices"]]
+        return [text for text in texts if text]
 
-    with serving_http(service, max_streams=256) as url:
-        texts = asyncio.run(run(url))
-    assert all(text.endswith("data: [DONE]\n\n") and text.count("word ") == 20 for text in texts)
+    async def run(url: str) -> list[list[str]]:
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=90) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(count)))
+
+    with serving_http(NumberedService(count), max_streams=256) as url:
+        found = asyncio.run(run(url))
+    assert found == [numbered_words(number) for number in range(count)]
 
 
 def test_who_does_not_begin_tls_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,10 @@ class Transport:
         self.written += data
 
     def pause_reading(self) -> None: ...
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        self.high = high
+
     def resume_reading(self) -> None: ...
 
 
