@@ -29,6 +29,7 @@ class GenerationSpec:
     document_id: str = ""  # that it is about: its stored KV is noted there
     private: Private | None = None  # what follows a shared document, which is its owner's alone
     prompt_logprobs: int | None = None  # of the tokens of the prompt, with those of so many best ones; None: not asked
+    cache_ttl_s: int = 0  # for so long after its use, what is stored of the prompt is dropped after all else
 
 
 @dataclass(frozen=True, slots=True)

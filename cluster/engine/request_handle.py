@@ -192,7 +192,7 @@ class RequestFactory:
         request = Request(
             sequence, spec.prompt, options.sampling_params, rules, spec.priority, spec.pinned_len,
             Origin(spec.kernel_family, spec.cache_salt, spec.private), spec.document_id, options.logit_bias,
-            prompt_logprobs=spec.prompt_logprobs,
+            prompt_logprobs=spec.prompt_logprobs, cache_ttl_s=spec.cache_ttl_s,
         )  # fmt: skip
         opened = self.tokenizer is not None and opens_reasoning(self.tokenizer, spec.prompt)
         text = OutputText(self.tokenizer, options.stop, opened, stops, options.min_tokens)

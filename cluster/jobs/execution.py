@@ -197,7 +197,7 @@ class JobExecution:
                 resume = tuple(done.get(question, ()))
                 generation = GenerationSpec(
                     prompt, ask, spec.priority, resume, question, scale_len, spec.cache_salt,
-                    family, spec.input.document_id, private, spec.prompt_logprobs,
+                    family, spec.input.document_id, private, spec.prompt_logprobs, spec.cache_ttl_s,
                 )  # fmt: skip
                 items.append((generation, self._recorder.callback(job, question)))
         try:

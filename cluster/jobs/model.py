@@ -105,7 +105,7 @@ class ServiceBusy(JobError):
 
 
 class NotReady(JobError):
-    """The pipeline that is needed is being started; try again after `retry_after_s` (gRPC UNAVAILABLE)."""
+    """The head is shutting down, or no pipeline runs; try again after `retry_after_s` (gRPC UNAVAILABLE)."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -170,6 +170,7 @@ class JobSpec:
     cache_salt: str = ""  # it shares KV with jobs of the same one only
     shorten: bool = False  # `ask.max_tokens` is lowered to what the context has room for
     prompt_logprobs: int | None = None  # of the tokens of its prompts, with those of so many best ones; None: not asked
+    cache_ttl_s: int = 0  # for so long after they were used, stored blocks of its prompts are dropped after all others
     request: str = ""  # JSON of what its protocol shows again with the job; nothing else reads it
 
     def to_json(self) -> str:
@@ -196,9 +197,9 @@ class JobSpec:
         later = {"structured_outputs": None, "thinking_budget": None, "min_tokens": 0, "logit_bias": ()}
         for name in [name for name in later if values["ask"][name] == later[name]]:
             del values["ask"][name]  # as before there was such a thing
-        for name in ("request", "prompt_logprobs"):
-            if values[name] in ("", None):
-                del values[name]  # as before there was such a thing
+        own = {"request": "", "prompt_logprobs": None, "cache_ttl_s": 0}
+        for name in [name for name in own if values[name] == own[name]]:
+            del values[name]  # as before there was such a thing
         for key in ("idempotency_key", "deadline", "cache_salt"):
             del values[key]
         if values.pop("shorten"):  # what it was lowered to is not said by the client

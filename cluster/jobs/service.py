@@ -41,6 +41,7 @@ from cluster.jobs.model import (
     JobSpec,
     JobState,
     NotAllowedNow,
+    NotReady,
     ServiceBusy,
     new_id,
 )
@@ -141,10 +142,9 @@ class JobService(JobExecution):
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def submit(self, spec: JobSpec, tenant: Tenant = ANYONE) -> JobRecord:
-        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy.
+        """Validate, store and queue. Raises InvalidJob, JobNotFound (document), JobConflict, ServiceBusy, NotReady.
 
-        Args:
-            tenant: owns the job. Whether it sees the document is for `TenantService` to say.
+        Args: `tenant` owns the job. Whether it sees the document is for `TenantService` to say.
         """
         if self.store_problem:
             raise JobStoreError(self.store_problem)
@@ -153,9 +153,9 @@ class JobService(JobExecution):
         if known is not None:  # a repeated submission is answered whatever goes on
             return known
         if self._draining:
-            raise ServiceBusy("the head is shutting down: submit again in a moment", 5.0)
+            raise NotReady("the head is shutting down: submit again in a moment", 5.0)
         if reason := self.check_pipeline():
-            raise ServiceBusy(reason, 5.0)
+            raise NotReady(reason, 5.0)
         if spec.deadline is not None and spec.deadline <= self.now():
             raise InvalidJob("deadline_s: already over: must be in the future")
         now = datetime.fromtimestamp(self.now())

@@ -44,6 +44,7 @@ class KvIndex:
         self._entries: dict[bytes, Entry] = {}
         self._node_bytes: Counter[str] = Counter()
         self._nodes: set[str] = set()
+        self._protected: dict[bytes, float] = {}  # until when, in seconds since 1970; not all are stored
         self._changed: dict[bytes, Entry | None] | None = None  # since a listing began; an entry of None: removed
 
     def __len__(self) -> int:
@@ -118,6 +119,11 @@ class KvIndex:
                 entry.used = max(entry.used, now)
                 entry.saved = entry.used if is_saved else entry.saved
 
+    def protect(self, until: Mapping[bytes, float]) -> None:
+        """Let blocks, stored or about to be, be dropped after all others until a moment; waits for nobody."""
+        for key, moment in until.items():
+            self._protected[key] = max(moment, self._protected.get(key, 0.0))
+
     def take_unsaved(self, age_s: float) -> list[bytes]:
         """Return the blocks that were used more than `age_s` after what their files say, once each until a listing."""
         with self._lock:
@@ -174,17 +180,19 @@ class KvIndex:
         return entry.is_whole and (entry.is_unplaced or entry.bytes.keys() >= self._nodes)
 
     def expired(self, before: float, retained: Callable[[], Set[bytes]]) -> list[bytes]:
-        """Return the blocks that were last used before a moment, but for those that are retained."""
+        """Return the blocks that were last used before a moment, but for those that are retained or protected."""
         with self._lock:
             self._spread_use()
-            old = [key for key, entry in self._entries.items() if entry.used < before]
+            protected = self._still_protected()
+            old = [key for key, entry in self._entries.items() if entry.used < before and key not in protected]
         kept = retained() if old else frozenset()
         return [key for key in old if key not in kept]
 
     def victims(self, limits: Mapping[str, int], retained: Callable[[], Set[bytes]]) -> list[bytes]:
         """Return the blocks to drop so that no node has more bytes than its limit; none while all are below.
 
-        Those go first that were not used for longest, of one chain the later ones; what is retained stays.
+        Those go first that were not used for longest, of one chain the later ones, and after all others those that are
+        protected; what is retained stays.
         """
         if not self._over(limits):
             return []
@@ -193,8 +201,12 @@ class KvIndex:
             over = self._over(limits)
             excess = {node: self._node_bytes[node] - int(_LOW_WATER * limits[node]) for node in over}
             self._spread_use()
-            chosen = []
-            for key, entry in sorted(self._entries.items(), key=lambda item: (item[1].used, -item[1].start)):
+            chosen, protected = [], self._still_protected()
+
+            def rank(item: tuple[bytes, Entry]) -> tuple[bool, float, int]:
+                return item[0] in protected, item[1].used, -item[1].start
+
+            for key, entry in sorted(self._entries.items(), key=rank):
                 if not any(left > 0 for left in excess.values()):
                     break
                 if key in kept or not any(excess.get(node, 0) > 0 for node in entry.bytes):
@@ -208,6 +220,14 @@ class KvIndex:
     def _over(self, limits: Mapping[str, int]) -> set[str]:
         """Return the nodes that have more bytes than their limit."""
         return {node for node, limit in limits.items() if self._node_bytes[node] > limit}
+
+    def _still_protected(self) -> Set[bytes]:
+        """Return the blocks that are protected now, and forget the others (lock held)."""
+        now = self._clock()
+        for key, until in list(self._protected.items()):  # the engine adds to it meanwhile
+            if until <= now:
+                self._protected.pop(key, None)
+        return self._protected.keys()
 
     def _spread_use(self) -> None:
         """Let every block be used when those after it were; an old one whose predecessor is gone was never used."""

@@ -173,7 +173,9 @@ class KvStore:
 
     def offer(self, offers: Sequence[Offer]) -> None:
         """Queue computed blocks to be stored, and tell whose document has them; never waits."""
-        self.index.touch([offer.key for offer in offers], self.now())
+        now = self.now()
+        self.index.touch([offer.key for offer in offers], now)
+        self.index.protect({offer.key: now + offer.cache_ttl_s for offer in offers if offer.cache_ttl_s})
         wanted = []
         for offer in offers:
             if not self.index.has(offer.key):

@@ -60,6 +60,7 @@ class Request:
     logit_bias: Sequence[TokenBias] = ()
     free_until: int | None = None  # tokens of the answer from this index on need the one before; None: none does
     prompt_logprobs: int | None = None  # of the prompt, with so many best ones: all of it is computed; None: not asked
+    cache_ttl_s: int = 0  # for so long after its use, what is stored of the prompt is dropped after all else
     mask: bytes = b""  # of the next token, see `SampleSpec`
     forced: int | None = None  # the next token, likewise
     is_private: bool = False  # its document is gone: nobody finds what it computes from now on

@@ -44,6 +44,7 @@ class Offer:
     document_id: str
     pinned_len: int  # of the request
     sequence: int  # of the request
+    cache_ttl_s: int = 0  # of the request
 
     def block(self, pages: Sequence[int]) -> KvBlock:
         """Return the block, in these pages."""
@@ -129,5 +130,5 @@ class StoredPrefixes:
             keys[index], keys[index - 1] if index else b"", start,
             array("I", request.prompt[start : start + self._block_tokens]),
             tuple(request.hashes[index * self._pages : (index + 1) * self._pages]), request.document_id,
-            request.pinned_len, request.sequence,
+            request.pinned_len, request.sequence, request.cache_ttl_s,
         )  # fmt: skip

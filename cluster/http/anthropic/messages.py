@@ -30,6 +30,7 @@ from cluster.http.core.sse import named_event
 from cluster.http.files.attachments import Documents
 from cluster.http.openai.chat import body_of
 from cluster.http.options import check_model
+from cluster.jobs.model import JobAnswer
 from protos.jobs.sampling import AnswerOptions
 
 PING = named_event({"type": "ping"})
@@ -158,10 +159,19 @@ class MessageAnswer:
 
     def _usage(self) -> dict[str, int]:
         answer = self._job.record.answers[0]
+        created = self._protected_tokens(answer)
         return {
-            "input_tokens": answer.prompt_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": answer.cached_tokens, "output_tokens": self._answer.num_tokens,
+            "input_tokens": answer.prompt_tokens - answer.cached_tokens - created,
+            "cache_creation_input_tokens": created, "cache_read_input_tokens": answer.cached_tokens,
+            "output_tokens": self._answer.num_tokens,
         }  # fmt: skip
+
+    def _protected_tokens(self, answer: JobAnswer) -> int:
+        """Return how many tokens were computed whose KV is to be stored and protected: whole blocks, if asked for."""
+        block = self._backend.runtime.kv_store.block_tokens
+        if not block or not self._job.record.spec.cache_ttl_s:
+            return 0
+        return max(0, answer.prompt_tokens // block * block - answer.cached_tokens)
 
 
 def _stopped(reason: str, sequence: str | None = None) -> dict[str, Any]:

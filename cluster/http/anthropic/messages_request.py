@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
 
+from cluster.http.anthropic.cache_control import read_cache_ttl
 from cluster.http.conversation import answer_constraint, make_conversation
 from cluster.http.core.backend import Backend
 from cluster.http.core.errors import refuse
@@ -60,6 +61,7 @@ class Block(RequestModel):
     source: Source | None = None
     title: str | None = None
     context: str | None = None
+    cache_control: Any = None
 
 
 class Message(RequestModel):
@@ -88,6 +90,10 @@ class MessagesRequest(AnswerFields, CountTokensRequest):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     output_config: dict[str, Any] | None = Field(None, description="`format`: a JSON schema that the answer matches.")
+    cache_control: Any = Field(
+        None,
+        description='{"type": "ephemeral", "ttl": "5m" or "1h"}, here or in a block: what is computed stays stored.',
+    )
 
 
 def messages_spec(backend: Backend, request: MessagesRequest, documents: Documents) -> JobSpec:
@@ -103,7 +109,8 @@ def messages_spec(backend: Backend, request: MessagesRequest, documents: Documen
     options = answer_options(request.model_copy(update=said), request.max_tokens, None, thinks(request), 0)
     asked = read_constraint(_format(request.output_config), None)
     options = replace(options, structured_outputs=answer_constraint(backend, asked, source))
-    return JobSpec(source, options, attached=True, shorten=True, **job_fields(request))
+    ttl_s = read_cache_ttl(_cache_marks(request))
+    return JobSpec(source, options, attached=True, shorten=True, cache_ttl_s=ttl_s, **job_fields(request))
 
 
 def messages_input(request: CountTokensRequest, documents: Documents) -> JobInput:
@@ -129,6 +136,23 @@ def thinks(request: CountTokensRequest) -> bool:
     if not isinstance(kind, str) or kind not in _THINKING:
         raise refuse("thinking.type", f"{show(kind)}: must be one of {', '.join(_THINKING)}")
     return _THINKING[kind]
+
+
+def _cache_marks(request: MessagesRequest) -> Iterator[tuple[str, object]]:
+    """Yield every place of a request that may have a mark, with what it has."""
+    yield "cache_control", request.cache_control
+    for at, tool in enumerate(request.tools or ()):
+        yield f"tools[{at}].cache_control", tool.get("cache_control") if isinstance(tool, Mapping) else None
+    yield from _marks_of("system", request.system)
+    for at, message in enumerate(request.messages):
+        yield from _marks_of(f"messages[{at}].content", message.content)
+
+
+def _marks_of(where: str, content: str | Sequence[Block] | None) -> Iterator[tuple[str, object]]:
+    for at, block in enumerate(() if content is None or isinstance(content, str) else content):
+        yield f"{where}[{at}].cache_control", block.cache_control
+        yield from _marks_of(f"{where}[{at}].content", block.content)
+        yield from _marks_of(f"{where}[{at}].source.content", block.source.content if block.source else None)
 
 
 def _budget(request: MessagesRequest) -> int | None:

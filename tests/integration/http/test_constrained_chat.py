@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.access.call_pool import CallPool
-from cluster.config.schema import ServerSection
-from cluster.http.app import make_app
 from cluster.http.core.backend import Backend
 from cluster.text.tools.formats import ToolFormat
 from tests.support.fakes.runtime import FakeRuntime
-from tests.support.rigs.service import Bench
+from tests.support.rigs.http import bench_backend, post
 
 pytest.importorskip("llguidance", reason="llguidance comes with the extra http")
 TOOLS = [
@@ -35,24 +31,13 @@ TOOLS = [
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Iterator[Backend]:
-    bench = Bench(tmp_path)
-    limits = ServerSection()
-    made = Backend(bench.service, bench.runtime, limits, CallPool(limits.max_streams, "server.max_streams"))
-    yield made
-    made.close()
-    bench.close()
+    with bench_backend(tmp_path) as made:
+        yield made
 
 
-def ask(backend: Backend, **body: Any) -> Any:
-    async def run() -> Any:
-        transport = httpx.ASGITransport(make_app(backend, None), client=("127.0.0.1", 4711))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
-            messages = [{"role": "user", "content": "hi"}]
-            return await client.post(
-                "/v1/chat/completions", json={"messages": messages, "max_tokens": 200, **body}, timeout=60
-            )
-
-    return asyncio.run(run())
+def ask(backend: Backend, **body: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": "hi"}]
+    return post(backend, "/v1/chat/completions", messages=messages, max_tokens=200, **body)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("now", {}), ("turn", {"side": "left"})])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.access.call_pool import CallPool
-from cluster.config.schema import ServerSection
-from cluster.http.app import make_app
 from cluster.http.core.backend import Backend
 from tests.support.data.tokenizers import NEEDLE
 from tests.support.fakes.runtime import FakeRuntime
-from tests.support.rigs.service import Bench
+from tests.support.rigs.http import bench_backend, post
 
 OPEN = NEEDLE.encode("<think>", literal=True)
 WORD = NEEDLE.encode("so", literal=True, continues=True)[0]
@@ -30,23 +26,14 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend
     """The model opens its reasoning, and never ends it."""
     script = staticmethod(lambda sequence, index: OPEN[index] if index < len(OPEN) else WORD)
     monkeypatch.setattr(FakeRuntime, "script", script)
-    bench = Bench(tmp_path)
-    limits = ServerSection()
-    made = Backend(bench.service, bench.runtime, limits, CallPool(limits.max_streams, "server.max_streams"))
-    yield made
-    made.close()
-    bench.close()
+    with bench_backend(tmp_path) as made:
+        yield made
 
 
-def post(backend: Backend, path: str, **body: Any) -> httpx.Response:
-    async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(make_app(backend, None), client=("127.0.0.1", 4711))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
-            answer = await client.post(path, json={"max_tokens": 100, **body}, timeout=60)
-            assert answer.status_code == 200, answer.text
-            return answer
-
-    return asyncio.run(run())
+def ask(backend: Backend, path: str, **body: Any) -> httpx.Response:
+    answer = post(backend, path, max_tokens=100, **body)
+    assert answer.status_code == 200, answer.text
+    return answer
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -56,37 +43,37 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("field", ["thinking_token_budget", "thinking_budget"])
 def test_chat(backend: Backend, field: str) -> None:
-    body = post(backend, "/v1/chat/completions", messages=USER, **{field: 2}).json()
+    body = ask(backend, "/v1/chat/completions", messages=USER, **{field: 2}).json()
     message = body["choices"][0]["message"]
     assert message["reasoning"].split() == SAID.split()
     assert set(message["content"].replace("so", "")) == set()
-    streamed = events(post(backend, "/v1/chat/completions", messages=USER, stream=True, **{field: 2}))
+    streamed = events(ask(backend, "/v1/chat/completions", messages=USER, stream=True, **{field: 2}))
     deltas = [event["choices"][0]["delta"] for event in streamed]
     for name in ("reasoning", "content"):
         assert "".join(delta.get(name) or "" for delta in deltas) == message[name]
 
 
 def test_no_budget_is_an_empty_block(backend: Backend) -> None:
-    message = post(backend, "/v1/chat/completions", messages=USER, thinking_token_budget=0).json()["choices"][0]
+    message = ask(backend, "/v1/chat/completions", messages=USER, thinking_token_budget=0).json()["choices"][0]
     assert "reasoning" not in message["message"]
     assert message["message"]["content"].startswith("soso")
 
 
 def test_other_protocols(backend: Backend) -> None:
     thinking = {"type": "enabled", "budget_tokens": 2}
-    blocks = post(backend, "/v1/messages", messages=USER, thinking=thinking).json()["content"]
+    blocks = ask(backend, "/v1/messages", messages=USER, thinking=thinking).json()["content"]
     assert [block["type"] for block in blocks] == ["thinking", "text"]
     assert blocks[0]["thinking"].split() == SAID.split()
-    items = post(backend, "/v1/responses", input="hi", thinking_token_budget=2, max_output_tokens=100).json()["output"]
+    items = ask(backend, "/v1/responses", input="hi", thinking_token_budget=2, max_output_tokens=100).json()["output"]
     assert [item["type"] for item in items] == ["reasoning", "message"]
-    text = post(backend, "/v1/completions", prompt="a", thinking_token_budget=2).json()["choices"][0]["text"]
+    text = ask(backend, "/v1/completions", prompt="a", thinking_token_budget=2).json()["choices"][0]["text"]
     assert "directly now.\n</think>so" in text
 
 
 def test_stop_strings_wait_for_the_fewest_tokens(backend: Backend) -> None:
     asked = {"messages": USER, "thinking_token_budget": 0, "stop": "os"}
-    short = post(backend, "/v1/chat/completions", **asked).json()
-    long = post(backend, "/v1/chat/completions", **asked, min_tokens=60).json()
+    short = ask(backend, "/v1/chat/completions", **asked).json()
+    long = ask(backend, "/v1/chat/completions", **asked, min_tokens=60).json()
     assert short["choices"][0]["finish_reason"] == long["choices"][0]["finish_reason"] == "stop"
     assert long["usage"]["completion_tokens"] == 61
     assert short["usage"]["completion_tokens"] < 60

@@ -243,7 +243,7 @@ def test_unfinished_jobs_go_on_under_the_next_service(runtime: ClusterRuntime, t
         until(lambda: job.refresh().data.last_event >= 5, "a decoding job")
         service = first.service
         service.drain(0.0)
-        with pytest.raises(cluster.Busy, match="shutting down"):
+        with pytest.raises(cluster.Unavailable, match="shutting down"):
             first.client.submit(prompt="Once")
         for handle in service._live[job.id].handles:
             service.close()

@@ -13,6 +13,7 @@ _OF_THE_PROMPT = (
     "resume",
     "question",
     "pinned_len",
+    "cache_ttl_s",
     "cache_salt",
     "kernel_family",
     "document_id",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +33,9 @@ from protos.jobs.chat import ToolChoice
 from tests.support.fakes.jobs_api import FakeJobService
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import NEEDLE, free_port
+from tests.support.rigs.service import Bench
 
+TEAM_KEY = "0123456789abcdef"
 WORDS = ("The ", "answer ", "is ", "forty", "-two", ".")
 
 
@@ -111,7 +114,7 @@ def fake_runtime(**changes: object) -> Any:
         tokenizer=tokenizer, max_model_len=4096, version="1.2.3", chat_prompt=chat_prompt,
         tool_format=ToolFormat.QWEN3_JSON, call_grammar=call_grammar,
         text_prompt=lambda text: tokenizer.encode(text, add_special=True),
-        deployment=SimpleNamespace(config=config, spec=spec), **changes,
+        deployment=SimpleNamespace(config=config, spec=spec), kv_store=SimpleNamespace(block_tokens=4), **changes,
     )  # fmt: skip
 
 
@@ -131,6 +134,27 @@ def direct_client(service: Any, keys: Keys | None = None, **limits: object) -> I
         yield httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
     finally:
         backend.close()
+
+
+@contextlib.contextmanager
+def bench_backend(folder: Path) -> Iterator[Backend]:
+    """A backend over a whole job service, whose pipeline is a fake."""
+    bench, limits = Bench(folder), ServerSection()
+    made = Backend(bench.service, bench.runtime, limits, CallPool(limits.max_streams, "server.max_streams"))
+    yield made
+    made.close()
+    bench.close()
+
+
+def post(backend: Backend, path: str, **body: Any) -> httpx.Response:
+    """Call a route in an event loop of its own."""
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(backend, None), client=("127.0.0.1", 4711))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return await client.post(path, json=body, timeout=60)
+
+    return asyncio.run(run())
 
 
 @contextlib.contextmanager

@@ -40,9 +40,9 @@ def settle(rig: Rig) -> None:
     eventually(lambda: not len(rig.store.backlog) and not rig.store.backlog.busy)
 
 
-def read(rig: Rig, base: int, document_id: str = "", tokens: int = 320) -> None:
+def read(rig: Rig, base: int, document_id: str = "", tokens: int = 320, **spec: int) -> None:
     """Read a document and wait until it is stored."""
-    rig.run([*range(base, base + tokens), 1], 1, document_id=document_id)
+    rig.run([*range(base, base + tokens), 1], 1, document_id=document_id, **spec)
     settle(rig)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from cluster.access.keys import ApiKeys
 from tests.support.data.clients.needle_with_tools import link_needle
 from tests.support.rigs.head import HeadProcess, free_port
+from tests.support.rigs.http import TEAM_KEY, AnsweringService, serving_http
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # read once, at the import: no list of prices is fetched
 _HERE = ("127.0.0.1", "::1", "localhost", None)
@@ -24,6 +26,18 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     with HeadProcess(folder, server=f"  http_port: {port}", model=link_needle(folder / "needle")):
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def service() -> AnsweringService:
+    return AnsweringService(reasoning=("hm ", "so"))
+
+
+@pytest.fixture
+def scripted(service: AnsweringService) -> Iterator[str]:
+    """Yield where a server answers from a script, for those with TEAM_KEY."""
+    with serving_http(service, ApiKeys({TEAM_KEY: "team a"})) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -10,33 +10,21 @@ import anthropic
 import httpx
 import pytest
 
-from cluster.access.keys import ApiKeys
 from cluster.jobs.model import ContextTooLong, JobState, ServiceBusy
 from cluster.server.head import Head
 from tests.support.data.clients import claude_code
 from tests.support.fakes.runtime import FakeRuntime
 from tests.support.rigs.head import free_port, until
+from tests.support.rigs.http import TEAM_KEY as KEY
 from tests.support.rigs.http import AnsweringService, serving_http
 
-KEY = "0123456789abcdef"
 ASK: dict[str, Any] = {"model": "needle", "max_tokens": 99, "messages": [{"role": "user", "content": "hi"}]}
 CALL = ("Let me look.", '<tool_call>\n{"name": "Read", "arg', 'uments": {"file_path": "/a.txt"}}\n</tool_call>')
 
 
 @pytest.fixture
-def service() -> AnsweringService:
-    return AnsweringService(reasoning=("hm ", "so"))
-
-
-@pytest.fixture
-def url(service: AnsweringService) -> Iterator[str]:
-    with serving_http(service, ApiKeys({KEY: "team a"})) as made:
-        yield made
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as made:
+def client(scripted: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=scripted, api_key=KEY, max_retries=0) as made:
         yield made
 
 
@@ -90,12 +78,12 @@ def test_closing_a_stream_ends_the_job(service: AnsweringService, client: anthro
 
 
 def test_errors_are_those_that_the_client_knows(
-    service: AnsweringService, client: anthropic.Anthropic, url: str
+    service: AnsweringService, client: anthropic.Anthropic, scripted: str
 ) -> None:
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(**ASK | {"model": "another"})
     with pytest.raises(anthropic.AuthenticationError):
-        anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0).messages.create(**ASK)
+        anthropic.Anthropic(base_url=scripted, api_key="wrong", max_retries=0).messages.create(**ASK)
     service.error = ContextTooLong("prompt: 9 tokens: must be at most 8")
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         client.messages.create(**ASK)

@@ -8,25 +8,18 @@ from typing import Any
 import openai
 import pytest
 
-from cluster.access.keys import ApiKeys
 from cluster.jobs.model import JobState, ServiceBusy
 from protos.jobs.constraint import Constraint
 from tests.support.rigs.head import until
+from tests.support.rigs.http import TEAM_KEY as KEY
 from tests.support.rigs.http import AnsweringService, serving_http
 
-KEY = "0123456789abcdef"
 HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def service() -> AnsweringService:
-    return AnsweringService(reasoning=("hm ", "so"))
-
-
-@pytest.fixture
-def url(service: AnsweringService) -> Iterator[str]:
-    with serving_http(service, ApiKeys({KEY: "team a"})) as made:
-        yield f"{made}/v1"
+def url(scripted: str) -> str:
+    return f"{scripted}/v1"
 
 
 @pytest.fixture

@@ -32,6 +32,15 @@ class Rig:
         caller = Caller(name, peer or name)
         return (stack or self._stack).enter_context(self.pool.open(caller, partial(self._end, caller)))
 
+    def refuse_then_free(self, name: str) -> None:
+        """Let "a" have all four places, so that another is refused, and then give one back."""
+        first = contextlib.ExitStack()
+        self.open("a", stack=first)
+        for _ in range(3):
+            self.open("a")
+        assert self.refused(name)
+        first.close()
+
     def refused(self, name: str, peer: str = "") -> bool:
         try:
             with contextlib.ExitStack() as stack:
@@ -117,12 +126,7 @@ def test_stalled_calls_are_ended_after_a_while(rig: Rig) -> None:
 
 @pytest.mark.parametrize("rig", [(4, False)], indirect=True)
 def test_without_preemption_what_becomes_free_is_for_the_one_who_was_refused(rig: Rig) -> None:
-    first = contextlib.ExitStack()
-    rig.open("a", stack=first)
-    for _ in range(3):
-        rig.open("a")
-    assert rig.refused("b")
-    first.close()
+    rig.refuse_then_free("b")
     assert rig.refused("a")  # it has three, and a share is two
     rig.open("b")
     assert rig.refused("b")
@@ -131,12 +135,7 @@ def test_without_preemption_what_becomes_free_is_for_the_one_who_was_refused(rig
 
 @pytest.mark.parametrize("rig", [(4, False)], indirect=True)
 def test_who_does_not_come_again_is_forgotten(rig: Rig) -> None:
-    first = contextlib.ExitStack()
-    rig.open("a", stack=first)
-    for _ in range(3):
-        rig.open("a")
-    assert rig.refused("b")
-    first.close()
+    rig.refuse_then_free("b")
     rig.now += REFUSED_S
     rig.open("a")
     assert not rig.pool._refused

@@ -92,7 +92,7 @@ def test_messages_of_earlier_versions_are_read_and_have_the_same_hash() -> None:
     spec = JobSpec(chat, AnswerOptions(sampling=Sampling(seed=5)))
     values = json.loads(spec.to_json())
     values["input"]["messages"] = [["user", "hi"], ["assistant", ""]]
-    del values["request"], values["prompt_logprobs"]
+    del values["request"], values["prompt_logprobs"], values["cache_ttl_s"]
     for name in ("tools", "tool_choice"):
         del values["input"][name]
     assert JobSpec.from_json(json.dumps(values)) == spec
@@ -142,7 +142,7 @@ def test_what_is_not_said_makes_the_same_submission_as_before_and_another_one_th
     for name in ("structured_outputs", "thinking_budget", "min_tokens", "logit_bias"):
         del values["ask"][name]
     del values["ask"]["sampling"]["presence_penalty"], values["ask"]["sampling"]["frequency_penalty"]
-    del values["shorten"], values["request"], values["prompt_logprobs"]
+    del values["shorten"], values["request"], values["prompt_logprobs"], values["cache_ttl_s"]
     before = hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     assert spec.body_hash() == before
     others = [replace(spec, ask=AnswerOptions(sampling=Sampling(seed=5, **said))) for said in (
@@ -158,6 +158,7 @@ def test_later_options_make_another_submission_and_their_absence_the_same_as_bef
         {"sampling": Sampling(seed=1, presence_penalty=0.0)}, {"sampling": Sampling(seed=1, frequency_penalty=1.0)},
     ]  # fmt: skip
     others = [replace(spec, ask=replace(spec.ask, **values)) for values in asks]
+    others += [replace(spec, cache_ttl_s=300)]
     assert len({spec.body_hash(), *(other.body_hash() for other in others)}) == 1 + len(others)
     for other in others:
         assert JobSpec.from_json(other.to_json()) == other

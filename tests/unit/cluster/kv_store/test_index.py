@@ -84,6 +84,28 @@ def test_later_blocks_of_the_chain_that_was_used_least_recently_go_first() -> No
     assert index.victims({"other": 0}, frozenset) == []
 
 
+def test_protected_blocks_go_last_until_their_time_is_over() -> None:
+    now = [10.0]
+    index = KvIndex(lambda: now[0])
+    old, new = chain(index, "old", 5, 1.0), chain(index, "new", 5, 2.0)
+    index.protect(dict.fromkeys(old, 20.0))
+    index.protect(dict.fromkeys(old, 15.0))  # the later time counts
+    assert index.victims({"n": 800}, frozenset) == [new[4], new[3], new[2]]
+    assert index.victims({"n": 100}, frozenset) == [*reversed(new), *reversed(old)], "nobody fills the store for good"
+    assert index.expired(5.0, frozenset) == new
+    now[0] = 20.0
+    assert index.victims({"n": 800}, frozenset) == [old[4], old[3], old[2]]
+    assert index.expired(5.0, frozenset) == [*old, *new]
+
+
+def test_blocks_may_be_protected_before_they_are_stored() -> None:
+    index = KvIndex(lambda: 10.0)
+    index.protect({b"a0": 20.0})
+    keys = chain(index, "a", 1, 1.0)
+    chain(index, "b", 9, 2.0)
+    assert (keys[0] in index.victims({"n": 200}, frozenset), index.expired(1.5, frozenset)) == (False, [])
+
+
 def test_a_block_is_as_recent_as_those_after_it_and_one_without_predecessor_goes_first() -> None:
     index = KvIndex()
     keys = chain(index, "a", 5, 1.0)

@@ -31,6 +31,20 @@ def test_the_quota_evicts_the_oldest_documents_from_their_ends() -> None:
         eventually(lambda: not {block.key for block in rig.pool.stored_blocks()} & dropped)
 
 
+def test_a_protected_prompt_outlives_those_that_were_used_later() -> None:
+    disk = FakeDisk()
+    with start(disk, max_bytes=25 * BLOCK_BYTES) as rig:
+        ready(rig)
+        read(rig, 1000, cache_ttl_s=3600)
+        for base in (2000, 3000, 4000):
+            read(rig, base)
+        rig.store.sweep()
+        kept = {disk.blocks[key].token_ids[0] // 1000 for key in disk.written}
+        dropped = {disk.blocks[key].token_ids[0] // 1000 for key in disk.dropped}
+        assert 1 in kept
+        assert dropped == {2, 3}, "the oldest that are not protected"
+
+
 def test_the_default_quota_is_a_tenth_of_what_is_free_and_what_it_has() -> None:
     disk = FakeDisk(free_bytes=9000)
     with start(disk) as rig:

@@ -40,6 +40,16 @@ def test_one_object() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_mark_protects_is_counted(stream: bool) -> None:
+    """Of 17 tokens 5 were found; 16 are whole blocks of 4."""
+    answer = ask(AnsweringService(), cache_control={"type": "ephemeral"}, stream=stream)
+    shown = events(answer.content)[-2] if stream else answer.json()
+    assert shown["usage"] == {
+        "input_tokens": 1, "cache_creation_input_tokens": 11, "cache_read_input_tokens": 5, "output_tokens": 6,
+    }  # fmt: skip
+
+
 def test_a_stream_has_the_events_in_their_order() -> None:
     answer = ask(AnsweringService(reasoning=("hm ", "so")), stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")

@@ -23,6 +23,9 @@ from tests.support.rigs.http import make_backend
 USER = {"role": "user", "content": "hi"}
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
 
+MARK = {"type": "ephemeral"}
+LONG_MARK = {**MARK, "ttl": "1h"}
+
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Backend]:
@@ -128,7 +131,23 @@ def test_options(backend: Backend) -> None:
     assert spec.ask.structured_outputs == Constraint("json_schema", '{"type": "object"}')
 
 
+@pytest.mark.parametrize(("fields", "seconds"), [
+    ({}, 0), ({"cache_control": MARK}, 300), ({"tools": [{**TOOL, "cache_control": MARK}]}, 300),
+    ({"system": [{"type": "text", "text": "a", "cache_control": LONG_MARK}]}, 3600),
+    ({"messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "a", "cache_control": MARK}]}
+    ]}]}, 300),
+    ({"messages": [{"role": "user", "content": [{"type": "document", "source": {
+        "type": "content", "content": [{"type": "text", "text": "a", "cache_control": LONG_MARK}]
+    }}]}]}, 3600),
+])  # fmt: skip
+def test_a_mark_protects_wherever_it_stands(backend: Backend, fields: dict[str, Any], seconds: int) -> None:
+    assert spec_of(backend, **fields).cache_ttl_s == seconds
+
+
 @pytest.mark.parametrize(("fields", "param"), [
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "b"}}]}]},
+     "messages[0].content[0].cache_control.type"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": None}, "max_tokens"), ({"messages": []}, "messages"),
     ({"messages": [USER, {"role": "assistant", "content": "The"}]}, "messages[1].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64"}}]}]},

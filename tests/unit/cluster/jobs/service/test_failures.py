@@ -15,7 +15,7 @@ from cluster.jobs.model import (
     JobInput,
     JobSpec,
     JobState,
-    ServiceBusy,
+    NotReady,
 )
 from protos.jobs.sampling import AnswerOptions
 from tests.support.fakes.stage import eventually
@@ -36,7 +36,7 @@ def test_next_head_goes_on(bench: Bench) -> None:
     bench.runtime.shard.let(4)
     eventually(lambda: len(bench.ids(jobs[0])) >= 2)
     bench.service.drain(0.0)
-    with pytest.raises(ServiceBusy, match="shutting down"):
+    with pytest.raises(NotReady, match="shutting down"):
         bench.submit()
     before = bench.ids(jobs[0])
     bench.restart()
@@ -212,7 +212,7 @@ def test_pipeline_that_cannot_be_started_again(bench: Bench, monkeypatch: pytest
         record = bench.service.wait(job_id, 20)
         assert record.state is S.FAILED
         assert record.error == "stage 0 shard 0 is gone; starting again failed: no room at all"
-    with pytest.raises(ServiceBusy, match="the head must be restarted"):
+    with pytest.raises(NotReady, match="the head must be restarted"):
         bench.submit()
     assert not bench.service._live
     assert [stage["state"] for stage in bench.service.status()["stages"]] == ["down"]
