@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from cluster.cli.main import main
 from cluster.config.deployment import Config, load_config
+from tests.support.paths import CONFIGS, HARDWARE
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
@@ -25,7 +26,7 @@ FORBIDDEN = {
 ALLOWED = {("cluster/stages/launcher.py", "workers")}  # the bridge, imported inside functions
 VERBS = {
     "run", "doctor", "demo", "serve", "up", "down",
-    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys",
+    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys", "plan",
 }  # fmt: skip
 MAX_LINES = 400
 MAX_FILES = 12
@@ -33,8 +34,8 @@ MAX_FILES = 12
 LAYERS = {
     "protos": ["errors", "generate", "jobs", "model", "stage", "node"],
     "cluster": [
-        "common", "config", "text", "constraints", "scheduler", "stages", "kv_store", "engine", "jobs", "client",
-        "access", "http", "server", "tools", "bench", "cli",
+        "common", "config", "text", "constraints", "scheduler", "latency", "stages", "kv_store", "engine", "jobs",
+        "client", "access", "http", "server", "tools", "planner", "bench", "cli",
     ],
     "workers": [
         "kernels", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench", "training",
@@ -58,6 +59,7 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",
     "workers/stage/server.py": "tests/integration/stages/test_stage_process.py: a process of its own",
 }
+CLUSTERS = sorted(set(CONFIGS.glob("**/*.yaml")) - {HARDWARE})
 SOURCES = sorted(p for d in ("cluster", "workers", "protos", "tests") for p in (ROOT / d).rglob("*.py"))
 
 
@@ -219,7 +221,7 @@ def test_every_head_module_loads_without_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.name)
 def test_every_config_loads(path: Path) -> None:
     assert load_config(path).model.served_model_name
 

@@ -19,6 +19,7 @@ from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
 from cluster.cli import keys as cli_keys
+from cluster.cli import plan as cli_plan
 from cluster.cli.common import (
     EXIT_WRONG,
     Count,
@@ -43,6 +44,7 @@ def main() -> None:
     Try it:            longreach demo
     Check the machine: longreach doctor
     Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
+    Will it fit:       longreach plan MODEL --context 1m --gpu h200
     Measure accuracy:  longreach eval needle --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
     Read now, ask later: longreach docs add contract.pdf --read
@@ -55,7 +57,7 @@ def main() -> None:
     os.umask(0o077)  # whatever is written is private
 
 
-for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_docs.VERBS, *cli_eval.VERBS, *cli_keys.VERBS):
+for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_docs.VERBS, *cli_eval.VERBS, *cli_keys.VERBS, *cli_plan.VERBS):
     main.add_command(verb)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
-from cluster.config.topology import kv_bytes_per_token
+from cluster.config.topology import kv_bytes_per_token, shard_weight_bytes
 from protos.model.grid import largest_cell
 from protos.model.spec import ModelSpec
 from protos.stage.messages import LoadProgress, ShardSpec
@@ -37,10 +37,31 @@ def kv_dtype(deployment: Deployment) -> str:
     return "int8" if deployment.config.kv_cache.dtype == "int8" else compute_dtype(deployment)
 
 
+def shard_kv_token_bytes(deployment: Deployment, shard: ShardSpec) -> int:
+    """Return the bytes of one token of KV on one shard."""
+    return kv_bytes_per_token(deployment.spec, shard, *_KV_BYTES[kv_dtype(deployment)])
+
+
 def kv_token_bytes(deployment: Deployment) -> int:
     """Return the bytes of one token on the shard whose tokens are largest."""
-    width, scale = _KV_BYTES[kv_dtype(deployment)]
-    return max(kv_bytes_per_token(deployment.spec, shard, width, scale) for shard in deployment.shards)
+    return max(shard_kv_token_bytes(deployment, shard) for shard in deployment.shards)
+
+
+def weight_bytes(deployment: Deployment, shard: ShardSpec) -> int:
+    """Return the bytes of the weights of one shard, in the type they are computed in."""
+    return shard_weight_bytes(deployment.spec, shard, DTYPE_BYTES[compute_dtype(deployment)])
+
+
+def step_tokens(deployment: Deployment) -> int:
+    """Return the tokens of the largest step: a sparse cell is never cut, so it may exceed the budget by one."""
+    return deployment.config.prefill.max_num_batched_tokens + largest_cell(deployment.spec)
+
+
+def shard_scratch_bytes(deployment: Deployment, shard: ShardSpec) -> int:
+    """Return an upper estimate of what one shard needs beside weights and KV in the largest step."""
+    width, sequences = DTYPE_BYTES[compute_dtype(deployment)], deployment.config.prefill.max_num_seqs
+    tokens = step_tokens(deployment)
+    return scratch_bytes(deployment.spec, shard, tokens, sequences, width, deployment.max_model_len)
 
 
 def scratch_bytes(
@@ -77,14 +98,9 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
     max_model_len needs. `sharers` shards share one memory. Raises PreflightError with the numbers, and the context that
     would fit.
     """
-    config, spec = deployment.config, deployment.spec
+    config = deployment.config
     prefill, kv = config.prefill, config.kv_cache
-    width = DTYPE_BYTES[compute_dtype(deployment)]
-    tokens = prefill.max_num_batched_tokens + largest_cell(spec)  # a sparse cell is never cut
-    scratch = max(
-        scratch_bytes(spec, shard, tokens, prefill.max_num_seqs, width, deployment.max_model_len)
-        for shard in deployment.shards
-    )
+    scratch = max(shard_scratch_bytes(deployment, shard) for shard in deployment.shards)
     # Weights that are mapped from the file count as available, but dropping them would mean reading them at each step.
     mapped = 0
     if config.cluster.device == "cpu":
@@ -103,7 +119,7 @@ def kv_budget(deployment: Deployment, loaded: Sequence[LoadProgress], sharers: i
     fits = max(0, free) // page * kv.page_size
     key = f"kv_cache.bytes: {format_bytes(wanted)}" if kv.bytes is not None else "kv_cache.fraction: no room"
     raise PreflightError(
-        f"{key}: after the weights and {format_bytes(scratch)} for a step of {tokens} tokens, "
+        f"{key}: after the weights and {format_bytes(scratch)} for a step of {step_tokens(deployment)} tokens, "
         f"{format_bytes(max(0, free))} an actor are left: {fits} tokens would fit: lower kv_cache.bytes, "
         "prefill.max_num_batched_tokens or model.max_model_len"
     )

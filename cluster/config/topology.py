@@ -118,8 +118,21 @@ def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) 
     tables = shard.is_first + shard.is_last
     if spec.tie_word_embeddings and tables == 2:
         tables = 1
-    total = sum(_layer_params(spec, shard, layer) for layer in range(*shard.layers))
+    total = sum(layer_params(spec, shard, layer) for layer in range(*shard.layers))
     return (total + tables * table + shard.is_last * spec.hidden_size) * bytes_per_param
+
+
+def layer_params(spec: ModelSpec, shard: ShardSpec, layer: int) -> int:
+    """Return the parameters of one layer on one shard; every rank holds norms, routers and output biases."""
+    heads, kv_heads = shard.heads.size, shard.kv_heads.size
+    total = _attention(spec, heads, kv_heads) + 2 * spec.hidden_size
+    total += spec.qk_norm * 2 * spec.head_dim
+    total += spec.qkv_bias * (heads + 2 * kv_heads) * spec.head_dim + spec.o_bias * spec.hidden_size
+    if spec.is_moe_layer(layer):
+        expert = 3 * spec.hidden_size * spec.moe_intermediate_size
+        return total + spec.hidden_size * spec.num_experts + shard.experts.size * expert
+    columns = shard.intermediate.size
+    return total + 3 * spec.hidden_size * columns + spec.mlp_bias * (2 * columns + spec.hidden_size)
 
 
 def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, scale_bytes: int = 0) -> int:
@@ -162,15 +175,3 @@ def _kv_heads(spec: ModelSpec, rank: int, ranks: int) -> Span:
 
 def _attention(spec: ModelSpec, heads: int, kv_heads: int) -> int:
     return spec.hidden_size * spec.head_dim * 2 * (heads + kv_heads)
-
-
-def _layer_params(spec: ModelSpec, shard: ShardSpec, layer: int) -> int:
-    heads, kv_heads = shard.heads.size, shard.kv_heads.size
-    total = _attention(spec, heads, kv_heads) + 2 * spec.hidden_size
-    total += spec.qk_norm * 2 * spec.head_dim
-    total += spec.qkv_bias * (heads + 2 * kv_heads) * spec.head_dim + spec.o_bias * spec.hidden_size
-    if spec.is_moe_layer(layer):
-        expert = 3 * spec.hidden_size * spec.moe_intermediate_size
-        return total + spec.hidden_size * spec.num_experts + shard.experts.size * expert
-    columns = shard.intermediate.size
-    return total + 3 * spec.hidden_size * columns + spec.mlp_bias * (2 * columns + spec.hidden_size)

@@ -25,11 +25,11 @@ from cluster.common.errors import EngineError
 from cluster.common.text_format import describe_error
 from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.in_flight import InFlightStep, InFlightSteps
-from cluster.engine.latency_model import LatencyModel
 from cluster.engine.outputs import GenerationSpec, OutputToken, PrefillProgress
 from cluster.engine.request_handle import EngineEvent, RequestFactory, RequestHandle
 from cluster.kv_store.store import KvStore
 from cluster.kv_store.stored_kv import StoredKv
+from cluster.latency.model import LatencyModel
 from cluster.scheduler.request import FinishReason, Request
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer

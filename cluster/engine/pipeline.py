@@ -15,8 +15,8 @@ from cluster.config.memory_budget import compute_dtype, kv_dtype
 from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
-from cluster.engine.latency_model import LatencyModel
 from cluster.kv_store.store import KvStore
+from cluster.latency.model import LatencyModel
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer

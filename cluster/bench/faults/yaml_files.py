@@ -6,7 +6,7 @@ import random
 
 from cluster.tools.assets import needle_dir
 
-SOURCES = [path.read_text() for path in sorted(needle_dir().parent.glob("*.yaml"))]
+SOURCES = [path.read_text() for path in sorted(needle_dir().parent.glob("*.yaml")) if path.stem != "hardware"]
 SCRAPS = [
     "\n", "  ", ":", ": ", "- ", "{", "}", "[", "]", "&a ", "*a", "!!", "!x ", "<<: ", '"', "'", "|", ">", "%",
     "@", "\t", "#", "?", "? ", "---\n", "...", ",", ".nan", ".inf", "-1", "0", "9" * 40, "1e999", "null", "~",

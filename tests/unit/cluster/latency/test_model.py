@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.engine.latency_model import LatencyModel, visited_share
+from cluster.latency.model import LatencyModel, visited_share
 from cluster.scheduler.chunking import Chunk, chunks
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 from tests.support.rigs.scheduler import long_spec

@@ -1,0 +1,103 @@
+"""Predicted time of a prefill and of a decode step, from the cost of the units of work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import kv_dtype
+from cluster.latency.step_work import ShardWork, StepCounts
+from cluster.planner.memory import activation_width
+from cluster.scheduler.chunking import Chunk, chunks
+from protos.model.spec import ModelSpec
+
+Floats = NDArray[np.float64]
+KeysOf = Callable[[Floats], Floats]  # keys that sparse rows visit, by their mean context
+TILE = 64  # rows that read their keys together
+_KV_WIDTH = {"bfloat16": 2.0, "float32": 4.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a forecast stands on: seconds of each unit of `step_work.UNITS`, and where they come from."""
+
+    seconds: tuple[float, ...]
+    source: str
+    link_s: float = 0.0  # of one byte to the next stage
+    hop_s: float = 0.0  # of a message to the next stage, and of what the head does between steps
+    keys: KeysOf | None = None  # measured; None: what the budgets say
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Seconds to the first token of a prompt that is alone, and of a decode step at its end."""
+
+    prefill_s: float
+    decode_s: float
+
+
+def shard_works(deployment: Deployment) -> list[ShardWork]:
+    """Return the work of every stage: that of its first shard, as the shards of a stage are alike."""
+    spec, width = deployment.spec, activation_width(deployment)
+    kv_type = kv_dtype(deployment)
+    kv_width = _KV_WIDTH.get(kv_type, 1.0 + 4.0 / spec.head_dim)  # int8: with the scale of a head
+    return [ShardWork(spec, shard, width, kv_width) for shard in deployment.shards if shard.rank == 0]
+
+
+def budget_keys(spec: ModelSpec, contexts: Floats) -> Floats:
+    """Return the keys that rows of sparse cells visit, of heads with fixed budgets; adaptive ones count as dense.
+
+    Columns, offsets, and the keys between the offsets of the rows of a tile.
+    """
+    sparse = spec.sparse
+    if sparse is None or sparse.is_adaptive:
+        return contexts
+    heads = [head for layer in sparse.patterns for head in layer] if sparse.patterns else [sparse.uniform]
+    total = np.zeros_like(contexts)
+    for budget in set(heads):
+        keys = contexts if budget is None else np.minimum(contexts, budget.n_vertical + budget.n_slash + TILE)
+        total += keys * heads.count(budget)
+    return total / len(heads)
+
+
+def predict(deployment: Deployment, context: int, costs: Costs) -> Forecast:
+    """Return the times of one prompt of `context` tokens, alone, in steps of its deployment."""
+    spec, works = deployment.spec, shard_works(deployment)
+    steps = list(chunks(spec, 0, context, context, deployment.config.prefill.max_num_batched_tokens))
+    counts = counts_of(spec, steps, costs.keys)
+    seconds = [np.asarray(work.seconds(counts, costs.seconds)) for work in works]
+    hidden = spec.hidden_size * activation_width(deployment)
+    hops = costs.hop_s + np.asarray(counts.tokens) * hidden * costs.link_s
+    decode = StepCounts(1.0, 1.0, float(context), float(context), 0.0)
+    decode_s = sum(float(work.seconds(decode, costs.seconds)) for work in works) + len(works) * costs.hop_s
+    return Forecast(last_finish(seconds, hops), decode_s)
+
+
+def counts_of(spec: ModelSpec, steps: Sequence[Chunk], keys: KeysOf | None) -> StepCounts:
+    """Return the counts of steps of one chunk each; the last one is sampled."""
+    starts, stops, sparse = (np.array(column, np.float64) for column in zip(*steps, strict=True))
+    lengths = stops - starts
+    means = starts + (lengths + 1) / 2
+    visited = keys(means) if keys is not None else budget_keys(spec, means)
+    samples = np.zeros_like(starts)
+    samples[-1] = 1.0
+    return StepCounts(lengths, samples, stops, lengths * np.where(sparse > 0, visited, means), sparse * stops)
+
+
+def last_finish(seconds: Sequence[Floats], hops: Floats) -> float:
+    """Return when the last stage has finished the last step; `seconds[stage][step]`, `hops[step]` between stages.
+
+    A stage begins a step when it has finished the one before, and the stage before it has sent this one.
+    """
+    arrived = np.zeros(len(hops))
+    for number, times in enumerate(seconds):
+        finished, free = np.empty(len(hops)), 0.0
+        for step, (ready, took) in enumerate(zip(arrived, times, strict=True)):
+            free = max(free, ready) + took
+            finished[step] = free
+        arrived = finished + hops * (number + 1 < len(seconds))
+    return float(arrived[-1])

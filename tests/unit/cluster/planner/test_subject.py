@@ -1,0 +1,63 @@
+"""A YAML, a folder and a config.json are read; anything else is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config.yaml_source import ConfigError
+from cluster.planner.subject import as_dense, as_sparse, load_subject
+from protos.errors import UserError
+from protos.model.json_fields import ModelConfigError
+from tests.support.paths import CONFIGS, NEEDLE
+from tests.support.planner.models import config_json
+
+
+def test_a_config_json_alone_is_enough(tmp_path: Path):
+    path = config_json(tmp_path)
+    for named in (path, tmp_path):
+        given = load_subject(named)
+        assert given.spec.num_experts == 128
+        assert given.max_model_len == 262_144
+        assert (len(given.shards), given.config.cluster.device) == (1, "cpu")
+
+
+def test_a_yaml_keeps_its_layout_and_takes_what_is_asked():
+    given = load_subject(CONFIGS / "demo.yaml", kv="int8", chunk=4096)
+    assert len(given.shards) == 4
+    assert given.config.kv_cache.dtype == "int8"
+    assert given.config.prefill.max_num_batched_tokens == 4096
+
+
+def test_another_file_of_the_model():
+    assert load_subject(NEEDLE / "config_1m.json").spec.dual_chunk is not None
+    assert load_subject(NEEDLE, "cuda", chunk=64).config.prefill.max_num_batched_tokens == 64
+
+
+def test_dense_and_sparse_twins(tmp_path: Path):
+    given = load_subject(config_json(tmp_path))
+    sparse = as_sparse(given)
+    assert sparse.spec.sparse is not None
+    assert sparse.spec.sparse.cell == 8192
+    assert sparse.config.prefill.max_num_batched_tokens == 8192
+    assert as_sparse(sparse) is sparse
+    assert as_dense(sparse).spec == given.spec
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("absent", UserError, "CONFIG: .*absent: there is no such file: name a cluster YAML"),
+        ("notes.txt", UserError, "must be a cluster YAML, a config.json or a model folder"),
+        ("empty.yaml", ConfigError, "empty file"),
+        ("broken.json", ModelConfigError, "broken.json"),
+        ("folder", ModelConfigError, "the folder is empty"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path: Path, name: str, error: type[UserError], message: str):
+    (tmp_path / "folder").mkdir()
+    for file in ("notes.txt", "empty.yaml", "broken.json"):
+        (tmp_path / file).write_text("{" if file == "broken.json" else "")
+    with pytest.raises(error, match=message):
+        load_subject(tmp_path / name)
