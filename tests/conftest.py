@@ -16,7 +16,8 @@ import pytest
 _FAST = ("tests/unit/", "tests/test_")
 _PROCESSES = min(4, len(os.sched_getaffinity(0)))
 _ONE_BY_ONE = (
-    "tests/faults/", "tests/gpu/", "tests/integration/cli/", "tests/integration/jobs/", "tests/integration/stages/",
+    "tests/faults/", "tests/gpu/", "tests/integration/cli/", "tests/integration/jobs/", "tests/integration/nodes/",
+    "tests/integration/stages/",
 )  # fmt: skip
 
 

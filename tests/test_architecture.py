@@ -59,7 +59,10 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",
     "workers/stage/server.py": "tests/integration/stages/test_stage_process.py: a process of its own",
 }
-CLUSTERS = sorted(set(CONFIGS.glob("**/*.yaml")) - {HARDWARE})
+OTHER_YAML = {HARDWARE.name, "compose.yaml", "raycluster.yaml", "podmonitor.yaml"}  # of other programs: tests/test_deploy.py
+CLUSTERS = sorted(
+    path for path in CONFIGS.glob("**/*.yaml") if path.name not in OTHER_YAML and path.parent != CONFIGS / "bench"
+)
 SOURCES = sorted(p for d in ("cluster", "workers", "protos", "tests") for p in (ROOT / d).rglob("*.py"))
 
 

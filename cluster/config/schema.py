@@ -94,6 +94,7 @@ class ClusterSection(Section):
         pattern=r"^[A-Za-z0-9_.:-]{1,15}$",
         description="must be the name of a network interface such as eth0",
     )
+    inter_node_tls: bool = True
     load_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     step_timeout_s: float = Field(default=3600.0, gt=0, le=86400)
 

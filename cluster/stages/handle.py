@@ -17,7 +17,8 @@ from protos.jobs.convert import read_message
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import call_metadata, open_channel, token_metadata
+from protos.stage.channel import call_metadata, explain_loss, open_channel, token_metadata
+from protos.stage.identity import Identity, shard_name
 from protos.stage.messages import KvBlock, LoadProgress, ShardSpec, StepPlan, StepResult
 
 _CLOSE_TIMEOUT_S = 2.0
@@ -27,11 +28,13 @@ _KV_TIMEOUT_S = 600.0  # a slow disk and a million tokens
 class GrpcStageHandle:
     """One shard. Results and losses arrive on another thread than the caller's."""
 
-    def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
+    def __init__(self, shard: ShardSpec, address: str, token: str, identity: Identity | None = None) -> None:
+        """Args: `identity` is that of this process, for an address on another node; None: plain text."""
         self.shard = shard
         self.name = f"stage {shard.stage} shard {shard.rank}"
         self.epoch = 0  # of the launch: what belongs to another one is refused, here and there
-        self._channel = open_channel(address)
+        self._address, self._is_secure = address, identity is not None
+        self._channel = open_channel(address, identity, shard_name(shard.stage, shard.rank))
         self._stub = rpc.StageStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
         self._token = token
         self._metadata = token_metadata(token)
@@ -52,7 +55,7 @@ class GrpcStageHandle:
                 if progress.ready:
                     return
         except grpc.RpcError as error:
-            raise StageError(f"{self.name} while loading: {_details(error)}") from error
+            raise StageError(f"{self.name} while loading: {self._details(error)}") from error
         raise StageError(f"{self.name} stopped loading without a word")
 
     def start(self, request: pb.StartRequest, timeout_s: float) -> None:
@@ -64,7 +67,7 @@ class GrpcStageHandle:
         try:
             self._stub.Start(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise StageError(f"{self.name} while starting: {_details(error)}") from error
+            raise StageError(f"{self.name} while starting: {self._details(error)}") from error
         self.epoch = request.epoch
 
     def relink(self, request: pb.StartRequest, timeout_s: float) -> None:
@@ -76,7 +79,7 @@ class GrpcStageHandle:
         try:
             self._stub.Relink(request, metadata=self._metadata, timeout=timeout_s)
         except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
-            raise StageError(f"{self.name} while connecting again: {_details(error)}") from error
+            raise StageError(f"{self.name} while connecting again: {self._details(error)}") from error
         self.epoch = request.epoch
 
     def probe(self, timeout_s: float = 5.0) -> pb.ProbeReply:
@@ -88,7 +91,7 @@ class GrpcStageHandle:
         try:
             reply: pb.ProbeReply = self._stub.Probe(pb.ProbeRequest(), metadata=self._metadata, timeout=timeout_s)
         except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
-            raise StageError(f"{self.name}: {_details(error)}") from error
+            raise StageError(f"{self.name}: {self._details(error)}") from error
         return reply
 
     def find_kv(self, keys: Sequence[bytes]) -> int:
@@ -129,7 +132,7 @@ class GrpcStageHandle:
         try:
             yield from self._stub.ReadKv(pb.KvKeys(keys=keys), **self._kv_options())
         except (grpc.RpcError, ValueError) as error:
-            raise StageError(f"{self.name}: {_details(error)}") from error
+            raise StageError(f"{self.name}: {self._details(error)}") from error
 
     def write_kv(self, files: Iterator[pb.KvFile]) -> pb.KvCount:
         """Put files as `read_kv` gave them into the store of the shard's node. Raises StageError."""
@@ -143,7 +146,7 @@ class GrpcStageHandle:
         try:
             return call()
         except (grpc.RpcError, ValueError) as error:  # ValueError: the handle is closed
-            raise StageError(f"{self.name}: {_details(error)}") from error
+            raise StageError(f"{self.name}: {self._details(error)}") from error
 
     def connect(self, on_results: Callable[[Sequence[StepResult]], None], on_lost: Callable[[str], None]) -> None:
         """Begin a run, after which plans may be sent.
@@ -164,7 +167,7 @@ class GrpcStageHandle:
                         on_results([read_message(StepResult, result) for result in message.results])
             except BaseException as error:  # noqa: BLE001 - whatever it is, the engine must learn that no results come
                 if not run.is_over:
-                    on_lost(f"{self.name} is gone: {_details(error)}")
+                    on_lost(f"{self.name} is gone: {self._details(error)}")
                 return
             if not run.is_over:
                 on_lost(f"{self.name} ended the run")
@@ -200,6 +203,12 @@ class GrpcStageHandle:
         self.disconnect()
         self._channel.close()
 
+    def _details(self, error: BaseException) -> str:
+        if isinstance(error, grpc.Call):
+            details = explain_loss(error.details() or "", self._address, self._is_secure)
+            return f"{details} ({error.code().name})"
+        return describe_error(error)
+
 
 @dataclass(slots=True)
 class _Run:
@@ -209,9 +218,3 @@ class _Run:
     call: grpc.Call | None = None
     thread: threading.Thread | None = None
     is_over: bool = False
-
-
-def _details(error: BaseException) -> str:
-    if isinstance(error, grpc.Call):
-        return f"{error.details()} ({error.code().name})"
-    return describe_error(error)

@@ -38,6 +38,7 @@ from protos.node.environment import build_id
 from protos.node.node_check import NodeCheck
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
+from protos.stage.identity import HEAD, Identity, LaunchAuthority, shard_name
 from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StageProcessSpec
 
 _OPEN_TIMEOUT_S = 60.0  # a Python process with Ray starts within seconds even on a busy machine
@@ -89,6 +90,8 @@ class Launcher:
         self._addresses: dict[tuple[int, int], StageAddress] = {}
         self._run_dir: RunDir | None = None
         self._token = ""
+        self._authority: LaunchAuthority | None = None  # signs certificates of processes that listen beyond their node
+        self._identity: Identity | None = None  # of this process
         self._family = ""  # of the kernels
         self._epoch = 1
 
@@ -136,6 +139,9 @@ class Launcher:
         self._on_status(LaunchStatus("starting stages"))
         self._run_dir = make_run_dir()
         self._token = secrets.token_hex(32)
+        if not self._ray.is_local and self._deployment.config.cluster.inter_node_tls:
+            self._authority = LaunchAuthority()
+            self._identity = self._authority.make_identity(HEAD)
         self._open(self._deployment.shards, fingerprint, _OPEN_TIMEOUT_S)
         loaded = self._load(self._deployment.shards)
         max_shards_per_node = max(Counter(address.node for address in self._addresses.values()).values())
@@ -203,8 +209,10 @@ class Launcher:
         assert self._run_dir is not None
         threads = config.cluster.threads(self._ray.cores_of_a_pipeline(config.cluster.pipeline_parallel_size))
         check = NodeCheck(build_id(), str(config.model.path), fingerprint, str(config.data_dir))
+        end = time.monotonic() + timeout_s
+        certificates = self._sign_certificates(shards, timeout_s)
         calls = []
-        for shard in shards:
+        for shard, certificate in zip(shards, certificates, strict=True):
             spec = StageProcessSpec(
                 token=self._token,
                 socket=str(self._run_dir.path / f"s{shard.stage}r{shard.rank}e{self._epoch}.sock"),
@@ -213,15 +221,29 @@ class Launcher:
                 threads=threads,
                 step_timeout_s=config.cluster.step_timeout_s,
                 orphan_timeout_s=config.cluster.load_timeout_s + _START_TIMEOUT_S,  # others may still load
+                certificate=certificate,
+                authority=self._authority.certificate if self._authority is not None else b"",
             )
             calls.append(self._actors[shard.stage][shard.rank].open.remote(spec, check))
-        addresses: list[StageAddress] = self._ray.call(calls, timeout_s)
+        addresses: list[StageAddress] = self._ray.call(calls, max(1.0, end - time.monotonic()))
         self._ray.serve({shard.stage for shard in shards})
         here = self._ray.node_id()
         for shard, address in zip(shards, addresses, strict=True):
             reachable = address.unix if address.node == here else address.tcp
             self._addresses[shard.stage, shard.rank] = address
-            self._shards[shard.stage, shard.rank] = GrpcStageHandle(shard, reachable, self._token)
+            self._shards[shard.stage, shard.rank] = GrpcStageHandle(shard, reachable, self._token, self._identity)
+
+    def _sign_certificates(self, shards: Sequence[ShardSpec], timeout_s: float) -> list[bytes]:
+        """Return a certificate for the process of each shard; empty ones where nothing leaves a node, or without TLS.
+
+        Ray carries the requests and certificates, which are no secret; the keys stay where they were made.
+        """
+        if self._authority is None:
+            return [b""] * len(shards)
+        actors = [self._actors[shard.stage][shard.rank] for shard in shards]
+        requests = self._ray.call([actor.request_certificate.remote() for actor in actors], timeout_s)
+        names = [shard_name(shard.stage, shard.rank) for shard in shards]
+        return [self._authority.sign(request, name) for request, name in zip(requests, names, strict=True)]
 
     def _load(self, shards: Sequence[ShardSpec]) -> list[LoadProgress]:
         """Load shards, all at once; returns their closing messages in the order of `shards`."""
@@ -314,7 +336,7 @@ def links_of(
     """Return the fields of a StartRequest that say how a shard is linked to the same rank of its neighbours.
 
     Stages form a ring: the last one sends its tokens to the first. Shards of one node share a Unix socket in `run_dir`,
-    which every node has; others are linked over gRPC. `addresses` are those of all shards by stage and rank.
+    which every node has; others are linked over gRPC with TLS. `addresses` are those of all shards by stage and rank.
     """
     if shard.num_stages == 1:
         return {}

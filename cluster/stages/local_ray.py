@@ -90,6 +90,12 @@ class LocalRay:
             raise PlacementError(f"cluster.address: local: Ray did not start: {first['error']}")
         return first["address"]
 
+    def close_folders(self) -> None:
+        """Take from others what Ray has opened to them: it gives its folders mode 0777, also when a driver connects."""
+        for parent, _, _ in os.walk(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(parent, 0o700)
+
     def close(self) -> None:
         """End Ray and all its processes, and remove its folder."""
         self._closing.set()

@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.common.errors import ClusterError, PlacementError
 from cluster.common.signals import call_native
 from cluster.common.text_format import describe_error, one_line
+from cluster.stages.joined_ray import check_token_file, weak_points
 from cluster.stages.local_ray import LocalRay, driver_settings, environment, read_environment
 from protos.node.node_check import NodeError
 
@@ -87,8 +89,10 @@ class RayCluster:
             logging.getLogger("ray").setLevel(logging.ERROR)  # it announces its token in a warning
             self._local = LocalRay(self._note_loss)
             settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._local.token}
-        elif ":" in self._address:
-            _check_reachable(self._address)
+        else:
+            check_token_file(os.environ, Path.home())
+            if ":" in self._address:
+                _check_reachable(self._address)
         ray = _ray()  # loads while the daemons start
         if ray.is_initialized():
             raise PlacementError("this process is connected to a Ray cluster already: close that connection first")
@@ -98,7 +102,13 @@ class RayCluster:
             options["_temp_dir"] = str(self._local.folder)
         self._connected = True  # from here on there may be something to leave
         with driver_settings(settings, self.is_local):
-            call_native(lambda: ray.init(address=address, **options))
+            contexts: list[Any] = []
+            call_native(lambda: contexts.append(ray.init(address=address, **options)))
+        if self._local is not None:
+            self._local.close_folders()
+        else:
+            for line in weak_points(os.environ, Path(contexts[0].address_info["session_dir"])):
+                _log.warning("%s", line)
 
     @property
     def lost(self) -> str:

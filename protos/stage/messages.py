@@ -7,7 +7,7 @@ runs `workers.bench`) uses them as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from protos.jobs.logit_bias import TokenBias as TokenBias
@@ -172,13 +172,15 @@ class KvBlock:
 class StageProcessSpec:
     """Arguments of a shard's process before it answers: where to listen, its share of the CPU, limits."""
 
-    token: str
+    token: str = field(repr=False)
     socket: str  # path of the Unix socket it listens on
     listen_tcp: bool = False  # also on a TCP port, if stages live on several nodes
     network_interface: str | None = None  # whose address that port is bound to; default: the one Ray uses
     threads: int = 1
     step_timeout_s: float = 3600.0  # for each wait for a neighbour: who hangs is found sooner, by the head
     orphan_timeout_s: float = 180.0  # longer than any other shard may take to start
+    certificate: bytes = b""  # PEM, of the key of this process: the TCP port speaks TLS; empty: plain text
+    authority: bytes = b""  # PEM, of the launch: whose certificates are accepted
 
 
 @dataclass(frozen=True, slots=True)

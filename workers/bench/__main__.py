@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, prefill, decode, all, peers, kv-files and make-checkpoint."""
+"""Command line of the benchmarks: kernels, prefill, decode, all, peers, kv-files, links and make-checkpoint."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     files = verbs.add_parser("kv-files", help="MB/s of writing and reading stored KV, beside plain files")
     files.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to measure (default: temporary files)")
     files.add_argument("--blocks", type=count, default=64, help="files of 512 tokens, 4 MiB each (default: 64)")
+    links = verbs.add_parser(
+        "links", help="ms of hidden states between two processes: Unix socket, gRPC, gRPC with TLS"
+    )
+    links.add_argument("--hidden", type=length, default=2048, help="width of the hidden states (default: 2048)")
+    links.add_argument("--chunk", type=length, default=4096, help="tokens of a chunk (default: 4K)")
     make = verbs.add_parser("make-checkpoint", help="write the built-in model with random weights (1.5 GB)")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
@@ -145,6 +150,11 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
     if verb == "kv-files":
         blocks, repeats = (2, 2) if quick else (options.blocks, options.repeats or 5)
         yield from measure_kv_files(options.folder, blocks, dtype, repeats)
+    if verb == "links":
+        from workers.bench.links import LinkSetup, measure_links  # needs gRPC, which a bare machine lacks
+
+        repeats, chunk = (2, 64) if quick else (options.repeats or 20, options.chunk)
+        yield from measure_links(LinkSetup(options.hidden, chunk, dtype, repeats))
     if verb == "peers":
         threads = torch.get_num_threads()
         yield from measure_peers(options.model, options.chunk, threads, options.lengths, options.repeats or 3)

@@ -27,7 +27,8 @@ from protos.node.locks import hold_folder
 from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor, epoch_of
+from protos.stage.channel import CHANNEL_OPTIONS, TokenInterceptor, add_tcp_port, epoch_of
+from protos.stage.identity import Identity
 from protos.stage.messages import LoadProgress, StageAddress, StageProcessSpec, StepPlan
 from workers.stage.kv_calls import MAX_CALLS, KvCalls
 from workers.stage.plan_queue import RunCancelled
@@ -57,9 +58,11 @@ def limit_threads(threads: int) -> None:
 class StageServer(KvCalls):
     """The gRPC server of a shard, which is `created`, `loading`, `loaded`, `running` or `failed`."""
 
-    def __init__(self, spec: StageProcessSpec) -> None:
+    def __init__(self, spec: StageProcessSpec, identity: Identity | None = None) -> None:
+        """Args: `identity` is shown to, and asked of, whoever is on another node; None: plain text."""
         super().__init__(spec.threads)
         self._spec = spec
+        self._identity = identity
         self._worker: StageWorker | None = None
         # The only thread of this process that computes with tensors. OpenMP keeps a pool of threads for every thread
         # that ever opened a parallel region. As soon as a process has more of them than cores, libgomp lets all of them
@@ -92,7 +95,7 @@ class StageServer(KvCalls):
         rpc.add_StageServicer_to_server(self, server)
         unix = f"unix:{self._spec.socket}"
         server.add_insecure_port(unix)
-        tcp = f"{bind}:{server.add_insecure_port(f'{bind}:0')}" if bind else ""
+        tcp = add_tcp_port(server, bind, self._identity) if bind else ""
         server.start()
         self._server = server
         self._count_calls()
@@ -142,7 +145,7 @@ class StageServer(KvCalls):
         try:
             from workers.stage.worker import StageWorker  # imports torch, after the thread counts are set
 
-            worker = StageWorker(self._spec.token, self._spec.threads, self._spec.step_timeout_s)
+            worker = StageWorker(self._spec.token, self._spec.threads, self._spec.step_timeout_s, self._identity)
             done = worker.load(request, updates.put)
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer to the caller
             self._fail(error)

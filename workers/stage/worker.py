@@ -12,6 +12,7 @@ import torch
 from protos.jobs.convert import read_message
 from protos.model.spec import ModelSpec
 from protos.stage import stage_pb2 as pb
+from protos.stage.identity import Identity, shard_name
 from protos.stage.messages import (
     LoadProgress,
     SampleSpec,
@@ -50,8 +51,9 @@ class StageWorker:
     with other neighbours. All but `unlink` and `note_late` are called on the thread that computes.
     """
 
-    def __init__(self, token: str, threads: int, step_timeout_s: float) -> None:
+    def __init__(self, token: str, threads: int, step_timeout_s: float, identity: Identity | None = None) -> None:
         self._token = token
+        self._identity = identity
         self._step_timeout_s = step_timeout_s
         self.steps_done = 0
         self.inbox: Inbox | None = None
@@ -294,7 +296,8 @@ class StageWorker:
         if self._links.downstream_socket:
             self._sender = UnixSender(self._links.downstream_socket, depth, self.epoch)
         elif self._links.downstream:
-            self._sender = GrpcSender(self._links.downstream, self._token, depth, self.epoch)
+            name = shard_name((self._shard.stage + 1) % self._shard.num_stages, self._shard.rank)
+            self._sender = GrpcSender(self._links.downstream, self._token, depth, self.epoch, self._identity, name)
         return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
 
     def _warm_up(self, page_size: int) -> None:

@@ -1,10 +1,10 @@
 """Links between neighbouring stages: one-way streams of tensors, cut into frames.
 
 Links carry hidden states from one stage to the next, and sampled tokens from the last stage to the first. On one node
-a link is a Unix socket in the launch's private folder. Between nodes a gRPC stream carries the same bytes, from a
-socket in the sending process to one in the receiving process. The thread that computes reads and writes the sockets
-itself, so a decode step on one node wakes no other thread. A peer that dies is an error at once, closing an end wakes
-whoever waits at it, and a receiver that is behind makes `send` wait.
+a link is a Unix socket in the launch's private folder. Between nodes a gRPC stream carries the same bytes over TLS
+(`protos.stage.identity`), from a socket in the sending process to one in the receiving process. The thread that
+computes reads and writes the sockets itself, so a decode step on one node wakes no other thread. A peer that dies is an
+error at once, closing an end wakes whoever waits at it, and a receiver that is behind makes `send` wait.
 
 Both ends of a link are of one epoch. Who connects from an earlier one, a process that was replaced and lives on, is
 turned away, and its frames are dropped; both are counted.
@@ -13,6 +13,7 @@ turned away, and its frames are dropped; both are counted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import socket
 import struct
@@ -28,7 +29,8 @@ import torch
 
 from protos.stage import stage_pb2 as pb
 from protos.stage import stage_pb2_grpc as rpc
-from protos.stage.channel import call_metadata, open_channel
+from protos.stage.channel import call_metadata, explain_loss, open_channel
+from protos.stage.identity import Identity
 from workers.transport.frames import FrameError, read_tensor, split
 
 DEPTH = 4  # tensors that may be unwritten before the sender waits
@@ -107,10 +109,15 @@ class UnixSender(Sender):
 class GrpcSender(Sender):
     """The sender to a stage of another node: an `Activations` call streams what is written to the socket."""
 
-    def __init__(self, address: str, token: str, depth: int = DEPTH, epoch: int = 0) -> None:
+    def __init__(
+        self, address: str, token: str, depth: int = DEPTH, epoch: int = 0, identity: Identity | None = None,
+        name: str = "",
+    ) -> None:  # fmt: skip
+        """Connect to the process at `address`. Args: `identity`, `name` as of `open_channel`."""
         end, self._exit = socket.socketpair()
         super().__init__(end, depth, epoch)
-        self._channel = open_channel(address)
+        self._explain = functools.partial(explain_loss, address=address, is_secure=identity is not None)
+        self._channel = open_channel(address, identity, name)
         call = rpc.StageStub(self._channel).Activations.future(self._pieces(), metadata=call_metadata(token, epoch))
         call.add_done_callback(self._on_done)
 
@@ -127,7 +134,8 @@ class GrpcSender(Sender):
         reason = "link to the next stage cancelled"
         if not call.cancelled():
             error = call.exception()
-            reason = f"link to the next stage broke: {error.details() if isinstance(error, grpc.Call) else error}"
+            details = self._explain(error.details() or "") if isinstance(error, grpc.Call) else error
+            reason = f"link to the next stage broke: {details}"
         super().close(reason)
 
 

@@ -93,7 +93,10 @@ def test_it_is_private_and_leaves_nothing(longreach: CommandLine, folder: Path) 
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert listening
     (made,) = folder.glob("longreach-*")
-    assert made.stat().st_mode & 0o777 == 0o700, "nobody can enter what Ray opens to everybody"
+    assert made.stat().st_mode & 0o777 == 0o700
+    folders = [path for path in made.rglob("*") if path.is_dir() and not path.is_symlink()]
+    assert {path.name for path in folders} >= {"ray", "logs", "sockets"}
+    assert [path for path in folders if path.stat().st_mode & 0o077] == [], "Ray opens its folders to everybody"
     assert secret not in "".join(path.read_text(errors="replace") for path in made.rglob("*.log"))
     assert list((folder / "home").iterdir()) == []
     assert program("close") is None

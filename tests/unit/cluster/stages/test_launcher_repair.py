@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from cluster.common.certificates import certificate_names
 from cluster.common.errors import PlacementError, StageError
 from cluster.config.deployment import load_deployment
 from cluster.stages import launcher as launcher_module
 from cluster.stages.launcher import Launched, Launcher, LaunchStatus, broken_stages
 from protos.stage import stage_pb2 as pb
+from protos.stage.identity import PrivateKey, shard_name
 from protos.stage.messages import LoadProgress, ShardSpec, StageAddress, StageProcessSpec
 from tests.support.paths import CONFIGS
 
@@ -28,6 +30,7 @@ class Log(list[str]):
 class FakeActor:
     def __init__(self, ray: FakeRay, stage: int, rank: int) -> None:
         self.open = SimpleNamespace(remote=lambda spec, check: (ray, stage, rank, spec))
+        self.request_certificate = SimpleNamespace(remote=PrivateKey().request)
 
 
 class FakeRay:
@@ -39,6 +42,7 @@ class FakeRay:
         self.log = log
         self.pid = 100
         self.refusals: list[PlacementError] = []
+        self.specs: list[StageProcessSpec] = []  # that actors were opened with
 
     def connect(self) -> None:
         pass
@@ -56,15 +60,16 @@ class FakeRay:
         self.log.append(f"replace {stage}")
         return [FakeActor(self, stage, rank) for rank in range(2)]
 
-    def call(self, calls: Sequence[tuple[FakeRay, int, int, StageProcessSpec]], timeout_s: float) -> list[StageAddress]:
+    def call(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
         if self.refusals:
             raise self.refusals.pop()
-        addresses = []
-        for *_, spec in calls:
-            self.pid += 1
-            self.log.append(f"open {Path(spec.socket).name}")
-            addresses.append(StageAddress(f"unix:{spec.socket}", "", "here", self.pid))
-        return addresses
+        return [asked if isinstance(asked, bytes) else self._open(asked[-1]) for asked in calls]
+
+    def _open(self, spec: StageProcessSpec) -> StageAddress:
+        self.pid += 1
+        self.log.append(f"open {Path(spec.socket).name}")
+        self.specs.append(spec)
+        return StageAddress(f"unix:{spec.socket}", "" if self.is_local else f"10.0.0.1:{self.pid}", "here", self.pid)
 
     def serve(self, stages: set[int]) -> None:
         self.log.append(f"serve {sorted(stages)}")
@@ -77,9 +82,10 @@ class FakeHandle:
     log: Log
     fails = ""  # the call that fails
 
-    def __init__(self, shard: ShardSpec, address: str, token: str) -> None:
+    def __init__(self, shard: ShardSpec, address: str, token: str, identity: object = None) -> None:
         self.shard = shard
         self.name = f"s{shard.stage}r{shard.rank}"
+        self.address, self.identity = address, identity
         self.state = "running"
 
     def _note(self, what: str, detail: str = "") -> None:
@@ -114,23 +120,28 @@ class FakeHandle:
 
 
 class Scene:
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, is_local: bool = True, **cluster: object) -> None:
         self.log, self.said = FakeHandle.log, list[LaunchStatus]()
         self.ray: Any = FakeRay(self.log)
+        self.ray.is_local = is_local
         settings = {
             "data_dir": str(tmp_path), "cluster.pipeline_parallel_size": 2, "cluster.expert_parallel_size": 2,
             "kv_cache.bytes": "1MiB",
-        }  # fmt: skip
+        } | {f"cluster.{key}": value for key, value in cluster.items()}  # fmt: skip
         self.launcher = Launcher(load_deployment(CONFIGS / "single.yaml", settings), self.ray, self.said.append)
         self.launched: Launched = self.launcher.start()
         self.log.take()
 
 
-@pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeHandle, "log", Log(), raising=False)
     monkeypatch.setattr(launcher_module, "GrpcStageHandle", FakeHandle)
     monkeypatch.setattr(launcher_module, "_RETRY_S", 0.0)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path)
     yield made
     made.launcher.close()
@@ -216,3 +227,33 @@ def test_who_answers_and_has_not_failed_by_itself_is_sound(
     for shard, state in zip(shards, states, strict=True):
         shard.state = state
     assert broken_stages(shards, 1.0) == broken
+
+
+def names_of(certificates: Sequence[bytes]) -> list[str]:
+    return [name for pem in certificates for name in certificate_names(pem)]
+
+
+def test_processes_that_listen_beyond_their_node_have_certificates_of_the_launch(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, is_local=False)
+    specs = scene.ray.specs
+    assert names_of([spec.certificate for spec in specs]) == [shard_name(s, r) for s in (0, 1) for r in (0, 1)]
+    (authority,) = {spec.authority for spec in specs}
+    scene.launcher.repair(scene.launched, {1})
+    assert names_of([spec.certificate for spec in specs[4:]]) == [shard_name(1, 0), shard_name(1, 1)]
+    handles: tuple[Any, ...] = scene.launched.shards
+    assert {spec.authority for spec in specs} == {handle.identity.authority for handle in handles} == {authority}
+    other = Scene(tmp_path, is_local=False)
+    assert other.ray.specs[0].authority != authority
+    for made in (scene, other):
+        made.launcher.close()
+
+
+@pytest.mark.parametrize(("is_local", "settings"), [(True, {}), (False, {"inter_node_tls": False})])
+def test_no_certificates_where_nothing_leaves_the_node_or_by_request(
+    tmp_path: Path, is_local: bool, settings: dict[str, object]
+) -> None:
+    scene = Scene(tmp_path, is_local, **settings)
+    handles: tuple[Any, ...] = scene.launched.shards
+    assert [(spec.certificate, spec.listen_tcp) for spec in scene.ray.specs] == [(b"", not is_local)] * 4
+    assert [handle.identity for handle in handles] == [None] * 4
+    scene.launcher.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cluster.common.errors import PlacementError
+from cluster.common.errors import PlacementError, PreflightError
 from cluster.stages import ray_cluster
 from cluster.stages.ray_cluster import RayCluster
 from protos.node.node_check import NodeError
@@ -32,6 +32,7 @@ class FakeRay(ModuleType):
         self.locals: list[Any] = []  # every start of a local Ray
         self.settings: dict[str, str] = {}  # of this process, while it connects
         self.is_running = False
+        self.session = "/"  # its folder
         self.error: BaseException | None = None
         self.has_place = True
         self.resources: list[dict[str, float]] = [{"CPU": 4.0}]
@@ -40,11 +41,12 @@ class FakeRay(ModuleType):
             RayTaskError=type("RayTaskError", (Exception,), {"cause": None}),
         )  # fmt: skip
 
-    def init(self, **options: Any) -> None:
+    def init(self, **options: Any) -> Any:
         self.started = options
         self.is_running = True
         if self.error is not None:
             raise self.error
+        return SimpleNamespace(address_info={"session_dir": self.session})
 
     def is_initialized(self) -> bool:
         return self.is_running
@@ -93,6 +95,9 @@ class FakeLocalRay:
 
     def address(self, timeout_s: float) -> str:
         return "127.0.0.1:1234"
+
+    def close_folders(self) -> None:
+        self.was_connected = self._ray.is_running
 
     def close(self) -> None:
         self._ray.calls.append("end Ray")
@@ -388,3 +393,37 @@ def test_failed_calls_say_what_the_actor_said(ray: FakeRay) -> None:
 def test_cores_of_a_pipeline(ray: FakeRay, nodes: list[float], stages: int, cores: int) -> None:
     ray.resources = [{"CPU": cpus} for cpus in nodes]
     assert RayCluster.cores_of_a_pipeline(stages) == cores
+
+
+def test_folders_of_a_local_ray_are_closed_once_it_has_opened_them(ray: FakeRay) -> None:
+    RayCluster("local").connect()
+    assert ray.locals[-1].was_connected
+
+
+def test_a_ray_of_the_operator_that_others_can_use_is_warned_of(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    RayCluster("auto").connect()
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["RAY_AUTH_MODE", "cluster.address"]
+    caplog.clear()
+    tmp_path.chmod(0o700)
+    ray.session, ray.is_running = str(tmp_path), False
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    RayCluster("auto").connect()
+    assert caplog.records == []
+
+
+def test_a_token_file_that_others_can_read_is_refused_before_anything_starts(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    with pytest.raises(PreflightError, match=r"^RAY_AUTH_TOKEN_PATH: .*chmod 600"):
+        RayCluster("auto").connect()
+    assert ray.started == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def nodes() -> Iterator[Nodes]:
         # without what a local cluster of an earlier test in this process has set
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
-        patch.setenv("RAY_AUTH_MODE", "token")  # `ray start` makes a token, which others use only when told to
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it would be one of the home directory
         try:
             made = Nodes(line)
             made.add()
