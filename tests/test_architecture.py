@@ -13,6 +13,8 @@ import click
 import pytest
 from pydantic import BaseModel
 
+from cluster.bench.speed.head import Layout, load_measured
+from cluster.bench.speed.settings import load_bench
 from cluster.cli.main import main
 from cluster.config.deployment import Config, load_config
 
@@ -25,7 +27,7 @@ FORBIDDEN = {
 ALLOWED = {("cluster/stages/launcher.py", "workers")}  # the bridge, imported inside functions
 VERBS = {
     "run", "doctor", "demo", "serve", "up", "down",
-    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys",
+    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys", "bench",
 }  # fmt: skip
 MAX_LINES = 400
 MAX_FILES = 12
@@ -219,9 +221,18 @@ def test_every_head_module_loads_without_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads(path: Path) -> None:
     assert load_config(path).model.served_model_name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "bench").glob("**/*.yaml")), ids=lambda p: p.name)
+def test_every_benchmark_loads_with_its_deployments(path: Path) -> None:
+    bench = load_bench(path)
+    for mode in bench.settings.modes:
+        for layout in bench.settings.layouts:
+            deployment = load_measured(bench, mode, Layout(*layout), 1024, {"model.max_model_len": 1024})
+            assert len(deployment.shards) == layout[0] * layout[1]
 
 
 def test_demo_config_explains_every_key() -> None:

@@ -96,6 +96,7 @@ class ClusterSection(Section):
     )
     load_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     step_timeout_s: float = Field(default=3600.0, gt=0, le=86400)
+    trace_steps: bool = False
 
     @property
     def num_actors(self) -> int:
