@@ -13,6 +13,8 @@ import click
 import pytest
 from pydantic import BaseModel
 
+from cluster.bench.speed.head import Layout, load_measured
+from cluster.bench.speed.settings import load_bench
 from cluster.cli.main import main
 from cluster.config.deployment import Config, load_config
 from tests.support.paths import CONFIGS, HARDWARE
@@ -27,6 +29,7 @@ ALLOWED = {("cluster/stages/launcher.py", "workers")}  # the bridge, imported in
 VERBS = {
     "run", "doctor", "demo", "serve", "up", "down",
     "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys", "plan",
+    "bench",
 }  # fmt: skip
 MAX_LINES = 400
 MAX_FILES = 12
@@ -59,7 +62,12 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",
     "workers/stage/server.py": "tests/integration/stages/test_stage_process.py: a process of its own",
 }
-OTHER_YAML = {HARDWARE.name, "compose.yaml", "raycluster.yaml", "podmonitor.yaml"}  # of other programs: tests/test_deploy.py
+OTHER_YAML = {
+    HARDWARE.name,
+    "compose.yaml",
+    "raycluster.yaml",
+    "podmonitor.yaml",
+}  # of other programs: tests/test_deploy.py
 CLUSTERS = sorted(
     path for path in CONFIGS.glob("**/*.yaml") if path.name not in OTHER_YAML and path.parent != CONFIGS / "bench"
 )
@@ -227,6 +235,15 @@ def test_every_head_module_loads_without_torch() -> None:
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.name)
 def test_every_config_loads(path: Path) -> None:
     assert load_config(path).model.served_model_name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "bench").glob("**/*.yaml")), ids=lambda p: p.name)
+def test_every_benchmark_loads_with_its_deployments(path: Path) -> None:
+    bench = load_bench(path)
+    for mode in bench.settings.modes:
+        for layout in bench.settings.layouts:
+            deployment = load_measured(bench, mode, Layout(*layout), 1024, {"model.max_model_len": 1024})
+            assert len(deployment.shards) == layout[0] * layout[1]
 
 
 def test_demo_config_explains_every_key() -> None:

@@ -72,10 +72,10 @@ def running_head(
                 yield client, head.runtime
 
 
-def random_ids(length: int, seed: int) -> list[int]:
-    """Return uniform ids in 5..31999, the same for every peer."""
+def random_ids(length: int, seed: int, vocab_size: int = 32000) -> list[int]:
+    """Return uniform ids from 5 to below `vocab_size`, the same for every peer."""
     rng = random.Random(seed)
-    return [rng.randint(5, 31999) for _ in range(length)]
+    return [rng.randint(5, vocab_size - 1) for _ in range(length)]
 
 
 def serve(client: Client, length: int, tokens: int, seed: int) -> Served:

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from cluster.cli import bench as cli_bench
 from cluster.cli import docs as cli_docs
 from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
@@ -46,6 +47,7 @@ def main() -> None:
     Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
     Will it fit:       longreach plan MODEL --context 1m --gpu h200
     Measure accuracy:  longreach eval needle --lengths 4K,16K
+    Measure speed:     longreach bench prefill --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
     Read now, ask later: longreach docs add contract.pdf --read
 
@@ -57,7 +59,8 @@ def main() -> None:
     os.umask(0o077)  # whatever is written is private
 
 
-for verb in (*cli_head.VERBS, *cli_jobs.VERBS, *cli_docs.VERBS, *cli_eval.VERBS, *cli_keys.VERBS, *cli_plan.VERBS):
+MODULES = (cli_head, cli_jobs, cli_docs, cli_eval, cli_plan, cli_bench, cli_keys)
+for verb in (verb for module in MODULES for verb in module.VERBS):
     main.add_command(verb)
 
 

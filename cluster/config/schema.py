@@ -97,6 +97,7 @@ class ClusterSection(Section):
     inter_node_tls: bool = True
     load_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     step_timeout_s: float = Field(default=3600.0, gt=0, le=86400)
+    trace_steps: bool = False
 
     @property
     def num_actors(self) -> int:

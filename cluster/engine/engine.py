@@ -85,6 +85,7 @@ class Engine:
         self.suspects: frozenset[int] = frozenset()  # sequences that may be the reason; set together with `error`
         self.oldest_plan: StepPlan | None = None  # of those in flight; set by the engine's thread only
         self.on_step: Callable[[StepPlan, float], None] | None = None  # seconds of the slowest stage; for measuring
+        self.on_result: Callable[[StepResult], None] | None = None  # of every shard, as it comes; for measuring
         self.on_failure: Callable[[], None] | None = None  # called once, when every request has ended with `error`
         self._shards = list(shards)
         self._requests = RequestFactory(tokenizer, frozenset(eos_token_ids), constraints)
@@ -232,6 +233,8 @@ class Engine:
         for result in results:
             if error := result.error:
                 break
+            if self.on_result is not None:
+                self.on_result(result)
             for step in self._in_flight.take(result):
                 outcomes += self._commit(step)
         if not error:

@@ -297,7 +297,8 @@ class Launcher:
             request = pb.StartRequest(
                 num_pages=num_pages, page_size=page_size, kv_dtype=dtype, kv_store_path=kv_store_path,
                 epoch=self._epoch, store_path=self._meeting(handle.shard),
-                kv_block_tokens=self._deployment.config.kv_store.block_tokens, **links,
+                kv_block_tokens=self._deployment.config.kv_store.block_tokens,
+                trace=self._deployment.config.cluster.trace_steps, **links,
             )  # fmt: skip
             is_new = handle.shard in new
             (handle.start if is_new else handle.relink)(request, _START_TIMEOUT_S)

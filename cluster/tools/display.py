@@ -91,6 +91,10 @@ class Display:
         else:
             self._show(phase, f"{done:,}" if done else "")
 
+    def count(self, phase: str, done: int, total: int) -> None:
+        """Show how many things of a phase are done."""
+        self._show(phase, f"{done:,} of {total:,}", done, total)
+
     def _show(self, phase: str, figures: str = "", done: int = 0, total: int = 0) -> None:
         if self._quiet:
             return

@@ -86,7 +86,7 @@ def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str] | None:
 
 def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> str:
     """Return, and write to `path`, a benchmark's result and its environment (`facts` replace entries) as JSON text."""
-    where = environment() | {"commit": _commit(), "load_average": os.getloadavg()[0]} | facts
+    where = environment() | {"commit": commit_id(), "load_average": os.getloadavg()[0]} | facts
     text = json.dumps({"environment": where, **result}, indent=1)
     if path is not None:
         path.write_text(text + "\n", encoding="utf-8")
@@ -102,7 +102,7 @@ def _cpu() -> str:
     return f"{facts.get('model name', platform.machine())} ({', '.join(features) or 'no vector extensions named'})"
 
 
-def _commit() -> str | None:
+def commit_id() -> str | None:
     """Return the commit of the working tree, with `+` when files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:

@@ -130,6 +130,33 @@ class CellReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """The tokens that one layer has sent to each expert of the model."""
+
+    layer: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """When a shard worked on a step, and what its links and reductions took.
+
+    Moments are microseconds of its machine's monotonic clock, which all processes of a machine share, and which says
+    nothing about that of another machine.
+    """
+
+    node: str  # host name of the machine
+    began_us: int  # the plan is at hand
+    input_us: int  # the input is at hand: between the two it prepared the step and waited for the stage before
+    ended_us: int  # computed
+    sent_us: int  # handed to the link
+    sent_bytes: int  # of hidden states or tokens
+    reduce_us: int  # of computing: inside reductions, where it also waits for the other shards of the stage
+    reduce_bytes: int  # of the tensors that were reduced
+    experts: tuple[ExpertCounts, ...] = ()  # at rank 0, of steps with more than a few rows
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """The result of a step on one shard. Samples come from rank 0 of the last stage only."""
 
@@ -142,6 +169,7 @@ class StepResult:
     cells: tuple[CellReport, ...] = ()
     estimate_us: int = 0  # of compute_us: estimating and selecting of sparse cells
     targets: tuple[SampledToken, ...] = ()  # those of the slices, in order, with log-probabilities
+    trace: StepTrace | None = None  # where it was asked for (`StartRequest.trace`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class LoadProgress(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., anonymous_growth_bytes: _Optional[int] = ..., available_bytes: _Optional[int] = ..., error: _Optional[str] = ..., kernel_family: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens")
+    __slots__ = ("num_pages", "page_size", "kv_dtype", "downstream", "downstream_socket", "upstream_socket", "kv_store_path", "epoch", "store_path", "kv_block_tokens", "trace")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class StartRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     page_size: int
     kv_dtype: str
@@ -98,7 +99,8 @@ class StartRequest(_message.Message):
     epoch: int
     store_path: str
     kv_block_tokens: int
-    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ..., kv_block_tokens: _Optional[int] = ...) -> None: ...
+    trace: bool
+    def __init__(self, num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., downstream: _Optional[str] = ..., downstream_socket: _Optional[str] = ..., upstream_socket: _Optional[str] = ..., kv_store_path: _Optional[str] = ..., epoch: _Optional[int] = ..., store_path: _Optional[str] = ..., kv_block_tokens: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
 
 class StartReply(_message.Message):
     __slots__ = ()
@@ -240,8 +242,38 @@ class CellReport(_message.Message):
     dense: _containers.RepeatedScalarFieldContainer[bool]
     def __init__(self, sequence: _Optional[int] = ..., layer: _Optional[int] = ..., first_head: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ..., estimated_recall: _Optional[_Iterable[float]] = ..., held_out_recall: _Optional[_Iterable[float]] = ..., dense: _Optional[_Iterable[bool]] = ...) -> None: ...
 
+class ExpertCounts(_message.Message):
+    __slots__ = ("layer", "tokens")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StepTrace(_message.Message):
+    __slots__ = ("node", "began_us", "input_us", "ended_us", "sent_us", "sent_bytes", "reduce_us", "reduce_bytes", "experts")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_US_FIELD_NUMBER: _ClassVar[int]
+    INPUT_US_FIELD_NUMBER: _ClassVar[int]
+    ENDED_US_FIELD_NUMBER: _ClassVar[int]
+    SENT_US_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_US_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    began_us: int
+    input_us: int
+    ended_us: int
+    sent_us: int
+    sent_bytes: int
+    reduce_us: int
+    reduce_bytes: int
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertCounts]
+    def __init__(self, node: _Optional[str] = ..., began_us: _Optional[int] = ..., input_us: _Optional[int] = ..., ended_us: _Optional[int] = ..., sent_us: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., reduce_us: _Optional[int] = ..., reduce_bytes: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertCounts, _Mapping]]] = ...) -> None: ...
+
 class StepResult(_message.Message):
-    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us", "targets")
+    __slots__ = ("step", "stage", "rank", "compute_us", "samples", "error", "cells", "estimate_us", "targets", "trace")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +283,7 @@ class StepResult(_message.Message):
     CELLS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_US_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     step: int
     stage: int
     rank: int
@@ -260,7 +293,8 @@ class StepResult(_message.Message):
     cells: _containers.RepeatedCompositeFieldContainer[CellReport]
     estimate_us: int
     targets: _containers.RepeatedCompositeFieldContainer[SampledToken]
-    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ...) -> None: ...
+    trace: StepTrace
+    def __init__(self, step: _Optional[int] = ..., stage: _Optional[int] = ..., rank: _Optional[int] = ..., compute_us: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., error: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[CellReport, _Mapping]]] = ..., estimate_us: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., trace: _Optional[_Union[StepTrace, _Mapping]] = ...) -> None: ...
 
 class StepResults(_message.Message):
     __slots__ = ("results", "epoch")

@@ -7,6 +7,7 @@ Legend: `T` tokens of the step, `M` hidden size, `H` and `K` query and KV heads 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,6 +55,7 @@ class Decoder:
         on_cpu = device.type == "cpu" and FusedLayers.supports_weights(spec, weights.layers)
         self._fused = FusedLayers(spec, shard, weights.layers, self._head_norms) if on_cpu else None
         self._layers_done = 0
+        self.on_experts: Callable[[int, torch.Tensor], None] | None = None  # layer, experts `[T, k]`; for measuring
 
     @property
     def layers_done(self) -> int:
@@ -158,6 +160,8 @@ class Decoder:
             assert weights.experts_gate_up is not None
             assert weights.experts_down is not None
             experts, scores = route(x, weights.router, spec.num_experts_per_tok, spec.norm_topk_prob)
+            if self.on_experts is not None:
+                self.on_experts(layer, experts)
             out = run_experts(
                 x, experts, scores, weights.experts_gate_up, weights.experts_down, self.shard.experts, self._scratch
             )

@@ -11,6 +11,7 @@ import torch
 
 from protos.stage.messages import StepPlan
 from workers.runner.model_runner import ModelRunner, StepOutput
+from workers.stage.tracer import Tracer
 from workers.transport.link import Inbox, Sender
 
 _NO_SEQUENCE = -1  # no plan has it
@@ -29,9 +30,13 @@ class Stepper:
     steps sample, so nothing else needs to be said; tokens that no plan asks for are read later, in order.
     """
 
-    def __init__(self, runner: ModelRunner, inbox: Inbox | None, sender: Sender | None, timeout_s: float) -> None:
+    def __init__(
+        self, runner: ModelRunner, inbox: Inbox | None, sender: Sender | None, timeout_s: float,
+        tracer: Tracer | None = None,
+    ) -> None:  # fmt: skip
         """Args: `inbox` and `sender` are None if there is one stage; `timeout_s` limits each wait."""
         self._runner = runner
+        self._tracer = tracer
         self._inbox = inbox
         self._sender = sender
         self._timeout_s = timeout_s
@@ -58,17 +63,27 @@ class Stepper:
             return StepOutput(), 0.0
         waits = time.perf_counter()
         hidden = self._receive(plan)
-        waited_s = time.perf_counter() - waits
+        came = time.perf_counter()
         with self._computing():
             out = runner.compute(prepared, hidden, keep_logits)
             if runner.device.type == "cuda":
                 torch.cuda.synchronize(runner.device)
-        seconds = time.perf_counter() - began - waited_s
-        if self._sender is not None and out.hidden is not None:
-            self._sender.send(plan.step, out.hidden)
-        elif self._sender is not None and out.tokens:
-            self._sender.send(plan.step, torch.tensor(out.tokens, dtype=torch.int64))
-        return out, seconds
+        ended = time.perf_counter()
+        sent_bytes = 0 if self._sender is None else self._send(plan.step, out, self._sender)
+        if self._tracer is not None:
+            self._tracer.end_step(began, came, ended, sent_bytes)
+        return out, (ended - began) - (came - waits)
+
+    @staticmethod
+    def _send(step: int, out: StepOutput, sender: Sender) -> int:
+        """Send hidden states or sampled tokens to the next stage; returns their bytes."""
+        message = out.hidden
+        if message is None:
+            if not out.tokens:
+                return 0
+            message = torch.tensor(out.tokens, dtype=torch.int64)
+        sender.send(step, message)
+        return message.nbytes
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

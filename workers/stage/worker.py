@@ -31,6 +31,7 @@ from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
+from workers.stage.tracer import Tracer
 from workers.transport.collectives import Collectives, GroupLost, join_group
 from workers.transport.link import DEPTH, GrpcSender, Inbox, LinkClosed, Sender, UnixSender
 
@@ -61,6 +62,7 @@ class StageWorker:
         self._runner: ModelRunner | None = None
         self._kv: PagedKV | None = None
         self._stepper: Stepper | None = None
+        self._tracer: Tracer | None = None  # where results are to say when a step was computed
         self._weights: ShardWeights | None = None
         self._plans: PlanQueue | None = None  # of the run
         self._error = ""
@@ -133,7 +135,13 @@ class StageWorker:
         layers, kv_heads = self._shard.layers.size, self._shard.kv_heads.size
         kv = PagedKV(layers, kv_heads, self._spec.head_dim, request.num_pages, request.page_size, dtype, self._device)
         self._kv, self._kv_dtype = kv, kv_dtype or DTYPE_NAMES[dtype]
-        self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, self._collectives, self._device)
+        collectives = self._collectives
+        if request.trace:
+            self._tracer = Tracer(collectives, self._spec.num_experts)
+            collectives = self._tracer.collectives
+        self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, collectives, self._device)
+        if self._tracer is not None and self._shard.rank == 0:
+            self._runner.decoder.on_experts = self._tracer.count_experts
         self._warm_up(request.page_size)
         self._listen(request)
 
@@ -275,6 +283,7 @@ class StageWorker:
                 return StepResult(
                     plan.step, shard.stage, shard.rank, round(seconds * 1e6), out.samples,
                     cells=out.cells, estimate_us=out.estimate_us, targets=out.targets,
+                    trace=self._tracer.take() if self._tracer is not None else None,
                 )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - the engine must learn what stopped the step
                 is_own = not isinstance(error, (LinkClosed, GroupLost))
@@ -298,7 +307,7 @@ class StageWorker:
         elif self._links.downstream:
             name = shard_name((self._shard.stage + 1) % self._shard.num_stages, self._shard.rank)
             self._sender = GrpcSender(self._links.downstream, self._token, depth, self.epoch, self._identity, name)
-        return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s)
+        return Stepper(self._runner, self.inbox, self._sender, self._step_timeout_s, self._tracer)
 
     def _warm_up(self, page_size: int) -> None:
         """Run one small step, so that the first real one does not pay for first-use initialisation."""

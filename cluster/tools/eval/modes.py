@@ -82,11 +82,15 @@ def load_mode(
         cell = largest_cell(replace(dense.spec, sparse=sparse))
         overrides["prefill.max_num_batched_tokens"] = max(config.prefill.max_num_batched_tokens, cell)
     if config.kv_cache.bytes is not None:
-        width = DTYPE_BYTES[compute_dtype(dense)]  # what int8 takes less is left unused
-        widest = max(kv_bytes_per_token(dense.spec, shard, width) for shard in dense.shards)
-        needed = (max_len + extra_tokens + 2 * config.kv_cache.page_size) * widest
-        overrides["kv_cache.bytes"] = max(config.kv_cache.bytes, needed)
+        overrides["kv_cache.bytes"] = max(config.kv_cache.bytes, kv_bytes_for(dense, max_len + extra_tokens))
     return load_deployment(target.config, overrides)
+
+
+def kv_bytes_for(deployment: Deployment, tokens: int) -> int:
+    """Return the bytes of each shard's KV cache that hold so many tokens, with two pages to spare."""
+    width = DTYPE_BYTES[compute_dtype(deployment)]  # what int8 takes less is left unused
+    widest = max(kv_bytes_per_token(deployment.spec, shard, width) for shard in deployment.shards)
+    return (tokens + 2 * deployment.config.kv_cache.page_size) * widest
 
 
 def mode_overrides(

@@ -1,4 +1,4 @@
-"""Result files of evaluations: dated names, written whole or not at all, updated while the evaluation runs."""
+"""Result files of evaluations and benchmarks: dated names, written whole or not at all, updated during the run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import UserError
-from protos.node.environment import environment
+from protos.node.environment import commit_id, environment
 
 
 class ResultFile:
     """`STEM-DATE.json` in a folder, and the path of the picture beside it; an older result is never overwritten."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self.environment = environment()
+        self.environment = environment() | {"commit": commit_id()}
         date = self.environment["date"][:10]
         try:
             folder.mkdir(parents=True, exist_ok=True)

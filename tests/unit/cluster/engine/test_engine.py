@@ -33,6 +33,15 @@ def test_events_come_in_order_and_progress_rises():
     assert result.prompt_tokens == 200
 
 
+def test_who_measures_gets_every_result():
+    with Rig(stages=1, budget=64) as rig:
+        seen: list[int] = []
+        rig.engine.on_result = lambda result: seen.append(result.step)
+        rig.run(range(200), 1)
+    assert len(seen) == 4
+    assert seen == sorted(seen)
+
+
 def test_a_second_question_reports_what_was_cached():
     with Rig() as rig:
         rig.run(range(100))

@@ -60,16 +60,16 @@ def test_the_commit_tells_a_changed_tree(tmp_path: Path, monkeypatch: pytest.Mon
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
     monkeypatch.setattr(module, "_ROOT", tmp_path)
-    assert module._commit() is None
+    assert module.commit_id() is None
     git("init")
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-m", "one")
-    clean = module._commit()
+    clean = module.commit_id()
     assert clean is not None
     assert len(clean) == 12
     (tmp_path / "file").write_text("two")
-    assert module._commit() == clean + "+"
+    assert module.commit_id() == clean + "+"
 
 
 def test_cpu_facts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from protos.stage import codec
 from protos.stage import stage_pb2 as pb
 from protos.stage.messages import (
     CellReport,
+    ExpertCounts,
     LoadProgress,
     SampledToken,
     SampleSpec,
@@ -22,6 +23,7 @@ from protos.stage.messages import (
     Span,
     StepPlan,
     StepResult,
+    StepTrace,
     TokenBias,
     TokenLogprob,
 )
@@ -71,11 +73,16 @@ CELLS = st.builds(
     sequence=U64, layer=U32, first_head=U32, start=U32, length=U32, density=FRACTIONS, estimated_recall=FRACTIONS,
     held_out_recall=FRACTIONS, dense=st.lists(st.booleans(), max_size=4).map(tuple),
 )  # fmt: skip
+TRACES = st.builds(
+    StepTrace,
+    node=st.text(max_size=9), began_us=U64, input_us=U64, ended_us=U64, sent_us=U64, sent_bytes=U64, reduce_us=U64,
+    reduce_bytes=U64, experts=st.lists(st.builds(ExpertCounts, U32, IDS), max_size=3).map(tuple),
+)  # fmt: skip
 RESULTS = st.builds(
     StepResult,
     step=U64, stage=U32, rank=U32, compute_us=U64, samples=st.lists(TOKENS, max_size=3).map(tuple),
     error=st.text(max_size=20), cells=st.lists(CELLS, max_size=3).map(tuple), estimate_us=U64,
-    targets=st.lists(TOKENS, max_size=3).map(tuple),
+    targets=st.lists(TOKENS, max_size=3).map(tuple), trace=st.none() | TRACES,
 )  # fmt: skip
 PROGRESS = st.builds(
     LoadProgress,

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from protos.stage.messages import Span
+from protos.stage.messages import SequenceSlice, Span, StepPlan
 from workers.bench.model import benchmark_spec
+from workers.kv.paged import PagedKV
+from workers.model.batch import PageTables
 from workers.model.decoder import Decoder
 from workers.model.weights import dummy_shard, whole_model
 from workers.transport.collectives import Collectives
@@ -73,3 +75,19 @@ def test_logits_of_shards_stand_in_order(size: int) -> None:
     got = decoder.logits(x)
     assert got.shape == (17, 193)
     torch.testing.assert_close(got, whole().logits(x), rtol=1e-5, atol=1e-5)
+
+
+def test_who_counts_experts_gets_those_of_every_layer_and_row() -> None:
+    spec = replace(SPEC, num_hidden_layers=2)
+    shard = whole_model(spec)
+    decoder = Decoder(spec, shard, dummy_shard(spec, shard, torch.float32, CPU), Collectives(), CPU)
+    seen: list[tuple[int, list[int]]] = []
+    decoder.on_experts = lambda layer, experts: seen.append((layer, list(experts.shape)))
+    tables = PageTables(64)
+    part = SequenceSlice(1, 0, 67, 67, list(range(67)), [0, 1], 2)
+    plan = StepPlan(0, (part,))
+    tables.apply(plan)
+    kv = PagedKV(2, 2, 32, 2, 64, torch.float32, CPU)
+    ready = decoder.prepare(tables.batch(plan, spec, CPU), kv)
+    decoder.layers(decoder.embed(torch.arange(67)), ready)
+    assert seen == [(0, [67, 3]), (1, [67, 3])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_dense_steps_report_no_cells(tmp_path: Path) -> None:
     worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
     found = result(worker, prefill(100))
     assert (found.cells, found.estimate_us) == ((), 0)
+
+
+def test_a_traced_step_says_when_it_was_computed(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    worker.start(pb.StartRequest(num_pages=20, page_size=PAGE, trace=True))
+    before = time.perf_counter()
+    trace = result(worker, prefill(100)).trace
+    assert trace is not None
+    assert before * 1e6 - 1 <= trace.began_us <= trace.input_us <= trace.ended_us <= trace.sent_us
+    assert trace.sent_us <= time.perf_counter() * 1e6 + 1
+    assert (trace.sent_bytes, trace.reduce_us, trace.reduce_bytes) == (0, 0, 0)
+    per_token = SPEC.num_experts_per_tok if SPEC.num_experts else 0
+    assert [sum(layer.tokens) for layer in trace.experts] == [100 * per_token] * (LAYERS if per_token else 0)
+
+
+def test_steps_are_not_traced_unless_asked_for(tmp_path: Path) -> None:
+    worker = loaded(tmp_path)
+    worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
+    assert result(worker, prefill(100)).trace is None
 
 
 @pytest.mark.parametrize(("kv_dtype", "close"), [("", 0.0), ("float32", 0.0), ("bfloat16", 2e-2), ("int8", 2e-2)])

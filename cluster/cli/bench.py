@@ -1,0 +1,133 @@
+"""`longreach bench`: how fast a checkpoint is on this machine, as tables, dated result files and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.common import one_line_errors, open_display, say, say_json
+from cluster.cli.eval import Counts, Setting
+
+if TYPE_CHECKING:
+    from cluster.bench.speed.settings import Kind
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def bench() -> None:
+    """Measure how fast a checkpoint is on this machine.
+
+    \b
+    prefill: time to the first token against length, dense and sparse
+    decode:  time of a token against the context before it
+    scaling: one document over more stages and shards, a growing one, jobs beside each other
+    compare: other engines on the same checkpoint and prompts, in turns
+    report:  Markdown and pictures of result files
+
+    Each reads one YAML file (configs/bench has one a kind) and starts its own heads. Results go to
+    bench-KIND-MODEL-DATE.json in --out, written after every row. Other programs disturb: what they use is measured
+    in every repeat, and repeats in which they used more than `max_others` of the cores are marked and made again.
+    """
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of the verbs that measure."""
+    options = [
+        click.argument("config", type=_PATH, required=False),
+        click.option("--model", type=_PATH, help="A checkpoint folder, in place of the file's `model`."),
+        click.option("--lengths", type=Counts(), help="Token counts, in place of the file's, such as 4K,16K."),
+        click.option("--repeats", type=click.IntRange(1, 1000), help="Undisturbed repeats, in place of the file's."),
+        click.option("--seed", type=click.IntRange(0), help="Of the prompts, in place of the file's."),
+        click.option(
+            "--set", "more", type=Setting(), multiple=True, metavar="KEY=VALUE",
+            help="Another key of the file (repeatable), such as warm_up=0 or settings={kv_cache.dtype: int8}.",
+        ),
+        click.option(
+            "--out", type=_PATH, default=Path(), show_default="current folder",
+            help="Folder for results; made if absent.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, not as a table."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _measure(kind: Kind, config: Path | None, out: Path, as_json: bool, **given: Any) -> None:
+    from cluster.bench.speed.settings import load_bench
+    from cluster.bench.speed.suite import run_bench
+    from cluster.tools.assets import configs_dir
+
+    with one_line_errors():
+        file = config or configs_dir() / "bench" / f"{kind}.yaml"
+        overrides: dict[str, Any] = dict(given["more"])
+        if given["model"] is not None:
+            overrides["model"] = str(given["model"].absolute())
+        for key in ("repeats", "seed"):
+            if given[key] is not None:
+                overrides[key] = given[key]
+        if given["lengths"]:
+            overrides["lengths"] = list(given["lengths"])
+        with open_display(as_json) as display:
+            try:
+                report, result = run_bench(load_bench(file, overrides), kind, out, display)
+            finally:
+                display.clear()
+        if as_json:
+            say_json(report)
+        else:
+            _print_table(report)
+        say(f"result: {result.path}", err=True)
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from cluster.bench.speed.tables import cells, notes
+    from cluster.tools.display import in_table, plain_table
+
+    header, rows = cells(report)
+    table = plain_table(*header)
+    for row in rows:
+        table.add_row(*map(in_table, row))
+    console = Console()
+    console.print(table)
+    for note in notes(report):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+@bench.command()
+@_options
+def prefill(**given: Any) -> None:
+    """Time to the first token against the length of a prompt, in every mode of CONFIG.
+
+    \b
+    longreach bench prefill
+    longreach bench prefill --model DIR --lengths 4K,16K,64K,128K --out docs/results
+    """
+    _measure("prefill", **given)
+
+
+@bench.command()
+@_options
+def decode(**given: Any) -> None:
+    """Time of a token against the context before it, in every mode of CONFIG."""
+    _measure("decode", **given)
+
+
+@bench.command()
+@_options
+def scaling(**given: Any) -> None:
+    """Time of one document over more stages and shards, of a growing one, and of jobs beside each other.
+
+    Every shard reports when it computed each chunk: the result has the timeline, its bubbles, what links and
+    reductions cost a chunk, and the tokens of every expert.
+    """
+    _measure("scaling", **given)
+
+
+VERBS = (bench,)
