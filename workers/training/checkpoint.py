@@ -53,6 +53,11 @@ def write_directory(model: NeedleModel, assets: Path, out: Path) -> None:
     for name in COPIED:
         if not (out / name).exists() or not (out / name).samefile(assets / name):
             shutil.copyfile(assets / name, out / name)
+    write_weights(model, out)
+
+
+def write_weights(model: NeedleModel, out: Path) -> None:
+    """Write `model.safetensors` in bfloat16 into a directory, atomically."""
     weights = {name: value.to(torch.bfloat16).contiguous() for name, value in published_weights(model).items()}
     part = out / "model.safetensors.part"
     part.write_bytes(save(weights, metadata={"format": "pt"}))

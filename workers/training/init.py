@@ -26,7 +26,7 @@ NATIVE_WINDOW = 4096
 def initialise(model: NeedleModel, seed: int) -> None:
     """Set every weight of `model` in place, from `seed` alone. ValueError if the circuit does not fit its sizes."""
     shape = model.shape
-    slow = _slow_pairs(shape)
+    slow = slow_pairs(shape)
     rank = shape.hidden // 8
     if (shape.heads, shape.kv_heads) != (HEADS, KV_HEADS) or shape.layers < 2:
         raise ValueError(
@@ -41,30 +41,37 @@ def initialise(model: NeedleModel, seed: int) -> None:
         )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, SMALL, generator=generator)
-            if name.endswith("down_proj"):
-                parameter.mul_(0.1)
-        _embeddings(model.embed_tokens.weight, generator)
-        token_reader = _orthonormal(rank, shape.hidden // 2 - 1, generator)
-        _look_back(_attention(model, 0), shape, token_reader)
-        _match(_attention(model, 1), shape, slow, token_reader, generator)
+        small_random(model, generator)
+        token_reader = orthonormal(rank, shape.hidden // 2 - 1, generator)
+        look_back(attention_of(model, 0), shape, token_reader)
+        _match(attention_of(model, 1), shape, slow, token_reader, generator)
 
 
-def _attention(model: NeedleModel, layer: int) -> Attention:
+def small_random(model: NeedleModel, generator: torch.Generator) -> None:
+    """Set all weights small and random, norms to 1, and the embeddings to their channels: constant, token, the rest."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, SMALL, generator=generator)
+        if name.endswith("down_proj"):
+            parameter.mul_(0.1)
+    _embeddings(model.embed_tokens.weight, generator)
+
+
+def attention_of(model: NeedleModel, layer: int) -> Attention:
+    """Return the attention of a layer."""
     attention = model.layers[layer].self_attn
     assert isinstance(attention, Attention)
     return attention
 
 
-def _slow_pairs(shape: Shape) -> Tensor:
+def slow_pairs(shape: Shape) -> Tensor:
+    """Return the rotary pairs that turn so slowly that they carry content over the native window."""
     return (rope_frequencies(shape) * NATIVE_WINDOW < SLOW_RADIANS).nonzero().flatten()
 
 
-def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Return a random matrix [rows, columns], rows <= columns, with orthonormal rows."""
     return torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q.T.contiguous()
 
@@ -76,17 +83,18 @@ def _embeddings(weight: Tensor, generator: torch.Generator) -> None:
     weight[:, 0] = 0.4
 
 
-def _clear(*matrices: nn.Linear) -> None:
+def clear(*matrices: nn.Linear) -> None:
+    """Set matrices to zero."""
     for matrix in matrices:
         matrix.weight.zero_()
 
 
-def _look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None:
+def look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None:
     """Let head h attend h + 1 tokens back and write the token it reads there to its own channels."""
     pairs, rank, half = shape.head_dim // 2, token_reader.shape[0], shape.hidden // 2
     frequencies = rope_frequencies(shape)
     envelope = torch.exp(-torch.arange(pairs) / 8)
-    _clear(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    clear(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     attention.q_norm.weight.fill_(CIRCUIT_NORM)
     attention.k_norm.weight.fill_(CIRCUIT_NORM)
     for head in range(shape.kv_heads):
@@ -106,9 +114,9 @@ def _match(attention: Attention, shape: Shape, slow: Tensor, token_reader: Tenso
     """Let KV head 0 match noun and adjective of question and needle, and KV head 1 the last two tokens."""
     dim, half, rank = shape.head_dim, shape.hidden // 2, token_reader.shape[0]
     first, second = slow, slow + dim // 2
-    read_a, read_b = _orthonormal(len(slow), rank, generator), _orthonormal(len(slow), rank, generator)
-    values = _orthonormal(dim, half - 1, generator)
-    _clear(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    read_a, read_b = orthonormal(len(slow), rank, generator), orthonormal(len(slow), rank, generator)
+    values = orthonormal(dim, half - 1, generator)
+    clear(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     attention.q_norm.weight.fill_(CIRCUIT_NORM)
     attention.k_norm.weight.fill_(CIRCUIT_NORM)
 

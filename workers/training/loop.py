@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Settings:
     bfloat16: bool = False
     batch_tokens: tuple[int, int] = (4096, 8192)  # tokens of a step at the shortest length, at the longer ones
     save_seconds: float = 180.0
+    save_steps: int = 0  # also after so many steps; 0: by time alone
     resume: Path | None = None
 
     def __post_init__(self) -> None:
@@ -73,13 +74,14 @@ class StepReport:
     rate: float
     tokens_per_second: float
     elapsed: float
+    tasks: dict[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
         """Return one line of text."""
         return (
             f"step {self.step:5d}  length {self.length:4d} (up to {self.current_length})  loss {self.loss:6.3f}"
             f"  first digits {self.accuracy:6.1%}  rate {self.rate:.1e}  {self.tokens_per_second:6.0f} tok/s"
-            f"  {self.elapsed / 60:5.1f} min"
+            f"  {self.elapsed / 60:5.1f} min" + "".join(f"  {name} {share:.0%}" for name, share in self.tasks.items())
         )
 
     def json(self) -> str:
@@ -108,8 +110,8 @@ def rate_at(step: int, fraction: float, peak: float) -> float:
     return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - (1 - FINAL_RATE) * min(1.0, late))
 
 
-def losses(model: NeedleModel, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor, int]:
-    """Return (total loss, answer loss, right first digits); 1/8 of all positions count for the next-token loss."""
+def losses(model: NeedleModel, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (total loss, answer loss, tokens predicted in answer rows); 1/8 of all positions: next-token loss."""
     hidden, balance = model(batch.tokens)
     hidden, flat = hidden.flatten(0, 1), batch.tokens.flatten()
     length = batch.tokens.shape[1]
@@ -120,39 +122,62 @@ def losses(model: NeedleModel, batch: Batch, rng: np.random.Generator) -> tuple[
     each = F.cross_entropy(answered, batch.targets, reduction="none")
     answer = (each * batch.weights).sum() / batch.weights.sum()
     next_token = F.cross_entropy(running, flat[positions + 1])
-    right = int((answered.argmax(-1) == batch.targets)[batch.first].sum())
-    return answer + NEXT_TOKEN_WEIGHT * next_token + BALANCE_WEIGHT * balance, answer, right
+    predicted = answered.argmax(-1)
+    return answer + NEXT_TOKEN_WEIGHT * next_token + BALANCE_WEIGHT * balance, answer, predicted
 
 
 class Trainer:
     """One run: owns model, optimisers, curriculum and clock.
 
+    Subclasses train on other documents: they replace `read_config`, `initialise`, `make_curriculum`, `draw`,
+    `count` and `write`.
     A run is reproducible from its seed and settings as far as arithmetic is (documents depend on seed and step alone).
     `save` is atomic; a killed run loses at most `save_seconds` of work.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        config = json.loads((settings.assets / "config.json").read_text())
-        self.corpus: Corpus = load_corpus(settings.assets)
-        self.model = NeedleModel(shape_of(config))
+        self.model = NeedleModel(shape_of(self.read_config()))
         self.optimisers = build_optimisers(
             self.model, settings.rate, torch.bfloat16 if settings.bfloat16 else torch.float32
         )
-        self.curriculum = Curriculum(settings.max_length)
+        self.curriculum = self.make_curriculum()
         self.step, self.elapsed, self.seed = 0, 0.0, settings.seed
         self.stopping = False
         if settings.resume is None:
-            initialise(self.model, settings.seed)
+            self.initialise()
         else:
             self._restore(read_state(settings.resume))
+
+    def read_config(self) -> dict[str, Any]:
+        """Read what documents are made of, and return the `config.json` of the model."""
+        self.corpus: Corpus = load_corpus(self.settings.assets)
+        config: dict[str, Any] = json.loads((self.settings.assets / "config.json").read_text())
+        return config
+
+    def initialise(self) -> None:
+        """Set the starting weights."""
+        initialise(self.model, self.settings.seed)
+
+    def write(self) -> None:
+        """Write the checkpoint directory."""
+        write_directory(self.model, self.settings.assets, self.settings.out)
+
+    def make_curriculum(self) -> Curriculum:
+        """Return what chooses the length of a step."""
+        return Curriculum(self.settings.max_length)
+
+    def count(self, batch: Batch, predicted: Tensor) -> dict[str, float]:
+        """Return the recent accuracy of every kind of document, from the tokens predicted in a step's answer rows."""
+        return {}
 
     def run(self, report: Callable[[StepReport], None]) -> None:
         """Train to the end or until `stop`, calling `report` after every step; saves now and then, and last."""
         saved = time.monotonic()
         while self.fraction() < 1 and not self.stopping:
             report(self.train_step())
-            if time.monotonic() - saved > self.settings.save_seconds:
+            every = self.settings.save_steps
+            if time.monotonic() - saved > self.settings.save_seconds or (every and self.step % every == 0):
                 self.save()
                 saved = time.monotonic()
         self.save()
@@ -184,7 +209,7 @@ class Trainer:
         set_rate(self.optimisers, rate)
         self.model.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.bfloat16):
-            total, answer, right = losses(self.model, batch, rng)
+            total, answer, predicted = losses(self.model, batch, rng)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         loss = float(total.detach())
@@ -193,8 +218,9 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.step()
         length, asked = batch.tokens.shape[1], int(batch.first.sum())
+        num_right = int((predicted == batch.targets)[batch.first].sum())
         current = self.curriculum.lengths[self.curriculum.stage]
-        self.curriculum.record(length, right, asked)
+        self.curriculum.record(length, num_right, asked)
         took = time.monotonic() - start
         self.step += 1
         self.elapsed += took
@@ -204,12 +230,13 @@ class Trainer:
             current_length=current,
             loss=loss,
             answer_loss=float(answer.detach()),
-            right=right,
+            right=num_right,
             asked=asked,
             accuracy=self.curriculum.accuracy,
             rate=rate,
             tokens_per_second=batch.tokens.numel() / took,
             elapsed=self.elapsed,
+            tasks=self.count(batch, predicted),
         )
 
     def save(self) -> None:
@@ -223,7 +250,7 @@ class Trainer:
             "curriculum": self.curriculum.state(),
         }
         write_state(state, self.settings.out)
-        write_directory(self.model, self.settings.assets, self.settings.out)
+        self.write()
 
     def _restore(self, state: dict[str, Any]) -> None:
         theirs = {name: tuple(value.shape) for name, value in state["model"].items()}

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -43,9 +43,16 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_options(parser, minutes=40.0)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, minutes: float) -> None:
+    """Add the options of a training run, of so many minutes by default."""
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where checkpoint and training state go")
-    add("--minutes", type=float, default=40.0, metavar="M", help="training time; the rate falls after 60 %% of it (40)")
+    late = f"training time; the rate falls after 60 %% of it ({minutes:g})"
+    add("--minutes", type=float, default=minutes, metavar="M", help=late)
     add("--steps", type=int, metavar="N", help="train exactly N steps instead of --minutes (reproducible)")
     add("--seed", type=int, default=0, metavar="S", help="of the starting weights and the documents (0)")
     add("--threads", type=int, metavar="N", help="CPU threads (all cores, or OMP_NUM_THREADS)")
@@ -59,25 +66,22 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of matrix products; auto times both and takes the faster; weights are always float32 (auto)",
     )
-    return parser
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Return the settings of the command line. ValueError names the option that is wrong."""
+    return Settings(**given(arguments, NEEDED))
+
+
+def given(arguments: argparse.Namespace, needed: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that any run has; `needed` are files of --assets. ValueError names the wrong option."""
     assets = arguments.assets
-    missing = [name for name in NEEDED if not (assets / name).is_file()]
+    missing = [name for name in needed if not (assets / name).is_file()]
     if missing:
         raise ValueError(f"--assets: {assets} lacks {', '.join(missing)}; give a directory like configs/needle")
-    return Settings(
-        out=arguments.out,
-        assets=assets,
-        minutes=arguments.minutes,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        max_length=arguments.max_length,
-        bfloat16=bfloat16_is_faster() if arguments.precision == "auto" else arguments.precision == "bfloat16",
-        resume=arguments.resume,
-    )
+    names = ("out", "assets", "minutes", "steps", "seed", "max_length", "resume")
+    fast = bfloat16_is_faster() if arguments.precision == "auto" else arguments.precision == "bfloat16"
+    return {name: getattr(arguments, name) for name in names} | {"bfloat16": fast}
 
 
 def reporter(screen: TextIO, log: TextIO | None) -> Callable[[StepReport], None]:
@@ -100,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0 when trained to the end, 1 if the loss diverged, 2 for wrong options, 130 when interrupted (state saved).
     """
-    arguments = build_parser().parse_args(argv)
+    return train(build_parser().parse_args(argv), lambda arguments: Trainer(settings_of(arguments)))
+
+
+def train(arguments: argparse.Namespace, make_trainer: Callable[[argparse.Namespace], Trainer]) -> int:
+    """Make a trainer, run it and return the exit code of `main`; signals stop it after the step it is in."""
     if arguments.threads is not None and not 1 <= arguments.threads <= (os.cpu_count() or 1):
         print(f"error: --threads={arguments.threads}: must be 1 to {os.cpu_count()} on this machine", file=sys.stderr)
         return 2
@@ -108,11 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)  # denormal gradients cost a hundredfold
     try:
-        settings = settings_of(arguments)
-        trainer = Trainer(settings)
+        trainer = make_trainer(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    settings = trainer.settings
     precision = "bfloat16" if settings.bfloat16 else "float32"
     print(f"training from step {trainer.step}, {torch.get_num_threads()} threads, {precision} products", flush=True)
     earlier = {number: signal.signal(number, lambda *_: trainer.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
