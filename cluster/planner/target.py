@@ -19,7 +19,7 @@ from protos.errors import UserError
 from protos.node.environment import cpu_facts, usable_cores
 
 _MOST = 64  # devices that are tried where their number is free
-_HOP_S = 0.002  # assumed: between stages of one node, and of the head process between steps
+_HOP_S = 0.001  # assumed: between stages of one node, and of the head process between steps
 _COUNTED = re.compile(r"([0-9]{1,4})\s*[x*]\s*(.+)")
 
 
@@ -64,6 +64,10 @@ class Target:
         if found is not None:
             return replace(found, link_s=link_s, hop_s=_HOP_S)
         return Costs(usual, f"hardware table: {threads} x {name}", link_s, _HOP_S, is_rough=is_rough)
+
+    def with_measurements(self, measurements: Measurements) -> Target:
+        """Return the target with times that were measured on it."""
+        return replace(self, measurements=measurements)
 
     def to_json(self) -> dict[str, Any]:
         return {
