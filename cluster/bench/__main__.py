@@ -25,6 +25,7 @@ from cluster.bench.http.commands import HTTP_COMMANDS
 from cluster.bench.kills import measure_kills
 from cluster.bench.kv.commands import KV_COMMANDS
 from cluster.bench.load import measure_load
+from cluster.bench.planning.commands import PLANNING_COMMANDS
 from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.bench.soak import draw_soak, measure_soak
 from cluster.common.units import parse_count
@@ -81,7 +82,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, with the heads it has started
 
 
-for _command in (*KV_COMMANDS, *HTTP_COMMANDS, *CONSTRAINT_COMMANDS):
+for _command in (*KV_COMMANDS, *HTTP_COMMANDS, *CONSTRAINT_COMMANDS, *PLANNING_COMMANDS):
     main.add_command(_command)
 
 

@@ -36,9 +36,10 @@ class Served(NamedTuple):
 @contextmanager
 def running_head(
     model: Path, chunk: int, threads: int, *, kv_bytes: str = "2GiB", cpus: float = 1.0, stages: int = 1,
-    max_model_len: str | None = None, sparse: dict[str, object] | None = None,
+    shards: int = 1, max_model_len: str | None = None, max_num_seqs: int = 16, kv_dtype: str = "auto",
+    sparse: dict[str, object] | None = None,
 ) -> Iterator[tuple[Client, ClusterRuntime]]:  # fmt: skip
-    """Start a head for token-id prompts, of stages of one shard; yields a client and the cluster behind it.
+    """Start a head for token-id prompts; yields a client and the cluster behind it.
 
     Args:
         chunk: upper bound on the tokens of a step.
@@ -58,10 +59,15 @@ def running_head(
         settings = {
             "model": {"path": str(linked), "max_model_len": max_model_len, "sampling_defaults": "greedy"},
             "data_dir": str(folder / "data"),
-            "cluster": {"pipeline_parallel_size": stages, "threads_per_actor": threads, "cpus_per_actor": cpus},
-            "kv_cache": {"bytes": kv_bytes},
+            "cluster": {
+                "pipeline_parallel_size": stages,
+                "expert_parallel_size": shards,
+                "threads_per_actor": threads,
+                "cpus_per_actor": cpus,
+            },
+            "kv_cache": {"bytes": kv_bytes, "dtype": kv_dtype},
             "kv_store": {"enabled": False},  # every prompt is computed
-            "prefill": {"max_num_batched_tokens": chunk},
+            "prefill": {"max_num_batched_tokens": chunk, "max_num_seqs": max_num_seqs},
             "sparse": sparse or {},
         }
         path = folder / "config.yaml"

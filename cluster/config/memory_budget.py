@@ -53,8 +53,13 @@ def weight_bytes(deployment: Deployment, shard: ShardSpec) -> int:
 
 
 def step_tokens(deployment: Deployment) -> int:
-    """Return the tokens of the largest step: a sparse cell is never cut, so it may exceed the budget by one."""
-    return deployment.config.prefill.max_num_batched_tokens + largest_cell(deployment.spec)
+    """Return the tokens of the largest step.
+
+    A sparse cell is never cut: a prompt that is alone takes at least one, and beside others one beyond the budget.
+    """
+    prefill, cell = deployment.config.prefill, largest_cell(deployment.spec)
+    budget = prefill.max_num_batched_tokens
+    return max(budget, cell) if prefill.max_num_seqs == 1 else budget + cell
 
 
 def shard_scratch_bytes(deployment: Deployment, shard: ShardSpec) -> int:

@@ -37,11 +37,13 @@ class HangDetector:
     """
 
     def __init__(
-        self, engine: Engine, shards: Sequence[GrpcStageHandle], floor_s: float = FLOOR_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, engine: Engine, shards: Sequence[GrpcStageHandle], after_check: Callable[[], None] = lambda: None,
+        floor_s: float = FLOOR_S, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
+        """Args: `after_check` is called on the detector's thread after every check."""
         self._engine = engine
         self._shards = shards
+        self._after_check = after_check
         self._floor_s = floor_s
         self._clock = clock
         self._step = 0  # the oldest at the last check
@@ -102,6 +104,7 @@ class HangDetector:
         while not self._closing.wait(self._floor_s / _CHECKS):
             try:
                 reason = self.check()
+                self._after_check()
                 errors = 0
             except BaseException as error:  # noqa: BLE001 - a step that hangs must not go unnoticed
                 _log.exception("the hang detector failed")

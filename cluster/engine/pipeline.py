@@ -16,11 +16,14 @@ from cluster.constraints.compiler import ConstraintCompiler
 from cluster.engine.engine import Engine
 from cluster.engine.hang_detector import HangDetector
 from cluster.kv_store.store import KvStore
+from cluster.latency.latency_file import LatencyFile
 from cluster.latency.model import LatencyModel
+from cluster.latency.pipeline_work import measured_on, stage_works
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
 from protos.model.spec import ModelSpec
+from protos.node.environment import usable_cores
 
 _FLUSH_WITHOUT_RAY_S = 3.0  # its loss ends the pipeline, and the shards still work
 _SCHEMA = "longreach kv 1"  # of keys; another one finds nothing that was stored before
@@ -85,14 +88,24 @@ class _Assembly:
     constraints: ConstraintCompiler | None
 
     def connect(self, launched: Launched, pool: PagePool, latency: LatencyModel | None = None) -> Pipeline:
-        """Start an engine over running stages; whatever fails, the engine is closed, the launcher is the caller's."""
+        """Start an engine over running stages; whatever fails, the engine is closed, the launcher is the caller's.
+
+        Args:
+            latency: what the engine before has learned; None: what the data directory keeps.
+        """
+        of = measured_on(self.deployment, launched.kernel_family, usable_cores())
+        latency_file = LatencyFile(self.deployment.config.data_dir, of)
+        if latency is None:
+            latency = LatencyModel(self.deployment.spec, stage_works(self.deployment))
+            latency_file.load(latency)
         engine = self._engine(launched, pool, latency)
         with ExitStack() as steps:  # undone in the opposite order: hang detector, KV store, engine, stage processes
+            steps.callback(latency_file.save, latency)
             steps.callback(engine.close)
             self.store.attach(launched.shards, engine.post, pool)
             steps.callback(lambda: self._leave_store(engine))
             engine.start()
-            hang_detector = HangDetector(engine, launched.shards)
+            hang_detector = HangDetector(engine, launched.shards, lambda: latency_file.save_sometimes(latency))
             steps.callback(hang_detector.close)
             hang_detector.start()
             self.ray.watch(engine.fail)
@@ -115,7 +128,7 @@ class _Assembly:
         else:
             self.store.detach(_FLUSH_WITHOUT_RAY_S if self.ray.lost and not engine.lost_stages else 0.0, 1.0)
 
-    def _engine(self, launched: Launched, pool: PagePool, latency: LatencyModel | None) -> Engine:
+    def _engine(self, launched: Launched, pool: PagePool, latency: LatencyModel) -> Engine:
         config, spec, store = self.deployment.config, self.deployment.spec, self.store
         scheduler = Scheduler(
             pool, config.kv_cache.page_size, config.prefill.max_num_batched_tokens,

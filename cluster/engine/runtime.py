@@ -22,6 +22,7 @@ from cluster.engine.pipeline import Pipeline, end_ids, launch_pipeline
 from cluster.engine.request_handle import EngineEvent, RequestHandle
 from cluster.engine.supervisor import PipelineSupervisor
 from cluster.kv_store.store import KvStore
+from cluster.latency.step_work import UNITS
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_user_message
@@ -274,10 +275,10 @@ class ClusterRuntime:
         return self.supervisor.newest.launched.epoch if self.supervisor.newest is not None else 0
 
     @property
-    def latency_coefficients(self) -> tuple[float, float, float, float]:
+    def latency_coefficients(self) -> tuple[float, ...]:
         """Fitted cost of a step; see `LatencyModel`."""
         pipeline = self.supervisor.running
-        return pipeline.engine.latency.coefficients if pipeline is not None else (0.0, 0.0, 0.0, 0.0)
+        return pipeline.engine.latency.coefficients if pipeline is not None else (0.0,) * len(UNITS)
 
     def status(self) -> dict[str, Any]:
         """Return sizes, use of KV, and the state of every shard."""

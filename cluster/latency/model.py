@@ -1,36 +1,33 @@
-"""Predict how long a step takes: `t = c + g * S + b * T + a * visited`, fitted online from measured steps.
+"""Predict how long a step takes: the work of its plan, times what a unit of work costs, fitted to measured steps.
 
-Per stage: `T` tokens of the step, `S` longest context it touches, `visited` query-key pairs. Dense rows visit all
-pairs; for sparse cells the shards report the share they visited, and a second small fit extrapolates it to longer
-contexts. No size of a step depends on the model: it serves the predicted end of a prefill and the hang detector.
+The units are those of `step_work`. Steps that only decode and others are summed apart, so that neither is forgotten
+while the other is measured, and solved together. Dense rows visit all pairs; for sparse cells the shards report the
+share they visited, and a second small fit extrapolates it to longer contexts. The fit serves the predicted end of a
+prefill, the hang detector and `longreach plan`; `latency_file` keeps it between runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.latency.step_work import UNITS, PlainWork, ShardWork, StepCounts, Work, causal_pairs
 from cluster.scheduler.chunking import Chunk
 from protos.model import grid
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 
-_FORGET = 0.98  # weight of the past at each new step: a memory of about 50 steps
-_SCALE = (1.0, 1e5, 1e3, 1e8)  # typical sizes of (1, S, T, visited): keeps the equations well scaled
+_FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
 _RIDGE = 1e-6
 _SLOPE = 0.5  # prior exponent: visited keys grow as this power of the context
 _SLOPE_WEIGHT = 0.5  # weight of the prior, as a number of cells at twice the context
 
-Features = tuple[float, float, float, float]
+Costs = tuple[float, ...]  # seconds of each of UNITS
 Floats = NDArray[np.float64]
-
-
-def causal_pairs(start: int, length: int) -> int:
-    """Return the number of query-key pairs that plain causal attention of these rows visits."""
-    return length * start + length * (length + 1) // 2
 
 
 def visited_share(part: SequenceSlice, reports: Sequence[CellReport]) -> float | None:
@@ -45,47 +42,59 @@ def visited_share(part: SequenceSlice, reports: Sequence[CellReport]) -> float |
 
 
 class LatencyModel:
-    """Fits four non-negative coefficients by recursive least squares with forgetting."""
+    """Fits the non-negative cost of each unit by recursive least squares with forgetting.
 
-    def __init__(self, spec: ModelSpec | None = None) -> None:
+    A step is measured at its slowest shard: for decode steps, of which others answer later, that of the last stage.
+    """
+
+    def __init__(self, spec: ModelSpec | None = None, works: Sequence[ShardWork] = ()) -> None:
+        """Args: `works` has one shard of every stage; without them costs are of tokens, contexts and pairs."""
         self._spec = spec
-        self._sparsity = _Sparsity()
-        self._gram = [[0.0] * 4] * 4  # lists, as numpy costs more than 16 sums
-        self._moment = [0.0] * 4
-        self._coefficients: Floats | None = None
-        self.num_steps = 0
+        self._decode_work: Work = works[-1] if works else PlainWork()
+        self._prefill_work: Work = max(reversed(works), key=lambda work: work.layers) if works else PlainWork()
+        self._sparsity = Sparsity()
+        self._prefill, self._decode = _Sums(), _Sums()
+        self._costs: Costs | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were measured, in this run and in those that left a file."""
+        return self._prefill.steps + self._decode.steps
 
     def observe(self, plan: StepPlan, seconds: float, reports: Sequence[CellReport] = ()) -> None:
-        """Take the measured time of a step (of the slowest stage), and what the shards report of its sparse grid."""
+        """Take the measured time of a step (of the slowest shard), and what the shards report of its sparse grid."""
         for part in plan.slices:
             if reports and (share := visited_share(part, reports)):
                 self._sparsity.observe(causal_pairs(part.start, part.length) / part.length, share)
-        x = [value / scale for value, scale in zip(self.features(plan, reports), _SCALE, strict=True)]
-        weight = max(seconds, 1e-6) ** -2  # errors count relative to the step: decode steps matter as much as chunks
-        self._gram = [
-            [_FORGET * old + weight * a * b for old, b in zip(row, x, strict=True)]
-            for row, a in zip(self._gram, x, strict=True)
-        ]
-        self._moment = [_FORGET * old + weight * a * seconds for old, a in zip(self._moment, x, strict=True)]
-        self._coefficients = None
-        self.num_steps += 1
+        (self._decode if plan.is_decode else self._prefill).add(self.features(plan, reports), seconds)
+        self._costs = None
 
-    def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> Features:
-        """Return (1, S, T, visited pairs) of a plan; sparse slices without reports are estimated."""
-        context = max((part.start + part.length for part in plan.slices), default=0)
-        visited = sum(self._visited(part, reports) for part in plan.slices)
-        return 1.0, context, plan.num_tokens, visited
+    def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> Costs:
+        """Return the units of a plan's work on its slowest shard; sparse slices without reports are estimated."""
+        work = self._decode_work if plan.is_decode else self._prefill_work
+        return tuple(float(unit) for unit in work.units(self.counts(plan, reports)))
+
+    def counts(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> StepCounts:
+        """Return the counts of a plan; sparse slices without reports are estimated."""
+        return StepCounts(
+            plan.num_tokens,
+            sum(part.sample is not None for part in plan.slices),
+            sum(part.start + part.length for part in plan.slices),
+            sum(self._visited(part, reports) for part in plan.slices),
+            sum(part.start + part.length for part in plan.slices if self._is_sparse(part)),
+        )
 
     @property
-    def coefficients(self) -> tuple[float, float, float, float]:
-        """(c, g, b, a) in seconds, seconds per context token, per token, per visited pair; zeros before any step."""
+    def coefficients(self) -> Costs:
+        """Seconds of each unit; zeros before any step, and for units that no step had."""
         if not self.num_steps:
-            return 0.0, 0.0, 0.0, 0.0
-        fitted = self._coefficients  # read once: other threads ask while the engine's thread observes
+            return (0.0,) * len(UNITS)
+        fitted = self._costs  # read once: other threads ask while the engine's thread observes
         if fitted is None:
-            fitted = self._coefficients = _non_negative(np.array(self._gram), np.array(self._moment)) / _SCALE
-        c, g, b, a = fitted.tolist()
-        return c, g, b, a
+            gram = np.array(self._prefill.gram) + np.array(self._decode.gram)
+            moment = np.array(self._prefill.moment) + np.array(self._decode.moment)
+            fitted = self._costs = tuple(_non_negative(gram, moment).tolist())
+        return fitted
 
     def predict(self, plan: StepPlan) -> float:
         """Return the seconds that a step would take."""
@@ -97,16 +106,42 @@ class LatencyModel:
             return None
         if not chunks:
             return 0.0
-        starts, stops, sparse = (np.array(column, np.float64) for column in zip(*chunks, strict=True))
-        lengths = stops - starts
-        contexts = starts + (lengths + 1) / 2
-        visited = lengths * np.where(sparse > 0, self._sparsity.keys(contexts), contexts)
-        c, g, b, a = self.coefficients
-        return float(len(chunks) * c + g * stops.sum() + b * lengths.sum() + a * visited.sum())
+        seconds = self._prefill_work.seconds(chunk_counts(chunks, self.keys), self.coefficients)
+        return float(np.sum(seconds))
+
+    def keys(self, contexts: Floats) -> Floats:
+        """Return the keys that rows of sparse cells visit, by their mean context; all of them before the first cell."""
+        return self._sparsity.keys(contexts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was learned, as plain data."""
+        sums = {"prefill": self._prefill.to_json(), "decode": self._decode.to_json()}
+        return {"units": list(UNITS), "sparsity": self._sparsity.sums.tolist(), **sums}
+
+    def restore(self, learned: Mapping[str, Any]) -> None:
+        """Begin with what another run has learned. Raises ValueError for anything but what `to_json` returns."""
+        if learned.get("units") != list(UNITS):
+            raise ValueError("it has other units of work")
+        sparsity = _numbers(learned.get("sparsity"), (5,))
+        prefill, decode = (_Sums.from_json(learned.get(kind)) for kind in ("prefill", "decode"))
+        self._sparsity.sums, self._prefill, self._decode, self._costs = sparsity, prefill, decode, None
+
+    def absorb(self, learned: Mapping[str, Any]) -> None:
+        """Add the steps of another run, as of `restore`; what was learned of sparse cells stays this one's."""
+        other = LatencyModel()
+        other.restore(learned)
+        for own, more in ((self._prefill, other._prefill), (self._decode, other._decode)):
+            own.gram = (np.array(own.gram) + np.array(more.gram)).tolist()
+            own.moment = (np.array(own.moment) + np.array(more.moment)).tolist()
+            own.steps += more.steps
+        self._costs = None
+
+    def _is_sparse(self, part: SequenceSlice) -> bool:
+        return self._spec is not None and grid.is_sparse(self._spec, part.start, part.prompt_len)
 
     def _visited(self, part: SequenceSlice, reports: Sequence[CellReport]) -> float:
         pairs = causal_pairs(part.start, part.length)
-        if self._spec is None or not grid.is_sparse(self._spec, part.start, part.prompt_len):
+        if not self._is_sparse(part):
             return pairs
         share = visited_share(part, reports)
         if share is not None:
@@ -114,7 +149,59 @@ class LatencyModel:
         return part.length * float(self._sparsity.keys(np.array(pairs / part.length)))
 
 
-class _Sparsity:
+def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> StepCounts:
+    """Return the counts of steps of one chunk each, of which none is sampled; `keys` as of `LatencyModel.keys`."""
+    starts, stops, sparse = (np.array(column, np.float64) for column in zip(*chunks, strict=True))
+    lengths = stops - starts
+    contexts = starts + (lengths + 1) / 2
+    visited = lengths * np.where(sparse > 0, keys(contexts), contexts)
+    return StepCounts(lengths, np.zeros_like(starts), stops, visited, sparse * stops)
+
+
+class _Sums:
+    """Weighted sums of products of features, forgetting, and the number of steps behind them."""
+
+    def __init__(self) -> None:
+        size = len(UNITS)
+        self.gram = [[0.0] * size for _ in range(size)]  # lists, as numpy costs more than so many sums
+        self.moment = [0.0] * size
+        self.steps = 0
+
+    def add(self, x: Costs, seconds: float) -> None:
+        """Take one step; errors count relative to its time, so that decode steps matter as much as chunks."""
+        weight = max(seconds, 1e-6) ** -2
+        self.gram = [
+            [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
+            for row, a in zip(self.gram, x, strict=True)
+        ]
+        self.moment = [_FORGET * old + weight * a * seconds for old, a in zip(self.moment, x, strict=True)]
+        self.steps += 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"gram": self.gram, "moment": self.moment, "steps": self.steps}
+
+    @classmethod
+    def from_json(cls, value: object) -> _Sums:
+        if not isinstance(value, Mapping) or not isinstance(value.get("steps"), int) or value["steps"] < 0:
+            raise ValueError("it has no sums")
+        sums, size = cls(), len(UNITS)
+        sums.gram, sums.steps = _numbers(value.get("gram"), (size, size)).tolist(), value["steps"]
+        sums.moment = _numbers(value.get("moment"), (size,)).tolist()
+        return sums
+
+
+def _numbers(value: object, shape: tuple[int, ...]) -> Floats:
+    """Return finite numbers of a shape. Raises ValueError."""
+    try:
+        numbers = np.array(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("it has no numbers") from error
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise ValueError(f"it has not the finite numbers of shape {shape}")
+    return numbers
+
+
+class Sparsity:
     """Fits the keys that a sparse row visits as a power of its context: `k = A * S ** slope`, slope from 0 to 1.
 
     Published budgets are the same at every length (slope 0 once they bind), adaptive ones grow. Before the first cell
@@ -122,16 +209,16 @@ class _Sparsity:
     """
 
     def __init__(self) -> None:
-        self._sums = np.zeros(5)  # weight, x, y, x * x, x * y in logarithms, forgetting
+        self.sums = np.zeros(5)  # weight, x, y, x * x, x * y in logarithms, forgetting
 
     def observe(self, context: float, share: float) -> None:
         """Take the mean context of the rows of a slice, and the share of it they visited."""
         x, y = math.log(context), math.log(context * share)
-        self._sums = _FORGET * self._sums + np.array([1.0, x, y, x * x, x * y])
+        self.sums = _FORGET * self.sums + np.array([1.0, x, y, x * x, x * y])
 
     def keys(self, contexts: Floats) -> Floats:
         """Return the keys visited by rows with these mean contexts."""
-        count, x, y, xx, xy = self._sums.tolist()
+        count, x, y, xx, xy = self.sums.tolist()
         if not count:
             return contexts
         prior = _SLOPE_WEIGHT * math.log(2) ** 2
@@ -143,8 +230,8 @@ class _Sparsity:
 
 
 def _non_negative(gram: Floats, moment: Floats) -> Floats:
-    """Solve least squares with coefficients >= 0: solve, drop the most negative one, repeat (four unknowns at most)."""
-    active: Sequence[int] = range(4)
+    """Solve least squares with coefficients >= 0: solve, drop the most negative one, repeat."""
+    active: Sequence[int] = range(len(moment))
     # Unit diagonal first: decode steps weigh 1e6 times more than chunks, which the ridge would outweigh otherwise.
     size = np.sqrt(np.diag(gram))
     size[size == 0] = 1.0
@@ -153,9 +240,9 @@ def _non_negative(gram: Floats, moment: Floats) -> Floats:
         index = np.array(active)
         solution = np.linalg.solve(gram[np.ix_(index, index)] + _RIDGE * np.eye(len(index)), moment[index])
         if (solution >= 0).all():
-            out = np.zeros(4)
+            out = np.zeros(len(moment))
             out[index] = solution / size[index]
             return out
         worst = int(index[solution.argmin()])
         active = [i for i in active if i != worst]
-    return np.zeros(4)
+    return np.zeros(len(moment))

@@ -32,7 +32,32 @@ class StepCounts(NamedTuple):
     cells: float | Floats  # contexts of slices whose keys are selected
 
 
-class ShardWork:
+class Work:
+    """What turns counts into `UNITS`."""
+
+    layers = 1
+
+    def units(self, counts: StepCounts) -> tuple[float | Floats, ...]:
+        """Return the units of a step, or of many."""
+        raise NotImplementedError
+
+    def seconds(self, counts: StepCounts, costs: Sequence[float]) -> float | Floats:
+        """Return the time of a step, or of many, where each unit costs so many seconds."""
+        total: float | Floats = 0.0
+        for units, cost in zip(self.units(counts), costs, strict=True):
+            total = total + units * cost
+        return total
+
+
+class PlainWork(Work):
+    """Work of a model whose shape is unknown: steps, tokens, contexts, pairs and cells as they are."""
+
+    def units(self, counts: StepCounts) -> tuple[float | Floats, ...]:
+        tokens = counts.tokens
+        return (tokens * 0.0 + 1.0, tokens * 0.0, tokens, counts.contexts, counts.pairs, counts.cells, tokens * 0.0)
+
+
+class ShardWork(Work):
     """Computes the work of a step on one shard: `UNITS`, in this order.
 
     - layers: of the shard, each with a fixed cost a step;
@@ -65,7 +90,6 @@ class ShardWork:
         self._reduced = 2 * self.layers * spec.hidden_size * width * 2 * (ranks - 1) / ranks
 
     def units(self, counts: StepCounts) -> tuple[float | Floats, ...]:
-        """Return the units of a step, or of many."""
         tokens, samples = counts.tokens, counts.samples
         has_head = np.minimum(samples, 1.0)
         touched = self._always + self._experts * (1.0 - self._miss**tokens) + has_head * self._head
@@ -78,13 +102,6 @@ class ShardWork:
             self._cell * counts.cells,
             self._reduced * tokens,
         )
-
-    def seconds(self, counts: StepCounts, costs: Sequence[float]) -> float | Floats:
-        """Return the time of a step, or of many, where each unit costs so many seconds."""
-        total: float | Floats = 0.0
-        for units, cost in zip(self.units(counts), costs, strict=True):
-            total = total + units * cost
-        return total
 
 
 def causal_pairs(start: Number, length: Number) -> Number:

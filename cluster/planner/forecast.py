@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import kv_dtype
-from cluster.latency.step_work import ShardWork, StepCounts
+from cluster.latency.model import chunk_counts
+from cluster.latency.pipeline_work import stage_works
+from cluster.latency.step_work import StepCounts
 from cluster.planner.memory import activation_width
 from cluster.scheduler.chunking import Chunk, chunks
 from protos.model.spec import ModelSpec
@@ -18,7 +19,6 @@ from protos.model.spec import ModelSpec
 Floats = NDArray[np.float64]
 KeysOf = Callable[[Floats], Floats]  # keys that sparse rows visit, by their mean context
 TILE = 64  # rows that read their keys together
-_KV_WIDTH = {"bfloat16": 2.0, "float32": 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Costs:
     link_s: float = 0.0  # of one byte to the next stage
     hop_s: float = 0.0  # of a message to the next stage, and of what the head does between steps
     keys: KeysOf | None = None  # measured; None: what the budgets say
+    is_rough: bool = False  # they are assumed, not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,6 @@ class Forecast:
 
     prefill_s: float
     decode_s: float
-
-
-def shard_works(deployment: Deployment) -> list[ShardWork]:
-    """Return the work of every stage: that of its first shard, as the shards of a stage are alike."""
-    spec, width = deployment.spec, activation_width(deployment)
-    kv_type = kv_dtype(deployment)
-    kv_width = _KV_WIDTH.get(kv_type, 1.0 + 4.0 / spec.head_dim)  # int8: with the scale of a head
-    return [ShardWork(spec, shard, width, kv_width) for shard in deployment.shards if shard.rank == 0]
 
 
 def budget_keys(spec: ModelSpec, contexts: Floats) -> Floats:
@@ -66,7 +59,7 @@ def budget_keys(spec: ModelSpec, contexts: Floats) -> Floats:
 
 def predict(deployment: Deployment, context: int, costs: Costs) -> Forecast:
     """Return the times of one prompt of `context` tokens, alone, in steps of its deployment."""
-    spec, works = deployment.spec, shard_works(deployment)
+    spec, works = deployment.spec, stage_works(deployment)
     steps = list(chunks(spec, 0, context, context, deployment.config.prefill.max_num_batched_tokens))
     counts = counts_of(spec, steps, costs.keys)
     seconds = [np.asarray(work.seconds(counts, costs.seconds)) for work in works]
@@ -78,14 +71,11 @@ def predict(deployment: Deployment, context: int, costs: Costs) -> Forecast:
 
 
 def counts_of(spec: ModelSpec, steps: Sequence[Chunk], keys: KeysOf | None) -> StepCounts:
-    """Return the counts of steps of one chunk each; the last one is sampled."""
-    starts, stops, sparse = (np.array(column, np.float64) for column in zip(*steps, strict=True))
-    lengths = stops - starts
-    means = starts + (lengths + 1) / 2
-    visited = keys(means) if keys is not None else budget_keys(spec, means)
-    samples = np.zeros_like(starts)
+    """Return the counts of steps of one chunk each, of which the last is sampled."""
+    counts = chunk_counts(steps, keys or (lambda contexts: budget_keys(spec, contexts)))
+    samples = np.zeros(len(steps))
     samples[-1] = 1.0
-    return StepCounts(lengths, samples, stops, lengths * np.where(sparse > 0, visited, means), sparse * stops)
+    return counts._replace(samples=samples)
 
 
 def last_finish(seconds: Sequence[Floats], hops: Floats) -> float:

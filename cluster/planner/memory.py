@@ -12,7 +12,6 @@ from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import (
     DTYPE_BYTES,
     compute_dtype,
-    kv_budget,
     shard_kv_token_bytes,
     shard_scratch_bytes,
     weight_bytes,
@@ -26,12 +25,17 @@ CONTEXTS = (1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)  # tokens, of 
 _GROUP = 128  # weights that share a scale of two bytes where they have four bits
 PRECISIONS = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / _GROUP}  # bytes of a weight in a product
 RUNS = ("bf16",)  # that the stages compute
+_PROCESS = 100 << 20  # Python, its libraries and arenas, beyond the fixed part of scratch; docs/planning.md
 _LONGEST = 1 << 24  # tokens; searches end there
 
 
 @dataclass(frozen=True, slots=True)
 class ShardMemory:
-    """What one shard holds, in bytes, for one context; `scratch_bytes` is an upper estimate of the largest step."""
+    """What one shard holds, in bytes, for one context.
+
+    `scratch_bytes` is an upper estimate of the largest step; `process_bytes` are of a process on a host: admission
+    finds them used already; a GPU's row of the hardware table reserves them.
+    """
 
     stage: int
     rank: int
@@ -40,10 +44,11 @@ class ShardMemory:
     weight_bytes: int
     kv_bytes: int
     scratch_bytes: int
+    process_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.scratch_bytes
+        return self.weight_bytes + self.kv_bytes + self.scratch_bytes + self.process_bytes
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"total_bytes": self.total_bytes}
@@ -58,7 +63,7 @@ def account(deployment: Deployment, context: int, sequences: int = 1) -> list[Sh
         ShardMemory(
             shard.stage, shard.rank, shard.layers.size, shard_weight_bytes(deployment.spec, shard, 1),
             weight_bytes(deployment, shard), tokens * shard_kv_token_bytes(deployment, shard),
-            shard_scratch_bytes(given, shard),
+            shard_scratch_bytes(given, shard), _process_bytes(deployment),
         )
         for shard in deployment.shards
     ]  # fmt: skip
@@ -81,6 +86,7 @@ def refusal(deployment: Deployment, context: int, memory: int) -> str:
     """
     sharers = _sharers(deployment)
     weights = [weight_bytes(deployment, shard) for shard in deployment.shards]
+    memory = max(0, memory - sharers * _process_bytes(deployment))
     if (missing := (max(weights) if sharers == 1 else sum(weights)) - memory) > 0:
         return f"the weights alone need {format_bytes(missing)} more"
     model = deployment.config.model.model_copy(update={"max_model_len": context})
@@ -102,13 +108,6 @@ def longest_context(deployment: Deployment, memory: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if refusal(deployment, middle * page, memory) else (middle, high)
     return low * page
-
-
-def kv_room(deployment: Deployment, memory: int) -> int:
-    """Return the bytes of KV that admission gives one shard in so much memory. Raises PreflightError."""
-    sharers = _sharers(deployment)
-    weights = [weight_bytes(deployment, shard) for shard in deployment.shards]
-    return kv_budget(deployment, _loaded(weights, memory, sharers), sharers)
 
 
 def precision_bytes(spec: ModelSpec, precision: str) -> int:
@@ -151,6 +150,10 @@ def _product_params(spec: ModelSpec, shard: ShardSpec) -> int:
     attention = 2 * hidden * spec.head_dim * (heads + kv_heads)
     experts = 3 * hidden * spec.moe_intermediate_size * shard.experts.size
     return len(layers) * attention + moe * experts + (len(layers) - moe) * 3 * hidden * shard.intermediate.size
+
+
+def _process_bytes(deployment: Deployment) -> int:
+    return 0 if deployment.config.cluster.device == "cuda" else _PROCESS
 
 
 def _sharers(deployment: Deployment) -> int:

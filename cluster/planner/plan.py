@@ -52,7 +52,8 @@ def make_plan(
             f"the positions cover {spec.max_context:,} tokens: longer contexts need YaRN, or the model's long-context "
             "file (such as config_1m.json)"
         )
-    if not target.measured and chosen.dense is not None:
+    costs = target.costs_of(given) if chosen.dense else None
+    if costs is not None and costs.is_rough:
         notes.append("times come from assumed shares of data-sheet rates: expect them to be off by a factor of two")
     return {
         "model": {
@@ -83,7 +84,7 @@ def make_plan(
             "dense": chosen.dense and chosen.dense.prefill_s, "sparse": chosen.sparse and chosen.sparse.prefill_s
         },
         "decode_s": chosen.dense and chosen.dense.decode_s,
-        "times_from": target.costs_of(given).source if chosen.dense else None,
+        "times_from": costs and costs.source,
         "precisions": precision_table(deployment),
         "notes": notes,
     }  # fmt: skip

@@ -51,9 +51,9 @@ def _number(count: int, what: str) -> str:
 
 
 def _shards(plan: dict[str, Any]) -> Any:
-    table = plain_table("stage.shard", "layers", "parameters", "weights", "KV", "scratch", "total")
+    table = plain_table("stage.shard", "layers", "parameters", "weights", "KV", "scratch", "process", "total")
     for shard in plan["memory"]["shards"]:
-        sizes = (format_bytes(shard[f"{name}_bytes"]) for name in ("weight", "kv", "scratch", "total"))
+        sizes = (format_bytes(shard[f"{name}_bytes"]) for name in ("weight", "kv", "scratch", "process", "total"))
         table.add_row(
             f"{shard['stage']}.{shard['rank']}", str(shard["layers"]), f"{shard['parameters'] / _GB:.3f} G", *sizes
         )

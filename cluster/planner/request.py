@@ -54,16 +54,16 @@ def plan_for(request: PlanRequest) -> dict[str, Any]:
         raise UserError(f"--context: {context}: must be from 1 to {_MOST_TOKENS} tokens")
     if request.chunk is not None and request.chunk < _LEAST_CHUNK:
         raise UserError(f"--chunk: {request.chunk}: must be at least {_LEAST_CHUNK} tokens")
-    target = _target(request, table)
+    target = _target(request, table, deployment.config.data_dir)
     return make_plan(deployment, context, target, _layout(request, deployment, target))
 
 
-def _target(request: PlanRequest, table: Mapping[str, Device]) -> Target:
+def _target(request: PlanRequest, table: Mapping[str, Device], data_dir: Path) -> Target:
     if request.gpu is not None:
         return gpu_target(table, request.gpu)
     if request.have is not None:
         return have_target(table, request.have)
-    return cpu_target(table, request.cpu, request.cores)
+    return cpu_target(table, request.cpu, request.cores, data_dir)
 
 
 def _layout(request: PlanRequest, deployment: Deployment, target: Target) -> tuple[int, int] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,11 +14,12 @@ from cluster.common.units import parse_bytes
 from cluster.config.deployment import Deployment
 from cluster.planner.forecast import Costs
 from cluster.planner.hardware import Device, find_device, processor
+from cluster.planner.measured import Measurements
 from protos.errors import UserError
 from protos.node.environment import cpu_facts, usable_cores
 
 _MOST = 64  # devices that are tried where their number is free
-_HOP_S = 0.002  # assumed: between stages of one node, and of the head process between steps
+_HOP_S = 0.001  # assumed: between stages of one node, and of the head process between steps
 _COUNTED = re.compile(r"([0-9]{1,4})\s*[x*]\s*(.+)")
 
 
@@ -31,17 +33,12 @@ class Target:
     devices: int | None
     device: Device | None = None  # None: its speed is unknown
     cores: int = 0
-    measured_costs: Costs | None = None  # go before those of the table
+    measurements: Measurements | None = None  # of this machine; go before the table
 
     @property
     def has_rates(self) -> bool:
         """Whether times can be predicted."""
-        return self.device is not None or self.measured_costs is not None
-
-    @property
-    def measured(self) -> bool:
-        """Whether predicted times come from measured steps or rates."""
-        return self.measured_costs is not None or (self.device is not None and self.device.measured)
+        return self.device is not None
 
     def counts(self) -> Iterator[int]:
         """Yield the numbers of shards to try, the least first."""
@@ -57,15 +54,20 @@ class Target:
 
     def costs_of(self, deployment: Deployment) -> Costs:
         """Return what a unit of work costs on one shard of a deployment here; `has_rates` must be true."""
-        if self.measured_costs is not None:
-            return self.measured_costs
         assert self.device is not None
+        name, link_s, is_rough = self.device.name, 1 / self.device.link, not self.device.measured
         if self.kind == "cuda":
-            return Costs(self.device.costs(), f"hardware table: {self.device.name}", 1 / self.device.link, _HOP_S)
-        shards = deployment.config.cluster.num_actors
+            return Costs(self.device.costs(), f"hardware table: {name}", link_s, _HOP_S, is_rough=is_rough)
         threads = deployment.config.cluster.threads(self.cores)
-        source = f"hardware table: {threads} x {self.device.name}"
-        return Costs(self.device.costs(threads, shards), source, 1 / self.device.link, _HOP_S)
+        usual = self.device.costs(threads, deployment.config.cluster.num_actors)
+        found = self.measurements.costs_of(deployment, usual) if self.measurements is not None else None
+        if found is not None:
+            return replace(found, link_s=link_s, hop_s=_HOP_S)
+        return Costs(usual, f"hardware table: {threads} x {name}", link_s, _HOP_S, is_rough=is_rough)
+
+    def with_measurements(self, measurements: Measurements) -> Target:
+        """Return the target with times that were measured on it."""
+        return replace(self, measurements=measurements)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,13 +94,27 @@ def have_target(table: Mapping[str, Device], text: str) -> Target:
     return Target("cuda", f"GPU of {size}", max(0, memory - reserved), count or 1)
 
 
-def cpu_target(table: Mapping[str, Device], text: str | None = None, cores: int | None = None) -> Target:
-    """Return this machine's processor with so much memory (None: what is available now). Raises UserError."""
+def cpu_target(
+    table: Mapping[str, Device], text: str | None = None, cores: int | None = None, data_dir: Path | None = None
+) -> Target:
+    """Return this machine's processor with so much memory (None: what is available now). Raises UserError.
+
+    Args:
+        data_dir: where running heads keep the times that they measure.
+    """
     memory = psutil.virtual_memory().available if text is None else parse_bytes(text)
     flags = (cpu_facts() or {}).get("flags", "").split()
     device = processor(table, flags)
     cores = cores or usable_cores()
-    return Target("cpu", f"{cores} x {device.name}", memory, 1, device, cores)
+    return Target(
+        "cpu",
+        f"{cores} x {device.name}",
+        memory,
+        1,
+        device,
+        cores,
+        Measurements.of(data_dir, cores) if data_dir else None,
+    )
 
 
 def _counted(text: str) -> tuple[int | None, str]:

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from cluster.common.errors import PreflightError
 from cluster.common.watched_thread import WatchedThreads
 from cluster.jobs.model import JobRecord
+from cluster.latency.step_work import UNITS
 from cluster.server.metrics_http import BoundedServer
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class _Gauges(Collector):
             yield GaugeMetricFamily(f"longreach_{name}", text, value=value)
         family = GaugeMetricFamily("longreach_step_model_seconds", "Fitted cost of a step.", labels=["per"])
         coefficients = self._runtime.latency_coefficients
-        for label, value in zip(("step", "context_token", "token", "pair"), coefficients, strict=True):
+        for label, value in zip(UNITS, coefficients, strict=True):
             family.add_metric([label], value)
         yield family
         yield from self._stored_kv()

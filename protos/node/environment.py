@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version_of("torch"),
         "ray": version_of("ray"),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
     }
 
@@ -93,7 +93,7 @@ def write_result(path: Path | None, result: Mapping[str, Any], **facts: Any) -> 
     return text
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """Return the processor's name and those of `_FEATURES` it has."""
     if (facts := cpu_facts()) is None:
         return platform.processor() or platform.machine()

@@ -85,6 +85,17 @@ def test_the_end_token_of_the_tokenizer_ends_answers_too(monkeypatch: pytest.Mon
     pipeline.close()
 
 
+def test_the_next_pipeline_knows_what_this_one_has_learned_of_times(launch: Any) -> None:
+    first: Pipeline = launch()
+    submit(first.engine, generation_spec([5, 6], 3)).wait(WAIT)
+    first.close()
+    steps = first.engine.latency.num_steps
+    second: Pipeline = launch()
+    assert second.engine.latency.num_steps == steps > 0
+    assert second.engine.latency.coefficients == first.engine.latency.coefficients
+    second.close()
+
+
 @pytest.mark.parametrize(
     ("fails_at", "log"), [("launch", ["launcher closed"]), ("connect", ["shard closed", "launcher closed"])]
 )

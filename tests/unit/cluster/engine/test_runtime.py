@@ -153,7 +153,7 @@ def test_states_from_start_to_close(tmp_path: Path) -> None:
         runtime.shard.close()
         assert runtime.status()["stages"] == [{"stage": 0, "rank": 0, "state": "unreachable"}]
     assert runtime.status()["stages"] == [{"stage": 0, "rank": 0, "state": "stopped"}]
-    assert runtime.latency_coefficients == (0.0, 0.0, 0.0, 0.0)
+    assert set(runtime.latency_coefficients) == {0.0}
     assert runtime.launched.fingerprint == "f", "what it was is still known"
 
 

@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -23,16 +24,20 @@ def plan(*parts: tuple[int, int]) -> StepPlan:
         ((), [1, 0, 0, 0]),
         (((0, 1),), [1, 1, 1, 1]),
         (((0, 67),), [1, 67, 67, 67 * 68 // 2]),
-        (((100, 1),), [1, 101, 1, 101]),
-        (((100, 10), (0, 4)), [1, 110, 14, 10 * 100 + 55 + 10]),
+        (((100, 1),), [1, 1, 101, 101]),
+        (((100, 10), (0, 4)), [1, 14, 114, 10 * 100 + 55 + 10]),
     ],
 )
 def test_features(parts: tuple[tuple[int, int], ...], expected: list[int]):
-    assert LatencyModel().features(plan(*parts)) == tuple(expected)
+    steps, tokens, contexts, pairs = expected
+    assert LatencyModel().features(plan(*parts)) == (steps, 0, tokens, contexts, pairs, 0, 0)
 
 
-def seconds(step: StepPlan, truth: tuple[float, ...]) -> float:
-    return sum(a * b for a, b in zip(truth, LatencyModel().features(step), strict=True))
+def seconds(step: StepPlan, truth: tuple[float, ...], model: LatencyModel | None = None, reports: Any = ()) -> float:
+    """The time of a step whose (step, token of context, token, pair) cost so much."""
+    steps, _, tokens, contexts, pairs, _, _ = (model or LatencyModel()).features(step, reports)
+    c, g, b, a = truth
+    return c * steps + g * contexts + b * tokens + a * pairs
 
 
 def training(rng: random.Random, truth: tuple[float, ...], steps: int = 200, noise: float = 0.0) -> LatencyModel:
@@ -80,7 +85,7 @@ def test_a_single_extreme_step_gives_finite_answers(measured: float):
 
 def test_before_any_step():
     model = LatencyModel()
-    assert model.coefficients == (0, 0, 0, 0)
+    assert model.coefficients == (0,) * 7
     assert model.predict(plan((0, 9))) == 0
     assert model.predict_chunks([Chunk(0, 10)]) is None
 
@@ -120,11 +125,11 @@ def test_the_share_a_slice_visited():
 def test_reported_shares_are_features_and_others_are_estimated():
     model, step = LatencyModel(SPEC), plan((8192, 8192))
     pairs = 8192 * 8192 + 8192 * 8193 / 2
-    assert model.features(step)[3] == pairs, "dense until a cell was seen"
-    assert model.features(step, [cell(8192, 0.25)])[3] == pytest.approx(pairs / 4)
+    assert model.features(step)[4] == pairs, "dense until a cell was seen"
+    assert model.features(step, [cell(8192, 0.25)])[4] == pytest.approx(pairs / 4)
     model.observe(step, 1.0, [cell(8192, 0.25)])
-    assert model.features(step)[3] == pytest.approx(pairs / 4)
-    assert LatencyModel().features(step, [cell(8192, 0.25)])[3] == pairs, "without a spec every row is dense"
+    assert model.features(step)[4] == pytest.approx(pairs / 4)
+    assert LatencyModel().features(step, [cell(8192, 0.25)])[4] == pairs, "without a spec every row is dense"
 
 
 def density_of(context: float, keys: float, power: float) -> float:
@@ -142,7 +147,7 @@ def test_the_rest_of_a_sparse_prefill_is_predicted(keys: float, power: float):
         length = chunk.stop - chunk.start
         mean = chunk.start + (length + 1) / 2
         reports = [cell(chunk.start, density_of(mean, keys, power), length=length)]
-        steps.append((step, reports, sum(a * b for a, b in zip(truth, model.features(step, reports), strict=True))))
+        steps.append((step, reports, seconds(step, truth, model, reports)))
     predictions = []
     for number, (step, reports, duration) in enumerate(steps, start=1):
         model.observe(step, duration, reports)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.latency.pipeline_work import stage_works
 from cluster.latency.step_work import StepCounts
-from cluster.planner.forecast import Costs, budget_keys, counts_of, last_finish, predict, shard_works
+from cluster.planner.forecast import Costs, budget_keys, counts_of, last_finish, predict
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_sparse
 from cluster.scheduler.chunking import Chunk
@@ -70,7 +71,7 @@ def test_counts_of_chunks(tmp_path: Path):
 
 
 def test_arrays_and_numbers_agree(tmp_path: Path):
-    (work,) = shard_works(as_sparse(subject(tmp_path)))
+    (work,) = stage_works(as_sparse(subject(tmp_path)))
     costs = (1e-4, 1e-11, 1e-12, 1e-11, 1e-12, 1e-12, 1e-9)
     rows = [(1.0, 1.0, 5.0, 5.0, 0.0), (512.0, 0.0, 9000.0, 1e6, 9000.0)]
     many = work.seconds(StepCounts(*(np.array(column) for column in zip(*rows, strict=True))), costs)

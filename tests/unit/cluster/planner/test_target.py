@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.planner.forecast import Costs
 from cluster.planner.hardware import load_hardware
 from cluster.planner.memory import relayout
 from cluster.planner.target import cpu_target, gpu_target, have_target
@@ -23,7 +22,7 @@ def test_gpus_of_the_table(text: str, counts: list[int], tmp_path: Path):
     assert target.memory == TABLE["h200"].memory - TABLE["h200"].reserved
     assert target.costs_of(subject(tmp_path)).seconds == TABLE["h200"].costs()
     assert target.has_rates
-    assert not target.measured
+    assert target.costs_of(subject(tmp_path)).is_rough
 
 
 def test_gpus_by_their_memory():
@@ -43,16 +42,6 @@ def test_the_processor_shares_its_cores_and_bandwidth(tmp_path: Path):
     assert four[2] == pytest.approx(4 * one[2])
     assert four[1] == pytest.approx(4 * one[1])
     assert cpu_target(TABLE).memory > 1 << 20, "what is available"
-
-
-def test_measured_costs_go_first(tmp_path: Path):
-    from dataclasses import replace
-
-    costs = Costs((0.0,) * 7, "measured")
-    target = replace(have_target(TABLE, "1x24GB"), measured_costs=costs)
-    assert target.has_rates
-    assert target.measured
-    assert target.costs_of(subject(tmp_path)) is costs
 
 
 @pytest.mark.parametrize("text", ["0x24GB", "2xfoo", "", "x", "-1x24GB", "2x24GB "])

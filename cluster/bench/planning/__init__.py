@@ -1,0 +1,1 @@
+"""Predicted against measured: the planner, ETA, and stages of a simulated pipeline."""

@@ -1,0 +1,145 @@
+"""The planner against measurement: five shapes, each predicted from shorter runs of the same head, then measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.bench.planning.watch import OtherLoad, PeakMemory
+from cluster.bench.resumable import Results
+from cluster.bench.rig import Served, running_head, serve
+from cluster.client.client import Client
+from cluster.common.units import format_count
+from cluster.engine.runtime import ClusterRuntime
+from cluster.latency.pipeline_work import measured_on
+from cluster.planner.forecast import predict
+from cluster.planner.hardware import load_hardware
+from cluster.planner.measured import Measurements
+from cluster.planner.memory import account
+from cluster.planner.target import cpu_target
+from protos.node.environment import usable_cores
+
+_DISTURBED = 0.2  # cores that others keep busy: a row with more is marked
+_SPARSE: dict[str, object] = {
+    "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "cell": 2048, "synthetic": True,
+    "recall_floor": 0.0,
+}  # fmt: skip
+_WARM_UP = 512  # tokens: new shapes are compiled
+_PAGE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A layout and a way to compute; `scale` is its length as a share of the length asked for."""
+
+    name: str
+    stages: int = 1
+    shards: int = 1
+    sparse: bool = False
+    kv: str = "auto"
+    scale: float = 1.0
+
+
+SHAPES = (
+    Shape("1 x 1, dense"),
+    Shape("1 x 1, sparse", sparse=True, scale=2.0),
+    Shape("2 x 1, dense", stages=2),
+    Shape("1 x 2, dense", shards=2),
+    Shape("1 x 1, int8 KV", kv="int8"),
+)
+
+
+def check_plan(
+    model: Path, length: int, chunk: int, decode: int, resume: Path | None, say: Callable[[str], None]
+) -> dict[str, Any]:  # fmt: skip
+    """Return predicted and measured memory and times of every shape, with their errors.
+
+    Every head reads an eighth and a half of the length first, which is all that the predictions know. Rows that
+    others have disturbed are marked.
+
+    Args:
+        length: tokens of the prompt; decode steps are measured at its end.
+        resume: a file of JSON lines; shapes it has are not measured again.
+    """
+    run = {"model": str(model), "length": length, "chunk": chunk, "decode": decode}
+    results = Results(resume, run)
+    done = {row["shape"]["name"] for row in results.rows}
+    for number, shape in enumerate(SHAPES, start=1):
+        if shape.name not in done:
+            row = _check_shape(model, shape, round(length * shape.scale), chunk, decode, say)
+            results.add(row)
+            say(f"{number} of {len(SHAPES)}: {shape.name}: {_summary(row)}")
+    rows = results.rows
+    errors = {
+        "memory": max(abs(row["memory"]["error"]) for row in rows),
+        "prefill": max(abs(row["prefill_s"]["error"]) for row in rows),
+        "decode": max(abs(row["decode_s"]["error"]) for row in rows),
+    }
+    met = errors["memory"] <= 0.05 and max(errors["prefill"], errors["decode"]) <= 0.2
+    return run | {"rows": rows, "largest_errors": errors, "met": met}
+
+
+def _check_shape(
+    model: Path, shape: Shape, length: int, chunk: int, decode: int, say: Callable[[str], None]
+) -> dict[str, Any]:  # fmt: skip
+    actors = shape.stages * shape.shards
+    threads = max(1, usable_cores() // actors)
+    context = length + decode + 1
+    head = running_head(
+        model, chunk, threads, kv_bytes="64GiB", cpus=usable_cores() / actors / 2, stages=shape.stages,
+        shards=shape.shards, max_model_len=str(-(-context // _PAGE) * _PAGE), max_num_seqs=1, kv_dtype=shape.kv,
+        sparse=_SPARSE if shape.sparse else {"enabled": False},
+    )  # fmt: skip
+    with head as (client, runtime):
+        for number, tokens in enumerate((_WARM_UP, length // 8, length // 2)):
+            say(f"{shape.name}: reading {format_count(tokens)} tokens")
+            serve(client, tokens, 2 if number == 0 else decode // 2, number)
+        predicted = _predict(runtime, length, context)
+        say(f"{shape.name}: {format_count(length)} tokens, {predicted['prefill_s']:.1f} s predicted")
+        row, measured = _measure(client, runtime, length, decode)
+    row |= {
+        "shape": asdict(shape), "length": length, "threads": threads, "times_from": predicted["times_from"],
+        "memory": _compare(predicted["memory"], row.pop("peak_bytes")),
+        "prefill_s": _compare(predicted["prefill_s"], measured.first_token_s),
+        "decode_s": _compare(predicted["decode_s"], measured.decode_s),
+    }  # fmt: skip
+    return row
+
+
+def _predict(runtime: ClusterRuntime, length: int, context: int) -> dict[str, Any]:
+    """Return what `longreach plan` says of a running deployment, from what its head has measured so far."""
+    deployment, cores = runtime.deployment, usable_cores()
+    of = measured_on(deployment, runtime.launched.kernel_family, cores)
+    target = cpu_target(load_hardware(), cores=cores)
+    measurements = Measurements([(of, runtime.engine.latency.to_json())], cores)
+    costs = target.with_measurements(measurements).costs_of(deployment)
+    forecast = predict(deployment, length, costs)
+    memory = sum(shard.total_bytes for shard in account(deployment, context))
+    return {
+        "memory": memory, "prefill_s": forecast.prefill_s, "decode_s": forecast.decode_s, "times_from": costs.source
+    }  # fmt: skip
+
+
+def _measure(client: Client, runtime: ClusterRuntime, length: int, decode: int) -> tuple[dict[str, Any], Served]:
+    pids = runtime.launched.pids
+    load = OtherLoad(pids)
+    with PeakMemory(pids) as memory:
+        served = serve(client, length, decode + 1, seed=9)
+    others = load.cores()
+    row = {"peak_bytes": sum(memory.peaks), "other_load_cores": others, "disturbed": others > _DISTURBED}
+    return row, served
+
+
+def _compare(predicted: float, measured: float) -> dict[str, float]:
+    return {"predicted": predicted, "measured": measured, "error": round(predicted / measured - 1, 4)}
+
+
+def _summary(row: dict[str, Any]) -> str:
+    shown = [
+        f"memory {row['memory']['error']:+.1%}",
+        f"prefill {row['prefill_s']['measured']:.1f} s ({row['prefill_s']['error']:+.1%})",
+        f"decode {row['decode_s']['measured'] * 1e3:.1f} ms ({row['decode_s']['error']:+.1%})",
+    ]
+    return ", ".join(shown) + (f"; others kept {row['other_load_cores']} cores busy" if row["disturbed"] else "")

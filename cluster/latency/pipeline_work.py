@@ -1,0 +1,44 @@
+"""The work of a deployment's shards, and what times measured on it are kept under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+
+from cluster.config.deployment import Deployment
+from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
+from cluster.latency.latency_file import Measured
+from cluster.latency.step_work import ShardWork
+from protos.node.environment import cpu_name
+
+
+def stage_works(deployment: Deployment) -> list[ShardWork]:
+    """Return the work of every stage: that of its first shard, as the shards of a stage are alike."""
+    spec, width = deployment.spec, DTYPE_BYTES[compute_dtype(deployment)]
+    kv_type = kv_dtype(deployment)
+    kv_width = 1.0 + 4.0 / spec.head_dim if kv_type == "int8" else float(DTYPE_BYTES[kv_type])  # with a head's scale
+    return [ShardWork(spec, shard, width, kv_width) for shard in deployment.shards if shard.rank == 0]
+
+
+def measured_on(deployment: Deployment, kernel_family: str, cores: int) -> Measured:
+    """Return the hardware and the model of a deployment on this machine.
+
+    Args:
+        kernel_family: of its shards; empty: of a processor.
+        cores: of this machine, for stages on the processor.
+    """
+    cluster = deployment.config.cluster
+    is_cpu = cluster.device == "cpu"
+    hardware = cpu_name() if is_cpu else f"{kernel_family} at {cpu_name()}"
+    threads = cluster.threads(cores)
+    spec = deployment.spec
+    sparse = "" if spec.sparse is None else _digest(json.dumps(asdict(spec.sparse)))
+    return Measured(
+        hardware, cores, threads if is_cpu else 1, cluster.pipeline_parallel_size, cluster.expert_parallel_size,
+        _digest(replace(spec, sparse=None).to_json()), sparse, compute_dtype(deployment), kv_dtype(deployment),
+    )  # fmt: skip
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

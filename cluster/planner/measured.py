@@ -1,0 +1,78 @@
+"""Costs that running heads have measured on this machine, as a plan uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config.deployment import Deployment
+from cluster.latency.latency_file import Measured, measured_files
+from cluster.latency.model import LatencyModel
+from cluster.latency.pipeline_work import measured_on
+from cluster.planner.forecast import Costs
+
+_BY_THREADS = (False, True, True, True, True, True, False)  # of UNITS: fewer threads of a shard take longer for it
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a data directory keeps of times measured on this kind of hardware."""
+
+    files: Sequence[tuple[Measured, Mapping[str, Any]]]
+    cores: int
+
+    @classmethod
+    def of(cls, data_dir: Path, cores: int) -> Measurements:
+        """Read a data directory; one without measured steps has none."""
+        return cls(list(measured_files(data_dir)), cores)
+
+    def costs_of(self, deployment: Deployment, usual: Sequence[float]) -> Costs | None:
+        """Return the costs of a deployment, None where nothing fits.
+
+        Steps of the same model in this layout and with these threads are taken if there are any, else of the same
+        model in another layout, else of all models here; costs are scaled to the threads. Units that no step had cost
+        what `usual` says.
+        """
+        wanted = measured_on(deployment, "", self.cores)
+        here = [(of, learned) for of, learned in self.files if (of.hardware, of.cores) == (wanted.hardware, self.cores)]
+        model = [entry for entry in here if _model(entry[0]) == _model(wanted)]
+        same = [entry for entry in model if _layout(entry[0]) == _layout(wanted)]
+        what = "this model" if model else "other models"
+        groups = [(same, f"{what}, {wanted.stages} x {wanted.shards}"), (model, f"{what}, other layouts"), (here, what)]
+        for group, name in groups:
+            if fitted := _fit(group, wanted):
+                model_fit, steps = fitted
+                seconds = tuple(own or other for own, other in zip(model_fit.coefficients, usual, strict=True))
+                threads = max(of.threads for of, _ in group)
+                scale = threads / wanted.threads
+                seconds = tuple(c * scale if by else c for c, by in zip(seconds, _BY_THREADS, strict=True))
+                has_cells = any(of.sparse == wanted.sparse and wanted.sparse for of, _ in group)
+                keys = model_fit.keys if has_cells else None
+                return Costs(seconds, f"{steps:,} steps measured here ({name})", keys=keys)
+        return None
+
+
+def _fit(group: Sequence[tuple[Measured, Mapping[str, Any]]], wanted: Measured) -> tuple[LatencyModel, int] | None:
+    """Return the model of all steps of a group with the same threads, sparse cells as wanted; None without steps."""
+    if not group:
+        return None
+    threads = max(of.threads for of, _ in group)
+    usable = [(of, learned) for of, learned in group if of.threads == threads]
+    usable.sort(key=lambda entry: entry[0].sparse != wanted.sparse)
+    model = LatencyModel()
+    for index, (_, learned) in enumerate(usable):
+        try:
+            model.absorb(learned) if index else model.restore(learned)
+        except ValueError:
+            continue
+    return (model, model.num_steps) if model.num_steps else None
+
+
+def _model(of: Measured) -> tuple[str, str, str]:
+    return of.model, of.dtype, of.kv_dtype
+
+
+def _layout(of: Measured) -> tuple[int, int, int]:
+    return of.threads, of.stages, of.shards

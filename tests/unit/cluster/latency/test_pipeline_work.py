@@ -1,0 +1,43 @@
+"""Stages have works, and measured times a key of hardware and model."""
+
+from __future__ import annotations
+
+from cluster.config.deployment import load_deployment
+from cluster.latency.pipeline_work import measured_on, stage_works
+from cluster.latency.step_work import UNITS, StepCounts
+from tests.support.paths import CONFIGS
+
+DEMO = CONFIGS / "demo.yaml"
+
+
+def test_every_stage_has_its_work():
+    works = stage_works(load_deployment(DEMO))
+    assert [work.layers for work in works] == [2, 2]
+    first, last = (dict(zip(UNITS, work.units(StepCounts(1, 1, 10, 10, 0)), strict=True)) for work in works)
+    assert last["weight_bytes"] > first["weight_bytes"], "the output head"
+
+
+def test_kv_has_its_own_width():
+    plain, small = (
+        dict(zip(UNITS, stage_works(load_deployment(DEMO, given))[0].units(StepCounts(1, 0, 100, 0, 0)), strict=True))
+        for given in ({}, {"kv_cache.dtype": "int8"})
+    )
+    dim = load_deployment(DEMO).spec.head_dim
+    assert small["kv_bytes"] / plain["kv_bytes"] == (1 + 4 / dim) / 2
+
+
+def test_the_key_names_hardware_and_model():
+    base = measured_on(load_deployment(DEMO), "avx512", 8)
+    assert (base.cores, base.threads, base.stages, base.shards) == (8, 1, 2, 2)
+    assert base.key == measured_on(load_deployment(DEMO), "amx", 8).key, "the processor says enough"
+    for change in (
+        {"cluster.threads_per_actor": 3},
+        {"kv_cache.dtype": "int8"},
+        {"model.dtype": "float32"},
+        {"cluster.pipeline_parallel_size": 1},
+        {"sparse.enabled": False},
+    ):
+        assert measured_on(load_deployment(DEMO, change), "avx512", 8).key != base.key, change
+    gpu = measured_on(load_deployment(DEMO, {"cluster.device": "cuda"}), "cuda-9.0", 8)
+    assert gpu.hardware.startswith("cuda-9.0 at ")
+    assert gpu.threads == 1

@@ -1,0 +1,115 @@
+"""Measured steps go before the table: of this model and layout, else of this model, else of others here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config.deployment import Deployment
+from cluster.latency.latency_file import LatencyFile, Measured
+from cluster.latency.model import LatencyModel
+from cluster.latency.pipeline_work import measured_on, stage_works
+from cluster.planner.forecast import predict
+from cluster.planner.hardware import load_hardware
+from cluster.planner.measured import Measurements
+from cluster.planner.memory import relayout
+from cluster.planner.plan import make_plan
+from cluster.planner.subject import as_dense, as_sparse
+from cluster.planner.target import cpu_target
+from protos.stage.messages import CellReport, SequenceSlice, StepPlan
+from tests.support.planner.models import subject
+
+CORES = 4
+TRUTH = (1e-4, 4e-11, 1e-12, 5e-11, 2e-12, 3e-12, 0.0)
+USUAL = (1.0,) * 7
+
+
+def plan(start: int, length: int, prompt: int) -> StepPlan:
+    return StepPlan(1, (SequenceSlice(0, start, length, prompt, (), (), 1),))
+
+
+def run_head(data_dir: Path, given: Deployment, truth: tuple[float, ...] = TRUTH, of: Measured | None = None) -> None:
+    """Leave what a head that computes with these costs would leave after a prompt and some decode steps."""
+    model = LatencyModel(given.spec, stage_works(given))
+    for step in range(40):
+        start = step * 2048
+        for made in (plan(start, 2048 if step % 3 else 512, 81_920), plan(start, 1, start)):
+            part = made.slices[0]
+            is_cell = given.spec.sparse is not None and part.length > 1
+            reports = [CellReport(0, 0, 0, start, part.length, (0.2,), (1,), (1,), (False,))] if is_cell else []
+            model.observe(made, sum(a * b for a, b in zip(model.features(made, reports), truth, strict=True)), reports)
+    LatencyFile(data_dir, of or measured_on(given, "avx512", CORES)).save(model)
+
+
+def small(folder: Path) -> Deployment:
+    return subject(folder, "cpu", num_hidden_layers=4, num_experts=16, vocab_size=1000, eos_token_id=2)
+
+
+def test_steps_of_this_model_and_layout(tmp_path: Path):
+    given = small(tmp_path)
+    run_head(tmp_path / "data", given)
+    costs = Measurements.of(tmp_path / "data", CORES).costs_of(given, USUAL)
+    assert costs is not None
+    assert costs.source == "80 steps measured here (this model, 1 x 1)"
+    truth = replace(costs, seconds=TRUTH)
+    for context in (10_000, 200_000):
+        found, wanted = predict(given, context, costs), predict(given, context, truth)
+        assert found.prefill_s == pytest.approx(wanted.prefill_s, rel=0.05)
+        assert found.decode_s == pytest.approx(wanted.decode_s, rel=0.05)
+    assert costs.keys is None, "no cell was measured"
+
+
+def test_other_layouts_and_threads_are_scaled(tmp_path: Path):
+    given = small(tmp_path)
+    run_head(tmp_path / "data", given)
+    measurements = Measurements.of(tmp_path / "data", CORES)
+    one, two = (measurements.costs_of(relayout(given, stages, 1), USUAL) for stages in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert two.source == "80 steps measured here (this model, other layouts)"
+    assert two.seconds[2] == pytest.approx(2 * one.seconds[2]), "half of the threads for each stage"
+    assert two.seconds[0] == one.seconds[0]
+    assert two.seconds[6] == 1.0, "no step had reductions: the usual cost"
+
+
+def test_another_model_here_is_better_than_nothing(tmp_path: Path):
+    given = small(tmp_path)
+    run_head(tmp_path / "data", given, of=replace(measured_on(given, "", CORES), model="another"))
+    costs = Measurements.of(tmp_path / "data", CORES).costs_of(given, USUAL)
+    assert costs is not None
+    assert costs.source == "80 steps measured here (other models)"
+
+
+def test_other_hardware_says_nothing(tmp_path: Path):
+    given = small(tmp_path)
+    here = measured_on(given, "", CORES)
+    for number, of in enumerate((replace(here, hardware="another"), replace(here, cores=64))):
+        run_head(tmp_path / str(number), given, of=of)
+        assert Measurements.of(tmp_path / str(number), CORES).costs_of(given, USUAL) is None
+    assert Measurements.of(tmp_path / "absent", CORES).costs_of(given, USUAL) is None
+
+
+def test_what_cells_visit_is_kept_for_the_same_sparse_prefill(tmp_path: Path):
+    given = small(tmp_path)
+    sparse = as_sparse(given)
+    run_head(tmp_path / "data", as_dense(given))
+    run_head(tmp_path / "data", sparse)
+    measurements = Measurements.of(tmp_path / "data", CORES)
+    of_sparse, of_dense = measurements.costs_of(sparse, USUAL), measurements.costs_of(given, USUAL)
+    assert of_sparse is not None
+    assert of_dense is not None
+    assert of_sparse.keys is not None
+    assert of_dense.keys is None
+    assert of_sparse.source.startswith("160 steps")
+
+
+def test_a_plan_uses_them(tmp_path: Path):
+    given = small(tmp_path)
+    run_head(tmp_path / "data", given)
+    target = cpu_target(load_hardware(), "64GB", CORES, tmp_path / "data")
+    made = make_plan(given, 8192, target)
+    assert made["times_from"] == "80 steps measured here (this model, 1 x 1)"
+    assert not any("assumed" in note for note in made["notes"])
+    assert "hardware table" in make_plan(given, 8192, cpu_target(load_hardware(), "64GB", CORES))["times_from"]
