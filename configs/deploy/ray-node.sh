@@ -52,5 +52,8 @@ unset RAY_AUTH_TOKEN
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 # Ray counts mapped weights as memory in use and would kill stages; they are no background work either
 export RAY_memory_monitor_refresh_ms=0 RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0
-# nothing of ours goes through the object store, so it has the smallest size that Ray takes
-exec ray start --block --disable-usage-stats --temp-dir="$folder" --object-store-memory=80000000 "$@"
+# a machine whose Ray is gone counts as lost after 5 s instead of 15; one that answers late, after 50 s as ever
+export RAY_health_check_period_ms=1000
+# Ray opens its own folder to everybody, so it is inside; nothing of ours goes through the object store, which has the
+# smallest size that Ray takes
+exec ray start --block --disable-usage-stats --temp-dir="$folder/ray" --object-store-memory=80000000 "$@"

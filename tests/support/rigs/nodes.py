@@ -1,0 +1,209 @@
+"""Machines on this one: network namespaces with addresses of their own, each with a Ray node.
+
+All of them see the same files, as machines with a shared folder do. Every wait has an end, and `close` leaves no
+process, namespace or interface behind, whatever state they are in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+from cluster.bench.head_process import marked_processes, marking
+from tests.support.paths import ROOT
+from tests.support.rigs.head import LONG, until
+
+SCRIPT = ROOT / "configs" / "deploy" / "ray-node.sh"
+RAY_PORT = 6379
+_STARTED = "Ray runtime started"
+_GONE_WITHIN_S = 30.0
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+
+
+@functools.cache
+def why_no_namespaces() -> str:
+    """Return why this process cannot make network namespaces; "" if it can."""
+    if sys.platform != "linux" or shutil.which("ip") is None:
+        return "needs Linux and the program ip (package iproute2)"
+    try:
+        network = Network(1)
+    except subprocess.SubprocessError as error:
+        said = str(getattr(error, "stderr", "") or error).strip().splitlines()
+        return f"network namespaces are not permitted here: {said[-1] if said else error}"
+    network.close()
+    return ""
+
+
+class Network:
+    """Namespaces on one bridge, which this process reaches too."""
+
+    def __init__(self, count: int) -> None:
+        """Raises: subprocess.SubprocessError where that is not permitted; nothing is left then."""
+        name = f"lr{uuid.uuid4().hex[:6]}"
+        self._bridge = f"{name}b"
+        self._names = [f"{name}n{index}" for index in range(count)]
+        part = _free_subnet()
+        self.addresses = [f"198.18.{part}.{index + 1}" for index in range(count)]
+        try:
+            _ip("link", "add", self._bridge, "type", "bridge")
+            _ip("addr", "add", f"198.18.{part}.254/24", "dev", self._bridge)
+            _ip("link", "set", self._bridge, "up")
+            for index, (namespace, address) in enumerate(zip(self._names, self.addresses, strict=True)):
+                _ip("netns", "add", namespace)
+                outer = f"{name}v{index}"
+                _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+                _ip("link", "set", outer, "master", self._bridge, "up")
+                _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+                for link in ("eth0", "lo"):
+                    _ip("-n", namespace, "link", "set", link, "up")
+                _ip("-n", namespace, "route", "add", "default", "via", f"198.18.{part}.254")
+        except BaseException:
+            self.close()
+            raise
+
+    def inside(self, index: int) -> list[str]:
+        """Return the beginning of a command that runs on a machine."""
+        return ["ip", "netns", "exec", self._names[index]]
+
+    def processes(self, index: int) -> list[psutil.Process]:
+        """Return all processes of a machine."""
+        found = subprocess.run(
+            ["ip", "netns", "pids", self._names[index]], capture_output=True, text=True, timeout=30, check=False
+        )
+        processes = []
+        for pid in found.stdout.split():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes.append(psutil.Process(int(pid)))
+        return processes
+
+    def kill(self, index: int) -> None:
+        """SIGKILL every process of a machine, until none is left."""
+        end = time.monotonic() + _GONE_WITHIN_S
+        while processes := self.processes(index):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, 0.2)
+            assert time.monotonic() < end, [process.pid for process in processes]
+
+    def close(self) -> None:
+        """Kill what is left on every machine, and remove them."""
+        for index, namespace in enumerate(self._names):
+            with contextlib.suppress(AssertionError, subprocess.SubprocessError):
+                self.kill(index)
+            with contextlib.suppress(subprocess.SubprocessError):
+                _ip("netns", "del", namespace)  # with its end of the cable, and so the other end
+        with contextlib.suppress(subprocess.SubprocessError):
+            _ip("link", "del", self._bridge)
+
+
+def _free_subnet() -> int:
+    """Return the third number of a subnet of 198.18.0.0/16 (for tests of networks) that no interface is in."""
+    used = {
+        int(each.address.split(".")[2])
+        for addresses in psutil.net_if_addrs().values() for each in addresses if each.address.startswith("198.18.")
+    }  # fmt: skip
+    return next(part for part in range(os.getpid() % 200, 255) if part not in used)
+
+
+class RayNodes:
+    """A Ray of several machines, each started by configs/deploy/ray-node.sh; the first one is Ray's head."""
+
+    def __init__(self, machines: int) -> None:
+        self.network = Network(machines)
+        self.mark = uuid.uuid4().hex  # in the environment of everything that Ray starts
+        self.folder = Path(tempfile.mkdtemp(prefix="lr", dir="/tmp"))  # short: sockets are in it
+        self.token = self.folder / "token"
+        self._shells: dict[int, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> RayNodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Where others join."""
+        return f"{self.network.addresses[0]}:{RAY_PORT}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a head needs to join."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    def session(self, index: int) -> Path:
+        """Return the folder of Ray's sockets and logs of a machine."""
+        return self.folder / f"ray{index}"
+
+    def start(self, index: int, cpus: int) -> None:
+        """Start Ray on a machine, and wait until it has; the first one before the others."""
+        own = self.network.addresses[index]
+        arguments = ["head", own] if index == 0 else ["join", self.address, own]
+        others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = others | marking(self.mark) | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_FOLDER": str(self.session(index)),
+        }  # fmt: skip
+        log = self.folder / f"ray{index}.log"
+        log.unlink(missing_ok=True)
+        command = [*self.network.inside(index), str(SCRIPT), *arguments, f"--num-cpus={cpus}"]
+        with log.open("wb") as out:
+            shell = self._shells[index] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+        def is_started() -> bool:
+            said = log.read_text(errors="replace")
+            assert shell.poll() is None, f"Ray ended: {said[-2000:]}"
+            return _STARTED in said
+
+        until(is_started, f"Ray on {own}")
+
+    def lose(self, index: int) -> None:
+        """Kill everything on a machine."""
+        self.network.kill(index)
+        if index in self._shells:
+            self._shells.pop(index).wait(LONG)
+
+    def stages(self) -> list[psutil.Process]:
+        """Return the stage processes of all machines."""
+        found = []
+        for process in marked_processes(self.mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "StageActor" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def machine_of(self, process: psutil.Process) -> int:
+        """Return on which machine a process is."""
+        here = os.stat(f"/proc/{process.pid}/ns/net").st_ino
+        for index in range(len(self.network.addresses)):
+            if any(os.stat(f"/proc/{each.pid}/ns/net").st_ino == here for each in self.network.processes(index)[:1]):
+                return index
+        raise AssertionError(f"process {process.pid} is on no machine")
+
+    def close(self) -> None:
+        """End everything; raises nothing."""
+        self.network.close()
+        for shell in self._shells.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                shell.kill()
+                shell.wait(_GONE_WITHIN_S)
+        for process in marked_processes(self.mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
