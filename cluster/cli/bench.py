@@ -130,4 +130,33 @@ def scaling(**given: Any) -> None:
     _measure("scaling", **given)
 
 
+@bench.command()
+@click.argument("results", type=_PATH, nargs=-1, required=True)
+@click.option("--out", type=_PATH, required=True, help="Folder for report.md and pictures; made if absent.")
+@click.option(
+    "--format", "formats", type=click.Choice(["png", "svg"]), multiple=True, default=["png"], show_default=True,
+    help="Of pictures (repeatable); report.md shows the first.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the paths as one JSON object.")
+def report(results: tuple[Path, ...], out: Path, formats: tuple[str, ...], as_json: bool) -> None:
+    """Draw RESULTS, files of `longreach bench` and of `longreach eval recall`, and write report.md.
+
+    \b
+    longreach bench report bench-*.json eval-recall-*.json --out report --format png --format svg
+    """
+    from cluster.bench.report.files import read_results
+    from cluster.bench.report.markdown import write_report
+
+    with one_line_errors():
+        read = read_results(results)
+        with open_display(as_json) as display:
+            display.status("drawing")
+            paths = write_report(read, out, list(dict.fromkeys(formats)))
+    if as_json:
+        say_json({"files": [str(path) for path in paths]})
+    else:
+        for path in paths:
+            say(str(path))
+
+
 VERBS = (bench,)

@@ -223,8 +223,9 @@ def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: 
     """Print the table or JSON, draw the picture, and say where the files are."""
     from rich.console import Console
 
-    from cluster.tools.eval.plots import draw, has_matplotlib
+    from cluster.tools.eval.plots import draw
     from cluster.tools.eval.tables import print_report
+    from cluster.tools.figures import has_matplotlib
 
     if as_json:
         say_json(report | {"environment": result.environment})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,13 @@ import numpy.typing as npt
 
 from cluster.common.units import format_count
 from cluster.tools.eval.tables import depth_scores
+from cluster.tools.figures import DPI, empty_figure
 from protos.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FAILED = "#d9d9d9"
-_DPI = 150
 _MAX_LABELS = 16  # on one axis
 
 Grid = npt.NDArray[np.float64]  # 0..1, NaN where a value is missing
@@ -38,12 +37,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure = _pinned(report)
     else:
         figure = _recall(report)
-    figure.savefig(path, dpi=_DPI, format="png")
-
-
-def has_matplotlib() -> bool:
-    """Return whether pictures can be drawn here."""
-    return find_spec("matplotlib") is not None
+    figure.savefig(path, dpi=DPI, format="png")
 
 
 def _needles(report: dict[str, Any]) -> Figure:
@@ -85,7 +79,7 @@ def _recall(report: dict[str, Any]) -> Figure:
 
 def _pinned(report: dict[str, Any]) -> Figure:
     """Draw the logit error over the pinned length: the largest as a line, the mean dashed, dense and sparse."""
-    figure = _empty_figure(6.4, 4.4)
+    figure = empty_figure(6.4, 4.4)
     axis = figure.subplots()
     for is_sparse, colour in ((False, "#2166ac"), (True, "#b2182b")):
         entries = [entry for entry in report["pinned"] if entry["sparse"] == is_sparse]
@@ -103,21 +97,12 @@ def _pinned(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _empty_figure(width: float, height: float) -> Figure:
-    """Return a figure of no window, with no global state; sizes in inches. Raises UserError."""
-    if not has_matplotlib():
-        raise UserError("picture: needs matplotlib: pip install 'longreach[eval]'")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
 def _figure(
     title: str, details: str, panels: Sequence[tuple[str, Grid]], colours: str, scale: str, *, width: float,
     height: float, x: Labels, y: Labels,
 ) -> Figure:  # fmt: skip
     """Return panels (title and values) side by side with one colour scale; sizes in inches. Raises UserError."""
-    figure = _empty_figure(width, height)
+    figure = empty_figure(width, height)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, values) in zip(axes, panels, strict=True):
         image = _heat_map(axis, values, colours)

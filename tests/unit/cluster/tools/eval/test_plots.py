@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tools.eval.plots import draw, has_matplotlib
+from cluster.tools.eval.plots import draw
+from cluster.tools.figures import has_matplotlib
 from protos.errors import UserError
 from tests.support.data.eval_reports import MODES, needle_report, pinned_report, recall_report
 from tests.support.paths import ROOT

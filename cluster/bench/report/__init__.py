@@ -1,0 +1,1 @@
+"""Markdown and pictures of result files: `longreach bench report`."""
