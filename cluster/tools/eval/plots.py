@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.common.units import format_count
+from cluster.tools.eval.canvas import empty_figure
+from cluster.tools.eval.ruler.plots import draw_scores
 from cluster.tools.eval.tables import depth_scores
 from protos.errors import UserError
 
@@ -34,16 +35,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """
     if report["what"] == "needle":
         figure = _needles(report)
+    elif report["what"] == "ruler":
+        figure = draw_scores(report)
     elif report.get("pinned"):
         figure = _pinned(report)
     else:
         figure = _recall(report)
     figure.savefig(path, dpi=_DPI, format="png")
-
-
-def has_matplotlib() -> bool:
-    """Return whether pictures can be drawn here."""
-    return find_spec("matplotlib") is not None
 
 
 def _needles(report: dict[str, Any]) -> Figure:
@@ -85,7 +83,7 @@ def _recall(report: dict[str, Any]) -> Figure:
 
 def _pinned(report: dict[str, Any]) -> Figure:
     """Draw the logit error over the pinned length: the largest as a line, the mean dashed, dense and sparse."""
-    figure = _empty_figure(6.4, 4.4)
+    figure = empty_figure(6.4, 4.4)
     axis = figure.subplots()
     for is_sparse, colour in ((False, "#2166ac"), (True, "#b2182b")):
         entries = [entry for entry in report["pinned"] if entry["sparse"] == is_sparse]
@@ -103,21 +101,12 @@ def _pinned(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _empty_figure(width: float, height: float) -> Figure:
-    """Return a figure of no window, with no global state; sizes in inches. Raises UserError."""
-    if not has_matplotlib():
-        raise UserError("picture: needs matplotlib: pip install 'longreach[eval]'")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
 def _figure(
     title: str, details: str, panels: Sequence[tuple[str, Grid]], colours: str, scale: str, *, width: float,
     height: float, x: Labels, y: Labels,
 ) -> Figure:  # fmt: skip
     """Return panels (title and values) side by side with one colour scale; sizes in inches. Raises UserError."""
-    figure = _empty_figure(width, height)
+    figure = empty_figure(width, height)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, values) in zip(axes, panels, strict=True):
         image = _heat_map(axis, values, colours)
