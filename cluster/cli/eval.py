@@ -54,6 +54,7 @@ def evaluate() -> None:
     \b
     needle: are facts found, at every depth and length, under every way to attend?
     recall: how much do sparse prefill and int8 KV change the next tokens?
+    ruler:  RULER's thirteen tasks but for its two of questions, made offline
     show:   the table and the picture of a result file
 
     Results go to eval-NAME-DATE.json and .png in --out. Without --model or --config the small trained checkpoint of
@@ -62,7 +63,7 @@ def evaluate() -> None:
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of both evaluations."""
+    """Add the options of all evaluations."""
     options = [
         click.option("--config", type=_PATH, help="A YAML file: its model, layout, and all else not asked for here."),
         click.option("--model", type=_PATH, help="A checkpoint folder, in place of model.path; other keys stay."),
@@ -131,7 +132,7 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     from cluster.tools.eval.results import ResultFile
 
     with one_line_errors():
-        modes = tuple(mode.strip() for mode in given["modes"].split(","))
+        modes = _names(given["modes"])
         names = ("lengths", "form", "shared_words", "trials", "seed", "max_tokens", "thinking", "kv", "document")
         options = NeedleOptions(
             needles=given["depths"], modes=modes, sparse_threshold=given["sparse_threshold"],
@@ -198,6 +199,70 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
         result = ResultFile(out, "-".join(filter(None, ["eval-recall", report["model"], *kinds])))
         result.write(report)
         _finish(report, result, picture and (options.sparse or bool(options.pinned)), as_json)
+
+
+@evaluate.command()
+@click.option(
+    "--lengths", type=Counts(), default="4K,16K", show_default=True,
+    help="Lengths in tokens, answer included; 4K is 4,096, 4k is 4,000.",
+)  # fmt: skip
+@click.option("--tasks", default="all", show_default=True, help="Names such as niah_single_1,vt,cwe.")
+@click.option(
+    "--modes", default="plain,yarn,dca,sparse", show_default=True, help="Ways to attend, as of eval needle."
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Of every task and length."
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the samples.")
+@click.option("--max-tokens", type=Count(), help="Most tokens of an answer (default: RULER's, by task).")
+@click.option("--thinking/--no-thinking", default=False, help="enable_thinking for the chat template.")
+@click.option("--export", "folder", type=_PATH, help="Write the samples here as RULER's jsonl, and run nothing.")
+@click.option("--resume", type=_PATH, help="Go on with a result file: what it has is not run again.")
+@_shared_options
+def ruler(as_json: bool, out: Path, picture: bool, folder: Path | None, resume: Path | None, **given: Any) -> None:
+    """Ask RULER's tasks at several lengths under every way to attend.
+
+    Needles, variable tracking, common and frequent words, and questions over two facts (qa_synthetic, not of RULER),
+    all made on this machine. Every mode is one cluster. The result file is written after every task and length; exit
+    code 3 when one could not be run.
+
+    \b
+    longreach eval ruler --lengths 4K,16K --samples 20
+    longreach eval ruler --model Qwen3-30B-A3B --config cluster.yaml --lengths 64K,128K --modes yarn,dca,sparse
+    longreach eval ruler --export samples --lengths 4K,128K --samples 500
+    """
+    from cluster.tools.eval.modes import find_target
+    from cluster.tools.eval.results import ResultFile, read_result
+    from cluster.tools.eval.ruler.run import RulerOptions, RulerRun, export
+    from cluster.tools.eval.ruler.tasks import TASKS
+
+    with one_line_errors():
+        names = ("lengths", "samples", "seed", "max_tokens", "thinking", "kv", "document", "sparse_threshold")
+        options = RulerOptions(
+            tasks=tuple(TASKS) if given["tasks"] == "all" else _names(given["tasks"]), modes=_names(given["modes"]),
+            more=dict(given["settings"]), **{name: given[name] for name in names},
+        )  # fmt: skip
+        target = find_target(given["config"], given["model"])
+        with open_display(as_json) as display:
+            if folder is not None:
+                number = export(target, options, folder, display)
+                display.clear()
+                say(f"{number} samples: {folder}", err=True)
+                return
+            run = RulerRun(target, options, display, read_result(resume) if resume else None)
+            result = ResultFile(out, f"eval-ruler-{run.report['model']}", resume)
+            try:
+                run.run(result.write)
+            finally:
+                display.clear()
+                if run.report["cells"]:
+                    _finish(run.report, result, picture, as_json)
+        if any("error" in cell for cell in run.report["cells"]):
+            sys.exit(EXIT_CLUSTER)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 @evaluate.command()

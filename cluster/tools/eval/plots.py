@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.common.units import format_count
+from cluster.tools.eval.ruler.plots import draw_scores
 from cluster.tools.eval.tables import depth_scores
 from cluster.tools.figures import DPI, empty_figure
 from protos.errors import UserError
@@ -33,6 +34,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """
     if report["what"] == "needle":
         figure = _needles(report)
+    elif report["what"] == "ruler":
+        figure = draw_scores(report)
     elif report.get("pinned"):
         figure = _pinned(report)
     else:

@@ -14,8 +14,12 @@ from protos.node.environment import commit_id, environment
 class ResultFile:
     """`STEM-DATE.json` in a folder, and the path of the picture beside it; an older result is never overwritten."""
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, stem: str, resumed: Path | None = None) -> None:
+        """Choose a new name in `folder`, or go on with the file `resumed`. Raises UserError."""
         self.environment = environment() | {"commit": commit_id()}
+        if resumed is not None:
+            self.path = resumed
+            return
         date = self.environment["date"][:10]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +53,6 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(report, dict) or report.get("what") not in ("needle", "recall"):
+    if not isinstance(report, dict) or report.get("what") not in ("needle", "recall", "ruler"):
         raise UserError(f"{path}: is not a result of `longreach eval`")
     return report

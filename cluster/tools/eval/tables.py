@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.common.text_format import one_line
 from cluster.common.units import format_count
 from cluster.tools.display import in_table, plain_table
+from cluster.tools.eval.ruler.tables import cost_of_sparse, ruler_table
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -47,7 +48,11 @@ def needle_table(report: dict[str, Any]) -> Table:
 def failures(report: dict[str, Any]) -> list[str]:
     """Return a line for every cell that has no result."""
     failed = [cell for cell in report["cells"] if "error" in cell]
-    return [f"{one_line(cell['mode'])} {format_count(cell['length'])}: {one_line(cell['error'])}" for cell in failed]
+    tasks = [f"{one_line(cell['task'])} " if "task" in cell else "" for cell in failed]
+    return [
+        f"{one_line(cell['mode'])} {task}{format_count(cell['length'])}: {one_line(cell['error'])}"
+        for cell, task in zip(failed, tasks, strict=True)
+    ]
 
 
 def _figures(report: dict[str, Any], mode: str, length: int, cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -111,8 +116,23 @@ def _head_figures(heads: dict[str, Any] | None) -> tuple[str, str, str, str]:
     return f"{np.mean(heads['density']):.0%}", f"{recall.mean():.1%}", lowest, f"{np.mean(heads['dense_share']):.0%}"
 
 
+def _print_ruler(report: dict[str, Any], console: Console) -> None:
+    title = f"{in_table(report['model'])}, {report['samples']} samples a task and length, score in percent"
+    console.print(f"{title} (95 % interval)", highlight=False)
+    console.print(ruler_table(report))
+    for line in cost_of_sparse(report):
+        console.print(line, highlight=False)
+    if not report["complete"]:
+        console.print("not finished", style="dim")
+    for line in failures(report):
+        console.print(f"failed: {line}", style="red", markup=False, highlight=False)
+
+
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Print the table of any evaluation, and how to read it."""
+    if report["what"] == "ruler":
+        _print_ruler(report, console)
+        return
     if report["what"] == "needle":
         asked = "answer in the prompt up to its code" if report["form"] == "prompt" else "question, then the answer"
         console.print(f"{in_table(report['model'])}, {report['needles']} needles a document, {asked}", highlight=False)

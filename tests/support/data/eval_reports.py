@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.engine.outputs import Generation, Timings
+from cluster.scheduler.request import FinishReason
+
 MODES = ("plain", "yarn", "dca", "sparse")
+
+
+def generation(text: str, prompt: int = 100, cached: int = 0, **more: Any) -> Generation:
+    """An answer with round timings: 2 s of prefill."""
+    timings = Timings(0.0, 2.0, 0.5, 0.1, 2.6)
+    return Generation((1,), text, None, FinishReason.STOP, (), prompt, cached, timings, **more)
 
 
 def needle_report(lengths: list[int], modes: tuple[str, ...] = MODES, needles: int = 8) -> dict[str, Any]:
@@ -45,3 +54,24 @@ def pinned_report() -> dict[str, Any]:
         for length in (68_813, 131_072) for sparse in (False, True)
     ]  # fmt: skip
     return recall_report(2, 2) | {"pinned": pinned}
+
+
+def ruler_report(
+    lengths: list[int], tasks: tuple[str, ...] = ("vt", "cwe"), modes: tuple[str, ...] = MODES
+) -> dict[str, Any]:
+    """Four samples a cell: plain gets none right beyond the first length, sparse three, the others all."""
+    cells: list[dict[str, Any]] = []
+    for mode in modes:
+        for length in lengths:
+            lost = 4 if mode == "plain" and length > lengths[0] else 1 if mode == "sparse" else 0
+            scores = [0.0] * lost + [1.0] * (4 - lost)
+            for task in tasks:
+                outcomes = [{"outputs": ["x"], "answer": "x", "score": score} for score in scores]
+                cells.append({
+                    "mode": mode, "task": task, "length": length, "score": sum(scores) / 4, "interval": [0.1, 0.9],
+                    "samples": 4, "outcomes": outcomes,
+                })  # fmt: skip
+    return {
+        "what": "ruler", "model": "some-model", "tasks": list(tasks), "samples": 4, "lengths": lengths,
+        "modes": {mode: {} for mode in modes}, "complete": True, "cells": cells,
+    }  # fmt: skip

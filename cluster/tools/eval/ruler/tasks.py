@@ -76,8 +76,7 @@ def make_sample(
     Raises:
         UserError: the smallest sample is too long.
     """
-    budget = length - (task.max_tokens if max_tokens is None else max_tokens)
-    generator = task.generator(material, length)
+    generator, budget = task.generator(material, length), _budget(task, length, max_tokens)
 
     def make(size: int) -> tuple[Sample, int]:
         sample = generator.make(size, random.Random(f"{task.name} {length} {seed} {index}"))
@@ -85,12 +84,7 @@ def make_sample(
 
     low, high = generator.smallest, 0  # fits; does not, 0 while unknown
     found, used = make(low)
-    if used > budget:
-        needed = used + length - budget
-        raise UserError(
-            f"--lengths: {format_count(length)}: {task.name} needs at least {needed} tokens here, answer included: "
-            "raise it or leave the task out of --tasks"
-        )
+    _check(task, length, budget, used)
     slope, origin = 0.0, (low, used)
     for _ in range(_MAX_TRIES):
         room = budget - used
@@ -106,3 +100,24 @@ def make_sample(
         else:
             high = size
     return found, used
+
+
+def check_fits(
+    task: Task, material: Material, length: int, count: Callable[[Sample], int], max_tokens: int | None = None
+) -> None:
+    """Raise UserError where the smallest sample of a task is too long; arguments as of `make_sample`."""
+    generator = task.generator(material, length)
+    sample = generator.make(generator.smallest, random.Random(task.name))
+    _check(task, length, _budget(task, length, max_tokens), count(sample))
+
+
+def _budget(task: Task, length: int, max_tokens: int | None) -> int:
+    return length - (task.max_tokens if max_tokens is None else max_tokens)
+
+
+def _check(task: Task, length: int, budget: int, used: int) -> None:
+    if used > budget:
+        raise UserError(
+            f"--lengths: {format_count(length)}: {task.name} needs at least {used + length - budget} tokens here, "
+            "answer included: raise it or leave the task out of --tasks"
+        )

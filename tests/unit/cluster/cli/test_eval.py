@@ -51,6 +51,10 @@ def test_show_prints_and_draws_a_result(tmp_path: Path) -> None:
         ),
         (["recall", "--document", str(needle_dir() / "words.json")], "--tokens: 65536: the document has 1"),
         (["recall", "--document", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
+        (["ruler", "--tasks", "vt,qa_1"], "--tasks: qa_1: must be different names among niah_single_1"),
+        (["ruler", "--modes", "plain", "--lengths", "100", "--tasks", "cwe"], "--lengths: 100: cwe needs at least"),
+        (["ruler", "--resume", "/nowhere.json", "--lengths", "1K"], "/nowhere.json: cannot be read"),
+        (["ruler", "--samples", "0"], "0 is not in the range"),
         (["show", "/nowhere.json"], "/nowhere.json: cannot be read"),
     ],
 )
@@ -60,10 +64,18 @@ def test_input_that_cannot_be_used(arguments: list[str], message: str) -> None:
     assert message in done.output.replace("\n", " ")
 
 
+def test_samples_are_exported(tmp_path: Path) -> None:
+    done = invoke("ruler", "--export", tmp_path / "new", "--lengths", "1K", "--tasks", "vt, cwe", "--samples", "2")
+    assert done.exit_code == 0, done.output
+    assert "4 samples: " in done.output
+    lines = (tmp_path / "new" / "1024" / "cwe" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+
+
 def test_every_option_of_every_evaluation_has_help() -> None:
     group = main.commands["eval"]
     assert isinstance(group, click.Group)
-    assert set(group.commands) == {"needle", "recall", "show"}
+    assert set(group.commands) == {"needle", "recall", "ruler", "show"}
     for verb in group.commands.values():
         assert verb.help
         assert all(isinstance(option, click.Argument) or option.help for option in verb.params), verb.name

@@ -11,28 +11,22 @@ from rich.console import Console
 
 from cluster.common.errors import EngineError
 from cluster.config.deployment import Deployment
-from cluster.engine.attention_report import AttentionSummary
-from cluster.engine.outputs import Generation, Timings
-from cluster.scheduler.request import FinishReason
+from cluster.engine.outputs import Generation
 from cluster.text.prompts import PromptError
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import configs_dir, needle_dir
 from cluster.tools.display import Display
-from cluster.tools.eval import needle
+from cluster.tools.eval import grid
 from cluster.tools.eval.modes import Target, find_target
-from cluster.tools.eval.needle import NeedleOptions, NeedleRun, measurements
+from cluster.tools.eval.needle import NeedleOptions, NeedleRun
 from cluster.tools.eval.results import ResultFile, read_result
 from cluster.tools.eval.tables import depth_scores
 from protos.errors import UserError
+from tests.support.data.eval_reports import generation
 
 DEMO = Target(configs_dir() / "demo.yaml")
 TOKENIZER = TextTokenizer.open(needle_dir())
 Event = tuple[str, str]
-
-
-def answer(text: str, prompt: int = 100, cached: int = 0, **more: Any) -> Generation:
-    timings = Timings(0.0, 2.0, 0.5, 0.1, 2.6)
-    return Generation((1,), text, None, FinishReason.STOP, (), prompt, cached, timings, **more)
 
 
 class Oracle:
@@ -61,12 +55,12 @@ class Oracle:
             truth = next(line for line in text.splitlines() if line.startswith(f"The secret code of {wanted} is"))
             begun = text.endswith(" is ")
             told = self._reply(truth.rpartition(" ")[2] if begun else truth, self._asked)
-            found.append(answer(told, len(prompt), 0 if index == 0 else len(prompt) - 20))
+            found.append(generation(told, len(prompt), 0 if index == 0 else len(prompt) - 20))
         return found
 
 
 def oracles(monkeypatch: pytest.MonkeyPatch, log: list[Event], reply: Callable[[str, int], str]) -> None:
-    monkeypatch.setattr(needle, "ClusterRuntime", lambda deployment, _: Oracle(deployment, log, reply))
+    monkeypatch.setattr(grid, "ClusterRuntime", lambda deployment, _: Oracle(deployment, log, reply))
 
 
 def evaluate(
@@ -196,13 +190,3 @@ def test_an_interrupt_closes_the_cluster_and_keeps_what_there_is(
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         NeedleRun(DEMO, NeedleOptions(**options), Display(Console(quiet=True), quiet=True))
-
-
-def test_measurements_are_of_the_question_that_read_the_document() -> None:
-    summary = AttentionSummary("sparse", "default", 1000, cells=2, density=0.25, held_out_recall=0.97)
-    found = measurements([answer("", 1000, 980), answer("", 1010, 10, attention=summary), answer("", 1000, 980)])
-    assert found["prefill_tokens_per_s"] == 500.0
-    assert found["cached_tokens"] == 1970
-    assert (found["attention"]["density"], found["attention"]["held_out_recall"]) == (0.25, 0.97)
-    assert "layers" not in found["attention"]
-    assert "attention" not in measurements([answer("", 1000, attention=AttentionSummary("dense", "default", 1000))])

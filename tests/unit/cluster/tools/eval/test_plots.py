@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from cluster.tools.eval.plots import draw
-from cluster.tools.figures import has_matplotlib
 from protos.errors import UserError
 from tests.support.data.eval_reports import MODES, needle_report, pinned_report, recall_report
 from tests.support.paths import ROOT
@@ -80,7 +79,3 @@ def test_matplotlib_is_optional(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "8/8" in done.stdout  # the table comes all the same
     assert done.stderr == "longreach: error: picture: needs matplotlib: pip install 'longreach[eval]'\n"
-
-
-def test_there_is_matplotlib_for_tests() -> None:
-    assert has_matplotlib()

@@ -24,6 +24,15 @@ def test_result_files_are_dated_and_never_replaced(tmp_path: Path) -> None:
         ResultFile(blocked / "below", "eval-x")
 
 
+def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
+    first = ResultFile(tmp_path, "eval-x")
+    first.write({"what": "ruler", "cells": []})
+    again = ResultFile(tmp_path / "unused", "eval-x", first.path)
+    again.write({"what": "ruler", "cells": [1]})
+    assert read_result(first.path)["cells"] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a result"), ("{}", "not a result")])
 def test_other_files_are_no_results(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)

@@ -1,0 +1,52 @@
+"""The table of tasks, lengths and modes."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cluster.tools.eval.ruler.tables import average, cost_of_sparse, ruler_table, scores_of
+from cluster.tools.eval.tables import print_report
+from tests.support.data.eval_reports import ruler_report
+
+
+def lines(report: dict[str, object]) -> list[list[str]]:
+    out = io.StringIO()
+    Console(file=out, width=100).print(ruler_table(report))
+    return [line.split() for line in out.getvalue().splitlines()]
+
+
+def test_a_line_a_task_and_length_and_their_average() -> None:
+    found = lines(ruler_report([4096, 16384]))
+    assert found[0] == ["task", "tokens", "plain", "yarn", "dca", "sparse"]
+    assert found[1] == ["vt", "4K", "100", "(10-90)", "100", "(10-90)", "100", "(10-90)", "75", "(10-90)"]
+    assert found[2][:3] == ["vt", "16K", "0"]
+    assert [line[0] for line in found[3:]] == ["cwe", "cwe", "average", "average"]
+    assert found[6] == ["average", "16K", "0.0", "±0.0", "100.0", "±0.0", "100.0", "±0.0", "75.0", "±34.6"]
+    assert len(lines(ruler_report([4096], ("vt",)))) == 2  # one task needs no average
+
+
+def test_missing_and_failed_cells() -> None:
+    report = ruler_report([4096])
+    report["cells"][0] = {"mode": "plain", "task": "vt", "length": 4096, "error": "gone [x]\n"}
+    del report["cells"][3]
+    found = lines(report)
+    assert found[1][:3] == ["vt", "4K", "failed"]
+    assert average(report, "plain", 4096) is None
+    assert average(report, "dca", 4096) == (1.0, 0.0)
+    assert list(scores_of(report, "yarn", 4096)) == ["vt"]
+    out = io.StringIO()
+    print_report(report | {"complete": False}, Console(file=out, width=100))
+    assert "failed: plain vt 4K: gone [x]" in out.getvalue()
+    assert "not finished" in out.getvalue()
+
+
+def test_what_sparse_costs() -> None:
+    report = ruler_report([4096, 16384])
+    first, second = cost_of_sparse(report)
+    assert first == "sparse less dca at 4K: -25.0 ±34.6 points"
+    assert second.startswith("sparse less dca at 16K")
+    assert cost_of_sparse(ruler_report([4096], modes=("plain", "dca"))) == []
+    assert scores_of(report, "sparse", 4096)["vt"] == pytest.approx([0.0, 1.0, 1.0, 1.0])
