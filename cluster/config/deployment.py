@@ -86,7 +86,9 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
     config = _validate(source)
     config, spec = fit_sizes(config, _load_spec(source, config))
     try:
-        shards = plan_shards(spec, config.cluster.pipeline_parallel_size, config.cluster.expert_parallel_size)
+        cluster = config.cluster
+        sizes = cluster.pipeline_parallel_size, cluster.expert_parallel_size
+        shards = plan_shards(spec, *sizes, cluster.stage_layers)
     except LayoutError as error:
         raise source.error(("cluster", error.key), error.rule) from error
     wanted = config.model.max_model_len

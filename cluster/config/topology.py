@@ -19,14 +19,18 @@ from protos.stage.messages import ShardSpec, Span
 class LayoutError(UserError):
     """A split that the model does not allow: `key`, and `rule` with every size that would do."""
 
-    def __init__(self, key: str, value: int, rule: str) -> None:
+    def __init__(self, key: str, value: object, rule: str) -> None:
         super().__init__(f"{key}: {show_value(value)}: {rule}")
         self.key = key
         self.rule = rule
 
 
-def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_size: int) -> tuple[ShardSpec, ...]:
+def plan_shards(
+    spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_size: int, stage_layers: Sequence[int] | None = None
+) -> tuple[ShardSpec, ...]:
     """Return the shards of every stage, ordered by stage, then rank; a stage is a contiguous span of layers.
+
+    Args: `stage_layers` are the layers of each stage; None: so that all have about as much work (`layer_cost`).
 
     Raises LayoutError: the model has too few layers, or its heads, experts or MLP columns do not divide.
     """
@@ -40,6 +44,8 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
         rule = f"must be one of {', '.join(map(str, allowed))} (the model has {sizes})"
         raise LayoutError("expert_parallel_size", ranks, rule)
     spans = balance([layer_cost(spec, layer) for layer in range(layers)], stages)
+    if stage_layers is not None:
+        spans = _spans(stage_layers, stages, layers)
     return tuple(
         ShardSpec(
             stage=stage,
@@ -56,6 +62,13 @@ def plan_shards(spec: ModelSpec, pipeline_parallel_size: int, expert_parallel_si
         for stage, span in enumerate(spans)
         for rank in range(ranks)
     )
+
+
+def _spans(stage_layers: Sequence[int], stages: int, layers: int) -> list[Span]:
+    if len(stage_layers) != stages or sum(stage_layers) != layers or min(stage_layers) < 1:
+        rule = f"must be {stages} numbers from 1 on (pipeline_parallel_size) that make {layers}, the model's layers"
+        raise LayoutError("stage_layers", list(stage_layers), rule)
+    return [Span(*pair) for pair in pairwise(accumulate(stage_layers, initial=0))]
 
 
 def layer_cost(spec: ModelSpec, layer: int) -> int:

@@ -70,12 +70,17 @@ def account(deployment: Deployment, context: int, sequences: int = 1) -> list[Sh
 
 
 def relayout(deployment: Deployment, stages: int, shards: int) -> Deployment:
-    """Return the deployment split over other stages and shards. Raises LayoutError."""
-    cluster = deployment.config.cluster.model_copy(
-        update={"pipeline_parallel_size": stages, "expert_parallel_size": shards}
+    """Return the deployment split over other stages and shards. Raises LayoutError.
+
+    With as many stages as before, they keep the layers that the YAML gives them.
+    """
+    before = deployment.config.cluster
+    layers = before.stage_layers if before.pipeline_parallel_size == stages else None
+    cluster = before.model_copy(
+        update={"pipeline_parallel_size": stages, "expert_parallel_size": shards, "stage_layers": layers}
     )
     config = deployment.config.model_copy(update={"cluster": cluster})
-    return replace(deployment, config=config, shards=plan_shards(deployment.spec, stages, shards))
+    return replace(deployment, config=config, shards=plan_shards(deployment.spec, stages, shards, layers))
 
 
 def refusal(deployment: Deployment, context: int, memory: int) -> str:

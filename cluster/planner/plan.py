@@ -9,6 +9,7 @@ from typing import Any
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import compute_dtype, kv_dtype, shard_kv_token_bytes
 from cluster.config.topology import LayoutError, shard_weight_bytes
+from cluster.planner.balance import balanced_layers
 from cluster.planner.forecast import Costs, Forecast, predict
 from cluster.planner.memory import account, longest_context, precision_table, refusal, relayout
 from cluster.planner.subject import as_dense, as_sparse
@@ -55,6 +56,9 @@ def make_plan(
     costs = target.costs_of(given) if chosen.dense else None
     if costs is not None and costs.is_rough:
         notes.append("times come from assumed shares of data-sheet rates: expect them to be off by a factor of two")
+    better = balanced_layers(given, context, costs) if costs is not None and stages > 1 else None
+    if better is not None:
+        notes.append(f"the stages are uneven: cluster.stage_layers: {better} gives each as much to do in a prefill")
     return {
         "model": {
             "type": spec.model_type,

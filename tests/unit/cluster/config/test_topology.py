@@ -112,6 +112,20 @@ def test_dense_layers_weigh_what_they_compute() -> None:
     assert [shard.layers for shard in plan_shards(mixed, 2, 1)] == [Span(0, 1), Span(1, 5)]
 
 
+def test_the_layers_of_stages_may_be_given() -> None:
+    shards = plan_shards(NEEDLE, 2, 2, [3, 1])
+    assert [shard.layers for shard in shards] == [Span(0, 3)] * 2 + [Span(3, 4)] * 2
+
+
+@pytest.mark.parametrize("layers", [(), (4,), (2, 1), (4, 0), (5, -1), (1, 1, 2)])
+def test_layers_of_stages_that_are_not_all_layers_are_refused(layers: tuple[int, ...]) -> None:
+    rule = (
+        r"stage_layers: \[.*\]: must be 2 numbers from 1 on \(pipeline_parallel_size\) that make 4, the model's layers$"
+    )
+    with pytest.raises(LayoutError, match=rule):
+        plan_shards(NEEDLE, 2, 1, layers)
+
+
 def test_needle_on_two_by_two() -> None:
     shards = plan_shards(NEEDLE, 2, 2)
     assert [(s.stage, s.rank, s.num_stages, s.num_ranks) for s in shards] == [
