@@ -86,7 +86,7 @@ class ClusterSection(Section):
     address: RayAddress = Field(default="local", description="must be local, auto, or the host:port of a Ray head")
     pipeline_parallel_size: int = Field(default=1, ge=1)
     expert_parallel_size: int = Field(default=1, ge=1)
-    stage_layers: tuple[int, ...] | None = Field(default=None, description="must be a list of layer counts, by stage")
+    stage_layers: list[int] | None = Field(default=None, description="must be a list of layer counts, by stage")
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_actor: int | None = Field(default=None, ge=1, le=1024)
     cpus_per_actor: float | None = Field(default=None, gt=0, le=1024)

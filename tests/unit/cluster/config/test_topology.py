@@ -119,10 +119,9 @@ def test_the_layers_of_stages_may_be_given() -> None:
 
 @pytest.mark.parametrize("layers", [(), (4,), (2, 1), (4, 0), (5, -1), (1, 1, 2)])
 def test_layers_of_stages_that_are_not_all_layers_are_refused(layers: tuple[int, ...]) -> None:
-    rule = (
-        r"stage_layers: \[.*\]: must be 2 numbers from 1 on \(pipeline_parallel_size\) that make 4, the model's layers$"
-    )
-    with pytest.raises(LayoutError, match=rule):
+    with pytest.raises(
+        LayoutError, match=r"^stage_layers: .*: must be 2 numbers from 1 on .* that make 4, the model's"
+    ):
         plan_shards(NEEDLE, 2, 1, layers)
 
 
