@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -175,7 +176,7 @@ def _validate(source: ConfigSource) -> Config:
 
 def _problem(source: ConfigSource, detail: ErrorDetails) -> Problem:
     """Return what pydantic found at one key in the words of its field's description."""
-    path: KeyPath = detail["loc"]
+    path: KeyPath = tuple(takewhile(lambda part: isinstance(part, str), detail["loc"]))  # not the item of a list
     if detail["type"] == RULE_BETWEEN_KEYS:  # names the key it is about
         return source.problem((*path, *detail["ctx"]["key"].split(".")), detail["ctx"]["rule"])
     key, fields = str(path[-1]), _fields(path[:-1])

@@ -55,6 +55,8 @@ BAD = [
     (BASE + "  pagesize: 1\n", "demo.yaml:8: kv_cache.pagesize: 1: unknown key; did you mean 'page_size'?"),
     (BASE.replace("max_model_len", "max_modellen"),
      "demo.yaml:3: model.max_modellen: 4k: unknown key; did you mean 'max_model_len'?"),
+    (BASE.replace("parallel_size: 2", "parallel_size: 2\n  stage_layers: [3, x]"),
+     "demo.yaml:6: cluster.stage_layers: (a list of 2): must be a list of layer counts, by stage"),
     (BASE + "zzz: 1\n", "demo.yaml:8: zzz: 1: unknown key; valid keys: model, cluster, prefill, sparse, "
      "kv_cache, kv_store, server, data_dir, security"),
     (BASE + "yes: 1\n", "^demo.yaml:8: yes: 1: unknown key"),
