@@ -57,7 +57,7 @@ class Scheduler:
         self.pool = pool
         self.spec = spec
         self._page_size = page_size
-        self._budget = max_num_batched_tokens
+        self.budget = max_num_batched_tokens  # of the next step; may change between steps
         self._max_seqs = max_num_seqs
         self._num_stages = num_stages
         keys = PrefixKeys(cache_root, page_size, spec, block_tokens, kernel_family)
@@ -86,7 +86,7 @@ class Scheduler:
     def chunks_left(self, request: Request) -> list[Chunk]:
         """Return the steps the rest of a prompt takes when it has the whole budget of each."""
         size = request.num_prompt
-        return list(chunks(self.spec, min(request.num_computed, size), size, size, self._budget))
+        return list(chunks(self.spec, min(request.num_computed, size), size, size, self.budget))
 
     def pages_needed(self, request: Request) -> int:
         """Return the pages for the prompt and every token it may generate (the last one is never fed back)."""
@@ -163,7 +163,7 @@ class Scheduler:
         """
         self.admit()
         running = list(self._running.values())
-        granted = share_budget(self._budget, self._wanted(running))
+        granted = share_budget(self.budget, self._wanted(running))
         lengths = self._fit_to_grid(running, granted)
         slices = tuple(self._slice(request, length) for request, length in zip(running, lengths, strict=True) if length)
         if not slices:

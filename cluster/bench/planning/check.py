@@ -10,19 +10,16 @@ from typing import Any
 from cluster.bench.planning.watch import OtherLoad, PeakMemory
 from cluster.bench.resumable import Results
 from cluster.bench.rig import Served, running_head, serve
+from cluster.bench.simulation.real import head_costs
 from cluster.client.client import Client
 from cluster.common.units import format_count
 from cluster.engine.runtime import ClusterRuntime
-from cluster.latency.pipeline_work import measured_on
 from cluster.planner.forecast import predict
-from cluster.planner.hardware import load_hardware
-from cluster.planner.measured import Measurements
 from cluster.planner.memory import account
-from cluster.planner.target import cpu_target
 from protos.node.environment import usable_cores
 
 _DISTURBED = 0.2  # cores that others keep busy: a row with more is marked
-_SPARSE: dict[str, object] = {
+SPARSE: dict[str, object] = {
     "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "cell": 2048, "synthetic": True,
     "recall_floor": 0.0,
 }  # fmt: skip
@@ -90,7 +87,7 @@ def _check_shape(
     head = running_head(
         model, chunk, threads, kv_bytes="64GiB", cpus=usable_cores() / actors / 2, stages=shape.stages,
         shards=shape.shards, max_model_len=str(-(-context // _PAGE) * _PAGE), max_num_seqs=1, kv_dtype=shape.kv,
-        sparse=_SPARSE if shape.sparse else {"enabled": False},
+        sparse=SPARSE if shape.sparse else {"enabled": False},
     )  # fmt: skip
     with head as (client, runtime):
         for number, tokens in enumerate((_WARM_UP, length // 8, length // 2)):
@@ -110,11 +107,7 @@ def _check_shape(
 
 def _predict(runtime: ClusterRuntime, length: int, context: int) -> dict[str, Any]:
     """Return what `longreach plan` says of a running deployment, from what its head has measured so far."""
-    deployment, cores = runtime.deployment, usable_cores()
-    of = measured_on(deployment, runtime.launched.kernel_family, cores)
-    target = cpu_target(load_hardware(), cores=cores)
-    measurements = Measurements([(of, runtime.engine.latency.to_json())], cores)
-    costs = target.with_measurements(measurements).costs_of(deployment)
+    deployment, costs = runtime.deployment, head_costs(runtime)
     forecast = predict(deployment, length, costs)
     memory = sum(shard.total_bytes for shard in account(deployment, context))
     return {

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cluster.bench.planning.check import check_plan
+from cluster.bench.planning.check import SPARSE, check_plan
+from cluster.bench.planning.eta import check_eta
+from cluster.bench.simulation.real import check_stages
+from cluster.bench.simulation.study import draw_study, study, table
 from cluster.common.units import parse_count
+from cluster.planner.hardware import load_hardware
+from cluster.planner.subject import load_subject
+from cluster.planner.target import cpu_target, gpu_target
 from protos.node.environment import write_result
 
+_MOST_ERROR = 0.1  # of a simulated time against a real one
 _PATH = click.Path(path_type=Path)
 _OUT = click.option("--json", "out", type=_PATH, help="Also write the result to this file.")
 _MODEL = click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint.")
@@ -37,4 +45,66 @@ def plan_check(model: Path, length: str, chunk: str, decode: int, resume: Path |
         raise SystemExit(1)
 
 
-PLANNING_COMMANDS: list[click.Command] = [plan_check]
+@click.command("eta")
+@_MODEL
+@click.option("--length", default="256K", show_default=True, help="Prompt tokens.")
+@click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
+@click.option("--sparse", is_flag=True, help="Sparse prefill with fixed budgets of 1,024 columns and 2,048 offsets.")
+@_OUT
+def eta(model: Path, length: str, chunk: str, sparse: bool, out: Path | None) -> None:
+    """The predicted end of a prefill at every tenth of it, and the truth.
+
+    Exit code 1: at a tenth the prediction is off by more than 15 %.
+    """
+    pattern: dict[str, object] = SPARSE if sparse else {"enabled": False}
+    result = check_eta(model, parse_count(length), parse_count(chunk), pattern, _say)
+    click.echo(write_result(out, {"what": "predicted end of a prefill", "sparse": sparse} | result))
+    if not result["met"]:
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("config", type=_PATH)
+@click.option("--context", default="128K", show_default=True, help="Prompt tokens.")
+@click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
+@click.option("--stages", default="1,2,4,8,16", show_default=True, help="Numbers of stages.")
+@click.option("--gpu", metavar="NAME", help="A GPU of the hardware table; default: this processor, as measured here.")
+@click.option("--sparse", is_flag=True, help="Sparse prefill.")
+@click.option(
+    "--check", "real", metavar="LENGTH", help="Also measure 1 and 2 real stages with a prompt of so many tokens."
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of every real prompt.")
+@click.option("--picture", type=_PATH, help="Draw a PNG to this file (needs matplotlib).")
+@_OUT
+def simulate(
+    config: Path, context: str, chunk: str, stages: str, gpu: str | None, sparse: bool, real: str | None, repeats: int,
+    picture: Path | None, out: Path | None,
+) -> None:  # fmt: skip
+    """Efficiency of more stages: the real scheduler over simulated stages, whose times the latency model predicts.
+
+    CONFIG is what `longreach plan` takes; with --check it is a checkpoint folder. Exit code 1: a real pipeline took
+    more than 10 % longer or shorter than the simulated one.
+    """
+    tokens = parse_count(chunk)
+    deployment = load_subject(config, "cuda" if gpu else "cpu", chunk=tokens)
+    table_of_hardware = load_hardware()
+    target = (
+        gpu_target(table_of_hardware, gpu)
+        if gpu
+        else cpu_target(table_of_hardware, data_dir=deployment.config.data_dir)
+    )
+    numbers = [int(text) for text in stages.split(",")]
+    result: dict[str, Any] = {"what": "simulated pipelines", "model": str(config)}
+    result |= study(deployment, target.costs_of, parse_count(context), numbers, sparse)
+    for line in table(result):
+        _say(line)
+    if real is not None:
+        result["real"] = check_stages(config, parse_count(real), tokens, repeats, _say)
+    if picture is not None:
+        draw_study(result, picture)
+    click.echo(write_result(out, result))
+    if any(abs(row["error"]) > _MOST_ERROR for row in result.get("real", ())):
+        raise SystemExit(1)
+
+
+PLANNING_COMMANDS: list[click.Command] = [plan_check, eta, simulate]

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from cluster.bench.planning import commands
+from tests.support.planner.models import config_json
 
 
 @pytest.mark.parametrize("met", [True, False])
@@ -27,3 +28,24 @@ def test_plan_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     assert result.exit_code == (0 if met else 1)
     assert asked == [(tmp_path, 8192, 2048, 64, None)]
     assert json.loads(out.read_text())["what"] == "longreach plan against measurement"
+
+
+@pytest.mark.parametrize(("error", "code"), [(0.05, 0), (-0.2, 1)])
+def test_simulate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: float, code: int):
+    monkeypatch.setattr(commands, "check_stages", lambda *given: [{"stages": 1, "error": error}])
+    model, out = str(config_json(tmp_path, num_hidden_layers=4)), tmp_path / "result.json"
+    options = [model, "--context", "16K", "--stages", "1,4", "--gpu", "h200", "--check", "8K", "--json", str(out)]
+    result = CliRunner().invoke(commands.simulate, options)
+    assert result.exit_code == code, result.output
+    content = json.loads(out.read_text())
+    assert [row["stages"] for row in content["rows"]] == [1, 4]
+    assert content["real"] == [{"stages": 1, "error": error}]
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_eta(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
+    asked: list[Any] = []
+    monkeypatch.setattr(commands, "check_eta", lambda *given: asked.append(given[:4]) or {"met": met})
+    result = CliRunner().invoke(commands.eta, ["--model", str(tmp_path), "--length", "4K"])
+    assert result.exit_code == (0 if met else 1)
+    assert asked == [(tmp_path, 4096, 2048, {"enabled": False})]

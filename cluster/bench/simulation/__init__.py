@@ -1,0 +1,1 @@
+"""A pipeline of simulated stages and a simulated clock under the real scheduler."""
