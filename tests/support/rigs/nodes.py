@@ -26,6 +26,7 @@ from tests.support.rigs.head import LONG, until
 SCRIPT = ROOT / "configs" / "deploy" / "ray-node.sh"
 RAY_PORT = 6379
 _STARTED = "Ray runtime started"
+_ATTEMPTS = 4
 _GONE_WITHIN_S = 30.0
 
 
@@ -150,7 +151,19 @@ class RayNodes:
         return self.folder / f"ray{index}"
 
     def start(self, index: int, cpus: int) -> None:
-        """Start Ray on a machine, and wait until it has; the first one before the others."""
+        """Start Ray on a machine, and wait until it has; the first one before the others.
+
+        Ray gives up after 30 s, which is too soon for a machine with much else to do: then it is tried again.
+        """
+        for attempt in range(_ATTEMPTS):
+            said = self._try_to_start(index, cpus)
+            if not said:
+                return
+            self.lose(index)
+            assert attempt < _ATTEMPTS - 1, f"Ray ended: {said}"
+
+    def _try_to_start(self, index: int, cpus: int) -> str:
+        """Start Ray on a machine; returns "" once it has, or what it said when it ended."""
         own = self.network.addresses[index]
         arguments = ["head", own] if index == 0 else ["join", self.address, own]
         others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -166,12 +179,11 @@ class RayNodes:
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
 
-        def is_started() -> bool:
-            said = log.read_text(errors="replace")
-            assert shell.poll() is None, f"Ray ended: {said[-2000:]}"
-            return _STARTED in said
+        def said() -> str:
+            return log.read_text(errors="replace")
 
-        until(is_started, f"Ray on {own}")
+        until(lambda: shell.poll() is not None or _STARTED in said(), f"Ray on {own}", 2 * LONG)
+        return "" if _STARTED in said() else said()[-2000:] or "without a word"
 
     def lose(self, index: int) -> None:
         """Kill everything on a machine."""
