@@ -56,7 +56,7 @@ TESTED_ELSEWHERE = {  # a module or a whole package: where its tests are
     "cluster/bench": "measurements of a running cluster, run by hand; what they compute is in test_rig",
     "cluster/stages/handle.py": "tests/integration/stages/test_stage_process.py: needs the other process",
     "cluster/stages/ray_owner.py": "tests/integration/stages/test_local_ray.py: a process of its own",
-    "workers/bench": "tests/unit/workers/bench/test_main.py and test_peers.py",
+    "workers/bench": "tests/unit/workers/bench/test_main.py; transformers_peer in tests/integration/cli/test_bench.py",
     "workers/eval/__main__.py": "tests/integration/cli/test_eval.py",
     "workers/model/sparse_prefill.py": "tests/identity/test_sparse_prefill.py",
     "workers/stage/actor.py": "tests/integration/cli/test_run.py: needs Ray",

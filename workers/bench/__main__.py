@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, prefill, decode, all, peers, kv-files, links and make-checkpoint."""
+"""Command line of the benchmarks: kernels, prefill, decode, all, kv-files, links and make-checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from protos.node.environment import write_result
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
-from workers.bench.peers import measure_peers
 from workers.bench.timing import Figure
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
@@ -71,8 +70,6 @@ def parser() -> argparse.ArgumentParser:
     rounds.add_argument(
         "--tokens", type=count, default=_DECODE_TOKENS, help=f"decode steps of a round (default: {_DECODE_TOKENS})"
     )
-    peers = verbs.add_parser("peers", help="this runner and transformers in alternation on one checkpoint (CPU)")
-    _model_options(peers, needed=True)
     files = verbs.add_parser("kv-files", help="MB/s of writing and reading stored KV, beside plain files")
     files.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to measure (default: temporary files)")
     files.add_argument("--blocks", type=count, default=64, help="files of 512 tokens, 4 MiB each (default: 64)")
@@ -155,9 +152,6 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
 
         repeats, chunk = (2, 64) if quick else (options.repeats or 20, options.chunk)
         yield from measure_links(LinkSetup(options.hidden, chunk, dtype, repeats))
-    if verb == "peers":
-        threads = torch.get_num_threads()
-        yield from measure_peers(options.model, options.chunk, threads, options.lengths, options.repeats or 3)
 
 
 def _facts(device: torch.device) -> dict[str, object]:

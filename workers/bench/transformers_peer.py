@@ -1,11 +1,12 @@
-"""transformers (sdpa, bfloat16) on the CPU: prefill and decode of the ids of our runner. Imports nothing of Longreach.
+"""transformers (sdpa, bfloat16) on the CPU: prefill and decode of a prompt. Imports nothing of Longreach.
 
-Usage: `python transformers_peer.py CHECKPOINT LENGTH DECODE_TOKENS THREADS`; prints one JSON object.
+Usage: `python transformers_peer.py CHECKPOINT LENGTH DECODE_TOKENS SEED THREADS VOCABULARY`; prints one JSON object.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -15,17 +16,17 @@ import torch
 
 def main() -> None:
     """Measure one prompt and print the result."""
-    model_dir, length, decode, threads = sys.argv[1], *map(int, sys.argv[2:])
+    model_dir, length, decode, seed, threads, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
     import transformers
 
     torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
     ).eval()
-    high = min(32000, model.config.vocab_size)
-    ids = torch.randint(min(5, high - 1), high, (1, length), generator=torch.Generator().manual_seed(1))
+    draw = random.Random(seed)
+    ids = torch.tensor([[draw.randint(5, vocabulary - 1) for _ in range(length)]])
     with torch.inference_mode():
-        model(torch.arange(5, 261)[None] % high, logits_to_keep=1)
+        model(torch.arange(5, 261)[None] % vocabulary, logits_to_keep=1)
         began = time.perf_counter()
         out = model(ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - began

@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from cluster.bench.report.files import Result
-from cluster.bench.speed.timeline import bubbles, by_shard
-from cluster.bench.speed.trace import ChunkTime, from_json
+from cluster.bench.timeline.figures import bubbles, by_shard
+from cluster.bench.timeline.trace import ChunkTime, from_json
 from cluster.common.units import format_count
 from cluster.tools.figures import COLOURS, empty_figure, titled
 

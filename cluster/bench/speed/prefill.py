@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.bench.speed.head import Layout, MeasuredHead, Served, attention_of
 from cluster.bench.speed.run import Run
-from cluster.bench.speed.trace import TraceLog
+from cluster.bench.timeline.trace import TraceLog
 
 _MAX_CHUNKS = 1024  # of a prompt that are kept in a result
 

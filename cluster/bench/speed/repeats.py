@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.bench.speed.machine import LoadOfOthers
 
 Values = Mapping[str, Any]  # the figures of one run; those that are numbers get a median
+Name = TypeVar("Name")  # of an engine
 _DIGITS = 6
 
 
@@ -34,15 +35,15 @@ class Repeats:
         return self.run_in_turns({"": measure}, load, on_repeat)[""]
 
     def run_in_turns(
-        self, engines: Mapping[str, Callable[[int], Values]], load: LoadOfOthers,
+        self, engines: Mapping[Name, Callable[[int], Values]], load: LoadOfOthers,
         on_repeat: Callable[[int], object] = lambda n: None,
-    ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    ) -> dict[Name, list[dict[str, Any]]]:  # fmt: skip
         """Measure engines one after the other in every repeat, so that what disturbs the machine disturbs all.
 
         Args:
             on_repeat: called before each repeat with its number.
         """
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+        runs: dict[Name, list[dict[str, Any]]] = {name: [] for name in engines}
         for number in range(self.count + self.retries):
             if all(sum(not run["disturbed"] for run in done) >= self.count for done in runs.values()):
                 break

@@ -9,8 +9,8 @@ from typing import Any
 from cluster.bench.speed.head import Layout, MeasuredHead
 from cluster.bench.speed.repeats import figure
 from cluster.bench.speed.run import Run
-from cluster.bench.speed.timeline import bubbles, expert_load, traffic
-from cluster.bench.speed.trace import TraceLog, as_json, chunk_times
+from cluster.bench.timeline.figures import bubbles, expert_load, traffic
+from cluster.bench.timeline.trace import TraceLog, as_json, chunk_times
 
 ONE = Layout(1, 1)
 

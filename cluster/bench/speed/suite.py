@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.speed.compare import measure_compare
 from cluster.bench.speed.head import Layout, check_lengths, check_model
 from cluster.bench.speed.prefill import measure_decode, measure_prefill
 from cluster.bench.speed.run import Run
@@ -17,6 +18,7 @@ from protos.errors import UserError
 
 MEASURE: Mapping[Kind, Callable[[Run], None]] = {
     "prefill": measure_prefill, "decode": measure_decode, "scaling": measure_scaling,
+    "compare": measure_compare,
 }  # fmt: skip
 
 

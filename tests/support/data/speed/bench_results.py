@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster.bench.speed.repeats import summarise
 from cluster.bench.speed.scaling import add_efficiencies
-from cluster.bench.speed.timeline import bubbles, traffic
-from cluster.bench.speed.trace import ChunkTime, as_json
+from cluster.bench.timeline.figures import bubbles, traffic
+from cluster.bench.timeline.trace import ChunkTime, as_json
 
 MACHINE = {"processor": "Made-up Processor", "has_amx": False, "cores": 2}
 

@@ -15,7 +15,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("verb", ["prefill", "decode", "scaling"])
+@pytest.mark.parametrize("verb", ["prefill", "decode", "scaling", "compare"])
 def test_a_checkpoint_that_is_missing_is_named_with_the_way_out(verb: str, tmp_path: Path):
     done = run(verb, "--model", tmp_path, "--out", tmp_path / "out")
     assert done.exit_code == 2
@@ -46,8 +46,23 @@ def test_settings_that_cannot_be_used_start_nothing(arguments: list[str], expect
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gguf", "x.gguf"], "--llama-server and --gguf go together"),
+        (["--url", "host:8000"], "peers.server.url: host:8000: must be a URL such as http://host:8000/v1"),
+        (["--set", "peers={x: {kind: openai}}"], "peers.x.url: (missing): required for kind openai"),
+    ],
+)
+def test_peers_that_cannot_be_used_start_nothing(arguments: list[str], expected: str, tmp_path: Path):
+    done = run("compare", "--out", tmp_path, *arguments)
+    assert done.exit_code == 2
+    assert expected in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_verb_has_help():
-    for verb in ("prefill", "decode", "scaling"):
+    for verb in ("prefill", "decode", "scaling", "compare"):
         done = run(verb, "--help")
         assert done.exit_code == 0
         assert "--repeats" in done.output

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cluster.bench.speed.trace import ChunkTime
+from cluster.bench.timeline.trace import ChunkTime
 from protos.stage.messages import ShardSpec, StepResult
 
 

@@ -6,7 +6,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from cluster.bench.speed.trace import TraceLog, as_json, chunk_times, from_json
+from cluster.bench.timeline.trace import TraceLog, as_json, chunk_times, from_json
 from protos.stage.messages import SequenceSlice, StepPlan, StepResult, StepTrace
 
 

@@ -1,6 +1,6 @@
 """vLLM on the CPU, run by a Python that has it: prefill and decode of random ids. Imports nothing of Longreach.
 
-Usage: `python vllm_peer.py CHECKPOINT LENGTH DECODE_TOKENS SEED THREADS`; prints one JSON object.
+Usage: `python vllm_peer.py CHECKPOINT LENGTH DECODE_TOKENS SEED THREADS VOCABULARY`; prints one JSON object.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 
 def main() -> None:
     """Measure one prompt and print the result."""
-    model, length, decode, seed, threads = sys.argv[1], *map(int, sys.argv[2:])
+    model, length, decode, seed, threads, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "6")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -30,7 +30,7 @@ def main() -> None:
     def run(count: int, tokens: int, source: int) -> list[float]:
         """Return the seconds from submission to every token."""
         ids = random.Random(source)
-        prompt = {"prompt_token_ids": [ids.randint(5, 31999) for _ in range(count)]}
+        prompt = {"prompt_token_ids": [ids.randint(5, vocabulary - 1) for _ in range(count)]}
         params = vllm.SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0)
         began = time.perf_counter()
         engine.add_request(f"{source}-{count}", prompt, params)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.bench.speed.timeline import bubbles, by_shard, expert_load, traffic
-from cluster.bench.speed.trace import ChunkTime
+from cluster.bench.timeline.figures import bubbles, by_shard, expert_load, traffic
+from cluster.bench.timeline.trace import ChunkTime
 from protos.stage.messages import ExpertCounts, ShardSpec, Span, StepResult, StepTrace
 
 NONE = Span(0, 0)

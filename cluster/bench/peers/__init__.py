@@ -1,0 +1,1 @@
+"""Engines that `longreach bench compare` asks beside ours."""

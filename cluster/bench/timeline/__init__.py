@@ -1,0 +1,1 @@
+"""When every shard worked on every chunk of a prompt, and what that says."""
