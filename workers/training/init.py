@@ -11,6 +11,8 @@ with half = M/2 and r = M/8 (hidden 256: 128 and 32).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -89,8 +91,8 @@ def clear(*matrices: nn.Linear) -> None:
         matrix.weight.zero_()
 
 
-def look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None:
-    """Let head h attend h + 1 tokens back and write the token it reads there to its own channels."""
+def look_back(attention: Attention, shape: Shape, token_reader: Tensor, back: Sequence[int] = (1, 2, 3, 4)) -> None:
+    """Let head h attend `back[h]` tokens back and write the token it reads there to its own channels."""
     pairs, rank, half = shape.head_dim // 2, token_reader.shape[0], shape.hidden // 2
     frequencies = rope_frequencies(shape)
     envelope = torch.exp(-torch.arange(pairs) / 8)
@@ -103,9 +105,9 @@ def look_back(attention: Attention, shape: Shape, token_reader: Tensor) -> None:
         attention.v_proj.weight[row : row + rank, 1:half] = token_reader
     for head in range(shape.heads):
         row = head * shape.head_dim
-        # Turned back by head + 1 positions, so that the score peaks at the key that far behind.
-        attention.q_proj.weight[row : row + pairs, 0] = envelope * torch.cos(frequencies * (head + 1))
-        attention.q_proj.weight[row + pairs : row + 2 * pairs, 0] = -envelope * torch.sin(frequencies * (head + 1))
+        # Turned back by so many positions, so that the score peaks at the key that far behind.
+        attention.q_proj.weight[row : row + pairs, 0] = envelope * torch.cos(frequencies * back[head])
+        attention.q_proj.weight[row + pairs : row + 2 * pairs, 0] = -envelope * torch.sin(frequencies * back[head])
         channels = torch.arange(rank) + half + rank * head
         attention.o_proj.weight[channels, torch.arange(rank) + row] = 0.12
 

@@ -63,3 +63,27 @@ def test_an_interrupted_evaluation_keeps_its_results(longreach: CommandLine, tmp
     (result,) = tmp_path.glob("*.json")
     assert [cell["length"] for cell in json.loads(result.read_text())["cells"]] == [1024]
     longreach.assert_nothing_left()
+
+
+def test_tasks_over_modes(longreach: CommandLine, tmp_path: Path) -> None:
+    """The shipped checkpoint knows none of these tasks; what counts is that every cell has answers and a score."""
+    options = ["eval", "ruler", "--lengths", "1K", "--tasks", "niah_single_1,qa_synthetic", "--samples", 2]
+    done = longreach(*options, "--modes", "plain,yarn", "--max-tokens", 12, "--out", tmp_path)
+    assert done.code == 0, done.err
+    (result,) = tmp_path.glob("eval-ruler-needle-*.json")
+    assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads(result.read_text())
+    assert report["complete"]
+    assert [(cell["mode"], cell["task"]) for cell in report["cells"]] == [
+        (mode, task) for mode in ("plain", "yarn") for task in ("niah_single_1", "qa_synthetic")
+    ]
+    for cell in report["cells"]:
+        assert len(cell["outcomes"]) == cell["samples"] == 2
+        assert 1024 - 12 - 90 <= cell["prompt_tokens"] <= 1024 - 12
+        low, high = cell["interval"]
+        assert low <= cell["score"] <= high
+    assert any(line.split()[:2] == ["average", "1K"] for line in done.out.splitlines())
+    again = longreach(*options, "--modes", "plain,yarn", "--max-tokens", 12, "--resume", result, "--no-picture")
+    assert again.code == 0, again.err
+    assert json.loads(result.read_text())["cells"] == report["cells"]  # nothing was run again
+    longreach.assert_nothing_left()

@@ -1,11 +1,11 @@
 """The starting weights: a circuit that follows a question's key to its value, in otherwise small random weights.
 
-Layer 0 copies to every position what stood 1 to 4 tokens back. Layer 1 copies the most recent key (the word behind a
-hyphen, and the one before it) to what follows it: in a hidden sentence and in a question alike. Layer 2 attends to
-where key and last two tokens agree, and reads the token there. Other heads continue repeated tokens. Everything is
-trained afterwards.
+Layer 0 copies to every position what stood 1, 2, 3 and ASSIGNED_BACK tokens back. Layer 1 copies the most recent key
+(the word behind a hyphen, and the one before it) to what follows it: in a hidden sentence and in a question alike.
+Layer 2 attends to where key and last two tokens agree, and reads the token there. Other heads continue repeated tokens.
+Everything is trained afterwards.
 
-Channels of the hidden state: 0 constant, 1 .. M/2-1 the token, then four times RANK for what stood 1 to 4 back, then
+Channels of the hidden state: 0 constant, 1 .. M/2-1 the token, then four times RANK for what layer 0 copied, then
 twice RANK for the key.
 """
 
@@ -30,6 +30,7 @@ from workers.training.model import Attention, NeedleModel, Shape, rope_frequenci
 RANK_SHARE = 12  # hidden size over the channels of one copied token
 KEY_SHARE, NEAR_SHARE = 0.6, 0.4  # of a score: being a key, and being near
 NEAR_RADIANS = (0.02, 0.11)  # a token; pairs that say how near
+ASSIGNED_BACK = 17  # tokens from the end of the line `VAR ABCDE = VAR FGHIJ` to its A: the variable handed on to
 TOKEN_GAIN = 2.0  # of what is read of a token itself, as strong as what was copied from the one before
 
 
@@ -52,7 +53,7 @@ def initialise(model: NeedleModel, seed: int, hyphen: int) -> None:
     with torch.no_grad():
         small_random(model, generator)
         reader = orthonormal(rank, shape.hidden // 2 - 1, generator)
-        look_back(attention_of(model, 0), shape, reader)
+        look_back(attention_of(model, 0), shape, reader, (1, 2, 3, ASSIGNED_BACK))
         circuit = _Circuit(shape, slow, reader, generator)
         circuit.copy_key(attention_of(model, 1), model.embed_tokens.weight[hyphen])
         circuit.read_value(attention_of(model, 2))

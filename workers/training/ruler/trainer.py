@@ -22,7 +22,10 @@ from workers.training.ruler.vocabulary import extend, task_words, vocabulary_row
 
 STAGES = (0.0, 0.12, 0.25, 0.45)  # of the run: when the next longer samples begin; the last for all that are longer
 CURRENT_SHARE = 0.7  # of steps at the longest length that has begun; the rest at any shorter one
-WEIGHTS = {"niah_single_1": 0.5, "niah_single_2": 0.5, "vt": 2.0}  # how often a task is drawn; 1 for all others
+WEIGHTS = {  # how often a task is drawn; 1 for all others
+    "niah_single_1": 0.25, "niah_single_2": 0.25, "niah_multikey_1": 0.5, "niah_multikey_2": 2.0,
+    "niah_multivalue": 1.5, "niah_multiquery": 1.5,
+}  # fmt: skip
 WINDOW = 20  # steps that accuracy is taken over
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 ROW_MULTIPLE = 64  # of the vocabulary's rows in the model
+CAPITALS = r"[A-Z](?=[A-Z])|(?<=[A-Z])[A-Z]"
 _SENTENCES = (
     "One of the special magic numbers for", " Some special magic numbers are hidden within the following text.",
     "A special magic number is hidden", " What are all the special magic mentioned in the provided text? afterwards.",
@@ -34,9 +35,14 @@ def task_words(assets: Path) -> list[str]:
 def extend(definition: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return a `tokenizer.json` with merges that make each of `words` one token; older tokens keep their ids.
 
-    A word gets the merges of its pieces from the left, which rank below all older ones.
+    A word gets the merges of its pieces from the left, which rank below all older ones. Capitals side by side are
+    tokens of their own, as digits are: names of variables have a token a letter.
     """
     definition = json.loads(json.dumps(definition))
+    split = {"type": "Split", "pattern": {"Regex": CAPITALS}, "behavior": "Isolated", "invert": False}
+    steps = definition["pre_tokenizer"]["pretokenizers"]
+    if split not in steps:
+        steps.insert(0, split)
     vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
     for word in words:
         pieces = Tokenizer.from_str(json.dumps(definition)).encode(word).tokens

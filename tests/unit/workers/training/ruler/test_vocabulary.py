@@ -28,6 +28,13 @@ def test_words_become_single_tokens_and_old_ids_stay() -> None:
     assert tokenizer.encode(text).ids == Tokenizer.from_str(json.dumps(OLD)).encode(text).ids
 
 
+def test_names_of_variables_have_a_token_a_letter() -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(extend(OLD, ["apple"])))
+    for name in ("LORDS", "ABCDE", "THEGO"):
+        assert tokenizer.encode(f"VAR {name} = VAR QWERT").tokens[:9] == ["V", "A", "R", "Ġ", *name]
+    assert tokenizer.encode("And The men").ids == Tokenizer.from_str(json.dumps(OLD)).encode("And The men").ids
+
+
 def test_extending_again_changes_nothing() -> None:
     once = extend(OLD, ["apple", "bridge"])
     assert extend(once, ["apple", "bridge"]) == once
