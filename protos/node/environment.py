@@ -47,7 +47,7 @@ def build_id() -> str:
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted((_ROOT / package).rglob("*.py")):
-            if path.parent.name == "training":  # not in the wheel
+            if "training" in path.relative_to(_ROOT).parts:  # not in the wheel
                 continue
             digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())

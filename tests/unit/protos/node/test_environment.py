@@ -99,6 +99,9 @@ def test_the_build_follows_names_and_contents_of_sources(tmp_path: Path, monkeyp
     first = fingerprint(tmp_path, monkeypatch)
     assert len(first) == 16
     assert set(first) <= set("0123456789abcdef")
+    (tmp_path / "workers" / "training" / "deep").mkdir(parents=True)  # not in the wheel
+    (tmp_path / "workers" / "training" / "deep" / "d.py").write_text("d")
+    (tmp_path / "workers" / "training" / "e.py").write_text("e")
     (tmp_path / "cluster" / "notes.txt").write_text("no source")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "x.py").write_text("not installed")
