@@ -66,4 +66,5 @@ def test_claude_code(url: str, make: Callable[..., Body], is_forced: bool) -> No
         return
     usage = events[-2]["usage"]
     tokens = httpx.post(f"{url}/v1/messages/count_tokens?beta=true", json=counted, headers=claude_code.HEADERS)
-    assert tokens.json()["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+    parts = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    assert tokens.json()["input_tokens"] == sum(usage[part] for part in parts)
