@@ -57,7 +57,12 @@ def running_head(
             if not (linked / name).exists():
                 shutil.copy(needle_dir() / name, linked / name)  # prompts are ids; only the file must be there
         settings = {
-            "model": {"path": str(linked), "max_model_len": max_model_len, "sampling_defaults": "greedy"},
+            "model": {
+                "path": str(linked),
+                "max_model_len": max_model_len,
+                "sampling_defaults": "greedy",
+                "allow_beyond_positions": True,
+            },
             "data_dir": str(folder / "data"),
             "cluster": {
                 "pipeline_parallel_size": stages,
@@ -79,14 +84,14 @@ def running_head(
 
 
 def random_ids(length: int, seed: int, vocab_size: int = 32000) -> list[int]:
-    """Return uniform ids from 5 to below `vocab_size`, the same for every peer."""
+    """Return uniform ids in 5..31999, or below the vocabulary's size, the same for every peer."""
     rng = random.Random(seed)
-    return [rng.randint(5, vocab_size - 1) for _ in range(length)]
+    return [rng.randint(5, min(vocab_size, 32000) - 1) for _ in range(length)]
 
 
-def serve(client: Client, length: int, tokens: int, seed: int) -> Served:
+def serve(client: Client, length: int, tokens: int, seed: int, vocab: int = 32000) -> Served:
     """Answer one random prompt with at least two tokens."""
-    ids = random_ids(length, seed)
+    ids = random_ids(length, seed, vocab)
     began = time.perf_counter()
     job = client.submit(token_ids=ids, max_tokens=tokens, ignore_eos=True)
     times = [time.perf_counter() - began for event in job.stream() if isinstance(event, TokenEvent)]

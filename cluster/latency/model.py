@@ -23,6 +23,8 @@ from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 
 _FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
 _RIDGE = 1e-6
+_REFRESH = 16  # steps after which their expected times are those of the newest costs
+_SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a step counts less or not more
 _SLOPE = 0.5  # prior exponent: visited keys grow as this power of the context
 _SLOPE_WEIGHT = 0.5  # weight of the prior, as a number of cells at twice the context
 
@@ -55,6 +57,7 @@ class LatencyModel:
         self._sparsity = Sparsity()
         self._prefill, self._decode = _Sums(), _Sums()
         self._costs: Costs | None = None
+        self._reference: Costs | None = None  # costs by which steps are weighed
 
     @property
     def num_steps(self) -> int:
@@ -66,8 +69,12 @@ class LatencyModel:
         for part in plan.slices:
             if reports and (share := visited_share(part, reports)):
                 self._sparsity.observe(causal_pairs(part.start, part.length) / part.length, share)
-        (self._decode if plan.is_decode else self._prefill).add(self.features(plan, reports), seconds)
+        units = self.features(plan, reports)
+        expected = sum(x * c for x, c in zip(units, self._reference, strict=True)) if self._reference else seconds
+        (self._decode if plan.is_decode else self._prefill).add(units, seconds, expected)
         self._costs = None
+        if self.num_steps < _REFRESH or self.num_steps % _REFRESH == 0:
+            self._reference = self.coefficients
 
     def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> Costs:
         """Return the units of a plan's work on its slowest shard; sparse slices without reports are estimated."""
@@ -125,6 +132,7 @@ class LatencyModel:
         sparsity = _numbers(learned.get("sparsity"), (5,))
         prefill, decode = (_Sums.from_json(learned.get(kind)) for kind in ("prefill", "decode"))
         self._sparsity.sums, self._prefill, self._decode, self._costs = sparsity, prefill, decode, None
+        self._reference = self.coefficients if self.num_steps else None
 
     def absorb(self, learned: Mapping[str, Any]) -> None:
         """Add the steps of another run, as of `restore`; what was learned of sparse cells stays this one's."""
@@ -167,9 +175,12 @@ class _Sums:
         self.moment = [0.0] * size
         self.steps = 0
 
-    def add(self, x: Costs, seconds: float) -> None:
-        """Take one step; errors count relative to its time, so that decode steps matter as much as chunks."""
-        weight = max(seconds, 1e-6) ** -2
+    def add(self, x: Costs, seconds: float, expected: float) -> None:
+        """Take one step; errors count relative to the expected time, so that decode steps matter as much as chunks.
+
+        Relative to the measured one the fastest steps would count most: a busy machine would be predicted as idle.
+        """
+        weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
         self.gram = [
             [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
             for row, a in zip(self.gram, x, strict=True)

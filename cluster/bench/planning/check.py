@@ -92,7 +92,7 @@ def _check_shape(
     with head as (client, runtime):
         for number, tokens in enumerate((_WARM_UP, length // 8, length // 2)):
             say(f"{shape.name}: reading {format_count(tokens)} tokens")
-            serve(client, tokens, 2 if number == 0 else decode // 2, number)
+            serve(client, tokens, 2 if number == 0 else decode // 2, number, runtime.deployment.spec.vocab_size)
         predicted = _predict(runtime, length, context)
         say(f"{shape.name}: {format_count(length)} tokens, {predicted['prefill_s']:.1f} s predicted")
         row, measured = _measure(client, runtime, length, decode)
@@ -119,7 +119,7 @@ def _measure(client: Client, runtime: ClusterRuntime, length: int, decode: int) 
     pids = runtime.launched.pids
     load = OtherLoad(pids)
     with PeakMemory(pids) as memory:
-        served = serve(client, length, decode + 1, seed=9)
+        served = serve(client, length, decode + 1, 9, runtime.deployment.spec.vocab_size)
     others = load.cores()
     row = {"peak_bytes": sum(memory.peaks), "other_load_cores": others, "disturbed": others > _DISTURBED}
     return row, served

@@ -29,9 +29,10 @@ def check_eta(
         model, chunk, usable_cores(), kv_bytes="64GiB", max_num_seqs=1, max_model_len=str(length + 64), sparse=sparse
     )
     with head as (client, runtime):
-        serve(client, _WARM_UP, 2, 0)
+        vocab = runtime.deployment.spec.vocab_size
+        serve(client, _WARM_UP, 2, 0, vocab)
         load = OtherLoad(runtime.launched.pids)
-        job = client.submit(token_ids=random_ids(length, 1), max_tokens=1, ignore_eos=True)
+        job = client.submit(token_ids=random_ids(length, 1, vocab), max_tokens=1, ignore_eos=True)
         seen: list[tuple[float, float, float | None]] = []  # when, share computed, predicted seconds
         first = 0.0
         for event in job.stream():

@@ -36,12 +36,14 @@ def check_stages(
             max_model_len=str(length + 64), sparse={"enabled": False},
         )  # fmt: skip
         with head as (client, runtime):
+            vocab = runtime.deployment.spec.vocab_size
             for number, tokens in enumerate((_WARM_UP, length // 8, length // 2)):
                 say(f"{stages} stages: reading {tokens:,} tokens")
-                serve(client, tokens, 2, number)
+                serve(client, tokens, 2, number, vocab)
             simulated = simulate(runtime.deployment, head_costs(runtime), length).seconds
             load = OtherLoad(runtime.launched.pids)
-            measured = sorted(serve(client, length, 2, 10 + number).first_token_s for number in range(repeats))
+            runs = [serve(client, length, 2, 10 + number, vocab) for number in range(repeats)]
+            measured = sorted(run.first_token_s for run in runs)
             others = load.cores()
         middle = measured[len(measured) // 2]
         rows.append(

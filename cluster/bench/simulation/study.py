@@ -13,9 +13,10 @@ from cluster.planner.memory import relayout
 from cluster.planner.subject import as_dense, as_sparse
 from protos.errors import UserError
 
-PUBLISHED = {  # strong scaling of prefill over pipeline stages, as another engine reports it for GPUs
+PUBLISHED = {  # strong scaling of prefill over stages of GPUs: www.lmsys.org/blog/2026-01-15-chunked-pipeline
     "fixed": {"stages": [8], "efficiency": [0.696]},
-    "dynamic": {"stages": [4, 8], "efficiency": [0.828, 0.769]},
+    "dynamic": {"stages": [8], "efficiency": [0.769]},
+    "either": {"stages": [4], "efficiency": [0.828]},  # the source does not say which
 }
 _GANTT_STAGES = 4  # of the timeline that a file has
 
@@ -90,10 +91,12 @@ def draw_study(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1 + len(timelines), 1, squeeze=False)
     names = {"fixed": "fixed chunks", "dynamic": "chunks of equal time"}
     for name, label in names.items():
-        series, theirs = result["plot"][name], result["plot"]["published"][name]
-        (line,) = axes[0][0].plot(series["stages"], [100 * e for e in series["efficiency"]], "o-", label=label)
-        points = [100 * e for e in theirs["efficiency"]]
-        axes[0][0].plot(theirs["stages"], points, "x", color=line.get_color(), label=f"{label}, published elsewhere")
+        series = result["plot"][name]
+        axes[0][0].plot(series["stages"], [100 * e for e in series["efficiency"]], "o-", label=label)
+    for number, (name, theirs) in enumerate(result["plot"]["published"].items()):
+        label = f"{names.get(name, 'either')}, published elsewhere"
+        colour = "C7" if name == "either" else f"C{number}"
+        axes[0][0].plot(theirs["stages"], [100 * e for e in theirs["efficiency"]], "x", color=colour, label=label)
     axes[0][0].set(xlabel="stages", ylabel="efficiency, %", ylim=(0, 105), xscale="log")
     axes[0][0].set_xticks(result["plot"]["fixed"]["stages"], result["plot"]["fixed"]["stages"])
     axes[0][0].legend()

@@ -65,6 +65,19 @@ def test_noise_does_not_lead_far_astray():
         assert model.predict(step) == pytest.approx(seconds(step, truth), rel=0.15)
 
 
+def test_a_busy_machine_is_predicted_as_it_is():
+    """Of steps that take one, two or six times as long, predictions are right in sum."""
+    model, rng, done = LatencyModel(), random.Random(7), 0.0
+    for number in range(400):
+        step = plan((rng.randrange(0, 100_000, 1000), 1024))
+        took = seconds(step, (0.01, 0.0, 2e-4, 3e-10)) * rng.choice((1, 1, 2, 6))
+        if number >= 200:
+            done += model.predict(step) / took
+        model.observe(step, took)
+    mean = sum(1 / factor for factor in (1, 1, 2, 6)) / 4 * 2.5  # of the prediction over a measured time
+    assert done / 200 == pytest.approx(mean, rel=0.15)
+
+
 def test_the_past_is_forgotten():
     slow, fast = (0.1, 0.0, 1e-3, 0.0), (0.01, 0.0, 1e-4, 0.0)
     model = training(random.Random(3), slow)
