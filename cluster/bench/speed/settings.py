@@ -56,6 +56,7 @@ class BenchSettings(Section):
     scaling: list[Scaling] = Field(
         default=["strong"], min_length=1, description="must be a list of strong, weak, throughput"
     )
+    weak_length: Annotated[Count, Field(ge=2)] = Field(default=8192, description=f"{COUNT_RULE}, at least 2")
     jobs: list[Size] = Field(default=[1, 2, 4], min_length=1, description=_SIZES)
     job_length: Annotated[Count, Field(ge=2)] = Field(default=4096, description=f"{COUNT_RULE}, at least 2")
     repeats: int = Field(default=3, ge=1, le=1000)
