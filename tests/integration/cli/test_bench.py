@@ -39,10 +39,10 @@ def measured(longreach: CommandLine, out: Path, *arguments: object) -> dict[str,
 
 
 def test_a_pipeline_of_shards_says_when_it_worked_on_what(longreach: CommandLine, model: Path, tmp_path: Path) -> None:
-    settings = "settings={prefill.max_num_batched_tokens: 256, cluster.threads_per_actor: 1}"
+    chunk = "settings.prefill.max_num_batched_tokens=256"
     report = measured(
         longreach, tmp_path / "out", "scaling", "--model", model, "--lengths", 700, "--set", "layouts=[[2, 2]]",
-        "--set", "scaling=[strong]", "--set", settings, *QUICK,
+        "--set", "scaling=[strong]", "--set", chunk, *QUICK,
     )  # fmt: skip
     (row,) = report["rows"]
     assert (row["kind"], row["stages"], row["shards"], row["length"]) == ("strong", 2, 2, 700)
