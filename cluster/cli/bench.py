@@ -14,6 +14,7 @@ from cluster.cli.eval import Counts, Setting
 if TYPE_CHECKING:
     from cluster.bench.speed.settings import Kind
 
+_FILE_WIDTH = 160  # columns of a table that goes into a file or pipe
 _PATH = click.Path(path_type=Path)
 
 
@@ -44,7 +45,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=click.IntRange(0), help="Of the prompts, in place of the file's."),
         click.option(
             "--set", "more", type=Setting(), multiple=True, metavar="KEY=VALUE",
-            help="Another key of the file (repeatable), such as warm_up=0 or settings={kv_cache.dtype: int8}.",
+            help="Another key of the file (repeatable), such as warm_up=0 or settings.kv_cache.dtype=int8.",
         ),
         click.option(
             "--out", type=_PATH, default=Path(), show_default="current folder",
@@ -96,6 +97,8 @@ def _print_table(report: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*map(in_table, row))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     console.print(table)
     for note in notes(report):
         console.print(note, highlight=False, markup=False, soft_wrap=True)

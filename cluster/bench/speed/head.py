@@ -84,7 +84,7 @@ def load_measured(
         more: further dotted keys, over those of the mode.
     """
     settings = bench.settings
-    overrides = {**bench.overrides, **settings.modes[mode]}
+    overrides = bench.of_mode(mode)
     overrides |= {
         "model.sampling_defaults": "greedy", "kv_store.enabled": False, "server.http_port": 0,
         "server.metrics_port": 0, "cluster.pipeline_parallel_size": layout.stages,

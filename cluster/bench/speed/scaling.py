@@ -35,7 +35,7 @@ def _prompts(run: Run, layout: Layout, layouts: list[Layout], wanted: set[Any]) 
     if "strong" in wanted:
         found["strong"] = list(settings.lengths)
     if "weak" in wanted:
-        base = settings.lengths[0]
+        base = settings.weak_length
         found["weak"] = [base * layout.processes]
         if layout == ONE:
             found["weak"] = sorted({base * other.processes for other in layouts})

@@ -56,6 +56,7 @@ class BenchSettings(Section):
     scaling: list[Scaling] = Field(
         default=["strong"], min_length=1, description="must be a list of strong, weak, throughput"
     )
+    weak_length: Annotated[Count, Field(ge=2)] = Field(default=8192, description=f"{COUNT_RULE}, at least 2")
     jobs: list[Size] = Field(default=[1, 2, 4], min_length=1, description=_SIZES)
     job_length: Annotated[Count, Field(ge=2)] = Field(default=4096, description=f"{COUNT_RULE}, at least 2")
     repeats: int = Field(default=3, ge=1, le=1000)
@@ -99,11 +100,26 @@ class Bench:
         """The dotted keys that the benchmark puts over its deployment, beside those of modes and layouts."""
         model = self.settings.model
         named = {} if model is None else {"model.path": str(model), "model.served_model_name": None}
-        return {**named, **self.settings.settings}
+        return {**named, **flat(self.settings.settings)}
+
+    def of_mode(self, mode: str) -> dict[str, object]:
+        """Return `overrides` with the dotted keys of a mode over them."""
+        return {**self.overrides, **flat(self.settings.modes[mode])}
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as plain data; of paths only the last part, as the others mean nothing elsewhere."""
         return {"file": Path(self.file).name, **_without_folders(self.settings.model_dump())}
+
+
+def flat(keys: Mapping[str, Any]) -> dict[str, object]:
+    """Return dotted keys for mappings in mappings; what comes later replaces what came before."""
+    found: dict[str, object] = {}
+    for key, value in keys.items():
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+        else:
+            found[key] = value
+    return found
 
 
 def load_bench(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Bench:

@@ -45,9 +45,10 @@ def longest_context(bench: Bench) -> int:
     settings = bench.settings
     longest = max(settings.lengths)
     if settings.bench == "scaling" and "weak" in settings.scaling:
-        longest = max(longest, settings.lengths[0] * max(Layout(*pair).processes for pair in settings.layouts))
+        longest = max(longest, settings.weak_length * max(Layout(*pair).processes for pair in settings.layouts))
     answer = settings.tokens + 1 if settings.bench in ("decode", "compare") else 2
-    jobs = settings.job_length + settings.tokens if settings.bench == "scaling" else 0
+    has_jobs = settings.bench == "scaling" and "throughput" in settings.scaling
+    jobs = settings.job_length + settings.tokens if has_jobs else 0
     return max(longest + answer, jobs, settings.warm_up + 4)
 
 

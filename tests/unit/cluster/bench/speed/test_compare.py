@@ -35,6 +35,7 @@ def test_the_longest_context_of_each_kind():
     assert longest(bench="prefill", lengths=[100, 50]) == 102
     assert longest(bench="compare", lengths=[100], tokens=7) == 108
     assert longest(bench="scaling", lengths=[100], scaling=["strong"], job_length=10, tokens=7) == 102
-    assert longest(bench="scaling", lengths=[100], scaling=["weak"], layouts=[[1, 1], [2, 2]], job_length=10) == 402
-    assert longest(bench="scaling", lengths=[5000], scaling=["weak"], layouts=[[1, 1], [2, 2]]) == 20002
+    assert longest(bench="scaling", lengths=[100], weak_length=100, scaling=["weak"], layouts=[[1, 1], [2, 2]]) == 402
+    assert longest(bench="scaling", weak_length=5000, scaling=["weak"], layouts=[[1, 1], [2, 2]]) == 20002
+    assert longest(bench="scaling", lengths=[100], scaling=["throughput"], job_length=400, tokens=7) == 407
     assert longest(bench="decode", lengths=[100], tokens=7, warm_up=500) == 504

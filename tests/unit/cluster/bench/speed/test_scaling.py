@@ -43,11 +43,11 @@ def test_modes_are_not_compared_with_each_other():
 
 def test_one_process_reads_what_every_layout_of_weak_scaling_reads(tmp_path: Any):
     layouts = [Layout(1, 1), Layout(2, 1), Layout(2, 2)]
-    given = {"bench": "scaling", "config": tmp_path / "x", "lengths": [100, 200], "jobs": [1, 2],
+    given = {"bench": "scaling", "config": tmp_path / "x", "lengths": [100, 200], "weak_length": 50, "jobs": [1, 2],
              "layouts": [list(layout) for layout in layouts]}  # fmt: skip
     run = type("Run", (), {"bench": Bench("x", BenchSettings.model_validate(given))})()
     wanted = {"strong", "weak", "throughput"}
-    assert _prompts(run, layouts[0], layouts, wanted) == {"strong": [100, 200], "weak": [100, 200, 400]}
-    assert _prompts(run, layouts[2], layouts, wanted) == {"strong": [100, 200], "weak": [400]}
+    assert _prompts(run, layouts[0], layouts, wanted) == {"strong": [100, 200], "weak": [50, 100, 200]}
+    assert _prompts(run, layouts[2], layouts, wanted) == {"strong": [100, 200], "weak": [200]}
     assert _prompts(run, layouts[2], layouts, {"throughput"}) == {}
     assert _count(run, layouts, wanted) == (5 + 3 + 3) + 6

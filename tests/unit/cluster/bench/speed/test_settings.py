@@ -66,5 +66,14 @@ def test_what_is_wrong_is_one_line(text: str, expected: str, tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
+def test_keys_may_be_dotted_or_nested_and_the_later_one_counts(file: Path):
+    more = {"settings": {"kv_cache.dtype": "auto", "kv_cache": {"dtype": "int8"}}, "modes": {"a": {"sparse": {}}}}
+    bench = load_bench(file, more)
+    assert bench.overrides == {"kv_cache.dtype": "int8"}
+    assert bench.of_mode("a") == {"kv_cache.dtype": "int8", "sparse": {}}
+    changed = load_bench(file, {"settings.kv_cache.page_size": 32})
+    assert changed.overrides == {"kv_cache.page_size": 32}
+
+
 def test_a_bench_is_a_value(file: Path):
     assert load_bench(file) == Bench(str(file), load_bench(file).settings)
