@@ -91,7 +91,7 @@ class _Circuit:
             attention.o_proj.weight[torch.arange(rank) + start + rank, torch.arange(rank) + head * dim + rank] = 0.05
         attention.v_proj.weight[:rank, 1:half] = self.reader
         attention.v_proj.weight[torch.arange(rank) + rank, torch.arange(rank) + half + rank] = 1.0
-        self._continue_pairs(attention)
+        self._continue_pairs(attention, 0.02)
 
     def read_value(self, attention: Attention) -> None:
         """Let heads 0 and 1 attend where the key and the last two tokens agree, and write the token there."""
@@ -111,14 +111,14 @@ class _Circuit:
             attention.q_proj.weight[second + row, half : half + rank] = 0.4 * before
             attention.o_proj.weight[1:half, row : row + dim] = self.values.T * 0.15
         attention.v_proj.weight[:dim, 1:half] = self.values
-        self._continue_pairs(attention)
+        self._continue_pairs(attention, 0.15)
 
     def _begin(self, attention: Attention) -> None:
         clear(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         attention.q_norm.weight.fill_(CIRCUIT_NORM)
         attention.k_norm.weight.fill_(CIRCUIT_NORM)
 
-    def _continue_pairs(self, attention: Attention) -> None:
+    def _continue_pairs(self, attention: Attention, gain: float) -> None:
         """Let KV head 1, heads 2 and 3, attend behind the last two tokens' earlier places, and write it."""
         dim, half, rank, slow = self.shape.head_dim, self.half, self.rank, self.slow
         last, before = (orthonormal(len(slow), rank, self.generator) for _ in range(2))
@@ -129,5 +129,5 @@ class _Circuit:
             row = head * dim
             attention.q_proj.weight[first + row, 1:half] = TOKEN_GAIN * last @ self.reader
             attention.q_proj.weight[second + row, half : half + rank] = before
-            attention.o_proj.weight[1:half, row : row + dim] = self.values.T * 0.04
+            attention.o_proj.weight[1:half, row : row + dim] = self.values.T * gain
         attention.v_proj.weight[dim : 2 * dim, 1:half] = self.values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -118,11 +119,11 @@ class RulerRun(GridRun[Series]):
 
     def ask(self, runtime: ClusterRuntime, document: Series) -> Cell:
         """Ask for all samples of a series at once."""
-        self.display.status("making samples")
         samples, prompts = [], []
         for sample, _ in self._samples.make(document):
             samples.append(sample)
             prompts.append(self._samples.encode(sample))
+            self.display.amount("making samples", len(samples), 0)
         ask = AnswerOptions(max_tokens=self._samples.answer_tokens(document), enable_thinking=self.options.thinking)
         began = time.monotonic()
         answers = runtime.generate(prompts, ask, self.display.reading(len(prompts)))
@@ -181,12 +182,10 @@ class RulerRun(GridRun[Series]):
         }
 
     def _continue(self, earlier: Mapping[str, Any]) -> None:
-        for key in self.report.keys() - {"cells", "complete"}:
-            if earlier.get(key) != self.report[key]:
-                raise UserError(
-                    f"--resume: has another {key} ({earlier.get(key)!r}, now {self.report[key]!r}): give the same "
-                    "options, or start a new result"
-                )
+        for key, value in json.loads(json.dumps(self.report)).items():
+            if key not in ("cells", "complete") and earlier.get(key) != value:
+                problem = f"has another {key} ({earlier.get(key)!r}, now {value!r})"
+                raise UserError(f"--resume: {problem}: give the same options, or start a new result")
         self.report["cells"] = [cell for cell in earlier["cells"] if "error" not in cell]
 
 

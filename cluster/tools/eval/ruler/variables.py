@@ -43,7 +43,9 @@ def _one(num_noises: int, letters: int, rng: random.Random) -> Sample:
     chain = [f"VAR {order[0]} = {value}"]
     chain += [f"VAR {new} = VAR {old}" for old, new in pairwise(order)]
     lines = [NOISE] * num_noises
-    places = sorted(rng.choices(range(num_noises + 1), k=len(chain)), reverse=True)
+    room = range(num_noises + 1)
+    is_long = len(room) >= len(chain)
+    places = sorted(rng.sample(room, len(chain)) if is_long else rng.choices(room, k=len(chain)), reverse=True)
     for place, line in zip(places, reversed(chain), strict=True):
         lines.insert(place, line)
     prefix = _PREFIX.format(count=len(order), value=value)

@@ -96,7 +96,7 @@ def test_shares_of_outputs_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_evaluation_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = RulerOptions((1024,), NEEDLES, ("plain", "yarn"), samples=2)
+    options = RulerOptions((1024,), NEEDLES, ("plain", "sparse"), samples=2)
     asked = 0
 
     def fails_second(text: str) -> str:
@@ -113,7 +113,7 @@ def test_an_evaluation_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == 12  # two samples of one cell
     assert [cell.get("score") for cell in again["cells"]] == [1.0] * 4
     with pytest.raises(UserError, match=r"--resume: has another seed \(0, now 1\)"):
-        evaluate(RulerOptions((1024,), NEEDLES, ("plain", "yarn"), samples=2, seed=1), answer, monkeypatch, report)
+        evaluate(RulerOptions((1024,), NEEDLES, ("plain", "sparse"), samples=2, seed=1), answer, monkeypatch, report)
 
 
 def test_export_writes_what_would_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
