@@ -96,7 +96,7 @@ def test_the_end_of_the_head_ends_streams_with_an_error(served: HeadOverHttp) ->
         served.head.drain()
         assert httpx.get(f"{served.url}/ready").status_code == 503
         refused = served.post("/v1/chat/completions", **BODY)
-        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
