@@ -97,8 +97,8 @@ def eta(model: Path, length: str, chunk: str, sparse: bool, out: Path | None) ->
 @click.option("--picture", type=_PATH, help="Draw a PNG to this file (needs matplotlib).")
 @_OUT
 def simulate(
-    config: Path, context: str, chunk: str, stages: list[int], gpu: str | None, sparse: bool, real: str | None, repeats: int,
-    picture: Path | None, out: Path | None,
+    config: Path, context: str, chunk: str, stages: list[int], gpu: str | None, sparse: bool, real: str | None,
+    repeats: int, picture: Path | None, out: Path | None,
 ) -> None:  # fmt: skip
     """Efficiency of more stages: the real scheduler over simulated stages, whose times the latency model predicts.
 
