@@ -15,9 +15,11 @@ from cluster.common.units import parse_count
 from cluster.planner.hardware import load_hardware
 from cluster.planner.subject import load_subject
 from cluster.planner.target import cpu_target, gpu_target
+from protos.errors import UserError
 from protos.node.environment import write_result
 
 _MOST_ERROR = 0.1  # of a simulated time against a real one
+_MOST_STAGES = 256
 _PATH = click.Path(path_type=Path)
 _OUT = click.option("--json", "out", type=_PATH, help="Also write the result to this file.")
 _MODEL = click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint.")
@@ -27,7 +29,25 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
-@click.command("plan-check")
+class Measurement(click.Command):
+    """A command whose bad input is one line."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command. Raises click.UsageError for a UserError."""
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            raise click.UsageError(str(error), context) from error
+
+
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> list[int]:
+    numbers = [int(word) if word.strip().isdecimal() else 0 for word in text.split(",")]
+    if not all(1 <= number <= _MOST_STAGES for number in numbers):
+        raise click.BadParameter(f"{text}: must be whole numbers from 1 to {_MOST_STAGES}, such as 1,2,4,8")
+    return numbers
+
+
+@click.command("plan-check", cls=Measurement)
 @_MODEL
 @click.option("--length", default="16K", show_default=True, help="Prompt tokens; the sparse shape has twice as many.")
 @click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
@@ -45,7 +65,7 @@ def plan_check(model: Path, length: str, chunk: str, decode: int, resume: Path |
         raise SystemExit(1)
 
 
-@click.command("eta")
+@click.command("eta", cls=Measurement)
 @_MODEL
 @click.option("--length", default="256K", show_default=True, help="Prompt tokens.")
 @click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
@@ -63,11 +83,11 @@ def eta(model: Path, length: str, chunk: str, sparse: bool, out: Path | None) ->
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(cls=Measurement)
 @click.argument("config", type=_PATH)
 @click.option("--context", default="128K", show_default=True, help="Prompt tokens.")
 @click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
-@click.option("--stages", default="1,2,4,8,16", show_default=True, help="Numbers of stages.")
+@click.option("--stages", default="1,2,4,8,16", callback=_numbers, show_default=True, help="Numbers of stages.")
 @click.option("--gpu", metavar="NAME", help="A GPU of the hardware table; default: this processor, as measured here.")
 @click.option("--sparse", is_flag=True, help="Sparse prefill.")
 @click.option(
@@ -77,8 +97,8 @@ def eta(model: Path, length: str, chunk: str, sparse: bool, out: Path | None) ->
 @click.option("--picture", type=_PATH, help="Draw a PNG to this file (needs matplotlib).")
 @_OUT
 def simulate(
-    config: Path, context: str, chunk: str, stages: str, gpu: str | None, sparse: bool, real: str | None, repeats: int,
-    picture: Path | None, out: Path | None,
+    config: Path, context: str, chunk: str, stages: list[int], gpu: str | None, sparse: bool, real: str | None,
+    repeats: int, picture: Path | None, out: Path | None,
 ) -> None:  # fmt: skip
     """Efficiency of more stages: the real scheduler over simulated stages, whose times the latency model predicts.
 
@@ -93,9 +113,8 @@ def simulate(
         if gpu
         else cpu_target(table_of_hardware, data_dir=deployment.config.data_dir)
     )
-    numbers = [int(text) for text in stages.split(",")]
     result: dict[str, Any] = {"what": "simulated pipelines", "model": str(config)}
-    result |= study(deployment, target.costs_of, parse_count(context), numbers, sparse)
+    result |= study(deployment, target.costs_of, parse_count(context), stages, sparse)
     for line in table(result):
         _say(line)
     if real is not None:

@@ -94,7 +94,7 @@ def draw_study(result: dict[str, Any], path: Path) -> None:
         series = result["plot"][name]
         axes[0][0].plot(series["stages"], [100 * e for e in series["efficiency"]], "o-", label=label)
     for number, (name, theirs) in enumerate(result["plot"]["published"].items()):
-        label = f"{names.get(name, 'either')}, published elsewhere"
+        label = f"{names.get(name, 'one of the two')}, published elsewhere"
         colour = "C7" if name == "either" else f"C{number}"
         axes[0][0].plot(theirs["stages"], [100 * e for e in theirs["efficiency"]], "x", color=colour, label=label)
     axes[0][0].set(xlabel="stages", ylabel="efficiency, %", ylim=(0, 105), xscale="log")

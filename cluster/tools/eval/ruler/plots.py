@@ -28,6 +28,7 @@ def draw_scores(report: dict[str, Any]) -> Figure:
         _draw_panel(axis, report, panel)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    figure.supxlabel("length (tokens)", fontsize=10)
     for axis in axes[:, 0]:
         axis.set_ylabel("score")
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -41,7 +42,7 @@ def _draw_panel(axis: Any, report: dict[str, Any], panel: str) -> None:
     for number, mode in enumerate(modes):
         points = [(length, *found) for length in lengths if (found := _point(report, panel, mode, length))]
         colour, marker = _STYLES.get(mode, _OTHER)
-        shift = 1 + 0.03 * (number - (len(modes) - 1) / 2)  # so that intervals do not hide each other
+        shift = 1 + 0.07 * (number - (len(modes) - 1) / 2)  # so that intervals do not hide each other
         x = [length * shift for length, *_ in points]
         y = [100 * mean for _, mean, _, _ in points]
         below = [100 * max(0.0, mean - low) for _, mean, low, _ in points]

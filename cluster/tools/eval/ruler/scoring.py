@@ -28,10 +28,25 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
 
 
-def mean_of_groups(groups: Iterable[Sequence[float]]) -> tuple[float, float]:
-    """Return the mean of the means of groups, and the half-width of its 95 % interval (normal approximation).
+def average(groups: Iterable[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean of the means of groups of scores, and the half-width of its 95 % interval.
 
-    For averages over tasks, and for differences of paired scores. A group of one value counts as without variance.
+    The variance of a group is that of right or wrong with two of each added (Agresti and Coull, 1998), so that a group
+    that is all right is not taken for certain.
+    """
+    means, variance = [], 0.0
+    for scores in groups:
+        count = len(scores) + 4
+        share = (sum(scores) + 2) / count
+        means.append(sum(scores) / len(scores))
+        variance += share * (1 - share) / count
+    return sum(means) / len(means), _Z * math.sqrt(variance) / len(means)
+
+
+def mean_of_groups(groups: Iterable[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean of the means of groups of differences, and the half-width of its 95 % interval.
+
+    By a normal approximation from the spread within groups; 0 where nothing differs, or groups have one value.
     """
     means, variance = [], 0.0
     for values in groups:

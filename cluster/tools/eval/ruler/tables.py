@@ -8,7 +8,8 @@ from rich.table import Table
 
 from cluster.common.units import format_count
 from cluster.tools.display import in_table, plain_table
-from cluster.tools.eval.ruler.scoring import differences, mean_of_groups
+from cluster.tools.eval.ruler import scoring
+from cluster.tools.eval.ruler.scoring import differences
 
 
 def scores_of(report: dict[str, Any], mode: str, length: int) -> dict[str, list[float]]:
@@ -26,7 +27,7 @@ def scores_of(report: dict[str, Any], mode: str, length: int) -> dict[str, list[
 def average(report: dict[str, Any], mode: str, length: int) -> tuple[float, float] | None:
     """Return the mean over tasks and the half-width of its interval; None unless every task has a result."""
     scores = scores_of(report, mode, length)
-    return mean_of_groups(scores.values()) if len(scores) == len(report["tasks"]) else None
+    return scoring.average(scores.values()) if len(scores) == len(report["tasks"]) else None
 
 
 def ruler_table(report: dict[str, Any]) -> Table:

@@ -153,3 +153,12 @@ def test_checks_that_fail_are_logged_and_in_the_end_fail_the_pipeline(
     detector.close()
     assert failed == (["the hang detector failed: Panic: no threads"] if fails else [])
     assert "Traceback" in caplog.text
+
+
+def test_what_is_due_after_a_check_is_done():
+    done = threading.Event()
+    engine: Any = SimpleNamespace(oldest_plan=None)
+    detector = HangDetector(engine, [], done.set, floor_s=0.05)
+    detector.start()
+    assert done.wait(60)
+    detector.close()

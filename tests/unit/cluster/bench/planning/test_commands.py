@@ -49,3 +49,20 @@ def test_eta(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     result = CliRunner().invoke(commands.eta, ["--model", str(tmp_path), "--length", "4K"])
     assert result.exit_code == (0 if met else 1)
     assert asked == [(tmp_path, 4096, 2048, {"enabled": False})]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stages", "1,two"], "must be whole numbers from 1 to 256"),
+        (["--stages", "0"], "must be whole numbers from 1 to 256"),
+        (["--stages", "64"], "must be at most 4, the layers of the model"),
+        (["--gpu", "h2"], "gpu: h2: must be one of"),
+        (["--context", "long"], "must be a whole number such as"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path: Path, options: list[str], message: str):
+    model = str(config_json(tmp_path, num_hidden_layers=4))
+    result = CliRunner().invoke(commands.simulate, [model, "--gpu", "h200", "--context", "4K", *options])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

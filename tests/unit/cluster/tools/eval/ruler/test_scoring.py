@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.tools.eval.ruler.scoring import differences, interval, mean_of_groups, score
+from cluster.tools.eval.ruler.scoring import average, differences, interval, mean_of_groups, score
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,13 @@ def test_the_interval_covers_the_truth(share: float) -> None:
         partial += low <= share <= high
     assert 0.92 <= covered / 2000 <= 0.98
     assert partial / 2000 > 0.99
+
+
+def test_averages_are_not_certain_of_what_is_all_right() -> None:
+    mean, reach = average([[1.0] * 16, [0.0, 0.0, 1.0, 0.5]])
+    assert mean == (1.0 + 0.375) / 2
+    first, second = (0.9 * 0.1 / 20), (3.5 / 8) * (4.5 / 8) / 8
+    assert reach == pytest.approx(1.959964 * (first + second) ** 0.5 / 2)
 
 
 def test_means_of_groups() -> None:
