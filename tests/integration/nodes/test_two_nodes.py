@@ -17,8 +17,9 @@ from protos.jobs.sampling import SamplingParams
 from protos.stage.identity import shard_name
 from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
+from tests.support.nodes.network import why_no_namespaces
+from tests.support.nodes.ray_nodes import RayNodes
 from tests.support.rigs.head import NEEDLE, PATIENT, HeadProcess, until
-from tests.support.rigs.nodes import RayNodes, why_no_namespaces
 from tests.support.rigs.shard_processes import ShardProcess, shard_processes, tcp_ports
 
 pytestmark = pytest.mark.skipif(bool(why_no_namespaces()), reason=why_no_namespaces())
