@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from cluster.config.deployment import Config, load_config
 from cluster.server.head import _END_WITHIN_S
 from cluster.server.metrics import MetricsServer
+from cluster.stages.local_ray import DAEMON_ENVIRONMENT
 from tests.support.rigs.service import Bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +127,15 @@ def test_rays_token_reaches_the_head(cluster: Any) -> None:
     assert environment["RAY_AUTH_MODE"]["value"] == "token"
     name = of_kind("RayCluster")["metadata"]["name"]
     assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": name, "key": "auth_token"}
+
+
+def test_ray_has_the_same_settings_everywhere(cluster: Any) -> None:
+    script = dict(re.findall(r"\b(RAY_\w+)=(\d+)", (DEPLOY / "ray-node.sh").read_text()))
+    assert script.items() >= {name: value for name, value in DAEMON_ENVIRONMENT.items() if value == "0"}.items() - {
+        ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # keeps a local Ray on loopback
+    }
+    for pod in pods(cluster):
+        assert {each["name"]: each["value"] for each in pod["containers"][0]["env"]} == script
 
 
 def test_there_is_time_to_drain(cluster: Any, config_of_the_cluster: Config) -> None:

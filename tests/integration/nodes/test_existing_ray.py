@@ -18,7 +18,7 @@ import pytest
 
 from cluster.bench.head_process import marking
 from tests.integration.conftest import ROOT, CommandLine
-from tests.support.ray_nodes import why_no_namespaces
+from tests.support.nodes.network import why_no_namespaces
 from tests.support.rigs.head import HeadProcess, tokens_of, until
 from tests.support.rigs.shard_processes import ShardProcess, shard_processes
 

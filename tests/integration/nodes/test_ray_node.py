@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.ray_nodes import SCRIPT
+from tests.support.nodes.ray_nodes import SCRIPT
 
 FAKE_RAY = (
     '#!/bin/sh\nprintf "%s\\n" "$@" "$RAY_AUTH_MODE" "${RAY_AUTH_TOKEN-none}" "$RAY_AUTH_TOKEN_PATH" "$(umask)"\n'

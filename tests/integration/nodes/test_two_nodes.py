@@ -17,7 +17,8 @@ from protos.jobs.sampling import SamplingParams
 from protos.stage.identity import shard_name
 from tests.support.data.specs import generation_spec
 from tests.support.fakes.pipeline import Pipeline
-from tests.support.ray_nodes import RayNodes, why_no_namespaces
+from tests.support.nodes.network import why_no_namespaces
+from tests.support.nodes.ray_nodes import RayNodes
 from tests.support.rigs.head import NEEDLE, PATIENT, HeadProcess, until
 from tests.support.rigs.shard_processes import ShardProcess, shard_processes, tcp_ports
 

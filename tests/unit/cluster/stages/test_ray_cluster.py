@@ -6,59 +6,19 @@ import errno
 import io
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.common.errors import PlacementError, PreflightError
-from cluster.stages import ray_cluster
 from cluster.stages.ray_cluster import RayCluster
 from protos.node.node_check import NodeError
-from tests.support.fakes.ray import FakeLocalRay, FakeRay
+from tests.unit.cluster.stages.conftest import FakeRay
 
-LEFT = ["shutdown", "environment", "end Ray"]
-
-
-@pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    fake = FakeRay()
-    groups, strategies = ModuleType("groups"), ModuleType("strategies")
-
-    def placement_group(bundles: list[dict[str, float]], strategy: str) -> Any:
-        fake.calls.append(f"{strategy} {bundles}")
-        return SimpleNamespace(wait=lambda timeout_s: fake.has_place)
-
-    groups.placement_group = placement_group  # type: ignore[attr-defined]
-    groups.remove_placement_group = lambda group: fake.calls.append("remove group")  # type: ignore[attr-defined]
-    strategies.PlacementGroupSchedulingStrategy = (  # type: ignore[attr-defined]
-        lambda group, placement_group_bundle_index: placement_group_bundle_index
-    )
-    modules = {
-        "ray": fake, "ray.util": ModuleType("util"), "ray.util.placement_group": groups,
-        "ray.util.scheduling_strategies": strategies,
-    }  # fmt: skip
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-    def start(on_lost: Callable[[str], None]) -> FakeLocalRay:
-        fake.locals.append(FakeLocalRay(fake, on_lost))
-        return fake.locals[-1]
-
-    @contextmanager
-    def settings(values: dict[str, str], is_local: bool) -> Iterator[None]:
-        fake.settings = values
-        yield
-
-    monkeypatch.setattr(ray_cluster, "LocalRay", start)
-    monkeypatch.setattr(ray_cluster, "driver_settings", settings)
-    monkeypatch.setattr(ray_cluster, "read_environment", lambda: fake.calls.append("environment"))
-    return fake
+LEFT = ["shutdown", "environment", "end Ray"]  # what is called when a local Ray is left
 
 
 def connected(ray: FakeRay) -> RayCluster:

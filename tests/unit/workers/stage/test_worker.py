@@ -147,6 +147,7 @@ def decode(index: int, step: int | None = None, sequence: int = 1, prompt: int =
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageWorker]:
     monkeypatch.setattr(stage_worker, "_BATCH_S", 60.0)
+    monkeypatch.setattr(stage_worker, "_SLOW_S", 60.0)  # however busy the machine is
     worker = loaded(tmp_path)
     worker.start(pb.StartRequest(num_pages=20, page_size=PAGE))
     yield worker
