@@ -204,7 +204,7 @@ def test_a_refused_text_leaves_nothing(served: Served, stub: JobsStub) -> None:
     assert submit("key", idempotency_key="k") is Code.ALREADY_EXISTS
     assert submit("ids", sampling=pb.Sampling(stop_token_ids=[4_000_000_000])) is Code.INVALID_ARGUMENT
     served.service._draining = True
-    assert submit("draining") is Code.RESOURCE_EXHAUSTED
+    assert submit("draining") is Code.UNAVAILABLE
     served.service._draining = False
     assert list(stub.ListDocuments(pb.ListDocumentsRequest()).documents) == []
     assert list((served.folder / "documents").iterdir()) == []
