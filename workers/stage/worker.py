@@ -29,6 +29,7 @@ from workers.kv.block_store import BlockStore
 from workers.kv.paged import PagedKV
 from workers.model.weights import ShardWeights, dummy_shard, load_shard
 from workers.runner.model_runner import ModelRunner
+from workers.runner.paced import PacedRunner, read_pace
 from workers.stage.plan_queue import PlanQueue, UnreadablePlan
 from workers.stage.step import Stepper, max_unread
 from workers.stage.tracer import Tracer
@@ -139,7 +140,9 @@ class StageWorker:
         if request.trace:
             self._tracer = Tracer(collectives, self._spec.num_experts)
             collectives = self._tracer.collectives
-        self._runner = ModelRunner(self._spec, self._shard, self._weights, kv, collectives, self._device)
+        parts = self._spec, self._shard, self._weights, kv, collectives, self._device
+        pace = read_pace(self._shard.stage)
+        self._runner = ModelRunner(*parts) if pace is None else PacedRunner(*parts, seconds=pace)
         if self._tracer is not None and self._shard.rank == 0:
             self._runner.decoder.on_experts = self._tracer.count_experts
         self._warm_up(request.page_size)

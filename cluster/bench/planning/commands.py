@@ -9,7 +9,7 @@ import click
 
 from cluster.bench.planning.check import SPARSE, check_plan
 from cluster.bench.planning.eta import check_eta
-from cluster.bench.simulation.real import check_stages
+from cluster.bench.simulation.real import check_processes, check_stages
 from cluster.bench.simulation.study import draw_study, study, table
 from cluster.common.units import parse_count
 from cluster.planner.hardware import load_hardware
@@ -93,17 +93,20 @@ def eta(model: Path, length: str, chunk: str, sparse: bool, out: Path | None) ->
 @click.option(
     "--check", "real", metavar="LENGTH", help="Also measure 1 and 2 real stages with a prompt of so many tokens."
 )
+@click.option(
+    "--processes", type=click.IntRange(1, 16), help="Also run so many stages that wait their times, as real processes."
+)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of every real prompt.")
 @click.option("--picture", type=_PATH, help="Draw a PNG to this file (needs matplotlib).")
 @_OUT
 def simulate(
     config: Path, context: str, chunk: str, stages: list[int], gpu: str | None, sparse: bool, real: str | None,
-    repeats: int, picture: Path | None, out: Path | None,
+    processes: int | None, repeats: int, picture: Path | None, out: Path | None,
 ) -> None:  # fmt: skip
     """Efficiency of more stages: the real scheduler over simulated stages, whose times the latency model predicts.
 
-    CONFIG is what `longreach plan` takes; with --check it is a checkpoint folder. Exit code 1: a real pipeline took
-    more than 10 % longer or shorter than the simulated one.
+    CONFIG is what `longreach plan` takes; with --check or --processes it is a checkpoint folder. Exit code 1: a real
+    pipeline took more than 10 % longer or shorter than the simulated one.
     """
     tokens = parse_count(chunk)
     deployment = load_subject(config, "cuda" if gpu else "cpu", chunk=tokens)
@@ -119,10 +122,14 @@ def simulate(
         _say(line)
     if real is not None:
         result["real"] = check_stages(config, parse_count(real), tokens, repeats, _say)
+    if processes is not None:
+        where = parse_count(context), tokens, processes, repeats
+        result["waiting"] = [check_processes(config, target.costs_of, *where, _say)]
     if picture is not None:
         draw_study(result, picture)
     click.echo(write_result(out, result))
-    if any(abs(row["error"]) > _MOST_ERROR for row in result.get("real", ())):
+    rows = [*result.get("real", ()), *result.get("waiting", ())]
+    if any(abs(row["error"]) > _MOST_ERROR for row in rows):
         raise SystemExit(1)
 
 

@@ -42,6 +42,18 @@ def test_simulate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: float,
     assert content["real"] == [{"stages": 1, "error": error}]
 
 
+@pytest.mark.parametrize(("error", "code"), [(-0.09, 0), (0.11, 1)])
+def test_simulate_beside_processes_that_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: float, code: int
+):  # fmt: skip
+    asked: list[Any] = []
+    monkeypatch.setattr(commands, "check_processes", lambda *given: asked.append(given[2:6]) or {"error": error})
+    model = str(config_json(tmp_path, num_hidden_layers=4))
+    options = [model, "--context", "16K", "--stages", "1,4", "--gpu", "h200", "--processes", "4", "--repeats", "2"]
+    assert CliRunner().invoke(commands.simulate, options).exit_code == code
+    assert asked == [(16_384, 2048, 4, 2)]
+
+
 @pytest.mark.parametrize("met", [True, False])
 def test_eta(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     asked: list[Any] = []
