@@ -51,7 +51,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _shards(plan: dict[str, Any]) -> Any:
-    table = plain_table("stage.shard", "layers", "parameters", "weights", "KV", "scratch", "process", "total")
+    table = plain_table("stage.shard", "layers", "params", "weights", "KV", "scratch", "process", "total")
     for shard in plan["memory"]["shards"]:
         sizes = (format_bytes(shard[f"{name}_bytes"]) for name in ("weight", "kv", "scratch", "process", "total"))
         table.add_row(
