@@ -12,6 +12,8 @@ import click
 from cluster.cli.common import EXIT_CLUSTER, Count, fail, one_line_errors, open_display, say, say_json
 
 if TYPE_CHECKING:
+    from cluster.tools.display import Display
+    from cluster.tools.eval.grid import GridRun
     from cluster.tools.eval.results import ResultFile
 
 _PATH = click.Path(path_type=Path)
@@ -143,14 +145,7 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
         with open_display(as_json) as display:
             run = NeedleRun(target, options, display)
             result = ResultFile(out, "-".join(filter(None, ["eval-needle", run.report["model"], *kinds])))
-            try:
-                run.run(result.write)
-            finally:
-                display.clear()
-                if run.report["cells"]:
-                    _finish(run.report, result, picture, as_json)
-        if any("error" in cell for cell in run.report["cells"]):
-            sys.exit(EXIT_CLUSTER)
+            _run(run, result, display, picture, as_json)
 
 
 @evaluate.command()
@@ -251,14 +246,7 @@ def ruler(as_json: bool, out: Path, picture: bool, folder: Path | None, resume: 
                 return
             run = RulerRun(target, options, display, read_result(resume) if resume else None)
             result = ResultFile(out, f"eval-ruler-{run.report['model']}", resume)
-            try:
-                run.run(result.write)
-            finally:
-                display.clear()
-                if run.report["cells"]:
-                    _finish(run.report, result, picture, as_json)
-        if any("error" in cell for cell in run.report["cells"]):
-            sys.exit(EXIT_CLUSTER)
+            _run(run, result, display, picture, as_json)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -282,6 +270,18 @@ def show(result: Path, picture: Path | None) -> None:
         path = picture or result.with_suffix(".png")
         draw(report, path)
         say(f"picture: {path}", err=True)
+
+
+def _run(run: GridRun[Any], result: ResultFile, display: Display, picture: bool, as_json: bool) -> None:
+    """Fill the cells of an evaluation, and show what there is however it ends; exits if the cluster failed a cell."""
+    try:
+        run.run(result.write)
+    finally:
+        display.clear()
+        if run.report["cells"]:
+            _finish(run.report, result, picture, as_json)
+    if any("error" in cell for cell in run.report["cells"]):
+        sys.exit(EXIT_CLUSTER)
 
 
 def _finish(report: dict[str, Any], result: ResultFile, picture: bool, as_json: bool) -> None:

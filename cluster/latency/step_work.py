@@ -5,6 +5,7 @@ Legend: `T` tokens of the step, `D` head dim, `E` experts, `k` of them a token u
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -32,14 +33,14 @@ class StepCounts(NamedTuple):
     cells: float | Floats  # contexts of slices whose keys are selected
 
 
-class Work:
+class Work(ABC):
     """What turns counts into `UNITS`."""
 
     layers = 1
 
+    @abstractmethod
     def units(self, counts: StepCounts) -> tuple[float | Floats, ...]:
         """Return the units of a step, or of many."""
-        raise NotImplementedError
 
     def seconds(self, counts: StepCounts, costs: Sequence[float]) -> float | Floats:
         """Return the time of a step, or of many, where each unit costs so many seconds."""

@@ -60,7 +60,7 @@ def check_plan(
         length: tokens of the prompt; decode steps are measured at its end.
         resume: a file of JSON lines; shapes it has are not measured again.
     """
-    run = {"model": str(model), "length": length, "chunk": chunk, "decode": decode}
+    run = {"model": model.resolve().name, "length": length, "chunk": chunk, "decode": decode}
     results = Results(resume, run)
     done = {row["shape"]["name"] for row in results.rows}
     for number, shape in enumerate(SHAPES, start=1):

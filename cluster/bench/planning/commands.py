@@ -116,7 +116,7 @@ def simulate(
         if gpu
         else cpu_target(table_of_hardware, data_dir=deployment.config.data_dir)
     )
-    result: dict[str, Any] = {"what": "simulated pipelines", "model": str(config)}
+    result: dict[str, Any] = {"what": "simulated pipelines", "model": config.resolve().name}
     result |= study(deployment, target.costs_of, parse_count(context), stages, sparse)
     for line in table(result):
         _say(line)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.tools.eval.results import read_json
 from protos.errors import UserError
 
 KINDS = ("bench prefill", "bench decode", "bench scaling", "bench compare", "recall")
@@ -59,12 +59,7 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
 
 
 def _read(path: Path) -> Result:
-    try:
-        report = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    report = read_json(path)
     what = report.get("what") if isinstance(report, dict) else None
     if what not in KINDS:
         raise UserError(f"{path}: what: {str(what)[:60]}: must be one of {', '.join(KINDS)}")

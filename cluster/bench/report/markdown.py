@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from cluster.bench.report.gantt import gantt_figure, layout_name, timelines
 from cluster.bench.report.scatter import fit_figure, recall_figure
 from cluster.bench.speed.tables import cells, notes
 from cluster.common.units import format_count
+from cluster.tools.eval.results import make_folder
 from cluster.tools.figures import save_figure
-from protos.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,12 +27,7 @@ def write_report(results: Sequence[Result], out: Path, formats: Sequence[str] = 
 
     Raises UserError: the folder cannot be written, or matplotlib is missing.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out}: cannot be made ({error.strerror}): name another folder") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out: {out}: is not writable: name another folder")
+    make_folder(out)
     written, shown = [], []
     for name, title, figure in pictures(results):
         paths = [out / f"{name}.{kind}" for kind in formats]

@@ -26,6 +26,13 @@ Cell = dict[str, Any]
 D = TypeVar("D")  # what makes a cell in every mode
 
 
+def check_grid(lengths: Sequence[int], modes: Sequence[str]) -> None:
+    """Raise UserError unless a grid has lengths and modes, and each of them once."""
+    for name, values in (("--lengths", lengths), ("--modes", modes)):
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name}: {','.join(map(str, values))}: must name at least one, and each once")
+
+
 class GridRun(ABC, Generic[D]):
     """One evaluation, run once by `run`; `report` can be written at any time. Subclasses set all four attributes."""
 

@@ -17,10 +17,9 @@ from cluster.engine.runtime import ClusterRuntime, longest
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display, format_duration
-from cluster.tools.eval.grid import Cell, GridRun, layout, measurements, positions, raise_failed
+from cluster.tools.eval.grid import Cell, GridRun, check_grid, layout, measurements, positions, raise_failed
 from cluster.tools.eval.haystack import Form, Haystack, Needle, build_haystack, finds_code, is_right, read_source
 from cluster.tools.eval.modes import MODES, Target, load_mode, set_aside
-from protos.errors import UserError
 from protos.jobs.sampling import AnswerOptions
 
 _PRIVATE_TOKENS = 8192 + 512  # KV that a question may need beside its document: a sparse cell, question and answer
@@ -45,9 +44,7 @@ class NeedleOptions:
     more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
-        for name, values in (("--lengths", self.lengths), ("--modes", self.modes)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name}: {','.join(map(str, values))}: must name at least one, and each once")
+        check_grid(self.lengths, self.modes)
 
 
 @dataclass(frozen=True, slots=True)

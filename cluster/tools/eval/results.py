@@ -21,12 +21,7 @@ class ResultFile:
             self.path = resumed
             return
         date = self.environment["date"][:10]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: {folder}: cannot be made ({error.strerror}): name another folder") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--out: {folder}: is not writable: name another folder")
+        make_folder(folder)
         number = 1
         while (path := folder / f"{stem}-{date}{f'-{number}' if number > 1 else ''}.json").exists():
             number += 1
@@ -45,14 +40,29 @@ class ResultFile:
         partial.replace(self.path)
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Return the report in a result file. Raises UserError when it is none."""
+def make_folder(folder: Path) -> None:
+    """Make the folder of results if it is absent. Raises UserError: nothing can be written there."""
     try:
-        report = json.loads(path.read_bytes())
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder}: cannot be made ({error.strerror}): name another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out: {folder}: is not writable: name another folder")
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file has as JSON. Raises UserError: it cannot be read, or is none."""
+    try:
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the report in a result file. Raises UserError when it is none."""
+    report = read_json(path)
     if not isinstance(report, dict) or report.get("what") not in ("needle", "recall", "ruler"):
         raise UserError(f"{path}: is not a result of `longreach eval`")
     return report

@@ -14,7 +14,7 @@ from cluster.config.deployment import Deployment
 from cluster.engine.runtime import ClusterRuntime
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.display import Display, format_duration
-from cluster.tools.eval.grid import Cell, GridRun, layout, measurements, positions, raise_failed
+from cluster.tools.eval.grid import Cell, GridRun, check_grid, layout, measurements, positions, raise_failed
 from cluster.tools.eval.modes import MODES, Target, load_mode, set_aside
 from cluster.tools.eval.ruler.export import export_path, write_samples
 from cluster.tools.eval.ruler.prompts import PromptMaker
@@ -43,9 +43,7 @@ class RulerOptions:
 
     def __post_init__(self) -> None:
         find_tasks(self.tasks)
-        for name, values in (("--lengths", self.lengths), ("--modes", self.modes)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name}: {','.join(map(str, values))}: must name at least one, and each once")
+        check_grid(self.lengths, self.modes)
 
 
 @dataclass(frozen=True, slots=True)
