@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,15 +48,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m workers.bench",
         description="Measure the data plane on this machine. Needs only torch (numpy for frames and sampler; "
         "safetensors for --model).",
+        parents=[_common_options()],
     )
-    root.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    root.add_argument("--threads", type=count, help="CPU threads (default: what torch chooses)")
-    root.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="type of weights and activations")
-    root.add_argument("--repeats", type=count, help="runs behind every median (default: 10 for kernels, 3 for models)")
-    root.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    root.add_argument("--date", help="date to put into the file (default: now, UTC)")
-    root.add_argument("--quick", action="store_true", help="small sizes and few repeats: checks that everything runs")
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT")
+    root.set_defaults(device="cpu", dtype="bfloat16", threads=None, repeats=None, json=None, date=None, quick=False)
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT", parser_class=_VerbParser)
     verbs.add_parser("kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler")
     for verb, text in (
         ("prefill", "time to the first token, as tokens a second"),
@@ -82,6 +78,28 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("out", type=Path, metavar="OUT", help="new folder")
     make.add_argument("--layers", type=count, default=8, help="decoder layers (default: 8, the benchmark model)")
     return root
+
+
+class _VerbParser(argparse.ArgumentParser):
+    """Takes the common options too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(parents=[_common_options()], **options)
+
+
+def _common_options() -> argparse.ArgumentParser:
+    """Return the options that may stand before and after WHAT; those that are not given leave no trace."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
+    common.add_argument("--threads", type=count, help="CPU threads (default: what torch chooses)")
+    common.add_argument("--dtype", choices=tuple(DTYPES), help="type of weights and activations")
+    common.add_argument(
+        "--repeats", type=count, help="runs behind every median (default: 10 for kernels, 3 for models)"
+    )
+    common.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    common.add_argument("--date", help="date to put into the file (default: now, UTC)")
+    common.add_argument("--quick", action="store_true", help="small sizes and few repeats: checks that everything runs")
+    return common
 
 
 def _model_options(verb: argparse.ArgumentParser, needed: bool) -> None:

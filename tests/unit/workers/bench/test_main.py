@@ -15,7 +15,7 @@ import torch
 from protos.model.checkpoint import Checkpoint
 from protos.model.config_json import load_model_spec
 from tests.support.paths import ROOT
-from workers.bench.__main__ import length, main
+from workers.bench.__main__ import length, main, parser
 from workers.bench.model import OneProcess, benchmark_spec, write_checkpoint
 from workers.bench.timing import measure, median_figure
 
@@ -125,3 +125,17 @@ def test_medians() -> None:
     assert len(calls) == 5
     figure = median_figure("x", [3.0, 1.0, 2.0], "s")
     assert (figure.value, figure.low, figure.high, figure.repeats) == (2.0, 1.0, 3.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("kernels", (None, "bfloat16", False)),
+        ("--threads 3 --quick kernels", (3, "bfloat16", True)),
+        ("kernels --threads 3 --dtype float32", (3, "float32", False)),
+        ("--threads 2 --dtype float32 kernels --threads 3 --quick", (3, "float32", True)),
+    ],
+)
+def test_common_options_stand_before_or_after_what(line: str, expected: tuple[int | None, str, bool]) -> None:
+    options = parser().parse_args(line.split())
+    assert (options.threads, options.dtype, options.quick) == expected
