@@ -165,7 +165,7 @@ Engine make_amx() {
 
 const Engine& engine(int path) {
 #if defined(__x86_64__)
-    static const Engine engines[] = {portable::make(), avx2::make(), avx512::make(), make_amx()};
+    static const Engine engines[] = {portable::make(), avx2::make(), avx512::make(), avx512::make(), make_amx()};
 #else
     static const Engine engines[] = {portable::make()};
 #endif
