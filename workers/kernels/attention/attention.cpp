@@ -66,7 +66,7 @@ int choose_path(const Args& a) {
 }
 
 #if defined(__x86_64__)
-constexpr Make* kMakes[] = {make_portable, make_avx2, make_avx512, make_avx512, make_amx};
+constexpr Make* kMakes[] = {make_portable, make_avx2, make_avx512, make_bf16, make_amx};
 #else
 constexpr Make* kMakes[] = {make_portable};
 #endif

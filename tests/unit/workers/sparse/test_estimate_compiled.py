@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -84,15 +83,6 @@ def test_estimate_equals_pytorch(name: str, dtype: torch.dtype, cache: torch.dty
 def test_head_dims(dim: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check(Shape(192, 67, page_size=64, dim=dim, dtype=dtype))
-
-
-def test_paths_of_this_machine() -> None:
-    info = FilePath("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    if "amx_bf16" in flags:
-        assert build.best_path() == Path.AMX
-    elif "avx512bw" in flags:
-        assert build.best_path() == (Path.AVX512_BF16 if "avx512_bf16" in flags else Path.AVX512)
 
 
 def test_rows_with_large_logits_stay_finite() -> None:
