@@ -15,6 +15,7 @@ from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
 from workers.bench.timing import Figure
+from workers.kernels.build import kernel_family
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
 _DECODE_TOKENS = 96
@@ -157,6 +158,7 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
 def _facts(device: torch.device) -> dict[str, object]:
     """Return the facts of the environment that torch knows."""
     facts: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type}
+    facts["kernels"] = kernel_family(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = {
