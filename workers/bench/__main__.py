@@ -19,6 +19,7 @@ from workers.kernels.build import kernel_family
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
 _DECODE_TOKENS = 96
+_KEYS = [4096, 16384, 65536]
 
 
 def length(text: str) -> int:
@@ -57,7 +58,10 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--date", help="date to put into the file (default: now, UTC)")
     root.add_argument("--quick", action="store_true", help="small sizes and few repeats: checks that everything runs")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT")
-    verbs.add_parser("kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler")
+    kernels = verbs.add_parser(
+        "kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler"
+    )
+    kernels.add_argument("--keys", type=lengths, default=_KEYS, help="contexts of attention (default: 4K,16K,64K)")
     for verb, text in (
         ("prefill", "time to the first token, as tokens a second"),
         ("decode", "prefill, then time of every further token"),
@@ -137,9 +141,9 @@ def _run(options: argparse.Namespace) -> None:
 def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Figure]:
     verb, quick = options.verb, options.quick
     if verb in ("kernels", "all"):
-        keys = (256,) if quick else (4096, 16384, 65536)
+        keys = [256] if quick else options.keys if verb == "kernels" else _KEYS
         repeats = options.repeats or (2 if quick else 10)
-        yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, keys, repeats))
+        yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, tuple(keys), repeats))
     if verb in ("prefill", "decode", "all"):
         sizes = [min(options.lengths[0], 300)] if quick else options.lengths
         decode = 0 if verb == "prefill" else 2 if quick else _DECODE_TOKENS
