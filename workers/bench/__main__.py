@@ -16,9 +16,11 @@ from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
 from workers.bench.timing import Figure
+from workers.kernels.build import kernel_family
 
 _UNITS = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1024 * 1024}  # as in the YAML files
 _DECODE_TOKENS = 96
+_KEYS = [4096, 16384, 65536]
 
 
 def length(text: str) -> int:
@@ -52,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     )
     root.set_defaults(device="cpu", dtype="bfloat16", threads=None, repeats=None, json=None, date=None, quick=False)
     verbs = root.add_subparsers(dest="verb", required=True, metavar="WHAT", parser_class=_VerbParser)
-    verbs.add_parser("kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler")
+    kernels = verbs.add_parser(
+        "kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler"
+    )
+    kernels.add_argument("--keys", type=lengths, default=_KEYS, help="contexts of attention (default: 4K,16K,64K)")
     for verb, text in (
         ("prefill", "time to the first token, as tokens a second"),
         ("decode", "prefill, then time of every further token"),
@@ -154,9 +159,9 @@ def _run(options: argparse.Namespace) -> None:
 def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Figure]:
     verb, quick = options.verb, options.quick
     if verb in ("kernels", "all"):
-        keys = (256,) if quick else (4096, 16384, 65536)
+        keys = [256] if quick else options.keys if verb == "kernels" else _KEYS
         repeats = options.repeats or (2 if quick else 10)
-        yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, keys, repeats))
+        yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, tuple(keys), repeats))
     if verb in ("prefill", "decode", "all"):
         sizes = [min(options.lengths[0], 300)] if quick else options.lengths
         decode = 0 if verb == "prefill" else 2 if quick else _DECODE_TOKENS
@@ -175,6 +180,7 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
 def _facts(device: torch.device) -> dict[str, object]:
     """Return the facts of the environment that torch knows."""
     facts: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type}
+    facts["kernels"] = kernel_family(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = {

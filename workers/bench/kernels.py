@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from workers.attention.plan import AttentionPlan, Queries
 from workers.bench.model import PAGE, benchmark_spec
 from workers.bench.timing import Figure, measure, median_figure
 from workers.kv.paged import LayerKV, PageTable
-from workers.model.layers import rms_norm
+from workers.model.compiled import packed
+from workers.model.layers import linear, rms_norm
 from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, norm_and_rotate_, row_scales
 from workers.runner.sampler import Sampler
@@ -98,11 +100,21 @@ def _experts(setup: KernelSetup) -> Iterator[Figure]:
         experts, weights = route(x, router, _SPEC.num_experts_per_tok, True)
         flop = 6.0 * tokens * _SPEC.num_experts_per_tok * hidden * width
         yield setup.time(f"route, {tokens} tokens", lambda x=x: route(x, router, _SPEC.num_experts_per_tok, True))  # type: ignore[misc]
-        yield setup.time(
-            f"experts, {tokens} tokens",
-            lambda x=x, e=experts, w=weights: run_experts(x, e, w, gate_up, down, Span(0, count), scratch),  # type: ignore[misc]
-            flop,
-        )
+        for kind, first, second in _kinds((gate_up, packed(gate_up, True)), (down, packed(down))):
+            yield setup.time(
+                f"experts{kind}, {tokens} tokens",
+                lambda x=x, e=experts, w=weights, a=first, b=second: run_experts(
+                    x, e, w, a, b, Span(0, count), scratch
+                ),  # type: ignore[misc]
+                flop,
+            )
+
+
+def _kinds(*weights: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[Any, ...]]:
+    """Return a name and plain weights, and the same for packed ones where the compiled products take them."""
+    plain, compact = zip(*weights, strict=True)
+    kinds: list[tuple[Any, ...]] = [("", *plain)]
+    return kinds if compact[0] is plain[0] else [*kinds, (", packed", *compact)]
 
 
 def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
@@ -114,8 +126,13 @@ def _row_operations(setup: KernelSetup) -> Iterator[Figure]:
     yield setup.time(f"rotate [{setup.tokens}, {heads}, {dim}]", lambda: norm_and_rotate_(q.clone(), cos_sin))
     out = (heads + 2 * _SPEC.num_key_value_heads) * dim
     matrix = setup.random(out, hidden)
-    flop = 2.0 * setup.tokens * hidden * out
-    yield setup.time(f"linear [{setup.tokens}, {hidden}] -> {out}", lambda: F.linear(x, matrix), flop)
+    for tokens in (setup.tokens, 1):
+        for kind, weight in _kinds((matrix, packed(matrix))):
+            yield setup.time(
+                f"linear{kind} [{tokens}, {hidden}] -> {out}",
+                lambda rows=x[:tokens], w=weight: linear(rows, w),  # type: ignore[misc]
+                2.0 * tokens * hidden * out,
+            )
 
 
 def _all_reduce(setup: KernelSetup) -> Figure:

@@ -31,7 +31,8 @@ class Path(enum.IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
-    AMX = 3
+    AVX512_BF16 = 3
+    AMX = 4
 
 
 class Status(enum.IntEnum):

@@ -38,7 +38,7 @@ inline int best_path() {
         __builtin_cpu_init();
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        if (wide && __builtin_cpu_supports("avx512bf16") && has_amx()) return kAmx;
+        if (wide && __builtin_cpu_supports("avx512bf16")) return has_amx() ? kAmx : kAvx512Bf16;
         if (wide) return kAvx512;
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2 : kPortable;
     }();

@@ -59,6 +59,21 @@ def pack_rows(packed: torch.Tensor, first: int, rows: torch.Tensor, pairs: bool)
     exported("longreach_pack")(packed.data_ptr(), rows.data_ptr(), first, count, depth, rows.stride(0), half)
 
 
+def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
+    """Return a packed copy of `[N, K]` or `[Er, N, K]`; the weight itself where it is not packed.
+
+    Args:
+        pairs: the weight holds gate, then up.
+    """
+    shape = packed_shape(tuple(weight.shape), weight.dtype, weight.device, pairs)
+    if shape == weight.shape:
+        return weight
+    out = weight.new_empty(shape)
+    for target, source in zip(out, weight, strict=True) if weight.dim() == 3 else [(out, weight)]:
+        pack_rows(target, 0, source, pairs)
+    return out
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute `x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: summed in float32, rounded once."""
     x = _contiguous_rows(x)

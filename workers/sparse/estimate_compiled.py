@@ -1,8 +1,8 @@
 """The estimate in compiled code (workers/kernels/estimate).
 
-It takes tensors in host memory: float32 and bfloat16 queries, and float32, bfloat16 and int8 keys. bfloat16 queries run
-on AMX where the CPU has it (keys not in float32, head dim a multiple of 32), all else in vector code. It uses as many
-threads as PyTorch does; results do not depend on their number.
+It takes tensors in host memory: float32 and bfloat16 queries, and float32, bfloat16 and int8 keys. bfloat16 queries are
+multiplied on AMX or in pairs (AVX-512 BF16) where the CPU has them, the keys are not in float32 and the head dim is a
+multiple of 32; all else in float32. It uses as many threads as PyTorch does; results do not depend on their number.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _structures(selections: Sequence[Selection | None]) -> tuple[ctypes.Array[Es
 def _path(q: torch.dtype, cache: torch.dtype, dim: int) -> Path:
     best = best_path()
     assert best is not None
-    tiles = q == torch.bfloat16 and cache != torch.float32 and dim % abi.DEPTH == 0
-    return min(best, Path.AMX if tiles else Path.AVX512)
+    is_bf16 = q == torch.bfloat16 and cache != torch.float32 and dim % abi.DEPTH == 0
+    return min(best, Path.AMX if is_bf16 else Path.AVX512)
 
 
 def _run(name: str, *arguments: object) -> None:

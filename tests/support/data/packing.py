@@ -5,18 +5,9 @@ from __future__ import annotations
 import torch
 
 from workers.kernels.abi import STRIP
-from workers.model.compiled import pack_rows, packed_shape
+from workers.model.compiled import packed
 
-
-def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
-    """Return a packed copy of `[N, K]` or `[Er, N, K]`; the weight itself where it is not packed."""
-    shape = packed_shape(tuple(weight.shape), weight.dtype, weight.device, pairs)
-    if shape == weight.shape:
-        return weight
-    out = weight.new_empty(shape)
-    for target, source in zip(out, weight, strict=True) if weight.dim() == 3 else [(out, weight)]:
-        pack_rows(target, 0, source, pairs)
-    return out
+__all__ = ["packed", "unpacked"]
 
 
 def unpacked(weight: torch.Tensor) -> torch.Tensor:

@@ -61,12 +61,12 @@ bool valid(const Args& a) {
 
 int choose_path(const Args& a) {
     const int path = std::min(a.path, best_path());
-    if (path == kAmx && (a.q_type != kBfloat16 || a.kv_type == kFloat32 || a.dim % 32)) return kAvx512;
+    if (path >= kAvx512Bf16 && (a.q_type != kBfloat16 || a.kv_type == kFloat32 || a.dim % 32)) return kAvx512;
     return path;
 }
 
 #if defined(__x86_64__)
-constexpr Make* kMakes[] = {make_portable, make_avx2, make_avx512, make_amx};
+constexpr Make* kMakes[] = {make_portable, make_avx2, make_avx512, make_bf16, make_amx};
 #else
 constexpr Make* kMakes[] = {make_portable};
 #endif

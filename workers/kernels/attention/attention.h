@@ -1,7 +1,8 @@
 // Attention over paged keys and values: what the parts of the kernel share.
 //
 //   attention_keys    the keys that a tile of rows visits, in blocks of up to 256 keys
-//   attention_simd    an engine in vector code for any type (portable, AVX2 and AVX-512 from one source)
+//   attention_simd    engines in vector code from one source: for any type (portable, AVX2, AVX-512), for bfloat16
+//                     queries (AVX-512 BF16)
 //   attention_amx     the engine for bfloat16 queries on AMX
 //   attention         checks, choice of the engine, work items, joining of parts
 //
@@ -170,7 +171,7 @@ protected:
 
 // Makes an engine in the memory of the arena, which keeps it; null where the arena only counts.
 using Make = Engine*(const Args& args, int max_columns, Arena& arena);
-Make make_portable, make_avx2, make_avx512, make_amx;
+Make make_portable, make_avx2, make_avx512, make_bf16, make_amx;
 
 template <class Made> Engine* make(const Args& args, int max_columns, Arena& arena) {
     void* place = arena.take<Made>(1);

@@ -73,8 +73,7 @@ Bits forward(const Selection& chosen, std::int64_t s) {
 
 bool valid(const Args& a) {
     if (a.path < 0 || a.path > best_path()) return false;
-    const bool tiles = a.path == kAmx;
-    if (tiles && (a.dim % 32 != 0 || a.q_type != kBfloat16 || a.kv_type == kFloat32)) return false;
+    if (a.path >= kAvx512Bf16 && (a.dim % 32 != 0 || a.q_type != kBfloat16 || a.kv_type == kFloat32)) return false;
     return a.num_rows >= 1 && a.dim >= 1 && a.heads >= 1 && a.kv_heads >= 1 && a.heads % a.kv_heads == 0 &&
            a.page_size >= 1 && a.kv_head >= 0 && a.kv_head < a.kv_heads && a.borders[3] >= 1 &&
            a.borders[3] <= INT32_MAX - 2 * kKeys && a.q_type >= 0 && a.q_type <= kBfloat16 && a.kv_type >= 0 &&

@@ -1,7 +1,7 @@
 // Sums of attention over sampled rows of a cell: what the parts of the estimate share.
 //
 //   estimate_simd     vector code for any type (portable, AVX2 and AVX-512 from one source)
-//   estimate_paths    the engines, products on AMX, and which engine this CPU has
+//   estimate_paths    the engines, products in bfloat16, and the engine of a path
 //   estimate          checks, blocks of keys read from pages, threads, joining of parts
 //   estimate_top      the largest of many scores
 //

@@ -1,4 +1,4 @@
-// The engines of the estimate: vector code for three instruction sets, and products on AMX.
+// The engines of the estimate: vector code for three instruction sets, and products of bfloat16 in pairs or on AMX.
 #include <algorithm>
 #include <cstring>
 
@@ -16,7 +16,7 @@
 #include "estimate/estimate_simd.h"
 
 #if defined(__x86_64__)
-#define LR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16")))
+#define LR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")))
 #define LR_SPACE avx2
 #define LR_TARGET __attribute__((target("avx2,fma")))
 #define LR_WIDTH 8
@@ -36,7 +36,7 @@ namespace {
 constexpr int kDepth = 32;  // values of D in a tile
 constexpr int kTileBytes = 1024;
 
-// Queries [D / 32, kRows / 16] tiles; line i of a tile holds values 2i and 2i + 1 of 16 rows.
+// Queries in bfloat16, [D / 32, kRows / 16] tiles; line i of a tile holds values 2i and 2i + 1 of 16 rows.
 void pack_tiles(void* to, const void* q, int, std::int64_t stride, int rows, int dim) {
     auto* packed = static_cast<std::uint16_t*>(to);
     const auto* x = static_cast<const std::uint16_t*>(q);
@@ -47,6 +47,39 @@ void pack_tiles(void* to, const void* q, int, std::int64_t stride, int rows, int
             packed[tile * (kTileBytes / 2) + place] = r < rows ? x[r * stride + d] : std::uint16_t(0);
         }
     }
+}
+
+// Scores of the first vectors of rows.
+template <int Groups> LR_AVX512 void products_of_pairs(float* s, const char* q, const char* keys, int dim) {
+    constexpr int kBatch = 8;  // keys whose products are computed together
+    const int row = dim * int(sizeof(bf16));
+    for (int key = 0; key < kKeys; key += kBatch, keys += kBatch * row, s += kBatch * kRows) {
+        __m512 sum[kBatch][Groups] = {};
+        for (int d = 0; d < row; d += 4) {
+            const char* lines = q + d / 64 * (kRows / kLanes) * kTileBytes + d % 64 * 16;
+#pragma GCC unroll 8
+            for (int k = 0; k < kBatch; ++k) {
+                std::int32_t pair;
+                std::memcpy(&pair, keys + k * row + d, sizeof pair);
+#pragma GCC unroll 2
+                for (int g = 0; g < Groups; ++g) {
+                    const __m512i line = _mm512_loadu_si512(lines + g * kTileBytes);
+                    sum[k][g] = _mm512_dpbf16_ps(sum[k][g], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < kBatch; ++k) {
+#pragma GCC unroll 2
+            for (int g = 0; g < Groups; ++g) _mm512_storeu_ps(s + k * kRows + g * kLanes, sum[k][g]);
+        }
+    }
+}
+
+LR_AVX512 void scores_bf16(float* s, const Strip& strip, const Block& block, int dim) {
+    const auto *q = static_cast<const char*>(strip.q), *keys = static_cast<const char*>(block.keys);
+    strip.groups == 1 ? products_of_pairs<1>(s, q, keys, dim) : products_of_pairs<2>(s, q, keys, dim);
+    if (block.scales != nullptr) avx512::scale(s, strip, block);
 }
 
 // Products of a strip with a block, pair of groups by pair of groups, some keys and values of D at a time.
@@ -149,11 +182,18 @@ LR_AVX512 void enter_amx() {
 
 LR_AVX512 void leave_amx() { _tile_loadconfig(previous_config); }
 
-Engine make_amx() {
-    Engine one = avx512::make<Tiles>();
+// Vector code around products in bfloat16.
+template <class Weave> Engine make_bf16() {
+    Engine one = avx512::make<Weave>();
     one.type = kBfloat16;
     one.pack = pack_tiles;
     one.convert = avx512::convert<bf16>;
+    one.scores = scores_bf16;
+    return one;
+}
+
+Engine make_amx() {
+    Engine one = make_bf16<Tiles>();
     one.scores = scores_amx;
     one.enter = enter_amx;
     one.leave = leave_amx;
@@ -165,7 +205,8 @@ Engine make_amx() {
 
 const Engine& engine(int path) {
 #if defined(__x86_64__)
-    static const Engine engines[] = {portable::make(), avx2::make(), avx512::make(), make_amx()};
+    static const Engine engines[] = {portable::make(), avx2::make(), avx512::make(),
+                                     make_bf16<avx512::Apart<scores_bf16>>(), make_amx()};
 #else
     static const Engine engines[] = {portable::make()};
 #endif

@@ -168,12 +168,12 @@ LR_INLINE void under_maximum(Running& state, const float* s, const Strip& strip,
 
 // Computes the next scores at the end. Others do so step by step: step() is called kSteps times or more.
 constexpr int kSteps = 8;
-struct Apart {
+template <void (*compute)(float*, const Strip&, const Block&, int)> struct Apart {
     const Next& next;
     explicit Apart(const Next& n) : next(n) {}
     LR_INLINE void step() {}
     LR_INLINE void finish() {
-        if (next.strip != nullptr) scores(next.s, *next.strip, *next.block, next.dim);
+        if (next.strip != nullptr) compute(next.s, *next.strip, *next.block, next.dim);
     }
 };
 
@@ -323,7 +323,7 @@ LR_TARGET void fold(float* columns, const float* lanes) {
 
 inline void nothing() {}
 
-template <class Weave = Apart> Engine make() {
+template <class Weave = Apart<scores>> Engine make() {
     return {kFloat32,    pack,        convert<float>, scores, mask,    running<Weave>,
             kept<Weave>, sums<Weave>, fold,           mass,   nothing, nothing};
 }

@@ -65,7 +65,7 @@ template <typename R, typename... A, R (*function)(A...)> struct Compiled<functi
     static R portable(A... a) { return function(a...); }
     LR_AVX2 static R avx2(A... a) { return function(a...); }
     LR_AVX512 static R avx512(A... a) { return function(a...); }
-    static constexpr R (*of[])(A...) = {portable, avx2, avx512, avx512};
+    static constexpr R (*of[])(A...) = {portable, avx2, avx512, avx512, avx512};
 };
 
 inline void nothing() {}

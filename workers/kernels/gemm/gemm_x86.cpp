@@ -64,15 +64,22 @@ AMX void amx_enter() { _tile_loadconfig(&kTileConfig); }
 
 AMX void amx_leave() { _tile_release(); }
 
-// ---- AVX-512: up to 8 rows by 32 outputs in registers
+// ---- AVX-512: up to 8 rows by 32 outputs in registers; products in pairs where the CPU has them, else in float32
+
+#define PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 LR_AVX512 inline __m512 low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 LR_AVX512 inline __m512 high(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
 }
 
-template <int Rows, bool TwoStrips>
-LR_AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+template <bool Pairs> PAIRS inline __m512 multiply_add(__m512 sum, __m512i pair, __m512i line) {
+    if (Pairs) return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)line);
+    return _mm512_fmadd_ps(high(pair), high(line), _mm512_fmadd_ps(low(pair), low(line), sum));
+}
+
+template <bool Pairs, int Rows, bool TwoStrips>
+PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
     __m512 left[Rows], right[Rows];
     for (int r = 0; r < Rows; ++r) {
         left[r] = o.add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
@@ -86,9 +93,8 @@ LR_AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahe
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
                 const __m512i pair = _mm512_set1_epi32(pairs[r * kStrip + i]);
-                const __m512 even = low(pair), odd = high(pair);
-                left[r] = _mm512_fmadd_ps(odd, high(l), _mm512_fmadd_ps(even, low(l), left[r]));
-                if (TwoStrips) right[r] = _mm512_fmadd_ps(odd, high(m), _mm512_fmadd_ps(even, low(m), right[r]));
+                left[r] = multiply_add<Pairs>(left[r], pair, l);
+                if (TwoStrips) right[r] = multiply_add<Pairs>(right[r], pair, m);
             }
         }
         prefetch(ahead);
@@ -100,24 +106,24 @@ LR_AVX512 void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahe
     }
 }
 
-template <int Rows> void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
-    o.b1 ? vector_rows<Rows, true>(c, a, o, ahead) : vector_rows<Rows, false>(c, a, o, ahead);
+template <bool Pairs, int Rows> void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+    o.b1 ? vector_rows<Pairs, Rows, true>(c, a, o, ahead) : vector_rows<Pairs, Rows, false>(c, a, o, ahead);
 }
 
 // Rows past `o.rows` are computed too, up to the next of 1, 2, 4 and 8: their strip is filled up.
-void vector_block(float* c, const Operands& o, Ahead ahead) {
+template <bool Pairs> void vector_block(float* c, const Operands& o, Ahead ahead) {
     for (long row = 0; row < o.rows; row += 8, ahead.lines = 0) {
         const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
         const long left = o.rows - row;
         float* to = c + row * kBlock;
         if (left == 1)
-            some_rows<1>(to, a, o, ahead);
+            some_rows<Pairs, 1>(to, a, o, ahead);
         else if (left == 2)
-            some_rows<2>(to, a, o, ahead);
+            some_rows<Pairs, 2>(to, a, o, ahead);
         else if (left <= 4)
-            some_rows<4>(to, a, o, ahead);
+            some_rows<Pairs, 4>(to, a, o, ahead);
         else
-            some_rows<8>(to, a, o, ahead);
+            some_rows<Pairs, 8>(to, a, o, ahead);
     }
 }
 
@@ -190,7 +196,8 @@ LR_AVX512 void sum(bf16* out, const bf16* const* rows, long count, long n) {
 }
 
 constexpr Engine kEngines[] = {
-    {vector_block, store, swiglu, sum, nothing, nothing},
+    {vector_block<false>, store, swiglu, sum, nothing, nothing},
+    {vector_block<true>, store, swiglu, sum, nothing, nothing},
     {amx_block, store, swiglu, sum, amx_enter, amx_leave},
 };
 

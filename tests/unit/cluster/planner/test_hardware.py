@@ -50,6 +50,8 @@ def test_rows_of_another_table_come_first(tmp_path: Path):
 def test_a_processor_is_found_by_its_flags():
     table = load_hardware()
     assert processor(table, ["avx2", "avx512f", "amx_bf16"]) is table["cpu-amx"]
+    assert processor(table, ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]) is table["cpu-amx"]
+    assert processor(table, ["avx2", "avx512f", "avx512_bf16"]) is table["cpu-avx512-bf16"]
     assert processor(table, ["avx2", "avx512f"]) is table["cpu-avx512"]
     assert processor(table, []) is table["cpu-other"]
     with pytest.raises(UserError, match="no cpu row fits"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -19,12 +18,6 @@ from workers.kernels.build import best_path, compiler
 from workers.kv.paged import LayerKV, PageTable, quantise
 
 CHUNK = 256  # L, tokens between the starts of two DCA chunks
-
-
-def _cpu_flags() -> set[str]:
-    info = FilePath("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -174,13 +167,6 @@ def test_other_tiles(tile: int) -> None:
     assert visited.tolist() == [tile_pairs(inputs.plan, head) for head in range(4)]
 
 
-def test_amx_runs_where_the_cpu_has_it() -> None:
-    if {"amx_tile", "amx_bf16", "avx512_bf16"} <= _cpu_flags():
-        assert best_path() == Path.AMX
-    elif "avx512dq" in _cpu_flags():
-        assert best_path() == Path.AVX512
-
-
 @pytest.mark.parametrize("length", [1, 67, 600])
 def test_threads_do_not_change_the_result(length: int) -> None:
     inputs = Inputs(Case(5000, length, group=8, dim=128))
@@ -205,9 +191,11 @@ def test_error_is_that_of_torch() -> None:
     k, v = (side.transpose(0, 1).repeat_interleave(4, dim=0).bfloat16()[None] for side in (inputs.k, inputs.v))
     rows = inputs.q.intra.transpose(0, 1)[None]
     theirs = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask)[0].transpose(0, 1)
-    ours_off, theirs_off = ((x.double() - expected).abs() for x in (inputs.actual(), theirs))
-    assert ours_off.max() <= 1.5 * theirs_off.max()
-    assert ours_off.mean() <= 1.5 * theirs_off.mean()
+    theirs_off = (theirs.double() - expected).abs()
+    for path in _paths():
+        ours_off = (inputs.actual(path).double() - expected).abs()
+        assert ours_off.max() <= 1.5 * theirs_off.max()
+        assert ours_off.mean() <= 1.5 * theirs_off.mean()
 
 
 def test_extreme_logits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,29 @@ def test_the_library_agrees() -> None:
     assert library is not None
     abi.declare(library)
     assert best_path() in set(abi.Path)
+
+
+NEEDED = {  # features of a CPU, as Linux names them
+    abi.Path.PORTABLE: (),
+    abi.Path.AVX2: ("avx2", "fma"),
+    abi.Path.AVX512: ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    abi.Path.AVX512_BF16: ("avx512_bf16",),
+    abi.Path.AMX: ("amx_tile", "amx_bf16"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("path", list(abi.Path), ids=lambda path: path.name.lower())
+def test_instruction_sets_of_this_machine(path: abi.Path) -> None:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    absent = [flag for below, flags_of in NEEDED.items() if below <= path for flag in flags_of if flag not in flags]
+    if absent:  # the tests of the kernels run every path up to the best one
+        pytest.skip(f"kernels of {path.name.lower()} are not tested here: this CPU has no {', '.join(absent)}")
+    best = best_path()
+    assert best is not None
+    assert best >= path
 
 
 @pytest.fixture
