@@ -17,8 +17,15 @@ from workers.quant.weight import pack_nibbles, unpack_nibbles
 class StoredMatrix(Protocol):
     """The tensors that store one quantised matrix; their names and shapes are checked."""
 
-    rows: int
-    columns: int
+    @property
+    def rows(self) -> int:
+        """Outputs of the whole matrix."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """Inputs of the whole matrix."""
+        ...
 
     def has(self, part: str) -> bool:
         """Return whether there is a tensor of this name."""
