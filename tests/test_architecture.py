@@ -41,8 +41,8 @@ LAYERS = {
         "client", "access", "http", "server", "tools", "planner", "bench", "cli",
     ],
     "workers": [
-        "kernels", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench", "training",
-        "doctor",
+        "kernels", "quant", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench",
+        "training", "doctor",
     ],
 }  # fmt: skip
 NEVER = {

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from protos.model.files import AGAIN, open_regular, read_bounded, shown
+from protos.model.quant.parts import is_quantized, is_unused_part, parts_of
 from protos.model.spec import ModelSpec
 from protos.model.tensor_names import EMBEDDING, LM_HEAD, foreign_words, is_unused, other_names, unreadable
 from protos.model.weight_files import (
+    DTYPES,
     CheckpointError,
     Header,
     header_length,
@@ -36,7 +38,7 @@ class StoredTensor(NamedTuple):
 
     file: str
     name: str
-    dtype: str  # F32, BF16 or F16
+    dtype: str  # F32, BF16 or F16; also I32, I8, F8_E4M3 and others in parts of a quantized matrix
     expert: int | None = None  # index in the stack
     first_row: int = 0  # in the canonical orientation: up_proj starts at row I of gate_up_proj
     transposed: bool = False  # the stack holds [in, out] instead of [out, in]
@@ -94,6 +96,7 @@ def _mlp_tensors(owner: str, width: int, hidden: int, biased: bool) -> Iterator[
 class Checkpoint:
     """A verified index: every canonical tensor of the model and where it is stored.
 
+    A quantized matrix `X.weight` is there as its parts, such as `X.qweight` (`protos.model.quant.parts`).
     `lm_head.weight` is among them when the model has one of its own: it is not tied to the embedding, or the checkpoint
     says so and still stores another. Tied ones are in `tensors` once, as the embedding.
     """
@@ -108,7 +111,7 @@ class Checkpoint:
         Raises CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
         """
         headers = read_headers(model_dir)
-        if found := unreadable(headers):
+        if found := unreadable(headers, spec.quant is not None):
             raise headers[found[0]].error(found[1])
         tensors: dict[str, StoredTensor] = {}
 
@@ -119,7 +122,9 @@ class Checkpoint:
             return True
 
         for name, shape in _each_tensor(spec, is_stacked):
-            tensors[name] = _stored(_find(model_dir, headers, spec, name, shape))
+            tensors.update(_index_matrix(model_dir, headers, spec, name, shape))
+            if not _is_quantized(headers, spec, name):
+                tensors[name] = _stored(_find(model_dir, headers, spec, name, shape))
         if spec.tie_word_embeddings and LM_HEAD in headers:
             head = _find(model_dir, headers, spec, LM_HEAD, (spec.vocab_size, spec.hidden_size))
             if not head.has_data_of(headers.get(EMBEDDING, head)):
@@ -127,10 +132,40 @@ class Checkpoint:
         _refuse_foreign(headers, {stored.name for stored in tensors.values()}, spec)
         return cls(model_dir, tensors)
 
+    def is_quantized(self, name: str) -> bool:
+        """Return whether the matrix of this canonical name is stored in parts."""
+        stored = self.tensors.get(name)
+        return stored is None or stored.dtype not in DTYPES
+
     @property
     def has_own_head(self) -> bool:
         """Whether the rows of `lm_head` are other ones than those of the embedding."""
         return LM_HEAD in self.tensors
+
+
+def _is_quantized(headers: dict[str, Header], spec: ModelSpec, name: str) -> bool:
+    """Return whether a matrix of a layer is stored in parts; routers never are."""
+    if not name.startswith("model.layers.") or not name.endswith("_proj.weight"):
+        return False
+    header = headers.get(name)
+    return is_quantized(spec.quant, name.removesuffix(".weight"), headers, header.dtype if header else None)
+
+
+def _index_matrix(
+    model_dir: Path, headers: dict[str, Header], spec: ModelSpec, name: str, shape: tuple[int, ...]
+) -> dict[str, StoredTensor]:  # fmt: skip
+    """Return the checked parts of a quantized matrix, nothing for a plain one."""
+    if spec.quant is None or not _is_quantized(headers, spec, name):
+        return {}
+    module, found = name.removesuffix(".weight"), {}
+    for part in parts_of(spec.quant, *shape):
+        header = headers.get(f"{module}.{part.name}")
+        if header is not None:
+            header.check(*part.shapes, dtypes=part.dtypes)
+            found[f"{module}.{part.name}"] = _stored(header)
+        elif not part.optional:
+            raise _missing(model_dir, headers, f"{module}.{part.name}")
+    return found
 
 
 def _stored(header: Header, expert: int | None = None, first_row: int = 0, transposed: bool = False) -> StoredTensor:
@@ -196,6 +231,8 @@ def _refuse_foreign(headers: dict[str, Header], claimed: set[str], spec: ModelSp
     """Raise CheckpointError for a tensor that the decoder would leave out and that might change the logits."""
     for name, header in headers.items():
         if header.name not in claimed and name != LM_HEAD and not is_unused(name):
+            if spec.quant is not None and (is_unused_part(name) or (name.endswith("_proj.bias") and header.is_zero())):
+                continue  # GPTQ stores a bias of zeros where a model has none
             raise header.error(foreign_words(name, spec))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from protos.model.folder import explain
 from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
 from protos.model.long_context import dual_chunk_spec, sparse_spec
+from protos.model.quant.config import quant_scheme
 from protos.model.rope_json import refuse_partial_rotary, rope_spec
 from protos.model.spec import ModelSpec
 
@@ -91,6 +92,7 @@ def load_model_spec(
         max_position_embeddings=positions,
         dtype=_dtype(config),
         eos_token_ids=_eos(Path(model_dir), config, vocab),
+        quant=quant_scheme(config),
         **(_experts(config, layers) if family.moe else {}),  # type: ignore[arg-type]
     )
     return replace(
@@ -142,9 +144,6 @@ def _refuse_unsupported(config: Fields, family: _Family, layers: int) -> None:
     kinds = config.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise config.error("layer_types", kinds, "every layer must be full_attention")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise config.error(key, config.get(key), "quantized weights are not read; use the bfloat16 checkpoint")
     for key in ("text_config", "per_layer_config"):
         if config.get(key):
             raise config.error(key, config.get(key), "settings of a part of the model are not read; use a text model")

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from protos.model.json_fields import MAX_POSITIONS
+from protos.model.quant.scheme import QuantScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class ModelSpec:
     mlp_only_layers: tuple[int, ...] = ()
     dual_chunk: DualChunkSpec | None = None
     sparse: SparseSpec | None = None  # None: every row is dense
+    quant: QuantScheme | None = None  # None: all weights are stored plain
 
     @property
     def chunk_distance(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from protos.model.files import ORIGINAL, shown
+from protos.model.files import AGAIN, ORIGINAL, shown
 from protos.model.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,11 +49,11 @@ def is_unused(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in _UNUSED)
 
 
-def unreadable(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return a name that shows that the weights are quantized or an adapter's, and the words for it; None otherwise."""
+def unreadable(names: Iterable[str], quantized: bool = False) -> tuple[str, str] | None:
+    """Return a name of an adapter, or of quantized weights unless they are expected, and the words for it; or None."""
     for name in names:
-        if _QUANTIZED.search(name):
-            return name, f"quantized weights (GPTQ, AWQ, FP8, bitsandbytes, ...) are not read: {ORIGINAL}"
+        if not quantized and _QUANTIZED.search(name):
+            return name, f"quantized weights, and config.json has no quantization_config: {AGAIN}, or {ORIGINAL}"
         if _ADAPTER.search(name):
             return name, "part of a LoRA adapter: merge it with peft (merge_and_unload), save that, and use it"
     return None

@@ -44,11 +44,12 @@ class Header(NamedTuple):
         """Return the error of this tensor."""
         return CheckpointError(f"{self.path}: {shown(self.name)}: {problem}")
 
-    def check(self, *allowed: tuple[int, ...]) -> None:
-        """Raise CheckpointError unless the shape is one of these, and the dtype one that is read."""
-        if self.dtype not in DTYPES:
-            hint = "" if self.dtype == "F64" else f"; quantized weights are not read: {ORIGINAL}"
-            raise self.error(f"dtype {self.dtype}: must be one of {', '.join(DTYPES)}{hint}")
+    def check(self, *allowed: tuple[int, ...], dtypes: tuple[str, ...] = DTYPES) -> None:
+        """Raise CheckpointError unless the shape is one of these, and the dtype one of `dtypes`."""
+        if self.dtype not in dtypes:
+            plain = self.dtype == "F64" or dtypes is not DTYPES
+            hint = "" if plain else f"; quantized weights that config.json does not describe are not read: {ORIGINAL}"
+            raise self.error(f"dtype {self.dtype}: must be one of {', '.join(dtypes)}{hint}")
         if self.shape not in allowed:
             shapes = " or ".join(str(list(shape)) for shape in allowed)
             raise self.error(f"shape {shown(str(list(self.shape)))}: config.json asks for {shapes}")
@@ -60,6 +61,11 @@ class Header(NamedTuple):
         with open_regular(self.path) as mine, open_regular(other.path) as theirs:
             pairs = zip(_blocks(mine, self), _blocks(theirs, other), strict=True)
             return all(one == two for one, two in pairs)
+
+    def is_zero(self) -> bool:
+        """Return whether all bytes of a tensor are zero."""
+        with open_regular(self.path) as handle:
+            return all(block.count(0) == len(block) for block in _blocks(handle, self))
 
 
 def _blocks(handle: BinaryIO, header: Header) -> Iterator[bytes]:

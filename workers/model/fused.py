@@ -130,14 +130,14 @@ class FusedLayers:
 
     def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> Layer:
         spec, shard = self._spec, self._shard
-        assert weights.experts_gate_up is not None
+        assert isinstance(weights.experts_gate_up, torch.Tensor)
         pointers = {
             "input_norm": weights.input_norm, "qkv": weights.qkv_weight, "qkv_bias": weights.qkv_bias,
             "o": weights.o_weight, "o_bias": weights.o_bias, "post_norm": weights.post_norm, "router": weights.router,
             "gate_up": weights.experts_gate_up, "down": weights.experts_down, "head_norm": head_norm,
         }  # fmt: skip
         return Layer(
-            **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
+            **{name: one.data_ptr() if isinstance(one, torch.Tensor) else None for name, one in pointers.items()},
             heads=shard.heads.size, kv_heads=shard.kv_heads.size, dim=spec.head_dim, hidden_size=spec.hidden_size,
             all_experts=spec.num_experts, first=shard.experts.start, experts=shard.experts.size,
             top_k=spec.num_experts_per_tok, width=compiled.expert_width(weights.experts_gate_up),
@@ -179,7 +179,7 @@ class FusedLayers:
 
 def _is_packed(weights: LayerWeights) -> bool:
     matrices = (weights.qkv_weight, weights.o_weight, weights.router, weights.experts_gate_up, weights.experts_down)
-    return all(matrix is not None and matrix.dim() > 3 for matrix in matrices)
+    return all(isinstance(matrix, torch.Tensor) and matrix.dim() > 3 for matrix in matrices)
 
 
 def _check(status: int) -> None:

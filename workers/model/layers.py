@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from workers.kernels.blocking import row_blocks
 from workers.model import compiled
+from workers.quant.weight import Weight, plain
 
 
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,12 +31,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `x @ weight.T + bias` for `[T, in]` and `[out, in]`; the weight may be packed (see `compiled`).
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute `x @ weight.T + bias` for `[T, in]` and `[out, in]`; the weight may be packed (`compiled`) or quantised.
 
     A single row on a CPU takes the matrix-vector product: it reads plain weights once, where the matrix product repacks
     them first, at about half the speed.
     """
+    weight = plain(weight, x.dtype)
     if weight.dim() > 2:
         return compiled.linear(x, weight, bias)
     if x.shape[0] == 1 and x.device.type == "cpu":
@@ -51,7 +53,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def gated_mlp(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, gate_up_bias: torch.Tensor | None,
+    x: torch.Tensor, gate_up: Weight, down: Weight, gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute the dense MLP of one shard on `x` `[T, M]`; returns this shard's partial sum `[T, M]`."""

@@ -6,12 +6,17 @@ Legend: `T` tokens, `M` hidden size, `I` expert intermediate, `E` experts of the
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 
 from protos.stage.messages import Span
 from workers.model import compiled
 from workers.model.layers import linear, swiglu
+from workers.quant.weight import QuantizedWeight, plain
+
+Experts: TypeAlias = torch.Tensor | QuantizedWeight
 
 _STEP_TOKENS = 4096  # of one call of the compiled kernel; more would hardly read the weights less often
 
@@ -52,7 +57,7 @@ class ExpertScratch:
 
 
 def run_experts(
-    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: Experts, down: Experts,
     local: Span, scratch: ExpertScratch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute the weighted sum of this shard's experts; tokens without a local expert get zeros.
@@ -60,7 +65,7 @@ def run_experts(
     Args:
         x: `[T, M]`.
         experts, weights: `[T, k]` from `route`.
-        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`; both plain or both packed (`compiled`).
+        gate_up: `[Er, 2 I, M]`; down: `[Er, M, I]`; both packed (`compiled`), or each plain or quantised.
         local: global ids of the shard's experts.
         scratch: memory kept between calls.
 
@@ -68,19 +73,20 @@ def run_experts(
         `[T, M]`, this shard's partial sum, in memory of its own.
     """
     tokens, top_k = experts.shape
-    if down.dim() > 3:
-        return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
+    plain_pair = (gate_up, down) if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) else None
+    if plain_pair is not None and plain_pair[1].dim() > 3:
+        return _packed_experts(x, experts, weights, *plain_pair, local, scratch or ExpertScratch())
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
     flat = experts.flatten() - local.start
     flat = torch.where((flat >= 0) & (flat < local.size), flat, local.size)  # experts of other shards sort last
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=local.size + 1)[: local.size]
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+    if plain_pair is not None and x.device.type == "cuda" and x.dtype == torch.bfloat16:
         order = order[: int(counts.sum())]
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = swiglu(F.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends))
-        out = F.grouped_mm(hidden.contiguous(), down.transpose(1, 2), offs=ends)
+        hidden = swiglu(F.grouped_mm(x[order // top_k], plain_pair[0].transpose(1, 2), offs=ends))
+        out = F.grouped_mm(hidden.contiguous(), plain_pair[1].transpose(1, 2), offs=ends)
         out = torch.cat([out, out.new_zeros(1, out.shape[1])]) if out.shape[0] < experts.numel() else out
     else:
         sizes = counts.tolist()
@@ -103,7 +109,7 @@ def _packed_experts(
 
 
 def _one_token(
-    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: Experts, down: Experts,
     local: Span,
 ) -> torch.Tensor:  # fmt: skip
     """Compute one token (decoding): no sorting, one pass over the weights of every chosen expert."""
@@ -111,15 +117,15 @@ def _one_token(
     hidden = x.new_empty(len(slots), gate_up.shape[1])
     out = x.new_zeros(experts.shape[1], x.shape[1])
     for row, (_, expert) in enumerate(slots):
-        torch.mv(gate_up[expert], x[0], out=hidden[row])
+        torch.mv(plain(gate_up[expert], x.dtype), x[0], out=hidden[row])
     hidden = swiglu(hidden)
     for row, (slot, expert) in enumerate(slots):
-        torch.mv(down[expert], hidden[row], out=out[slot])
+        torch.mv(plain(down[expert], x.dtype), hidden[row], out=out[slot])
     return weights.to(x.dtype) @ out
 
 
 def _expert_loop(
-    x: torch.Tensor, source: torch.Tensor, sizes: list[int], gate_up: torch.Tensor, down: torch.Tensor,
+    x: torch.Tensor, source: torch.Tensor, sizes: list[int], gate_up: Experts, down: Experts,
     scratch: ExpertScratch,
 ) -> torch.Tensor:  # fmt: skip
     """Compute the gated MLP of each expert on its rows; `source` `[n]` has the token of every row, sorted by expert.
@@ -141,8 +147,8 @@ def _expert_loop(
     for expert, (size, wide) in enumerate(zip(sizes, padded, strict=True)):
         if size:
             rows = torch.index_select(x, 0, source[start : start + wide], out=gathered[:wide])
-            torch.mm(rows, gate_up[expert].t(), out=hidden[:wide])
-            torch.mm(swiglu(hidden[:wide]), down[expert].t(), out=out[start : start + wide])
+            torch.mm(rows, plain(gate_up[expert], x.dtype).t(), out=hidden[:wide])
+            torch.mm(swiglu(hidden[:wide]), plain(down[expert], x.dtype).t(), out=out[start : start + wide])
         start += size
     return out
 

@@ -24,6 +24,8 @@ from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
 from workers.kv.host_memory import advise_huge_pages
 from workers.model import compiled
+from workers.model.quantized import MatrixSource, Region, load_experts, load_matrix
+from workers.quant.weight import QuantizedWeight, Weight
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
     from protos.model.checkpoint import Checkpoint
@@ -34,6 +36,8 @@ _CHUNK_BYTES = 16 << 20  # copied at once; bounds the host memory of a convertin
 _DUMMY_ROWS = 1024  # rows of a random tensor that are generated together
 _DUMMY_SCALE = 0.02
 _PACKED = {"qkv_weight", "o_weight", "gate_up", "down", "router", "experts_gate_up", "experts_down", "lm_head"}
+_EXPERTS = {"experts_gate_up", "experts_down"}
+_QUANTIZED = _PACKED - {"router", "lm_head"}  # of these, the ones that are read from quantised checkpoints
 _PAIRS = {"experts_gate_up"}  # of these, the ones packed in pairs of gate and up
 
 
@@ -41,24 +45,24 @@ _PAIRS = {"experts_gate_up"}  # of these, the ones packed in pairs of gate and u
 class LayerWeights:
     """One layer of one shard, with either a dense MLP or a router and experts; norms are whole on every rank.
 
-    Shapes are those of plain matrices; some may be packed (see `compiled`).
+    Shapes are those of plain matrices; some may be packed (see `compiled`), or quantised.
     """
 
     input_norm: torch.Tensor  # [M]
-    qkv_weight: torch.Tensor  # [(Hr + 2 Kr) D, M]: q, then k, then v
-    o_weight: torch.Tensor  # [M, Hr D]
+    qkv_weight: Weight  # [(Hr + 2 Kr) D, M]: q, then k, then v
+    o_weight: Weight  # [M, Hr D]
     post_norm: torch.Tensor  # [M]
     qkv_bias: torch.Tensor | None = None  # [(Hr + 2 Kr) D]
     o_bias: torch.Tensor | None = None  # [M], rank 0 only: the outputs of ranks are summed
     q_norm: torch.Tensor | None = None  # [D]
     k_norm: torch.Tensor | None = None  # [D]
-    gate_up: torch.Tensor | None = None  # [2 Ir, M]: gate, then up
+    gate_up: Weight | None = None  # [2 Ir, M]: gate, then up
     gate_up_bias: torch.Tensor | None = None  # [2 Ir]
-    down: torch.Tensor | None = None  # [M, Ir]
+    down: Weight | None = None  # [M, Ir]
     down_bias: torch.Tensor | None = None  # [M], rank 0 only
     router: torch.Tensor | None = None  # [E, M], whole on every rank
-    experts_gate_up: torch.Tensor | None = None  # [Er, 2I, M]: gate, then up
-    experts_down: torch.Tensor | None = None  # [Er, M, I]
+    experts_gate_up: torch.Tensor | QuantizedWeight | None = None  # [Er, 2I, M]: gate, then up
+    experts_down: torch.Tensor | QuantizedWeight | None = None  # [Er, M, I]
 
 
 @dataclass(slots=True)
@@ -96,6 +100,11 @@ class _Plan(NamedTuple):
 _Fill = Callable[[torch.Tensor, _Piece], None]  # copies the region of a piece to a tensor of its shape
 
 
+class _Source(NamedTuple):
+    fill: _Fill  # of what is stored plain
+    matrices: MatrixSource | None = None  # of a quantised checkpoint
+
+
 def whole_model(spec: ModelSpec) -> ShardSpec:
     """Return the shard of a model that is not split."""
     sizes = (
@@ -123,14 +132,19 @@ def load_shard(
     checkpoint = Checkpoint.open(model_dir, spec)
     spec = replace(spec, tie_word_embeddings=not checkpoint.has_own_head)
     with ExitStack() as stack:
-        return _build(_from_files(checkpoint, stack), spec, shard, dtype, torch.device(device), on_progress)
+        return _build(_from_files(checkpoint, spec, stack), spec, shard, dtype, torch.device(device), on_progress)
 
 
 def dummy_shard(
     spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ShardWeights:
     """Return random weights (normal, scale 0.02; norms 1): the slices of one model for every layout of it."""
-    return _build(_random(spec, seed), spec, shard, dtype, torch.device(device), None)
+    matrices = None
+    if spec.quant is not None:
+        from workers.model.quantized_sources import RandomMatrices  # here: it needs safetensors
+
+        matrices = RandomMatrices(spec, spec.quant, seed)
+    return _build(_Source(_random(spec, seed), matrices), spec, shard, dtype, torch.device(device), None)
 
 
 def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
@@ -139,32 +153,63 @@ def shard_bytes(spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype) -> int:
 
 
 def _build(
-    fill: _Fill, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device,
+    source: _Source, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device,
     on_progress: OnProgress | None,
 ) -> ShardWeights:  # fmt: skip
     total, loaded = shard_bytes(spec, shard, dtype), 0
 
-    def make(name: str, plan: _Plan) -> torch.Tensor:
+    def advance(rows: Span, columns: Span | None) -> None:
         nonlocal loaded
+        loaded += rows.size * (columns or Span(0, 1)).size * dtype.itemsize
+        if on_progress is not None:
+            on_progress(loaded, total)
+
+    def make(name: str, plan: _Plan) -> Any:  # what the field of this name takes
+        matrices = source.matrices if name in _QUANTIZED else None
+        if matrices is not None:
+            plan = _Plan(plan.shape, tuple(plan.pieces))
+            if any(matrices.has(piece.name) for piece in plan.pieces):
+                return _make_quantized(source.fill, matrices, plan, dtype, device, advance)
         shape, pairs = plan.shape, name in _PAIRS
-        if name in _PACKED:
+        if name in _PACKED and not (matrices is not None and name in _EXPERTS):  # both matrices of experts or none
             shape = compiled.packed_shape(shape, dtype, device, pairs)
         tensor = advise_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         for piece in plan.pieces:
             part = tensor if piece.expert is None else tensor[piece.expert]
             if shape == plan.shape:
-                fill(part[piece.row : piece.row + piece.rows.size], piece)
+                source.fill(part[piece.row : piece.row + piece.rows.size], piece)
             else:
-                _fill_packed(fill, part, piece, pairs)
-            loaded += piece.rows.size * (piece.columns or Span(0, 1)).size * dtype.itemsize
-            if on_progress is not None:
-                on_progress(loaded, total)
+                _fill_packed(source.fill, part, piece, pairs)
+            advance(piece.rows, piece.columns)
         return tensor
 
     ends, *layers = ({name: make(name, plan) for name, plan in plans.items()} for plans in _plan_all(spec, shard))
     if spec.tie_word_embeddings and shard.is_last:
         ends["lm_head"] = ends["embed"]
     return ShardWeights([LayerWeights(**layer) for layer in layers], **ends)
+
+
+def _make_quantized(
+    fill: _Fill, matrices: MatrixSource, plan: _Plan, dtype: torch.dtype, device: torch.device,
+    advance: Callable[[Span, Span | None], None],
+) -> Weight:  # fmt: skip
+    """Return the weight of a plan some or all of whose pieces are quantised; `advance` is told of every piece."""
+    regions = []
+    for piece in plan.pieces:
+        assert piece.columns is not None
+        regions.append(Region(piece.name, piece.rows, piece.columns, piece.row, piece.expert))
+
+    def done(region: Region) -> None:
+        advance(region.rows, region.columns)
+
+    def plain(region: Region) -> torch.Tensor:
+        tensor = torch.empty(region.rows.size, region.columns.size, dtype=dtype, device=device)
+        fill(tensor, _Piece(region.name, region.rows, region.columns))
+        return tensor
+
+    if len(plan.shape) == 3:
+        return load_experts(matrices, plan.shape, regions, device, done)
+    return load_matrix(matrices, regions, device, plain, done)
 
 
 def _fill_packed(fill: _Fill, target: torch.Tensor, piece: _Piece, pairs: bool) -> None:
@@ -267,7 +312,7 @@ def _stacked(columns: Span | None, *parts: tuple[str, Span]) -> _Plan:
     return _Plan((row, columns.size) if columns else (row,), tuple(pieces))
 
 
-def _from_files(checkpoint: Checkpoint, stack: ExitStack) -> _Fill:
+def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _Source:
     """Return what copies regions of safetensors files; slices are views of the mapped file, which the copy reads."""
     from safetensors import safe_open
 
@@ -292,7 +337,11 @@ def _from_files(checkpoint: Checkpoint, stack: ExitStack) -> _Fill:
                 source = source.T if stored.transposed else source
             rows.copy_(source)
 
-    return fill
+    if spec.quant is None:
+        return _Source(fill)
+    from workers.model.quantized_sources import FileMatrices
+
+    return _Source(fill, FileMatrices(checkpoint, spec, spec.quant, opened))
 
 
 def _random(spec: ModelSpec, seed: int) -> _Fill:

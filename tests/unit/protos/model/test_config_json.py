@@ -198,7 +198,7 @@ def test_eos_falls_back_to_config(tmp_path: Path) -> None:
         ({"per_layer_config": {"1": {"head_dim": 8}}}, "per_layer_config: {'1': {'head_dim': 8}}: settings of a part"),
         ({"architectures": ["Qwen3Model"]}, "architectures: ['Qwen3Model']: qwen3_moe must be Qwen3MoeForCausalLM"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: {'quant_method': 'fp8'}: quantized"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config: quant_method: 'mxfp4': supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5: only 1"),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype: 'float8_e4m3fn': must be one of bfloat16, float16, float32"),
         ({"eos_token_id": 151936}, "eos_token_id: 151936: must be a token id"),

@@ -1,0 +1,26 @@
+"""How the matrices of a quantised checkpoint are stored, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Format = Literal["gptq", "awq", "pack-quantized", "int-quantized", "float-quantized", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantScheme:
+    """What `quantization_config` says of every converted matrix; others of the checkpoint are stored plain."""
+
+    format: Format  # those named -quantized are of compressed-tensors
+    bits: int  # 4 or 8
+    is_float: bool = False  # codes are FP8 e4m3, else whole numbers
+    group: int = 0  # inputs that share a scale; 0: all inputs of a row
+    block_rows: int = 0  # rows that share a scale; 0: every row has its own, or one is that of the whole matrix
+    has_zeros: bool = False  # zero points differ, and are stored
+    zero_offset: int = 0  # added to stored zero points: 1 in the first format of GPTQ
+    ordered: bool = False  # the groups may be of inputs in the order of their activation (`desc_act`)
+
+    def groups_of(self, columns: int) -> int:
+        """Return the groups of a row of so many inputs."""
+        return -(-columns // self.group) if self.group else 1
