@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
-from cluster.config.topology import kv_bytes_per_token, shard_weight_bytes
+from cluster.config.topology import kv_bytes_per_token, product_params, shard_weight_bytes
 from protos.model.grid import largest_cell
 from protos.model.spec import ModelSpec
 from protos.stage.messages import LoadProgress, ShardSpec
@@ -48,8 +48,12 @@ def kv_token_bytes(deployment: Deployment) -> int:
 
 
 def weight_bytes(deployment: Deployment, shard: ShardSpec) -> int:
-    """Return the bytes of the weights of one shard, in the type they are computed in."""
-    return shard_weight_bytes(deployment.spec, shard, DTYPE_BYTES[compute_dtype(deployment)])
+    """Return the bytes of the weights of one shard: quantised ones as they are, others in the type of computing."""
+    spec, width = deployment.spec, DTYPE_BYTES[compute_dtype(deployment)]
+    total = shard_weight_bytes(spec, shard, width)
+    if spec.quant is None:
+        return total
+    return total - round(product_params(spec, shard) * (width - spec.quant.bytes_per_weight))
 
 
 def step_tokens(deployment: Deployment) -> int:

@@ -148,6 +148,16 @@ def layer_params(spec: ModelSpec, shard: ShardSpec, layer: int) -> int:
     return total + 3 * spec.hidden_size * columns + spec.mlp_bias * (2 * columns + spec.hidden_size)
 
 
+def product_params(spec: ModelSpec, shard: ShardSpec) -> int:
+    """Return the parameters of matrix products without routers and head: what quantised files convert."""
+    hidden, heads, kv_heads = spec.hidden_size, shard.heads.size, shard.kv_heads.size
+    layers = range(*shard.layers)
+    moe = sum(spec.is_moe_layer(layer) for layer in layers)
+    attention = 2 * hidden * spec.head_dim * (heads + kv_heads)
+    experts = 3 * hidden * spec.moe_intermediate_size * shard.experts.size
+    return len(layers) * attention + moe * experts + (len(layers) - moe) * 3 * hidden * shard.intermediate.size
+
+
 def kv_bytes_per_token(spec: ModelSpec, shard: ShardSpec, bytes_per_value: int, scale_bytes: int = 0) -> int:
     """Return the bytes of keys and values of one token on one shard; each head's key and value may have a scale."""
     return 2 * shard.layers.size * shard.kv_heads.size * (spec.head_dim * bytes_per_value + scale_bytes)

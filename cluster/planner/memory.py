@@ -16,10 +16,10 @@ from cluster.config.memory_budget import (
     shard_scratch_bytes,
     weight_bytes,
 )
-from cluster.config.topology import plan_shards, shard_weight_bytes
+from cluster.config.topology import plan_shards, product_params, shard_weight_bytes
 from cluster.stages.preflight import count_pages
 from protos.model.spec import ModelSpec
-from protos.stage.messages import LoadProgress, ShardSpec
+from protos.stage.messages import LoadProgress
 
 CONTEXTS = (1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)  # tokens, of the table
 _GROUP = 128  # weights that share a scale of two bytes where they have four bits
@@ -123,7 +123,7 @@ def precision_bytes(spec: ModelSpec, precision: str) -> int:
     """
     shard = plan_shards(spec, 1, 1)[0]
     total = shard_weight_bytes(spec, shard, 1)
-    products = _product_params(spec, shard)
+    products = product_params(spec, shard)
     return round(products * PRECISIONS[precision] + (total - products) * PRECISIONS["bf16"])
 
 
@@ -145,16 +145,6 @@ def precision_table(deployment: Deployment, contexts: Sequence[int] = CONTEXTS) 
 def activation_width(deployment: Deployment) -> int:
     """Return the bytes of a weight and of an activation."""
     return DTYPE_BYTES[compute_dtype(deployment)]
-
-
-def _product_params(spec: ModelSpec, shard: ShardSpec) -> int:
-    """Return the parameters of the matrix products of all layers, without routers."""
-    hidden, heads, kv_heads = spec.hidden_size, shard.heads.size, shard.kv_heads.size
-    layers = range(*shard.layers)
-    moe = sum(spec.is_moe_layer(layer) for layer in layers)
-    attention = 2 * hidden * spec.head_dim * (heads + kv_heads)
-    experts = 3 * hidden * spec.moe_intermediate_size * shard.experts.size
-    return len(layers) * attention + moe * experts + (len(layers) - moe) * 3 * hidden * shard.intermediate.size
 
 
 def _process_bytes(deployment: Deployment) -> int:

@@ -28,8 +28,7 @@ from typing import Any
 from cluster.common.errors import PlacementError, StageError
 from cluster.common.text_format import one_line
 from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
-from cluster.config.topology import shard_weight_bytes
+from cluster.config.memory_budget import compute_dtype, kv_dtype, weight_bytes
 from cluster.stages.handle import GrpcStageHandle
 from cluster.stages.preflight import check_head, count_pages
 from cluster.stages.ray_cluster import RayCluster
@@ -255,8 +254,7 @@ class Launcher:
             limit = config.cluster.load_timeout_s
             threading.Thread(target=_follow, args=(index, handle, request, limit, updates), daemon=True).start()
         latest = [LoadProgress(0, 0)] * len(shards)
-        width = DTYPE_BYTES[compute_dtype(self._deployment)]
-        total = sum(shard_weight_bytes(self._deployment.spec, shard, width) for shard in shards)
+        total = sum(weight_bytes(self._deployment, shard) for shard in shards)
         while not all(progress.ready for progress in latest):
             index, update = updates.get()
             if isinstance(update, BaseException):

@@ -24,3 +24,11 @@ class QuantScheme:
     def groups_of(self, columns: int) -> int:
         """Return the groups of a row of so many inputs."""
         return -(-columns // self.group) if self.group else 1
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a weight in memory with its share of scales and zero points; those of whole rows are left out."""
+        if not self.group:
+            return self.bits / 8
+        scale = 4 if self.block_rows else 2  # FP8 blocks store float32
+        return self.bits / 8 + (scale + self.has_zeros) / self.group

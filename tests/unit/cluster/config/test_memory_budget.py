@@ -8,10 +8,11 @@ import pytest
 
 from cluster.common.errors import PreflightError
 from cluster.config.deployment import Deployment, load_deployment
-from cluster.config.memory_budget import kv_budget, scratch_bytes
-from cluster.config.topology import kv_bytes_per_token
+from cluster.config.memory_budget import kv_budget, scratch_bytes, weight_bytes
+from cluster.config.topology import kv_bytes_per_token, product_params
 from cluster.stages.preflight import count_pages
 from protos.model.grid import largest_cell
+from protos.model.quant.scheme import QuantScheme
 from protos.stage.messages import LoadProgress
 from tests.support.paths import CONFIGS
 
@@ -95,3 +96,21 @@ def test_a_size_that_does_not_fit_beside_a_step_is_refused_with_the_length(missi
         kv_budget(given, loaded(available), 1)
     with pytest.raises(PreflightError, match=f"{tokens} tokens would fit"):
         count_pages(given, loaded(available), 1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bytes_per_weight"),
+    [
+        (QuantScheme("gptq", 4, group=128), 0.5 + 2 / 128),
+        (QuantScheme("awq", 4, group=64, has_zeros=True), 0.5 + 3 / 64),
+        (QuantScheme("fp8", 8, is_float=True, group=128, block_rows=128), 1 + 4 / 128),
+        (QuantScheme("int-quantized", 8), 1.0),
+    ],
+)
+def test_quantised_weights_count_as_they_are_stored(scheme: QuantScheme, bytes_per_weight: float):
+    plain = deployment(model__dtype="bfloat16")
+    stored = replace(plain, spec=replace(plain.spec, quant=scheme))
+    (shard,) = plain.shards
+    saved = weight_bytes(plain, shard) - weight_bytes(stored, shard)
+    assert saved == round(product_params(plain.spec, shard) * (2 - bytes_per_weight))
+    assert scheme.bytes_per_weight == bytes_per_weight
