@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from protos.model.files import AGAIN, open_regular, read_bounded, shown
-from protos.model.gguf.file import GgufError, is_gguf, read_gguf
+from protos.model.files import AGAIN, is_gguf, open_regular, read_bounded, shown
+from protos.model.gguf.file import GgufError, read_gguf
 from protos.model.gguf.names import find_tensors
 from protos.model.quant.parts import is_quantized, is_unused_part, parts_of
 from protos.model.spec import ModelSpec

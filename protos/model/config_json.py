@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from protos.model.files import is_gguf
 from protos.model.folder import explain
 from protos.model.gguf.config import read_config
-from protos.model.gguf.file import is_gguf
 from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
 from protos.model.long_context import dual_chunk_spec, sparse_spec
 from protos.model.quant.config import quant_scheme

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama"}
 _SCALES = {  # offset of every float16 in a block; the other bytes may be anything
@@ -135,3 +136,24 @@ def _close(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], architecture: str = "qwen2") -> Path:
+    """Write a file without tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in settings.items():
+        _add(writer, key, value)
+    return _close(writer, path)
+
+
+def tokenizer_settings(tokenizer: Tokenizer, pre: str, **more: Any) -> dict[str, Any]:
+    """Return the keys for a byte-level tokenizer; `more` goes below `tokenizer.ggml`."""
+    layout = json.loads(tokenizer.to_str())
+    added = tokenizer.get_added_tokens_decoder()
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    kinds = [1 if i not in added else 3 if added[i].special else 4 for i in range(size)]
+    settings = {
+        "model": "gpt2", "pre": pre, "tokens": [tokenizer.id_to_token(i) for i in range(size)], "token_type": kinds,
+        "merges": [" ".join(pair) for pair in layout["model"]["merges"]],
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in (settings | more).items()}

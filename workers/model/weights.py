@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from protos.model.gguf.file import is_gguf
+from protos.model.files import is_gguf
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
 from workers.kv.host_memory import advise_huge_pages

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from protos.model.files import AGAIN, open_regular, shown, what_it_is
 from protos.model.json_fields import ModelConfigError
 
-SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
@@ -92,11 +91,6 @@ class GgufFile:
     def error(self, key: str, problem: str) -> GgufError:
         """Return the error of a setting or tensor."""
         return GgufError(f"{self.path}: {shown(key)}: {problem}")
-
-
-def is_gguf(path: Path) -> bool:
-    """Return whether a path is that of a GGUF file, by its name."""
-    return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def read_gguf(path: Path) -> GgufFile:

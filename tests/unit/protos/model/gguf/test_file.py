@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from protos.model.gguf.file import READ, GgufError, is_gguf, read_gguf
+from protos.model.files import is_gguf
+from protos.model.gguf.file import READ, GgufError, read_gguf
 from tests.support.gguf_files import random_blocks, write_tensors
 
 KINDS = [Kind[each.name] for each in READ.values()]
