@@ -29,6 +29,7 @@ from cluster.config.topology import LayoutError, plan_shards
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath, Problem
 from protos.jobs.sampling import SamplingParams
 from protos.model.config_json import load_model_spec
+from protos.model.files import is_gguf
 from protos.model.folder import explain
 from protos.model.grid import largest_cell
 from protos.model.json_fields import ModelConfigError
@@ -128,8 +129,9 @@ def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
 def _load_spec(source: ConfigSource, config: Config) -> ModelSpec:
     """Return the spec of the configured model. Raises ConfigError at the model's file, or at the override at fault."""
     model = config.model
-    if not os.path.isdir(model.path):
+    if not os.path.isdir(model.path) and not (is_gguf(model.path) and os.path.isfile(model.path)):
         absent = f"there is no directory {model.path}; it must hold {model.config_file}"
+        absent = f"there is no file {model.path}" if is_gguf(model.path) else absent
         raise source.error(("model", "path"), explain(model.path) if os.path.exists(model.path) else absent)
     overrides = {
         "rope_scaling": model.rope_scaling.as_mapping() if model.rope_scaling else None,

@@ -38,7 +38,7 @@ class ModelSection(Section):
     """The checkpoint, and the length of its context."""
 
     path: Annotated[PathValue, AfterValidator(resolve)] = Field(
-        description="must be the path of a directory with config.json"
+        description="must be the path of a model folder or GGUF file"
     )
     served_model_name: str = Field(
         default=None, validate_default=True, min_length=1, max_length=200, description=NAME_RULE

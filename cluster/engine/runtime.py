@@ -26,6 +26,7 @@ from cluster.latency.step_work import UNITS
 from cluster.stages.ray_cluster import RayCluster
 from cluster.text.chat_prompt import encode_chat
 from cluster.text.chat_template import render_user_message
+from cluster.text.gguf_tokenizer import tokenizer_file
 from cluster.text.prompts import (
     Document,
     build_document_prompts,
@@ -65,8 +66,8 @@ class ClusterRuntime:
         """
         self.deployment = deployment
         model = deployment.config.model
-        self._tokenizer_path = model.path / "tokenizer.json"
-        self.ids_only = not self._tokenizer_path.exists()  # prompts and answers are token ids, without text
+        self._tokenizer_path, has_text = tokenizer_file(model.path)
+        self.ids_only = not has_text  # prompts and answers are token ids, without text
         self._tokenizer = None if self.ids_only else TextTokenizer.open(model.path, model.chat_template)
         spec = deployment.spec
         self.constraints = ConstraintCompiler(self._tokenizer, spec.vocab_size, end_ids(spec, self._tokenizer))

@@ -14,12 +14,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cluster.common.text_format import one_line
+from cluster.text.gguf_tokenizer import read_tokenizer
 from cluster.text.literal_tokenizer import LiteralTokenizers, Place
 from cluster.text.pieces import TextCutter
 from cluster.text.special_tokens import add_declared_tokens, named_tokens, with_legacy_files
 from cluster.text.templates.files import read_chat_template
 from cluster.text.token_bytes import is_byte_level, longest_token_bytes, piece_bytes, token_bytes
 from protos.errors import UserError
+from protos.model.files import is_gguf
 
 _MAX_FILE_BYTES = 1 << 28  # of tokenizer.json and its like
 
@@ -67,23 +69,22 @@ class TextTokenizer:
     def open(cls, model_dir: Path | str, chat_template: str | None = None) -> TextTokenizer:
         """Read `tokenizer.json` and, where present, the other files of `model_dir` about tokens, and the chat template.
 
+        `model_dir` may be a GGUF file, which holds all of it.
+
         Raises TokenizerError: a file is missing or unusable.
         """
         folder = Path(model_dir)
-        path = folder / "tokenizer.json"
+        path = folder if is_gguf(folder) else folder / "tokenizer.json"
         try:
-            definition = _read(path)
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
-            raise TokenizerError(f"{path}: {problem}") from error
-        files = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
-        config, *older = (_read_json(folder / name) for name in files)
-        try:
-            template = read_chat_template(folder, config, chat_template)
+            definition, files = read_tokenizer(folder) if is_gguf(folder) else _read_files(folder)
+            beside = is_gguf(folder) and (chat_template or "").endswith(".jinja")
+            template = read_chat_template(folder.parent if beside else folder, files[0], chat_template)
+        except TokenizerError:
+            raise
         except UserError as error:
             raise TokenizerError(str(error)) from error
         try:
-            return cls(definition, with_legacy_files(config, *older), template)
+            return cls(definition, with_legacy_files(*files), template)
         except UserError as error:
             raise TokenizerError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception
@@ -270,6 +271,18 @@ def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
     alone, processed = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     ends = range(len(processed) - len(alone) + 1)
     return next((processed[:end] for end in ends if processed[end : end + len(alone)] == alone), [])
+
+
+def _read_files(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """Return `tokenizer.json` of a folder, and what its other files say, the newest first. Raises TokenizerError."""
+    path = folder / "tokenizer.json"
+    try:
+        definition = _read(path)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}): the model folder needs the fast tokenizer's file"
+        raise TokenizerError(f"{path}: {problem}") from error
+    files = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
+    return definition, [_read_json(folder / name) for name in files]
 
 
 def _read(path: Path) -> bytes:

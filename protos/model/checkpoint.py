@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from protos.model.files import AGAIN, open_regular, read_bounded, shown
+from protos.model.files import AGAIN, is_gguf, open_regular, read_bounded, shown
+from protos.model.gguf.file import GgufError, read_gguf
+from protos.model.gguf.names import find_tensors
 from protos.model.quant.parts import is_quantized, is_unused_part, parts_of
 from protos.model.spec import ModelSpec
 from protos.model.tensor_names import EMBEDDING, LM_HEAD, foreign_words, is_unused, other_names, unreadable
@@ -38,7 +40,7 @@ class StoredTensor(NamedTuple):
 
     file: str
     name: str
-    dtype: str  # F32, BF16 or F16; also I32, I8, F8_E4M3 and others in parts of a quantized matrix
+    dtype: str  # F32, BF16 or F16; I32, I8, F8_E4M3, ... in parts of a quantized matrix; in GGUF also Q4_K, ...
     expert: int | None = None  # index in the stack
     first_row: int = 0  # in the canonical orientation: up_proj starts at row I of gate_up_proj
     transposed: bool = False  # the stack holds [in, out] instead of [out, in]
@@ -106,10 +108,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model_dir: Path, spec: ModelSpec) -> Checkpoint:
-        """Return the index of the safetensors files of `model_dir`; all names, shapes and dtypes are checked.
+        """Return the index of the safetensors files of `model_dir`, or of the GGUF file that it is.
+
+        All names, shapes and dtypes are checked.
 
         Raises CheckpointError: a file or tensor is missing, damaged, of another shape or dtype, or foreign to `spec`.
         """
+        if is_gguf(model_dir):
+            return cls(model_dir.parent, _index_gguf(model_dir, spec))
         headers = read_headers(model_dir)
         if found := unreadable(headers, spec.quant is not None):
             raise headers[found[0]].error(found[1])
@@ -166,6 +172,17 @@ def _index_matrix(
         elif not part.optional:
             raise _missing(model_dir, headers, f"{module}.{part.name}")
     return found
+
+
+def _index_gguf(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
+    try:
+        places = find_tensors(read_gguf(path), _each_tensor(spec, lambda layer: False))
+    except GgufError as error:
+        raise CheckpointError(str(error)) from error
+    return {
+        name: StoredTensor(path.name, place.tensor.name, place.tensor.kind.name, place.expert)
+        for name, place in places.items()
+    }
 
 
 def _stored(header: Header, expert: int | None = None, first_row: int = 0, transposed: bool = False) -> StoredTensor:
@@ -240,13 +257,19 @@ def fingerprint_of(model_dir: Path) -> str:
     """Return the SHA-256 (hex) of `config.json` and of each weight file's name, size, header and three data samples.
 
     The samples (64 KiB at the start, middle and end) distinguish fine-tunes of one model without reading it whole.
+    Of a GGUF file it is that of size, header and samples.
     Raises CheckpointError: a file is missing or no safetensors file.
     """
     digest = hashlib.sha256()
     try:
+        if is_gguf(model_dir):
+            _add_data(digest, model_dir, 0, read_gguf(model_dir).header_bytes)
+            return digest.hexdigest()
         _add(digest, read_bounded(model_dir / "config.json"))
         for file in weight_files(model_dir):
             _add_file(digest, model_dir / file)
+    except GgufError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}): {AGAIN}") from error
     return digest.hexdigest()
@@ -254,14 +277,21 @@ def fingerprint_of(model_dir: Path) -> str:
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:
     with open_regular(path) as handle:
+        length = header_length(path, os.fstat(handle.fileno()).st_size, handle.read(8))
+    _add(digest, path.name.encode())
+    _add_data(digest, path, 8, length)
+
+
+def _add_data(digest: hashlib._Hash, path: Path, start: int, length: int) -> None:
+    """Add the size, the header of `length` bytes at `start`, and samples of what follows."""
+    with open_regular(path) as handle:
         size = os.fstat(handle.fileno()).st_size
-        length = header_length(path, size, handle.read(8))
-        _add(digest, path.name.encode())
         _add(digest, size.to_bytes(8, "little"))
+        handle.seek(start)
         _add(digest, handle.read(length))
-        data = 8 + length
-        for start in (data, data + max(0, size - data - _SAMPLE) // 2, max(data, size - _SAMPLE)):
-            handle.seek(start)
+        data = start + length
+        for at in (data, data + max(0, size - data - _SAMPLE) // 2, max(data, size - _SAMPLE)):
+            handle.seek(at)
             _add(digest, handle.read(_SAMPLE))
 
 

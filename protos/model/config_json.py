@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` of a Hugging Face checkpoint as a `ModelSpec`.
+"""`config.json` and `generation_config.json` of a Hugging Face checkpoint, or a GGUF file, as a `ModelSpec`.
 
 Both spellings are read: the old one (`rope_theta`, `rope_scaling`, `num_experts`) and that of transformers 5
 (`rope_parameters`, `num_local_experts`). What would silently change the output is refused by name, never guessed.
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from protos.model.files import is_gguf
 from protos.model.folder import explain
+from protos.model.gguf.config import read_config
 from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
 from protos.model.long_context import dual_chunk_spec, sparse_spec
 from protos.model.quant.config import quant_scheme
@@ -55,7 +57,7 @@ def load_model_spec(
     model_dir: Path, rope_scaling: Mapping[str, object] | None = None, *, config_file: str = "config.json",
     dual_chunk: Mapping[str, object] | None = None, sparse: Mapping[str, object] | None = None,
 ) -> ModelSpec:  # fmt: skip
-    """Return the architecture of the checkpoint in `model_dir`.
+    """Return the architecture of the checkpoint in `model_dir`, which may be a GGUF file.
 
     Args:
         rope_scaling: replaces the rope settings of the file (`rope_theta` stays unless given here).
@@ -103,6 +105,8 @@ def load_model_spec(
 
 
 def _read_config(model_dir: Path, config_file: str) -> Fields:
+    if is_gguf(model_dir):
+        return Fields(str(model_dir), read_config(model_dir))
     try:
         return read_json(model_dir / config_file)
     except ModelConfigError as error:

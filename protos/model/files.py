@@ -19,9 +19,14 @@ _SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull in its folder"),
     (b"<!doctype html", f"a web page, not the file itself: {AGAIN}, signed in if the model asks for it"),
     (b"<html", f"a web page, not the file itself: {AGAIN}, signed in if the model asks for it"),
-    (b"gguf", f"a GGUF file under another name: {ORIGINAL}"),
+    (b"gguf", "a GGUF file under another name: let its name end in .gguf"),
     (b"pk\x03\x04", f"a PyTorch file under another name: {CONVERT}"),
 )
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def shown(value: object, limit: int = 120) -> str:

@@ -9,7 +9,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from protos.model.files import AGAIN, CONVERT, ORIGINAL, read_bounded, shown
+from protos.model.files import AGAIN, CONVERT, ORIGINAL, is_gguf, read_bounded, shown
 
 ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
@@ -18,7 +18,7 @@ _LISTED = 10_000  # names of a folder that are looked at
 _CACHE_ENTRY = "models--"
 _KINDS = (  # file names, what they are, the way out; the first that is there tells
     (r"adapter_config\.json|adapter_model\..*", "a LoRA adapter", _MERGE),
-    (r".*\.gguf", "GGUF weights", ORIGINAL),
+    (r".*\.gguf", "GGUF weights", "name the file itself, not its folder"),
     (r".*\.incomplete", "a download that was interrupted", "start the same download again; it continues"),
     (r"quantize_config\.json|quant_config\.json", "weights quantized with GPTQ or AWQ", ORIGINAL),
     (r"consolidated\..*\.pth|params\.json", "a checkpoint in Meta's format", "use the one with config.json"),
@@ -55,7 +55,7 @@ def served_name(path: Path) -> str:
     """Return the name of a model: that of its folder, in the Hugging Face cache that of its repository."""
     if path.parent.name == "snapshots" and (entry := path.parents[1].name).startswith(_CACHE_ENTRY):
         return entry.rsplit("--", 1)[-1]
-    return path.name
+    return path.stem if is_gguf(path) else path.name
 
 
 def explain(folder: Path) -> str:

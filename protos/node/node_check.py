@@ -12,6 +12,7 @@ import psutil
 
 from protos.errors import UserError
 from protos.model.checkpoint import fingerprint_of
+from protos.model.files import is_gguf
 from protos.node.environment import build_id
 
 
@@ -40,8 +41,9 @@ class NodeCheck:
             raise NodeError(f"node {os.uname().nodename}: {error}") from error
 
     def _compare_model(self, model: Path) -> None:
-        if not (model / "config.json").is_file():
-            raise NodeError(f"model.path: {model}: no config.json there: copy the model")
+        if not (model if is_gguf(model) else model / "config.json").is_file():
+            missing = "no such file" if is_gguf(model) else "no config.json there"
+            raise NodeError(f"model.path: {model}: {missing}: copy the model")
         if (fingerprint := fingerprint_of(model)) != self.fingerprint:
             both = f"its checkpoint is {fingerprint[:12]}, the head's {self.fingerprint[:12]}"
             raise NodeError(f"model.path: {model}: {both}: copy the same files to every node")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from protos.model.files import is_gguf
 from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
 from workers.kv.host_memory import advise_huge_pages
@@ -118,7 +119,7 @@ def load_shard(
     model_dir: Path, spec: ModelSpec, shard: ShardSpec, dtype: torch.dtype, device: torch.device | str,
     on_progress: OnProgress | None = None,
 ) -> ShardWeights:  # fmt: skip
-    """Read this shard's weights, converted to `dtype`, onto `device`.
+    """Read this shard's weights, converted to `dtype`, onto `device`; `model_dir` may be a GGUF file.
 
     Anonymous host memory grows by the weights (unless they go to a device) and a few tens of MiB; the files stay in the
     page cache. Embeddings that `spec` ties are loaded untied when the checkpoint stores an output matrix of its own, as
@@ -132,7 +133,11 @@ def load_shard(
     checkpoint = Checkpoint.open(model_dir, spec)
     spec = replace(spec, tie_word_embeddings=not checkpoint.has_own_head)
     with ExitStack() as stack:
-        return _build(_from_files(checkpoint, spec, stack), spec, shard, dtype, torch.device(device), on_progress)
+        if is_gguf(model_dir):
+            source = _from_gguf(checkpoint, model_dir, spec.head_dim, stack)
+        else:
+            source = _from_files(checkpoint, spec, stack)
+        return _build(source, spec, shard, dtype, torch.device(device), on_progress)
 
 
 def dummy_shard(
@@ -342,6 +347,24 @@ def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _S
     from workers.model.quantized_sources import FileMatrices
 
     return _Source(fill, FileMatrices(checkpoint, spec, spec.quant, opened))
+
+
+def _from_gguf(checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitStack) -> _Source:
+    """Return what copies regions of a GGUF file, unpacked a few rows at a time."""
+    from workers.quant.gguf.source import GgufSource
+
+    source = stack.enter_context(GgufSource(path, head_dim))
+
+    def fill(target: torch.Tensor, piece: _Piece) -> None:
+        stored = checkpoint.tensors[piece.name]
+        columns = None if piece.columns is None else range(*piece.columns)
+        step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(target.shape[1:]))))
+        for start in range(0, target.shape[0], step):
+            rows = target[start : start + step]
+            first = piece.rows.start + start
+            rows.copy_(source.plain(piece.name, stored, range(first, first + rows.shape[0]), columns))
+
+    return _Source(fill)
 
 
 def _random(spec: ModelSpec, seed: int) -> _Fill:

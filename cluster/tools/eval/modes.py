@@ -15,6 +15,7 @@ from cluster.config.topology import kv_bytes_per_token
 from cluster.tools.assets import configs_dir
 from protos.errors import UserError
 from protos.model.config_json import load_model_spec
+from protos.model.files import is_gguf
 from protos.model.folder import explain, resolve
 from protos.model.grid import largest_cell
 from protos.model.spec import SparseSpec
@@ -50,8 +51,8 @@ class Target:
 def find_target(config: Path | None, model: Path | None) -> Target:
     """Return a given YAML, that of the demo, or for a bare checkpoint one process on this machine. Raises UserError."""
     model = resolve(model) if model is not None else None
-    if model is not None and not (model / "config.json").is_file():
-        raise UserError(f"--model: {model}: must be a directory with config.json: {explain(model)}")
+    if model is not None and not (model if is_gguf(model) else model / "config.json").is_file():
+        raise UserError(f"--model: {model}: must be a directory with config.json or a GGUF file: {explain(model)}")
     if config is not None:
         return Target(config, model)
     return Target(configs_dir() / ("demo.yaml" if model is None else "single.yaml"), model)

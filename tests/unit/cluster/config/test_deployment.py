@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.config.deployment import ConfigError, load_deployment
+from protos.model.config_json import load_model_spec
 from protos.stage.messages import Span
+from tests.support.data.checkpoints import make_checkpoint
+from tests.support.gguf_files import convert
 from tests.support.paths import CONFIGS
 
 NEEDLE = CONFIGS / "needle"
@@ -71,12 +75,25 @@ def test_model_directory_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("needle", "a file, not a folder: name the folder that holds"), ("m.gguf", "GGUF weights (m.gguf): use the")],
+    [
+        ("needle", "a file, not a folder: name the folder that holds"),
+        ("m.gguf", "m.gguf: not a GGUF file: download it again"),
+    ],
 )
 def test_a_file_is_no_model_directory(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / name).write_text("")
     message = deployment_error(write(tmp_path, BASE.replace("path: needle", f"path: {name}")))
     assert message.startswith(f"demo.yaml:2: model.path: {name}: {said}")
+
+
+def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "qwen3", num_hidden_layers=2, max_position_embeddings=8192)
+    made = convert(folder, tmp_path / "Tiny-Q8_0.gguf")
+    deployment = load_deployment(write(tmp_path, BASE.replace("path: needle", f"path: {made.name}")))
+    assert replace(deployment.spec, sparse=None) == load_model_spec(folder)
+    assert deployment.config.model.served_model_name == "Tiny-Q8_0"
+    absent = deployment_error(write(tmp_path, BASE.replace("path: needle", "path: absent.gguf")))
+    assert absent == "demo.yaml:2: model.path: absent.gguf: there is no file absent.gguf"
 
 
 def test_an_entry_of_the_hugging_face_cache_is_its_snapshot(tmp_path: Path) -> None:

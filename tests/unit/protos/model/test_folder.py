@@ -64,7 +64,7 @@ def test_other_paths_stay_as_they_are(tmp_path: Path) -> None:
         (["config.json", "consolidated.00.pth", "params.json"], "a checkpoint in Meta's format (consolidated.00.pth)"),
         (["config.json", "optimizer.pt", "training_args.bin"], "holds config.json and no weights"),
         (["config.json", "flax_model.msgpack"], "weights of another framework (flax_model.msgpack): convert it"),
-        (["m-Q4_K_M.gguf"], "holds GGUF weights (m-Q4_K_M.gguf): use the safetensors checkpoint in bfloat16 that"),
+        (["m-Q4_K_M.gguf"], "holds GGUF weights (m-Q4_K_M.gguf): name the file itself"),
         (
             ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
             "holds a LoRA adapter (adapter_config.",
@@ -104,7 +104,10 @@ def test_a_folder_is_explained(tmp_path: Path, names: list[str], said: str) -> N
 
 def test_no_folder(tmp_path: Path) -> None:
     assert explain(tmp_path / "absent") == "there is no such folder: name the folder of a model"
-    for name, said in (("model.safetensors", "a file, not a folder"), ("x.gguf", "GGUF weights (x.gguf): use the")):
+    for name, said in (
+        ("model.safetensors", "a file, not a folder"),
+        ("x.gguf", "GGUF weights (x.gguf): name the file"),
+    ):
         (tmp_path / name).write_text("")
         assert explain(tmp_path / name).startswith(said)
 

@@ -1,0 +1,68 @@
+"""A GGUF file loads as the checkpoint that it was made from, in every layout; blocks as the reference unpacks them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from protos.model.config_json import load_model_spec
+from tests.support.data.checkpoints import make_checkpoint
+from tests.support.gguf_files import convert
+from tests.unit.workers.model.test_weights import shards
+from workers.model.weights import ShardWeights, load_shard, whole_model
+
+
+def assert_equal(ours: ShardWeights, theirs: ShardWeights) -> None:
+    for name in ("embed", "norm", "lm_head"):
+        assert_same(getattr(ours, name), getattr(theirs, name))
+    assert len(ours.layers) == len(theirs.layers)
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        for each in fields(mine):
+            assert_same(getattr(mine, each.name), getattr(other, each.name))
+
+
+def assert_same(mine: torch.Tensor | None, other: torch.Tensor | None) -> None:
+    assert (mine is None) == (other is None)
+    assert mine is None or other is None or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("family", ["llama_linear", "llama_bias", "qwen3_moe", "qwen2", "qwen3_tied"])
+def test_every_layout_is_that_of_the_checkpoint(tmp_path: Path, family: str) -> None:
+    changes = {"attention_bias": True, "mlp_bias": True} if family == "llama_bias" else {}
+    folder = make_checkpoint(tmp_path / "hf", family.removesuffix("_bias"), num_hidden_layers=2, **changes)
+    path, spec = convert(folder, tmp_path / "m.gguf"), load_model_spec(folder)
+    for stages, ranks in ((1, 1), (2, 2), (1, 4)):
+        for shard in (shard for stage in shards(spec, stages, ranks) for shard in stage):
+            ours, theirs = (load_shard(each, spec, shard, torch.float32, "cpu") for each in (path, folder))
+            assert_equal(ours, theirs)
+
+
+def test_mixed_blocks_are_unpacked_as_the_reference_does(tmp_path: Path) -> None:
+    kinds = {"token_embd": Kind.Q8_0, "attn_q": Kind.Q4_1, "attn_k": Kind.Q5_0, "attn_v": Kind.Q5_1, "ffn_up": Kind.F16}
+    folder = make_checkpoint(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2, moe_intermediate_size=64)
+
+    def kind_of(name: str) -> Kind:
+        return next((kind for part, kind in kinds.items() if part in name), Kind.Q4_0)
+
+    path = convert(folder, tmp_path / "m.gguf", kind_of)
+    spec = load_model_spec(path)
+    weights = load_shard(path, spec, whole_model(spec), torch.float32, "cpu")
+    stored = {
+        each.name: torch.from_numpy(gguf.dequantize(each.data, each.tensor_type).copy())
+        for each in gguf.GGUFReader(path).tensors
+    }
+    assert torch.equal(weights.embed, stored["token_embd.weight"])
+    assert torch.equal(weights.lm_head, stored["output.weight"])
+    for number, layer in enumerate(weights.layers):
+        one = {
+            name.split(".", 2)[2].removesuffix(".weight"): v for name, v in stored.items() if f"blk.{number}." in name
+        }
+        assert torch.equal(layer.qkv_weight, torch.cat([one[f"attn_{x}"] for x in "qkv"]))
+        assert torch.equal(layer.router, one["ffn_gate_inp"])
+        assert torch.equal(layer.experts_gate_up, torch.cat([one["ffn_gate_exps"], one["ffn_up_exps"]], dim=1))
+        assert torch.equal(layer.experts_down, one["ffn_down_exps"])
