@@ -33,7 +33,7 @@ def test_inputs_in_the_order_of_activation(bits: int) -> None:
 @pytest.mark.parametrize("form_of", ["int8", "int8 with zeros", "fp8"])
 def test_bytes(rows: int, columns: int, form: str, group: int, form_of: str) -> None:
     if form == "scalar" and form_of.endswith("zeros"):
-        pytest.skip("zero points of rows with one scale are not a strategy")
+        form = "row"  # zero points with one scale of a whole matrix are not a strategy
     is_float = form_of == "fp8"
     kind: Format = "float-quantized" if is_float else "int-quantized"
     scheme = QuantScheme(kind, 8, is_float=is_float, group=group, has_zeros=form_of.endswith("zeros"))
