@@ -28,7 +28,7 @@ FORBIDDEN = {
 ALLOWED = {("cluster/stages/launcher.py", "workers")}  # the bridge, imported inside functions
 VERBS = {
     "run", "doctor", "demo", "serve", "up", "down",
-    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys", "plan",
+    "submit", "wait", "stream", "jobs", "cancel", "docs", "tokens", "status", "eval", "keys", "plan", "quantize",
     "bench",
 }  # fmt: skip
 MAX_LINES = 400

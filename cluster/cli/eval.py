@@ -163,6 +163,10 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     "--pinned", default="", metavar="LENGTHS",
     help="What a length scale pinned to other lengths changes, such as 1.05x,1.25x,2x,max or 256K.",
 )  # fmt: skip
+@click.option(
+    "--against", type=_PATH, multiple=True, metavar="FOLDER",
+    help="Another checkpoint with the same tokens, such as a quantised copy (repeatable).",
+)  # fmt: skip
 @_shared_options
 def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     """Read one document dense and sparsely (with --kv int8 also in int8), and compare what comes next.
@@ -174,23 +178,31 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
     longreach eval recall --tokens 32K
     longreach eval recall --model Qwen3-30B-A3B --document report.txt --tokens 64K --kv int8
     longreach eval recall --tokens 16K --pinned 1.05x,1.25x,2x,max
+    longreach eval recall --model MODEL --no-sparse --against MODEL-int4 --tokens 4K
     """
     from cluster.tools.eval.modes import find_target
-    from cluster.tools.eval.recall import EvaluationFailed, RecallOptions, run_recall
+    from cluster.tools.eval.recall import RecallOptions, run_recall
     from cluster.tools.eval.results import ResultFile
+    from cluster.tools.torch_process import ProcessFailed
 
     with one_line_errors():
         names = ("tokens", "num_next", "positions", "sparse", "kv", "sparse_threshold", "document")
         pinned = tuple(text.strip() for text in given["pinned"].split(",") if text.strip())
         more = dict(given["settings"])
-        options = RecallOptions(pinned=pinned, more=more, **{name: given[name] for name in names})
+        options = RecallOptions(
+            pinned=pinned, more=more, against=given["against"], **{name: given[name] for name in names}
+        )
         target = find_target(given["config"], given["model"])
         with open_display(as_json) as display:
             try:
                 report = run_recall(target, options, display)
-            except EvaluationFailed as error:
+            except ProcessFailed as error:
                 fail(error, EXIT_CLUSTER)
-        kinds = ["int8" if options.kv == "int8" else "", "pinned" if options.pinned else ""]
+        kinds = [
+            "int8" if options.kv == "int8" else "",
+            "pinned" if options.pinned else "",
+            "weights" if options.against else "",
+        ]
         result = ResultFile(out, "-".join(filter(None, ["eval-recall", report["model"], *kinds])))
         result.write(report)
         _finish(report, result, picture and (options.sparse or bool(options.pinned)), as_json)

@@ -15,12 +15,12 @@ from typing import Any
 import click
 
 from cluster.cli import bench as cli_bench
+from cluster.cli import checkpoint as cli_checkpoint
 from cluster.cli import docs as cli_docs
 from cluster.cli import eval as cli_eval
 from cluster.cli import head as cli_head
 from cluster.cli import jobs as cli_jobs
 from cluster.cli import keys as cli_keys
-from cluster.cli import plan as cli_plan
 from cluster.cli.common import (
     EXIT_WRONG,
     Count,
@@ -46,6 +46,7 @@ def main() -> None:
     Check the machine: longreach doctor
     Your document:     longreach run configs/demo.yaml --document book.txt --question "Who ...?"
     Will it fit:       longreach plan MODEL --context 1m --gpu h200
+    Make it smaller:   longreach quantize MODEL MODEL-int4 --bits 4
     Measure accuracy:  longreach eval needle --lengths 4K,16K
     Measure speed:     longreach bench prefill --lengths 4K,16K
     Keep it running:   longreach up CONFIG; longreach submit --document book.txt --question "Who ...?" --stream
@@ -59,7 +60,7 @@ def main() -> None:
     os.umask(0o077)  # whatever is written is private
 
 
-MODULES = (cli_head, cli_jobs, cli_docs, cli_eval, cli_plan, cli_bench, cli_keys)
+MODULES = (cli_head, cli_jobs, cli_docs, cli_eval, cli_checkpoint, cli_bench, cli_keys)
 for verb in (verb for module in MODULES for verb in module.VERBS):
     main.add_command(verb)
 

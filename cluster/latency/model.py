@@ -8,13 +8,13 @@ prefill, the hang detector and `longreach plan`; `latency_file` keeps it between
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.latency.sparsity import Sparsity
 from cluster.latency.step_work import UNITS, PlainWork, ShardWork, StepCounts, Work, causal_pairs
 from cluster.scheduler.chunking import Chunk
 from protos.model import grid
@@ -25,8 +25,6 @@ _FORGET = 0.98  # weight of the past at each new step of a kind: a memory of abo
 _RIDGE = 1e-6
 _REFRESH = 16  # steps after which their expected times are those of the newest costs
 _SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a step counts less or not more
-_SLOPE = 0.5  # prior exponent: visited keys grow as this power of the context
-_SLOPE_WEIGHT = 0.5  # weight of the prior, as a number of cells at twice the context
 
 Costs = tuple[float, ...]  # seconds of each of UNITS
 Floats = NDArray[np.float64]
@@ -54,7 +52,7 @@ class LatencyModel:
         self._spec = spec
         self._decode_work: Work = works[-1] if works else PlainWork()
         self._prefill_work: Work = max(reversed(works), key=lambda work: work.layers) if works else PlainWork()
-        self._sparsity = Sparsity()
+        self._sparsity = Sparsity(spec)
         self._prefill, self._decode = _Sums(), _Sums()
         self._costs: Costs | None = None
         self._reference: Costs | None = None  # costs by which steps are weighed
@@ -123,13 +121,13 @@ class LatencyModel:
     def to_json(self) -> dict[str, Any]:
         """Return what was learned, as plain data."""
         sums = {"prefill": self._prefill.to_json(), "decode": self._decode.to_json()}
-        return {"units": list(UNITS), "sparsity": self._sparsity.sums.tolist(), **sums}
+        return {"units": list(UNITS), "visited": self._sparsity.sums.tolist(), **sums}
 
     def restore(self, learned: Mapping[str, Any]) -> None:
         """Begin with what another run has learned. Raises ValueError for anything but what `to_json` returns."""
         if learned.get("units") != list(UNITS):
             raise ValueError("it has other units of work")
-        sparsity = _numbers(learned.get("sparsity"), (5,))
+        sparsity = _numbers(learned.get("visited"), (5,))
         prefill, decode = (_Sums.from_json(learned.get(kind)) for kind in ("prefill", "decode"))
         self._sparsity.sums, self._prefill, self._decode, self._costs = sparsity, prefill, decode, None
         self._reference = self.coefficients if self.num_steps else None
@@ -210,34 +208,6 @@ def _numbers(value: object, shape: tuple[int, ...]) -> Floats:
     if numbers.shape != shape or not np.isfinite(numbers).all():
         raise ValueError(f"it has not the finite numbers of shape {shape}")
     return numbers
-
-
-class Sparsity:
-    """Fits the keys that a sparse row visits as a power of its context: `k = A * S ** slope`, slope from 0 to 1.
-
-    Published budgets are the same at every length (slope 0 once they bind), adaptive ones grow. Before the first cell
-    rows count as dense.
-    """
-
-    def __init__(self) -> None:
-        self.sums = np.zeros(5)  # weight, x, y, x * x, x * y in logarithms, forgetting
-
-    def observe(self, context: float, share: float) -> None:
-        """Take the mean context of the rows of a slice, and the share of it they visited."""
-        x, y = math.log(context), math.log(context * share)
-        self.sums = _FORGET * self.sums + np.array([1.0, x, y, x * x, x * y])
-
-    def keys(self, contexts: Floats) -> Floats:
-        """Return the keys visited by rows with these mean contexts."""
-        count, x, y, xx, xy = self.sums.tolist()
-        if not count:
-            return contexts
-        prior = _SLOPE_WEIGHT * math.log(2) ** 2
-        slope = (xy - x * y / count + prior * _SLOPE) / (xx - x * x / count + prior)
-        slope = min(max(slope, 0.0), 1.0)
-        logs = np.log(np.maximum(contexts, 1.0))
-        keys: Floats = np.minimum(contexts, np.exp(y / count + slope * (logs - x / count)))
-        return keys
 
 
 def _non_negative(gram: Floats, moment: Floats) -> Floats:

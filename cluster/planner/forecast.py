@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cluster.config.deployment import Deployment
 from cluster.latency.model import chunk_counts
 from cluster.latency.pipeline_work import stage_works
+from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import StepCounts
 from cluster.planner.memory import activation_width
 from cluster.scheduler.chunking import Chunk, chunks
@@ -18,7 +19,6 @@ from protos.model.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 KeysOf = Callable[[Floats], Floats]  # keys that sparse rows visit, by their mean context
-TILE = 64  # rows that read their keys together
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +39,6 @@ class Forecast:
 
     prefill_s: float
     decode_s: float
-
-
-def budget_keys(spec: ModelSpec, contexts: Floats) -> Floats:
-    """Return the keys that rows of sparse cells visit, of heads with fixed budgets; adaptive ones count as dense.
-
-    Columns, offsets, and the keys between the offsets of the rows of a tile.
-    """
-    sparse = spec.sparse
-    if sparse is None or sparse.is_adaptive:
-        return contexts
-    heads = [head for layer in sparse.patterns for head in layer] if sparse.patterns else [sparse.uniform]
-    total = np.zeros_like(contexts)
-    for budget in set(heads):
-        keys = contexts if budget is None else np.minimum(contexts, budget.n_vertical + budget.n_slash + TILE)
-        total += keys * heads.count(budget)
-    return total / len(heads)
 
 
 def predict(deployment: Deployment, context: int, costs: Costs) -> Forecast:

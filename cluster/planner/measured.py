@@ -12,6 +12,7 @@ from cluster.latency.latency_file import Measured, measured_files
 from cluster.latency.model import LatencyModel
 from cluster.latency.pipeline_work import measured_on
 from cluster.planner.forecast import Costs
+from protos.model.spec import ModelSpec
 
 _BY_THREADS = (False, True, True, True, True, True, False)  # of UNITS: fewer threads of a shard take longer for it
 
@@ -42,7 +43,7 @@ class Measurements:
         what = "this model" if model else "other models"
         groups = [(same, f"{what}, {wanted.stages} x {wanted.shards}"), (model, f"{what}, other layouts"), (here, what)]
         for group, name in groups:
-            if fitted := _fit(group, wanted):
+            if fitted := _fit(group, wanted, deployment.spec):
                 model_fit, steps = fitted
                 seconds = tuple(own or other for own, other in zip(model_fit.coefficients, usual, strict=True))
                 threads = max(of.threads for of, _ in group)
@@ -54,14 +55,16 @@ class Measurements:
         return None
 
 
-def _fit(group: Sequence[tuple[Measured, Mapping[str, Any]]], wanted: Measured) -> tuple[LatencyModel, int] | None:
+def _fit(
+    group: Sequence[tuple[Measured, Mapping[str, Any]]], wanted: Measured, spec: ModelSpec
+) -> tuple[LatencyModel, int] | None:  # fmt: skip
     """Return the model of all steps of a group with the same threads, sparse cells as wanted; None without steps."""
     if not group:
         return None
     threads = max(of.threads for of, _ in group)
     usable = [(of, learned) for of, learned in group if of.threads == threads]
     usable.sort(key=lambda entry: entry[0].sparse != wanted.sparse)
-    model = LatencyModel()
+    model = LatencyModel(spec)
     for index, (_, learned) in enumerate(usable):
         try:
             model.absorb(learned) if index else model.restore(learned)

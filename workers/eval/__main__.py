@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         Path(request["model"]), spec, DTYPES[request["dtype"]], device, request["chunk"], request["page_size"],
         request["dummy"],
     )  # fmt: skip
+    others = {
+        other["name"]: replace(setup, model=Path(other["model"]), spec=ModelSpec.from_json(json.dumps(other["spec"])))
+        for other in request["others"]
+    }
     variants = [
         Variant(entry["name"], entry["sparse"], None if entry["kv"] == "auto" else DTYPES[entry["kv"]])
         for entry in request["variants"]
@@ -63,7 +68,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             last = now
             print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
 
-    return evaluate(setup, request["prompt"], request["next"], variants, write_progress, request["pinned"])
+    return evaluate(setup, request["prompt"], request["next"], variants, write_progress, request["pinned"], others)
 
 
 if __name__ == "__main__":

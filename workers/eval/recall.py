@@ -11,7 +11,7 @@ Legend: `N` compared positions, `V` vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,12 @@ class Reader:
 
 def evaluate(
     setup: Setup, prompt: Sequence[int], num_next: int, variants: Sequence[Variant], on_progress: OnProgress,
-    pinned: Sequence[int] = (),
+    pinned: Sequence[int] = (), others: Mapping[str, Setup] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Read once for the reference and once per variant; returns `reference`, `variants` and `pinned` as plain data.
 
     Args:
+        others: further checkpoints by name, such as quantised copies, that read dense; one after the other in memory.
         pinned: lengths whose length scale is compared with that of the prompt, dense, and sparsely if a variant with KV
             in the computing type is sparse.
     """
@@ -140,6 +141,11 @@ def evaluate(
             | compare(own[way.sparse], reader.read(way, prompt, num_next, on_progress, reference.tokens).logits)
             for way in ways
         ]
+    del reader
+    for name, other in (others or {}).items():
+        reading = Reader(other).read(Variant(name), prompt, num_next, on_progress, reference.tokens)
+        entry = {"name": name, "sparse": False, "kv": _name(other.dtype)}
+        entries.append(entry | compare(reference.logits, reading.logits) | _seconds(reading))
     return result
 
 

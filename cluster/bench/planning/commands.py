@@ -51,7 +51,7 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> list
 @_MODEL
 @click.option("--length", default="16K", show_default=True, help="Prompt tokens; the sparse shape has twice as many.")
 @click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
-@click.option("--decode", type=click.IntRange(8), default=64, show_default=True, help="Decode steps after it.")
+@click.option("--decode", type=click.IntRange(8), default=256, show_default=True, help="Decode steps after it.")
 @click.option("--resume", type=_PATH, help="A file of JSON lines: shapes it has are not measured again.")
 @_OUT
 def plan_check(model: Path, length: str, chunk: str, decode: int, resume: Path | None, out: Path | None) -> None:

@@ -63,8 +63,11 @@ def _compare(
         with run.head(mode, layout, length + settings.tokens + 1) as head:
             run.note_model(head)
             run.display.status(f"{mode}: {length:,} tokens")
+            mark = load.mark()
             served = head.serve(asked.ids, 1 + settings.tokens)
-        return {"first_token_s": served.first_token_s, "decode_ms": served.decode_s * 1e3, **attention_of(served)}
+            others = load.since(mark)  # here: once they have ended, our stages cannot be told from other programs
+        figures = {"first_token_s": served.first_token_s, "decode_ms": served.decode_s * 1e3, "others": others}
+        return figures | attention_of(served)
 
     def theirs(name: str, number: int) -> dict[str, Any]:
         run.display.label("")

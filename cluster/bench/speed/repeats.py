@@ -41,6 +41,7 @@ class Repeats:
         """Measure engines one after the other in every repeat, so that what disturbs the machine disturbs all.
 
         Args:
+            engines: by name what measures one; it may say itself how much of the cores `others` used meanwhile.
             on_repeat: called before each repeat with its number.
         """
         runs: dict[Name, list[dict[str, Any]]] = {name: [] for name in engines}
@@ -51,7 +52,7 @@ class Repeats:
             for name, measure in engines.items():
                 mark = load.mark()
                 values = dict(measure(number))
-                others = load.since(mark)
+                others = values.get("others", load.since(mark))
                 values["others"] = round(others, 4)
                 values["disturbed"] = others > self.max_others
                 runs[name].append(values)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +20,11 @@ from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import read_source
 from cluster.tools.eval.modes import Target, dual_chunk_overrides, load_mode, mode_overrides, set_aside, trained_window
+from cluster.tools.torch_process import run_torch
 from protos.errors import UserError
 from protos.node.environment import usable_cores
 
 MAX_LENGTH = 1 << 31  # tokens
-
-
-class EvaluationFailed(RuntimeError):
-    """The process that computes has ended without a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +39,12 @@ class RecallOptions:
     sparse_threshold: int | None = 0
     document: Path | None = None
     pinned: tuple[str, ...] = ()  # lengths whose length scale is compared with the document's own: 1.25x, 256K, max
+    against: tuple[Path, ...] = ()  # other checkpoints with the same tokens, such as quantised copies
     more: Mapping[str, object] = field(default_factory=dict)  # further dotted keys of the YAML
 
     def __post_init__(self) -> None:
-        if not self.sparse and self.kv == "auto" and not self.pinned:
-            raise UserError("--no-sparse: leaves nothing to compare: add --kv int8 or --pinned")
+        if not self.sparse and self.kv == "auto" and not self.pinned and not self.against:
+            raise UserError("--no-sparse: leaves nothing to compare: add --kv int8, --pinned or --against")
 
     @property
     def variants(self) -> list[dict[str, Any]]:
@@ -67,7 +62,7 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
 
     Raises:
         UserError: the request cannot be carried out.
-        EvaluationFailed: the computing process died.
+        ProcessFailed: the computing process died.
     """
     positions = _positions(target, options)
     more = dict(options.more)
@@ -83,7 +78,9 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
     tokenizer = TextTokenizer.open(deployment.config.model.path, deployment.config.model.chat_template)
     prompt = _prompt(tokenizer, options)
     pinned = _pinned_lengths(target, deployment, positions, options)
-    result = _compute(_request(deployment, options, prompt, pinned), display)
+    others = _others(target, deployment, positions, options)
+    display.status("loading weights")
+    result = run_torch("workers.eval", _request(deployment, options, prompt, pinned, others), display.tokens)
     result["reference"]["text"] = tokenizer.decode(result["reference"].pop("token_ids"))
     sparse = deployment.spec.sparse
     return {
@@ -151,7 +148,30 @@ def _longest(target: Target, positions: str, options: RecallOptions) -> int:
     return given or load_deployment(target.config, overrides | dict(options.more)).max_model_len
 
 
-def _request(deployment: Deployment, options: RecallOptions, prompt: list[int], pinned: list[int]) -> dict[str, Any]:
+def _others(target: Target, deployment: Deployment, positions: str, options: RecallOptions) -> list[dict[str, Any]]:
+    """Return name, folder and specification of the checkpoints of `--against`. Raises UserError."""
+    others = []
+    for path in options.against:
+        other = load_mode(replace(target, model=path), positions, options.tokens + options.num_next, more=options.more)
+        if other.spec.vocab_size != deployment.spec.vocab_size:
+            raise UserError(
+                f"--against: {path}: {other.spec.vocab_size} tokens in its vocabulary, the model has "
+                f"{deployment.spec.vocab_size}: must be a checkpoint with the same tokens"
+            )
+        check_head(other)
+        spec = json.loads(other.spec.to_json())
+        others.append(
+            {"name": other.config.model.served_model_name, "model": str(other.config.model.path), "spec": spec}
+        )
+    names = [other["name"] for other in others]
+    if len(set(names)) < len(names):
+        raise UserError(f"--against: {', '.join(names)}: names of folders must differ")
+    return others
+
+
+def _request(
+    deployment: Deployment, options: RecallOptions, prompt: list[int], pinned: list[int], others: list[dict[str, Any]]
+) -> dict[str, Any]:  # fmt: skip
     config = deployment.config
     return {
         "model": str(config.model.path),
@@ -166,36 +186,5 @@ def _request(deployment: Deployment, options: RecallOptions, prompt: list[int], 
         "next": options.num_next,
         "variants": options.variants,
         "pinned": pinned,
+        "others": others,
     }
-
-
-def _compute(request: dict[str, Any], display: Display) -> dict[str, Any]:
-    """Return what a process that may load torch makes of the request; it is stopped when this one is interrupted."""
-    with tempfile.TemporaryDirectory(prefix="longreach-eval-") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "workers.eval", str(asked), "--out", str(answered)]
-        display.status("loading weights")
-        with (
-            open(Path(folder) / "stderr", "w+b") as errors,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-        ):
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    step = json.loads(line)
-                    display.tokens(step["phase"], step["done"], step["total"])
-            except BaseException:
-                process.terminate()
-                raise
-            code = process.wait()
-            if code == 0:
-                result: dict[str, Any] = json.loads(answered.read_bytes())
-                return result
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-    if code == 2 and said[-1].startswith("error: "):
-        raise UserError(said[-1].removeprefix("error: "))
-    if code == 130:
-        raise KeyboardInterrupt
-    raise EvaluationFailed(f"the computing process ended with status {code}: {said[-1]}")

@@ -81,7 +81,7 @@ def damage(content: dict[str, Any], what: str) -> str:
     if what == "infinite":
         content["learned"]["decode"]["moment"][0] = float("inf")
     if what == "text":
-        content["learned"]["sparsity"] = ["a", 0, 0, 0, 0]
+        content["learned"]["visited"] = ["a", 0, 0, 0, 0]
     if what == "steps":
         content["learned"]["prefill"]["steps"] = "many"
     if what == "gone":

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cluster.latency.pipeline_work import stage_works
+from cluster.latency.sparsity import budget_keys
 from cluster.latency.step_work import StepCounts
-from cluster.planner.forecast import Costs, budget_keys, counts_of, last_finish, predict
+from cluster.planner.forecast import Costs, counts_of, last_finish, predict
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_sparse
 from cluster.scheduler.chunking import Chunk

@@ -38,6 +38,11 @@ def test_disturbed_repeats_are_made_again_as_often_as_allowed():
     assert len(Repeats(2, retries=1).run(lambda n: {"s": 1.0}, Scripted([0.5] * 3))) == 3
 
 
+def test_a_measurement_may_say_itself_what_others_used():
+    (run,) = Repeats(1).run(lambda n: {"s": 1.0, "others": 0.01}, Scripted([0.9]))
+    assert (run["others"], run["disturbed"]) == (0.01, False)
+
+
 def test_engines_take_turns_and_a_disturbed_one_repeats_all():
     order: list[str] = []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cluster.cli.plan import plan
+from cluster.cli.checkpoint import plan
 from tests.support.planner.models import config_json
 
 
