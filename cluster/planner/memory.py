@@ -24,7 +24,7 @@ from protos.stage.messages import LoadProgress
 CONTEXTS = (1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)  # tokens, of the table
 _GROUP = 128  # weights that share a scale of two bytes where they have four bits
 PRECISIONS = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / _GROUP}  # bytes of a weight in a product
-RUNS = ("bf16",)  # that the stages compute
+FAST = ("bf16",)  # others are dequantised in every step
 _PROCESS = 100 << 20  # Python, its libraries and arenas, beyond the fixed part of scratch; docs/planning.md
 _LONGEST = 1 << 24  # tokens; searches end there
 
@@ -138,7 +138,7 @@ def precision_table(deployment: Deployment, contexts: Sequence[int] = CONTEXTS) 
     for precision in PRECISIONS:
         weights = precision_bytes(deployment.spec, precision)
         totals = {context: weights + context * token for context in contexts}
-        rows.append({"precision": precision, "runs": precision in RUNS, "weight_bytes": weights, "totals": totals})
+        rows.append({"precision": precision, "fast": precision in FAST, "weight_bytes": weights, "totals": totals})
     return rows
 
 

@@ -70,14 +70,15 @@ def plan_check(model: Path, length: str, chunk: str, decode: int, resume: Path |
 @click.option("--length", default="256K", show_default=True, help="Prompt tokens.")
 @click.option("--chunk", default="2048", show_default=True, help="Tokens of a step.")
 @click.option("--sparse", is_flag=True, help="Sparse prefill with fixed budgets of 1,024 columns and 2,048 offsets.")
+@click.option("--before", default="512", show_default=True, help="Tokens of a prompt that the head has read before.")
 @_OUT
-def eta(model: Path, length: str, chunk: str, sparse: bool, out: Path | None) -> None:
+def eta(model: Path, length: str, chunk: str, sparse: bool, before: str, out: Path | None) -> None:
     """The predicted end of a prefill at every tenth of it, and the truth.
 
     Exit code 1: at a tenth the prediction is off by more than 15 %.
     """
     pattern: dict[str, object] = SPARSE if sparse else {"enabled": False}
-    result = check_eta(model, parse_count(length), parse_count(chunk), pattern, _say)
+    result = check_eta(model, parse_count(length), parse_count(chunk), pattern, parse_count(before), _say)
     click.echo(write_result(out, {"what": "predicted end of a prefill", "sparse": sparse} | result))
     if not result["met"]:
         raise SystemExit(1)

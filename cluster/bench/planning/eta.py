@@ -13,24 +13,24 @@ from cluster.client.models import ProgressEvent, TokenEvent
 from protos.node.environment import usable_cores
 
 _DISTURBED = 0.2  # cores that others keep busy
-_WARM_UP = 512  # tokens
 _ALLOWED = 0.15  # of the truth, at a tenth
 _TENTHS = tuple(number / 10 for number in range(1, 10))
 
 
 def check_eta(
-    model: Path, length: int, chunk: int, sparse: dict[str, object], say: Callable[[str], None]
+    model: Path, length: int, chunk: int, sparse: dict[str, object], before: int, say: Callable[[str], None]
 ) -> dict[str, Any]:  # fmt: skip
     """Return for every tenth of a prompt the seconds that were predicted and that it really took to the first token.
 
-    The head knows nothing beforehand but a prompt of 512 tokens.
+    Args:
+        before: tokens of a prompt that the head reads first, and all that it knows: of 512 almost nothing follows.
     """
     head = running_head(
         model, chunk, usable_cores(), kv_bytes="64GiB", max_num_seqs=1, max_model_len=str(length + 64), sparse=sparse
     )
     with head as (client, runtime):
         vocab = runtime.deployment.spec.vocab_size
-        serve(client, _WARM_UP, 2, 0, vocab)
+        serve(client, before, 2, 0, vocab)
         load = OtherLoad(runtime.launched.pids)
         job = client.submit(token_ids=random_ids(length, 1, vocab), max_tokens=1, ignore_eos=True)
         seen: list[tuple[float, float, float | None]] = []  # when, share computed, predicted seconds
@@ -47,7 +47,7 @@ def check_eta(
     rows = rows_of(seen, first)
     met = bool(rows) and abs(rows[0]["error"]) <= _ALLOWED
     return {
-        "length": length, "chunk": chunk, "prefill_s": round(first - seen[0][0], 3), "rows": rows, "met": met,
+        "length": length, "chunk": chunk, "before": before, "prefill_s": round(first - seen[0][0], 3), "rows": rows, "met": met,
         "other_load_cores": others, "disturbed": others > _DISTURBED,
     }  # fmt: skip
 
