@@ -97,7 +97,9 @@ def draw_study(result: dict[str, Any], path: Path) -> None:
         label = f"{names.get(name, 'one of the two')}, published elsewhere"
         colour = "C7" if name == "either" else f"C{number}"
         axes[0][0].plot(theirs["stages"], [100 * e for e in theirs["efficiency"]], "x", color=colour, label=label)
-    axes[0][0].set(xlabel="stages", ylabel="efficiency, %", ylim=(0, 105), xscale="log")
+    axes[0][0].set(xlabel="stages", ylabel="efficiency, %", ylim=(0, 105))
+    axes[0][0].set_xscale("log", base=2)
+    axes[0][0].minorticks_off()
     axes[0][0].set_xticks(result["plot"]["fixed"]["stages"], result["plot"]["fixed"]["stages"])
     axes[0][0].legend()
     for axis, name in zip((row[0] for row in axes[1:]), timelines, strict=True):
