@@ -47,7 +47,8 @@ def check_eta(
     rows = rows_of(seen, first)
     met = bool(rows) and abs(rows[0]["error"]) <= _ALLOWED
     return {
-        "length": length, "chunk": chunk, "before": before, "prefill_s": round(first - seen[0][0], 3), "rows": rows, "met": met,
+        "length": length, "chunk": chunk, "before": before, "prefill_s": round(first - seen[0][0], 3),
+        "rows": rows, "met": met,
         "other_load_cores": others, "disturbed": others > _DISTURBED,
     }  # fmt: skip
 

@@ -26,7 +26,7 @@ def test_plan_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     options = ["--model", str(tmp_path), "--length", "8K", "--json", str(out)]
     result = CliRunner().invoke(commands.plan_check, options)
     assert result.exit_code == (0 if met else 1)
-    assert asked == [(tmp_path, 8192, 2048, 64, None)]
+    assert asked == [(tmp_path, 8192, 2048, 256, None)]
     assert json.loads(out.read_text())["what"] == "longreach plan against measurement"
 
 
@@ -57,10 +57,10 @@ def test_simulate_beside_processes_that_wait(
 @pytest.mark.parametrize("met", [True, False])
 def test_eta(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, met: bool):
     asked: list[Any] = []
-    monkeypatch.setattr(commands, "check_eta", lambda *given: asked.append(given[:4]) or {"met": met})
+    monkeypatch.setattr(commands, "check_eta", lambda *given: asked.append(given[:5]) or {"met": met})
     result = CliRunner().invoke(commands.eta, ["--model", str(tmp_path), "--length", "4K"])
     assert result.exit_code == (0 if met else 1)
-    assert asked == [(tmp_path, 4096, 2048, {"enabled": False})]
+    assert asked == [(tmp_path, 4096, 2048, {"enabled": False}, 512)]
 
 
 @pytest.mark.parametrize(
