@@ -254,13 +254,13 @@ class Launcher:
             limit = config.cluster.load_timeout_s
             threading.Thread(target=_follow, args=(index, handle, request, limit, updates), daemon=True).start()
         latest = [LoadProgress(0, 0)] * len(shards)
-        total = sum(weight_bytes(self._deployment, shard) for shard in shards)
+        sizes = [weight_bytes(self._deployment, shard) for shard in shards]
         while not all(progress.ready for progress in latest):
             index, update = updates.get()
             if isinstance(update, BaseException):
                 raise update
             latest[index] = update
-            self._on_status(LaunchStatus("loading weights", sum(p.loaded_bytes for p in latest), total))
+            self._on_status(LaunchStatus("loading weights", loaded_bytes(sizes, latest), sum(sizes)))
         return latest
 
     def _load_request(self, shard: ShardSpec) -> pb.LoadRequest:
@@ -348,6 +348,14 @@ def links_of(
     before, after = (shard.stage - 1) % shard.num_stages, (shard.stage + 1) % shard.num_stages
     links = {"upstream_socket": socket(before), "downstream_socket": socket(shard.stage)}
     return links if links["downstream_socket"] else links | {"downstream": addresses[after, shard.rank].tcp}
+
+
+def loaded_bytes(sizes: Sequence[int], latest: Sequence[LoadProgress]) -> int:
+    """Return the bytes that shards of these sizes have loaded; while they load they count weights, not bytes."""
+    return sum(
+        round(size * progress.loaded_bytes / progress.total_bytes) if progress.total_bytes else 0
+        for size, progress in zip(sizes, latest, strict=True)
+    )
 
 
 def _follow(

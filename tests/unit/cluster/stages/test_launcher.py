@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.stages.launcher import links_of
+from cluster.stages.launcher import links_of, loaded_bytes
 from protos.stage import stage_pb2 as pb
-from protos.stage.messages import ShardSpec, Span, StageAddress
+from protos.stage.messages import LoadProgress, ShardSpec, Span, StageAddress
 
 NONE = Span(0, 0)
 RUN_DIR = Path("/run/longreach-1")
@@ -59,3 +59,9 @@ def test_every_link_has_two_ends(nodes: str):
         assert bool(link.downstream_socket) == (nodes[stage] == nodes[after])
         assert link.downstream == ("" if link.downstream_socket else f"host:{after}0")
         assert made[after].upstream_socket == link.downstream_socket
+
+
+def test_loaded_bytes_are_of_what_is_stored():
+    """A quantised shard counts its weights while it loads; the last message has its bytes."""
+    latest = [LoadProgress(0, 0), LoadProgress(50, 200), LoadProgress(130, 130, True)]
+    assert loaded_bytes([100, 120, 128], latest) == 0 + 30 + 128
