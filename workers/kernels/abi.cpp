@@ -20,6 +20,7 @@ EXPORT std::int64_t longreach_abi(std::int64_t* numbers, std::int64_t room) {
     const std::int64_t all[] = {sizeof(attention::Args),
                                 sizeof(estimate::Args),
                                 sizeof(estimate::Selection),
+                                sizeof(gemm::Weights),
                                 sizeof(gemm::LinearCall),
                                 sizeof(gemm::ExpertsCall),
                                 sizeof(gemm::NormCall),

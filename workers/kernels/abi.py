@@ -1,9 +1,9 @@
 """The C interface of the compiled kernels: types, instruction sets, statuses, structures and exported functions.
 
-Mirrors `abi.h`, `attention/attention.h`, `estimate/estimate.h`, `gemm/calls.h` and `gemm/layers.h`; the comments there
-say what the fields mean. `declare` compares sizes and limits with the library when it is loaded, so that a structure
-that was changed on one side only is found at once. The typed calls are in `workers.attention.compiled`,
-`workers.sparse.estimate_compiled`, `workers.model.compiled` and `workers.model.fused`.
+Mirrors `abi.h`, `attention/attention.h`, `estimate/estimate.h`, `gemm/weights.h`, `gemm/calls.h` and `gemm/layers.h`;
+the comments there say what the fields mean. `declare` compares sizes and limits with the library when it is loaded, so
+that a structure that was changed on one side only is found at once. The typed calls are in
+`workers.attention.compiled`, `workers.sparse.estimate_compiled`, `workers.model.compiled` and `workers.model.fused`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3, torch.uint8: 4}
 
 MAX_HEAD_DIM = 1024  # of attention
 STRIP, DEPTH = 16, 32  # outputs and inputs of a tile of packed weights
@@ -64,9 +64,10 @@ def _fields(*declarations: str) -> list[tuple[str, Any]]:
     fields = []
     for declaration in declarations:
         kind, *names = declaration.split()
+        one = Weights if kind == "Weights" else _KINDS[kind]
         for name in names:
             name, _, size = name.rstrip("]").partition("[")
-            fields.append((name, _KINDS[kind] * int(size) if size else _KINDS[kind]))
+            fields.append((name, one * int(size) if size else one))
     return fields
 
 
@@ -98,17 +99,24 @@ class EstimateSelection(ctypes.Structure):
     _fields_ = _fields("void* offsets columns", "int64 num_offsets num_columns")
 
 
+class Weights(ctypes.Structure):
+    """`gemm::Weights`."""
+
+    _fields_ = _fields("void* values scales zeros", "int64 group", "int32 kind scale_type zero_type reserved")
+
+
 class LinearCall(ctypes.Structure):
     """`gemm::LinearCall`."""
 
-    _fields_ = _fields("void* x weight bias out", "int64 rows stride n k", "int32 path threads")
+    _fields_ = _fields("void* x bias out", "Weights weight", "int64 rows stride n k", "int32 path threads")
 
 
 class ExpertsCall(ctypes.Structure):
     """`gemm::ExpertsCall`."""
 
     _fields_ = _fields(
-        "void* x chosen weights gate_up down rows out",
+        "void* x chosen weights rows out",
+        "Weights gate_up down",
         "int64 tokens stride top_k first experts hidden_size width",
         "int32 path threads",
     )
@@ -141,7 +149,9 @@ class Layer(ctypes.Structure):
     """`gemm::Layer`."""
 
     _fields_ = _fields(
-        "void* input_norm qkv qkv_bias o o_bias post_norm router gate_up down head_norm keys values",
+        "void* input_norm qkv_bias o_bias post_norm",
+        "Weights qkv o router gate_up down",
+        "void* head_norm keys values",
         "int64 kv_head heads kv_heads dim hidden_size all_experts first experts top_k width",
         "float eps",
         "int32 normalise",
@@ -167,8 +177,8 @@ class Step(ctypes.Structure):
 
 
 _STRUCTURES = (
-    AttentionArgs, EstimateArgs, EstimateSelection, LinearCall, ExpertsCall, NormCall, RotateCall, RouteCall, Layer,
-    Piece, Step,
+    AttentionArgs, EstimateArgs, EstimateSelection, Weights, LinearCall, ExpertsCall, NormCall, RotateCall, RouteCall,
+    Layer, Piece, Step,
 )  # fmt: skip
 
 # name: (result, *parameters); arrays are passed by address

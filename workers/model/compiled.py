@@ -1,11 +1,13 @@
 """The compiled matrix products, experts and row operations for bfloat16 models on CPUs (workers/kernels/gemm).
 
 A weight of these products is packed once, when it is loaded: the same values in an order that vector and matrix units
-load without rearranging (`workers/kernels/gemm/gemm.h`). A packed weight is recognised by its shape:
+load without rearranging (`workers/kernels/gemm/gemm.h`). A packed bfloat16 weight is recognised by its shape:
 
     dense   `[N, K]`        -> `[N / 16, K / 32, 16, 16, 2]`
     experts `[Er, M, I]`    -> `[Er, M / 16, I / 32, 16, 16, 2]`
     gate and up `[Er, 2 I, M]` -> `[Er, I / 16, 2, M / 32, 16, 16, 2]`, strips of gate and up in turn
+
+A quantised weight is a `PackedWeight`: its codes are multiplied without being unpacked in memory.
 
 The PyTorch implementations in `layers`, `moe` and `rope` are the fallback for other types, devices and sizes, and for
 machines without a compiler.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import TypeAlias, TypeGuard
 
 import torch
 
@@ -24,6 +27,10 @@ from protos.stage.messages import Span
 from workers.kernels import abi
 from workers.kernels.abi import DEPTH, STRIP, Path
 from workers.kernels.build import best_path, exported
+from workers.quant.packed import PackedWeight, can_pack
+from workers.quant.weight import KINDS, QuantizedWeight
+
+Packed: TypeAlias = torch.Tensor | PackedWeight  # a tensor of more than three dimensions, as above
 
 
 def path() -> Path | None:
@@ -74,17 +81,43 @@ def packed(weight: torch.Tensor, pairs: bool = False) -> torch.Tensor:
     return out
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def is_packed(weight: object) -> TypeGuard[Packed]:
+    """Return whether the compiled products take a weight."""
+    if isinstance(weight, PackedWeight):
+        return True
+    return isinstance(weight, torch.Tensor) and weight.dim() > 3
+
+
+def can_pack_codes(weight: QuantizedWeight, shape: Sequence[int], device: torch.device, pairs: bool) -> bool:
+    """Return whether a quantised weight of `shape` and this layout is packed, for models in bfloat16."""
+    return device.type == "cpu" and path() is not None and can_pack(weight, shape, pairs)
+
+
+def describe(weight: Packed) -> abi.Weights:
+    """Return the structure of a packed weight; it holds addresses only."""
+    if isinstance(weight, torch.Tensor):
+        return abi.Weights(values=weight.data_ptr())
+    zeros = weight.zeros
+    return abi.Weights(
+        weight.codes.data_ptr(), weight.scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
+        weight.group, KINDS.index(weight.kind) + 1, abi.TYPES[weight.scales.dtype],
+        0 if zeros is None else abi.TYPES[zeros.dtype],
+    )  # fmt: skip
+
+
+def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute `x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: summed in float32, rounded once."""
     x = _contiguous_rows(x)
-    out = x.new_empty(x.shape[0], weight.shape[0] * STRIP)
-    sizes = (x.shape[0], x.stride(0), out.shape[1], weight.shape[1] * DEPTH)
-    _run("longreach_linear", abi.LinearCall, (x, weight, bias, out), *sizes)
+    rows, depth = weight.shape if isinstance(weight, PackedWeight) else (weight.shape[0] * STRIP, x.shape[1])
+    assert depth == x.shape[1]
+    out = x.new_empty(x.shape[0], rows)
+    sizes = (x.shape[0], x.stride(0), rows, depth)
+    _run("longreach_linear", abi.LinearCall, (x, bias, out), describe(weight), *sizes)
     return out
 
 
 def run_experts(
-    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: Packed, down: Packed,
     local: Span, rows: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Compute `moe.run_experts` over packed weights into `out` `[T, M]`, contiguous.
@@ -100,13 +133,13 @@ def run_experts(
     if top_k > abi.MAX_TOP_K:
         raise ValueError(f"num_experts_per_tok: {top_k}: must be at most {abi.MAX_TOP_K}; set LONGREACH_KERNELS=off")
     sizes = (tokens, x.stride(0), top_k, local.start, local.size, x.shape[1], expert_width(gate_up))
-    tensors = (x, experts.contiguous(), weights.contiguous(), gate_up, down, rows, out)
-    _run("longreach_experts", abi.ExpertsCall, tensors, *sizes)
+    tensors = (x, experts.contiguous(), weights.contiguous(), rows, out)
+    _run("longreach_experts", abi.ExpertsCall, tensors, describe(gate_up), describe(down), *sizes)
 
 
-def expert_width(gate_up: torch.Tensor) -> int:
+def expert_width(gate_up: Packed) -> int:
     """Return `I` of packed gate and up weights."""
-    return gate_up.shape[1] * STRIP
+    return gate_up.shape[1] // 2 if isinstance(gate_up, PackedWeight) else gate_up.shape[1] * STRIP
 
 
 def supports_rms_norm(x: torch.Tensor) -> bool:
@@ -168,10 +201,11 @@ def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run(
-    name: str, call: type[ctypes.Structure], tensors: Sequence[torch.Tensor | None], *numbers: float
+    name: str, call: type[ctypes.Structure], tensors: Sequence[torch.Tensor | None],
+    *others: float | abi.Weights,
 ) -> None:  # fmt: skip
-    """Call an exported function with addresses, numbers, instruction set and threads, in the order of the structure."""
+    """Call an exported function with addresses, the other arguments, instruction set and threads, in this order."""
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    arguments = call(*addresses, *numbers, path(), torch.get_num_threads())
+    arguments = call(*addresses, *others, path(), torch.get_num_threads())
     if status := exported(name)(ctypes.byref(arguments)):
         abi.raise_for_status(status, f"{name}: no memory for the packed rows of a step; lower the tokens of a step")

@@ -56,7 +56,7 @@ class FusedLayers:
 
     @staticmethod
     def supports_weights(spec: ModelSpec, layers: Sequence[LayerWeights]) -> bool:
-        """Return whether all layers have experts, packed bfloat16 weights, and sizes that fit."""
+        """Return whether all layers have experts, packed weights, and sizes that fit."""
         if compiled.path() is None or not layers:
             return False
         return (
@@ -130,14 +130,15 @@ class FusedLayers:
 
     def _layer(self, weights: LayerWeights, head_norm: torch.Tensor | None) -> Layer:
         spec, shard = self._spec, self._shard
-        assert isinstance(weights.experts_gate_up, torch.Tensor)
         pointers = {
-            "input_norm": weights.input_norm, "qkv": weights.qkv_weight, "qkv_bias": weights.qkv_bias,
-            "o": weights.o_weight, "o_bias": weights.o_bias, "post_norm": weights.post_norm, "router": weights.router,
-            "gate_up": weights.experts_gate_up, "down": weights.experts_down, "head_norm": head_norm,
+            "input_norm": weights.input_norm, "qkv_bias": weights.qkv_bias, "o_bias": weights.o_bias,
+            "post_norm": weights.post_norm, "head_norm": head_norm,
         }  # fmt: skip
+        qkv, o, router, gate_up, down = map(compiled.describe, _packed_matrices(weights))
+        assert compiled.is_packed(weights.experts_gate_up)
         return Layer(
-            **{name: one.data_ptr() if isinstance(one, torch.Tensor) else None for name, one in pointers.items()},
+            **{name: None if one is None else one.data_ptr() for name, one in pointers.items()},
+            qkv=qkv, o=o, router=router, gate_up=gate_up, down=down,
             heads=shard.heads.size, kv_heads=shard.kv_heads.size, dim=spec.head_dim, hidden_size=spec.hidden_size,
             all_experts=spec.num_experts, first=shard.experts.start, experts=shard.experts.size,
             top_k=spec.num_experts_per_tok, width=compiled.expert_width(weights.experts_gate_up),
@@ -177,9 +178,14 @@ class FusedLayers:
         self._kv = kv
 
 
-def _is_packed(weights: LayerWeights) -> bool:
+def _packed_matrices(weights: LayerWeights) -> list[compiled.Packed]:
+    """Return those of a layer that are packed, all five of them or fewer."""
     matrices = (weights.qkv_weight, weights.o_weight, weights.router, weights.experts_gate_up, weights.experts_down)
-    return all(isinstance(matrix, torch.Tensor) and matrix.dim() > 3 for matrix in matrices)
+    return [matrix for matrix in matrices if compiled.is_packed(matrix)]
+
+
+def _is_packed(weights: LayerWeights) -> bool:
+    return len(_packed_matrices(weights)) == 5
 
 
 def _check(status: int) -> None:

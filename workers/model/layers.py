@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from workers.kernels.blocking import row_blocks
 from workers.model import compiled
-from workers.quant.weight import Weight, plain
+from workers.quant.weight import RowStack, Weight, plain
 
 
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
@@ -37,9 +37,12 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     A single row on a CPU takes the matrix-vector product: it reads plain weights once, where the matrix product repacks
     them first, at about half the speed.
     """
-    weight = plain(weight, x.dtype)
-    if weight.dim() > 2:
+    if compiled.is_packed(weight) and x.dtype == torch.bfloat16:
         return compiled.linear(x, weight, bias)
+    if isinstance(weight, RowStack):
+        out = torch.cat([linear(x, part) for part in weight.parts], dim=-1)
+        return out if bias is None else out.add_(bias)
+    weight = plain(weight, x.dtype)
     if x.shape[0] == 1 and x.device.type == "cpu":
         row = torch.mv(weight, x[0])
         return (row if bias is None else row.add_(bias))[None]

@@ -6,17 +6,14 @@ Legend: `T` tokens, `M` hidden size, `I` expert intermediate, `E` experts of the
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 import torch.nn.functional as F
 
 from protos.stage.messages import Span
 from workers.model import compiled
 from workers.model.layers import linear, swiglu
-from workers.quant.weight import QuantizedWeight, plain
-
-Experts: TypeAlias = torch.Tensor | QuantizedWeight
+from workers.quant.packed import Experts
+from workers.quant.weight import plain
 
 _STEP_TOKENS = 4096  # of one call of the compiled kernel; more would hardly read the weights less often
 
@@ -73,9 +70,9 @@ def run_experts(
         `[T, M]`, this shard's partial sum, in memory of its own.
     """
     tokens, top_k = experts.shape
+    if compiled.is_packed(gate_up) and compiled.is_packed(down) and x.dtype == torch.bfloat16:
+        return _packed_experts(x, experts, weights, gate_up, down, local, scratch or ExpertScratch())
     plain_pair = (gate_up, down) if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) else None
-    if plain_pair is not None and plain_pair[1].dim() > 3:
-        return _packed_experts(x, experts, weights, *plain_pair, local, scratch or ExpertScratch())
     if tokens == 1 and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate_up, down, local)
     flat = experts.flatten() - local.start
@@ -96,8 +93,8 @@ def run_experts(
 
 
 def _packed_experts(
-    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
-    local: Span, scratch: ExpertScratch,
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up: compiled.Packed,
+    down: compiled.Packed, local: Span, scratch: ExpertScratch,
 ) -> torch.Tensor:  # fmt: skip
     """Call the compiled kernel on `_STEP_TOKENS` tokens at a time, as its scratch has a row per token and expert."""
     rows = scratch.rows(min(x.shape[0], _STEP_TOKENS) * experts.shape[1], x)

@@ -1,4 +1,4 @@
-"""Quantised matrices of a shard, filled row by row from the parts that are stored; never unpacked.
+"""Quantised matrices of a shard, filled row by row from the parts that are stored; packed, never unpacked.
 
 Legend: `N` outputs, `K` inputs, `Er` experts of the shard.
 """
@@ -13,6 +13,8 @@ import torch
 from protos.errors import UserError
 from protos.stage.messages import Span
 from workers.kv.host_memory import advise_huge_pages
+from workers.model import compiled
+from workers.quant.packed import PackedWeight, empty_packed
 from workers.quant.weight import QuantizedWeight, RowStack, empty_like
 
 _CHUNK = 1 << 18  # weights read at once; larger pieces leave 4 % of a shard in gaps of the heap
@@ -40,29 +42,36 @@ class Region(NamedTuple):
     expert: int | None = None
 
 
+class Into(NamedTuple):
+    """Where matrices go: to a device, in a packed order where the compiled products take them."""
+
+    device: torch.device
+    pack: bool = False
+    pairs: bool = False  # gate, then up
+
+
 def load_experts(
-    source: MatrixSource, shape: Sequence[int], regions: Sequence[Region], device: torch.device,
+    source: MatrixSource, shape: Sequence[int], regions: Sequence[Region], into: Into,
     on_region: Callable[[Region], None],
-) -> QuantizedWeight:  # fmt: skip
+) -> QuantizedWeight | PackedWeight:  # fmt: skip
     """Return the experts `[Er, N, K]` of a layer.
 
     Raises:
         CheckpointError: some are quantised and others are not, or in another way; the shard cuts groups of weights.
     """
-    target = None
+    target = _Target(source, shape, into)
     for region in regions:
         if not source.has(region.name):
             raise _error(region, "stored plain beside quantised experts of its layer: not read")
-        target = _fill(source, region, target, shape, device)
+        target.fill(region)
         on_region(region)
-    assert target is not None
-    return target
+    return target.weight
 
 
 def load_matrix(
-    source: MatrixSource, regions: Sequence[Region], device: torch.device,
+    source: MatrixSource, regions: Sequence[Region], into: Into,
     fill: Callable[[Region], torch.Tensor], on_region: Callable[[Region], None],
-) -> QuantizedWeight | RowStack:  # fmt: skip
+) -> QuantizedWeight | PackedWeight | RowStack:  # fmt: skip
     """Return regions below each other as one matrix `[N, K]`, or as a stack where their layouts differ.
 
     Args:
@@ -74,16 +83,17 @@ def load_matrix(
     heads = [_read(source, region, region.rows.start, 1) if source.has(region.name) else None for region in regions]
     first, depth = heads[0], regions[0].columns.size
     if first is not None and all(head is not None and _fits(first, head) for head in heads):
-        target = None
+        target = _Target(source, (sum(region.rows.size for region in regions), depth), into)
         for region in regions:
-            target = _fill(source, region, target, (sum(one.rows.size for one in regions), depth), device)
+            target.fill(region)
             on_region(region)
-        assert target is not None
-        return target
-    parts: list[torch.Tensor | QuantizedWeight] = []
+        return target.weight
+    parts: list[torch.Tensor | QuantizedWeight | PackedWeight] = []
     for region in regions:
         if source.has(region.name):
-            parts.append(_fill(source, region._replace(row=0), None, (region.rows.size, depth), device))
+            target = _Target(source, (region.rows.size, depth), into)
+            target.fill(region._replace(row=0))
+            parts.append(target.weight)
         else:
             parts.append(fill(region))
         on_region(region)
@@ -97,31 +107,48 @@ def _fits(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     return one.order is None or (other.order is not None and torch.equal(one.order, other.order))
 
 
-def _fill(
-    source: MatrixSource, region: Region, target: QuantizedWeight | None, shape: Sequence[int], device: torch.device
-) -> QuantizedWeight:  # fmt: skip
-    """Copy a region into its place in `target`, which is made of `shape` for the first one; returns it."""
-    step = max(1, _CHUNK // region.columns.size)
-    for start in range(region.rows.start, region.rows.stop, step):
-        count = min(step, region.rows.stop - start)
-        chunk = _read(source, region, start, count)
-        if target is None:
-            target = empty_like(chunk, shape, device)
-            advise_huge_pages(target.codes)
-        if chunk.layout != target.layout:
-            raise _error(region, "quantised in another way than its neighbours: not read")
-        place = target if region.expert is None else target[region.expert]
-        row = region.row + start - region.rows.start
-        for name, part in chunk.parts.items():
-            own = place.parts[name]
-            if name != "order":
-                own[row : row + count].copy_(part)
-            elif row == 0:
-                own.copy_(part)
-            elif not torch.equal(own.cpu(), part):
-                raise _error(region, "inputs in another order than those of its neighbours: not read")
-    assert target is not None, "a region without rows"
-    return target
+class _Target:
+    """A weight of `shape` that is filled region by region; it is made for the first one."""
+
+    def __init__(self, source: MatrixSource, shape: Sequence[int], into: Into) -> None:
+        self._source, self._shape, self._into = source, shape, into
+        self._first: QuantizedWeight | None = None  # whose layout all others must have
+
+    def fill(self, region: Region) -> None:
+        """Copy a region into its place. Raises CheckpointError."""
+        step = max(1, _CHUNK // region.columns.size)
+        for start in range(region.rows.start, region.rows.stop, step):
+            count = min(step, region.rows.stop - start)
+            chunk = _read(self._source, region, start, count)
+            if self._first is None:
+                self._first, self.weight = chunk, self._make(chunk)
+                advise_huge_pages(self.weight.codes)
+            if chunk.layout != self._first.layout:
+                raise _error(region, "quantised in another way than its neighbours: not read")
+            place = self.weight if region.expert is None else self.weight[region.expert]
+            row = region.row + start - region.rows.start
+            if isinstance(place, PackedWeight):
+                place.put(row, chunk)
+            else:
+                _copy(place, row, chunk, region)
+
+    def _make(self, like: QuantizedWeight) -> QuantizedWeight | PackedWeight:
+        device, pack, pairs = self._into
+        if pack and compiled.can_pack_codes(like, self._shape, device, pairs):
+            return empty_packed(like, self._shape, pairs)
+        return empty_like(like, self._shape, device)
+
+
+def _copy(place: QuantizedWeight, row: int, chunk: QuantizedWeight, region: Region) -> None:
+    """Copy rows of a region into a matrix, from row `row` on. Raises CheckpointError."""
+    for name, part in chunk.parts.items():
+        own = place.parts[name]
+        if name != "order":
+            own[row : row + chunk.shape[0]].copy_(part)
+        elif row == 0:
+            own.copy_(part)
+        elif not torch.equal(own.cpu(), part):
+            raise _error(region, "inputs in another order than those of its neighbours: not read")
 
 
 def _read(source: MatrixSource, region: Region, start: int, count: int) -> QuantizedWeight:

@@ -25,8 +25,9 @@ from protos.model.spec import ModelSpec
 from protos.stage.messages import ShardSpec, Span
 from workers.kv.host_memory import advise_huge_pages
 from workers.model import compiled
-from workers.model.quantized import MatrixSource, Region, load_experts, load_matrix
-from workers.quant.weight import QuantizedWeight, Weight
+from workers.model.quantized import Into, MatrixSource, Region, load_experts, load_matrix
+from workers.quant.packed import Experts
+from workers.quant.weight import Weight
 
 if TYPE_CHECKING:  # random weights are made on machines without safetensors
     from protos.model.checkpoint import Checkpoint
@@ -62,8 +63,8 @@ class LayerWeights:
     down: Weight | None = None  # [M, Ir]
     down_bias: torch.Tensor | None = None  # [M], rank 0 only
     router: torch.Tensor | None = None  # [E, M], whole on every rank
-    experts_gate_up: torch.Tensor | QuantizedWeight | None = None  # [Er, 2I, M]: gate, then up
-    experts_down: torch.Tensor | QuantizedWeight | None = None  # [Er, M, I]
+    experts_gate_up: Experts | None = None  # [Er, 2I, M]: gate, then up
+    experts_down: Experts | None = None  # [Er, M, I]
 
 
 @dataclass(slots=True)
@@ -174,7 +175,8 @@ def _build(
         if matrices is not None:
             plan = _Plan(plan.shape, tuple(plan.pieces))
             if any(matrices.has(piece.name) for piece in plan.pieces):
-                return _make_quantized(source.fill, matrices, plan, dtype, device, advance)
+                into = Into(device, dtype == torch.bfloat16, name in _PAIRS)
+                return _make_quantized(source.fill, matrices, plan, dtype, into, advance)
         shape, pairs = plan.shape, name in _PAIRS
         if name in _PACKED and not (matrices is not None and name in _EXPERTS):  # both matrices of experts or none
             shape = compiled.packed_shape(shape, dtype, device, pairs)
@@ -195,7 +197,7 @@ def _build(
 
 
 def _make_quantized(
-    fill: _Fill, matrices: MatrixSource, plan: _Plan, dtype: torch.dtype, device: torch.device,
+    fill: _Fill, matrices: MatrixSource, plan: _Plan, dtype: torch.dtype, into: Into,
     advance: Callable[[Span, Span | None], None],
 ) -> Weight:  # fmt: skip
     """Return the weight of a plan some or all of whose pieces are quantised; `advance` is told of every piece."""
@@ -208,13 +210,13 @@ def _make_quantized(
         advance(region.rows, region.columns)
 
     def plain(region: Region) -> torch.Tensor:
-        tensor = torch.empty(region.rows.size, region.columns.size, dtype=dtype, device=device)
+        tensor = torch.empty(region.rows.size, region.columns.size, dtype=dtype, device=into.device)
         fill(tensor, _Piece(region.name, region.rows, region.columns))
         return tensor
 
     if len(plan.shape) == 3:
-        return load_experts(matrices, plan.shape, regions, device, done)
-    return load_matrix(matrices, regions, device, plain, done)
+        return load_experts(matrices, plan.shape, regions, into, done)
+    return load_matrix(matrices, regions, into, plain, done)
 
 
 def _fill_packed(fill: _Fill, target: torch.Tensor, piece: _Piece, pairs: bool) -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+
+if TYPE_CHECKING:
+    from workers.quant.packed import PackedWeight
 
 Kind = Literal["int4", "int8", "float8_e4m3"]
 KINDS: tuple[Kind, ...] = ("int4", "int8", "float8_e4m3")
@@ -151,7 +154,7 @@ class QuantizedWeight:
 class RowStack:
     """Matrices below each other that differ in their layout: some quantised in another way, or not at all."""
 
-    parts: tuple[torch.Tensor | QuantizedWeight, ...]  # `[N, K]` each
+    parts: tuple[torch.Tensor | QuantizedWeight | PackedWeight, ...]  # `[N, K]` each
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,7 +171,7 @@ class RowStack:
         return torch.cat([plain(part, dtype) for part in self.parts])
 
 
-Weight: TypeAlias = torch.Tensor | QuantizedWeight | RowStack
+Weight: TypeAlias = "torch.Tensor | QuantizedWeight | RowStack | PackedWeight"
 
 
 def plain(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@
 // k experts per token.
 #pragma once
 
-#include "gemm/gemm.h"
+#include "gemm/panels.h"
 
 namespace longreach::gemm {
 
@@ -14,8 +14,9 @@ constexpr long kMaxDim = 512;  // of a head that is rotated
 
 // Rows of x are `stride` values apart, here and below.
 struct LinearCall {
-    const bf16 *x, *weight, *bias;  // [rows, k], packed [n, k], [n] or null
-    bf16* out;                      // [rows, n], contiguous
+    const bf16 *x, *bias;  // [rows, k], [n] or null
+    bf16* out;             // [rows, n], contiguous
+    Weights weight;        // packed [n, k]
     std::int64_t rows, stride, n, k;
     std::int32_t path, threads;
 };
@@ -51,8 +52,8 @@ struct ExpertsCall {
     const bf16* x;               // [T, M]
     const std::int64_t* chosen;  // [T, k] global ids
     const float* weights;        // [T, k]
-    const bf16 *gate_up, *down;  // packed [Er, 2 I, M] and [Er, M, I]
     bf16 *rows, *out;            // [T k, M] of unspecified content, [T, M]
+    Weights gate_up, down;       // packed [Er, 2 I, M] and [Er, M, I]
     std::int64_t tokens, stride, top_k, first, experts, hidden_size, width;
     std::int32_t path, threads;
 };

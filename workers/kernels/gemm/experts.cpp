@@ -63,23 +63,25 @@ Sorted sort_choices(const ExpertsCall& call) {
 void gate_and_up(const Engine& use, const ExpertsCall& call, const Task& task, const TaskMemory& memory, bf16* hidden,
                  long part, long parts) {
     const long m = call.hidden_size, width = call.width, strips = 2 * width / kStrip;
-    const Panels panels{call.gate_up + task.expert * 2 * width * m, strips, m / kDepth, part, parts};
-    run_panels(use, memory.c, memory.a, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
+    const Panels panels{call.gate_up.matrix(task.expert, 2 * width, m), strips, m / kDepth, part, parts};
+    const auto finish = [&](long panel, const float* sums, long row, long count) {
         use.swiglu(sums, count, hidden + row * width + panel / 2 * kTile + panel % 2 * kStrip, kStrip * width);
-    });
+    };
+    run_panels(call.path, memory, memory.c, memory.a, task.rows, panels, finish);
 }
 
 // A part of the panels, two strips of M each: weight * (hidden down), to the rows of the choices.
-void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sorted, const Task& task, float* c,
-                   const bf16* hidden, long part, long parts) {
+void weighted_down(const Engine& use, const ExpertsCall& call, const Sorted& sorted, const Task& task,
+                   const TaskMemory& memory, const bf16* hidden, long part, long parts) {
     const long m = call.hidden_size, width = call.width;
     const bool stream = streams(call.rows, call.tokens * call.top_k, m);
-    const Panels panels{call.down + task.expert * m * width, m / kStrip, width / kDepth, part, parts};
-    run_panels(use, c, hidden, task.rows, panels, [&](long panel, const float* sums, long row, long count) {
+    const Panels panels{call.down.matrix(task.expert, m, width), m / kStrip, width / kDepth, part, parts};
+    const auto finish = [&](long panel, const float* sums, long row, long count) {
         const long at = task.start + row;
         bf16* out = call.rows + panel * kBlock;
         use.store(sums, count, kBlock, {out, m, &sorted.choice[at], &sorted.weight[at], nullptr, stream});
-    });
+    };
+    run_panels(call.path, memory, memory.c, hidden, task.rows, panels, finish);
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed lines
 }
 
@@ -105,13 +107,15 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
     // with few tasks their columns are divided among threads too, and hidden rows are exchanged between the products
     const long parts =
         tasks == 0 || tasks >= wanted ? 1 : std::min((wanted + tasks - 1) / tasks, call.hidden_size / kBlock);
+    const long zeros =
+        std::max(groups_with_zeros(call.gate_up, call.hidden_size), groups_with_zeros(call.down, call.width));
     Lines exchange(parts == 1 ? 0 : lines_of(sorted.places * call.width * sizeof(bf16)));
     bf16* shared = reinterpret_cast<bf16*>(exchange.data());
     std::atomic<bool> failed{false};
     const auto each_part = [&](const auto& compute) {
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < tasks * parts; ++i) {
-            const TaskMemory memory(sorted.max_task_rows, call.hidden_size, call.width);
+            const TaskMemory memory(sorted.max_task_rows, call.hidden_size, call.width, zeros);
             if (memory.a == nullptr)
                 failed = true;
             else
@@ -125,12 +129,12 @@ EXPORT int longreach_experts(const ExpertsCall* arguments) try {
             bf16* hidden = parts == 1 ? memory.hidden : shared + task.place * call.width;
             pack_rows(memory.a, call.x, call.stride, &sorted.token[task.start], task.rows, call.hidden_size);
             gate_and_up(use, call, task, memory, hidden, part, parts);
-            if (parts == 1) weighted_down(use, call, sorted, task, memory.c, hidden, part, parts);
+            if (parts == 1) weighted_down(use, call, sorted, task, memory, hidden, part, parts);
         });
         if (parts > 1) {
             each_part([&](const Task& task, long part, const TaskMemory& memory) {
                 bf16* hidden = shared + task.place * call.width;
-                weighted_down(use, call, sorted, task, memory.c, hidden, part, parts);
+                weighted_down(use, call, sorted, task, memory, hidden, part, parts);
             });
         }
 #pragma omp for schedule(static)

@@ -98,14 +98,29 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
     }
 }
 
-TaskMemory::TaskMemory(long rows, long k, long width) {
+TaskMemory::TaskMemory(long rows, long k, long width, long groups) {
     thread_local Scratch memory;
     const std::size_t strips = round_up(rows, kStrip) * sizeof(bf16);
-    const std::size_t sums = round_up(rows, kBlock) * kBlock * sizeof(float);
-    char* at = memory.get(strips * k + sums + strips * width);
-    a = reinterpret_cast<bf16*>(at);
-    c = reinterpret_cast<float*>(at + strips * k);
-    hidden = reinterpret_cast<bf16*>(at + strips * k + sums);
+    const std::size_t sizes[] = {strips * k,
+                                 round_up(rows, kBlock) * kBlock * sizeof(float),
+                                 strips * width,
+                                 kBlock * kBlock * sizeof(float),
+                                 2 * kSlice * kTile * sizeof(bf16),
+                                 round_up(rows * groups, kStrip) * sizeof(float)};
+    std::size_t total = 0;
+    for (const std::size_t size : sizes) total += size;
+    char* at = memory.get(total);
+    char* parts[6];
+    for (int i = 0; i < 6; ++i) {
+        parts[i] = at;
+        if (at != nullptr) at += sizes[i];
+    }
+    a = reinterpret_cast<bf16*>(parts[0]);
+    c = reinterpret_cast<float*>(parts[1]);
+    hidden = reinterpret_cast<bf16*>(parts[2]);
+    part = reinterpret_cast<float*>(parts[3]);
+    unpacked = reinterpret_cast<bf16*>(parts[4]);
+    sums = reinterpret_cast<float*>(parts[5]);
 }
 
 // Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.
@@ -130,6 +145,7 @@ EXPORT int longreach_linear(const LinearCall* call) {
     const long group = round_up((call->rows + groups - 1) / groups, kBlock);
     const long pieces = std::min(panels, std::max(1L, (kTasksPerThread * call->threads + groups - 1) / groups));
     const bool stream = streams(call->out, call->rows, call->n);
+    const long zeros = groups_with_zeros(call->weight, k);
     int status = kOk;
 #pragma omp parallel num_threads(call->threads)
     {
@@ -138,14 +154,14 @@ EXPORT int longreach_linear(const LinearCall* call) {
         for (long g = 0; g < groups; ++g) {
             for (long piece = 0; piece < pieces; ++piece) {
                 const long first = g * group, rows = std::min<long>(group, call->rows - first);
-                const TaskMemory memory(group, k, 0);
+                const TaskMemory memory(group, k, 0, zeros);
                 if (memory.a == nullptr) {
 #pragma omp atomic write
                     status = kNoMemory;
                 } else if (rows > 0) {
                     pack_rows(memory.a, call->x + first * call->stride, call->stride, nullptr, rows, k);
                     const Panels some{call->weight, strips, k / kDepth, piece, pieces};
-                    run_panels(use, memory.c, memory.a, rows, some,
+                    run_panels(call->path, memory, memory.c, memory.a, rows, some,
                                [&](long panel, const float* sums, long row, long count) {
                                    bf16* out = call->out + (first + row) * call->n + panel * kBlock;
                                    const bf16* bias = call->bias ? call->bias + panel * kBlock : nullptr;

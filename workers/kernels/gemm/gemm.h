@@ -98,48 +98,4 @@ inline bool streams(const bf16* out, long rows, long stride) {
 
 inline long round_up(long value, long step) { return (value + step - 1) / step * step; }
 
-// Memory of a task, of the thread, of unspecified content; `a` is null when there is no room.
-struct TaskMemory {
-    bf16* a;       // packed rows of x, [rows, k]
-    float* c;      // the sums of a panel
-    bf16* hidden;  // packed rows, [rows, width]
-    TaskMemory(long rows, long k, long width);
-};
-
-// Some panels of a packed weight: a panel is two strips, the last one a single strip where their number is odd.
-struct Panels {
-    const bf16* weight;
-    long strips, k_tiles;
-    long part, parts;  // the panels to compute: one of equal parts
-};
-
-// The products of packed rows and panels of a weight. K is cut into slices, so that a slice of the panel stays in L1
-// while all rows pass by; c, 32 floats a row, holds the sums. Brings the panel to come into L2 meanwhile. Calls
-// finish(panel, c of the block, its first row, its rows) for every block of 32 rows.
-template <typename Finish>
-void run_panels(const Engine& engine, float* c, const bf16* a, long rows, const Panels& panels, const Finish& finish) {
-    const long k_tiles = panels.k_tiles, strip = k_tiles * kTile;
-    const long blocks = (rows + kBlock - 1) / kBlock, depth = blocks == 1 ? k_tiles : kSlice;
-    const long lines = k_tiles * 2 * kStrip, steps = blocks * k_tiles;  // of two strips
-    const long total = (panels.strips + 1) / 2;
-    const long start = total * panels.part / panels.parts, stop = total * (panels.part + 1) / panels.parts;
-    for (long panel = start; panel < stop; ++panel) {
-        const bf16* b = panels.weight + panel * 2 * strip;
-        const bool two = 2 * panel + 1 < panels.strips, last = panel + 1 == stop;
-        const long share = last ? 0 : (lines + steps - 1) / steps;
-        const char* ahead = last ? nullptr : reinterpret_cast<const char*>(b + 2 * strip);
-        for (long k = 0; k < k_tiles; k += depth) {
-            const long slice = k_tiles - k < depth ? k_tiles - k : depth;
-            const bf16 *b0 = b + k * kTile, *b1 = two ? b0 + strip : nullptr;
-            for (long first = 0; first < rows; first += kBlock, ahead += slice * share * long(kLine)) {
-                const long count = rows - first < kBlock ? rows - first : kBlock;
-                const bf16* from = a + first * k_tiles * kDepth + k * kTile;
-                float* sums = c + first * kBlock;
-                engine.block(sums, {from, count, b0, b1, slice, strip, k > 0}, {ahead, share});
-                if (k + slice == k_tiles) finish(panel, sums, first, count);
-            }
-        }
-    }
-}
-
 }  // namespace longreach::gemm

@@ -11,8 +11,8 @@
 namespace longreach::gemm {
 namespace {
 
-int linear(const Step& step, const bf16* x, const bf16* weight, const bf16* bias, bf16* out, long n, long k) {
-    const LinearCall call{x, weight, bias, out, step.tokens, k, n, k, step.path, step.threads};
+int linear(const Step& step, const bf16* x, const Weights& weight, const bf16* bias, bf16* out, long n, long k) {
+    const LinearCall call{x, bias, out, weight, step.tokens, k, n, k, step.path, step.threads};
     return longreach_linear(&call);
 }
 
@@ -99,8 +99,8 @@ int experts_half(const Step& step, const Layer& layer) {
                           layer.top_k, layer.normalise, step.path,    step.threads};
     longreach_route(&route);
     const ExpertsCall experts{
-        step.normed, step.chosen, step.weights, layer.gate_up, layer.down, step.rows,   step.out,  step.tokens,
-        m,           layer.top_k, layer.first,  layer.experts, m,          layer.width, step.path, step.threads};
+        step.normed, step.chosen, step.weights, step.rows,     step.out, layer.gate_up, layer.down, step.tokens,
+        m,           layer.top_k, layer.first,  layer.experts, m,        layer.width,   step.path,  step.threads};
     return longreach_experts(&experts);
 }
 

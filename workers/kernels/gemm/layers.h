@@ -10,7 +10,8 @@ namespace longreach::gemm {
 
 // One layer of one shard; weights are packed, vectors plain.
 struct Layer {
-    const bf16 *input_norm, *qkv, *qkv_bias, *o, *o_bias, *post_norm, *router, *gate_up, *down;
+    const bf16 *input_norm, *qkv_bias, *o_bias, *post_norm;
+    Weights qkv, o, router, gate_up, down;
     const float* head_norm;  // [H + K, D], or null
     bf16 *keys, *values;     // of the cache: [K, slots, D], heads `kv_head` values apart
     std::int64_t kv_head, heads, kv_heads, dim, hidden_size;

@@ -1,0 +1,241 @@
+// Quantised weights with AVX-512; see weights.h.
+#include "gemm/weights.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace longreach::gemm {
+namespace {
+
+#define PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+LR_AVX512 inline __m512 low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+LR_AVX512 inline __m512 high(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+// ---- lines of codes as bfloat16
+
+struct Tables {
+    __m512i words;  // of 4 bits: code - 8, twice; of 8: the odd words of two vectors
+    __m512i small;  // of floating point: the values below 2^-6, twice and again
+};
+
+template <int kind> LR_AVX512 inline Tables tables() {
+    alignas(64) bf16 words[32], small[32];
+    for (int i = 0; i < 32; ++i) {
+        words[i] = kind == kInt4 ? bf16(_mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(float(i % 16 - 8)))) >> 16)
+                                 : bf16(i < 16 ? 2 * i + 1 : 32 + 2 * (i - 16) + 1);
+        small[i] = bf16(_mm_cvtsi128_si32(_mm_castps_si128(_mm_set_ss(float(i % 8) / 512.0f))) >> 16);
+    }
+    return {_mm512_load_si512(words), _mm512_load_si512(small)};
+}
+
+LR_AVX512 inline __m256i half_line(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+LR_AVX512 inline __m128i quarter_line(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
+
+LR_AVX512 inline __m512i int8_line(const char* at, const Tables& tables) {
+    const __m512 left = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter_line(at)));
+    const __m512 right = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter_line(at + 16)));
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(left), tables.words, _mm512_castps_si512(right));
+}
+
+LR_AVX512 inline __m512i float8_line(const char* at, const Tables& tables) {
+    const __m512i wide = _mm512_cvtepu8_epi16(half_line(at)), rest = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
+    __m512i value = _mm512_add_epi16(_mm512_slli_epi16(rest, 4), _mm512_set1_epi16(120 << 7));
+    const __mmask32 few = _mm512_cmplt_epu16_mask(rest, _mm512_set1_epi16(8));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(rest, _mm512_set1_epi16(0x7f));
+    value = _mm512_mask_permutexvar_epi16(value, few, rest, tables.small);
+    value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
+    return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8));
+}
+
+// Two lines of codes: 32 bytes for 4 bits, 64 for 8.
+template <int kind> LR_AVX512 inline void two_lines(const char* at, const Tables& tables, __m512i& a, __m512i& b) {
+    if (kind == kInt4) {
+        const __m512i both = _mm512_cvtepu8_epi16(half_line(at));
+        a = _mm512_permutexvar_epi16(both, tables.words);  // of an index the low five bits count
+        b = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), tables.words);
+    } else if (kind == kInt8) {
+        a = int8_line(at, tables);
+        b = int8_line(at + 32, tables);
+    } else {
+        a = float8_line(at, tables);
+        b = float8_line(at + 32, tables);
+    }
+}
+
+// ---- scales
+
+LR_AVX512 inline __m512 numbers(const char* from, int type, long index) {
+    const char* at = from + index * Weights::size_of(type);
+    switch (type) {
+        case kFloat32:
+            return _mm512_loadu_ps(at);
+        case kFloat16:
+            return _mm512_cvtph_ps(half_line(at));
+        case kBfloat16:
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_line(at)), 16));
+        case kInt8:
+            return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter_line(at)));
+        default:
+            return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(quarter_line(at)));
+    }
+}
+
+LR_AVX512 inline __m512 scale_of(const Weights& from, long strip, long groups, long group) {
+    return numbers(from.scales, from.scale_type, (strip * groups + group) * kStrip);
+}
+
+LR_AVX512 inline __m512 zero_of(const Weights& from, long strip, long groups, long group) {
+    if (from.zeros == nullptr) return _mm512_setzero_ps();
+    const __m512 zero = numbers(from.zeros, from.zero_type, (strip * groups + group) * kStrip);
+    return from.kind == kInt4 ? _mm512_sub_ps(zero, _mm512_set1_ps(8.0f)) : zero;
+}
+
+LR_AVX512 void scales(GroupScales& out, const Weights& from, long strip, bool two, long groups, long group) {
+    for (long s = 0; s < (two ? 2 : 1); ++s) {
+        _mm512_store_ps(out.scale[s], scale_of(from, strip + s, groups, group));
+        _mm512_store_ps(out.zero[s], zero_of(from, strip + s, groups, group));
+    }
+}
+
+// The sum of products of a group, moved by its zero point.
+LR_AVX512 inline __m512 moved(__m512 part, __m512 zero, const float* sums, long row) {
+    return sums ? _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[row]), part) : part;
+}
+
+LR_AVX512 void accumulate(float* c, const float* part, long rows, const GroupScales& by, const float* sums, bool add) {
+    for (long s = 0; s < 2; ++s) {
+        const __m512 scale = _mm512_load_ps(by.scale[s]), zero = _mm512_load_ps(by.zero[s]);
+        for (long r = 0; r < rows; ++r) {
+            const long at = r * kBlock + s * kStrip;
+            const __m512 value = moved(_mm512_loadu_ps(part + at), zero, sums, r);
+            const __m512 before = add ? _mm512_loadu_ps(c + at) : _mm512_setzero_ps();
+            _mm512_storeu_ps(c + at, _mm512_fmadd_ps(scale, value, before));
+        }
+    }
+}
+
+// ---- strips of tiles
+
+template <int kind> LR_AVX512 inline void unpack_codes(bf16* out, const char* at, long tiles) {
+    const Tables table = tables<kind>();
+    for (long pair = 0; pair < tiles * kStrip / 2; ++pair, out += 2 * kDepth, at += kind == kInt4 ? 32 : 64) {
+        __m512i a, b;
+        two_lines<kind>(at, table, a, b);
+        _mm512_storeu_si512(out, a);
+        _mm512_storeu_si512(out + kDepth, b);
+    }
+}
+
+LR_AVX512 inline const char* tiles_at(const Weights& from, const Tiles& tiles) {
+    return from.values + from.bytes((tiles.strip * tiles.k_tiles + tiles.first) * kTile);
+}
+
+LR_AVX512 void codes(bf16* out, const Weights& from, const Tiles& tiles) {
+    const char* at = tiles_at(from, tiles);
+    if (from.kind == kInt4) return unpack_codes<kInt4>(out, at, tiles.count);
+    return from.kind == kInt8 ? unpack_codes<kInt8>(out, at, tiles.count) : unpack_codes<kFloat8>(out, at, tiles.count);
+}
+
+// Bits of a bfloat16 in the upper halves: to the nearest, ties to even; a NaN stays one.
+LR_AVX512 inline __m512i rounded(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+template <bool Pairs> PAIRS inline __m512i interleaved(__m512 even, __m512 odd, __m512i order) {
+    if (Pairs) return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+    const __m512i upper = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(int(0xffff0000u)));
+    return _mm512_or_si512(upper, _mm512_srli_epi32(rounded(even), 16));
+}
+
+template <bool Pairs> PAIRS void weights(bf16* out, const Weights& from, const Tiles& tiles) {
+    codes(out, from, tiles);
+    alignas(64) std::uint16_t places[32];
+    for (int i = 0; i < 32; ++i) places[i] = std::uint16_t(i / 2 + i % 2 * 16);
+    const __m512i order = _mm512_load_si512(places);
+    const long groups = from.groups(tiles.k_tiles * kDepth), half = kStrip / 2;
+    for (long pass = 0; pass < 2 * tiles.count; ++pass) {  // half a tile: 16 inputs
+        const long group = (tiles.first * kDepth + pass * kStrip) / from.group;
+        const __m512 scale = scale_of(from, tiles.strip, groups, group);
+        const __m512 zero = zero_of(from, tiles.strip, groups, group);
+        for (long line = 0; line < half; ++line, out += kDepth) {
+            const __m512i pair = _mm512_loadu_si512(out);
+            const __m512 even = _mm512_mul_ps(scale, _mm512_sub_ps(low(pair), zero));
+            const __m512 odd = _mm512_mul_ps(scale, _mm512_sub_ps(high(pair), zero));
+            _mm512_storeu_si512(out, interleaved<Pairs>(even, odd, order));
+        }
+    }
+}
+
+// ---- one row
+
+template <bool Pairs> PAIRS inline __m512 multiply_add(__m512 sum, __m512i pair, __m512i line) {
+    if (Pairs) return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)line);
+    return _mm512_fmadd_ps(high(pair), high(line), _mm512_fmadd_ps(low(pair), low(line), sum));
+}
+
+template <bool Pairs, int kind, int Strips> PAIRS inline void row_of(float* c, const bf16* a, const Weights& from,
+                                                                     const Tiles& tiles, const float* sums,
+                                                                     Ahead ahead) {
+    const Tables table = tables<kind>();
+    const long k_tiles = tiles.k_tiles, groups = from.groups(k_tiles * kDepth), strip = from.bytes(k_tiles * kTile);
+    const char* at = tiles_at(from, tiles);
+    __m512 total[Strips];
+    for (int s = 0; s < Strips; ++s) total[s] = _mm512_setzero_ps();
+    for (long k = 0, slice; k < k_tiles; k += slice) {
+        const long group = k * kDepth / from.group;
+        slice = group_slice(k, k_tiles, from.group);
+        __m512 sum[Strips];
+        for (int s = 0; s < Strips; ++s) sum[s] = _mm512_setzero_ps();
+        for (long tile = 0; tile < slice; ++tile, a += kTile) {
+            const auto* pairs = reinterpret_cast<const std::int32_t*>(a);
+            for (long line = 0; line < kStrip; line += 2, at += kind == kInt4 ? 32 : 64) {
+                const __m512i first = _mm512_set1_epi32(pairs[line]), second = _mm512_set1_epi32(pairs[line + 1]);
+                for (int s = 0; s < Strips; ++s) {
+                    __m512i one, two;
+                    two_lines<kind>(at + s * strip, table, one, two);
+                    sum[s] = multiply_add<Pairs>(multiply_add<Pairs>(sum[s], first, one), second, two);
+                }
+            }
+            for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
+        }
+        for (int s = 0; s < Strips; ++s) {
+            const __m512 scale = scale_of(from, tiles.strip + s, groups, group);
+            const __m512 zero = zero_of(from, tiles.strip + s, groups, group);
+            total[s] = _mm512_fmadd_ps(scale, moved(sum[s], zero, sums, group), total[s]);
+        }
+    }
+    for (int s = 0; s < Strips; ++s) _mm512_storeu_ps(c + s * kStrip, total[s]);
+}
+
+template <bool Pairs, int kind> PAIRS void some_row(float* c, const bf16* a, const Weights& from, const Tiles& tiles,
+                                                    bool two, const float* sums, Ahead ahead) {
+    two ? row_of<Pairs, kind, 2>(c, a, from, tiles, sums, ahead)
+        : row_of<Pairs, kind, 1>(c, a, from, tiles, sums, ahead);
+}
+
+template <bool Pairs> PAIRS void row(float* c, const bf16* a, const Weights& from, const Tiles& tiles, bool two,
+                                     const float* sums, Ahead ahead) {
+    if (from.kind == kInt4) return some_row<Pairs, kInt4>(c, a, from, tiles, two, sums, ahead);
+    return from.kind == kInt8 ? some_row<Pairs, kInt8>(c, a, from, tiles, two, sums, ahead)
+                              : some_row<Pairs, kFloat8>(c, a, from, tiles, two, sums, ahead);
+}
+
+constexpr Decoder kDecoders[] = {
+    {codes, weights<false>, scales, accumulate, row<false>},
+    {codes, weights<true>, scales, accumulate, row<true>},
+    {codes, weights<true>, scales, accumulate, nullptr},
+};
+
+}  // namespace
+
+const Decoder& x86_decoder(Path path) { return kDecoders[path - kAvx512]; }
+
+}  // namespace longreach::gemm
+#endif
