@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cluster.common.errors import PreflightError
 from cluster.common.units import format_bytes
 from cluster.config.deployment import Deployment
-from cluster.config.topology import kv_bytes_per_token, product_params, shard_weight_bytes
+from cluster.config.topology import kv_bytes_per_token, product_params, shard_weight_bytes, table_params
 from protos.model.grid import largest_cell
 from protos.model.spec import ModelSpec
 from protos.stage.messages import LoadProgress, ShardSpec
@@ -51,9 +51,21 @@ def weight_bytes(deployment: Deployment, shard: ShardSpec) -> int:
     """Return the bytes of the weights of one shard: quantised ones as they are, others in the type of computing."""
     spec, width = deployment.spec, DTYPE_BYTES[compute_dtype(deployment)]
     total = shard_weight_bytes(spec, shard, width)
-    if spec.quant is None:
-        return total
-    return total - round(product_params(spec, shard) * (width - spec.quant.bytes_per_weight))
+    product_width, table_width = weight_widths(deployment)
+    saved = product_params(spec, shard) * (width - product_width) + table_params(spec, shard) * (width - table_width)
+    return total - round(saved)
+
+
+def weight_widths(deployment: Deployment) -> tuple[float, float]:
+    """Return the bytes of a weight in the products of layers, and of one of the embedding and the output head.
+
+    A GGUF file stays quantised in bfloat16 on processors; elsewhere it is unpacked.
+    """
+    width, quant = float(DTYPE_BYTES[compute_dtype(deployment)]), deployment.spec.quant
+    on_cpu = deployment.config.cluster.device == "cpu" and compute_dtype(deployment) == "bfloat16"
+    if quant is None or (quant.format == "gguf" and not on_cpu):
+        return width, width
+    return quant.bytes_per_weight, quant.table_bytes or width
 
 
 def step_tokens(deployment: Deployment) -> int:

@@ -127,12 +127,16 @@ def _fits(costs: Sequence[int], parts: int, limit: int) -> bool:
 
 def shard_weight_bytes(spec: ModelSpec, shard: ShardSpec, bytes_per_param: int) -> int:
     """Return the bytes of the weights of one shard; every rank holds norms, routers and output biases."""
-    table = shard.vocab.size * spec.hidden_size
+    total = sum(layer_params(spec, shard, layer) for layer in range(*shard.layers))
+    return (total + table_params(spec, shard) + shard.is_last * spec.hidden_size) * bytes_per_param
+
+
+def table_params(spec: ModelSpec, shard: ShardSpec) -> int:
+    """Return the parameters of the embedding and the output head on one shard; a tied one is there once."""
     tables = shard.is_first + shard.is_last
     if spec.tie_word_embeddings and tables == 2:
         tables = 1
-    total = sum(layer_params(spec, shard, layer) for layer in range(*shard.layers))
-    return (total + tables * table + shard.is_last * spec.hidden_size) * bytes_per_param
+    return tables * shard.vocab.size * spec.hidden_size
 
 
 def layer_params(spec: ModelSpec, shard: ShardSpec, layer: int) -> int:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, replace
 
 from cluster.config.deployment import Deployment
-from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype
+from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype, weight_widths
 from cluster.latency.latency_file import Measured
 from cluster.latency.step_work import ShardWork
 from protos.node.environment import cpu_name
@@ -18,7 +18,8 @@ def stage_works(deployment: Deployment) -> list[ShardWork]:
     spec, width = deployment.spec, DTYPE_BYTES[compute_dtype(deployment)]
     kv_type = kv_dtype(deployment)
     kv_width = 1.0 + 4.0 / spec.head_dim if kv_type == "int8" else float(DTYPE_BYTES[kv_type])  # with a head's scale
-    return [ShardWork(spec, shard, width, kv_width) for shard in deployment.shards if shard.rank == 0]
+    widths = weight_widths(deployment)
+    return [ShardWork(spec, shard, width, kv_width, widths) for shard in deployment.shards if shard.rank == 0]
 
 
 def measured_on(deployment: Deployment, kernel_family: str, cores: int) -> Measured:

@@ -70,10 +70,19 @@ class ShardWork(Work):
     - reduced_bytes: two all-reduces a layer, each of which moves `2 (R - 1) / R` of the hidden states.
     """
 
-    def __init__(self, spec: ModelSpec, shard: ShardSpec, width: int, kv_width: float) -> None:
-        """Args: bytes of a weight or activation, and of a number of KV with its share of a scale."""
+    def __init__(
+        self, spec: ModelSpec, shard: ShardSpec, width: int, kv_width: float,
+        weight_widths: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Take the widths of numbers in bytes.
+
+        Args:
+            width: of an activation.
+            kv_width: of a number of KV with its share of a scale.
+            weight_widths: of a weight in the products of layers, and in the output head; None: as of an activation.
+        """
         self.layers = shard.layers.size
-        self._width = width
+        self._widths = weight_widths or (width, width)
         experts, chosen = shard.experts.size, spec.num_experts_per_tok
         expert = 3 * spec.hidden_size * spec.moe_intermediate_size
         moe_layers = sum(spec.is_moe_layer(layer) for layer in range(*shard.layers))
@@ -93,10 +102,11 @@ class ShardWork(Work):
     def units(self, counts: StepCounts) -> tuple[float | Floats, ...]:
         tokens, samples = counts.tokens, counts.samples
         has_head = np.minimum(samples, 1.0)
-        touched = self._always + self._experts * (1.0 - self._miss**tokens) + has_head * self._head
+        touched = self._always + self._experts * (1.0 - self._miss**tokens)
+        product_width, head_width = self._widths
         return (
             tokens * 0.0 + self.layers,
-            touched * self._width,
+            touched * product_width + has_head * self._head * head_width,
             2.0 * (self._row * tokens + self._head * samples),
             self._kv * counts.contexts,
             self._pair * counts.pairs,

@@ -24,7 +24,6 @@ from protos.stage.messages import LoadProgress
 CONTEXTS = (1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)  # tokens, of the table
 _GROUP = 128  # weights that share a scale of two bytes where they have four bits
 PRECISIONS = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / _GROUP}  # bytes of a weight in a product
-FAST = ("bf16",)  # others are dequantised in every step
 _PROCESS = 100 << 20  # Python, its libraries and arenas, beyond the fixed part of scratch; docs/planning.md
 _LONGEST = 1 << 24  # tokens; searches end there
 
@@ -138,7 +137,8 @@ def precision_table(deployment: Deployment, contexts: Sequence[int] = CONTEXTS) 
     for precision in PRECISIONS:
         weights = precision_bytes(deployment.spec, precision)
         totals = {context: weights + context * token for context in contexts}
-        rows.append({"precision": precision, "fast": precision in FAST, "weight_bytes": weights, "totals": totals})
+        fast = precision == "bf16" or deployment.config.cluster.device == "cpu"  # else dequantised in every step
+        rows.append({"precision": precision, "fast": fast, "weight_bytes": weights, "totals": totals})
     return rows
 
 

@@ -26,6 +26,7 @@ from workers.model.moe import ExpertScratch, route, run_experts
 from workers.model.rope import Rotary, Rotations, norm_and_rotate_
 from workers.model.sparse_prefill import CellLog, SparsePrefill
 from workers.model.weights import LayerWeights, ShardWeights
+from workers.quant.packed import look_up
 from workers.transport.collectives import Collectives
 
 
@@ -67,11 +68,11 @@ class Decoder:
         table = self._weights.embed
         assert table is not None, "only the first stage embeds"
         if self._collectives.size == 1:
-            return F.embedding(token_ids, table)
+            return look_up(table, token_ids)
         local = token_ids - self.shard.vocab.start
         own = (local >= 0) & (local < self.shard.vocab.size)
-        rows = F.embedding(torch.where(own, local, 0), table) * own[:, None].to(table.dtype)
-        return self._collectives.all_reduce(rows)
+        rows = look_up(table, torch.where(own, local, 0))
+        return self._collectives.all_reduce(rows * own[:, None].to(rows.dtype))
 
     def prepare(self, batch: Batch, kv: PagedKV) -> Ready:
         """Do the part of `layers` that needs no activations; keys and values will go to `kv`.

@@ -20,18 +20,6 @@ from workers.quant.weight import QuantizedWeight, RowStack, empty_like
 _CHUNK = 1 << 18  # weights read at once; larger pieces leave 4 % of a shard in gaps of the heap
 
 
-class MatrixSource(Protocol):
-    """Where quantised matrices come from."""
-
-    def has(self, name: str) -> bool:
-        """Return whether the matrix of this canonical name is quantised."""
-        ...
-
-    def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
-        """Return a region of a matrix."""
-        ...
-
-
 class Region(NamedTuple):
     """Rows and columns of a stored matrix, and their first row in the shard's (of `expert`, if set)."""
 
@@ -40,6 +28,22 @@ class Region(NamedTuple):
     columns: Span
     row: int = 0
     expert: int | None = None
+
+
+class MatrixSource(Protocol):
+    """Where quantised matrices come from."""
+
+    def has(self, name: str) -> bool:
+        """Return whether the matrix of this canonical name is quantised."""
+        ...
+
+    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
+        """Return whether a weight of `shape` of these regions stays quantised, in part at least."""
+        ...
+
+    def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
+        """Return a region of a matrix."""
+        ...
 
 
 class Into(NamedTuple):

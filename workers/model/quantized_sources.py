@@ -1,9 +1,9 @@
-"""Quantised matrices out of safetensors files, and random ones."""
+"""Quantised matrices out of safetensors and GGUF files, and random ones."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,13 @@ from protos.model.checkpoint import Checkpoint, CheckpointError, expected_tensor
 from protos.model.quant.scheme import QuantScheme
 from protos.model.spec import ModelSpec
 from protos.stage.messages import Span
+from workers.model.quantized import Region
+from workers.quant.gguf.blocks import KINDS
+from workers.quant.gguf.source import GgufSource
+from workers.quant.packed import has_whole_tiles
 from workers.quant.registry import read_matrix
 from workers.quant.stored import group_size
-from workers.quant.weight import Kind, QuantizedWeight
+from workers.quant.weight import MIN_GROUP, Kind, QuantizedWeight
 
 _DUMMY_ROWS = 64  # rows of a random matrix that are generated together
 # what codes of a kind are multiplied by for a standard deviation of 0.02
@@ -32,6 +36,10 @@ class FileMatrices:
     def has(self, name: str) -> bool:
         """Return whether the matrix of this canonical name is quantised."""
         return self._checkpoint.is_quantized(name)
+
+    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
+        """Return whether any is quantised."""
+        return any(self.has(region.name) for region in regions)
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         """Return a region of a matrix. Raises as the readers do."""
@@ -62,6 +70,31 @@ class _StoredParts:
         return CheckpointError(f"{self.checkpoint.model_dir / stored.file}: {stored.name}: {problem}")
 
 
+class GgufMatrices:
+    """The matrices of a GGUF file in blocks of codes."""
+
+    def __init__(self, checkpoint: Checkpoint, source: GgufSource) -> None:
+        self._checkpoint, self._source = checkpoint, source
+
+    def has(self, name: str) -> bool:
+        """Return whether the matrix of this canonical name consists of blocks of codes."""
+        return self._checkpoint.tensors[name].dtype in KINDS
+
+    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
+        """Return whether a weight can be packed as it is; else it is unpacked: any shard can be."""
+        kinds = {self._checkpoint.tensors[region.name].dtype for region in regions}
+        cut = any(region.columns.start % MIN_GROUP or region.columns.stop % MIN_GROUP for region in regions)
+        rows = [shape] if len(shape) == 3 else [(region.rows.size, shape[-1]) for region in regions]
+        if cut or not all(has_whole_tiles(each, pairs) for each in rows):
+            return False
+        return bool(kinds & KINDS.keys()) and (len(shape) == 2 or len(kinds) == 1)
+
+    def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
+        """Return a region of a matrix; scales and zero points are rounded to float16."""
+        stored = self._checkpoint.tensors[name]
+        return self._source.quantized(name, stored, range(*rows)).columns(*columns)
+
+
 class RandomMatrices:
     """Random matrices of a scheme, made in blocks of rows with seeds of their own: equal for every layout."""
 
@@ -73,6 +106,10 @@ class RandomMatrices:
     def has(self, name: str) -> bool:
         """Return whether the matrix of this canonical name is quantised: all of attention, MLPs and experts are."""
         return name in self._shapes
+
+    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
+        """Return whether any is quantised."""
+        return any(self.has(region.name) for region in regions)
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         """Return a region of a matrix. Raises ValueError: the columns cut groups to less than 16."""

@@ -39,7 +39,7 @@ _DUMMY_ROWS = 1024  # rows of a random tensor that are generated together
 _DUMMY_SCALE = 0.02
 _PACKED = {"qkv_weight", "o_weight", "gate_up", "down", "router", "experts_gate_up", "experts_down", "lm_head"}
 _EXPERTS = {"experts_gate_up", "experts_down"}
-_QUANTIZED = _PACKED - {"router", "lm_head"}  # of these, the ones that are read from quantised checkpoints
+_QUANTIZED = _PACKED - {"router"} | {"embed"}  # those that may stay as quantised checkpoints have them
 _PAIRS = {"experts_gate_up"}  # of these, the ones packed in pairs of gate and up
 
 
@@ -72,9 +72,9 @@ class ShardWeights:
     """All weights of one shard; with tied embeddings `lm_head` and `embed` of the last stage are one tensor."""
 
     layers: list[LayerWeights] = field(default_factory=list)
-    embed: torch.Tensor | None = None  # [rows of shard.vocab, M]: first stage, and last stage when tied
+    embed: Weight | None = None  # [rows of shard.vocab, M]: first stage, and last stage when tied
     norm: torch.Tensor | None = None  # [M], last stage
-    lm_head: torch.Tensor | None = None  # [rows of shard.vocab, M], last stage
+    lm_head: Weight | None = None  # [rows of shard.vocab, M], last stage
 
     @property
     def num_bytes(self) -> int:
@@ -135,7 +135,9 @@ def load_shard(
     spec = replace(spec, tie_word_embeddings=not checkpoint.has_own_head)
     with ExitStack() as stack:
         if is_gguf(model_dir):
-            source = _from_gguf(checkpoint, model_dir, spec.head_dim, stack)
+            # a processor's products take codes as they are; in float32 nothing is rounded
+            keeps = dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+            source = _from_gguf(checkpoint, model_dir, spec.head_dim, stack, keeps)
         else:
             source = _from_files(checkpoint, spec, stack)
         return _build(source, spec, shard, dtype, torch.device(device), on_progress)
@@ -174,9 +176,9 @@ def _build(
         matrices = source.matrices if name in _QUANTIZED else None
         if matrices is not None:
             plan = _Plan(plan.shape, tuple(plan.pieces))
-            if any(matrices.has(piece.name) for piece in plan.pieces):
-                into = Into(device, dtype == torch.bfloat16, name in _PAIRS)
-                return _make_quantized(source.fill, matrices, plan, dtype, into, advance)
+            regions, into = _regions(plan), Into(device, dtype == torch.bfloat16, name in _PAIRS)
+            if matrices.keeps(regions, plan.shape, into.pairs):
+                return _make_quantized(source.fill, matrices, plan.shape, regions, dtype, into, advance)
         shape, pairs = plan.shape, name in _PAIRS
         if name in _PACKED and not (matrices is not None and name in _EXPERTS):  # both matrices of experts or none
             shape = compiled.packed_shape(shape, dtype, device, pairs)
@@ -196,15 +198,15 @@ def _build(
     return ShardWeights([LayerWeights(**layer) for layer in layers], **ends)
 
 
+def _regions(plan: _Plan) -> list[Region]:
+    return [Region(one.name, one.rows, one.columns or Span(0, 1), one.row, one.expert) for one in plan.pieces]
+
+
 def _make_quantized(
-    fill: _Fill, matrices: MatrixSource, plan: _Plan, dtype: torch.dtype, into: Into,
+    fill: _Fill, matrices: MatrixSource, shape: tuple[int, ...], regions: list[Region], dtype: torch.dtype, into: Into,
     advance: Callable[[Span, Span | None], None],
 ) -> Weight:  # fmt: skip
-    """Return the weight of a plan some or all of whose pieces are quantised; `advance` is told of every piece."""
-    regions = []
-    for piece in plan.pieces:
-        assert piece.columns is not None
-        regions.append(Region(piece.name, piece.rows, piece.columns, piece.row, piece.expert))
+    """Return a weight some or all of whose regions are quantised; `advance` is told of every one."""
 
     def done(region: Region) -> None:
         advance(region.rows, region.columns)
@@ -214,8 +216,8 @@ def _make_quantized(
         fill(tensor, _Piece(region.name, region.rows, region.columns))
         return tensor
 
-    if len(plan.shape) == 3:
-        return load_experts(matrices, plan.shape, regions, into, done)
+    if len(shape) == 3:
+        return load_experts(matrices, shape, regions, into, done)
     return load_matrix(matrices, regions, into, plain, done)
 
 
@@ -351,8 +353,9 @@ def _from_files(checkpoint: Checkpoint, spec: ModelSpec, stack: ExitStack) -> _S
     return _Source(fill, FileMatrices(checkpoint, spec, spec.quant, opened))
 
 
-def _from_gguf(checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitStack) -> _Source:
-    """Return what copies regions of a GGUF file, unpacked a few rows at a time."""
+def _from_gguf(checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitStack, keeps: bool) -> _Source:
+    """Return what copies regions of a GGUF file; without `keeps` all are unpacked, a few rows at a time."""
+    from workers.model.quantized_sources import GgufMatrices
     from workers.quant.gguf.source import GgufSource
 
     source = stack.enter_context(GgufSource(path, head_dim))
@@ -366,7 +369,7 @@ def _from_gguf(checkpoint: Checkpoint, path: Path, head_dim: int, stack: ExitSta
             first = piece.rows.start + start
             rows.copy_(source.plain(piece.name, stored, range(first, first + rows.shape[0]), columns))
 
-    return _Source(fill)
+    return _Source(fill, GgufMatrices(checkpoint, source) if keeps else None)
 
 
 def _random(spec: ModelSpec, seed: int) -> _Fill:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 
 from workers.kernels.abi import DEPTH, STRIP
-from workers.quant.weight import MIN_GROUP, Kind, QuantizedWeight
+from workers.quant.weight import MIN_GROUP, Kind, QuantizedWeight, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,15 @@ class PackedWeight:
         """Return one expert, or a range of them, sharing memory."""
         assert self.codes.dim() > 4, "no leading dimension"
         return replace(self, **{name: part[index] for name, part in self._parts.items()})
+
+    def rows_at(self, rows: torch.Tensor) -> QuantizedWeight:
+        """Return outputs `[n]` of a matrix `[N, K]`: a copy."""
+        assert not self.pairs
+        strip, place = rows // STRIP, rows % STRIP
+        codes = self.codes.permute(0, 3, 1, 2)[strip, place].view(len(rows), -1).view(torch.uint8)
+        scales = self.scales.transpose(1, 2)[strip, place]
+        zeros = None if self.zeros is None else self.zeros.transpose(1, 2)[strip, place]
+        return QuantizedWeight(self.kind, self.group, _in_lines(codes) if self.kind == "int4" else codes, scales, zeros)
 
     def put(self, first: int, rows: QuantizedWeight) -> None:
         """Write rows `[n, K]`, from row `first` of a matrix on."""
@@ -87,12 +97,17 @@ class PackedWeight:
 Experts: TypeAlias = torch.Tensor | QuantizedWeight | PackedWeight  # of a layer, `[Er, N, K]`
 
 
-def can_pack(weight: QuantizedWeight, shape: Sequence[int], pairs: bool) -> bool:
-    """Return whether a weight of `shape` `[..., N, K]` in the layout of another can be packed."""
+def has_whole_tiles(shape: Sequence[int], pairs: bool) -> bool:
+    """Return whether a matrix `[..., N, K]` consists of whole strips and tiles."""
     rows, depth = shape[-2:]
     even = (DEPTH if shape[:-2] else STRIP) * (2 if pairs else 1)  # an expert's I is the depth of its second product
-    whole = weight.group >= depth or weight.group % MIN_GROUP == 0
-    return weight.order is None and rows % even == 0 and depth % DEPTH == 0 and whole
+    return rows % even == 0 and depth % DEPTH == 0
+
+
+def can_pack(weight: QuantizedWeight, shape: Sequence[int], pairs: bool) -> bool:
+    """Return whether a weight of `shape` `[..., N, K]` in the layout of another can be packed."""
+    whole = weight.group >= shape[-1] or weight.group % MIN_GROUP == 0
+    return weight.order is None and whole and has_whole_tiles(shape, pairs)
 
 
 def empty_packed(weight: QuantizedWeight, shape: Sequence[int], pairs: bool) -> PackedWeight:
@@ -120,6 +135,14 @@ def pack(weight: QuantizedWeight, pairs: bool = False) -> PackedWeight:
         for expert in range(weight.shape[0]):
             out[expert].put(0, weight[expert])
     return out
+
+
+def look_up(table: Weight, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows `[n, K]` of a table `[N, K]`: in its type, or in bfloat16."""
+    if isinstance(table, torch.Tensor):
+        return F.embedding(rows, table)
+    assert isinstance(table, PackedWeight), "tables are plain or packed"
+    return table.rows_at(rows).dequantize(torch.bfloat16)
 
 
 def _in_lines(codes: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,8 @@ def config_of(file: GgufFile) -> dict[str, object]:
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if model_type == "qwen3_moe":
         config |= _experts(own)
+    if any(tensor.kind.elements > 1 for tensor in file.tensors.values()):
+        config["quantization_config"] = _quantization(file)
     return {key: value for key, value in config.items() if value is not None}
 
 
@@ -186,6 +188,19 @@ def _ends(file: GgufFile, vocab: int) -> list[int]:
 def _is_wide(file: GgufFile) -> bool:
     """Return whether every matrix is stored in float32."""
     return all(each.kind.name == "F32" for each in file.tensors.values() if len(each.shape) > 1)
+
+
+def _quantization(file: GgufFile) -> dict[str, object]:
+    """Return the bytes in memory of a weight of the products of all layers, and of one of the tables."""
+    tables, products = [0.0, 0], [0.0, 0]
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) < 2 or "ffn_gate_inp" in name:
+            continue
+        group, values = products if name.startswith("blk.") else tables, math.prod(tensor.shape)
+        group[0] += values * tensor.kind.memory
+        group[1] += values
+    means = [total / count if count else 2.0 for total, count in (products, tables)]
+    return {"quant_method": "gguf", "mean_bytes": means[0], "table_bytes": means[1]}
 
 
 def _decimal(value: Any) -> Any:

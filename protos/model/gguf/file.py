@@ -28,18 +28,23 @@ _STRING, _ARRAY = 8, 9
 
 
 class BlockType(NamedTuple):
-    """How a tensor stores its values: blocks of `elements` neighbouring values of a row in `size` bytes."""
+    """How a tensor stores its values: blocks of `elements` neighbouring values of a row in `size` bytes.
+
+    `memory`: bytes of a value in a bfloat16 model on a processor, where codes of 4 bits stay so and others take 8, each
+    group of 32 (Q6_K: 16) with a scale and perhaps a zero point of two bytes (workers/quant/gguf/convert.py).
+    """
 
     name: str
     elements: int
     size: int
+    memory: float = 2.0
 
 
 READ = {  # types of tensors that are read, by number
     0: BlockType("F32", 1, 4), 1: BlockType("F16", 1, 2), 30: BlockType("BF16", 1, 2),
-    2: BlockType("Q4_0", 32, 18), 3: BlockType("Q4_1", 32, 20), 6: BlockType("Q5_0", 32, 22),
-    7: BlockType("Q5_1", 32, 24), 8: BlockType("Q8_0", 32, 34), 12: BlockType("Q4_K", 256, 144),
-    13: BlockType("Q5_K", 256, 176), 14: BlockType("Q6_K", 256, 210),
+    2: BlockType("Q4_0", 32, 18, 0.5625), 3: BlockType("Q4_1", 32, 20, 0.625), 6: BlockType("Q5_0", 32, 22, 1.0625),
+    7: BlockType("Q5_1", 32, 24, 1.125), 8: BlockType("Q8_0", 32, 34, 1.0625), 12: BlockType("Q4_K", 256, 144, 0.625),
+    13: BlockType("Q5_K", 256, 176, 1.125), 14: BlockType("Q6_K", 256, 210, 1.125),
 }  # fmt: skip
 _OTHER = {  # known, and refused by name
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",

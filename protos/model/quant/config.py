@@ -169,9 +169,18 @@ def _block(section: Fields, key: str, needed: bool = False) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def _gguf(section: Fields) -> QuantScheme:
+    """Return the scheme that `protos.model.gguf.config` writes for a file of blocks."""
+    return QuantScheme(
+        "gguf", 8, mean_bytes=section.number("mean_bytes", above=0.0, at_most=4.0),
+        table_bytes=section.number("table_bytes", above=0.0, at_most=4.0),
+    )  # fmt: skip
+
+
 _METHODS: dict[str, Callable[[Fields], QuantScheme]] = {
     "gptq": _gptq,
     "awq": _awq,
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
+    "gguf": _gguf,
 }

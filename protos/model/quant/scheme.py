@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Format = Literal["gptq", "awq", "pack-quantized", "int-quantized", "float-quantized", "fp8"]
+Format = Literal["gptq", "awq", "pack-quantized", "int-quantized", "float-quantized", "fp8", "gguf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class QuantScheme:
     has_zeros: bool = False  # zero points differ, and are stored
     zero_offset: int = 0  # added to stored zero points: 1 in the first format of GPTQ
     ordered: bool = False  # the groups may be of inputs in the order of their activation (`desc_act`)
+    mean_bytes: float = 0.0  # of a weight in memory, of a file of many types; 0: as the other fields say
+    table_bytes: float = 0.0  # of a weight of the embedding and the output head in memory; 0: stored plain
 
     def groups_of(self, columns: int) -> int:
         """Return the groups of a row of so many inputs."""
@@ -28,6 +30,8 @@ class QuantScheme:
     @property
     def bytes_per_weight(self) -> float:
         """Bytes of a weight in memory with its share of scales and zero points; those of whole rows are left out."""
+        if self.mean_bytes:
+            return self.mean_bytes
         if not self.group:
             return self.bits / 8
         scale = 4 if self.block_rows else 2  # FP8 blocks store float32

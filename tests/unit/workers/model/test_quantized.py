@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,10 +10,13 @@ import torch
 from protos.model.checkpoint import CheckpointError
 from protos.stage.messages import Span
 from tests.unit.workers.quant.test_weight import make
-from workers.model.quantized import Region, load_experts, load_matrix
+from workers.model import compiled
+from workers.model.quantized import Into, Region, load_experts, load_matrix
+from workers.quant.packed import PackedWeight
 from workers.quant.weight import QuantizedWeight, RowStack, Weight
 
 CPU = torch.device("cpu")
+TO_CPU = Into(CPU)
 
 
 class Matrices:
@@ -25,6 +28,9 @@ class Matrices:
 
     def has(self, name: str) -> bool:
         return name in self.weights
+
+    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
+        return True
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         self.rows.append(rows.size)
@@ -39,9 +45,9 @@ def plain(region: Region) -> torch.Tensor:
     return torch.full((region.rows.size, region.columns.size), 3.0)
 
 
-def load(source: Matrices, *regions: Region) -> Weight:
+def load(source: Matrices, *regions: Region, into: Into = TO_CPU) -> Weight:
     done: list[str] = []
-    weight = load_matrix(source, regions, CPU, plain, lambda region: done.append(region.name))
+    weight = load_matrix(source, regions, into, plain, lambda region: done.append(region.name))
     assert done == [region.name for region in regions]
     return weight
 
@@ -92,7 +98,7 @@ def test_experts() -> None:
     source = Matrices(**{name: make("int4", 6, 64, 16, order=True) for name in ("g0", "u0")})
     source.weights |= {name: make("int4", 6, 64, 16, order=True) for name in ("g1", "u1")}
     regions = [region(f"{part}{e}", 6, 6 * (part == "u"), e) for e in range(2) for part in "gu"]
-    weight = load_experts(source, (2, 12, 64), regions, CPU, lambda region: None)
+    weight = load_experts(source, (2, 12, 64), regions, TO_CPU, lambda region: None)
     assert torch.equal(wide(weight)[1], torch.cat([wide(source.weights["g1"]), wide(source.weights["u1"])]))
 
 
@@ -110,7 +116,37 @@ def test_experts_that_differ_are_refused(other: QuantizedWeight | None, words: s
         source.weights["u0"] = other
     rows = 6 if other is None else other.shape[0]
     with pytest.raises(CheckpointError, match=words):
-        load_experts(source, (1, 12, 64), [region("g0", 6, 0, 0), region("u0", rows, 6, 0)], CPU, lambda region: None)
+        load_experts(
+            source, (1, 12, 64), [region("g0", 6, 0, 0), region("u0", rows, 6, 0)], TO_CPU, lambda region: None
+        )
+
+
+@pytest.mark.skipif(compiled.path() is None, reason="no compiled kernels")
+def test_packed_while_they_are_read() -> None:
+    source = Matrices(q=make("int4", 1000, 4096, 128, zeros=True), k=make("int4", 24, 4096, 128, zeros=True))
+    regions = region("q", 1000, columns=4096), region("k", 24, 1000, columns=4096)
+    weight = load(source, *regions, into=Into(CPU, pack=True))
+    assert isinstance(weight, PackedWeight)
+    assert torch.equal(wide(weight), torch.cat([wide(source.weights["q"]), wide(source.weights["k"])]))
+    whole = [source.weights[name].nbytes for name in "qk"]
+    assert weight.nbytes == sum(whole)
+    odd = load(source, region("k", 23, columns=4096), into=Into(CPU, pack=True))  # no whole strips
+    assert isinstance(odd, QuantizedWeight)
+    stack = load(Matrices(q=make("int4", 16, 64, 32), k=make("int8", 16, 64, 32)), region("q", 16), region("k", 16, 16),
+                 into=Into(CPU, pack=True))  # fmt: skip
+    assert isinstance(stack, RowStack)
+    assert all(isinstance(part, PackedWeight) for part in stack.parts)
+
+
+@pytest.mark.skipif(compiled.path() is None, reason="no compiled kernels")
+def test_experts_packed_in_pairs() -> None:
+    source = Matrices(**{f"{part}{e}": make("int8", 32, 64, 16) for part in "gu" for e in range(2)})
+    source.weights["u1"] = make("int8", 40, 64, 16).rows(slice(8, 40))
+    regions = [region(f"{part}{e}", 32, 32 * (part == "u"), e) for e in range(2) for part in "gu"]
+    weight = load_experts(source, (2, 64, 64), regions, Into(CPU, True, True), lambda region: None)
+    assert isinstance(weight, PackedWeight)
+    assert weight.pairs
+    assert torch.equal(wide(weight)[1], torch.cat([wide(source.weights["g1"]), wide(source.weights["u1"])]))
 
 
 def test_a_shard_that_cuts_groups_is_refused() -> None:

@@ -14,7 +14,10 @@ from protos.model.config_json import load_model_spec
 from tests.support.data.checkpoints import make_checkpoint
 from tests.support.gguf_files import convert
 from tests.unit.workers.model.test_weights import shards
+from workers.model import compiled
 from workers.model.weights import ShardWeights, load_shard, whole_model
+from workers.quant.packed import PackedWeight, look_up
+from workers.quant.weight import RowStack, Weight
 
 
 def assert_equal(ours: ShardWeights, theirs: ShardWeights) -> None:
@@ -66,3 +69,55 @@ def test_mixed_blocks_are_unpacked_as_the_reference_does(tmp_path: Path) -> None
         assert torch.equal(layer.router, one["ffn_gate_inp"])
         assert torch.equal(layer.experts_gate_up, torch.cat([one["ffn_gate_exps"], one["ffn_up_exps"]], dim=1))
         assert torch.equal(layer.experts_down, one["ffn_down_exps"])
+
+
+KEPT = {"token_embd": Kind.Q5_0, "attn_v": Kind.Q8_0, "output": Kind.Q8_0, "ffn_gate_inp": Kind.F32}
+
+
+def kept_kind(name: str) -> Kind:
+    return next((kind for part, kind in KEPT.items() if name.startswith(part) or f".{part}." in name), Kind.Q4_1)
+
+
+def wide(weight: Weight) -> torch.Tensor:
+    assert not isinstance(weight, torch.Tensor)
+    return weight.dequantize(torch.float32)
+
+
+@pytest.mark.skipif(compiled.path() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_tied"])
+def test_blocks_stay_as_they_are_in_bfloat16(tmp_path: Path, family: str) -> None:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64} if "moe" in family else {"intermediate_size": 128}
+    folder = make_checkpoint(tmp_path / "hf", family, num_hidden_layers=2, vocab_size=320, **sizes)
+    path = convert(folder, tmp_path / "m.gguf", kept_kind)
+    spec = load_model_spec(path)
+    whole = whole_model(spec)
+    kept, unpacked = (load_shard(path, spec, whole, dtype, "cpu") for dtype in (torch.bfloat16, torch.float32))
+    assert isinstance(kept.embed, PackedWeight)
+    assert isinstance(kept.lm_head, PackedWeight)
+    assert (kept.lm_head is kept.embed) == ("tied" in family)
+    assert torch.equal(wide(kept.embed), unpacked.embed)
+    assert torch.equal(wide(kept.lm_head), unpacked.lm_head)
+    ids = torch.tensor([3, 319, 16, 3])
+    assert isinstance(unpacked.embed, torch.Tensor)
+    assert torch.equal(look_up(kept.embed, ids), unpacked.embed[ids].to(torch.bfloat16))
+    for mine, other in zip(kept.layers, unpacked.layers, strict=True):
+        assert isinstance(mine.qkv_weight, RowStack)  # values have another type
+        for name in ("qkv_weight", "o_weight", "gate_up", "down", "experts_gate_up", "experts_down"):
+            ours, theirs = getattr(mine, name), getattr(other, name)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:  # zero points are rounded to float16
+                assert torch.allclose(wide(ours), theirs, rtol=0, atol=2**-9 * float(theirs.abs().max()))
+        assert mine.router is None or isinstance(mine.router, torch.Tensor)
+    assert kept.num_bytes < 0.5 * unpacked.num_bytes
+
+
+@pytest.mark.skipif(compiled.path() is None, reason="no compiled kernels")
+def test_what_cannot_be_packed_is_unpacked(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "qwen3_tied", num_hidden_layers=1, vocab_size=321, intermediate_size=32)
+    path = convert(folder, tmp_path / "m.gguf", kept_kind)
+    spec = load_model_spec(path)
+    whole, *parts = (shard for ranks in (1, 4) for shard in shards(spec, 1, ranks)[0])
+    weights = load_shard(path, spec, whole, torch.bfloat16, "cpu")
+    assert isinstance(weights.embed, torch.Tensor)  # 321 rows
+    for part in parts:
+        assert isinstance(load_shard(path, spec, part, torch.bfloat16, "cpu").layers[0].down, torch.Tensor)  # 8 columns
