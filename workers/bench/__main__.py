@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: kernels, prefill, decode, all, kv-files, links and make-checkpoint."""
+"""Command line of the benchmarks: kernels, quantized, prefill, decode, all, kv-files, links and make-checkpoint."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from protos.node.environment import write_result
 from workers.bench.kernels import KernelSetup, run_kernels
 from workers.bench.kv_files import measure_kv_files
 from workers.bench.model import DTYPES, PAGE, OneProcess, benchmark_spec, run_model, write_checkpoint
+from workers.bench.quantized import OUTPUTS, run_quantized
 from workers.bench.timing import Figure
 from workers.kernels.build import kernel_family
 
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "kernels", help="attention, experts, norms, rotation, linear, all-reduce, frames, sampler"
     )
     kernels.add_argument("--keys", type=lengths, default=_KEYS, help="contexts of attention (default: 4K,16K,64K)")
+    verbs.add_parser("quantized", help="products with int4, int8 and FP8 weights beside bfloat16")
     for verb, text in (
         ("prefill", "time to the first token, as tokens a second"),
         ("decode", "prefill, then time of every further token"),
@@ -162,6 +164,10 @@ def _figures(options: argparse.Namespace, device: torch.device, dtype: torch.dty
         keys = [256] if quick else options.keys if verb == "kernels" else _KEYS
         repeats = options.repeats or (2 if quick else 10)
         yield from run_kernels(KernelSetup(device, dtype, 64 if quick else 2048, tuple(keys), repeats))
+    if verb == "quantized":
+        yield from run_quantized(
+            64 if quick else 1024, options.repeats or (2 if quick else 10), 64 if quick else OUTPUTS
+        )
     if verb in ("prefill", "decode", "all"):
         sizes = [min(options.lengths[0], 300)] if quick else options.lengths
         decode = 0 if verb == "prefill" else 2 if quick else _DECODE_TOKENS
