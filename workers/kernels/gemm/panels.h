@@ -75,9 +75,9 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
     for (long panel = panels.start(); panel < panels.stop(); ++panel) {
         const bool two = panels.two(panel);
         Ahead ahead = panels.ahead(panel, blocks * k_tiles);
-        if (rows == 1 && by_group && decode.row != nullptr) {
-            decode.row(c, a, weight, {2 * panel, k_tiles, 0, k_tiles}, two, sums, ahead);
-            finish(panel, c, 0, 1);
+        if (rows <= kFewRows && by_group && decode.few_rows != nullptr) {
+            decode.few_rows(c, a, {weight, {2 * panel, k_tiles, 0, k_tiles}, rows, two, sums}, ahead);
+            finish(panel, c, 0, rows);
             continue;
         }
         for (long k = 0, slice; k < k_tiles; k += slice) {

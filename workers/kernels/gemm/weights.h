@@ -51,6 +51,16 @@ struct alignas(kLine) GroupScales {
     float scale[2][kStrip], zero[2][kStrip];
 };
 
+// At most kFewRows rows of a panel, over all of K.
+struct FewRows {
+    const Weights& weights;
+    Tiles tiles;
+    long rows;
+    bool two;           // strips
+    const float* sums;  // [groups, rows], null: no zeros
+};
+constexpr long kFewRows = 4;
+
 // What one instruction set does with codes.
 struct Decoder {
     // Codes (less 8 where they have 4 bits) as bfloat16, which is exact; or `weights`, rounded once.
@@ -59,9 +69,8 @@ struct Decoder {
     void (*scales)(GroupScales& out, const Weights& from, long strip, bool two, long groups, long group);
     // c, 32 floats a row, becomes (or, with `add`, grows by) scale * (part - zero * sums); `sums` of a row, null: no zeros
     void (*accumulate)(float* c, const float* part, long rows, const GroupScales& scales, const float* sums, bool add);
-    // one row times a panel by groups, as the three above and `Engine::block` would compute it; null: not faster
-    void (*row)(float* c, const bf16* a, const Weights& from, const Tiles& tiles, bool two, const float* sums,
-                Ahead ahead);
+    // few rows times a panel by groups, as the three above and `Engine::block` would compute it; null: not faster
+    void (*few_rows)(float* c, const bf16* a, const FewRows& operands, Ahead ahead);
 };
 
 // The decoder of a path that the CPU has.

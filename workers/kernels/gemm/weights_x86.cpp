@@ -173,63 +173,77 @@ template <bool Pairs> PAIRS void weights(bf16* out, const Weights& from, const T
     }
 }
 
-// ---- one row
+// ---- a few rows, without a copy of the codes
 
 template <bool Pairs> PAIRS inline __m512 multiply_add(__m512 sum, __m512i pair, __m512i line) {
     if (Pairs) return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)line);
     return _mm512_fmadd_ps(high(pair), high(line), _mm512_fmadd_ps(low(pair), low(line), sum));
 }
 
-template <bool Pairs, int kind, int Strips> PAIRS inline void row_of(float* c, const bf16* a, const Weights& from,
-                                                                     const Tiles& tiles, const float* sums,
-                                                                     Ahead ahead) {
+template <bool Pairs, int kind, int Rows, int Strips>
+PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
     const Tables table = tables<kind>();
-    const long k_tiles = tiles.k_tiles, groups = from.groups(k_tiles * kDepth), strip = from.bytes(k_tiles * kTile);
-    const char* at = tiles_at(from, tiles);
-    __m512 total[Strips];
-    for (int s = 0; s < Strips; ++s) total[s] = _mm512_setzero_ps();
+    const Weights& from = o.weights;
+    const long k_tiles = o.tiles.k_tiles, groups = from.groups(k_tiles * kDepth), strip = from.bytes(k_tiles * kTile);
+    const char* at = tiles_at(from, o.tiles);
+    __m512 total[Rows][Strips], sum[Rows][Strips];
+    for (auto& row : total) {
+        for (__m512& one : row) one = _mm512_setzero_ps();
+    }
     for (long k = 0, slice; k < k_tiles; k += slice) {
         const long group = k * kDepth / from.group;
         slice = group_slice(k, k_tiles, from.group);
-        __m512 sum[Strips];
-        for (int s = 0; s < Strips; ++s) sum[s] = _mm512_setzero_ps();
+        for (auto& row : sum) {
+            for (__m512& one : row) one = _mm512_setzero_ps();
+        }
         for (long tile = 0; tile < slice; ++tile, a += kTile) {
             const auto* pairs = reinterpret_cast<const std::int32_t*>(a);
             for (long line = 0; line < kStrip; line += 2, at += kind == kInt4 ? 32 : 64) {
-                const __m512i first = _mm512_set1_epi32(pairs[line]), second = _mm512_set1_epi32(pairs[line + 1]);
                 for (int s = 0; s < Strips; ++s) {
                     __m512i one, two;
                     two_lines<kind>(at + s * strip, table, one, two);
-                    sum[s] = multiply_add<Pairs>(multiply_add<Pairs>(sum[s], first, one), second, two);
+#pragma GCC unroll 4
+                    for (int r = 0; r < Rows; ++r) {
+                        const __m512i first = _mm512_set1_epi32(pairs[r * kStrip + line]);
+                        const __m512i second = _mm512_set1_epi32(pairs[r * kStrip + line + 1]);
+                        sum[r][s] = multiply_add<Pairs>(multiply_add<Pairs>(sum[r][s], first, one), second, two);
+                    }
                 }
             }
             for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
         }
         for (int s = 0; s < Strips; ++s) {
-            const __m512 scale = scale_of(from, tiles.strip + s, groups, group);
-            const __m512 zero = zero_of(from, tiles.strip + s, groups, group);
-            total[s] = _mm512_fmadd_ps(scale, moved(sum[s], zero, sums, group), total[s]);
+            const __m512 scale = scale_of(from, o.tiles.strip + s, groups, group);
+            const __m512 zero = zero_of(from, o.tiles.strip + s, groups, group);
+            const float* sums = o.sums ? o.sums + group * o.rows : nullptr;
+            for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
+                const __m512 part = moved(sum[r][s], zero, sums, r < o.rows ? r : 0);
+                total[r][s] = _mm512_fmadd_ps(scale, part, total[r][s]);
+            }
         }
     }
-    for (int s = 0; s < Strips; ++s) _mm512_storeu_ps(c + s * kStrip, total[s]);
+    for (int r = 0; r < Rows; ++r) {
+        for (int s = 0; s < Strips; ++s) _mm512_storeu_ps(c + r * kBlock + s * kStrip, total[r][s]);
+    }
 }
 
-template <bool Pairs, int kind> PAIRS void some_row(float* c, const bf16* a, const Weights& from, const Tiles& tiles,
-                                                    bool two, const float* sums, Ahead ahead) {
-    two ? row_of<Pairs, kind, 2>(c, a, from, tiles, sums, ahead)
-        : row_of<Pairs, kind, 1>(c, a, from, tiles, sums, ahead);
+template <bool Pairs, int kind, int Rows> PAIRS void by_strips(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    o.two ? rows_of<Pairs, kind, Rows, 2>(c, a, o, ahead) : rows_of<Pairs, kind, Rows, 1>(c, a, o, ahead);
 }
 
-template <bool Pairs> PAIRS void row(float* c, const bf16* a, const Weights& from, const Tiles& tiles, bool two,
-                                     const float* sums, Ahead ahead) {
-    if (from.kind == kInt4) return some_row<Pairs, kInt4>(c, a, from, tiles, two, sums, ahead);
-    return from.kind == kInt8 ? some_row<Pairs, kInt8>(c, a, from, tiles, two, sums, ahead)
-                              : some_row<Pairs, kFloat8>(c, a, from, tiles, two, sums, ahead);
+template <bool Pairs, int kind> PAIRS void by_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if (o.rows == 1) return by_strips<Pairs, kind, 1>(c, a, o, ahead);
+    o.rows == 2 ? by_strips<Pairs, kind, 2>(c, a, o, ahead) : by_strips<Pairs, kind, 4>(c, a, o, ahead);
+}
+
+template <bool Pairs> PAIRS void few_rows(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
+    if (o.weights.kind == kInt4) return by_rows<Pairs, kInt4>(c, a, o, ahead);
+    o.weights.kind == kInt8 ? by_rows<Pairs, kInt8>(c, a, o, ahead) : by_rows<Pairs, kFloat8>(c, a, o, ahead);
 }
 
 constexpr Decoder kDecoders[] = {
-    {codes, weights<false>, scales, accumulate, row<false>},
-    {codes, weights<true>, scales, accumulate, row<true>},
+    {codes, weights<false>, scales, accumulate, few_rows<false>},
+    {codes, weights<true>, scales, accumulate, few_rows<true>},
     {codes, weights<true>, scales, accumulate, nullptr},
 };
 
