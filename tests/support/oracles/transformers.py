@@ -26,17 +26,20 @@ class Oracle:
     """A checkpoint inside transformers.
 
     Args:
+        model_dir: a folder, or a GGUF file, which transformers unpacks by the library `gguf`.
         rope: replaces the rope settings of config.json (spelling of transformers 5, with `rope_theta`).
     """
 
     def __init__(
         self, model_dir: Path, dtype: torch.dtype = torch.float32, rope: Mapping[str, Any] | None = None
     ) -> None:
-        config = AutoConfig.from_pretrained(model_dir)
+        file = {"gguf_file": model_dir.name} if model_dir.suffix == ".gguf" else {}
+        folder = model_dir.parent if file else model_dir
+        config = AutoConfig.from_pretrained(folder, **file)
         if rope is not None:
             config.rope_parameters = dict(rope)
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            folder, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **file
         ).eval()
         assert self.model.config._attn_implementation == "eager"
         self._known: dict[tuple[tuple[int, ...], int], Reference] = {}
