@@ -1,6 +1,6 @@
 """Copies of a checkpoint in other formats: `python -m tests.bench.make_variants SOURCE OUT [--kinds int8,fp8,...]`.
 
-`SOURCE` is a folder in bfloat16 or a GGUF file, which transformers unpacks first. `int8` and `int4` are those of
+`SOURCE` is a folder in bfloat16 or a GGUF file, which is unpacked first. `int8` and `int4` are those of
 `longreach quantize`, `fp8` is the layout of Qwen's own checkpoints, and types of GGUF are packed by the library `gguf`
 or, given `--llama-quantize`, by llama.cpp, which also knows `q4_k_m`, `q5_k_m` and `q6_k`.
 """
@@ -19,10 +19,12 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
+from transformers import AutoTokenizer
 
 from cluster.tools.quantize import QuantizeOptions, quantize
 from protos.errors import UserError
 from tests.support.gguf_files import convert
+from tests.support.real.unpack import unpacked_model
 
 BLOCK = 128  # rows and columns that share an FP8 scale
 LIBRARY = {"bf16-gguf": Kind.BF16, "q8_0": Kind.Q8_0, "q5_1": Kind.Q5_1, "q5_0": Kind.Q5_0, "q4_1": Kind.Q4_1,
@@ -79,14 +81,11 @@ def write_gguf(source: Path, target: Path, kind: str, llama_quantize: Path | Non
 
 
 def unpacked(source: Path, out: Path) -> Path:
-    """Return a folder in bfloat16 of a GGUF file, written by transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """Return a folder in bfloat16 of a GGUF file."""
     folder = out / "bf16"
     if not folder.exists():
-        named: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-        AutoModelForCausalLM.from_pretrained(**named, dtype=torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**named).save_pretrained(folder)
+        unpacked_model(source).to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     return folder
 
 

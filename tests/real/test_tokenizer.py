@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import normalizers
+from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from cluster.text.tokenizer import TextTokenizer
@@ -16,9 +17,12 @@ STRINGS = awkward_strings(400)
 
 @pytest.fixture(scope="module")
 def reference(name: str, theirs: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return transformers' tokenizer, with the normalizer of the model's own tokenizer.json."""
+    """Return transformers' tokenizer, with what the model's own tokenizer.json has and GGUF does not spell out."""
+    inner = theirs.backend_tokenizer
     if MODELS[name].nfc:
-        theirs.backend_tokenizer.normalizer = normalizers.NFC()
+        inner.normalizer = normalizers.NFC()
+    if MODELS[name].digits:
+        inner.pre_tokenizer = Sequence([Digits(individual_digits=True), inner.pre_tokenizer])
     return theirs
 
 

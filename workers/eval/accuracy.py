@@ -58,7 +58,7 @@ def our_logits(model: Path, dtype: torch.dtype, ids: Sequence[int]) -> Logits:
 def their_logits(model: Path, dtype: torch.dtype, ids: Sequence[int]) -> Logits:
     """Return transformers' logits after each token of a text; quantised weights are unpacked by its libraries.
 
-    Raises whatever transformers raises where it cannot read a checkpoint.
+    Needs accelerate for GGUF files and FP8. Raises whatever transformers raises where it cannot read a checkpoint.
     """
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
@@ -67,7 +67,7 @@ def their_logits(model: Path, dtype: torch.dtype, ids: Sequence[int]) -> Logits:
     else:
         section = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
         unpacked = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8Config}
-        kind = unpacked.get(section.get("quant_method"))
+        kind = unpacked.get(str(section.get("quant_method")))
         folder, more = model, {} if kind is None else {"quantization_config": kind(dequantize=True)}
     read = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **more).eval()
     return read.to(dtype)(torch.tensor([list(ids)]), use_cache=False).logits[0].float()

