@@ -39,7 +39,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of the verbs that measure."""
     options = [
         click.argument("config", type=_PATH, required=False),
-        click.option("--model", type=_PATH, help="A checkpoint folder, in place of the file's `model`."),
+        click.option("--model", type=_PATH, help="A checkpoint folder or GGUF file, in place of the file's `model`."),
         click.option("--lengths", type=Counts(), help="Token counts, in place of the file's, such as 4K,16K."),
         click.option("--repeats", type=click.IntRange(1, 1000), help="Undisturbed repeats, in place of the file's."),
         click.option("--seed", type=click.IntRange(0), help="Of the prompts, in place of the file's."),
@@ -139,8 +139,8 @@ def scaling(**given: Any) -> None:
 @click.option("--url", help="An OpenAI-compatible server (http://host:8000/v1) as a further peer.")
 @click.option("--url-model", help="The server's name for the model; default: the first that it lists.")
 @click.option("--vllm-python", type=_PATH, help="A Python that has vLLM, as a further peer.")
-@click.option("--llama-server", type=_PATH, help="The path of llama-server (llama.cpp), with --gguf.")
-@click.option("--gguf", type=_PATH, help="The same checkpoint for llama.cpp.")
+@click.option("--llama-server", type=_PATH, help="The path of llama-server (llama.cpp), as a further peer.")
+@click.option("--gguf", type=_PATH, help="The same checkpoint for llama.cpp; default: the model, which is a GGUF file.")
 def compare(
     url: str | None, url_model: str | None, vllm_python: Path | None, llama_server: Path | None, gguf: Path | None,
     **given: Any,
@@ -153,15 +153,15 @@ def compare(
     longreach bench compare --model DIR --lengths 4K,16K
     longreach bench compare --model DIR --url http://127.0.0.1:8000/v1
     """
-    if (llama_server is None) != (gguf is None):
-        raise click.UsageError("--llama-server and --gguf go together")
+    if gguf is not None and llama_server is None:
+        raise click.UsageError("--gguf: is for llama.cpp: name --llama-server too")
     peers: dict[str, dict[str, Any]] = {}
     if url is not None:
         peers["peers.server"] = {"kind": "openai", "url": url, "model": url_model}
     if vllm_python is not None:
         peers["peers.vllm"] = {"kind": "vllm", "python": str(vllm_python.absolute())}
-    if llama_server is not None and gguf is not None:
-        paths = {"server": str(llama_server.absolute()), "gguf": str(gguf.absolute())}
+    if llama_server is not None:
+        paths = {"server": str(llama_server.absolute()), "gguf": str(gguf.absolute()) if gguf is not None else None}
         peers["peers.llama_cpp"] = {"kind": "llama.cpp", **paths}
     _measure("compare", peers=peers, **given)
 

@@ -34,6 +34,14 @@ class WholeModel:
         kv = PagedKV(spec.num_hidden_layers, heads, spec.head_dim, pages, page_size, kv_dtype, self._device)
         return ModelRunner(spec, self._shard, self._weights, kv, Collectives(), self._device)
 
+    @torch.inference_mode()
+    def text_logits(self, spec: ModelSpec, ids: Sequence[int], page_size: int, chunk: int) -> torch.Tensor:
+        """Return the float32 logits `[len(ids), V]` after each token of a text, which is read in steps of `chunk`."""
+        runner = self.runner(spec, len(ids), page_size)
+        feed = SequenceFeed(runner, page_size, len(ids))
+        found = [feed.rows(ids[start : start + chunk]) for start in range(0, len(ids), chunk)]
+        return torch.cat(found)
+
 
 class SequenceFeed:
     """Feeds one sequence to a runner that has no other, step by step, and keeps what comes out."""
@@ -57,6 +65,15 @@ class SequenceFeed:
         self.tokens += out.tokens
         if out.logits is not None:
             self.logits.append(out.logits.cpu())
+
+    @torch.inference_mode()
+    def rows(self, ids: Sequence[int]) -> torch.Tensor:
+        """Compute the next rows; returns the float32 logits `[len(ids), V]` after each of them."""
+        prepared = self._runner.prepare(self._plan(ids, len(ids), False))
+        assert prepared is not None, "a plan with a slice"
+        decoder = self._runner.decoder
+        hidden = decoder.embed(torch.tensor(list(ids), device=self._runner.device))
+        return decoder.logits(decoder.layers(hidden, prepared.layers)).cpu()
 
     def skip(self, ids: Sequence[int]) -> None:
         """Take the pages of the next rows without computing them: an earlier feed of the runner has."""

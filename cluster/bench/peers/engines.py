@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.faults.rig import free_port
-from cluster.bench.head_process import until
+from cluster.bench.peers.llama_server import llama_server
 from cluster.bench.peers.openai_peer import OpenAiPeer
 from cluster.bench.rig import random_ids
 from cluster.bench.speed.machine import server_pids
@@ -21,7 +20,6 @@ from cluster.bench.speed.settings import PeerSection
 from protos.errors import UserError
 
 _TIMEOUT_S = 3600
-_LOAD_WITHIN_S = 600.0
 _ROOT = Path(__file__).resolve().parents[3]
 _SCRIPTS = {  # run by a Python that has the package; they print one JSON object
     "transformers": _ROOT / "workers" / "bench" / "transformers_peer.py",
@@ -68,9 +66,9 @@ def opened_peer(name: str, section: PeerSection, model: Path, threads: int, max_
             asked = OpenAiPeer(name, section.url, section.model or "")
             yield Peer(lambda prompt: asked.measure(prompt.ids, prompt.decode), server_pids(section.url))
         elif section.kind == "llama.cpp":
-            url = steps.enter_context(_llama_server(name, section, threads, max_len))
-            server = OpenAiPeer(name, url, section.model or "")
-            yield Peer(lambda prompt: server.measure(prompt.ids, prompt.decode))
+            started = steps.enter_context(llama_server(name, section, model, threads, max_len))
+            server = OpenAiPeer(name, started.url, section.model or "")
+            yield Peer(lambda prompt: {**server.measure(prompt.ids, prompt.decode), "version": started.version})
         else:
             script = _SCRIPTS[section.kind]
             python = section.python or Path(sys.executable)
@@ -115,37 +113,3 @@ def run_peer(name: str, command: Sequence[object]) -> list[str]:
     if not (lines := done.stdout.strip().splitlines()):
         raise UserError(f"peers: {name}: printed nothing")
     return lines
-
-
-@contextmanager
-def _llama_server(name: str, section: PeerSection, threads: int, max_len: int) -> Iterator[str]:
-    """Start llama-server over a GGUF file; yields its URL."""
-    port = free_port()
-    command = [
-        section.server, "-m", section.gguf, "-c", max_len, "-t", threads, "-np", 1, "--host", "127.0.0.1",
-        "--port", port,
-    ]  # fmt: skip
-    url = f"http://127.0.0.1:{port}/v1"
-    try:
-        process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"peers: {name}.server: {section.server}: cannot be run ({error.strerror})") from error
-
-    def is_ready() -> bool:
-        if process.poll() is not None:
-            raise UserError(f"peers: {name}: {section.server} ended with exit code {process.returncode}")
-        try:
-            OpenAiPeer(name, url, "").measure([1, 2, 3], 1)
-        except UserError:
-            return False
-        return True
-
-    try:
-        until(is_ready, f"{name} answers", _LOAD_WITHIN_S)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)

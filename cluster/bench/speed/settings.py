@@ -37,6 +37,9 @@ class PeerSection(Section):
     model: str | None = Field(default=None, description="must be the name that the server has for the model")
     server: PathValue | None = Field(default=None, description="must be the path of llama-server")
     gguf: PathValue | None = Field(default=None, description="must be the path of the same checkpoint as GGUF")
+    arguments: list[str] = Field(
+        default=[], description="must be a list of further arguments of llama-server, such as ['-fa', 'on']"
+    )
 
 
 class BenchSettings(Section):
@@ -78,7 +81,7 @@ class BenchSettings(Section):
     @field_validator("peers")
     @classmethod
     def _peers_have_what_they_need(cls, value: Mapping[str, PeerSection]) -> Mapping[str, PeerSection]:
-        needed = {"openai": ("url",), "llama.cpp": ("server", "gguf")}
+        needed = {"openai": ("url",), "llama.cpp": ("server",)}
         for name, peer in value.items():
             for key in needed.get(peer.kind, ()):
                 if getattr(peer, key) is None:

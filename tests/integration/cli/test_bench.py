@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import CommandLine
+from tests.support.data.checkpoints import make_checkpoint
+from tests.support.fakes.llama_server import make_program
+from tests.support.gguf_files import convert
 from tests.support.paths import ROOT
 
 NEEDLE = ROOT / "configs" / "needle"
@@ -84,6 +87,23 @@ def test_transformers_gets_the_same_prompts(longreach: CommandLine, model: Path,
         assert row["figures"]["decode_ms"]["median"] > 0
     assert theirs["version"]
     assert theirs["ratio_first_token"] > 0
+
+
+def test_llama_cpp_serves_the_same_gguf_file(longreach: CommandLine, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hf", "qwen2_tied")
+    gguf = convert(folder, tmp_path / "bare.gguf")
+    program = make_program(tmp_path)
+    report = measured(
+        longreach, tmp_path / "out", "compare", "--model", gguf, "--lengths", 60, "--set", "peers={}",
+        "--llama-server", program, "--set", "peers.llama_cpp.arguments=[-fa, 'on']", *QUICK,
+    )  # fmt: skip
+    ours, theirs = report["rows"]
+    assert (ours["engine"], theirs["engine"], theirs["version"]) == ("longreach", "llama_cpp", "0.0.1 (fake)")
+    assert theirs["ratio_first_token"] > 0
+    started, *asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert (started["m"], started["c"], started["fa"]) == (str(gguf), "65", "on")
+    assert asked[-1] == {"prompt": 60, "max_tokens": 5}
+    assert str(tmp_path) not in json.dumps(report)
 
 
 def test_lengths_and_contexts_are_measured(longreach: CommandLine, model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 TOLERANCE = 1e-4  # of max|diff| / max|logit|, per row, in float32
 _CLEAR = 2e-5  # a smaller gap between the best two tokens could go either way by rounding alone
@@ -38,6 +38,17 @@ class Oracle:
         self.model = AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
         ).eval()
+        self._begin()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Oracle:
+        """Return an oracle of a model that is in memory."""
+        oracle = cls.__new__(cls)
+        oracle.model = model
+        oracle._begin()
+        return oracle
+
+    def _begin(self) -> None:
         assert self.model.config._attn_implementation == "eager"
         self._known: dict[tuple[tuple[int, ...], int], Reference] = {}
 
