@@ -10,7 +10,7 @@ from protos.model.quant.scheme import Format, QuantScheme
 from tests.support.quant.reading import check_regions, store
 
 
-@pytest.mark.parametrize("form", get_args(Format))
+@pytest.mark.parametrize("form", [form for form in get_args(Format) if form != "gguf"])  # read by blocks
 def test_every_format_is_read(form: Format) -> None:
     bits = 4 if form in ("gptq", "awq", "pack-quantized") else 8
     is_float = form in ("fp8", "float-quantized")
