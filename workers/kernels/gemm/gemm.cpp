@@ -11,11 +11,14 @@
 namespace longreach::gemm {
 namespace {
 
-template <int Rows> INLINE void some_rows(float* c, const bf16* a, const bf16* b, long k_tiles, bool add) {
+// Rows from `row` on times strip 0 or 1.
+template <int Rows> INLINE void some_rows(float* c, const bf16* a, const Operands& o, long row, long strip) {
+    const bf16* b = strip == 0 ? o.b0 : o.b1;
     float sum[Rows][kStrip] = {};
-    for (int r = 0; add && r < Rows; ++r) std::memcpy(sum[r], c + r * kBlock, sizeof sum[r]);
-    for (long k = 0; k < k_tiles; ++k, a += kTile, b += kTile) {
-        for (long i = 0; i < kStrip; ++i) {
+    const bool scales = o.scales != nullptr;
+    for (int r = 0; o.add && !scales && r < Rows; ++r) std::memcpy(sum[r], c + r * kBlock, sizeof sum[r]);
+    for (long k = 0; k < o.k_tiles; ++k, a += kTile, b += kTile) {
+        for (long i = 0; i < o.lines; ++i) {
             std::uint32_t pairs[kStrip];
             std::memcpy(pairs, b + i * kDepth, sizeof pairs);
             for (int r = 0; r < Rows; ++r) {
@@ -26,19 +29,23 @@ template <int Rows> INLINE void some_rows(float* c, const bf16* a, const bf16* b
             }
         }
     }
-    for (int r = 0; r < Rows; ++r) std::memcpy(c + r * kBlock, sum[r], sizeof sum[r]);
+    for (int r = 0; r < Rows; ++r) {
+        float* to = c + r * kBlock;
+        const float inputs = o.sums ? o.sums[row + r < o.rows ? row + r : row] : 0.0f;
+        for (long n = 0; scales && n < kStrip; ++n) {
+            const float value = o.scales->scale[strip][n] * (sum[r][n] - o.scales->zero[strip][n] * inputs);
+            sum[r][n] = o.add ? to[n] + value : value;
+        }
+        std::memcpy(to, sum[r], sizeof sum[r]);
+    }
 }
 
 INLINE void block(float* c, const Operands& o, Ahead) {
     for (long row = 0; row < o.rows; row += 4) {
         const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
-        for (const bf16* b : {o.b0, o.b1}) {
-            float* to = c + row * kBlock + (b == o.b0 ? 0 : kStrip);
-            if (b == nullptr) continue;
-            if (o.rows - row == 1)
-                some_rows<1>(to, a, b, o.k_tiles, o.add);
-            else
-                some_rows<4>(to, a, b, o.k_tiles, o.add);
+        for (long strip = 0; strip < (o.b1 ? 2 : 1); ++strip) {
+            float* to = c + row * kBlock + strip * kStrip;
+            o.rows - row == 1 ? some_rows<1>(to, a, o, row, strip) : some_rows<4>(to, a, o, row, strip);
         }
     }
 }
@@ -101,26 +108,21 @@ void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, 
 TaskMemory::TaskMemory(long rows, long k, long width, long groups) {
     thread_local Scratch memory;
     const std::size_t strips = round_up(rows, kStrip) * sizeof(bf16);
-    const std::size_t sizes[] = {strips * k,
-                                 round_up(rows, kBlock) * kBlock * sizeof(float),
-                                 strips * width,
-                                 kBlock * kBlock * sizeof(float),
-                                 2 * kSlice * kTile * sizeof(bf16),
-                                 round_up(rows * groups, kStrip) * sizeof(float)};
+    const std::size_t sizes[] = {strips * k, round_up(rows, kBlock) * kBlock * sizeof(float), strips * width,
+                                 2 * kSlice * kTile * sizeof(bf16), round_up(rows * groups, kStrip) * sizeof(float)};
     std::size_t total = 0;
     for (const std::size_t size : sizes) total += size;
     char* at = memory.get(total);
-    char* parts[6];
-    for (int i = 0; i < 6; ++i) {
+    char* parts[5];
+    for (int i = 0; i < 5; ++i) {
         parts[i] = at;
         if (at != nullptr) at += sizes[i];
     }
     a = reinterpret_cast<bf16*>(parts[0]);
     c = reinterpret_cast<float*>(parts[1]);
     hidden = reinterpret_cast<bf16*>(parts[2]);
-    part = reinterpret_cast<float*>(parts[3]);
-    unpacked = reinterpret_cast<bf16*>(parts[4]);
-    sums = reinterpret_cast<float*>(parts[5]);
+    unpacked = reinterpret_cast<bf16*>(parts[3]);
+    sums = reinterpret_cast<float*>(parts[4]);
 }
 
 // Rows [first, first + rows) of a weight [n, k] to their place in the packed weight; `source` rows are `stride` apart.

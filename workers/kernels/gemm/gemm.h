@@ -38,6 +38,11 @@ struct Ahead {
     long lines;
 };
 
+// Scales and zero points of two strips in one group; the zero points are those of codes as `Decoder::codes` writes them.
+struct alignas(kLine) GroupScales {
+    float scale[2][kStrip], zero[2][kStrip];
+};
+
 // Packed operands of one block: up to 32 rows, one or two strips of outputs (`b1` null: one), some of K.
 struct Operands {
     const bf16* a;
@@ -47,6 +52,10 @@ struct Operands {
     long k_tiles;
     long a_stride;  // values from the first strip of rows to the second
     bool add;       // to what c holds
+    // AMX takes none of these: weights of one group as codes, whose sum is scaled, and moved where there are zero points
+    const GroupScales* scales = nullptr;  // null: weights
+    const float* sums = nullptr;  // of the group's inputs of each row; null: no zero points
+    long lines = kStrip;  // of each tile, from where `a` and `b0` point
 };
 
 // The destination of a block: row r goes to `out + place[r] * stride`, as bf16(scale[r] * c + bias).
@@ -54,9 +63,9 @@ struct Target {
     bf16* out;
     long stride;
     const std::int32_t* place;  // null: r
-    const float* scale;         // null: 1
-    const bf16* bias;           // null: 0
-    bool stream;                // bypass the caches where whole lines are written
+    const float* scale;  // null: 1
+    const bf16* bias;  // null: 0
+    bool stream;  // bypass the caches where whole lines are written
 };
 
 // A function that is inlined always, compiled for every instruction set: `of[path]`.

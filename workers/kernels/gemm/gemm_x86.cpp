@@ -78,17 +78,26 @@ template <bool Pairs> PAIRS inline __m512 multiply_add(__m512 sum, __m512i pair,
     return _mm512_fmadd_ps(high(pair), high(line), _mm512_fmadd_ps(low(pair), low(line), sum));
 }
 
+// scale * (sum - zero * inputs), and what c holds
+LR_AVX512 inline __m512 scaled(__m512 sum, const GroupScales& by, long strip, const float* inputs, const float* c) {
+    const __m512 scale = _mm512_load_ps(by.scale[strip]);
+    if (inputs) sum = _mm512_fnmadd_ps(_mm512_load_ps(by.zero[strip]), _mm512_set1_ps(*inputs), sum);
+    return _mm512_fmadd_ps(scale, sum, c ? _mm512_loadu_ps(c) : _mm512_setzero_ps());
+}
+
+// Rows from `row` on.
 template <bool Pairs, int Rows, bool TwoStrips>
-PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
+PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, long row, Ahead ahead) {
     __m512 left[Rows], right[Rows];
+    const bool add = o.add && !o.scales;
     for (int r = 0; r < Rows; ++r) {
-        left[r] = o.add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
-        right[r] = o.add && TwoStrips ? _mm512_loadu_ps(c + r * kBlock + kStrip) : _mm512_setzero_ps();
+        left[r] = add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
+        right[r] = add && TwoStrips ? _mm512_loadu_ps(c + r * kBlock + kStrip) : _mm512_setzero_ps();
     }
     const bf16 *b0 = o.b0, *b1 = TwoStrips ? o.b1 : o.b0;
     for (long k = 0; k < o.k_tiles; ++k, a += kTile, b0 += kTile, b1 += kTile) {
         const auto* pairs = reinterpret_cast<const std::int32_t*>(a);
-        for (long i = 0; i < kStrip; ++i) {
+        for (long i = 0; i < o.lines; ++i) {
             const __m512i l = _mm512_loadu_si512(b0 + i * kDepth), m = _mm512_loadu_si512(b1 + i * kDepth);
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
@@ -100,14 +109,19 @@ PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) 
         prefetch(ahead);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-        _mm512_storeu_ps(c + r * kBlock, left[r]);
-        if (TwoStrips) _mm512_storeu_ps(c + r * kBlock + kStrip, right[r]);
+    for (int r = 0; r < Rows; ++r, c += kBlock) {
+        if (o.scales) {
+            const float* inputs = o.sums ? o.sums + (row + r < o.rows ? row + r : row) : nullptr;
+            left[r] = scaled(left[r], *o.scales, 0, inputs, o.add ? c : nullptr);
+            if (TwoStrips) right[r] = scaled(right[r], *o.scales, 1, inputs, o.add ? c + kStrip : nullptr);
+        }
+        _mm512_storeu_ps(c, left[r]);
+        if (TwoStrips) _mm512_storeu_ps(c + kStrip, right[r]);
     }
 }
 
-template <bool Pairs, int Rows> void some_rows(float* c, const bf16* a, const Operands& o, Ahead ahead) {
-    o.b1 ? vector_rows<Pairs, Rows, true>(c, a, o, ahead) : vector_rows<Pairs, Rows, false>(c, a, o, ahead);
+template <bool Pairs, int Rows> void some_rows(float* c, const bf16* a, const Operands& o, long row, Ahead ahead) {
+    o.b1 ? vector_rows<Pairs, Rows, true>(c, a, o, row, ahead) : vector_rows<Pairs, Rows, false>(c, a, o, row, ahead);
 }
 
 // Rows past `o.rows` are computed too, up to the next of 1, 2, 4 and 8: their strip is filled up.
@@ -117,13 +131,13 @@ template <bool Pairs> void vector_block(float* c, const Operands& o, Ahead ahead
         const long left = o.rows - row;
         float* to = c + row * kBlock;
         if (left == 1)
-            some_rows<Pairs, 1>(to, a, o, ahead);
+            some_rows<Pairs, 1>(to, a, o, row, ahead);
         else if (left == 2)
-            some_rows<Pairs, 2>(to, a, o, ahead);
+            some_rows<Pairs, 2>(to, a, o, row, ahead);
         else if (left <= 4)
-            some_rows<Pairs, 4>(to, a, o, ahead);
+            some_rows<Pairs, 4>(to, a, o, row, ahead);
         else
-            some_rows<Pairs, 8>(to, a, o, ahead);
+            some_rows<Pairs, 8>(to, a, o, row, ahead);
     }
 }
 

@@ -12,7 +12,6 @@ struct TaskMemory {
     bf16* a;         // packed rows of x, [rows, k]
     float* c;        // the sums of a panel
     bf16* hidden;    // packed rows, [rows, width]
-    float* part;     // the sums of a block in one group
     bf16* unpacked;  // two strips of kSlice tiles
     float* sums;     // [groups, rows]: of `sum_groups`
     TaskMemory(long rows, long k, long width, long groups);
@@ -71,6 +70,7 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
     const bool by_group = scales_sums(weight, path);
     const float* sums = by_group && weight.zeros ? memory.sums : nullptr;
     if (sums) sum_groups(memory.sums, a, rows, k_tiles, weight.group);
+    const long parts = by_group ? parts_of_tile(weight) : 1;
     GroupScales scales{};
     for (long panel = panels.start(); panel < panels.stop(); ++panel) {
         const bool two = panels.two(panel);
@@ -81,26 +81,25 @@ template <typename Finish> void run_quantized(int path, const TaskMemory& memory
             continue;
         }
         for (long k = 0, slice; k < k_tiles; k += slice) {
-            const long group = k * kDepth / weight.group;
             slice = by_group ? group_slice(k, k_tiles, weight.group) : std::min(kSlice, k_tiles - k);
             for (long s = 0; s < (two ? 2 : 1); ++s) {
                 const Tiles tiles{2 * panel + s, k_tiles, k, slice};
                 (by_group ? decode.codes : decode.weights)(memory.unpacked + s * kSlice * kTile, weight, tiles);
             }
-            if (by_group) decode.scales(scales, weight, 2 * panel, two, groups, group);
-            const bf16 *b0 = memory.unpacked, *b1 = two ? b0 + kSlice * kTile : nullptr;
-            for (long first = 0; first < rows; first += kBlock, ahead.at += slice * ahead.lines * long(kLine)) {
-                const long count = std::min(kBlock, rows - first);
-                const bf16* from = a + first * k_tiles * kDepth + k * kTile;
-                float* to = c + first * kBlock;
-                if (by_group) {
-                    use.block(memory.part, {from, count, b0, b1, slice, strip, false}, ahead);
-                    decode.accumulate(to, memory.part, count, scales, sums ? sums + group * rows + first : nullptr,
-                                      k > 0);
-                } else {
-                    use.block(to, {from, count, b0, b1, slice, strip, k > 0}, ahead);
+            const bf16 *b0 = memory.unpacked, *b1 = b0 + kSlice * kTile;
+            for (long part = 0; part < parts; ++part) {
+                const long group = (k * kDepth + part * kStrip) / weight.group, skipped = part * kTile / 2;
+                if (by_group) decode.scales(scales, weight, 2 * panel, two, groups, group);
+                for (long first = 0; first < rows; first += kBlock) {
+                    const long count = std::min(kBlock, rows - first);
+                    const bf16* from = a + first * k_tiles * kDepth + k * kTile + part * kStrip;
+                    Operands some{from, count, b0 + skipped, two ? b1 + skipped : nullptr, slice, strip, k + part > 0};
+                    if (by_group) some.scales = &scales, some.lines = kStrip / parts;
+                    if (sums) some.sums = sums + group * rows + first;
+                    use.block(c + first * kBlock, some, part == 0 ? ahead : Ahead{nullptr, 0});
+                    if (part == 0) ahead.at += slice * ahead.lines * long(kLine);
+                    if (k + slice == k_tiles && part + 1 == parts) finish(panel, c + first * kBlock, first, count);
                 }
-                if (k + slice == k_tiles) finish(panel, to, first, count);
             }
         }
     }

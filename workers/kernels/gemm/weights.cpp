@@ -89,19 +89,8 @@ INLINE void scales(GroupScales& out, const Weights& from, long strip, bool two, 
     }
 }
 
-INLINE void accumulate(float* c, const float* part, long rows, const GroupScales& by, const float* sums, bool add) {
-    const float *scale = by.scale[0], *zero = by.zero[0];  // of both strips
-    for (long r = 0; r < rows; ++r, c += kBlock, part += kBlock) {
-        const float sum = sums ? sums[r] : 0.0f;
-        for (long n = 0; n < kBlock; ++n) {
-            const float value = scale[n] * (part[n] - zero[n] * sum);
-            c[n] = add ? c[n] + value : value;
-        }
-    }
-}
-
-template <Path path> constexpr Decoder kDecoder{Compiled<codes>::of[path], Compiled<weights>::of[path],
-                                                Compiled<scales>::of[path], Compiled<accumulate>::of[path], nullptr};
+template <Path path>
+constexpr Decoder kDecoder{Compiled<codes>::of[path], Compiled<weights>::of[path], Compiled<scales>::of[path], nullptr};
 
 }  // namespace
 
@@ -116,14 +105,13 @@ void sum_groups(float* out, const bf16* a, long rows, long k_tiles, long group) 
     for (long row = 0; row < rows; ++row) {
         const bf16* strip = a + row / kStrip * k_tiles * kTile + row % kStrip * kDepth;
         float lanes[kStrip] = {};
-        for (long k = 0; k < k_tiles; ++k) {
-            for (long n = 0; n < kStrip; ++n) {
-                lanes[n] += widen(strip[k * kTile + n]) + widen(strip[k * kTile + kStrip + n]);
-            }
-            if ((k + 1) * kDepth % group && k + 1 < k_tiles) continue;
+        for (long half = 0; half < 2 * k_tiles; ++half) {  // 16 values
+            const bf16* values = strip + half / 2 * kTile + half % 2 * kStrip;
+            for (long n = 0; n < kStrip; ++n) lanes[n] += widen(values[n]);
+            if ((half + 1) * kStrip % group && half + 1 < 2 * k_tiles) continue;
             float sum = 0.0f;
             for (float& lane : lanes) sum += lane, lane = 0.0f;
-            out[k * kDepth / group * rows + row] = sum;
+            out[half * kStrip / group * rows + row] = sum;
         }
     }
 }

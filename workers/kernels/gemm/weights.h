@@ -46,11 +46,6 @@ struct Tiles {
     long strip, k_tiles, first, count;
 };
 
-// Scales and zero points of two strips in one group; the zero points are those of codes as `unpack` writes them.
-struct alignas(kLine) GroupScales {
-    float scale[2][kStrip], zero[2][kStrip];
-};
-
 // At most kFewRows rows of a panel, over all of K.
 struct FewRows {
     const Weights& weights;
@@ -67,9 +62,7 @@ struct Decoder {
     void (*codes)(bf16* out, const Weights& from, const Tiles& tiles);
     void (*weights)(bf16* out, const Weights& from, const Tiles& tiles);
     void (*scales)(GroupScales& out, const Weights& from, long strip, bool two, long groups, long group);
-    // c, 32 floats a row, becomes (or, with `add`, grows by) scale * (part - zero * sums); `sums` of a row, null: no zeros
-    void (*accumulate)(float* c, const float* part, long rows, const GroupScales& scales, const float* sums, bool add);
-    // few rows times a panel by groups, as the three above and `Engine::block` would compute it; null: not faster
+    // few rows times a panel by groups, as the above and `Engine::block` would compute it; null: not faster
     void (*few_rows)(float* c, const bf16* a, const FewRows& operands, Ahead ahead);
 };
 
@@ -79,13 +72,18 @@ const Decoder& x86_decoder(Path path);
 
 // Whether codes are multiplied as they are, and sums of groups scaled: exact weights, and the cheaper way for a row.
 // AMX rounds weights to bfloat16 instead: to scale sums would take half as long as its products. So do groups that end
-// within a tile. One way for all numbers of rows, so that a row's result does not depend on the rows beside it.
-inline bool scales_sums(const Weights& weights, int path) { return path != kAmx && weights.group % kDepth == 0; }
+// elsewhere than after a tile or half of one. One way for all numbers of rows, so that a row's result does not depend on the rows beside it.
+inline bool scales_sums(const Weights& weights, int path) {
+    return path != kAmx && (weights.group % kDepth == 0 || weights.group == kStrip);
+}
 
-// Tiles from tile k on that share a scale, at most a slice.
+// Parts of a tile that have scales of their own.
+inline long parts_of_tile(const Weights& weights) { return weights.group == kStrip ? 2 : 1; }
+
+// Tiles from tile k on that share a scale, at most a slice; one where a tile has two.
 inline long group_slice(long k, long k_tiles, long group) {
     const long end = (k * kDepth / group + 1) * group / kDepth;
-    return std::min({kSlice, k_tiles - k, end - k});
+    return std::max(1L, std::min({kSlice, k_tiles - k, end - k}));
 }
 
 // Sums of the values of rows in every group: out[group * rows + row].

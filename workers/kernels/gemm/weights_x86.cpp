@@ -105,18 +105,6 @@ LR_AVX512 inline __m512 moved(__m512 part, __m512 zero, const float* sums, long 
     return sums ? _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[row]), part) : part;
 }
 
-LR_AVX512 void accumulate(float* c, const float* part, long rows, const GroupScales& by, const float* sums, bool add) {
-    for (long s = 0; s < 2; ++s) {
-        const __m512 scale = _mm512_load_ps(by.scale[s]), zero = _mm512_load_ps(by.zero[s]);
-        for (long r = 0; r < rows; ++r) {
-            const long at = r * kBlock + s * kStrip;
-            const __m512 value = moved(_mm512_loadu_ps(part + at), zero, sums, r);
-            const __m512 before = add ? _mm512_loadu_ps(c + at) : _mm512_setzero_ps();
-            _mm512_storeu_ps(c + at, _mm512_fmadd_ps(scale, value, before));
-        }
-    }
-}
-
 // ---- strips of tiles
 
 template <int kind> LR_AVX512 inline void unpack_codes(bf16* out, const char* at, long tiles) {
@@ -190,35 +178,40 @@ PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
     for (auto& row : total) {
         for (__m512& one : row) one = _mm512_setzero_ps();
     }
-    for (long k = 0, slice; k < k_tiles; k += slice) {
-        const long group = k * kDepth / from.group;
+    const long parts = parts_of_tile(from), lines = kStrip / parts;
+    for (long k = 0, slice; k < k_tiles; k += slice, a += slice * kTile) {
         slice = group_slice(k, k_tiles, from.group);
-        for (auto& row : sum) {
-            for (__m512& one : row) one = _mm512_setzero_ps();
-        }
-        for (long tile = 0; tile < slice; ++tile, a += kTile) {
-            const auto* pairs = reinterpret_cast<const std::int32_t*>(a);
-            for (long line = 0; line < kStrip; line += 2, at += kind == kInt4 ? 32 : 64) {
-                for (int s = 0; s < Strips; ++s) {
-                    __m512i one, two;
-                    two_lines<kind>(at + s * strip, table, one, two);
+        for (long part = 0; part < parts; ++part) {
+            const long group = (k * kDepth + part * kStrip) / from.group;
+            for (auto& row : sum) {
+                for (__m512& one : row) one = _mm512_setzero_ps();
+            }
+            for (long tile = 0; tile < slice; ++tile) {
+                const auto* pairs = reinterpret_cast<const std::int32_t*>(a + tile * kTile) + part * lines;
+                for (long line = 0; line < lines; line += 2, at += kind == kInt4 ? 32 : 64) {
+                    for (int s = 0; s < Strips; ++s) {
+                        __m512i one, two;
+                        two_lines<kind>(at + s * strip, table, one, two);
 #pragma GCC unroll 4
-                    for (int r = 0; r < Rows; ++r) {
-                        const __m512i first = _mm512_set1_epi32(pairs[r * kStrip + line]);
-                        const __m512i second = _mm512_set1_epi32(pairs[r * kStrip + line + 1]);
-                        sum[r][s] = multiply_add<Pairs>(multiply_add<Pairs>(sum[r][s], first, one), second, two);
+                        for (int r = 0; r < Rows; ++r) {
+                            const __m512i first = _mm512_set1_epi32(pairs[r * kStrip + line]);
+                            const __m512i second = _mm512_set1_epi32(pairs[r * kStrip + line + 1]);
+                            sum[r][s] = multiply_add<Pairs>(multiply_add<Pairs>(sum[r][s], first, one), second, two);
+                        }
                     }
                 }
+                for (long i = 0; part == 0 && i < ahead.lines; ++i, ahead.at += kLine) {
+                    __builtin_prefetch(ahead.at, 0, 2);
+                }
             }
-            for (long i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
-        }
-        for (int s = 0; s < Strips; ++s) {
-            const __m512 scale = scale_of(from, o.tiles.strip + s, groups, group);
-            const __m512 zero = zero_of(from, o.tiles.strip + s, groups, group);
-            const float* sums = o.sums ? o.sums + group * o.rows : nullptr;
-            for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
-                const __m512 part = moved(sum[r][s], zero, sums, r < o.rows ? r : 0);
-                total[r][s] = _mm512_fmadd_ps(scale, part, total[r][s]);
+            for (int s = 0; s < Strips; ++s) {
+                const __m512 scale = scale_of(from, o.tiles.strip + s, groups, group);
+                const __m512 zero = zero_of(from, o.tiles.strip + s, groups, group);
+                const float* sums = o.sums ? o.sums + group * o.rows : nullptr;
+                for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
+                    const __m512 moved_sum = moved(sum[r][s], zero, sums, r < o.rows ? r : 0);
+                    total[r][s] = _mm512_fmadd_ps(scale, moved_sum, total[r][s]);
+                }
             }
         }
     }
@@ -242,9 +235,9 @@ template <bool Pairs> PAIRS void few_rows(float* c, const bf16* a, const FewRows
 }
 
 constexpr Decoder kDecoders[] = {
-    {codes, weights<false>, scales, accumulate, few_rows<false>},
-    {codes, weights<true>, scales, accumulate, few_rows<true>},
-    {codes, weights<true>, scales, accumulate, nullptr},
+    {codes, weights<false>, scales, few_rows<false>},
+    {codes, weights<true>, scales, few_rows<true>},
+    {codes, weights<true>, scales, nullptr},
 };
 
 }  // namespace
