@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from cluster.config.deployment import Deployment
+from cluster.latency.hardware import load_hardware
 from cluster.latency.latency_file import LatencyFile, Measured
 from cluster.latency.model import LatencyModel
 from cluster.latency.pipeline_work import measured_on, stage_works
 from cluster.planner.forecast import predict
-from cluster.planner.hardware import load_hardware
 from cluster.planner.measured import Measurements
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan
