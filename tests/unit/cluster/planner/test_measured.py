@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +24,18 @@ from tests.support.planner.models import subject
 
 CORES = 4
 TRUTH = (1e-4, 4e-11, 1e-12, 5e-11, 2e-12, 3e-12, 0.0)
-USUAL = (1.0,) * 7
+USUAL = (3e-4, 2e-11, 2e-12, 2e-11, 2e-12, 2e-12, 2e-10)
 
 
 def plan(start: int, length: int, prompt: int) -> StepPlan:
     return StepPlan(1, (SequenceSlice(0, start, length, prompt, (), (), 1),))
 
 
-def run_head(data_dir: Path, given: Deployment, truth: tuple[float, ...] = TRUTH, of: Measured | None = None) -> None:
+def run_head(
+    data_dir: Path, given: Deployment, truth: tuple[float, ...] = TRUTH, of: Measured | None = None, noise: float = 0.0
+) -> None:  # fmt: skip
     """Leave what a head that computes with these costs would leave after a prompt and some decode steps."""
+    rng = random.Random(1)
     model = LatencyModel(given.spec, stage_works(given))
     for step in range(40):
         start = step * 2048
@@ -39,7 +43,8 @@ def run_head(data_dir: Path, given: Deployment, truth: tuple[float, ...] = TRUTH
             part = made.slices[0]
             is_cell = given.spec.sparse is not None and part.length > 1
             reports = [CellReport(0, 0, 0, start, part.length, (0.2,), (1,), (1,), (False,))] if is_cell else []
-            model.observe(made, sum(a * b for a, b in zip(model.features(made, reports), truth, strict=True)), reports)
+            took = sum(a * b for a, b in zip(model.features(made, reports), truth, strict=True))
+            model.observe(made, took * (1 + rng.gauss(0, noise)), reports)
     LatencyFile(data_dir, of or measured_on(given, "avx512", CORES)).save(model)
 
 
@@ -65,13 +70,28 @@ def test_other_layouts_and_threads_are_scaled(tmp_path: Path):
     given = small(tmp_path)
     run_head(tmp_path / "data", given)
     measurements = Measurements.of(tmp_path / "data", CORES)
-    one, two = (measurements.costs_of(relayout(given, stages, 1), USUAL) for stages in (1, 2))
+    halved = (USUAL[0], *(2 * cost for cost in USUAL[1:6]), USUAL[6])  # usual with half of the threads
+    one = measurements.costs_of(given, USUAL)
+    two = measurements.costs_of(relayout(given, 2, 1), halved)
     assert one is not None
     assert two is not None
     assert two.source == "80 steps measured here (this model, other layouts)"
     assert two.seconds[2] == pytest.approx(2 * one.seconds[2]), "half of the threads for each stage"
     assert two.seconds[0] == one.seconds[0]
-    assert two.seconds[6] == 1.0, "no step had reductions: the usual cost"
+    assert one.seconds[6] > 0, "no step had reductions: in the usual ratio to the rest"
+
+
+@pytest.mark.parametrize("unit", range(6))
+def test_a_cost_that_steps_put_at_zero_is_not_counted_twice(tmp_path: Path, unit: int):
+    """Its time is in what other units cost: nothing is added for it, however slow the table says that this is."""
+    given = small(tmp_path)
+    truth = tuple(0.0 if index == unit else cost for index, cost in enumerate(TRUTH))
+    run_head(tmp_path / "data", given, truth, noise=0.02)
+    costs = Measurements.of(tmp_path / "data", CORES).costs_of(given, tuple(10 * cost for cost in USUAL))
+    assert costs is not None
+    found, wanted = predict(given, 60_000, costs), predict(given, 60_000, replace(costs, seconds=truth))
+    assert found.prefill_s == pytest.approx(wanted.prefill_s, rel=0.05)
+    assert found.decode_s == pytest.approx(wanted.decode_s, rel=0.05)
 
 
 def test_another_model_here_is_better_than_nothing(tmp_path: Path):
