@@ -16,9 +16,10 @@ Floats = NDArray[np.float64]
 _FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
 _SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a step counts less or not more
 _RIDGE = 1e-6
-# A cost that differs from the usual one by its own size counts as one step that is 10 % off: steps scatter by about so
-# much, and rates of a table may be wrong by about so much. (0.1 / 1) ** 2 is the ridge of that normal prior.
-_DRAW = 0.01
+# Ridge of a normal prior: (scatter of steps / error of usual costs) ** 2. Quiet steps scatter by 12 to 22 %,
+# rates of a table may be wrong by a factor of two, 0.7 in logarithms: (0.15 / 0.7) ** 2. So a cost that differs from
+# the usual one by its own size counts as one step that is 22 % off.
+_DRAW = 0.05
 _ROUNDS = 3  # of solving, as the draw to a cost depends on it
 
 
