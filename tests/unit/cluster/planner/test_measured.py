@@ -20,6 +20,7 @@ from cluster.planner.plan import make_plan
 from cluster.planner.subject import as_dense, as_sparse
 from cluster.planner.target import cpu_target
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
+from tests.support.latency.recorded import recorded
 from tests.support.planner.models import subject
 
 CORES = 4
@@ -92,6 +93,24 @@ def test_a_cost_that_steps_put_at_zero_is_not_counted_twice(tmp_path: Path, unit
     found, wanted = predict(given, 60_000, costs), predict(given, 60_000, replace(costs, seconds=truth))
     assert found.prefill_s == pytest.approx(wanted.prefill_s, rel=0.05)
     assert found.decode_s == pytest.approx(wanted.decode_s, rel=0.05)
+
+
+def test_recorded_steps_of_two_stages(tmp_path: Path):
+    """Decoding at 8K is predicted from steps up to 4K, of which some were slow, within 20 %."""
+    shape = {"vocab_size": 49152, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}
+    experts = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "eos_token_id": 2}
+    given = relayout(as_dense(subject(tmp_path, "cpu", **shape, **heads, **experts)), 2, 1)
+    usual, found = load_hardware()["cpu-avx512-bf16"].costs(1, sharers=2), recorded("benchmodel-2x1")
+    model = LatencyModel(given.spec, stage_works(given))
+    for step in found["steps"]:
+        step.teach(model)
+    of = measured_on(given, "", 2)
+    costs = Measurements([(of, model.to_json())], 2).costs_of(given, usual)
+    assert costs is not None
+    forecast = predict(given, 8192, replace(costs, hop_s=0.001))
+    assert forecast.prefill_s == pytest.approx(found["first_token_s"], rel=0.1)
+    assert forecast.decode_s == pytest.approx(found["decode_s"], rel=0.2)
 
 
 def test_another_model_here_is_better_than_nothing(tmp_path: Path):
