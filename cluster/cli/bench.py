@@ -61,7 +61,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 def _measure(kind: Kind, config: Path | None, out: Path, as_json: bool, **given: Any) -> None:
     from cluster.bench.speed.settings import load_bench
     from cluster.bench.speed.suite import run_bench
-    from cluster.tools.assets import configs_dir
+    from cluster.config.configs_dir import configs_dir
 
     with one_line_errors():
         file = config or configs_dir() / "bench" / f"{kind}.yaml"

@@ -18,7 +18,7 @@ from cluster.engine.hang_detector import HangDetector
 from cluster.kv_store.store import KvStore
 from cluster.latency.latency_file import LatencyFile
 from cluster.latency.model import LatencyModel
-from cluster.latency.pipeline_work import measured_on, stage_works
+from cluster.latency.pipeline_work import measured_on, stage_works, usual_costs
 from cluster.scheduler.page_pool import PagePool
 from cluster.scheduler.scheduler import Scheduler
 from cluster.text.tokenizer import TextTokenizer
@@ -93,10 +93,12 @@ class _Assembly:
         Args:
             latency: what the engine before has learned; None: what the data directory keeps.
         """
-        of = measured_on(self.deployment, launched.kernel_family, usable_cores())
+        cores = usable_cores()
+        of = measured_on(self.deployment, launched.kernel_family, cores)
         latency_file = LatencyFile(self.deployment.config.data_dir, of)
         if latency is None:
-            latency = LatencyModel(self.deployment.spec, stage_works(self.deployment))
+            usual = usual_costs(self.deployment, cores)
+            latency = LatencyModel(self.deployment.spec, stage_works(self.deployment), usual)
             latency_file.load(latency)
         engine = self._engine(launched, pool, latency)
         with ExitStack() as steps:  # undone in the opposite order: hang detector, KV store, engine, stage processes

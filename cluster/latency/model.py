@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cluster.latency.fit import Costs, Floats, Sums, fit, numbers
 from cluster.latency.sparsity import Sparsity
 from cluster.latency.step_work import UNITS, PlainWork, ShardWork, StepCounts, Work, causal_pairs
 from cluster.scheduler.chunking import Chunk
@@ -21,13 +21,7 @@ from protos.model import grid
 from protos.model.spec import ModelSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 
-_FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
-_RIDGE = 1e-6
 _REFRESH = 16  # steps after which their expected times are those of the newest costs
-_SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a step counts less or not more
-
-Costs = tuple[float, ...]  # seconds of each of UNITS
-Floats = NDArray[np.float64]
 
 
 def visited_share(part: SequenceSlice, reports: Sequence[CellReport]) -> float | None:
@@ -47,13 +41,21 @@ class LatencyModel:
     A step is measured at its slowest shard: for decode steps, of which others answer later, that of the last stage.
     """
 
-    def __init__(self, spec: ModelSpec | None = None, works: Sequence[ShardWork] = ()) -> None:
-        """Args: `works` has one shard of every stage; without them costs are of tokens, contexts and pairs."""
+    def __init__(
+        self, spec: ModelSpec | None = None, works: Sequence[ShardWork] = (), usual: Costs | None = None
+    ) -> None:  # fmt: skip
+        """Start with no step.
+
+        Args:
+            works: one shard of every stage; without them costs are of tokens, contexts and pairs.
+            usual: costs on such hardware, of which only the ratios matter: for what few steps do not tell.
+        """
         self._spec = spec
         self._decode_work: Work = works[-1] if works else PlainWork()
         self._prefill_work: Work = max(reversed(works), key=lambda work: work.layers) if works else PlainWork()
         self._sparsity = Sparsity(spec)
-        self._prefill, self._decode = _Sums(), _Sums()
+        self._prefill, self._decode = Sums(), Sums()
+        self._usual = usual
         self._costs: Costs | None = None
         self._reference: Costs | None = None  # costs by which steps are weighed
 
@@ -91,14 +93,12 @@ class LatencyModel:
 
     @property
     def coefficients(self) -> Costs:
-        """Seconds of each unit; zeros before any step, and for units that no step had."""
+        """Seconds of each unit; zeros before any step, and without usual costs for units that no step had."""
         if not self.num_steps:
             return (0.0,) * len(UNITS)
         fitted = self._costs  # read once: other threads ask while the engine's thread observes
         if fitted is None:
-            gram = np.array(self._prefill.gram) + np.array(self._decode.gram)
-            moment = np.array(self._prefill.moment) + np.array(self._decode.moment)
-            fitted = self._costs = tuple(_non_negative(gram, moment).tolist())
+            fitted = self._costs = fit((self._prefill, self._decode), self._usual)
         return fitted
 
     def predict(self, plan: StepPlan) -> float:
@@ -127,8 +127,8 @@ class LatencyModel:
         """Begin with what another run has learned. Raises ValueError for anything but what `to_json` returns."""
         if learned.get("units") != list(UNITS):
             raise ValueError("it has other units of work")
-        sparsity = _numbers(learned.get("visited"), (5,))
-        prefill, decode = (_Sums.from_json(learned.get(kind)) for kind in ("prefill", "decode"))
+        sparsity = numbers(learned.get("visited"), (5,))
+        prefill, decode = (Sums.from_json(learned.get(kind)) for kind in ("prefill", "decode"))
         self._sparsity.sums, self._prefill, self._decode, self._costs = sparsity, prefill, decode, None
         self._reference = self.coefficients if self.num_steps else None
 
@@ -136,10 +136,8 @@ class LatencyModel:
         """Add the steps of another run, as of `restore`; what was learned of sparse cells stays this one's."""
         other = LatencyModel()
         other.restore(learned)
-        for own, more in ((self._prefill, other._prefill), (self._decode, other._decode)):
-            own.gram = (np.array(own.gram) + np.array(more.gram)).tolist()
-            own.moment = (np.array(own.moment) + np.array(more.moment)).tolist()
-            own.steps += more.steps
+        self._prefill.absorb(other._prefill)
+        self._decode.absorb(other._decode)
         self._costs = None
 
     def _is_sparse(self, part: SequenceSlice) -> bool:
@@ -162,68 +160,3 @@ def chunk_counts(chunks: Sequence[Chunk], keys: Callable[[Floats], Floats]) -> S
     contexts = starts + (lengths + 1) / 2
     visited = lengths * np.where(sparse > 0, keys(contexts), contexts)
     return StepCounts(lengths, np.zeros_like(starts), stops, visited, sparse * stops)
-
-
-class _Sums:
-    """Weighted sums of products of features, forgetting, and the number of steps behind them."""
-
-    def __init__(self) -> None:
-        size = len(UNITS)
-        self.gram = [[0.0] * size for _ in range(size)]  # lists, as numpy costs more than so many sums
-        self.moment = [0.0] * size
-        self.steps = 0
-
-    def add(self, x: Costs, seconds: float, expected: float) -> None:
-        """Take one step; errors count relative to the expected time, so that decode steps matter as much as chunks.
-
-        Relative to the measured one the fastest steps would count most: a busy machine would be predicted as idle.
-        """
-        weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
-        self.gram = [
-            [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
-            for row, a in zip(self.gram, x, strict=True)
-        ]
-        self.moment = [_FORGET * old + weight * a * seconds for old, a in zip(self.moment, x, strict=True)]
-        self.steps += 1
-
-    def to_json(self) -> dict[str, Any]:
-        return {"gram": self.gram, "moment": self.moment, "steps": self.steps}
-
-    @classmethod
-    def from_json(cls, value: object) -> _Sums:
-        if not isinstance(value, Mapping) or not isinstance(value.get("steps"), int) or value["steps"] < 0:
-            raise ValueError("it has no sums")
-        sums, size = cls(), len(UNITS)
-        sums.gram, sums.steps = _numbers(value.get("gram"), (size, size)).tolist(), value["steps"]
-        sums.moment = _numbers(value.get("moment"), (size,)).tolist()
-        return sums
-
-
-def _numbers(value: object, shape: tuple[int, ...]) -> Floats:
-    """Return finite numbers of a shape. Raises ValueError."""
-    try:
-        numbers = np.array(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError("it has no numbers") from error
-    if numbers.shape != shape or not np.isfinite(numbers).all():
-        raise ValueError(f"it has not the finite numbers of shape {shape}")
-    return numbers
-
-
-def _non_negative(gram: Floats, moment: Floats) -> Floats:
-    """Solve least squares with coefficients >= 0: solve, drop the most negative one, repeat."""
-    active: Sequence[int] = range(len(moment))
-    # Unit diagonal first: decode steps weigh 1e6 times more than chunks, which the ridge would outweigh otherwise.
-    size = np.sqrt(np.diag(gram))
-    size[size == 0] = 1.0
-    gram, moment = gram / np.outer(size, size), moment / size
-    while active:
-        index = np.array(active)
-        solution = np.linalg.solve(gram[np.ix_(index, index)] + _RIDGE * np.eye(len(index)), moment[index])
-        if (solution >= 0).all():
-            out = np.zeros(len(moment))
-            out[index] = solution / size[index]
-            return out
-        worst = int(index[solution.argmin()])
-        active = [i for i in active if i != worst]
-    return np.zeros(len(moment))

@@ -1,4 +1,4 @@
-"""The work of a deployment's shards, and what times measured on it are kept under."""
+"""The work of a deployment's shards, what it usually costs, and what times measured on it are kept under."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 
 from cluster.config.deployment import Deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype, kv_dtype, weight_widths
+from cluster.latency.fit import Costs
+from cluster.latency.hardware import load_hardware, processor
 from cluster.latency.latency_file import Measured
 from cluster.latency.step_work import ShardWork
-from protos.node.environment import cpu_name
+from protos.node.environment import cpu_facts, cpu_name
 
 
 def stage_works(deployment: Deployment) -> list[ShardWork]:
@@ -20,6 +22,19 @@ def stage_works(deployment: Deployment) -> list[ShardWork]:
     kv_width = 1.0 + 4.0 / spec.head_dim if kv_type == "int8" else float(DTYPE_BYTES[kv_type])  # with a head's scale
     widths = weight_widths(deployment)
     return [ShardWork(spec, shard, width, kv_width, widths) for shard in deployment.shards if shard.rank == 0]
+
+
+def usual_costs(deployment: Deployment, cores: int) -> Costs:
+    """Return what the hardware table says of a unit of work on one shard; of GPUs, whose ratios are alike, any will do.
+
+    Args:
+        cores: of this machine, for stages on the processor.
+    """
+    cluster, table = deployment.config.cluster, load_hardware()
+    if cluster.device != "cpu":
+        return next(row for row in table.values() if row.kind == "gpu").costs()
+    flags = (cpu_facts() or {}).get("flags", "").split()
+    return processor(table, flags).costs(cluster.threads(cores), cluster.num_actors)
 
 
 def measured_on(deployment: Deployment, kernel_family: str, cores: int) -> Measured:

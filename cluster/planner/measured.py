@@ -33,8 +33,8 @@ class Measurements:
         """Return the costs of a deployment, None where nothing fits.
 
         Steps of the same model in this layout and with these threads are taken if there are any, else of the same
-        model in another layout, else of all models here; costs are scaled to the threads. Units that no step had cost
-        what `usual` says.
+        model in another layout, else of all models here; costs are scaled to the threads. What the steps do not tell
+        follows from the ratios of `usual`, the costs that the hardware table has for this deployment.
         """
         wanted = measured_on(deployment, "", self.cores)
         here = [(of, learned) for of, learned in self.files if (of.hardware, of.cores) == (wanted.hardware, self.cores)]
@@ -43,28 +43,31 @@ class Measurements:
         what = "this model" if model else "other models"
         groups = [(same, f"{what}, {wanted.stages} x {wanted.shards}"), (model, f"{what}, other layouts"), (here, what)]
         for group, name in groups:
-            if fitted := _fit(group, wanted, deployment.spec):
+            if not group:
+                continue
+            threads = max(of.threads for of, _ in group)
+            if fitted := _fit(group, wanted, deployment.spec, _scaled(usual, wanted.threads / threads)):
                 model_fit, steps = fitted
-                seconds = tuple(own or other for own, other in zip(model_fit.coefficients, usual, strict=True))
-                threads = max(of.threads for of, _ in group)
-                scale = threads / wanted.threads
-                seconds = tuple(c * scale if by else c for c, by in zip(seconds, _BY_THREADS, strict=True))
+                seconds = _scaled(model_fit.coefficients, threads / wanted.threads)
                 has_cells = any(of.sparse == wanted.sparse and wanted.sparse for of, _ in group)
                 keys = model_fit.keys if has_cells else None
                 return Costs(seconds, f"{steps:,} steps measured here ({name})", keys=keys)
         return None
 
 
+def _scaled(costs: Sequence[float], scale: float) -> tuple[float, ...]:
+    """Return costs of shards with other threads: `scale` is how much longer they compute."""
+    return tuple(cost * scale if by else cost for cost, by in zip(costs, _BY_THREADS, strict=True))
+
+
 def _fit(
-    group: Sequence[tuple[Measured, Mapping[str, Any]]], wanted: Measured, spec: ModelSpec
+    group: Sequence[tuple[Measured, Mapping[str, Any]]], wanted: Measured, spec: ModelSpec, usual: tuple[float, ...]
 ) -> tuple[LatencyModel, int] | None:  # fmt: skip
     """Return the model of all steps of a group with the same threads, sparse cells as wanted; None without steps."""
-    if not group:
-        return None
     threads = max(of.threads for of, _ in group)
     usable = [(of, learned) for of, learned in group if of.threads == threads]
     usable.sort(key=lambda entry: entry[0].sparse != wanted.sparse)
-    model = LatencyModel(spec)
+    model = LatencyModel(spec, usual=usual)
     for index, (_, learned) in enumerate(usable):
         try:
             model.absorb(learned) if index else model.restore(learned)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.deployment import Deployment
-from cluster.planner.hardware import Device, load_hardware
+from cluster.latency.hardware import Device, load_hardware
 from cluster.planner.plan import make_plan
 from cluster.planner.subject import load_subject
 from cluster.planner.target import Target, cpu_target, gpu_target, have_target

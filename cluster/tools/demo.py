@@ -10,10 +10,11 @@ from typing import Any
 
 import psutil
 
+from cluster.config.configs_dir import configs_dir
 from cluster.config.deployment import Deployment
 from cluster.engine.outputs import Generation
 from cluster.engine.runtime import ClusterRuntime
-from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.assets import needle_dir
 from cluster.tools.demo_http import HttpAnswer, ask_over_http, can_serve_http
 from cluster.tools.display import Display
 from cluster.tools.eval.haystack import Haystack, build_haystack, is_right

@@ -17,9 +17,10 @@ from cluster.bench.faults.rig import PATIENT, free_port, merged
 from cluster.bench.head_process import HeadProcess, until
 from cluster.client.client import Client, Job
 from cluster.client.models import Answer, JobEnded, ProgressEvent, TokenEvent
+from cluster.config.configs_dir import configs_dir
 from cluster.config.memory_budget import DTYPE_BYTES
 from cluster.config.yaml_source import ConfigSource
-from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.assets import needle_dir
 from protos.model.config_json import load_model_spec
 
 Layout = tuple[int, int]  # stages, shards a stage

@@ -12,7 +12,7 @@ from cluster.bench.planning.eta import check_eta
 from cluster.bench.simulation.real import check_processes, check_stages
 from cluster.bench.simulation.study import draw_study, study, table
 from cluster.common.units import parse_count
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.subject import load_subject
 from cluster.planner.target import cpu_target, gpu_target
 from protos.errors import UserError

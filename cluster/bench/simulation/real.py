@@ -16,9 +16,9 @@ from cluster.bench.rig import running_head, serve
 from cluster.bench.simulation.pipeline import simulate
 from cluster.config.deployment import Deployment
 from cluster.engine.runtime import ClusterRuntime
+from cluster.latency.hardware import load_hardware
 from cluster.latency.pipeline_work import measured_on
 from cluster.planner.forecast import Costs
-from cluster.planner.hardware import load_hardware
 from cluster.planner.measured import Measurements
 from cluster.planner.memory import relayout
 from cluster.planner.subject import as_dense, load_subject

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from cluster.config.configs_dir import configs_dir
 from cluster.config.deployment import Deployment, load_config, load_deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype
 from cluster.config.schema import ModelSection
 from cluster.config.topology import kv_bytes_per_token
-from cluster.tools.assets import configs_dir
 from protos.errors import UserError
 from protos.model.config_json import load_model_spec
 from protos.model.files import is_gguf

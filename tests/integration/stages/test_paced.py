@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from cluster.bench.simulation.real import check_processes
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.target import gpu_target
 from tests.support.paths import NEEDLE
 from workers.runner.paced import VARIABLE

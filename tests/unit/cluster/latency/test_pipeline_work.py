@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cluster.config.deployment import load_deployment
-from cluster.latency.pipeline_work import measured_on, stage_works
+from cluster.latency.hardware import load_hardware
+from cluster.latency.pipeline_work import measured_on, stage_works, usual_costs
 from cluster.latency.step_work import UNITS, StepCounts
 from tests.support.paths import CONFIGS
 
@@ -41,3 +42,14 @@ def test_the_key_names_hardware_and_model():
     gpu = measured_on(load_deployment(DEMO, {"cluster.device": "cuda"}), "cuda-9.0", 8)
     assert gpu.hardware.startswith("cuda-9.0 at ")
     assert gpu.threads == 1
+
+
+def test_usual_costs_are_of_one_shard_here():
+    rows = load_hardware().values()
+    on_two, on_four = (
+        usual_costs(load_deployment(DEMO, {"cluster.threads_per_actor": threads}), 8) for threads in (2, 4)
+    )
+    assert on_two in [row.costs(2, sharers=4) for row in rows if row.kind == "cpu"], "four actors share the memory"
+    assert on_four[2] == on_two[2] / 2
+    gpu = usual_costs(load_deployment(DEMO, {"cluster.device": "cuda"}), 8)
+    assert gpu in [row.costs() for row in rows if row.kind == "gpu"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.latency.hardware import load_hardware
 from cluster.planner.balance import balanced_layers, layer_seconds
 from cluster.planner.forecast import predict
-from cluster.planner.hardware import load_hardware
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan
 from cluster.planner.target import gpu_target

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config.topology import LayoutError
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.plan import make_plan, recommend
 from cluster.planner.target import cpu_target, gpu_target, have_target
 from tests.support.planner.models import subject

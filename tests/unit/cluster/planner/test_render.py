@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.plan import make_plan
 from cluster.planner.render import render_plan
 from cluster.planner.target import gpu_target, have_target

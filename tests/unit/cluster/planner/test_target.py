@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.memory import relayout
 from cluster.planner.target import cpu_target, gpu_target, have_target
 from protos.errors import UserError

@@ -1,11 +1,11 @@
-"""The configurations and the needle model that ship with the package."""
+"""The needle model that ships with the package."""
 
 from __future__ import annotations
 
-from cluster.tools.assets import configs_dir, needle_dir
-from tests.support.paths import CONFIGS, NEEDLE
+from cluster.tools.assets import needle_dir
+from tests.support.paths import NEEDLE
 
 
-def test_assets_are_found() -> None:
-    assert (needle_dir(), configs_dir()) == (NEEDLE, CONFIGS)
-    assert (configs_dir() / "needle" / "words.json").is_file()
+def test_the_needle_model_is_found() -> None:
+    assert needle_dir() == NEEDLE
+    assert (needle_dir() / "words.json").is_file()

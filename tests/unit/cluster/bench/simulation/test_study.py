@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.bench.simulation.study import draw_study, study, table
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.target import gpu_target
 from protos.errors import UserError
 from tests.support.planner.models import subject

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config.configs_dir import configs_dir
 from cluster.config.deployment import load_config
-from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.assets import needle_dir
 from cluster.tools.eval.modes import (
     MODES,
     Target,

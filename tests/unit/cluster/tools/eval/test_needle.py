@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from cluster.common.errors import EngineError
+from cluster.config.configs_dir import configs_dir
 from cluster.config.deployment import Deployment
 from cluster.engine.outputs import Generation
 from cluster.text.prompts import PromptError
 from cluster.text.tokenizer import TextTokenizer
-from cluster.tools.assets import configs_dir, needle_dir
+from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval import grid
 from cluster.tools.eval.modes import Target, find_target

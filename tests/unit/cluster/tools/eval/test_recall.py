@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cluster.tools.assets import configs_dir, needle_dir
+from cluster.config.configs_dir import configs_dir
+from cluster.tools.assets import needle_dir
 from cluster.tools.display import Display
 from cluster.tools.eval.modes import Target, find_target
 from cluster.tools.eval.recall import RecallOptions, run_recall

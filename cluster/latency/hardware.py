@@ -11,9 +11,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from cluster.common.text_format import show_value
 from cluster.common.units import BYTES_RULE
+from cluster.config.configs_dir import configs_dir
 from cluster.config.section import Bytes, Section, broken_rule, rule_of
 from cluster.config.yaml_source import ConfigError, ConfigSource
-from cluster.tools.assets import configs_dir
 from protos.errors import UserError
 
 _MICRO, _TERA = 1e-6, 1e12

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config.yaml_source import ConfigError
+from cluster.latency.hardware import find_device, load_hardware, processor
 from cluster.latency.step_work import UNITS
-from cluster.planner.hardware import find_device, load_hardware, processor
 from protos.errors import UserError
 
 ROW = "{name: Mine, kind: gpu, memory: 10GiB, reserved: 1GiB, tflops: 100, bandwidth: 1TB, link: 10GB, linear: 0.5, \

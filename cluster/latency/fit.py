@@ -1,0 +1,115 @@
+"""Least squares of measured steps: what each unit of work costs, drawn to usual costs where steps say little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.latency.step_work import UNITS
+
+Costs = tuple[float, ...]  # seconds of each of UNITS
+Floats = NDArray[np.float64]
+
+_FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
+_SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a step counts less or not more
+_RIDGE = 1e-6
+# Ridge of a normal prior: (scatter of steps / error of usual costs) ** 2. Quiet steps scatter by 12 to 22 %,
+# rates of a table may be wrong by a factor of two, 0.7 in logarithms: (0.15 / 0.7) ** 2. So a cost that differs from
+# the usual one by its own size counts as one step that is 22 % off.
+_DRAW = 0.05
+_ROUNDS = 3  # of solving, as the draw to a cost depends on it
+
+
+class Sums:
+    """Weighted sums of products of features, forgetting, and the number of steps behind them."""
+
+    def __init__(self) -> None:
+        size = len(UNITS)
+        self.gram = [[0.0] * size for _ in range(size)]  # lists, as numpy costs more than so many sums
+        self.moment = [0.0] * size
+        self.steps = 0
+
+    def add(self, x: Costs, seconds: float, expected: float) -> None:
+        """Take one step; errors count relative to the expected time, so that decode steps matter as much as chunks.
+
+        Relative to the measured one the fastest steps would count most: a busy machine would be predicted as idle.
+        """
+        weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
+        self.gram = [
+            [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
+            for row, a in zip(self.gram, x, strict=True)
+        ]
+        self.moment = [_FORGET * old + weight * a * seconds for old, a in zip(self.moment, x, strict=True)]
+        self.steps += 1
+
+    def absorb(self, other: Sums) -> None:
+        """Add the steps of another run."""
+        self.gram = (np.array(self.gram) + np.array(other.gram)).tolist()
+        self.moment = (np.array(self.moment) + np.array(other.moment)).tolist()
+        self.steps += other.steps
+
+    def to_json(self) -> dict[str, Any]:
+        return {"gram": self.gram, "moment": self.moment, "steps": self.steps}
+
+    @classmethod
+    def from_json(cls, value: object) -> Sums:
+        """Return the sums that `to_json` has written. Raises ValueError."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("steps"), int) or value["steps"] < 0:
+            raise ValueError("it has no sums")
+        sums, size = cls(), len(UNITS)
+        sums.gram, sums.steps = numbers(value.get("gram"), (size, size)).tolist(), value["steps"]
+        sums.moment = numbers(value.get("moment"), (size,)).tolist()
+        return sums
+
+
+def numbers(value: object, shape: tuple[int, ...]) -> Floats:
+    """Return finite numbers of a shape. Raises ValueError."""
+    try:
+        found = np.array(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("it has no numbers") from error
+    if found.shape != shape or not np.isfinite(found).all():
+        raise ValueError(f"it has not the finite numbers of shape {shape}")
+    return found
+
+
+def fit(parts: Sequence[Sums], usual: Costs | None = None) -> Costs:
+    """Return the cost of each unit, at least 0, that explains the steps of all parts best.
+
+    Without `usual`, units that no step had cost 0. With it, the fit minimises the sum of squared relative errors, plus
+    `_DRAW * ((c - p) / max(c, p)) ** 2` of each unit, where `p` are the usual costs times the one factor that explains
+    the steps best. So only ratios of usual costs matter, and one that is far too low holds nothing back: what many
+    steps determine is fitted to them, what they leave open keeps its usual ratio to the rest.
+    """
+    gram = np.array([part.gram for part in parts]).sum(0)
+    moment = np.array([part.moment for part in parts]).sum(0)
+    solution = prior = np.zeros(len(UNITS))
+    if usual is None or not (scale := np.array(usual) @ gram @ np.array(usual)) > 0:
+        return tuple(_non_negative(gram, moment).tolist())
+    prior = np.array(usual) * max(float(np.array(usual) @ moment / scale), 1e-30)
+    for _ in range(_ROUNDS):
+        draw = _DRAW / np.maximum(solution, prior) ** 2
+        solution = _non_negative(gram + np.diag(draw), moment + draw * prior)
+    return tuple(solution.tolist())
+
+
+def _non_negative(gram: Floats, moment: Floats) -> Floats:
+    """Solve least squares with coefficients >= 0: solve, drop the most negative one, repeat."""
+    active: Sequence[int] = range(len(moment))
+    # Unit diagonal first: decode steps weigh 1e6 times more than chunks, which the ridge would outweigh otherwise.
+    size = np.sqrt(np.diag(gram))
+    size[size == 0] = 1.0
+    gram, moment = gram / np.outer(size, size), moment / size
+    while active:
+        index = np.array(active)
+        solution = np.linalg.solve(gram[np.ix_(index, index)] + _RIDGE * np.eye(len(index)), moment[index])
+        if (solution >= 0).all():
+            out = np.zeros(len(moment))
+            out[index] = solution / size[index]
+            return out
+        worst = int(index[solution.argmin()])
+        active = [i for i in active if i != worst]
+    return np.zeros(len(moment))

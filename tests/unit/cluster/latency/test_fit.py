@@ -1,0 +1,97 @@
+"""Costs follow from steps where these determine them, and from usual ratios where they do not."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from cluster.latency.fit import Costs, Sums, fit
+from cluster.latency.step_work import UNITS
+
+USUAL: Costs = (2e-4, 5e-11, 5e-12, 5e-11, 6e-12, 8e-12, 2e-10)
+TRUTH: Costs = (6e-4, 3e-11, 8e-12, 9e-11, 4e-12, 2e-12, 1e-9)
+
+
+def seconds(units: Costs, costs: Costs) -> float:
+    return float(np.dot(units, costs))
+
+
+def chunk(start: int, tokens: int = 2048) -> Costs:
+    """The units of a chunk of a sparse prefill by a model like the demo's."""
+    stop = start + tokens
+    pairs = tokens * min(start + tokens / 2, 4096.0)
+    return (4.0, 4e6, 3e6 * tokens, 2048.0 * stop, 4096.0 * pairs, 5e5 * stop, 4096.0 * tokens)
+
+
+def decode(context: int) -> Costs:
+    return (4.0, 1e6, 3e6, 2048.0 * context, 4096.0 * context, 0.0, 4096.0)
+
+
+def sums(*steps: Costs, costs: Costs = TRUTH, noise: float = 0.0) -> Sums:
+    made, rng = Sums(), random.Random(1)
+    for units in steps:
+        took = seconds(units, costs) * (1 + rng.gauss(0, noise))
+        made.add(units, took, took)
+    return made
+
+
+def test_many_steps_overrule_usual_costs() -> None:
+    starts = [100_003 * number % 1_000_000 for number in range(100)]
+    parts = sums(*map(chunk, starts)), sums(*map(decode, starts))
+    found = fit(parts, USUAL)
+    assert min(found) >= 0
+    for units in (chunk(0), chunk(2_000_000), decode(100), decode(1_000_000)):
+        assert seconds(units, found) == pytest.approx(seconds(units, TRUTH), rel=0.05)
+        assert seconds(units, fit(parts)) == pytest.approx(seconds(units, TRUTH), rel=0.05)
+
+
+def test_one_step_scales_usual_costs() -> None:
+    """Three times as slow as usual in one kind of step: so it is in all, and only ratios of usual costs matter."""
+    slow = tuple(3 * cost for cost in USUAL)
+    part = sums(chunk(0), costs=slow)
+    for scale in (1e-6, 1.0, 1e6):
+        assert fit((part,), tuple(scale * cost for cost in USUAL)) == pytest.approx(slow, rel=1e-3)
+
+
+def test_units_that_no_step_had_keep_their_ratio() -> None:
+    part = sums(*(decode(context) for context in range(1000, 50_000, 1000)), costs=USUAL)
+    assert fit((part,))[UNITS.index("estimate_flops")] == 0
+    assert fit((part,), USUAL)[UNITS.index("estimate_flops")] == pytest.approx(USUAL[5], rel=1e-3)
+
+
+def test_a_usual_cost_that_is_far_too_low_holds_nothing_back() -> None:
+    """Layers cost 200 times what is usual, as where a network lies between shards."""
+    truth = (200 * USUAL[0], *USUAL[1:])
+    part = sums(*(decode(context) for context in range(1000, 50_000, 1000)), costs=truth)
+    found = fit((part, sums(chunk(0), chunk(2048), costs=truth)), USUAL)
+    for units in (decode(100), decode(100_000), chunk(0)):
+        assert seconds(units, found) == pytest.approx(seconds(units, truth), rel=0.1)
+
+
+def test_without_steps_all_is_zero() -> None:
+    assert fit((Sums(), Sums()), USUAL) == fit((Sums(),)) == (0.0,) * len(UNITS)
+
+
+@pytest.mark.parametrize("measured", [0.0, 1e-9, 1e6])
+def test_extreme_steps_give_finite_costs(measured: float) -> None:
+    part = Sums()
+    part.add(chunk(0), measured, measured)
+    found = fit((part,), USUAL)
+    assert np.isfinite(found).all()
+    assert seconds(chunk(0), found) == pytest.approx(measured, rel=0.01, abs=1e-6)
+
+
+def test_sums_of_two_runs() -> None:
+    steps = [chunk(0), chunk(4096), decode(10)]
+    both, other = sums(*steps[:2]), sums(*steps[2:])
+    both.absorb(Sums.from_json(other.to_json()))
+    assert both.steps == 3
+    assert fit((both,), USUAL) == pytest.approx(fit((sums(*steps[:2]), other), USUAL))
+
+
+@pytest.mark.parametrize("bad", [None, {}, {"steps": -1}, {"steps": 1, "gram": [[1]], "moment": [1.0]}])
+def test_what_are_no_sums_is_refused(bad: object) -> None:
+    with pytest.raises(ValueError, match="it has"):
+        Sums.from_json(bad)
