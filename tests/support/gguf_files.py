@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama"}
@@ -59,7 +59,8 @@ def convert(
     for key, value in (_settings(writer.arch, config) | dict(settings or {})).items():
         if key not in leave_out:
             _add(writer, key, value)
-    for name, values in _tensors(writer.arch, config, load_file(folder / "model.safetensors")).items():
+    stored = {name: values.float().numpy() for name, values in load_file(folder / "model.safetensors").items()}
+    for name, values in _tensors(writer.arch, config, stored).items():
         kind = kind_of(name) if values.ndim > 1 else Kind.F32
         data = values if kind == Kind.F32 else gguf.quantize(values, kind)
         writer.add_tensor(name, data, raw_dtype=None if kind in (Kind.F32, Kind.F16) else kind)
@@ -95,7 +96,6 @@ def _tensors(arch: str, config: Mapping[str, Any], stored: Mapping[str, np.ndarr
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     tensors, experts = {}, {}
     for name, values in stored.items():
-        values = values.astype(np.float32)
         if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name):
             experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = values
         else:
