@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from cluster.config.yaml_source import ConfigError
 from cluster.planner.subject import as_dense, as_sparse, load_subject
 from protos.errors import UserError
 from protos.model.json_fields import ModelConfigError
+from tests.support.hub.cached import cache_entry
 from tests.support.paths import CONFIGS, NEEDLE
 from tests.support.planner.models import config_json
 
@@ -49,7 +51,7 @@ def test_dense_and_sparse_twins(tmp_path: Path):
     ("name", "error", "message"),
     [
         ("absent", UserError, "CONFIG: .*absent: there is no such file: name a cluster YAML"),
-        ("notes.txt", UserError, "must be a cluster YAML, a config.json or a model folder"),
+        ("notes.txt", UserError, "must be a cluster YAML, a config.json, a model folder or GGUF file, or"),
         ("empty.yaml", ConfigError, "empty file"),
         ("broken.json", ModelConfigError, "broken.json"),
         ("folder", ModelConfigError, "the folder is empty"),
@@ -61,3 +63,13 @@ def test_what_cannot_be_read(tmp_path: Path, name: str, error: type[UserError], 
         (tmp_path / file).write_text("{" if file == "broken.json" else "")
     with pytest.raises(error, match=message):
         load_subject(tmp_path / name)
+
+
+def test_a_model_named_as_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^CONFIG: org/moe: is not in the cache .*, and HF_HUB_OFFLINE forbids"):
+        load_subject(Path("org/moe"))
+    snapshot = cache_entry(tmp_path / "cache", "org/moe", {"config.json": config_json(tmp_path).read_bytes()})
+    given = load_subject(Path("org/moe"))
+    assert (given.config.model.path, given.config.model.served_model_name) == (snapshot, "moe")
