@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from cluster.config.yaml_source import ConfigError
+from cluster.planner.hardware import load_hardware
+from cluster.planner.plan import make_plan
 from cluster.planner.subject import as_dense, as_sparse, load_subject
+from cluster.planner.target import have_target
 from protos.errors import UserError
 from protos.model.json_fields import ModelConfigError
+from tests.support.data.checkpoints import make_checkpoint
+from tests.support.gguf_files import convert
 from tests.support.hub.cached import cache_entry
 from tests.support.paths import CONFIGS, NEEDLE
 from tests.support.planner.models import config_json
@@ -73,3 +79,22 @@ def test_a_model_named_as_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     snapshot = cache_entry(tmp_path / "cache", "org/moe", {"config.json": config_json(tmp_path).read_bytes()})
     given = load_subject(Path("org/moe"))
     assert (given.config.model.path, given.config.model.served_model_name) == (snapshot, "moe")
+
+
+def test_a_gguf_file_is_planned_as_the_checkpoint_it_was_made_from(tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "tiny", "qwen3_moe")
+    file = convert(folder, tmp_path / "tiny-F32.gguf")
+    given, original = load_subject(file, "cuda", chunk=64), load_subject(folder, "cuda", chunk=64)
+    assert (given.config.model.path, given.config.model.served_model_name) == (file, "tiny-F32")
+    assert replace(given.spec, eos_token_ids=()) == replace(original.spec, eos_token_ids=())
+    assert (given.shards, given.max_model_len) == (original.shards, original.max_model_len)
+    context, target = given.max_model_len, have_target(load_hardware(None), "1x8GB")
+    plans = [make_plan(deployment, context, target) for deployment in (given, original)]
+    assert plans[0]["fits"]
+    assert plans[0] == plans[1]
+    yaml = tmp_path / "cluster.yaml"
+    yaml.write_text(f"model: {{path: {file.name}}}\n")
+    assert load_subject(yaml).spec == given.spec
+    file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match=r"tiny-F32\.gguf: version 0"):
+        load_subject(file)
