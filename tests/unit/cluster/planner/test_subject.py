@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.support.data.checkpoints import make_checkpoint
 from tests.support.gguf_files import convert
 from tests.support.hub.cached import cache_entry
 from tests.support.paths import CONFIGS, NEEDLE
-from tests.support.planner.models import config_json
+from tests.support.planner.models import QWEN3_235B_A22B, QWEN3_CODER_30B_A3B, QWEN25_7B_1M, config_json
 
 
 def test_a_config_json_alone_is_enough(tmp_path: Path):
@@ -98,3 +99,25 @@ def test_a_gguf_file_is_planned_as_the_checkpoint_it_was_made_from(tmp_path: Pat
     file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match=r"tiny-F32\.gguf: version 0"):
         load_subject(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "parameters", "active", "context"),
+    [
+        ("Qwen/Qwen3-235B-A22B", QWEN3_235B_A22B, 235_093_634_560, 22_190_763_520, 40_960),
+        ("Qwen/Qwen3-Coder-30B-A3B-Instruct", QWEN3_CODER_30B_A3B, 30_532_122_624, 3_353_032_704, 262_144),
+        ("Qwen/Qwen2.5-7B-Instruct-1M", QWEN25_7B_1M, 7_615_616_512, 7_615_616_512, 1_010_000),
+    ],
+)
+def test_published_models_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, published: dict[str, object], parameters: int,
+    active: int, context: int,
+):  # fmt: skip
+    """Sizes of the weights as their model cards and indexes have them."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cache_entry(tmp_path, name, {"config.json": json.dumps(published).encode()})
+    given = load_subject(Path(name), "cuda")
+    assert given.max_model_len == context
+    plan = make_plan(given, 4096, have_target(load_hardware(None), "8x141GB"))
+    assert (plan["model"]["parameters"], plan["model"]["active_parameters"]) == (parameters, active)
+    assert plan["fits"]
