@@ -37,8 +37,8 @@ MAX_FILES = 12
 LAYERS = {
     "protos": ["errors", "generate", "jobs", "model", "stage", "node"],
     "cluster": [
-        "common", "config", "text", "constraints", "scheduler", "latency", "stages", "kv_store", "engine", "jobs",
-        "client", "access", "http", "server", "tools", "planner", "bench", "cli",
+        "common", "hub", "config", "text", "constraints", "scheduler", "latency", "stages", "kv_store", "engine",
+        "jobs", "client", "access", "http", "server", "tools", "planner", "bench", "cli",
     ],
     "workers": [
         "kernels", "quant", "kv", "attention", "sparse", "transport", "model", "runner", "stage", "eval", "bench",

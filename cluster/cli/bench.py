@@ -39,7 +39,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of the verbs that measure."""
     options = [
         click.argument("config", type=_PATH, required=False),
-        click.option("--model", type=_PATH, help="A checkpoint folder or GGUF file, in place of the file's `model`."),
+        click.option("--model", type=_PATH, help="A model, in place of the file's `model`."),
         click.option("--lengths", type=Counts(), help="Token counts, in place of the file's, such as 4K,16K."),
         click.option("--repeats", type=click.IntRange(1, 1000), help="Undisturbed repeats, in place of the file's."),
         click.option("--seed", type=click.IntRange(0), help="Of the prompts, in place of the file's."),
@@ -62,12 +62,13 @@ def _measure(kind: Kind, config: Path | None, out: Path, as_json: bool, **given:
     from cluster.bench.speed.settings import load_bench
     from cluster.bench.speed.suite import run_bench
     from cluster.config.configs_dir import configs_dir
+    from cluster.hub.models import as_named
 
     with one_line_errors():
         file = config or configs_dir() / "bench" / f"{kind}.yaml"
         overrides: dict[str, Any] = dict(given["more"])
         if given["model"] is not None:
-            overrides["model"] = str(given["model"].absolute())
+            overrides["model"] = str(as_named(str(given["model"]), given["model"].absolute()))
         for key in ("repeats", "seed"):
             if given[key] is not None:
                 overrides[key] = given[key]

@@ -36,11 +36,12 @@ def plan(
 ) -> None:  # fmt: skip
     """Say whether CONFIG fits with a context, how long it takes, and how to lay it out.
 
-    CONFIG is a cluster YAML, a model folder, or a config.json alone: no weights are needed. Without --gpu, --have or
-    --cpu the plan is for the memory that is available on this machine now. Exit code 1: it does not fit.
+    CONFIG is a cluster YAML, a model folder, a config.json alone, a GGUF file, or the name of a model on a hub: no
+    weights are needed. Without --gpu, --have or --cpu the plan is for the memory that is available on this machine now.
+    Exit code 1: it does not fit.
 
     \b
-    longreach plan Qwen3-30B-A3B/config.json --context 1m --gpu h200
+    longreach plan Qwen/Qwen3-30B-A3B --context 1m --gpu h200
     longreach plan configs/demo.yaml --context 128K --cpu 8GB --json
     """
     from cluster.planner.request import PlanRequest, plan_for
@@ -86,14 +87,16 @@ def quantize(
     longreach quantize Qwen3-30B-A3B Qwen3-30B-A3B-int4 --bits 4
     longreach quantize MODEL MODEL-int8 --bits 8 --only experts --check 4K
     """
+    from cluster.hub.models import model_argument
     from cluster.tools.quantize import QuantizeOptions
     from cluster.tools.quantize import quantize as write
     from cluster.tools.torch_process import ProcessFailed
 
     with one_line_errors():
         kinds = tuple(kind.strip() for kind in only.split(",") if kind.strip())
-        options = QuantizeOptions(source, target, int(bits), group, kinds)
         with open_display(as_json) as display:
+            source = model_argument("IN", source, on_progress=display.amount)
+            options = QuantizeOptions(source, target, int(bits), group, kinds)
             try:
                 report = write(options, display.count)
                 if check is not None:

@@ -68,7 +68,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of all evaluations."""
     options = [
         click.option("--config", type=_PATH, help="A YAML file: its model, layout, and all else not asked for here."),
-        click.option("--model", type=_PATH, help="A checkpoint folder, in place of model.path; other keys stay."),
+        click.option("--model", type=_PATH, help="A model, in place of model.path; other keys stay."),
         click.option("--document", type=_PATH, help="A UTF-8 text (default: the King James Bible)."),
         click.option(
             "--sparse-threshold", type=Count(), default="0", show_default=True,
@@ -140,9 +140,9 @@ def needle(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
             needles=given["depths"], modes=modes, sparse_threshold=given["sparse_threshold"],
             more=dict(given["settings"]), **{name: given[name] for name in names},
         )  # fmt: skip
-        target = find_target(given["config"], given["model"])
         kinds = [options.form, "shared" if options.shared_words else "", options.kv if options.kv != "auto" else ""]
         with open_display(as_json) as display:
+            target = find_target(given["config"], given["model"], display.amount)
             run = NeedleRun(target, options, display)
             result = ResultFile(out, "-".join(filter(None, ["eval-needle", run.report["model"], *kinds])))
             _run(run, result, display, picture, as_json)
@@ -192,8 +192,8 @@ def recall(as_json: bool, out: Path, picture: bool, **given: Any) -> None:
         options = RecallOptions(
             pinned=pinned, more=more, against=given["against"], **{name: given[name] for name in names}
         )
-        target = find_target(given["config"], given["model"])
         with open_display(as_json) as display:
+            target = find_target(given["config"], given["model"], display.amount)
             try:
                 report = run_recall(target, options, display)
             except ProcessFailed as error:
@@ -249,8 +249,8 @@ def ruler(as_json: bool, out: Path, picture: bool, folder: Path | None, resume: 
             tasks=tuple(TASKS) if given["tasks"] == "all" else _names(given["tasks"]), modes=_names(given["modes"]),
             more=dict(given["settings"]), **{name: given[name] for name in names},
         )  # fmt: skip
-        target = find_target(given["config"], given["model"])
         with open_display(as_json) as display:
+            target = find_target(given["config"], given["model"], display.amount)
             if folder is not None:
                 number = export(target, options, folder, display)
                 display.clear()

@@ -24,9 +24,11 @@ from cluster.common.units import format_count
 from cluster.config.fit_sizes import fit_sizes
 from cluster.config.sampling_defaults import sampling_defaults
 from cluster.config.schema import Config
-from cluster.config.section import RULE_BETWEEN_KEYS, rule_of
+from cluster.config.section import RULE_BETWEEN_KEYS, absolute_path, rule_of
 from cluster.config.topology import LayoutError, plan_shards
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath, Problem
+from cluster.hub.models import find_model
+from cluster.hub.names import HubError, Need, OnProgress
 from protos.jobs.sampling import SamplingParams
 from protos.model.config_json import load_model_spec
 from protos.model.files import is_gguf
@@ -82,10 +84,18 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, object] | 
     return _validate(ConfigSource(path, overrides or {}))
 
 
-def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None) -> Deployment:
-    """Return one YAML file with its model's config.json; layout, context length and grid fit. Raises ConfigError."""
+def load_deployment(
+    path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None, *, need: Need = "weights",
+    on_progress: OnProgress = lambda phase, done, total: None,
+) -> Deployment:  # fmt: skip
+    """Return one YAML file with its model's config.json; layout, context length and grid fit. Raises ConfigError.
+
+    Args:
+        need: what of a model that is named as on a hub must be on this machine; it is downloaded where it is not.
+        on_progress: called while it is downloaded.
+    """
     source = ConfigSource(path, overrides or {})
-    config = _validate(source)
+    config = _with_model(source, _validate(source), need, on_progress)
     config, spec = fit_sizes(config, _load_spec(source, config))
     try:
         cluster = config.cluster
@@ -103,6 +113,24 @@ def load_deployment(path: str | os.PathLike[str], overrides: Mapping[str, object
         )
     _check_grid(source, config, spec)
     return Deployment(config, spec, shards, wanted or spec.default_context, _load_sampling(source, config))
+
+
+def fetch_model(path: str | os.PathLike[str], overrides: Mapping[str, object], on_progress: OnProgress) -> None:
+    """Download the model of a YAML file where it is named as on a hub and not on this machine. Raises ConfigError."""
+    source = ConfigSource(path, overrides)
+    _with_model(source, _validate(source), "weights", on_progress)
+
+
+def _with_model(source: ConfigSource, config: Config, need: Need, on_progress: OnProgress) -> Config:
+    """Return the configuration with the path where its model is after a download. Raises ConfigError."""
+    text = source.data["model"]["path"]
+    need = "tokenizer" if need == "weights" and config.model.load_format == "dummy" else need
+    try:
+        found = find_model(text, absolute_path(text, _folder(source)), need, on_progress)
+    except HubError as error:
+        raise source.error(("model", "path"), error.problem) from error
+    config = config if found == config.model.path else _validate(source)  # its name too may have changed
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": found})})
 
 
 def _check_grid(source: ConfigSource, config: Config, spec: ModelSpec) -> None:
@@ -163,10 +191,15 @@ def _load_sampling(source: ConfigSource, config: Config) -> SamplingParams:
         raise source.error(("model", "sampling_defaults"), str(error)) from error
 
 
+def _folder(source: ConfigSource) -> Path:
+    """Return the folder to which the paths of a file are relative."""
+    return Path(os.path.abspath(source.name)).parent
+
+
 def _validate(source: ConfigSource) -> Config:
     problems = list(source.problems)
     try:
-        config = Config.model_validate(source.data, context={"base_dir": Path(os.path.abspath(source.name)).parent})
+        config = Config.model_validate(source.data, context={"base_dir": _folder(source)})
     except ValidationError as error:
         known = {problem.key for problem in problems}
         broken = [_problem(source, detail) for detail in error.errors(include_url=False)]

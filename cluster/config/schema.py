@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.common.addresses import is_loopback
 from cluster.common.units import BYTES_RULE, COUNT_RULE
@@ -18,6 +18,7 @@ from cluster.config.section import (
     Count,
     FileName,
     Host,
+    ModelPath,
     PathValue,
     PowerOfTwo,
     RayAddress,
@@ -26,7 +27,7 @@ from cluster.config.section import (
     broken_rule,
 )
 from protos.model.document_prompt import DEFAULT_DOCUMENT_PROMPT, is_document_prompt
-from protos.model.folder import resolve, served_name
+from protos.model.folder import served_name
 
 FILE_RULE = "must be the path of a file"
 NAME_RULE = "must be text of 1 to 200 characters"
@@ -37,8 +38,8 @@ TTL_RULE = f"must be a number of seconds above 0 and at most {MAX_TTL_S:.0f} (te
 class ModelSection(Section):
     """The checkpoint, and the length of its context."""
 
-    path: Annotated[PathValue, AfterValidator(resolve)] = Field(
-        description="must be the path of a model folder or GGUF file"
+    path: ModelPath = Field(
+        description="must be the path of a model folder or GGUF file, or the name of a model such as Qwen/Qwen3-0.6B"
     )
     served_model_name: str = Field(
         default=None, validate_default=True, min_length=1, max_length=200, description=NAME_RULE

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from cluster.common.units import parse_bytes, parse_count
+from cluster.hub.models import as_named, local_model
 
 POSITIVE = "must be a whole number of at least 1"
 RULE_BETWEEN_KEYS = "longreach_rule"  # type of the errors that `broken_rule` makes
@@ -45,13 +46,25 @@ def rule_of(key: str, field: FieldInfo) -> str:
 
 
 def _resolve(value: object, info: ValidationInfo) -> Path:
+    return absolute_path(value, (info.context or {}).get("base_dir", Path.cwd()))
+
+
+def absolute_path(value: object, base: Path) -> Path:
+    """Return a path as people write it, relative to a folder, as an absolute one. Raises ValueError: it is none."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
         raise ValueError("not a path")
     expanded = os.path.expanduser(os.fspath(value))
     if expanded.startswith("~"):
         raise ValueError("no such user")
-    base = (info.context or {}).get("base_dir", Path.cwd())
     return Path(os.path.abspath(os.path.join(base, expanded)))
+
+
+def _model(value: object, info: ValidationInfo) -> Path:
+    return local_model(str(value), _resolve(value, info))
+
+
+def _model_name(value: object, info: ValidationInfo) -> Path:
+    return as_named(str(value), _resolve(value, info))
 
 
 def accepts(test: Callable[[Any], object], kind: type[Any] = AfterValidator) -> Any:
@@ -82,6 +95,8 @@ def _is_ray_address(value: str) -> bool:
 
 # an absolute path: `~` expanded, relative to the directory of the YAML file (context `base_dir`)
 PathValue = Annotated[Path, BeforeValidator(_resolve)]
+ModelPath = Annotated[Path, BeforeValidator(_model)]  # of a folder or file, or as it is in the cache of a hub
+ModelName = Annotated[Path, BeforeValidator(_model_name)]  # the same, or as it is named on a hub
 Count = Annotated[int, BeforeValidator(parse_count)]  # 256K
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]  # 1.5GB
 PowerOfTwo = Annotated[int, accepts(lambda value: value & (value - 1) == 0)]

@@ -1,4 +1,4 @@
-"""What is planned: a cluster YAML, a config.json or a model folder, as a deployment without weights."""
+"""What is planned: a cluster YAML, a config.json, a model folder, a GGUF file or a model of a hub, without weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from pathlib import Path
 from cluster.config.deployment import Config, Deployment, load_deployment
 from cluster.config.fit_sizes import fit_sizes
 from cluster.config.topology import plan_shards
+from cluster.hub.models import model_argument
 from protos.errors import UserError
 from protos.model.config_json import load_model_spec
-from protos.model.folder import resolve
+from protos.model.files import is_gguf
 from protos.model.grid import largest_cell
 from protos.model.spec import HeadBudget, SparseSpec
 
+_KINDS = "a cluster YAML, a config.json, a model folder or GGUF file, or a model such as Qwen/Qwen3-0.6B"
 ASSUMED_BUDGET = HeadBudget(n_vertical=1000, n_slash=6096)  # of most heads of Qwen's published 1M recipes
 
 
 def load_subject(path: Path, device: str | None = None, kv: str = "auto", chunk: int | None = None) -> Deployment:
     """Return the deployment of a cluster YAML, or of a model in one process where only the model is named.
+
+    Of a model that is named as on a hub, only the settings are downloaded.
 
     Args:
         device: `cpu` or `cuda`; None: what the YAML says, else cpu.
@@ -38,14 +42,16 @@ def load_subject(path: Path, device: str | None = None, kv: str = "auto", chunk:
     if chunk is not None:
         given["prefill.max_num_batched_tokens"] = chunk
     if path.suffix.lower() in (".yaml", ".yml"):
-        return load_deployment(path, given)
-    if not path.exists():
-        raise UserError(f"CONFIG: {path}: there is no such file: name a cluster YAML, a config.json or a model folder")
-    if path.is_file() and path.suffix.lower() != ".json":
-        raise UserError(f"CONFIG: {path}: must be a cluster YAML, a config.json or a model folder")
-    folder, name = (resolve(path), "config.json") if path.is_dir() else (path.parent, path.name)
-    spec = load_model_spec(folder, config_file=name)
-    sections: dict[str, dict[str, object]] = {"model": {"path": os.path.abspath(folder)}}
+        return load_deployment(path, given, need="config")
+    found = model_argument("CONFIG", path, "config")
+    if not found.exists():
+        raise UserError(f"CONFIG: {found}: there is no such file: name {_KINDS}")
+    if found.is_file() and not is_gguf(found) and found.suffix.lower() != ".json":
+        raise UserError(f"CONFIG: {found}: must be {_KINDS}")
+    is_model = found.is_dir() or is_gguf(found)
+    model, name = (found, "config.json") if is_model else (found.parent, found.name)
+    spec = load_model_spec(model, config_file=name)
+    sections: dict[str, dict[str, object]] = {"model": {"path": os.path.abspath(model)}}
     if re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name):
         sections["model"]["config_file"] = name
     for key, value in given.items():

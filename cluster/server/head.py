@@ -224,7 +224,7 @@ class _Life:
         self._stopping.set()
 
     def run(self) -> None:
-        deployment = load_deployment(self._config_path)
+        deployment = load_deployment(self._config_path, on_progress=self._on_download)
         with ExitStack() as steps:
             guard = threading.Timer(_END_WITHIN_S, _end_now)
             guard.daemon = True
@@ -241,6 +241,9 @@ class _Life:
             guard.start()
             if failure := head.failure:
                 raise ClusterError(f"{failure}: see the log above; start the head again: its jobs go on")
+
+    def _on_download(self, phase: str, done: int, total: int) -> None:
+        self._on_launch(LaunchStatus(phase, done, total))
 
     def _on_launch(self, status: LaunchStatus) -> None:
         if self._stopping.is_set() and not self._is_ready:

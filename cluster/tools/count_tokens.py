@@ -17,7 +17,7 @@ def count_tokens(config: Path, texts: list[bytes]) -> tuple[list[int], int]:
         UserError: the configuration, the checkpoint, its tokenizer or chat template cannot be used, or a text is empty
             or not UTF-8.
     """
-    deployment = load_deployment(config)
+    deployment = load_deployment(config, need="tokenizer")
     model = deployment.config.model
     tokenizer = TextTokenizer.open(model.path, model.chat_template)
     place = document_place(tokenizer, model.document_prompt)

@@ -19,7 +19,7 @@ from cluster.tools.torch_process import run_torch
 from protos.errors import UserError
 from protos.model.config_json import load_model_spec
 from protos.model.files import is_gguf
-from protos.model.folder import explain, resolve
+from protos.model.folder import explain, resolve, served_name
 from protos.model.spec import ModelSpec
 from protos.node.environment import usable_cores
 
@@ -72,8 +72,8 @@ def quantize(options: QuantizeOptions, on_progress: Callable[[str, int, int], No
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return {
-        "what": "quantize", "model": source.name, "target": target.name, "bits": options.bits, "group": options.group,
-        "kinds": list(options.kinds), "bytes_before": before, **result,
+        "what": "quantize", "model": served_name(source), "target": target.name, "bits": options.bits,
+        "group": options.group, "kinds": list(options.kinds), "bytes_before": before, **result,
     }  # fmt: skip
 
 

@@ -45,8 +45,8 @@ def run_once(config: Path, source: RunInput, ask: AnswerOptions, display: Displa
         UserError: bad configuration, checkpoint or input; nothing was started. Otherwise as `ClusterRuntime`.
     """
     began = time.monotonic()
-    deployment = load_deployment(config)
     with display:
+        deployment = load_deployment(config, on_progress=display.amount)
         runtime = ClusterRuntime(deployment, display.launch)
         prompts = _prompts(runtime, source, ask, display)
         with runtime:

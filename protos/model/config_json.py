@@ -15,6 +15,7 @@ from protos.model.files import is_gguf
 from protos.model.folder import explain
 from protos.model.gguf.config import read_config
 from protos.model.json_fields import MAX_POSITIONS, Fields, ModelConfigError, read_json
+from protos.model.long_context import SECTION as LONG_CONTEXT
 from protos.model.long_context import dual_chunk_spec, sparse_spec
 from protos.model.quant.config import quant_scheme
 from protos.model.rope_json import refuse_partial_rotary, rope_spec
@@ -53,6 +54,14 @@ _FAMILIES = {
 }
 
 
+_WITH_IMAGES = {  # models of images and text, of which the language model is read: class, family
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen3"),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "qwen3_moe"),
+}
+_OF_WHOLE_MODEL = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", LONG_CONTEXT)
+_IMAGES_THETA = 500_000.0  # of these models, where the file does not say
+
+
 def load_model_spec(
     model_dir: Path, rope_scaling: Mapping[str, object] | None = None, *, config_file: str = "config.json",
     dual_chunk: Mapping[str, object] | None = None, sparse: Mapping[str, object] | None = None,
@@ -66,7 +75,7 @@ def load_model_spec(
 
     Raises ModelConfigError: a file is missing or malformed, or the model is not one the decoder computes.
     """
-    config = _read_config(Path(model_dir), config_file)
+    config = _text_part(_read_config(Path(model_dir), config_file))
     model_type, family = _family(config)
     layers, hidden = config.integer("num_hidden_layers", high=_MAX_LAYERS), config.integer("hidden_size")
     _refuse_unsupported(config, family, layers)
@@ -115,8 +124,31 @@ def _read_config(model_dir: Path, config_file: str) -> Fields:
         raise
 
 
+def _text_part(config: Fields) -> Fields:
+    """Return the settings of the language model in a model of images and text, any other model's as they are.
+
+    What the vision part adds between layers is zero for text, and positions of text are equal on all axes.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _WITH_IMAGES:
+        return config
+    name, family = _WITH_IMAGES[model_type]
+    architectures = config.get("architectures") or [name]
+    if not isinstance(architectures, list) or name not in architectures:
+        raise config.error("architectures", architectures, f"{model_type} must be {name}")
+    text = config.section("text_config", "must be an object: the settings of the language model")
+    if not text.values:
+        raise config.missing("text_config", "must be an object: the settings of the language model")
+    whole = {key: config.get(key) for key in _OF_WHOLE_MODEL if config.get(key) is not None}
+    fixed: dict[str, object] = {
+        "model_type": family, "architectures": [f"{_FAMILIES[family].architecture}ForCausalLM"],
+        "tie_word_embeddings": config.get("tie_word_embeddings") or False, "norm_topk_prob": True,
+    }  # fmt: skip
+    return Fields(text.source, {"rope_theta": _IMAGES_THETA, **text.values, **whole, **fixed})
+
+
 def _family(config: Fields) -> tuple[str, _Family]:
-    supported = f"supported are {', '.join(_FAMILIES)}"
+    supported = f"supported are {', '.join(_FAMILIES)}, and the text of {', '.join(_WITH_IMAGES)}"
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise config.error("architectures", architectures, "must be a list of class names")

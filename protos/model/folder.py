@@ -1,6 +1,6 @@
 """The folder a model's path names: the snapshot of a Hugging Face cache, and what a folder without a checkpoint holds.
 
-No file but `refs/main` is read; names of files tell.
+No files but those in `refs` are read; names of files tell.
 """
 
 from __future__ import annotations
@@ -40,22 +40,53 @@ def resolve(path: Path) -> Path:
     try:
         if (path / "config.json").exists() or not snapshots.is_dir():
             return path
-        main = path / "refs" / "main"
-        if main.exists():
-            name = read_bounded(main, 200).decode("ascii").strip()
-            known = bool(re.fullmatch(r"\w[\w.-]*", name)) and (snapshots / name).is_dir()
-            return snapshots / name if known else path
+        if (path / "refs" / "main").exists():
+            return snapshot_of(path) or path
         found = _names(snapshots)
     except (OSError, ValueError):
         return path
     return snapshots / found[0] if len(found) == 1 else path
 
 
+def snapshot_of(entry: Path, revision: str = "main") -> Path | None:
+    """Return the snapshot of a cache entry that a branch, tag or commit names, None where the entry has none.
+
+    Raises OSError, ValueError: the entry cannot be read.
+    """
+    ref = entry / "refs" / revision
+    name = read_bounded(ref, 200).decode("ascii").strip() if ref.is_file() else revision
+    is_name = re.fullmatch(r"\w[\w.-]*", name) is not None
+    return entry / "snapshots" / name if is_name and (entry / "snapshots" / name).is_dir() else None
+
+
+def hub_source(path: Path) -> tuple[str, str] | None:
+    """Return repository and commit of a path in a snapshot of a Hugging Face cache, None for any other path."""
+    match = re.search(rf"/{_CACHE_ENTRY}([^/]+)/snapshots/([^/]+)", path.as_posix())
+    return (match[1].replace("--", "/", 1), match[2]) if match else None
+
+
+def on_this_node(path: Path) -> Path:
+    """Return a path of a model as it is on this machine.
+
+    A snapshot in the head's Hugging Face cache that is not at the same place here may be in this machine's own cache
+    (`HF_HUB_CACHE`, `HF_HOME`). Any other path stays as it is.
+    """
+    if hub_source(path) is None or path.exists():
+        return path
+    from huggingface_hub import constants
+
+    at = next(i for i, part in enumerate(path.parts) if part.startswith(_CACHE_ENTRY))
+    here = Path(constants.HF_HUB_CACHE).joinpath(*path.parts[at:])
+    return here if here.exists() else path
+
+
 def served_name(path: Path) -> str:
-    """Return the name of a model: that of its folder, in the Hugging Face cache that of its repository."""
-    if path.parent.name == "snapshots" and (entry := path.parents[1].name).startswith(_CACHE_ENTRY):
+    """Return the name of a model: of its file or folder, of its repository where that is a snapshot in a cache."""
+    if is_gguf(path):
+        return path.stem
+    if path.parent.name == "snapshots" and "--" in (entry := path.parents[1].name):
         return entry.rsplit("--", 1)[-1]
-    return path.stem if is_gguf(path) else path.name
+    return path.name
 
 
 def explain(folder: Path) -> str:
@@ -63,7 +94,7 @@ def explain(folder: Path) -> str:
     if not folder.is_dir():
         if folder.exists():
             return (
-                _kind([folder.name]) or "a file, not a folder: name the folder that holds config.json and safetensors"
+                kind_of([folder.name]) or "a file, not a folder: name the folder that holds config.json and safetensors"
             )
         return "there is no such folder: name the folder of a model"
     try:
@@ -90,7 +121,7 @@ def interrupted_downloads(folder: Path) -> list[str]:
 def _explain_names(names: list[str], inner: list[str]) -> str:
     if entries := [name for name in names if name.startswith(_CACHE_ENTRY)]:
         return f"the folder is the Hugging Face cache: name one of its models, such as {shown(entries[0])}"
-    if found := _kind(names):
+    if found := kind_of(names):
         return f"the folder holds {found}"
     if any(name.startswith("model.safetensors") for name in names):
         return f"the folder holds weights without config.json: {AGAIN}, with all JSON files"
@@ -103,7 +134,7 @@ def _explain_names(names: list[str], inner: list[str]) -> str:
     return f"the folder {f'holds only {shown(names[0])}, ...' if names else 'is empty'}: name the folder of a model"
 
 
-def _kind(names: list[str]) -> str | None:
+def kind_of(names: list[str]) -> str | None:
     """Return what the first telling file is, with the way out."""
     for pattern, kind, way_out in _KINDS:
         if match := next((name for name in names if re.fullmatch(pattern, name)), None):

@@ -13,6 +13,7 @@ import psutil
 from protos.errors import UserError
 from protos.model.checkpoint import fingerprint_of
 from protos.model.files import is_gguf
+from protos.model.folder import hub_source, on_this_node
 from protos.node.environment import build_id
 
 
@@ -40,13 +41,22 @@ class NodeCheck:
         except (NodeError, UserError) as error:
             raise NodeError(f"node {os.uname().nodename}: {error}") from error
 
-    def _compare_model(self, model: Path) -> None:
+    def _compare_model(self, named: Path) -> None:
+        model = on_this_node(named)
         if not (model if is_gguf(model) else model / "config.json").is_file():
             missing = "no such file" if is_gguf(model) else "no config.json there"
-            raise NodeError(f"model.path: {model}: {missing}: copy the model")
+            raise NodeError(f"model.path: {model}: {missing}: {_copy(model)}")
         if (fingerprint := fingerprint_of(model)) != self.fingerprint:
             both = f"its checkpoint is {fingerprint[:12]}, the head's {self.fingerprint[:12]}"
             raise NodeError(f"model.path: {model}: {both}: copy the same files to every node")
+
+
+def _copy(model: Path) -> str:
+    """Return how a model gets to a node."""
+    if (source := hub_source(model)) is None:
+        return "copy the model"
+    repository, commit = source
+    return f"copy it there, or run on this node: hf download {repository} --revision {commit}"
 
 
 def check_writable(data_dir: Path) -> None:

@@ -13,7 +13,7 @@ from protos.model.checkpoint import Checkpoint
 from protos.model.config_json import load_model_spec
 from protos.model.spec import ModelSpec, RopeSpec
 from tests.identity.conftest import Checkpoints, Oracles
-from tests.support.data.checkpoints import FAMILIES, respell
+from tests.support.data.checkpoints import FAMILIES, IMAGE_FAMILIES, make_image_checkpoint, respell
 from tests.support.fakes.pipeline import Pipeline
 from tests.support.oracles.checks import NEW_TOKENS, check_against, run, three_prompts
 from tests.support.oracles.transformers import TOLERANCE, relative_error
@@ -27,6 +27,16 @@ def test_a_family_equals_transformers(
     folder = checkpoint(family)
     with Pipeline(folder, stages, ranks, chunk=chunk).keep_logits() as pipeline:
         check_against(pipeline, oracle(folder), three_prompts(pipeline.spec.vocab_size))
+
+
+@pytest.mark.parametrize(("stages", "ranks", "chunk"), [(1, 1, 17), (2, 2, 64)])
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_the_text_of_a_model_of_images_equals_transformers(
+    family: str, stages: int, ranks: int, chunk: int, oracle: Oracles, tmp_path: Path
+) -> None:
+    folder = make_image_checkpoint(tmp_path / family, family)
+    with Pipeline(folder, stages, ranks, chunk=chunk).keep_logits() as pipeline:
+        check_against(pipeline, oracle(folder), three_prompts(250))  # ids from there on stand for images
 
 
 @pytest.mark.parametrize("family", FAMILIES)

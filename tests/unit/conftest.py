@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
+from huggingface_hub import constants
 
 from cluster.jobs.store import JobStore
 from tests.support.rigs.service import Bench
@@ -27,6 +28,7 @@ def _forbidden(what: str) -> Callable[..., Any]:
 def _no_outside_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", _forbidden("ray.init"))
     monkeypatch.setattr(grpc, "server", _forbidden("grpc.server"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # a path that is absent may be the name of a model
     for name in ("connect", "connect_ex", "bind"):
         monkeypatch.setattr(socket.socket, name, _forbidden(f"socket.{name}"))
 

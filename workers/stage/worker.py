@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from protos.jobs.convert import read_message
+from protos.model.folder import on_this_node
 from protos.model.spec import ModelSpec
 from protos.stage import stage_pb2 as pb
 from protos.stage.identity import Identity, shard_name
@@ -108,7 +109,7 @@ class StageWorker:
             self._weights = dummy_shard(self._spec, self._shard, self._dtype, self._device)
         else:
             self._weights = load_shard(
-                Path(request.model_path), self._spec, self._shard, self._dtype, self._device,
+                on_this_node(Path(request.model_path)), self._spec, self._shard, self._dtype, self._device,
                 lambda done, total: on_progress(LoadProgress(done, total)),
             )  # fmt: skip
         growth = max(0, anonymous_bytes() - before)

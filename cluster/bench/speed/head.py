@@ -16,10 +16,12 @@ from cluster.client.client import Client, Job
 from cluster.client.models import TokenEvent
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.engine.runtime import ClusterRuntime
+from cluster.hub.names import HubName
 from cluster.server.head import Head
 from cluster.stages.launcher import LaunchStatus
 from cluster.tools.eval.modes import kv_bytes_for
 from protos.errors import UserError
+from protos.model.files import is_gguf
 
 _VOCABULARY = 32000  # ids of random prompts are below it, as those of peers
 
@@ -146,6 +148,8 @@ def attention_of(served: Served) -> dict[str, Any]:
 def check_model(bench: Bench) -> None:
     """Raise UserError where the checkpoint of a benchmark is missing, with the command that makes the built-in one."""
     model = bench.settings.model
-    if model is not None and not (model / "config.json").is_file():
+    if model is None or HubName.parse(str(model)) is not None:
+        return
+    if not (model if is_gguf(model) else model / "config.json").is_file():
         make = "python -m workers.bench make-checkpoint DIR"
         raise UserError(f"{bench.file}: model: {model}: no config.json there: name a checkpoint by --model ({make})")

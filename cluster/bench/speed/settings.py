@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from cluster.common.units import COUNT_RULE
-from cluster.config.section import RULE_BETWEEN_KEYS, Count, PathValue, Section, broken_rule, rule_of
+from cluster.config.section import RULE_BETWEEN_KEYS, Count, ModelName, PathValue, Section, broken_rule, rule_of
 from cluster.config.yaml_source import ConfigError, ConfigSource, KeyPath
 
 Kind = Literal["prefill", "decode", "scaling", "compare"]
@@ -47,7 +47,7 @@ class BenchSettings(Section):
 
     bench: Kind
     config: PathValue = Field(description="must be the path of a deployment's YAML file")
-    model: PathValue | None = Field(default=None, description="must be the path of a checkpoint folder")
+    model: ModelName | None = Field(default=None, description="must be the path of a checkpoint, or its name on a hub")
     settings: Mapping[str, Any] = Field(default={}, description=_KEYS)
     modes: Mapping[str, Mapping[str, Any]] = Field(
         default={"dense": {"sparse.enabled": False}}, min_length=1,

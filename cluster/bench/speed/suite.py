@@ -12,6 +12,7 @@ from cluster.bench.speed.prefill import measure_decode, measure_prefill
 from cluster.bench.speed.run import Run
 from cluster.bench.speed.scaling import measure_scaling
 from cluster.bench.speed.settings import Bench, Kind
+from cluster.config.deployment import fetch_model
 from cluster.tools.display import Display
 from cluster.tools.eval.results import ResultFile
 from protos.errors import UserError
@@ -32,6 +33,7 @@ def run_bench(bench: Bench, kind: Kind, out: Path, display: Display) -> tuple[di
     if settings.bench != kind:
         raise UserError(f"{bench.file}: bench: {settings.bench}: must be {kind} here, or use `bench {settings.bench}`")
     check_model(bench)
+    fetch_model(settings.config, bench.overrides, display.amount)
     check_lengths(bench, longest_context(bench), [Layout(*pair) for pair in settings.layouts])
     result = ResultFile(out, f"bench-{kind}-{_model_name(bench)}")
     run = Run(bench, display, result.write)

@@ -9,14 +9,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cluster.config.configs_dir import configs_dir
-from cluster.config.deployment import Deployment, load_config, load_deployment
+from cluster.config.deployment import Deployment, fetch_model, load_config, load_deployment
 from cluster.config.memory_budget import DTYPE_BYTES, compute_dtype
 from cluster.config.schema import ModelSection
 from cluster.config.topology import kv_bytes_per_token
+from cluster.hub.models import model_argument
+from cluster.hub.names import OnProgress
 from protos.errors import UserError
 from protos.model.config_json import load_model_spec
 from protos.model.files import is_gguf
-from protos.model.folder import explain, resolve
+from protos.model.folder import explain
 from protos.model.grid import largest_cell
 from protos.model.spec import SparseSpec
 
@@ -48,11 +50,20 @@ class Target:
         return load_config(self.config, {**self.overrides, **more}).model
 
 
-def find_target(config: Path | None, model: Path | None) -> Target:
-    """Return a given YAML, that of the demo, or for a bare checkpoint one process on this machine. Raises UserError."""
-    model = resolve(model) if model is not None else None
+def find_target(
+    config: Path | None, model: Path | None, on_progress: OnProgress = lambda phase, done, total: None
+) -> Target:
+    """Return a given YAML, that of the demo, or for a bare checkpoint one process on this machine.
+
+    A model that is named as on a hub is downloaded, unless it is on this machine.
+
+    Raises UserError: there is no such model or file.
+    """
+    model = model_argument("--model", model, on_progress=on_progress) if model is not None else None
     if model is not None and not (model if is_gguf(model) else model / "config.json").is_file():
         raise UserError(f"--model: {model}: must be a directory with config.json or a GGUF file: {explain(model)}")
+    if config is not None and model is None:
+        fetch_model(config, {}, on_progress)
     if config is not None:
         return Target(config, model)
     return Target(configs_dir() / ("demo.yaml" if model is None else "single.yaml"), model)

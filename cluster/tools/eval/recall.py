@@ -14,6 +14,7 @@ from cluster.common.units import parse_count
 from cluster.config.deployment import Deployment, load_deployment
 from cluster.config.memory_budget import compute_dtype
 from cluster.engine.attention_report import describe_sparsity
+from cluster.hub.models import model_argument
 from cluster.stages.preflight import check_head
 from cluster.text.tokenizer import TextTokenizer
 from cluster.tools.assets import needle_dir
@@ -78,7 +79,8 @@ def run_recall(target: Target, options: RecallOptions, display: Display) -> dict
     tokenizer = TextTokenizer.open(deployment.config.model.path, deployment.config.model.chat_template)
     prompt = _prompt(tokenizer, options)
     pinned = _pinned_lengths(target, deployment, positions, options)
-    others = _others(target, deployment, positions, options)
+    against = [model_argument("--against", model, on_progress=display.amount) for model in options.against]
+    others = _others(target, deployment, positions, replace(options, against=tuple(against)))
     display.status("loading weights")
     result = run_torch("workers.eval", _request(deployment, options, prompt, pinned, others), display.tokens)
     result["reference"]["text"] = tokenizer.decode(result["reference"].pop("token_ids"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.support.paths import ROOT
 
@@ -54,10 +54,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+IMAGE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {},
+    "qwen3_vl_moe": {key: value for key, value in _MOE.items() if key != "model_type"},
+}  # fmt: skip
+_VISION: dict[str, Any] = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
+}  # fmt: skip
+
+
 def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     """Write the checkpoint of `family` (a key of FAMILIES), its config changed by `changes`, and return its folder."""
     config = AutoConfig.for_model(**_SIZES | FAMILIES[family] | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _save_random(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder)
+
+
+def make_image_checkpoint(folder: Path, family: str) -> Path:
+    """Write a checkpoint of images and text around the language model of `family` (a key of IMAGE_FAMILIES)."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    of_text = {key: value for key, value in _SIZES.items() if key not in ("tie_word_embeddings",)}
+    config = AutoConfig.for_model(
+        family, text_config=of_text | IMAGE_FAMILIES[family] | {"rope_parameters": rope}, vision_config=_VISION,
+        tie_word_embeddings=False, image_token_id=250, video_token_id=251, vision_start_token_id=252,
+        vision_end_token_id=253,
+    )  # fmt: skip
+    return _save_random(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), folder)
+
+
+def _save_random(model: Any, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(20)
 
     def normal(parameter: torch.Tensor, mean: float, std: float) -> None:

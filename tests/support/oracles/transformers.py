@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 TOLERANCE = 1e-4  # of max|diff| / max|logit|, per row, in float32
 _CLEAR = 2e-5  # a smaller gap between the best two tokens could go either way by rounding alone
@@ -35,7 +41,8 @@ class Oracle:
         config = AutoConfig.from_pretrained(model_dir)
         if rope is not None:
             config.rope_parameters = dict(rope)
-        self.model = AutoModelForCausalLM.from_pretrained(
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        self.model = auto.from_pretrained(
             model_dir, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
         ).eval()
         self._begin()

@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from cluster.config.deployment import ConfigError, load_deployment
+from cluster.config.deployment import ConfigError, fetch_model, load_config, load_deployment
 from protos.model.config_json import load_model_spec
 from protos.stage.messages import Span
 from tests.support.data.checkpoints import make_checkpoint
 from tests.support.gguf_files import convert
+from tests.support.hub.cached import cache_entry
+from tests.support.hub.stand_in import COMMIT
 from tests.support.paths import CONFIGS
 
 NEEDLE = CONFIGS / "needle"
@@ -152,3 +155,36 @@ def test_a_block_of_stored_kv_holds_whole_pages(tmp_path: Path) -> None:
 def test_where_kv_is_stored(tmp_path: Path, overrides: dict[str, object], path: str | None) -> None:
     loaded = load_deployment(on_needle(tmp_path, BASE), {"data_dir": "data"} | overrides)
     assert loaded.kv_store_path == (tmp_path / path if path else None)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_a_model_named_as_on_a_hub_is_its_snapshot(tmp_path: Path, hub_cache: Path) -> None:
+    files = {name: (NEEDLE / name).read_bytes() for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    path = write(tmp_path, BASE.replace("path: needle", "path: org/needle@v1"))
+    assert load_config(path).model.served_model_name == "needle@v1"  # not there yet, as for `longreach down`
+    snapshot = cache_entry(hub_cache, "org/needle", files, branch="v1")
+    deployment = load_deployment(path)
+    assert deployment.config.model.path == load_config(path).model.path == snapshot
+    assert deployment.config.model.served_model_name == "needle"
+    fetch_model(path, {}, lambda phase, done, total: None)
+    local = tmp_path / "org" / "needle@v1"
+    local.mkdir(parents=True)
+    assert load_config(path).model.path == local
+    assert deployment_error(path).endswith(": the folder is empty: name the folder of a model")
+
+
+def test_a_model_that_no_hub_gives_is_named_with_its_line(tmp_path: Path, hub_cache: Path) -> None:
+    path = write(tmp_path, BASE.replace("path: needle", "path: org/needle"))
+    said = "demo.yaml:2: model.path: org/needle: is not in the cache cache, and HF_HUB_OFFLINE forbids downloads: unset"
+    assert deployment_error(path).startswith(said)
+    cache_entry(hub_cache, "org/needle", {"config.json": (NEEDLE / "config.json").read_bytes()})
+    assert "lacks model.safetensors.index.json, and HF_HUB" in deployment_error(path)
+    assert load_deployment(path, need="config").spec.num_hidden_layers == 4
+    (hub_cache / "models--org--needle" / "snapshots" / COMMIT / "tokenizer.json").write_text("{}")
+    assert load_deployment(path, {"model.load_format": "dummy"}).spec.num_hidden_layers == 4

@@ -38,6 +38,7 @@ def message_of(path: Path, overrides: dict[str, object] | None = None) -> str:
 
 
 # Text of the file -> the message: exact, or a pattern when it starts with ^.
+MODEL_RULE = "must be the path of a model folder or GGUF file, or the name of a model such as Qwen/Qwen3-0.6B"
 BAD = [
     ("", "demo.yaml:1: empty file: must be a mapping with at least model.path"),
     ("# nothing\n\n", "demo.yaml:1: empty file: must be a mapping with at least model.path"),
@@ -45,10 +46,10 @@ BAD = [
     ("\n- a\n", "demo.yaml:2: a list: the file must be a mapping with at least model.path"),
     ("hello", "demo.yaml:1: hello: the file must be a mapping with at least model.path"),
     ("cluster: {}\n", "demo.yaml:1: model: (missing): required; must be a mapping with at least path"),
-    ("model:\n", "demo.yaml:1: model.path: (missing): required; must be the path of a model folder or GGUF file"),
+    ("model:\n", f"demo.yaml:1: model.path: (missing): required; {MODEL_RULE}"),
     ("model: needle\n", "demo.yaml:1: model: needle: must be a mapping with at least path"),
     ("model: [needle]\n", "demo.yaml:1: model: (a list of 1): must be a mapping with at least path"),
-    ("model: {path: ''}\n", 'demo.yaml:1: model.path: "": must be the path of a model folder or GGUF file'),
+    ("model: {path: ''}\n", f'demo.yaml:1: model.path: "": {MODEL_RULE}'),
     ("model: {path: ~nosuchuser/x}\n", "^demo.yaml:1: model.path: ~nosuchuser/x: must be the path"),
     ('model: {path: "a\\0b"}\n', r"^demo.yaml:1: model.path: a\\x00b: must be the path"),
     ("model: {path: 7}\n", "^demo.yaml:1: model.path: 7: must be the path"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from protos.model.config_json import load_model_spec
 from protos.model.json_fields import ModelConfigError
-from protos.model.spec import RopeSpec
+from protos.model.spec import DualChunkSpec, HeadBudget, RopeSpec
+from tests.support.planner.models import QWEN25_7B_1M
 
 # Qwen3-30B-A3B-Instruct-2507 as published, in the spelling before transformers 5
 QWEN3_30B: dict[str, Any] = {
@@ -169,6 +170,21 @@ def test_eos_falls_back_to_config(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "deepseek_v3"}, "model_type: 'deepseek_v3': supported are qwen3_moe, qwen3, qwen2, llama"),
+        (
+            {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+            "model_type: 'mixtral': supported are qwen3_",
+        ),
+        (
+            {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"]},
+            "model_type: 'glm4_moe': supported are qw",
+        ),
+        (
+            {"model_type": "qwen3_next"},
+            "supported are qwen3_moe, qwen3, qwen2, llama, and the text of qwen3_vl, qwen3_",
+        ),
+        ({"model_type": "qwen3_vl_moe"}, "architectures: ['Qwen3MoeForCausalLM']: qwen3_vl_moe must be Qwen3VLMoeFor"),
+        ({"model_type": "qwen3_vl", "architectures": None}, "text_config: missing: must be an object: the settings of"),
+        ({"model_type": "qwen3_vl", "architectures": None, "text_config": [1]}, "text_config: [1]: must be an object"),
         ({"model_type": DROP, "architectures": DROP}, "model_type: missing: supported are"),
         ({"model_type": DROP, "architectures": ["GPT2LMHeadModel"]}, "architectures: ['GPT2LMHeadModel']: supported"),
         ({"model_type": ["llama"]}, "model_type: ['llama']: supported are"),
@@ -286,3 +302,39 @@ def test_any_value_loads_or_is_refused(tmp_path_factory: pytest.TempPathFactory,
         load_model_spec(folder)
     except ModelConfigError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_the_text_of_a_model_of_images(tmp_path: Path) -> None:
+    """Qwen3-VL-30B-A3B: the language model is that of Qwen3-30B-A3B, whatever its section leaves out."""
+    mrope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+    text = {key: value for key, value in QWEN3_30B.items() if key not in ("architectures", "norm_topk_prob")}
+    text |= {"model_type": "qwen3_vl_moe_text", "rope_scaling": mrope, "tie_word_embeddings": True}
+    whole = {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe", "text_config": text,
+        "vision_config": {"depth": 27}, "image_token_id": 151655, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    found = load_model_spec(tmp_path)
+    assert found == load_model_spec(write(tmp_path))
+    text.pop("rope_theta")
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"tie_word_embeddings": True}))
+    found = load_model_spec(tmp_path)
+    assert (found.rope, found.tie_word_embeddings) == (RopeSpec(theta=5e5), True)
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": text | {"hidden_size": "x"}}))
+    with pytest.raises(ModelConfigError, match=r"config.json: text_config: hidden_size: 'x': must be a whole number"):
+        load_model_spec(tmp_path)
+
+
+def test_published_qwen25_1m(tmp_path: Path) -> None:
+    """Qwen2.5-7B-Instruct-1M: dual chunk attention by config.json, patterns of heads by the file beside it."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B_1M))
+    spec = load_model_spec(tmp_path)
+    assert spec.dual_chunk == DualChunkSpec(262144, 8192, 262144)
+    assert (spec.model_type, spec.head_dim, spec.rope, spec.qkv_bias) == ("qwen2", 128, RopeSpec(theta=1e7), True)
+    assert (spec.default_context, spec.sparse) == (1_010_000, None)
+    heads = {str(head): ["vertical_and_slash", 1000, 6096, 0.9] for head in range(28)}
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps([heads] * 28))
+    sparse = load_model_spec(tmp_path).sparse
+    assert sparse is not None
+    assert sparse.patterns == ((HeadBudget(1000, 6096),) * 28,) * 28
+    assert sparse.threshold == 32768

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from protos.model.folder import explain, resolve, served_name
+from protos.model.folder import explain, hub_source, on_this_node, resolve, served_name, snapshot_of
 
 HASHES = ("0123abc", "4567def")
 
@@ -116,3 +117,28 @@ def test_an_interrupted_download_of_a_snapshot(tmp_path: Path) -> None:
     entry = cache_entry(tmp_path)
     (entry / "blobs" / "77.incomplete").write_text("")
     assert "a download that was interrupted (77.incomplete)" in explain(resolve(entry))
+
+
+def test_a_snapshot_by_branch_or_commit(tmp_path: Path) -> None:
+    entry = cache_entry(tmp_path)
+    (entry / "refs" / "v2").write_text(HASHES[0])
+    for revision, name in (("main", HASHES[1]), ("v2", HASHES[0]), (HASHES[0], HASHES[0])):
+        assert snapshot_of(entry, revision) == entry / "snapshots" / name
+    for revision in ("v3", "..", "../refs", ""):
+        assert snapshot_of(entry, revision) is None
+
+
+def test_each_node_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "here"))
+    head = tmp_path / "head" / "models--Qwen--Qwen3-0.6B" / "snapshots" / HASHES[0]
+    file = head / "sub" / "q.gguf"
+    assert on_this_node(head) == head  # nowhere: the error names the head's path
+    assert hub_source(file) == hub_source(head) == ("Qwen/Qwen3-0.6B", HASHES[0])
+    here = cache_entry(tmp_path / "here") / "snapshots" / HASHES[0]
+    assert on_this_node(head) == here
+    assert on_this_node(file) == file
+    head.mkdir(parents=True)
+    assert on_this_node(head) == head
+    for other in (tmp_path / "absent", tmp_path / "models--a--b" / "x"):
+        assert on_this_node(other) == other
+        assert hub_source(other) is None

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from huggingface_hub import constants
 
 from protos.model.checkpoint import fingerprint_of
 from protos.node.environment import build_id
@@ -74,3 +75,16 @@ def test_addresses_of_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
         interface_address("eth1")
     with pytest.raises(NodeError, match=rf"^cluster.network_interface: tun0: has no IPv4 address on {NODE}$"):
         interface_address("tun0")
+
+
+def test_a_snapshot_may_be_in_the_cache_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "here"))
+    at = Path("models--org--needle") / "snapshots" / ("a" * 40)
+    check = NodeCheck(build_id(), str(tmp_path / "head" / at), fingerprint_of(NEEDLE), str(tmp_path / "data"))
+    assert said(check) == (
+        f"model.path: {tmp_path / 'head' / at}: no config.json there: copy it there, or run on this node: "
+        f"hf download org/needle --revision {'a' * 40}"
+    )
+    (tmp_path / "here" / at).parent.mkdir(parents=True)
+    (tmp_path / "here" / at).symlink_to(NEEDLE)
+    check.run()
