@@ -5,6 +5,7 @@ load without rearranging (`workers/kernels/gemm/gemm.h`). A packed bfloat16 weig
 
     dense   `[N, K]`        -> `[N / 16, K / 32, 16, 16, 2]`
     experts `[Er, M, I]`    -> `[Er, M / 16, I / 32, 16, 16, 2]`
+    gate and up `[2 I, M]`  -> `[I / 16, 2, M / 32, 16, 16, 2]`
     gate and up `[Er, 2 I, M]` -> `[Er, I / 16, 2, M / 32, 16, 16, 2]`, strips of gate and up in turn
 
 A quantised weight is a `PackedWeight`: its codes are multiplied without being unpacked in memory.
@@ -106,10 +107,14 @@ def describe(weight: Packed) -> abi.Weights:
 
 
 def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute `x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: summed in float32, rounded once."""
+    """Compute `x @ weight.T + bias` for `[T, K]` and a packed `[N, K]`: summed in float32, rounded once.
+
+    Of gate and up in pairs, 16 outputs of each take turns.
+    """
     x = _contiguous_rows(x)
-    rows, depth = weight.shape if isinstance(weight, PackedWeight) else (weight.shape[0] * STRIP, x.shape[1])
-    assert depth == x.shape[1]
+    depth = x.shape[1]
+    rows, width = weight.shape if isinstance(weight, PackedWeight) else (weight.numel() // depth, depth)
+    assert width == depth
     out = x.new_empty(x.shape[0], rows)
     sizes = (x.shape[0], x.stride(0), rows, depth)
     _run("longreach_linear", abi.LinearCall, (x, bias, out), describe(weight), *sizes)
@@ -137,9 +142,27 @@ def run_experts(
     _run("longreach_experts", abi.ExpertsCall, tensors, describe(gate_up), describe(down), *sizes)
 
 
+def run_mlp(x: torch.Tensor, gate_up: Packed, down: Packed) -> torch.Tensor:
+    """Compute a gated MLP of `[T, M]`, whose weights are packed as those of one expert (`is_mlp`)."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    experts, weights = torch.zeros(x.shape[0], 1, dtype=torch.int64), torch.ones(x.shape[0], 1)
+    run_experts(x, experts, weights, gate_up, down, Span(0, 1), torch.empty_like(out), out)
+    return out
+
+
 def expert_width(gate_up: Packed) -> int:
-    """Return `I` of packed gate and up weights."""
-    return gate_up.shape[1] // 2 if isinstance(gate_up, PackedWeight) else gate_up.shape[1] * STRIP
+    """Return `I` of packed gate and up weights, of experts or of an MLP."""
+    return gate_up.shape[-2] // 2 if isinstance(gate_up, PackedWeight) else gate_up.shape[-6] * STRIP
+
+
+def has_pairs(gate_up: Packed) -> bool:
+    """Return whether strips of gate and of up take turns in a matrix `[2 I, M]`."""
+    return gate_up.pairs if isinstance(gate_up, PackedWeight) else gate_up.dim() == 6
+
+
+def fits_mlp(hidden: int, width: int) -> bool:
+    """Return whether a gated MLP of these sizes can be packed as one expert."""
+    return hidden % DEPTH == 0 and width % DEPTH == 0
 
 
 def supports_rms_norm(x: torch.Tensor) -> bool:

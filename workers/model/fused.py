@@ -1,7 +1,7 @@
 """All layers of a shard for a few rows in one call of the compiled kernels: a decode step.
 
 The fallback is `Decoder`, which calls the same operations one by one and is equal bit for bit. It is used for long
-steps, sparse cells, dense MLPs, int8 KV, other types and devices, and on machines without a compiler.
+steps, sparse cells, biased MLPs, int8 KV, other types and devices, and on machines without a compiler.
 
 Legend: `T` rows, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim, `k` experts per token.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from protos.model.spec import ModelSpec
-from protos.stage.messages import ShardSpec
+from protos.stage.messages import ShardSpec, Span
 from workers.attention.compiled import fill_args
 from workers.attention.plan import Rotation
 from workers.kernels import abi
@@ -56,7 +56,7 @@ class FusedLayers:
 
     @staticmethod
     def supports_weights(spec: ModelSpec, layers: Sequence[LayerWeights]) -> bool:
-        """Return whether all layers have experts, packed weights, and sizes that fit."""
+        """Return whether the weights of all layers are packed, all with experts or all without, and sizes fit."""
         if compiled.path() is None or not layers:
             return False
         return (
@@ -64,8 +64,8 @@ class FusedLayers:
             and spec.head_dim % 32 == 0
             and spec.head_dim <= min(abi.MAX_ROTATED_DIM, abi.MAX_HEAD_DIM)
             and spec.num_experts <= abi.MAX_EXPERTS
-            and 0 < spec.num_experts_per_tok <= abi.MAX_TOP_K
-            and all(map(_is_packed, layers))
+            and spec.num_experts_per_tok <= abi.MAX_TOP_K
+            and (all(map(_has_packed_experts, layers)) or all(map(_has_packed_mlp, layers)))
         )
 
     @property
@@ -134,14 +134,20 @@ class FusedLayers:
             "input_norm": weights.input_norm, "qkv_bias": weights.qkv_bias, "o_bias": weights.o_bias,
             "post_norm": weights.post_norm, "head_norm": head_norm,
         }  # fmt: skip
-        qkv, o, router, gate_up, down = map(compiled.describe, _packed_matrices(weights))
-        assert compiled.is_packed(weights.experts_gate_up)
+        is_dense = _has_packed_mlp(weights)
+        experts = Span(0, 1) if is_dense else shard.experts
+        matrices = {
+            "qkv": weights.qkv_weight, "o": weights.o_weight, "router": weights.router,
+            "gate_up": weights.gate_up if is_dense else weights.experts_gate_up,
+            "down": weights.down if is_dense else weights.experts_down,
+        }  # fmt: skip
+        packed = {name: matrix for name, matrix in matrices.items() if compiled.is_packed(matrix)}
         return Layer(
             **{name: None if one is None else one.data_ptr() for name, one in pointers.items()},
-            qkv=qkv, o=o, router=router, gate_up=gate_up, down=down,
+            **{name: compiled.describe(matrix) for name, matrix in packed.items()},
             heads=shard.heads.size, kv_heads=shard.kv_heads.size, dim=spec.head_dim, hidden_size=spec.hidden_size,
-            all_experts=spec.num_experts, first=shard.experts.start, experts=shard.experts.size,
-            top_k=spec.num_experts_per_tok, width=compiled.expert_width(weights.experts_gate_up),
+            all_experts=0 if is_dense else spec.num_experts, first=experts.start, experts=experts.size,
+            top_k=1 if is_dense else spec.num_experts_per_tok, width=compiled.expert_width(packed["gate_up"]),
             eps=spec.rms_norm_eps, normalise=spec.norm_topk_prob,
         )  # fmt: skip
 
@@ -156,13 +162,14 @@ class FusedLayers:
 
         buffers: list[torch.Tensor] = []
         far = [buffer(heads, dim), buffer(heads, dim)]
-        top_k = spec.num_experts_per_tok
+        top_k = max(1, spec.num_experts_per_tok)
+        scores = buffer(top_k, dtype=torch.float32).fill_(1.0)  # of the one expert of dense layers, which is the first
         step = Step(
             out=self._out.data_ptr(), normed=buffer(spec.hidden_size).data_ptr(),
             qkv=buffer(heads + 2 * kv_heads, dim).data_ptr(),
             far=(ctypes.c_void_p * 2)(*(tensor.data_ptr() for tensor in far)), attended=buffer(heads, dim).data_ptr(),
-            logits=buffer(spec.num_experts).data_ptr(), rows=buffer(top_k, spec.hidden_size).data_ptr(),
-            chosen=buffer(top_k, dtype=torch.int64).data_ptr(), weights=buffer(top_k, dtype=torch.float32).data_ptr(),
+            logits=buffer(max(1, spec.num_experts)).data_ptr(), rows=buffer(top_k, spec.hidden_size).data_ptr(),
+            chosen=buffer(top_k, dtype=torch.int64).data_ptr(), weights=scores.data_ptr(),
         )  # fmt: skip
         return step, buffers
 
@@ -178,14 +185,16 @@ class FusedLayers:
         self._kv = kv
 
 
-def _packed_matrices(weights: LayerWeights) -> list[compiled.Packed]:
-    """Return those of a layer that are packed, all five of them or fewer."""
+def _has_packed_experts(weights: LayerWeights) -> bool:
     matrices = (weights.qkv_weight, weights.o_weight, weights.router, weights.experts_gate_up, weights.experts_down)
-    return [matrix for matrix in matrices if compiled.is_packed(matrix)]
+    return all(map(compiled.is_packed, matrices))
 
 
-def _is_packed(weights: LayerWeights) -> bool:
-    return len(_packed_matrices(weights)) == 5
+def _has_packed_mlp(weights: LayerWeights) -> bool:
+    """Return whether a dense layer is packed, its MLP as one expert."""
+    gate_up = weights.gate_up
+    matrices = (weights.qkv_weight, weights.o_weight, gate_up, weights.down)
+    return all(map(compiled.is_packed, matrices)) and compiled.is_packed(gate_up) and compiled.has_pairs(gate_up)
 
 
 def _check(status: int) -> None:

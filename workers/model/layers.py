@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from workers.kernels.abi import STRIP
 from workers.kernels.blocking import row_blocks
 from workers.model import compiled
 from workers.quant.weight import RowStack, Weight, plain
@@ -60,4 +61,11 @@ def gated_mlp(
     down_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute the dense MLP of one shard on `x` `[T, M]`; returns this shard's partial sum `[T, M]`."""
-    return linear(swiglu(linear(x, gate_up, gate_up_bias)), down, down_bias)
+    if not (compiled.is_packed(gate_up) and compiled.has_pairs(gate_up)):
+        return linear(swiglu(linear(x, gate_up, gate_up_bias)), down, down_bias)
+    assert gate_up_bias is None
+    assert down_bias is None
+    if compiled.is_packed(down):
+        return compiled.run_mlp(x, gate_up, down)
+    turns = linear(x, gate_up).unflatten(1, (-1, 2, STRIP))
+    return linear(swiglu(turns.transpose(1, 2).flatten(1)), down)

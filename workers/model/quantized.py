@@ -95,7 +95,7 @@ def load_matrix(
     parts: list[torch.Tensor | QuantizedWeight | PackedWeight] = []
     for region in regions:
         if source.has(region.name):
-            target = _Target(source, (region.rows.size, depth), into)
+            target = _Target(source, (region.rows.size, depth), into._replace(pairs=False))
             target.fill(region._replace(row=0))
             parts.append(target.weight)
         else:

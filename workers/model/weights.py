@@ -40,7 +40,6 @@ _DUMMY_SCALE = 0.02
 _PACKED = {"qkv_weight", "o_weight", "gate_up", "down", "router", "experts_gate_up", "experts_down", "lm_head"}
 _EXPERTS = {"experts_gate_up", "experts_down"}
 _QUANTIZED = _PACKED - {"router"} | {"embed"}  # those that may stay as quantised checkpoints have them
-_PAIRS = {"experts_gate_up"}  # of these, the ones packed in pairs of gate and up
 
 
 @dataclass(slots=True)
@@ -172,14 +171,17 @@ def _build(
         if on_progress is not None:
             on_progress(loaded, total)
 
+    as_expert = not spec.mlp_bias and compiled.fits_mlp(spec.hidden_size, shard.intermediate.size)
+    in_pairs = {"experts_gate_up"} | ({"gate_up"} if as_expert else set())  # gate beside up
+
     def make(name: str, plan: _Plan) -> Any:  # what the field of this name takes
         matrices = source.matrices if name in _QUANTIZED else None
         if matrices is not None:
             plan = _Plan(plan.shape, tuple(plan.pieces))
-            regions, into = _regions(plan), Into(device, dtype == torch.bfloat16, name in _PAIRS)
+            regions, into = _regions(plan), Into(device, dtype == torch.bfloat16, name in in_pairs)
             if matrices.keeps(regions, plan.shape, into.pairs):
                 return _make_quantized(source.fill, matrices, plan.shape, regions, dtype, into, advance)
-        shape, pairs = plan.shape, name in _PAIRS
+        shape, pairs = plan.shape, name in in_pairs
         if name in _PACKED and not (matrices is not None and name in _EXPERTS):  # both matrices of experts or none
             shape = compiled.packed_shape(shape, dtype, device, pairs)
         tensor = advise_huge_pages(torch.empty(shape, dtype=dtype, device=device))

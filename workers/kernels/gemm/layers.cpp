@@ -92,12 +92,13 @@ int attention_half(const Step& step, const Layer& layer) {
 int experts_half(const Step& step, const Layer& layer) {
     const long m = layer.hidden_size;
     norm(step, layer, layer.post_norm);
-    if (const int status = linear(step, step.normed, layer.router, nullptr, step.logits, layer.all_experts, m)) {
-        return status;
+    if (layer.all_experts > 0) {
+        const int status = linear(step, step.normed, layer.router, nullptr, step.logits, layer.all_experts, m);
+        if (status) return status;
+        const RouteCall route{step.logits, step.chosen,     step.weights, step.tokens, layer.all_experts,
+                              layer.top_k, layer.normalise, step.path,    step.threads};
+        longreach_route(&route);
     }
-    const RouteCall route{step.logits, step.chosen,     step.weights, step.tokens, layer.all_experts,
-                          layer.top_k, layer.normalise, step.path,    step.threads};
-    longreach_route(&route);
     const ExpertsCall experts{
         step.normed, step.chosen, step.weights, step.rows,     step.out, layer.gate_up, layer.down, step.tokens,
         m,           layer.top_k, layer.first,  layer.experts, m,        layer.width,   step.path,  step.threads};

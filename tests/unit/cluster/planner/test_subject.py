@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from cluster.config.yaml_source import ConfigError
-from cluster.planner.hardware import load_hardware
+from cluster.latency.hardware import load_hardware
 from cluster.planner.plan import make_plan
 from cluster.planner.subject import as_dense, as_sparse, load_subject
 from cluster.planner.target import have_target

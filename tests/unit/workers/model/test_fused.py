@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 
+from protos.model.quant.scheme import QuantScheme
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
 from workers.bench.model import benchmark_spec
@@ -28,6 +29,15 @@ SPEC = replace(
 SPECS = {
     "plain": SPEC,
     "dual chunk": replace(SPEC, dual_chunk=DUAL, rope=RopeSpec(1e6)),
+    "dense": replace(SPEC, num_experts=0, num_experts_per_tok=0, intermediate_size=160),
+    "int4": replace(SPEC, quant=QuantScheme("gptq", 4, group=32, zero_offset=1)),
+    "dense, FP8": replace(
+        SPEC,
+        num_experts=0,
+        num_experts_per_tok=0,
+        intermediate_size=160,
+        quant=QuantScheme("fp8", 8, is_float=True, group=32, block_rows=32),
+    ),
     "biases, no head norms": replace(SPEC, qkv_bias=True, o_bias=True, qk_norm=False, norm_topk_prob=False),
 }
 
@@ -144,7 +154,8 @@ def test_shards_reduce_between_the_halves() -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (replace(SPEC, num_experts=0, num_experts_per_tok=0), "dense"),
+        (replace(SPEC, num_experts=0, num_experts_per_tok=0, mlp_bias=True), "dense with biases"),
+        (replace(SPEC, num_experts=0, num_experts_per_tok=0, intermediate_size=168), "dense, no whole tiles"),
         (replace(SPEC, mlp_only_layers=(1,)), "one layer is dense"),
         (replace(SPEC, head_dim=24), "head dim"),
         (replace(SPEC, num_experts=6), "unpacked router"),

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tests.support.data.packing import packed, random_weight
+from workers.model import compiled
 from workers.model.layers import gated_mlp, inverse_rms, linear, rms_norm, swiglu
+from workers.quant.packed import pack
+from workers.quant.weight import Weight
 
 SIZES = (1, 17, 67, 193)
 
@@ -58,3 +63,24 @@ def test_gated_mlp_with_biases(tokens: int) -> None:
     wanted = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down.double(), down_bias.double())
     got = gated_mlp(x, gate_up, down, gate_up_bias, down_bias)
     torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(compiled.path() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("kind", ["plain", "int8", "down not packed"])
+def test_packed_gated_mlp(tokens: int, kind: str) -> None:
+    """An MLP packed as one expert, and one whose second matrix is not packed."""
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, 64).bfloat16()
+    first, second = random_weight("int8", (2 * 96, 64), 32), random_weight("int8", (64, 96), 32)
+    gate, up = first.dequantize(torch.float64).chunk(2)
+    wide = x.double()
+    wanted = (F.silu(wide @ gate.T) * (wide @ up.T)) @ second.dequantize(torch.float64).T
+    down: Weight = second if kind == "down not packed" else pack(second)
+    gate_up: Weight = pack(first, pairs=True)
+    if kind == "plain":
+        gate_up, down = packed(first.dequantize(torch.bfloat16), True), packed(second.dequantize(torch.bfloat16))
+    got = gated_mlp(x, gate_up, down, None, None)
+    assert float((got.double() - wanted).norm() / wanted.norm()) < 8e-3
+    row = gated_mlp(x[-1:], gate_up, down, None, None)
+    assert kind == "down not packed" or torch.equal(row[0], got[-1])
