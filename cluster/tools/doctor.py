@@ -62,13 +62,18 @@ class Report:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
-def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> Report:
-    """Check this machine; takes seconds, most of them for torch in a process of its own. Nothing is changed.
+def diagnose(
+    data_dir: Path | None = None, *, torch_timeout: float = 120.0, kernels_timeout: float = 400.0
+) -> Report:  # fmt: skip
+    """Check this machine; takes seconds, most of them for torch in a process of its own.
+
+    Nothing is changed, but kernels that were not built yet are built and kept, which takes a minute.
 
     Args:
         data_dir: where jobs and KV will be stored; default: the current folder.
     """
-    facts, torch_check = torch_facts([sys.executable, "-m", "workers.doctor"], torch_timeout)
+    command = [sys.executable, "-m", "workers.doctor"]
+    facts, torch_check = torch_facts(command, torch_timeout)
     gpu = check_gpu()
     return Report(
         (
@@ -78,6 +83,7 @@ def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> R
             *([check_communication(facts)] if facts else []),
             check_cores(Path("/sys/fs/cgroup")),
             check_cpu_features(cpu_facts(), platform.machine()),
+            *([check_kernels([*command, "kernels"], kernels_timeout)] if facts else []),
             check_memory(Path("/sys/fs/cgroup")),
             check_disk(data_dir or Path.cwd()),
             check_shm(Path("/dev/shm")),
@@ -128,28 +134,52 @@ def check_packages() -> Check:
 
 def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | None, Check]:
     """Run `workers.doctor`; return its facts and a finding, no facts if it fails, hangs or prints something else."""
+    facts = _ask(command, timeout, "torch", "threads", "cpu_capability")
+    if isinstance(facts, str):
+        advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
+        return None, Check("torch", "error", facts, advice)
+    detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
+    bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
+    if not facts.get("mkldnn"):
+        return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
+    return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
+
+
+def check_kernels(command: list[str], timeout: float) -> Check:
+    """Run `workers.doctor kernels`; report the instruction set that `device: cpu` computes with."""
+    facts = _ask(command, timeout, "path", "family", "reason")
+    if isinstance(facts, str):
+        return Check("kernels", "error", facts, "see why: python -m workers.doctor kernels")
+    if facts["path"] is None:
+        without = f"{facts['family']}: PyTorch's, not compiled ({one_line(facts['reason'], 200)})"
+        return Check(
+            "kernels", "slow", without, "several times slower: install g++, or see what LONGREACH_KERNELS says"
+        )
+    if facts["path"] == "portable":
+        return Check("kernels", "slow", "portable, compiled here", "no vector instructions: for trying out only")
+    return Check("kernels", "ok", f"{facts['path']}, compiled here")
+
+
+def _ask(command: list[str], timeout: float, *keys: str) -> dict[str, Any] | str:
+    """Return the JSON object with these keys that a command prints last, or why there is none."""
     root = Path(__file__).resolve().parents[2]  # where `python -m` finds it
-    lines: list[str] = []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=root)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode == 0 and lines:
-            facts = json.loads(lines[-1])
-            detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
-            bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
-            if not facts.get("mkldnn"):
-                return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
-            return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
-        problem = f"exit code {done.returncode}: {reason}"
     except subprocess.TimeoutExpired:
-        problem = f"no answer within {timeout:g} s"
+        return f"no answer within {timeout:g} s"
     except OSError as error:
-        problem = f"cannot be started: {error}"
-    except (ValueError, KeyError, TypeError):
-        problem = f"unexpected output: {lines[-1][:100]}"
-    advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
-    return None, Check("torch", "error", problem, advice)
+        return f"cannot be started: {error}"
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+        return f"exit code {done.returncode}: {reason}"
+    try:
+        facts = json.loads(lines[-1])
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or any(key not in facts for key in keys):
+        return f"unexpected output: {lines[-1][:100]}"
+    return facts
 
 
 def check_communication(facts: Mapping[str, Any]) -> Check:

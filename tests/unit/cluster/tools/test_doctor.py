@@ -42,6 +42,24 @@ def test_torch_in_its_own_process(command: list[str], timeout: float, status: st
 
 
 @pytest.mark.parametrize(
+    ("facts", "status", "detail"),
+    [
+        ({"path": "avx512_bf16", "family": "avx512_bf16", "reason": ""}, "ok", "avx512_bf16, compiled here"),
+        ({"path": "portable", "family": "portable", "reason": ""}, "slow", "portable, compiled here"),
+        (
+            {"path": None, "family": "torch-avx2", "reason": "no C++ compiler\nfound"}, "slow",
+            "torch-avx2: PyTorch's, not compiled (no C++ compiler found)",
+        ),
+        ({"family": "amx"}, "error", 'unexpected output: {"family": "amx"}'),
+    ],
+)  # fmt: skip
+def test_the_instruction_set_of_the_kernels(facts: dict[str, str], status: str, detail: str) -> None:
+    check = doctor.check_kernels(printing(json.dumps(facts)), 60)
+    assert (check.name, check.status, check.detail) == ("kernels", status, detail)
+    assert bool(check.advice) == (status != "ok")
+
+
+@pytest.mark.parametrize(
     ("flags", "machine", "status", "reason"),
     [
         ({"amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2"}, "x86_64", "ok", ""),
@@ -188,9 +206,13 @@ def test_the_whole_diagnosis_leaves_torch_out_of_this_process(tmp_path: Path) ->
     )
     root = Path(doctor.__file__).parent.parent
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=580, check=True)
     found = json.loads(done.stdout)
     assert found["torch"] is False
-    names = {check["name"] for check in found["checks"]}
-    assert {"python", "packages", "torch", "cores", "cpu features", "memory", "disk", "gpu", "ray"} <= names
-    assert next(check["status"] for check in found["checks"] if check["name"] == "torch") in ("ok", "slow")
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {"python", "packages", "torch", "cores", "cpu features", "kernels", "memory", "disk", "gpu", "ray"} <= set(
+        checks
+    )
+    assert checks["torch"]["status"] in ("ok", "slow")
+    path = checks["kernels"]["detail"].partition(",")[0]
+    assert path in ("portable", "amx") or path.startswith(("avx", "torch-"))
