@@ -22,12 +22,15 @@ from rich.table import Table
 
 from cluster.common.addresses import split_address
 from cluster.common.text_format import escape_controls, one_line
+from cluster.hub.cache import cache_folder, is_offline
+from cluster.hub.names import HubName
 from protos.node.environment import COMPILERS, compiler, cpu_facts, usable_cores, version_of
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
 _PACKAGES = (
     "ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "ruamel.yaml",
+    "huggingface_hub",
 )  # fmt: skip
 _CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 _MIN_MEMORY = 2 * GIB  # the head, Ray and one worker with the demo model
@@ -86,6 +89,7 @@ def diagnose(
             *([check_kernels([*command, "kernels"], kernels_timeout)] if facts else []),
             check_memory(Path("/sys/fs/cgroup")),
             check_disk(data_dir or Path.cwd()),
+            check_model_cache(),
             check_shm(Path("/dev/shm")),
             gpu,
             *([check_cuda_build(facts)] if facts and gpu.status == "ok" else []),
@@ -152,9 +156,7 @@ def check_kernels(command: list[str], timeout: float) -> Check:
         return Check("kernels", "error", facts, "see why: python -m workers.doctor kernels")
     if facts["path"] is None:
         without = f"{facts['family']}: PyTorch's, not compiled ({one_line(facts['reason'], 200)})"
-        return Check(
-            "kernels", "slow", without, "several times slower: install g++, or see what LONGREACH_KERNELS says"
-        )
+        return Check("kernels", "slow", without, "slower: install g++, or unset LONGREACH_KERNELS")
     if facts["path"] == "portable":
         return Check("kernels", "slow", "portable, compiled here", "no vector instructions: for trying out only")
     return Check("kernels", "ok", f"{facts['path']}, compiled here")
@@ -242,6 +244,15 @@ def check_disk(data_dir: Path) -> Check:
     free = shutil.disk_usage(folder).free
     too_little = f"stored KV and jobs need at least {_MIN_DISK / GIB:g} GiB"
     return judge("disk", f"{free / GIB:.1f} GiB free at {folder}", (free < _MIN_DISK, "error", too_little))
+
+
+def check_model_cache() -> Check:
+    """Report where models that are named as on a hub are kept, and whether missing ones may be downloaded."""
+    folder = cache_folder(HubName("huggingface", "any/model"))
+    number = sum(1 for _ in folder.glob("models--*"))
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    detail = f"{number} models in {folder}, {shutil.disk_usage(existing).free / GIB:.1f} GiB free"
+    return Check("model cache", "ok", detail + (", no downloads (HF_HUB_OFFLINE)" if is_offline() else ""))
 
 
 def check_shm(path: Path) -> Check:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from rich.console import Console
 
 from cluster.tools import doctor
@@ -119,6 +120,18 @@ def test_disk_looks_above_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert doctor.check_disk(tmp_path / "file").status == "error"
     assert not (tmp_path / "not").exists()
+
+
+def test_the_cache_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert doctor.check_model_cache().detail.startswith(f"0 models in {tmp_path / 'hub'}, ")
+    (tmp_path / "hub" / "models--a--b").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check = doctor.check_model_cache()
+    assert (check.name, check.status) == ("model cache", "ok")
+    assert check.detail.startswith("1 models in ")
+    assert check.detail.endswith(" GiB free, no downloads (HF_HUB_OFFLINE)")
 
 
 def test_python_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
