@@ -79,8 +79,7 @@ def test_a_lost_connection_goes_on_where_it_broke_off(hub: Hub, needle: Files):
     hub.cut_once[WEIGHTS] = 12 * MIB
     try:
         folder = fetch(NAME)
-    except HubError as error:  # of versions of the library that leave it to the next start
-        assert "cannot be downloaded from" in str(error)
+    except HubError:  # versions of the library before 1.20 leave it to the next start
         folder = fetch(NAME)
     assert (folder / WEIGHTS).read_bytes() == needle[WEIGHTS]
     assert any(re.search(rf"{WEIGHTS} bytes=\d+-$", each) for each in hub.asked)
