@@ -1,4 +1,5 @@
-"""Print what PyTorch can do on this machine as one JSON object: `python -m workers.doctor`.
+"""Print what PyTorch can do on this machine as one JSON object, or what the compiled kernels: `python -m workers.doctor
+[kernels]`.
 
 A process of its own, so that the head never loads torch and a broken installation is a finding, not a crash.
 """
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from workers.kernels.build import best_path, kernel_family, load
 
 
 def torch_facts() -> dict[str, Any]:
@@ -34,6 +37,19 @@ def torch_facts() -> dict[str, Any]:
     }
 
 
+def kernel_facts() -> dict[str, Any]:
+    """Return the instruction set that the kernels compute with on this machine's CPU; built now if need be.
+
+    `path` is null where there is no library: `reason` says why, and `family` names PyTorch's implementation.
+    """
+    path = best_path()
+    return {
+        "path": None if path is None else path.name.lower(),
+        "family": kernel_family(torch.device("cpu")),
+        "reason": load().reason,
+    }
+
+
 def _ask(module: Any, name: str) -> bool | None:
     """Call a private predicate of torch; None where this version does not have it."""
     query = getattr(module, name, None)
@@ -41,5 +57,5 @@ def _ask(module: Any, name: str) -> bool | None:
 
 
 if __name__ == "__main__":
-    json.dump(torch_facts(), sys.stdout)
+    json.dump(kernel_facts() if sys.argv[1:] == ["kernels"] else torch_facts(), sys.stdout)
     sys.stdout.write("\n")

@@ -22,12 +22,15 @@ from rich.table import Table
 
 from cluster.common.addresses import split_address
 from cluster.common.text_format import escape_controls, one_line
+from cluster.hub.cache import cache_folder, is_offline
+from cluster.hub.names import HubName
 from protos.node.environment import COMPILERS, compiler, cpu_facts, usable_cores, version_of
 
 Status = Literal["ok", "slow", "missing", "error"]
 GIB = 1 << 30
 _PACKAGES = (
     "ray", "torch", "safetensors", "tokenizers", "grpcio", "protobuf", "pydantic", "jinja2", "numpy", "ruamel.yaml",
+    "huggingface_hub",
 )  # fmt: skip
 _CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 _MIN_MEMORY = 2 * GIB  # the head, Ray and one worker with the demo model
@@ -62,13 +65,18 @@ class Report:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
-def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> Report:
-    """Check this machine; takes seconds, most of them for torch in a process of its own. Nothing is changed.
+def diagnose(
+    data_dir: Path | None = None, *, torch_timeout: float = 120.0, kernels_timeout: float = 400.0
+) -> Report:  # fmt: skip
+    """Check this machine; takes seconds, most of them for torch in a process of its own.
+
+    Nothing is changed, but kernels that were not built yet are built and kept, which takes a minute.
 
     Args:
         data_dir: where jobs and KV will be stored; default: the current folder.
     """
-    facts, torch_check = torch_facts([sys.executable, "-m", "workers.doctor"], torch_timeout)
+    command = [sys.executable, "-m", "workers.doctor"]
+    facts, torch_check = torch_facts(command, torch_timeout)
     gpu = check_gpu()
     return Report(
         (
@@ -78,8 +86,10 @@ def diagnose(data_dir: Path | None = None, *, torch_timeout: float = 120.0) -> R
             *([check_communication(facts)] if facts else []),
             check_cores(Path("/sys/fs/cgroup")),
             check_cpu_features(cpu_facts(), platform.machine()),
+            *([check_kernels([*command, "kernels"], kernels_timeout)] if facts else []),
             check_memory(Path("/sys/fs/cgroup")),
             check_disk(data_dir or Path.cwd()),
+            check_model_cache(),
             check_shm(Path("/dev/shm")),
             gpu,
             *([check_cuda_build(facts)] if facts and gpu.status == "ok" else []),
@@ -128,28 +138,50 @@ def check_packages() -> Check:
 
 def torch_facts(command: list[str], timeout: float) -> tuple[dict[str, Any] | None, Check]:
     """Run `workers.doctor`; return its facts and a finding, no facts if it fails, hangs or prints something else."""
+    facts = _ask(command, timeout, "torch", "threads", "cpu_capability")
+    if isinstance(facts, str):
+        advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
+        return None, Check("torch", "error", facts, advice)
+    detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
+    bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
+    if not facts.get("mkldnn"):
+        return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
+    return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
+
+
+def check_kernels(command: list[str], timeout: float) -> Check:
+    """Run `workers.doctor kernels`; report the instruction set that `device: cpu` computes with."""
+    facts = _ask(command, timeout, "path", "family", "reason")
+    if isinstance(facts, str):
+        return Check("kernels", "error", facts, "see why: python -m workers.doctor kernels")
+    if facts["path"] is None:
+        without = f"{facts['family']}: PyTorch's, not compiled ({one_line(facts['reason'], 200)})"
+        return Check("kernels", "slow", without, "slower: install g++, or unset LONGREACH_KERNELS")
+    if facts["path"] == "portable":
+        return Check("kernels", "slow", "portable, compiled here", "no vector instructions: for trying out only")
+    return Check("kernels", "ok", f"{facts['path']}, compiled here")
+
+
+def _ask(command: list[str], timeout: float, *keys: str) -> dict[str, Any] | str:
+    """Return the JSON object with these keys that a command prints last, or why there is none."""
     root = Path(__file__).resolve().parents[2]  # where `python -m` finds it
-    lines: list[str] = []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=root)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode == 0 and lines:
-            facts = json.loads(lines[-1])
-            detail = f"{facts['torch']}, {facts['threads']} threads, {facts['cpu_capability']}"
-            bf16 = "AMX" if facts.get("amx") else "AVX-512" if facts.get("avx512_bf16") else "no instructions"
-            if not facts.get("mkldnn"):
-                return facts, Check("torch", "slow", f"{detail}, without oneDNN", "install torch from pytorch.org")
-            return facts, Check("torch", "ok", f"{detail}, bfloat16 on CPU: {bf16}")
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
-        problem = f"exit code {done.returncode}: {reason}"
     except subprocess.TimeoutExpired:
-        problem = f"no answer within {timeout:g} s"
+        return f"no answer within {timeout:g} s"
     except OSError as error:
-        problem = f"cannot be started: {error}"
-    except (ValueError, KeyError, TypeError):
-        problem = f"unexpected output: {lines[-1][:100]}"
-    advice = f"run `{Path(command[0]).name} -m workers.doctor` to see why; reinstall torch"
-    return None, Check("torch", "error", problem, advice)
+        return f"cannot be started: {error}"
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+        return f"exit code {done.returncode}: {reason}"
+    try:
+        facts = json.loads(lines[-1])
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or any(key not in facts for key in keys):
+        return f"unexpected output: {lines[-1][:100]}"
+    return facts
 
 
 def check_communication(facts: Mapping[str, Any]) -> Check:
@@ -212,6 +244,15 @@ def check_disk(data_dir: Path) -> Check:
     free = shutil.disk_usage(folder).free
     too_little = f"stored KV and jobs need at least {_MIN_DISK / GIB:g} GiB"
     return judge("disk", f"{free / GIB:.1f} GiB free at {folder}", (free < _MIN_DISK, "error", too_little))
+
+
+def check_model_cache() -> Check:
+    """Report where models that are named as on a hub are kept, and whether missing ones may be downloaded."""
+    folder = cache_folder(HubName("huggingface", "any/model"))
+    number = sum(1 for _ in folder.glob("models--*"))
+    existing = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    detail = f"{number} models in {folder}, {shutil.disk_usage(existing).free / GIB:.1f} GiB free"
+    return Check("model cache", "ok", detail + (", no downloads (HF_HUB_OFFLINE)" if is_offline() else ""))
 
 
 def check_shm(path: Path) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -189,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.hub.reached.set()
             self.hub.go_on.wait()
-            self.wfile.write(part[held:])
+            with contextlib.suppress(OSError):  # the client has left
+                self.wfile.write(part[held:])
         else:
             self.wfile.write(part)
 

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.support.paths import ROOT
-from workers.doctor import torch_facts
+from workers import doctor
+from workers.doctor import kernel_facts, torch_facts
+from workers.kernels.build import best_path
 
 
 def test_facts_are_plain_data() -> None:
@@ -24,3 +27,17 @@ def test_the_process_prints_one_line() -> None:
     printed = subprocess.check_output([sys.executable, "-m", "workers.doctor"], cwd=ROOT, text=True)
     assert printed.count("\n") == 1
     assert json.loads(printed)["gloo"] in (True, False)
+    printed = subprocess.check_output([sys.executable, "-m", "workers.doctor", "kernels"], cwd=ROOT, text=True)
+    assert json.loads(printed) == kernel_facts()
+
+
+def test_the_instruction_set_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = best_path()
+    facts = kernel_facts()
+    if path is None:
+        assert (facts["path"], facts["family"][:6]) == (None, "torch-")
+        assert facts["reason"]
+    else:
+        assert facts == {"path": path.name.lower(), "family": path.name.lower(), "reason": ""}
+    monkeypatch.setattr(doctor, "best_path", lambda: None)
+    assert doctor.kernel_facts()["path"] is None

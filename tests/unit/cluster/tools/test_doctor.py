@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from rich.console import Console
 
 from cluster.tools import doctor
@@ -39,6 +40,24 @@ def test_torch_in_its_own_process(command: list[str], timeout: float, status: st
     assert (check.status, facts is None) == (status, status == "error")
     assert detail in check.detail
     assert "\n" not in check.detail
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "detail"),
+    [
+        ({"path": "avx512_bf16", "family": "avx512_bf16", "reason": ""}, "ok", "avx512_bf16, compiled here"),
+        ({"path": "portable", "family": "portable", "reason": ""}, "slow", "portable, compiled here"),
+        (
+            {"path": None, "family": "torch-avx2", "reason": "no C++ compiler\nfound"}, "slow",
+            "torch-avx2: PyTorch's, not compiled (no C++ compiler found)",
+        ),
+        ({"family": "amx"}, "error", 'unexpected output: {"family": "amx"}'),
+    ],
+)  # fmt: skip
+def test_the_instruction_set_of_the_kernels(facts: dict[str, str], status: str, detail: str) -> None:
+    check = doctor.check_kernels(printing(json.dumps(facts)), 60)
+    assert (check.name, check.status, check.detail) == ("kernels", status, detail)
+    assert bool(check.advice) == (status != "ok")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +120,18 @@ def test_disk_looks_above_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert doctor.check_disk(tmp_path / "file").status == "error"
     assert not (tmp_path / "not").exists()
+
+
+def test_the_cache_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert doctor.check_model_cache().detail.startswith(f"0 models in {tmp_path / 'hub'}, ")
+    (tmp_path / "hub" / "models--a--b").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check = doctor.check_model_cache()
+    assert (check.name, check.status) == ("model cache", "ok")
+    assert check.detail.startswith("1 models in ")
+    assert check.detail.endswith(" GiB free, no downloads (HF_HUB_OFFLINE)")
 
 
 def test_python_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +219,13 @@ def test_the_whole_diagnosis_leaves_torch_out_of_this_process(tmp_path: Path) ->
     )
     root = Path(doctor.__file__).parent.parent
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=580, check=True)
     found = json.loads(done.stdout)
     assert found["torch"] is False
-    names = {check["name"] for check in found["checks"]}
-    assert {"python", "packages", "torch", "cores", "cpu features", "memory", "disk", "gpu", "ray"} <= names
-    assert next(check["status"] for check in found["checks"] if check["name"] == "torch") in ("ok", "slow")
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {"python", "packages", "torch", "cores", "cpu features", "kernels", "memory", "disk", "gpu", "ray"} <= set(
+        checks
+    )
+    assert checks["torch"]["status"] in ("ok", "slow")
+    path = checks["kernels"]["detail"].partition(",")[0]
+    assert path in ("portable", "amx") or path.startswith(("avx", "torch-"))
