@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -23,7 +22,7 @@ from transformers import AutoTokenizer
 
 from cluster.tools.quantize import QuantizeOptions, quantize
 from protos.errors import UserError
-from tests.support.gguf_files import convert
+from tests.support.gguf_files import ARCHITECTURES, convert
 from tests.support.real.unpack import unpacked_model
 
 BLOCK = 128  # rows and columns that share an FP8 scale
@@ -54,13 +53,9 @@ def write_fp8(source: Path, target: Path) -> None:
             else:
                 tensors[name] = tensor
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    _add(target / "config.json", {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-                                  "weight_block_size": [BLOCK, BLOCK]})  # fmt: skip
-
-
-def _add(config: Path, section: dict[str, Any]) -> None:
-    settings = json.loads(config.read_text()) | {"quantization_config": section}
-    config.write_text(json.dumps(settings, indent=1))
+    section = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK] * 2}
+    for file in target.glob("config*.json"):  # of the same weights at other lengths
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": section}, indent=1))
 
 
 def write_gguf(source: Path, target: Path, kind: str, llama_quantize: Path | None) -> None:
@@ -68,12 +63,14 @@ def write_gguf(source: Path, target: Path, kind: str, llama_quantize: Path | Non
 
     The library has matrices of one type, the head too; routers stay wide as in llama.cpp.
     """
+    config = json.loads((source / "config.json").read_text())
+    named = {f"{ARCHITECTURES[config['model_type']]}.vocab_size": config["vocab_size"]}
     if llama_quantize is None:
-        convert(source, target, lambda name: Kind.F32 if "ffn_gate_inp" in name else LIBRARY[kind])
+        convert(source, target, lambda name: Kind.F32 if "ffn_gate_inp" in name else LIBRARY[kind], named)
         return
     wide = target.with_name("wide.gguf")
     if not wide.exists():
-        convert(source, wide, lambda name: Kind.BF16)
+        convert(source, wide, lambda name: Kind.BF16, named)
     command = [llama_quantize, wide, target, kind.removesuffix("-gguf").upper()]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
