@@ -75,6 +75,7 @@ def _measure(kind: Kind, config: Path | None, out: Path, as_json: bool, **given:
         overrides |= given.get("peers", {})
         if given["lengths"]:
             overrides["lengths"] = list(given["lengths"])
+        overrides = dict(sorted(overrides.items(), key=lambda item: item[0].count(".")))  # keys within others last
         with open_display(as_json) as display:
             try:
                 report, result = run_bench(load_bench(file, overrides), kind, out, display)
