@@ -13,8 +13,14 @@ from workers.quant.weight import Kind, QuantizedWeight
 __all__ = ["packed", "random_weight", "unpacked"]
 
 
-def unpacked(weight: torch.Tensor) -> torch.Tensor:
-    """Return a packed weight in plain order, `[N, K]` or `[Er, N, K]`: a copy; any other tensor is returned itself."""
+def unpacked(weight: torch.Tensor, is_mlp: bool = False) -> torch.Tensor:
+    """Return a packed weight in plain order, `[N, K]` or `[Er, N, K]`: a copy; any other tensor is returned itself.
+
+    Args:
+        is_mlp: one with six dimensions is gate and up of an MLP, not experts.
+    """
+    if is_mlp and weight.dim() == 6:
+        return unpacked(weight[None])[0]
     if weight.dim() == 7:  # [Er, strip, which, tile, pair, row, of pair]
         experts, strips = weight.shape[:2]
         return weight.permute(0, 2, 1, 5, 3, 4, 6).reshape(experts, 2 * strips * STRIP, -1)

@@ -205,7 +205,7 @@ def test_packed_weights_hold_the_same_values(
         assert sum(one.shape != other.shape for one, other in pairs) >= 4 * spec.num_hidden_layers
         for one, other in pairs:
             assert one.numel() == other.numel()
-            assert torch.equal(packing.unpacked(one), other)
+            assert torch.equal(packing.unpacked(one, is_mlp=other.dim() == 2), other)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (2, 2)])
