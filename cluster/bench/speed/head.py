@@ -20,6 +20,7 @@ from cluster.server.head import Head
 from cluster.stages.launcher import LaunchStatus
 from cluster.tools.eval.modes import kv_bytes_for
 from protos.errors import UserError
+from protos.model.files import is_gguf
 
 _VOCABULARY = 32000  # ids of random prompts are below it, as those of peers
 
@@ -146,6 +147,8 @@ def attention_of(served: Served) -> dict[str, Any]:
 def check_model(bench: Bench) -> None:
     """Raise UserError where the checkpoint of a benchmark is missing, with the command that makes the built-in one."""
     model = bench.settings.model
-    if model is not None and not (model / "config.json").is_file():
+    if model is None or (is_gguf(model) and model.is_file()):
+        return
+    if not (model / "config.json").is_file():
         make = "python -m workers.bench make-checkpoint DIR"
         raise UserError(f"{bench.file}: model: {model}: no config.json there: name a checkpoint by --model ({make})")
