@@ -49,7 +49,7 @@ def test_settings_that_cannot_be_used_start_nothing(arguments: list[str], expect
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--gguf", "x.gguf"], "--llama-server and --gguf go together"),
+        (["--gguf", "x.gguf"], "--gguf: is for llama.cpp: name --llama-server too"),
         (["--url", "host:8000"], "peers.server.url: host:8000: must be a URL such as http://host:8000/v1"),
         (["--set", "peers={x: {kind: openai}}"], "peers.x.url: (missing): required for kind openai"),
     ],
