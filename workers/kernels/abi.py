@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3, torch.uint8: 4}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of queries, keys and values
+NUMBER_TYPES = TYPES | {torch.float16: 3, torch.uint8: 4}  # of scales and zero points
 
 MAX_HEAD_DIM = 1024  # of attention
 STRIP, DEPTH = 16, 32  # outputs and inputs of a tile of packed weights

@@ -101,8 +101,8 @@ def describe(weight: Packed) -> abi.Weights:
     zeros = weight.zeros
     return abi.Weights(
         weight.codes.data_ptr(), weight.scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
-        weight.group, KINDS.index(weight.kind) + 1, abi.TYPES[weight.scales.dtype],
-        0 if zeros is None else abi.TYPES[zeros.dtype],
+        weight.group, KINDS.index(weight.kind) + 1, abi.NUMBER_TYPES[weight.scales.dtype],
+        0 if zeros is None else abi.NUMBER_TYPES[zeros.dtype],
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ class MatrixSource(Protocol):
         ...
 
     def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
-        """Return whether a weight of `shape` of these regions stays quantised, in part at least."""
-        ...
+        """Return whether a weight of `shape` of these regions stays quantised, in part at least: if any of them is."""
+        return any(self.has(region.name) for region in regions)
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         """Return a region of a matrix."""

@@ -13,7 +13,7 @@ from protos.model.checkpoint import Checkpoint, CheckpointError, expected_tensor
 from protos.model.quant.scheme import QuantScheme
 from protos.model.spec import ModelSpec
 from protos.stage.messages import Span
-from workers.model.quantized import Region
+from workers.model.quantized import MatrixSource, Region
 from workers.quant.gguf.blocks import KINDS
 from workers.quant.gguf.source import GgufSource
 from workers.quant.packed import has_whole_tiles
@@ -26,7 +26,7 @@ _DUMMY_ROWS = 64  # rows of a random matrix that are generated together
 _DUMMY_SCALES: dict[Kind, float] = {"int4": 0.02 / 4.61, "int8": 0.02 / 73.9, "float8_e4m3": 0.02}
 
 
-class FileMatrices:
+class FileMatrices(MatrixSource):
     """The quantised matrices of a checkpoint; files are opened by `opened` and stay mapped."""
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, scheme: QuantScheme, opened: Callable[[str], Any]):
@@ -36,10 +36,6 @@ class FileMatrices:
     def has(self, name: str) -> bool:
         """Return whether the matrix of this canonical name is quantised."""
         return self._checkpoint.is_quantized(name)
-
-    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
-        """Return whether any is quantised."""
-        return any(self.has(region.name) for region in regions)
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         """Return a region of a matrix. Raises as the readers do."""
@@ -70,7 +66,7 @@ class _StoredParts:
         return CheckpointError(f"{self.checkpoint.model_dir / stored.file}: {stored.name}: {problem}")
 
 
-class GgufMatrices:
+class GgufMatrices(MatrixSource):
     """The matrices of a GGUF file in blocks of codes."""
 
     def __init__(self, checkpoint: Checkpoint, source: GgufSource) -> None:
@@ -95,7 +91,7 @@ class GgufMatrices:
         return self._source.quantized(name, stored, range(*rows)).columns(*columns)
 
 
-class RandomMatrices:
+class RandomMatrices(MatrixSource):
     """Random matrices of a scheme, made in blocks of rows with seeds of their own: equal for every layout."""
 
     def __init__(self, spec: ModelSpec, scheme: QuantScheme, seed: int) -> None:
@@ -106,10 +102,6 @@ class RandomMatrices:
     def has(self, name: str) -> bool:
         """Return whether the matrix of this canonical name is quantised: all of attention, MLPs and experts are."""
         return name in self._shapes
-
-    def keeps(self, regions: Sequence[Region], shape: Sequence[int], pairs: bool) -> bool:
-        """Return whether any is quantised."""
-        return any(self.has(region.name) for region in regions)
 
     def read(self, name: str, rows: Span, columns: Span) -> QuantizedWeight:
         """Return a region of a matrix. Raises ValueError: the columns cut groups to less than 16."""

@@ -243,3 +243,10 @@ def test_refusals() -> None:
     for call in calls:
         with pytest.raises(ValueError, match=r"^attention kernel"):
             compiled.attend(*call)
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
+def test_types_that_are_taken(dtype: torch.dtype, taken: bool) -> None:
+    kv = LayerKV(*torch.zeros(2, 1, 16, 32, dtype=dtype))
+    for query in (torch.float32, torch.bfloat16):
+        assert compiled.supports(torch.zeros(1, 1, 32, dtype=query), kv) == taken
