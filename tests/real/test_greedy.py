@@ -77,7 +77,9 @@ def test_greedy_text_is_that_of_llama_cpp(
 
 
 def _answer(tokens: Sequence[int], ends: set[int]) -> list[int]:
-    return list(takewhile(lambda token: token not in ends, tokens))
+    """Return tokens up to the first that ends the answer, which is a choice as any other."""
+    before = list(takewhile(lambda token: token not in ends, tokens))
+    return list(tokens[: len(before) + 1])
 
 
 def _check(found: list[Agreement], at_least: float) -> None:
