@@ -11,7 +11,8 @@ from cluster.common.units import format_bytes, format_count
 from cluster.tools.display import plain_table
 
 _GB = 1e9
-_PRECISIONS = "+ N: with the KV of one context of N tokens; *: runs, dequantised in every step, which is slow"
+_PRECISIONS = "+ N: with the KV of one context of N tokens"
+_SLOW = "; *: runs, dequantised in every step, which is slow"
 
 
 def render_plan(plan: dict[str, Any], console: Console) -> None:
@@ -25,7 +26,8 @@ def render_plan(plan: dict[str, Any], console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
     console.print(_precisions(plan))
-    console.print(_PRECISIONS, highlight=False, markup=False, soft_wrap=True)
+    legend = _PRECISIONS if all(row["fast"] for row in plan["precisions"]) else _PRECISIONS + _SLOW
+    console.print(legend, highlight=False, markup=False, soft_wrap=True)
     for note in plan["notes"]:
         console.print(f"note: {escape_unprintable(note)}", highlight=False, markup=False, soft_wrap=True)
 
