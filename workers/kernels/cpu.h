@@ -40,7 +40,9 @@ inline int best_path() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         if (wide && __builtin_cpu_supports("avx512bf16")) return has_amx() ? kAmx : kAvx512Bf16;
         if (wide) return kAvx512;
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2 : kPortable;
+        const bool middle =
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        return middle ? kAvx2 : kPortable;
     }();
     return best;
 #else

@@ -12,7 +12,7 @@ namespace longreach::gemm {
 namespace {
 
 // Rows from `row` on times strip 0 or 1.
-template <int Rows> INLINE void some_rows(float* c, const bf16* a, const Operands& o, long row, long strip) {
+template <int Rows> void some_rows(float* c, const bf16* a, const Operands& o, long row, long strip) {
     const bf16* b = strip == 0 ? o.b0 : o.b1;
     float sum[Rows][kStrip] = {};
     const bool scales = o.scales != nullptr;
@@ -40,7 +40,7 @@ template <int Rows> INLINE void some_rows(float* c, const bf16* a, const Operand
     }
 }
 
-INLINE void block(float* c, const Operands& o, Ahead) {
+void block(float* c, const Operands& o, Ahead) {
     for (long row = 0; row < o.rows; row += 4) {
         const bf16* a = o.a + row / kStrip * o.a_stride + row % kStrip * kDepth;
         for (long strip = 0; strip < (o.b1 ? 2 : 1); ++strip) {
@@ -50,7 +50,7 @@ INLINE void block(float* c, const Operands& o, Ahead) {
     }
 }
 
-INLINE void store(const float* c, long rows, long columns, const Target& t) {
+void store(const float* c, long rows, long columns, const Target& t) {
     for (long r = 0; r < rows; ++r) {
         bf16* out = t.out + (t.place ? t.place[r] : r) * t.stride;
         const float scale = t.scale ? t.scale[r] : 1.0f;
@@ -61,14 +61,14 @@ INLINE void store(const float* c, long rows, long columns, const Target& t) {
     }
 }
 
-INLINE void swiglu(const float* c, long rows, bf16* out, long stride) {
+void swiglu(const float* c, long rows, bf16* out, long stride) {
     for (long r = 0; r < rows; ++r, c += kBlock) {
         bf16* to = out + r / kStrip * stride + r % kStrip * kDepth;
         for (long n = 0; n < kStrip; ++n) to[n] = narrow(c[n] / (1.0f + std::exp(-c[n])) * c[n + kStrip]);
     }
 }
 
-INLINE void sum_rows(bf16* out, const bf16* const* rows, long count, long n) {
+void sum_rows(bf16* out, const bf16* const* rows, long count, long n) {
     for (long i = 0; i < n; ++i) {
         float sum = 0.0f;
         for (long r = 0; r < count; ++r) sum += widen(rows[r][i]);
@@ -76,20 +76,16 @@ INLINE void sum_rows(bf16* out, const bf16* const* rows, long count, long n) {
     }
 }
 
-template <Path path> constexpr Engine kEngine{Compiled<block>::of[path],
-                                              Compiled<store>::of[path],
-                                              Compiled<swiglu>::of[path],
-                                              Compiled<sum_rows>::of[path],
-                                              nothing,
-                                              nothing};
+constexpr Engine kEngine{block, store, swiglu, sum_rows, nothing, nothing};
 
 }  // namespace
 
 const Engine& engine(int path) {
 #if defined(__x86_64__)
-    if (path >= kAvx512) return x86_engine(Path(path));
+    if (path >= kAvx512) return avx512_engine(Path(path));
+    if (path == kAvx2) return avx2_engine();
 #endif
-    return path == kAvx2 ? kEngine<kAvx2> : kEngine<kPortable>;
+    return kEngine;
 }
 
 void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k) {

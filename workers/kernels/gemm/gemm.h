@@ -14,12 +14,15 @@
 #include "bfloat16.h"
 
 #if defined(__x86_64__)
-#define LR_AVX2 __attribute__((target("avx2,fma")))
+#define LR_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define LR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #else
 #define LR_AVX2
 #define LR_AVX512
 #endif
+
+// Before loops over registers: an array stays in registers only where no loop over it is left when the compiler looks.
+#define UNROLL _Pragma("GCC unroll 8")
 
 namespace longreach::gemm {
 
@@ -93,7 +96,8 @@ struct Engine {
 
 // The engine of a path that the CPU has.
 const Engine& engine(int path);
-const Engine& x86_engine(Path path);
+const Engine& avx2_engine();
+const Engine& avx512_engine(Path path);  // and AMX
 
 // Rows of x, `rows` or (null) consecutive ones, packed; the last strip is filled up with zeros.
 void pack_rows(bf16* out, const bf16* x, long stride, const std::int32_t* rows, long count, long k);

@@ -89,16 +89,16 @@ INLINE void scales(GroupScales& out, const Weights& from, long strip, bool two, 
     }
 }
 
-template <Path path>
-constexpr Decoder kDecoder{Compiled<codes>::of[path], Compiled<weights>::of[path], Compiled<scales>::of[path], nullptr};
+constexpr Decoder kDecoder{codes, weights, scales, nullptr};
 
 }  // namespace
 
 const Decoder& decoder(int path) {
 #if defined(__x86_64__)
-    if (path >= kAvx512) return x86_decoder(Path(path));
+    if (path >= kAvx512) return avx512_decoder(Path(path));
+    if (path == kAvx2) return avx2_decoder();
 #endif
-    return path == kAvx2 ? kDecoder<kAvx2> : kDecoder<kPortable>;
+    return kDecoder;
 }
 
 void sum_groups(float* out, const bf16* a, long rows, long k_tiles, long group) {

@@ -68,7 +68,8 @@ struct Decoder {
 
 // The decoder of a path that the CPU has.
 const Decoder& decoder(int path);
-const Decoder& x86_decoder(Path path);
+const Decoder& avx2_decoder();
+const Decoder& avx512_decoder(Path path);  // and AMX
 
 // Whether codes are multiplied as they are, and sums of groups scaled: exact weights, and the cheaper way for a row.
 // AMX rounds weights to bfloat16 instead: to scale sums would take half as long as its products. So do groups that end

@@ -175,25 +175,22 @@ PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
     const long k_tiles = o.tiles.k_tiles, groups = from.groups(k_tiles * kDepth), strip = from.bytes(k_tiles * kTile);
     const char* at = tiles_at(from, o.tiles);
     __m512 total[Rows][Strips], sum[Rows][Strips];
-    for (auto& row : total) {
-        for (__m512& one : row) one = _mm512_setzero_ps();
-    }
+    UNROLL for (int r = 0; r < Rows; ++r) { UNROLL for (int s = 0; s < Strips; ++s) total[r][s] = _mm512_setzero_ps(); }
     const long parts = parts_of_tile(from), lines = kStrip / parts;
     for (long k = 0, slice; k < k_tiles; k += slice, a += slice * kTile) {
         slice = group_slice(k, k_tiles, from.group);
         for (long part = 0; part < parts; ++part) {
             const long group = (k * kDepth + part * kStrip) / from.group;
-            for (auto& row : sum) {
-                for (__m512& one : row) one = _mm512_setzero_ps();
+            UNROLL for (int r = 0; r < Rows; ++r) {
+                UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] = _mm512_setzero_ps();
             }
             for (long tile = 0; tile < slice; ++tile) {
                 const auto* pairs = reinterpret_cast<const std::int32_t*>(a + tile * kTile) + part * lines;
                 for (long line = 0; line < lines; line += 2, at += kind == kInt4 ? 32 : 64) {
-                    for (int s = 0; s < Strips; ++s) {
+                    UNROLL for (int s = 0; s < Strips; ++s) {
                         __m512i one, two;
                         two_lines<kind>(at + s * strip, table, one, two);
-#pragma GCC unroll 4
-                        for (int r = 0; r < Rows; ++r) {
+                        UNROLL for (int r = 0; r < Rows; ++r) {
                             const __m512i first = _mm512_set1_epi32(pairs[r * kStrip + line]);
                             const __m512i second = _mm512_set1_epi32(pairs[r * kStrip + line + 1]);
                             sum[r][s] = multiply_add<Pairs>(multiply_add<Pairs>(sum[r][s], first, one), second, two);
@@ -204,19 +201,19 @@ PAIRS void rows_of(float* c, const bf16* a, const FewRows& o, Ahead ahead) {
                     __builtin_prefetch(ahead.at, 0, 2);
                 }
             }
-            for (int s = 0; s < Strips; ++s) {
+            UNROLL for (int s = 0; s < Strips; ++s) {
                 const __m512 scale = scale_of(from, o.tiles.strip + s, groups, group);
                 const __m512 zero = zero_of(from, o.tiles.strip + s, groups, group);
                 const float* sums = o.sums ? o.sums + group * o.rows : nullptr;
-                for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
+                UNROLL for (int r = 0; r < Rows; ++r) {  // rows past `rows` are computed too, with any sums
                     const __m512 moved_sum = moved(sum[r][s], zero, sums, r < o.rows ? r : 0);
                     total[r][s] = _mm512_fmadd_ps(scale, moved_sum, total[r][s]);
                 }
             }
         }
     }
-    for (int r = 0; r < Rows; ++r) {
-        for (int s = 0; s < Strips; ++s) _mm512_storeu_ps(c + r * kBlock + s * kStrip, total[r][s]);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int s = 0; s < Strips; ++s) _mm512_storeu_ps(c + r * kBlock + s * kStrip, total[r][s]);
     }
 }
 
@@ -242,7 +239,7 @@ constexpr Decoder kDecoders[] = {
 
 }  // namespace
 
-const Decoder& x86_decoder(Path path) { return kDecoders[path - kAvx512]; }
+const Decoder& avx512_decoder(Path path) { return kDecoders[path - kAvx512]; }
 
 }  // namespace longreach::gemm
 #endif

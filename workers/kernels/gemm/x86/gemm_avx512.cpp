@@ -90,7 +90,7 @@ template <bool Pairs, int Rows, bool TwoStrips>
 PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, long row, Ahead ahead) {
     __m512 left[Rows], right[Rows];
     const bool add = o.add && !o.scales;
-    for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int r = 0; r < Rows; ++r) {
         left[r] = add ? _mm512_loadu_ps(c + r * kBlock) : _mm512_setzero_ps();
         right[r] = add && TwoStrips ? _mm512_loadu_ps(c + r * kBlock + kStrip) : _mm512_setzero_ps();
     }
@@ -99,8 +99,7 @@ PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, long row, Ahe
         const auto* pairs = reinterpret_cast<const std::int32_t*>(a);
         for (long i = 0; i < o.lines; ++i) {
             const __m512i l = _mm512_loadu_si512(b0 + i * kDepth), m = _mm512_loadu_si512(b1 + i * kDepth);
-#pragma GCC unroll 8
-            for (int r = 0; r < Rows; ++r) {
+            UNROLL for (int r = 0; r < Rows; ++r) {
                 const __m512i pair = _mm512_set1_epi32(pairs[r * kStrip + i]);
                 left[r] = multiply_add<Pairs>(left[r], pair, l);
                 if (TwoStrips) right[r] = multiply_add<Pairs>(right[r], pair, m);
@@ -108,8 +107,7 @@ PAIRS void vector_rows(float* c, const bf16* a, const Operands& o, long row, Ahe
         }
         prefetch(ahead);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r, c += kBlock) {
+    UNROLL for (int r = 0; r < Rows; ++r, c += kBlock) {
         if (o.scales) {
             const float* inputs = o.sums ? o.sums + (row + r < o.rows ? row + r : row) : nullptr;
             left[r] = scaled(left[r], *o.scales, 0, inputs, o.add ? c : nullptr);
@@ -217,7 +215,7 @@ constexpr Engine kEngines[] = {
 
 }  // namespace
 
-const Engine& x86_engine(Path path) { return kEngines[path - kAvx512]; }
+const Engine& avx512_engine(Path path) { return kEngines[path - kAvx512]; }
 
 }  // namespace longreach::gemm
 #endif
