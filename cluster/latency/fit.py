@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,25 @@ Floats = NDArray[np.float64]
 
 _FORGET = 0.98  # weight of the past at each new step of a kind: a memory of about 50 steps
 _SPREAD = 4.0  # measured over expected time, or the opposite, beyond which a step counts less or not more
+# A short step is late if it takes more than `_LATE` times what is expected, once `_KNOWN` steps of its kind were seen.
+# Bursts of some ten late steps pass. Where half of the steps are late, the machine has become slower.
+_LATE, _KNOWN, _LONGEST = 2.0, 50, 0.5  # seconds; a longer step is none of a burst
+_FEW = 3  # late steps in a row that count; of more the first
+_RECENT, _MOST = 30, 16  # steps, and late ones among them that are more than a burst
+_CHANGED = 0.02  # weight of the past then: about one step, which still tells of other steps
 _RIDGE = 1e-6
 # Ridge of a normal prior: (scatter of steps / error of usual costs) ** 2. Quiet steps scatter by 12 to 22 %,
 # rates of a table may be wrong by a factor of two, 0.7 in logarithms: (0.15 / 0.7) ** 2. So a cost that differs from
 # the usual one by its own size counts as one step that is 22 % off.
 _DRAW = 0.05
 _ROUNDS = 3  # of solving, as the draw to a cost depends on it
+
+
+class _Step(NamedTuple):
+    x: Costs
+    seconds: float
+    expected: float
+    is_late: bool
 
 
 class Sums:
@@ -31,19 +45,47 @@ class Sums:
         self.gram = [[0.0] * size for _ in range(size)]  # lists, as numpy costs more than so many sums
         self.moment = [0.0] * size
         self.steps = 0
+        self._recent: deque[_Step] = deque(maxlen=_RECENT)
+        self._run = 0  # late steps in a row, up to the last one: they do not count yet
 
-    def add(self, x: Costs, seconds: float, expected: float) -> None:
-        """Take one step; errors count relative to the expected time, so that decode steps matter as much as chunks.
+    def add(self, x: Costs, seconds: float, expected: float) -> bool:
+        """Take one step; returns whether it shows that the machine has become slower: the past then counts little.
+
+        Late steps here and there count, as on a machine that is busy now and then; of a burst only the first does.
+        """
+        self.steps += 1
+        step = _Step(x, seconds, expected, self.steps > _KNOWN and _LATE * expected < seconds < _LONGEST)
+        self._recent.append(step)
+        late = [each for each in self._recent if each.is_late]
+        if len(late) >= _MOST:
+            self.gram = [[_CHANGED * old for old in row] for row in self.gram]
+            self.moment = [_CHANGED * old for old in self.moment]
+            for each in late:
+                self._count(each._replace(expected=each.seconds))
+            self._recent.clear()
+            self._run = 0
+            return True
+        if step.is_late:
+            self._run += 1
+            return False
+        run = list(self._recent)[-1 - self._run : -1]
+        for each in (*(run if len(run) <= _FEW else run[:1]), step):
+            self._count(each)
+        self._run = 0
+        return False
+
+    def _count(self, step: _Step) -> None:
+        """Add a step; errors count relative to the expected time, so that decode steps matter as much as chunks.
 
         Relative to the measured one the fastest steps would count most: a busy machine would be predicted as idle.
         """
+        x, seconds, expected, _ = step
         weight = max(min(max(expected, seconds / _SPREAD), seconds * _SPREAD), 1e-6) ** -2
         self.gram = [
             [_FORGET * old + weight * a * b if a else _FORGET * old for old, b in zip(row, x, strict=True)]
             for row, a in zip(self.gram, x, strict=True)
         ]
         self.moment = [_FORGET * old + weight * a * seconds for old, a in zip(self.moment, x, strict=True)]
-        self.steps += 1
 
     def absorb(self, other: Sums) -> None:
         """Add the steps of another run."""

@@ -71,9 +71,9 @@ class LatencyModel:
                 self._sparsity.observe(causal_pairs(part.start, part.length) / part.length, share)
         units = self.features(plan, reports)
         expected = sum(x * c for x, c in zip(units, self._reference, strict=True)) if self._reference else seconds
-        (self._decode if plan.is_decode else self._prefill).add(units, seconds, expected)
+        has_changed = (self._decode if plan.is_decode else self._prefill).add(units, seconds, expected)
         self._costs = None
-        if self.num_steps < _REFRESH or self.num_steps % _REFRESH == 0:
+        if has_changed or self.num_steps < _REFRESH or self.num_steps % _REFRESH == 0:
             self._reference = self.coefficients
 
     def features(self, plan: StepPlan, reports: Sequence[CellReport] = ()) -> Costs:

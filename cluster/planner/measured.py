@@ -30,19 +30,20 @@ class Measurements:
         return cls(list(measured_files(data_dir)), cores)
 
     def costs_of(self, deployment: Deployment, usual: Sequence[float]) -> Costs | None:
-        """Return the costs of a deployment, None where nothing fits.
+        """Return the costs of a deployment, None where this model was not measured on such hardware.
 
-        Steps of the same model in this layout and with these threads are taken if there are any, else of the same
-        model in another layout, else of all models here; costs are scaled to the threads. What the steps do not tell
-        follows from the ratios of `usual`, the costs that the hardware table has for this deployment.
+        Steps of the same model in this layout and with these threads are taken if there are any, else in another
+        layout, else with another type of KV; costs are scaled to the threads. What the steps do not tell follows from
+        the ratios of `usual`, the costs that the hardware table has for this deployment. Steps of other models do not
+        count: what a step costs beside its work is most of one of a small model, and would be scaled up with the work.
         """
         wanted = measured_on(deployment, "", self.cores)
         here = [(of, learned) for of, learned in self.files if (of.hardware, of.cores) == (wanted.hardware, self.cores)]
-        model = [entry for entry in here if _model(entry[0]) == _model(wanted)]
-        same = [entry for entry in model if _layout(entry[0]) == _layout(wanted)]
-        what = "this model" if model else "other models"
-        groups = [(same, f"{what}, {wanted.stages} x {wanted.shards}"), (model, f"{what}, other layouts"), (here, what)]
-        for group, name in groups:
+        model = [entry for entry in here if (entry[0].model, entry[0].dtype) == (wanted.model, wanted.dtype)]
+        like = [entry for entry in model if entry[0].kv_dtype == wanted.kv_dtype]
+        same = [entry for entry in like if _layout(entry[0]) == _layout(wanted)]
+        layout = f"{wanted.stages} x {wanted.shards}"
+        for group, name in ((same, layout), (like, "other layouts"), (model, "other types of KV")):
             if not group:
                 continue
             threads = max(of.threads for of, _ in group)
@@ -51,7 +52,7 @@ class Measurements:
                 seconds = _scaled(model_fit.coefficients, threads / wanted.threads)
                 has_cells = any(of.sparse == wanted.sparse and wanted.sparse for of, _ in group)
                 keys = model_fit.keys if has_cells else None
-                return Costs(seconds, f"{steps:,} steps measured here ({name})", keys=keys)
+                return Costs(seconds, f"{steps:,} steps measured here (this model, {name})", keys=keys)
         return None
 
 
@@ -74,10 +75,6 @@ def _fit(
         except ValueError:
             continue
     return (model, model.num_steps) if model.num_steps else None
-
-
-def _model(of: Measured) -> tuple[str, str, str]:
-    return of.model, of.dtype, of.kv_dtype
 
 
 def _layout(of: Measured) -> tuple[int, int, int]:

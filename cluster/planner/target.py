@@ -63,7 +63,8 @@ class Target:
         found = self.measurements.costs_of(deployment, usual) if self.measurements is not None else None
         if found is not None:
             return replace(found, link_s=link_s, hop_s=_HOP_S)
-        return Costs(usual, f"hardware table: {threads} x {name}", link_s, _HOP_S, is_rough=is_rough)
+        why = "" if self.measurements is None else " (no steps of this model were measured here)"
+        return Costs(usual, f"hardware table: {threads} x {name}{why}", link_s, _HOP_S, is_rough=is_rough)
 
     def with_measurements(self, measurements: Measurements) -> Target:
         """Return the target with times that were measured on it."""

@@ -151,7 +151,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = _fields(
         "void* input_norm qkv_bias o_bias post_norm",
-        "Weights qkv o router gate_up down",
+        "Weights qkv[3] o router gate_up down",
         "void* head_norm keys values",
         "int64 kv_head heads kv_heads dim hidden_size all_experts first experts top_k width",
         "float eps",

@@ -1,7 +1,8 @@
 """All layers of a shard for a few rows in one call of the compiled kernels: a decode step.
 
 The fallback is `Decoder`, which calls the same operations one by one and is equal bit for bit. It is used for long
-steps, sparse cells, biased MLPs, int8 KV, other types and devices, and on machines without a compiler.
+steps, sparse cells, biased MLPs and those whose gate and up differ in type, int8 KV, other types and devices, and on
+machines without a compiler.
 
 Legend: `T` rows, `M` hidden size, `H` and `K` query and KV heads of the shard, `D` head dim, `k` experts per token.
 """
@@ -26,6 +27,7 @@ from workers.model import compiled
 from workers.model.batch import Batch
 from workers.model.rope import Rotations
 from workers.model.weights import LayerWeights
+from workers.quant.weight import RowStack
 from workers.transport.collectives import Collectives
 
 MAX_ROWS = 64  # with more, the time of the interpreter between two operations no longer matters
@@ -137,7 +139,7 @@ class FusedLayers:
         is_dense = _has_packed_mlp(weights)
         experts = Span(0, 1) if is_dense else shard.experts
         matrices = {
-            "qkv": weights.qkv_weight, "o": weights.o_weight, "router": weights.router,
+            "o": weights.o_weight, "router": weights.router,
             "gate_up": weights.gate_up if is_dense else weights.experts_gate_up,
             "down": weights.down if is_dense else weights.experts_down,
         }  # fmt: skip
@@ -145,6 +147,7 @@ class FusedLayers:
         return Layer(
             **{name: None if one is None else one.data_ptr() for name, one in pointers.items()},
             **{name: compiled.describe(matrix) for name, matrix in packed.items()},
+            qkv=(abi.Weights * 3)(*map(compiled.describe, _packed_qkv(weights))),
             heads=shard.heads.size, kv_heads=shard.kv_heads.size, dim=spec.head_dim, hidden_size=spec.hidden_size,
             all_experts=0 if is_dense else spec.num_experts, first=experts.start, experts=experts.size,
             top_k=1 if is_dense else spec.num_experts_per_tok, width=compiled.expert_width(packed["gate_up"]),
@@ -185,16 +188,24 @@ class FusedLayers:
         self._kv = kv
 
 
+def _packed_qkv(weights: LayerWeights) -> Sequence[compiled.Packed]:
+    """Return the packed weight of queries, keys and values, or one of each; none where a part is not packed."""
+    whole = weights.qkv_weight
+    parts = whole.parts if isinstance(whole, RowStack) else (whole,)
+    packed = [part for part in parts if compiled.is_packed(part)]
+    return packed if len(packed) == len(parts) else ()
+
+
 def _has_packed_experts(weights: LayerWeights) -> bool:
-    matrices = (weights.qkv_weight, weights.o_weight, weights.router, weights.experts_gate_up, weights.experts_down)
-    return all(map(compiled.is_packed, matrices))
+    matrices = (weights.o_weight, weights.router, weights.experts_gate_up, weights.experts_down)
+    return bool(_packed_qkv(weights)) and all(map(compiled.is_packed, matrices))
 
 
 def _has_packed_mlp(weights: LayerWeights) -> bool:
     """Return whether a dense layer is packed, its MLP as one expert."""
     gate_up = weights.gate_up
-    matrices = (weights.qkv_weight, weights.o_weight, gate_up, weights.down)
-    return all(map(compiled.is_packed, matrices)) and compiled.is_packed(gate_up) and compiled.has_pairs(gate_up)
+    is_packed = bool(_packed_qkv(weights)) and all(map(compiled.is_packed, (weights.o_weight, gate_up, weights.down)))
+    return is_packed and compiled.is_packed(gate_up) and compiled.has_pairs(gate_up)
 
 
 def _check(status: int) -> None:

@@ -41,8 +41,9 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     if compiled.is_packed(weight) and x.dtype == torch.bfloat16:
         return compiled.linear(x, weight, bias)
     if isinstance(weight, RowStack):
-        out = torch.cat([linear(x, part) for part in weight.parts], dim=-1)
-        return out if bias is None else out.add_(bias)
+        sizes = [part.shape[0] for part in weight.parts]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return torch.cat([linear(x, *part) for part in zip(weight.parts, biases, strict=True)], dim=-1)
     weight = plain(weight, x.dtype)
     if x.shape[0] == 1 and x.device.type == "cpu":
         row = torch.mv(weight, x[0])

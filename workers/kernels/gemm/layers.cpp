@@ -22,6 +22,26 @@ void norm(const Step& step, const Layer& layer, const bf16* weight) {
     longreach_rms_norm(&call);
 }
 
+// Queries, keys and values of the normed rows: one product, or one of each where their weights differ in type.
+int project(const Step& step, const Layer& layer) {
+    const long m = layer.hidden_size, row = (layer.heads + 2 * layer.kv_heads) * layer.dim;
+    if (layer.qkv[1].values == nullptr) {
+        return linear(step, step.normed, layer.qkv[0], layer.qkv_bias, step.qkv, row, m);
+    }
+    bf16* part = step.attended;  // free until attention: the rows of a product are contiguous
+    long first = 0;
+    for (int i = 0; i < 3; ++i) {
+        const long width = (i == 0 ? layer.heads : layer.kv_heads) * layer.dim;
+        const bf16* bias = layer.qkv_bias == nullptr ? nullptr : layer.qkv_bias + first;
+        if (const int status = linear(step, step.normed, layer.qkv[i], bias, part, width, m)) return status;
+        for (long t = 0; t < step.tokens; ++t) {
+            std::memcpy(step.qkv + t * row + first, part + t * width, width * sizeof(bf16));
+        }
+        first += width;
+    }
+    return 0;
+}
+
 // Query and key heads in place, after the queries of far regions to their own rows.
 void rotate(const Step& step, const Layer& layer) {
     const long dim = layer.dim, row = (layer.heads + 2 * layer.kv_heads) * dim;
@@ -79,12 +99,10 @@ int attend(const Step& step, const Layer& layer) {
 int attention_half(const Step& step, const Layer& layer) {
     const long m = layer.hidden_size, dim = layer.dim;
     norm(step, layer, layer.input_norm);
-    int status =
-        linear(step, step.normed, layer.qkv, layer.qkv_bias, step.qkv, (layer.heads + 2 * layer.kv_heads) * dim, m);
-    if (status) return status;
+    if (const int status = project(step, layer)) return status;
     rotate(step, layer);
     write(step, layer);
-    if ((status = attend(step, layer))) return status;
+    if (const int status = attend(step, layer)) return status;
     return linear(step, step.attended, layer.o, layer.o_bias, step.out, m, layer.heads * dim);
 }
 

@@ -11,7 +11,8 @@ namespace longreach::gemm {
 // One layer of one shard; weights are packed, vectors plain.
 struct Layer {
     const bf16 *input_norm, *qkv_bias, *o_bias, *post_norm;
-    Weights qkv, o, router, gate_up, down;
+    Weights qkv[3];  // of queries, keys and values; where the others are null, the first has all
+    Weights o, router, gate_up, down;
     const float* head_norm;  // [H + K, D], or null
     bf16 *keys, *values;     // of the cache: [K, slots, D], heads `kv_head` values apart
     std::int64_t kv_head, heads, kv_heads, dim, hidden_size;

@@ -83,6 +83,40 @@ def test_extreme_steps_give_finite_costs(measured: float) -> None:
     assert seconds(chunk(0), found) == pytest.approx(measured, rel=0.01, abs=1e-6)
 
 
+def late(count: int, part: Sums) -> list[bool]:
+    """Late decode steps; returns whether each shows that the machine has become slower."""
+    usual = seconds(decode(10), TRUTH)
+    return [part.add(decode(10), 3 * usual, usual) for _ in range(count)]
+
+
+def test_what_is_late_is_known_after_fifty_steps() -> None:
+    part = sums(*[decode(10)] * 49)
+    before = np.array(part.gram)
+    late(1, part)
+    assert (np.array(part.gram) != before).any()
+    after = np.array(part.gram)
+    late(5, part)
+    assert part.steps == 55
+    assert (np.array(part.gram) == after).all(), "not yet"
+
+
+def test_a_longer_run_of_late_steps_than_a_burst_outweighs_the_past() -> None:
+    part = sums(*[decode(10)] * 100)
+    assert late(20, part) == [False] * 15 + [True] + [False] * 4, "and again only after as many"
+    assert part.steps == 120
+    assert seconds(decode(10), fit((part,), USUAL)) == pytest.approx(3 * seconds(decode(10), TRUTH), rel=0.3)
+
+
+def test_of_a_burst_one_step_counts() -> None:
+    usual = seconds(decode(10), TRUTH)
+    parts = [sums(*[decode(10)] * 100) for _ in range(2)]
+    for part, count in zip(parts, (1, 15), strict=True):
+        assert not any(late(count, part))
+        assert not part.add(decode(10), usual, usual)
+    assert np.allclose(parts[0].gram, parts[1].gram)
+    assert np.allclose(parts[0].moment, parts[1].moment)
+
+
 def test_sums_of_two_runs() -> None:
     steps = [chunk(0), chunk(4096), decode(10)]
     both, other = sums(*steps[:2]), sums(*steps[2:])

@@ -12,8 +12,9 @@ from cluster.latency.model import LatencyModel, visited_share
 from cluster.latency.pipeline_work import stage_works
 from cluster.planner.subject import load_subject
 from cluster.scheduler.chunking import Chunk, chunks
+from protos.jobs.sampling import SamplingParams
 from protos.model.spec import HeadBudget, SparseSpec
-from protos.stage.messages import CellReport, SequenceSlice, StepPlan
+from protos.stage.messages import CellReport, SampleSpec, SequenceSlice, StepPlan
 from tests.support.latency.recorded import recorded
 from tests.support.paths import NEEDLE
 from tests.support.rigs.scheduler import long_spec
@@ -83,6 +84,91 @@ def test_a_busy_machine_is_predicted_as_it_is():
         model.observe(step, took)
     mean = sum(1 / factor for factor in (1, 1, 2, 6)) / 4 * 2.5  # of the prediction over a measured time
     assert done / 200 == pytest.approx(mean, rel=0.15)
+
+
+# --- steps that other programs disturb --------------------------------------------------------------------------------
+
+
+def decode_step(context: int) -> StepPlan:
+    """A step that only decodes, of one row."""
+    sample = SampleSpec(SamplingParams(), 0)
+    return StepPlan(1, (SequenceSlice(1, context, 1, 20, (), (), 1, sample),))
+
+
+class Decoding:
+    """A head's model that learns decode steps, one after the other, of times that scatter by a share `noise`."""
+
+    def __init__(self, seed: int, noise: float) -> None:
+        given = load_subject(NEEDLE, "cpu", chunk=2048)
+        self.model = LatencyModel(given.spec, stage_works(given), load_hardware()["cpu-other"].costs(2))
+        self.rng, self.noise, self.number = random.Random(seed), noise, 0
+
+    def take(self, seconds: float, context: int | None = None) -> float:
+        """Learn a step of about so many seconds; returns the prediction over them, made before."""
+        self.number += 1
+        step = decode_step(self.number if context is None else context)
+        predicted = self.model.predict(step)
+        self.model.observe(step, seconds * (1 + self.rng.gauss(0, self.noise)))
+        return predicted / seconds
+
+
+@pytest.mark.parametrize(("noise", "length"), [(0.0, 10), (0.1, 8), (0.2, 13)])
+def test_bursts_of_late_steps_do_not_lead_astray(noise: float, length: int):
+    decoding = Decoding(length, noise)
+    for _ in range(100):
+        decoding.take(0.016)
+    for number in range(450):
+        is_late = number % 150 < length
+        share = decoding.take(0.1 if is_late else 0.016) * (0.1 / 0.016 if is_late else 1.0)
+        assert share == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.2])
+def test_a_machine_that_became_slower_is_learned(noise: float):
+    """Within 60 steps, also some steps after a burst; then it is fast again, which takes longer."""
+    decoding = Decoding(3, noise)
+    for number in range(200):
+        decoding.take(0.1 if 130 <= number < 140 else 0.016)
+    for number in range(120):
+        share = decoding.take(0.04)
+        assert number < 60 or share == pytest.approx(1.0, abs=0.15)
+    for number in range(150):
+        share = decoding.take(0.016)
+        assert number < 120 or share == pytest.approx(1.0, abs=0.15)
+
+
+def test_busy_decode_steps_are_predicted_as_they_are():
+    """As above in steps of 16 ms: those that take six times as long come here and there, not in bursts."""
+    decoding, done = Decoding(7, 0.0), 0.0
+    for number in range(400):
+        factor = decoding.rng.choice((1, 1, 2, 6))
+        share = decoding.take(0.016 * factor) * factor
+        done += share if number >= 200 else 0.0
+    assert done / 200 == pytest.approx(2.5, rel=0.15)
+
+
+def test_short_answers_about_a_longer_context_are_learned():
+    """Their steps are late until the model knows what a context costs, and never more than five in a row."""
+    decoding = Decoding(1, 0.1)
+    for _ in range(200):
+        decoding.take(0.016)
+    for number in range(20):
+        for _ in range(5):
+            share = decoding.take(0.064, context=100_000)
+            assert number < 3 or share == pytest.approx(1.0, abs=0.15)
+        for _ in range(30):
+            assert decoding.take(0.016) == pytest.approx(1.0, abs=0.15)
+
+
+def test_long_steps_count_at_once():
+    """Chunks of a second are few, and no burst passes in one: the first that takes three times as long counts."""
+    model, step = LatencyModel(), plan((0, 1024))
+    for _ in range(100):
+        model.observe(step, 1.0)
+    for _ in range(5):
+        before = model.predict(step)
+        model.observe(step, 3.0)
+        assert model.predict(step) > 1.005 * before
 
 
 def test_the_past_is_forgotten():

@@ -1,4 +1,4 @@
-"""Measured steps go before the table: of this model and layout, else of this model, else of others here."""
+"""Measured steps go before the table: of this model in this layout, else in another; those of other models do not."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from cluster.latency.hardware import load_hardware
 from cluster.latency.latency_file import LatencyFile, Measured
 from cluster.latency.model import LatencyModel
 from cluster.latency.pipeline_work import measured_on, stage_works
-from cluster.planner.forecast import predict
+from cluster.planner.forecast import Costs, predict
 from cluster.planner.measured import Measurements
 from cluster.planner.memory import relayout
 from cluster.planner.plan import make_plan
-from cluster.planner.subject import as_dense, as_sparse
+from cluster.planner.subject import as_dense, as_sparse, load_subject
 from cluster.planner.target import cpu_target
+from protos.model.spec import HeadBudget, SparseSpec
 from protos.stage.messages import CellReport, SequenceSlice, StepPlan
 from tests.support.latency.recorded import recorded
+from tests.support.paths import NEEDLE
 from tests.support.planner.models import subject
 
 CORES = 4
@@ -95,12 +97,17 @@ def test_a_cost_that_steps_put_at_zero_is_not_counted_twice(tmp_path: Path, unit
     assert found.decode_s == pytest.approx(wanted.decode_s, rel=0.05)
 
 
-def test_recorded_steps_of_two_stages(tmp_path: Path):
-    """Decoding at 8K is predicted from steps up to 4K, of which some were slow, within 20 %."""
+def benchmark_model(folder: Path) -> Deployment:
+    """The one of the recorded steps, in two stages."""
     shape = {"vocab_size": 49152, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}
     experts = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "eos_token_id": 2}
-    given = relayout(as_dense(subject(tmp_path, "cpu", **shape, **heads, **experts)), 2, 1)
+    return relayout(as_dense(subject(folder, "cpu", **shape, **heads, **experts)), 2, 1)
+
+
+def test_recorded_steps_of_two_stages(tmp_path: Path):
+    """Decoding at 8K is predicted from steps up to 4K, of which some were slow, within 20 %."""
+    given = benchmark_model(tmp_path)
     usual, found = load_hardware()["cpu-avx512-bf16"].costs(1, sharers=2), recorded("benchmodel-2x1")
     model = LatencyModel(given.spec, stage_works(given))
     for step in found["steps"]:
@@ -113,12 +120,49 @@ def test_recorded_steps_of_two_stages(tmp_path: Path):
     assert forecast.decode_s == pytest.approx(found["decode_s"], rel=0.2)
 
 
-def test_another_model_here_is_better_than_nothing(tmp_path: Path):
+@pytest.mark.parametrize("other", [{"model": "another"}, {"dtype": "float32"}])
+def test_another_model_here_says_nothing(tmp_path: Path, other: dict[str, str]):
     given = small(tmp_path)
-    run_head(tmp_path / "data", given, of=replace(measured_on(given, "", CORES), model="another"))
+    run_head(tmp_path / "data", given, of=replace(measured_on(given, "", CORES), **other))
+    assert Measurements.of(tmp_path / "data", CORES).costs_of(given, USUAL) is None
+    target = cpu_target(load_hardware(), "64GB", CORES, tmp_path / "data")
+    made = make_plan(given, 8192, target)
+    assert made["times_from"].startswith("hardware table: 4 x x86 core with ")
+    assert made["times_from"].endswith(" (no steps of this model were measured here)")
+    assert any("assumed" in note for note in made["notes"])
+    assert target.costs_of(given).seconds == cpu_target(load_hardware(), "64GB", CORES).costs_of(given).seconds
+
+
+def test_recorded_steps_of_the_demo_mislead_about_a_larger_model(tmp_path: Path):
+    """A unit of work costs more in its steps than in the benchmark model's, whose times the table predicts better."""
+    given, demo = benchmark_model(tmp_path), load_subject(NEEDLE, "cpu", chunk=2048)
+    sparse = SparseSpec(threshold=0, cell=2048, uniform=HeadBudget(1024, 2048), synthetic=True)
+    demo = replace(demo, spec=replace(demo.spec, sparse=sparse))
+    row, found = load_hardware()["cpu-avx512-bf16"], recorded("benchmodel-2x1")
+    model, usual = LatencyModel(demo.spec, stage_works(demo), row.costs(2)), row.costs(1, sharers=2)
+    for step in recorded("needle-256k-sparse")["steps"]:
+        step.teach(model)
+    of = measured_on(demo, "", 2)
+    assert Measurements([(of, model.to_json())], 2).costs_of(given, usual) is None
+    renamed = replace(of, model=measured_on(given, "", 2).model)
+    misled = Measurements([(renamed, model.to_json())], 2).costs_of(given, usual)
+    assert misled is not None
+
+    def errors(costs: Costs) -> tuple[float, float]:
+        forecast = predict(given, 8192, replace(costs, hop_s=0.001))
+        return forecast.prefill_s / found["first_token_s"] - 1, forecast.decode_s / found["decode_s"] - 1
+
+    for by_demo, by_table in zip(errors(misled), errors(Costs(usual, "")), strict=True):
+        assert by_demo > 0.4
+        assert abs(by_table) < by_demo - 0.3
+
+
+def test_another_type_of_kv_is_measured_by_the_same_model(tmp_path: Path):
+    given = small(tmp_path)
+    run_head(tmp_path / "data", given, of=replace(measured_on(given, "", CORES), kv_dtype="int8"))
     costs = Measurements.of(tmp_path / "data", CORES).costs_of(given, USUAL)
     assert costs is not None
-    assert costs.source == "80 steps measured here (other models)"
+    assert costs.source == "80 steps measured here (this model, other types of KV)"
 
 
 def test_other_hardware_says_nothing(tmp_path: Path):

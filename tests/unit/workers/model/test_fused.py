@@ -2,20 +2,28 @@
 
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as GgufKind
 
+from protos.model.config_json import load_model_spec
 from protos.model.quant.scheme import QuantScheme
 from protos.model.spec import DualChunkSpec, ModelSpec, RopeSpec
 from protos.stage.messages import SampleSpec, SamplingParams, SequenceSlice, ShardSpec, Span, StepPlan
+from tests.support.data.checkpoints import make_checkpoint
+from tests.support.data.packing import random_weight
+from tests.support.gguf_files import convert
 from workers.bench.model import benchmark_spec
 from workers.kernels.build import load
 from workers.kv.paged import PagedKV, PlanMismatch, SlotRun
 from workers.model import compiled
 from workers.model.batch import Batch
 from workers.model.fused import FusedLayers
-from workers.model.weights import ShardWeights, dummy_shard, whole_model
+from workers.model.weights import ShardWeights, dummy_shard, load_shard, whole_model
+from workers.quant.packed import PackedWeight, pack
+from workers.quant.weight import RowStack
 from workers.runner.model_runner import ModelRunner, StepOutput
 from workers.transport.collectives import Collectives
 
@@ -66,11 +74,12 @@ def weights_of(spec: ModelSpec, shard: ShardSpec) -> ShardWeights:
 
 
 def runners(
-    spec: ModelSpec, shard: ShardSpec | None = None, collectives: Collectives | None = None
-) -> tuple[ModelRunner, ModelRunner]:
+    spec: ModelSpec, shard: ShardSpec | None = None, collectives: Collectives | None = None,
+    weights: ShardWeights | None = None,
+) -> tuple[ModelRunner, ModelRunner]:  # fmt: skip
     """One that fuses, and one that does not."""
     shard = shard or whole_model(spec)
-    weights = weights_of(spec, shard)
+    weights = weights or weights_of(spec, shard)
     made = []
     for _ in range(2):
         kv = PagedKV(len(weights.layers), shard.kv_heads.size, spec.head_dim, PAGES, PAGE, BF16)
@@ -133,6 +142,75 @@ def test_steps_are_equal_bit_for_bit(spec: ModelSpec) -> None:
     assert ours.decoder._fused is not None
     assert ours.decoder._fused.layers_done >= 2 * 63
     assert ours.decoder.layers_done == plain.decoder.layers_done == 2 * len(steps)
+
+
+def mixed_stack(spec: ModelSpec, shard: ShardSpec) -> RowStack:
+    """Queries and keys in 4 bits, values in 8, as K-quants of GGUF files have them."""
+    hidden, rows = spec.hidden_size, [heads.size * spec.head_dim for heads in (shard.heads, shard.kv_heads)]
+    four = [random_weight("int4", (count, hidden), 32, torch.float16, seed=count) for count in rows]
+    return RowStack((*map(pack, four), pack(random_weight("int8", (rows[1], hidden), 16))))
+
+
+def mixed_steps() -> list[StepPlan]:
+    """Prompts, then decode steps of 1, 2 and 4 rows."""
+    plans = Sequences(4)
+    return [
+        plans.step(17, 5), plans.step(0, 0, 33, 1), *(plans.step(0, 1) for _ in range(3)),
+        *(plans.step(1, 0, 1) for _ in range(3)), *(plans.step(1, 1, 1, 1) for _ in range(20)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "dual chunk", "dense", "int4", "biases, no head norms"])
+def test_values_of_another_type_than_queries(name: str) -> None:
+    spec = SPECS[name]
+    weights = weights_of(spec, whole_model(spec))
+    weights.layers[1].qkv_weight = mixed_stack(spec, whole_model(spec))  # beside a layer of one type
+    ours, apart = runners(spec, weights=weights)
+    for plan in (steps := mixed_steps()):
+        equal(ours.execute(plan, keep_logits=True), apart.execute(plan, keep_logits=True))
+        assert torch.equal(ours._kv._data, apart._kv._data)
+    assert ours.decoder._fused is not None
+    assert ours.decoder._fused.layers_done == 2 * len(steps)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3"])
+def test_a_file_of_mixed_types(tmp_path: Path, family: str) -> None:
+    experts = {"moe_intermediate_size": 64, "num_experts": 16} if family == "qwen3_moe" else {"intermediate_size": 128}
+    folder = make_checkpoint(tmp_path / "hf", family, num_hidden_layers=2, vocab_size=320, head_dim=32, **experts)
+    kinds = {"blk.0.attn_v": GgufKind.Q8_0, "ffn_down": GgufKind.Q5_0, "ffn_gate_inp": GgufKind.F32}
+
+    def kind_of(name: str) -> GgufKind:
+        return next((kind for part, kind in kinds.items() if part in name), GgufKind.Q4_1)
+
+    path = convert(folder, tmp_path / "m.gguf", kind_of)
+    spec = load_model_spec(path)
+    weights = load_shard(path, spec, whole_model(spec), BF16, "cpu")
+    assert isinstance(weights.layers[0].qkv_weight, RowStack)
+    assert isinstance(weights.layers[1].qkv_weight, PackedWeight)
+    ours, apart = runners(spec, weights=weights)
+    for plan in mixed_steps():
+        equal(ours.execute(plan, keep_logits=True), apart.execute(plan, keep_logits=True))
+
+
+def test_shards_of_mixed_types() -> None:
+    shard = ShardSpec(0, 1, 0, 2, Span(0, 2), Span(0, 2), Span(0, 1), Span(0, 8), Span(0, 0), Span(0, 320))
+    weights = weights_of(SPEC, shard)
+    for layer in weights.layers:
+        layer.qkv_weight = mixed_stack(SPEC, shard)
+    ours, apart = runners(SPEC, shard, Doubling(), weights)
+    for plan in mixed_steps():
+        for runner in (ours, apart):
+            runner._tables.apply(plan)
+        batch = ours._tables.batch(plan, SPEC, CPU)
+        x = torch.randn(len(batch.positions), SPEC.hidden_size, dtype=BF16)
+        assert torch.equal(layers(ours, x, batch), layers(apart, x, batch))
+
+
+def test_a_part_that_is_not_packed_is_not_supported() -> None:
+    weights = weights_of(SPEC, whole_model(SPEC))
+    stack = mixed_stack(SPEC, whole_model(SPEC))
+    weights.layers[0].qkv_weight = RowStack((*stack.parts[:2], stack.parts[2].dequantize(BF16)))
+    assert not FusedLayers.supports_weights(SPEC, weights.layers)
 
 
 def test_shards_reduce_between_the_halves() -> None:

@@ -10,7 +10,7 @@ from tests.support.data.packing import packed, random_weight
 from workers.model import compiled
 from workers.model.layers import gated_mlp, inverse_rms, linear, rms_norm, swiglu
 from workers.quant.packed import pack
-from workers.quant.weight import Weight
+from workers.quant.weight import RowStack, Weight
 
 SIZES = (1, 17, 67, 193)
 
@@ -30,6 +30,16 @@ def test_rms_norm(tokens: int, dtype: torch.dtype) -> None:
 
 def test_eps_bounds_the_inverse() -> None:
     assert inverse_rms(torch.zeros(1, 17), 1e-4).item() == pytest.approx(100.0)
+
+
+@pytest.mark.skipif(compiled.path() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+def test_biases_of_a_stack_are_added_before_rounding(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    parts = [pack(random_weight("int4", (32, 64), 32)), pack(random_weight("int8", (16, 64), 16))]
+    x, bias = torch.randn(tokens, 64, dtype=torch.bfloat16), torch.randn(48, dtype=torch.bfloat16)
+    apart = [compiled.linear(x, part, own) for part, own in zip(parts, bias.split([32, 16]), strict=True)]
+    assert torch.equal(linear(x, RowStack(tuple(parts)), bias), torch.cat(apart, dim=1))
 
 
 @pytest.mark.parametrize("bias", [False, True])
